@@ -1,0 +1,39 @@
+PYTHON ?= python3.11
+VENV ?= .venv
+# The build for machines without CUDA; on a CUDA machine: make TORCH="torch==2.11.0" ...
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: venv quickstart test test-all lint format clean
+
+venv: $(INSTALLED)
+
+# torch first: the packages after it then take the installed one.
+$(INSTALLED): setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[test,dev,quickstart]"
+	touch $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m megatron_anymal.quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info

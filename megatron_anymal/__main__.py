@@ -1,0 +1,73 @@
+"""The command line: `anymal VERB ...`, the same as `python -m megatron_anymal VERB ...`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from megatron_anymal import __version__
+
+# Verb -> module whose `main(argv)` does the work and returns the exit code, and a line of help.
+VERBS = {
+    "pretrain": ("megatron_anymal.nemo.entry", "align modalities to a Llama: --config-name=NAME [key=value ...]"),
+    "generate": ("megatron_anymal.generate", "answer prompts with media, from a checkpoint"),
+    "evaluate": ("megatron_anymal.evaluate", "score a checkpoint on prepared data"),
+    "prepare": ("megatron_anymal.data.prepare", "make shards and their index"),
+    "inspect": ("megatron_anymal.data.inspect", "check shards; show samples as the model sees them"),
+    "doctor": ("megatron_anymal.doctor", "what is installed, what is missing, what mends it"),
+}
+# Mistakes of the user: reported in one line, without a traceback.
+USER_ERRORS = (
+    ("megatron_anymal.config", "ConfigError"),
+    ("megatron_anymal.data.types", "DataError"),
+    ("megatron_anymal.modalities.base", "MediaError"),
+    ("megatron_anymal.checkpoint.store", "CheckpointError"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return the process's exit code (2: a mistake of the user)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"megatron-anymal {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(VERBS)}."
+        return _fail(f"unknown verb {verb!r}. {hint}")
+    try:
+        return importlib.import_module(VERBS[verb][0]).main(rest)
+    except ValueError as error:
+        if not _is_users(error):
+            raise
+        return _fail(str(error))
+
+
+def _is_users(error: ValueError) -> bool:
+    # A module not loaded cannot have raised: nothing is imported to find out.
+    classes = [getattr(sys.modules.get(module), name, None) for module, name in USER_ERRORS]
+    return isinstance(error, tuple(c for c in classes if c is not None))
+
+
+def _fail(message: str) -> int:
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    where = f" (rank {os.environ.get('RANK', '?')})" if several else ""
+    print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _usage() -> str:
+    width = max(len(verb) for verb in VERBS)
+    lines = [f"  {verb:<{width}}  {line}" for verb, (_, line) in VERBS.items()]
+    return "\n".join(["usage: anymal VERB ...    (anymal VERB --help)", "", *lines])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

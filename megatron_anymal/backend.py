@@ -1,0 +1,185 @@
+"""What this machine can run: devices, collectives, number formats, optional kernels."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from megatron_anymal.config import AnyMALConfig, ConfigError
+
+# Compute capability from which a card multiplies in FP8 (Ada, Hopper) and in bf16 (Ampere).
+_FP8_CAPABILITY = (8, 9)
+_BF16_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What was found.
+
+    Attributes:
+        cuda_devices: names of the CUDA devices this process sees.
+        compute_capability: the lowest of theirs; None without a device.
+        transformer_engine: its version where it can be used, else "".
+        transformer_engine_problem: why it cannot, else "".
+        flash_attn: version of flash-attn, else "".
+        nvidia_apex: NVIDIA's apex is installed with its CUDA kernels.
+        foreign_apex: a package named apex is installed that is not NVIDIA's.
+        nvidia_resiliency_ext: its version, else "".
+        bf16: the devices compute in bf16 (CPUs do, slowly).
+        fp8: the devices compute in FP8.
+    """
+
+    cuda_devices: tuple[str, ...]
+    compute_capability: tuple[int, int] | None
+    transformer_engine: str
+    transformer_engine_problem: str
+    flash_attn: str
+    nvidia_apex: bool
+    foreign_apex: bool
+    nvidia_resiliency_ext: str
+    bf16: bool
+    fp8: bool
+
+
+def capabilities() -> Capabilities:
+    """Look at the devices and the optional packages. Initialises no CUDA context."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    lowest = min((torch.cuda.get_device_capability(i) for i in range(count)), default=None)
+    engine, problem = _transformer_engine(count > 0)
+    apex = apex_kind()
+    return Capabilities(
+        cuda_devices=tuple(torch.cuda.get_device_name(i) for i in range(count)),
+        compute_capability=lowest,
+        transformer_engine=engine,
+        transformer_engine_problem=problem,
+        flash_attn=_version("flash-attn"),
+        nvidia_apex=apex == "nvidia" and importlib.util.find_spec("amp_C") is not None,
+        foreign_apex=apex == "foreign",
+        nvidia_resiliency_ext=_version("nvidia-resiliency-ext"),
+        bf16=lowest is None or lowest >= _BF16_CAPABILITY,
+        fp8=lowest is not None and lowest >= _FP8_CAPABILITY,
+    )
+
+
+def apex_kind() -> Literal["", "nvidia", "foreign"]:
+    """Which package named apex is installed, if any. The one on PyPI is an unrelated authentication toolkit."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return ""
+    # Looked up as files: importing the unrelated package would run its code.
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return "nvidia" if any((folder / "optimizers" / "__init__.py").is_file() for folder in folders) else "foreign"
+
+
+def collectives_backend() -> str:
+    """torch.distributed's backend here."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def device() -> torch.device:
+    """This process's device: the CUDA device of its local rank, or the CPU.
+
+    Raises:
+        ConfigError: more processes on this node than CUDA devices.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
+        # Slurm shows each task its own card only.
+        return torch.device("cuda", 0)
+    if local_rank >= count:
+        raise ConfigError(
+            f"local process {local_rank} has no CUDA device: this node shows {count}. Set trainer.devices (and "
+            f"torchrun's --nproc-per-node) to {count} at most, or check CUDA_VISIBLE_DEVICES."
+        )
+    return torch.device("cuda", local_rank)
+
+
+def compute_dtype(config: AnyMALConfig) -> torch.dtype:
+    """Number format of the forward and backward pass."""
+    return torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
+
+
+def transformer_impl(config: AnyMALConfig) -> Literal["local", "transformer_engine"]:
+    """Whose layers build the Llama; "auto" takes Transformer Engine where it can run."""
+    wanted = config.model.transformer_impl
+    if wanted == "auto":
+        engine, _ = _transformer_engine(torch.cuda.is_available())
+        return "transformer_engine" if engine else "local"
+    return "transformer_engine" if wanted == "transformer_engine" else "local"
+
+
+def check_backend(config: AnyMALConfig) -> None:
+    """Refuse what this machine cannot run.
+
+    Raises:
+        ConfigError: naming the key and the mend.
+    """
+    found = capabilities()
+    model = config.model
+    if model.transformer_impl == "transformer_engine" and not found.transformer_engine:
+        raise ConfigError(
+            "model.transformer_impl=transformer_engine cannot run here: "
+            f"{found.transformer_engine_problem}. Install it with `pip install 'megatron-anymal[te]' "
+            "--no-build-isolation` on a CUDA machine, or set model.transformer_impl=auto."
+        )
+    if config.trainer.precision == "bf16" and not found.bf16:
+        raise ConfigError(
+            f"trainer.precision=bf16 needs compute capability 8.0 or later; the cards here have "
+            f"{_shown(found.compute_capability)}. Set trainer.precision=32."
+        )
+    if model.fp8:
+        _check_fp8(config, found)
+
+
+def _check_fp8(config: AnyMALConfig, found: Capabilities) -> None:
+    key = f"model.fp8={config.model.fp8}"
+    mend = "or set model.fp8=''"
+    # Without Transformer Engine megatron-core ignores fp8 and says nothing.
+    if not found.transformer_engine:
+        raise ConfigError(
+            f"{key} needs Transformer Engine, which cannot run here: {found.transformer_engine_problem}. "
+            f"Install it with `pip install 'megatron-anymal[te]' --no-build-isolation`, {mend}."
+        )
+    if config.model.transformer_impl == "local":
+        raise ConfigError(f"{key} has no effect with model.transformer_impl=local. Set that to auto, {mend}.")
+    if not found.fp8:
+        raise ConfigError(
+            f"{key} needs a card with FP8 (compute capability 8.9: Ada, Hopper or later); here it is "
+            f"{_shown(found.compute_capability)}. Use such a card, {mend}."
+        )
+    if config.trainer.precision != "bf16":
+        raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, {mend}.")
+
+
+def _transformer_engine(has_cuda: bool) -> tuple[str, str]:
+    """(version, "") where it can be used, else ("", why not)."""
+    if not has_cuda:
+        return "", "there is no CUDA device"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "", "it is not installed"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except Exception as error:  # A wheel built for another torch or CUDA fails in many ways.
+        return "", f"it does not import ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    module = importlib.import_module("transformer_engine")
+    return str(getattr(module, "__version__", "")) or _version("transformer-engine"), ""
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _shown(capability: tuple[int, int] | None) -> str:
+    return "none (no CUDA device)" if capability is None else f"{capability[0]}.{capability[1]}"

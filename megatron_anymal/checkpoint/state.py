@@ -1,0 +1,115 @@
+"""What a checkpoint holds: trainable weights, optimizer, step; saved and loaded on megatron-core's dist_checkpointing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from torch import nn
+
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.sharding import sharded_trainable_weights
+from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+
+# Optimizer state that loads under any layout.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> Path:
+    """Write a checkpoint of a TrainState and commit it; older ones go afterwards. Collective."""
+    staging = store.staging_folder(checkpoints, manifest.step)
+    final = store.committed_folder(checkpoints, manifest.step)
+    if dist.get_rank() == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    dist.barrier()
+    weights = sharded_trainable_weights(state.model, _METADATA)
+    content = {
+        "model": weights,
+        "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(_METADATA)),
+        "step": manifest.step,
+    }
+    dist_checkpointing.save(content, str(staging), content_metadata=dict(_METADATA))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        store.commit(staging, final, manifest)
+        store.retain(checkpoints, keep_last)
+    dist.barrier()
+    return final
+
+
+def load(state: Any, folder: Path) -> int:
+    """Load weights and optimizer into a TrainState, whatever layout wrote them. Collective.
+
+    Returns:
+        The step it was saved at.
+    """
+    weights = sharded_trainable_weights(state.model, _METADATA)
+    content = {
+        "model": weights,
+        "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(_METADATA)),
+        "step": 0,
+    }
+    loaded = dist_checkpointing.load(content, str(folder))
+    _set(state.model, loaded["model"])
+    with torch.no_grad():
+        state.optimizer.load_state_dict(loaded["optimizer"])
+    return int(loaded["step"])
+
+
+def load_trainable(model: nn.Module, folder: Path, optimizer: Optional[Any] = None) -> list[str]:
+    """Set the weights that both the model trains and a checkpoint holds; others keep their values. Collective.
+
+    Args:
+        optimizer: told to copy its main weights from the new ones.
+
+    Returns:
+        The names that were not in the checkpoint.
+
+    Raises:
+        CheckpointError: it holds none of them.
+    """
+    return _load_some(model, sharded_trainable_weights(model, _METADATA), folder, optimizer)
+
+
+def load_language_model(model: nn.Module, folder: Path) -> None:
+    """Set all of the Llama's weights from a checkpoint that trained them. Collective.
+
+    Raises:
+        CheckpointError: one is not in it.
+    """
+    llama = model.get_submodule("language_model")
+    names = {f"language_model.{name}" for name, _ in llama.named_parameters()}
+    shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(_METADATA))
+    missing = _load_some(model, {n: s for n, s in shards.items() if n in names}, folder, None)
+    if missing:
+        raise CheckpointError(f"{str(folder)!r} lacks {missing[0]!r} of the Llama.")
+
+
+def _load_some(model: nn.Module, shards: dict[str, Any], folder: Path, optimizer: Optional[Any]) -> list[str]:
+    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    wanted = {name: shard for name, shard in shards.items() if _key(shard) in saved}
+    found = torch.tensor([len(wanted)], device=torch.device("cuda"))
+    dist.all_reduce(found)
+    if not int(found):
+        raise CheckpointError(f"{str(folder)!r} holds none of the weights that this model asks it for.")
+    _set(model, dist_checkpointing.load({"model": wanted}, str(folder)).get("model", {}))
+    if optimizer is not None:
+        optimizer.reload_model_params()
+    return sorted(set(shards) - set(wanted))
+
+
+def _key(shard: Any) -> str:
+    return shard.key if isinstance(shard, ShardedTensor) else shard.build().key if hasattr(shard, "build") else ""
+
+
+def _set(model: nn.Module, tensors: dict[str, Any]) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)

@@ -1,0 +1,238 @@
+"""The plan: which samples a step takes and how they are packed, from the index alone.
+
+`samples(step)` knows nothing of ranks; what comes after it (packs, replicas, micro-batches) is layout and changes no
+loss, because the loss of a step is averaged over the target tokens of its samples wherever they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
+import numpy as np
+
+from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.data.order import GlobalOrder
+from megatron_anymal.data.packing import pack
+from megatron_anymal.data.shards import ShardIndex
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import DataError, PlannedMedia, PlannedMicroBatch, PlannedSample
+from megatron_anymal.modalities.base import Modality
+
+
+@dataclass(frozen=True)
+class PlannedModality:
+    """What the plan must know of one modality of the configuration."""
+
+    name: str
+    kind: str
+    modality: Modality
+    soft_tokens_per_piece: int
+
+    @property
+    def cost_per_piece(self) -> float:
+        """Encoder work of a piece: the numbers in it, which is what an encoder's work grows with."""
+        return float(np.prod(self.modality.piece_shape))
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """What of the layout shapes the packs."""
+
+    data_parallel_size: int
+    micro_batch_size: int
+    seq_length: int
+    # Every micro-batch's length is a multiple of it (sequence parallelism splits the length evenly).
+    length_multiple: int
+
+    @staticmethod
+    def of(config: AnyMALConfig) -> BatchLayout:
+        """The layout a configuration asks for."""
+        model = config.model
+        return BatchLayout(
+            data_parallel_size=config.data_parallel_size,
+            micro_batch_size=model.micro_batch_size,
+            seq_length=config.data.seq_length,
+            length_multiple=model.tensor_model_parallel_size if model.sequence_parallel else 1,
+        )
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A global batch, packed. All arrays are indexed by the sample's place in the batch."""
+
+    step: int
+    dataset: np.ndarray
+    sample: np.ndarray
+    # LLM tokens, and those of them that enter the loss (0 for a dropped sample).
+    length: np.ndarray
+    targets: np.ndarray
+    media: tuple[tuple[PlannedMedia, ...], ...]
+    # Places of samples that are longer than a pack and left out.
+    dropped: tuple[int, ...]
+    # [replica][micro-batch] -> places.
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    # Tokens of every micro-batch after padding.
+    padded_length: int
+
+    def of_replica(self, replica: int) -> tuple[PlannedMicroBatch, ...]:
+        """The micro-batches of one data-parallel replica, in the order they run."""
+        return tuple(
+            PlannedMicroBatch(self.step, self.padded_length, tuple(self._sample(place) for place in places))
+            for places in self.micro_batches[replica]
+        )
+
+    def _sample(self, place: int) -> PlannedSample:
+        return PlannedSample(
+            position=place,
+            dataset=int(self.dataset[place]),
+            sample=int(self.sample[place]),
+            length=int(self.length[place]),
+            targets=int(self.targets[place]),
+            media=self.media[place],
+        )
+
+
+class BatchPlanner:
+    """Plans any step of one mixture of datasets."""
+
+    def __init__(
+        self,
+        datasets: Mapping[str, DatasetConfig],
+        modalities: Sequence[PlannedModality],
+        tokenizer: Tokenizer,
+        layout: BatchLayout,
+        *,
+        global_batch_size: int,
+        seed: int,
+        too_long: str = "refuse",
+        check_shards: bool = True,
+    ):
+        """Open the indexes and check that the mixture can be planned.
+
+        Raises:
+            DataError: no dataset; an index that is missing, empty, made for another tokenizer, or with media that no
+                modality reads; with too_long="refuse", a sample longer than seq_length.
+        """
+        if not datasets:
+            raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
+        self.names = list(datasets)
+        self.indexes = [ShardIndex(d.path) for d in datasets.values()]
+        self.layout, self.global_batch_size = layout, global_batch_size
+        self.seed, self.too_long = seed, too_long
+        self._weights = tuple(d.weight for d in datasets.values())
+        self._by_kind = {m.kind: m for m in modalities}
+        for index in self.indexes:
+            self._check_index(index, tokenizer)
+            if check_shards:
+                index.check_shards()
+        self._order = GlobalOrder(tuple(len(i) for i in self.indexes), self._weights, seed)
+        if too_long == "refuse":
+            self._refuse_long()
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which samples a step takes."""
+        body = {
+            "indexes": [[i.header.to_json(len(i), len(i.media))] for i in self.indexes],
+            "weights": self._weights,
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+        }
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def key(self, dataset: int, sample: int) -> str:
+        """A sample's name: dataset/key."""
+        return f"{self.names[dataset]}/{self.indexes[dataset].key(sample)}"
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of a step: a pure function of the index, the configuration and the step."""
+        start = step * self.global_batch_size
+        dataset, sample = self._order.samples(start, start + self.global_batch_size)
+        length, targets, costs = (np.zeros(len(sample), dtype) for dtype in (np.int64, np.int64, np.float64))
+        media: list[tuple[PlannedMedia, ...]] = [()] * len(sample)
+        for number, index in enumerate(self.indexes):
+            places = np.flatnonzero(dataset == number)
+            if len(places):
+                length[places], targets[places], costs[places], found = self._measure(index, sample[places])
+                for place, items in zip(places, found):
+                    media[place] = items
+        fits = length <= self.layout.seq_length
+        targets[~fits] = 0
+        micro_batches = self._lay_out(np.flatnonzero(fits), length, costs)
+        longest = max(sum(int(length[p]) for p in places) for replica in micro_batches for places in replica)
+        multiple = self.layout.length_multiple
+        return StepPlan(
+            step=step,
+            dataset=dataset,
+            sample=sample,
+            length=length,
+            targets=targets,
+            media=tuple(media),
+            dropped=tuple(int(p) for p in np.flatnonzero(~fits)),
+            micro_batches=micro_batches,
+            padded_length=max(1, -(-longest // multiple)) * multiple,
+        )
+
+    def _lay_out(
+        self, places: np.ndarray, length: np.ndarray, costs: np.ndarray
+    ) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        replicas, size = self.layout.data_parallel_size, self.layout.micro_batch_size
+        packs = pack(length[places], costs[places], self.layout.seq_length, replicas * size)
+        # Packs come most loaded first: those that run at the same time on different replicas are alike.
+        groups = [packs[i : i + size] for i in range(0, len(packs), size)]
+        merged = [tuple(sorted(int(places[i]) for p in group for i in p)) for group in groups]
+        return tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
+
+    def _measure(
+        self, index: ShardIndex, sample: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[PlannedMedia, ...]]]:
+        """Lengths, targets, encoder costs and media of samples of one dataset."""
+        rows = index.samples[sample]
+        length, targets = rows["tokens"].astype(np.int64), rows["targets"].astype(np.int64)
+        costs = np.zeros(len(sample))
+        counts = rows["media_count"].astype(np.int64)
+        owner = np.repeat(np.arange(len(sample)), counts)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        media = index.media[np.repeat(rows["media_start"].astype(np.int64), counts) + within]
+        items: list[list[PlannedMedia]] = [[] for _ in sample]
+        pieces = np.zeros(len(media), np.int64)
+        for number, kind in enumerate(index.header.kinds):
+            mine = media["kind"] == number
+            if mine.any():
+                planned = self._by_kind[kind]
+                pieces[mine] = planned.modality.count_pieces(media["size"][mine])
+                np.add.at(length, owner[mine], pieces[mine] * planned.soft_tokens_per_piece)
+                np.add.at(costs, owner[mine], pieces[mine] * planned.cost_per_piece)
+        for row, count, kind in zip(owner, pieces, media["kind"]):
+            items[row].append(PlannedMedia(self._by_kind[index.header.kinds[kind]].name, int(count)))
+        return length, targets, costs, [tuple(i) for i in items]
+
+    def _check_index(self, index: ShardIndex, tokenizer: Tokenizer) -> None:
+        missing = index.kinds_used() - set(self._by_kind)
+        if missing:
+            raise DataError(
+                f"{index.folder!r} holds {', '.join(sorted(missing))}, for which no modality is configured "
+                f"(there are: {', '.join(sorted(self._by_kind)) or 'none'}). Add model.modalities.{min(missing)}."
+            )
+        if index.header.tokenizer != tokenizer.fingerprint():
+            raise DataError(
+                f"The index in {index.folder!r} counts tokens of another tokenizer than data.tokenizer. "
+                f"Make it anew: anymal prepare --index-only {index.folder} --tokenizer {tokenizer.hf.name_or_path}"
+            )
+
+    def _refuse_long(self, rows_at_once: int = 1_000_000) -> None:
+        for number, index in enumerate(self.indexes):
+            for start in range(0, len(index), rows_at_once):
+                rows = np.arange(start, min(start + rows_at_once, len(index)))
+                length = self._measure(index, rows)[0]
+                if (length > self.layout.seq_length).any():
+                    too_long = int((length > self.layout.seq_length).sum())
+                    worst = int(length.argmax())
+                    raise DataError(
+                        f"{too_long} sample(s) of data set {self.names[number]!r} are longer than data.seq_length="
+                        f"{self.layout.seq_length}, the longest {self.key(number, int(rows[worst]))!r} with "
+                        f"{int(length[worst])} tokens. Raise data.seq_length, or set data.too_long=drop to leave "
+                        "them out (media are never cut)."
+                    )

@@ -1,0 +1,237 @@
+"""From a planned micro-batch to tensors: each process reads, by byte range, only what its rank needs."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Iterator, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_anymal.data.batches import BatchPlanner, StepPlan
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import (
+    DataError,
+    MediaBatch,
+    MediaPart,
+    MicroBatch,
+    Part,
+    PlannedMicroBatch,
+    PlannedSample,
+)
+from megatron_anymal.modalities.base import MediaError, Modality
+
+
+@dataclass(frozen=True)
+class LoadedModality:
+    """What loading must know of one modality of the configuration."""
+
+    modality: Modality
+    soft_tokens_per_piece: int
+    placeholder: int
+    # Whether the tensor-parallel ranks share the encoding (a frozen encoder) or each does all of it.
+    split: bool
+
+
+@dataclass(frozen=True)
+class RankNeeds:
+    """What a rank's place in the layout makes it read."""
+
+    # First stage: tokens and media. Last stage: labels. Between them: only lengths.
+    text: bool
+    media: bool
+    tensor_rank: int = 0
+    tensor_size: int = 1
+
+
+class MicroBatchReader(Dataset[MicroBatch]):
+    """Reads planned micro-batches; a pure function of the plan, so any worker may do any of them."""
+
+    def __init__(
+        self,
+        planner: BatchPlanner,
+        tokenizer: Tokenizer,
+        modalities: Mapping[str, LoadedModality],
+        needs: RankNeeds,
+    ):
+        self._planner, self._tokenizer = planner, tokenizer
+        self._modalities, self._needs = modalities, needs
+        self._placeholders = {name: m.placeholder for name, m in modalities.items()}
+
+    def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:  # type: ignore[override]
+        """The micro-batch's tensors. A sample that cannot be read is listed in `bad` and its place stays."""
+        lengths = [s.length for s in plan.samples]
+        padding = plan.padded_length - sum(lengths)
+        micro_batch = MicroBatch(
+            plan=plan,
+            document_lengths=tuple(lengths) + ((padding,) if padding else ()),
+            tokens=torch.full((1, plan.padded_length), self._tokenizer.end, dtype=torch.int64),
+            labels=torch.zeros(1, plan.padded_length, dtype=torch.int64),
+            loss_mask=torch.zeros(1, plan.padded_length),
+            sample_positions=torch.full((1, plan.padded_length), -1, dtype=torch.int64),
+            media={},
+            bad={},
+        )
+        starts = np.cumsum([0, *lengths])
+        parts_of: dict[int, list[Part]] = {}
+        for sample, start in zip(plan.samples, starts):
+            here = slice(int(start), int(start) + sample.length)
+            micro_batch.sample_positions[0, here] = sample.position
+            if self._needs.text:
+                try:
+                    parts_of[sample.position] = self._fill_text(micro_batch, sample, here)
+                except DataError as error:
+                    micro_batch.bad[sample.position] = str(error)
+                    self._hold_places(micro_batch, sample, here)
+        if self._needs.media:
+            self._fill_media(micro_batch, parts_of)
+        return micro_batch
+
+    def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, here: slice) -> list[Part]:
+        parts = self._planner.indexes[sample.dataset].parts(sample.sample)
+        names = iter(sample.media)
+        # From here on a media part carries the configuration's name of its modality.
+        parts = [
+            MediaPart(p.media, next(names).modality, p.attributes) if isinstance(p, MediaPart) else p for p in parts
+        ]
+        soft = [m.pieces * self._modalities[m.modality].soft_tokens_per_piece for m in sample.media]
+        document = self._tokenizer.document(parts, soft, self._placeholders)
+        if len(document.tokens) != sample.length or sum(document.is_target) != sample.targets:
+            raise DataError(
+                f"{self._planner.key(sample.dataset, sample.sample)}: it has {len(document.tokens)} tokens, the index "
+                f"says {sample.length}. Make the index anew with `anymal prepare --index-only`."
+            )
+        tokens = torch.tensor(document.tokens)
+        micro_batch.tokens[0, here] = tokens
+        micro_batch.labels[0, here.start : here.stop - 1] = tokens[1:]
+        micro_batch.loss_mask[0, here.start : here.stop - 1] = torch.tensor(document.is_target[1:]).float()
+        return parts
+
+    def _hold_places(self, micro_batch: MicroBatch, sample: PlannedSample, here: slice) -> None:
+        """Give an unreadable sample's media their places, so that every rank still sees the same shapes."""
+        start = here.start
+        for planned in sample.media:
+            entry = self._modalities[planned.modality]
+            stop = start + planned.pieces * entry.soft_tokens_per_piece
+            micro_batch.tokens[0, start:stop] = entry.placeholder
+            start = stop
+
+    def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[Part]]) -> None:
+        for name, entry in self._modalities.items():
+            items = [
+                (sample, number, planned.pieces)
+                for sample in micro_batch.plan.samples
+                for number, planned in enumerate(sample.media)
+                if planned.modality == name
+            ]
+            if not items:
+                continue
+            pieces = [count for _, _, count in items]
+            owners = share_out(pieces, self._needs.tensor_size) if entry.split else [self._needs.tensor_rank] * len(items)
+            mine = [item for item, owner in zip(items, owners) if owner == self._needs.tensor_rank]
+            shares = [0] * self._needs.tensor_size
+            for count, owner in zip(pieces, owners):
+                shares[owner] += count
+            micro_batch.media[name] = MediaBatch(
+                pieces=self._read_pieces(micro_batch, entry.modality, mine, parts_of),
+                shares=tuple(shares) if entry.split else (sum(pieces),),
+                token_index=torch.nonzero(micro_batch.tokens[0] == entry.placeholder).flatten(),
+            )
+
+    def _read_pieces(
+        self,
+        micro_batch: MicroBatch,
+        modality: Modality,
+        items: Sequence[tuple[PlannedSample, int, int]],
+        parts_of: Mapping[int, list[Part]],
+    ) -> Tensor:
+        """[pieces, *piece_shape] of some media items; zeros where one cannot be read."""
+        found = []
+        for sample, number, count in items:
+            tensor = torch.zeros(count, *modality.piece_shape)
+            if sample.position in parts_of:
+                try:
+                    tensor = self._read_item(modality, sample, number, count, parts_of[sample.position])
+                except (DataError, MediaError) as error:
+                    name = self._planner.key(sample.dataset, sample.sample)
+                    micro_batch.bad[sample.position] = f"{name}: {error}"
+            found.append(tensor)
+        return torch.cat(found) if found else torch.zeros(0, *modality.piece_shape)
+
+    def _read_item(
+        self, modality: Modality, sample: PlannedSample, number: int, count: int, parts: Sequence[Part]
+    ) -> Tensor:
+        [item] = self._planner.indexes[sample.dataset].read_media(sample.sample, parts, [number])
+        pieces = modality.load(item.data, item.extension, item.part.attributes)
+        if len(pieces) != count:
+            raise MediaError(f"media {item.part.media!r} gives {len(pieces)} pieces, the index says {count}")
+        return pieces
+
+
+def share_out(pieces: Sequence[int], ranks: int) -> list[int]:
+    """Which rank encodes which media item: consecutive items, as even in pieces as whole items allow."""
+    total, before, owners = sum(pieces), 0, []
+    for count in pieces:
+        middle = before + count / 2
+        owners.append(min(ranks - 1, int(middle * ranks / max(1, total))))
+        before += count
+    return owners
+
+
+class _PlanSampler(Sampler[PlannedMicroBatch]):
+    """Plans the steps as far ahead as the loader asks, and keeps each plan for the step that will run it."""
+
+    def __init__(self, planner: BatchPlanner, replica: int, start: int, stop: int):
+        self._planner, self._replica, self._steps = planner, replica, range(start, stop)
+        self.plans: deque[StepPlan] = deque()
+
+    def __iter__(self) -> Iterator[PlannedMicroBatch]:
+        for step in self._steps:
+            plan = self._planner.plan(step)
+            self.plans.append(plan)
+            yield from plan.of_replica(self._replica)
+
+
+def steps(
+    planner: BatchPlanner,
+    reader: MicroBatchReader,
+    *,
+    replica: int,
+    start: int,
+    stop: int,
+    num_workers: int,
+    prefetch_steps: int,
+    pin_memory: bool = False,
+) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
+    """The steps [start, stop) of one replica, read ahead by worker processes.
+
+    The same steps come out whatever the number of workers: a worker gets whole planned micro-batches to read.
+    """
+    if start >= stop:
+        return
+    sampler = _PlanSampler(planner, replica, start, stop)
+    per_step = len(planner.plan(start).of_replica(replica))
+    loader: DataLoader[MicroBatch] = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=sampler,
+        num_workers=num_workers,
+        prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+    )
+    batches = iter(loader)
+    first: Optional[MicroBatch] = next(batches)
+    while first is not None:
+        plan = sampler.plans.popleft()
+        rest = [next(batches) for _ in range(len(plan.micro_batches[replica]) - 1)]
+        yield plan, [first, *rest]
+        first = next(batches, None)
+
+
+def _start_worker(number: int) -> None:
+    # The trainer's cores are busy; a worker that starts threads of its own only slows both.
+    torch.set_num_threads(1)

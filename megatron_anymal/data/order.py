@@ -1,0 +1,125 @@
+"""The global order: which sample stands at which place of the run, computed from the place alone.
+
+Two pieces of arithmetic make it a pure function that needs no list in memory:
+
+- `permute` shuffles [0, n) by a Feistel network walked until it lands inside the range, so that any element of the
+  shuffled order can be asked for by itself;
+- `GlobalOrder` interleaves datasets in blocks. In each block every dataset gets its share of places (rounded so that
+  the shares stay exact over the run) and the places are shuffled, so the mix holds over any stretch of the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+_ROUNDS = 6
+_MASK64 = (1 << 64) - 1
+
+
+def mix64(*numbers: int) -> int:
+    """A 64-bit hash of whole numbers (SplitMix64's finaliser, chained)."""
+    state = 0x9E3779B97F4A7C15
+    for number in numbers:
+        state = (state ^ (number & _MASK64)) & _MASK64
+        state = (state + 0x9E3779B97F4A7C15) & _MASK64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
+        state ^= state >> 31
+    return state
+
+
+def _scramble(values: np.ndarray, key: int) -> np.ndarray:
+    values = values + np.uint64(key)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
+    """The elements at `places` of the permutation of [0, n) that `key` names.
+
+    Args:
+        places: [k] integers in [0, n).
+        n: size of the range.
+        key: any integer; another key is another permutation.
+
+    Returns:
+        [k] int64.
+    """
+    half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    keys = [mix64(key, i) for i in range(_ROUNDS)]
+    values = np.asarray(places).astype(np.uint64)
+    outside = np.ones(values.shape, dtype=bool)
+    with np.errstate(over="ignore"):
+        while outside.any():
+            left, right = values[outside] >> half, values[outside] & mask
+            for round_key in keys:
+                left, right = right, left ^ (_scramble(right, round_key) & mask)
+            values[outside] = (left << half) | right
+            outside = values >= n
+    return values.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class GlobalOrder:
+    """An endless order over weighted datasets; each dataset is shuffled anew in every epoch of its own."""
+
+    sizes: tuple[int, ...]
+    weights: tuple[float, ...]
+    seed: int
+
+    def __post_init__(self) -> None:
+        assert len(self.sizes) == len(self.weights) and min(self.sizes) > 0 and min(self.weights) > 0
+
+    def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """Who stands at the places [start, stop).
+
+        Returns:
+            dataset [stop - start] and sample within it [stop - start], both int64.
+        """
+        block = self._block_size()
+        datasets, samples = [], []
+        for k in range(start // block, -(-stop // block)):
+            wanted = slice(max(start - k * block, 0), min(stop - k * block, block))
+            dataset, sample = self._in_block(k, block)
+            datasets.append(dataset[wanted])
+            samples.append(sample[wanted])
+        return np.concatenate(datasets), np.concatenate(samples)
+
+    def _block_size(self) -> int:
+        smallest = min(self.weights) / sum(self.weights)
+        # At least two places for the rarest dataset, so that no rounded share is ever negative.
+        return max(256, int(2 / smallest) + 1)
+
+    def _in_block(self, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """All places of block `k`: dataset and sample of each."""
+        before, after = self._bounds(k * block), self._bounds((k + 1) * block)
+        drawn = [b1 - b0 for b0, b1 in zip(before, before[1:])]
+        shares = [a1 - a0 - d for a0, a1, d in zip(after, after[1:], drawn)]
+        slots = permute(np.arange(block), block, mix64(self.seed, 1, k))
+        dataset = np.searchsorted(np.cumsum(shares), slots, side="right").astype(np.int64)
+        sample = np.empty(block, dtype=np.int64)
+        for d, share in enumerate(shares):
+            sample[dataset == d] = self._shuffled(d, drawn[d] + np.arange(share))
+        return dataset, sample
+
+    def _bounds(self, places: int) -> list[int]:
+        """Cumulative shares of the datasets among the first `places` places, rounded."""
+        weights = [Fraction(w) for w in self.weights]
+        total, running, bounds = sum(weights), Fraction(0), [0]
+        for weight in weights:
+            running += weight
+            bounds.append(round(places * running / total))
+        return bounds
+
+    def _shuffled(self, dataset: int, turns: np.ndarray) -> np.ndarray:
+        size = self.sizes[dataset]
+        sample = np.empty_like(turns)
+        for epoch in np.unique(turns // size):
+            mine = turns // size == epoch
+            sample[mine] = permute(turns[mine] % size, size, mix64(self.seed, 2, dataset, int(epoch)))
+        return sample

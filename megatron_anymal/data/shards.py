@@ -1,0 +1,245 @@
+"""Shards and their index: where each sample's bytes lie, and what the plan must know of it.
+
+An index is a folder beside the shards:
+
+    index.json    version, shards with their sizes, kinds of media, file endings, tokenizer fingerprint, counts
+    samples.npy   one row a sample (SAMPLE)
+    media.npy     one row a media item (MEDIA), in the order of the samples and of their parts
+    keys.bin      the samples' keys, UTF-8, one after the other
+
+The arrays are memory-mapped: an index of a hundred million samples costs no memory, and the plan touches only the
+rows of its step.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import PurePosixPath
+from typing import Any, Sequence
+
+import fsspec
+import numpy as np
+
+from megatron_anymal.data.samples import parse_json, parse_text
+from megatron_anymal.data.types import DataError, MediaPart, Part
+
+VERSION = 1
+INDEX_FOLDER = "index"
+
+SAMPLE = np.dtype(
+    [
+        ("shard", "<u4"),
+        # The .txt or .json member: bytes [offset, offset + length) of the shard.
+        ("text_offset", "<u8"),
+        ("text_length", "<u4"),
+        ("text_crc", "<u4"),
+        ("text_is_json", "u1"),
+        # Tokens that are not media, and how many tokens enter the loss.
+        ("tokens", "<u4"),
+        ("targets", "<u4"),
+        ("media_start", "<u8"),
+        ("media_count", "<u2"),
+        ("key_offset", "<u8"),
+        ("key_length", "<u2"),
+    ]
+)
+MEDIA = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("crc", "<u4"),
+        ("kind", "u1"),
+        ("extension", "u1"),
+        # What the modality's `probe` returned: (width, height) or (duration, rate).
+        ("size", "<f8", (2,)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """The small part of an index."""
+
+    shards: tuple[str, ...]
+    shard_bytes: tuple[int, ...]
+    kinds: tuple[str, ...]
+    extensions: tuple[str, ...]
+    tokenizer: str
+
+    def to_json(self, samples: int, media: int) -> str:
+        """The content of index.json."""
+        shards = [{"name": n, "bytes": b} for n, b in zip(self.shards, self.shard_bytes)]
+        body = {
+            "version": VERSION,
+            "samples": samples,
+            "media": media,
+            "kinds": list(self.kinds),
+            "extensions": list(self.extensions),
+            "tokenizer": self.tokenizer,
+            "shards": shards,
+        }
+        return json.dumps(body, indent=1)
+
+
+@dataclass(frozen=True)
+class MediaBytes:
+    """A media item as it lies in a shard."""
+
+    part: MediaPart
+    data: bytes
+    extension: str
+
+
+class ShardIndex:
+    """An opened index and its shards, on a local disk or any file system that fsspec reads."""
+
+    def __init__(self, folder: str):
+        """Open it.
+
+        Raises:
+            DataError: there is no index, it is of another version, or it is empty.
+        """
+        self.folder = folder.rstrip("/")
+        self._fs, self._root = fsspec.core.url_to_fs(self.folder)
+        self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
+        if not self._fs.isdir(self._root):
+            raise DataError(f"There is no shard folder {folder!r}. Make it with `anymal prepare`.")
+        try:
+            body = json.loads(self._fs.cat_file(self._inside("index.json")))
+        except FileNotFoundError:
+            raise DataError(f"{folder!r} has no index. Make one with `anymal prepare --index-only {folder}`.") from None
+        if body.get("version") != VERSION:
+            raise DataError(f"The index in {folder!r} is of version {body.get('version')}, not {VERSION}. Make it anew.")
+        self.header = IndexHeader(
+            shards=tuple(entry["name"] for entry in body["shards"]),
+            shard_bytes=tuple(entry["bytes"] for entry in body["shards"]),
+            kinds=tuple(body["kinds"]),
+            extensions=tuple(body["extensions"]),
+            tokenizer=body["tokenizer"],
+        )
+        self.samples, self.media = self._array("samples.npy"), self._array("media.npy")
+        if len(self.samples) == 0:
+            raise DataError(f"The index in {folder!r} is empty: no sample was prepared.")
+        if len(self.samples) != body["samples"] or len(self.media) != body["media"]:
+            raise DataError(f"The index in {folder!r} is incomplete. Make it anew with `anymal prepare --index-only`.")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, sample: int) -> str:
+        """A sample's key."""
+        row = self.samples[sample]
+        start = int(row["key_offset"])
+        return bytes(self._keys[start : start + int(row["key_length"])]).decode()
+
+    def kinds_used(self) -> set[str]:
+        """Kinds of media that occur."""
+        return {self.header.kinds[k] for k in np.unique(self.media["kind"])}
+
+    def check_shards(self) -> None:
+        """See that every shard is there in its size.
+
+        Raises:
+            DataError: naming the first that is not.
+        """
+        for name, size in zip(self.header.shards, self.header.shard_bytes):
+            path = f"{self._root}/{name}"
+            if not self._fs.exists(path):
+                raise DataError(f"Shard {name!r} of {self.folder!r} is missing.")
+            if self._fs.size(path) != size:
+                raise DataError(
+                    f"Shard {name!r} of {self.folder!r} has {self._fs.size(path)} bytes, its index says {size}. "
+                    "Make the index anew with `anymal prepare --index-only`."
+                )
+
+    def parts(self, sample: int) -> list[Part]:
+        """A sample's parts, as its text member gives them; media parts carry their kind.
+
+        Raises:
+            DataError: the bytes are not those that were indexed, or not readable.
+        """
+        row = self.samples[sample]
+        where = f"sample {self.key(sample)!r} of {self.folder!r}"
+        data = self._read(int(row["shard"]), int(row["text_offset"]), int(row["text_length"]), int(row["text_crc"]), where)
+        media = self._media_rows(sample)
+        if not row["text_is_json"]:
+            names = [self.header.extensions[m["extension"]] for m in media]
+            plain = [MediaPart(name, self.header.kinds[m["kind"]]) for name, m in zip(names, media)]
+            return [*plain, parse_text(data, where)]
+        rows = iter(media)
+        return [
+            MediaPart(part.media, self.header.kinds[next(rows)["kind"]], part.attributes)
+            if isinstance(part, MediaPart)
+            else part
+            for part in parse_json(data, where)
+        ]
+
+    def read_media(self, sample: int, parts: Sequence[Part], wanted: Sequence[int]) -> list[MediaBytes]:
+        """The bytes of some of a sample's media items.
+
+        Args:
+            sample: its row.
+            parts: what `parts(sample)` returned.
+            wanted: numbers of the items, counted over the sample's media.
+
+        Raises:
+            DataError: the bytes are not those that were indexed.
+        """
+        items = [part for part in parts if isinstance(part, MediaPart)]
+        rows, shard = self._media_rows(sample), int(self.samples[sample]["shard"])
+        found = []
+        for number in wanted:
+            row, part = rows[number], items[number]
+            where = f"sample {self.key(sample)!r} of {self.folder!r}, media {part.media!r}"
+            data = self._read(shard, int(row["offset"]), int(row["length"]), int(row["crc"]), where)
+            found.append(MediaBytes(part, data, self.header.extensions[row["extension"]]))
+        return found
+
+    def _media_rows(self, sample: int) -> np.ndarray:
+        row = self.samples[sample]
+        start = int(row["media_start"])
+        return self.media[start : start + int(row["media_count"])]
+
+    def _inside(self, name: str) -> str:
+        return str(PurePosixPath(self._root) / INDEX_FOLDER / name)
+
+    def _array(self, name: str) -> np.ndarray:
+        if self._local:
+            try:
+                return np.load(self._inside(name), mmap_mode="r")
+            except ValueError:
+                # An empty array cannot be mapped.
+                return np.load(self._inside(name))
+        with self._fs.open(self._inside(name), "rb") as file:
+            return np.load(file)
+
+    @cached_property
+    def _keys(self) -> Any:
+        if self._local:
+            return np.memmap(self._inside("keys.bin"), dtype=np.uint8, mode="r")
+        return np.frombuffer(self._fs.cat_file(self._inside("keys.bin")), dtype=np.uint8)
+
+    def _read(self, shard: int, offset: int, length: int, crc: int, where: str) -> bytes:
+        name = self.header.shards[shard]
+        try:
+            data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
+        except OSError as error:
+            raise DataError(f"{where}: shard {name!r} cannot be read ({error}).") from None
+        if len(data) != length or zlib.crc32(data) != crc:
+            raise DataError(f"{where}: its bytes in shard {name!r} are not those that were indexed (damaged shard?).")
+        return data
+
+
+def write_index(folder: str, header: IndexHeader, samples: np.ndarray, media: np.ndarray, keys: bytes) -> None:
+    """Write an index; index.json comes last, so that a half-written index is never opened."""
+    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    inside = f"{root}/{INDEX_FOLDER}"
+    fs.makedirs(inside, exist_ok=True)
+    for name, array in (("samples.npy", samples), ("media.npy", media)):
+        with fs.open(f"{inside}/{name}", "wb") as file:
+            np.save(file, array)
+    fs.pipe_file(f"{inside}/keys.bin", keys or b"\0")
+    fs.pipe_file(f"{inside}/index.json", header.to_json(len(samples), len(media)).encode())

@@ -1,0 +1,102 @@
+"""What passes between the parts of the data path."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Mapping, Union
+
+from torch import Tensor
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the folder, file or sample and the mend."""
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A stretch of text of a sample."""
+
+    text: str
+    # Whether its tokens are targets of the loss.
+    loss: bool = True
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """A media item of a sample, in its place between the texts."""
+
+    # The member's name in the shard, or the file's path in a manifest.
+    media: str
+    # The registered kind: image, video, audio, imu, ...
+    modality: str
+    # Whatever else the sample says of the item, for example {"rate": 50}.
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+
+
+Part = Union[TextPart, MediaPart]
+
+
+@dataclass(frozen=True)
+class PlannedMedia:
+    """A media item of a planned sample: its modality's name in the configuration and its number of pieces."""
+
+    modality: str
+    pieces: int
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One sample of a global batch, known from the index alone."""
+
+    # Its place in the global batch.
+    position: int
+    dataset: int
+    sample: int
+    # LLM tokens: text and soft tokens.
+    length: int
+    # Tokens that enter the loss.
+    targets: int
+    media: tuple[PlannedMedia, ...]
+
+
+@dataclass(frozen=True)
+class PlannedMicroBatch:
+    """What one forward pass of one replica takes: documents, one after the other, then padding."""
+
+    step: int
+    # Tokens with the padding.
+    padded_length: int
+    samples: tuple[PlannedSample, ...]
+
+
+@dataclass
+class MediaBatch:
+    """One modality's media of a micro-batch, as far as this rank encodes them."""
+
+    # [pieces, *piece_shape], float32: this rank's share of the pieces.
+    pieces: Tensor
+    # Pieces each tensor-parallel rank holds; the shares are consecutive.
+    shares: tuple[int, ...]
+    # [all pieces x soft tokens]: where the soft tokens go, in the order of the pieces.
+    token_index: Tensor
+
+
+@dataclass
+class MicroBatch:
+    """A planned micro-batch with its contents; T is the padded number of tokens."""
+
+    plan: PlannedMicroBatch
+    # Lengths of the documents, the padding last; they add up to T.
+    document_lengths: tuple[int, ...]
+    # [1, T] int64; placeholders where media go.
+    tokens: Tensor
+    # [1, T] int64: the next token.
+    labels: Tensor
+    # [1, T] float32: 1 where the label counts.
+    loss_mask: Tensor
+    # [1, T] int64: the sample's place in the global batch; -1 for padding.
+    sample_positions: Tensor
+    # By the modality's name in the configuration; empty away from the first stage.
+    media: dict[str, MediaBatch]
+    # Place in the global batch -> why the sample could not be read.
+    bad: dict[int, str]

@@ -1,0 +1,117 @@
+"""What an encoder's section says about its input, read without loading weights.
+
+The modalities need the resolution, the frames or the sampling rate; the encoders build on the same configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.config import ConfigError, EncoderConfig
+from megatron_anymal.modalities.base import nearest
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """An encoder that transformers implements."""
+
+    model: str
+    config: str
+    # `model_type` of the folders that hold it; a folder of the whole two-tower model holds it as a part.
+    model_types: tuple[str, ...]
+
+
+ARCHITECTURES = {
+    "clip": Architecture("CLIPVisionModel", "CLIPVisionConfig", ("clip", "clip_vision_model")),
+    "dinov2": Architecture("Dinov2Model", "Dinov2Config", ("dinov2",)),
+    "videomae": Architecture("VideoMAEModel", "VideoMAEConfig", ("videomae",)),
+    "clap": Architecture("ClapAudioModel", "ClapAudioConfig", ("clap", "clap_audio_model")),
+}
+
+
+def read_folder(encoder: EncoderConfig, model_types: tuple[str, ...]) -> dict[str, Any]:
+    """The config.json of `encoder.path`, refused where it is of another architecture.
+
+    Raises:
+        ConfigError: the folder or the file is missing, unreadable, or of the wrong kind.
+    """
+    found = read_json(Path(encoder.path), "config.json")
+    if not found:
+        raise ConfigError(
+            f"encoder.path={encoder.path!r} is not a folder with a config.json. Name a local folder with a "
+            f"{encoder.type} encoder."
+        )
+    model_type = found.get("model_type")
+    if model_type not in model_types:
+        raise ConfigError(
+            f"encoder.path={encoder.path!r} holds the architecture {model_type!r}, but encoder.type={encoder.type} "
+            f"needs {' or '.join(repr(one) for one in model_types)}. Name another folder or another type."
+        )
+    return found
+
+
+def read_json(folder: Path, name: str) -> dict[str, Any]:
+    """A JSON object of a folder; empty where the file does not exist.
+
+    Raises:
+        ConfigError: not a JSON object.
+    """
+    file = folder / name
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON ({error}). Copy the folder again.") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file} must hold a JSON object.")
+    return content
+
+
+def transformers_config(encoder: EncoderConfig) -> Any:
+    """The transformers configuration of an encoder of `ARCHITECTURES` (the vision or audio part of a two-tower one).
+
+    Raises:
+        ConfigError: neither folder nor shape given, a folder of the wrong kind, an unknown key, an impossible value.
+    """
+    import transformers
+
+    architecture = ARCHITECTURES[encoder.type]
+    config_class = getattr(transformers, architecture.config)
+    if encoder.path:
+        read_folder(encoder, architecture.model_types)
+        try:
+            return config_class.from_pretrained(encoder.path, local_files_only=True)
+        except Exception as error:
+            raise ConfigError(f"{encoder.path}/config.json cannot be used: {error}") from error
+    if not encoder.config:
+        raise ConfigError(
+            f"encoder.path is empty. Name a local folder with a {encoder.type} encoder, or give encoder.config, the "
+            "keys of a shape with random weights."
+        )
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for key in encoder.config:
+        if key not in known:
+            raise ConfigError(f"encoder.config.{key} is not a key of {architecture.config}. {nearest(key, known)}")
+    try:
+        # Lists of the configuration file may arrive as other sequences; transformers wants plain ones.
+        return config_class(**{k: list(v) if isinstance(v, (list, tuple)) else v for k, v in encoder.config.items()})
+    except Exception as error:
+        raise ConfigError(f"encoder.config is not a possible {architecture.config}: {error}") from error
+
+
+def preprocessor(encoder: EncoderConfig, part: str) -> dict[str, Any]:
+    """How the folder's own preprocessor treats media; empty without a folder or without such a file.
+
+    Args:
+        part: "image_processor", "video_processor" or "feature_extractor": the key where a combined file nests it.
+    """
+    if not encoder.path:
+        return {}
+    folder = Path(encoder.path)
+    single = read_json(folder, "preprocessor_config.json")
+    return single or read_json(folder, "processor_config.json").get(part, {})

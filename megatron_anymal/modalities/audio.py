@@ -1,0 +1,202 @@
+"""Audio: pieces of fixed length as log-mel spectrograms (AnyMAL section 3.1), CLAP's features."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig
+from megatron_anymal.modalities.architecture import preprocessor, transformers_config
+from megatron_anymal.modalities.base import MediaError, Modality, count_in_time, require_above
+from megatron_anymal.modalities.registry import register
+
+# Options that a CLAP folder's own preprocessor fixes.
+FIXED_BY_FOLDER = ("sampling_rate", "n_mels", "hop_length", "fft_window_size", "frequency_min", "frequency_max")
+
+
+@dataclass
+class AudioOptions:
+    """Options of the audio modality; the defaults of the log-mel are CLAP's."""
+
+    # Length of a piece.
+    piece_seconds: float = 10.0
+    # Most pieces of a recording; what lies behind them is not heard.
+    max_pieces: int = 8
+    # How the last piece is filled up: "pad" with zeros, "repeatpad" or "repeat" with itself (CLAP's names).
+    padding: str = "pad"
+    # The recording is resampled to this rate, in Hz.
+    sampling_rate: int = 48000
+    # Mel bands. 0: the CLAP encoder's, or 64.
+    n_mels: int = 0
+    # Samples from one frame to the next, and in a frame's window.
+    hop_length: int = 480
+    fft_window_size: int = 1024
+    # Range of the mel bands in Hz. A maximum of 0: 14000, or half the sampling rate where that is less.
+    frequency_min: float = 50.0
+    frequency_max: float = 0.0
+    # The log-mel, in dB, becomes (dB - mel_mean) / mel_std. CLAP normalises by itself; -40 and 40 suit `identity`.
+    mel_mean: float = 0.0
+    mel_std: float = 1.0
+
+
+@contextmanager
+def opened(data: bytes) -> Iterator[Any]:
+    """The open sound file.
+
+    Raises:
+        MediaError: not a readable sound file, or one without samples; raised also for errors while the body reads.
+    """
+    import soundfile
+
+    if not data:
+        raise MediaError("is empty (0 bytes)")
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as sound:
+            if sound.frames < 1 or sound.samplerate < 1:
+                raise MediaError("holds no sound (0 samples)")
+            yield sound
+    except soundfile.SoundFileError as error:
+        raise MediaError(f"cannot be decoded as audio, it is damaged or of another format: {error}") from error
+
+
+def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
+    """A mono waveform, [samples] float32, at another rate in Hz: FFmpeg's windowed-sinc resampler, delay removed.
+
+    Raises:
+        MediaError: a rate that cannot be resampled.
+    """
+    if rate == target:
+        return wave
+    import av
+
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=target)
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[None]), format="fltp", layout="mono")
+    frame.sample_rate = rate
+    try:
+        parts = [part.to_ndarray()[0] for given in (frame, None) for part in resampler.resample(given)]
+    except av.error.FFmpegError as error:
+        raise MediaError(f"states a sampling rate of {rate} Hz, which cannot be used: {error}") from error
+    # A sound shorter than the filter may come out as nothing.
+    out = np.concatenate([np.zeros(0, dtype=np.float32), *parts])
+    wanted = round(len(wave) * target / rate)
+    return np.pad(out[:wanted], (0, max(0, wanted - len(out))))
+
+
+@register("audio")
+class AudioModality(Modality):
+    """A recording, mixed to mono, as log-mel pieces.
+
+    A piece is [1, frames, mels] for CLAP ([4, frames, mels] where it fuses features of long recordings) and
+    [frames, mels] for any other encoder.
+    """
+
+    extensions: ClassVar[tuple[str, ...]] = ("wav", "flac", "ogg", "opus", "mp3")
+    Options: ClassVar[type] = AudioOptions
+
+    def __init__(self, config: ModalityConfig) -> None:
+        super().__init__(config)
+        require_above(
+            self.options, piece_seconds=0, max_pieces=0, sampling_rate=0, n_mels=-1, hop_length=0, fft_window_size=1
+        )
+        require_above(self.options, mel_std=0, frequency_min=-1, frequency_max=-1)
+        if self.options.padding not in ("pad", "repeatpad", "repeat"):
+            raise ConfigError(f"options.padding={self.options.padding!r} is not pad, repeatpad or repeat.")
+        self.channels = 0
+        if config.encoder.type == "clap":
+            architecture = transformers_config(config.encoder)
+            self.channels = 4 if architecture.enable_fusion else 1
+            self.extractor = self._extractor(config, architecture.num_mel_bins)
+        else:
+            self.extractor = self._extractor(config, self.options.n_mels or 64)
+        self.sampling_rate = int(self.extractor.sampling_rate)
+        self.samples = round(self.options.piece_seconds * self.sampling_rate)
+        if self.samples < self.extractor.fft_window_size:
+            raise ConfigError(
+                f"options.piece_seconds={self.options.piece_seconds} holds {self.samples} samples, less than one "
+                f"window of {self.extractor.fft_window_size}. Lengthen the pieces or shorten fft_window_size."
+            )
+
+    def _extractor(self, config: ModalityConfig, mels: int) -> Any:
+        from transformers import ClapFeatureExtractor
+
+        options = self.options
+        described = preprocessor(config.encoder, "feature_extractor") if config.encoder.type == "clap" else {}
+        if described:
+            self._refuse_given(config.options, config.encoder)
+            extractor = ClapFeatureExtractor.from_dict(described)
+        else:
+            extractor = ClapFeatureExtractor(
+                feature_size=options.n_mels or mels,
+                sampling_rate=options.sampling_rate,
+                hop_length=options.hop_length,
+                fft_window_size=options.fft_window_size,
+                frequency_min=options.frequency_min,
+                frequency_max=options.frequency_max or min(14000.0, options.sampling_rate / 2),
+            )
+        if extractor.feature_size != mels:
+            raise ConfigError(
+                f"The log-mel has {extractor.feature_size} bands but the encoder takes {mels}. Set options.n_mels to "
+                "0, or mend the folder's preprocessor_config.json."
+            )
+        return extractor
+
+    @staticmethod
+    def _refuse_given(given: Mapping[str, Any], encoder: EncoderConfig) -> None:
+        for name in FIXED_BY_FOLDER:
+            if name in given:
+                raise ConfigError(f"options.{name} is fixed by the preprocessor of {encoder.path!r}. Remove it.")
+
+    @classmethod
+    def probe(cls, data: bytes, extension: str, attributes: Mapping[str, Any]) -> tuple[float, float]:
+        """Duration in seconds and sampling rate in Hz, from the header."""
+        with opened(data) as sound:
+            return sound.frames / sound.samplerate, float(sound.samplerate)
+
+    def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
+        """Pieces of `piece_seconds` that cover the recording."""
+        return count_in_time(sizes[:, 0], self.options.piece_seconds, self.options.max_pieces)
+
+    @property
+    def piece_shape(self) -> tuple[int, ...]:
+        """[channels, frames, mels] for CLAP, else [frames, mels]."""
+        spectrogram = (1 + self.samples // self.extractor.hop_length, self.extractor.feature_size)
+        return (self.channels, *spectrogram) if self.channels else spectrogram
+
+    def waveform(self, data: bytes, pieces: int) -> np.ndarray:
+        """The first `pieces` pieces' sound, mono, at the encoder's rate, [samples] float32 in -1 to 1.
+
+        Raises:
+            MediaError: fewer samples than the header states, or values that are not finite.
+        """
+        with opened(data) as sound:
+            rate = sound.samplerate
+            wanted = min(sound.frames, int(np.ceil(pieces * self.options.piece_seconds * rate)))
+            samples = sound.read(wanted, dtype="float32", always_2d=True)
+        if len(samples) < wanted:
+            raise MediaError(f"ends after {len(samples)} of {wanted} samples: it is cut off")
+        if not np.isfinite(samples).all():
+            raise MediaError(f"sample {int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])} is not finite")
+        return resample(samples.mean(axis=1), rate, self.sampling_rate)
+
+    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
+        """Log-mel pieces, float32; each equals CLAP's own extractor on that piece of sound."""
+        wave = self.waveform(data, pieces)[: pieces * self.samples]
+        # Rounding of the resampled length may leave the last piece without a sample.
+        wave = np.pad(wave, (0, max(0, (pieces - 1) * self.samples + 1 - len(wave))))
+        features = self.extractor(
+            [wave[start : start + self.samples] for start in range(0, len(wave), self.samples)],
+            # A piece is never longer than `max_length`, so neither choice cuts at random: they pick the mel scale.
+            truncation="fusion" if self.channels == 4 else "rand_trunc",
+            padding=self.options.padding,
+            max_length=self.samples,
+            sampling_rate=self.sampling_rate,
+        )["input_features"]
+        mel = np.stack(features).astype(np.float32)
+        mel = (mel - np.float32(self.options.mel_mean)) / np.float32(self.options.mel_std)
+        return torch.from_numpy(mel if self.channels else mel[:, 0])

@@ -1,0 +1,115 @@
+"""From the configuration to this rank's part of the model, with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Callable, Mapping
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
+from transformers import LlamaConfig
+
+from megatron_anymal import backend
+from megatron_anymal.config import AnyMALConfig, EncoderConfig
+from megatron_anymal.modalities import Modality
+from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.model.encoders import Encoder, build_encoder
+from megatron_anymal.model.hf_llama import load_hf_llama
+from megatron_anymal.model.llama import build_gpt, transformer_config
+from megatron_anymal.model.projectors import build_projector
+from megatron_anymal.model.weights import list_weights, set_initial_values
+from megatron_anymal.parallel import ParallelLayout
+
+
+def build_model(
+    config: AnyMALConfig,
+    hf: LlamaConfig,
+    layout: ParallelLayout,
+    modalities: Mapping[str, Modality],
+    load_base: Callable[[AnyMALModel], None],
+) -> AnyMALModel:
+    """This rank's pipeline stage, weights set, frozen parts marked.
+
+    Args:
+        hf: the Llama's HuggingFace configuration.
+        modalities: by their name in the configuration.
+        load_base: sets the Llama's weights where `model.language_model.checkpoint` names one.
+
+    Raises:
+        ConfigError: sizes that do not fit, or a folder that is missing or of the wrong kind.
+    """
+    lm = config.model.language_model
+    transformer = transformer_config(hf, config)
+    gpt = build_gpt(
+        hf,
+        transformer,
+        backend.transformer_impl(config),
+        pre_process=layout.is_first_stage,
+        post_process=layout.is_last_stage,
+    )
+    encoders, projectors = _media_parts(config, transformer, modalities) if layout.is_first_stage else ({}, {})
+    pieces_per_call = {name: m.encoder.max_pieces_per_call for name, m in config.model.modalities.items()}
+    model = AnyMALModel(transformer, gpt, encoders, projectors, pieces_per_call, hf.vocab_size).to(layout.device)
+    weights = [w for w in list_weights(model) if not w.name.startswith("encoders.")]
+    if lm.path and lm.load_weights:
+        set_initial_values((w for w in weights if w.name.startswith("projectors.")), config.model.seed, 0.02)
+        load_hf_llama(lm.path, hf, weights)
+    else:
+        set_initial_values(weights, config.model.seed, hf.initializer_range)
+        if lm.checkpoint:
+            load_base(model)
+    _set_gains(model)
+    _freeze(model, config)
+    return model
+
+
+def _media_parts(
+    config: AnyMALConfig, transformer: TransformerConfig, modalities: Mapping[str, Modality]
+) -> tuple[dict[str, Encoder], dict[str, Any]]:
+    parallel = ModelParallelConfig(
+        tensor_model_parallel_size=transformer.tensor_model_parallel_size, params_dtype=transformer.params_dtype
+    )
+    encoders, projectors = {}, {}
+    for name, section in config.model.modalities.items():
+        encoder = _seeded_encoder(name, section.encoder, modalities[name], config.model.seed)
+        encoders[name] = encoder.to(transformer.params_dtype)
+        projectors[name] = build_projector(
+            name, section.projector, parallel, encoder.feature_tokens, encoder.width, transformer.hidden_size
+        )
+    return encoders, projectors
+
+
+def _seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: int) -> Encoder:
+    """An encoder whose random values, where it has any, depend on the seed and its name alone."""
+    key = hashlib.sha256(f"{seed}/encoders.{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        return build_encoder(section, modality.piece_shape)
+
+
+def _set_gains(model: AnyMALModel) -> None:
+    """Start the projectors' gains at the root mean square of the text embeddings."""
+    if not model.projectors:
+        return
+    table = model.language_model.embedding.word_embeddings.weight.detach()
+    squares = table.double().square().sum()
+    dist.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
+    rms = (squares / (model.vocab_size * table.size(1))).sqrt()
+    for projector in model.projectors.values():
+        with torch.no_grad():
+            projector.gain.fill_(rms.item())
+
+
+def _freeze(model: AnyMALModel, config: AnyMALConfig) -> None:
+    def hold(module: nn.Module, frozen: bool) -> None:
+        for parameter in module.parameters():
+            parameter.requires_grad_(not frozen)
+
+    hold(model.language_model, config.model.language_model.freeze)
+    for name in model.projectors:
+        hold(model.encoders[name], config.model.modalities[name].encoder.freeze)
+        hold(model.projectors[name], config.model.modalities[name].projector.freeze)

@@ -1,0 +1,81 @@
+"""CLAP's audio tower: a Swin transformer over a log-mel spectrogram."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from megatron_anymal.config import ConfigError, EncoderConfig
+from megatron_anymal.model.encoders.base import (
+    Encoder,
+    attention_flops,
+    convolution_flops,
+    linear_flops,
+    load_transformers,
+    register_encoder,
+)
+
+
+@register_encoder("clap")
+class CLAPEncoder(Encoder):
+    """CLAP's HTSAT (Wu et al., 2023), from a folder of ClapAudioModel or of a whole ClapModel.
+
+    Features are the last stage's, [n, width, bands, times] read as bands x times tokens. A piece is never longer than
+    the encoder's window, so a fusing CLAP takes its single-view path.
+    """
+
+    def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
+        super().__init__(config, piece_shape)
+        # transformers implements CLAP's windowed attention, with its position bias, in the plain form only.
+        self.model = load_transformers(config, attention="eager")
+        self.encoder = self.model.audio_encoder
+        shape = self.model.config
+        self.fuses = bool(shape.enable_fusion)
+        frames_limit = shape.spec_size * self.encoder.freq_ratio
+        channels = 4 if self.fuses else 1
+        if len(piece_shape) != 3 or (piece_shape[0], piece_shape[2]) != (channels, shape.num_mel_bins):
+            raise ConfigError(
+                f"The clap encoder takes pieces of shape ({channels}, frames, {shape.num_mel_bins}) but the modality "
+                f"makes {tuple(piece_shape)}. Use the audio modality."
+            )
+        if piece_shape[1] > frames_limit:
+            raise ConfigError(
+                f"A piece has {piece_shape[1]} frames but the clap encoder takes {frames_limit} at most. Shorten "
+                "options.piece_seconds or lengthen options.hop_length."
+            )
+        self.width = self.encoder.num_features
+        self.feature_tokens = self._count_tokens()
+
+    def _count_tokens(self) -> int:
+        """The tokens of a piece, from a run over zeros: windows and merging make the formula long."""
+        # In evaluation mode a run changes no batch statistics and draws no random numbers.
+        self.model.eval()
+        with torch.no_grad():
+            return self._last_stage(torch.zeros(1, *self.piece_shape)).shape[1]
+
+    def _last_stage(self, pieces: Tensor) -> Tensor:
+        is_longer = torch.zeros(pieces.shape[0], 1, dtype=torch.bool, device=pieces.device) if self.fuses else None
+        features = self.model(input_features=pieces, is_longer=is_longer).last_hidden_state
+        return features.flatten(2).transpose(1, 2)
+
+    def forward(self, pieces: Tensor) -> Tensor:
+        """[n, channels, frames, mels] to [n, feature_tokens, width]."""
+        return self._last_stage(pieces.to(self.dtype)).contiguous()
+
+    def flops_per_piece(self) -> float:
+        """Patch embedding + per stage (2 n x linear weights + 4 n window^2 width per layer) + merging of patches.
+
+        n halves along both sides from stage to stage; merging runs on the tokens that it leaves.
+        """
+        height, width = self.encoder.patch_embed.grid_size
+        total = convolution_flops(self.encoder.patch_embed.proj, height * width)
+        for stage in self.encoder.layers:
+            tokens = height * width
+            # A stage smaller than the window attends to all it has.
+            window = min(self.model.config.window_size, height, width)
+            blocks: nn.ModuleList = stage.blocks
+            total += linear_flops(blocks, tokens) + len(blocks) * attention_flops(tokens, window**2, stage.dim)
+            if stage.downsample is not None:
+                height, width = (height + 1) // 2, (width + 1) // 2
+                total += linear_flops(stage.downsample, height * width)
+        return total

@@ -1,0 +1,218 @@
+"""The Llama on megatron-core: the one place that builds GPTModel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megatron_anymal import backend
+from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.model.attention import PackedAttention
+from megatron_anymal.model.weights import leave_unset
+
+_ROPE_TYPES = ("default", "llama3", "linear")
+
+
+def read_llama_config(language_model: LanguageModelConfig) -> LlamaConfig:
+    """The HuggingFace configuration of the Llama, from its folder or from given keys.
+
+    Raises:
+        ConfigError: the folder is missing, or holds another architecture.
+    """
+    if language_model.path:
+        folder = Path(language_model.path)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"model.language_model.path={str(folder)!r} holds no config.json.")
+        import json
+
+        found = json.loads((folder / "config.json").read_text()).get("model_type")
+        if found != "llama":
+            raise ConfigError(f"model.language_model.path={str(folder)!r} holds a {found!r} model, not a Llama.")
+        hf = LlamaConfig.from_pretrained(str(folder))
+    else:
+        known = set(LlamaConfig().to_dict()) | {"rope_theta"}
+        for key in language_model.config:
+            if key not in known:
+                raise ConfigError(f"model.language_model.config.{key} is no key of a transformers LlamaConfig.")
+        hf = LlamaConfig(**language_model.config)
+    rope = hf.rope_parameters.get("rope_type", "default")
+    if rope not in _ROPE_TYPES:
+        raise ConfigError(f"The Llama's RoPE type {rope!r} is not supported; supported are {', '.join(_ROPE_TYPES)}.")
+    if hf.attention_bias or hf.mlp_bias or hf.hidden_act != "silu":
+        raise ConfigError("The Llama's configuration has biases or an activation other than silu: not supported.")
+    return hf
+
+
+def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConfig:
+    """megatron-core's configuration of this Llama under this layout.
+
+    Raises:
+        ConfigError: the Llama's sizes do not divide.
+    """
+    m = config.model
+    ranks, stages = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(hf, name) % ranks:
+            raise ConfigError(
+                f"model.tensor_model_parallel_size={ranks} does not divide the Llama's {name}={getattr(hf, name)}."
+            )
+    edges = [m.num_layers_in_first_pipeline_stage, m.num_layers_in_last_pipeline_stage]
+    given, middle = sum(edges), stages - sum(1 for e in edges if e)
+    left = hf.num_hidden_layers - given
+    if left < middle or (left % middle if middle else left):
+        raise ConfigError(
+            f"model.pipeline_model_parallel_size={stages} does not divide the Llama's {hf.num_hidden_layers} layers"
+            + (f" ({left} left for {middle} stage(s))" if given else "")
+            + ". Set model.num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage."
+        )
+    dtype = backend.compute_dtype(config)
+    recompute: dict[str, Any] = {}
+    if m.recompute_granularity == "full":
+        recompute = {"recompute_method": m.recompute_method, "recompute_num_layers": m.recompute_num_layers}
+    elif m.recompute_granularity == "selective":
+        recompute = {"recompute_modules": list(m.recompute_modules)}
+    return TransformerConfig(
+        num_layers=hf.num_hidden_layers,
+        hidden_size=hf.hidden_size,
+        num_attention_heads=hf.num_attention_heads,
+        num_query_groups=hf.num_key_value_heads,
+        kv_channels=hf.head_dim,
+        ffn_hidden_size=hf.intermediate_size,
+        layernorm_epsilon=hf.rms_norm_eps,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=ranks,
+        pipeline_model_parallel_size=stages,
+        context_parallel_size=m.context_parallel_size,
+        sequence_parallel=m.sequence_parallel,
+        num_layers_in_first_pipeline_stage=edges[0] or None,
+        num_layers_in_last_pipeline_stage=edges[1] or None,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        fp8=m.fp8 or None,
+        recompute_granularity=m.recompute_granularity or None,
+        # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
+        calculate_per_token_loss=True,
+        init_method=leave_unset,
+        output_layer_init_method=leave_unset,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        gradient_accumulation_fusion=False,
+        **recompute,
+    )
+
+
+def build_gpt(
+    hf: LlamaConfig, transformer: TransformerConfig, implementation: str, *, pre_process: bool, post_process: bool
+) -> GPTModel:
+    """This pipeline stage's part of the Llama, its weights not yet set.
+
+    Args:
+        implementation: "local" or "transformer_engine".
+    """
+    ranks = transformer.tensor_model_parallel_size
+    model = GPTModel(
+        transformer,
+        _layer_specs(transformer, implementation),
+        vocab_size=-(-hf.vocab_size // ranks) * ranks,
+        max_sequence_length=hf.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        parallel_output=True,
+        share_embeddings_and_output_weights=hf.tie_word_embeddings,
+        position_embedding_type="rope",
+        # The merge puts soft tokens in before it splits the sequence.
+        scatter_embedding_sequence_parallel=False,
+    )
+    rotary = LlamaRotaryEmbedding(config=hf)
+    if implementation == "local":
+        model.rotary_pos_emb = PackedRotaryEmbedding(rotary.inv_freq)
+    else:
+        model.rotary_pos_emb.inv_freq = rotary.inv_freq.to(model.rotary_pos_emb.inv_freq)
+    if post_process and hf.vocab_size % ranks:
+        model.output_layer.register_forward_hook(_HidePaddedVocabulary(hf.vocab_size))
+    return model
+
+
+def _layer_specs(transformer: TransformerConfig, implementation: str) -> ModuleSpec | TransformerBlockSubmodules:
+    if implementation == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec()
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * get_num_layers_to_build(transformer), layer_norm=RMSNorm
+    )
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm that works under sequence parallelism (megatron-core's own without Transformer Engine refuses it)."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **ignored: Any):
+        super().__init__()
+        self.eps = eps
+        weight: Any = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.device("cuda")))
+        # Tells megatron-core to sum its gradient over the ranks that share the sequence.
+        weight.sequence_parallel = config.sequence_parallel
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] -> the same."""
+        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+
+
+class PackedRotaryEmbedding(RotaryEmbedding):
+    """Rotary angles of a pack's tokens, positions restarting with each document; one gather for the whole pack."""
+
+    def __init__(self, inv_freq: Tensor):
+        nn.Module.__init__(self)
+        # Not registered as a buffer: casting the model to bf16 would round it.
+        self.inv_freq = inv_freq.float()
+        self.position_ids: Optional[Tensor] = None
+
+    def forward(self, max_seq_len: int, offset: int = 0, **ignored: Any) -> Tensor:
+        """The angles [T, 1, 1, head size] of the pack whose `position_ids` were set before the forward pass."""
+        assert self.position_ids is not None
+        self.inv_freq = self.inv_freq.to(self.position_ids.device)
+        angles = torch.outer(self.position_ids.float(), self.inv_freq)
+        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
+
+
+class _HidePaddedVocabulary:
+    """Keeps the rows that pad the vocabulary out of the softmax."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def __call__(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
+        real = self.vocab_size - first
+        if real < logits.size(-1):
+            padded = torch.arange(logits.size(-1), device=logits.device) >= real
+            logits = logits.masked_fill(padded, float("-inf"))
+        return logits, bias
+

@@ -1,0 +1,187 @@
+"""`.nemo` archives that stand alone: configuration, all weights, and the folders the configuration names.
+
+An uncompressed tar with
+    model_config.yaml            the configuration; the Llama's shape in it, paths into the archive begin with "nemo:"
+    model_weights.safetensors    every weight, gathered, frozen parts too
+    encoders/NAME/               each encoder's folder, where one was given: its preprocessing belongs to the model
+    tokenizer/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.config_io import from_dict
+
+CONFIG_NAME = "model_config.yaml"
+WEIGHTS_NAME = "model_weights.safetensors"
+# A path into the archive.
+PREFIX = "nemo:"
+# Other libraries' copies of weights that a HuggingFace folder may hold beside the ones read.
+_UNUSED_SUFFIXES = {".h5", ".msgpack", ".ot", ".onnx", ".md"}
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class ArchivedTensors(Mapping[str, Tensor]):
+    """The weights of an archive, each read when asked for, so that no process holds what it does not need.
+
+    safetensors' own reader opens whole files only; unpacking a large model for every process would cost its size each.
+
+    Args:
+        path: the archive.
+        offset: where the safetensors file begins in it, in bytes.
+    """
+
+    def __init__(self, path: Path, offset: int) -> None:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            (length,) = struct.unpack("<Q", file.read(8))
+            self._entries = json.loads(file.read(length))
+        self._entries.pop("__metadata__", None)
+        self._start = offset + 8 + length
+        self._bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        begin, end = (self._start + place for place in entry["data_offsets"])
+        # Copied: the tensor must outlive the file, and the file's bytes are at any alignment.
+        return self._bytes[begin:end].clone().view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+def write(path: Path, config_yaml: str, folders: Mapping[str, Path], tensors: Mapping[str, Tensor]) -> None:
+    """Write an archive: under another name first, so that no half of one is ever found under `path`.
+
+    Args:
+        config_yaml: contents of model_config.yaml.
+        folders: place in the archive -> folder (or single file) to copy.
+        tensors: every weight.
+    """
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as staging:
+        root = Path(staging) / "archive"
+        root.mkdir()
+        (root / CONFIG_NAME).write_text(config_yaml, encoding="utf-8")
+        for place, source in folders.items():
+            _copy(source, root / place)
+        save_file(_unshared(tensors), root / WEIGHTS_NAME, metadata={"format": "pt"})
+        packed = Path(staging) / path.name
+        with tarfile.open(packed, "w:") as tar:
+            for member in sorted(root.rglob("*")):
+                tar.add(member, arcname=str(member.relative_to(root)), recursive=False)
+        os.replace(packed, path)
+
+
+def read(path: Path, folder: Path) -> tuple[str, ArchivedTensors]:
+    """Open an archive: its configuration's text and its weights; everything but the weights is unpacked to `folder`.
+
+    Raises:
+        ConfigError: there is no such file, or it is not an archive written by `write`.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path}. Name a .nemo archive made by save_to.")
+    try:
+        with tarfile.open(path, "r:") as tar:
+            members = {member.name.removeprefix("./"): member for member in tar.getmembers()}
+            if CONFIG_NAME not in members or WEIGHTS_NAME not in members:
+                raise ConfigError(
+                    f"{path} holds no {CONFIG_NAME} or {WEIGHTS_NAME}: it is not an archive of this model."
+                )
+            weights = members.pop(WEIGHTS_NAME)
+            tar.extractall(folder, members=list(members.values()), filter="data")
+    except tarfile.TarError as error:
+        raise ConfigError(f"{path} cannot be read as a .nemo archive: {error}. Save or copy it again.") from error
+    return (folder / CONFIG_NAME).read_text(encoding="utf-8"), ArchivedTensors(path, weights.offset_data)
+
+
+def portable(config: AnyMALConfig, llama: Mapping[str, Any]) -> tuple[AnyMALConfig, dict[str, Path]]:
+    """The configuration with its folders pointing into the archive, and the folders to put there.
+
+    Data folders and plug-in files stay where they are: they are not part of the model.
+
+    Args:
+        config: the run's configuration.
+        llama: the shape of its Llama, as keys of a transformers LlamaConfig.
+    """
+    result = from_dict(config.to_dict())
+    folders: dict[str, Path] = {}
+    freeze = result.model.language_model.freeze
+    result.model.language_model = LanguageModelConfig(config=dict(llama), load_weights=False, freeze=freeze)
+    for name, modality in result.model.modalities.items():
+        if modality.encoder.path:
+            folders[f"encoders/{name}"] = Path(modality.encoder.path)
+            modality.encoder.path = f"{PREFIX}encoders/{name}"
+    if result.data.tokenizer:
+        folders["tokenizer"] = Path(result.data.tokenizer)
+        result.data.tokenizer = f"{PREFIX}tokenizer"
+    # The archive's weights are what this would have loaded.
+    result.model.restore_from_path = ""
+    return result, folders
+
+
+def unpacked(config: AnyMALConfig, folder: Path) -> AnyMALConfig:
+    """`portable`'s configuration with its paths leading to the unpacked `folder`."""
+    result = from_dict(config.to_dict())
+
+    def local(path: str) -> str:
+        return str(folder / path.removeprefix(PREFIX)) if path.startswith(PREFIX) else path
+
+    for modality in result.model.modalities.values():
+        modality.encoder.path = local(modality.encoder.path)
+    result.data.tokenizer = local(result.data.tokenizer)
+    return result
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_file():
+        shutil.copyfile(source, target)
+        return
+    target.mkdir()
+    for file in source.iterdir():
+        if file.is_file() and file.suffix not in _UNUSED_SUFFIXES and not file.name.startswith("."):
+            shutil.copyfile(file, target / file.name)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, contiguous, no two in one memory (a tied head), as safetensors wants them."""
+    result: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        if whole.untyped_storage().data_ptr() in seen:
+            whole = whole.clone()
+        seen.add(whole.untyped_storage().data_ptr())
+        result[name] = whole
+    return result

@@ -1,0 +1,201 @@
+"""`anymal pretrain`: hydra_runner -> engine set-up -> unfitted Trainer -> exp_manager -> the engine's loop.
+
+Lightning's loop does not drive the training: the engine's step is the only clock, so that checkpoints, resume, signals
+and the logged step agree. NeMo gives the command line, the run folder and the loggers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_anymal.config import AnyMALConfig, ConfigError, check
+from megatron_anymal.config_io import (
+    Composed,
+    compose,
+    default_config_dir,
+    from_dict,
+    print_config,
+    search_path_override,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from omegaconf import DictConfig
+
+    from megatron_anymal.parallel import ParallelLayout
+
+_EPILOG = """overrides:
+  trainer.num_nodes=4                   set a value
+  +data.train.extra.path=data/extra     add an entry of a dict
+  ~model.modalities.audio               remove one
+
+several processes:
+  torchrun --nproc-per-node=8 -m megatron_anymal pretrain --config-name=NAME trainer.devices=8 ..."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run alignment pre-training; return the exit code.
+
+    Raises:
+        ConfigError: a setting that cannot work; before any process group or file is touched.
+    """
+    arguments = _parser().parse_intermixed_args(argv)
+    config_dir = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
+    if not config_dir.is_dir():
+        raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {config_dir}.")
+    composed = compose(arguments.config_name, config_dir, arguments.overrides)
+    if arguments.print_config:
+        print_config(composed)
+        return 0
+    check(composed.config)
+    _run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed)
+    return 0
+
+
+def run(config: AnyMALConfig) -> None:
+    """Train with the engine, under NeMo's run folder and loggers; called on every rank."""
+    from megatron_anymal.nemo.model import MegatronAnyMALModel
+    from megatron_anymal.parallel import initialize, shutdown
+
+    _check_loggers(config)
+    # Before the Trainer: Lightning would undo what the engine does to this process's torch.
+    layout = initialize(config)
+    trainer = unfitted_trainer(config)
+    manage_experiment(trainer, config, layout)
+    MegatronAnyMALModel(config, trainer, layout=layout).fit()
+    # Only after success: with a rank gone the others would wait for it here.
+    shutdown()
+
+
+def unfitted_trainer(config: AnyMALConfig) -> Trainer:
+    """A Lightning Trainer that carries the loggers and is never fitted.
+
+    One CPU device and the plain environment, whatever the job's size: the processes and devices are the engine's, and
+    Lightning's own checks of a torchrun or Slurm environment would refuse jobs that the engine runs.
+    """
+    from lightning.fabric.plugins.environments import LightningEnvironment
+    from lightning.pytorch import Trainer
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        return Trainer(
+            accelerator="cpu",
+            devices=1,
+            plugins=[LightningEnvironment()],
+            max_steps=config.trainer.max_steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+
+
+def manage_experiment(trainer: Trainer, config: AnyMALConfig, layout: ParallelLayout) -> None:
+    """Let NeMo's exp_manager make the run folder and, on the reporting rank, the loggers.
+
+    The other keys of the section are the engine's: max_time_per_run, resume_if_exists, resume_ignore_no_checkpoint and
+    checkpoint.
+    """
+    import logging
+
+    from nemo.utils import logging as nemo_logging
+    from nemo.utils.exp_manager import exp_manager
+
+    section = config.exp_manager
+    previous = nemo_logging.getEffectiveLevel()
+    # At INFO it prints its whole schema.
+    nemo_logging.setLevel(logging.WARNING)
+    try:
+        exp_manager(
+            trainer,
+            {
+                # One folder for all runs of a job: with exp_dir, a resumed run would open another version's.
+                "explicit_log_dir": str(config.run_dir),
+                "create_tensorboard_logger": section.create_tensorboard_logger and layout.reports,
+                "create_wandb_logger": section.create_wandb_logger and layout.reports,
+                "wandb_logger_kwargs": dict(section.wandb_logger_kwargs),
+                "create_checkpoint_callback": False,
+                "create_preemption_callback": False,
+                "resume_if_exists": False,
+                "log_step_timing": False,
+                "log_tflops_per_sec_per_gpu": False,
+                "seconds_to_sleep": 0,
+            },
+        )
+    finally:
+        nemo_logging.setLevel(previous)
+
+
+def _check_loggers(config: AnyMALConfig) -> None:
+    section = config.exp_manager
+    if not section.create_wandb_logger:
+        if section.wandb_logger_kwargs:
+            raise ConfigError(
+                "exp_manager.wandb_logger_kwargs is set but exp_manager.create_wandb_logger is false. Set it to true, "
+                "or empty the arguments."
+            )
+        return
+    missing = [name for name in ("name", "project") if name not in section.wandb_logger_kwargs]
+    if missing:
+        raise ConfigError(
+            f"exp_manager.create_wandb_logger=true needs exp_manager.wandb_logger_kwargs.{missing[0]}. "
+            f"Add +exp_manager.wandb_logger_kwargs.{missing[0]}=..."
+        )
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            "exp_manager.create_wandb_logger=true needs the package wandb. Install it with `pip install wandb`, or set "
+            "exp_manager.create_wandb_logger=false."
+        )
+
+
+def _run_under_hydra(config_name: str, config_dir: Path, composed: Composed) -> None:
+    """Hand over to NeMo's hydra_runner, which composes again, sets up logging and calls `run`."""
+    from nemo.core.config import hydra_runner
+
+    failures: list[Exception] = []
+    given = sys.argv
+
+    def task(cfg: DictConfig) -> None:
+        from omegaconf import OmegaConf
+
+        # exp_manager writes the command into the run folder: the user's.
+        sys.argv = given
+        # Hydra would print its own abridged traceback and exit with 1 for a user's mistake too.
+        try:
+            run(_typed(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+        except Exception as error:
+            failures.append(error)
+
+    overrides = [*search_path_override(config_dir), *composed.hydra_overrides]
+    sys.argv = [given[0], *overrides]
+    try:
+        hydra_runner(config_path=str(config_dir), config_name=config_name)(task)()
+    finally:
+        sys.argv = given
+    if failures:
+        raise failures[0]
+
+
+def _typed(values: Any) -> AnyMALConfig:
+    assert isinstance(values, dict)
+    return from_dict({key: value for key, value in values.items() if key != "hydra"})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="anymal pretrain",
+        description="Align modalities to a frozen Llama.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config-name", "-cn", required=True, help="YAML file of the configuration folder")
+    parser.add_argument("--config-path", "-cp", help="configuration folder; default: the shipped nemo_configs")
+    parser.add_argument("--print-config", action="store_true", help="print every value and its origin, then stop")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
+    return parser

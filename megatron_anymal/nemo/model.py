@@ -1,0 +1,212 @@
+"""The NeMo model class: configuration and construction; the engine's own loop trains it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from nemo.core.classes import ModelPT
+from omegaconf import DictConfig, OmegaConf
+
+from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig
+from megatron_anymal.config_io import from_dict
+from megatron_anymal.nemo import archive
+
+if TYPE_CHECKING:
+    from megatron_anymal.parallel import ParallelLayout
+
+# ModelPT keeps one configuration and refuses a key `model` in it: the whole run's stands one level down.
+RUN_KEY = "run"
+
+
+def to_cfg(config: AnyMALConfig) -> DictConfig:
+    """The configuration as ModelPT keeps it and as it stands in an archive: `{"run": {trainer, exp_manager, ...}}`."""
+    return OmegaConf.create({RUN_KEY: config.to_dict()})
+
+
+def from_cfg(cfg: DictConfig) -> AnyMALConfig:
+    """The configuration that `to_cfg` packed.
+
+    Raises:
+        ConfigError: `cfg` has no section `run`, or an unknown key or a wrong type in it.
+    """
+    if RUN_KEY not in cfg:
+        raise ConfigError(
+            f"the configuration has no section `{RUN_KEY}`. Pass an AnyMALConfig, or what restore_from(..., "
+            "return_config=True) returns."
+        )
+    values = OmegaConf.to_container(cfg[RUN_KEY], resolve=True)
+    assert isinstance(values, dict)
+    return from_dict({str(key): value for key, value in values.items()}, f"section `{RUN_KEY}`")
+
+
+class MegatronAnyMALModel(ModelPT):
+    """AnyMAL on Megatron-Core: `MegatronAnyMALModel(config, trainer).fit()`.
+
+    The parameters live in megatron-core's sharded modules (`state.models`), built at the first use of `state`, not in
+    this LightningModule: Lightning neither moves, wraps, counts nor saves them.
+
+    Args:
+        cfg: the run's configuration, or what `to_cfg` makes of it.
+        trainer: an unfitted Lightning Trainer; `fit` uses its loggers. None logs to the run folder only.
+        layout: this process's place in the job, where the engine is already set up; None sets it up at first use.
+    """
+
+    def __init__(
+        self, cfg: AnyMALConfig | DictConfig, trainer: Trainer | None = None, layout: ParallelLayout | None = None
+    ) -> None:
+        config = cfg if isinstance(cfg, AnyMALConfig) else from_cfg(cfg)
+        super().__init__(cfg=to_cfg(config), trainer=trainer)
+        self.config = config
+        self.layout = layout
+        self._state: Any = None
+        # Weights of an archive, loaded once the model is built, and the folder its files were unpacked to.
+        self._archived: archive.ArchivedTensors | None = None
+        self._unpacked: tempfile.TemporaryDirectory[str] | None = None
+
+    @property
+    def state(self) -> Any:
+        """The engine's state (models, optimizer, data); built at first use, on all ranks together.
+
+        Raises:
+            ConfigError: something that cannot be built here.
+        """
+        if self._state is None:
+            from megatron_anymal.parallel import initialize
+            from megatron_anymal.train.build import build
+
+            self.layout = self.layout or initialize(self.config)
+            self._state = build(self.config, self.layout)
+            if self._archived is not None:
+                from megatron_anymal.model.weights import load_weights
+
+                load_weights(self._state.models, self._archived)
+                # It keeps fp32 copies of what it trains.
+                self._state.optimizer.reload_model_params()
+                self._archived = None
+        return self._state
+
+    def fit(self) -> None:
+        """Train to trainer.max_steps in the engine's loop, continuing from the run folder's newest checkpoint."""
+        from megatron_anymal.train.loop import fit
+
+        loggers = list(self.trainer.loggers) if self._trainer is not None else []
+        fit(self.state, self.config.run_dir, loggers)
+
+    def setup_training_data(self, train_data_config: DictConfig | Mapping[str, Any]) -> None:
+        """Replace the training data; before the first use of `state`.
+
+        Args:
+            train_data_config: as the section `data.train`: name -> {"path": folder, "weight": share}.
+        """
+        self.config.data.train = self._datasets("train", train_data_config)
+        self._cfg = to_cfg(self.config)
+
+    def setup_validation_data(self, val_data_config: DictConfig | Mapping[str, Any]) -> None:
+        """Replace the validation data; before the first use of `state`.
+
+        Args:
+            val_data_config: as the section `data.validation`: name -> {"path": folder, "weight": share}.
+        """
+        self.config.data.validation = self._datasets("validation", val_data_config)
+        self._cfg = to_cfg(self.config)
+
+    def _datasets(self, split: str, section: DictConfig | Mapping[str, Any]) -> dict[str, DatasetConfig]:
+        if self._state is not None:
+            raise RuntimeError(f"data.{split} is already in use. Set it before fit() or the first use of `state`.")
+        plain = OmegaConf.to_container(section, resolve=True) if isinstance(section, DictConfig) else section
+        return getattr(from_dict({"data": {split: plain}}, f"setup of data.{split}").data, split)
+
+    def save_to(self, save_path: str | Path) -> None:
+        """Write a `.nemo` archive that stands alone: all weights, frozen ones too, gathered over the ranks.
+
+        Called on all ranks together; rank 0 needs memory for the whole model and writes the file. Returns when the
+        file is there.
+
+        Raises:
+            OSError: the file could not be written; on every rank.
+        """
+        from megatron_anymal.model.weights import gather_weights
+
+        tensors = gather_weights(self.state.models)
+        failure: list[str] = [""]
+        if tensors is not None:
+            try:
+                config, folders = archive.portable(self.config, self._llama_keys())
+                text = OmegaConf.to_yaml(to_cfg(config))
+                archive.write(Path(save_path).expanduser().resolve(), text, folders, tensors)
+            except OSError as error:
+                failure = [f"{save_path} could not be written: {error}"]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            dist.broadcast_object_list(failure, src=0)
+        if failure[0]:
+            raise OSError(failure[0])
+
+    def _llama_keys(self) -> dict[str, Any]:
+        """The Llama's shape: what differs from transformers' defaults."""
+        return dict(self.state.llama.to_diff_dict())
+
+    @classmethod
+    def restore_from(
+        cls,
+        restore_path: str | Path,
+        override_config_path: AnyMALConfig | DictConfig | str | Path | None = None,
+        trainer: Trainer | None = None,
+        return_config: bool = False,
+        layout: ParallelLayout | None = None,
+    ) -> MegatronAnyMALModel | DictConfig:
+        """The model of a `.nemo` archive; its weights are read, sharded as configured, when `state` is first used.
+
+        Args:
+            restore_path: the archive.
+            override_config_path: used instead of the archive's configuration, for another layout or other data: a
+                configuration, or a YAML file of the archive's form. Its "nemo:" paths lead into the archive.
+            return_config: return the archive's configuration only.
+
+        Raises:
+            ConfigError: no such archive, or a configuration that is not one of this model.
+        """
+        folder = tempfile.TemporaryDirectory(prefix="nemo-")
+        text, tensors = archive.read(Path(restore_path).expanduser().resolve(), Path(folder.name))
+        cfg = OmegaConf.create(text)
+        assert isinstance(cfg, DictConfig)
+        if return_config:
+            folder.cleanup()
+            return cfg
+        if isinstance(override_config_path, (str, Path)):
+            loaded = OmegaConf.load(override_config_path)
+            assert isinstance(loaded, DictConfig)
+            cfg = loaded
+        elif override_config_path is not None:
+            cfg = override_config_path if isinstance(override_config_path, DictConfig) else to_cfg(override_config_path)
+        model = cls(archive.unpacked(from_cfg(cfg), Path(folder.name)), trainer, layout)
+        model._archived, model._unpacked = tensors, folder
+        return model
+
+    @classmethod
+    def list_available_models(cls) -> None:
+        """None: no trained model is offered for download."""
+        return None
+
+    def setup(self, stage: str | None = None) -> NoReturn:
+        """Refuse Lightning's loop.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            f"trainer.{stage or 'fit'}(model) does not train this model: its loop, checkpoints and step counter are "
+            "the engine's. Call model.fit()."
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse Lightning's loop.
+
+        Raises:
+            RuntimeError: always.
+        """
+        self.setup("fit")

@@ -1,0 +1,125 @@
+"""From sizes to process groups: which rank holds what."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from megatron_anymal import backend
+from megatron_anymal.config import AnyMALConfig, ConfigError, check
+
+# Long enough for a first read of 70B weights, short enough to notice a dead rank.
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """This process's place in the job."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tensor_rank: int
+    tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    data_rank: int
+    data_size: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Holds encoders, projectors and the text embedding."""
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Holds the head and the loss."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def reports(self) -> bool:
+        """Writes the log and the run's files."""
+        return self.rank == 0
+
+    @property
+    def counts_loss(self) -> bool:
+        """Its losses enter the sums over all processes: one rank per replica of the last stage."""
+        return self.is_last_stage and self.tensor_rank == 0
+
+
+def initialize(config: AnyMALConfig) -> ParallelLayout:
+    """Check the configuration, join the job and make its process groups.
+
+    Started by torchrun (or Slurm with the same variables) it joins that job; alone it is a job of one process.
+
+    Raises:
+        ConfigError: a setting cannot work here, or the launcher's process count is not the configuration's.
+    """
+    check(config)
+    backend.check_backend(config)
+    if not torch.cuda.is_available():
+        from megatron_anymal import cpu_shim
+
+        cpu_shim.install()
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size != config.world_size:
+        raise ConfigError(
+            f"trainer.num_nodes x trainer.devices = {config.world_size}, but the launcher started {world_size} "
+            f"process(es). Start with `torchrun --nproc-per-node={config.trainer.devices} -m megatron_anymal ...` "
+            "or change trainer.devices."
+        )
+    device = backend.device()
+    _join(world_size, device)
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+        context_parallel_size=config.model.context_parallel_size,
+        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+    )
+    _seed(config.model.seed)
+    return ParallelLayout(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=world_size,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tensor_size=parallel_state.get_tensor_model_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
+        data_rank=parallel_state.get_data_parallel_rank(),
+        data_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _join(world_size: int, device: torch.device) -> None:
+    if dist.is_initialized():
+        return
+    kind = backend.collectives_backend()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size == 1 and "MASTER_ADDR" not in os.environ:
+        dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(kind, timeout=COLLECTIVE_TIMEOUT)
+
+
+def _seed(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Leave the job."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,113 @@
+"""What a run tells: a line per log step, JSONL, loggers, progress with the time left."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+from typing import Any, Mapping, Protocol, Sequence
+
+log = logging.getLogger("megatron_anymal")
+
+
+class MetricsLogger(Protocol):
+    """What the engine asks of a TensorBoard or W&B logger (Lightning's have it)."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Record metrics of a step."""
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person writes them: 45s, 3m20s, 5h02m, 2d04h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+class Progress:
+    """A counter with the time left, on standard error, at most once a second."""
+
+    def __init__(self, what: str, total: int):
+        self._what, self._total = what, total
+        self._done, self._start, self._shown = 0, time.monotonic(), 0.0
+
+    def advance(self, count: int = 1) -> None:
+        """Count work done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._shown >= 1.0:
+            self._shown = now
+            left = (now - self._start) / self._done * (self._total - self._done)
+            self._write(f"{self._done}/{self._total}, {duration(left)} left")
+
+    def finish(self) -> None:
+        """Say that it is done."""
+        self._write(f"{self._done} in {duration(time.monotonic() - self._start)}")
+        if sys.stderr.isatty():
+            sys.stderr.write("\n")
+
+    def _write(self, text: str) -> None:
+        end, start = ("", "\r\033[K") if sys.stderr.isatty() else ("\n", "")
+        print(f"{start}{self._what}: {text}", end=end, file=sys.stderr, flush=True)
+
+
+class RunLog:
+    """Writes a run's metrics: console line, metrics.jsonl in the run's folder, and the loggers."""
+
+    def __init__(self, run_dir: Path, loggers: Sequence[MetricsLogger], active: bool):
+        self._loggers, self._active = list(loggers), active
+        self._path = run_dir / "metrics.jsonl"
+        if active:
+            run_dir.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, step: int) -> None:
+        """Forget lines of steps at or after `step`: a resumed run writes them again."""
+        if not (self._active and self._path.is_file()):
+            return
+        kept = []
+        for line in self._path.read_text().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] < step:
+                    kept.append(line)
+            except (json.JSONDecodeError, KeyError):
+                # A run that was killed while writing leaves half a line.
+                continue
+        unfinished = self._path.with_suffix(".part")
+        unfinished.write_text("".join(kept))
+        unfinished.replace(self._path)
+
+    def write(self, step: int, metrics: Mapping[str, float], line: str = "") -> None:
+        """Record metrics of a step; `line` is what the console shows."""
+        if not self._active:
+            return
+        if line:
+            self.say(line)
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for logger in self._loggers:
+            logger.log_metrics(dict(metrics), step)
+
+    def say(self, text: str) -> None:
+        """A line on the console."""
+        if self._active:
+            print(text, flush=True)
+
+
+def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: float) -> str:
+    """The console line of a step."""
+    losses = " ".join(
+        f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")
+    )
+    return (
+        f"step {step}/{max_steps}  loss {metrics['loss']:.6f}  [{losses}]  "
+        f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_share']:.1%}  "
+        f"grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.3e}  {metrics['step_seconds']:.2f} s/step  "
+        f"{duration(eta)} left"
+    )

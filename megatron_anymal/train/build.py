@@ -1,0 +1,174 @@
+"""From the configuration to everything a run needs, in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Optional
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from transformers import LlamaConfig
+
+from megatron_anymal.checkpoint.base import load_base, resolve_language_model
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.batches import BatchLayout, BatchPlanner, PlannedModality
+from megatron_anymal.data.loader import LoadedModality, MicroBatchReader, RankNeeds
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import DataError
+from megatron_anymal.modalities import Modality, build_modality, load_plugins
+from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.model.build import build_model
+from megatron_anymal.parallel import ParallelLayout
+from megatron_anymal.train.optim import build_optimizer
+
+
+@dataclass
+class DataSource:
+    """One mixture: its plan and how this rank reads it."""
+
+    planner: BatchPlanner
+    reader: MicroBatchReader
+
+
+@dataclass
+class TrainState:
+    """A run in memory."""
+
+    config: AnyMALConfig
+    llama: LlamaConfig
+    layout: ParallelLayout
+    tokenizer: Tokenizer
+    modalities: dict[str, Modality]
+    model: AnyMALModel
+    # The model as megatron-core's data parallelism wraps it.
+    wrapped: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    train_data: DataSource
+    validation_data: Optional[DataSource]
+    # Updates made so far.
+    step: int = 0
+
+    @property
+    def models(self) -> list[AnyMALModel]:
+        """This rank's model parts."""
+        return [self.model]
+
+
+def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
+    """Build data, model and optimizer; cheap checks come before anything large is made.
+
+    Raises:
+        ConfigError, DataError: naming the key, folder or sample and the mend.
+    """
+    config, hf = resolve_language_model(config)
+    tokenizer, modalities = build_inputs(config)
+    check_vocabulary(tokenizer, hf.vocab_size, config)
+    train_data = build_data(config, layout, tokenizer, modalities, "train")
+    validation_data = (
+        build_data(config, layout, tokenizer, modalities, "validation") if config.data.validation else None
+    )
+    model = build_model(config, hf, layout, modalities, partial(load_base, config.model.language_model.checkpoint))
+    wrapped = _wrap(config, model)
+    optimizer = build_optimizer(config, [wrapped])
+    _connect(config, model, wrapped, optimizer)
+    return TrainState(
+        config, hf, layout, tokenizer, modalities, model, wrapped, optimizer, train_data, validation_data
+    )
+
+
+def build_inputs(config: AnyMALConfig) -> tuple[Tokenizer, dict[str, Modality]]:
+    """The tokenizer and the modalities, without encoders' weights."""
+    load_plugins(config.model.plugins)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    modalities = {name: build_modality(name, section) for name, section in config.model.modalities.items()}
+    return tokenizer, modalities
+
+
+def loaded_modalities(
+    config: AnyMALConfig, tokenizer: Tokenizer, modalities: dict[str, Modality]
+) -> dict[str, LoadedModality]:
+    """What reading must know of each modality."""
+    return {
+        name: LoadedModality(
+            modality=modalities[name],
+            soft_tokens_per_piece=section.projector.num_tokens,
+            placeholder=tokenizer.placeholder(section.placeholder, f"model.modalities.{name}.placeholder"),
+            split=section.encoder.freeze,
+        )
+        for name, section in config.model.modalities.items()
+    }
+
+
+def rank_needs(layout: ParallelLayout) -> RankNeeds:
+    """What this rank reads: the first stage tokens and media, the last one labels, those between only lengths."""
+    return RankNeeds(
+        text=layout.is_first_stage or layout.is_last_stage,
+        media=layout.is_first_stage,
+        tensor_rank=layout.tensor_rank,
+        tensor_size=layout.tensor_size,
+    )
+
+
+def build_data(
+    config: AnyMALConfig, layout: ParallelLayout, tokenizer: Tokenizer, modalities: dict[str, Modality], split: str
+) -> DataSource:
+    """The mixture of data.train or data.validation.
+
+    Raises:
+        DataError: see BatchPlanner.
+    """
+    planned = [
+        PlannedModality(name, section.kind or name, modalities[name], section.projector.num_tokens)
+        for name, section in config.model.modalities.items()
+    ]
+    planner = BatchPlanner(
+        getattr(config.data, split),
+        planned,
+        tokenizer,
+        BatchLayout.of(config),
+        global_batch_size=config.model.global_batch_size,
+        seed=config.model.seed,
+        too_long=config.data.too_long,
+        check_shards=layout.reports,
+    )
+    loaded = loaded_modalities(config, tokenizer, modalities)
+    return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: AnyMALConfig) -> None:
+    """Refuse a tokenizer with ids that the Llama does not have."""
+    largest = max(tokenizer.hf.get_vocab().values())
+    if largest >= vocab_size:
+        raise DataError(
+            f"data.tokenizer={config.data.tokenizer!r} has ids up to {largest}, the Llama's vocabulary only "
+            f"{vocab_size} entries. Name the tokenizer that belongs to the Llama."
+        )
+
+
+def _wrap(config: AnyMALConfig, model: AnyMALModel) -> DistributedDataParallel:
+    ddp = config.model.ddp
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+        overlap_grad_reduce=ddp.overlap_grad_reduce,
+        overlap_param_gather=ddp.overlap_param_gather,
+        bucket_size=ddp.bucket_size or None,
+    )
+    return DistributedDataParallel(model.config, settings, model)
+
+
+def _connect(
+    config: AnyMALConfig, model: AnyMALModel, wrapped: DistributedDataParallel, optimizer: MegatronOptimizer
+) -> None:
+    """Tell megatron-core's schedules how to finish a step."""
+    settings: Any = model.config
+    settings.grad_scale_func = optimizer.scale_loss
+    settings.finalize_model_grads_func = _finalize
+    if config.model.ddp.overlap_grad_reduce:
+        settings.no_sync_func = wrapped.no_sync
+
+
+def _finalize(models: list[Any], num_tokens: Any = None, **settings: Any) -> None:
+    """Reduce gradients; they are already those of the batch's mean loss, so no token count divides them."""
+    finalize_model_grads(models, None, **settings)

@@ -1,0 +1,122 @@
+"""AdamW and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Optional, Sequence
+
+import megatron.core.optimizer as mcore_optimizer
+import torch
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
+
+from megatron_anymal import backend
+from megatron_anymal.config import AnyMALConfig
+
+
+def learning_rate(config: AnyMALConfig, step: int) -> float:
+    """The rate of the update that step number `step` (from 0) makes: a pure function, so that resuming needs no state.
+
+    Linear warm-up over `warmup_steps` (its last step has the full rate), then the schedule down to
+    `lr x min_lr_ratio` at `decay_steps`.
+    """
+    optim, sched = config.model.optim, config.model.optim.sched
+    if step < sched.warmup_steps:
+        return optim.lr * (step + 1) / sched.warmup_steps
+    if sched.name == "constant":
+        return optim.lr
+    end = sched.decay_steps or config.trainer.max_steps
+    done = min(1.0, (step - sched.warmup_steps) / max(1, end - sched.warmup_steps))
+    left = 1.0 - done if sched.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+    return optim.lr * (sched.min_lr_ratio + (1.0 - sched.min_lr_ratio) * left)
+
+
+def build_optimizer(config: AnyMALConfig, models: Sequence[nn.Module]) -> MegatronOptimizer:
+    """megatron-core's optimizer over what trains in this rank's wrapped models."""
+    if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+        _use_adamw()
+    optim = config.model.optim
+    dtype = backend.compute_dtype(config)
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=config.trainer.gradient_clip_val,
+        bf16=dtype == torch.bfloat16,
+        params_dtype=dtype,
+        use_distributed_optimizer=config.model.ddp.use_distributed_optimizer,
+        overlap_param_gather=config.model.ddp.overlap_param_gather,
+    )
+    return get_megatron_optimizer(settings, list(models))
+
+
+def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
+    """Use this rate from now on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class AdamW(torch.optim.Optimizer):
+    """torch's AdamW with the step count in the parameter group, where megatron-core's checkpoints look for it.
+
+    Stands in for the fused Adam of Transformer Engine and NVIDIA's apex where neither is installed.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        **unused: Any,
+    ):
+        assert adam_w_mode, "only decoupled weight decay"
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            done = group.get("step", 0)
+            group["step"] = done + 1
+            parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
+            for parameter in parameters:
+                if not self.state[parameter]:
+                    self.state[parameter]["exp_avg"] = torch.zeros_like(parameter.data)
+                    self.state[parameter]["exp_avg_sq"] = torch.zeros_like(parameter.data)
+            if parameters:
+                self._update(parameters, group, done)
+
+    def _update(self, parameters: list[Tensor], group: dict[str, Any], done: int) -> None:
+        gradients: list[Optional[Tensor]] = [p.grad for p in parameters]
+        adamw(
+            parameters,
+            gradients,
+            [self.state[p]["exp_avg"] for p in parameters],
+            [self.state[p]["exp_avg_sq"] for p in parameters],
+            [],
+            [torch.tensor(float(done)) for _ in parameters],
+            foreach=True,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _use_adamw() -> None:
+    """Tell megatron-core to build `AdamW` where it looks for a fused Adam."""
+    optimizer: Any = mcore_optimizer
+    distributed: Any = distrib_optimizer
+    optimizer.Adam = distributed.Adam = AdamW
+    optimizer.USING_PYTORCH_OPTIMIZER = False
+    distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True

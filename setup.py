@@ -1,0 +1,58 @@
+"""Packaging of megatron-anymal. Tool settings stand in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+INSTALL_REQUIRES = [
+    "torch>=2.11,<2.14",
+    "megatron-core==0.16.1",
+    "nemo_toolkit[common]==3.0.0",
+    "transformers>=5.0,<6",
+    "tokenizers>=0.22",
+    "safetensors>=0.6",
+    "hydra-core==1.3.2",
+    "omegaconf==2.3.0",
+    "pyyaml>=6.0",
+    "numpy>=2.0",
+    "webdataset>=1.0,<2",
+    "fsspec>=2024.2",
+    "Pillow>=10.0",
+    "av>=14.0",
+    "soundfile>=0.12",
+    "tensorboard>=2.16",
+    # megatron-core's checkpoint writer needs it and does not say so: without it a rank hangs.
+    "psutil>=5.9",
+]
+
+EXTRAS_REQUIRE = {
+    # megatron-core 0.16.1 works with transformer-engine below 2.12. Builds against the installed torch: install with
+    # --no-build-isolation.
+    "te": ["transformer-engine[pytorch]>=2.11,<2.12"],
+    # Source only: needs nvcc and --no-build-isolation.
+    "flash": ["flash-attn>=2.7,<3"],
+    # NVIDIA's, from its source: the package named apex on PyPI is an unrelated authentication toolkit.
+    "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
+    "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
+    "s3": ["s3fs>=2024.2"],
+    "quickstart": ["scikit-learn>=1.5"],
+    "test": ["pytest>=8.0", "pytest-timeout>=2.3", "peft>=0.18", "trl>=1.0", "scikit-learn>=1.5"],
+    "dev": ["ruff>=0.14", "mypy>=1.15", "types-PyYAML"],
+}
+
+if __name__ == "__main__":
+    setup(
+        name="megatron-anymal",
+        version="0.1.0",
+        description="Trainer for AnyMAL-style multimodal language models on Megatron-Core",
+        license="Apache-2.0",
+        python_requires=">=3.11,<3.13",
+        packages=[
+            *find_packages(include=["megatron_anymal", "megatron_anymal.*", "checkpoint_tools", "checkpoint_tools.*"]),
+            "megatron_anymal.nemo_configs",
+        ],
+        # The shipped configurations stand beside the package here and inside it once installed.
+        package_dir={"megatron_anymal.nemo_configs": "nemo_configs"},
+        package_data={"megatron_anymal.nemo_configs": ["*.yaml"]},
+        install_requires=INSTALL_REQUIRES,
+        extras_require=EXTRAS_REQUIRE,
+        entry_points={"console_scripts": ["anymal = megatron_anymal.__main__:main"]},
+    )

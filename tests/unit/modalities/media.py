@@ -1,0 +1,112 @@
+"""Small media files made in memory, and small encoder sections."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from megatron_anymal.config import EncoderConfig, ModalityConfig
+
+CLIP_SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 8,
+}
+VIDEOMAE_SHAPE = {**CLIP_SHAPE, "num_frames": 4, "tubelet_size": 2}
+DINOV2_SHAPE = {k: v for k, v in CLIP_SHAPE.items() if k != "intermediate_size"}
+CLAP_SHAPE = {
+    "spec_size": 64,
+    "num_mel_bins": 32,
+    "window_size": 4,
+    "patch_embeds_hidden_size": 16,
+    "hidden_size": 32,
+    "depths": [2, 2],
+    "num_attention_heads": [2, 4],
+    "num_hidden_layers": 2,
+}
+SMALL_AUDIO = {"piece_seconds": 1.0, "sampling_rate": 8000, "n_mels": 32, "hop_length": 256, "fft_window_size": 512}
+
+
+def section(type_name: str, shape: dict[str, Any] | None = None, path: str = "", **options: Any) -> ModalityConfig:
+    """A modality's section with an encoder of this type."""
+    return ModalityConfig(encoder=EncoderConfig(type=type_name, config=shape or {}, path=path), options=options)
+
+
+def noise_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """A picture with every pixel different."""
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    shape = (height, width, bands) if bands > 1 else (height, width)
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), mode=None)
+
+
+def image_bytes(picture: Image.Image, kind: str = "PNG", **arguments: Any) -> bytes:
+    """The picture as a file."""
+    stream = io.BytesIO()
+    picture.save(stream, kind, **arguments)
+    return stream.getvalue()
+
+
+def video_bytes(
+    frames: int,
+    rate: int = 8,
+    container: str = "mp4",
+    codec: str = "libx264",
+    sound_seconds: float = 0.0,
+    noise: np.random.Generator | None = None,
+    **options: str,
+) -> bytes:
+    """A video whose frame i is a uniform grey of value 20 + 6 * (i mod 36), or noise; a key frame every 2 seconds."""
+    import av
+
+    # FFmpeg reads a finished file again to move its index to the front, so a file in memory is not enough.
+    file = Path(tempfile.mkstemp(suffix=".video")[1])
+    with av.open(str(file), "w", format=container, options=options) as output:
+        video = output.add_stream(codec, rate=rate)
+        video.gop_size = 2 * rate
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
+        # Every stream exists before the first packet is written.
+        audio = output.add_stream("aac", rate=48000, layout="mono") if sound_seconds else None
+        for number in range(frames):
+            picture = np.full((48, 64, 3), 20 + 6 * (number % 36), dtype=np.uint8)
+            if noise is not None:
+                picture = noise.integers(0, 256, picture.shape, dtype=np.uint8)
+            output.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(video.encode(None))
+        if audio is not None:
+            for start in range(0, int(48000 * sound_seconds), 1024):
+                frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+                frame.sample_rate, frame.pts = 48000, start
+                output.mux(audio.encode(frame))
+            output.mux(audio.encode(None))
+    data = file.read_bytes()
+    file.unlink()
+    return data
+
+
+def sine(seconds: float, rate: int, frequency: float = 440.0) -> np.ndarray:
+    """A mono sine of amplitude 0.5."""
+    return (0.5 * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def sound_bytes(wave: np.ndarray, rate: int, kind: str = "WAV", **arguments: Any) -> bytes:
+    """A waveform, [samples] or [samples, channels], as a file."""
+    import soundfile
+
+    stream = io.BytesIO()
+    soundfile.write(stream, wave, rate, format=kind, **arguments)
+    return stream.getvalue()
+
+
+def npy_bytes(values: np.ndarray) -> bytes:
+    """An array as an npy file."""
+    stream = io.BytesIO()
+    np.save(stream, values)
+    return stream.getvalue()

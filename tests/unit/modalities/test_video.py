@@ -1,0 +1,160 @@
+"""Video: which frames are taken, against the greys written into them."""
+
+from __future__ import annotations
+
+import io
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from media import CLIP_SHAPE, VIDEOMAE_SHAPE, section, sine, sound_bytes, video_bytes
+
+from megatron_anymal.config import ConfigError
+from megatron_anymal.modalities import MediaError, Modality, build_modality
+
+
+def video(**options: Any) -> Modality:
+    """Frames keep their grey: no normalisation."""
+    plain = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "num_frames": 4, "clip_seconds": 1.0}
+    return build_modality("video", section("clip", CLIP_SHAPE, **{**plain, **options}))
+
+
+def frame_numbers(clips: torch.Tensor) -> list[list[int]]:
+    """The number (mod 36) of each frame, read from its grey; every pixel of a frame is the same."""
+    assert (clips.flatten(2).amax(2) - clips.flatten(2).amin(2)).max() < 0.03
+    return ((clips.flatten(2).mean(2) * 255 - 20) / 6).round().int().tolist()
+
+
+def test_frames_at_the_centres_of_equal_intervals() -> None:
+    data = video_bytes(16)
+    assert video().probe(data, "mp4", {}) == (2.0, 8.0)
+    # Times 1/8, 3/8, 5/8, 7/8 of each second; a frame lasts 1/8 s.
+    assert frame_numbers(video().load(data, "mp4", {})) == [[1, 3, 5, 7], [9, 11, 13, 15]]
+
+
+def test_the_last_clip_is_sampled_within_what_is_there() -> None:
+    # 1.5 s: the last clip lasts 0.5 s, frames 8..11, one each.
+    assert frame_numbers(video().load(video_bytes(12), "mp4", {})) == [[1, 3, 5, 7], [8, 9, 10, 11]]
+    # A rest of one frame belongs to the clip before: 9 frames over 1.125 s.
+    assert frame_numbers(video().load(video_bytes(9), "mp4", {})) == [[1, 3, 5, 7]]
+    assert frame_numbers(video().load(video_bytes(1), "mp4", {})) == [[0, 0, 0, 0]]
+
+
+def test_capped_clips_are_spread_over_the_video() -> None:
+    clips = video(max_clips=3).load(video_bytes(40), "mp4", {})
+    assert frame_numbers(clips) == [[1, 3, 5, 7], [17, 19, 21, 23], [33, 35, 1, 3]]
+    assert frame_numbers(video(max_clips=1).load(video_bytes(40), "mp4", {})) == [[17, 19, 21, 23]]
+
+
+def test_far_jumps_seek_and_find_the_same_frames() -> None:
+    # 60 s: one-second clips at 0, 29.5 and 59 s, 10 s and more of undecoded video between them.
+    numbers = frame_numbers(video(max_clips=3).load(video_bytes(480), "mp4", {}))
+    assert numbers == [[(start + n) % 36 for n in (1, 3, 5, 7)] for start in (0, 236, 472)]
+
+
+def test_count_and_load_agree() -> None:
+    modality = video(max_clips=4)
+    for frames in (1, 7, 8, 9, 10, 16, 17, 31, 33, 34, 60):
+        data = video_bytes(frames)
+        size = modality.probe(data, "mp4", {})
+        count = modality.count_pieces(np.array([size]))
+        assert count.dtype == np.int64 and len(modality.load(data, "mp4", {})) == count[0]
+
+
+@pytest.mark.parametrize(("container", "codec"), [("webm", "vp9"), ("matroska", "libx264"), ("avi", "mpeg4")])
+def test_other_containers(container: str, codec: str) -> None:
+    data = video_bytes(16, container=container, codec=codec)
+    assert video().probe(data, container, {})[0] == pytest.approx(2.0, abs=0.01)
+    assert frame_numbers(video().load(data, container, {})) == [[1, 3, 5, 7], [9, 11, 13, 15]]
+
+
+def test_longer_sound_does_not_lengthen_the_video() -> None:
+    data = video_bytes(8, container="matroska", sound_seconds=3.0)
+    assert video().probe(data, "mkv", {})[0] == pytest.approx(1.0, abs=0.01)
+    assert len(video().load(data, "mkv", {})) == 1
+
+
+def test_a_phones_display_matrix_turns_the_frames() -> None:
+    import av
+
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as output:
+        track = output.add_stream("libx264", rate=8)
+        track.width = track.height = 64
+        picture = np.zeros((64, 64, 3), dtype=np.uint8)
+        picture[:32] = 255
+        for _ in range(8):
+            output.mux(track.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        output.mux(track.encode(None))
+    identity = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    clockwise = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
+    head, track_header, tail = stream.getvalue().partition(b"tkhd")
+    assert identity in tail[:80]
+    frame = video().load(head + track_header + tail.replace(identity, clockwise, 1), "mp4", {})[0, 0]
+    # Turned clockwise, the bright upper half is on the right.
+    assert frame[:, :, :12].max() < 0.1 and frame[:, :, 20:].min() > 0.9
+
+
+def test_videomae_states_the_number_of_frames() -> None:
+    modality = build_modality("video", section("videomae", VIDEOMAE_SHAPE))
+    assert modality.piece_shape == (4, 3, 32, 32)
+    with pytest.raises(ConfigError, match=r"options\.num_frames=5.*takes 4"):
+        build_modality("video", section("videomae", VIDEOMAE_SHAPE, num_frames=5))
+
+
+def test_load_is_deterministic_and_float32() -> None:
+    data = video_bytes(20)
+    first, second = video().load(data, "mp4", {}), video().load(data, "mp4", {})
+    assert torch.equal(first, second) and first.dtype == torch.float32
+
+
+@pytest.mark.parametrize("movflags", ["", "faststart"])
+def test_truncated_videos_are_refused(movflags: str) -> None:
+    data = video_bytes(40, **({"movflags": movflags} if movflags else {}))
+    modality = video()
+    assert len(modality.load(data, "mp4", {})) == 5
+    for share in (0.1, 0.5, 0.8, 0.95):
+        with pytest.raises(MediaError, match="cut off"):
+            modality.load(data[: int(len(data) * share)], "mp4", {})
+
+
+def test_a_cut_between_two_frames_is_found() -> None:
+    import av
+
+    data = video_bytes(40, movflags="faststart")
+    with av.open(io.BytesIO(data)) as container:
+        cut = [packet.pos for packet in container.demux(video=0) if packet.size][30]
+    with pytest.raises(MediaError, match=r"frame at .* is expected: it is cut off"):
+        video().load(data[:cut], "mp4", {})
+
+
+@pytest.mark.parametrize("container", ["webm", "matroska"])
+def test_cut_off_containers_that_state_no_stream_duration(container: str) -> None:
+    data = video_bytes(40, container=container, codec="vp9")
+    with pytest.raises(MediaError, match="cut off"):
+        video().probe(data[: len(data) // 2], container, {})
+
+
+def test_damaged_frames_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    data = bytearray(video_bytes(16, noise=rng))
+    assert len(video().load(bytes(data), "mp4", {})) == 2
+    for place in rng.integers(len(data) // 10, len(data) * 8 // 10, size=40):
+        data[place] ^= 0x55
+    with pytest.raises(MediaError, match=r"is damaged|cannot be decoded"):
+        video().load(bytes(data), "mp4", {})
+
+
+def test_unreadable_metadata_does_not_matter() -> None:
+    data = video_bytes(8).replace(b"VideoHandler", b"Video\xfe\xff\xfeandl")
+    assert len(video().load(data, "mp4", {})) == 1
+
+
+def test_files_that_are_no_video() -> None:
+    for data, reason in [(b"", "empty"), (b"no video at all" * 50, "cannot be decoded")]:
+        with pytest.raises(MediaError, match=reason):
+            video().probe(data, "mp4", {})
+    with pytest.raises(MediaError, match="no video stream"):
+        video().probe(sound_bytes(sine(1, 8000), 8000), "mp4", {})

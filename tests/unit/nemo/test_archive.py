@@ -1,0 +1,101 @@
+"""`.nemo` archives: what they hold, lazily read weights, and a save under one layout restored alone under another."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from megatron_anymal.config import ConfigError
+from megatron_anymal.nemo import archive
+from tests.tiny import LLAMA, make_config, make_shards, make_tokenizer
+
+ROOT = Path(__file__).parents[3]
+JOB = Path(__file__).with_name("archive_job.py")
+
+
+def test_archived_tensors_are_those_written(tmp_path):
+    shared = torch.randn(6, 4)
+    tensors = {
+        "bf16": torch.randn(3, 5).bfloat16(),
+        "odd": torch.arange(3, dtype=torch.uint8),
+        "f32": torch.randn(2, 3, 4),
+        "scalar": torch.tensor(7.0, dtype=torch.float64),
+        "empty": torch.zeros(0, 4),
+        "tied": shared,
+        "other": shared,
+        "slice": shared[2:4],
+        "flag": torch.tensor([True, False]),
+    }
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    (tmp_path / "tok" / "README.md").write_text("not needed")
+    path = tmp_path / "deep" / "a.nemo"
+    archive.write(path, "run: {}\n", {"tokenizer": tmp_path / "tok"}, tensors)
+    text, found = archive.read(path, tmp_path / "out")
+    assert text == "run: {}\n" and set(found) == set(tensors) and len(found) == len(tensors)
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    assert [file.name for file in (tmp_path / "out" / "tokenizer").iterdir()] == ["tokenizer.json"]
+    assert [file.name for file in path.parent.iterdir()] == ["a.nemo"]
+    # The weights are a whole safetensors file for other tools.
+    with tarfile.open(path) as tar:
+        tar.extract(archive.WEIGHTS_NAME, tmp_path, filter="data")
+    from safetensors.torch import load_file
+
+    assert torch.equal(load_file(tmp_path / archive.WEIGHTS_NAME)["bf16"], tensors["bf16"])
+
+
+def test_wrong_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"no file .*gone\.nemo"):
+        archive.read(tmp_path / "gone.nemo", tmp_path)
+    save_file({"a": torch.zeros(1)}, tmp_path / "b.nemo")
+    with pytest.raises(ConfigError, match="cannot be read as a .nemo archive"):
+        archive.read(tmp_path / "b.nemo", tmp_path)
+    with tarfile.open(tmp_path / "c.nemo", "w:") as tar:
+        tar.add(tmp_path / "b.nemo", arcname="model_weights.ckpt")
+    with pytest.raises(ConfigError, match=r"holds no model_config\.yaml"):
+        archive.read(tmp_path / "c.nemo", tmp_path)
+
+
+def test_portable_and_unpacked_paths(tmp_path):
+    config = make_config("data", "tok", tmp_path)
+    config.model.modalities["image"].encoder.path, config.model.modalities["image"].encoder.config = "clip", {}
+    config.model.restore_from_path = "somewhere"
+    config.model.language_model.path, config.model.language_model.config = "llama", {}
+    result, folders = archive.portable(config, LLAMA)
+    assert folders == {"encoders/image": Path("clip"), "tokenizer": Path("tok")}
+    assert result.model.language_model.config == LLAMA and not result.model.language_model.path
+    assert not result.model.restore_from_path and result.data.train == config.data.train
+    back = archive.unpacked(result, Path("/x"))
+    assert back.model.modalities["image"].encoder.path == "/x/encoders/image" and back.data.tokenizer == "/x/tokenizer"
+    assert config.model.language_model.path == "llama", "the run's own configuration must not change"
+
+
+def run_job(verb: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(JOB), verb, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=140)
+
+
+def test_saved_under_tensor_parallelism_restored_alone(tmp_path):
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    data = make_shards(tmp_path / "data", tokenizer, 24, ("image", "audio", "text"))
+    config = make_config(data, tokenizer, tmp_path / "run")
+    del config.model.modalities["imu"]
+    config.trainer.max_steps, config.trainer.devices, config.model.tensor_model_parallel_size = 2, 2, 2
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    done = run_job("save", tmp_path, 2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    # What the archive needs of the machine it was made on: nothing.
+    shutil.rmtree(tokenizer)
+    shutil.rmtree(tmp_path / "run")
+    done = run_job("restore", tmp_path, 1)
+    assert done.returncode == 0 and "RESTORED" in done.stdout, done.stderr[-3000:]
