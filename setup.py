@@ -35,7 +35,7 @@ EXTRAS_REQUIRE = {
     "s3": ["s3fs>=2024.2"],
     "quickstart": ["scikit-learn>=1.5"],
     "test": ["pytest>=8.0", "pytest-timeout>=2.3", "peft>=0.18", "trl>=1.0", "scikit-learn>=1.5"],
-    "dev": ["ruff>=0.14", "mypy>=1.15", "types-PyYAML"],
+    "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
 }
 
 if __name__ == "__main__":

@@ -63,12 +63,18 @@ class AnyMALModel(MegatronModule):
         """The embedding that a tied head shares (called when gradients are finalised)."""
         return self.language_model.shared_embedding_or_output_weight()
 
-    def forward(self, micro_batch: MicroBatch, labels: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self,
+        micro_batch: MicroBatch,
+        labels: Optional[Tensor] = None,
+        soft: Optional[Mapping[str, Tensor]] = None,
+    ) -> Tensor:
         """Run this stage on a micro-batch.
 
         Args:
             micro_batch: on this model's device; T tokens.
             labels: [1, T]; the last stage then returns losses instead of logits.
+            soft: what `soft_tokens` returned before, to encode nothing again.
 
         Returns:
             [1, T] fp32 cross-entropy of each label, or [1, T, V / tensor-parallel size] logits on the last stage; else
@@ -77,7 +83,7 @@ class AnyMALModel(MegatronModule):
         pack = document_pack(micro_batch.document_lengths, micro_batch.tokens.device)
         decoder_input = None
         if self.pre_process:
-            decoder_input = self.embed(micro_batch, self.soft_tokens(micro_batch))
+            decoder_input = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
         return self.language_model(
             input_ids=micro_batch.tokens,
             position_ids=None,

@@ -97,10 +97,11 @@ class _ResamplerLayer(MegatronModule):
         self.head_size, self.local_heads = h // heads, heads // parallel.tensor_model_parallel_size
         self.latent_norm = _layer_norm(h, parallel)
         self.feature_norm = _layer_norm(h, parallel)
-        self.query = _column(h, h, parallel)
-        self.key = _column(h, h, parallel)
-        self.value = _column(h, h, parallel)
-        self.attention_output = _row(h, h, parallel)
+        # Without biases, as in Flamingo: a key's would only shift all scores alike.
+        self.query = _column(h, h, parallel, bias=False)
+        self.key = _column(h, h, parallel, bias=False)
+        self.value = _column(h, h, parallel, bias=False)
+        self.attention_output = _row(h, h, parallel, bias=False)
         self.ffn_norm = _layer_norm(h, parallel)
         self.ffn_up = _column(h, ffn_multiplier * h, parallel)
         self.ffn_down = _row(ffn_multiplier * h, h, parallel)
@@ -186,21 +187,21 @@ def _layer_norm(size: int, parallel: ModelParallelConfig) -> nn.LayerNorm:
     return nn.LayerNorm(size, dtype=parallel.params_dtype, device=_device())
 
 
-def _column(inputs: int, outputs: int, parallel: ModelParallelConfig, gather_output: bool = False) -> Any:
+def _column(inputs: int, outputs: int, parallel: ModelParallelConfig, gather_output: bool = False, bias: bool = True) -> Any:
     linear = ColumnParallelLinear(
-        inputs, outputs, config=parallel, init_method=leave_unset, bias=True, gather_output=gather_output
+        inputs, outputs, config=parallel, init_method=leave_unset, bias=bias, gather_output=gather_output
     )
     linear.weight.init_std = 1.0 / math.sqrt(inputs)
     return linear
 
 
-def _row(inputs: int, outputs: int, parallel: ModelParallelConfig) -> Any:
+def _row(inputs: int, outputs: int, parallel: ModelParallelConfig, bias: bool = True) -> Any:
     linear = RowParallelLinear(
         inputs,
         outputs,
         config=parallel,
         init_method=leave_unset,
-        bias=True,
+        bias=bias,
         input_is_parallel=True,
         skip_bias_add=False,
     )

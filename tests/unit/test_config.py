@@ -60,7 +60,7 @@ def test_shipped_yaml_passes_the_checks(name):
 @pytest.mark.parametrize("name", sorted(TABLE_11))
 def test_shipped_yaml_has_the_papers_numbers(name):
     config = compose(name, default_config_dir(), []).config
-    _, size, modality = name.split("_")
+    modality = name.split("_")[2]
     batch, rate, steps, tokens, projector, layers = TABLE_11[name]
     assert list(config.model.modalities) == [modality]
     part = config.model.modalities[modality]

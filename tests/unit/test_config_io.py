@@ -84,7 +84,9 @@ def test_number_formats():
 
 
 def test_free_form_dicts_take_any_key(folder):
-    composed = compose("base", folder, ["+model.language_model.config.any.thing=[1,2]", "+exp_manager.wandb_logger_kwargs.p=q"])
+    composed = compose(
+        "base", folder, ["+model.language_model.config.any.thing=[1,2]", "+exp_manager.wandb_logger_kwargs.p=q"]
+    )
     assert composed.config.model.language_model.config == {"any": {"thing": [1, 2]}}
     assert composed.config.exp_manager.wandb_logger_kwargs == {"p": "q"}
     assert composed.config.model.modalities["image"].encoder.config == {"hidden_size": 8, "deep": {"x": 1}}
@@ -148,7 +150,8 @@ def test_overrides_work_as_nemo_users_expect(folder):
 
 def test_interpolation(folder):
     (folder / "child.yaml").write_text(
-        "defaults: [base, _self_]\ntrainer: {val_check_interval: '${trainer.max_steps}'}\nmodel: {seed: '${data.tokenizer}'}\n"
+        "defaults: [base, _self_]\n"
+        "trainer: {val_check_interval: '${trainer.max_steps}'}\nmodel: {seed: '${data.tokenizer}'}\n"
     )
     assert compose("child", folder, ["model.seed=1"]).config.trainer.val_check_interval == 7
     with pytest.raises(ConfigError, match=r"model\.seed='tok'"):
@@ -201,7 +204,9 @@ def test_print_config(folder, capsys, monkeypatch):
     assert rows["trainer.devices"].split() == ["trainer.devices", "2", "override"]
     assert rows["model.seed"].split() == ["model.seed", "1234", "default"]
     assert rows["trainer.precision"].endswith(f"file {folder.name}/base.yaml")
-    assert len({line.index("override" if "override" in line else "default") for line in lines if "file" not in line}) == 1
+    assert (
+        len({line.index("override" if "override" in line else "default") for line in lines if "file" not in line}) == 1
+    )
 
 
 @pytest.mark.parametrize("argument", ["trainer.num_node=4", "--config-path=/nowhere"])

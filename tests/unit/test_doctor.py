@@ -110,7 +110,12 @@ FAKE = backend.Capabilities(("H100",), (9, 0), "2.11.0", "", "", False, False, "
 @pytest.mark.parametrize(
     ("changes", "model", "precision", "says"),
     [
-        ({"transformer_engine": "", "transformer_engine_problem": "it is not installed"}, {"fp8": "hybrid"}, "bf16", "te"),
+        (
+            {"transformer_engine": "", "transformer_engine_problem": "it is not installed"},
+            {"fp8": "hybrid"},
+            "bf16",
+            "te",
+        ),
         ({}, {"fp8": "hybrid", "transformer_impl": "local"}, "bf16", "no effect with model.transformer_impl=local"),
         ({"fp8": False, "compute_capability": (8, 0)}, {"fp8": "hybrid"}, "bf16", "8.9.*here it is 8.0"),
         ({}, {"fp8": "e4m3"}, "32", "trainer.precision=bf16"),

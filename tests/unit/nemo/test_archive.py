@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import LLAMA, make_config, make_shards, make_tokenizer
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.nemo import archive
-from tests.tiny import LLAMA, make_config, make_shards, make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 JOB = Path(__file__).with_name("archive_job.py")
@@ -56,7 +56,7 @@ def test_wrong_files(tmp_path):
     with pytest.raises(ConfigError, match=r"no file .*gone\.nemo"):
         archive.read(tmp_path / "gone.nemo", tmp_path)
     save_file({"a": torch.zeros(1)}, tmp_path / "b.nemo")
-    with pytest.raises(ConfigError, match="cannot be read as a .nemo archive"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a \.nemo archive"):
         archive.read(tmp_path / "b.nemo", tmp_path)
     with tarfile.open(tmp_path / "c.nemo", "w:") as tar:
         tar.add(tmp_path / "b.nemo", arcname="model_weights.ckpt")
@@ -87,10 +87,12 @@ def run_job(verb: str, folder: Path, processes: int) -> subprocess.CompletedProc
 
 def test_saved_under_tensor_parallelism_restored_alone(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
-    data = make_shards(tmp_path / "data", tokenizer, 24, ("image", "audio", "text"))
+    data = make_shards(tmp_path / "data", tokenizer, 24, ("image", "text"))
     config = make_config(data, tokenizer, tmp_path / "run")
-    del config.model.modalities["imu"]
+    config.model.modalities = {"image": config.model.modalities["image"]}
     config.trainer.max_steps, config.trainer.devices, config.model.tensor_model_parallel_size = 2, 2, 2
+    # In bf16 the optimizer keeps weights of its own.
+    config.trainer.precision = "bf16"
     (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
     done = run_job("save", tmp_path, 2)
     assert done.returncode == 0, done.stderr[-3000:]

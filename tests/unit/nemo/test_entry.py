@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import make_config, make_shards, make_tokenizer
 
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from tests.tiny import make_config, make_shards, make_tokenizer
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,0 +1,160 @@
+"""`anymal evaluate`: exact answers on prepared samples.
+
+A sample's last text is its answer; the model gets everything before it and answers greedily.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional, Sequence
+
+import numpy as np
+
+from megatron_anymal.data.order import permute
+from megatron_anymal.data.shards import ShardIndex
+from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+from megatron_anymal.generate import (
+    Generator,
+    MediaFile,
+    Prompt,
+    Sampling,
+    add_checkpoint_arguments,
+    load_generator,
+)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample to be answered."""
+
+    key: str
+    prompt: Prompt
+    answer: str
+
+    @property
+    def modality(self) -> str:
+        """Kind of its first media item; "text" without media."""
+        return next((part.modality for part in self.prompt.parts if isinstance(part, MediaPart)), "text")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well questions of one modality were answered."""
+
+    correct: int
+    samples: int
+    # Share of the most frequent answer: what guessing reaches.
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of exact answers."""
+        return self.correct / self.samples
+
+
+def read_questions(folder: str, limit: Optional[int] = None) -> list[Question]:
+    """Samples of a prepared folder as questions.
+
+    Raises:
+        DataError: no index, or a sample whose last part is not its answer.
+    """
+    index = ShardIndex(folder)
+    questions = []
+    for number in range(min(len(index), limit or len(index))):
+        parts = index.parts(number)
+        last = parts[-1]
+        if not isinstance(last, TextPart):
+            raise DataError(f"sample {index.key(number)!r} of {folder!r} does not end with a text, its answer.")
+        count = sum(isinstance(part, MediaPart) for part in parts)
+        media = [MediaFile(m.data, m.extension) for m in index.read_media(number, parts, range(count))]
+        questions.append(Question(index.key(number), Prompt(parts[:-1], media), last.text.strip()))
+    return questions
+
+
+def permute_media(questions: Sequence[Question], seed: int = 0) -> list[Question]:
+    """Give every question the media of another one with media of the same kinds.
+
+    What is still answered then was answered without looking.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for number, question in enumerate(questions):
+        kinds = tuple(p.modality for p in question.prompt.parts if isinstance(p, MediaPart))
+        groups.setdefault(kinds, []).append(number)
+    permuted = list(questions)
+    for kinds, members in groups.items():
+        if kinds and len(members) > 1:
+            order = [members[i] for i in permute(np.arange(len(members)), len(members), seed)]
+            for taker, giver in zip(order, [*order[1:], order[0]]):
+                permuted[taker] = _with_media(questions[taker], questions[giver])
+    return permuted
+
+
+def _with_media(question: Question, other: Question) -> Question:
+    borrowed = iter(part for part in other.prompt.parts if isinstance(part, MediaPart))
+    parts: list[Part] = [next(borrowed) if isinstance(part, MediaPart) else part for part in question.prompt.parts]
+    return Question(question.key, Prompt(parts, other.prompt.media), question.answer)
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Score]:
+    """Exact answers by modality."""
+    correct: Counter[str] = Counter()
+    expected: dict[str, list[str]] = {}
+    for question, answer in zip(questions, answers):
+        expected.setdefault(question.modality, []).append(question.answer)
+        correct[question.modality] += answer.strip() == question.answer
+    return {
+        name: Score(correct[name], len(given), Counter(given).most_common(1)[0][1] / len(given))
+        for name, given in expected.items()
+    }
+
+
+def evaluate(
+    generator: Generator, questions: Sequence[Question], sampling: Sampling, batch_size: int
+) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    """Answer and score. Collective.
+
+    Returns:
+        Scores by modality, and per question its key, modality, expected and given answer.
+    """
+    answers = generator.answer([question.prompt for question in questions], sampling, batch_size)
+    rows = [
+        {"key": q.key, "modality": q.modality, "expected": q.answer, "given": answer.strip()}
+        for q, answer in zip(questions, answers)
+    ]
+    return score(questions, answers), rows
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="anymal evaluate", description=__doc__)
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--data", action="append", required=True, help="a prepared folder; may be repeated")
+    parser.add_argument("--limit", type=int, help="samples of each folder")
+    parser.add_argument("--permute-media", action="store_true", help="also with the media exchanged among the samples")
+    parser.add_argument("--untrained", action="store_true", help="also with the projectors' initial values")
+    parser.add_argument("--out", help="a .json file for scores and answers")
+    arguments = parser.parse_args(argv)
+    questions = [question for folder in arguments.data for question in read_questions(folder, arguments.limit)]
+    sampling = Sampling(arguments.max_new_tokens)
+    runs = {"trained": (load_generator(arguments), questions)}
+    if arguments.permute_media:
+        runs["permuted"] = (runs["trained"][0], permute_media(questions))
+    if arguments.untrained:
+        runs["untrained"] = (load_generator(arguments, untrained=True), questions)
+    result: dict[str, Any] = {"scores": {}, "answers": {}}
+    for name, (generator, asked) in runs.items():
+        scores, rows = evaluate(generator, asked, sampling, arguments.batch_size)
+        result["answers"][name] = rows
+        result["scores"][name] = {
+            modality: {"accuracy": s.accuracy, "chance": s.chance, "samples": s.samples} for modality, s in scores.items()
+        }
+        if generator.layout.reports:
+            for modality, s in scores.items():
+                print(f"{name:10s} {modality:8s} {s.accuracy:7.1%} of {s.samples} exact (guessing: {s.chance:.1%})")
+    if arguments.out and runs["trained"][0].layout.reports:
+        Path(arguments.out).write_text(json.dumps(result, indent=1, ensure_ascii=False))
+    return 0

@@ -1,0 +1,95 @@
+"""Checkpoints: resumed bit by bit, and loaded under other layouts."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine import losses, train
+from ranks import run_ranks
+from tiny import make_config
+
+from megatron_anymal.config import AnyMALConfig, ConfigError
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+
+
+def stopped_and_continued(config: AnyMALConfig, first: dict[str, int], second: dict[str, int]) -> list[float]:
+    """Train 3 steps under one layout and 3 more under another; returns all six losses."""
+    for steps, layout in ((3, first), (6, second)):
+        part = copy.deepcopy(config)
+        # The rate depends on the run's length: both parts belong to a run of six steps.
+        part.trainer.max_steps, part.model.optim.sched.decay_steps = steps, 6
+        part.trainer.devices = layout.get("world", 1)
+        part.model.tensor_model_parallel_size = layout.get("tp", 1)
+        part.model.pipeline_model_parallel_size = layout.get("pp", 1)
+        run_ranks(part.trainer.devices, train, part)
+    return losses(Path(config.exp_manager.explicit_log_dir))
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path, freeze: bool) -> None:
+    config.model.language_model.freeze = freeze
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
+    undisturbed = run_ranks(1, train, whole)[0]["losses"]
+    assert stopped_and_continued(config, {}, {}) == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"world": 2, "tp": 2}, {"world": 2, "pp": 2}),
+        ({"world": 2, "pp": 2}, {"world": 2}),
+        ({"world": 2}, {"world": 2, "tp": 2}),
+    ],
+)
+def test_resume_under_another_layout(
+    config: AnyMALConfig, tmp_path: Path, first: dict[str, int], second: dict[str, int]
+) -> None:
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
+    undisturbed = run_ranks(1, train, whole)[0]["losses"]
+    np.testing.assert_allclose(stopped_and_continued(config, first, second), undisturbed, rtol=1e-5)
+
+
+def test_another_seed_is_refused_at_resume(config: AnyMALConfig) -> None:
+    config.trainer.max_steps = 3
+    run_ranks(1, train, config)
+    config.trainer.max_steps, config.model.seed = 6, 99
+
+    def resume() -> str:
+        with pytest.raises(ConfigError) as error:
+            train(config)
+        return str(error.value)
+
+    assert "repeat or lose samples" in run_ranks(1, resume)[0]
+
+
+def test_a_llama_trained_here_is_the_base_of_the_next_run(
+    config: AnyMALConfig, text_shards: str, tmp_path: Path
+) -> None:
+    text = copy.deepcopy(config)
+    text.model.modalities = {}
+    text.model.language_model.freeze = False
+    text.data.train["mix"].path = text_shards
+    text.exp_manager.explicit_log_dir = str(tmp_path / "text")
+    trained = run_ranks(2, train, laid_out_tp2(text))[0]["weights"]
+    config.model.language_model.config = {}
+    config.model.language_model.checkpoint = str(tmp_path / "text")
+    config.trainer.max_steps = 1
+    aligned = run_ranks(1, train, config)[0]["weights"]
+    llama = [name for name in aligned if name.startswith("language_model.")]
+    assert len(llama) == len(trained)
+    for name in llama:
+        np.testing.assert_array_equal(aligned[name], trained[name])
+
+
+def laid_out_tp2(config: AnyMALConfig) -> AnyMALConfig:
+    config.trainer.devices = config.model.tensor_model_parallel_size = 2
+    return config

@@ -1,0 +1,33 @@
+"""Runs of the engine inside a forked rank, for tests to compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.model.weights import gather_weights
+from megatron_anymal.parallel import initialize
+from megatron_anymal.train.build import TrainState, build
+from megatron_anymal.train.loop import fit
+
+
+def train(config: AnyMALConfig, look: Callable[[TrainState], Any] | None = None) -> dict[str, Any]:
+    """Train in this rank; returns the step losses, the final weights (rank 0), and what `look` sees at the end."""
+    state = build(config, initialize(config))
+    run_dir = Path(config.exp_manager.explicit_log_dir)
+    fit(state, run_dir)
+    weights = gather_weights(state.models)
+    return {
+        "losses": losses(run_dir),
+        "weights": {name: w.numpy() for name, w in weights.items()} if weights else None,
+        "seen": look(state) if look else None,
+    }
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The training losses that a run wrote, by step."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
