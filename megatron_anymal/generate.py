@@ -101,7 +101,7 @@ class Generator:
         )
         if checkpoint is not None:
             load_trainable(self.model, checkpoint)
-        self.model.eval()
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
 from megatron_anymal.checkpoint import store
@@ -56,7 +55,8 @@ def load(state: Any, folder: Path) -> int:
         "step": 0,
     }
     loaded = dist_checkpointing.load(content, str(folder))
-    _set(state.model, loaded["model"])
+    # megatron-core leaves out what is empty: a stage without trainable weights.
+    _set(state.model, loaded.get("model", {}))
     with torch.no_grad():
         state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
@@ -93,7 +93,7 @@ def load_language_model(model: nn.Module, folder: Path) -> None:
 
 def _load_some(model: nn.Module, shards: dict[str, Any], folder: Path, optimizer: Optional[Any]) -> list[str]:
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
-    wanted = {name: shard for name, shard in shards.items() if _key(shard) in saved}
+    wanted = {name: shard for name, shard in shards.items() if shard.key in saved}
     found = torch.tensor([len(wanted)], device=torch.device("cuda"))
     dist.all_reduce(found)
     if not int(found):
@@ -102,10 +102,6 @@ def _load_some(model: nn.Module, shards: dict[str, Any], folder: Path, optimizer
     if optimizer is not None:
         optimizer.reload_model_params()
     return sorted(set(shards) - set(wanted))
-
-
-def _key(shard: Any) -> str:
-    return shard.key if isinstance(shard, ShardedTensor) else shard.build().key if hasattr(shard, "build") else ""
 
 
 def _set(model: nn.Module, tensors: dict[str, Any]) -> None:

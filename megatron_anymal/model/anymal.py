@@ -19,7 +19,7 @@ from megatron_anymal.data.types import MediaBatch, MicroBatch
 from megatron_anymal.model.attention import DocumentPack, document_pack
 from megatron_anymal.model.encoders import Encoder
 from megatron_anymal.model.llama import PackedRotaryEmbedding
-from megatron_anymal.model.merge import merge, reach
+from megatron_anymal.model.merge import attach, merge
 
 
 class AnyMALModel(MegatronModule):
@@ -94,26 +94,43 @@ class AnyMALModel(MegatronModule):
         )
 
     def soft_tokens(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
-        """Encode and project a micro-batch's media: per modality [pieces x soft tokens, H]."""
+        """Encode and project a micro-batch's media.
+
+        Returns:
+            Per modality [pieces x soft tokens, H]. A modality that trains and has no media here gets those of one
+            piece of zeros, which `embed` gives no place.
+        """
         soft = {}
-        for name, media in micro_batch.media.items():
-            features = self._features(name, media)
-            soft[name] = self.projectors[name](features.to(self.config.params_dtype)).flatten(0, 1)
+        for name, projector in self.projectors.items():
+            if name in micro_batch.media:
+                features = self._features(name, micro_batch.media[name])
+            elif self._trains(name):
+                features = self._idle_features(name, micro_batch.tokens.device)
+            else:
+                continue
+            soft[name] = projector(features.to(self.config.params_dtype)).flatten(0, 1)
         return soft
 
     def embed(self, micro_batch: MicroBatch, soft: Mapping[str, Tensor]) -> Tensor:
         """The Llama's input [T, 1, H] (this rank's part of T under sequence parallelism)."""
         text = self.language_model.embedding(input_ids=micro_batch.tokens, position_ids=None)
-        merged = merge(text, list(soft.values()), [micro_batch.media[name].token_index for name in soft])
-        merged = reach(merged, self._unused_parameters(soft))
+        used = [name for name in soft if name in micro_batch.media]
+        merged = merge(text, [soft[name] for name in used], [micro_batch.media[name].token_index for name in used])
+        merged = attach(merged, [soft[name] for name in soft if name not in micro_batch.media])
         if torch.is_grad_enabled() and not merged.requires_grad:
             # Nothing trainable lies before the Llama: the pipeline still sends gradients backwards.
             merged.requires_grad_()
         return scatter_to_sequence_parallel_region(merged) if self.config.sequence_parallel else merged
 
-    def _unused_parameters(self, used: Mapping[str, Tensor]) -> list[nn.Parameter]:
-        unused = [m[name] for m in (self.encoders, self.projectors) for name in m if name not in used]
-        return [p for module in unused for p in module.parameters() if p.requires_grad]
+    def _trains(self, name: str) -> bool:
+        modules = (self.encoders[name], self.projectors[name])
+        return any(p.requires_grad for module in modules for p in module.parameters())
+
+    def _idle_features(self, name: str, device: torch.device) -> Tensor:
+        encoder = self.encoders[name]
+        if any(p.requires_grad for p in encoder.parameters()):
+            return encoder(torch.zeros(1, *encoder.piece_shape, device=device))
+        return torch.zeros(1, encoder.feature_tokens, encoder.width, device=device)
 
     def _features(self, name: str, media: MediaBatch) -> Tensor:
         """A modality's features of all pieces of the micro-batch, [n, F, w]."""
@@ -122,8 +139,8 @@ class AnyMALModel(MegatronModule):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             chunks = [encoder(pieces) for pieces in media.pieces.split(self._pieces_per_call[name]) if len(pieces)]
         if not chunks:
-            dtype = next((p.dtype for p in encoder.parameters()), media.pieces.dtype)
-            chunks = [media.pieces.new_zeros(0, encoder.feature_tokens, encoder.width, dtype=dtype)]
+            # The other ranks' features are of this type too, and are gathered with these.
+            chunks = [media.pieces.new_zeros(0, encoder.feature_tokens, encoder.width, dtype=encoder.dtype)]
         features = torch.cat(chunks)
         return features if len(media.shares) == 1 else _gather_shares(features, media.shares)
 

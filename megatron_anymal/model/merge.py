@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Iterable, Sequence
+from typing import Any, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def merge(text: Tensor, soft_tokens: Sequence[Tensor], token_indexes: Sequence[Tensor]) -> Tensor:
@@ -27,21 +27,23 @@ def merge(text: Tensor, soft_tokens: Sequence[Tensor], token_indexes: Sequence[T
     return text.squeeze(1).index_copy(0, index, soft).unsqueeze(1)
 
 
-def reach(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """`x`, unchanged, with a zero gradient for parameters that this micro-batch does not use.
+def attach(x: Tensor, idle: Sequence[Tensor]) -> Tensor:
+    """`x`, unchanged; in the backward pass each of `idle` gets a gradient of zeros.
 
-    Every trainable parameter of every rank then takes part in every backward pass: a text-only micro-batch, or a rank
-    without media, leaves no gradient reduction waiting, and adds exactly nothing.
+    Soft tokens of modalities that a micro-batch does not have hang on here, so that every trainable parameter of every
+    rank takes part in every backward pass, in the same order: a text-only micro-batch, or a rank without media, leaves
+    no gradient reduction waiting, mixes none up, and adds exactly nothing.
     """
-    return _Reach.apply(x, *parameters)  # type: ignore[no-untyped-call]
+    return _Attach.apply(x, *idle) if idle else x  # type: ignore[no-untyped-call]
 
 
-class _Reach(torch.autograd.Function):
+class _Attach(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.save_for_backward(*parameters)
+    def forward(ctx: Any, x: Tensor, *idle: Tensor) -> Tensor:
+        ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in idle]
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return (*gradients, *(torch.zeros_like(p) for p in ctx.saved_tensors))
+        device = gradients[0].device
+        return (*gradients, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in ctx.shapes))

@@ -20,7 +20,7 @@ from megatron_anymal.quickstart.corpus import ACTIVITIES, DIGITS, DIRECTIONS, SO
 
 SPLITS = ("train", "held_out")
 IMAGE_SIDE = 32
-FRAME_SIDE, DIGIT_SIDE, FRAMES, FRAME_RATE = 32, 20, 8, 8
+FRAME_SIDE, DIGIT_SIDE, FRAMES, FRAME_RATE = 32, 24, 8, 8
 AUDIO_RATE, AUDIO_SECONDS = 8000, 1.0
 IMU_RATE, IMU_SECONDS = 50, 4.0
 
@@ -50,7 +50,7 @@ class Item:
     write: Writer
 
 
-def write_media(folder: str | Path, seed: int = 0, sizes: Sizes | None = None) -> dict[str, dict[str, Path]]:
+def write_media(folder: str | Path, seed: int = 1234, sizes: Sizes | None = None) -> dict[str, dict[str, Path]]:
     """Write all media and manifests; the same seed gives the same files.
 
     Held-out lines ask for the caption. Training lines ask for the caption or a part of it.

@@ -34,7 +34,7 @@ TEXT_SHAPE = {
 # Patches of a digit look alike wherever they lie: places must be as loud as contents from the start.
 POSITION_STD = 0.5
 # Smallest size of a digit in a training picture, as a share of its side.
-SMALLEST = 0.55
+SMALLEST = 0.7
 
 
 def train_image_encoder(

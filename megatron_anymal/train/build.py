@@ -49,6 +49,12 @@ class TrainState:
     # Updates made so far.
     step: int = 0
 
+    def settle(self) -> None:
+        """See that every rank's weights are the updated ones; with overlapped gathering they arrive during the next
+        step's forward pass. Collective."""
+        if self.config.model.ddp.overlap_param_gather:
+            self.wrapped.start_param_sync(force_sync=True)
+
     @property
     def models(self) -> list[AnyMALModel]:
         """This rank's model parts."""

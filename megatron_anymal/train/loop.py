@@ -170,6 +170,7 @@ class Run:
         data, batches = self.state.validation_data, self.config.trainer.limit_val_batches
         if data is None or batches == 0:
             return
+        self.state.settle()
         sums: dict[str, float] = {}
         counts: dict[str, int] = {}
         for plan, micro_batches in self._steps(data, 0, batches):
@@ -195,6 +196,7 @@ class Run:
 
     def _save(self) -> None:
         begun = time.monotonic()
+        self.state.settle()
         manifest = Manifest(
             step=self.state.step,
             consumed_samples=self.state.step * self.config.model.global_batch_size,
