@@ -11,14 +11,15 @@ venv: $(INSTALLED)
 
 # torch first: the packages after it then take the installed one.
 $(INSTALLED): setup.py
+	mkdir -p $(VENV) && date +%s > $(VENV)/.begun
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet -e ".[test,dev,quickstart]"
-	touch $(INSTALLED)
+	echo $$(($$(date +%s) - $$(cat $(VENV)/.begun))) > $(INSTALLED)
 
 quickstart: $(INSTALLED)
-	$(BIN)/python -m megatron_anymal.quickstart
+	$(BIN)/python -m megatron_anymal.quickstart --install-seconds $$(cat $(INSTALLED))
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not slow"

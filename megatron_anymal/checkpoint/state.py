@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import queue
 import shutil
 from pathlib import Path
 from typing import Any, Optional
@@ -9,6 +10,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_anymal.checkpoint import store
@@ -33,6 +35,9 @@ def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> P
         "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(_METADATA)),
         "step": manifest.step,
     }
+    # megatron-core would start a server process for a queue that only this process uses: seconds at the first save, and
+    # an orphan when this process is killed.
+    filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment]
     dist_checkpointing.save(content, str(staging), content_metadata=dict(_METADATA))
     dist.barrier()
     if dist.get_rank() == 0:

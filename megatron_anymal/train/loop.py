@@ -37,6 +37,7 @@ class Run:
 
     def __init__(self, state: TrainState, run_dir: Path, loggers: Sequence[MetricsLogger]):
         self.state, self.config = state, state.config
+        self.run_dir = run_dir
         self.checkpoints = run_dir / "checkpoints"
         self.ledger = run_dir / "skipped_samples.jsonl"
         self.log = RunLog(run_dir, loggers, active=state.layout.reports)
@@ -67,7 +68,8 @@ class Run:
                 self._save()
             if out_of_time and self.state.step < last:
                 self.log.say(f"exp_manager.max_time_per_run is over: stopped at step {self.state.step} of {last}.")
-                return
+                break
+        self._check_base()
 
     def _start(self) -> None:
         manager = self.config.exp_manager
@@ -209,6 +211,14 @@ class Run:
         keep = self.config.exp_manager.checkpoint.keep_last
         folder = checkpoint_state.save(self.state, self.checkpoints, manifest, keep)
         self.log.say(f"saved {folder} in {time.monotonic() - begun:.1f} s")
+
+    def _check_base(self) -> None:
+        """Write down that the frozen Llama is still what it was."""
+        after = self._hash_base()
+        if after != self.base_hash:
+            raise RuntimeError("The frozen Llama's weights changed during the run: its checkpoints are not to be used.")
+        if self.state.layout.reports and after:
+            (self.run_dir / "language_model.json").write_text(json.dumps({"before": self.base_hash, "after": after}))
 
     def _hash_base(self) -> str:
         if not self.config.model.language_model.freeze:
