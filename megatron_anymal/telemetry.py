@@ -18,6 +18,9 @@ class MetricsLogger(Protocol):
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
         """Record metrics of a step."""
 
+    def save(self) -> None:
+        """Put on disk what was recorded."""
+
 
 def duration(seconds: float) -> str:
     """Seconds as a person writes them: 45s, 3m20s, 5h02m, 2d04h."""
@@ -93,6 +96,12 @@ class RunLog:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         for logger in self._loggers:
             logger.log_metrics(dict(metrics), step)
+
+    def save(self) -> None:
+        """Put on disk what the loggers hold back; before a checkpoint, so that none is newer than its log."""
+        if self._active:
+            for logger in self._loggers:
+                logger.save()
 
     def say(self, text: str) -> None:
         """A line on the console."""

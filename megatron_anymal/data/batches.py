@@ -155,7 +155,7 @@ class BatchPlanner:
         for number, index in enumerate(self.indexes):
             places = np.flatnonzero(dataset == number)
             if len(places):
-                length[places], targets[places], costs[places], found = self._measure(index, sample[places])
+                length[places], targets[places], costs[places], found = self.measure(index, sample[places])
                 for place, items in zip(places, found):
                     media[place] = items
         fits = length <= self.layout.seq_length
@@ -185,10 +185,10 @@ class BatchPlanner:
         merged = [tuple(sorted(int(places[i]) for p in group for i in p)) for group in groups]
         return tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
 
-    def _measure(
+    def measure(
         self, index: ShardIndex, sample: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[PlannedMedia, ...]]]:
-        """Lengths, targets, encoder costs and media of samples of one dataset."""
+        """Lengths, targets, encoder costs and media of samples of one dataset; the first three are [n]."""
         rows = index.samples[sample]
         length, targets = rows["tokens"].astype(np.int64), rows["targets"].astype(np.int64)
         costs = np.zeros(len(sample))
@@ -226,7 +226,7 @@ class BatchPlanner:
         for number, index in enumerate(self.indexes):
             for start in range(0, len(index), rows_at_once):
                 rows = np.arange(start, min(start + rows_at_once, len(index)))
-                length = self._measure(index, rows)[0]
+                length = self.measure(index, rows)[0]
                 if (length > self.layout.seq_length).any():
                     too_long = int((length > self.layout.seq_length).sum())
                     worst = int(length.argmax())

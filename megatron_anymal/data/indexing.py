@@ -36,8 +36,8 @@ class ShardRows:
     samples: list[dict[str, Any]] = field(default_factory=list)
     media: list[dict[str, Any]] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
-    # Key -> why the sample was left out.
-    bad: dict[str, str] = field(default_factory=dict)
+    # For each sample that was left out: which one, and why.
+    bad: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ def index_shard(folder: str, name: str, tokenizer: Tokenizer, options: IndexOpti
         for key, members in _samples_of(file, name):
             try:
                 _add_sample(rows, key, members, tokenizer, options)
-            except (DataError, MediaError) as error:
-                rows.bad[key] = str(error)
+            except DataError as error:
+                rows.bad.append(str(error))
+            except MediaError as error:
+                rows.bad.append(f"sample {key!r} of shard {name!r}: {error}")
     return rows
 
 
@@ -107,7 +109,7 @@ def _add_sample(
     rows: ShardRows, key: str, members: dict[str, Member], tokenizer: Tokenizer, options: IndexOptions
 ) -> None:
     where = f"sample {key!r} of shard {rows.name!r}"
-    text_member, is_json, parts = _read_parts(members, where)
+    text_member, is_json, parts = _read_parts(members, where, options)
     media_rows = []
     named: list[Part] = []
     for part in parts:
@@ -148,7 +150,7 @@ def _add_sample(
     ]
 
 
-def _read_parts(members: dict[str, Member], where: str) -> tuple[Member, bool, list[Part]]:
+def _read_parts(members: dict[str, Member], where: str, options: IndexOptions) -> tuple[Member, bool, list[Part]]:
     """A sample's text member, whether it is JSON, and its parts."""
     document = members.get("json")
     if document is not None and _has_parts(document.data):
@@ -156,7 +158,7 @@ def _read_parts(members: dict[str, Member], where: str) -> tuple[Member, bool, l
     text = members.get("txt")
     if text is None:
         raise DataError(f"{where}: it has neither a .txt nor a .json with `parts`.")
-    known = {ending for kind in MODALITIES.values() for ending in kind.extensions}
+    known = {ending for kind in MODALITIES.values() for ending in kind.extensions} | set(options.kinds)
     media = [name for name in members if name.rpartition(".")[2] in known]
     return text, False, [*(MediaPart(name, "") for name in media), parse_text(text.data, where)]
 

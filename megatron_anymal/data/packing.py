@@ -7,13 +7,17 @@ from bisect import bisect_left
 
 import numpy as np
 
+# How much longer than the mean a pack may be.
+_UNEVENNESS = 1.02
+
 
 def pack(lengths: np.ndarray, costs: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
     """Cut documents into the fewest packs that hold them, in a number that `multiple` divides, evenly filled.
 
-    First best-fit decreasing finds how few packs suffice. Then the documents are dealt out again, longest first, each
-    to the pack whose larger share (of all tokens, of all encoder work) is smallest; where that dealing does not fit,
-    the tight packs of the first pass are kept.
+    First best-fit decreasing finds how few packs suffice. Then the documents are dealt out again, each to the pack
+    whose larger share (of all tokens, of all encoder work) is smallest: heaviest first, with room for little more than
+    the mean pack; where that does not fit, by tokens alone; then with room for `capacity`. Where no dealing fits, the
+    tight packs of the first pass are kept.
 
     Args:
         lengths: [n] tokens of each document, each at most `capacity`.
@@ -29,10 +33,17 @@ def pack(lengths: np.ndarray, costs: np.ndarray, capacity: int, multiple: int) -
     order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), -float(costs[i]), i))
     tight = _best_fit(order, lengths, capacity)
     count = max(multiple, -(-len(tight) // multiple) * multiple)
-    packs = _deal(order, lengths, costs, capacity, count)
-    if packs is None:
-        packs = tight + [[] for _ in range(count - len(tight))]
+    # All packs are padded to the longest: dealing to little more than the mean first keeps the padding small.
+    mean = int(lengths.sum()) / count
+    even = min(capacity, max(int(lengths.max(initial=0)), int(mean * _UNEVENNESS) + 1))
     load = _shares(lengths, costs)
+    heaviest_first = sorted(order, key=lambda i: (-max(load[i]), -sum(load[i]), i))
+    packs = (
+        _deal(heaviest_first, lengths, load, even, count)
+        or _deal(order, lengths, _shares(lengths, np.zeros_like(costs)), even, count)
+        or _deal(order, lengths, load, capacity, count)
+        or tight + [[] for _ in range(count - len(tight))]
+    )
     return sorted((sorted(p) for p in packs), key=lambda p: (-sum(max(load[i]) for i in p), p))
 
 
@@ -86,25 +97,27 @@ def _shares(lengths: np.ndarray, costs: np.ndarray) -> list[tuple[float, float]]
 
 
 def _deal(
-    order: list[int], lengths: np.ndarray, costs: np.ndarray, capacity: int, count: int
+    order: list[int], lengths: np.ndarray, shares: list[tuple[float, float]], capacity: int, count: int
 ) -> list[list[int]] | None:
-    shares = _shares(lengths, costs)
     packs: list[list[int]] = [[] for _ in range(count)]
     room = [capacity] * count
     load = [(0.0, 0.0)] * count
+    # Packs with room for the document at hand, least loaded first; the others wait, roomiest first, for a shorter one.
     queue: list[tuple[float, float, int]] = [(0.0, 0.0, k) for k in range(count)]
+    waiting: list[tuple[int, int]] = []
     for i in order:
         length, (tokens, work) = int(lengths[i]), shares[i]
-        skipped = []
+        while waiting and -waiting[0][0] >= length:
+            k = heapq.heappop(waiting)[1]
+            heapq.heappush(queue, (max(load[k]), sum(load[k]), k))
         while queue and room[queue[0][2]] < length:
-            skipped.append(heapq.heappop(queue))
+            k = heapq.heappop(queue)[2]
+            heapq.heappush(waiting, (-room[k], k))
         if not queue:
             return None
-        _, _, k = heapq.heappop(queue)
+        k = heapq.heappop(queue)[2]
         packs[k].append(i)
         room[k] -= length
         load[k] = (load[k][0] + tokens, load[k][1] + work)
         heapq.heappush(queue, (max(load[k]), sum(load[k]), k))
-        for entry in skipped:
-            heapq.heappush(queue, entry)
     return packs

@@ -72,7 +72,7 @@ def write_shards(manifest: str, out: str, samples_per_shard: int = 2000, overwri
     """Pack a manifest's samples into WebDataset shards.
 
     A .jsonl line is `{"key": ..., "parts": [...]}` or `{"key": ..., "media": PATH, "text": ...}`; a .csv has the columns
-    media and text, and may have key and modality. Paths are relative to the manifest.
+    media and text, and may have key, modality and attributes of the media (rate). Paths are relative to the manifest.
 
     Raises:
         DataError: naming the line that is wrong, or the media file that is missing.
@@ -115,7 +115,9 @@ def _read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             for number, row in enumerate(csv.DictReader(file), start=2):
-                yield f"{path}:{number}", {k: v for k, v in row.items() if v not in (None, "")}
+                if None in row:
+                    raise DataError(f"{path}:{number}: the line has more cells than the header. Quote commas in texts.")
+                yield f"{path}:{number}", {k: _cell(k, v) for k, v in row.items() if v not in (None, "")}
             return
         for number, text in enumerate(file, start=1):
             if not text.strip():
@@ -127,6 +129,16 @@ def _read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not isinstance(value, dict):
                 raise DataError(f"{path}:{number}: not a JSON object.")
             yield f"{path}:{number}", value
+
+
+def _cell(column: str, text: Any) -> Any:
+    """A .csv cell; in a column of the media's own attributes, such as an IMU's rate, numbers are numbers."""
+    if column in ("key", "media", "modality", "text"):
+        return text
+    try:
+        return json.loads(text)
+    except (TypeError, json.JSONDecodeError):
+        return text
 
 
 def _to_sample(line: dict[str, Any], where: str, base: Path) -> dict[str, Any]:
@@ -165,15 +177,15 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
         shards.append(rows)
         progress.advance()
     progress.finish()
-    good, bad = sum(len(s.samples) for s in shards), {k: why for s in shards for k, why in s.bad.items()}
-    for key, why in list(bad.items())[:20]:
-        print(f"left out {key}: {why}", file=sys.stderr)
+    good, bad = sum(len(s.samples) for s in shards), [why for s in shards for why in s.bad]
+    for why in bad[:20]:
+        print(f"left out {why}", file=sys.stderr)
     if len(bad) > 20:
         print(f"left out {len(bad) - 20} more", file=sys.stderr)
     if len(bad) > max_bad_share * (good + len(bad)):
         raise DataError(
             f"{len(bad)} of {good + len(bad)} samples of {folder!r} are bad, above --max-bad-share {max_bad_share}. "
-            f"The first: {next(iter(bad.values()))}"
+            f"The first: {bad[0]}"
         )
     samples, media, keys, kinds, extensions = assemble(shards)
     header = IndexHeader(

@@ -164,7 +164,7 @@ class ShardIndex:
         row = self.samples[sample]
         where = f"sample {self.key(sample)!r} of {self.folder!r}"
         data = self._read(int(row["shard"]), int(row["text_offset"]), int(row["text_length"]), int(row["text_crc"]), where)
-        media = self._media_rows(sample)
+        media = self.media_rows(sample)
         if not row["text_is_json"]:
             names = [self.header.extensions[m["extension"]] for m in media]
             plain = [MediaPart(name, self.header.kinds[m["kind"]]) for name, m in zip(names, media)]
@@ -189,7 +189,7 @@ class ShardIndex:
             DataError: the bytes are not those that were indexed.
         """
         items = [part for part in parts if isinstance(part, MediaPart)]
-        rows, shard = self._media_rows(sample), int(self.samples[sample]["shard"])
+        rows, shard = self.media_rows(sample), int(self.samples[sample]["shard"])
         found = []
         for number in wanted:
             row, part = rows[number], items[number]
@@ -198,7 +198,8 @@ class ShardIndex:
             found.append(MediaBytes(part, data, self.header.extensions[row["extension"]]))
         return found
 
-    def _media_rows(self, sample: int) -> np.ndarray:
+    def media_rows(self, sample: int) -> np.ndarray:
+        """A sample's rows of the media table (MEDIA), in the order of its parts."""
         row = self.samples[sample]
         start = int(row["media_start"])
         return self.media[start : start + int(row["media_count"])]

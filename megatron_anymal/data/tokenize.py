@@ -62,11 +62,13 @@ class Tokenizer:
         """The id of a reserved token.
 
         Raises:
-            DataError: the vocabulary has no such token; `where` is the key that asks for it.
+            DataError: the vocabulary has no such token, or it has another meaning; `where` is the key that asks for it.
         """
         number = self.hf.get_vocab().get(token)
         if number is None:
             raise DataError(f"{where}={token!r} is not in the tokenizer's vocabulary. Name one of its reserved tokens.")
+        if number in (self.begin, self.end):
+            raise DataError(f"{where}={token!r} begins or ends documents. Name one of the tokenizer's reserved tokens.")
         return number
 
     def encode(self, text: str) -> list[int]:

@@ -7,7 +7,9 @@ and the logged step agree. NeMo gives the command line, the run folder and the l
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from megatron_anymal.parallel import ParallelLayout
+
+# What exp_manager writes into the run folder at every start.
+_NEMO_FILES = {"cmd-args.log", "git-info.log", "nemo_error_log.txt", "lightning_logs.txt"}
 
 _EPILOG = """overrides:
   trainer.num_nodes=4                   set a value
@@ -112,6 +117,7 @@ def manage_experiment(trainer: Trainer, config: AnyMALConfig, layout: ParallelLa
     # At INFO it prints its whole schema.
     nemo_logging.setLevel(logging.WARNING)
     try:
+        _move_only_nemos_files()
         exp_manager(
             trainer,
             {
@@ -130,6 +136,21 @@ def manage_experiment(trainer: Trainer, config: AnyMALConfig, layout: ParallelLa
         )
     finally:
         nemo_logging.setLevel(previous)
+
+
+def _move_only_nemos_files() -> None:
+    """Where a run is started again, exp_manager moves every file of its folder to run_N/: only its own may go.
+
+    The engine continues its metrics and its list of skipped samples where the run was cut off.
+    """
+    module = importlib.import_module("nemo.utils.exp_manager")
+
+    def move(source: str, target: str) -> None:
+        name = Path(source).name
+        if name in _NEMO_FILES or name.startswith("nemo_log_"):
+            shutil.move(source, target)
+
+    module.move = move  # type: ignore[attr-defined]
 
 
 def _check_loggers(config: AnyMALConfig) -> None:

@@ -33,11 +33,11 @@ class Sizes:
     """Samples to make; images are always all of scikit-learn's, held_out_images of them held out."""
 
     held_out_images: int = 397
-    train_videos: int = 1600
+    train_videos: int = 2000
     held_out_videos: int = 400
-    train_audio: int = 600
+    train_audio: int = 800
     held_out_audio: int = 200
-    train_imu: int = 600
+    train_imu: int = 800
     held_out_imu: int = 200
 
 
@@ -259,9 +259,9 @@ def _imu(digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: n
 
 # Steps or turns per second, size of the acceleration (m/s^2), of the rotation (rad/s), share of higher harmonics.
 _MOTION = {
-    "walking": ((1.5, 2.1), 2.5, 0.6, 0.3),
-    "running": ((2.5, 3.2), 9.0, 1.8, 0.5),
-    "cycling": ((1.0, 1.5), 1.2, 1.5, 0.05),
+    "walking": ((1.5, 2.0), 2.5, 0.6, 0.3),
+    "running": ((2.6, 3.2), 9.0, 1.8, 0.5),
+    "cycling": ((0.9, 1.3), 1.2, 1.5, 0.05),
     "resting": ((0.1, 0.3), 0.05, 0.02, 0.0),
 }
 
@@ -281,9 +281,9 @@ def simulate(activity: str, rng: np.random.Generator) -> np.ndarray:
     sway = 0.4 * np.sin(cycle / 2 + rng.uniform(0, 2 * np.pi))
     body = push * gain * np.stack([ahead, sway, up], axis=1) + np.array([0.0, 0.0, 9.81])
     spin = turn * gain * np.stack([np.sin(cycle / 2), np.sin(cycle + rng.uniform(0, 2 * np.pi)), 0.3 * ahead], axis=1)
-    tilt = _rotation(rng.normal(0, 0.2, 3))
+    tilt = _rotation(rng.normal(0, 0.15, 3))
     signal = np.concatenate([body @ tilt.T, spin @ tilt.T], axis=1)
-    noise = rng.normal(0, 1, signal.shape) * np.array([0.3] * 3 + [0.05] * 3)
+    noise = rng.normal(0, 1, signal.shape) * np.array([0.2] * 3 + [0.05] * 3)
     return (signal + noise).astype(np.float32)
 
 

@@ -29,7 +29,7 @@ def prepare_quickstart(folder: Path, sizes: Sizes | None = None) -> None:
     corpus = write_corpus(folder / "media" / "text.jsonl")
     tokenizer = str(folder / "tokenizer")
     train_tokenizer(corpus, tokenizer)
-    train_image_encoder(manifests["image"]["train"], folder / "image_encoder")
+    train_image_encoder(manifests["image"]["train"], tokenizer, folder / "image_encoder")
     sources = {"text": corpus}
     sources.update({f"{name}_{split}": manifests[name][split] for name in MODALITIES for split in SPLITS})
     for name, manifest in sources.items():

@@ -35,6 +35,8 @@ TEXT_SHAPE = {
 POSITION_STD = 0.5
 # Smallest size of a digit in a training picture, as a share of its side.
 SMALLEST = 0.7
+# Largest turn and slant, in radians.
+LARGEST_TURN = 0.2
 
 
 def train_image_encoder(
@@ -118,14 +120,17 @@ def _build(vocab_size: int, begin: int, end: int) -> Any:
 
 
 def _scatter(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Show each picture [n, 1, side, side] smaller and somewhere in its frame."""
+    """Show each picture [n, 1, side, side] smaller, somewhere in its frame, a little turned and slanted."""
     n = len(pictures)
     scale = rng.uniform(SMALLEST, 1.0, n)
     # In grid_sample's coordinates the frame spans -1 to 1: room on either side of the centre.
     shift = rng.uniform(-1, 1, (n, 2)) * (1 - scale)[:, None]
+    angle, slant = rng.uniform(-LARGEST_TURN, LARGEST_TURN, (2, n))
+    # Maps places of the new picture to places of the old one: move back, then enlarge, turn and slant.
+    turn = np.array([[np.cos(angle), np.sin(angle) + slant], [-np.sin(angle), np.cos(angle)]]) / scale
     theta = np.zeros((n, 2, 3), dtype=np.float32)
-    theta[:, 0, 0] = theta[:, 1, 1] = 1 / scale
-    theta[:, :, 2] = -shift / scale[:, None]
+    theta[:, :, :2] = turn.transpose(2, 0, 1)
+    theta[:, :, 2] = -np.einsum("nij,nj->ni", theta[:, :, :2], shift)
     grid = F.affine_grid(torch.from_numpy(theta), list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, grid, align_corners=False)
 

@@ -198,6 +198,7 @@ class Run:
 
     def _save(self) -> None:
         begun = time.monotonic()
+        self.log.save()
         self.state.settle()
         manifest = Manifest(
             step=self.state.step,

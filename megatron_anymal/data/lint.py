@@ -1,0 +1,149 @@
+"""Checks of a prepared folder: every sample is read, its checksums compared, its text counted, its media decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_anymal.config import EncoderConfig, ModalityConfig
+from megatron_anymal.data.loader import LoadedModality
+from megatron_anymal.data.shards import MediaBytes, ShardIndex
+from megatron_anymal.data.tokenize import Document, Tokenizer
+from megatron_anymal.data.types import DataError, Part
+from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
+from megatron_anymal.telemetry import Progress
+
+# What the two numbers of `Modality.probe` are.
+SIZE_NAMES = {"image": ("width", "height"), "video": ("seconds", "frames/s")}
+TIMED = ("seconds", "Hz")
+# A stand-in encoder for each kind, where no configuration names the run's: what decoding needs to be tried.
+_STAND_INS = {
+    "image": EncoderConfig(type="clip", config={"image_size": 224}),
+    "video": EncoderConfig(type="clip", config={"image_size": 224}),
+    "audio": EncoderConfig(type="identity"),
+    "imu": EncoderConfig(type="imu2clip"),
+}
+# Samples handed to the threads at once.
+_CHUNK = 1024
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples are read: with the run's modalities (by kind), or with stand-ins that only try the files."""
+
+    tokenizer: Tokenizer
+    modalities: Mapping[str, Modality]
+    # Kind -> placeholder and soft tokens; empty where no configuration was given.
+    loaded: Mapping[str, LoadedModality] = field(default_factory=dict)
+
+    @staticmethod
+    def without_configuration(tokenizer: Tokenizer, kinds: Sequence[str]) -> Reading:
+        """Stand-ins for the kinds that have one; media of others are only probed."""
+        stand_ins = {
+            kind: build_modality(kind, ModalityConfig(encoder=_STAND_INS[kind])) for kind in kinds if kind in _STAND_INS
+        }
+        return Reading(tokenizer, stand_ins)
+
+
+@dataclass(frozen=True)
+class ReadSample:
+    """A sample as the model sees it."""
+
+    parts: list[Part]
+    media: list[MediaBytes]
+    # Pieces of each media item; 0 where no configuration says how it is cut.
+    pieces: list[int]
+    document: Document
+
+
+def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
+    """Read one sample, decode its media and lay out its tokens.
+
+    Without a configuration the document has no soft tokens; its `media_starts` still tell where media stand.
+
+    Raises:
+        DataError, MediaError: it is damaged, cannot be decoded, or is not what its index says.
+    """
+    parts = index.parts(number)
+    row = index.samples[number]
+    counted = reading.tokenizer.count(parts)
+    if counted != (int(row["tokens"]), int(row["targets"])):
+        raise DataError(
+            f"it has {counted[0]} text tokens, {counted[1]} of them targets; its index says {int(row['tokens'])} and "
+            f"{int(row['targets'])}. Make the index anew with `anymal prepare --index-only`."
+        )
+    rows = index.media_rows(number)
+    media = index.read_media(number, parts, range(len(rows)))
+    pieces = []
+    for item, media_row in zip(media, rows):
+        try:
+            pieces.append(_decode(item, media_row["size"], reading))
+        except MediaError as error:
+            raise MediaError(f"media {item.part.media!r} {error}") from None
+    soft = [n * reading.loaded[m.part.modality].soft_tokens_per_piece if n else 0 for n, m in zip(pieces, media)]
+    # Without a configuration there are no soft tokens, and the placeholder is never used.
+    ids = {kind: entry.placeholder for kind, entry in reading.loaded.items()} or {m.part.modality: -1 for m in media}
+    return ReadSample(parts, media, pieces, reading.tokenizer.document(parts, soft, ids))
+
+
+def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading) -> int:
+    """Decode a media item; returns its pieces, 0 without a configuration."""
+    kind = item.part.modality
+    if kind not in MODALITIES:
+        raise MediaError(f"is of the unknown kind {kind!r}; name the file that registers it with --plugin")
+    size = MODALITIES[kind].probe(item.data, item.extension, item.part.attributes)
+    if tuple(size) != tuple(float(n) for n in indexed_size):
+        raise MediaError(f"has the size {tuple(size)}, its index says {tuple(float(n) for n in indexed_size)}")
+    if kind not in reading.modalities:
+        return 0
+    pieces = reading.modalities[kind].load(item.data, item.extension, item.part.attributes)
+    return len(pieces) if reading.loaded else 0
+
+
+def read_all(index: ShardIndex, numbers: Sequence[int], reading: Reading, workers: int) -> list[tuple[str, str]]:
+    """Read samples on several threads, with a progress line.
+
+    Returns:
+        The bad ones: key and what is wrong.
+    """
+
+    def why_bad(number: int) -> str:
+        try:
+            read_sample(index, number, reading)
+        except (DataError, MediaError) as error:
+            return str(error)
+        return ""
+
+    progress = Progress("reading samples", len(numbers))
+    bad = []
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        for start in range(0, len(numbers), _CHUNK):
+            some = numbers[start : start + _CHUNK]
+            for number, why in zip(some, pool.map(why_bad, some)):
+                if why:
+                    bad.append((index.key(number), why))
+                progress.advance()
+    progress.finish()
+    return bad
+
+
+def wrong_shards(index: ShardIndex) -> list[str]:
+    """What is wrong with the shards' presence and size."""
+    try:
+        index.check_shards()
+    except DataError as error:
+        return [str(error)]
+    return []
+
+
+def wrong_tokenizer(index: ShardIndex, tokenizer: Tokenizer, folder: str) -> list[str]:
+    """Whether the index was made with this tokenizer."""
+    if index.header.tokenizer == tokenizer.fingerprint():
+        return []
+    return [
+        f"The index counts tokens of another tokenizer than {folder!r}. Name that one, or make the index anew: anymal "
+        f"prepare --index-only {index.folder} --tokenizer {folder}"
+    ]

@@ -1,0 +1,172 @@
+"""A run that is killed without warning, started again by the same command, ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from engine import train
+from ranks import run_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tiny import make_config
+
+from megatron_anymal.config import AnyMALConfig, DatasetConfig
+
+ROOT = Path(__file__).parents[2]
+STEPS, EVERY = 14, 4
+
+
+@pytest.fixture(scope="module")
+def folder(
+    mixed_shards: str, text_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """tiny.yaml: a run of 14 steps with a checkpoint and a validation every 4."""
+    folder = tmp_path_factory.mktemp("sigkill")
+    config = make_config(mixed_shards, tokenizer_folder, folder / "run")
+    config.trainer.max_steps = STEPS
+    config.trainer.val_check_interval = config.exp_manager.checkpoint.every_n_train_steps = EVERY
+    config.trainer.limit_val_batches = 1
+    config.data.validation = {"text": DatasetConfig(path=text_shards)}
+    # As in a real run, read ahead by processes of their own.
+    config.data.num_workers = 1
+    values = {"defaults": ["anymal", "_self_"], **config.to_dict()}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def command(folder: Path, run: Path, processes: int) -> list[str]:
+    """The command that starts a run, and starts it again."""
+    launch = [sys.executable, "-m"]
+    if processes > 1:
+        launch += ["torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
+        launch += ["--rdzv-endpoint=127.0.0.1:0", "-m"]
+    layout = [f"trainer.devices={processes}", f"model.tensor_model_parallel_size={processes}"]
+    return [
+        *[*launch, "megatron_anymal", "pretrain", f"--config-path={folder}", "--config-name=tiny"],
+        *[*layout, f"exp_manager.explicit_log_dir={run}"],
+    ]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(arguments, cwd=log.parent, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+
+
+def finish(arguments: list[str], log: Path) -> str:
+    process = start(arguments, log)
+    try:
+        assert process.wait(150) == 0, log.read_text()[-3000:]
+    finally:
+        kill(process)
+    return log.read_text()
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a process and all below it, as when a machine dies."""
+    if process.poll() is None:
+        top = psutil.Process(process.pid)
+        for one in [top, *top.children(recursive=True)]:
+            one.kill()
+        process.wait(10)
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def steps_of(run: Path) -> list[int]:
+    return [row["step"] for row in metrics(run) if "loss" in row]
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """All that must be the same bit for bit; times differ."""
+    timed = ("tokens_per_second", "step_seconds", "data_wait_share")
+    return [{name: value for name, value in row.items() if name not in timed} for row in metrics(run)]
+
+
+def logged_to_tensorboard(run: Path) -> Counter[int]:
+    """How often each step stands in the event files, as they are on disk."""
+    found: Counter[int] = Counter()
+    for file in run.glob("events.out.tfevents.*"):
+        for event in EventFileLoader(str(file)).Load():
+            found.update(event.step for value in event.summary.value if value.tag == "loss")
+    return found
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_in_the_middle(folder: Path, processes: int) -> None:
+    whole, run = folder / f"whole{processes}", folder / f"killed{processes}"
+    finish(command(folder, whole, processes), folder / "whole.log")
+    assert steps_of(whole) == list(range(1, STEPS + 1))
+
+    again = command(folder, run, processes)
+    process = start(again, folder / "killed.log")
+    deadline = time.monotonic() + 120
+    # A checkpoint is there, and steps after it are logged.
+    while len(steps_of(run)) < EVERY + 2 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    kill(process)
+    reached = max(steps_of(run), default=0)
+    assert EVERY + 2 <= reached < STEPS, (folder / "killed.log").read_text()[-3000:]
+    saved = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
+    on_disk = logged_to_tensorboard(run)
+
+    said = finish(again, folder / "again.log")
+    assert f"at step {saved}" in said
+    assert steps_of(run) == list(range(1, STEPS + 1))
+    assert figures(run) == figures(whole)
+    # What was done twice may stand there twice; nothing else, and nothing is missing.
+    events = logged_to_tensorboard(run)
+    assert set(events) == set(range(1, STEPS + 1))
+    assert {step for step, times in events.items() if times > 1} == {step for step in on_disk if step > saved}
+    shown = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload().Scalars("loss")
+    last = {event.step: event.value for event in shown}
+    assert [last[step] for step in sorted(last)] == pytest.approx(
+        [row["loss"] for row in metrics(whole) if "loss" in row]
+    )
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+
+
+def test_run_in_slices_of_time_is_bit_identical(config: AnyMALConfig, tmp_path: Path) -> None:
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
+    undisturbed = run_ranks(2, train, two_replicas(whole))[0]["losses"]
+    # No time at all: each start makes one step and a checkpoint.
+    config.exp_manager.max_time_per_run = "00:00:00:00"
+    for started in range(1, 7):
+        losses = run_ranks(2, train, two_replicas(config))[0]["losses"]
+        assert losses == undisturbed[:started]
+        assert (tmp_path / "run" / "checkpoints" / f"step_{started:08d}").is_dir()
+
+
+def two_replicas(config: AnyMALConfig) -> AnyMALConfig:
+    config.trainer.devices = 2
+    return config
+
+
+def test_time_limit_stops_with_a_checkpoint(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.max_steps = 100_000
+    config.exp_manager.checkpoint.every_n_train_steps = 0
+    config.exp_manager.max_time_per_run = "00:00:00:02"
+    began = time.monotonic()
+    reached = len(run_ranks(1, train, config)[0]["losses"])
+    assert 2 <= time.monotonic() - began < 60 and 0 < reached < 100_000
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step_{reached:08d}"]

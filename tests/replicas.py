@@ -1,0 +1,31 @@
+"""One data-parallel replica's data path without a job: what a rank would read, in this process."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.parallel import ParallelLayout
+from megatron_anymal.train.build import DataSource, build_data, build_inputs
+
+
+def replica_data(config: AnyMALConfig, size: int = 1, *, tensor_rank: int = 0, tensor_size: int = 1) -> DataSource:
+    """The training mixture as a rank of a job of `size` replicas reads it."""
+    config = copy.deepcopy(config)
+    config.trainer.devices = size * tensor_size
+    config.model.tensor_model_parallel_size = tensor_size
+    layout = ParallelLayout(
+        device=torch.device("cpu"),
+        rank=0,
+        world_size=size * tensor_size,
+        tensor_rank=tensor_rank,
+        tensor_size=tensor_size,
+        pipeline_rank=0,
+        pipeline_size=1,
+        data_rank=0,
+        data_size=size,
+    )
+    tokenizer, modalities = build_inputs(config)
+    return build_data(config, layout, tokenizer, modalities, "train")

@@ -1,0 +1,321 @@
+"""From the plan to tensors: what is planned, what is read, and what happens to samples that cannot be used."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from replicas import replica_data
+from tiny import SPECIAL, WORDS, make_config, make_shards, make_tokenizer, png
+
+from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.data.indexing import IndexOptions
+from megatron_anymal.data.loader import share_out, steps
+from megatron_anymal.data.prepare import make_index, write_shards
+from megatron_anymal.data.types import DataError, MicroBatch, TextPart
+from megatron_anymal.train.build import DataSource
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+
+
+def shards_of(folder: Path, tokenizer: str, samples: dict[str, list[dict[str, Any]]], files: dict[str, bytes]) -> str:
+    """Shards of given samples: key -> parts."""
+    source = folder.with_name("source")
+    source.mkdir()
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    lines = [json.dumps({"key": key, "parts": parts}) for key, parts in samples.items()]
+    (source / "manifest.jsonl").write_text("\n".join(lines))
+    write_shards(str(source / "manifest.jsonl"), str(folder))
+    make_index(str(folder), IndexOptions(tokenizer))
+    return str(folder)
+
+
+def micro_batches(data: DataSource, step: int) -> list[MicroBatch]:
+    return [data.reader[m] for m in data.planner.plan(step).of_replica(0)]
+
+
+def by_position(batches: list[MicroBatch]) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Place in the global batch -> tokens, labels, loss mask."""
+    found = {}
+    for m in batches:
+        for sample in m.plan.samples:
+            here = m.sample_positions[0] == sample.position
+            found[sample.position] = (m.tokens[0, here], m.labels[0, here], m.loss_mask[0, here])
+    return found
+
+
+def test_labels_are_the_next_token_and_only_answers_are_targets(config: AnyMALConfig) -> None:
+    data = replica_data(config)
+    placeholders = {SPECIAL.index(s.placeholder) for s in config.model.modalities.values()}
+    targets = 0
+    for step in range(10):
+        plan = data.planner.plan(step)
+        for position, (tokens, labels, mask) in by_position(micro_batches(data, step)).items():
+            torch.testing.assert_close(labels[:-1], tokens[1:])
+            # A document's last token predicts nothing: its label would lie in the next document.
+            assert mask[-1] == 0
+            is_target = torch.zeros(len(tokens), dtype=torch.bool)
+            is_target[1:] = mask[:-1] > 0
+            assert not placeholders & set(tokens[is_target].tolist())
+            # "what is this" after each media item is a prompt; what follows the last prompt is the answer.
+            parts = data.planner.indexes[0].parts(int(plan.sample[position]))
+            text = parts[-1]
+            assert isinstance(text, TextPart)
+            # The vocabulary: special tokens, the unknown word, the words.
+            answer = [len(SPECIAL) + 1 + WORDS.index(word) for word in text.text.split()]
+            assert tokens[is_target].tolist() == [*answer, SPECIAL.index(SPECIAL[1])]
+            assert int(mask.sum()) == plan.targets[position]
+            targets += int(mask.sum())
+        assert targets
+        padding = [m.loss_mask[0][m.sample_positions[0] < 0] for m in micro_batches(data, step)]
+        assert sum(float(p.sum()) for p in padding) == 0
+
+
+def test_documents_lie_one_after_the_other_and_padding_is_a_document(config: AnyMALConfig) -> None:
+    config.model.tensor_model_parallel_size, config.model.sequence_parallel = 2, True
+    config.trainer.devices = 2
+    data = replica_data(config, tensor_size=2)
+    for step in range(5):
+        plan = data.planner.plan(step)
+        for m in micro_batches(data, step):
+            assert m.tokens.shape == (1, plan.padded_length) and plan.padded_length % 2 == 0
+            assert sum(m.document_lengths) == plan.padded_length and min(m.document_lengths) > 0
+            owners = np.repeat(
+                [*[s.position for s in m.plan.samples], *([-1] if len(m.document_lengths) > len(m.plan.samples) else [])],
+                m.document_lengths,
+            )
+            np.testing.assert_array_equal(m.sample_positions[0], owners)
+
+
+def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: AnyMALConfig) -> None:
+    data = replica_data(config)
+    found = 0
+    for m in micro_batches(data, 0) + micro_batches(data, 1):
+        for name, media in m.media.items():
+            section = config.model.modalities[name]
+            placeholder = SPECIAL.index(section.placeholder)
+            assert (m.tokens[0, media.token_index] == placeholder).all()
+            assert len(media.token_index) == len(media.pieces) * section.projector.num_tokens == (m.tokens == placeholder).sum()
+            at = 0
+            for sample in m.plan.samples:
+                index = data.planner.indexes[sample.dataset]
+                parts = index.parts(sample.sample)
+                for number, planned in enumerate(sample.media):
+                    if planned.modality == name:
+                        [item] = index.read_media(sample.sample, parts, [number])
+                        expected = data.reader._modalities[name].modality.load(item.data, item.extension, item.part.attributes)
+                        torch.testing.assert_close(media.pieces[at : at + planned.pieces], expected)
+                        at += planned.pieces
+                        found += 1
+            assert at == len(media.pieces)
+    assert found > 10
+
+
+def test_tensor_parallel_ranks_share_frozen_encoders_work(config: AnyMALConfig) -> None:
+    whole = micro_batches(replica_data(config), 0)
+    config.data.num_workers = 0
+    ranks = [micro_batches(replica_data(config, tensor_rank=r, tensor_size=3), 0) for r in range(3)]
+    for number, one in enumerate(whole):
+        for name, media in one.media.items():
+            parts = [rank[number].media[name] for rank in ranks]
+            frozen = config.model.modalities[name].encoder.freeze
+            if frozen:
+                torch.testing.assert_close(torch.cat([p.pieces for p in parts]), media.pieces)
+                assert all(p.shares == tuple(len(q.pieces) for q in parts) for p in parts)
+            else:
+                for part in parts:
+                    torch.testing.assert_close(part.pieces, media.pieces)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+def test_share_out_is_consecutive_and_even(ranks: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        pieces = rng.integers(1, 18, size=int(rng.integers(0, 40))).tolist()
+        owners = share_out(pieces, ranks)
+        assert owners == sorted(owners) and all(0 <= o < ranks for o in owners)
+        loads = np.bincount(owners, weights=pieces, minlength=ranks) if pieces else np.zeros(ranks)
+        assert loads.sum() == sum(pieces) and loads.max() <= sum(pieces) / ranks + max(pieces, default=0)
+
+
+def test_a_text_only_micro_batch(text_shards: str, config: AnyMALConfig) -> None:
+    config.data.train["mix"].path = text_shards
+    data = replica_data(config)
+    for m in micro_batches(data, 0):
+        assert m.media == {} and m.bad == {} and m.loss_mask.sum() > 0
+
+
+def long_and_short(tmp_path: Path, tokenizer: str) -> str:
+    samples: dict[str, list[dict[str, Any]]] = {
+        f"short{n}": [{"media": "a.png", "modality": "image"}, {"text": f"one {WORDS[n]}"}] for n in range(7)
+    }
+    samples["long"] = [{"media": "a.png", "modality": "image"}, {"text": "two " * 40}]
+    return shards_of(tmp_path / "shards", tokenizer, samples, {"a.png": png(0)})
+
+
+def test_a_sample_too_long_is_refused_by_name(tmp_path: Path, tokenizer_folder: str) -> None:
+    config = make_config(long_and_short(tmp_path, tokenizer_folder), tokenizer_folder, tmp_path / "run")
+    config.data.seq_length = 40
+    # begin, two soft tokens, 40 words, end.
+    with pytest.raises(DataError, match=r"1 sample.*seq_length=40.*'mix/long'.*44 tokens.*too_long=drop"):
+        replica_data(config)
+    config.data.seq_length = 44
+    replica_data(config)
+
+
+def test_a_sample_too_long_is_dropped_and_leaves_the_others_in_place(tmp_path: Path, tokenizer_folder: str) -> None:
+    config = make_config(long_and_short(tmp_path, tokenizer_folder), tokenizer_folder, tmp_path / "run")
+    whole = replica_data(config)
+    config.data.seq_length, config.data.too_long = 40, "drop"
+    data = replica_data(config)
+    for step in range(4):
+        plan, full = data.planner.plan(step), whole.planner.plan(step)
+        # Eight samples, batches of eight: the long one is in each batch once.
+        [place] = plan.dropped
+        assert data.planner.key(0, int(plan.sample[place])) == "mix/long"
+        assert plan.targets[place] == 0 and full.targets[place] == 41 and full.dropped == ()
+        np.testing.assert_array_equal(plan.sample, full.sample)
+        kept, expected = by_position(micro_batches(data, step)), by_position(micro_batches(whole, step))
+        assert set(expected) - set(kept) == {place}
+        for position, tensors in kept.items():
+            for found, wanted in zip(tensors, expected[position]):
+                torch.testing.assert_close(found, wanted)
+
+
+def test_a_batch_of_nothing_but_dropped_samples(tmp_path: Path, tokenizer_folder: str) -> None:
+    config = make_config(long_and_short(tmp_path, tokenizer_folder), tokenizer_folder, tmp_path / "run")
+    config.data.seq_length, config.data.too_long = 2, "drop"
+    data = replica_data(config, 2)
+    [m] = micro_batches(data, 0)
+    assert m.plan.samples == () and m.loss_mask.sum() == 0 and len(data.planner.plan(0).dropped) == 8
+
+
+def truncated_jpeg() -> bytes:
+    out = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(out, "JPEG", quality=95)
+    return out.getvalue()[:1500]
+
+
+def test_unreadable_samples_leave_the_others_as_they_are(tmp_path: Path, tokenizer_folder: str) -> None:
+    image = {"media": "a.png", "modality": "image"}
+    samples: dict[str, list[dict[str, Any]]] = {f"good{n}": [image, {"text": f"one {WORDS[n]}"}] for n in range(6)}
+    # Its header is whole, its pixels are not: the index takes it.
+    samples["bad-image"] = [{"media": "cut.jpg", "modality": "image"}, {"text": "two"}, image]
+    samples["bad-text"] = [{"text": f"one {SPECIAL[2]} two"}, image]
+    files = {"a.png": png(0, (64, 64)), "cut.jpg": truncated_jpeg()}
+    config = make_config(shards_of(tmp_path / "shards", tokenizer_folder, samples, files), tokenizer_folder, tmp_path)
+    config.data.seq_length = 128
+    data = replica_data(config)
+    plan = data.planner.plan(0)
+    keys = {int(p): data.planner.key(0, int(plan.sample[p])) for p in range(8)}
+    batches = micro_batches(data, 0)
+    bad = {place: why for m in batches for place, why in m.bad.items()}
+    assert {keys[place] for place in bad} == {"mix/bad-image", "mix/bad-text"}
+    for place, why in bad.items():
+        # The ledger puts the sample's name before each.
+        assert "decoded" in why if "image" in keys[place] else SPECIAL[2] in why
+    for m in batches:
+        # Pictures that were not read keep their places.
+        planned = sum(p.pieces for s in m.plan.samples for p in s.media)
+        assert len(m.media["image"].pieces) == planned and len(m.media["image"].token_index) == 2 * planned
+        assert torch.isfinite(m.media["image"].pieces).all()
+    good = {p for p, key in keys.items() if "good" in key}
+    for position, (tokens, _, mask) in by_position(batches).items():
+        assert len(tokens) == plan.length[position]
+        if position in good:
+            assert int(mask.sum()) == plan.targets[position] == 3
+
+
+def test_a_kind_without_a_modality(config: AnyMALConfig) -> None:
+    del config.model.modalities["audio"]
+    with pytest.raises(DataError, match=r"holds audio.*imu.*model\.modalities\.audio"):
+        replica_data(config)
+
+
+def test_another_tokenizer(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.data.tokenizer = make_tokenizer(tmp_path / "copy")
+    replica_data(config)
+    file = tmp_path / "copy" / "tokenizer.json"
+    body = json.loads(file.read_text())
+    body["model"]["vocab"]["seven"], body["model"]["vocab"]["eight"] = (
+        body["model"]["vocab"]["eight"],
+        body["model"]["vocab"]["seven"],
+    )
+    file.write_text(json.dumps(body))
+    with pytest.raises(DataError, match=r"another tokenizer.*--index-only"):
+        replica_data(config)
+
+
+def test_unusable_tokenizers_and_placeholders(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.data.tokenizer = str(tmp_path / "none")
+    with pytest.raises(DataError, match="no folder"):
+        replica_data(config)
+    (tmp_path / "empty").mkdir()
+    config.data.tokenizer = str(tmp_path / "empty")
+    with pytest.raises(DataError, match=r"data\.tokenizer"):
+        replica_data(config)
+
+
+@pytest.mark.parametrize("token", ["<|no_such_token|>", SPECIAL[0], SPECIAL[1]])
+def test_a_placeholder_must_be_a_reserved_token(config: AnyMALConfig, token: str) -> None:
+    config.model.modalities["image"].placeholder = token
+    with pytest.raises(DataError, match=r"model\.modalities\.image\.placeholder"):
+        replica_data(config)
+
+
+def test_no_dataset(config: AnyMALConfig) -> None:
+    config.data.train = {}
+    with pytest.raises(DataError, match=r"data\.train\.NAME\.path"):
+        replica_data(config)
+
+
+def test_datasets_mix_by_weight(config: AnyMALConfig, text_shards: str) -> None:
+    config.data.train["text"] = DatasetConfig(path=text_shards, weight=3.0)
+    planner = replica_data(config).planner
+    dataset = np.concatenate([planner.plan(step).dataset for step in range(128)])
+    assert abs(int((dataset == 1).sum()) - 768) <= 1
+    assert planner.key(1, 0) == "text/text-00000"
+
+
+def test_fingerprint_changes_with_what_decides_the_samples(config: AnyMALConfig, text_shards: str) -> None:
+    def fingerprint(**changes: Any) -> str:
+        for name, value in changes.items():
+            setattr(config.model, name, value)
+        return replica_data(config).planner.fingerprint()
+
+    prints = [fingerprint(), fingerprint(seed=5), fingerprint(global_batch_size=4)]
+    config.data.train["mix"].weight = 2.0
+    prints.append(fingerprint())
+    config.data.train["text"] = DatasetConfig(path=text_shards)
+    prints.append(fingerprint())
+    assert len(set(prints)) == 5
+    config.data.seq_length, config.model.micro_batch_size = 100, 2
+    assert fingerprint() == prints[-1] == replica_data(config, 3).planner.fingerprint()
+
+
+def test_no_steps(config: AnyMALConfig) -> None:
+    data = replica_data(config)
+    assert list(steps(data.planner, data.reader, replica=0, start=3, stop=3, num_workers=0, prefetch_steps=1)) == []
+
+
+def test_long_samples_are_found_in_a_folder_of_many(tmp_path: Path, tokenizer_folder: str) -> None:
+    folder = make_shards(tmp_path / "s", tokenizer_folder, 30, ("text", "image"))
+    config = make_config(folder, tokenizer_folder, tmp_path / "run")
+    planner = replica_data(config).planner
+    plans = [planner.plan(step) for step in range(30)]
+    by_sample = {int(s): int(n) for plan in plans for s, n in zip(plan.sample, plan.length)}
+    lengths = np.array([by_sample[s] for s in range(30)])
+    config.data.seq_length = int(lengths.max()) - 1
+    with pytest.raises(DataError, match=f"^{int((lengths == lengths.max()).sum())} sample"):
+        replica_data(config)

@@ -1,0 +1,246 @@
+"""A manifest becomes shards and an index, and gives the same parts and bytes back; what is wrong with it is named."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+from tiny import SPECIAL, flac, npy, png
+
+from megatron_anymal.data.indexing import IndexOptions
+from megatron_anymal.data.prepare import main, make_index, write_shards
+from megatron_anymal.data.samples import parse_parts
+from megatron_anymal.data.shards import ShardIndex
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import DataError, MediaPart, TextPart
+
+INTERLEAVED = [
+    {"text": "what is", "loss": False},
+    {"media": "a.png", "modality": "image"},
+    {"text": "this", "loss": False},
+    {"media": "b.flac", "modality": "audio"},
+    {"media": "c.npy", "modality": "imu", "rate": 50},
+    {"media": "d.png", "modality": "image"},
+    {"text": "one two"},
+]
+FILES = {"a.png": png(1), "b.flac": flac(2), "c.npy": npy(3), "d.png": png(4, (20, 9))}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder of media files."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    for name, data in FILES.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def manifest(source: Path, lines: list[dict[str, Any] | str]) -> str:
+    path = source / "manifest.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return str(path)
+
+
+def prepared(source: Path, manifest_path: str, tokenizer: str, **options: Any) -> ShardIndex:
+    out = str(source.parent / "shards")
+    write_shards(manifest_path, out, samples_per_shard=2)
+    make_index(out, IndexOptions(tokenizer), **options)
+    return ShardIndex(out)
+
+
+def error_of(source: Path, lines: list[dict[str, Any] | str]) -> str:
+    with pytest.raises(DataError) as error:
+        write_shards(manifest(source, lines), str(source.parent / "out"))
+    return str(error.value)
+
+
+def test_interleaved_media_and_text_come_back(source: Path, tokenizer_folder: str) -> None:
+    lines = [{"key": f"k{n}", "parts": INTERLEAVED} for n in range(5)]
+    index = prepared(source, manifest(source, lines), tokenizer_folder)
+    assert len(index) == 5 and len(index.header.shards) == 3
+    index.check_shards()
+    assert index.kinds_used() == {"image", "audio", "imu"}
+    for sample in range(5):
+        assert index.key(sample) == f"k{sample}"
+        parts = index.parts(sample)
+        given = parse_parts(INTERLEAVED, "here")
+        assert [type(p) for p in parts] == [type(p) for p in given]
+        for found, wanted in zip(parts, given):
+            if isinstance(wanted, TextPart):
+                assert found == wanted
+            else:
+                assert isinstance(found, MediaPart)
+                assert (found.modality, found.attributes) == (wanted.modality, wanted.attributes)
+        media = index.read_media(sample, parts, range(4))
+        assert [m.data for m in media] == [FILES[n] for n in ("a.png", "b.flac", "c.npy", "d.png")]
+        assert [m.extension for m in media] == ["png", "flac", "npy", "png"]
+        [third] = index.read_media(sample, parts, [2])
+        assert third.data == FILES["c.npy"] and third.part.attributes == {"rate": 50}
+    sizes = index.media["size"][:4]
+    np.testing.assert_allclose(sizes, [(8, 8), (0.5, 8000), (1.0, 50), (20, 9)])
+    # begin, what, is, this, one, two, end; targets: one, two, end.
+    assert set(index.samples["tokens"]) == {7} and set(index.samples["targets"]) == {3}
+
+
+def test_csv_with_and_without_keys(source: Path, tokenizer_folder: str) -> None:
+    path = source / "manifest.csv"
+    path.write_text('key,media,modality,text\nfirst,a.png,image,"one, two"\n,b.flac,,three\n')
+    index = prepared(source, str(path), tokenizer_folder)
+    assert [index.key(s) for s in range(2)] == ["first", "000000003"]
+    assert index.parts(0)[1] == TextPart("one, two")
+    assert [index.parts(s)[0].modality for s in range(2)] == ["image", "audio"]  # type: ignore[union-attr]
+    assert index.read_media(1, index.parts(1), [0])[0].data == FILES["b.flac"]
+
+
+def test_csv_can_state_an_imu_rate(source: Path, tokenizer_folder: str) -> None:
+    path = source / "manifest.csv"
+    path.write_text("media,text,rate\nc.npy,walk,50\na.png,one,\n")
+    index = prepared(source, str(path), tokenizer_folder)
+    assert len(index) == 2 and index.parts(0)[0].attributes == {"rate": 50}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([{"media": "a.png", "text": "one"}, {"media": "gone.png", "text": "one"}], ["manifest.jsonl:2", "gone.png"]),
+        ([{"key": "x", "media": "a.png", "text": "one"}] * 2, ["manifest.jsonl:2", "'x'", "twice"]),
+        ([{"media": "a.png", "text": "one"}, "{not json"], ["manifest.jsonl:2", "not JSON"]),
+        (["[1, 2]"], ["manifest.jsonl:1", "object"]),
+        ([{"media": "a.png"}], ["manifest.jsonl:1", "`text`"]),
+        ([{"parts": [{"media": "a.png"}]}], ["manifest.jsonl:1", "no text"]),
+        ([{"parts": []}], ["manifest.jsonl:1", "`parts`"]),
+        ([{"parts": [{"text": "a", "media": "b"}]}], ["part 0", "either"]),
+        ([{"parts": [{"text": "a", "los": True}]}], ["part 0", "no more"]),
+        ([{"parts": [{"text": "a", "loss": "yes"}]}], ["part 0", "boolean"]),
+        ([{"parts": [{"text": "a"}, {"media": 3}]}], ["part 1", "strings"]),
+        ([], ["no line"]),
+    ],
+)
+def test_a_wrong_manifest_names_the_line(source: Path, lines: list[Any], said: list[str]) -> None:
+    message = error_of(source, lines)
+    for words in said:
+        assert words in message
+
+
+def test_a_csv_line_with_an_unquoted_comma(source: Path) -> None:
+    (source / "manifest.csv").write_text("media,text\na.png,one\na.png,one, two\n")
+    with pytest.raises(DataError, match=r"manifest\.csv:3.*more cells"):
+        write_shards(str(source / "manifest.csv"), str(source.parent / "out"))
+
+
+def test_no_manifest_and_another_kind_of_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no manifest"):
+        write_shards(str(tmp_path / "none.jsonl"), str(tmp_path / "out"))
+    (tmp_path / "list.txt").write_text("a")
+    with pytest.raises(DataError, match=r"\.csv or a \.jsonl"):
+        write_shards(str(tmp_path / "list.txt"), str(tmp_path / "out"))
+
+
+def test_existing_shards_are_kept_without_overwrite(source: Path) -> None:
+    path = manifest(source, [{"media": "a.png", "text": "one"}])
+    out = source.parent / "out"
+    write_shards(path, str(out))
+    before = (out / "shard-000000.tar").read_bytes()
+    with pytest.raises(DataError, match="--overwrite"):
+        write_shards(path, str(out))
+    assert (out / "shard-000000.tar").read_bytes() == before
+    write_shards(path, str(out), overwrite=True)
+    assert (out / "shard-000000.tar").read_bytes() == before
+
+
+def _nan() -> bytes:
+    out = io.BytesIO()
+    values = np.zeros((20, 6), np.float32)
+    values[7, 2] = np.nan
+    np.save(out, values)
+    return out.getvalue()
+
+
+def _jpeg() -> bytes:
+    out = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(out, "JPEG")
+    return out.getvalue()
+
+
+def wav_without_samples() -> bytes:
+    out = io.BytesIO()
+    soundfile.write(out, np.zeros(0), 8000, format="WAV")
+    return out.getvalue()
+
+
+BAD = {
+    "broken.jpg": (_jpeg()[:20], {}, "image"),
+    "silent.wav": (wav_without_samples(), {}, "0 samples"),
+    "nan.npy": (_nan(), {"rate": 50}, "row 7 holds NaN"),
+    "unrated.npy": (npy(1), {}, "sampling rate"),
+    "empty.png": (b"", {}, "0 bytes"),
+    "strange.xyz": (b"abc", {}, "xyz"),
+}
+
+
+def lines_with_bad(source: Path) -> list[dict[str, Any] | str]:
+    lines: list[dict[str, Any] | str] = [{"key": f"good{n}", "media": "a.png", "text": "one"} for n in range(6)]
+    for place, (name, (data, attributes, _)) in enumerate(BAD.items()):
+        (source / name).write_bytes(data)
+        bad = {"key": f"bad-{name.partition('.')[0]}", "media": name, "text": "two", **attributes}
+        lines.insert(2 * place, bad)
+    return [*lines, {"key": "bad-untrained", "parts": [{"text": "one", "loss": False}]}]
+
+
+def test_bad_media_are_left_out_counted_and_named(
+    source: Path, tokenizer_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = prepared(source, manifest(source, lines_with_bad(source)), tokenizer_folder, max_bad_share=0.6)
+    shown = capsys.readouterr()
+    assert sorted(index.key(s) for s in range(len(index))) == [f"good{n}" for n in range(6)]
+    for sample in range(6):
+        assert index.read_media(sample, index.parts(sample), [0])[0].data == FILES["a.png"]
+    for name, (_, _, reason) in BAD.items():
+        [line] = [line for line in shown.err.splitlines() if f"bad-{name.partition('.')[0]}" in line]
+        assert reason in line
+    assert "bad-untrained" in shown.err and "7 left out" in shown.out
+
+
+def test_too_many_bad_samples_stop(source: Path, tokenizer_folder: str) -> None:
+    with pytest.raises(DataError) as error:
+        prepared(source, manifest(source, lines_with_bad(source)), tokenizer_folder, max_bad_share=0.5)
+    assert "7 of 13" in str(error.value) and "--max-bad-share 0.5" in str(error.value)
+    assert "bad-broken" in str(error.value)
+    assert not (source.parent / "shards" / "index" / "index.json").exists()
+
+
+def test_the_verb(source: Path, tokenizer_folder: str, tmp_path: Path) -> None:
+    path = manifest(source, [{"key": "k", "media": "c.npy", "rate": 50, "text": "walk"}])
+    out = str(tmp_path / "out")
+    with pytest.raises(DataError, match="--tokenizer"):
+        main(["--manifest", path, "--out", out])
+    with pytest.raises(DataError, match="--out"):
+        main(["--manifest", path, "--tokenizer", tokenizer_folder])
+    with pytest.raises(DataError, match="ENDING=KIND"):
+        main(["--manifest", path, "--out", out, "--tokenizer", tokenizer_folder, "--modality", "npy"])
+    assert main(["--manifest", path, "--out", out, "--tokenizer", tokenizer_folder]) == 0
+    assert ShardIndex(out).key(0) == "k"
+    assert main(["--index-only", out, "--tokenizer", tokenizer_folder, "--workers", "1"]) == 0
+
+
+def test_counts_are_those_of_the_document(tokenizer_folder: str) -> None:
+    tokenizer = Tokenizer(tokenizer_folder)
+    parts = parse_parts(INTERLEAVED, "here")
+    placeholders = {"image": 2, "audio": 3, "imu": 4}
+    soft = [2, 3, 1, 8]
+    document = tokenizer.document(parts, soft, placeholders)
+    tokens, targets = tokenizer.count(parts)
+    assert len(document.tokens) == tokens + sum(soft) and sum(document.is_target) == targets
+    names = tokenizer.hf.convert_ids_to_tokens(document.tokens)
+    image, audio, imu = SPECIAL[2:5]
+    layout = [SPECIAL[0], "what", "is", *[image] * 2, "this", *[audio] * 3, imu, *[image] * 8, "one", "two", SPECIAL[1]]
+    assert names == layout
+    assert [n for n, t in zip(names, document.is_target) if t] == ["one", "two", SPECIAL[1]]
+    assert document.media_starts == [3, 6, 9, 10]
