@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from megatron_anymal import __version__
+from megatron_anymal.quiet import quiet_libraries
 
 # Verb -> module whose `main(argv)` does the work and returns the exit code, and a line of help.
 VERBS = {
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         near = difflib.get_close_matches(verb, VERBS, n=1)
         hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(VERBS)}."
         return _fail(f"unknown verb {verb!r}. {hint}")
+    quiet_libraries()
     try:
         return importlib.import_module(VERBS[verb][0]).main(rest)
     except ValueError as error:

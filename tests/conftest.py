@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from tiny import make_shards, make_tokenizer  # noqa: E402 (the path is set above)
+from tiny import make_shards, make_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -29,3 +29,24 @@ def mixed_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str
 def text_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
     """Samples of text alone."""
     return make_shards(tmp_path_factory.mktemp("shards") / "text", tokenizer_folder, 24, ("text",))
+
+
+@pytest.fixture(scope="session")
+def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """runs/quickstart of a small quickstart: its inputs, and two or three steps of each of its runs."""
+    from megatron_anymal.quickstart.media import Sizes
+    from megatron_anymal.quickstart.prepare import prepare_quickstart
+
+    base = tmp_path_factory.mktemp("quickstart")
+    folder = base / "runs" / "quickstart"
+    sizes = Sizes(train_videos=80, held_out_videos=40, train_audio=48, held_out_audio=24, train_imu=48, held_out_imu=24)
+    prepare_quickstart(folder, sizes, encoder_steps=20)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    for name in ("quickstart_llama", "quickstart", "quickstart_video"):
+        words = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *("-m", "megatron_anymal", "pretrain", f"--config-name={name}", "trainer.max_steps=3"),
+        ]
+        done = subprocess.run(words, cwd=base, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder

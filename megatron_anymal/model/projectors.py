@@ -71,7 +71,8 @@ class PerceiverResampler(MegatronModule):
             )
         self.input_norm = _layer_norm(width, parallel)
         self.input_linear = _column(width, h, parallel, gather_output=True)
-        self.position_embedding = _parameter((features, h), 0.02, parallel)
+        # As loud as the normalised features, nearly: places (and times) are told apart from the first step on.
+        self.position_embedding = _parameter((features, h), 0.5, parallel)
         self.latents = _parameter((config.num_tokens, h), 1.0, parallel)
         self.layers = nn.ModuleList(
             _ResamplerLayer(h, heads, config.ffn_multiplier, parallel) for _ in range(config.num_layers)

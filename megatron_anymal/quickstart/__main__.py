@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from megatron_anymal.quickstart.prepare import MODALITIES
 from megatron_anymal.quickstart.report import write_report
@@ -60,11 +59,11 @@ def _run(what: str, arguments: list[str], *, processes: int) -> float:
     """Run a verb and return the seconds it took; a failure ends the quickstart with its exit code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "megatron_anymal", *arguments]
-    shown = ["torchrun", f"--nproc-per-node={processes}", *command[4 if processes > 1 else 1 :]]
-    print(f"\n== {what}\n$ {' '.join(shown if processes > 1 else ['python', *command[1:]])}", flush=True)
+    shown = ["torchrun", *command[4:]] if processes > 1 else ["python", *command[1:]]
+    print(f"\n== {what}\n$ {' '.join(shown)}", flush=True)
     begun = time.monotonic()
-    # One thread a process: two processes share two cores.
-    environment: dict[str, Any] = {**os.environ, "OMP_NUM_THREADS": "1" if processes > 1 else "2"}
+    # One thread a process: the models are too small for more, and two processes share two cores.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment)
     if done.returncode:
         print(f"the quickstart stopped: {what} failed with exit code {done.returncode}", file=sys.stderr)

@@ -196,9 +196,7 @@ def _encode(path: Path, frames: np.ndarray) -> None:
 # Sounds
 
 
-def _audio(
-    digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: np.random.Generator
-) -> Iterator[Item]:
+def _audio(digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: np.random.Generator) -> Iterator[Item]:
     def write(sound: str) -> Writer:
         def save(path: Path, rng: np.random.Generator) -> Mapping[str, Any]:
             import soundfile
@@ -218,23 +216,25 @@ def synthesise(sound: str, rng: np.random.Generator) -> np.ndarray:
     t = np.arange(int(AUDIO_SECONDS * AUDIO_RATE)) / AUDIO_RATE
     low, high = rng.uniform(350, 700), rng.uniform(1200, 1900)
     phase = rng.uniform(0, 2 * np.pi)
+    wave: np.ndarray
     if sound == "siren":
         # The pitch swings up and down.
-        pitch = low + (high - low) * 0.5 * (1 + np.sin(2 * np.pi * rng.uniform(1.5, 2.5) * t + phase))
-        wave = np.sin(2 * np.pi * np.cumsum(pitch) / AUDIO_RATE)
+        swing = 0.5 * (1 + np.sin(2 * np.pi * rng.uniform(1.5, 2.5) * t + phase))
+        wave = np.sin(2 * np.pi * np.cumsum(low + (high - low) * swing) / AUDIO_RATE)
     elif sound == "beep":
         on = (t * rng.uniform(3, 5) + rng.uniform()) % 1.0 < 0.5
         wave = np.sin(2 * np.pi * rng.uniform(700, 1600) * t + phase) * on
     elif sound == "whistle":
-        # One pitch that slides up.
-        pitch = low + (high + 800 - low) * t / AUDIO_SECONDS
-        wave = np.sin(2 * np.pi * np.cumsum(pitch) / AUDIO_RATE + phase)
+        # The pitch slides up once.
+        wave = np.sin(2 * np.pi * np.cumsum(low + (high + 800 - low) * t / AUDIO_SECONDS) / AUDIO_RATE + phase)
     elif sound == "drum":
         since = (t * rng.uniform(3, 5) + rng.uniform()) % 1.0
         wave = np.sin(2 * np.pi * rng.uniform(70, 140) * t + phase) * np.exp(-6 * since)
     elif sound == "hum":
-        pitch = rng.uniform(90, 160)
-        wave = sum(np.sin(2 * np.pi * pitch * k * t + k * phase) / k for k in range(1, 6)) / 2
+        # A deep tone with overtones.
+        overtones = np.arange(1, 6)[:, None]
+        angle = 2 * np.pi * rng.uniform(90, 160) * t + phase
+        wave = (np.sin(overtones * angle) / overtones).sum(axis=0) / 2
     else:
         wave = rng.normal(0, 0.5, len(t))
     wave = rng.uniform(0.3, 0.8) * wave + rng.uniform(0.002, 0.02) * rng.normal(size=len(t))

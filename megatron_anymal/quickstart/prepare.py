@@ -13,7 +13,7 @@ from megatron_anymal.quickstart.vision import train_image_encoder
 MODALITIES = ("image", "video", "audio", "imu")
 
 
-def prepare_quickstart(folder: Path, sizes: Sizes | None = None) -> None:
+def prepare_quickstart(folder: Path, sizes: Sizes | None = None, encoder_steps: int = 500) -> None:
     """Make everything the quickstart's configurations name, unless it is there already.
 
     FOLDER/media          files and manifests
@@ -29,7 +29,7 @@ def prepare_quickstart(folder: Path, sizes: Sizes | None = None) -> None:
     corpus = write_corpus(folder / "media" / "text.jsonl")
     tokenizer = str(folder / "tokenizer")
     train_tokenizer(corpus, tokenizer)
-    train_image_encoder(manifests["image"]["train"], tokenizer, folder / "image_encoder")
+    train_image_encoder(manifests["image"]["train"], tokenizer, folder / "image_encoder", encoder_steps)
     sources = {"text": corpus}
     sources.update({f"{name}_{split}": manifests[name][split] for name in MODALITIES for split in SPLITS})
     for name, manifest in sources.items():

@@ -36,16 +36,16 @@ POSITION_STD = 0.5
 # Smallest size of a digit in a training picture, as a share of its side.
 SMALLEST = 0.7
 # Largest turn and slant, in radians.
-LARGEST_TURN = 0.2
+LARGEST_TURN = 0.15
 
 
 def train_image_encoder(
     manifest: str | Path,
     tokenizer: str | Path,
     folder: str | Path,
-    steps: int = 400,
+    steps: int = 500,
     batch_size: int = 64,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Train a CLIP on a manifest's images and save its vision tower for `CLIPVisionModel.from_pretrained`.
@@ -92,7 +92,9 @@ def train_image_encoder(
 def _caption_tokens(words: Any) -> Tensor:
     """[10, tokens]: what a picture of each digit is called."""
     captions = [turns("image", (digit,))[0].answer for digit in DIGITS]
-    rows = [[words.bos_token_id, *words.encode(" " + c, add_special_tokens=False), words.eos_token_id] for c in captions]
+    rows = [
+        [words.bos_token_id, *words.encode(" " + c, add_special_tokens=False), words.eos_token_id] for c in captions
+    ]
     assert len({len(row) for row in rows}) == 1, "captions of one length need no padding"
     return torch.tensor(rows)
 
@@ -176,4 +178,3 @@ def _save(model: Any, folder: Path) -> None:
         "do_convert_rgb": True,
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-

@@ -1,0 +1,46 @@
+"""Silences messages of libraries that tell the user of this trainer nothing, each by its source and its words.
+
+Nothing of this package and no error is ever hidden; a message that is not listed here is shown.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+
+# Warnings: beginning of the message, the module that gives it (both regular expressions).
+_WARNINGS = (
+    # Given once for each of megatron-core's modules; `anymal doctor` says what is missing and what that costs.
+    (r"(Transformer Engine and Apex are|Apex is) not installed\. Falling back", r"megatron\.core\."),
+)
+# Log records below ERROR: logger, message (a regular expression).
+_RECORDS = (
+    # Lightning's Trainer only carries the loggers: the devices it talks of are not those of the run.
+    ("lightning.pytorch.utilities.rank_zero", r"(GPU|TPU|HPU) available: "),
+    # NeMo's telemetry service, which is not used.
+    ("nv_one_logger.api.config", r"OneLogger: Setting error_handling_strategy"),
+    ("nv_one_logger.training_telemetry.api.training_telemetry_provider", r"No exporters were provided"),
+    # A run that is started again continues in its folder.
+    ("nemo_logger", r"Exp_manager is logging to .*, but it already exists"),
+)
+
+
+class _Without(logging.Filter):
+    """Drops records with certain messages."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__()
+        self._message = re.compile(message)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        return record.levelno >= logging.ERROR or not self._message.match(record.getMessage())
+
+
+def quiet_libraries() -> None:
+    """Install the filters; before the libraries are imported, since some warn at import."""
+    for message, module in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message, module=module)
+    for name, message in _RECORDS:
+        logging.getLogger(name).addFilter(_Without(message))

@@ -1,0 +1,174 @@
+"""Generation: the same answers under every layout and batch size, and those of transformers on the same weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import train
+from ranks import run_ranks
+from tiny import LLAMA, WORDS, make_config
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from megatron_anymal import evaluate
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.types import MediaPart, TextPart
+from megatron_anymal.evaluate import Question, permute_media, read_questions
+from megatron_anymal.generate import Generator, MediaFile, Prompt, Sampling, load_generator
+from megatron_anymal.parallel import initialize
+
+GREEDY = Sampling(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def run_dir(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run with a checkpoint."""
+    folder = tmp_path_factory.mktemp("generation")
+    run_ranks(1, train, make_config(mixed_shards, tokenizer_folder, folder))
+    return folder
+
+
+def answers(run_dir: Path, shards: str, stages: int, runs: dict[str, tuple[Sampling, int]]) -> dict[str, list[str]]:
+    """In a rank: the checkpoint's answers to all samples, for each sampling and batch size."""
+    arguments = argparse.Namespace(
+        checkpoint=str(run_dir), tensor_model_parallel_size=0, pipeline_model_parallel_size=stages
+    )
+    generator = load_generator(arguments)
+    prompts = [question.prompt for question in read_questions(shards)]
+    return {name: generator.answer(prompts, sampling, batch) for name, (sampling, batch) in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(run_dir: Path, mixed_shards: str) -> dict[str, list[str]]:
+    """Answers of one process."""
+    runs = {
+        "greedy": (GREEDY, 64),
+        "one by one": (GREEDY, 1),
+        "by sevens": (GREEDY, 7),
+        "seed 1": (Sampling(6, temperature=1.0, seed=1), 64),
+        "seed 1 again": (Sampling(6, temperature=1.0, seed=1), 7),
+        "seed 2": (Sampling(6, temperature=1.0, seed=2), 64),
+        "tiny top_p": (Sampling(6, temperature=1.0, top_p=1e-6, seed=3), 64),
+        "cold": (Sampling(6, temperature=1e-4, seed=4), 64),
+    }
+    return run_ranks(1, answers, run_dir, mixed_shards, 1, runs)[0]
+
+
+def test_batch_size_does_not_matter(alone: dict[str, list[str]]) -> None:
+    assert len(alone["greedy"]) == 40 and len(set(alone["greedy"])) > 5, "the answers must be able to differ"
+    assert alone["one by one"] == alone["greedy"]
+    assert alone["by sevens"] == alone["greedy"]
+
+
+def test_sampling_is_deterministic_by_seed(alone: dict[str, list[str]]) -> None:
+    assert alone["seed 1 again"] == alone["seed 1"]
+    assert alone["seed 2"] != alone["seed 1"]
+    assert alone["seed 1"] != alone["greedy"]
+
+
+def test_narrow_sampling_is_greedy(alone: dict[str, list[str]]) -> None:
+    assert alone["tiny top_p"] == alone["greedy"]
+    assert alone["cold"] == alone["greedy"]
+
+
+@pytest.mark.parametrize(("world", "stages"), [(2, 1), (2, 2), (4, 2)])
+def test_same_answers_under_every_layout(
+    run_dir: Path, mixed_shards: str, alone: dict[str, list[str]], world: int, stages: int
+) -> None:
+    for found in run_ranks(world, answers, run_dir, mixed_shards, stages, {"greedy": (GREEDY, 16)}):
+        assert found["greedy"] == alone["greedy"]
+
+
+@pytest.fixture
+def hf_folder(tmp_path: Path) -> str:
+    """A Llama of transformers with weights large enough for varied answers."""
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.5}))
+    model.save_pretrained(tmp_path / "hf")
+    return str(tmp_path / "hf")
+
+
+def answer_texts(config: AnyMALConfig, texts: list[str], sampling: Sampling) -> list[str]:
+    """In a rank: a Llama's answers to texts."""
+    generator = Generator(config, initialize(config), None)
+    return generator.answer([Prompt([TextPart(text)], []) for text in texts], sampling)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_greedy_answers_are_those_of_transformers(
+    hf_folder: str, mixed_shards: str, tokenizer_folder: str, tmp_path: Path, world: int
+) -> None:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.model.language_model.config, config.model.language_model.path = {}, hf_folder
+    config.trainer.devices = config.model.tensor_model_parallel_size = world
+    texts = [" ".join(WORDS[n : n + 1 + n % 5]) for n in range(12)]
+    found = run_ranks(world, answer_texts, config, texts, Sampling(max_new_tokens=10))[0]
+    hf, tokenizer = LlamaForCausalLM.from_pretrained(hf_folder).eval(), AutoTokenizer.from_pretrained(tokenizer_folder)
+    expected = []
+    for text in texts:
+        tokens = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        start = len(tokens)
+        # A full forward pass for each token: no cache that could hide a mistake.
+        while len(tokens) < start + 10:
+            with torch.no_grad():
+                tokens.append(int(hf(torch.tensor([tokens])).logits[0, -1].argmax()))
+            if tokens[-1] == tokenizer.eos_token_id:
+                break
+        expected.append(tokenizer.decode(tokens[start:], skip_special_tokens=True))
+    assert found == expected
+    assert len(set(expected)) > 5 and any(len(text.split()) >= 8 for text in expected)
+
+
+def questions() -> list[Question]:
+    """Images, sounds, both together in one order, one lone IMU sample, texts."""
+    kinds = [("image",)] * 7 + [("audio",)] * 2 + [("image", "audio")] * 3 + [("imu",)] + [()] * 4
+    made = []
+    for number, of_this in enumerate(kinds):
+        media = [MediaPart(f"{number}-{kind}", kind, {"rate": number}) for kind in of_this]
+        parts = [part for one in media for part in (one, TextPart(f"question {number}"))] or [TextPart("no media")]
+        files = [MediaFile(f"{number}-{kind}".encode(), "x") for kind in of_this]
+        made.append(Question(f"key {number}", Prompt(parts, files), f"answer {number}"))
+    return made
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_permuted_media_are_a_derangement_within_their_kinds(seed: int) -> None:
+    before = questions()
+    after = permute_media(before, seed)
+    assert [(q.key, q.answer) for q in after] == [(q.key, q.answer) for q in before]
+    for old, new in zip(before, after):
+        texts = [[part for part in q.prompt.parts if isinstance(part, TextPart)] for q in (old, new)]
+        assert texts[0] == texts[1]
+        media = [[part for part in q.prompt.parts if isinstance(part, MediaPart)] for q in (old, new)]
+        assert [m.modality for m in media[0]] == [m.modality for m in media[1]]
+        assert [type(part) for part in old.prompt.parts] == [type(part) for part in new.prompt.parts]
+        # Attributes and bytes travel together.
+        assert [m.media.encode() for m in media[1]] == [file.data for file in new.prompt.media]
+        alone_in_its_kind = not media[0] or media[0][0].modality == "imu"
+        assert (old.prompt == new.prompt) == alone_in_its_kind
+    given = sorted(file.data for q in after for file in q.prompt.media)
+    assert given == sorted(file.data for q in before for file in q.prompt.media)
+
+
+def run_evaluate(argv: list[str]) -> int:
+    return evaluate.main(argv)
+
+
+def test_evaluate_counts_exact_answers(run_dir: Path, mixed_shards: str, tmp_path: Path) -> None:
+    out = tmp_path / "scores.json"
+    argv = ["--checkpoint", str(run_dir), "--data", mixed_shards, "--limit", "10", "--max-new-tokens", "4"]
+    argv += ["--permute-media", "--untrained", "--out", str(out)]
+    assert run_ranks(1, run_evaluate, argv) == [0]
+    result: dict[str, Any] = json.loads(out.read_text())
+    assert set(result["scores"]) == {"trained", "permuted", "untrained"}
+    for name, scores in result["scores"].items():
+        rows = result["answers"][name]
+        assert len(rows) == 10 and sum(score["samples"] for score in scores.values()) == 10
+        for modality, score in scores.items():
+            right = [row["given"] == row["expected"] for row in rows if row["modality"] == modality]
+            assert score["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert result["answers"]["untrained"] != result["answers"]["trained"]

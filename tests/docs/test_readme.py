@@ -1,0 +1,98 @@
+"""The README stays true: every command in it runs, every path and configuration in it exists."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import png
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
+]
+# Jobs for more processes than a test has: composed, checked and printed instead of run.
+CLUSTER = ("--nproc-per-node=8", "srun ")
+
+
+def test_make_targets_exist() -> None:
+    targets = [shlex.split(c)[1] for c in COMMANDS if c.startswith("make ")]
+    assert targets == ["quickstart", "test"]
+    for target in targets:
+        subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_install_commands_are_those_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    assert "-m venv $(VENV)" in makefile and "python3.11" in makefile
+    [torch] = [c.split()[-1] for c in COMMANDS if "pip install torch" in c]
+    assert f"TORCH ?= {torch}" in makefile
+    assert [c for c in COMMANDS if c.endswith("pip install -e .")]
+
+
+def anymal(command: str, folder: Path) -> str:
+    """Run a README command that starts with anymal or torchrun, with this Python."""
+    words = shlex.split(command.replace(".venv/bin/", ""))
+    if words[0] == "anymal":
+        words = [sys.executable, "-m", "megatron_anymal", *words[1:]]
+    elif words[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def media_of_the_readme(folder: Path) -> None:
+    """The files that the README's manifest names."""
+    from tiny import flac, npy
+
+    folder.mkdir()
+    [manifest] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    (folder / "manifest.jsonl").write_text(manifest)
+    for line in manifest.splitlines():
+        for part in json.loads(line)["parts"]:
+            if "media" in part:
+                maker = {"jpg": png, "png": png, "flac": flac, "npy": npy}[part["media"].rpartition(".")[2]]
+                (folder / part["media"]).write_bytes(maker(1))
+
+
+@pytest.mark.timeout(600)
+def test_commands_run(quickstart_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
+    media_of_the_readme(tmp_path / "media")
+    ran = 0
+    for command in COMMANDS:
+        if command.startswith("make ") or "pip install" in command or "-m venv" in command:
+            continue
+        if any(mark in command for mark in CLUSTER):
+            configuration = command[command.index(" pretrain ") :]
+            command = f"anymal{configuration} --print-config"
+        output = anymal(command, tmp_path)
+        assert output.strip(), command
+        ran += 1
+    assert ran >= 9
+
+
+def test_tree_names_what_is_there() -> None:
+    tree = README.partition("## Where things are")[2]
+    for name in re.findall(r"^      (\w+\.py|\w+/) ", tree, re.MULTILINE):
+        assert (ROOT / "megatron_anymal" / name).exists(), name
+    for name in re.findall(r"^    (\w+/) ", tree, re.MULTILINE):
+        assert (ROOT / name).is_dir(), name
+    listed = set(re.findall(r"^      (\w+)\.py ", tree, re.MULTILINE)) | {"__init__"}
+    assert listed == {p.stem for p in (ROOT / "megatron_anymal").glob("*.py")}
+
+
+def test_configurations_exist() -> None:
+    shipped = {p.stem for p in (ROOT / "nemo_configs").glob("*.yaml")}
+    table = README.partition("| configuration |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`((?:quickstart|pretrain)\w*)`", table)) == shipped
