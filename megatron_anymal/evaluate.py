@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 import numpy as np
 
@@ -150,7 +151,8 @@ def main(argv: Sequence[str]) -> int:
         scores, rows = evaluate(generator, asked, sampling, arguments.batch_size)
         result["answers"][name] = rows
         result["scores"][name] = {
-            modality: {"accuracy": s.accuracy, "chance": s.chance, "samples": s.samples} for modality, s in scores.items()
+            modality: {"accuracy": s.accuracy, "chance": s.chance, "samples": s.samples}
+            for modality, s in scores.items()
         }
         if generator.layout.reports:
             for modality, s in scores.items():

@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -96,9 +97,7 @@ class Generator:
         self._names = {section.kind or name: name for name, section in config.model.modalities.items()}
         self._vocab_size = hf.vocab_size
         base = config.model.language_model.checkpoint
-        self.model: AnyMALModel = build_model(
-            config, hf, layout, self.modalities, lambda model: load_base(base, model)
-        )
+        self.model: AnyMALModel = build_model(config, hf, layout, self.modalities, lambda model: load_base(base, model))
         if checkpoint is not None:
             load_trainable(self.model, checkpoint)
         self.model.eval().requires_grad_(False)

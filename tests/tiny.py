@@ -23,7 +23,27 @@ from megatron_anymal.config import (
 from megatron_anymal.data.indexing import IndexOptions
 from megatron_anymal.data.prepare import make_index, write_shards
 
-WORDS = "zero one two three four five six seven eight nine what is this a sound of motion walk run".split()
+WORDS = [
+    "zero",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "what",
+    "is",
+    "this",
+    "a",
+    "sound",
+    "of",
+    "motion",
+    "walk",
+    "run",
+]
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
 LLAMA = {
     "vocab_size": 32,
@@ -125,11 +145,21 @@ def modalities() -> dict[str, ModalityConfig]:
         "audio": ModalityConfig(
             encoder=EncoderConfig(type="identity"),
             projector=ProjectorConfig(type="linear", num_layers=1, num_tokens=2),
-            options={"piece_seconds": 0.5, "sampling_rate": 8000, "n_mels": 8, "hop_length": 400, "fft_window_size": 512},
+            options={
+                "piece_seconds": 0.5,
+                "sampling_rate": 8000,
+                "n_mels": 8,
+                "hop_length": 400,
+                "fft_window_size": 512,
+            },
             placeholder=SPECIAL[3],
         ),
         "imu": ModalityConfig(
-            encoder=EncoderConfig(type="imu2clip", config={"conv_width": 8, "hidden_size": 8, "kernel_sizes": [5], "dilation": 1}, freeze=False),
+            encoder=EncoderConfig(
+                type="imu2clip",
+                config={"conv_width": 8, "hidden_size": 8, "kernel_sizes": [5], "dilation": 1},
+                freeze=False,
+            ),
             projector=ProjectorConfig(type="linear", num_layers=1, num_tokens=2),
             options={"rate": 50, "piece_seconds": 1.0},
             placeholder=SPECIAL[4],

@@ -14,8 +14,8 @@ from megatron_anymal.model.weights import list_weights
 def sharded_trainable_weights(model: nn.Module, metadata: Optional[dict[str, Any]] = None) -> dict[str, Any]:
     """Local parameter name -> its shard, for what trains in this rank's part of an AnyMALModel."""
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = {}
-    llama = model.get_submodule("language_model")
+    found: dict[str, Any] = {}
+    llama: Any = model.get_submodule("language_model")
     if any(name.startswith("language_model.") for name in trainable):
         shards = llama.sharded_state_dict(prefix="language_model.", metadata=metadata)
         found = {name: shard for name, shard in shards.items() if name in trainable}

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: trainable weights, optimizer, step; saved and loaded on megatron-core's dist_checkpointing."""
+"""What a checkpoint holds: trainable weights, optimizer and step, in megatron-core's dist_checkpointing format."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> P
     }
     # megatron-core would start a server process for a queue that only this process uses: seconds at the first save, and
     # an orphan when this process is killed.
-    filesystem_async._results_queue = queue.SimpleQueue()  # type: ignore[assignment]
+    filesystem_async._results_queue = queue.SimpleQueue()
     dist_checkpointing.save(content, str(staging), content_metadata=dict(_METADATA))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -88,7 +88,7 @@ def load_language_model(model: nn.Module, folder: Path) -> None:
     Raises:
         CheckpointError: one is not in it.
     """
-    llama = model.get_submodule("language_model")
+    llama: Any = model.get_submodule("language_model")
     names = {f"language_model.{name}" for name, _ in llama.named_parameters()}
     shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(_METADATA))
     missing = _load_some(model, {n: s for n, s in shards.items() if n in names}, folder, None)

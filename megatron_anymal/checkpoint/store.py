@@ -1,7 +1,7 @@
 """Checkpoint folders: written aside, checksummed, then renamed; found again by their manifests.
 
-    RUN/checkpoints/step_00000500/     committed: manifest.json lists every file with its SHA-256
-    RUN/checkpoints/.staging_00000500/ being written, or left by a crash; never read
+RUN/checkpoints/step_00000500/     committed: manifest.json lists every file with its SHA-256
+RUN/checkpoints/.staging_00000500/ being written, or left by a crash; never read
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def newest_valid(checkpoints: Path) -> tuple[Optional[Path], list[str]]:
     Raises:
         CheckpointError: there are checkpoints, and none is valid.
     """
-    problems = []
+    problems: list[str] = []
     found = _committed(checkpoints)
     for folder in found:
         try:

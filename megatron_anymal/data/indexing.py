@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import tarfile
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Iterator, Mapping, Sequence
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -85,7 +86,8 @@ def _samples_of(file: Any, name: str) -> Iterator[tuple[str, dict[str, Member]]]
     """Group a shard's members by key: everything up to the first dot of the file name."""
     try:
         tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (closed with the file below it)
-        key, members = "", {}
+        key = ""
+        members: dict[str, Member] = {}
         for info in tar:
             if not info.isfile():
                 continue
@@ -110,7 +112,7 @@ def _add_sample(
 ) -> None:
     where = f"sample {key!r} of shard {rows.name!r}"
     text_member, is_json, parts = _read_parts(members, where, options)
-    media_rows = []
+    media_rows: list[dict[str, Any]] = []
     named: list[Part] = []
     for part in parts:
         if isinstance(part, MediaPart):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Iterator, Mapping, Optional, Sequence
+from typing import Optional
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
         self._modalities, self._needs = modalities, needs
         self._placeholders = {name: m.placeholder for name, m in modalities.items()}
 
-    def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:  # type: ignore[override]
+    def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
         """The micro-batch's tensors. A sample that cannot be read is listed in `bad` and its place stays."""
         lengths = [s.length for s in plan.samples]
         padding = plan.padded_length - sum(lengths)
@@ -130,7 +131,9 @@ class MicroBatchReader(Dataset[MicroBatch]):
             if not items:
                 continue
             pieces = [count for _, _, count in items]
-            owners = share_out(pieces, self._needs.tensor_size) if entry.split else [self._needs.tensor_rank] * len(items)
+            owners = (
+                share_out(pieces, self._needs.tensor_size) if entry.split else [self._needs.tensor_rank] * len(items)
+            )
             mine = [item for item, owner in zip(items, owners) if owner == self._needs.tensor_rank]
             shares = [0] * self._needs.tensor_size
             for count, owner in zip(pieces, owners):

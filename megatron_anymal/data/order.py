@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 
@@ -98,7 +99,7 @@ class GlobalOrder:
     def _in_block(self, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """All places of block `k`: dataset and sample of each."""
         before, after = self._bounds(k * block), self._bounds((k + 1) * block)
-        drawn = [b1 - b0 for b0, b1 in zip(before, before[1:])]
+        drawn = [b1 - b0 for b0, b1 in pairwise(before)]
         shares = [a1 - a0 - d for a0, a1, d in zip(after, after[1:], drawn)]
         slots = permute(np.arange(block), block, mix64(self.seed, 1, k))
         dataset = np.searchsorted(np.cumsum(shares), slots, side="right").astype(np.int64)

@@ -8,9 +8,10 @@ import json
 import multiprocessing
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any
 
 from megatron_anymal.data.indexing import IndexOptions, ShardRows, assemble, find_shards, index_shard
 from megatron_anymal.data.samples import parse_parts, to_json
@@ -71,8 +72,9 @@ def _pair(text: str) -> tuple[str, str]:
 def write_shards(manifest: str, out: str, samples_per_shard: int = 2000, overwrite: bool = False) -> None:
     """Pack a manifest's samples into WebDataset shards.
 
-    A .jsonl line is `{"key": ..., "parts": [...]}` or `{"key": ..., "media": PATH, "text": ...}`; a .csv has the columns
-    media and text, and may have key, modality and attributes of the media (rate). Paths are relative to the manifest.
+    A .jsonl line is `{"key": ..., "parts": [...]}` or `{"key": ..., "media": PATH, "text": ...}`; a .csv
+    has the columns media and text, and may have key, modality and attributes of the media (rate). Paths are relative
+    to the manifest.
 
     Raises:
         DataError: naming the line that is wrong, or the media file that is missing.
@@ -152,7 +154,7 @@ def _to_sample(line: dict[str, Any], where: str, base: Path) -> dict[str, Any]:
     parts = parse_parts(entries, where)
     key = str(line.get("key") or "").replace(".", "_") or f"{int(where.rpartition(':')[2]):09d}"
     sample: dict[str, Any] = {"__key__": key}
-    names = []
+    names: list[str] = []
     for part in parts:
         if isinstance(part, MediaPart):
             path = base / part.media
@@ -213,4 +215,3 @@ def _index_one(job: tuple[str, str, IndexOptions]) -> ShardRows:
     if options.tokenizer not in _tokenizers:
         _tokenizers[options.tokenizer] = Tokenizer(options.tokenizer)
     return index_shard(folder, name, _tokenizers[options.tokenizer], options)
-

@@ -8,7 +8,8 @@ the modality reads. A plain WebDataset sample has a `.txt` beside its media inst
 from __future__ import annotations
 
 import json
-from typing import Any, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 

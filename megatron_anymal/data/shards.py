@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any, Sequence
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -112,7 +113,9 @@ class ShardIndex:
         except FileNotFoundError:
             raise DataError(f"{folder!r} has no index. Make one with `anymal prepare --index-only {folder}`.") from None
         if body.get("version") != VERSION:
-            raise DataError(f"The index in {folder!r} is of version {body.get('version')}, not {VERSION}. Make it anew.")
+            raise DataError(
+                f"The index in {folder!r} is of version {body.get('version')}, not {VERSION}. Make it anew."
+            )
         self.header = IndexHeader(
             shards=tuple(entry["name"] for entry in body["shards"]),
             shard_bytes=tuple(entry["bytes"] for entry in body["shards"]),
@@ -163,7 +166,9 @@ class ShardIndex:
         """
         row = self.samples[sample]
         where = f"sample {self.key(sample)!r} of {self.folder!r}"
-        data = self._read(int(row["shard"]), int(row["text_offset"]), int(row["text_length"]), int(row["text_crc"]), where)
+        data = self._read(
+            int(row["shard"]), int(row["text_offset"]), int(row["text_length"]), int(row["text_crc"]), where
+        )
         media = self.media_rows(sample)
         if not row["text_is_json"]:
             names = [self.header.extensions[m["extension"]] for m in media]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 
@@ -41,7 +41,9 @@ class Tokenizer:
         try:
             self.hf = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
-            raise DataError(f"data.tokenizer: {folder!r} holds no tokenizer that transformers can load ({error}).")
+            raise DataError(
+                f"data.tokenizer: {folder!r} holds no tokenizer that transformers can load ({error})."
+            ) from None
         if self.hf.bos_token_id is None or self.hf.eos_token_id is None:
             raise DataError(f"data.tokenizer: the tokenizer in {folder!r} names no bos_token and eos_token.")
         self.begin: int = self.hf.bos_token_id

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Mapping, Optional
+from collections.abc import Mapping
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -127,14 +128,14 @@ class AnyMALModel(MegatronModule):
         return any(p.requires_grad for module in modules for p in module.parameters())
 
     def _idle_features(self, name: str, device: torch.device) -> Tensor:
-        encoder = self.encoders[name]
+        encoder: Any = self.encoders[name]
         if any(p.requires_grad for p in encoder.parameters()):
             return encoder(torch.zeros(1, *encoder.piece_shape, device=device))
         return torch.zeros(1, encoder.feature_tokens, encoder.width, device=device)
 
     def _features(self, name: str, media: MediaBatch) -> Tensor:
         """A modality's features of all pieces of the micro-batch, [n, F, w]."""
-        encoder = self.encoders[name]
+        encoder: Any = self.encoders[name]
         frozen = not any(p.requires_grad for p in encoder.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             chunks = [encoder(pieces) for pieces in media.pieces.split(self._pieces_per_call[name]) if len(pieces)]

@@ -9,8 +9,9 @@ Shapes: T tokens of a pack, n heads, g key/value groups, d head size, D document
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,9 +100,10 @@ def _set_gains(model: AnyMALModel) -> None:
     squares = table.double().square().sum()
     dist.all_reduce(squares, group=parallel_state.get_tensor_model_parallel_group())
     rms = (squares / (model.vocab_size * table.size(1))).sqrt()
-    for projector in model.projectors.values():
-        with torch.no_grad():
-            projector.gain.fill_(rms.item())
+    gains: list[Any] = [projector.gain for projector in model.projectors.values()]
+    with torch.no_grad():
+        for gain in gains:
+            gain.fill_(rms.item())
 
 
 def _freeze(model: AnyMALModel, config: AnyMALConfig) -> None:

@@ -163,9 +163,7 @@ def _layer_specs(transformer: TransformerConfig, implementation: str) -> ModuleS
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(
-        layer_specs=[spec] * get_num_layers_to_build(transformer), layer_norm=RMSNorm
-    )
+    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(transformer), layer_norm=RMSNorm)
 
 
 class RMSNorm(nn.Module):
@@ -215,4 +213,3 @@ class _HidePaddedVocabulary:
             padded = torch.arange(logits.size(-1), device=logits.device) >= real
             logits = logits.masked_fill(padded, float("-inf"))
         return logits, bias
-

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def attach(x: Tensor, idle: Sequence[Tensor]) -> Tensor:
     rank takes part in every backward pass, in the same order: a text-only micro-batch, or a rank without media, leaves
     no gradient reduction waiting, mixes none up, and adds exactly nothing.
     """
-    return _Attach.apply(x, *idle) if idle else x  # type: ignore[no-untyped-call]
+    return _Attach.apply(x, *idle) if idle else x
 
 
 class _Attach(torch.autograd.Function):

@@ -188,7 +188,9 @@ def _layer_norm(size: int, parallel: ModelParallelConfig) -> nn.LayerNorm:
     return nn.LayerNorm(size, dtype=parallel.params_dtype, device=_device())
 
 
-def _column(inputs: int, outputs: int, parallel: ModelParallelConfig, gather_output: bool = False, bias: bool = True) -> Any:
+def _column(
+    inputs: int, outputs: int, parallel: ModelParallelConfig, gather_output: bool = False, bias: bool = True
+) -> Any:
     linear = ColumnParallelLinear(
         inputs, outputs, config=parallel, init_method=leave_unset, bias=bias, gather_output=gather_output
     )
@@ -208,4 +210,3 @@ def _row(inputs: int, outputs: int, parallel: ModelParallelConfig, bias: bool = 
     )
     linear.weight.init_std = 1.0 / math.sqrt(inputs)
     return linear
-

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator, Mapping, Optional
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -78,10 +79,12 @@ class Weight:
 
 def list_weights(model: nn.Module) -> list[Weight]:
     """The weights of this rank's part of an AnyMALModel, in its order."""
-    llama = model.get_submodule("language_model")
+    llama: Any = model.get_submodule("language_model")
+    vocab_size: Any = model.vocab_size
     first_layer = llama.decoder.layers[0].layer_number - 1 if len(llama.decoder.layers) else 0
     tied = llama.share_embeddings_and_output_weights
     found = []
+    parameter: Any
     for name, parameter in model.named_parameters():
         split = getattr(parameter, "tensor_model_parallel", False)
         vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
@@ -91,7 +94,7 @@ def list_weights(model: nn.Module) -> list[Weight]:
                 parameter=parameter,
                 split_dim=int(parameter.partition_dim) if split else None,
                 blocks=2 if name.endswith("mlp.linear_fc1.weight") and name.startswith("language_model.") else 1,
-                rows=model.vocab_size if vocabulary else None,
+                rows=vocab_size if vocabulary else None,
             )
         )
     return found

@@ -106,7 +106,8 @@ def _cards(folder: Path, name: str, answers: Sequence[Mapping[str, str]]) -> str
         verdict = "good" if row["given"] == row["expected"] else "bad"
         cards.append(
             f"<div class=card>{_media(media.part, media.data, media.extension)}<div>{html.escape(asked)}</div>"
-            f"<b class={verdict}>{html.escape(row['given'])}</b><div>expected: {html.escape(row['expected'])}</div></div>"
+            f"<b class={verdict}>{html.escape(row['given'])}</b>"
+            f"<div>expected: {html.escape(row['expected'])}</div></div>"
         )
     return f"<div class=cards>{''.join(cards)}</div>"
 

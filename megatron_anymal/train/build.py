@@ -78,9 +78,7 @@ def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
     wrapped = _wrap(config, model)
     optimizer = build_optimizer(config, [wrapped])
     _connect(config, model, wrapped, optimizer)
-    return TrainState(
-        config, hf, layout, tokenizer, modalities, model, wrapped, optimizer, train_data, validation_data
-    )
+    return TrainState(config, hf, layout, tokenizer, modalities, model, wrapped, optimizer, train_data, validation_data)
 
 
 def build_inputs(config: AnyMALConfig) -> tuple[Tokenizer, dict[str, Modality]]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -192,7 +192,9 @@ class Run:
         limit = max_time_seconds(self.config)
         if limit is None:
             return False
-        over = torch.tensor([time.monotonic() - self.started > limit], dtype=torch.int32, device=self.state.layout.device)
+        over = torch.tensor(
+            [time.monotonic() - self.started > limit], dtype=torch.int32, device=self.state.layout.device
+        )
         dist.broadcast(over, src=0)
         return bool(over)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
 import torch
@@ -94,7 +95,7 @@ class AdamW(torch.optim.Optimizer):
                 self._update(parameters, group, done)
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any], done: int) -> None:
-        gradients: list[Optional[Tensor]] = [p.grad for p in parameters]
+        gradients = [p.grad for p in parameters if p.grad is not None]
         adamw(
             parameters,
             gradients,

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tiny import make_config
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config_io import compose
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 14, 4
@@ -51,10 +52,22 @@ def command(folder: Path, run: Path, processes: int) -> list[str]:
     if processes > 1:
         launch += ["torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
         launch += ["--rdzv-endpoint=127.0.0.1:0", "-m"]
-    layout = [f"trainer.devices={processes}", f"model.tensor_model_parallel_size={processes}"]
     return [
-        *[*launch, "megatron_anymal", "pretrain", f"--config-path={folder}", "--config-name=tiny"],
-        *[*layout, f"exp_manager.explicit_log_dir={run}"],
+        *launch,
+        "megatron_anymal",
+        "pretrain",
+        f"--config-path={folder}",
+        "--config-name=tiny",
+        *options(run, processes),
+    ]
+
+
+def options(run: Path, processes: int) -> list[str]:
+    """The overrides of a run: its folder and layout."""
+    return [
+        f"exp_manager.explicit_log_dir={run}",
+        f"trainer.devices={processes}",
+        f"model.tensor_model_parallel_size={processes}",
     ]
 
 
@@ -110,7 +123,8 @@ def logged_to_tensorboard(run: Path) -> Counter[int]:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_in_the_middle(folder: Path, processes: int) -> None:
     whole, run = folder / f"whole{processes}", folder / f"killed{processes}"
-    finish(command(folder, whole, processes), folder / "whole.log")
+    config = compose("tiny", folder, options(whole, processes)).config
+    run_ranks(processes, train, config)
     assert steps_of(whole) == list(range(1, STEPS + 1))
 
     again = command(folder, run, processes)

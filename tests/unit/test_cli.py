@@ -156,7 +156,10 @@ def test_layers_that_do_not_divide_are_refused_on_every_rank(folder: Path, tmp_p
 
 
 VERB_MISTAKES = {
-    "generate-checkpoint": (["generate", "--checkpoint=/nowhere", "--text=hi"], ["no checkpoint in '/nowhere'", "Name"]),
+    "generate-checkpoint": (
+        ["generate", "--checkpoint=/nowhere", "--text=hi"],
+        ["no checkpoint in '/nowhere'", "Name"],
+    ),
     "generate-nothing": (["generate", "--checkpoint=/nowhere"], ["--text", "--media", "--prompts"]),
     "generate-line": (["generate", "--checkpoint=/x", "--prompts=FOLDER/bad.jsonl"], ["FOLDER/bad.jsonl:2", "part 0"]),
     "generate-no-file": (["generate", "--checkpoint=/x", "--prompts=/no.jsonl"], ["no prompts file '/no.jsonl'"]),
@@ -203,7 +206,8 @@ def test_an_error_that_is_not_the_users_keeps_its_traceback(monkeypatch: pytest.
 def test_looking_at_a_configuration_loads_no_heavy_library(folder: Path) -> None:
     code = (
         "import sys; from megatron_anymal.__main__ import main; code = main(sys.argv[1:]); "
-        "print('HEAVY', [m for m in ('torch', 'transformers', 'megatron.core', 'nemo') if m in sys.modules]); exit(code)"
+        "heavy = ('torch', 'transformers', 'megatron.core', 'nemo'); "
+        "print('HEAVY', [name for name in heavy if name in sys.modules]); sys.exit(code)"
     )
     argv = [*pretrain(folder), "--print-config"]
     done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, timeout=60)
