@@ -199,6 +199,8 @@ class Generator:
         chosen = torch.zeros(len(running), dtype=torch.int64, device=self.layout.device)
         if self.layout.is_last_stage:
             logits = gather_from_tensor_model_parallel_region(outputs[0].float())[:, : self._vocab_size]
+            # A placeholder stands for a medium: as an answer it would be one without content.
+            logits[:, [entry.placeholder for entry in self._entries.values()]] = float("-inf")
             chosen = torch.stack([_choose(row, sampling, one.number, place) for row, one in zip(logits, running)])
         last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(chosen, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
+from dataclasses import dataclass
 
 # Warnings: beginning of the message, the module that gives it (both regular expressions).
 _WARNINGS = (
@@ -26,16 +27,15 @@ _RECORDS = (
 )
 
 
-class _Without(logging.Filter):
-    """Drops records with certain messages."""
+@dataclass(frozen=True)
+class _Without:
+    """A logging filter that drops records with certain messages; equal ones are added to a logger only once."""
 
-    def __init__(self, message: str) -> None:
-        super().__init__()
-        self._message = re.compile(message)
+    message: str
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether the record is shown."""
-        return record.levelno >= logging.ERROR or not self._message.match(record.getMessage())
+        return record.levelno >= logging.ERROR or not re.match(self.message, record.getMessage())
 
 
 def quiet_libraries() -> None:

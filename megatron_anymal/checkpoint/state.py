@@ -38,13 +38,19 @@ def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> P
     # megatron-core would start a server process for a queue that only this process uses: seconds at the first save, and
     # an orphan when this process is killed.
     filesystem_async._results_queue = queue.SimpleQueue()
-    dist_checkpointing.save(content, str(staging), content_metadata=dict(_METADATA))
+    dist_checkpointing.save(_without_empty(content), str(staging), content_metadata=dict(_METADATA))
     dist.barrier()
     if dist.get_rank() == 0:
         store.commit(staging, final, manifest)
         store.retain(checkpoints, keep_last)
     dist.barrier()
     return final
+
+
+def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
+    """A stage that trains nothing has empty sections; megatron-core would report that the ranks disagree."""
+    kept = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in content.items()}
+    return {key: value for key, value in kept.items() if value != {}}
 
 
 def load(state: Any, folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Checkpoint folders: written aside, checksummed, then renamed; found again by their manifests.
 
-RUN/checkpoints/step_00000500/     committed: manifest.json lists every file with its SHA-256
+RUN/checkpoints/step_00000500/     committed: manifest.json has the SHA-256 of every file and of itself
 RUN/checkpoints/.staging_00000500/ being written, or left by a crash; never read
 """
 
@@ -55,8 +55,9 @@ def commit(staging: Path, final: Path, manifest: Manifest) -> None:
     files = {}
     for path in sorted(p for p in staging.rglob("*") if p.is_file()):
         files[str(path.relative_to(staging))] = _sync_and_hash(path)
-    body = json.dumps({**asdict(manifest), "files": files}, indent=1)
-    (staging / MANIFEST).write_text(body)
+    # As it will be read: JSON has no tuples and no keys but strings.
+    body = json.loads(json.dumps({**asdict(manifest), "files": files}))
+    (staging / MANIFEST).write_text(json.dumps({**body, "checksum": _checksum(body)}, indent=1))
     _sync_and_hash(staging / MANIFEST)
     if final.exists():
         shutil.rmtree(final)
@@ -105,8 +106,12 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
     if not path.is_file():
         raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {MANIFEST}.")
     try:
-        manifest = Manifest(**json.loads(path.read_text()))
-    except (json.JSONDecodeError, TypeError) as error:
+        body = json.loads(path.read_text())
+        if body.pop("checksum") != _checksum(body):
+            raise ValueError("its checksum differs")
+        manifest = Manifest(**body)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        # Damage may leave anything: no text, no JSON, no object, other keys.
         raise CheckpointError(f"{str(path)!r} is damaged ({error}).") from None
     if verify:
         for name, expected in manifest.files.items():
@@ -132,6 +137,11 @@ def resolve(folder: str) -> Path:
         if found:
             return found
     raise CheckpointError(f"There is no checkpoint in {folder!r}. Name a checkpoint's folder or its run's folder.")
+
+
+def _checksum(body: dict[str, Any]) -> str:
+    """Of a manifest's content."""
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def _committed(checkpoints: Path) -> list[Path]:

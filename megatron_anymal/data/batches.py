@@ -95,6 +95,20 @@ class StepPlan:
         )
 
 
+@dataclass(frozen=True)
+class Measures:
+    """What the index says of n samples with m media items in all."""
+
+    # [n]: LLM tokens, targets among them, encoder cost.
+    length: np.ndarray
+    targets: np.ndarray
+    costs: np.ndarray
+    # [m]: the item's sample, the number of its kind in the index, its pieces.
+    owner: np.ndarray
+    kind: np.ndarray
+    pieces: np.ndarray
+
+
 class BatchPlanner:
     """Plans any step of one mixture of datasets."""
 
@@ -155,8 +169,9 @@ class BatchPlanner:
         for number, index in enumerate(self.indexes):
             places = np.flatnonzero(dataset == number)
             if len(places):
-                length[places], targets[places], costs[places], found = self.measure(index, sample[places])
-                for place, items in zip(places, found):
+                measures = self.measure(index, sample[places])
+                length[places], targets[places], costs[places] = measures.length, measures.targets, measures.costs
+                for place, items in zip(places, self._items(index, measures)):
                     media[place] = items
         fits = length <= self.layout.seq_length
         targets[~fits] = 0
@@ -185,18 +200,14 @@ class BatchPlanner:
         merged = [tuple(sorted(int(places[i]) for p in group for i in p)) for group in groups]
         return tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
 
-    def measure(
-        self, index: ShardIndex, sample: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[tuple[PlannedMedia, ...]]]:
-        """Lengths, targets, encoder costs and media of samples of one dataset; the first three are [n]."""
+    def measure(self, index: ShardIndex, sample: np.ndarray) -> Measures:
+        """What the plan must know of samples of one dataset; no loop over samples."""
         rows = index.samples[sample]
-        length, targets = rows["tokens"].astype(np.int64), rows["targets"].astype(np.int64)
-        costs = np.zeros(len(sample))
         counts = rows["media_count"].astype(np.int64)
         owner = np.repeat(np.arange(len(sample)), counts)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         media = index.media[np.repeat(rows["media_start"].astype(np.int64), counts) + within]
-        items: list[list[PlannedMedia]] = [[] for _ in sample]
+        length, costs = rows["tokens"].astype(np.int64), np.zeros(len(sample))
         pieces = np.zeros(len(media), np.int64)
         for number, kind in enumerate(index.header.kinds):
             mine = media["kind"] == number
@@ -205,9 +216,15 @@ class BatchPlanner:
                 pieces[mine] = planned.modality.count_pieces(media["size"][mine])
                 np.add.at(length, owner[mine], pieces[mine] * planned.soft_tokens_per_piece)
                 np.add.at(costs, owner[mine], pieces[mine] * planned.cost_per_piece)
-        for row, count, kind in zip(owner, pieces, media["kind"]):
-            items[row].append(PlannedMedia(self._by_kind[index.header.kinds[kind]].name, int(count)))
-        return length, targets, costs, [tuple(i) for i in items]
+        return Measures(length, rows["targets"].astype(np.int64), costs, owner, media["kind"], pieces)
+
+    def _items(self, index: ShardIndex, measures: Measures) -> list[tuple[PlannedMedia, ...]]:
+        """Each sample's media."""
+        names = [self._by_kind[kind].name for kind in index.header.kinds]
+        items: list[list[PlannedMedia]] = [[] for _ in measures.length]
+        for row, kind, count in zip(measures.owner, measures.kind, measures.pieces):
+            items[row].append(PlannedMedia(names[kind], int(count)))
+        return [tuple(i) for i in items]
 
     def _check_index(self, index: ShardIndex, tokenizer: Tokenizer) -> None:
         missing = index.kinds_used() - set(self._by_kind)
@@ -226,7 +243,7 @@ class BatchPlanner:
         for number, index in enumerate(self.indexes):
             for start in range(0, len(index), rows_at_once):
                 rows = np.arange(start, min(start + rows_at_once, len(index)))
-                length = self.measure(index, rows)[0]
+                length = self.measure(index, rows).length
                 if (length > self.layout.seq_length).any():
                     too_long = int((length > self.layout.seq_length).sum())
                     worst = int(length.argmax())

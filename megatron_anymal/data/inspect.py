@@ -306,4 +306,4 @@ def _lengths(planner: BatchPlanner) -> np.ndarray:
     """LLM tokens of every sample of a one-dataset plan."""
     [index] = planner.indexes
     chunks = [np.arange(at, min(at + _ROWS_AT_ONCE, len(index))) for at in range(0, len(index), _ROWS_AT_ONCE)]
-    return np.concatenate([planner.measure(index, rows)[0] for rows in chunks])
+    return np.concatenate([planner.measure(index, rows).length for rows in chunks])

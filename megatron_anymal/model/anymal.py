@@ -158,14 +158,6 @@ class AnyMALModel(MegatronModule):
             max_seqlen_kv=pack.max_seqlen_kv,
         )
 
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Optional[dict[str, Any]] = None
-    ) -> dict[str, Any]:
-        """The trainable weights as megatron-core shards; frozen ones are stored once, elsewhere."""
-        from megatron_anymal.checkpoint.sharding import sharded_trainable_weights
-
-        return sharded_trainable_weights(self, metadata)
-
 
 def _gather_shares(features: Tensor, shares: tuple[int, ...]) -> Tensor:
     """Put together what the tensor-parallel ranks encoded; only frozen encoders share, so no gradient flows back."""

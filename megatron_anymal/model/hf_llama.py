@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,19 +36,17 @@ def load_hf_llama(folder: str, hf: LlamaConfig, weights: Iterable[Weight]) -> No
     """Set this rank's Llama weights from a HuggingFace folder, one tensor at a time.
 
     Raises:
-        ConfigError: the folder lacks weights or a tensor, or one has another shape.
+        ConfigError: the folder lacks weights or a tensor, a file is damaged, or a tensor has another shape.
     """
-    from safetensors import safe_open
-
     files = _files_by_tensor(Path(folder))
-    opened: dict[str, object] = {}
+    opened: dict[str, Any] = {}
 
     def read(name: str) -> Tensor:
         if name not in files:
             raise ConfigError(f"model.language_model.path={folder!r} lacks the tensor {name!r}.")
         if files[name] not in opened:
-            opened[files[name]] = safe_open(files[name], framework="pt")
-        return opened[files[name]].get_tensor(name)  # type: ignore[attr-defined]
+            opened[files[name]] = _open(files[name])
+        return opened[files[name]].get_tensor(name)
 
     for weight in weights:
         if not weight.name.startswith("language_model."):
@@ -81,8 +80,6 @@ def from_hf(name: str, hf: LlamaConfig, read: Callable[[str], Tensor]) -> Tensor
 
 def _files_by_tensor(folder: Path) -> Mapping[str, str]:
     """Tensor name -> safetensors file."""
-    from safetensors import safe_open
-
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         return {name: str(folder / file) for name, file in json.loads(index.read_text())["weight_map"].items()}
@@ -92,5 +89,13 @@ def _files_by_tensor(folder: Path) -> Mapping[str, str]:
             f"model.language_model.path={str(folder)!r} holds no model.safetensors. Download the weights as "
             "safetensors, or set model.language_model.load_weights=false for random ones."
         )
-    with safe_open(str(single), framework="pt") as file:
-        return {name: str(single) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    return dict.fromkeys(_open(str(single)).keys(), str(single))
+
+
+def _open(file: str) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"model.language_model.path: {file!r} cannot be read ({error}). Download it again.") from None

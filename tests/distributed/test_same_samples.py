@@ -50,7 +50,10 @@ def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> A
     first = make_shards(folder / "first", tokenizer_folder, 61, ("image", "imu", "text"))
     second = make_shards(folder / "second", tokenizer_folder, 17, ("mixed", "text"), seed=1)
     config = make_config(first, tokenizer_folder, folder / "run")
-    config.data.train = {"first": DatasetConfig(path=first, weight=0.7), "second": DatasetConfig(path=second, weight=0.3)}
+    config.data.train = {
+        "first": DatasetConfig(path=first, weight=0.7),
+        "second": DatasetConfig(path=second, weight=0.3),
+    }
     config.model.global_batch_size = BATCH
     return config
 
@@ -100,7 +103,10 @@ def contents(data: DataSource, batches: list[MicroBatch]) -> Iterator[tuple[int,
                 media.append(hash_of(m.media[planned.modality].pieces[start : start + planned.pieces]))
             labels = m.labels[0, here][m.loss_mask[0, here] > 0]
             name = data.planner.key(sample.dataset, sample.sample)
-            yield sample.position, Content(name, tuple(m.tokens[0, here].tolist()), tuple(labels.tolist()), tuple(media))
+            yield (
+                sample.position,
+                Content(name, tuple(m.tokens[0, here].tolist()), tuple(labels.tolist()), tuple(media)),
+            )
         for name, count in at.items():
             assert count == len(m.media[name].pieces)
 

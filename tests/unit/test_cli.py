@@ -85,7 +85,7 @@ OVERRIDES = {
     "no-data": (["~data.train.mix"], ["data.train"]),
     "no-modality": (["~model.modalities.audio"], ["audio", "Add model.modalities.audio"]),
     "no-tokenizer": (["data.tokenizer=/nowhere"], ["data.tokenizer", "/nowhere"]),
-    "no-placeholder": (["model.modalities.imu.placeholder=<imu>"], ["model.modalities.imu.placeholder", "reserved"]),
+    "no-placeholder": (["model.modalities.imu.placeholder=nothing"], ["model.modalities.imu.placeholder", "reserved"]),
     "too-long": (["data.seq_length=8"], ["longer than data.seq_length=8", "data.too_long=drop"]),
     "no-initial-weights": (["model.restore_from_path=/nowhere"], ["no checkpoint in '/nowhere'"]),
     "no-checkpoint-to-resume": (
@@ -155,6 +155,10 @@ def test_layers_that_do_not_divide_are_refused_on_every_rank(folder: Path, tmp_p
     assert "model.pipeline_model_parallel_size" in said
 
 
+def test_a_wrong_data_folder_stops_every_rank(folder: Path, tmp_path: Path) -> None:
+    assert "'/nowhere'" in complaint(pretrain(folder, "trainer.devices=2", "data.train.mix.path=/nowhere"), tmp_path, 2)
+
+
 VERB_MISTAKES = {
     "generate-checkpoint": (
         ["generate", "--checkpoint=/nowhere", "--text=hi"],
@@ -186,10 +190,17 @@ def test_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrian"]) == 2
     assert capsys.readouterr().err == "error: unknown verb 'pretrian'. Did you mean pretrain?\n"
     assert main(["xyzzy"]) == 2
-    assert all(verb in capsys.readouterr().err for verb in VERBS)
+    said = capsys.readouterr().err
+    assert all(verb in said for verb in VERBS)
     assert main([]) == 2
     assert main(["--help"]) == 0
-    assert all(verb in capsys.readouterr().out for verb in VERBS)
+    said = capsys.readouterr().out
+    assert all(verb in said for verb in VERBS)
+
+
+def test_the_process_returns_the_code() -> None:
+    done = subprocess.run([sys.executable, "-m", "megatron_anymal", "pretrian"], capture_output=True, timeout=60)
+    assert done.returncode == 2
 
 
 def test_an_error_that_is_not_the_users_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

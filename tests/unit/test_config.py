@@ -53,7 +53,9 @@ def test_all_that_should_be_shipped_is():
 def test_shipped_yaml_passes_the_checks(name):
     config = compose(name, default_config_dir(), []).config
     check(config)
-    assert config.data.train and config.data.validation and config.model.modalities
+    assert config.data.train
+    if name.startswith("pretrain"):
+        assert config.data.validation and config.model.modalities
     assert config.world_size % config.model_parallel_size == 0
 
 

@@ -91,7 +91,10 @@ def test_documents_lie_one_after_the_other_and_padding_is_a_document(config: Any
             assert m.tokens.shape == (1, plan.padded_length) and plan.padded_length % 2 == 0
             assert sum(m.document_lengths) == plan.padded_length and min(m.document_lengths) > 0
             owners = np.repeat(
-                [*[s.position for s in m.plan.samples], *([-1] if len(m.document_lengths) > len(m.plan.samples) else [])],
+                [
+                    *[s.position for s in m.plan.samples],
+                    *([-1] if len(m.document_lengths) > len(m.plan.samples) else []),
+                ],
                 m.document_lengths,
             )
             np.testing.assert_array_equal(m.sample_positions[0], owners)
@@ -105,7 +108,11 @@ def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: A
             section = config.model.modalities[name]
             placeholder = SPECIAL.index(section.placeholder)
             assert (m.tokens[0, media.token_index] == placeholder).all()
-            assert len(media.token_index) == len(media.pieces) * section.projector.num_tokens == (m.tokens == placeholder).sum()
+            assert (
+                len(media.token_index)
+                == len(media.pieces) * section.projector.num_tokens
+                == (m.tokens == placeholder).sum()
+            )
             at = 0
             for sample in m.plan.samples:
                 index = data.planner.indexes[sample.dataset]
@@ -113,7 +120,9 @@ def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: A
                 for number, planned in enumerate(sample.media):
                     if planned.modality == name:
                         [item] = index.read_media(sample.sample, parts, [number])
-                        expected = data.reader._modalities[name].modality.load(item.data, item.extension, item.part.attributes)
+                        expected = data.reader._modalities[name].modality.load(
+                            item.data, item.extension, item.part.attributes
+                        )
                         torch.testing.assert_close(media.pieces[at : at + planned.pieces], expected)
                         at += planned.pieces
                         found += 1

@@ -12,7 +12,7 @@ from megatron_anymal.data.packing import pack
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "benchmarks"))
 
-from packing import CAPACITY, long_tailed_mix, measure  # noqa: E402 (the path is set above)
+from packing import CAPACITY, long_tailed_mix, measure
 
 
 def checked(lengths: np.ndarray, costs: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import make_config, make_shards, png
 from replicas import replica_data
+from tiny import make_config, make_shards, png
 
 from megatron_anymal.data.indexing import IndexOptions, find_shards
 from megatron_anymal.data.prepare import make_index
@@ -66,7 +66,9 @@ def test_foreign_shards_are_indexed_in_place(tmp_path: Path, tokenizer_folder: s
 
 
 def test_an_ending_can_be_given_a_kind_and_folders_are_part_of_keys(tmp_path: Path, tokenizer_folder: str) -> None:
-    tar(tmp_path / "f" / "0.tar", {"a/x.left.dat": png(1), "a/x.txt": b"one", "b/x.left.dat": png(2), "b/x.txt": b"two"})
+    tar(
+        tmp_path / "f" / "0.tar", {"a/x.left.dat": png(1), "a/x.txt": b"one", "b/x.left.dat": png(2), "b/x.txt": b"two"}
+    )
     make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder, {"dat": "image"}))
     index = ShardIndex(str(tmp_path / "f"))
     assert [index.key(s) for s in range(2)] == ["a/x", "b/x"]
@@ -95,13 +97,14 @@ def test_bad_samples_of_the_same_key_are_counted_apart(
         ({"k.txt": b"\xff\xfe"}, "UTF-8"),
         ({"k.jpg": jpeg(0)}, "neither"),
         ({"k.json": b'{"parts": [{"media": "0.png", "modality": "image"}, {"text": "a"}]}'}, "'0.png'"),
-        ({"k.json": b'{"parts": [{"media": "0.png", "modality": "smell"}, {"text": "a"}]}', "k.0.png": png(0)}, "smell"),
+        (
+            {"k.json": b'{"parts": [{"media": "0.png", "modality": "smell"}, {"text": "a"}]}', "k.0.png": png(0)},
+            "smell",
+        ),
         ({"k.json": b'{"parts": '}, "JSON"),
     ],
 )
-def test_unusable_samples_say_why(
-    tmp_path: Path, tokenizer_folder: str, members: dict[str, bytes], said: str
-) -> None:
+def test_unusable_samples_say_why(tmp_path: Path, tokenizer_folder: str, members: dict[str, bytes], said: str) -> None:
     tar(tmp_path / "f" / "0.tar", members)
     with pytest.raises(DataError) as error:
         make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder))

@@ -1,4 +1,4 @@
-"""Our Llama on megatron-core against transformers' LlamaForCausalLM: the same weights give the same logits and losses."""
+"""Our Llama against transformers' LlamaForCausalLM: the same weights give the same logits and losses."""
 
 from __future__ import annotations
 

@@ -1,23 +1,20 @@
 """`.nemo` archives: what they hold, lazily read weights, and a save under one layout restored alone under another."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
 from tiny import LLAMA, make_config, make_shards, make_tokenizer
 
-from megatron_anymal.config import ConfigError
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.model.weights import gather_weights
 from megatron_anymal.nemo import archive
-
-ROOT = Path(__file__).parents[3]
-JOB = Path(__file__).with_name("archive_job.py")
+from megatron_anymal.nemo.model import MegatronAnyMALModel, from_cfg
 
 
 def test_archived_tensors_are_those_written(tmp_path):
@@ -47,8 +44,6 @@ def test_archived_tensors_are_those_written(tmp_path):
     # The weights are a whole safetensors file for other tools.
     with tarfile.open(path) as tar:
         tar.extract(archive.WEIGHTS_NAME, tmp_path, filter="data")
-    from safetensors.torch import load_file
-
     assert torch.equal(load_file(tmp_path / archive.WEIGHTS_NAME)["bf16"], tensors["bf16"])
 
 
@@ -78,11 +73,46 @@ def test_portable_and_unpacked_paths(tmp_path):
     assert config.model.language_model.path == "llama", "the run's own configuration must not change"
 
 
-def run_job(verb: str, folder: Path, processes: int) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", str(JOB), verb, str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=140)
+def gathered(model: MegatronAnyMALModel) -> dict[str, torch.Tensor] | None:
+    tensors = gather_weights(model.state.models)
+    return None if tensors is None else {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def save(folder: Path, config: AnyMALConfig) -> None:
+    """In a rank: train, and write an archive and, beside it, what it must hold."""
+    model = MegatronAnyMALModel(config)
+    model.fit()
+    model.save_to(folder / "saved" / "model.nemo")
+    # On every rank: the file is there when save_to returns.
+    assert (folder / "saved" / "model.nemo").is_file()
+    tensors = gathered(model)
+    if tensors is not None:
+        save_file(tensors, folder / "expected.safetensors")
+
+
+def restore(folder: Path) -> int:
+    """In a rank: compare the archive's weights, and train on from them; returns how many there are."""
+    archive = folder / "saved" / "model.nemo"
+    cfg: Any = MegatronAnyMALModel.restore_from(archive, return_config=True)
+    config = from_cfg(cfg)
+    config.trainer.devices, config.model.tensor_model_parallel_size = 1, 1
+    config.exp_manager.explicit_log_dir = str(folder / "restored")
+    # Nothing may come from the initial values.
+    config.trainer.max_steps, config.model.seed = 1, 999
+    model = MegatronAnyMALModel.restore_from(archive, override_config_path=config)
+    assert isinstance(model, MegatronAnyMALModel)
+    tensors, expected = gathered(model), load_file(folder / "expected.safetensors")
+    assert tensors is not None and set(tensors) == set(expected)
+    different = [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])]
+    assert not different, different
+    # The optimizer starts from the restored weights, not from those it was built with: one step moves none far.
+    model.fit()
+    trained = gathered(model)
+    assert trained is not None
+    assert any(not torch.equal(tensor, expected[name]) for name, tensor in trained.items())
+    moved = [name for name, tensor in trained.items() if not torch.allclose(tensor, expected[name], rtol=0, atol=0.05)]
+    assert not moved, moved
+    return len(expected)
 
 
 def test_saved_under_tensor_parallelism_restored_alone(tmp_path):
@@ -93,11 +123,8 @@ def test_saved_under_tensor_parallelism_restored_alone(tmp_path):
     config.trainer.max_steps, config.trainer.devices, config.model.tensor_model_parallel_size = 2, 2, 2
     # In bf16 the optimizer keeps weights of its own.
     config.trainer.precision = "bf16"
-    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-    done = run_job("save", tmp_path, 2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_ranks(2, save, tmp_path, config)
     # What the archive needs of the machine it was made on: nothing.
     shutil.rmtree(tokenizer)
     shutil.rmtree(tmp_path / "run")
-    done = run_job("restore", tmp_path, 1)
-    assert done.returncode == 0 and "RESTORED" in done.stdout, done.stderr[-3000:]
+    assert run_ranks(1, restore, tmp_path)[0] > 0

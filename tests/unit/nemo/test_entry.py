@@ -28,12 +28,10 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def anymal(folder: Path, *arguments: str, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    """Run `pretrain` from another working directory, under torchrun where `processes` is given."""
-    launch = [sys.executable, "-m"]
-    if processes:
-        launch += ["torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
-        launch += ["--rdzv-endpoint=127.0.0.1:0", "-m"]
+def anymal(folder: Path, *arguments: str, processes: int) -> subprocess.CompletedProcess[str]:
+    """Run `pretrain` under torchrun, from another working directory."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m"]
     command = [*launch, "megatron_anymal", "pretrain", f"--config-path={folder}", "--config-name=tiny", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
@@ -48,6 +46,8 @@ def test_two_processes_leave_one_run_folder_with_tensorboard(folder):
     given = ["trainer.devices=2", "model.tensor_model_parallel_size=2", f"exp_manager.explicit_log_dir={run}"]
     done = anymal(folder, *given, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
+    # The console belongs to the run: the libraries' remarks at the start are silenced.
+    assert done.stderr == "" and all(line.startswith(("step ", "saved ")) for line in done.stdout.splitlines())
     assert sorted(set(logged_steps(run))) == [1, 2]
     events = list(run.rglob("events.out.tfevents.*"))
     # Only the reporting rank writes; Hydra leaves nothing behind.
@@ -61,19 +61,6 @@ def test_two_processes_leave_one_run_folder_with_tensorboard(folder):
     tags = written.Tags()["scalars"]
     (loss,) = [tag for tag in tags if tag in ("loss", "train/loss", "train_loss")]
     assert [event.step for event in written.Scalars(loss)] == [1, 2]
-
-
-def test_wrong_data_folder_is_one_line_on_every_rank(folder):
-    done = anymal(folder, "trainer.devices=2", "data.train.mix.path=/nowhere", processes=2)
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error (rank ")]
-    assert lines and all("/nowhere" in line for line in lines)
-
-
-def test_process_count_must_fit_the_configuration(folder):
-    done = anymal(folder, "trainer.devices=2")
-    assert done.returncode == 2
-    assert "torchrun --nproc-per-node=2" in done.stderr and "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

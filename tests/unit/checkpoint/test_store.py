@@ -1,0 +1,150 @@
+"""Checkpoint folders: committed whole or not at all, and found again when some are damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_anymal.checkpoint.store import (
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    commit,
+    committed_folder,
+    newest_valid,
+    read_manifest,
+    resolve,
+    retain,
+    staging_folder,
+)
+
+
+def manifest(step: int) -> Manifest:
+    return Manifest(step, 8 * step, {"model": {"seed": 1}}, {"hidden_size": 4}, "base", "data", {})
+
+
+def write(checkpoints: Path, step: int, content: bytes = b"weights") -> Path:
+    staging, final = staging_folder(checkpoints, step), committed_folder(checkpoints, step)
+    (staging / "deep").mkdir(parents=True)
+    (staging / "a.distcp").write_bytes(content + str(step).encode() * 100)
+    (staging / "deep" / "b.pt").write_bytes(b"more")
+    commit(staging, final, manifest(step))
+    return final
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Path:
+    """Steps 3, 6 and 12, saved out of order."""
+    folder = tmp_path / "run" / "checkpoints"
+    for step in (3, 12, 6):
+        write(folder, step)
+    return folder
+
+
+def test_commit_and_read_back(checkpoints: Path) -> None:
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000003", "step_00000006", "step_00000012"]
+    folder = committed_folder(checkpoints, 6)
+    found = read_manifest(folder, verify=True)
+    assert set(found.files) == {"a.distcp", "deep/b.pt"}
+    assert {**vars(found), "files": {}} == vars(manifest(6))
+
+
+def test_commit_replaces_one_of_the_same_step(checkpoints: Path) -> None:
+    folder = write(checkpoints, 6, b"other weights")
+    assert (folder / "a.distcp").read_bytes().startswith(b"other")
+    assert read_manifest(folder, verify=True).step == 6
+
+
+def test_the_newest_is_found(checkpoints: Path) -> None:
+    assert newest_valid(checkpoints) == (committed_folder(checkpoints, 12), [])
+
+
+def test_order_is_that_of_the_steps_not_of_the_names(tmp_path: Path) -> None:
+    write(tmp_path, 99_999_999)
+    newest = write(tmp_path, 100_000_000)
+    assert newest_valid(tmp_path)[0] == newest
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_valid(tmp_path / "none") == (None, [])
+    (tmp_path / "step_of_nothing").mkdir()
+    (tmp_path / "step_00000001").write_text("a file")
+    assert newest_valid(tmp_path) == (None, [])
+
+
+def test_what_a_crash_left_is_ignored_and_removed(checkpoints: Path) -> None:
+    left = staging_folder(checkpoints, 15)
+    left.mkdir()
+    (left / "a.distcp").write_bytes(b"half")
+    assert newest_valid(checkpoints) == (committed_folder(checkpoints, 12), [])
+    retain(checkpoints, 2)
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000006", "step_00000012"]
+
+
+def test_retain_all(checkpoints: Path) -> None:
+    retain(checkpoints, 0)
+    assert len(list(checkpoints.iterdir())) == 3
+
+
+def flip(path: Path, place: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0x80
+    path.write_bytes(bytes(data))
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+DAMAGE = {
+    "flipped-byte": (lambda folder: flip(folder / "deep" / "b.pt"), "'deep/b.pt' is damaged"),
+    "cut-off": (lambda folder: (folder / "a.distcp").write_bytes(b"weig"), "'a.distcp' is damaged"),
+    "missing-file": (lambda folder: (folder / "a.distcp").unlink(), "'a.distcp' is missing"),
+    "no-manifest": (lambda folder: (folder / MANIFEST).unlink(), "no manifest.json"),
+    "cut-off-manifest": (lambda folder: (folder / MANIFEST).write_text('{"step": 12, "co'), "manifest.json"),
+    "binary-manifest": (lambda folder: (folder / MANIFEST).write_bytes(b"\x80\x00\xff" * 50), "manifest.json"),
+    "flipped-manifest": (lambda folder: flip(folder / MANIFEST, 3), "manifest.json"),
+    "zeroed-manifest": (lambda folder: (folder / MANIFEST).write_bytes(bytes(100)), "manifest.json"),
+    "list": (lambda folder: (folder / MANIFEST).write_text("[1]"), "manifest.json"),
+    "other-keys": (lambda folder: (folder / MANIFEST).write_text('{"step": 12}'), "manifest.json"),
+    # Still JSON with all its keys: a digit of the number of samples.
+    "changed-number": (
+        lambda folder: replace(folder / MANIFEST, '"consumed_samples": 96', '"consumed_samples": 97'),
+        "checksum",
+    ),
+    "changed-hash": (lambda folder: replace(folder / MANIFEST, '"base"', '"bass"'), "checksum"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(damage: str, checkpoints: Path) -> None:
+    harm, said = DAMAGE[damage]
+    harm(committed_folder(checkpoints, 12))
+    folder, problems = newest_valid(checkpoints)
+    assert folder == committed_folder(checkpoints, 6)
+    assert len(problems) == 1 and said in problems[0] and "step_00000012" in problems[0]
+
+
+def test_none_left_names_all(checkpoints: Path) -> None:
+    for step in (3, 6, 12):
+        flip(committed_folder(checkpoints, step) / "a.distcp")
+    with pytest.raises(CheckpointError) as error:
+        newest_valid(checkpoints)
+    for step in (3, 6, 12):
+        assert f"step_{step:08d}" in str(error.value)
+
+
+def test_resolve_takes_a_checkpoint_a_run_or_its_checkpoints(checkpoints: Path, tmp_path: Path) -> None:
+    newest = committed_folder(checkpoints, 12)
+    assert resolve(str(newest)) == newest
+    assert resolve(str(checkpoints)) == newest
+    assert resolve(str(checkpoints.parent)) == newest
+    assert resolve(str(committed_folder(checkpoints, 3))).name == "step_00000003"
+    for wrong in (tmp_path / "none", tmp_path):
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            resolve(str(wrong))
+    flip(newest / "a.distcp")
+    assert resolve(str(checkpoints.parent)) == committed_folder(checkpoints, 6)

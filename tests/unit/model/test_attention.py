@@ -1,0 +1,90 @@
+"""Packed attention against SDPA with an explicit block-diagonal causal mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_anymal.model.attention import PackedAttention, document_pack
+
+HEAD = 8
+
+
+def attention(heads: int, groups: int, scale: float | None = None) -> PackedAttention:
+    config = TransformerConfig(
+        num_layers=1, hidden_size=heads * HEAD, num_attention_heads=heads, num_query_groups=groups, kv_channels=HEAD
+    )
+    return PackedAttention(config, layer_number=1, softmax_scale=scale)
+
+
+def masked(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float | None
+) -> torch.Tensor:
+    """[T, 1, heads, d] with a mask that names each pair of tokens."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    place = torch.arange(len(document))
+    mask = (document[:, None] == document[None]) & (place[:, None] >= place[None])
+    repeat = query.size(2) // key.size(2)
+    q, k, v = query, key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.permute(2, 0, 1, 3).flatten(2)
+
+
+LENGTHS = [
+    [1],
+    [7],
+    [1, 1, 1],
+    [3, 4, 5, 8, 9],
+    [64, 1, 63, 33, 2],
+    [5, 17, 1, 100, 16, 15, 1],
+    *[torch.randint(1, 40, (9,), generator=torch.Generator().manual_seed(s)).tolist() for s in range(5)],
+]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_outputs_and_gradients(lengths: list[int], heads: int, groups: int, scale: float | None) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = [(sum(lengths), 1, n, HEAD) for n in (heads, groups, groups)]
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
+    twins = [x.detach().clone().requires_grad_() for x in inputs]
+    pack = document_pack(lengths, torch.device("cpu"))
+    out = attention(heads, groups, scale)(*inputs, None, packed_seq_params=pack)
+    expected = masked(*twins, lengths, scale)
+    torch.testing.assert_close(out, expected)
+    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64)
+    out.backward(direction)
+    expected.backward(direction)
+    for mine, theirs in zip(inputs, twins):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
+def test_description_of_a_pack(lengths: list[int]) -> None:
+    pack = document_pack(lengths, torch.device("cpu"))
+    assert pack.position_ids is not None and pack.from_buckets is not None and pack.cu_seqlens_q is not None
+    assert pack.position_ids.tolist() == [place for length in lengths for place in range(length)]
+    assert pack.cu_seqlens_q.tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    assert pack.cu_seqlens_q.dtype == torch.int32 and pack.max_seqlen_q == max(lengths)
+    # Every token lies in the buckets where from_buckets says, and no bucket is more than half padding.
+    flat = torch.cat([b.flatten() for b in pack.buckets])
+    assert flat[pack.from_buckets].tolist() == list(range(sum(lengths)))
+    assert len(flat) <= 2 * sum(lengths)
+
+
+def test_a_document_alone_gives_the_same_as_in_a_pack() -> None:
+    lengths = [9, 30, 12]
+    query, key, value = (torch.randn(51, 1, 2, HEAD) for _ in range(3))
+    module = attention(2, 2)
+    packed = module(query, key, value, None, packed_seq_params=document_pack(lengths, torch.device("cpu")))
+    start = 0
+    for length in lengths:
+        here = slice(start, start + length)
+        alone = document_pack([length], torch.device("cpu"))
+        out = module(query[here], key[here], value[here], None, packed_seq_params=alone)
+        torch.testing.assert_close(packed[here], out)
+        start += length

@@ -1,0 +1,211 @@
+"""Projectors against plain torch, written from their descriptions: outputs and gradients, on one and two ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from megatron.core.model_parallel_config import ModelParallelConfig
+from ranks import run_ranks
+
+from megatron_anymal.config import AnyMALConfig, ConfigError, ProjectorConfig
+from megatron_anymal.model.projectors import build_projector
+from megatron_anymal.model.weights import Weight
+from megatron_anymal.parallel import initialize
+
+HIDDEN = 12
+# Features, their width, and the projector.
+CASES: dict[str, tuple[int, int, ProjectorConfig]] = {
+    "resampler": (5, 6, ProjectorConfig("resampler", 2, 3, hidden_size=8, num_attention_heads=4, ffn_multiplier=2)),
+    "resampler-own-width": (4, 8, ProjectorConfig("resampler", 1, 7, num_attention_heads=2)),
+    "linear-one-to-one": (3, 6, ProjectorConfig("linear", 1, 3)),
+    "linear-joined-and-filled": (7, 6, ProjectorConfig("linear", 1, 3)),
+    "linear-several-each": (2, 6, ProjectorConfig("linear", 1, 4)),
+    "linear-deep": (4, 6, ProjectorConfig("linear", 3, 2, hidden_size=10)),
+}
+PIECES = 3
+
+
+def setting(tp: int) -> ModelParallelConfig:
+    """Join the job and give the projectors' sizes."""
+    config = AnyMALConfig()
+    config.trainer.precision, config.trainer.devices = "32", tp
+    config.model.tensor_model_parallel_size = tp
+    config.model.language_model.config = {"vocab_size": 8}
+    config.data.tokenizer = "unused"
+    initialize(config)
+    return ModelParallelConfig(tensor_model_parallel_size=tp, params_dtype=torch.float32)
+
+
+def weights_of(module: torch.nn.Module) -> list[Weight]:
+    return [
+        Weight(
+            name,
+            parameter,
+            split_dim=int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else None,  # type: ignore[arg-type]
+            blocks=1,
+            rows=None,
+        )
+        for name, parameter in module.named_parameters()
+    ]
+
+
+def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A weight that its name decides; those of norms and the gain lie about 1."""
+    generator = torch.Generator().manual_seed(sum(map(ord, name)))
+    value = torch.randn(shape, generator=generator)
+    return 1 + 0.3 * value if name == "gain" or "norm.weight" in name else 0.4 * value
+
+
+def inputs_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    features, width, config = CASES[name]
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(PIECES, features, width, generator=generator)
+    return x, torch.randn(PIECES, config.num_tokens, HIDDEN, generator=generator)
+
+
+def run_all(tp: int) -> dict[str, dict[str, np.ndarray]]:
+    """Per case: output, gradient of the input, and whole gradients of all weights."""
+    parallel = setting(tp)
+    found = {}
+    for name, (features, width, config) in CASES.items():
+        projector = build_projector("m", config, parallel, features, width, HIDDEN)
+        weights = weights_of(projector)
+        with torch.no_grad():
+            for weight in weights:
+                weight.parameter.copy_(weight.local_part(draw(weight.name, weight.shape)))
+        x, direction = inputs_of(name)
+        x.requires_grad_()
+        out = projector(x)
+        out.backward(direction)
+        assert x.grad is not None
+        tensors = {"output": out.detach(), "input gradient": x.grad}
+        tensors.update({w.name: w.gather(w.parameter.grad) for w in weights})
+        found[name] = {key: tensor.numpy() for key, tensor in tensors.items()}
+    return found
+
+
+class Plain:
+    """The same projectors in double precision; weights come by their names."""
+
+    def __init__(self, config: ProjectorConfig, features: int, width: int):
+        self.config, self.features, self.width = config, features, width
+        self.weights: dict[str, torch.Tensor] = {}
+
+    def weight(self, name: str, *shape: int) -> torch.Tensor:
+        if name not in self.weights:
+            self.weights[name] = draw(name, shape).double().requires_grad_()
+        return self.weights[name]
+
+    def norm(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        size = x.size(-1)
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        return scaled * self.weight(f"{name}.weight", size) + self.weight(f"{name}.bias", size)
+
+    def linear(self, name: str, x: torch.Tensor, out: int, bias: bool = True) -> torch.Tensor:
+        y = x @ self.weight(f"{name}.weight", out, x.size(-1)).T
+        return y + self.weight(f"{name}.bias", out) if bias else y
+
+    def finish(self, x: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * self.weight("gain", 1)
+
+    def resampler(self, x: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        h = config.hidden_size or self.width
+        x = self.linear("input_linear", self.norm("input_norm", x), h)
+        x = x + self.weight("position_embedding", self.features, h)
+        latents = self.weight("latents", config.num_tokens, h).expand(len(x), -1, -1)
+        for number in range(config.num_layers):
+            at = f"layers.{number}"
+            own = self.norm(f"{at}.latent_norm", latents)
+            seen = torch.cat([self.norm(f"{at}.feature_norm", x), own], 1)
+            q = self.linear(f"{at}.query", own, h, bias=False)
+            k = self.linear(f"{at}.key", seen, h, bias=False)
+            v = self.linear(f"{at}.value", seen, h, bias=False)
+            heads = []
+            for columns in torch.arange(h).chunk(config.num_attention_heads):
+                scores = q[..., columns] @ k[..., columns].transpose(1, 2) / math.sqrt(len(columns))
+                heads.append(scores.softmax(-1) @ v[..., columns])
+            latents = latents + self.linear(f"{at}.attention_output", torch.cat(heads, -1), h, bias=False)
+            up = self.linear(f"{at}.ffn_up", self.norm(f"{at}.ffn_norm", latents), config.ffn_multiplier * h)
+            latents = latents + self.linear(f"{at}.ffn_down", F.gelu(up), h)
+        return self.finish(self.linear("output_linear", self.norm("output_norm", latents), HIDDEN))
+
+    def linear_projector(self, x: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        if self.features >= config.num_tokens:
+            joined = math.ceil(self.features / config.num_tokens)
+            filled = torch.zeros(len(x), joined * config.num_tokens, self.width, dtype=x.dtype)
+            filled[:, : self.features] = x
+            x = torch.stack([filled[:, t * joined : (t + 1) * joined].flatten(1) for t in range(config.num_tokens)], 1)
+        each = max(1, config.num_tokens // self.features)
+        for number in range(config.num_layers):
+            last = number == config.num_layers - 1
+            size = each * HIDDEN if last else config.hidden_size or self.width
+            x = self.linear(f"linears.{number}", F.gelu(x) if number else x, size)
+        return self.finish(x.reshape(len(x), config.num_tokens, HIDDEN))
+
+
+def plain_answers(name: str) -> dict[str, np.ndarray]:
+    features, width, config = CASES[name]
+    plain = Plain(config, features, width)
+    x, direction = inputs_of(name)
+    x = x.double().requires_grad_()
+    out = plain.resampler(x) if config.type == "resampler" else plain.linear_projector(x)
+    out.backward(direction.double())
+    gradients = {key: weight.grad for key, weight in plain.weights.items()}
+    tensors: dict[str, Any] = {"output": out.detach(), "input gradient": x.grad, **gradients}
+    return {key: tensor.numpy() for key, tensor in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def ours() -> dict[int, list[dict[str, dict[str, np.ndarray]]]]:
+    """Answers of every rank, by tensor-parallel size."""
+    return {1: run_ranks(1, run_all, 1), 2: run_ranks(2, run_all, 2)}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_equal_plain_torch(name: str, tp: int, ours: Any) -> None:
+    expected = plain_answers(name)
+    for rank in ours[tp]:
+        assert rank[name].keys() == expected.keys()
+        for key, value in expected.items():
+            assert np.abs(value).max() > 0, key
+            np.testing.assert_allclose(
+                rank[name][key], value, rtol=1e-4, atol=2e-6 * np.abs(value).max() + 1e-6, err_msg=key
+            )
+
+
+def refusals(tp: int, cases: list[tuple[int, int, ProjectorConfig]]) -> list[str]:
+    parallel = setting(tp)
+    found = []
+    for features, width, config in cases:
+        try:
+            build_projector("eye", config, parallel, features, width, HIDDEN)
+            found.append("no error")
+        except ConfigError as error:
+            found.append(str(error))
+    return found
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    heads = "model.modalities.eye.projector"
+    one = run_ranks(
+        1,
+        refusals,
+        1,
+        [
+            (4, 8, ProjectorConfig("resampler", 1, 2, num_attention_heads=3)),
+            (3, 8, ProjectorConfig("linear", 1, 4)),
+        ],
+    )[0]
+    assert heads in one[0] and "width 8" in one[0] and "num_attention_heads=3" in one[0]
+    assert f"{heads}.num_tokens=4" in one[1] and "3 features" in one[1]
+    for said in run_ranks(2, refusals, 2, [(4, 6, ProjectorConfig("resampler", 1, 2, num_attention_heads=3))]):
+        assert "num_attention_heads=3" in said[0] and "tensor_model_parallel_size=2" in said[0]

@@ -1,0 +1,192 @@
+"""Whole weights and a rank's part of them; what is frozen costs nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from engine import losses
+from ranks import run_ranks
+from tiny import make_config
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.model.weights import gather_weights, hash_weights, list_weights, load_weights
+from megatron_anymal.parallel import initialize
+from megatron_anymal.train.build import TrainState, build
+from megatron_anymal.train.loop import fit
+
+LAYOUTS = {"one": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
+
+
+@pytest.fixture(scope="module")
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+    """A vocabulary that two ranks do not share out evenly."""
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("weights"))
+    config.model.language_model.config["vocab_size"] = 33
+    return config
+
+
+def built(config: AnyMALConfig, tp: int, pp: int) -> TrainState:
+    config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size = tp, pp
+    config.trainer.devices = tp * pp
+    return build(config, initialize(config))
+
+
+def everywhere(tensors: Any) -> Any:
+    """What rank 0 has, on every rank."""
+    found = [tensors]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def explore(config: AnyMALConfig, layouts: list[str]) -> dict[str, dict[str, Any]]:
+    """Build under each layout; look at whole weights, round trips and hashes."""
+    found = {}
+    for name in layouts:
+        state = built(config, *LAYOUTS[name])
+        seen: dict[str, Any] = {"hash": hash_weights(state.models, "")}
+        seen["llama hash"] = hash_weights(state.models, "language_model.")
+        for weight in list_weights(state.model):
+            whole = weight.gather()
+            assert tuple(whole.shape) == weight.shape
+            part = weight.local_part(whole)
+            real = part == weight.parameter
+            if weight.rows is None:
+                assert real.all(), weight.name
+            else:
+                # The rows that pad the vocabulary are zeros in a part and of no meaning in the parameter.
+                assert (real | (part == 0)).all() and len(whole) == 33
+        whole = gather_weights(state.models)
+        assert (whole is None) == (dist.get_rank() != 0)
+        seen["weights"] = {n: w.numpy() for n, w in whole.items()} if whole else None
+        seen["projectors only"] = sorted(gather_weights(state.models, "projectors.") or {})
+        whole = everywhere(whole)
+        with torch.no_grad():
+            for parameter in state.model.parameters():
+                parameter.fill_(7.0)
+        seen["scrambled hash"] = hash_weights(state.models, "")
+        load_weights(state.models, whole)
+        seen["loaded hash"] = hash_weights(state.models, "")
+        last = "language_model.decoder.layers.3.mlp.linear_fc2.weight"
+        whole[last] = whole[last].clone()
+        whole[last][-1, -1] += 1e-3
+        load_weights(state.models, whole)
+        seen["changed hash"] = hash_weights(state.models, "")
+        seen["errors"] = [_error(state, {}), _error(state, {n: torch.zeros(2, 2) for n in whole})]
+        found[name] = seen
+    return found
+
+
+def _error(state: TrainState, tensors: dict[str, torch.Tensor]) -> str:
+    try:
+        load_weights(state.models, tensors)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.fixture(scope="module")
+def explored(config: AnyMALConfig) -> dict[str, list[dict[str, Any]]]:
+    """Per layout what every rank saw."""
+    one = run_ranks(1, explore, config, ["one"])
+    two = run_ranks(2, explore, config, ["tp2", "pp2"])
+    return {"one": [one[0]["one"]], **{name: [rank[name] for rank in two] for name in ("tp2", "pp2")}}
+
+
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_initial_values_are_those_of_one_process(layout: str, explored: Any) -> None:
+    one, other = explored["one"][0]["weights"], explored[layout][0]["weights"]
+    assert one.keys() == other.keys() and len(one) > 30
+    assert one["language_model.embedding.word_embeddings.weight"].shape == (33, 32)
+    for name, value in one.items():
+        np.testing.assert_array_equal(other[name], value, err_msg=name)
+
+
+def test_no_two_weights_start_alike(explored: Any) -> None:
+    drawn = [w for w in explored["one"][0]["weights"].values() if w.ndim > 1]
+    assert len({w.tobytes() for w in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hashes_are_those_of_the_whole_weights(layout: str, explored: Any) -> None:
+    expected = explored["one"][0]
+    for seen in explored[layout]:
+        assert seen["hash"] == expected["hash"] and seen["llama hash"] == expected["llama hash"]
+        assert seen["loaded hash"] == expected["hash"]
+        assert seen["scrambled hash"] == expected["scrambled hash"]
+        assert seen["changed hash"] == expected["changed hash"]
+    assert len({expected[which] for which in ("hash", "llama hash", "scrambled hash", "changed hash")}) == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prefixes_and_errors(layout: str, explored: Any) -> None:
+    first = explored[layout][0]
+    assert first["projectors only"] == [n for n in sorted(first["weights"]) if n.startswith("projectors.")]
+    for seen in explored[layout]:
+        missing, shape = seen["errors"]
+        assert "lack" in missing and "expects" in shape
+
+
+def resampler_size(features: int, width: int, h: int, tokens: int, ffn: int, hidden: int) -> int:
+    """Weights of one layer's resampler, by hand."""
+    entry = 2 * width + (width + 1) * h + features * h + tokens * h
+    layer = 3 * 2 * h + 4 * h * h + (h + 1) * ffn * h + (ffn * h + 1) * h
+    return entry + layer + 2 * h + (h + 1) * hidden + 1
+
+
+def count(config: AnyMALConfig) -> dict[str, Any]:
+    """Train two steps; count what the trainable and the frozen parameters cost."""
+    state = built(config, 1, 1)
+    recorded: list[bool] = []
+    for name, encoder in state.model.encoders.items():
+        if config.model.modalities[name].encoder.freeze:
+            encoder.register_forward_hook(
+                lambda module, inputs, output: recorded.append(torch.is_grad_enabled() or output.requires_grad)
+            )
+    config.exp_manager.checkpoint.every_n_train_steps = 0
+    fit(state, Path(config.exp_manager.explicit_log_dir))
+    buffers = [*state.wrapped.buffers, *state.wrapped.expert_parallel_buffers]
+    inner = state.optimizer.chained_optimizers if hasattr(state.optimizer, "chained_optimizers") else [state.optimizer]
+    moments = [v for o in inner for s in o.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg")]
+    main = [p for o in inner for group in o.optimizer.param_groups for p in group["params"]]
+    frozen = [p for p in state.model.parameters() if not p.requires_grad]
+    return {
+        "trainable": sum(p.numel() for p in state.model.parameters() if p.requires_grad),
+        "trainable tensors": sum(p.requires_grad for p in state.model.parameters()),
+        "frozen": sum(p.numel() for p in frozen),
+        "frozen with a gradient": sum(p.grad is not None or getattr(p, "main_grad", None) is not None for p in frozen),
+        "buffers": sum(index[1] - index[0] for b in buffers for index in b.param_index_map.values()),
+        "buffers as allocated": sum(b.grad_data.numel() for b in buffers),
+        "moments": sum(v.numel() for v in moments),
+        "main weights": sum(p.numel() for p in main),
+        "recorded": recorded,
+        "losses": losses(Path(config.exp_manager.explicit_log_dir)),
+    }
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_frozen_means_free(config: AnyMALConfig, precision: str, tmp_path: Path) -> None:
+    config.trainer.precision, config.trainer.max_steps = precision, 2
+    config.exp_manager.explicit_log_dir = str(tmp_path)
+    found = run_ranks(1, count, config)[0]
+    image = resampler_size(features=5, width=16, h=16, tokens=2, ffn=2, hidden=32)
+    # Eleven frames of 8 mel bands, six to each of two soft tokens.
+    audio = 6 * 8 * 32 + 32 + 1
+    # The IMU encoder trains: its size is torch's to say, its projector is one layer and a gain.
+    imu = found["trainable"] - image - audio
+    assert 0 < imu < 5000
+    hidden, inner, vocab = 32, 48, 33
+    llama = 2 * vocab * hidden + hidden + 4 * (2 * hidden + 3 * hidden * inner + 2 * hidden * hidden + 2 * hidden * 16)
+    assert found["frozen"] > llama
+    for what in ("buffers", "main weights"):
+        assert found[what] == found["trainable"], what
+    assert found["moments"] == 2 * found["trainable"]
+    # megatron-core rounds each weight's place up to 64 numbers, and a bucket's to a few more.
+    assert found["buffers as allocated"] - found["buffers"] < 64 * found["trainable tensors"] + 512
+    assert found["frozen with a gradient"] == 0
+    assert found["recorded"] and not any(found["recorded"])
+    assert len(found["losses"]) == 2 and np.isfinite(found["losses"]).all()

@@ -1,0 +1,64 @@
+"""Data flows one way: a module imports only what lies before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[2] / "megatron_anymal"
+
+# From the first to the last; modules of one row may import each other.
+ORDER = [
+    ("config", "config_schema", "config_io", "quiet", "telemetry"),
+    ("backend", "doctor", "cpu_shim"),
+    ("parallel",),
+    ("modalities",),
+    ("data",),
+    ("model",),
+    ("losses",),
+    ("checkpoint",),
+    ("train",),
+    ("generate",),
+    ("evaluate",),
+    ("nemo", "quickstart"),
+]
+RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
+# A verb starts the quickstart's own preparation, and the command line reaches every verb, both by name and late.
+ALLOWED = {("data.prepare", "quickstart")}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Top-level names inside the package that a file imports, in functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        found |= {n.split(".")[1] for n in names if n.startswith("megatron_anymal.")}
+    return found & RANK.keys()
+
+
+def test_every_module_has_its_place() -> None:
+    present = {p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    assert present - {"__init__", "__main__"} == RANK.keys()
+
+
+def test_imports_go_backwards_only() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        module = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+        top = module.split(".")[0]
+        if top in RANK:
+            wrong += [
+                f"{module} imports {name}"
+                for name in imports_of(path)
+                if RANK[name] > RANK[top] and (module, name) not in ALLOWED
+            ]
+    assert not wrong
+
+
+def test_the_shim_is_imported_in_one_place() -> None:
+    users = {p.name for p in PACKAGE.rglob("*.py") if "cpu_shim" in imports_of(p)}
+    assert users == {"parallel.py"}
