@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megatron_anymal import backend
 from megatron_anymal.checkpoint import state as checkpoint_state
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
@@ -72,6 +73,7 @@ class Run:
         self._check_base()
 
     def _start(self) -> None:
+        self._introduce()
         manager = self.config.exp_manager
         folder, problems = store.newest_valid(self.checkpoints) if manager.resume_if_exists else (None, [])
         for problem in problems:
@@ -86,6 +88,17 @@ class Run:
         elif self.config.model.restore_from_path:
             self._restore(self.config.model.restore_from_path)
         self.log.rewind(self.state.step + 1)
+
+    def _introduce(self) -> None:
+        """Say what runs where: what is missing on a machine shows here first."""
+        layout, model = self.state.layout, self.config.model
+        trainable = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+        self.log.say(
+            f"{layout.world_size} process(es) on {layout.device.type}: tensor {layout.tensor_size} x pipeline "
+            f"{layout.pipeline_size} x data {layout.data_size}{', sequence parallel' if model.sequence_parallel else ''}; "
+            f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers; "
+            f"rank 0 trains {trainable:,} parameters"
+        )
 
     def _resume(self, folder: Path) -> None:
         manifest = store.read_manifest(folder)

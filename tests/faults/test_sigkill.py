@@ -79,7 +79,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
 def finish(arguments: list[str], log: Path) -> str:
     process = start(arguments, log)
     try:
-        assert process.wait(150) == 0, log.read_text()[-3000:]
+        assert process.wait(240) == 0, log.read_text()[-3000:]
     finally:
         kill(process)
     return log.read_text()
@@ -120,6 +120,7 @@ def logged_to_tensorboard(run: Path) -> Counter[int]:
     return found
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_in_the_middle(folder: Path, processes: int) -> None:
     whole, run = folder / f"whole{processes}", folder / f"killed{processes}"
@@ -129,7 +130,7 @@ def test_killed_in_the_middle(folder: Path, processes: int) -> None:
 
     again = command(folder, run, processes)
     process = start(again, folder / "killed.log")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     # A checkpoint is there, and steps after it are logged.
     while len(steps_of(run)) < EVERY + 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -47,7 +47,9 @@ def test_two_processes_leave_one_run_folder_with_tensorboard(folder):
     done = anymal(folder, *given, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     # The console belongs to the run: the libraries' remarks at the start are silenced.
-    assert done.stderr == "" and all(line.startswith(("step ", "saved ")) for line in done.stdout.splitlines())
+    assert done.stderr == "" and all(
+        line.startswith(("step ", "saved ", "2 process(es)")) for line in done.stdout.splitlines()
+    )
     assert sorted(set(logged_steps(run))) == [1, 2]
     events = list(run.rglob("events.out.tfevents.*"))
     # Only the reporting rank writes; Hydra leaves nothing behind.
