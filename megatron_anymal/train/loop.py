@@ -91,11 +91,12 @@ class Run:
 
     def _introduce(self) -> None:
         """Say what runs where: what is missing on a machine shows here first."""
-        layout, model = self.state.layout, self.config.model
+        layout = self.state.layout
+        split = ", sequence parallel" if self.config.model.sequence_parallel else ""
         trainable = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
         self.log.say(
             f"{layout.world_size} process(es) on {layout.device.type}: tensor {layout.tensor_size} x pipeline "
-            f"{layout.pipeline_size} x data {layout.data_size}{', sequence parallel' if model.sequence_parallel else ''}; "
+            f"{layout.pipeline_size} x data {layout.data_size}{split}; "
             f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers; "
             f"rank 0 trains {trainable:,} parameters"
         )

@@ -11,6 +11,7 @@ from engine import losses, train
 from ranks import run_ranks
 from tiny import make_config
 
+from checkpoint_tools.inspect import main as inspect_checkpoint
 from megatron_anymal.config import AnyMALConfig, ConfigError
 
 
@@ -93,3 +94,21 @@ def test_a_llama_trained_here_is_the_base_of_the_next_run(
 def laid_out_tp2(config: AnyMALConfig) -> AnyMALConfig:
     config.trainer.devices = config.model.tensor_model_parallel_size = 2
     return config
+
+
+def test_inspect_tells_what_is_held_and_what_is_damaged(
+    config: AnyMALConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.trainer.max_steps = 1
+    run_ranks(1, train, config)
+    run = Path(config.exp_manager.explicit_log_dir)
+    assert inspect_checkpoint([str(run)]) == 0
+    told = capsys.readouterr().out
+    assert "step 1, 8 samples consumed" in told and "projectors.image.latents" in told
+    [folder] = (run / "checkpoints").glob("step_*")
+    weights = max(folder.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    assert inspect_checkpoint([str(folder)]) == 2
+    assert weights.name in capsys.readouterr().err

@@ -43,6 +43,8 @@ def anymal(command: str, folder: Path) -> str:
     words = shlex.split(command.replace(".venv/bin/", ""))
     if words[0] == "anymal":
         words = [sys.executable, "-m", "megatron_anymal", *words[1:]]
+    elif words[0] == "python":
+        words = [sys.executable, *words[1:]]
     elif words[0] == "torchrun":
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -1,0 +1,1 @@
+"""Tools for checkpoints, each run as `python -m checkpoint_tools.NAME`."""
