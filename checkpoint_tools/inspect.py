@@ -27,9 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = sum((folder / name).stat().st_size for name in manifest.files)
     print(f"{folder}\nstep {manifest.step}, {manifest.consumed_samples:,} samples consumed")
     print(f"{len(manifest.files)} files, {size / 1e6:,.1f} MB, all checksums hold")
-    print(
-        f"frozen Llama: {manifest.base_hash or 'none, the checkpoint holds the Llama'}\ndata: {manifest.data_fingerprint}"
-    )
+    print(f"frozen Llama: {manifest.base_hash or 'none, the checkpoint holds the Llama'}")
+    print(f"data: {manifest.data_fingerprint}")
     for name, shape, kind in _tensors(str(folder)):
         print(f"  {name:70s} {kind:9s} {'x'.join(map(str, shape)):>16s} {math.prod(shape):>14,}")
     return 0

@@ -270,6 +270,9 @@ class AnyMALConfig:
         return self.world_size // self.model_parallel_size
 
 
+# The order is laid out in blocks with two places for the rarest data set: smaller shares would make them huge.
+SMALLEST_SHARE = 1e-5
+
 CHOICES = {
     "trainer.precision": ("32", "bf16"),
     "model.recompute_granularity": ("", "full", "selective"),
@@ -385,6 +388,7 @@ def _check_model(config: AnyMALConfig) -> None:
             f"weights) and checkpoint (one of this trainer's); given: {', '.join(given) or 'none'}."
         )
     placeholders: dict[str, str] = {}
+    kinds: dict[str, str] = {}
     for name, modality in config.model.modalities.items():
         where = f"model.modalities.{name}"
         if not modality.encoder.type:
@@ -403,15 +407,27 @@ def _check_model(config: AnyMALConfig) -> None:
                 f"{placeholders[modality.placeholder]!r}. Each modality needs its own."
             )
         placeholders[modality.placeholder] = name
+        kind = modality.kind or name
+        if kind in kinds:
+            raise ConfigError(
+                f"{where} and model.modalities.{kinds[kind]} are both of the kind {kind!r}: which of them would read a "
+                "sample's media? Remove one."
+            )
+        kinds[kind] = name
 
 
 def _check_data(config: AnyMALConfig) -> None:
     for split in ("train", "validation"):
+        total = sum(dataset.weight for dataset in getattr(config.data, split).values())
         for name, dataset in getattr(config.data, split).items():
             if not dataset.path:
                 raise ConfigError(f"data.{split}.{name}.path is empty. Name a folder made by `anymal prepare`.")
             if not (dataset.weight > 0 and math.isfinite(dataset.weight)):
                 raise ConfigError(f"data.{split}.{name}.weight={dataset.weight} must be above 0.")
+            if dataset.weight < SMALLEST_SHARE * total:
+                raise ConfigError(
+                    f"data.{split}.{name}.weight={dataset.weight} is less than {SMALLEST_SHARE} of the mix. Raise it, or remove the data set."
+                )
     if not config.data.tokenizer:
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
 

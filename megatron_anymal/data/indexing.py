@@ -162,6 +162,10 @@ def _read_parts(members: dict[str, Member], where: str, options: IndexOptions) -
         raise DataError(f"{where}: it has neither a .txt nor a .json with `parts`.")
     known = {ending for kind in MODALITIES.values() for ending in kind.extensions} | set(options.kinds)
     media = [name for name in members if name.rpartition(".")[2] in known]
+    others = sorted(set(members) - set(media) - {"txt", "json"})
+    if others and not media:
+        ending = others[0].rpartition(".")[2]
+        raise DataError(f"{where}: no modality reads .{others[0]}. If it is media, add --modality {ending}=KIND.")
     return text, False, [*(MediaPart(name, "") for name in media), parse_text(text.data, where)]
 
 

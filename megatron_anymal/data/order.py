@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -86,7 +87,7 @@ class GlobalOrder:
         datasets, samples = [], []
         for k in range(start // block, -(-stop // block)):
             wanted = slice(max(start - k * block, 0), min(stop - k * block, block))
-            dataset, sample = self._in_block(k, block)
+            dataset, sample = _block(self, k, block)
             datasets.append(dataset[wanted])
             samples.append(sample[wanted])
         return np.concatenate(datasets), np.concatenate(samples)
@@ -96,7 +97,7 @@ class GlobalOrder:
         # At least two places for the rarest dataset, so that no rounded share is ever negative.
         return max(256, int(2 / smallest) + 1)
 
-    def _in_block(self, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def in_block(self, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
         """All places of block `k`: dataset and sample of each."""
         before, after = self._bounds(k * block), self._bounds((k + 1) * block)
         drawn = [b1 - b0 for b0, b1 in pairwise(before)]
@@ -124,3 +125,9 @@ class GlobalOrder:
             mine = turns // size == epoch
             sample[mine] = permute(turns[mine] % size, size, mix64(self.seed, 2, dataset, int(epoch)))
         return sample
+
+
+@lru_cache(maxsize=8)
+def _block(order: GlobalOrder, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Neighbouring steps share a block."""
+    return order.in_block(k, block)

@@ -88,6 +88,8 @@ def write_shards(manifest: str, out: str, samples_per_shard: int = 2000, overwri
         for old in folder.glob("*.tar"):
             old.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob("*.tar.part"):
+        unfinished.unlink()
     lines = list(_read_manifest(Path(manifest)))
     if not lines:
         raise DataError(f"The manifest {manifest!r} has no line.")

@@ -82,7 +82,10 @@ def _files_by_tensor(folder: Path) -> Mapping[str, str]:
     """Tensor name -> safetensors file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: str(folder / file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        try:
+            return {name: str(folder / file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ConfigError(f"model.language_model.path: {str(index)!r} is damaged ({error!r}).") from None
     single = folder / "model.safetensors"
     if not single.is_file():
         raise ConfigError(

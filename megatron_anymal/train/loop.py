@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -75,7 +76,7 @@ class Run:
     def _start(self) -> None:
         self._introduce()
         manager = self.config.exp_manager
-        folder, problems = store.newest_valid(self.checkpoints) if manager.resume_if_exists else (None, [])
+        folder, problems = self._find_checkpoint() if manager.resume_if_exists else (None, [])
         for problem in problems:
             self.log.say(f"warning: {problem} Going back to an older checkpoint.")
         if folder is not None:
@@ -88,6 +89,19 @@ class Run:
         elif self.config.model.restore_from_path:
             self._restore(self.config.model.restore_from_path)
         self.log.rewind(self.state.step + 1)
+
+    def _find_checkpoint(self) -> tuple[Optional[Path], list[str]]:
+        """Rank 0 reads and checks the files, and decides for all."""
+        found: list[Any] = [None]
+        if self.state.layout.reports:
+            try:
+                found = [store.newest_valid(self.checkpoints)]
+            except CheckpointError as error:
+                found = [error]
+        dist.broadcast_object_list(found, src=0)
+        if isinstance(found[0], CheckpointError):
+            raise found[0]
+        return found[0]
 
     def _introduce(self) -> None:
         """Say what runs where: what is missing on a machine shows here first."""
