@@ -426,8 +426,8 @@ def _check_data(config: AnyMALConfig) -> None:
                 raise ConfigError(f"data.{split}.{name}.weight={dataset.weight} must be above 0.")
             if dataset.weight < SMALLEST_SHARE * total:
                 raise ConfigError(
-                    f"data.{split}.{name}.weight={dataset.weight} is less than {SMALLEST_SHARE} of the mix. Raise it, or "
-                    "remove the data set."
+                    f"data.{split}.{name}.weight={dataset.weight} is less than {SMALLEST_SHARE} of the mix. Raise it, "
+                    "or remove the data set."
                 )
     if not config.data.tokenizer:
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
