@@ -18,6 +18,7 @@ from megatron_anymal.quickstart.prepare import MODALITIES
 
 RUNS = {"llama": "Llama on text", "align": "Alignment, tensor parallel", "align_video": "Alignment, pipeline parallel"}
 EXAMPLES = 6
+_COLOURS = ("#1f618d", "#b9770e", "#196f3d", "#922b21", "#6c3483", "#5f6a6a")
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:right}
@@ -128,19 +129,26 @@ def _curve(metrics: Path, title: str) -> str:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     names = sorted({key for row in rows for key in row if key.startswith("loss/")})
     series = [[row[name] for row in rows if name in row] for name in names]
-    last = ", ".join(f"{name.removeprefix('loss/')} {values[-1]:.3f}" for name, values in zip(names, series))
-    return f"<h3>{title}</h3>{_lines(series, 640, 180)}<p>loss at the end: {last}</p>"
+    legend = "  ".join(
+        f"<b style='color:{_COLOURS[number % len(_COLOURS)]}'>{name.removeprefix('loss/')}</b> {values[-1]:.3f}"
+        for number, (name, values) in enumerate(zip(names, series))
+    )
+    high, last = max(max(s) for s in series), rows[-1]["step"]
+    return (
+        f"<h3>{title}</h3><div>loss, from {high:.2f} (top) to 0, over {last} steps</div>{_lines(series, 640, 180, low=0.0)}"
+        f"<p>at the end: {legend}</p>"
+    )
 
 
-def _lines(series: Sequence[Sequence[float]], width: int, height: int) -> str:
-    """Curves as an inline picture, all on one scale."""
-    colours = ("#1f618d", "#b9770e", "#196f3d", "#922b21", "#6c3483", "#5f6a6a")
-    low, high = min(min(s) for s in series), max(max(s) for s in series)
+def _lines(series: Sequence[Sequence[float]], width: int, height: int, low: float | None = None) -> str:
+    """Curves as an inline picture, all on one scale that starts at `low` (or their smallest value)."""
+    low = min(min(s) for s in series) if low is None else low
+    high = max(max(s) for s in series)
     drawn = []
     for number, values in enumerate(series):
         points = " ".join(
             f"{width * i / max(1, len(values) - 1):.1f},{height * (1 - (v - low) / max(1e-9, high - low)):.1f}"
             for i, v in enumerate(values)
         )
-        drawn.append(f"<polyline points='{points}' fill=none stroke='{colours[number % len(colours)]}'/>")
+        drawn.append(f"<polyline points='{points}' fill=none stroke='{_COLOURS[number % len(_COLOURS)]}'/>")
     return f"<svg viewBox='-4 -4 {width + 8} {height + 8}' width={width}>{''.join(drawn)}</svg>"

@@ -1,0 +1,51 @@
+"""The same engine on one CUDA card. Skipped where there is none."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engine import losses, train
+from ranks import run_ranks
+from tiny import make_config
+
+from megatron_anymal import backend
+from megatron_anymal.config import AnyMALConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; torch sees none here"),
+]
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.trainer.precision = "bf16"
+    return config
+
+
+def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path) -> None:
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
+    undisturbed = run_ranks(1, train, whole)[0]["losses"]
+    for steps in (3, 6):
+        config.trainer.max_steps, config.model.optim.sched.decay_steps = steps, 6
+        run_ranks(1, train, config)
+    assert losses(Path(config.exp_manager.explicit_log_dir)) == undisturbed
+
+
+@pytest.mark.skipif(
+    not backend.capabilities().transformer_engine, reason="needs Transformer Engine: pip install 'megatron-anymal[te]'"
+)
+def test_transformer_engine_equals_local_layers(config: AnyMALConfig, tmp_path: Path) -> None:
+    found = {}
+    for implementation in ("local", "transformer_engine"):
+        one = copy.deepcopy(config)
+        one.model.transformer_impl = implementation
+        one.exp_manager.explicit_log_dir = str(tmp_path / implementation)
+        found[implementation] = run_ranks(1, train, one)[0]["losses"]
+    np.testing.assert_allclose(found["transformer_engine"], found["local"], rtol=5e-3)
