@@ -111,10 +111,9 @@ class RunLog:
 
 
 def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: float) -> str:
-    """The console line of a step."""
-    losses = " ".join(
-        f"{name.removeprefix('loss/')} {value:.4f}" for name, value in metrics.items() if name.startswith("loss/")
-    )
+    """The console line of a step; behind a modality's loss stand the target tokens it was averaged over."""
+    names = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
+    losses = ", ".join(f"{name} {metrics[f'loss/{name}']:.4f} of {metrics[f'targets/{name}']:,.0f}" for name in names)
     return (
         f"step {step}/{max_steps}  loss {metrics['loss']:.6f}  [{losses}]  "
         f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_share']:.1%}  "

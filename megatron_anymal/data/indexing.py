@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +57,9 @@ class IndexOptions:
         Raises:
             MediaError: nothing known reads it.
         """
-        kind = part.modality or self.kinds.get(extension) or kind_for_extension(extension, MODALITIES)
+        # "0.thermal.npy", the first media item of a sample, is looked up as "thermal.npy".
+        ending = re.sub(r"^\d+\.", "", part.media.lower())
+        kind = part.modality or self.kinds.get(extension) or kind_for_extension(ending, MODALITIES)
         if kind not in MODALITIES:
             raise MediaError(f"its modality {kind!r} is not known; known are {', '.join(sorted(MODALITIES))}")
         return kind

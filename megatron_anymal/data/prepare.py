@@ -162,7 +162,7 @@ def _to_sample(line: dict[str, Any], where: str, base: Path) -> dict[str, Any]:
             path = base / part.media
             if not path.is_file():
                 raise DataError(f"{where}: there is no media file {str(path)!r}.")
-            names.append(f"{len(names)}.{path.suffix.lstrip('.').lower()}")
+            names.append(f"{len(names)}.{path.name.partition('.')[2].lower()}")
             sample[names[-1]] = path.read_bytes()
     sample["json"] = to_json(parts, names)
     return sample

@@ -135,8 +135,8 @@ def _curve(metrics: Path, title: str) -> str:
     )
     high, last = max(max(s) for s in series), rows[-1]["step"]
     return (
-        f"<h3>{title}</h3><div>loss, from {high:.2f} (top) to 0, over {last} steps</div>{_lines(series, 640, 180, low=0.0)}"
-        f"<p>at the end: {legend}</p>"
+        f"<h3>{title}</h3><div>loss, from {high:.2f} (top) to 0, over {last} steps</div>"
+        f"{_lines(series, 640, 180, low=0.0)}<p>at the end: {legend}</p>"
     )
 
 
