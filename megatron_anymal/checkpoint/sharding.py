@@ -1,7 +1,10 @@
-"""Trainable weights as megatron-core's sharded tensors, so that a checkpoint loads under any layout."""
+"""Trainable weights and the optimizer's state as shards that load under any layout."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, Optional
 
 from megatron.core import parallel_state
@@ -9,6 +12,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
 from megatron_anymal.model.weights import list_weights
+
+# Optimizer state that loads under any layout.
+METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_trainable_weights(model: nn.Module, metadata: Optional[dict[str, Any]] = None) -> dict[str, Any]:
@@ -23,6 +29,43 @@ def sharded_trainable_weights(model: nn.Module, metadata: Optional[dict[str, Any
         if name in trainable and not name.startswith("language_model."):
             found[name] = _shard(weight.name, parameter, weight.split_dim)
     return found
+
+
+def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+    """megatron-core's optimizer state, in the form that loads under any layout.
+
+    Args:
+        optimizer: a MegatronOptimizer.
+        weights: what `sharded_trainable_weights` returned.
+    """
+    with _places_without_padding(optimizer):
+        return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(METADATA))
+
+
+@contextmanager
+def _places_without_padding(optimizer: Any) -> Iterator[None]:
+    """Let the distributed optimizer look parameters up where they lie once the buckets' padding is gone.
+
+    megatron-core 0.16.1 gathers its buckets without the padding at their ends, then cuts the parameters out by their
+    places with it: from the second bucket on (overlapped reduction, or a tied head under pipeline parallelism) every
+    parameter's saved state is shifted.
+    """
+    buffers = [
+        b for part in getattr(optimizer, "chained_optimizers", [optimizer]) for b in getattr(part, "buffers", [])
+    ]
+    kept = [buffer.param_index_map for buffer in buffers]
+    for buffer in buffers:
+        padding = [bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets]
+        before = list(accumulate(padding, initial=0))
+        buffer.param_index_map = {
+            parameter: (start - before[bucket], end - before[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, places in zip(buffers, kept):
+            buffer.param_index_map = places
 
 
 def _shard(name: str, parameter: nn.Parameter, split_dim: Optional[int]) -> ShardedTensor:

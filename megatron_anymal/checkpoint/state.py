@@ -14,11 +14,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.sharding import sharded_trainable_weights
+from megatron_anymal.checkpoint.sharding import METADATA, sharded_optimizer, sharded_trainable_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-
-# Optimizer state that loads under any layout.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> Path:
@@ -29,16 +26,16 @@ def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> P
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     dist.barrier()
-    weights = sharded_trainable_weights(state.model, _METADATA)
+    weights = sharded_trainable_weights(state.model, METADATA)
     content = {
         "model": weights,
-        "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=False, metadata=dict(_METADATA)),
+        "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=False),
         "step": manifest.step,
     }
     # megatron-core would start a server process for a queue that only this process uses: seconds at the first save, and
     # an orphan when this process is killed.
     filesystem_async._results_queue = queue.SimpleQueue()
-    dist_checkpointing.save(_without_empty(content), str(staging), content_metadata=dict(_METADATA))
+    dist_checkpointing.save(_without_empty(content), str(staging), content_metadata=dict(METADATA))
     dist.barrier()
     if dist.get_rank() == 0:
         store.commit(staging, final, manifest)
@@ -59,10 +56,10 @@ def load(state: Any, folder: Path) -> int:
     Returns:
         The step it was saved at.
     """
-    weights = sharded_trainable_weights(state.model, _METADATA)
+    weights = sharded_trainable_weights(state.model, METADATA)
     content = {
         "model": weights,
-        "optimizer": state.optimizer.sharded_state_dict(weights, is_loading=True, metadata=dict(_METADATA)),
+        "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=True),
         "step": 0,
     }
     loaded = dist_checkpointing.load(content, str(folder))
@@ -85,7 +82,7 @@ def load_trainable(model: nn.Module, folder: Path, optimizer: Optional[Any] = No
     Raises:
         CheckpointError: it holds none of them.
     """
-    return _load_some(model, sharded_trainable_weights(model, _METADATA), folder, optimizer)
+    return _load_some(model, sharded_trainable_weights(model, METADATA), folder, optimizer)
 
 
 def load_language_model(model: nn.Module, folder: Path) -> None:
@@ -96,7 +93,7 @@ def load_language_model(model: nn.Module, folder: Path) -> None:
     """
     llama: Any = model.get_submodule("language_model")
     names = {f"language_model.{name}" for name, _ in llama.named_parameters()}
-    shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(_METADATA))
+    shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
     missing = _load_some(model, {n: s for n, s in shards.items() if n in names}, folder, None)
     if missing:
         raise CheckpointError(f"{str(folder)!r} lacks {missing[0]!r} of the Llama.")

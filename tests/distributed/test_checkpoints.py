@@ -42,6 +42,26 @@ def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path, freeze: b
     assert stopped_and_continued(config, {}, {}) == undisturbed
 
 
+def test_resume_with_several_buckets_is_bit_identical(config: AnyMALConfig, tmp_path: Path) -> None:
+    # Buckets are padded: the optimizer's state must not be cut by the padded places.
+    config.model.ddp.overlap_grad_reduce, config.model.ddp.bucket_size = True, 1000
+    config.model.language_model.freeze = False
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir, whole.trainer.devices = str(tmp_path / "whole"), 2
+    undisturbed = run_ranks(2, train, whole)[0]["losses"]
+    assert stopped_and_continued(config, {"world": 2}, {"world": 2}) == undisturbed
+
+
+def test_a_tied_trainable_head_is_the_same_over_pipeline_stages(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.model.language_model.config["tie_word_embeddings"] = True
+    config.model.language_model.freeze = False
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
+    undisturbed = run_ranks(1, train, whole)[0]["losses"]
+    two_stages = stopped_and_continued(config, {"world": 2, "pp": 2}, {"world": 2, "pp": 2})
+    np.testing.assert_allclose(two_stages, undisturbed, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("first", "second"),
     [
