@@ -22,7 +22,7 @@ def train(config: AnyMALConfig, look: Callable[[TrainState], Any] | None = None)
     weights = gather_weights(state.models)
     return {
         "losses": losses(run_dir),
-        "weights": {name: w.numpy() for name, w in weights.items()} if weights else None,
+        "weights": {name: w.float().numpy() for name, w in weights.items()} if weights else None,
         "seen": look(state) if look else None,
     }
 

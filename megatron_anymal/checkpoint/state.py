@@ -63,10 +63,11 @@ def load(state: Any, folder: Path) -> int:
         "step": 0,
     }
     loaded = dist_checkpointing.load(content, str(folder))
-    # megatron-core leaves out what is empty: a stage without trainable weights.
-    _set(state.model, loaded.get("model", {}))
-    with torch.no_grad():
-        state.optimizer.load_state_dict(loaded["optimizer"])
+    # A stage without trainable weights has saved nothing.
+    if weights:
+        _set(state.model, loaded["model"])
+        with torch.no_grad():
+            state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
 
 

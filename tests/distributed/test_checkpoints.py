@@ -33,6 +33,21 @@ def stopped_and_continued(config: AnyMALConfig, first: dict[str, int], second: d
     return losses(Path(config.exp_manager.explicit_log_dir))
 
 
+@pytest.mark.parametrize(
+    ("precision", "distributed", "layout"),
+    [("32", False, {"world": 2, "pp": 2}), ("bf16", False, {"world": 2}), ("bf16", True, {"world": 2})],
+)
+def test_resume_of_every_optimizer_is_bit_identical(
+    config: AnyMALConfig, tmp_path: Path, precision: str, distributed: bool, layout: dict[str, int]
+) -> None:
+    config.trainer.precision, config.model.ddp.use_distributed_optimizer = precision, distributed
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir, whole.trainer.devices = str(tmp_path / "whole"), 2
+    whole.model.pipeline_model_parallel_size = layout.get("pp", 1)
+    undisturbed = run_ranks(2, train, whole)[0]["losses"]
+    assert stopped_and_continued(config, layout, layout) == undisturbed
+
+
 @pytest.mark.parametrize("freeze", [True, False])
 def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path, freeze: bool) -> None:
     config.model.language_model.freeze = freeze
