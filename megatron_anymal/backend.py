@@ -128,7 +128,7 @@ def check_backend(config: AnyMALConfig) -> None:
     if model.transformer_impl == "transformer_engine" and not found.transformer_engine:
         raise ConfigError(
             "model.transformer_impl=transformer_engine cannot run here: "
-            f"{found.transformer_engine_problem}. Install it with `pip install 'megatron-anymal[te]' "
+            f"{found.transformer_engine_problem}. Install it with `pip install -e '.[te]' "
             "--no-build-isolation` on a CUDA machine, or set model.transformer_impl=auto."
         )
     if config.trainer.precision == "bf16" and not found.bf16:
@@ -147,7 +147,7 @@ def _check_fp8(config: AnyMALConfig, found: Capabilities) -> None:
     if not found.transformer_engine:
         raise ConfigError(
             f"{key} needs Transformer Engine, which cannot run here: {found.transformer_engine_problem}. "
-            f"Install it with `pip install 'megatron-anymal[te]' --no-build-isolation`, {mend}."
+            f"Install it with `pip install -e '.[te]' --no-build-isolation`, {mend}."
         )
     if config.model.transformer_impl == "local":
         raise ConfigError(f"{key} has no effect with model.transformer_impl=local. Set that to auto, {mend}.")

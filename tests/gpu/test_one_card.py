@@ -39,7 +39,7 @@ def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(
-    not backend.capabilities().transformer_engine, reason="needs Transformer Engine: pip install 'megatron-anymal[te]'"
+    not backend.capabilities().transformer_engine, reason="needs Transformer Engine: pip install -e '.[te]'"
 )
 def test_transformer_engine_equals_local_layers(config: AnyMALConfig, tmp_path: Path) -> None:
     found = {}

@@ -43,7 +43,7 @@ def test_foreign_apex_is_recognised_and_not_imported(site):
     assert not backend.capabilities().nvidia_apex
     found = finding("apex")
     assert (found.state, found.version) == (doctor.FOREIGN, "0.9.10.dev0")
-    assert found.mend.startswith("pip uninstall -y apex") and "megatron-anymal[apex]" in found.mend
+    assert found.mend.startswith("pip uninstall -y apex") and "-e '.[apex]'" in found.mend
 
 
 def test_nvidia_apex(site):
@@ -84,7 +84,7 @@ def test_missing_optional_part_does_not_fail(monkeypatch):
     monkeypatch.setattr(doctor, "_present", lambda module: module != "s3fs" and present(module))
     monkeypatch.setattr(doctor, "_installed_version", lambda name: "" if name == "s3fs" else "1")
     found = finding("s3fs")
-    assert (found.state, found.required, found.mend) == (doctor.MISSING, False, "pip install 'megatron-anymal[s3]'")
+    assert (found.state, found.required, found.mend) == (doctor.MISSING, False, "pip install -e '.[s3]'")
 
 
 def test_ranges_are_those_of_setup_py():
