@@ -7,7 +7,6 @@ enough for answers of a line.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from megatron_anymal.checkpoint.state import load_trainable
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.config_io import from_dict
 from megatron_anymal.data.order import mix64
-from megatron_anymal.data.samples import parse_parts
+from megatron_anymal.data.samples import parse_parts, read_lines
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaBatch, MediaPart, MicroBatch, Part, PlannedMicroBatch, TextPart
 from megatron_anymal.modalities import Modality, kind_for_extension
@@ -301,6 +300,8 @@ def main(argv: Sequence[str]) -> int:
 def _prompt_of(arguments: argparse.Namespace) -> Prompt:
     if not arguments.text and not arguments.media:
         raise DataError("There is nothing to answer. Give --text, --media or --prompts.")
+    if len(arguments.modality) > len(arguments.media):
+        raise DataError("There are more --modality than --media. Give each --media at most one, in the same order.")
     attributes = {} if arguments.rate is None else {"rate": arguments.rate}
     kinds = arguments.modality + [""] * (len(arguments.media) - len(arguments.modality))
     parts: list[Part] = [MediaPart(path, kind, attributes) for path, kind in zip(arguments.media, kinds)]
@@ -319,14 +320,8 @@ def read_prompts(path: str) -> list[Prompt]:
     if not file.is_file():
         raise DataError(f"There is no prompts file {path!r}.")
     prompts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error}).") from None
-        parts = parse_parts(value.get("parts") if isinstance(value, dict) else None, f"{path}:{number}")
+    for where, value in read_lines(file):
+        parts = parse_parts(value.get("parts"), where)
         media = [read_media_file(file.parent / part.media) for part in parts if isinstance(part, MediaPart)]
         prompts.append(Prompt(parts, media))
     return prompts

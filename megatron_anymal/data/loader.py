@@ -207,7 +207,6 @@ def steps(
     stop: int,
     num_workers: int,
     prefetch_steps: int,
-    pin_memory: bool = False,
 ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
     """The steps [start, stop) of one replica, read ahead by worker processes.
 
@@ -223,7 +222,6 @@ def steps(
         sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
-        pin_memory=pin_memory,
         worker_init_fn=_start_worker,
     )
     batches = iter(loader)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.data.indexing import IndexOptions, ShardRows, assemble, find_shards, index_shard
-from megatron_anymal.data.samples import parse_parts, to_json
+from megatron_anymal.data.samples import parse_parts, read_lines, to_json
 from megatron_anymal.data.shards import IndexHeader, write_index
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaPart
@@ -116,23 +116,14 @@ def _read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise DataError(f"There is no manifest {str(path)!r}.")
     if path.suffix not in (".csv", ".jsonl"):
         raise DataError(f"The manifest {str(path)!r} must be a .csv or a .jsonl file.")
+    if path.suffix == ".jsonl":
+        yield from read_lines(path)
+        return
     with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            for number, row in enumerate(csv.DictReader(file), start=2):
-                if None in row:
-                    raise DataError(f"{path}:{number}: the line has more cells than the header. Quote commas in texts.")
-                yield f"{path}:{number}", {k: _cell(k, v) for k, v in row.items() if v not in (None, "")}
-            return
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}).") from None
-            if not isinstance(value, dict):
-                raise DataError(f"{path}:{number}: not a JSON object.")
-            yield f"{path}:{number}", value
+        for number, row in enumerate(csv.DictReader(file), start=2):
+            if None in row:
+                raise DataError(f"{path}:{number}: the line has more cells than the header. Quote commas in texts.")
+            yield f"{path}:{number}", {k: _cell(k, v) for k, v in row.items() if v not in (None, "")}
 
 
 def _cell(column: str, text: Any) -> Any:

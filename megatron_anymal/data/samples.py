@@ -8,7 +8,8 @@ the modality reads. A plain WebDataset sample has a `.txt` beside its media inst
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
@@ -40,6 +41,25 @@ def parse_parts(value: Any, where: str) -> list[Part]:
     if not any(isinstance(part, TextPart) for part in parts):
         raise DataError(f"{where}: it has no text, so there is nothing to learn from it.")
     return parts
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a .jsonl file, each with its line's name for messages; empty lines are passed over.
+
+    Raises:
+        DataError: naming the line that is no JSON object.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                value = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}).") from None
+            if not isinstance(value, dict):
+                raise DataError(f"{path}:{number}: not a JSON object.")
+            yield f"{path}:{number}", value
 
 
 def parse_json(data: bytes, where: str) -> list[Part]:

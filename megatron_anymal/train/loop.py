@@ -142,7 +142,6 @@ class Run:
             stop=stop,
             num_workers=self.config.data.num_workers,
             prefetch_steps=self.config.data.prefetch_steps,
-            pin_memory=self.state.layout.device.type == "cuda",
         )
 
     def _every(self, interval: int) -> bool:
