@@ -117,6 +117,21 @@ def transformer_impl(config: AnyMALConfig) -> Literal["local", "transformer_engi
     return "transformer_engine" if wanted == "transformer_engine" else "local"
 
 
+def attention_kernel(config: AnyMALConfig) -> str:
+    """What attends within the documents of a pack: transformer_engine, flash_attn, flex or sdpa.
+
+    "auto" is scaled dot-product attention on CPUs, and on GPUs a kernel that needs no mask and no padding: Transformer
+    Engine's, flash-attn's for packed documents (16-bit only), or torch's flex attention.
+    """
+    if transformer_impl(config) == "transformer_engine":
+        return "transformer_engine"
+    if config.model.attention != "auto":
+        return config.model.attention
+    if not torch.cuda.is_available():
+        return "sdpa"
+    return "flash_attn" if _version("flash-attn") and config.trainer.precision == "bf16" else "flex"
+
+
 def check_backend(config: AnyMALConfig) -> None:
     """Refuse what this machine cannot run.
 
@@ -138,6 +153,40 @@ def check_backend(config: AnyMALConfig) -> None:
         )
     if model.fp8:
         _check_fp8(config, found)
+    _check_attention(config, found)
+    interleaved = model.virtual_pipeline_model_parallel_size > 1
+    if interleaved and not model.overlap_p2p_comm and collectives_backend() == "gloo":
+        raise ConfigError(
+            "model.virtual_pipeline_model_parallel_size > 1 with model.overlap_p2p_comm=false gives wrong numbers over "
+            "gloo: megatron-core pairs its sends and receives in another order. Set model.overlap_p2p_comm=true."
+        )
+    if (
+        model.recompute_granularity == "selective"
+        and "layernorm" in model.recompute_modules
+        and transformer_impl(config) == "local"
+    ):
+        raise ConfigError(
+            "model.recompute_modules=[layernorm] needs Transformer Engine layers, which do not run here "
+            f"({found.transformer_engine_problem or 'model.transformer_impl=local'}). Take layernorm out of the list."
+        )
+
+
+def _check_attention(config: AnyMALConfig, found: Capabilities) -> None:
+    wanted = config.model.attention
+    if wanted == "auto":
+        return
+    key = f"model.attention={wanted}"
+    if transformer_impl(config) == "transformer_engine":
+        raise ConfigError(
+            f"{key} has no effect on Transformer Engine layers, which bring their own attention. Set it to auto, or "
+            "model.transformer_impl=local."
+        )
+    if wanted in ("flash_attn", "flex") and not found.cuda_devices:
+        raise ConfigError(f"{key} needs a CUDA device. Set it to auto.")
+    if wanted == "flash_attn" and not found.flash_attn:
+        raise ConfigError(f"{key}: flash-attn is not installed. `pip install -e '.[flash]'`, or set it to auto.")
+    if wanted == "flash_attn" and config.trainer.precision != "bf16":
+        raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, or model.attention=auto.")
 
 
 def _check_fp8(config: AnyMALConfig, found: Capabilities) -> None:

@@ -177,7 +177,10 @@ class ModelConfig:
     # Layers of the first and last stage, where they should hold fewer than the others. 0: an even split.
     num_layers_in_first_pipeline_stage: int = 0
     num_layers_in_last_pipeline_stage: int = 0
+    # Parts that each stage is cut into, so that stages wait less for each other (interleaved 1F1B).
     virtual_pipeline_model_parallel_size: int = 1
+    # Virtual pipelines only: send and receive while computing.
+    overlap_p2p_comm: bool = True
     context_parallel_size: int = 1
 
     # Packs that one forward pass of one replica takes.
@@ -195,6 +198,8 @@ class ModelConfig:
 
     # auto (Transformer Engine where it can run), local or transformer_engine.
     transformer_impl: str = "auto"
+    # Where Transformer Engine's attention is not used: auto (the fastest that can run), flash_attn, flex or sdpa.
+    attention: str = "auto"
     # "", hybrid or e4m3; needs Transformer Engine and a card with FP8.
     fp8: str = ""
 
@@ -278,6 +283,7 @@ CHOICES = {
     "model.recompute_granularity": ("", "full", "selective"),
     "model.recompute_method": ("uniform", "block"),
     "model.transformer_impl": ("auto", "local", "transformer_engine"),
+    "model.attention": ("auto", "flash_attn", "flex", "sdpa"),
     "model.fp8": ("", "hybrid", "e4m3"),
     "model.optim.sched.name": ("cosine", "linear", "constant"),
     "data.too_long": ("refuse", "drop"),
@@ -360,11 +366,16 @@ def _check_layout(config: AnyMALConfig) -> None:
             "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1: it splits the sequence over "
             "the tensor-parallel ranks. Set it to false."
         )
-    if m.context_parallel_size > 1:
-        raise ConfigError("model.context_parallel_size > 1 is not available in this version. Set it to 1.")
-    if m.virtual_pipeline_model_parallel_size > 1:
+    # Documents are padded so that the context-parallel ranks can share them, the longest one too.
+    if m.context_parallel_size > 1 and config.data.seq_length % (2 * m.context_parallel_size):
         raise ConfigError(
-            "model.virtual_pipeline_model_parallel_size > 1 is not available in this version. Set it to 1."
+            f"data.seq_length={config.data.seq_length} must be a multiple of {2 * m.context_parallel_size}: each "
+            f"document is cut into 2 x model.context_parallel_size={m.context_parallel_size} equal chunks."
+        )
+    if m.virtual_pipeline_model_parallel_size > 1 and m.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "model.virtual_pipeline_model_parallel_size > 1 needs model.pipeline_model_parallel_size > 1: it cuts the "
+            "stages of a pipeline into parts. Set it to 1."
         )
     edges = m.num_layers_in_first_pipeline_stage or m.num_layers_in_last_pipeline_stage
     if edges and m.pipeline_model_parallel_size == 1:

@@ -31,7 +31,7 @@ from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaBatch, MediaPart, MicroBatch, Part, PlannedMicroBatch, TextPart
 from megatron_anymal.modalities import Modality, kind_for_extension
 from megatron_anymal.model.anymal import AnyMALModel
-from megatron_anymal.model.build import build_model
+from megatron_anymal.model.build import build_models
 from megatron_anymal.parallel import ParallelLayout, initialize
 from megatron_anymal.telemetry import Progress
 from megatron_anymal.train.build import build_inputs, check_vocabulary, loaded_modalities
@@ -96,9 +96,10 @@ class Generator:
         self._names = {section.kind or name: name for name, section in config.model.modalities.items()}
         self._vocab_size = hf.vocab_size
         base = config.model.language_model.checkpoint
-        self.model: AnyMALModel = build_model(config, hf, layout, self.modalities, lambda model: load_base(base, model))
+        [model] = build_models(config, hf, layout, self.modalities, lambda models: load_base(base, models))
+        self.model: AnyMALModel = model
         if checkpoint is not None:
-            load_trainable(self.model, checkpoint)
+            load_trainable([self.model], checkpoint)
         self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -156,7 +157,7 @@ class Generator:
         media = {}
         for name in dict.fromkeys(name for name, _ in pieces):
             together = torch.cat([tensor for other, tensor in pieces if other == name])
-            media[name] = MediaBatch(together, (len(together),), torch.empty(0, dtype=torch.int64))
+            media[name] = MediaBatch(together, ((len(together),),), torch.empty(0, dtype=torch.int64))
         return self.model.soft_tokens(to_device(_micro_batch([], media), self.layout.device))
 
     def _run(self, running: list[_Running], sampling: Sampling) -> Iterator[_Running]:
@@ -212,7 +213,7 @@ class Generator:
         for name, entry in self._entries.items():
             index = (tokens == entry.placeholder).nonzero().flatten()
             if len(index):
-                media[name] = MediaBatch(torch.empty(0), (0,), index)
+                media[name] = MediaBatch(torch.empty(0), ((0,),), index)
         return media
 
 
@@ -266,6 +267,7 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
     config.model.tensor_model_parallel_size = arguments.tensor_model_parallel_size or max(1, world // stages)
     config.model.sequence_parallel = False
     config.model.num_layers_in_first_pipeline_stage = config.model.num_layers_in_last_pipeline_stage = 0
+    config.model.context_parallel_size = config.model.virtual_pipeline_model_parallel_size = 1
     if config.model.tensor_model_parallel_size * stages != world:
         raise DataError(
             f"{world} process(es) were started, but the tensor- and pipeline-parallel sizes make "

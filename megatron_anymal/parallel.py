@@ -32,6 +32,8 @@ class ParallelLayout:
     pipeline_size: int
     data_rank: int
     data_size: int
+    context_rank: int = 0
+    context_size: int = 1
 
     @property
     def is_first_stage(self) -> bool:
@@ -50,7 +52,7 @@ class ParallelLayout:
 
     @property
     def counts_loss(self) -> bool:
-        """Its losses enter the sums over all processes: one rank per replica of the last stage."""
+        """Its losses enter the sums over all processes: those of each token once."""
         return self.is_last_stage and self.tensor_rank == 0
 
 
@@ -79,9 +81,11 @@ def initialize(config: AnyMALConfig) -> ParallelLayout:
     _join(world_size, device)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
+    virtual = config.model.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.model.tensor_model_parallel_size,
         pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
         context_parallel_size=config.model.context_parallel_size,
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
     )
@@ -96,6 +100,8 @@ def initialize(config: AnyMALConfig) -> ParallelLayout:
         pipeline_size=parallel_state.get_pipeline_model_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(),
         data_size=parallel_state.get_data_parallel_world_size(),
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
     )
 
 

@@ -11,21 +11,32 @@ from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import DataSource, build_data, build_inputs
 
 
-def replica_data(config: AnyMALConfig, size: int = 1, *, tensor_rank: int = 0, tensor_size: int = 1) -> DataSource:
+def replica_data(
+    config: AnyMALConfig,
+    size: int = 1,
+    *,
+    tensor_rank: int = 0,
+    tensor_size: int = 1,
+    context_rank: int = 0,
+    context_size: int = 1,
+) -> DataSource:
     """The training mixture as a rank of a job of `size` replicas reads it."""
     config = copy.deepcopy(config)
-    config.trainer.devices = size * tensor_size
+    config.trainer.devices = size * tensor_size * context_size
     config.model.tensor_model_parallel_size = tensor_size
+    config.model.context_parallel_size = context_size
     layout = ParallelLayout(
         device=torch.device("cpu"),
         rank=0,
-        world_size=size * tensor_size,
+        world_size=size * tensor_size * context_size,
         tensor_rank=tensor_rank,
         tensor_size=tensor_size,
         pipeline_rank=0,
         pipeline_size=1,
         data_rank=0,
         data_size=size,
+        context_rank=context_rank,
+        context_size=context_size,
     )
     tokenizer, modalities = build_inputs(config)
     return build_data(config, layout, tokenizer, modalities, "train")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,6 @@ def resolve_language_model(config: AnyMALConfig) -> tuple[AnyMALConfig, LlamaCon
     return config, read_llama_config(lm)
 
 
-def load_base(checkpoint: str, model: Any) -> None:
+def load_base(checkpoint: str, models: Sequence[Any]) -> None:
     """Set the Llama's weights from a resolved checkpoint."""
-    load_language_model(model, Path(checkpoint))
+    load_language_model(models, Path(checkpoint))

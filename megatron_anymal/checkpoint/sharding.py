@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Optional
@@ -17,14 +17,28 @@ from megatron_anymal.model.weights import list_weights
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def sharded_trainable_weights(model: nn.Module, metadata: Optional[dict[str, Any]] = None) -> dict[str, Any]:
-    """Local parameter name -> its shard, for what trains in this rank's part of an AnyMALModel."""
+def sharded_trainable_weights(models: Iterable[nn.Module]) -> dict[str, Any]:
+    """Number of the model part -> local parameter name -> its shard, for what trains in this rank's model parts."""
+    return {str(number): _trainable_weights(model) for number, model in enumerate(models)}
+
+
+def sharded_language_model(models: Iterable[nn.Module]) -> dict[str, Any]:
+    """The same for all of the Llama, frozen or not."""
+    return {str(number): _llama_weights(model) for number, model in enumerate(models)}
+
+
+def _llama_weights(model: nn.Module) -> dict[str, Any]:
+    llama: Any = model.get_submodule("language_model")
+    names = {f"language_model.{name}" for name, _ in llama.named_parameters()}
+    shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
+    return {name: shard for name, shard in shards.items() if name in names}
+
+
+def _trainable_weights(model: nn.Module) -> dict[str, Any]:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: dict[str, Any] = {}
-    llama: Any = model.get_submodule("language_model")
     if any(name.startswith("language_model.") for name in trainable):
-        shards = llama.sharded_state_dict(prefix="language_model.", metadata=metadata)
-        found = {name: shard for name, shard in shards.items() if name in trainable}
+        found = {name: shard for name, shard in _llama_weights(model).items() if name in trainable}
     for weight, (name, parameter) in zip(list_weights(model), model.named_parameters()):
         if name in trainable and not name.startswith("language_model."):
             found[name] = _shard(weight.name, parameter, weight.split_dim)

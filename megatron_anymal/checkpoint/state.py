@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -14,7 +15,12 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.sharding import METADATA, sharded_optimizer, sharded_trainable_weights
+from megatron_anymal.checkpoint.sharding import (
+    METADATA,
+    sharded_language_model,
+    sharded_optimizer,
+    sharded_trainable_weights,
+)
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 
 
@@ -26,7 +32,7 @@ def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> P
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     dist.barrier()
-    weights = sharded_trainable_weights(state.model, METADATA)
+    weights = sharded_trainable_weights(state.models)
     content = {
         "model": weights,
         "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=False),
@@ -56,7 +62,7 @@ def load(state: Any, folder: Path) -> int:
     Returns:
         The step it was saved at.
     """
-    weights = sharded_trainable_weights(state.model, METADATA)
+    weights = sharded_trainable_weights(state.models)
     content = {
         "model": weights,
         "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=True),
@@ -64,15 +70,15 @@ def load(state: Any, folder: Path) -> int:
     }
     loaded = dist_checkpointing.load(content, str(folder))
     # A stage without trainable weights has saved nothing.
-    if weights:
-        _set(state.model, loaded["model"])
+    if any(weights.values()):
+        _set(state.models, loaded["model"])
         with torch.no_grad():
             state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
 
 
-def load_trainable(model: nn.Module, folder: Path, optimizer: Optional[Any] = None) -> list[str]:
-    """Set the weights that both the model trains and a checkpoint holds; others keep their values. Collective.
+def load_trainable(models: Sequence[nn.Module], folder: Path, optimizer: Optional[Any] = None) -> list[str]:
+    """Set the weights that both the models train and a checkpoint holds; others keep their values. Collective.
 
     Args:
         optimizer: told to copy its main weights from the new ones.
@@ -83,38 +89,41 @@ def load_trainable(model: nn.Module, folder: Path, optimizer: Optional[Any] = No
     Raises:
         CheckpointError: it holds none of them.
     """
-    return _load_some(model, sharded_trainable_weights(model, METADATA), folder, optimizer)
+    return _load_some(models, sharded_trainable_weights(models), folder, optimizer)
 
 
-def load_language_model(model: nn.Module, folder: Path) -> None:
+def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
     """Set all of the Llama's weights from a checkpoint that trained them. Collective.
 
     Raises:
         CheckpointError: one is not in it.
     """
-    llama: Any = model.get_submodule("language_model")
-    names = {f"language_model.{name}" for name, _ in llama.named_parameters()}
-    shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
-    missing = _load_some(model, {n: s for n, s in shards.items() if n in names}, folder, None)
+    missing = _load_some(models, sharded_language_model(models), folder, None)
     if missing:
         raise CheckpointError(f"{str(folder)!r} lacks {missing[0]!r} of the Llama.")
 
 
-def _load_some(model: nn.Module, shards: dict[str, Any], folder: Path, optimizer: Optional[Any]) -> list[str]:
+def _load_some(
+    models: Sequence[nn.Module], shards: dict[str, Any], folder: Path, optimizer: Optional[Any]
+) -> list[str]:
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
-    wanted = {name: shard for name, shard in shards.items() if shard.key in saved}
-    found = torch.tensor([len(wanted)], device=torch.device("cuda"))
+    wanted = {
+        part: {name: shard for name, shard in of_part.items() if shard.key in saved}
+        for part, of_part in shards.items()
+    }
+    found = torch.tensor([sum(map(len, wanted.values()))], device=torch.device("cuda"))
     dist.all_reduce(found)
     if not int(found):
         raise CheckpointError(f"{str(folder)!r} holds none of the weights that this model asks it for.")
-    _set(model, dist_checkpointing.load({"model": wanted}, str(folder)).get("model", {}))
+    _set(models, dist_checkpointing.load({"model": wanted}, str(folder)).get("model", {}))
     if optimizer is not None:
         optimizer.reload_model_params()
-    return sorted(set(shards) - set(wanted))
+    return sorted(name for part, of_part in shards.items() for name in of_part.keys() - wanted[part].keys())
 
 
-def _set(model: nn.Module, tensors: dict[str, Any]) -> None:
-    parameters = dict(model.named_parameters())
+def _set(models: Sequence[nn.Module], tensors: dict[str, Any]) -> None:
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+        for part, of_part in tensors.items():
+            parameters = dict(models[int(part)].named_parameters())
+            for name, tensor in of_part.items():
+                parameters[name].copy_(tensor)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.data.context import document_multiple, padded
 from megatron_anymal.data.order import GlobalOrder
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.shards import ShardIndex
@@ -44,18 +45,26 @@ class BatchLayout:
     data_parallel_size: int
     micro_batch_size: int
     seq_length: int
-    # Every micro-batch's length is a multiple of it (sequence parallelism splits the length evenly).
-    length_multiple: int
+    # Every micro-batch's length is a multiple of it (sequence and context parallelism split the length evenly).
+    length_multiple: int = 1
+    # Every document's length in a pack is a multiple of it (context parallelism splits each document).
+    document_multiple: int = 1
+    # A replica's micro-batches are a multiple of it in number (virtual pipelines run them in groups).
+    micro_batches_multiple: int = 1
 
     @staticmethod
     def of(config: AnyMALConfig) -> BatchLayout:
         """The layout a configuration asks for."""
         model = config.model
+        multiple = document_multiple(model.context_parallel_size)
+        virtual = model.virtual_pipeline_model_parallel_size > 1
         return BatchLayout(
             data_parallel_size=config.data_parallel_size,
             micro_batch_size=model.micro_batch_size,
             seq_length=config.data.seq_length,
-            length_multiple=model.tensor_model_parallel_size if model.sequence_parallel else 1,
+            length_multiple=multiple * (model.tensor_model_parallel_size if model.sequence_parallel else 1),
+            document_multiple=multiple,
+            micro_batches_multiple=model.pipeline_model_parallel_size if virtual else 1,
         )
 
 
@@ -76,11 +85,14 @@ class StepPlan:
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     # Tokens of every micro-batch after padding.
     padded_length: int
+    document_multiple: int
 
     def of_replica(self, replica: int) -> tuple[PlannedMicroBatch, ...]:
         """The micro-batches of one data-parallel replica, in the order they run."""
         return tuple(
-            PlannedMicroBatch(self.step, self.padded_length, tuple(self._sample(place) for place in places))
+            PlannedMicroBatch(
+                self.step, self.padded_length, tuple(self._sample(place) for place in places), self.document_multiple
+            )
             for places in self.micro_batches[replica]
         )
 
@@ -175,9 +187,9 @@ class BatchPlanner:
                     media[place] = items
         fits = length <= self.layout.seq_length
         targets[~fits] = 0
-        micro_batches = self._lay_out(np.flatnonzero(fits), length, costs)
-        longest = max(sum(int(length[p]) for p in places) for replica in micro_batches for places in replica)
-        multiple = self.layout.length_multiple
+        in_pack = padded(length, self.layout.document_multiple)
+        micro_batches = self._lay_out(np.flatnonzero(fits), in_pack, costs)
+        longest = max(sum(int(in_pack[p]) for p in places) for replica in micro_batches for places in replica)
         return StepPlan(
             step=step,
             dataset=dataset,
@@ -187,14 +199,16 @@ class BatchPlanner:
             media=tuple(media),
             dropped=tuple(int(p) for p in np.flatnonzero(~fits)),
             micro_batches=micro_batches,
-            padded_length=max(1, -(-longest // multiple)) * multiple,
+            padded_length=padded(max(1, longest), self.layout.length_multiple),
+            document_multiple=self.layout.document_multiple,
         )
 
     def _lay_out(
         self, places: np.ndarray, length: np.ndarray, costs: np.ndarray
     ) -> tuple[tuple[tuple[int, ...], ...], ...]:
         replicas, size = self.layout.data_parallel_size, self.layout.micro_batch_size
-        packs = pack(length[places], costs[places], self.layout.seq_length, replicas * size)
+        multiple = replicas * size * self.layout.micro_batches_multiple
+        packs = pack(length[places], costs[places], self.layout.seq_length, multiple)
         # Packs come most loaded first: those that run at the same time on different replicas are alike.
         groups = [packs[i : i + size] for i in range(0, len(packs), size)]
         merged = [tuple(sorted(int(places[i]) for p in group for i in p)) for group in groups]

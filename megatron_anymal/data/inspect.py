@@ -104,7 +104,7 @@ def _read_run(name: str, folder: Optional[str], overrides: Sequence[str]) -> Run
         kind, modality = options.kind or section, build_modality(section, options)
         planned.append(PlannedModality(section, kind, modality, options.projector.num_tokens))
         placeholder = tokenizer.placeholder(options.placeholder, f"model.modalities.{section}.placeholder")
-        loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder, split=False)
+        loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder)
     return Run(config, Reading(tokenizer, {k: e.modality for k, e in loaded.items()}, loaded), planned)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_anymal.data.batches import BatchPlanner, StepPlan
+from megatron_anymal.data.context import held_tokens, padded
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import (
     DataError,
@@ -33,8 +35,6 @@ class LoadedModality:
     modality: Modality
     soft_tokens_per_piece: int
     placeholder: int
-    # Whether the tensor-parallel ranks share the encoding (a frozen encoder) or each does all of it.
-    split: bool
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class RankNeeds:
     media: bool
     tensor_rank: int = 0
     tensor_size: int = 1
+    context_rank: int = 0
+    context_size: int = 1
 
 
 class MicroBatchReader(Dataset[MicroBatch]):
@@ -64,7 +66,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
         """The micro-batch's tensors. A sample that cannot be read is listed in `bad` and its place stays."""
-        lengths = [s.length for s in plan.samples]
+        lengths = [padded(s.length, plan.document_multiple) for s in plan.samples]
         padding = plan.padded_length - sum(lengths)
         micro_batch = MicroBatch(
             plan=plan,
@@ -89,7 +91,22 @@ class MicroBatchReader(Dataset[MicroBatch]):
                     self._hold_places(micro_batch, sample, here)
         if self._needs.media:
             self._fill_media(micro_batch, parts_of)
-        return micro_batch
+        return self._own_part(micro_batch) if self._needs.context_size > 1 else micro_batch
+
+    def _own_part(self, micro_batch: MicroBatch) -> MicroBatch:
+        """What a context-parallel rank holds of a micro-batch."""
+        held = held_tokens(micro_batch.document_lengths, self._needs.context_rank, self._needs.context_size)
+        place = torch.full((micro_batch.tokens.size(1),), -1)
+        place[held] = torch.arange(len(held))
+        media = {}
+        for name, batch in micro_batch.media.items():
+            here = place[batch.token_index]
+            mine = (here >= 0).nonzero().flatten()
+            media[name] = dataclasses.replace(batch, token_index=here[mine], soft_index=mine)
+        tensors = {
+            name: getattr(micro_batch, name)[:, held] for name in ("tokens", "labels", "loss_mask", "sample_positions")
+        }
+        return dataclasses.replace(micro_batch, media=media, **tensors)
 
     def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, here: slice) -> list[Part]:
         parts = self._planner.indexes[sample.dataset].parts(sample.sample)
@@ -130,17 +147,16 @@ class MicroBatchReader(Dataset[MicroBatch]):
             ]
             if not items:
                 continue
-            pieces = [count for _, _, count in items]
-            owners = (
-                share_out(pieces, self._needs.tensor_size) if entry.split else [self._needs.tensor_rank] * len(items)
-            )
-            mine = [item for item, owner in zip(items, owners) if owner == self._needs.tensor_rank]
-            shares = [0] * self._needs.tensor_size
-            for count, owner in zip(pieces, owners):
-                shares[owner] += count
+            needs = self._needs
+            shares = share_out(sum(count for _, _, count in items), needs.context_size * needs.tensor_size)
+            own = needs.context_rank * needs.tensor_size + needs.tensor_rank
+            first = sum(shares[:own])
+            mine = slice(first, first + shares[own])
             micro_batch.media[name] = MediaBatch(
-                pieces=self._read_pieces(micro_batch, entry.modality, mine, parts_of),
-                shares=tuple(shares) if entry.split else (sum(pieces),),
+                pieces=self._read_pieces(micro_batch, entry.modality, items, mine, parts_of),
+                shares=tuple(
+                    shares[i : i + needs.tensor_size] for i in range(0, len(shares), needs.tensor_size)
+                ),
                 token_index=torch.nonzero(micro_batch.tokens[0] == entry.placeholder).flatten(),
             )
 
@@ -149,11 +165,17 @@ class MicroBatchReader(Dataset[MicroBatch]):
         micro_batch: MicroBatch,
         modality: Modality,
         items: Sequence[tuple[PlannedSample, int, int]],
+        mine: slice,
         parts_of: Mapping[int, list[Part]],
     ) -> Tensor:
-        """[pieces, *piece_shape] of some media items; zeros where one cannot be read."""
-        found = []
+        """[pieces, *piece_shape]: of all items' pieces laid end to end those in `mine`; zeros where an item cannot be
+        read. Only items with such pieces are read."""
+        found, stop = [torch.zeros(0, *modality.piece_shape)], 0
         for sample, number, count in items:
+            start, stop = stop, stop + count
+            wanted = slice(max(mine.start, start) - start, min(mine.stop, stop) - start)
+            if wanted.start >= wanted.stop:
+                continue
             tensor = torch.zeros(count, *modality.piece_shape)
             if sample.position in parts_of:
                 try:
@@ -161,8 +183,8 @@ class MicroBatchReader(Dataset[MicroBatch]):
                 except (DataError, MediaError) as error:
                     name = self._planner.key(sample.dataset, sample.sample)
                     micro_batch.bad[sample.position] = f"{name}: {error}"
-            found.append(tensor)
-        return torch.cat(found) if found else torch.zeros(0, *modality.piece_shape)
+            found.append(tensor[wanted])
+        return torch.cat(found)
 
     def _read_item(
         self, modality: Modality, sample: PlannedSample, number: int, count: int, parts: Sequence[Part]
@@ -174,14 +196,9 @@ class MicroBatchReader(Dataset[MicroBatch]):
         return pieces
 
 
-def share_out(pieces: Sequence[int], ranks: int) -> list[int]:
-    """Which rank encodes which media item: consecutive items, as even in pieces as whole items allow."""
-    total, before, owners = sum(pieces), 0, []
-    for count in pieces:
-        middle = before + count / 2
-        owners.append(min(ranks - 1, int(middle * ranks / max(1, total))))
-        before += count
-    return owners
+def share_out(pieces: int, ranks: int) -> tuple[int, ...]:
+    """How many of the pieces each rank encodes: as even as whole pieces allow."""
+    return tuple(pieces * (rank + 1) // ranks - pieces * rank // ranks for rank in range(ranks))
 
 
 class _PlanSampler(Sampler[PlannedMicroBatch]):

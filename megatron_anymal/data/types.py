@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 from torch import Tensor
 
@@ -68,6 +68,8 @@ class PlannedMicroBatch:
     # Tokens with the padding.
     padded_length: int
     samples: tuple[PlannedSample, ...]
+    # What each document's length in the pack is a multiple of (data/context.py).
+    document_multiple: int = 1
 
 
 @dataclass
@@ -76,18 +78,21 @@ class MediaBatch:
 
     # [pieces, *piece_shape], float32: this rank's share of the pieces.
     pieces: Tensor
-    # Pieces each tensor-parallel rank holds; the shares are consecutive.
-    shares: tuple[int, ...]
-    # [all pieces x soft tokens]: where the soft tokens go, in the order of the pieces.
+    # [context-parallel rank][tensor-parallel rank]: how many pieces each holds, one rank's after the other's. A single
+    # number: the ranks do not share the encoding.
+    shares: tuple[tuple[int, ...], ...]
+    # [k]: where among this rank's tokens soft tokens go.
     token_index: Tensor
+    # [k]: which of the micro-batch's soft tokens, in the order of the pieces; None: all of them.
+    soft_index: Optional[Tensor] = None
 
 
 @dataclass
 class MicroBatch:
-    """A planned micro-batch with its contents; T is the padded number of tokens."""
+    """A planned micro-batch with its contents; T is the padded number of tokens that this rank holds of it."""
 
     plan: PlannedMicroBatch
-    # Lengths of the documents, the padding last; they add up to T.
+    # Lengths of the documents, the padding last, over all context-parallel ranks.
     document_lengths: tuple[int, ...]
     # [1, T] int64; placeholders where media go.
     tokens: Tensor

@@ -1,4 +1,8 @@
-"""AnyMAL: encoders and projectors on the first pipeline stage, then the Llama."""
+"""AnyMAL: encoders and projectors on the first pipeline stage, then the Llama.
+
+Shapes: T tokens of a micro-batch that this rank holds (all of them, or a context-parallel rank's part), H the Llama's
+hidden size.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -17,14 +20,15 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_anymal.data.types import MediaBatch, MicroBatch
-from megatron_anymal.model.attention import DocumentPack, document_pack
+from megatron_anymal.model.attention import document_pack, thd_pack
 from megatron_anymal.model.encoders import Encoder
 from megatron_anymal.model.llama import PackedRotaryEmbedding
-from megatron_anymal.model.merge import attach, merge
+from megatron_anymal.model.merge import merge
+from megatron_anymal.model.shares import gather_features, gather_soft_tokens
 
 
 class AnyMALModel(MegatronModule):
-    """One pipeline stage of the whole model.
+    """One pipeline stage of the whole model, or one of the parts that a virtual pipeline cuts a stage into.
 
     Encoders and projectors are there only where `pre_process` is true. Encoders stay in evaluation mode: they drop
     nothing at random, so a piece always gives the same features.
@@ -38,6 +42,7 @@ class AnyMALModel(MegatronModule):
         projectors: Mapping[str, MegatronModule],
         pieces_per_call: Mapping[str, int],
         vocab_size: int,
+        attention: str,
     ):
         super().__init__(config=config)
         self.language_model = language_model
@@ -49,6 +54,7 @@ class AnyMALModel(MegatronModule):
         # megatron-core's schedules ask for it.
         self.model_type = ModelType.encoder_or_decoder
         self._pieces_per_call = pieces_per_call
+        self._attention = attention
 
     def train(self, mode: bool = True) -> AnyMALModel:
         """As torch's, except for the encoders."""
@@ -73,7 +79,7 @@ class AnyMALModel(MegatronModule):
         """Run this stage on a micro-batch.
 
         Args:
-            micro_batch: on this model's device; T tokens.
+            micro_batch: on this model's device.
             labels: [1, T]; the last stage then returns losses instead of logits.
             soft: what `soft_tokens` returned before, to encode nothing again.
 
@@ -81,7 +87,6 @@ class AnyMALModel(MegatronModule):
             [1, T] fp32 cross-entropy of each label, or [1, T, V / tensor-parallel size] logits on the last stage; else
             the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
         """
-        pack = document_pack(micro_batch.document_lengths, micro_batch.tokens.device)
         decoder_input = None
         if self.pre_process:
             decoder_input = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
@@ -91,33 +96,46 @@ class AnyMALModel(MegatronModule):
             attention_mask=None,
             decoder_input=decoder_input,
             labels=labels if self.post_process else None,
-            packed_seq_params=self._packing_for(pack),
+            packed_seq_params=self._packing(micro_batch),
         )
 
     def soft_tokens(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """Encode and project a micro-batch's media.
 
         Returns:
-            Per modality [pieces x soft tokens, H]. A modality that trains and has no media here gets those of one
-            piece of zeros, which `embed` gives no place.
+            Per modality [pieces x soft tokens, H]; of a modality that trains also where there are no pieces.
         """
-        soft = {}
-        for name, projector in self.projectors.items():
-            if name in micro_batch.media:
-                features = self._features(name, micro_batch.media[name])
-            elif self._trains(name):
-                features = self._idle_features(name, micro_batch.tokens.device)
-            else:
-                continue
-            soft[name] = projector(features.to(self.config.params_dtype)).flatten(0, 1)
-        return soft
+        device = micro_batch.tokens.device
+        return {
+            name: self._soft_tokens_of(name, micro_batch.media.get(name), device)
+            for name in self.projectors
+            if name in micro_batch.media or self._trains(name)
+        }
+
+    def _soft_tokens_of(self, name: str, media: Optional[MediaBatch], device: torch.device) -> Tensor:
+        shares = media.shares if media else ((0,),)
+        own = shares[parallel_state.get_context_parallel_rank() if len(shares) > 1 else 0]
+        encoded, features = self._encode(name, media, device)
+        if len(own) > 1 and any(own):
+            features = gather_features(features, own)
+        # Where there is nothing, a piece of zeros goes through and is cut off again: what trains takes part all the
+        # same.
+        used = features if len(features) else encoded
+        soft = self.projectors[name](used.to(self.config.params_dtype))[: len(features)]
+        if len(shares) > 1:
+            soft = gather_soft_tokens(soft, [sum(of_rank) for of_rank in shares])
+        return soft.flatten(0, 1)
 
     def embed(self, micro_batch: MicroBatch, soft: Mapping[str, Tensor]) -> Tensor:
         """The Llama's input [T, 1, H] (this rank's part of T under sequence parallelism)."""
         text = self.language_model.embedding(input_ids=micro_batch.tokens, position_ids=None)
-        used = [name for name in soft if name in micro_batch.media]
-        merged = merge(text, [soft[name] for name in used], [micro_batch.media[name].token_index for name in used])
-        merged = attach(merged, [soft[name] for name in soft if name not in micro_batch.media])
+        nowhere = torch.empty(0, dtype=torch.int64, device=micro_batch.tokens.device)
+        tokens, places = [], []
+        for name, tensor in soft.items():
+            media = micro_batch.media.get(name)
+            tokens.append(tensor if media is None or media.soft_index is None else tensor[media.soft_index])
+            places.append(nowhere if media is None else media.token_index)
+        merged = merge(text, tokens, places)
         if torch.is_grad_enabled() and not merged.requires_grad:
             # Nothing trainable lies before the Llama: the pipeline still sends gradients backwards.
             merged.requires_grad_()
@@ -127,43 +145,34 @@ class AnyMALModel(MegatronModule):
         modules = (self.encoders[name], self.projectors[name])
         return any(p.requires_grad for module in modules for p in module.parameters())
 
-    def _idle_features(self, name: str, device: torch.device) -> Tensor:
-        encoder: Any = self.encoders[name]
-        if any(p.requires_grad for p in encoder.parameters()):
-            return encoder(torch.zeros(1, *encoder.piece_shape, device=device))
-        return torch.zeros(1, encoder.feature_tokens, encoder.width, device=device)
+    def _encode(self, name: str, media: Optional[MediaBatch], device: torch.device) -> tuple[Tensor, Tensor]:
+        """This rank's share of the pieces through the encoder, in calls of bounded size.
 
-    def _features(self, name: str, media: MediaBatch) -> Tensor:
-        """A modality's features of all pieces of the micro-batch, [n, F, w]."""
+        Returns:
+            Features [at least 1, F, w], and of them those of pieces [n, F, w]: one piece of zeros stands in for none.
+        """
         encoder: Any = self.encoders[name]
         frozen = not any(p.requires_grad for p in encoder.parameters())
+        count = len(media.pieces) if media else 0
+        if not count and frozen:
+            encoded = torch.zeros(1, encoder.feature_tokens, encoder.width, dtype=encoder.dtype, device=device)
+            return encoded, encoded[:0]
+        pieces = media.pieces if media and count else torch.zeros(1, *encoder.piece_shape, device=device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            chunks = [encoder(pieces) for pieces in media.pieces.split(self._pieces_per_call[name]) if len(pieces)]
-        if not chunks:
-            # The other ranks' features are of this type too, and are gathered with these.
-            chunks = [media.pieces.new_zeros(0, encoder.feature_tokens, encoder.width, dtype=encoder.dtype)]
-        features = torch.cat(chunks)
-        return features if len(media.shares) == 1 else _gather_shares(features, media.shares)
+            encoded = torch.cat([encoder(chunk) for chunk in pieces.split(self._pieces_per_call[name])])
+        return encoded, encoded[:count]
 
-    def _packing_for(self, pack: DocumentPack) -> PackedSeqParams:
+    def _packing(self, micro_batch: MicroBatch) -> PackedSeqParams:
+        device = micro_batch.tokens.device
         rotary = self.language_model.rotary_pos_emb
-        if isinstance(rotary, PackedRotaryEmbedding):
-            rotary.position_ids = pack.position_ids
-            return pack
-        return PackedSeqParams(
-            qkv_format="thd",
-            cu_seqlens_q=pack.cu_seqlens_q,
-            cu_seqlens_kv=pack.cu_seqlens_kv,
-            max_seqlen_q=pack.max_seqlen_q,
-            max_seqlen_kv=pack.max_seqlen_kv,
+        if not isinstance(rotary, PackedRotaryEmbedding):
+            return thd_pack(micro_batch.document_lengths, device)
+        pack = document_pack(
+            micro_batch.document_lengths,
+            device,
+            self._attention,
+            parallel_state.get_context_parallel_rank(),
+            parallel_state.get_context_parallel_world_size(),
         )
-
-
-def _gather_shares(features: Tensor, shares: tuple[int, ...]) -> Tensor:
-    """Put together what the tensor-parallel ranks encoded; only frozen encoders share, so no gradient flows back."""
-    longest = max(shares)
-    padded = features.new_zeros(longest, *features.shape[1:])
-    padded[: len(features)] = features
-    parts = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(parts, padded, group=parallel_state.get_tensor_model_parallel_group())
-    return torch.cat([part[:share] for part, share in zip(parts, shares)])
+        rotary.position_ids = pack.position_ids
+        return pack

@@ -1,10 +1,10 @@
-"""Block-diagonal causal attention over packed documents, where Transformer Engine is not.
+"""Block-diagonal causal attention over packed documents, where Transformer Engine is not; also context-parallel.
 
-No T x T mask is ever made: documents of similar length are gathered into a batch, padded at their end, and go through
-torch's scaled dot-product attention with `is_causal`, which never lets a document's tokens see the padding behind
-them. On a GPU that is torch's flash kernel.
+Under context parallelism each rank has the queries of its own tokens, and the keys and values of the whole pack are
+gathered (the backward pass sums and scatters their gradients). No pack-sized mask is ever made: see kernels.py.
 
-Shapes: T tokens of a pack, n heads, g key/value groups, d head size, D documents of a bucket, L its padded length.
+Shapes: T tokens of a pack, Q = T / context-parallel size of them on this rank, n heads, g key/value groups, d the size
+of a head.
 """
 
 from __future__ import annotations
@@ -14,11 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from megatron_anymal.data.context import held_tokens
+from megatron_anymal.model.kernels import KERNELS, Kernel
 
 
 @dataclass
@@ -29,42 +33,51 @@ class DocumentPack(PackedSeqParams):
     embedding, which read the fields below.
     """
 
-    # [T] int64: the token's place in its document.
+    # [Q] int64: the token's place in its document.
     position_ids: Optional[Tensor] = None
-    # Per bucket, [D, L] int64: the pack's token at each place (the document's last one repeated behind its end).
-    buckets: tuple[Tensor, ...] = ()
-    # [T] int64: where each token of the pack lies in the buckets laid end to end.
-    from_buckets: Optional[Tensor] = None
+    # How the chosen kernel attends within these documents.
+    kernel: Optional[Kernel] = None
+    # [T] int64: where each token of the pack lies among the gathered ones; None without context parallelism.
+    from_gathered: Optional[Tensor] = None
 
 
-def document_pack(lengths: Sequence[int], device: torch.device) -> DocumentPack:
-    """Describe a pack whose documents have these lengths, in order; none is empty."""
-    starts = torch.tensor([0, *lengths]).cumsum(0)
-    by_size: dict[int, list[int]] = {}
-    for number, length in enumerate(lengths):
-        by_size.setdefault((length - 1).bit_length(), []).append(number)
-    buckets, from_buckets, offset = [], torch.empty(int(starts[-1]), dtype=torch.int64), 0
-    for numbers in by_size.values():
-        sizes = torch.tensor([lengths[n] for n in numbers])
-        first, width = starts[numbers], int(sizes.max())
-        place = torch.arange(width).expand(len(numbers), width)
-        bucket = first[:, None] + torch.minimum(place, sizes[:, None] - 1)
-        real = place < sizes[:, None]
-        from_buckets[bucket[real]] = offset + real.flatten().nonzero().flatten()
-        buckets.append(bucket.to(device))
-        offset += bucket.numel()
-    position_ids = torch.cat([torch.arange(length) for length in lengths])
-    cu_seqlens = starts.to(torch.int32).to(device)
-    longest = max(lengths)
+def document_pack(
+    lengths: Sequence[int], device: torch.device, kernel: str = "sdpa", context_rank: int = 0, context_size: int = 1
+) -> DocumentPack:
+    """Describe a pack whose documents have these lengths, in order; none is empty.
+
+    Args:
+        kernel: a name of `kernels.KERNELS`.
+
+    Raises:
+        DataError: a document is not padded for this many context-parallel ranks.
+    """
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    from_gathered = None
+    if context_size > 1:
+        gathered = torch.cat([held_tokens(lengths, rank, context_size) for rank in range(context_size)])
+        from_gathered = torch.empty_like(gathered)
+        from_gathered[gathered] = torch.arange(len(gathered))
+        positions = positions[held_tokens(lengths, context_rank, context_size)]
     return DocumentPack(
         qkv_format="sbhd",
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        position_ids=positions.to(device),
+        kernel=KERNELS[kernel](lengths, context_rank, context_size, device),
+        from_gathered=None if from_gathered is None else from_gathered.to(device),
+    )
+
+
+def thd_pack(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
+    """The same for Transformer Engine's attention, which splits documents over context-parallel ranks itself."""
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+    return PackedSeqParams(
+        qkv_format="thd",
         cu_seqlens_q=cu_seqlens,
         cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-        position_ids=position_ids.to(device),
-        buckets=tuple(buckets),
-        from_buckets=from_buckets.to(device),
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
     )
 
 
@@ -90,18 +103,22 @@ class PackedAttention(MegatronModule):
         """Attend within documents.
 
         Args:
-            query: [T, 1, n, d]; key, value: [T, 1, g, d].
+            query: [Q, 1, n, d]; key, value: [Q, 1, g, d].
 
         Returns:
-            [T, 1, n * d].
+            [Q, 1, n * d].
         """
-        assert packed_seq_params is not None and packed_seq_params.from_buckets is not None
+        pack = packed_seq_params
+        assert pack is not None and pack.kernel is not None
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
-        grouped = query.size(1) != key.size(1)
-        outputs = []
-        for bucket in packed_seq_params.buckets:
-            q, k, v = (x[bucket].transpose(1, 2) for x in (query, key, value))
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=grouped)
-            outputs.append(out.transpose(1, 2).flatten(0, 1))
-        out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        return out[packed_seq_params.from_buckets].flatten(1).unsqueeze(1)
+        if pack.from_gathered is not None:
+            key, value = _gather_keys(key, value, pack.from_gathered)
+        return pack.kernel(query, key, value, self.scale).flatten(1).unsqueeze(1)
+
+
+def _gather_keys(key: Tensor, value: Tensor, from_gathered: Tensor) -> tuple[Tensor, Tensor]:
+    """The whole pack's keys and values, in its order, from [Q, g, d] of every context-parallel rank."""
+    both = torch.cat([key, value], dim=-1)
+    everything = gather_from_sequence_parallel_region(both, group=parallel_state.get_context_parallel_group())
+    key, value = everything[from_gathered].chunk(2, dim=-1)
+    return key, value

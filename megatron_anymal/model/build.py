@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,18 +22,19 @@ from megatron_anymal.model.encoders import Encoder, build_encoder
 from megatron_anymal.model.hf_llama import load_hf_llama
 from megatron_anymal.model.llama import build_gpt, transformer_config
 from megatron_anymal.model.projectors import build_projector
+from megatron_anymal.model.shares import share_gradients
 from megatron_anymal.model.weights import list_weights, set_initial_values
 from megatron_anymal.parallel import ParallelLayout
 
 
-def build_model(
+def build_models(
     config: AnyMALConfig,
     hf: LlamaConfig,
     layout: ParallelLayout,
     modalities: Mapping[str, Modality],
-    load_base: Callable[[AnyMALModel], None],
-) -> AnyMALModel:
-    """This rank's pipeline stage, weights set, frozen parts marked.
+    load_base: Callable[[Sequence[AnyMALModel]], None],
+) -> list[AnyMALModel]:
+    """This rank's pipeline stage (in the parts that a virtual pipeline cuts it into), weights set, frozen parts marked.
 
     Args:
         hf: the Llama's HuggingFace configuration.
@@ -43,29 +44,38 @@ def build_model(
     Raises:
         ConfigError: sizes that do not fit, or a folder that is missing or of the wrong kind.
     """
+    models = [model.to(layout.device) for model in assemble(config, hf, modalities)]
     lm = config.model.language_model
-    transformer = transformer_config(hf, config)
-    gpt = build_gpt(
-        hf,
-        transformer,
-        backend.transformer_impl(config),
-        pre_process=layout.is_first_stage,
-        post_process=layout.is_last_stage,
-    )
-    encoders, projectors = _media_parts(config, transformer, modalities) if layout.is_first_stage else ({}, {})
-    pieces_per_call = {name: m.encoder.max_pieces_per_call for name, m in config.model.modalities.items()}
-    model = AnyMALModel(transformer, gpt, encoders, projectors, pieces_per_call, hf.vocab_size).to(layout.device)
-    weights = [w for w in list_weights(model) if not w.name.startswith("encoders.")]
+    weights = [w for model in models for w in list_weights(model) if not w.name.startswith("encoders.")]
     if lm.path and lm.load_weights:
         set_initial_values((w for w in weights if w.name.startswith("projectors.")), config.model.seed, 0.02)
         load_hf_llama(lm.path, hf, weights)
     else:
         set_initial_values(weights, config.model.seed, hf.initializer_range)
         if lm.checkpoint:
-            load_base(model)
-    _set_gains(model)
-    _freeze(model, config)
-    return model
+            load_base(models)
+    _set_gains(models[0])
+    return models
+
+
+def assemble(config: AnyMALConfig, hf: LlamaConfig, modalities: Mapping[str, Modality]) -> list[AnyMALModel]:
+    """This rank's model parts as `build_models` returns them, but for the weights' values.
+
+    Raises:
+        ConfigError: sizes that do not fit.
+    """
+    transformer = transformer_config(hf, config)
+    pieces_per_call = {name: m.encoder.max_pieces_per_call for name, m in config.model.modalities.items()}
+    parts = config.model.virtual_pipeline_model_parallel_size
+    models = []
+    for vp_stage in range(parts) if parts > 1 else [None]:
+        gpt = build_gpt(hf, transformer, backend.transformer_impl(config), vp_stage)
+        encoders, projectors = _media_parts(config, transformer, modalities) if gpt.pre_process else ({}, {})
+        attention = backend.attention_kernel(config)
+        model = AnyMALModel(transformer, gpt, encoders, projectors, pieces_per_call, hf.vocab_size, attention)
+        _freeze(model, config)
+        models.append(model)
+    return models
 
 
 def _media_parts(
@@ -78,6 +88,7 @@ def _media_parts(
     for name, section in config.model.modalities.items():
         encoder = _seeded_encoder(name, section.encoder, modalities[name], config.model.seed)
         encoders[name] = encoder.to(transformer.params_dtype)
+        share_gradients(encoder)
         projectors[name] = build_projector(
             name, section.projector, parallel, encoder.feature_tokens, encoder.width, transformer.hidden_size
         )

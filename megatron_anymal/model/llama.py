@@ -59,19 +59,36 @@ def read_llama_config(language_model: LanguageModelConfig) -> LlamaConfig:
     return hf
 
 
-def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConfig:
-    """megatron-core's configuration of this Llama under this layout.
+def check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
+    """Refuse a layout that this Llama cannot have.
 
     Raises:
-        ConfigError: the Llama's sizes do not divide.
+        ConfigError: naming the sizes that do not divide.
     """
     m = config.model
-    ranks, stages = m.tensor_model_parallel_size, m.pipeline_model_parallel_size
+    ranks = m.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(hf, name) % ranks:
             raise ConfigError(
                 f"model.tensor_model_parallel_size={ranks} does not divide the Llama's {name}={getattr(hf, name)}."
             )
+    stages, parts = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
+    for number, layers in enumerate(layers_of_stages(hf, config)):
+        if layers % parts:
+            raise ConfigError(
+                f"model.virtual_pipeline_model_parallel_size={parts} does not divide the {layers} layers of pipeline "
+                f"stage {number} of {stages}."
+            )
+
+
+def layers_of_stages(hf: LlamaConfig, config: AnyMALConfig) -> list[int]:
+    """How many layers each pipeline stage holds.
+
+    Raises:
+        ConfigError: the layers do not divide.
+    """
+    m = config.model
+    stages = m.pipeline_model_parallel_size
     edges = [m.num_layers_in_first_pipeline_stage, m.num_layers_in_last_pipeline_stage]
     given, middle = sum(edges), stages - sum(1 for e in edges if e)
     left = hf.num_hidden_layers - given
@@ -81,6 +98,19 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
             + (f" ({left} left for {middle} stage(s))" if given else "")
             + ". Set model.num_layers_in_first_pipeline_stage or num_layers_in_last_pipeline_stage."
         )
+    even = left // middle if middle else 0
+    return [edges[0] or even, *[even] * (stages - 2), edges[1] or even] if stages > 1 else [left]
+
+
+def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConfig:
+    """megatron-core's configuration of this Llama under this layout.
+
+    Raises:
+        ConfigError: the Llama's sizes do not divide.
+    """
+    m = config.model
+    check_sizes(hf, config)
+    interleaved = m.virtual_pipeline_model_parallel_size > 1
     dtype = backend.compute_dtype(config)
     recompute: dict[str, Any] = {}
     if m.recompute_granularity == "full":
@@ -101,12 +131,15 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=ranks,
-        pipeline_model_parallel_size=stages,
+        tensor_model_parallel_size=m.tensor_model_parallel_size,
+        pipeline_model_parallel_size=m.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size if interleaved else None,
+        overlap_p2p_comm=interleaved and m.overlap_p2p_comm,
+        batch_p2p_comm=not (interleaved and m.overlap_p2p_comm),
         context_parallel_size=m.context_parallel_size,
         sequence_parallel=m.sequence_parallel,
-        num_layers_in_first_pipeline_stage=edges[0] or None,
-        num_layers_in_last_pipeline_stage=edges[1] or None,
+        num_layers_in_first_pipeline_stage=m.num_layers_in_first_pipeline_stage or None,
+        num_layers_in_last_pipeline_stage=m.num_layers_in_last_pipeline_stage or None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
@@ -126,21 +159,25 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
 
 
 def build_gpt(
-    hf: LlamaConfig, transformer: TransformerConfig, implementation: str, *, pre_process: bool, post_process: bool
+    hf: LlamaConfig, transformer: TransformerConfig, implementation: str, vp_stage: Optional[int] = None
 ) -> GPTModel:
     """This pipeline stage's part of the Llama, its weights not yet set.
 
     Args:
         implementation: "local" or "transformer_engine".
+        vp_stage: which of the parts that a virtual pipeline cuts the stage into.
     """
+    place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
+    post_process = parallel_state.is_pipeline_last_stage(**place)
     ranks = transformer.tensor_model_parallel_size
     model = GPTModel(
         transformer,
-        _layer_specs(transformer, implementation),
+        _layer_specs(transformer, implementation, vp_stage),
         vocab_size=-(-hf.vocab_size // ranks) * ranks,
         max_sequence_length=hf.max_position_embeddings,
-        pre_process=pre_process,
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
         post_process=post_process,
+        vp_stage=vp_stage,
         parallel_output=True,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
         position_embedding_type="rope",
@@ -157,13 +194,16 @@ def build_gpt(
     return model
 
 
-def _layer_specs(transformer: TransformerConfig, implementation: str) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_specs(
+    transformer: TransformerConfig, implementation: str, vp_stage: Optional[int]
+) -> ModuleSpec | TransformerBlockSubmodules:
     if implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    return TransformerBlockSubmodules(layer_specs=[spec] * get_num_layers_to_build(transformer), layer_norm=RMSNorm)
+    layers = get_num_layers_to_build(transformer, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 
 
 class RMSNorm(nn.Module):

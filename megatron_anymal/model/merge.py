@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +10,11 @@ from torch import Tensor
 
 def merge(text: Tensor, soft_tokens: Sequence[Tensor], token_indexes: Sequence[Tensor]) -> Tensor:
     """Put soft tokens into a pack.
+
+    A modality may come with none of them: its tensor then still takes part in the backward pass, with a gradient of
+    no rows. So every trainable parameter of every rank takes part in every backward pass, in the same order: a
+    text-only micro-batch, or a rank without media, leaves no gradient reduction waiting, mixes none up, and adds
+    exactly nothing.
 
     Args:
         text: [T, 1, H] embeddings of all token ids, placeholders among them.
@@ -26,25 +30,3 @@ def merge(text: Tensor, soft_tokens: Sequence[Tensor], token_indexes: Sequence[T
     soft = torch.cat(list(soft_tokens)).to(text.dtype)
     assert len(index) == len(soft), f"{len(index)} placeholders, {len(soft)} soft tokens"
     return text.squeeze(1).index_copy(0, index, soft).unsqueeze(1)
-
-
-def attach(x: Tensor, idle: Sequence[Tensor]) -> Tensor:
-    """`x`, unchanged; in the backward pass each of `idle` gets a gradient of zeros.
-
-    Soft tokens of modalities that a micro-batch does not have hang on here, so that every trainable parameter of every
-    rank takes part in every backward pass, in the same order: a text-only micro-batch, or a rank without media, leaves
-    no gradient reduction waiting, mixes none up, and adds exactly nothing.
-    """
-    return _Attach.apply(x, *idle) if idle else x
-
-
-class _Attach(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, *idle: Tensor) -> Tensor:
-        ctx.shapes = [(tensor.shape, tensor.dtype) for tensor in idle]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        device = gradients[0].device
-        return (*gradients, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in ctx.shapes))

@@ -18,7 +18,7 @@ from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.anymal import AnyMALModel
-from megatron_anymal.model.build import build_model
+from megatron_anymal.model.build import build_models
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.optim import build_optimizer
 
@@ -40,9 +40,10 @@ class TrainState:
     layout: ParallelLayout
     tokenizer: Tokenizer
     modalities: dict[str, Modality]
-    model: AnyMALModel
-    # The model as megatron-core's data parallelism wraps it.
-    wrapped: DistributedDataParallel
+    # This rank's model parts: one, or those that a virtual pipeline cuts its stage into.
+    models: list[AnyMALModel]
+    # The same as megatron-core's data parallelism wraps them.
+    wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     train_data: DataSource
     validation_data: Optional[DataSource]
@@ -53,12 +54,8 @@ class TrainState:
         """See that every rank's weights are the updated ones; with overlapped gathering they arrive during the next
         step's forward pass. Collective."""
         if self.config.model.ddp.overlap_param_gather:
-            self.wrapped.start_param_sync(force_sync=True)
-
-    @property
-    def models(self) -> list[AnyMALModel]:
-        """This rank's model parts."""
-        return [self.model]
+            for wrapped in self.wrapped:
+                wrapped.start_param_sync(force_sync=True)
 
 
 def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
@@ -74,11 +71,13 @@ def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
     validation_data = (
         build_data(config, layout, tokenizer, modalities, "validation") if config.data.validation else None
     )
-    model = build_model(config, hf, layout, modalities, partial(load_base, config.model.language_model.checkpoint))
-    wrapped = _wrap(config, model)
-    optimizer = build_optimizer(config, [wrapped])
-    _connect(config, model, wrapped, optimizer)
-    return TrainState(config, hf, layout, tokenizer, modalities, model, wrapped, optimizer, train_data, validation_data)
+    models = build_models(config, hf, layout, modalities, partial(load_base, config.model.language_model.checkpoint))
+    wrapped = [_wrap(config, model, first=model is models[0]) for model in models]
+    optimizer = build_optimizer(config, wrapped)
+    _connect(config, wrapped, optimizer)
+    return TrainState(
+        config, hf, layout, tokenizer, modalities, models, wrapped, optimizer, train_data, validation_data
+    )
 
 
 def build_inputs(config: AnyMALConfig) -> tuple[Tokenizer, dict[str, Modality]]:
@@ -98,7 +97,6 @@ def loaded_modalities(
             modality=modalities[name],
             soft_tokens_per_piece=section.projector.num_tokens,
             placeholder=tokenizer.placeholder(section.placeholder, f"model.modalities.{name}.placeholder"),
-            split=section.encoder.freeze,
         )
         for name, section in config.model.modalities.items()
     }
@@ -111,6 +109,8 @@ def rank_needs(layout: ParallelLayout) -> RankNeeds:
         media=layout.is_first_stage,
         tensor_rank=layout.tensor_rank,
         tensor_size=layout.tensor_size,
+        context_rank=layout.context_rank,
+        context_size=layout.context_size,
     )
 
 
@@ -150,7 +150,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: AnyMALConfig
         )
 
 
-def _wrap(config: AnyMALConfig, model: AnyMALModel) -> DistributedDataParallel:
+def _wrap(config: AnyMALConfig, model: AnyMALModel, *, first: bool) -> DistributedDataParallel:
     ddp = config.model.ddp
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -159,18 +159,17 @@ def _wrap(config: AnyMALConfig, model: AnyMALModel) -> DistributedDataParallel:
         overlap_param_gather=ddp.overlap_param_gather,
         bucket_size=ddp.bucket_size or None,
     )
-    return DistributedDataParallel(model.config, settings, model)
+    # Of a virtual pipeline's parts only the first ends its backward pass with nothing left to hide a reduction behind.
+    return DistributedDataParallel(model.config, settings, model, disable_bucketing=not first)
 
 
-def _connect(
-    config: AnyMALConfig, model: AnyMALModel, wrapped: DistributedDataParallel, optimizer: MegatronOptimizer
-) -> None:
+def _connect(config: AnyMALConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Tell megatron-core's schedules how to finish a step."""
-    settings: Any = model.config
+    settings: Any = wrapped[0].config
     settings.grad_scale_func = optimizer.scale_loss
     settings.finalize_model_grads_func = _finalize
     if config.model.ddp.overlap_grad_reduce:
-        settings.no_sync_func = wrapped.no_sync
+        settings.no_sync_func = [part.no_sync for part in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
 
 
 def _finalize(models: list[Any], num_tokens: Any = None, **settings: Any) -> None:

@@ -107,12 +107,14 @@ class Run:
         """Say what runs where: what is missing on a machine shows here first."""
         layout = self.state.layout
         split = ", sequence parallel" if self.config.model.sequence_parallel else ""
-        trainable = sum(p.numel() for p in self.state.model.parameters() if p.requires_grad)
+        parts = self.config.model.virtual_pipeline_model_parallel_size
+        stages = f"{layout.pipeline_size}" + (f" (each in {parts} parts)" if parts > 1 else "")
+        trainable = sum(p.numel() for model in self.state.models for p in model.parameters() if p.requires_grad)
         self.log.say(
             f"{layout.world_size} process(es) on {layout.device.type}: tensor {layout.tensor_size} x pipeline "
-            f"{layout.pipeline_size} x data {layout.data_size}{split}; "
-            f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers; "
-            f"rank 0 trains {trainable:,} parameters"
+            f"{stages} x context {layout.context_size} x data {layout.data_size}{split}; "
+            f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers, attention "
+            f"by {backend.attention_kernel(self.config)}; rank 0 trains {trainable:,} parameters"
         )
 
     def _resume(self, folder: Path) -> None:
@@ -129,7 +131,7 @@ class Run:
 
     def _restore(self, path: str) -> None:
         folder = store.resolve(path)
-        missing = checkpoint_state.load_trainable(self.state.model, folder, self.state.optimizer)
+        missing = checkpoint_state.load_trainable(self.state.models, folder, self.state.optimizer)
         note = f"; not in it, so newly drawn: {', '.join(missing[:3])} and others" if missing else ""
         self.log.say(f"trainable weights from {folder}{note}")
 
@@ -253,4 +255,4 @@ class Run:
     def _hash_base(self) -> str:
         if not self.config.model.language_model.freeze:
             return ""
-        return hash_weights([self.state.model], "language_model.")
+        return hash_weights(self.state.models, "language_model.")

@@ -45,9 +45,10 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     """Forward, backward, reduce, update."""
     rate = learning_rate(state.config, state.step)
     set_learning_rate(state.optimizer, rate)
-    state.wrapped.zero_grad_buffer()
+    for wrapped in state.wrapped:
+        wrapped.zero_grad_buffer()
+        wrapped.train()
     state.optimizer.zero_grad()
-    state.wrapped.train()
     result = _run(state, state.train_data.planner, plan, micro_batches, forward_only=False)
     _, grad_norm, _ = state.optimizer.step()
     state.step += 1
@@ -58,7 +59,8 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
 def validation_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> StepResult:
     """The loss of a validation batch."""
     assert state.validation_data is not None
-    state.wrapped.eval()
+    for wrapped in state.wrapped:
+        wrapped.eval()
     return _run(state, state.validation_data.planner, plan, micro_batches, forward_only=True)
 
 
@@ -76,8 +78,9 @@ def _run(
     groups = _groups(plan, names)
     reports = get_forward_backward_func()(
         forward_step_func=partial(_forward_step, state, int(targets.sum()), groups, len(names), bad),
-        data_iterator=iter(micro_batches),
-        model=state.wrapped,
+        # Each part of a virtual pipeline runs every micro-batch.
+        data_iterator=[iter(micro_batches) for _ in state.wrapped] if len(state.wrapped) > 1 else iter(micro_batches),
+        model=state.wrapped if len(state.wrapped) > 1 else state.wrapped[0],
         num_microbatches=len(micro_batches),
         seq_length=plan.padded_length,
         micro_batch_size=1,

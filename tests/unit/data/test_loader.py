@@ -16,6 +16,7 @@ from tiny import SPECIAL, WORDS, make_config, make_shards, make_tokenizer, png
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
 from megatron_anymal.data.indexing import IndexOptions
+from megatron_anymal.data.context import held_tokens
 from megatron_anymal.data.loader import share_out, steps
 from megatron_anymal.data.prepare import make_index, write_shards
 from megatron_anymal.data.types import DataError, MicroBatch, TextPart
@@ -130,31 +131,47 @@ def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: A
     assert found > 10
 
 
-def test_tensor_parallel_ranks_share_frozen_encoders_work(config: AnyMALConfig) -> None:
-    whole = micro_batches(replica_data(config), 0)
-    config.data.num_workers = 0
-    ranks = [micro_batches(replica_data(config, tensor_rank=r, tensor_size=3), 0) for r in range(3)]
-    for number, one in enumerate(whole):
-        for name, media in one.media.items():
-            parts = [rank[number].media[name] for rank in ranks]
-            frozen = config.model.modalities[name].encoder.freeze
-            if frozen:
-                torch.testing.assert_close(torch.cat([p.pieces for p in parts]), media.pieces)
-                assert all(p.shares == tuple(len(q.pieces) for q in parts) for p in parts)
-            else:
-                for part in parts:
-                    torch.testing.assert_close(part.pieces, media.pieces)
+@pytest.mark.parametrize(("tensor_size", "context_size"), [(3, 1), (1, 2), (2, 4)])
+def test_ranks_share_the_encoding(config: AnyMALConfig, tensor_size: int, context_size: int) -> None:
+    sizes = {"tensor_size": tensor_size, "context_size": context_size}
+    plans = replica_data(config, **sizes).planner.plan(0).of_replica(0)
+    alone = replica_data(config).reader
+    readers = [
+        [replica_data(config, tensor_rank=t, context_rank=c, **sizes).reader for t in range(tensor_size)]
+        for c in range(context_size)
+    ]
+    for plan in plans:
+        for name, media in alone[plan].media.items():
+            parts = [[reader[plan].media[name] for reader in row] for row in readers]
+            torch.testing.assert_close(torch.cat([p.pieces for row in parts for p in row]), media.pieces)
+            shares = tuple(tuple(len(p.pieces) for p in row) for row in parts)
+            assert all(p.shares == shares for row in parts for p in row)
+
+
+@pytest.mark.parametrize("context_size", [2, 4])
+def test_context_parallel_ranks_hold_all_of_a_pack_once(config: AnyMALConfig, context_size: int) -> None:
+    plan = replica_data(config, context_size=context_size).planner.plan(0).of_replica(0)[0]
+    one = replica_data(config).reader[plan]
+    assert all(length % (2 * context_size) == 0 for length in one.document_lengths)
+    seen = torch.zeros(one.tokens.size(1), dtype=torch.int64)
+    for rank in range(context_size):
+        mine = replica_data(config, context_rank=rank, context_size=context_size).reader[plan]
+        held = held_tokens(one.document_lengths, rank, context_size)
+        seen[held] += 1
+        for field in ("tokens", "labels", "loss_mask", "sample_positions"):
+            torch.testing.assert_close(getattr(mine, field), getattr(one, field)[:, held])
+        for name, media in mine.media.items():
+            assert media.soft_index is not None
+            # The soft token that is to go to a place of the whole pack goes to the same place here.
+            torch.testing.assert_close(held[media.token_index], one.media[name].token_index[media.soft_index])
+    assert seen.eq(1).all()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
-def test_share_out_is_consecutive_and_even(ranks: int) -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(100):
-        pieces = rng.integers(1, 18, size=int(rng.integers(0, 40))).tolist()
-        owners = share_out(pieces, ranks)
-        assert owners == sorted(owners) and all(0 <= o < ranks for o in owners)
-        loads = np.bincount(owners, weights=pieces, minlength=ranks) if pieces else np.zeros(ranks)
-        assert loads.sum() == sum(pieces) and loads.max() <= sum(pieces) / ranks + max(pieces, default=0)
+@pytest.mark.parametrize("pieces", [0, 1, 4, 17])
+def test_share_out_is_even(ranks: int, pieces: int) -> None:
+    shares = share_out(pieces, ranks)
+    assert len(shares) == ranks and sum(shares) == pieces and max(shares) - min(shares) <= 1
 
 
 def test_a_text_only_micro_batch(text_shards: str, config: AnyMALConfig) -> None:

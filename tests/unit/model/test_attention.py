@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_anymal.model.attention import PackedAttention, document_pack
+from megatron_anymal.model.attention import PackedAttention, document_pack, thd_pack
 
 HEAD = 8
 
@@ -64,16 +64,12 @@ def test_outputs_and_gradients(lengths: list[int], heads: int, groups: int, scal
 
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
-def test_description_of_a_pack(lengths: list[int]) -> None:
-    pack = document_pack(lengths, torch.device("cpu"))
-    assert pack.position_ids is not None and pack.from_buckets is not None and pack.cu_seqlens_q is not None
+def test_positions_restart_with_each_document(lengths: list[int]) -> None:
+    pack, thd = document_pack(lengths, torch.device("cpu")), thd_pack(lengths, torch.device("cpu"))
+    assert pack.position_ids is not None and thd.cu_seqlens_q is not None
     assert pack.position_ids.tolist() == [place for length in lengths for place in range(length)]
-    assert pack.cu_seqlens_q.tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
-    assert pack.cu_seqlens_q.dtype == torch.int32 and pack.max_seqlen_q == max(lengths)
-    # Every token lies in the buckets where from_buckets says, and no bucket is more than half padding.
-    flat = torch.cat([b.flatten() for b in pack.buckets])
-    assert flat[pack.from_buckets].tolist() == list(range(sum(lengths)))
-    assert len(flat) <= 2 * sum(lengths)
+    assert thd.cu_seqlens_q.tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+    assert thd.cu_seqlens_q.dtype == torch.int32 and thd.max_seqlen_q == max(lengths)
 
 
 def test_a_document_alone_gives_the_same_as_in_a_pack() -> None:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.data.types import MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
-from megatron_anymal.model.build import build_model
+from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import read_llama_config
 from megatron_anymal.parallel import initialize
 
@@ -109,7 +109,8 @@ def built(folder: str, tp: int = 1, pp: int = 1) -> AnyMALModel:
     """The model of a folder, in a rank."""
     config = config_of(folder, tp, pp)
     layout = initialize(config)
-    return build_model(config, read_llama_config(config.model.language_model), layout, {}, lambda model: None).eval()
+    [model] = build_models(config, read_llama_config(config.model.language_model), layout, {}, lambda models: None)
+    return model.eval()
 
 
 def run(model: AnyMALModel, tokens: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_anymal.model.merge import attach, merge
+from megatron_anymal.model.merge import merge
 
 
 def leaf(*shape: int) -> torch.Tensor:
@@ -43,31 +43,20 @@ def test_counts_that_differ_are_a_broken_invariant() -> None:
         merge(torch.zeros(3, 1, 2), [torch.zeros(1, 2)], [torch.tensor([0, 1])])
 
 
-def test_attached_tensors_get_zeros() -> None:
-    x, one, two = leaf(4, 1, 3), leaf(2, 3), leaf(5)
-    out = attach(x, [one, two * 2])
-    torch.testing.assert_close(out, x)
-    direction = torch.randn(4, 1, 3)
-    out.backward(direction)
-    torch.testing.assert_close(x.grad, direction)
-    for idle in (one, two):
-        assert idle.grad is not None and not idle.grad.any()
+def test_a_modality_without_soft_tokens_still_gets_its_gradient_of_nothing() -> None:
+    text, image, weight = leaf(4, 1, 3), leaf(2, 3), leaf(3, 3)
+    idle = (torch.zeros(1, 3) @ weight)[:0]
+    merged = merge(text, [idle, image], [torch.empty(0, dtype=torch.int64), torch.tensor([0, 2])])
+    merged.backward(torch.ones(4, 1, 3))
+    assert weight.grad is not None and not weight.grad.any()
+    torch.testing.assert_close(image.grad, torch.ones(2, 3))
 
 
-def test_attached_tensors_may_be_broken_numbers() -> None:
-    # Multiplying by 0 instead would send NaN into the loss and the gradients.
-    x, idle = leaf(2, 1, 3), torch.full((1, 3), float("nan"), requires_grad=True)
-    attach(x, [idle]).sum().backward()
-    assert x.grad is not None and torch.isfinite(x.grad).all()
-    assert idle.grad is not None and not idle.grad.any()
-
-
-def test_attached_under_no_gradient_and_to_a_frozen_base() -> None:
-    x, idle = torch.randn(2, 1, 3), leaf(1, 3)
-    assert attach(x, []) is x
-    with torch.no_grad():
-        torch.testing.assert_close(attach(x, [idle]), x)
-    out = attach(x, [idle])
-    assert out.requires_grad
-    out.sum().backward()
-    assert idle.grad is not None and not idle.grad.any()
+def test_only_modalities_without_soft_tokens() -> None:
+    weight = leaf(3, 3)
+    # Under a frozen Llama the text needs no gradient.
+    text = torch.randn(4, 1, 3)
+    merged = merge(text, [(torch.zeros(1, 3) @ weight)[:0]], [torch.empty(0, dtype=torch.int64)])
+    torch.testing.assert_close(merged, text)
+    merged.sum().backward()
+    assert weight.grad is not None and not weight.grad.any()

@@ -50,7 +50,7 @@ def explore(config: AnyMALConfig, layouts: list[str]) -> dict[str, dict[str, Any
         state = built(config, *LAYOUTS[name])
         seen: dict[str, Any] = {"hash": hash_weights(state.models, "")}
         seen["llama hash"] = hash_weights(state.models, "language_model.")
-        for weight in list_weights(state.model):
+        for weight in list_weights(state.models[0]):
             whole = weight.gather()
             assert tuple(whole.shape) == weight.shape
             part = weight.local_part(whole)
@@ -66,7 +66,7 @@ def explore(config: AnyMALConfig, layouts: list[str]) -> dict[str, dict[str, Any
         seen["projectors only"] = sorted(gather_weights(state.models, "projectors.") or {})
         whole = everywhere(whole)
         with torch.no_grad():
-            for parameter in state.model.parameters():
+            for parameter in state.models[0].parameters():
                 parameter.fill_(7.0)
         seen["scrambled hash"] = hash_weights(state.models, "")
         load_weights(state.models, whole)
@@ -142,21 +142,21 @@ def count(config: AnyMALConfig) -> dict[str, Any]:
     """Train two steps; count what the trainable and the frozen parameters cost."""
     state = built(config, 1, 1)
     recorded: list[bool] = []
-    for name, encoder in state.model.encoders.items():
+    for name, encoder in state.models[0].encoders.items():
         if config.model.modalities[name].encoder.freeze:
             encoder.register_forward_hook(
                 lambda module, inputs, output: recorded.append(torch.is_grad_enabled() or output.requires_grad)
             )
     config.exp_manager.checkpoint.every_n_train_steps = 0
     fit(state, Path(config.exp_manager.explicit_log_dir))
-    buffers = [*state.wrapped.buffers, *state.wrapped.expert_parallel_buffers]
+    buffers = [*state.wrapped[0].buffers, *state.wrapped[0].expert_parallel_buffers]
     inner = state.optimizer.chained_optimizers if hasattr(state.optimizer, "chained_optimizers") else [state.optimizer]
     moments = [v for o in inner for s in o.optimizer.state.values() for k, v in s.items() if k.startswith("exp_avg")]
     main = [p for o in inner for group in o.optimizer.param_groups for p in group["params"]]
-    frozen = [p for p in state.model.parameters() if not p.requires_grad]
+    frozen = [p for p in state.models[0].parameters() if not p.requires_grad]
     return {
-        "trainable": sum(p.numel() for p in state.model.parameters() if p.requires_grad),
-        "trainable tensors": sum(p.requires_grad for p in state.model.parameters()),
+        "trainable": sum(p.numel() for p in state.models[0].parameters() if p.requires_grad),
+        "trainable tensors": sum(p.requires_grad for p in state.models[0].parameters()),
         "frozen": sum(p.numel() for p in frozen),
         "frozen with a gradient": sum(p.grad is not None or getattr(p, "main_grad", None) is not None for p in frozen),
         "buffers": sum(index[1] - index[0] for b in buffers for index in b.param_index_map.values()),
