@@ -94,13 +94,22 @@ def npy(seed: int, steps: int = 50) -> bytes:
     return out.getvalue()
 
 
-MEDIA = {"image": ("png", png, {}), "audio": ("flac", flac, {}), "imu": ("npy", npy, {"rate": 50})}
+MEDIA: dict[str, tuple[str, Any, dict[str, Any]]] = {"image": ("png", png, {}), "audio": ("flac", flac, {}), "imu": ("npy", npy, {"rate": 50})}
 
 
 def make_shards(
-    folder: Path, tokenizer: str, count: int, kinds: tuple[str, ...] = ("image", "audio", "imu", "text"), seed: int = 0
+    folder: Path,
+    tokenizer: str,
+    count: int,
+    kinds: tuple[str, ...] = ("image", "audio", "imu", "text"),
+    seed: int = 0,
+    makers: dict[str, tuple[str, Any, dict[str, Any]]] = MEDIA,
 ) -> str:
-    """Shards of `count` samples, kinds in turn; "mixed" holds an image and a sound between texts."""
+    """Shards of `count` samples, kinds in turn; "mixed" holds an image and a sound between texts.
+
+    Args:
+        makers: kind -> ending, what makes the bytes from a seed, attributes.
+    """
     rng = np.random.default_rng(seed)
     source = folder.with_name(folder.name + "_source")
     source.mkdir(parents=True, exist_ok=True)
@@ -110,7 +119,7 @@ def make_shards(
         words = " ".join(rng.choice(WORDS, size=int(rng.integers(2, 9))))
         parts: list[dict[str, Any]] = []
         for name in {"mixed": ("image", "audio"), "text": ()}.get(kind, (kind,)):
-            ending, maker, attributes = MEDIA[name]
+            ending, maker, attributes = makers[name]
             path = source / f"{number}-{name}.{ending}"
             path.write_bytes(maker(seed * 10_000 + number))
             parts += [{"media": path.name, "modality": name, **attributes}, {"text": "what is this", "loss": False}]

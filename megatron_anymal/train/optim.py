@@ -55,10 +55,15 @@ def build_optimizer(config: AnyMALConfig, models: Sequence[nn.Module]) -> Megatr
     return get_megatron_optimizer(settings, list(models))
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
-    """Use this rate from now on."""
+def set_rates(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:
+    """Use this learning rate and weight decay from now on.
+
+    megatron-core groups biases and weights of one dimension apart to keep them from decaying, and leaves it to the
+    caller to do so.
+    """
     for group in optimizer.param_groups:
         group["lr"] = rate
+        group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
 class AdamW(torch.optim.Optimizer):

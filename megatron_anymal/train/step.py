@@ -18,7 +18,7 @@ from megatron_anymal.data.batches import BatchPlanner, StepPlan
 from megatron_anymal.data.types import MicroBatch
 from megatron_anymal.losses import batch_mean, sums_by_group
 from megatron_anymal.train.build import TrainState
-from megatron_anymal.train.optim import learning_rate, set_learning_rate
+from megatron_anymal.train.optim import learning_rate, set_rates
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class StepResult:
 def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> StepResult:
     """Forward, backward, reduce, update."""
     rate = learning_rate(state.config, state.step)
-    set_learning_rate(state.optimizer, rate)
+    set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
     for wrapped in state.wrapped:
         wrapped.zero_grad_buffer()
         wrapped.train()

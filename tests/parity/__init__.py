@@ -1,0 +1,1 @@
+"""Every parallel layout against AnyMAL pre-training written from its definitions."""

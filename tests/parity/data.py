@@ -1,0 +1,103 @@
+"""Data, model and hyper-parameters of the parity runs: tiny, and with everything that can go wrong in them."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tiny import LLAMA, SPECIAL, flac, make_config, make_shards, modalities, npy, png
+
+from megatron_anymal.config import AnyMALConfig, EncoderConfig, ModalityConfig, ProjectorConfig
+from parity.layouts import LAYERS
+
+# Kinds of the samples, in turn.
+MEDIA: dict[str, tuple[str, ...]] = {
+    "image": ("image",),
+    "video": ("video",),
+    "audio": ("audio",),
+    "imu": ("imu",),
+    "text": ("text",),
+    "mixed": ("image", "video", "audio", "imu", "text", "mixed"),
+    # One sample in eight has a medium: most replicas, and most micro-batches, have none.
+    "few media": ("image", *["text"] * 7, "imu", *["text"] * 7),
+}
+
+
+def _video(seed: int) -> bytes:
+    """One or two seconds of noise."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    out = io.BytesIO()
+    with av.open(out, "w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        for _ in range(4 * (1 + seed % 2)):
+            picture = rng.integers(0, 255, (16, 16, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return out.getvalue()
+
+
+# Items of one to three pieces, so that ranks share single items.
+_MAKERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "image": ("png", lambda seed: png(seed, (8 * (1 + seed % 2), 8)), {}),
+    "video": ("avi", _video, {}),
+    "audio": ("flac", lambda seed: flac(seed, 0.5 * (1 + seed % 3)), {}),
+    "imu": ("npy", lambda seed: npy(seed, 50 * (1 + seed % 3)), {"rate": 50}),
+}
+
+
+def make_parity_shards(folder: Path, tokenizer: str, media: str) -> str:
+    """Shards of one of MEDIA."""
+    return make_shards(folder, tokenizer, 48, MEDIA[media], makers=_MAKERS)
+
+
+def parity_config(shards: str, tokenizer: str, media: str) -> AnyMALConfig:
+    """One process, fp32, over a Llama of LAYERS layers with the modalities that the data have."""
+    config = make_config(shards, tokenizer, Path("unused"))
+    config.model.language_model.config = {
+        **LLAMA,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        # Not divisible by the tensor-parallel sizes.
+        "vocab_size": 29,
+    }
+    all_modalities = {**modalities(), "video": _video_section()}
+    all_modalities["image"].options = {"max_grid": 2}
+    config.model.modalities = {name: all_modalities[name] for name in _used(media)}
+    config.model.global_batch_size = 8
+    config.model.optim.lr, config.model.optim.eps = 1e-3, 1e-5
+    config.model.optim.weight_decay = 0.1
+    config.data.seq_length = 48
+    return config
+
+
+def _used(media: str) -> list[str]:
+    """Modalities of the samples; of text alone, one that is trained and never met."""
+    kinds = {"image", "audio"} if "mixed" in MEDIA[media] else set()
+    return sorted((kinds | set(MEDIA[media])) & set(_MAKERS)) or ["image"]
+
+
+def _video_section() -> ModalityConfig:
+    shape = {
+        "image_size": 8,
+        "patch_size": 4,
+        "num_frames": 2,
+        "tubelet_size": 2,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    return ModalityConfig(
+        encoder=EncoderConfig(type="videomae", config=shape, max_pieces_per_call=2),
+        projector=ProjectorConfig(
+            type="resampler", num_layers=2, num_tokens=3, hidden_size=16, num_attention_heads=4, ffn_multiplier=2
+        ),
+        options={"clip_seconds": 1.0},
+        placeholder=SPECIAL[5],
+    )

@@ -1,0 +1,64 @@
+"""The samples of a run's steps, each by itself: no packs, no padding, no replicas."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from replicas import replica_data
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.types import PlannedMicroBatch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample; L is its length in LLM tokens."""
+
+    # [L] int64: placeholders where media go.
+    tokens: Tensor
+    # [L] int64: the next token.
+    labels: Tensor
+    # [L]: 1 where the label counts, else 0.
+    loss_mask: Tensor
+    # Modality -> [pieces, *piece_shape] float32, in their order in the sample.
+    pieces: dict[str, Tensor]
+    # Modality -> [pieces x soft tokens] int64: where its placeholders are.
+    places: dict[str, Tensor]
+
+
+def read_steps(config: AnyMALConfig, steps: int) -> Iterator[list[Sample]]:
+    """The global batches of the steps [0, steps) of a run, whatever its layout.
+
+    Raises:
+        DataError: the data cannot be planned.
+    """
+    data = replica_data(_one_process(config))
+    tokenizer = AutoTokenizer.from_pretrained(config.data.tokenizer)
+    placeholders = {
+        name: tokenizer.convert_tokens_to_ids(section.placeholder) for name, section in config.model.modalities.items()
+    }
+    for step in range(steps):
+        batch = []
+        for pack in data.planner.plan(step).of_replica(0):
+            for planned in pack.samples:
+                read = data.reader[PlannedMicroBatch(step, planned.length, (planned,))]
+                assert not read.bad, read.bad
+                tokens = read.tokens[0]
+                pieces = {name: media.pieces for name, media in read.media.items()}
+                places = {name: (tokens == placeholders[name]).nonzero().flatten() for name in pieces}
+                batch.append(Sample(tokens, read.labels[0], read.loss_mask[0], pieces, places))
+        yield batch
+
+
+def _one_process(config: AnyMALConfig) -> AnyMALConfig:
+    config = copy.deepcopy(config)
+    config.trainer.num_nodes = config.trainer.devices = 1
+    model = config.model
+    model.tensor_model_parallel_size, model.sequence_parallel = 1, False
+    model.pipeline_model_parallel_size = model.virtual_pipeline_model_parallel_size = 1
+    model.context_parallel_size = model.micro_batch_size = 1
+    return config
