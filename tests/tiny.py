@@ -94,7 +94,11 @@ def npy(seed: int, steps: int = 50) -> bytes:
     return out.getvalue()
 
 
-MEDIA: dict[str, tuple[str, Any, dict[str, Any]]] = {"image": ("png", png, {}), "audio": ("flac", flac, {}), "imu": ("npy", npy, {"rate": 50})}
+MEDIA: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "image": ("png", png, {}),
+    "audio": ("flac", flac, {}),
+    "imu": ("npy", npy, {"rate": 50}),
+}
 
 
 def make_shards(

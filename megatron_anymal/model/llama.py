@@ -111,6 +111,10 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
     m = config.model
     check_sizes(hf, config)
     interleaved = m.virtual_pipeline_model_parallel_size > 1
+    first, last = m.num_layers_in_first_pipeline_stage, m.num_layers_in_last_pipeline_stage
+    if first and m.pipeline_model_parallel_size == 2:
+        # The rest is the last stage's. Told both, megatron-core divides by the number of stages between them.
+        last = 0
     dtype = backend.compute_dtype(config)
     recompute: dict[str, Any] = {}
     if m.recompute_granularity == "full":
@@ -138,8 +142,8 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         batch_p2p_comm=not (interleaved and m.overlap_p2p_comm),
         context_parallel_size=m.context_parallel_size,
         sequence_parallel=m.sequence_parallel,
-        num_layers_in_first_pipeline_stage=m.num_layers_in_first_pipeline_stage or None,
-        num_layers_in_last_pipeline_stage=m.num_layers_in_last_pipeline_stage or None,
+        num_layers_in_first_pipeline_stage=first or None,
+        num_layers_in_last_pipeline_stage=last or None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,

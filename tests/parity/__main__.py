@@ -1,0 +1,157 @@
+"""`make parity`: every layout of the cover against plain torch, then every planted bug; prints and writes the results.
+
+python -m parity [--layouts 64] [--steps 20] [--report docs/parity.md] [--json runs/parity.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from parity.layouts import Layout, cover
+from parity.planted import BUGS, Bug
+from parity.runs import PARAMETER_TOLERANCE, TOLERANCE, Difference
+from parity.suite import Suite
+
+# Enough to see a bug; a clean run of the same layout and length goes before each.
+BUG_STEPS = 3
+
+
+def main() -> int:
+    """Run all; exit code 1 where a layout differs or a bug goes unseen."""
+    parser = argparse.ArgumentParser(prog="parity", description=__doc__)
+    parser.add_argument("--layouts", type=int, default=64, help="at least this many")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--report", type=Path, default=Path("docs/parity.md"))
+    parser.add_argument("--json", type=Path, default=Path("runs/parity.json"))
+    arguments = parser.parse_args()
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_layouts(Path(folder) / "layouts", arguments.layouts, arguments.steps)
+        caught = run_bugs(Path(folder) / "bugs")
+    seconds = time.monotonic() - begun
+    write_report(arguments.report, found, caught, arguments.steps, seconds)
+    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.json.write_text(json.dumps(summary(found, caught, arguments.steps, seconds), indent=1) + "\n")
+    wrong = [layout.name for layout, difference in found.items() if not difference.allowed]
+    unseen = [bug.what for bug, (clean, planted) in caught.items() if planted.allowed or not clean.allowed]
+    print(f"{len(found)} layouts, {len(wrong)} different: {', '.join(wrong) or 'none'}")
+    print(f"{len(caught)} planted bugs, {len(unseen)} not caught: {', '.join(unseen) or 'none'}")
+    print(f"{seconds / 60:.1f} minutes; {arguments.report}, {arguments.json}")
+    return 1 if wrong or unseen else 0
+
+
+def run_layouts(folder: Path, count: int, steps: int) -> dict[Layout, Difference]:
+    """Every layout of the cover, a line each."""
+    suite, layouts = Suite(folder, steps), cover(count)
+    print(f"{'layout':62} {'processes':>9} {'loss':>9} {'gradient':>9} {'parameter':>9} {'weight':>9} {'left':>9}")
+    found: dict[Layout, Difference] = {}
+    begun = time.monotonic()
+    for layout in layouts:
+        try:
+            difference = suite.difference(layout)
+        except (AssertionError, pytest.fail.Exception) as error:
+            print(f"{layout.name}: {error}", flush=True)
+            difference = Difference(math.inf, math.inf, math.inf, math.inf, "it failed")
+        found[layout] = difference
+        left = (time.monotonic() - begun) / len(found) * (len(layouts) - len(found))
+        mark = "" if difference.allowed else f"   DIFFERENT ({difference.where})"
+        print(f"{layout.name:62} {layout.processes:>9} {_numbers(difference)} {left / 60:>5.1f} min{mark}", flush=True)
+    return found
+
+
+def run_bugs(folder: Path) -> dict[Bug, tuple[Difference, Difference]]:
+    """Per planted bug the differences of its layout without it and with it."""
+    suite = Suite(folder, BUG_STEPS)
+    found: dict[Bug, tuple[Difference, Difference]] = {}
+    for bug in BUGS:
+        clean, planted = suite.difference(bug.layout), suite.difference(bug.layout, bug)
+        found[bug] = clean, planted
+        seen = "caught" if clean.allowed and not planted.allowed else "NOT CAUGHT"
+        print(f"{bug.what:62} {bug.layout.name:>30} gradient {planted.gradient:.1e}  {seen}", flush=True)
+    return found
+
+
+def summary(
+    found: dict[Layout, Difference], caught: dict[Bug, tuple[Difference, Difference]], steps: int, seconds: float
+) -> dict[str, object]:
+    """What runs/parity.json holds."""
+    return {
+        "layouts": len(found),
+        "steps": steps,
+        "worst_loss_difference": max(d.loss for d in found.values()),
+        "worst_gradient_difference": max(d.gradient for d in found.values()),
+        "worst_parameter_gradient_difference": max(d.parameter for d in found.values()),
+        "worst_weight_difference": max(d.weight for d in found.values()),
+        "planted_bugs": len(caught),
+        "caught": sum(clean.allowed and not planted.allowed for clean, planted in caught.values()),
+        "minutes": round(seconds / 60, 1),
+        "by_layout": {
+            layout.name: {"loss": d.loss, "gradient": d.gradient, "parameter": d.parameter, "weight": d.weight}
+            for layout, d in found.items()
+        },
+    }
+
+
+def write_report(
+    path: Path,
+    found: dict[Layout, Difference],
+    caught: dict[Bug, tuple[Difference, Difference]],
+    steps: int,
+    seconds: float,
+) -> None:
+    """docs/parity.md."""
+    rows = [f"| {layout.name} | {layout.processes} | {_numbers(d, ' | ')} |" for layout, d in found.items()]
+    bugs = [
+        f"| {bug.what} | {bug.layout.name} | {clean.gradient:.1e} | {planted.loss:.1e} | {planted.gradient:.1e} | "
+        f"{'yes' if clean.allowed and not planted.allowed else '**no**'} |"
+        for bug, (clean, planted) in caught.items()
+    ]
+    versions = f"torch {version('torch')}, megatron-core {version('megatron-core')}, Python {platform.python_version()}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f"""# Any layout, the same numbers
+
+Written by `make parity` on {time.strftime("%Y-%m-%d")} ({versions}, CPU, gloo, {seconds / 60:.0f} minutes).
+
+Each row is {steps} steps of alignment training in fp32 under one layout, compared with AnyMAL written from its
+definitions in plain torch on one process, one sample at a time (`tests/parity/reference.py`). The rows are a selection
+that has every possible pair of tensor, sequence, pipeline, virtual pipeline, context and data parallelism, recompute,
+media and trained part at least once, on up to 8 processes. Media items have one to three pieces; "few-media" leaves
+most replicas and micro-batches without any; the IMU encoder trains; "partial" trains some of the Llama's weights.
+
+All differences are relative: of a step's loss; of a step's whole gradient, to its norm; of a single parameter's
+gradient, to the largest norm it has in any step; of a parameter after the last step, to its norm. Allowed are
+{TOLERANCE:.0e} for the first two and {PARAMETER_TOLERANCE:.0e} for the others.
+
+| layout | processes | loss | gradient | parameter | weight |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+
+## Planted bugs
+
+Each is switched on alone, for {BUG_STEPS} steps. Caught: without it the layout agrees, with it it does not.
+
+| bug | layout | gradient without | loss with | gradient with | caught |
+|---|---|---|---|---|---|
+{chr(10).join(bugs)}
+"""
+    )
+
+
+def _numbers(difference: Difference, between: str = " ") -> str:
+    values = (difference.loss, difference.gradient, difference.parameter, difference.weight)
+    return between.join(f"{value:9.1e}" if between == " " else f"{value:.1e}" for value in values)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

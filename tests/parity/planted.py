@@ -1,0 +1,231 @@
+"""Planted bugs: the worst silent failures of this field, switched on one at a time. The suite must see each of them.
+
+A plant changes the program in the process that calls it, before the model is built; it is called on every rank.
+
+Positions that run on over a border between documents are not among them: rotary embeddings only see the distance of
+two tokens, so that this changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+
+import megatron_anymal.data.loader as loader
+import megatron_anymal.model.anymal as anymal
+import megatron_anymal.model.attention as attention
+import megatron_anymal.model.build as model_build
+import megatron_anymal.model.llama as llama
+import megatron_anymal.model.shares as shares
+import megatron_anymal.train.build as train_build
+import megatron_anymal.train.step as train_step
+from parity.layouts import Layout
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A planted bug, and a layout in which it does harm."""
+
+    what: str
+    plant: Callable[[], None]
+    layout: Layout
+
+
+def _wrap(owner: Any, name: str, change: Callable[..., Any]) -> None:
+    """Replace owner.name by a function that gets the original first."""
+    original = getattr(owner, name)
+    setattr(owner, name, lambda *args, **kwargs: change(original, *args, **kwargs))
+
+
+def _stage_without_document_lengths() -> None:
+    def one_document(original: Any, lengths: Any, *args: Any) -> Any:
+        whole = lengths if parallel_state.is_pipeline_first_stage() else (sum(lengths),)
+        return original(whole, *args)
+
+    _wrap(anymal, "document_pack", one_document)
+
+
+def _features_swapped() -> None:
+    def swapped(original: Any, mine: Any, parts: Any) -> Any:
+        features = original(mine, parts)
+        return features.flip(0) if parallel_state.get_tensor_model_parallel_rank() == 1 else features
+
+    _wrap(anymal, "gather_features", swapped)
+
+
+def _soft_tokens_shifted() -> None:
+    def shifted(original: Any, mine: Any, parts: Any) -> Any:
+        return original(mine, parts).roll(1, 0)
+
+    _wrap(anymal, "gather_soft_tokens", shifted)
+
+
+def _sequence_parallel_reduce_missing() -> None:
+    def unmarked(original: Any, self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, config, *args, **kwargs)
+        self.weight.sequence_parallel = False
+
+    _wrap(llama.RMSNorm, "__init__", unmarked)
+
+
+def _context_gradient_doubled() -> None:
+    def doubled(original: Any, key: Any, value: Any, places: Any) -> Any:
+        # Twice the gradient, the same value.
+        return original(*(2 * x - x.detach() for x in (key, value)), places)
+
+    _wrap(attention, "_gather_keys", doubled)
+
+
+def _context_gradient_kept_apart() -> None:
+    def apart(mine: Any, parts: Any) -> Any:
+        with torch.no_grad():
+            everything = shares.gather_soft_tokens(mine, parts).clone()
+        # Each rank sees only what its own tokens say of its own soft tokens.
+        first = sum(parts[: parallel_state.get_context_parallel_rank()])
+        return torch.cat([everything[:first], mine, everything[first + len(mine) :]])
+
+    anymal.gather_soft_tokens = apart
+
+
+def _mask_leaks_over_a_border() -> None:
+    def leaking(original: Any, lengths: Any, *args: Any) -> Any:
+        pack = original(lengths, *args)
+        if len(lengths) > 1:
+            joined = original((lengths[0] + lengths[1], *lengths[2:]), *args)
+            pack.kernel = joined.kernel
+        return pack
+
+    _wrap(anymal, "document_pack", leaking)
+
+
+def _positions_in_the_order_of_one_rank() -> None:
+    def contiguous(original: Any, lengths: Any, *args: Any) -> Any:
+        pack = original(lengths, *args)
+        own, rank = len(pack.position_ids), parallel_state.get_context_parallel_rank()
+        places = torch.cat([torch.arange(length) for length in lengths])
+        pack.position_ids = places[rank * own : (rank + 1) * own]
+        return pack
+
+    _wrap(anymal, "document_pack", contiguous)
+
+
+def _mean_over_ranks() -> None:
+    def of_own_tokens(original: Any, losses: Any, mask: Any, targets: int) -> Any:
+        own = int(mask.sum()) * parallel_state.get_data_parallel_world_size()
+        return original(losses, mask, own)
+
+    _wrap(train_step, "batch_mean", of_own_tokens)
+
+
+def _projector_gradient_lost_on_text() -> None:
+    def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and not micro_batch.media:
+            parameter: Any
+            for parameter in self.projectors.parameters():
+                # The gradient of nothing replaces the sum instead of being added to it.
+                parameter.main_grad.zero_()
+        return original(self, micro_batch, *args, **kwargs)
+
+    _wrap(anymal.AnyMALModel, "forward", forward)
+
+
+def _frozen_llama_passes_no_gradient() -> None:
+    def cut(original: Any, text: Any, soft: Any, places: Any) -> Any:
+        return original(text, soft, places).detach()
+
+    _wrap(anymal, "merge", cut)
+
+
+def _trainable_encoder_not_summed() -> None:
+    model_build.share_gradients = lambda encoder: None
+
+
+def _first_micro_batch_lost() -> None:
+    steps: set[int] = set()
+
+    def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, micro_batch, *args, **kwargs)
+        if micro_batch.plan.step in steps:
+            return output
+        steps.add(micro_batch.plan.step)
+        return output.detach().requires_grad_()
+
+    _wrap(anymal.AnyMALModel, "forward", forward)
+
+
+def _tied_head_apart() -> None:
+    # The module's name in the package is that of its function.
+    finalize: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
+    finalize._allreduce_word_embedding_grads = lambda *args, **kwargs: None
+
+
+def _virtual_parts_in_the_wrong_order() -> None:
+    def swapped(original: Any, *args: Any) -> Any:
+        parts = original(*args)
+        if len(parts) > 1 and parallel_state.get_pipeline_model_parallel_rank() == 0:
+            first, last = (part.language_model.decoder.layers for part in parts[:2])
+            parts[0].language_model.decoder.layers, parts[1].language_model.decoder.layers = last, first
+        return parts
+
+    _wrap(train_build, "build_models", swapped)
+
+
+def _labels_of_the_whole_pack() -> None:
+    def unsplit(original: Any, self: Any, micro_batch: Any) -> Any:
+        mine = original(self, micro_batch)
+        own = mine.labels.size(1)
+        return dataclasses.replace(mine, labels=micro_batch.labels[:, :own])
+
+    _wrap(loader.MicroBatchReader, "_own_part", unsplit)
+
+
+_IMAGES_CP2 = Layout(context=2, media="image")
+
+BUGS = (
+    Bug("a later stage takes a pack for one document", _stage_without_document_lengths, Layout(pipeline=2)),
+    Bug("a mask leaks over a document's border", _mask_leaks_over_a_border, Layout()),
+    Bug("one rank has the features in another order", _features_swapped, Layout(tensor=2, media="image")),
+    Bug(
+        "soft tokens of context-parallel ranks shifted by a piece",
+        _soft_tokens_shifted,
+        Layout(context=2, media="image"),
+    ),
+    Bug("positions counted over a rank's own tokens", _positions_in_the_order_of_one_rank, Layout(context=2)),
+    Bug("labels not split over context-parallel ranks", _labels_of_the_whole_pack, Layout(context=2)),
+    Bug("gradients of keys and values doubled", _context_gradient_doubled, Layout(context=2)),
+    Bug(
+        "gradients of soft tokens not summed over context",
+        _context_gradient_kept_apart,
+        Layout(context=2, media="image"),
+    ),
+    Bug(
+        "a norm's gradient not summed under sequence parallelism",
+        _sequence_parallel_reduce_missing,
+        Layout(tensor=2, sequence=True, trains="full"),
+    ),
+    Bug("a trainable encoder's gradient not summed", _trainable_encoder_not_summed, Layout(tensor=2, media="imu")),
+    Bug(
+        "a tied head's gradient not added to the embedding's",
+        _tied_head_apart,
+        Layout(pipeline=2, trains="full", tied_head=True),
+    ),
+    Bug(
+        "layers of a virtual pipeline's parts exchanged",
+        _virtual_parts_in_the_wrong_order,
+        Layout(pipeline=2, virtual=2),
+    ),
+    Bug("the loss averaged over ranks instead of tokens", _mean_over_ranks, Layout(data=2)),
+    Bug(
+        "the projectors' gradient lost on text-only micro-batches",
+        _projector_gradient_lost_on_text,
+        Layout(media="few media"),
+    ),
+    Bug("a frozen Llama passes no gradient on", _frozen_llama_passes_no_gradient, Layout()),
+    Bug("a micro-batch's gradient not added", _first_micro_batch_lost, Layout()),
+)

@@ -1,0 +1,57 @@
+"""A smaller cover than `make parity`'s, on at most four processes, and every planted bug."""
+
+from __future__ import annotations
+
+import pytest
+
+from parity.layouts import CHOICES, Layout, cover, pairs_of, possible_layouts
+from parity.planted import BUGS, Bug
+from parity.suite import Suite
+
+SMALL = (
+    Layout(),
+    Layout(tensor=2, media="image"),
+    Layout(tensor=2, sequence=True, trains="full", recompute="selective"),
+    Layout(pipeline=2, uneven=True, trains="partial", tied_head=True),
+    Layout(pipeline=2, virtual=2, overlap=True, trains="full", media="few media"),
+    Layout(context=2, recompute="full"),
+    Layout(context=4, trains="full", media="video"),
+    Layout(data=2, overlap=True, media="few media"),
+    Layout(data=2, distributed_optimizer=False, packs=2, media="imu"),
+    Layout(tensor=2, sequence=True, context=2, media="audio", trains="partial"),
+    Layout(pipeline=2, virtual=2, context=2, uneven=True, tied_head=True, trains="full"),
+    Layout(tensor=2, sequence=True, pipeline=2, recompute="full", media="text", trains="full"),
+    Layout(context=2, data=2, overlap=True, media="imu"),
+    Layout(tensor=4, media="mixed"),
+    Layout(pipeline=4, virtual=2, trains="partial", media="image"),
+)
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
+    """Runs of three steps."""
+    return Suite(tmp_path_factory.mktemp("parity"), steps=3)
+
+
+@pytest.mark.parametrize("layout", SMALL, ids=lambda layout: layout.name)
+def test_a_layout_gives_the_same_numbers(layout: Layout, suite: Suite) -> None:
+    difference = suite.difference(layout)
+    assert difference.allowed, difference
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.what.replace(" ", "-"))
+def test_a_planted_bug_is_caught(bug: Bug, suite: Suite) -> None:
+    assert suite.difference(bug.layout).allowed
+    assert not suite.difference(bug.layout, bug).allowed
+
+
+def test_the_cover_has_every_possible_pair() -> None:
+    chosen = cover(64)
+    assert len(chosen) == len(set(chosen)) >= 60 and all(layout.possible for layout in chosen)
+    wanted = frozenset().union(*(pairs_of(layout) for layout in possible_layouts()))
+    plain = [Layout(**{name: getattr(layout, name) for name in CHOICES}) for layout in chosen]
+    assert wanted == frozenset().union(*(pairs_of(layout) for layout in plain))
+    for name, values in CHOICES.items():
+        assert {getattr(layout, name) for layout in chosen} == set(values)
+    for extra in ("uneven", "overlap", "tied_head"):
+        assert any(getattr(layout, extra) for layout in chosen)
