@@ -29,6 +29,8 @@ def stopped_and_continued(config: AnyMALConfig, first: dict[str, int], second: d
         part.trainer.devices = layout.get("world", 1)
         part.model.tensor_model_parallel_size = layout.get("tp", 1)
         part.model.pipeline_model_parallel_size = layout.get("pp", 1)
+        part.model.virtual_pipeline_model_parallel_size = layout.get("vpp", 1)
+        part.model.context_parallel_size = layout.get("cp", 1)
         run_ranks(part.trainer.devices, train, part)
     return losses(Path(config.exp_manager.explicit_log_dir))
 
@@ -83,11 +85,15 @@ def test_a_tied_trainable_head_is_the_same_over_pipeline_stages(config: AnyMALCo
         ({"world": 2, "tp": 2}, {"world": 2, "pp": 2}),
         ({"world": 2, "pp": 2}, {"world": 2}),
         ({"world": 2}, {"world": 2, "tp": 2}),
+        ({"world": 2, "pp": 2, "vpp": 2}, {"world": 2, "cp": 2}),
+        ({"world": 2, "cp": 2}, {"world": 4, "pp": 2, "vpp": 2, "tp": 2}),
     ],
 )
+@pytest.mark.parametrize("freeze", [True, False])
 def test_resume_under_another_layout(
-    config: AnyMALConfig, tmp_path: Path, first: dict[str, int], second: dict[str, int]
+    config: AnyMALConfig, tmp_path: Path, first: dict[str, int], second: dict[str, int], freeze: bool
 ) -> None:
+    config.model.language_model.freeze = freeze
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
     undisturbed = run_ranks(1, train, whole)[0]["losses"]
