@@ -377,6 +377,13 @@ def _check_layout(config: AnyMALConfig) -> None:
             "model.virtual_pipeline_model_parallel_size > 1 needs model.pipeline_model_parallel_size > 1: it cuts the "
             "stages of a pipeline into parts. Set it to 1."
         )
+    for name, modality in m.modalities.items():
+        heads = modality.projector.num_attention_heads
+        if modality.projector.type == "resampler" and heads % m.tensor_model_parallel_size:
+            raise ConfigError(
+                f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} does not divide "
+                f"model.modalities.{name}.projector.num_attention_heads={heads}."
+            )
     edges = m.num_layers_in_first_pipeline_stage or m.num_layers_in_last_pipeline_stage
     if edges and m.pipeline_model_parallel_size == 1:
         raise ConfigError(

@@ -77,8 +77,9 @@ class MegatronAnyMALModel(ModelPT):
         """
         if self._state is None:
             from megatron_anymal.parallel import initialize
-            from megatron_anymal.train.build import build
+            from megatron_anymal.train.build import build, check_run
 
+            check_run(self.config)
             self.layout = self.layout or initialize(self.config)
             self._state = build(self.config, self.layout)
             if self._archived is not None:

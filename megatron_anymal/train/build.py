@@ -10,8 +10,9 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer
 from transformers import LlamaConfig
 
+from megatron_anymal import backend
 from megatron_anymal.checkpoint.base import load_base, resolve_language_model
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import AnyMALConfig, check
 from megatron_anymal.data.batches import BatchLayout, BatchPlanner, PlannedModality
 from megatron_anymal.data.loader import LoadedModality, MicroBatchReader, RankNeeds
 from megatron_anymal.data.tokenize import Tokenizer
@@ -19,6 +20,7 @@ from megatron_anymal.data.types import DataError
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
+from megatron_anymal.model.llama import check_sizes
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.optim import build_optimizer
 
@@ -56,6 +58,18 @@ class TrainState:
         if self.config.model.ddp.overlap_param_gather:
             for wrapped in self.wrapped:
                 wrapped.start_param_sync(force_sync=True)
+
+
+def check_run(config: AnyMALConfig) -> None:
+    """Refuse what cannot work before any process group is made: settings, this machine, the Llama's sizes.
+
+    Raises:
+        ConfigError, CheckpointError: naming the key or folder and the mend.
+    """
+    check(config)
+    backend.check_backend(config)
+    resolved, hf = resolve_language_model(config)
+    check_sizes(hf, resolved)
 
 
 def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:

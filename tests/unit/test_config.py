@@ -129,7 +129,9 @@ def set_value(config: AnyMALConfig, key: str, value: object) -> None:
         ("data.too_long", "cut", "'refuse', 'drop'"),
         ("trainer.devices", 0, "at least 1"),
         ("model.optim.lr", -1.0, "at least 0"),
-        ("model.context_parallel_size", 2, "Set it to 1|do not divide"),
+        ("model.context_parallel_size", 2, "do not divide"),
+        ("model.virtual_pipeline_model_parallel_size", 2, r"needs model\.pipeline_model_parallel_size > 1"),
+        ("model.attention", "flash", "'flash_attn'"),
         ("model.sequence_parallel", True, "tensor_model_parallel_size > 1"),
         ("model.num_layers_in_first_pipeline_stage", 2, "pipeline_model_parallel_size > 1"),
         ("model.optim.betas", [0.9], "two numbers"),
@@ -152,6 +154,16 @@ def test_sizes_that_do_not_divide(devices, tensor, stages):
     config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size = tensor, stages
     with pytest.raises(ConfigError, match=f"= {devices} processes do not divide into replicas.*= {tensor * stages}"):
         check(config)
+
+
+def test_a_pack_length_that_context_parallel_ranks_cannot_share():
+    config = valid()
+    config.trainer.devices = config.model.context_parallel_size = 4
+    config.data.seq_length = 1020
+    with pytest.raises(ConfigError, match=r"data\.seq_length=1020 must be a multiple of 8.*context_parallel_size=4"):
+        check(config)
+    config.data.seq_length = 1024
+    check(config)
 
 
 def test_one_placeholder_for_two_modalities():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from types import ModuleType
@@ -45,8 +46,8 @@ def flash_by_definition(
     assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     outputs, repeat = [], q.size(1) // k.size(1)
     queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    assert max_seqlen_q == max(b - a for a, b in zip(queries, queries[1:]))
-    assert max_seqlen_k == max(b - a for a, b in zip(keys, keys[1:]))
+    assert max_seqlen_q == max(b - a for a, b in itertools.pairwise(queries))
+    assert max_seqlen_k == max(b - a for a, b in itertools.pairwise(keys))
     for a, b, c, d in zip(queries, queries[1:], keys, keys[1:]):
         key, value = k[c:d].repeat_interleave(repeat, 1), v[c:d].repeat_interleave(repeat, 1)
         scores = torch.einsum("ihd,jhd->hij", q[a:b], key) * (softmax_scale or 1 / math.sqrt(q.size(-1)))

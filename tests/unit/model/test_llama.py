@@ -21,7 +21,7 @@ from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfi
 from megatron_anymal.data.types import MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.llama import read_llama_config
+from megatron_anymal.model.llama import check_sizes, layers_of_stages, read_llama_config
 from megatron_anymal.parallel import initialize
 
 BASE: dict[str, Any] = {
@@ -238,3 +238,44 @@ def test_unknown_keys_and_sizes_that_do_not_divide(folders: dict[str, str]) -> N
         read_llama_config(LanguageModelConfig(config={"hiden_size": 3}))
     for said in run_ranks(2, message, Path(folders["mqa"]), 2):
         assert "num_key_value_heads=1" in said and "tensor_model_parallel_size=2" in said
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "first", "last", "found"),
+    [
+        (8, 1, 0, 0, [8]),
+        (8, 4, 0, 0, [2, 2, 2, 2]),
+        (8, 2, 2, 0, [2, 6]),
+        (8, 2, 2, 6, [2, 6]),
+        (80, 4, 17, 0, [17, 21, 21, 21]),
+        (80, 4, 18, 20, [18, 21, 21, 20]),
+    ],
+)
+def test_layers_of_pipeline_stages(layers: int, stages: int, first: int, last: int, found: list[int]) -> None:
+    assert layers_of_stages(LlamaConfig(num_hidden_layers=layers), staged(stages, first, last)) == found
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "first", "last", "parts", "says"),
+    [
+        (8, 3, 0, 0, 1, "pipeline_model_parallel_size=3 does not divide the Llama's 8 layers"),
+        (2, 4, 0, 0, 1, "pipeline_model_parallel_size=4 does not divide the Llama's 2 layers"),
+        (8, 4, 1, 0, 1, r"7 left for 3 stage\(s\)"),
+        (8, 2, 2, 2, 1, r"4 left for 0 stage\(s\)"),
+        (8, 4, 0, 0, 4, "virtual_pipeline_model_parallel_size=4 does not divide the 2 layers of pipeline stage 0 of 4"),
+        (8, 2, 2, 0, 4, "does not divide the 2 layers of pipeline stage 0 of 2"),
+    ],
+)
+def test_layers_that_do_not_divide(layers: int, stages: int, first: int, last: int, parts: int, says: str) -> None:
+    config = staged(stages, first, last)
+    config.model.virtual_pipeline_model_parallel_size = parts
+    with pytest.raises(ConfigError, match=says):
+        check_sizes(LlamaConfig(num_hidden_layers=layers), config)
+
+
+def staged(stages: int, first: int, last: int) -> AnyMALConfig:
+    config = AnyMALConfig()
+    config.model.pipeline_model_parallel_size = stages
+    config.model.num_layers_in_first_pipeline_stage = first
+    config.model.num_layers_in_last_pipeline_stage = last
+    return config

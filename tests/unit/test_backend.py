@@ -1,0 +1,86 @@
+"""Which attention runs where, and layouts that this machine cannot run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from megatron_anymal import backend
+from megatron_anymal.config import AnyMALConfig, ConfigError
+
+H100 = backend.Capabilities(("H100",), (9, 0), "", "it is not installed", "2.8", False, False, "", True, True)
+CPU = dataclasses.replace(H100, cuda_devices=(), compute_capability=None, fp8=False)
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities) -> None:
+    """Pretend to be on that machine."""
+    monkeypatch.setattr(backend, "capabilities", lambda: found)
+    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: bool(found.cuda_devices))
+    engine = (found.transformer_engine, found.transformer_engine_problem)
+    monkeypatch.setattr(backend, "_transformer_engine", lambda has_cuda: engine)
+    monkeypatch.setattr(backend, "_version", lambda name: found.flash_attn if name == "flash-attn" else "")
+
+
+def config_with(**model: Any) -> AnyMALConfig:
+    """The defaults but for some of `model`."""
+    config = AnyMALConfig()
+    config.trainer.precision = model.pop("precision", "bf16")
+    for key, value in model.items():
+        setattr(config.model, key, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    ("found", "model", "kernel"),
+    [
+        (CPU, {}, "sdpa"),
+        (H100, {}, "flash_attn"),
+        (H100, {"precision": "32"}, "flex"),
+        (dataclasses.replace(H100, flash_attn=""), {}, "flex"),
+        (H100, {"attention": "flex"}, "flex"),
+        (dataclasses.replace(H100, transformer_engine="2.11"), {}, "transformer_engine"),
+        (dataclasses.replace(H100, transformer_engine="2.11"), {"transformer_impl": "local"}, "flash_attn"),
+    ],
+)
+def test_the_attention_that_is_chosen(
+    monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities, model: dict[str, Any], kernel: str
+) -> None:
+    machine(monkeypatch, found)
+    config = config_with(**model)
+    backend.check_backend(config)
+    assert backend.attention_kernel(config) == kernel
+
+
+@pytest.mark.parametrize(
+    ("found", "model", "says"),
+    [
+        (CPU, {"attention": "flash_attn"}, r"model\.attention=flash_attn needs a CUDA device"),
+        (CPU, {"attention": "flex"}, r"model\.attention=flex needs a CUDA device"),
+        (dataclasses.replace(H100, flash_attn=""), {"attention": "flash_attn"}, "flash-attn is not installed"),
+        (H100, {"attention": "flash_attn", "precision": "32"}, r"needs trainer\.precision=bf16"),
+        (dataclasses.replace(H100, transformer_engine="2.11"), {"attention": "sdpa"}, "has no effect on Transformer"),
+        (
+            CPU,
+            {
+                "pipeline_model_parallel_size": 2,
+                "virtual_pipeline_model_parallel_size": 2,
+                "overlap_p2p_comm": False,
+            },
+            r"virtual_pipeline_model_parallel_size.*overlap_p2p_comm=false gives wrong numbers over gloo",
+        ),
+        (
+            CPU,
+            {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},
+            r"recompute_modules=\[layernorm\] needs Transformer Engine",
+        ),
+        (CPU, {"fp8": "hybrid"}, r"model\.fp8=hybrid needs Transformer Engine"),
+    ],
+)
+def test_what_cannot_run_is_refused(
+    monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities, model: dict[str, Any], says: str
+) -> None:
+    machine(monkeypatch, found)
+    with pytest.raises(ConfigError, match=says):
+        backend.check_backend(config_with(**model))
