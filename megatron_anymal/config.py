@@ -128,6 +128,21 @@ class LanguageModelConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters on the frozen Llama (AnyMAL: r 8, alpha 32, all linear layers)."""
+
+    # Rank of each adapter; 0: none.
+    r: int = 0
+    # What an adapter gives is scaled by alpha / r.
+    alpha: float = 32.0
+    # Share of an adapter's input dropped in training.
+    dropout: float = 0.0
+    # Which projections get one: patterns over q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, or over
+    # their whole names such as layers.3.self_attn.q_proj.
+    targets: list[str] = field(default_factory=lambda: ["*"])
+
+
+@dataclass
 class ScheduleConfig:
     """Learning rate over the steps: linear warm-up, then `name`."""
 
@@ -168,6 +183,7 @@ class ModelConfig:
 
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     # Files of Python code to import first: each registers a modality or an encoder.
     plugins: list[str] = field(default_factory=list)
 
@@ -305,6 +321,8 @@ AT_LEAST = {
     "model.context_parallel_size": 1,
     "model.num_layers_in_first_pipeline_stage": 0,
     "model.num_layers_in_last_pipeline_stage": 0,
+    "model.lora.r": 0,
+    "model.lora.dropout": 0,
     "model.micro_batch_size": 1,
     "model.global_batch_size": 1,
     "model.recompute_num_layers": 1,
@@ -405,6 +423,7 @@ def _check_model(config: AnyMALConfig) -> None:
             "model.language_model needs exactly one of path (a HuggingFace folder), config (a shape with random "
             f"weights) and checkpoint (one of this trainer's); given: {', '.join(given) or 'none'}."
         )
+    _check_lora(config)
     placeholders: dict[str, str] = {}
     kinds: dict[str, str] = {}
     for name, modality in config.model.modalities.items():
@@ -432,6 +451,25 @@ def _check_model(config: AnyMALConfig) -> None:
                 "sample's media? Remove one."
             )
         kinds[kind] = name
+
+
+def _check_lora(config: AnyMALConfig) -> None:
+    lora = config.model.lora
+    if not lora.r:
+        return
+    if not config.model.language_model.freeze:
+        raise ConfigError(
+            f"model.lora.r={lora.r} puts adapters beside a frozen Llama, but "
+            "model.language_model.freeze=false. Set that to true, or model.lora.r to 0."
+        )
+    if not (lora.alpha > 0 and math.isfinite(lora.alpha)):
+        raise ConfigError(f"model.lora.alpha={lora.alpha} must be above 0.")
+    if lora.dropout >= 1:
+        raise ConfigError(f"model.lora.dropout={lora.dropout} must be less than 1.")
+    if not lora.targets:
+        raise ConfigError(
+            'model.lora.targets is empty: nothing would be adapted. Set it to ["*"], or model.lora.r to 0.'
+        )
 
 
 def _check_data(config: AnyMALConfig) -> None:

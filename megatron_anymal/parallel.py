@@ -79,16 +79,7 @@ def initialize(config: AnyMALConfig) -> ParallelLayout:
         )
     device = backend.device()
     _join(world_size, device)
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    virtual = config.model.virtual_pipeline_model_parallel_size
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.model.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=config.model.context_parallel_size,
-        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
-    )
+    make_groups(config)
     _seed(config.model.seed)
     return ParallelLayout(
         device=device,
@@ -102,6 +93,25 @@ def initialize(config: AnyMALConfig) -> ParallelLayout:
         data_size=parallel_state.get_data_parallel_world_size(),
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
+    )
+
+
+def make_groups(config: AnyMALConfig, *, cpu_groups: bool = True) -> None:
+    """Make megatron-core's groups, in place of those there are, over the processes that have joined.
+
+    Args:
+        cpu_groups: make gloo groups beside the others, which megatron-core's checkpoints use.
+    """
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    virtual = config.model.virtual_pipeline_model_parallel_size
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        context_parallel_size=config.model.context_parallel_size,
+        distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
+        create_gloo_process_groups=cpu_groups,
     )
 
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.state import load_language_model
-from megatron_anymal.config import AnyMALConfig, LanguageModelConfig
+from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.model.llama import read_llama_config
 
 
@@ -36,6 +36,11 @@ def resolve_language_model(config: AnyMALConfig) -> tuple[AnyMALConfig, LlamaCon
         if not inner["freeze"]:
             lm.checkpoint = str(folder)
             return config, LlamaConfig.from_dict(manifest.llama)
+        if manifest.config["model"].get("lora", {}).get("r"):
+            raise ConfigError(
+                f"model.language_model.checkpoint={str(folder)!r} holds adapters beside a frozen Llama, which would be "
+                "lost. Continue them with model.restore_from_path."
+            )
         config.model.language_model = lm = LanguageModelConfig(**{**inner, "freeze": lm.freeze})
     return config, read_llama_config(lm)
 

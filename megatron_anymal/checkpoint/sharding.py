@@ -29,7 +29,7 @@ def sharded_language_model(models: Iterable[nn.Module]) -> dict[str, Any]:
 
 def _llama_weights(model: nn.Module) -> dict[str, Any]:
     llama: Any = model.get_submodule("language_model")
-    names = {f"language_model.{name}" for name, _ in llama.named_parameters()}
+    names = {f"language_model.{name}" for name, _ in llama.named_parameters() if ".lora." not in name}
     shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
     return {name: shard for name, shard in shards.items() if name in names}
 
@@ -37,10 +37,11 @@ def _llama_weights(model: nn.Module) -> dict[str, Any]:
 def _trainable_weights(model: nn.Module) -> dict[str, Any]:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: dict[str, Any] = {}
-    if any(name.startswith("language_model.") for name in trainable):
+    if any(name.startswith("language_model.") and ".lora." not in name for name in trainable):
         found = {name: shard for name, shard in _llama_weights(model).items() if name in trainable}
     for weight, (name, parameter) in zip(list_weights(model), model.named_parameters()):
-        if name in trainable and not name.startswith("language_model."):
+        # megatron-core's layers would take the adapters in them for replicated.
+        if name in trainable and (not name.startswith("language_model.") or ".lora." in name):
             found[name] = _shard(weight.name, parameter, weight.split_dim)
     return found
 

@@ -108,8 +108,7 @@ def _load_some(
 ) -> list[str]:
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
     wanted = {
-        part: {name: shard for name, shard in of_part.items() if shard.key in saved}
-        for part, of_part in shards.items()
+        part: {name: shard for name, shard in of_part.items() if shard.key in saved} for part, of_part in shards.items()
     }
     found = torch.tensor([sum(map(len, wanted.values()))], device=torch.device("cuda"))
     dist.all_reduce(found)

@@ -23,6 +23,7 @@ from megatron_anymal.data.types import MediaBatch, MicroBatch
 from megatron_anymal.model.attention import document_pack, thd_pack
 from megatron_anymal.model.encoders import Encoder
 from megatron_anymal.model.llama import PackedRotaryEmbedding
+from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.merge import merge
 from megatron_anymal.model.shares import gather_features, gather_soft_tokens
 
@@ -49,6 +50,8 @@ class AnyMALModel(MegatronModule):
         self.encoders = nn.ModuleDict(encoders)
         self.projectors = nn.ModuleDict(projectors)
         self.vocab_size = vocab_size
+        # Told of each micro-batch's tokens, where adapters drop some of their input.
+        self.lora_dropout: Optional[LoraDropout] = None
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
         # megatron-core's schedules ask for it.

@@ -21,6 +21,7 @@ from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.encoders import Encoder, build_encoder
 from megatron_anymal.model.hf_llama import load_hf_llama
 from megatron_anymal.model.llama import build_gpt, transformer_config
+from megatron_anymal.model.lora import add_lora, initialise_lora
 from megatron_anymal.model.projectors import build_projector
 from megatron_anymal.model.shares import share_gradients
 from megatron_anymal.model.weights import list_weights, set_initial_values
@@ -46,7 +47,9 @@ def build_models(
     """
     models = [model.to(layout.device) for model in assemble(config, hf, modalities)]
     lm = config.model.language_model
-    weights = [w for model in models for w in list_weights(model) if not w.name.startswith("encoders.")]
+    weights = [
+        w for m in models for w in list_weights(m) if not w.name.startswith("encoders.") and ".lora." not in w.name
+    ]
     if lm.path and lm.load_weights:
         set_initial_values((w for w in weights if w.name.startswith("projectors.")), config.model.seed, 0.02)
         load_hf_llama(lm.path, hf, weights)
@@ -55,6 +58,7 @@ def build_models(
         if lm.checkpoint:
             load_base(models)
     _set_gains(models[0])
+    initialise_lora(models, config.model.seed)
     return models
 
 
@@ -75,6 +79,10 @@ def assemble(config: AnyMALConfig, hf: LlamaConfig, modalities: Mapping[str, Mod
         model = AnyMALModel(transformer, gpt, encoders, projectors, pieces_per_call, hf.vocab_size, attention)
         _freeze(model, config)
         models.append(model)
+    if config.model.lora.r:
+        dropout = add_lora(models, config.model.lora)
+        for model in models:
+            model.lora_dropout = dropout
     return models
 
 

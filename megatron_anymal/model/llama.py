@@ -59,12 +59,21 @@ def read_llama_config(language_model: LanguageModelConfig) -> LlamaConfig:
     return hf
 
 
-def check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
-    """Refuse a layout that this Llama cannot have.
+def check_model(hf: LlamaConfig, config: AnyMALConfig) -> None:
+    """Refuse what this Llama, or megatron-core, cannot do. Needs no process group.
 
     Raises:
-        ConfigError: naming the sizes that do not divide.
+        ConfigError: naming the sizes that do not divide, or what megatron-core says.
     """
+    try:
+        transformer_config(hf, config)
+    except ConfigError:
+        raise
+    except (AssertionError, ValueError) as error:
+        raise ConfigError(f"megatron-core refuses the model's settings: {error}.") from error
+
+
+def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
     m = config.model
     ranks = m.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
@@ -109,7 +118,7 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         ConfigError: the Llama's sizes do not divide.
     """
     m = config.model
-    check_sizes(hf, config)
+    _check_sizes(hf, config)
     interleaved = m.virtual_pipeline_model_parallel_size > 1
     first, last = m.num_layers_in_first_pipeline_stage, m.num_layers_in_last_pipeline_stage
     if first and m.pipeline_model_parallel_size == 2:

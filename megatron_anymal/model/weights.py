@@ -155,12 +155,15 @@ def load_weights(models: Iterable[nn.Module], tensors: Mapping[str, Tensor]) -> 
 
 
 def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
-    """A hash of the whole weights under `prefix`: names, shapes, types and bytes; the same under every layout.
+    """A hash of the whole weights under `prefix` except adapters: names, shapes, types and bytes; the same under every
+    layout.
 
     Collective over all processes; every rank gets it.
     """
     digests: dict[str, str] = {}
     for weight in _selected(models, prefix):
+        if ".lora." in weight.name:
+            continue
         whole = weight.gather()
         if _speaks_for_replica():
             head = f"{weight.name} {tuple(whole.shape)} {whole.dtype}".encode()

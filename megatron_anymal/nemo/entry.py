@@ -59,6 +59,12 @@ def main(argv: Sequence[str]) -> int:
         print_config(composed)
         return 0
     check(composed.config)
+    if arguments.dry_run:
+        from megatron_anymal.dry_run_table import print_dry_run
+
+        _check_loggers(composed.config)
+        print_dry_run(composed.config)
+        return 0
     _run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed)
     return 0
 
@@ -67,8 +73,10 @@ def run(config: AnyMALConfig) -> None:
     """Train with the engine, under NeMo's run folder and loggers; called on every rank."""
     from megatron_anymal.nemo.model import MegatronAnyMALModel
     from megatron_anymal.parallel import initialize, shutdown
+    from megatron_anymal.train.build import check_run
 
     _check_loggers(config)
+    check_run(config)
     # Before the Trainer: Lightning would undo what the engine does to this process's torch.
     layout = initialize(config)
     trainer = unfitted_trainer(config)
@@ -218,5 +226,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config-name", "-cn", required=True, help="YAML file of the configuration folder")
     parser.add_argument("--config-path", "-cp", help="configuration folder; default: the shipped nemo_configs")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, then stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print what each rank would hold, then stop; no GPU"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
     return parser

@@ -20,7 +20,7 @@ from megatron_anymal.data.types import DataError
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.llama import check_sizes
+from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.optim import build_optimizer
 
@@ -69,7 +69,7 @@ def check_run(config: AnyMALConfig) -> None:
     check(config)
     backend.check_backend(config)
     resolved, hf = resolve_language_model(config)
-    check_sizes(hf, resolved)
+    check_model(hf, resolved)
 
 
 def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_anymal.data.batches import BatchPlanner, StepPlan
 from megatron_anymal.data.types import MicroBatch
 from megatron_anymal.losses import batch_mean, sums_by_group
+from megatron_anymal.model.attention import token_positions
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.optim import learning_rate, set_rates
 
@@ -116,6 +117,7 @@ def _forward_step(
 ) -> tuple[Tensor, Any]:
     """What megatron-core's schedules call for each micro-batch."""
     micro_batch = to_device(next(micro_batches), state.layout.device)
+    _name_tokens(state, micro_batch)
     mask = micro_batch.loss_mask
     for place in bad:
         mask = mask.masked_fill(micro_batch.sample_positions == place, 0.0)
@@ -128,6 +130,16 @@ def _forward_step(
         return batch_mean(losses, mask, batch_targets), torch.zeros((), dtype=torch.int, device=losses.device), report
 
     return output, loss_of
+
+
+def _name_tokens(state: TrainState, micro_batch: MicroBatch) -> None:
+    """What the adapters drop is chosen by token."""
+    dropout = state.models[0].lora_dropout
+    if dropout is not None:
+        layout = state.layout
+        positions = token_positions(micro_batch.document_lengths, layout.context_rank, layout.context_size)
+        owners = micro_batch.sample_positions[0]
+        dropout.set_tokens(state.config.model.seed, micro_batch.plan.step, owners, positions.to(owners.device))
 
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:

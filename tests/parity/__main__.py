@@ -127,7 +127,8 @@ Each row is {steps} steps of alignment training in fp32 under one layout, compar
 definitions in plain torch on one process, one sample at a time (`tests/parity/reference.py`). The rows are a selection
 that has every possible pair of tensor, sequence, pipeline, virtual pipeline, context and data parallelism, recompute,
 media and trained part at least once, on up to 8 processes. Media items have one to three pieces; "few-media" leaves
-most replicas and micro-batches without any; the IMU encoder trains; "partial" trains some of the Llama's weights.
+most replicas and micro-batches without any; the IMU encoder trains; "lora" trains adapters
+on all linear layers of the Llama, "partial" some of its weights.
 
 All differences are relative: of a step's loss; of a step's whole gradient, to its norm; of a single parameter's
 gradient, to the largest norm it has in any step; of a parameter after the last step, to its norm. Allowed are

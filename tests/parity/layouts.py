@@ -28,7 +28,8 @@ class Layout:
     recompute: str = ""
     # Of parity.data.MEDIA.
     media: str = "mixed"
-    # "frozen": projectors and the IMU encoder; "partial": some of the Llama's weights too; "full": all of it.
+    # Projectors and the IMU encoder always; of the Llama "frozen": nothing; "lora": adapters; "partial": some of its
+    # weights; "full": all of it.
     trains: str = "frozen"
     # Fewer layers on the first stage.
     uneven: bool = False
@@ -111,7 +112,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "data": (1, 2),
     "recompute": ("", "full", "selective"),
     "media": ("image", "video", "audio", "imu", "text", "mixed", "few media"),
-    "trains": ("frozen", "partial", "full"),
+    "trains": ("frozen", "lora", "partial", "full"),
 }
 # Not crossed with everything: each layout of the selection takes its turn.
 TURNS: tuple[dict[str, Any], ...] = (

@@ -107,7 +107,7 @@ class Reference(nn.Module):
         super().__init__()
         if unknown := sorted(set(trainable) - set(weights)):
             raise ValueError(f"There are no weights {unknown} to train.")
-        self.hf, self.sections = hf, config.model.modalities
+        self.hf, self.sections, self.lora = hf, config.model.modalities, config.model.lora
         self.encoders = nn.ModuleDict(
             {
                 name: build_encoder(section.encoder, build_modality(name, section).piece_shape)
@@ -152,22 +152,42 @@ class Reference(nn.Module):
     def _llama_layer(self, x: Tensor, name: str) -> Tensor:
         x = x + self._self_attention(self._rms_norm(x, f"{name}.input_layernorm"), f"{name}.self_attention")
         y = self._rms_norm(x, f"{name}.pre_mlp_layernorm")
-        gate, up = (y @ self.weight(f"{name}.mlp.linear_fc1.weight").T).chunk(2, dim=-1)
-        return x + (gate * torch.sigmoid(gate) * up) @ self.weight(f"{name}.mlp.linear_fc2.weight").T
+        gate, up = (y @ self._adapted(f"{name}.mlp.linear_fc1", ("gate_proj", "up_proj")).T).chunk(2, dim=-1)
+        return x + (gate * torch.sigmoid(gate) * up) @ self._adapted(f"{name}.mlp.linear_fc2", ("down_proj",)).T
 
     def _self_attention(self, x: Tensor, name: str) -> Tensor:
         """Causal grouped-query attention of one document, [L, H] -> [L, H]."""
         length, groups, size = len(x), self.hf.num_key_value_heads, self.hf.head_dim
         per_group = self.hf.num_attention_heads // groups
         # Rows of the weight, group by group: its query heads, its key head, its value head.
-        qkv = (x @ self.weight(f"{name}.linear_qkv.weight").T).view(length, groups, per_group + 2, size)
+        projections = ("q_proj", "k_proj", "v_proj")
+        weight = self._adapted(f"{name}.linear_qkv", projections, (per_group * size, size, size))
+        qkv = (x @ weight.T).view(length, groups, per_group + 2, size)
         query, key, value = qkv.split([per_group, 1, 1], dim=2)
         query, key = self._rotate(query), self._rotate(key)
         scores = torch.einsum("igqd,jgd->gqij", query, key.squeeze(2)) / math.sqrt(size)
         future = torch.ones(length, length, dtype=torch.bool).triu(1)
         shares = torch.softmax(scores.masked_fill(future, -math.inf), dim=-1)
         read = torch.einsum("gqij,jgd->igqd", shares, value.squeeze(2))
-        return read.reshape(length, -1) @ self.weight(f"{name}.linear_proj.weight").T
+        return read.reshape(length, -1) @ self._adapted(f"{name}.linear_proj", ("o_proj",)).T
+
+    def _adapted(self, name: str, projections: Sequence[str], rows: Sequence[int] = ()) -> Tensor:
+        """A weight with what its low-rank adapters add to it: alpha / r x B A for each projection (Hu et al., 2021).
+
+        Args:
+            projections: those that the weight holds, in their order.
+            rows: how many of each the weight has in turn; all of each, if not given.
+        """
+        weight = self.weight(f"{name}.weight")
+        if f"{name}.lora.{projections[0]}.A" not in self._names:
+            return weight
+        added = [self.weight(f"{name}.lora.{p}.B") @ self.weight(f"{name}.lora.{p}.A") for p in projections]
+        if rows:
+            added = [part.unflatten(0, (-1, count)) for part, count in zip(added, rows)]
+            together = torch.cat(added, dim=1).flatten(0, 1)
+        else:
+            together = torch.cat(added)
+        return weight + together * (self.lora.alpha / self.lora.r)
 
     def _rotate(self, x: Tensor) -> Tensor:
         """RoPE of [L, ..., d]: the two halves of a head are the pairs' two coordinates."""

@@ -15,7 +15,7 @@ from megatron.core import parallel_state
 from ranks import run_ranks
 
 import megatron_anymal.model.build as model_build
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import AnyMALConfig, LoraConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.model.weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize
@@ -78,10 +78,18 @@ def run_layout(
     Args:
         before: called in each process first; the tests plant bugs with it.
     """
+    config = configured(base, layout)
+    return run_ranks(layout.processes, _run, config, layout.trains == "partial", count, before, timeout=timeout)[0]
+
+
+def configured(base: AnyMALConfig, layout: Layout) -> AnyMALConfig:
+    """The configuration of a run under a layout, with what it trains."""
     config = layout.applied(base)
     config.model.language_model.freeze = layout.trains != "full"
+    if layout.trains == "lora":
+        config.model.lora = LoraConfig(r=2, alpha=8.0)
     config.model.language_model.config["tie_word_embeddings"] = layout.tied_head
-    return run_ranks(layout.processes, _run, config, layout.trains == "partial", count, before, timeout=timeout)[0]
+    return config
 
 
 def _run(config: AnyMALConfig, partial: bool, count: int, before: Callable[[], None] | None) -> EngineRun | None:

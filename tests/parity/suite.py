@@ -12,7 +12,7 @@ from parity.data import make_parity_shards, parity_config
 from parity.layouts import Layout
 from parity.planted import Bug
 from parity.reference import Trace, run_reference
-from parity.runs import Difference, EngineRun, compare, fingerprint, run_layout
+from parity.runs import Difference, EngineRun, compare, configured, fingerprint, run_layout
 
 
 class Suite:
@@ -48,8 +48,8 @@ class Suite:
         if key not in self._references:
             config = self._config(layout.media)
             one = run_layout(config, _alone(layout), self.steps)
-            config.model.language_model.config["tie_word_embeddings"] = layout.tied_head
-            self._references[key] = one, run_reference(config, one.start, one.trainable, self.steps)
+            wanted = configured(config, _alone(layout))
+            self._references[key] = one, run_reference(wanted, one.start, one.trainable, self.steps)
         return self._references[key]
 
     def _config(self, media: str) -> AnyMALConfig:

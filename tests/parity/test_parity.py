@@ -22,6 +22,8 @@ SMALL = (
     Layout(pipeline=2, virtual=2, context=2, uneven=True, tied_head=True, trains="full"),
     Layout(tensor=2, sequence=True, pipeline=2, recompute="full", media="text", trains="full"),
     Layout(context=2, data=2, overlap=True, media="imu"),
+    Layout(tensor=2, sequence=True, pipeline=2, virtual=2, trains="lora", recompute="full"),
+    Layout(tensor=2, context=2, trains="lora", media="image"),
     Layout(tensor=4, media="mixed"),
     Layout(pipeline=4, virtual=2, trains="partial", media="image"),
 )

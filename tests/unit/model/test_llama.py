@@ -21,7 +21,7 @@ from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfi
 from megatron_anymal.data.types import MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.llama import check_sizes, layers_of_stages, read_llama_config
+from megatron_anymal.model.llama import check_model, layers_of_stages, read_llama_config
 from megatron_anymal.parallel import initialize
 
 BASE: dict[str, Any] = {
@@ -270,7 +270,7 @@ def test_layers_that_do_not_divide(layers: int, stages: int, first: int, last: i
     config = staged(stages, first, last)
     config.model.virtual_pipeline_model_parallel_size = parts
     with pytest.raises(ConfigError, match=says):
-        check_sizes(LlamaConfig(num_hidden_layers=layers), config)
+        check_model(LlamaConfig(num_hidden_layers=layers), config)
 
 
 def staged(stages: int, first: int, last: int) -> AnyMALConfig:

@@ -1,0 +1,325 @@
+"""`--dry-run`: check a run, build its model without numbers, and say what each rank would hold.
+
+One process plays one rank of each pipeline stage after the other, over process groups that move nothing, and builds
+that rank's part of the model on torch's meta device. No GPU, no launcher and no weights are needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from torch.overrides import TorchFunctionMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaConfig
+
+from megatron_anymal import backend
+from megatron_anymal.checkpoint import store
+from megatron_anymal.config import AnyMALConfig, ConfigError, EncoderConfig, check
+from megatron_anymal.data.shards import ShardIndex
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.modalities import Modality, build_modality, load_plugins
+from megatron_anymal.modalities.architecture import ARCHITECTURES, read_folder, read_json, transformers_config
+from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.model.build import assemble
+from megatron_anymal.model.llama import check_model, read_llama_config
+from megatron_anymal.model.weights import list_weights
+from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
+from megatron_anymal.published import ENCODERS, assume_shapes
+from megatron_anymal.train.build import build_data, check_vocabulary, loaded_modalities
+
+_META = torch.device("meta")
+# Older weights, which transformers reads too.
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# For what the data path asks of a rank.
+_ALONE = ParallelLayout(
+    _META,
+    rank=0,
+    world_size=1,
+    tensor_rank=0,
+    tensor_size=1,
+    pipeline_rank=0,
+    pipeline_size=1,
+    data_rank=0,
+    data_size=1,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model part of one rank: a pipeline stage, or one of those that a virtual pipeline cuts it into."""
+
+    # Numbers of its layers, counted from 0 over the whole Llama.
+    layers: tuple[int, ...]
+    # What it holds besides: "embedding", "image encoder", "image projector", ..., "head".
+    besides: tuple[str, ...]
+    # Of this rank, replicated and padded ones included.
+    parameters: int
+    trainable: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What each rank of a pipeline stage holds; all of them hold as much.
+
+    Attributes:
+        ranks: the ranks of the job, over all replicas.
+        gradient_bytes: fp32 gradients.
+        optimizer_bytes: Adam's moments and, with bf16, the fp32 copy of what trains; this rank's share.
+    """
+
+    ranks: range
+    parts: tuple[Part, ...]
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Of one rank."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def trainable(self) -> int:
+        """Of one rank."""
+        return sum(part.trainable for part in self.parts)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one rank."""
+        return sum(part.weight_bytes for part in self.parts)
+
+
+@dataclass
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        weights: of the whole model, by name: numbers in it, and whether it trains. Whatever the layout, each is there
+            once, and tied ones are one.
+        notes: what was assumed, and what this machine cannot do.
+        missing: key and path of what is not on this machine yet.
+        samples: of the data sets that are there, by the names of the split and of the data set.
+    """
+
+    config: AnyMALConfig
+    stages: list[Stage] = field(default_factory=list)
+    weights: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    samples: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+def examine(config: AnyMALConfig) -> DryRun:
+    """Check a run and build its model without numbers. Leaves no process group behind and writes nothing.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what would stop the run too, naming the key, folder or sample and the
+            mend; and a model that is neither on this machine nor a published one.
+    """
+    check(config)
+    found = DryRun(config)
+    assumed, found.notes = assume_shapes(config)
+    load_plugins(config.model.plugins)
+    hf = _llama_shape(assumed)
+    modalities = {name: build_modality(name, section) for name, section in assumed.model.modalities.items()}
+    try:
+        backend.check_backend(config)
+    except ConfigError as error:
+        found.notes.append(f"this machine cannot run it: {error}")
+    buildable = _without_weights(assumed)
+    check_model(hf, buildable)
+    _look_around(found, hf, modalities)
+    for number in range(config.model.pipeline_model_parallel_size):
+        with _as_rank_of_stage(number, config):
+            with _on_meta():
+                models = assemble(buildable, hf, modalities)
+            _enter_stage(found, number, models)
+    return found
+
+
+def _llama_shape(config: AnyMALConfig) -> LlamaConfig:
+    lm = config.model.language_model
+    if lm.checkpoint:
+        return LlamaConfig.from_dict(store.read_manifest(store.resolve(lm.checkpoint)).llama)
+    return read_llama_config(lm)
+
+
+def _without_weights(config: AnyMALConfig) -> AnyMALConfig:
+    """The configuration with shapes for folders of encoders, and without what changes no shape but needs a GPU."""
+    config = copy.deepcopy(config)
+    config.model.transformer_impl, config.model.fp8 = "local", ""
+    for section in config.model.modalities.values():
+        encoder = section.encoder
+        shape = _encoder_shape(encoder) if encoder.path else {}
+        if shape:
+            encoder.path, encoder.config = "", shape
+    return config
+
+
+def _encoder_shape(encoder: EncoderConfig) -> dict[str, Any]:
+    """The keys of an encoder's shape, from its folder; none for a plug-in's encoder."""
+    if encoder.type in ARCHITECTURES:
+        shape = transformers_config(encoder)
+        keys = {key.name for key in dataclasses.fields(shape)}
+        return {key: value for key, value in shape.to_diff_dict().items() if key in keys}
+    if encoder.type == "imu2clip":
+        return {key: value for key, value in read_folder(encoder, ("imu2clip",)).items() if key != "model_type"}
+    return {}
+
+
+@contextmanager
+def _as_rank_of_stage(number: int, config: AnyMALConfig) -> Iterator[None]:
+    """Be the first rank of a pipeline stage of one replica, among processes that are not there."""
+    if dist.is_initialized():
+        raise RuntimeError("A dry run plays ranks of its own and cannot be one of a job.")
+    ranks = config.model_parallel_size
+    first = number * (ranks // config.model.pipeline_model_parallel_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=ranks)
+    try:
+        make_groups(config, cpu_groups=False)
+        # megatron-core draws initial values from a GPU's random states; this tracker has none.
+        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        yield
+    finally:
+        initialize_rng_tracker(force_reset=True)
+        shutdown()
+
+
+@contextmanager
+def _on_meta() -> Iterator[None]:
+    """Make every tensor without numbers and without memory; touch no CUDA device."""
+    cuda: Any = torch.cuda
+    real = cuda.current_device
+    cuda.current_device = lambda: _META
+    try:
+        with _META, _ToMeta():
+            yield
+    finally:
+        cuda.current_device = real
+
+
+class _ToMeta(TorchFunctionMode):
+    """Sends to the meta device what code asks for on another one.
+
+    Except on "cpu": libraries that can build on the meta device name it where they need the numbers themselves.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if isinstance(device, int) or (device is not None and torch.device(device).type != "cpu"):
+            kwargs = {**kwargs, "device": _META}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.where and len(args) == 1 and args[0].is_meta:
+            # Where CLAP fuses: nowhere, as for the zeros that it was given.
+            return tuple(torch.empty(0, dtype=torch.int64, device=_META) for _ in range(args[0].dim()))
+        return func(*args, **kwargs)
+
+
+def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
+    """Count a stage's model parts."""
+    config, parts = found.config, []
+    for model in models:
+        weights = list_weights(model)
+        local = [weight.parameter for weight in weights]
+        decoder: Any = model.language_model.decoder
+        media = [f"{name} {half}" for name in model.projectors for half in ("encoder", "projector")]
+        parts.append(
+            Part(
+                layers=tuple(layer.layer_number - 1 for layer in decoder.layers),
+                besides=(*["embedding"] * model.pre_process, *media, *["head"] * model.post_process),
+                parameters=sum(p.numel() for p in local),
+                trainable=sum(p.numel() for p in local if p.requires_grad),
+                weight_bytes=sum(p.numel() * p.element_size() for p in local),
+            )
+        )
+        found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
+    ranks = config.world_size // config.model.pipeline_model_parallel_size
+    trainable = sum(part.trainable for part in parts)
+    found.stages.append(
+        Stage(range(number * ranks, (number + 1) * ranks), tuple(parts), 4 * trainable, _optimizer(config, trainable))
+    )
+
+
+def _optimizer(config: AnyMALConfig, trainable: int) -> int:
+    """Bytes of a rank's optimizer state: two fp32 moments, and where the weights are bf16 their fp32 originals."""
+    each = 12 if backend.compute_dtype(config) == torch.bfloat16 else 8
+    shares = config.data_parallel_size * config.model.context_parallel_size
+    return -(-each * trainable // (shares if config.model.ddp.use_distributed_optimizer else 1))
+
+
+def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:
+    """Check the tokenizer, weights and data that are there, count samples, and list what is not there."""
+    config = found.config
+    lm = config.model.language_model
+    if lm.path and lm.load_weights:
+        found.missing += [("model.language_model.path", path) for path in _missing_weights(lm.path)]
+    for name, section in config.model.modalities.items():
+        encoder = section.encoder
+        # What a plug-in's encoder keeps in its folder is its own affair.
+        if encoder.path and (encoder.type in ENCODERS or not Path(encoder.path).exists()):
+            missing = _missing_weights(encoder.path, _PICKLED if encoder.type in ARCHITECTURES else ())
+            found.missing += [(f"model.modalities.{name}.encoder.path", path) for path in missing]
+    if config.model.restore_from_path:
+        if Path(config.model.restore_from_path).exists():
+            store.resolve(config.model.restore_from_path)
+        else:
+            found.missing.append(("model.restore_from_path", config.model.restore_from_path))
+    tokenizer = None
+    if Path(config.data.tokenizer).exists():
+        tokenizer = Tokenizer(config.data.tokenizer)
+        check_vocabulary(tokenizer, hf.vocab_size, config)
+        loaded_modalities(config, tokenizer, modalities)
+    else:
+        found.missing.append(("data.tokenizer", config.data.tokenizer))
+    for split in ("train", "validation"):
+        _look_at_data(found, split, tokenizer, modalities)
+
+
+def _missing_weights(path: str, instead: Sequence[str] = ()) -> list[str]:
+    """The folder, or the files that it lacks of the weights in it.
+
+    Args:
+        instead: files of which one may stand for the safetensors.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        return [path]
+    if any((folder / name).is_file() for name in instead):
+        return []
+    index = read_json(folder, "model.safetensors.index.json")
+    names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    return [str(folder / name) for name in names if not (folder / name).is_file()]
+
+
+def _look_at_data(found: DryRun, split: str, tokenizer: Tokenizer | None, modalities: dict[str, Modality]) -> None:
+    configured, there = getattr(found.config.data, split), {}
+    for name, dataset in configured.items():
+        if "://" in dataset.path:
+            found.notes.append(f"data.{split}.{name}.path={dataset.path} was not looked at: it is no local folder")
+        elif Path(dataset.path).exists():
+            there[name] = dataset
+        else:
+            found.missing.append((f"data.{split}.{name}.path", dataset.path))
+    if tokenizer is None:
+        indexes = [ShardIndex(dataset.path) for dataset in there.values()]
+    elif there or (split == "train" and not configured):
+        config = copy.deepcopy(found.config)
+        setattr(config.data, split, there)
+        indexes = build_data(config, _ALONE, tokenizer, modalities, split).planner.indexes
+    else:
+        return
+    found.samples.update({(split, name): len(index) for name, index in zip(there, indexes)})

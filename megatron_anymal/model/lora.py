@@ -1,0 +1,340 @@
+"""LoRA for the Llama (Hu et al. 2021): beside a frozen linear layer, x -> W x + alpha / r B A dropout(x).
+
+megatron-core joins q, k and v projection in one linear layer, gate and up projection in another. The adapters keep
+HuggingFace's projections apart: `<linear>.lora.<projection>.A` and `.B` are, put together from the ranks, peft's
+`lora_A.weight` [r, in] and `lora_B.weight` [out, r]. In the forward pass they are joined as the layers are: the As one
+below the other, [R, in] with R = r x projections; the Bs each in its own columns and in the rows of its outputs,
+[out, R]. One product with each is all that touches the tokens.
+
+Under tensor parallelism they follow the layer they stand beside:
+
+    column-parallel (qkv, fc1)  A whole on every rank, B split by rows. Under sequence parallelism A x, which is small,
+                                is gathered, and a rank's gradient of A is that of its own tokens.
+    row-parallel (proj, fc2)    A split by columns, B whole on every rank. A x is summed over the ranks; under sequence
+                                parallelism each keeps its own tokens, and its gradient of B is that of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from megatron_anymal.config import ConfigError, LoraConfig
+from megatron_anymal.data.order import mix64
+from megatron_anymal.model.weights import list_weights
+
+# Linear layer of a megatron-core layer -> HuggingFace's projections in it, in the order of its outputs.
+_PROJECTIONS = {
+    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "self_attention.linear_proj": ("self_attn.o_proj",),
+    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.linear_fc2": ("mlp.down_proj",),
+}
+_COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1")
+
+
+def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDropout]:
+    """Freeze the Llama and put adapters beside its layers, all of them zero (`initialise_lora` gives them values).
+
+    Args:
+        models: this rank's AnyMALModels.
+
+    Returns:
+        What must be told of each micro-batch's tokens before its forward pass; None without dropout.
+
+    Raises:
+        ConfigError: a pattern fits no projection.
+    """
+    dropout = LoraDropout(lora.dropout) if lora.dropout else None
+    for model in models:
+        llama: Any = model.get_submodule("language_model")
+        _check_targets(lora.targets, llama.config.num_layers)
+        llama.requires_grad_(False)
+        for layer in llama.decoder.layers:
+            for place, inside in _PROJECTIONS.items():
+                names = [f"layers.{layer.layer_number - 1}.{name}" for name in inside]
+                if any(_is_target(name, lora.targets) for name in names):
+                    linear = layer.get_submodule(place)
+                    linear.lora = LoraAdapter(names, place, linear.weight, llama.config, lora, dropout)
+                    linear.lora.hook = linear.register_forward_hook(_add_output)
+        if dropout is not None:
+            llama.decoder.register_forward_hook(dropout.follow)
+    return dropout
+
+
+def _check_targets(targets: Sequence[str], layers: int) -> None:
+    names = [f"layers.{n}.{name}" for n in range(layers) for inside in _PROJECTIONS.values() for name in inside]
+    for pattern in targets:
+        if not any(_is_target(name, [pattern]) for name in names):
+            raise ConfigError(
+                f"model.lora.targets: {pattern!r} fits no projection of the Llama's {layers} layers. They are named "
+                f"like {names[0]!r}, or {_short(names[0])!r} for that of every layer."
+            )
+
+
+def _is_target(name: str, targets: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) or fnmatchcase(_short(name), pattern) for pattern in targets)
+
+
+def _short(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def initialise_lora(models: Iterable[nn.Module], seed: int) -> None:
+    """Draw every A by (seed, name), the same under every layout, from the distribution peft draws it from (uniform
+    within 1 / sqrt(in) of 0); set every B to zero.
+    """
+    for weight in (w for model in models for w in list_weights(model) if ".lora." in w.name):
+        whole = torch.zeros(weight.shape)
+        if weight.name.endswith(".A"):
+            key = hashlib.sha256(f"{seed}/{weight.name}".encode()).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+            bound = 1 / math.sqrt(weight.shape[1])
+            whole.uniform_(-bound, bound, generator=generator)
+        with torch.no_grad():
+            weight.parameter.copy_(weight.local_part(whole))
+
+
+@torch.no_grad()
+def merged_weights(models: Iterable[nn.Module], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Name and value of each whole weight of this rank under `prefix`, one at a time, adapters added to the weights
+    they stand beside and not listed themselves. Collective over the tensor-parallel ranks.
+    """
+    for model in models:
+        adapters = {linear.weight: linear.lora for linear in _adapted(model)}
+        for weight in list_weights(model):
+            if weight.name.startswith(prefix) and ".lora." not in weight.name:
+                adapter = adapters.get(weight.parameter)
+                merged = None if adapter is None else adapter.merged(weight.parameter)
+                yield weight.name, weight.gather(merged)
+
+
+@torch.no_grad()
+def merge_lora(models: Iterable[nn.Module]) -> None:
+    """Add the adapters to the weights they stand beside and take them away: what is left is a plain Llama."""
+    for model in models:
+        for linear in _adapted(model):
+            linear.weight.copy_(linear.lora.merged(linear.weight))
+            linear.lora.hook.remove()
+            del linear.lora
+
+
+def _adapted(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(getattr(module, "lora", None), LoraAdapter)]
+
+
+def _add_output(linear: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    """The forward hook of a linear layer with an adapter."""
+    x = inputs[0]
+    if hasattr(linear, "layer_norm_weight"):
+        # Transformer Engine's layer normalises x itself and does not hand the result out.
+        x = F.rms_norm(x, (x.size(-1),), linear.layer_norm_weight, linear.eps)
+    return linear.lora(x, output[0]), output[1]
+
+
+class LoraAdapter(nn.ModuleDict):
+    """The adapters of one linear layer: its child `lora`, whose children are named after the projections."""
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        place: str,
+        weight: Tensor,
+        config: TransformerConfig,
+        lora: LoraConfig,
+        dropout: Optional[LoraDropout],
+    ):
+        """
+        Args:
+            names: of all the layer's projections.
+            place: the layer's own name in its Transformer layer.
+            weight: the layer's, this rank's part, [out, in].
+        """
+        super().__init__()
+        self.hook: Any = None
+        self.scaling = lora.alpha / lora.r
+        self._r, self._dropout = lora.r, dropout
+        self._column_parallel, self._sequence_parallel = place in _COLUMN_PARALLEL, config.sequence_parallel
+        self._groups, rows = _output_rows(place, weight.size(0), config)
+        # Every projection of the layer and how many of the rows are its outputs, also where it has no adapter.
+        self._rows = dict(zip(map(_short, names), rows))
+        self._streams = {_short(name): _stream(name) for name in names if _is_target(name, lora.targets)}
+        for name in self._streams:
+            self[name] = _Projection(lora.r, self._rows[name], weight, self._column_parallel, self._sequence_parallel)
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:
+        """Add what the adapters give to what the layer gives.
+
+        Args:
+            x: [tokens, 1, in], the layer's input (normalised).
+            output: [tokens, 1, out], the layer's output. Under sequence parallelism a column-parallel layer has
+                gathered more tokens than it was given, a row-parallel one has kept fewer.
+        """
+        scaling = self.scaling
+        if self.training and self._dropout is not None:
+            parts = [F.linear(self._drop(x, name), self._projection(name).A) for name in self._streams]
+            inner = torch.cat(parts, dim=-1)
+            scaling /= self._dropout.kept
+        else:
+            inner = F.linear(x, self._down())
+        inner = self._exchange(inner)
+        return torch.addmm(output.flatten(0, 1), inner.flatten(0, 1), self._up().t(), alpha=scaling).view_as(output)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The layer's weight with the adapters added, this rank's part [out, in]; summed in fp32 at least."""
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        change = self._up().to(wide) @ self._down().to(wide)
+        return (weight.to(wide) + self.scaling * change).to(weight.dtype)
+
+    def _down(self) -> Tensor:
+        """The As, [R, in]."""
+        return torch.cat([self._projection(name).A for name in self._streams])
+
+    def _up(self) -> Tensor:
+        """The Bs, [out, R]: each in its own columns, rows where the layer has the projection's outputs."""
+        like = next(self.parameters())
+        width, column, blocks = self._r * len(self._streams), 0, []
+        for name, rows in self._rows.items():
+            if name in self._streams:
+                blocks.append(F.pad(self._projection(name).B, (column, width - column - self._r)))
+                column += self._r
+            else:
+                blocks.append(like.new_zeros(rows, width))
+        return torch.cat([block.unflatten(0, (self._groups, -1)) for block in blocks], dim=1).flatten(0, 1)
+
+    def _exchange(self, inner: Tensor) -> Tensor:
+        """A x of every token that the layer's output on this rank has, [tokens, 1, R]."""
+        if self._column_parallel:
+            if self._sequence_parallel:
+                return gather_from_sequence_parallel_region(inner)
+            return copy_to_tensor_model_parallel_region(inner)
+        if self._sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(inner)
+        return reduce_from_tensor_model_parallel_region(inner)
+
+    def _drop(self, x: Tensor, name: str) -> Tensor:
+        assert self._dropout is not None
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        # A row-parallel layer has its share of the channels, a column-parallel one may have its share of the tokens.
+        part = (0, 1)
+        if self._column_parallel and self._sequence_parallel:
+            part = (rank, parallel_state.get_tensor_model_parallel_world_size())
+        first_channel = 0 if self._column_parallel else rank * x.size(-1)
+        mask = self._dropout.dropped(self._streams[name], part, first_channel, x.size(-1))
+        assert len(mask) == len(x), "the tokens named are not those of this micro-batch"
+        return x.masked_fill(mask.unsqueeze(1), 0.0)
+
+    def _projection(self, name: str) -> Any:
+        return self[name]
+
+
+class _Projection(nn.Module):
+    """One projection's A and B, this rank's parts."""
+
+    def __init__(self, r: int, rows: int, weight: Tensor, column_parallel: bool, sequence_parallel: bool):
+        super().__init__()
+        a: Any = nn.Parameter(weight.new_zeros(r, weight.size(1)))
+        b: Any = nn.Parameter(weight.new_zeros(rows, r))
+        split, whole, dim = (b, a, 0) if column_parallel else (a, b, 1)
+        set_tensor_model_parallel_attributes(split, True, dim, 1)
+        # Tells megatron-core to sum its gradient over the ranks that share the sequence.
+        whole.sequence_parallel = sequence_parallel
+        self.A, self.B = a, b
+
+
+def _output_rows(place: str, rows: int, config: TransformerConfig) -> tuple[int, list[int]]:
+    """How a rank's rows of a linear layer's weight are shared out: the number of groups one after the other, and how
+    many rows each projection has in all of them together (in each group the projections lie in order).
+    """
+    if place == "self_attention.linear_qkv":
+        assert config.num_query_groups is not None and config.kv_channels is not None
+        groups = config.num_query_groups // parallel_state.get_tensor_model_parallel_world_size()
+        keys = groups * config.kv_channels
+        return groups, [rows - 2 * keys, keys, keys]
+    parts = len(_PROJECTIONS[place])
+    return 1, [rows // parts] * parts
+
+
+class LoraDropout:
+    """What of the adapters' inputs is dropped: a hash of (seed, step, projection, sample, token, channel).
+
+    The same under every layout, and the same again when a layer is recomputed, without any random state. One hash gives
+    the 16-bit numbers of four channels: the share is rounded to 1 / 65536.
+    """
+
+    def __init__(self, share: float):
+        self._threshold = min(round(share * 2**16), 2**16 - 1) - 2**15
+        # What is left of an input, on average.
+        self.kept = 1 - (self._threshold + 2**15) / 2**16
+        self._tokens: Optional[Tensor] = None
+
+    def set_tokens(self, seed: int, step: int, sample_ids: Tensor, positions: Tensor) -> None:
+        """Name the tokens of the micro-batch whose forward pass follows in this model part.
+
+        Args:
+            sample_ids: [T] int64 on the model's device, each token's sample as its place in the global batch; T counts
+                the tokens of all the tensor-parallel ranks that share a sequence.
+            positions: [T] int64, its place in its document.
+        """
+        self._tokens = _mix(_mix(sample_ids + _signed(mix64(seed, step))) + positions)
+
+    def follow(self, decoder: nn.Module, inputs: Any, output: Tensor) -> None:
+        """The decoder's forward hook: when a micro-batch's backward pass reaches it, that one's tokens are named again
+        (a pipeline has named others in between), for the layers that it recomputes.
+        """
+        if output.requires_grad:
+            output.register_hook(partial(self._resume, self._tokens))
+
+    def _resume(self, tokens: Optional[Tensor], gradient: Tensor) -> None:
+        self._tokens = tokens
+
+    def dropped(self, stream: int, part: tuple[int, int], first_channel: int, channels: int) -> Tensor:
+        """Which elements are dropped, [tokens, channels].
+
+        Args:
+            stream: another number for each projection.
+            part: (n, m) for the n-th of m equal parts of the tokens.
+        """
+        assert self._tokens is not None, "set_tokens comes before the forward pass"
+        number, parts = part
+        keys = _mix(self._tokens.unflatten(0, (parts, -1))[number] ^ stream)
+        first = first_channel // 4
+        places = torch.arange(first, -(-(first_channel + channels) // 4), device=keys.device)
+        numbers = _mix(torch.add(keys[:, None], places, alpha=_GOLDEN)).view(torch.int16)
+        return numbers[:, first_channel - 4 * first :][:, :channels] < self._threshold
+
+
+def _stream(name: str) -> int:
+    return _signed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+
+
+def _signed(number: int) -> int:
+    """The same 64 bits as torch's int64 holds them."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+_GOLDEN, _FIRST, _SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def _mix(state: Tensor) -> Tensor:
+    """SplitMix64's finaliser of each int64; products wrap around."""
+    for shift, factor in ((30, _FIRST), (27, _SECOND)):
+        state = (state >> shift).bitwise_and_(2 ** (64 - shift) - 1).bitwise_xor_(state).mul_(factor)
+    return (state >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(state)
