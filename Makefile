@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv quickstart test test-all lint format clean
+.PHONY: venv quickstart test test-all parity lint format clean
 
 venv: $(INSTALLED)
 
@@ -26,6 +26,10 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# About 25 minutes; writes docs/parity.md and runs/parity.json.
+parity: $(INSTALLED)
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m parity
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

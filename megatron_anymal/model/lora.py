@@ -189,7 +189,7 @@ class LoraAdapter(nn.ModuleDict):
         """
         scaling = self.scaling
         if self.training and self._dropout is not None:
-            parts = [F.linear(self._drop(x, name), self._projection(name).A) for name in self._streams]
+            parts = [F.linear(self._drop(x, name), self._weights(name)[0]) for name in self._streams]
             inner = torch.cat(parts, dim=-1)
             scaling /= self._dropout.kept
         else:
@@ -205,7 +205,7 @@ class LoraAdapter(nn.ModuleDict):
 
     def _down(self) -> Tensor:
         """The As, [R, in]."""
-        return torch.cat([self._projection(name).A for name in self._streams])
+        return torch.cat([self._weights(name)[0] for name in self._streams])
 
     def _up(self) -> Tensor:
         """The Bs, [out, R]: each in its own columns, rows where the layer has the projection's outputs."""
@@ -213,7 +213,7 @@ class LoraAdapter(nn.ModuleDict):
         width, column, blocks = self._r * len(self._streams), 0, []
         for name, rows in self._rows.items():
             if name in self._streams:
-                blocks.append(F.pad(self._projection(name).B, (column, width - column - self._r)))
+                blocks.append(F.pad(self._weights(name)[1], (column, width - column - self._r)))
                 column += self._r
             else:
                 blocks.append(like.new_zeros(rows, width))
@@ -241,8 +241,8 @@ class LoraAdapter(nn.ModuleDict):
         assert len(mask) == len(x), "the tokens named are not those of this micro-batch"
         return x.masked_fill(mask.unsqueeze(1), 0.0)
 
-    def _projection(self, name: str) -> Any:
-        return self[name]
+    def _weights(self, name: str) -> tuple[Tensor, Tensor]:
+        return self[name]()
 
 
 class _Projection(nn.Module):
@@ -257,6 +257,10 @@ class _Projection(nn.Module):
         # Tells megatron-core to sum its gradient over the ranks that share the sequence.
         whole.sequence_parallel = sequence_parallel
         self.A, self.B = a, b
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """A and B. Always asked for by this call: it is where megatron-core waits for weights that are under way."""
+        return self.A, self.B
 
 
 def _output_rows(place: str, rows: int, config: TransformerConfig) -> tuple[int, list[int]]:

@@ -24,6 +24,7 @@ SMALL = (
     Layout(context=2, data=2, overlap=True, media="imu"),
     Layout(tensor=2, sequence=True, pipeline=2, virtual=2, trains="lora", recompute="full"),
     Layout(tensor=2, context=2, trains="lora", media="image"),
+    Layout(data=2, overlap=True, trains="lora"),
     Layout(tensor=4, media="mixed"),
     Layout(pipeline=4, virtual=2, trains="partial", media="image"),
 )
