@@ -11,14 +11,16 @@ from collections.abc import Sequence
 from megatron_anymal import __version__
 from megatron_anymal.quiet import quiet_libraries
 
-# Verb -> module whose `main(argv)` does the work and returns the exit code, and a line of help.
+# Verb -> module and its function that takes the arguments, does the work and returns the exit code; a line of help.
 VERBS = {
-    "pretrain": ("megatron_anymal.nemo.entry", "align modalities to a Llama: --config-name=NAME [key=value ...]"),
-    "generate": ("megatron_anymal.generate", "answer prompts with media, from a checkpoint"),
-    "evaluate": ("megatron_anymal.evaluate", "score a checkpoint on prepared data"),
-    "prepare": ("megatron_anymal.data.prepare", "make shards and their index"),
-    "inspect": ("megatron_anymal.data.inspect", "check shards; show samples as the model sees them"),
-    "doctor": ("megatron_anymal.doctor", "what is installed, what is missing, what mends it"),
+    "pretrain": ("nemo.entry:pretrain", "align modalities to a Llama: --config-name=NAME [key=value ...]"),
+    "sft": ("nemo.entry:sft", "instruction tuning: --config-name=NAME [key=value ...]"),
+    "dpo": ("nemo.entry:dpo", "learning from preferences: --config-name=NAME [key=value ...]"),
+    "generate": ("generate:main", "answer prompts with media, from a checkpoint"),
+    "evaluate": ("evaluate:main", "score a checkpoint on prepared data"),
+    "prepare": ("data.prepare:main", "make shards and their index"),
+    "inspect": ("data.inspect:main", "check shards; show samples as the model sees them"),
+    "doctor": ("doctor:main", "what is installed, what is missing, what mends it"),
 }
 # Mistakes of the user: reported in one line, without a traceback.
 USER_ERRORS = (
@@ -45,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"unknown verb {verb!r}. {hint}")
     quiet_libraries()
     try:
-        return importlib.import_module(VERBS[verb][0]).main(rest)
+        module, _, function = VERBS[verb][0].partition(":")
+        return getattr(importlib.import_module(f"megatron_anymal.{module}"), function)(rest)
     except ValueError as error:
         if not _is_users(error):
             raise

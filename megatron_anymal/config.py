@@ -32,6 +32,8 @@ class TrainerConfig:
     val_check_interval: int = 500
     # Global batches per validation.
     limit_val_batches: int = 8
+    # Validation samples that are answered with each validation, to be read: answers.jsonl and TensorBoard.
+    sampled_answers: int = 0
     # Largest global gradient norm; 0 switches clipping off.
     gradient_clip_val: float = 1.0
 
@@ -143,6 +145,29 @@ class LoraConfig:
 
 
 @dataclass
+class NeftuneConfig:
+    """Noise on the Llama's input embeddings, in training only (NEFTune; AnyMAL: alpha 10 in SFT and DPO)."""
+
+    # Uniform noise within alpha / sqrt(document's tokens x hidden size); 0: none.
+    alpha: float = 0.0
+    # all: text and soft tokens alike, as in NEFTune's algorithm; text: soft tokens stay clean, as in implementations
+    # that hook the table of word embeddings.
+    embeddings: str = "all"
+
+
+@dataclass
+class DpoConfig:
+    """Conservative DPO (AnyMAL eq. 5; Mitchell 2023). Only for the job dpo."""
+
+    # How strongly the policy is held to the reference. The paper does not say.
+    beta: float = 0.1
+    # Share of preferences taken to be the wrong way round.
+    label_smoothing: float = 0.05
+    # cached: the reference's log-probabilities are kept in the run folder; recomputed: in every step.
+    reference: str = "cached"
+
+
+@dataclass
 class ScheduleConfig:
     """Learning rate over the steps: linear warm-up, then `name`."""
 
@@ -184,6 +209,11 @@ class ModelConfig:
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
     lora: LoraConfig = field(default_factory=LoraConfig)
+    neftune: NeftuneConfig = field(default_factory=NeftuneConfig)
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    # What every target counts the same of: token (the mean over the batch's target tokens), or sample (the mean over
+    # samples of each one's mean, so that short answers count as much as long ones). Not for the job dpo.
+    loss_normalization: str = "token"
     # Files of Python code to import first: each registers a modality or an encoder.
     plugins: list[str] = field(default_factory=list)
 
@@ -259,6 +289,8 @@ class DataConfig:
 class AnyMALConfig:
     """A whole run."""
 
+    # pretrain, sft or dpo: what the run learns from, and the verb that starts it.
+    job: str = "pretrain"
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -295,12 +327,16 @@ class AnyMALConfig:
 SMALLEST_SHARE = 1e-5
 
 CHOICES = {
+    "job": ("pretrain", "sft", "dpo"),
     "trainer.precision": ("32", "bf16"),
     "model.recompute_granularity": ("", "full", "selective"),
     "model.recompute_method": ("uniform", "block"),
     "model.transformer_impl": ("auto", "local", "transformer_engine"),
     "model.attention": ("auto", "flash_attn", "flex", "sdpa"),
     "model.fp8": ("", "hybrid", "e4m3"),
+    "model.neftune.embeddings": ("all", "text"),
+    "model.dpo.reference": ("cached", "recomputed"),
+    "model.loss_normalization": ("token", "sample"),
     "model.optim.sched.name": ("cosine", "linear", "constant"),
     "data.too_long": ("refuse", "drop"),
 }
@@ -312,6 +348,7 @@ AT_LEAST = {
     "trainer.log_every_n_steps": 1,
     "trainer.val_check_interval": 0,
     "trainer.limit_val_batches": 0,
+    "trainer.sampled_answers": 0,
     "trainer.gradient_clip_val": 0,
     "exp_manager.checkpoint.every_n_train_steps": 0,
     "exp_manager.checkpoint.keep_last": 0,
@@ -323,6 +360,8 @@ AT_LEAST = {
     "model.num_layers_in_last_pipeline_stage": 0,
     "model.lora.r": 0,
     "model.lora.dropout": 0,
+    "model.neftune.alpha": 0,
+    "model.dpo.label_smoothing": 0,
     "model.micro_batch_size": 1,
     "model.global_batch_size": 1,
     "model.recompute_num_layers": 1,
@@ -408,6 +447,11 @@ def _check_layout(config: AnyMALConfig) -> None:
             "model.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need "
             "model.pipeline_model_parallel_size > 1. Set them to 0."
         )
+    if config.trainer.sampled_answers and (m.context_parallel_size > 1 or m.virtual_pipeline_model_parallel_size > 1):
+        raise ConfigError(
+            "trainer.sampled_answers needs model.context_parallel_size=1 and "
+            "model.virtual_pipeline_model_parallel_size=1: a model in training answers in one part only. Set it to 0."
+        )
     if m.ddp.overlap_param_gather and not (m.ddp.use_distributed_optimizer and m.ddp.overlap_grad_reduce):
         raise ConfigError(
             "model.ddp.overlap_param_gather=true needs model.ddp.use_distributed_optimizer=true and "
@@ -424,6 +468,8 @@ def _check_model(config: AnyMALConfig) -> None:
             f"weights) and checkpoint (one of this trainer's); given: {', '.join(given) or 'none'}."
         )
     _check_lora(config)
+    if config.job == "dpo":
+        _check_dpo(config)
     placeholders: dict[str, str] = {}
     kinds: dict[str, str] = {}
     for name, modality in config.model.modalities.items():
@@ -470,6 +516,27 @@ def _check_lora(config: AnyMALConfig) -> None:
         raise ConfigError(
             'model.lora.targets is empty: nothing would be adapted. Set it to ["*"], or model.lora.r to 0.'
         )
+
+
+def _check_dpo(config: AnyMALConfig) -> None:
+    model, dpo = config.model, config.model.dpo
+    if not dpo.beta > 0:
+        raise ConfigError(f"model.dpo.beta={dpo.beta} must be above 0.")
+    if dpo.label_smoothing >= 0.5:
+        raise ConfigError(f"model.dpo.label_smoothing={dpo.label_smoothing} must be less than 0.5.")
+    if model.loss_normalization != "token":
+        raise ConfigError("model.loss_normalization has no effect on the job dpo, which counts pairs. Set it to token.")
+    if not (model.lora.r and model.restore_from_path):
+        raise ConfigError(
+            "The job dpo continues the adapters of an SFT run, which are its reference too: it needs model.lora as "
+            "that run had it, and model.restore_from_path with that run's folder or checkpoint."
+        )
+    for name, modality in model.modalities.items():
+        if not (modality.encoder.freeze and modality.projector.freeze):
+            raise ConfigError(
+                f"The job dpo trains the adapters only: set model.modalities.{name}.projector.freeze and "
+                f"model.modalities.{name}.encoder.freeze to true."
+            )
 
 
 def _check_data(config: AnyMALConfig) -> None:

@@ -1,6 +1,7 @@
 """`anymal evaluate`: exact answers on prepared samples.
 
-A sample's last text is its answer; the model gets everything before it and answers greedily.
+A sample's last text, or a conversation's last turn, is its answer; the model gets everything before it and answers
+greedily.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from typing import Any, Optional
 
 import numpy as np
 
+from megatron_anymal.data.messages import last_answer
 from megatron_anymal.data.order import permute
 from megatron_anymal.data.shards import ShardIndex
-from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.types import DataError, MediaPart, Part, Sample, TextPart
 from megatron_anymal.generate import (
     Generator,
     MediaFile,
@@ -61,19 +63,29 @@ def read_questions(folder: str, limit: Optional[int] = None) -> list[Question]:
     """Samples of a prepared folder as questions.
 
     Raises:
-        DataError: no index, or a sample whose last part is not its answer.
+        DataError: no index, or a sample without one answer at its end.
     """
     index = ShardIndex(folder)
     questions = []
     for number in range(min(len(index), limit or len(index))):
-        parts = index.parts(number)
-        last = parts[-1]
-        if not isinstance(last, TextPart):
-            raise DataError(f"sample {index.key(number)!r} of {folder!r} does not end with a text, its answer.")
-        count = sum(isinstance(part, MediaPart) for part in parts)
-        media = [MediaFile(m.data, m.extension) for m in index.read_media(number, parts, range(count))]
-        questions.append(Question(index.key(number), Prompt(parts[:-1], media), last.text.strip()))
+        asked, answer = _split(index.sample(number), f"sample {index.key(number)!r} of {folder!r}")
+        count = sum(isinstance(part, MediaPart) for part in asked)
+        media = [MediaFile(m.data, m.extension) for m in index.read_media(number, asked, range(count))]
+        questions.append(Question(index.key(number), Prompt(asked, media), answer.strip()))
     return questions
+
+
+def _split(sample: Sample, where: str) -> tuple[list[Part], str]:
+    """What is asked, and the answer."""
+    if sample.kind == "preference":
+        raise DataError(f"{where} is a preference pair, which has no one answer. Name a folder of other samples.")
+    [document] = sample.documents
+    if sample.kind == "messages":
+        return last_answer(document)
+    *asked, last = document
+    if not isinstance(last, TextPart):
+        raise DataError(f"{where} does not end with a text, its answer.")
+    return asked, last.text
 
 
 def permute_media(questions: Sequence[Question], seed: int = 0) -> list[Question]:

@@ -22,11 +22,13 @@ from torch import Tensor
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.base import load_base, resolve_language_model
-from megatron_anymal.checkpoint.state import load_trainable
+from megatron_anymal.checkpoint.state import load_media_parts
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.config_io import from_dict
+from megatron_anymal.data.messages import END_TURN, open_prompt, parse_messages
 from megatron_anymal.data.order import mix64
-from megatron_anymal.data.samples import parse_parts, read_lines
+from megatron_anymal.data.parts import parse_parts
+from megatron_anymal.data.samples import read_lines
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaBatch, MediaPart, MicroBatch, Part, PlannedMicroBatch, TextPart
 from megatron_anymal.modalities import Modality, kind_for_extension
@@ -60,7 +62,10 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to where the model answers: parts in order, and the bytes of the media parts in theirs."""
+    """A document up to where the model answers: parts in order, and the bytes of the media parts in theirs.
+
+    Of a conversation these are the parts that data/messages.py lays out, with the assistant's open header at the end.
+    """
 
     parts: Sequence[Part]
     media: Sequence[MediaFile]
@@ -82,25 +87,37 @@ class _Running:
 
 
 class Generator:
-    """A checkpoint's model, ready to answer."""
+    """A model that answers, in one part and without context parallelism."""
 
-    def __init__(self, config: AnyMALConfig, layout: ParallelLayout, checkpoint: Optional[Path]):
+    def __init__(
+        self,
+        config: AnyMALConfig,
+        layout: ParallelLayout,
+        tokenizer: Tokenizer,
+        modalities: dict[str, Modality],
+        model: AnyMALModel,
+    ):
+        """Answer with a model as it is; `model` must be in evaluation mode while it answers."""
+        self.layout, self.tokenizer, self.modalities, self.model = layout, tokenizer, modalities, model
+        self._entries = loaded_modalities(config, tokenizer, modalities)
+        self._names = {section.kind or name: name for name, section in config.model.modalities.items()}
+        self._vocab_size = model.vocab_size
+        # A conversation's answer ends with its turn.
+        self._ends = {tokenizer.end, tokenizer.hf.get_vocab().get(END_TURN, tokenizer.end)}
+        self._length_multiple = layout.tensor_size if config.model.sequence_parallel else 1
+
+    @classmethod
+    def of_checkpoint(cls, config: AnyMALConfig, layout: ParallelLayout, checkpoint: Optional[Path]) -> Generator:
         """Build the model; without a checkpoint its projectors have their initial values."""
         config, hf = resolve_language_model(config)
-        self.layout = layout
-        self.tokenizer: Tokenizer
-        self.modalities: dict[str, Modality]
-        self.tokenizer, self.modalities = build_inputs(config)
-        check_vocabulary(self.tokenizer, hf.vocab_size, config)
-        self._entries = loaded_modalities(config, self.tokenizer, self.modalities)
-        self._names = {section.kind or name: name for name, section in config.model.modalities.items()}
-        self._vocab_size = hf.vocab_size
+        tokenizer, modalities = build_inputs(config)
+        check_vocabulary(tokenizer, hf.vocab_size, config)
         base = config.model.language_model.checkpoint
-        [model] = build_models(config, hf, layout, self.modalities, lambda models: load_base(base, models))
-        self.model: AnyMALModel = model
+        [model] = build_models(config, hf, layout, modalities, lambda models: load_base(base, models))
         if checkpoint is not None:
-            load_trainable([self.model], checkpoint)
-        self.model.eval().requires_grad_(False)
+            load_media_parts([model], checkpoint)
+        model.eval().requires_grad_(False)
+        return cls(config, layout, tokenizer, modalities, model)
 
     @torch.no_grad()
     def answer(self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64) -> list[str]:
@@ -168,7 +185,7 @@ class Generator:
             chosen = self._next_tokens(running, sampling, place)
             still = []
             for one, token in zip(running, chosen):
-                if token == self.tokenizer.end:
+                if token in self._ends:
                     yield one
                 else:
                     one.tokens.append(token)
@@ -177,7 +194,7 @@ class Generator:
         yield from running
 
     def _next_tokens(self, running: Sequence[_Running], sampling: Sampling, place: int) -> list[int]:
-        micro_batch = to_device(_micro_batch([one.tokens for one in running], self._media(running)), self.layout.device)
+        micro_batch = to_device(self._batch(running), self.layout.device)
         # Later stages get their input from the one before.
         names = list(micro_batch.media) if self.layout.is_first_stage else []
         soft = {name: torch.cat([one.soft[name] for one in running if name in one.soft]) for name in names}
@@ -205,6 +222,13 @@ class Generator:
         last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(chosen, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
         return chosen.tolist()
+
+    def _batch(self, running: Sequence[_Running]) -> MicroBatch:
+        """The prompts and answers so far, and what sequence parallelism needs to divide them."""
+        documents = [one.tokens for one in running]
+        if missing := -sum(map(len, documents)) % self._length_multiple:
+            documents.append([self.tokenizer.end] * missing)
+        return _micro_batch(documents, self._media(running))
 
     def _media(self, running: Sequence[_Running]) -> dict[str, MediaBatch]:
         """Where the soft tokens go; the pieces are encoded already."""
@@ -273,7 +297,7 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
             f"{world} process(es) were started, but the tensor- and pipeline-parallel sizes make "
             f"{config.model.tensor_model_parallel_size * stages}. Their product must be the number of processes."
         )
-    return Generator(config, initialize(config), None if untrained else folder)
+    return Generator.of_checkpoint(config, initialize(config), None if untrained else folder)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -284,7 +308,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--modality", action="append", default=[], help="the kind of each --media, where unclear")
     parser.add_argument("--rate", type=float, help="samples a second of the --media that do not tell (IMU)")
     parser.add_argument("--text", default="", help="the prompt's text")
-    parser.add_argument("--prompts", help="a .jsonl with `parts` a line, as for `anymal prepare`, instead")
+    parser.add_argument("--prompts", help="a .jsonl with `parts` or `messages` a line, instead")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
@@ -323,10 +347,23 @@ def read_prompts(path: str) -> list[Prompt]:
         raise DataError(f"There is no prompts file {path!r}.")
     prompts = []
     for where, value in read_lines(file):
-        parts = parse_parts(value.get("parts"), where)
+        parts = _open_parts(value, where)
         media = [read_media_file(file.parent / part.media) for part in parts if isinstance(part, MediaPart)]
         prompts.append(Prompt(parts, media))
     return prompts
+
+
+def _open_parts(value: dict[str, Any], where: str) -> list[Part]:
+    if ("parts" in value) == ("messages" in value):
+        raise DataError(f"{where}: a prompt has either `parts` or `messages`.")
+    if "parts" in value:
+        return parse_parts(value["parts"], where)
+    messages = parse_messages(value["messages"], where)
+    if messages[-1].role != "user":
+        raise DataError(
+            f"{where}: `messages` ends with a {messages[-1].role} turn. End it with the user turn to be answered."
+        )
+    return open_prompt(messages)
 
 
 def read_media_file(path: Path) -> MediaFile:

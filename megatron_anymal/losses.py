@@ -1,9 +1,30 @@
-"""What is minimised, and how it is counted."""
+"""What is minimised, and how it is counted.
+
+Conservative DPO, step by step: a micro-batch's log-probabilities of the next token [1, T], under the policy and under
+the reference -> `sequence_sums`, one number per answer -> `sum_over_context` -> `dpo_loss`, one number per pair ->
+`batch_mean` over the pairs of the global batch.
+"""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
+
+# What `dpo_metrics` gives, in its order.
+DPO_METRICS = (
+    "pairs",
+    "chosen_reward",
+    "rejected_reward",
+    "margin",
+    "accuracy",
+    "chosen_tokens",
+    "rejected_tokens",
+    "chosen_drift",
+    "rejected_drift",
+)
 
 
 def batch_mean(losses: Tensor, loss_mask: Tensor, batch_targets: int) -> Tensor:
@@ -11,6 +32,9 @@ def batch_mean(losses: Tensor, loss_mask: Tensor, batch_targets: int) -> Tensor:
 
     Dividing by the targets of the whole global batch makes the sum over micro-batches and replicas the mean over
     target tokens, however the samples were packed.
+
+    Other means are taken with another mask and count: over samples with `sample_weights` and the number of samples,
+    over preference pairs with a loss and a 1 for each and the number of pairs.
 
     Args:
         losses, loss_mask: [1, T].
@@ -20,6 +44,23 @@ def batch_mean(losses: Tensor, loss_mask: Tensor, batch_targets: int) -> Tensor:
         A scalar, fp32.
     """
     return (losses.float() * loss_mask).sum() / max(1, batch_targets)
+
+
+def sample_weights(loss_mask: Tensor, samples: Tensor, targets: Tensor) -> Tensor:
+    """`batch_mean`'s mask for a loss in which every sample counts the same, however long its answer.
+
+    The loss is then the mean over samples of each one's mean over its targets: divide by the number of samples with
+    targets in place of that of targets.
+
+    Args:
+        loss_mask: [1, T].
+        samples: [1, T] int64, each token's sample; -1 for padding.
+        targets: [N] int64, target tokens of each sample, wherever they are held.
+
+    Returns:
+        [1, T] fp32.
+    """
+    return loss_mask / targets.clamp(min=1)[samples.clamp(min=0)]
 
 
 def sums_by_group(losses: Tensor, loss_mask: Tensor, groups: Tensor, count: int) -> Tensor:
@@ -38,3 +79,104 @@ def sums_by_group(losses: Tensor, loss_mask: Tensor, groups: Tensor, count: int)
     sums[0].index_add_(0, index, losses.detach()[known].double())
     sums[1].index_add_(0, index, loss_mask[known].double())
     return sums
+
+
+def sequence_sums(values: Tensor, mask: Tensor, documents: Tensor, count: int) -> Tensor:
+    """Sums per document of what a rank has of each: of log-probabilities, those of the answers.
+
+    Args:
+        values: [1, T].
+        mask: [1, T]: 1 where the value counts. Other values may be anything, NaN too.
+        documents: [1, T] int64 in [0, count), or -1 for tokens of none: padding, pairs that are left out.
+        count: documents; may be 0, and the (empty) sums still take part in the backward pass.
+
+    Returns:
+        [count] float64, so that the order of the sums is lost in rounding; differentiable.
+    """
+    # The first sum takes what belongs to no document.
+    index = torch.where(mask > 0, documents, -1) + 1
+    sums = torch.zeros(count + 1, dtype=torch.float64, device=values.device)
+    return sums.index_add(0, index.flatten(), values.flatten().double())[1:]
+
+
+def sum_over_context(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sums over a context-parallel group of what each rank has, on every rank.
+
+    Every rank of the group then computes the same loss L(s) from s = s_1 + ... + s_n and back-propagates it. The
+    backward pass hands the gradient on as it is: rank r gets dL/ds for s_r and contributes dL/ds ds_r/dw to a weight,
+    and the sum over the data x context group that the engine takes is dL/dw, each pair counted once. (The adjoint of
+    the sum, another all-reduce, would be right for n losses that are added up: n dL/dw.)
+
+    What is reported of such a loss must likewise be counted on one rank of the group.
+
+    Args:
+        parts: any shape, the same on all ranks.
+        group: this rank's context-parallel group.
+    """
+    # megatron-core sums in place, and only what lies in one piece.
+    return reduce_from_tensor_model_parallel_region(parts.clone(memory_format=torch.contiguous_format), group)
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float,
+    label_smoothing: float,
+) -> Tensor:
+    """Conservative DPO (Mitchell 2023), with label_smoothing = 0 DPO (Rafailov et al. 2023; AnyMAL eq. 5):
+
+        -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h),  h = (pi_c - ref_c) - (pi_r - ref_r)
+
+    It assumes that a preference is the wrong way round with probability eps, and is least at
+    beta h = log((1 - eps) / eps).
+
+    Args:
+        policy_*, reference_*: [P] log-probabilities (nats) of the pairs' answers, summed over their tokens.
+        beta: strength of the pull towards the reference.
+        label_smoothing: eps, in [0, 0.5) (AnyMAL: 0.05).
+
+    Returns:
+        [P].
+    """
+    scaled = beta * ((policy_chosen - reference_chosen) - (policy_rejected - reference_rejected))
+    return -(1 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
+
+
+def dpo_metrics(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    beta: float,
+    tokens: Tensor,
+) -> Tensor:
+    """What is reported of pairs, as sums: add them up over micro-batches and replicas, then divide rewards, margin and
+    accuracy by `pairs`, drifts by tokens.
+
+    Args:
+        policy_*, reference_*, beta: as of `dpo_loss`.
+        tokens: [2, P] answer tokens, chosen and rejected.
+
+    Returns:
+        [len(DPO_METRICS)] float64. The reward of an answer is beta (log pi - log ref); margin is chosen less rejected;
+        accuracy counts the pairs in which the chosen one has more. A drift is log ref - log pi summed over an answer's
+        tokens: where answers were drawn from the reference, drift over tokens estimates KL(reference || policy) in nats
+        per token (k1 of Schulman 2020, "Approximating KL Divergence"). Preference data come from other models: read it
+        as a measure of how far the policy went.
+    """
+    chosen = beta * (policy_chosen - reference_chosen).detach().double()
+    rejected = beta * (policy_rejected - reference_rejected).detach().double()
+    return torch.stack(
+        [
+            torch.ones_like(chosen).sum(),
+            chosen.sum(),
+            rejected.sum(),
+            (chosen - rejected).sum(),
+            (chosen > rejected).double().sum(),
+            *tokens.double().sum(1),
+            (reference_chosen - policy_chosen).detach().double().sum(),
+            (reference_rejected - policy_rejected).detach().double().sum(),
+        ]
+    )

@@ -45,6 +45,8 @@ WORDS = [
     "run",
 ]
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
+# Llama 3's chat format; behind the words, so that their numbers stay.
+CHAT = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 LLAMA = {
     "vocab_size": 32,
     "hidden_size": 32,
@@ -61,11 +63,11 @@ LLAMA = {
 
 def make_tokenizer(folder: Path) -> str:
     """A word-level tokenizer with Llama 3's special tokens."""
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, "<unk>", *WORDS])}
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, "<unk>", *WORDS, *CHAT])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], additional_special_tokens=SPECIAL[2:]
+        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], additional_special_tokens=[*SPECIAL[2:], *CHAT]
     )
     fast.save_pretrained(str(folder))
     return str(folder)
@@ -128,6 +130,48 @@ def make_shards(
             path.write_bytes(maker(seed * 10_000 + number))
             parts += [{"media": path.name, "modality": name, **attributes}, {"text": "what is this", "loss": False}]
         lines.append({"key": f"{kind}-{number:05d}", "parts": [*parts, {"text": words}]})
+    manifest = source / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_shards(str(manifest), str(folder), samples_per_shard=max(8, count // 3), overwrite=True)
+    make_index(str(folder), IndexOptions(tokenizer))
+    return str(folder)
+
+
+def make_conversations(
+    folder: Path,
+    tokenizer: str,
+    count: int,
+    kinds: tuple[str, ...] = ("image", "audio", "imu", "text"),
+    *,
+    pairs: bool = False,
+    makers: dict[str, tuple[str, Any, dict[str, Any]]] = MEDIA,
+) -> str:
+    """Shards of conversations of one or two turns about media of the kinds in turn, or of preference pairs."""
+    rng = np.random.default_rng(0)
+
+    def words() -> str:
+        return " ".join(rng.choice(WORDS, size=int(rng.integers(1, 6))))
+
+    source = folder.with_name(folder.name + "_source")
+    source.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(count):
+        kind = kinds[number % len(kinds)]
+        content: list[dict[str, Any]] = [{"text": words()}]
+        for name in {"mixed": ("image", "audio"), "text": ()}.get(kind, (kind,)):
+            ending, maker, attributes = makers[name]
+            path = source / f"{number}-{name}.{ending}"
+            path.write_bytes(maker(number))
+            content.append({"media": path.name, "modality": name, **attributes})
+        messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+        if number % 3 == 0:
+            messages += [{"role": "assistant", "content": words()}, {"role": "user", "content": words()}]
+        if pairs:
+            answers: dict[str, Any] = {"chosen": words() + " seven", "rejected": words() + " nine"}
+        else:
+            answers = {}
+            messages.append({"role": "assistant", "content": words()})
+        lines.append({"key": f"{kind}-{number:05d}", "messages": messages, **answers})
     manifest = source / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_shards(str(manifest), str(folder), samples_per_shard=max(8, count // 3), overwrite=True)

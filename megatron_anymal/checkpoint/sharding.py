@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any, Optional
@@ -17,32 +17,30 @@ from megatron_anymal.model.weights import list_weights
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
-def sharded_trainable_weights(models: Iterable[nn.Module]) -> dict[str, Any]:
-    """Number of the model part -> local parameter name -> its shard, for what trains in this rank's model parts."""
-    return {str(number): _trainable_weights(model) for number, model in enumerate(models)}
+def sharded_weights(models: Iterable[nn.Module], wanted: Callable[[str, bool], bool]) -> dict[str, Any]:
+    """Shards of some of this rank's weights: number of the model part -> local parameter name -> shard.
+
+    Args:
+        wanted: says of a weight, by its whole name and whether it trains, if it is one of them.
+    """
+    return {str(number): _shards_of(model, wanted) for number, model in enumerate(models)}
 
 
-def sharded_language_model(models: Iterable[nn.Module]) -> dict[str, Any]:
-    """The same for all of the Llama, frozen or not."""
-    return {str(number): _llama_weights(model) for number, model in enumerate(models)}
-
-
-def _llama_weights(model: nn.Module) -> dict[str, Any]:
+def _shards_of(model: nn.Module, wanted: Callable[[str, bool], bool]) -> dict[str, Any]:
     llama: Any = model.get_submodule("language_model")
-    names = {f"language_model.{name}" for name, _ in llama.named_parameters() if ".lora." not in name}
-    shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
-    return {name: shard for name, shard in shards.items() if name in names}
-
-
-def _trainable_weights(model: nn.Module) -> dict[str, Any]:
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found: dict[str, Any] = {}
-    if any(name.startswith("language_model.") and ".lora." not in name for name in trainable):
-        found = {name: shard for name, shard in _llama_weights(model).items() if name in trainable}
+    of_llama: dict[str, Any] = {}
     for weight, (name, parameter) in zip(list_weights(model), model.named_parameters()):
+        if not wanted(weight.name, parameter.requires_grad):
+            continue
         # megatron-core's layers would take the adapters in them for replicated.
-        if name in trainable and (not name.startswith("language_model.") or ".lora." in name):
+        if not name.startswith("language_model.") or ".lora." in name:
             found[name] = _shard(weight.name, parameter, weight.split_dim)
+            continue
+        if not of_llama:
+            of_llama = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
+        if name in of_llama:
+            found[name] = of_llama[name]
     return found
 
 
@@ -51,7 +49,7 @@ def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bo
 
     Args:
         optimizer: a MegatronOptimizer.
-        weights: what `sharded_trainable_weights` returned.
+        weights: what `sharded_weights` returned, all that trains among them.
     """
     with _places_without_padding(optimizer):
         return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(METADATA))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import queue
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.sharding import (
-    METADATA,
-    sharded_language_model,
-    sharded_optimizer,
-    sharded_trainable_weights,
-)
+from megatron_anymal.checkpoint.sharding import METADATA, sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 
 
@@ -32,7 +28,7 @@ def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> P
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     dist.barrier()
-    weights = sharded_trainable_weights(state.models)
+    weights = sharded_weights(state.models, partial(_is_saved, state.carried))
     content = {
         "model": weights,
         "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=False),
@@ -62,34 +58,55 @@ def load(state: Any, folder: Path) -> int:
     Returns:
         The step it was saved at.
     """
-    weights = sharded_trainable_weights(state.models)
+    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    state.carried = {name for name in saved if name.startswith("encoders.")}
+    weights = sharded_weights(state.models, partial(_is_saved, state.carried))
     content = {
         "model": weights,
         "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=True),
         "step": 0,
     }
     loaded = dist_checkpointing.load(content, str(folder))
-    # A stage without trainable weights has saved nothing.
-    if any(weights.values()):
-        _set(state.models, loaded["model"])
+    # A stage may have saved no weights, or no optimizer's state.
+    _set(state.models, loaded.get("model", {}))
+    if any(parameter.requires_grad for model in state.models for parameter in model.parameters()):
         with torch.no_grad():
             state.optimizer.load_state_dict(loaded["optimizer"])
     return int(loaded["step"])
 
 
-def load_trainable(models: Sequence[nn.Module], folder: Path, optimizer: Optional[Any] = None) -> list[str]:
-    """Set the weights that both the models train and a checkpoint holds; others keep their values. Collective.
+def restore(state: Any, folder: Path, base_hash: str, optimizer: Any) -> list[str]:
+    """Start a TrainState from another run's weights: projectors, adapters, what else it trained or carried. Collective.
 
     Args:
+        base_hash: of this run's frozen Llama.
         optimizer: told to copy its main weights from the new ones.
 
     Returns:
-        The names that were not in the checkpoint.
+        Names of weights that train here and were not in the checkpoint.
 
     Raises:
-        CheckpointError: it holds none of them.
+        CheckpointError: it holds none of them, weights of other shapes, or adapters that do not belong here.
     """
-    return _load_some(models, sharded_trainable_weights(models), folder, optimizer)
+    _check_adapters(state.models, folder, base_hash)
+    missing = load_media_parts(state.models, folder)
+    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    state.carried = {name for name in saved if name.startswith("encoders.")}
+    optimizer.reload_model_params()
+    return missing
+
+
+def load_media_parts(models: Sequence[nn.Module], folder: Path) -> list[str]:
+    """Set what a checkpoint holds of encoders, projectors, adapters and all that trains; others keep their values.
+    Collective.
+
+    Returns:
+        Names of weights that train here and were not in the checkpoint.
+
+    Raises:
+        CheckpointError: it holds none of them, or one of another shape.
+    """
+    return _load_some(models, sharded_weights(models, _is_media_part), folder)
 
 
 def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
@@ -98,26 +115,62 @@ def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
     Raises:
         CheckpointError: one is not in it.
     """
-    missing = _load_some(models, sharded_language_model(models), folder, None)
+    shards = sharded_weights(models, lambda name, trains: name.startswith("language_model.") and ".lora." not in name)
+    _load_some(models, shards, folder)
+    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    missing = [name for of_part in shards.values() for name, shard in of_part.items() if shard.key not in saved]
     if missing:
         raise CheckpointError(f"{str(folder)!r} lacks {missing[0]!r} of the Llama.")
 
 
-def _load_some(
-    models: Sequence[nn.Module], shards: dict[str, Any], folder: Path, optimizer: Optional[Any]
-) -> list[str]:
+def _is_saved(carried: Collection[str], name: str, trains: bool) -> bool:
+    # A projector that is frozen now was trained before, and is nowhere else.
+    return trains or name.startswith("projectors.") or name in carried
+
+
+def _is_media_part(name: str, trains: bool) -> bool:
+    return trains or name.startswith(("projectors.", "encoders."))
+
+
+def _check_adapters(models: Sequence[nn.Module], folder: Path, base_hash: str) -> None:
+    """Refuse a checkpoint's adapters where they would be lost, or would stand beside another Llama."""
+    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    if not any(".lora." in name for name in saved):
+        return
+    manifest = store.read_manifest(folder)
+    if not any(".lora." in name for model in models for name, _ in model.named_parameters()):
+        raise CheckpointError(
+            f"{str(folder)!r} holds adapters, which would be lost here. Set model.lora as that run had it: "
+            f"r={manifest.config['model']['lora']['r']}."
+        )
+    if manifest.base_hash != base_hash:
+        raise CheckpointError(
+            f"The adapters in {str(folder)!r} were trained beside a Llama with other weights than this one. Name that "
+            "run's Llama in model.language_model."
+        )
+
+
+def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path) -> list[str]:
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
     wanted = {
         part: {name: shard for name, shard in of_part.items() if shard.key in saved} for part, of_part in shards.items()
     }
+    for shard in (shard for of_part in wanted.values() for shard in of_part.values()):
+        there, here = tuple(saved[shard.key].global_shape), tuple(shard.global_shape)
+        if there != here:
+            raise CheckpointError(
+                f"{str(folder)!r} holds {shard.key!r} with the shape {list(there)}; this run's configuration makes it "
+                f"{list(here)}. Give the model the sizes it was trained with."
+            )
     found = torch.tensor([sum(map(len, wanted.values()))], device=torch.device("cuda"))
     dist.all_reduce(found)
     if not int(found):
         raise CheckpointError(f"{str(folder)!r} holds none of the weights that this model asks it for.")
     _set(models, dist_checkpointing.load({"model": wanted}, str(folder)).get("model", {}))
-    if optimizer is not None:
-        optimizer.reload_model_params()
-    return sorted(name for part, of_part in shards.items() for name in of_part.keys() - wanted[part].keys())
+    trains = {name for model in models for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return sorted(
+        name for part, of_part in shards.items() for name in of_part.keys() - wanted[part].keys() if name in trains
+    )
 
 
 def _set(models: Sequence[nn.Module], tensors: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,8 +19,11 @@ from megatron_anymal.data.order import GlobalOrder
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, PlannedMedia, PlannedMicroBatch, PlannedSample
+from megatron_anymal.data.types import SAMPLE_KINDS, DataError, PlannedMedia, PlannedMicroBatch, PlannedSample
 from megatron_anymal.modalities.base import Modality
+
+# How a sample's kind is recognised in its JSON.
+_MARK = {"parts": "`parts`", "messages": "`messages`", "preference": "`chosen` and `rejected`"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ class StepPlan:
     step: int
     dataset: np.ndarray
     sample: np.ndarray
-    # LLM tokens, and those of them that enter the loss (0 for a dropped sample).
-    length: np.ndarray
+    # [n, 2]: LLM tokens of the one or the chosen document, and of a preference pair's rejected one (0: there is none).
+    documents: np.ndarray
+    # Tokens that enter the loss (0 for a dropped sample), of both documents.
     targets: np.ndarray
     media: tuple[tuple[PlannedMedia, ...], ...]
     # Places of samples that are longer than a pack and left out.
@@ -86,6 +90,11 @@ class StepPlan:
     # Tokens of every micro-batch after padding.
     padded_length: int
     document_multiple: int
+
+    @property
+    def length(self) -> np.ndarray:
+        """LLM tokens of each sample."""
+        return self.documents.sum(axis=1)
 
     def of_replica(self, replica: int) -> tuple[PlannedMicroBatch, ...]:
         """The micro-batches of one data-parallel replica, in the order they run."""
@@ -101,7 +110,7 @@ class StepPlan:
             position=place,
             dataset=int(self.dataset[place]),
             sample=int(self.sample[place]),
-            length=int(self.length[place]),
+            documents=tuple(int(length) for length in self.documents[place] if length),
             targets=int(self.targets[place]),
             media=self.media[place],
         )
@@ -111,14 +120,20 @@ class StepPlan:
 class Measures:
     """What the index says of n samples with m media items in all."""
 
-    # [n]: LLM tokens, targets among them, encoder cost.
-    length: np.ndarray
+    # [n, 2]: LLM tokens of each sample's documents, 0 where there is no second one.
+    documents: np.ndarray
+    # [n]: targets of both, encoder cost.
     targets: np.ndarray
     costs: np.ndarray
     # [m]: the item's sample, the number of its kind in the index, its pieces.
     owner: np.ndarray
     kind: np.ndarray
     pieces: np.ndarray
+
+    @property
+    def length(self) -> np.ndarray:
+        """[n]: LLM tokens."""
+        return self.documents.sum(axis=1)
 
 
 class BatchPlanner:
@@ -135,12 +150,16 @@ class BatchPlanner:
         seed: int,
         too_long: str = "refuse",
         check_shards: bool = True,
+        sample_kinds: Collection[str] = SAMPLE_KINDS,
     ):
         """Open the indexes and check that the mixture can be planned.
 
+        Args:
+            sample_kinds: which kinds of samples the objective learns from.
+
         Raises:
-            DataError: no dataset; an index that is missing, empty, made for another tokenizer, or with media that no
-                modality reads; with too_long="refuse", a sample longer than seq_length.
+            DataError: no dataset; an index that is missing, empty, made for another tokenizer, with samples of another
+                kind or media that no modality reads; with too_long="refuse", a sample longer than seq_length.
         """
         if not datasets:
             raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
@@ -151,7 +170,7 @@ class BatchPlanner:
         self._weights = tuple(d.weight for d in datasets.values())
         self._by_kind = {m.kind: m for m in modalities}
         for index in self.indexes:
-            self._check_index(index, tokenizer)
+            self._check_index(index, tokenizer, sample_kinds)
             if check_shards:
                 index.check_shards()
         self._order = GlobalOrder(tuple(len(i) for i in self.indexes), self._weights, seed)
@@ -176,25 +195,27 @@ class BatchPlanner:
         """The plan of a step: a pure function of the index, the configuration and the step."""
         start = step * self.global_batch_size
         dataset, sample = self._order.samples(start, start + self.global_batch_size)
-        length, targets, costs = (np.zeros(len(sample), dtype) for dtype in (np.int64, np.int64, np.float64))
+        documents = np.zeros((len(sample), 2), np.int64)
+        targets, costs = np.zeros(len(sample), np.int64), np.zeros(len(sample))
         media: list[tuple[PlannedMedia, ...]] = [()] * len(sample)
         for number, index in enumerate(self.indexes):
             places = np.flatnonzero(dataset == number)
             if len(places):
                 measures = self.measure(index, sample[places])
-                length[places], targets[places], costs[places] = measures.length, measures.targets, measures.costs
+                documents[places], targets[places] = measures.documents, measures.targets
+                costs[places] = measures.costs
                 for place, items in zip(places, self._items(index, measures)):
                     media[place] = items
-        fits = length <= self.layout.seq_length
+        fits = documents.sum(axis=1) <= self.layout.seq_length
         targets[~fits] = 0
-        in_pack = padded(length, self.layout.document_multiple)
+        in_pack = padded(documents, self.layout.document_multiple).sum(axis=1)
         micro_batches = self._lay_out(np.flatnonzero(fits), in_pack, costs)
         longest = max(sum(int(in_pack[p]) for p in places) for replica in micro_batches for places in replica)
         return StepPlan(
             step=step,
             dataset=dataset,
             sample=sample,
-            length=length,
+            documents=documents,
             targets=targets,
             media=tuple(media),
             dropped=tuple(int(p) for p in np.flatnonzero(~fits)),
@@ -208,7 +229,9 @@ class BatchPlanner:
     ) -> tuple[tuple[tuple[int, ...], ...], ...]:
         replicas, size = self.layout.data_parallel_size, self.layout.micro_batch_size
         multiple = replicas * size * self.layout.micro_batches_multiple
-        packs = pack(length[places], costs[places], self.layout.seq_length, multiple)
+        # Two documents' padding may lead a little above seq_length; which samples are too long is no matter of layout.
+        capacity = max(self.layout.seq_length, int(length[places].max(initial=0)))
+        packs = pack(length[places], costs[places], capacity, multiple)
         # Packs come most loaded first: those that run at the same time on different replicas are alike.
         groups = [packs[i : i + size] for i in range(0, len(packs), size)]
         merged = [tuple(sorted(int(places[i]) for p in group for i in p)) for group in groups]
@@ -217,30 +240,40 @@ class BatchPlanner:
     def measure(self, index: ShardIndex, sample: np.ndarray) -> Measures:
         """What the plan must know of samples of one dataset; no loop over samples."""
         rows = index.samples[sample]
+        documents, targets = index.lengths(sample)
+        has = documents > 0
         counts = rows["media_count"].astype(np.int64)
         owner = np.repeat(np.arange(len(sample)), counts)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
         media = index.media[np.repeat(rows["media_start"].astype(np.int64), counts) + within]
-        length, costs = rows["tokens"].astype(np.int64), np.zeros(len(sample))
+        costs = np.zeros(len(sample))
         pieces = np.zeros(len(media), np.int64)
         for number, kind in enumerate(index.header.kinds):
             mine = media["kind"] == number
             if mine.any():
                 planned = self._by_kind[kind]
                 pieces[mine] = planned.modality.count_pieces(media["size"][mine])
-                np.add.at(length, owner[mine], pieces[mine] * planned.soft_tokens_per_piece)
+                soft = pieces[mine, None] * planned.soft_tokens_per_piece
+                # Every document of a sample holds its media; they are encoded once.
+                np.add.at(documents, owner[mine], soft * has[owner[mine]])
                 np.add.at(costs, owner[mine], pieces[mine] * planned.cost_per_piece)
-        return Measures(length, rows["targets"].astype(np.int64), costs, owner, media["kind"], pieces)
+        return Measures(documents, targets.sum(axis=1), costs, owner, media["kind"], pieces)
 
     def _items(self, index: ShardIndex, measures: Measures) -> list[tuple[PlannedMedia, ...]]:
         """Each sample's media."""
         names = [self._by_kind[kind].name for kind in index.header.kinds]
-        items: list[list[PlannedMedia]] = [[] for _ in measures.length]
+        items: list[list[PlannedMedia]] = [[] for _ in measures.targets]
         for row, kind, count in zip(measures.owner, measures.kind, measures.pieces):
             items[row].append(PlannedMedia(names[kind], int(count)))
         return [tuple(i) for i in items]
 
-    def _check_index(self, index: ShardIndex, tokenizer: Tokenizer) -> None:
+    def _check_index(self, index: ShardIndex, tokenizer: Tokenizer, sample_kinds: Collection[str]) -> None:
+        strange = set(index.sample_kinds()) - set(sample_kinds)
+        if strange:
+            raise DataError(
+                f"{index.folder!r} holds samples with {_MARK[min(strange)]}, this run learns from samples with "
+                f"{' or '.join(_MARK[kind] for kind in SAMPLE_KINDS if kind in sample_kinds)}. Name another folder."
+            )
         missing = index.kinds_used() - set(self._by_kind)
         if missing:
             raise DataError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.types import DataError, PlannedMicroBatch
 
 
 def document_multiple(context_size: int) -> int:
@@ -55,3 +55,13 @@ def held_tokens(lengths: Sequence[int], context_rank: int, context_size: int) ->
             parts.append(torch.arange(offset + start, offset + stop))
         offset += length
     return torch.cat(parts)
+
+
+def token_lengths(plan: PlannedMicroBatch) -> Tensor:
+    """[T] int64 for the tokens of a whole pack: the length of each one's document without the padding; 0 for the
+    padding behind the last one."""
+    own = [length for sample in plan.samples for length in sample.documents]
+    in_pack = [padded(length, plan.document_multiple) for length in own]
+    own.append(0)
+    in_pack.append(plan.padded_length - sum(in_pack))
+    return torch.tensor(own).repeat_interleave(torch.tensor(in_pack))

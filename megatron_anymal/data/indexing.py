@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 import zlib
@@ -13,10 +12,10 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from megatron_anymal.data.samples import parse_json, parse_text
+from megatron_anymal.data.samples import may_be_sample, parse_json, parse_text
 from megatron_anymal.data.shards import MEDIA, SAMPLE
 from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, MediaPart, Part
+from megatron_anymal.data.types import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.modalities import MODALITIES, kind_for_extension
 from megatron_anymal.modalities.base import MediaError
 
@@ -114,10 +113,9 @@ def _add_sample(
     rows: ShardRows, key: str, members: dict[str, Member], tokenizer: Tokenizer, options: IndexOptions
 ) -> None:
     where = f"sample {key!r} of shard {rows.name!r}"
-    text_member, is_json, parts = _read_parts(members, where, options)
+    text_member, is_json, sample = _read_sample(members, where, options)
     media_rows: list[dict[str, Any]] = []
-    named: list[Part] = []
-    for part in parts:
+    for part in sample.documents[0]:
         if isinstance(part, MediaPart):
             member = members.get(part.media.lower())
             if member is None:
@@ -126,18 +124,24 @@ def _add_sample(
             kind = options.kind_of(part, extension)
             size = MODALITIES[kind].probe(member.data, extension, part.attributes)
             media_rows.append({"member": member, "kind": kind, "extension": extension, "size": size})
-        named.append(part)
-    tokens, targets = tokenizer.count(named)
-    if targets == 0:
+    try:
+        counts = [tokenizer.count(parts, closed=sample.closed) for parts in sample.documents]
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from None
+    if not all(targets for _, targets in counts):
         raise DataError(f"{where}: no token of it enters the loss. Give a text part `loss`: true.")
+    (tokens, targets), (rejected_tokens, rejected_targets) = (*counts, (0, 0))[:2]
     rows.samples.append(
         {
             "text_offset": text_member.offset,
             "text_length": len(text_member.data),
             "text_crc": zlib.crc32(text_member.data),
             "text_is_json": is_json,
+            "kind": SAMPLE_KINDS.index(sample.kind),
             "tokens": tokens,
             "targets": targets,
+            "rejected_tokens": rejected_tokens,
+            "rejected_targets": rejected_targets,
             "media_count": len(media_rows),
         }
     )
@@ -155,30 +159,22 @@ def _add_sample(
     ]
 
 
-def _read_parts(members: dict[str, Member], where: str, options: IndexOptions) -> tuple[Member, bool, list[Part]]:
-    """A sample's text member, whether it is JSON, and its parts."""
+def _read_sample(members: dict[str, Member], where: str, options: IndexOptions) -> tuple[Member, bool, Sample]:
+    """A sample's text member, whether it is JSON, and its documents."""
     document = members.get("json")
-    if document is not None and _has_parts(document.data):
+    if document is not None and may_be_sample(document.data):
         return document, True, parse_json(document.data, where)
     text = members.get("txt")
     if text is None:
-        raise DataError(f"{where}: it has neither a .txt nor a .json with `parts`.")
+        raise DataError(f"{where}: it has neither a .txt nor a .json with `parts` or `messages`.")
     known = {ending for kind in MODALITIES.values() for ending in kind.extensions} | set(options.kinds)
     media = [name for name in members if name.rpartition(".")[2] in known]
     others = sorted(set(members) - set(media) - {"txt", "json"})
     if others and not media:
         ending = others[0].rpartition(".")[2]
         raise DataError(f"{where}: no modality reads .{others[0]}. If it is media, add --modality {ending}=KIND.")
-    return text, False, [*(MediaPart(name, "") for name in media), parse_text(text.data, where)]
-
-
-def _has_parts(data: bytes) -> bool:
-    """Whether a .json member is ours; other tools store metadata there."""
-    try:
-        value = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        return True
-    return isinstance(value, dict) and "parts" in value
+    parts: list[Part] = [*(MediaPart(name, "") for name in media), parse_text(text.data, where)]
+    return text, False, Sample("parts", (parts,))
 
 
 def assemble(shards: Sequence[ShardRows]) -> tuple[np.ndarray, np.ndarray, bytes, list[str], list[str]]:

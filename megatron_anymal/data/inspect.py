@@ -31,9 +31,9 @@ from megatron_anymal.data.lint import (
     wrong_tokenizer,
 )
 from megatron_anymal.data.loader import LoadedModality
-from megatron_anymal.data.shards import ShardIndex
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, MediaPart
+from megatron_anymal.data.shards import MediaBytes, ShardIndex
+from megatron_anymal.data.tokenize import Document, Tokenizer
+from megatron_anymal.data.types import DataError, MediaPart, Part
 from megatron_anymal.modalities import MediaError, build_modality, load_plugins
 
 # Bad samples named; the others are counted.
@@ -42,6 +42,7 @@ _PACKED_STEPS = 20
 _ROWS_AT_ONCE = 1_000_000
 _OVERRIDE = re.compile(r"\+{0,2}\w[\w.]*=|~\w[\w.]*(=|$)")
 _SCALE = 40
+_KIND_NAMES = {"messages": "conversations", "preference": "preference pairs"}
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def _inspect(index: ShardIndex, tokenizer_folder: str, run: Optional[Run], argum
     if arguments.sample:
         return len(wrong) + sum(_show(index, text, reading) for text in arguments.sample)
     _print_media(index)
-    _print_lengths("text tokens a sample", index.samples["tokens"])
+    _print_lengths("text tokens a sample", _text_tokens(index))
     numbers = range(min(len(index), arguments.limit or len(index)))
     if not run:
         only_probed = [kind for kind in kinds if kind not in reading.modalities]
@@ -151,7 +152,8 @@ def _refuse_unread(index: ShardIndex, run: Run) -> None:
 def _print_header(index: ShardIndex, wrong: Sequence[str]) -> None:
     size = sum(index.header.shard_bytes)
     counts = f"{len(index)} samples, {len(index.media)} media items, {len(index.header.shards)} shards"
-    print(f"{index.folder}: {counts}, {_bytes(size)}")
+    kinds = ", ".join(f"{_KIND_NAMES[kind]} {count}" for kind, count in index.sample_kinds().items() if kind != "parts")
+    print(f"{index.folder}: {counts}, {_bytes(size)}" + (f" ({kinds})" if kinds else ""))
     for problem in wrong:
         print(f"bad: {problem}")
 
@@ -212,8 +214,22 @@ def _show(index: ShardIndex, text: str, reading: Reading) -> int:
     except (DataError, MediaError) as error:
         print(f"bad: {error}")
         return 1
-    rows = zip(index.media_rows(number), sample.media, sample.pieces)
-    for part in sample.parts:
+    documents = list(zip(sample.sample.documents, sample.documents))
+    for name, (parts, document) in zip(("chosen", "rejected"), documents):
+        if len(documents) > 1:
+            print(f"  {name}:")
+        _print_parts(parts, index.media_rows(number), sample)
+        which = "" if reading.loaded else " without media"
+        print(f"  {len(document.tokens)} tokens{which}, {sum(document.is_target)} targets:")
+        for line in _token_lines(document, sample.media, reading):
+            print(f"    {line}")
+    return 0
+
+
+def _print_parts(parts: Sequence[Part], media_rows: np.ndarray, sample: ReadSample) -> None:
+    """A line for each part of a document."""
+    rows = zip(media_rows, sample.media, sample.pieces)
+    for part in parts:
         if not isinstance(part, MediaPart):
             print(f"  text   {'target' if part.loss else '      '}  {part.text!r}")
             continue
@@ -224,18 +240,12 @@ def _show(index: ShardIndex, text: str, reading: Reading) -> int:
         cut = f", {pieces} piece(s)" if pieces else ""
         given = "".join(f", {key}={value}" for key, value in part.attributes.items())
         print(f"  media  {part.modality} {part.media!r}: {sizes}{given}, {_bytes(len(item.data))}{cut}")
-    document = sample.document
-    which = "" if reading.loaded else " without media"
-    print(f"  {len(document.tokens)} tokens{which}, {sum(document.is_target)} targets:")
-    for line in _token_lines(sample, reading):
-        print(f"    {line}")
-    return 0
 
 
-def _token_lines(sample: ReadSample, reading: Reading) -> Iterator[str]:
+def _token_lines(document: Document, media: Sequence[MediaBytes], reading: Reading) -> Iterator[str]:
     """A line for each token, or run of placeholders: place, id, text, whether it is a target."""
-    document, hf = sample.document, reading.tokenizer.hf
-    starts = {} if reading.loaded else _media_at(sample)
+    hf = reading.tokenizer.hf
+    starts = {} if reading.loaded else _media_at(document, media)
     placeholders = {entry.placeholder for entry in reading.loaded.values()}
     place = 0
     for token, group in itertools.groupby(document.tokens):
@@ -251,10 +261,10 @@ def _token_lines(sample: ReadSample, reading: Reading) -> Iterator[str]:
             place += 1
 
 
-def _media_at(sample: ReadSample) -> dict[int, list[str]]:
+def _media_at(document: Document, media: Sequence[MediaBytes]) -> dict[int, list[str]]:
     """Where media stand among text tokens alone."""
     at: dict[int, list[str]] = {}
-    for start, item in zip(sample.document.media_starts, sample.media):
+    for start, item in zip(document.media_starts, media):
         at.setdefault(start, []).append(f"{'':>5}  {'':>6}  <{item.part.modality}>")
     return at
 
@@ -305,5 +315,13 @@ def _planner(run: Run, datasets: dict[str, DatasetConfig]) -> BatchPlanner:
 def _lengths(planner: BatchPlanner) -> np.ndarray:
     """LLM tokens of every sample of a one-dataset plan."""
     [index] = planner.indexes
-    chunks = [np.arange(at, min(at + _ROWS_AT_ONCE, len(index))) for at in range(0, len(index), _ROWS_AT_ONCE)]
-    return np.concatenate([planner.measure(index, rows).length for rows in chunks])
+    return np.concatenate([planner.measure(index, rows).length for rows in _row_chunks(index)])
+
+
+def _text_tokens(index: ShardIndex) -> np.ndarray:
+    """Tokens of every sample that are not media."""
+    return np.concatenate([index.lengths(rows)[0].sum(axis=1) for rows in _row_chunks(index)])
+
+
+def _row_chunks(index: ShardIndex) -> list[np.ndarray]:
+    return [np.arange(at, min(at + _ROWS_AT_ONCE, len(index))) for at in range(0, len(index), _ROWS_AT_ONCE)]

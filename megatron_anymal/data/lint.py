@@ -12,7 +12,7 @@ from megatron_anymal.config import EncoderConfig, ModalityConfig
 from megatron_anymal.data.loader import LoadedModality
 from megatron_anymal.data.shards import MediaBytes, ShardIndex
 from megatron_anymal.data.tokenize import Document, Tokenizer
-from megatron_anymal.data.types import DataError, Part
+from megatron_anymal.data.types import DataError, Sample
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
 from megatron_anymal.telemetry import Progress
 
@@ -52,31 +52,33 @@ class Reading:
 class ReadSample:
     """A sample as the model sees it."""
 
-    parts: list[Part]
+    sample: Sample
     media: list[MediaBytes]
     # Pieces of each media item; 0 where no configuration says how it is cut.
     pieces: list[int]
-    document: Document
+    # One for each of the sample's documents.
+    documents: list[Document]
 
 
 def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
     """Read one sample, decode its media and lay out its tokens.
 
-    Without a configuration the document has no soft tokens; its `media_starts` still tell where media stand.
+    Without a configuration a document has no soft tokens; its `media_starts` still tell where media stand.
 
     Raises:
         DataError, MediaError: it is damaged, cannot be decoded, or is not what its index says.
     """
-    parts = index.parts(number)
-    row = index.samples[number]
-    counted = reading.tokenizer.count(parts)
-    if counted != (int(row["tokens"]), int(row["targets"])):
-        raise DataError(
-            f"it has {counted[0]} text tokens, {counted[1]} of them targets; its index says {int(row['tokens'])} and "
-            f"{int(row['targets'])}. Make the index anew with `anymal prepare --index-only`."
-        )
+    sample, tokenizer = index.sample(number), reading.tokenizer
+    indexed = zip(*(counts[0] for counts in index.lengths(np.array([number]))))
+    for parts, (tokens, targets) in zip(sample.documents, indexed):
+        counted = tokenizer.count(parts, closed=sample.closed)
+        if counted != (tokens, targets):
+            raise DataError(
+                f"it has {counted[0]} text tokens, {counted[1]} of them targets; its index says {tokens} and "
+                f"{targets}. Make the index anew with `anymal prepare --index-only`."
+            )
     rows = index.media_rows(number)
-    media = index.read_media(number, parts, range(len(rows)))
+    media = index.read_media(number, sample.documents[0], range(len(rows)))
     pieces = []
     for item, media_row in zip(media, rows):
         try:
@@ -86,7 +88,8 @@ def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
     soft = [n * reading.loaded[m.part.modality].soft_tokens_per_piece if n else 0 for n, m in zip(pieces, media)]
     # Without a configuration there are no soft tokens, and the placeholder is never used.
     ids = {kind: entry.placeholder for kind, entry in reading.loaded.items()} or {m.part.modality: -1 for m in media}
-    return ReadSample(parts, media, pieces, reading.tokenizer.document(parts, soft, ids))
+    documents = [tokenizer.document(parts, soft, ids, closed=sample.closed) for parts in sample.documents]
+    return ReadSample(sample, media, pieces, documents)
 
 
 def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading) -> int:

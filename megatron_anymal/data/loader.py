@@ -8,18 +8,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_anymal.data.batches import BatchPlanner, StepPlan
 from megatron_anymal.data.context import held_tokens, padded
+from megatron_anymal.data.parts import name_modalities
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import (
     DataError,
     MediaBatch,
-    MediaPart,
     MicroBatch,
     Part,
     PlannedMicroBatch,
@@ -66,8 +65,9 @@ class MicroBatchReader(Dataset[MicroBatch]):
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
         """The micro-batch's tensors. A sample that cannot be read is listed in `bad` and its place stays."""
-        lengths = [padded(s.length, plan.document_multiple) for s in plan.samples]
+        lengths = [padded(length, plan.document_multiple) for s in plan.samples for length in s.documents]
         padding = plan.padded_length - sum(lengths)
+        branch = torch.full((1, plan.padded_length), -1, dtype=torch.int64)
         micro_batch = MicroBatch(
             plan=plan,
             document_lengths=tuple(lengths) + ((padding,) if padding else ()),
@@ -77,18 +77,19 @@ class MicroBatchReader(Dataset[MicroBatch]):
             sample_positions=torch.full((1, plan.padded_length), -1, dtype=torch.int64),
             media={},
             bad={},
+            branch=branch,
         )
-        starts = np.cumsum([0, *lengths])
         parts_of: dict[int, list[Part]] = {}
-        for sample, start in zip(plan.samples, starts):
-            here = slice(int(start), int(start) + sample.length)
-            micro_batch.sample_positions[0, here] = sample.position
+        for sample, places in zip(plan.samples, _document_places(plan)):
+            for number, here in enumerate(places):
+                micro_batch.sample_positions[0, here] = sample.position
+                branch[0, here] = number
             if self._needs.text:
                 try:
-                    parts_of[sample.position] = self._fill_text(micro_batch, sample, here)
+                    parts_of[sample.position] = self._fill_text(micro_batch, sample, places)
                 except DataError as error:
                     micro_batch.bad[sample.position] = str(error)
-                    self._hold_places(micro_batch, sample, here)
+                    self._hold_places(micro_batch, sample, places)
         if self._needs.media:
             self._fill_media(micro_batch, parts_of)
         return self._own_part(micro_batch) if self._needs.context_size > 1 else micro_batch
@@ -102,40 +103,42 @@ class MicroBatchReader(Dataset[MicroBatch]):
         for name, batch in micro_batch.media.items():
             here = place[batch.token_index]
             mine = (here >= 0).nonzero().flatten()
-            media[name] = dataclasses.replace(batch, token_index=here[mine], soft_index=mine)
-        tensors = {
-            name: getattr(micro_batch, name)[:, held] for name in ("tokens", "labels", "loss_mask", "sample_positions")
-        }
+            soft = mine if batch.soft_index is None else batch.soft_index[mine]
+            media[name] = dataclasses.replace(batch, token_index=here[mine], soft_index=soft)
+        names = ("tokens", "labels", "loss_mask", "sample_positions", "branch")
+        tensors = {name: getattr(micro_batch, name)[:, held] for name in names}
         return dataclasses.replace(micro_batch, media=media, **tensors)
 
-    def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, here: slice) -> list[Part]:
-        parts = self._planner.indexes[sample.dataset].parts(sample.sample)
-        names = iter(sample.media)
-        # From here on a media part carries the configuration's name of its modality.
-        parts = [
-            MediaPart(p.media, next(names).modality, p.attributes) if isinstance(p, MediaPart) else p for p in parts
-        ]
+    def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> list[Part]:
+        """Write a sample's documents; returns the parts of the first, whose media are those of all."""
+        read = self._planner.indexes[sample.dataset].sample(sample.sample)
         soft = [m.pieces * self._modalities[m.modality].soft_tokens_per_piece for m in sample.media]
-        document = self._tokenizer.document(parts, soft, self._placeholders)
-        if len(document.tokens) != sample.length or sum(document.is_target) != sample.targets:
+        # From here on a media part carries the configuration's name of its modality.
+        parts_of = [name_modalities(parts, [m.modality for m in sample.media]) for parts in read.documents]
+        documents = [
+            self._tokenizer.document(parts, soft, self._placeholders, closed=read.closed) for parts in parts_of
+        ]
+        lengths = tuple(len(document.tokens) for document in documents)
+        if lengths != sample.documents or sum(sum(document.is_target) for document in documents) != sample.targets:
             raise DataError(
-                f"{self._planner.key(sample.dataset, sample.sample)}: it has {len(document.tokens)} tokens, the index "
+                f"{self._planner.key(sample.dataset, sample.sample)}: it has {sum(lengths)} tokens, the index "
                 f"says {sample.length}. Make the index anew with `anymal prepare --index-only`."
             )
-        tokens = torch.tensor(document.tokens)
-        micro_batch.tokens[0, here] = tokens
-        micro_batch.labels[0, here.start : here.stop - 1] = tokens[1:]
-        micro_batch.loss_mask[0, here.start : here.stop - 1] = torch.tensor(document.is_target[1:]).float()
-        return parts
+        for document, here in zip(documents, places):
+            tokens, before_last = torch.tensor(document.tokens), slice(here.start, here.stop - 1)
+            micro_batch.tokens[0, here] = tokens
+            micro_batch.labels[0, before_last] = tokens[1:]
+            micro_batch.loss_mask[0, before_last] = torch.tensor(document.is_target[1:]).float()
+        return parts_of[0]
 
-    def _hold_places(self, micro_batch: MicroBatch, sample: PlannedSample, here: slice) -> None:
+    def _hold_places(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> None:
         """Give an unreadable sample's media their places, so that every rank still sees the same shapes."""
-        start = here.start
-        for planned in sample.media:
-            entry = self._modalities[planned.modality]
-            stop = start + planned.pieces * entry.soft_tokens_per_piece
-            micro_batch.tokens[0, start:stop] = entry.placeholder
-            start = stop
+        for start in (here.start for here in places):
+            for planned in sample.media:
+                entry = self._modalities[planned.modality]
+                stop = start + planned.pieces * entry.soft_tokens_per_piece
+                micro_batch.tokens[0, start:stop] = entry.placeholder
+                start = stop
 
     def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[Part]]) -> None:
         for name, entry in self._modalities.items():
@@ -154,10 +157,9 @@ class MicroBatchReader(Dataset[MicroBatch]):
             mine = slice(first, first + shares[own])
             micro_batch.media[name] = MediaBatch(
                 pieces=self._read_pieces(micro_batch, entry.modality, items, mine, parts_of),
-                shares=tuple(
-                    shares[i : i + needs.tensor_size] for i in range(0, len(shares), needs.tensor_size)
-                ),
+                shares=tuple(shares[i : i + needs.tensor_size] for i in range(0, len(shares), needs.tensor_size)),
                 token_index=torch.nonzero(micro_batch.tokens[0] == entry.placeholder).flatten(),
+                soft_index=_shared_soft_tokens(micro_batch.plan, name, entry.soft_tokens_per_piece),
             )
 
     def _read_pieces(
@@ -194,6 +196,29 @@ class MicroBatchReader(Dataset[MicroBatch]):
         if len(pieces) != count:
             raise MediaError(f"media {item.part.media!r} gives {len(pieces)} pieces, the index says {count}")
         return pieces
+
+
+def _document_places(plan: PlannedMicroBatch) -> list[list[slice]]:
+    """Where in the pack each sample's documents lie, without their padding."""
+    places, start = [], 0
+    for sample in plan.samples:
+        here = []
+        for length in sample.documents:
+            here.append(slice(start, start + length))
+            start += padded(length, plan.document_multiple)
+        places.append(here)
+    return places
+
+
+def _shared_soft_tokens(plan: PlannedMicroBatch, name: str, per_piece: int) -> Optional[Tensor]:
+    """[k]: which soft token each place of the modality takes, as `MediaBatch.soft_index`; None without a pair."""
+    if all(len(sample.documents) == 1 for sample in plan.samples):
+        return None
+    of_sample, stop = [], 0
+    for sample in plan.samples:
+        start, stop = stop, stop + per_piece * sum(m.pieces for m in sample.media if m.modality == name)
+        of_sample += [torch.arange(start, stop)] * len(sample.documents)
+    return torch.cat(of_sample)
 
 
 def share_out(pieces: int, ranks: int) -> tuple[int, ...]:

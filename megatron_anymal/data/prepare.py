@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.data.indexing import IndexOptions, ShardRows, assemble, find_shards, index_shard
-from megatron_anymal.data.samples import parse_parts, read_lines, to_json
+from megatron_anymal.data.samples import media_entries, parse_sample, read_lines, to_json
 from megatron_anymal.data.shards import IndexHeader, write_index
 from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, MediaPart
+from megatron_anymal.data.types import DataError
 from megatron_anymal.modalities import load_plugins
 from megatron_anymal.telemetry import Progress
 
@@ -72,7 +72,7 @@ def _pair(text: str) -> tuple[str, str]:
 def write_shards(manifest: str, out: str, samples_per_shard: int = 2000, overwrite: bool = False) -> None:
     """Pack a manifest's samples into WebDataset shards.
 
-    A .jsonl line is `{"key": ..., "parts": [...]}` or `{"key": ..., "media": PATH, "text": ...}`; a .csv
+    A .jsonl line is a sample (data/samples.py) with a `key`, or `{"key": ..., "media": PATH, "text": ...}`; a .csv
     has the columns media and text, and may have key, modality and attributes of the media (rate). Paths are relative
     to the manifest.
 
@@ -138,24 +138,23 @@ def _cell(column: str, text: Any) -> Any:
 
 def _to_sample(line: dict[str, Any], where: str, base: Path) -> dict[str, Any]:
     """A manifest line as a WebDataset sample."""
-    entries = line.get("parts")
-    if entries is None:
+    value = line
+    if "parts" not in line and "messages" not in line:
         if "text" not in line or "media" not in line:
-            raise DataError(f"{where}: a line needs `parts`, or `media` and `text`.")
+            raise DataError(f"{where}: a line needs `parts`, `messages`, or `media` and `text`.")
         media = {k: v for k, v in line.items() if k not in ("key", "text")}
-        entries = [media, {"text": line["text"]}]
-    parts = parse_parts(entries, where)
+        value = {"parts": [media, {"text": line["text"]}]}
+    parse_sample(value, where)
     key = str(line.get("key") or "").replace(".", "_") or f"{int(where.rpartition(':')[2]):09d}"
     sample: dict[str, Any] = {"__key__": key}
     names: list[str] = []
-    for part in parts:
-        if isinstance(part, MediaPart):
-            path = base / part.media
-            if not path.is_file():
-                raise DataError(f"{where}: there is no media file {str(path)!r}.")
-            names.append(f"{len(names)}.{path.name.partition('.')[2].lower()}")
-            sample[names[-1]] = path.read_bytes()
-    sample["json"] = to_json(parts, names)
+    for entry in media_entries(value):
+        path = base / entry["media"]
+        if not path.is_file():
+            raise DataError(f"{where}: there is no media file {str(path)!r}.")
+        names.append(f"{len(names)}.{path.name.partition('.')[2].lower()}")
+        sample[names[-1]] = path.read_bytes()
+    sample["json"] = to_json(value, names)
     return sample
 
 

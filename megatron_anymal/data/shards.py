@@ -24,10 +24,13 @@ from typing import Any
 import fsspec
 import numpy as np
 
+from megatron_anymal.data.parts import name_modalities
 from megatron_anymal.data.samples import parse_json, parse_text
-from megatron_anymal.data.types import DataError, MediaPart, Part
+from megatron_anymal.data.types import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 
-VERSION = 1
+VERSION = 2
+# Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets.
+_READABLE = (1, VERSION)
 INDEX_FOLDER = "index"
 
 SAMPLE = np.dtype(
@@ -38,9 +41,14 @@ SAMPLE = np.dtype(
         ("text_length", "<u4"),
         ("text_crc", "<u4"),
         ("text_is_json", "u1"),
-        # Tokens that are not media, and how many tokens enter the loss.
+        # The place in SAMPLE_KINDS.
+        ("kind", "u1"),
+        # Tokens that are not media, and how many tokens enter the loss; of a preference pair, its chosen document's.
         ("tokens", "<u4"),
         ("targets", "<u4"),
+        # Those of a preference pair's rejected document; of other samples 0.
+        ("rejected_tokens", "<u4"),
+        ("rejected_targets", "<u4"),
         ("media_start", "<u8"),
         ("media_count", "<u2"),
         ("key_offset", "<u8"),
@@ -69,12 +77,13 @@ class IndexHeader:
     kinds: tuple[str, ...]
     extensions: tuple[str, ...]
     tokenizer: str
+    version: int = VERSION
 
     def to_json(self, samples: int, media: int) -> str:
         """The content of index.json."""
         shards = [{"name": n, "bytes": b} for n, b in zip(self.shards, self.shard_bytes)]
         body = {
-            "version": VERSION,
+            "version": self.version,
             "samples": samples,
             "media": media,
             "kinds": list(self.kinds),
@@ -112,7 +121,7 @@ class ShardIndex:
             body = json.loads(self._fs.cat_file(self._inside("index.json")))
         except FileNotFoundError:
             raise DataError(f"{folder!r} has no index. Make one with `anymal prepare --index-only {folder}`.") from None
-        if body.get("version") != VERSION:
+        if body.get("version") not in _READABLE:
             raise DataError(
                 f"The index in {folder!r} is of version {body.get('version')}, not {VERSION}. Make it anew."
             )
@@ -122,6 +131,7 @@ class ShardIndex:
             kinds=tuple(body["kinds"]),
             extensions=tuple(body["extensions"]),
             tokenizer=body["tokenizer"],
+            version=body["version"],
         )
         self.samples, self.media = self._array("samples.npy"), self._array("media.npy")
         if len(self.samples) == 0:
@@ -142,6 +152,28 @@ class ShardIndex:
         """Kinds of media that occur."""
         return {self.header.kinds[k] for k in np.unique(self.media["kind"])}
 
+    def sample_kinds(self) -> dict[str, int]:
+        """Kinds of samples that occur, and how many there are of each."""
+        kinds, counts = np.unique(self._column(self.samples, "kind"), return_counts=True)
+        return {SAMPLE_KINDS[kind]: int(count) for kind, count in zip(kinds, counts)}
+
+    def lengths(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the documents of samples count without media.
+
+        Args:
+            samples: [n] their rows.
+
+        Returns:
+            Tokens and targets, both [n, 2] int64: of the one or the chosen document, and of the rejected one (0 where
+            there is none).
+        """
+        rows = self.samples[samples]
+        tokens, targets = (
+            np.stack([self._column(rows, name) for name in names], axis=1).astype(np.int64)
+            for names in (("tokens", "rejected_tokens"), ("targets", "rejected_targets"))
+        )
+        return tokens, targets
+
     def check_shards(self) -> None:
         """See that every shard is there in its size.
 
@@ -158,8 +190,8 @@ class ShardIndex:
                     "Make the index anew with `anymal prepare --index-only`."
                 )
 
-    def parts(self, sample: int) -> list[Part]:
-        """A sample's parts, as its text member gives them; media parts carry their kind.
+    def sample(self, sample: int) -> Sample:
+        """A sample's documents, as its text member gives them; media parts carry their kind.
 
         Raises:
             DataError: the bytes are not those that were indexed, or not readable.
@@ -170,24 +202,34 @@ class ShardIndex:
             int(row["shard"]), int(row["text_offset"]), int(row["text_length"]), int(row["text_crc"]), where
         )
         media = self.media_rows(sample)
+        kinds = [self.header.kinds[m["kind"]] for m in media]
         if not row["text_is_json"]:
             names = [self.header.extensions[m["extension"]] for m in media]
-            plain = [MediaPart(name, self.header.kinds[m["kind"]]) for name, m in zip(names, media)]
-            return [*plain, parse_text(data, where)]
-        rows = iter(media)
-        return [
-            MediaPart(part.media, self.header.kinds[next(rows)["kind"]], part.attributes)
-            if isinstance(part, MediaPart)
-            else part
-            for part in parse_json(data, where)
-        ]
+            plain = [MediaPart(name, kind) for name, kind in zip(names, kinds)]
+            return Sample("parts", ([*plain, parse_text(data, where)],))
+        read = parse_json(data, where)
+        return Sample(read.kind, tuple(name_modalities(parts, kinds) for parts in read.documents))
+
+    def parts(self, sample: int) -> list[Part]:
+        """The parts of a sample that is no conversation.
+
+        Raises:
+            DataError: as of `sample`; it is a conversation.
+        """
+        read = self.sample(sample)
+        if read.kind != "parts":
+            raise DataError(
+                f"sample {self.key(sample)!r} of {self.folder!r} is a conversation. What is asked for here needs "
+                "samples with `parts`."
+            )
+        return read.documents[0]
 
     def read_media(self, sample: int, parts: Sequence[Part], wanted: Sequence[int]) -> list[MediaBytes]:
         """The bytes of some of a sample's media items.
 
         Args:
             sample: its row.
-            parts: what `parts(sample)` returned.
+            parts: one of its documents.
             wanted: numbers of the items, counted over the sample's media.
 
         Raises:
@@ -208,6 +250,9 @@ class ShardIndex:
         row = self.samples[sample]
         start = int(row["media_start"])
         return self.media[start : start + int(row["media_count"])]
+
+    def _column(self, rows: np.ndarray, name: str) -> np.ndarray:
+        return rows[name] if name in (rows.dtype.names or ()) else np.zeros(len(rows), SAMPLE[name])
 
     def _inside(self, name: str) -> str:
         return str(PurePosixPath(self._root) / INDEX_FOLDER / name)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from megatron_anymal.data.messages import BEGIN, END_HEADER, END_TURN, START_HEADER
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 
 
@@ -25,7 +29,8 @@ class Tokenizer:
     """A HuggingFace tokenizer from a local folder, and the layout of a document around it.
 
     A document is the begin token, its parts in order, the end token. Text parts are tokenized one by one, so that the
-    border between a question and its answer never falls inside a token. A media item becomes placeholder ids.
+    border between a question and its answer never falls inside a token. A media item becomes placeholder ids. A
+    conversation's parts hold the chat format's tokens themselves (data/messages.py), and no end token follows them.
     """
 
     def __init__(self, folder: str):
@@ -74,16 +79,48 @@ class Tokenizer:
         return number
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added around it."""
+        """Ids of a text, nothing added around it; special tokens written in it are those tokens."""
         return self.hf.encode(text, add_special_tokens=False)
+
+    def encode_literal(self, text: str) -> list[int]:
+        """Ids of a text, nothing added around it; special tokens written in it are text like any other."""
+        return self._literal.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _literal(self) -> Any:
+        # A tokenizer of its own: the switch is a state of the tokenizer, and several threads encode at the same time.
+        literal = copy.deepcopy(self.hf)
+        literal.split_special_tokens = True
+        return literal
+
+    @cached_property
+    def chat_tokens(self) -> frozenset[int]:
+        """Ids of the chat format's tokens.
+
+        Raises:
+            DataError: naming the one that the tokenizer lacks, or does not keep in one piece.
+        """
+        folder, vocabulary = self.hf.name_or_path, self.hf.get_vocab()
+        for token in (BEGIN, START_HEADER, END_HEADER, END_TURN):
+            if token not in vocabulary or self.encode(token) != [vocabulary[token]]:
+                raise DataError(
+                    f"data.tokenizer: {folder!r} has no special token {token!r}, which conversations need. Name a "
+                    "tokenizer with Llama 3's special tokens, or give samples as `parts`."
+                )
+        if vocabulary[BEGIN] != self.begin:
+            raise DataError(
+                f"data.tokenizer: conversations begin with {BEGIN!r}, but the bos_token of {folder!r} is "
+                f"{self.hf.bos_token!r}. Name a tokenizer with Llama 3's special tokens."
+            )
+        return frozenset(vocabulary[token] for token in (BEGIN, START_HEADER, END_HEADER, END_TURN))
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
         return self.hf.decode(list(tokens), skip_special_tokens=True)
 
-    def count(self, parts: Sequence[Part]) -> tuple[int, int]:
-        """Tokens of a sample that are not media, and those of them that are targets."""
-        bare = self.document([part for part in parts if isinstance(part, TextPart)], [], {})
+    def count(self, parts: Sequence[Part], *, closed: bool = True) -> tuple[int, int]:
+        """Tokens of a document that are not media, and those of them that are targets; `closed` as of `document`."""
+        bare = self.document([part for part in parts if isinstance(part, TextPart)], [], {}, closed=closed)
         return len(bare.tokens), sum(bare.is_target)
 
     def document(
@@ -94,16 +131,16 @@ class Tokenizer:
         *,
         closed: bool = True,
     ) -> Document:
-        """Lay a sample out.
+        """Lay a document out.
 
         Args:
             parts: its text and media.
             soft_tokens: number of soft tokens of each media item, in order.
             placeholders: modality -> placeholder id.
-            closed: end with the end token; false leaves the answer open for generation.
+            closed: end with the end token; false for a conversation, and where an answer is to be generated.
 
         Raises:
-            DataError: a text holds a token that stands for media.
+            DataError: a text holds a token that stands for media; the tokenizer lacks a token of the chat format.
         """
         tokens, is_target, starts = [self.begin], [False], []
         reserved = set(placeholders.values())
@@ -116,12 +153,7 @@ class Tokenizer:
                 tokens += [placeholders[part.modality]] * count
                 is_target += [False] * count
                 continue
-            ids = self.encode(part.text)
-            if reserved.intersection(ids):
-                raise DataError(
-                    f"a text holds {self.hf.convert_ids_to_tokens(min(reserved.intersection(ids)))!r}, "
-                    "which stands for media. Remove it."
-                )
+            ids = self._text(part, reserved)
             tokens += ids
             is_target += [part.loss] * len(ids)
             last_has_loss = part.loss
@@ -129,3 +161,13 @@ class Tokenizer:
             tokens.append(self.end)
             is_target.append(last_has_loss)
         return Document(tokens, is_target, starts)
+
+    def _text(self, part: TextPart, placeholders: set[int]) -> list[int]:
+        ids = self.encode_literal(part.text) if part.literal else self.encode(part.text)
+        # A vocabulary that lists them as ordinary words could still let them through.
+        reserved = (placeholders | self.chat_tokens | {self.end}) if part.literal else placeholders
+        if reserved.intersection(ids):
+            number = min(reserved.intersection(ids))
+            stands = "stands for media" if number in placeholders else "begins or ends a turn"
+            raise DataError(f"a text holds {self.hf.convert_ids_to_tokens(number)!r}, which {stands}. Remove it.")
+        return ids

@@ -20,6 +20,8 @@ class TextPart:
     text: str
     # Whether its tokens are targets of the loss.
     loss: bool = True
+    # Whether special tokens written in it stay plain text: what people say in a conversation.
+    literal: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,26 @@ class MediaPart:
 
 
 Part = Union[TextPart, MediaPart]
+
+# What a sample can be, by the numbers that an index holds.
+SAMPLE_KINDS = ("parts", "messages", "preference")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample's documents as their parts: one, or of a preference pair the chosen and then the rejected one.
+
+    The documents of a pair hold the same media.
+    """
+
+    # One of SAMPLE_KINDS.
+    kind: str
+    documents: tuple[list[Part], ...]
+
+    @property
+    def closed(self) -> bool:
+        """Whether the tokenizer's end token follows: a conversation's last turn has an end of its own."""
+        return self.kind == "parts"
 
 
 @dataclass(frozen=True)
@@ -53,11 +75,17 @@ class PlannedSample:
     position: int
     dataset: int
     sample: int
-    # LLM tokens: text and soft tokens.
-    length: int
-    # Tokens that enter the loss.
+    # LLM tokens, text and soft tokens, of each of its documents: one, or the chosen and the rejected one of a pair.
+    documents: tuple[int, ...]
+    # Tokens that enter the loss, of all its documents.
     targets: int
+    # Every document holds all of them; they are encoded once.
     media: tuple[PlannedMedia, ...]
+
+    @property
+    def length(self) -> int:
+        """LLM tokens of all its documents."""
+        return sum(self.documents)
 
 
 @dataclass(frozen=True)
@@ -83,7 +111,8 @@ class MediaBatch:
     shares: tuple[tuple[int, ...], ...]
     # [k]: where among this rank's tokens soft tokens go.
     token_index: Tensor
-    # [k]: which of the micro-batch's soft tokens, in the order of the pieces; None: all of them.
+    # [k]: which of the micro-batch's soft tokens, in the order of the pieces; None: all of them. A preference pair's
+    # documents name the same ones.
     soft_index: Optional[Tensor] = None
 
 
@@ -106,3 +135,5 @@ class MicroBatch:
     media: dict[str, MediaBatch]
     # Place in the global batch -> why the sample could not be read.
     bad: dict[int, str]
+    # [1, T] int64: 0, in the rejected document of a pair 1; -1 for padding. None where no plan was read (generation).
+    branch: Optional[Tensor] = None

@@ -6,7 +6,7 @@ hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -19,12 +19,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_anymal.config import NeftuneConfig
+from megatron_anymal.data.context import held_tokens, token_lengths
 from megatron_anymal.data.types import MediaBatch, MicroBatch
 from megatron_anymal.model.attention import document_pack, thd_pack
 from megatron_anymal.model.encoders import Encoder
 from megatron_anymal.model.llama import PackedRotaryEmbedding
 from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.merge import merge
+from megatron_anymal.model.noise import neftune_noise
 from megatron_anymal.model.shares import gather_features, gather_soft_tokens
 
 
@@ -44,6 +47,8 @@ class AnyMALModel(MegatronModule):
         pieces_per_call: Mapping[str, int],
         vocab_size: int,
         attention: str,
+        neftune: NeftuneConfig,
+        seed: int,
     ):
         super().__init__(config=config)
         self.language_model = language_model
@@ -58,6 +63,7 @@ class AnyMALModel(MegatronModule):
         self.model_type = ModelType.encoder_or_decoder
         self._pieces_per_call = pieces_per_call
         self._attention = attention
+        self._neftune, self._seed = neftune, seed
 
     def train(self, mode: bool = True) -> AnyMALModel:
         """As torch's, except for the encoders."""
@@ -91,6 +97,8 @@ class AnyMALModel(MegatronModule):
             the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
         """
         decoder_input = None
+        if self.lora_dropout is not None:
+            self.lora_dropout.set_tokens(self._seed, micro_batch.plan.step, *_name_tokens(micro_batch))
         if self.pre_process:
             decoder_input = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
         return self.language_model(
@@ -139,10 +147,31 @@ class AnyMALModel(MegatronModule):
             tokens.append(tensor if media is None or media.soft_index is None else tensor[media.soft_index])
             places.append(nowhere if media is None else media.token_index)
         merged = merge(text, tokens, places)
+        if self.training and self._neftune.alpha:
+            merged = merged + self._noise(micro_batch, places).unsqueeze(1)
         if torch.is_grad_enabled() and not merged.requires_grad:
             # Nothing trainable lies before the Llama: the pipeline still sends gradients backwards.
             merged.requires_grad_()
         return scatter_to_sequence_parallel_region(merged) if self.config.sequence_parallel else merged
+
+    def _noise(self, micro_batch: MicroBatch, soft_places: Sequence[Tensor]) -> Tensor:
+        """NEFTune's noise [T, H]; none where soft tokens go, if the configuration says so."""
+        documents, positions = _name_tokens(micro_batch)
+        where = None
+        if self._neftune.embeddings == "text":
+            where = torch.ones_like(documents, dtype=torch.bool)
+            where[torch.cat([*soft_places, documents.new_empty(0)])] = False
+        return neftune_noise(
+            self._seed,
+            micro_batch.plan.step,
+            documents,
+            positions,
+            _own_tokens(token_lengths(micro_batch.plan), micro_batch).to(documents.device),
+            self._neftune.alpha,
+            self.config.hidden_size,
+            self.config.params_dtype,
+            where,
+        )
 
     def _trains(self, name: str) -> bool:
         modules = (self.encoders[name], self.projectors[name])
@@ -179,3 +208,24 @@ class AnyMALModel(MegatronModule):
         )
         rotary.position_ids = pack.position_ids
         return pack
+
+
+def _name_tokens(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    """What numbers drawn for a token depend on, the same under every layout.
+
+    Returns:
+        [T] int64 each: its document in the global batch (twice the sample's place, and 1 for a pair's rejected answer;
+        -1 for padding), and its place in it.
+    """
+    owners, branch = micro_batch.sample_positions[0], micro_batch.branch
+    documents = 2 * owners if branch is None else 2 * owners + branch[0]
+    positions = torch.cat([torch.arange(length) for length in micro_batch.document_lengths])
+    return documents.where(owners >= 0, -1), _own_tokens(positions, micro_batch).to(owners.device)
+
+
+def _own_tokens(whole: Tensor, micro_batch: MicroBatch) -> Tensor:
+    """Of a pack's [T of all context-parallel ranks] this rank's."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return whole
+    return whole[held_tokens(micro_batch.document_lengths, parallel_state.get_context_parallel_rank(), size)]

@@ -52,25 +52,21 @@ def document_pack(
     Raises:
         DataError: a document is not padded for this many context-parallel ranks.
     """
+    positions = torch.cat([torch.arange(length) for length in lengths])
     from_gathered = None
     if context_size > 1:
         gathered = torch.cat([held_tokens(lengths, rank, context_size) for rank in range(context_size)])
         from_gathered = torch.empty_like(gathered)
         from_gathered[gathered] = torch.arange(len(gathered))
+        positions = positions[held_tokens(lengths, context_rank, context_size)]
     return DocumentPack(
         qkv_format="sbhd",
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        position_ids=token_positions(lengths, context_rank, context_size).to(device),
+        position_ids=positions.to(device),
         kernel=KERNELS[kernel](lengths, context_rank, context_size, device),
         from_gathered=None if from_gathered is None else from_gathered.to(device),
     )
-
-
-def token_positions(lengths: Sequence[int], context_rank: int = 0, context_size: int = 1) -> Tensor:
-    """[Q] int64: the place in its document of each of this rank's tokens."""
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    return positions if context_size == 1 else positions[held_tokens(lengths, context_rank, context_size)]
 
 
 def thd_pack(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:

@@ -76,7 +76,17 @@ def assemble(config: AnyMALConfig, hf: LlamaConfig, modalities: Mapping[str, Mod
         gpt = build_gpt(hf, transformer, backend.transformer_impl(config), vp_stage)
         encoders, projectors = _media_parts(config, transformer, modalities) if gpt.pre_process else ({}, {})
         attention = backend.attention_kernel(config)
-        model = AnyMALModel(transformer, gpt, encoders, projectors, pieces_per_call, hf.vocab_size, attention)
+        model = AnyMALModel(
+            transformer,
+            gpt,
+            encoders,
+            projectors,
+            pieces_per_call,
+            hf.vocab_size,
+            attention,
+            config.model.neftune,
+            config.model.seed,
+        )
         _freeze(model, config)
         models.append(model)
     if config.model.lora.r:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Optional
@@ -38,6 +39,7 @@ from torch import Tensor, nn
 
 from megatron_anymal.config import ConfigError, LoraConfig
 from megatron_anymal.data.order import mix64
+from megatron_anymal.model.noise import GOLDEN, scramble, signed
 from megatron_anymal.model.weights import list_weights
 
 # Linear layer of a megatron-core layer -> HuggingFace's projections in it, in the order of its outputs.
@@ -134,6 +136,32 @@ def merge_lora(models: Iterable[nn.Module]) -> None:
             linear.weight.copy_(linear.lora.merged(linear.weight))
             linear.lora.hook.remove()
             del linear.lora
+
+
+def keep_reference(models: Iterable[nn.Module]) -> None:
+    """Keep a frozen copy of the adapters as they are now: the reference that a policy is held to (AnyMAL section E.3).
+
+    The base is shared; adapters switched off would be the base model, which is another one.
+    """
+    for projection in _projections(models):
+        projection.kept = projection.A.detach().clone(), projection.B.detach().clone()
+
+
+@contextmanager
+def as_reference(models: Iterable[nn.Module]) -> Iterator[None]:
+    """Run the models with the adapters that `keep_reference` kept."""
+    projections = _projections(models)
+    for projection in projections:
+        projection.gives_kept = True
+    try:
+        yield
+    finally:
+        for projection in projections:
+            projection.gives_kept = False
+
+
+def _projections(models: Iterable[nn.Module]) -> list[_Projection]:
+    return [module for model in models for module in model.modules() if isinstance(module, _Projection)]
 
 
 def _adapted(model: nn.Module) -> list[Any]:
@@ -257,9 +285,15 @@ class _Projection(nn.Module):
         # Tells megatron-core to sum its gradient over the ranks that share the sequence.
         whole.sequence_parallel = sequence_parallel
         self.A, self.B = a, b
+        # What A and B were when they were kept as a reference, and whether they are asked for now.
+        self.kept: Optional[tuple[Tensor, Tensor]] = None
+        self.gives_kept = False
 
     def forward(self) -> tuple[Tensor, Tensor]:
         """A and B. Always asked for by this call: it is where megatron-core waits for weights that are under way."""
+        if self.gives_kept:
+            assert self.kept is not None, "keep_reference comes first"
+            return self.kept
         return self.A, self.B
 
 
@@ -297,7 +331,7 @@ class LoraDropout:
                 the tokens of all the tensor-parallel ranks that share a sequence.
             positions: [T] int64, its place in its document.
         """
-        self._tokens = _mix(_mix(sample_ids + _signed(mix64(seed, step))) + positions)
+        self._tokens = scramble(scramble(sample_ids + signed(mix64(seed, step))) + positions)
 
     def follow(self, decoder: nn.Module, inputs: Any, output: Tensor) -> None:
         """The decoder's forward hook: when a micro-batch's backward pass reaches it, that one's tokens are named again
@@ -318,27 +352,12 @@ class LoraDropout:
         """
         assert self._tokens is not None, "set_tokens comes before the forward pass"
         number, parts = part
-        keys = _mix(self._tokens.unflatten(0, (parts, -1))[number] ^ stream)
+        keys = scramble(self._tokens.unflatten(0, (parts, -1))[number] ^ stream)
         first = first_channel // 4
         places = torch.arange(first, -(-(first_channel + channels) // 4), device=keys.device)
-        numbers = _mix(torch.add(keys[:, None], places, alpha=_GOLDEN)).view(torch.int16)
+        numbers = scramble(torch.add(keys[:, None], places, alpha=GOLDEN)).view(torch.int16)
         return numbers[:, first_channel - 4 * first :][:, :channels] < self._threshold
 
 
 def _stream(name: str) -> int:
-    return _signed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-
-
-def _signed(number: int) -> int:
-    """The same 64 bits as torch's int64 holds them."""
-    return number - 2**64 if number >= 2**63 else number
-
-
-_GOLDEN, _FIRST, _SECOND = map(_signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
-
-
-def _mix(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser of each int64; products wrap around."""
-    for shift, factor in ((30, _FIRST), (27, _SECOND)):
-        state = (state >> shift).bitwise_and_(2 ** (64 - shift) - 1).bitwise_xor_(state).mul_(factor)
-    return (state >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(state)
+    return signed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))

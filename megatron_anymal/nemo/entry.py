@@ -1,4 +1,4 @@
-"""`anymal pretrain`: hydra_runner -> engine set-up -> unfitted Trainer -> exp_manager -> the engine's loop.
+"""`anymal pretrain`, `sft` and `dpo`: hydra_runner -> engine set-up -> unfitted Trainer -> exp_manager -> the loop.
 
 Lightning's loop does not drive the training: the engine's step is the only clock, so that checkpoints, resume, signals
 and the logged step agree. NeMo gives the command line, the run folder and the loggers.
@@ -41,16 +41,30 @@ _EPILOG = """overrides:
   ~model.modalities.audio               remove one
 
 several processes:
-  torchrun --nproc-per-node=8 -m megatron_anymal pretrain --config-name=NAME trainer.devices=8 ..."""
+  torchrun --nproc-per-node=8 -m megatron_anymal JOB --config-name=NAME trainer.devices=8 ..."""
 
 
-def main(argv: Sequence[str]) -> int:
+def pretrain(argv: Sequence[str]) -> int:
     """Run alignment pre-training; return the exit code.
 
     Raises:
         ConfigError: a setting that cannot work; before any process group or file is touched.
     """
-    arguments = _parser().parse_intermixed_args(argv)
+    return _main("pretrain", "Align modalities to a frozen Llama.", argv)
+
+
+def sft(argv: Sequence[str]) -> int:
+    """Run instruction tuning; otherwise as `pretrain`."""
+    return _main("sft", "Tune an aligned model on conversations: adapters, projectors only, or the whole Llama.", argv)
+
+
+def dpo(argv: Sequence[str]) -> int:
+    """Run conservative DPO; otherwise as `pretrain`."""
+    return _main("dpo", "Continue an SFT run's adapters on pairs of preferred and rejected answers.", argv)
+
+
+def _main(job: str, description: str, argv: Sequence[str]) -> int:
+    arguments = _parser(job, description).parse_intermixed_args(argv)
     config_dir = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
     if not config_dir.is_dir():
         raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {config_dir}.")
@@ -58,6 +72,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.print_config:
         print_config(composed)
         return 0
+    if composed.config.job != job:
+        raise ConfigError(
+            f"--config-name={arguments.config_name} is for the job {composed.config.job!r}. Start it with "
+            f"`anymal {composed.config.job}`, or set job={job}."
+        )
     check(composed.config)
     if arguments.dry_run:
         from megatron_anymal.dry_run_table import print_dry_run
@@ -216,11 +235,11 @@ def _typed(values: Any) -> AnyMALConfig:
     return from_dict({key: value for key, value in values.items() if key != "hydra"})
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(job: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="anymal pretrain",
-        description="Align modalities to a frozen Llama.",
-        epilog=_EPILOG,
+        prog=f"anymal {job}",
+        description=description,
+        epilog=_EPILOG.replace("JOB", job),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config-name", "-cn", required=True, help="YAML file of the configuration folder")

@@ -93,10 +93,14 @@ class MegatronAnyMALModel(ModelPT):
 
     def fit(self) -> None:
         """Train to trainer.max_steps in the engine's loop, continuing from the run folder's newest checkpoint."""
+        from megatron_anymal.sampled_answers import SampledAnswers
         from megatron_anymal.train.loop import fit
 
         loggers = list(self.trainer.loggers) if self._trainer is not None else []
-        fit(self.state, self.config.run_dir, loggers)
+        answers = (
+            SampledAnswers(self.state, self.config.run_dir, loggers) if self.config.trainer.sampled_answers else None
+        )
+        fit(self.state, self.config.run_dir, loggers, answers)
 
     def setup_training_data(self, train_data_config: DictConfig | Mapping[str, Any]) -> None:
         """Replace the training data; before the first use of `state`.

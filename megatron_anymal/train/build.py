@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
 
@@ -22,7 +22,9 @@ from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
+from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
+from megatron_anymal.train.reference import ReferenceAnswers
 
 
 @dataclass
@@ -49,6 +51,11 @@ class TrainState:
     optimizer: MegatronOptimizer
     train_data: DataSource
     validation_data: Optional[DataSource]
+    objective: Objective
+    # DPO only, once the run has read its reference.
+    reference: Optional[ReferenceAnswers] = None
+    # Whole names of frozen encoders' weights that came from another run: nothing else holds them.
+    carried: set[str] = field(default_factory=set)
     # Updates made so far.
     step: int = 0
 
@@ -90,7 +97,17 @@ def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
     optimizer = build_optimizer(config, wrapped)
     _connect(config, wrapped, optimizer)
     return TrainState(
-        config, hf, layout, tokenizer, modalities, models, wrapped, optimizer, train_data, validation_data
+        config=config,
+        llama=hf,
+        layout=layout,
+        tokenizer=tokenizer,
+        modalities=modalities,
+        models=models,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        train_data=train_data,
+        validation_data=validation_data,
+        objective=build_objective(config),
     )
 
 
@@ -149,6 +166,7 @@ def build_data(
         seed=config.model.seed,
         too_long=config.data.too_long,
         check_shards=layout.reports,
+        sample_kinds=build_objective(config).sample_kinds,
     )
     loaded = loaded_modalities(config, tokenizer, modalities)
     return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -19,30 +19,47 @@ from megatron_anymal.config import ConfigError, max_time_seconds
 from megatron_anymal.data.batches import StepPlan
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.types import DataError, MicroBatch
+from megatron_anymal.model.lora import keep_reference
 from megatron_anymal.model.weights import hash_weights
 from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train.build import DataSource, TrainState
+from megatron_anymal.train.reference import ReferenceAnswers
 from megatron_anymal.train.step import StepResult, train_step, validation_step
 
 
-def fit(state: TrainState, run_dir: Path, loggers: Sequence[MetricsLogger] = ()) -> None:
+def fit(
+    state: TrainState,
+    run_dir: Path,
+    loggers: Sequence[MetricsLogger] = (),
+    after_validation: Optional[Callable[[], None]] = None,
+) -> None:
     """Train until trainer.max_steps, or until exp_manager.max_time_per_run with a checkpoint.
+
+    Args:
+        after_validation: called on all ranks after each validation.
 
     Raises:
         DataError: more of a step's samples are unreadable than data.max_bad_share allows.
     """
-    Run(state, run_dir, loggers).fit()
+    Run(state, run_dir, loggers, after_validation).fit()
 
 
 class Run:
     """One execution of a run in its folder."""
 
-    def __init__(self, state: TrainState, run_dir: Path, loggers: Sequence[MetricsLogger]):
+    def __init__(
+        self,
+        state: TrainState,
+        run_dir: Path,
+        loggers: Sequence[MetricsLogger],
+        after_validation: Optional[Callable[[], None]] = None,
+    ):
         self.state, self.config = state, state.config
         self.run_dir = run_dir
         self.checkpoints = run_dir / "checkpoints"
         self.ledger = run_dir / "skipped_samples.jsonl"
         self.log = RunLog(run_dir, loggers, active=state.layout.reports)
+        self.after_validation = after_validation
         self.started = time.monotonic()
         self.base_hash = self._hash_base()
         # Step times since the last log line, and what they counted.
@@ -76,6 +93,8 @@ class Run:
     def _start(self) -> None:
         self._introduce()
         manager = self.config.exp_manager
+        if self.config.job == "dpo":
+            self._read_reference()
         folder, problems = self._find_checkpoint() if manager.resume_if_exists else (None, [])
         for problem in problems:
             self.log.say(f"warning: {problem} Going back to an older checkpoint.")
@@ -86,7 +105,7 @@ class Run:
                 f"There is no checkpoint in {str(self.checkpoints)!r}, and exp_manager.resume_ignore_no_checkpoint is "
                 "false."
             )
-        elif self.config.model.restore_from_path:
+        elif self.config.model.restore_from_path and self.config.job != "dpo":
             self._restore(self.config.model.restore_from_path)
         self.log.rewind(self.state.step + 1)
 
@@ -129,11 +148,28 @@ class Run:
         self.state.step = checkpoint_state.load(self.state, folder)
         self.log.say(f"resumed from {folder} at step {self.state.step}")
 
-    def _restore(self, path: str) -> None:
+    def _restore(self, path: str) -> Manifest:
         folder = store.resolve(path)
-        missing = checkpoint_state.load_trainable(self.state.models, folder, self.state.optimizer)
-        note = f"; not in it, so newly drawn: {', '.join(missing[:3])} and others" if missing else ""
-        self.log.say(f"trainable weights from {folder}{note}")
+        manifest = store.read_manifest(folder)
+        missing = checkpoint_state.restore(self.state, folder, self.base_hash, self.state.optimizer)
+        new = [name for name in missing if ".lora." not in name]
+        note = f"; not in it, so newly drawn: {', '.join(new[:3])} and others" if new else ""
+        note += "; the adapters are new" if len(new) < len(missing) else ""
+        self.log.say(f"weights from {folder}{note}")
+        return manifest
+
+    def _read_reference(self) -> None:
+        """The SFT model is where the policy starts, and what it is held to from then on, after every resume."""
+        manifest = self._restore(self.config.model.restore_from_path)
+        if not manifest.config["model"].get("lora", {}).get("r"):
+            raise ConfigError(
+                f"model.restore_from_path={self.config.model.restore_from_path!r} was trained without adapters, which the "
+                "job dpo continues. Name an SFT run with model.lora.r above 0."
+            )
+        keep_reference(self.state.models)
+        kept = self.run_dir / "reference" if self.config.model.dpo.reference == "cached" else None
+        identity = [manifest.files, manifest.base_hash, self.config.trainer.precision]
+        self.state.reference = ReferenceAnswers(kept, identity, self.state.layout.device)
 
     def _steps(self, data: DataSource, start: int, stop: int) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
         return steps(
@@ -181,7 +217,8 @@ class Run:
         metrics = {
             "loss": last.loss,
             **{f"loss/{name}": value for name, value in last.loss_by_modality.items()},
-            **{f"targets/{name}": float(n) for name, n in last.targets_by_modality.items()},
+            **{f"targets/{name}": float(n) for name, n in last.counts_by_modality.items()},
+            **last.measures,
             "grad_norm": last.grad_norm,
             "lr": last.lr,
             "tokens_per_second": sum(r.tokens for _, _, r in self.window) / seconds,
@@ -203,18 +240,23 @@ class Run:
             return
         self.state.settle()
         sums: dict[str, float] = {}
-        counts: dict[str, int] = {}
+        counts: dict[str, float] = {}
+        measures: list[dict[str, float]] = []
         for plan, micro_batches in self._steps(data, 0, batches):
             result = validation_step(self.state, plan, micro_batches)
-            for name, count in result.targets_by_modality.items():
+            measures.append(result.measures)
+            for name, count in result.counts_by_modality.items():
                 sums[name] = sums.get(name, 0.0) + result.loss_by_modality[name] * count
                 counts[name] = counts.get(name, 0) + count
         if not counts:
             return
         metrics = {"val_loss": sum(sums.values()) / sum(counts.values())}
         metrics.update({f"val_loss/{name}": sums[name] / counts[name] for name in sums})
+        metrics.update({f"val_{name}": sum(m[name] for m in measures) / len(measures) for name in measures[0]})
         shown = " ".join(f"{name.removeprefix('val_loss/')} {value:.4f}" for name, value in metrics.items())
         self.log.write(self.state.step, metrics, f"step {self.state.step} validation: {shown}")
+        if self.after_validation is not None:
+            self.after_validation()
 
     def _out_of_time(self) -> bool:
         """Whether the time is up; rank 0's clock decides for all."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from megatron_anymal.data.batches import BatchPlanner, StepPlan
 from megatron_anymal.data.types import MicroBatch
-from megatron_anymal.losses import batch_mean, sums_by_group
-from megatron_anymal.model.attention import token_positions
+from megatron_anymal.model.lora import as_reference
 from megatron_anymal.train.build import TrainState
+from megatron_anymal.train.objective import GlobalBatch, PreferenceObjective
 from megatron_anymal.train.optim import learning_rate, set_rates
 
 
@@ -26,11 +25,13 @@ from megatron_anymal.train.optim import learning_rate, set_rates
 class StepResult:
     """What a step did; the same on every rank."""
 
-    # Mean over the batch's target tokens.
+    # Mean over the batch's target tokens (or samples, or pairs).
     loss: float
-    # By modality of the sample (that of its first media item; "text" without media).
+    # By modality of the sample (that of its first media item; "text" without media), and what each is a mean over.
     loss_by_modality: dict[str, float]
-    targets_by_modality: dict[str, int]
+    counts_by_modality: dict[str, float]
+    # Further measures of the objective, as means.
+    measures: dict[str, float]
     # LLM tokens that are not padding, all replicas.
     tokens: int
     # Tokens computed, padding included.
@@ -44,15 +45,17 @@ class StepResult:
 
 def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> StepResult:
     """Forward, backward, reduce, update."""
+    bad, batch = _begin(state, state.train_data.planner, plan, micro_batches)
     rate = learning_rate(state.config, state.step)
     set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
     for wrapped in state.wrapped:
         wrapped.zero_grad_buffer()
         wrapped.train()
     state.optimizer.zero_grad()
-    result = _run(state, state.train_data.planner, plan, micro_batches, forward_only=False)
+    sums = _pass(state, plan, micro_batches, bad, batch, forward_only=False)
     _, grad_norm, _ = state.optimizer.step()
     state.step += 1
+    result = _result(state, state.train_data.planner, plan, bad, batch, sums)
     return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), lr=rate)
 
 
@@ -60,86 +63,148 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
 def validation_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> StepResult:
     """The loss of a validation batch."""
     assert state.validation_data is not None
+    planner = state.validation_data.planner
+    bad, batch = _begin(state, planner, plan, micro_batches)
     for wrapped in state.wrapped:
         wrapped.eval()
-    return _run(state, state.validation_data.planner, plan, micro_batches, forward_only=True)
+    sums = _pass(state, plan, micro_batches, bad, batch, forward_only=True)
+    return _result(state, planner, plan, bad, batch, sums)
 
 
-def _run(
+def _begin(
+    state: TrainState, planner: BatchPlanner, plan: StepPlan, micro_batches: Sequence[MicroBatch]
+) -> tuple[dict[int, str], GlobalBatch]:
+    """What must be known before the passes: unreadable samples, counts, and what the reference says. Collective."""
+    bad = _agree_on_bad(plan, micro_batches, state.layout.device)
+    batch = GlobalBatch.of(plan, bad, ["text", *state.modalities], state.layout.device)
+    if state.reference is not None:
+        data = planner.fingerprint()[:8]
+        names = [
+            f"{data}/{planner.key(int(d), int(s))}" if count else None
+            for d, s, count in zip(plan.dataset, plan.sample, batch.targets.tolist())
+        ]
+        ask = partial(_reference_pass, state, plan, micro_batches, bad, batch)
+        batch = dataclasses.replace(batch, reference=state.reference.log_probabilities(names, ask))
+    return bad, batch
+
+
+@torch.no_grad()
+def _reference_pass(
     state: TrainState,
-    planner: BatchPlanner,
     plan: StepPlan,
     micro_batches: Sequence[MicroBatch],
+    bad: Mapping[int, str],
+    batch: GlobalBatch,
+) -> Tensor:
+    """[global batch, 2] float64: the reference's log-probabilities of both answers, on every rank. Collective."""
+    state.settle()
+    for wrapped in state.wrapped:
+        wrapped.eval()
+    found = torch.zeros(len(plan.targets), 2, dtype=torch.float64, device=state.layout.device)
+
+    def collect(losses: Tensor, mask: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        places, (logs, _) = PreferenceObjective.answers(losses, mask, micro_batch, batch)
+        if state.layout.counts_loss and state.layout.context_rank == 0:
+            found[places] = logs
+        return losses.sum(), torch.zeros(1, dtype=torch.float64, device=losses.device)
+
+    with as_reference(state.models):
+        _run_schedule(state, plan, micro_batches, bad, collect, forward_only=True)
+    dist.all_reduce(found)
+    return found
+
+
+def _pass(
+    state: TrainState,
+    plan: StepPlan,
+    micro_batches: Sequence[MicroBatch],
+    bad: Mapping[int, str],
+    batch: GlobalBatch,
     *,
     forward_only: bool,
-) -> StepResult:
-    bad = _agree_on_bad(plan, micro_batches, state.layout.device)
-    targets = np.where([place in bad for place in range(len(plan.targets))], 0, plan.targets)
-    names = ["text", *state.modalities]
-    groups = _groups(plan, names)
-    reports = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, state, int(targets.sum()), groups, len(names), bad),
+) -> Tensor:
+    """Run every micro-batch; returns the objective's report, added up over all processes. Collective."""
+    objective = state.objective
+
+    def loss_of(losses: Tensor, mask: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
+        return objective.loss(losses, mask, micro_batch, batch)
+
+    reports = _run_schedule(state, plan, micro_batches, bad, loss_of, forward_only=forward_only)
+    size = 2 * len(batch.names) + len(objective.extras)
+    sums = torch.zeros(size, dtype=torch.float64, device=state.layout.device)
+    if state.layout.counts_loss:
+        sums += torch.stack(reports).sum(0)
+    dist.all_reduce(sums)
+    return sums
+
+
+def _run_schedule(
+    state: TrainState,
+    plan: StepPlan,
+    micro_batches: Sequence[MicroBatch],
+    bad: Mapping[int, str],
+    loss_of: Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Tensor]],
+    *,
+    forward_only: bool,
+) -> list[Tensor]:
+    """megatron-core's schedule over the micro-batches; returns the reports on the last stage."""
+    several = len(state.wrapped) > 1
+    return get_forward_backward_func()(
+        forward_step_func=partial(_forward_step, state.layout.device, bad, loss_of),
         # Each part of a virtual pipeline runs every micro-batch.
-        data_iterator=[iter(micro_batches) for _ in state.wrapped] if len(state.wrapped) > 1 else iter(micro_batches),
-        model=state.wrapped if len(state.wrapped) > 1 else state.wrapped[0],
+        data_iterator=[iter(micro_batches) for _ in state.wrapped] if several else iter(micro_batches),
+        model=state.wrapped if several else state.wrapped[0],
         num_microbatches=len(micro_batches),
         seq_length=plan.padded_length,
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    sums = torch.zeros(2, len(names), dtype=torch.float64, device=state.layout.device)
-    if state.layout.counts_loss:
-        sums += torch.stack(reports).sum(0)
-    dist.all_reduce(sums)
-    losses, counts = sums.cpu().tolist()
-    assert int(sum(counts)) == int(targets.sum()), "targets counted and targets planned differ"
-    reasons = _name_bad(planner, plan, bad)
-    dropped = set(plan.dropped)
-    return StepResult(
-        loss=sum(losses) / max(1.0, sum(counts)),
-        loss_by_modality={n: loss / count for n, loss, count in zip(names, losses, counts) if count},
-        targets_by_modality={n: int(count) for n, count in zip(names, counts) if count},
-        tokens=sum(int(n) for place, n in enumerate(plan.length) if place not in dropped),
-        padded_tokens=plan.padded_length * sum(len(replica) for replica in plan.micro_batches),
-        bad=reasons,
-        dropped=len(plan.dropped),
-    )
 
 
 def _forward_step(
-    state: TrainState,
-    batch_targets: int,
-    groups: Tensor,
-    group_count: int,
+    device: torch.device,
     bad: Mapping[int, str],
+    loss_of: Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Tensor]],
     micro_batches: Iterator[MicroBatch],
     model: Any,
 ) -> tuple[Tensor, Any]:
     """What megatron-core's schedules call for each micro-batch."""
-    micro_batch = to_device(next(micro_batches), state.layout.device)
-    _name_tokens(state, micro_batch)
+    micro_batch = to_device(next(micro_batches), device)
     mask = micro_batch.loss_mask
     for place in bad:
         mask = mask.masked_fill(micro_batch.sample_positions == place, 0.0)
     output = model(micro_batch, labels=micro_batch.labels)
 
-    def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        owners = micro_batch.sample_positions
-        token_groups = torch.where(owners >= 0, groups.to(owners.device)[owners.clamp(min=0)], -1)
-        report = sums_by_group(losses, mask, token_groups, group_count)
-        return batch_mean(losses, mask, batch_targets), torch.zeros((), dtype=torch.int, device=losses.device), report
+    def counted(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        loss, report = loss_of(losses, mask, micro_batch)
+        return loss, torch.zeros((), dtype=torch.int, device=losses.device), report
 
-    return output, loss_of
+    return output, counted
 
 
-def _name_tokens(state: TrainState, micro_batch: MicroBatch) -> None:
-    """What the adapters drop is chosen by token."""
-    dropout = state.models[0].lora_dropout
-    if dropout is not None:
-        layout = state.layout
-        positions = token_positions(micro_batch.document_lengths, layout.context_rank, layout.context_size)
-        owners = micro_batch.sample_positions[0]
-        dropout.set_tokens(state.config.model.seed, micro_batch.plan.step, owners, positions.to(owners.device))
+def _result(
+    state: TrainState,
+    planner: BatchPlanner,
+    plan: StepPlan,
+    bad: Mapping[int, str],
+    batch: GlobalBatch,
+    sums: Tensor,
+) -> StepResult:
+    names, found = batch.names, sums.cpu().tolist()
+    losses, counts = found[: len(names)], found[len(names) : 2 * len(names)]
+    total = state.objective.count(batch)
+    assert round(sum(counts)) == total, f"counted {sum(counts)}, planned {total}"
+    dropped = set(plan.dropped)
+    return StepResult(
+        loss=sum(losses) / max(1, total),
+        loss_by_modality={n: loss / count for n, loss, count in zip(names, losses, counts) if count},
+        counts_by_modality={n: count for n, count in zip(names, counts) if count},
+        measures=state.objective.measures(found[2 * len(names) :]),
+        tokens=sum(int(n) for place, n in enumerate(plan.length) if place not in dropped),
+        padded_tokens=plan.padded_length * sum(len(replica) for replica in plan.micro_batches),
+        bad=_name_bad(planner, plan, bad),
+        dropped=len(plan.dropped),
+    )
 
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
@@ -148,20 +213,17 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
         return micro_batch
     media = {
         name: dataclasses.replace(
-            m, pieces=m.pieces.to(device, non_blocking=True), token_index=m.token_index.to(device, non_blocking=True)
+            m,
+            pieces=m.pieces.to(device, non_blocking=True),
+            token_index=m.token_index.to(device, non_blocking=True),
+            soft_index=None if m.soft_index is None else m.soft_index.to(device, non_blocking=True),
         )
         for name, m in micro_batch.media.items()
     }
-    moved = {
-        name: getattr(micro_batch, name).to(device, non_blocking=True)
-        for name in ("tokens", "labels", "loss_mask", "sample_positions")
-    }
+    names = ("tokens", "labels", "loss_mask", "sample_positions", "branch")
+    tensors = {name: getattr(micro_batch, name) for name in names}
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
     return dataclasses.replace(micro_batch, media=media, **moved)
-
-
-def _groups(plan: StepPlan, names: Sequence[str]) -> Tensor:
-    """[global batch]: under which name each sample's loss is reported."""
-    return torch.tensor([names.index(media[0].modality) if media else 0 for media in plan.media])
 
 
 def _agree_on_bad(plan: StepPlan, micro_batches: Sequence[MicroBatch], device: torch.device) -> dict[int, str]:

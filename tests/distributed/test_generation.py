@@ -94,7 +94,7 @@ def hf_folder(tmp_path: Path) -> str:
 
 def answer_texts(config: AnyMALConfig, texts: list[str], sampling: Sampling) -> list[str]:
     """In a rank: a Llama's answers to texts."""
-    generator = Generator(config, initialize(config), None)
+    generator = Generator.of_checkpoint(config, initialize(config), None)
     return generator.answer([Prompt([TextPart(text)], []) for text in texts], sampling)
 
 

@@ -30,6 +30,13 @@ LLAMAS = {
 ENCODERS = {"image": {"clip", "dinov2"}, "video": {"videomae"}, "audio": {"clap"}, "imu": {"imu2clip"}}
 
 
+# AnyMAL, section E.3: batch, rate, warm-up, schedule, the rate's end, NEFTune's alpha; r and alpha of the adapters.
+TUNING = {
+    "sft": (128, 5e-5, 40, "cosine", 0.1, 10, 8, 32),
+    "dpo": (32, 1e-5, 20, "linear", 2 / 3, 10, 8, 32),
+}
+
+
 def valid() -> AnyMALConfig:
     return from_dict(
         {
@@ -105,6 +112,65 @@ def test_placeholders_differ_between_modalities_of_one_vocabulary():
         for modality, part in config.model.modalities.items():
             key = ("13b" in name, part.placeholder)
             assert seen.setdefault(key, modality) == modality
+
+
+@pytest.mark.parametrize("size", ["8b", "70b"])
+@pytest.mark.parametrize("job", TUNING)
+def test_tuning_has_the_papers_numbers(job, size):
+    config = compose(f"{job}_{size}", default_config_dir(), []).config
+    model, optim = config.model, config.model.optim
+    sched = optim.sched
+    found = (model.global_batch_size, optim.lr, sched.warmup_steps, sched.name, sched.min_lr_ratio)
+    assert (*found, model.neftune.alpha, model.lora.r, model.lora.alpha) == pytest.approx(TUNING[job])
+    assert config.job == job and model.lora.targets == ["*"]
+    assert [m.projector.freeze for m in model.modalities.values()] == [job == "dpo"]
+    if job == "sft":
+        assert config.trainer.max_steps == 3000
+        assert {name: d.weight for name, d in config.data.train.items()} == {"annotated": 60, "synthetic": 150}
+    else:
+        # One epoch over 11 thousand pairs.
+        assert config.trainer.max_steps == -(-11_000 // 32)
+        assert (model.dpo.label_smoothing, model.dpo.beta) == (0.05, 0.1)
+
+
+def preferring():
+    config = valid()
+    config.job, config.model.lora.r, config.model.restore_from_path = "dpo", 8, "runs/sft"
+    for modality in config.model.modalities.values():
+        modality.projector.freeze = True
+    return config
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model.dpo.beta", 0.0, "above 0"),
+        ("model.dpo.label_smoothing", 0.5, "less than 0.5"),
+        ("model.dpo.reference", "none", "'cached'"),
+        ("model.loss_normalization", "sample", "counts pairs"),
+        ("model.lora.r", 0, "needs model.lora"),
+        ("model.restore_from_path", "", "needs model.lora"),
+        ("model.lora.alpha", 0.0, "above 0"),
+        ("model.lora.dropout", 1.0, "less than 1"),
+        ("model.lora.targets", [], "nothing would be adapted"),
+        ("model.language_model.freeze", False, "beside a frozen Llama"),
+        ("model.neftune.embeddings", "soft", "'all', 'text'"),
+    ],
+)
+def test_bad_tuning_is_refused(key, value, says):
+    config = preferring()
+    check(config)
+    set_value(config, key, value)
+    with pytest.raises(ConfigError, match=says) as caught:
+        check(config)
+    assert key.split(".")[1] in str(caught.value)
+
+
+def test_dpo_trains_adapters_only():
+    config = preferring()
+    config.model.modalities["audio"].projector.freeze = False
+    with pytest.raises(ConfigError, match=r"set model\.modalities\.audio\.projector\.freeze"):
+        check(config)
 
 
 def test_valid_config_passes():

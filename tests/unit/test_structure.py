@@ -22,6 +22,7 @@ ORDER = [
     ("dry_run", "dry_run_table"),
     ("generate",),
     ("evaluate",),
+    ("sampled_answers",),
     ("nemo", "quickstart"),
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}

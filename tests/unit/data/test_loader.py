@@ -10,15 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from manifests import shards_of
 from PIL import Image
 from replicas import replica_data
 from tiny import SPECIAL, WORDS, make_config, make_shards, make_tokenizer, png
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
-from megatron_anymal.data.indexing import IndexOptions
 from megatron_anymal.data.context import held_tokens
 from megatron_anymal.data.loader import share_out, steps
-from megatron_anymal.data.prepare import make_index, write_shards
 from megatron_anymal.data.types import DataError, MicroBatch, TextPart
 from megatron_anymal.train.build import DataSource
 
@@ -28,17 +27,9 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALCo
     return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
 
 
-def shards_of(folder: Path, tokenizer: str, samples: dict[str, list[dict[str, Any]]], files: dict[str, bytes]) -> str:
-    """Shards of given samples: key -> parts."""
-    source = folder.with_name("source")
-    source.mkdir()
-    for name, data in files.items():
-        (source / name).write_bytes(data)
-    lines = [json.dumps({"key": key, "parts": parts}) for key, parts in samples.items()]
-    (source / "manifest.jsonl").write_text("\n".join(lines))
-    write_shards(str(source / "manifest.jsonl"), str(folder))
-    make_index(str(folder), IndexOptions(tokenizer))
-    return str(folder)
+def parts_of(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Lines of a manifest: key -> parts."""
+    return [{"key": key, "parts": parts} for key, parts in samples.items()]
 
 
 def micro_batches(data: DataSource, step: int) -> list[MicroBatch]:
@@ -186,7 +177,7 @@ def long_and_short(tmp_path: Path, tokenizer: str) -> str:
         f"short{n}": [{"media": "a.png", "modality": "image"}, {"text": f"one {WORDS[n]}"}] for n in range(7)
     }
     samples["long"] = [{"media": "a.png", "modality": "image"}, {"text": "two " * 40}]
-    return shards_of(tmp_path / "shards", tokenizer, samples, {"a.png": png(0)})
+    return shards_of(tmp_path / "shards", tokenizer, parts_of(samples), {"a.png": png(0)})
 
 
 def test_a_sample_too_long_is_refused_by_name(tmp_path: Path, tokenizer_folder: str) -> None:
@@ -240,7 +231,8 @@ def test_unreadable_samples_leave_the_others_as_they_are(tmp_path: Path, tokeniz
     samples["bad-image"] = [{"media": "cut.jpg", "modality": "image"}, {"text": "two"}, image]
     samples["bad-text"] = [{"text": f"one {SPECIAL[2]} two"}, image]
     files = {"a.png": png(0, (64, 64)), "cut.jpg": truncated_jpeg()}
-    config = make_config(shards_of(tmp_path / "shards", tokenizer_folder, samples, files), tokenizer_folder, tmp_path)
+    folder = shards_of(tmp_path / "shards", tokenizer_folder, parts_of(samples), files)
+    config = make_config(folder, tokenizer_folder, tmp_path)
     config.data.seq_length = 128
     data = replica_data(config)
     plan = data.planner.plan(0)

@@ -1,0 +1,22 @@
+"""Shards of a few lines that a test writes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.data.indexing import IndexOptions
+from megatron_anymal.data.prepare import make_index, write_shards
+
+
+def shards_of(folder: Path, tokenizer: str, lines: list[dict[str, Any]], files: dict[str, bytes]) -> str:
+    """Shards of a manifest's lines and the media files they name, with their index."""
+    source = folder.with_name(folder.name + "_source")
+    source.mkdir(parents=True)
+    for name, data in files.items():
+        (source / name).write_bytes(data)
+    (source / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_shards(str(source / "manifest.jsonl"), str(folder))
+    make_index(str(folder), IndexOptions(tokenizer))
+    return str(folder)
