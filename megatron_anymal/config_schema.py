@@ -147,12 +147,14 @@ def _all_keys() -> tuple[str, ...]:
 
 
 def _suggestion(section: str, name: str, siblings: list[str]) -> str:
-    """The nearest known key: of the same section, else of the same name elsewhere, else of a similar name."""
+    """The nearest known key: of the same name elsewhere, else similar in the same section, else similar elsewhere."""
+    by_name = {key.rpartition(".")[2]: key for key in reversed(_all_keys())}
+    if name in by_name:
+        return f"Did you mean {by_name[name]}?"
     prefix = f"{section}." if section else ""
     near = difflib.get_close_matches(name, siblings, n=1)
     if near:
         return f"Did you mean {prefix}{near[0]}?"
-    by_name = {key.rpartition(".")[2]: key for key in reversed(_all_keys())}
     elsewhere = difflib.get_close_matches(name, list(by_name), n=1, cutoff=0.7)
     if elsewhere:
         return f"Did you mean {by_name[elsewhere[0]]}?"
