@@ -25,12 +25,8 @@ from megatron_anymal.data.parts import parse_part
 from megatron_anymal.data.types import DataError, MediaPart, Part, Sample, TextPart
 
 # The template's tokens; the document's first one is the tokenizer's begin token.
-BEGIN, START_HEADER, END_HEADER, END_TURN = (
-    "<|begin_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-)
+CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+BEGIN, START_HEADER, END_HEADER, END_TURN = CHAT_TOKENS
 ROLES = ("system", "user", "assistant")
 
 

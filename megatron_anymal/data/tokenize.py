@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.data.messages import BEGIN, END_HEADER, END_TURN, START_HEADER
+from megatron_anymal.data.messages import BEGIN, CHAT_TOKENS
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 
 
@@ -74,8 +74,10 @@ class Tokenizer:
         number = self.hf.get_vocab().get(token)
         if number is None:
             raise DataError(f"{where}={token!r} is not in the tokenizer's vocabulary. Name one of its reserved tokens.")
-        if number in (self.begin, self.end):
-            raise DataError(f"{where}={token!r} begins or ends documents. Name one of the tokenizer's reserved tokens.")
+        if number in (self.begin, self.end) or token in CHAT_TOKENS:
+            raise DataError(
+                f"{where}={token!r} begins or ends documents or turns. Name one of the tokenizer's reserved tokens."
+            )
         return number
 
     def encode(self, text: str) -> list[int]:
@@ -101,7 +103,7 @@ class Tokenizer:
             DataError: naming the one that the tokenizer lacks, or does not keep in one piece.
         """
         folder, vocabulary = self.hf.name_or_path, self.hf.get_vocab()
-        for token in (BEGIN, START_HEADER, END_HEADER, END_TURN):
+        for token in CHAT_TOKENS:
             if token not in vocabulary or self.encode(token) != [vocabulary[token]]:
                 raise DataError(
                     f"data.tokenizer: {folder!r} has no special token {token!r}, which conversations need. Name a "
@@ -112,7 +114,7 @@ class Tokenizer:
                 f"data.tokenizer: conversations begin with {BEGIN!r}, but the bos_token of {folder!r} is "
                 f"{self.hf.bos_token!r}. Name a tokenizer with Llama 3's special tokens."
             )
-        return frozenset(vocabulary[token] for token in (BEGIN, START_HEADER, END_HEADER, END_TURN))
+        return frozenset(vocabulary[token] for token in CHAT_TOKENS)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""

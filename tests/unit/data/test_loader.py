@@ -13,7 +13,7 @@ import torch
 from manifests import shards_of
 from PIL import Image
 from replicas import replica_data
-from tiny import SPECIAL, WORDS, make_config, make_shards, make_tokenizer, png
+from tiny import CHAT, SPECIAL, WORDS, make_config, make_shards, make_tokenizer, png
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
 from megatron_anymal.data.context import held_tokens
@@ -285,7 +285,7 @@ def test_unusable_tokenizers_and_placeholders(config: AnyMALConfig, tmp_path: Pa
         replica_data(config)
 
 
-@pytest.mark.parametrize("token", ["<|no_such_token|>", SPECIAL[0], SPECIAL[1]])
+@pytest.mark.parametrize("token", ["<|no_such_token|>", SPECIAL[0], SPECIAL[1], *CHAT])
 def test_a_placeholder_must_be_a_reserved_token(config: AnyMALConfig, token: str) -> None:
     config.model.modalities["image"].placeholder = token
     with pytest.raises(DataError, match=r"model\.modalities\.image\.placeholder"):

@@ -12,7 +12,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
-from megatron_anymal.data.messages import open_prompt, parse_messages
+from megatron_anymal.data.messages import last_answer, open_prompt, parse_messages
 from megatron_anymal.data.samples import parse_sample
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaPart, Sample, TextPart
@@ -117,6 +117,9 @@ def test_an_open_prompt_ends_where_the_assistant_answers(name: str, tokenizer: T
     parts = open_prompt(parse_messages(messages, "here"))
     document = tokenizer.document(parts, [], {}, closed=False)
     assert document.tokens == published(tokenizer, messages, ask=True) and not any(document.is_target)
+    opened, answer = last_answer(conversation(CONVERSATIONS[name]).documents[0])
+    assert tokenizer.document(opened, [], {}, closed=False).tokens == document.tokens
+    assert answer == CONVERSATIONS[name][-1]["content"].strip()
 
 
 def test_a_pair_is_two_documents_that_differ_in_the_answer(tokenizer: Tokenizer) -> None:

@@ -15,7 +15,7 @@ from megatron_anymal.data.types import DataError, MediaPart, TextPart
 @pytest.mark.parametrize("task", BY_TASK)
 def test_every_prompt_makes_a_sample(task: str) -> None:
     prompt = BY_TASK[task]
-    texts = {name: f"the {name} {{question}} of {{media}}" for name in prompt.fields}
+    texts = {name: f"the {name} {{question}} of {{media}}" for name in sorted(prompt.fields)}
     messages = messages_from_prompt(task, [{"media": "a"}, {"media": "b", "modality": "other", "rate": 5}], **texts)
     value: dict[str, Any] = {"messages": [*messages, {"role": "assistant", "content": "yes"}]}
     [parts] = parse_sample(value, task).documents
