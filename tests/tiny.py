@@ -67,7 +67,10 @@ def make_tokenizer(folder: Path) -> str:
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], additional_special_tokens=[*SPECIAL[2:], *CHAT]
+        tokenizer_object=tokenizer,
+        bos_token=SPECIAL[0],
+        eos_token=SPECIAL[1],
+        additional_special_tokens=[*SPECIAL[2:], *CHAT],
     )
     fast.save_pretrained(str(folder))
     return str(folder)

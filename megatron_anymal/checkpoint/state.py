@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.sharding import METADATA, sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.config import LoraConfig, ModalityConfig
 
 
 def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> Path:
@@ -86,11 +87,13 @@ def restore(state: Any, folder: Path, base_hash: str, optimizer: Any) -> list[st
         Names of weights that train here and were not in the checkpoint.
 
     Raises:
-        CheckpointError: it holds none of them, weights of other shapes, or adapters that do not belong here.
+        CheckpointError: it holds none of them, weights of other shapes, or adapters that do not belong here, or it
+            lacks a projector that is frozen here.
     """
-    _check_adapters(state.models, folder, base_hash)
-    missing = load_media_parts(state.models, folder)
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    _check_adapters(state.config.model.lora, saved, folder, base_hash)
+    _check_projectors(state.config.model.modalities, saved, folder)
+    missing = load_media_parts(state.models, folder)
     state.carried = {name for name in saved if name.startswith("encoders.")}
     optimizer.reload_model_params()
     return missing
@@ -132,22 +135,43 @@ def _is_media_part(name: str, trains: bool) -> bool:
     return trains or name.startswith(("projectors.", "encoders."))
 
 
-def _check_adapters(models: Sequence[nn.Module], folder: Path, base_hash: str) -> None:
-    """Refuse a checkpoint's adapters where they would be lost, or would stand beside another Llama."""
-    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+def _check_adapters(lora: LoraConfig, saved: Collection[str], folder: Path, base_hash: str) -> None:
+    """Refuse a checkpoint's adapters where they would be lost, mean another model, or stand beside another Llama."""
     if not any(".lora." in name for name in saved):
         return
     manifest = store.read_manifest(folder)
-    if not any(".lora." in name for model in models for name, _ in model.named_parameters()):
-        raise CheckpointError(
-            f"{str(folder)!r} holds adapters, which would be lost here. Set model.lora as that run had it: "
-            f"r={manifest.config['model']['lora']['r']}."
-        )
+    check_lora(lora, manifest, folder)
     if manifest.base_hash != base_hash:
         raise CheckpointError(
             f"The adapters in {str(folder)!r} were trained beside a Llama with other weights than this one. Name that "
             "run's Llama in model.language_model."
         )
+
+
+def check_lora(lora: LoraConfig, manifest: Manifest, folder: Path) -> None:
+    """Refuse other adapters than a checkpoint's.
+
+    Raises:
+        CheckpointError: naming the key and its value there.
+    """
+    there = manifest.config["model"].get("lora", {"r": 0})
+    for key in ("r", "alpha", "targets") if lora.r or there["r"] else ():
+        here = getattr(lora, key)
+        if there.get(key) != here:
+            raise CheckpointError(
+                f"{str(folder)!r} was trained with model.lora.{key}={there.get(key)!r}; with {here!r} its adapters "
+                "would be lost, or make another model. Set model.lora as that run had it."
+            )
+
+
+def _check_projectors(modalities: Mapping[str, ModalityConfig], saved: Collection[str], folder: Path) -> None:
+    """Refuse a frozen projector that the checkpoint lacks: it would stay as it was drawn."""
+    for name, section in modalities.items():
+        if section.projector.freeze and not any(key.startswith(f"projectors.{name}.") for key in saved):
+            raise CheckpointError(
+                f"{str(folder)!r} has no projector for {name!r}, and model.modalities.{name}.projector.freeze=true "
+                f"would leave a random one. Remove model.modalities.{name}, or name a run that trained it."
+            )
 
 
 def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path) -> list[str]:

@@ -38,6 +38,8 @@ class Manifest:
     data_fingerprint: str
     # File name -> SHA-256.
     files: dict[str, str]
+    # DPO: a hash of the checkpoint that its reference was read from.
+    reference: str = ""
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:

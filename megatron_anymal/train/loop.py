@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,8 @@ class Run:
         self.after_validation = after_validation
         self.started = time.monotonic()
         self.base_hash = self._hash_base()
+        # DPO: of the checkpoint that the reference was read from.
+        self.reference_hash = ""
         # Step times since the last log line, and what they counted.
         self.window: list[tuple[float, float, StepResult]] = []
         self.skipped = 0
@@ -145,6 +148,13 @@ class Run:
             )
         if manifest.base_hash != self.base_hash:
             raise ConfigError(f"{str(folder)!r} was trained on a Llama with other weights than this one.")
+        checkpoint_state.check_lora(self.config.model.lora, manifest, folder)
+        if manifest.reference != self.reference_hash:
+            raise ConfigError(
+                f"{str(folder)!r} was held to another reference than model.restore_from_path="
+                f"{self.config.model.restore_from_path!r} gives now. Name the checkpoint that it began with, or start "
+                "a new run."
+            )
         self.state.step = checkpoint_state.load(self.state, folder)
         self.log.say(f"resumed from {folder} at step {self.state.step}")
 
@@ -163,12 +173,13 @@ class Run:
         manifest = self._restore(self.config.model.restore_from_path)
         if not manifest.config["model"].get("lora", {}).get("r"):
             raise ConfigError(
-                f"model.restore_from_path={self.config.model.restore_from_path!r} was trained without adapters, which the "
-                "job dpo continues. Name an SFT run with model.lora.r above 0."
+                f"model.restore_from_path={self.config.model.restore_from_path!r} was trained without adapters, which "
+                "the job dpo continues. Name an SFT run with model.lora.r above 0."
             )
+        self.reference_hash = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
         keep_reference(self.state.models)
         kept = self.run_dir / "reference" if self.config.model.dpo.reference == "cached" else None
-        identity = [manifest.files, manifest.base_hash, self.config.trainer.precision]
+        identity = [self.reference_hash, manifest.base_hash, self.config.trainer.precision]
         self.state.reference = ReferenceAnswers(kept, identity, self.state.layout.device)
 
     def _steps(self, data: DataSource, start: int, stop: int) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
@@ -281,6 +292,7 @@ class Run:
             base_hash=self.base_hash,
             data_fingerprint=self.state.train_data.planner.fingerprint(),
             files={},
+            reference=self.reference_hash,
         )
         keep = self.config.exp_manager.checkpoint.keep_last
         folder = checkpoint_state.save(self.state, self.checkpoints, manifest, keep)

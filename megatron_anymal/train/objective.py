@@ -31,7 +31,7 @@ from megatron_anymal.losses import (
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What is known of a step's samples before it runs; all by the sample's place in the global batch, on the device."""
+    """What is known of a step's samples before it runs, by the sample's place in the global batch; on the device."""
 
     # [n] int64: targets; 0 for samples that are left out.
     targets: Tensor

@@ -1,4 +1,4 @@
-"""`make parity`: every layout of the cover against plain torch, then every planted bug; prints and writes the results.
+"""`make parity`: every layout of every job against plain torch, then every planted bug; prints and writes the results.
 
 python -m parity [--layouts 64] [--steps 20] [--report docs/parity.md] [--json runs/parity.json]
 """
@@ -17,19 +17,21 @@ from pathlib import Path
 
 import pytest
 
-from parity.layouts import Layout, cover
+from parity.layouts import DPO, SFT, Layout, cover
 from parity.planted import BUGS, Bug
 from parity.runs import PARAMETER_TOLERANCE, TOLERANCE, Difference
 from parity.suite import Suite
 
 # Enough to see a bug; a clean run of the same layout and length goes before each.
 BUG_STEPS = 3
+# Of the names in the printed tables.
+WIDTH = 76
 
 
 def main() -> int:
     """Run all; exit code 1 where a layout differs or a bug goes unseen."""
     parser = argparse.ArgumentParser(prog="parity", description=__doc__)
-    parser.add_argument("--layouts", type=int, default=64, help="at least this many")
+    parser.add_argument("--layouts", type=int, default=64, help="at least this many of pre-training")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--report", type=Path, default=Path("docs/parity.md"))
     parser.add_argument("--json", type=Path, default=Path("runs/parity.json"))
@@ -51,9 +53,9 @@ def main() -> int:
 
 
 def run_layouts(folder: Path, count: int, steps: int) -> dict[Layout, Difference]:
-    """Every layout of the cover, a line each."""
-    suite, layouts = Suite(folder, steps), cover(count)
-    print(f"{'layout':62} {'processes':>9} {'loss':>9} {'gradient':>9} {'parameter':>9} {'weight':>9} {'left':>9}")
+    """Every layout, a line each."""
+    suite, layouts = Suite(folder, steps), [*cover(count), *SFT, *DPO]
+    print(f"{'layout':{WIDTH}} {'processes':>9} {'loss':>9} {'gradient':>9} {'parameter':>9} {'weight':>9} {'left':>9}")
     found: dict[Layout, Difference] = {}
     begun = time.monotonic()
     for layout in layouts:
@@ -65,7 +67,8 @@ def run_layouts(folder: Path, count: int, steps: int) -> dict[Layout, Difference
         found[layout] = difference
         left = (time.monotonic() - begun) / len(found) * (len(layouts) - len(found))
         mark = "" if difference.allowed else f"   DIFFERENT ({difference.where})"
-        print(f"{layout.name:62} {layout.processes:>9} {_numbers(difference)} {left / 60:>5.1f} min{mark}", flush=True)
+        row = f"{layout.name:{WIDTH}} {layout.processes:>9} {_numbers(difference)} {left / 60:>5.1f} min{mark}"
+        print(row, flush=True)
     return found
 
 
@@ -77,7 +80,7 @@ def run_bugs(folder: Path) -> dict[Bug, tuple[Difference, Difference]]:
         clean, planted = suite.difference(bug.layout), suite.difference(bug.layout, bug)
         found[bug] = clean, planted
         seen = "caught" if clean.allowed and not planted.allowed else "NOT CAUGHT"
-        print(f"{bug.what:62} {bug.layout.name:>30} gradient {planted.gradient:.1e}  {seen}", flush=True)
+        print(f"{bug.what:{WIDTH}} {bug.layout.name:>34} gradient {planted.gradient:.1e}  {seen}", flush=True)
     return found
 
 
@@ -123,12 +126,18 @@ def write_report(
 
 Written by `make parity` on {time.strftime("%Y-%m-%d")} ({versions}, CPU, gloo, {seconds / 60:.0f} minutes).
 
-Each row is {steps} steps of alignment training in fp32 under one layout, compared with AnyMAL written from its
-definitions in plain torch on one process, one sample at a time (`tests/parity/reference.py`). The rows are a selection
-that has every possible pair of tensor, sequence, pipeline, virtual pipeline, context and data parallelism, recompute,
-media and trained part at least once, on up to 8 processes. Media items have one to three pieces; "few-media" leaves
-most replicas and micro-batches without any; the IMU encoder trains; "lora" trains adapters
-on all linear layers of the Llama, "partial" some of its weights.
+Each row is {steps} steps in fp32 under one layout, compared with AnyMAL written from its definitions in plain torch on
+one process, one document at a time (`tests/parity/reference.py`, `objective.py`). Media items have one to three pieces;
+"few-media" leaves most replicas and micro-batches without any.
+
+- Pre-training: a selection that has every possible pair of tensor, sequence, pipeline, virtual pipeline, context and
+  data parallelism, recompute, media and trained part at least once, on up to 8 processes. The IMU encoder trains;
+  "lora" trains adapters on all linear layers of the Llama, "partial" some of its weights.
+- "sft": conversations. "noise-all" and "noise-text" are the two readings of NEFTune; the loss is a mean over target
+  tokens or, "by-sample", over samples.
+- "dpo": preference pairs. The adapters go on from an SFT run of two steps, made on one process or, "from-", under the
+  layout named; as they were then, they are the reference model. label_smoothing is 0.05, or 0 ("sure"); the
+  reference's log-probabilities are computed in every step, or read where a pair comes again ("cached").
 
 All differences are relative: of a step's loss; of a step's whole gradient, to its norm; of a single parameter's
 gradient, to the largest norm it has in any step; of a parameter after the last step, to its norm. Allowed are

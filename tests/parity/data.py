@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import LLAMA, SPECIAL, flac, make_config, make_shards, modalities, npy, png
+from tiny import LLAMA, SPECIAL, flac, make_config, make_conversations, make_shards, modalities, npy, png
 
 from megatron_anymal.config import AnyMALConfig, EncoderConfig, ModalityConfig, ProjectorConfig
 from parity.layouts import LAYERS
@@ -50,14 +50,19 @@ _MAKERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 
-def make_parity_shards(folder: Path, tokenizer: str, media: str) -> str:
-    """Shards of one of MEDIA."""
-    return make_shards(folder, tokenizer, 48, MEDIA[media], makers=_MAKERS)
+def make_parity_shards(folder: Path, tokenizer: str, job: str, media: str) -> str:
+    """Shards of one of MEDIA, for a job."""
+    if job == "pretrain":
+        return make_shards(folder, tokenizer, 48, MEDIA[media], makers=_MAKERS)
+    # Pairs come again from the third step on, when a cache knows them.
+    count = 16 if job == "dpo" else 48
+    return make_conversations(folder, tokenizer, count, MEDIA[media], pairs=job == "dpo", makers=_MAKERS)
 
 
-def parity_config(shards: str, tokenizer: str, media: str) -> AnyMALConfig:
+def parity_config(shards: str, tokenizer: str, job: str, media: str) -> AnyMALConfig:
     """One process, fp32, over a Llama of LAYERS layers with the modalities that the data have."""
     config = make_config(shards, tokenizer, Path("unused"))
+    config.job = job
     config.model.language_model.config = {
         **LLAMA,
         "num_hidden_layers": LAYERS,
@@ -70,9 +75,13 @@ def parity_config(shards: str, tokenizer: str, media: str) -> AnyMALConfig:
     all_modalities["image"].options = {"max_grid": 2}
     config.model.modalities = {name: all_modalities[name] for name in _used(media)}
     config.model.global_batch_size = 8
-    config.model.optim.lr, config.model.optim.eps = 1e-3, 1e-5
+    # In Adam's first steps the rounding of gradients that are smaller than eps counts least; those of adapters, which
+    # start at zero, are smaller than others.
+    config.model.optim.lr, config.model.optim.eps = 1e-3, 1e-5 if job == "pretrain" else 1e-4
     config.model.optim.weight_decay = 0.1
-    config.data.seq_length = 48
+    config.data.seq_length = {"pretrain": 48, "sft": 64, "dpo": 128}[job]
+    # Large, so that it shows what the reference says.
+    config.model.dpo.beta = 0.5
     return config
 
 

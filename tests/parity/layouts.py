@@ -1,18 +1,28 @@
-"""The layouts that the parity suite runs: a selection that has every possible pair of settings at least once."""
+"""The layouts that the parity suite runs: of pre-training a selection that has every possible pair of settings at least
+once, of SFT and DPO a list that has every setting.
+"""
 
 from __future__ import annotations
 
 import copy
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import AnyMALConfig, NeftuneConfig
 
 MOST_PROCESSES = 8
 # Of parity.data.
 LAYERS = 8
+# How the SFT run was laid out that a DPO run starts from.
+STARTS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "tp2-sp": {"tensor": 2, "sequence": True},
+    "pp2-cp2": {"pipeline": 2, "context": 2},
+}
+# What decides a run's numbers; all else is layout.
+_DECIDES = ("media", "trains", "tied_head", "job", "noise", "mean", "smoothing", "start")
 
 
 @dataclass(frozen=True)
@@ -39,11 +49,32 @@ class Layout:
     tied_head: bool = False
     # Packs that one forward pass takes.
     packs: int = 1
+    # pretrain, sft or dpo (which trains the adapters alone).
+    job: str = "pretrain"
+    # NEFTune's: none, on "all" embeddings, or on those of "text".
+    noise: str = ""
+    # What the loss is a mean over: "token" or "sample".
+    mean: str = "token"
+    # DPO only; `start` is one of STARTS.
+    smoothing: float = 0.05
+    reference: str = "recomputed"
+    start: str = "one"
 
     @property
     def processes(self) -> int:
         """How many processes it takes."""
         return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def alone(self) -> Layout:
+        """The same run on one process."""
+        return Layout(**{name: getattr(self, name) for name in _DECIDES})
+
+    @property
+    def sft(self) -> Layout:
+        """The SFT run that a DPO run starts from."""
+        settings = {"job": "sft", "trains": "lora", "noise": "all", **STARTS[self.start]}
+        return Layout(media=self.media, tied_head=self.tied_head, **settings)
 
     @property
     def name(self) -> str:
@@ -66,9 +97,16 @@ class Layout:
                 ("plain-optimizer", not self.distributed_optimizer),
                 ("tied", self.tied_head),
                 ("two-packs", self.packs > 1),
+                (f"noise-{self.noise}", self.noise),
+                ("by-sample", self.mean == "sample"),
+                ("sure", self.smoothing == 0),
+                (self.reference, self.reference == "cached"),
+                (f"from-{self.start}", self.start != "one"),
             )
             if on
         ]
+        if self.job != "pretrain":
+            parallel.insert(0, self.job if parallel else f"{self.job}-one")
         return "-".join([*(parallel or ["one"]), *marks, self.media.replace(" ", "-"), self.trains])
 
     @property
@@ -81,6 +119,7 @@ class Layout:
             # Two stages of 2 and 6 layers, in one part each or in two; more stages have no uneven split of 8 in parts.
             and (not self.uneven or self.pipeline == 2)
             and (self.distributed_optimizer or not self.overlap)
+            and (self.trains == "lora" or self.job != "dpo")
         )
 
     def applied(self, base: AnyMALConfig) -> AnyMALConfig:
@@ -88,6 +127,9 @@ class Layout:
         config = copy.deepcopy(base)
         config.trainer.devices = self.processes
         model = config.model
+        model.neftune = NeftuneConfig(alpha=5.0 if self.noise else 0.0, embeddings=self.noise or "all")
+        model.loss_normalization = self.mean
+        model.dpo.label_smoothing, model.dpo.reference = self.smoothing, self.reference
         model.tensor_model_parallel_size, model.sequence_parallel = self.tensor, self.sequence
         model.pipeline_model_parallel_size = self.pipeline
         model.virtual_pipeline_model_parallel_size = self.virtual
@@ -166,6 +208,56 @@ def cover(count: int) -> list[Layout]:
             used[pair] += 1
         chosen.append(_with_turn(best, len(chosen)))
     return chosen
+
+
+_LORA = Layout(trains="lora", noise="all")
+SFT = tuple(
+    replace(_LORA, job="sft", **settings)
+    for settings in (
+        {"tensor": 2},
+        {"pipeline": 2, "uneven": True, "packs": 2},
+        {"context": 2, "recompute": "selective", "distributed_optimizer": False},
+        {"tensor": 2, "sequence": True, "recompute": "full", "media": "image", "noise": "text", "mean": "sample"},
+        {"tensor": 2, "pipeline": 2, "virtual": 2, "context": 2, "media": "image", "noise": "text", "mean": "sample"},
+        {"data": 2, "overlap": True, "media": "few media", "trains": "full", "noise": "text", "mean": "sample"},
+        {
+            **{"pipeline": 2, "virtual": 2, "data": 2, "overlap": True, "recompute": "selective"},
+            **{"media": "few media", "trains": "full", "noise": "text", "mean": "sample"},
+        },
+        {"context": 4, "media": "video", "noise": "", "mean": "sample"},
+        {"tensor": 2, "sequence": True, "context": 2, "data": 2, "media": "audio", "mean": "sample"},
+        {"tensor": 4, "sequence": True, "pipeline": 2, "media": "imu", "trains": "frozen", "noise": "text"},
+        {"pipeline": 4, "virtual": 2, "data": 2, "overlap": True, "tied_head": True, "media": "text"},
+        {"pipeline": 4, "context": 2, "trains": "frozen", "recompute": "full", "mean": "sample"},
+        {"tensor": 4, "context": 2, "tied_head": True, "media": "image", "trains": "full"},
+        {"context": 4, "data": 2, "overlap": True, "media": "few media", "noise": "text"},
+    )
+)
+DPO = tuple(
+    replace(_LORA, job="dpo", **settings)
+    for settings in (
+        {"tensor": 2, "reference": "cached"},
+        {"pipeline": 2, "uneven": True, "packs": 2},
+        {"context": 2, "recompute": "selective", "reference": "cached", "distributed_optimizer": False},
+        {"pipeline": 2, "start": "tp2-sp", "media": "image", "noise": "text", "reference": "cached"},
+        {
+            **{"tensor": 2, "sequence": True, "context": 2, "data": 2, "recompute": "full"},
+            **{"start": "tp2-sp", "media": "image", "noise": "text"},
+        },
+        {"data": 2, "overlap": True, "media": "few media", "noise": "", "smoothing": 0.0, "reference": "cached"},
+        {
+            **{"pipeline": 2, "virtual": 2, "data": 2, "overlap": True, "recompute": "full"},
+            **{"media": "few media", "noise": "", "smoothing": 0.0},
+        },
+        {"pipeline": 4, "virtual": 2, "tied_head": True, "media": "text", "reference": "cached"},
+        {"context": 4, "media": "video"},
+        {"tensor": 4, "sequence": True, "pipeline": 2, "start": "pp2-cp2", "media": "audio", "reference": "cached"},
+        {"pipeline": 4, "context": 2, "recompute": "selective", "media": "imu", "noise": "text", "smoothing": 0.0},
+        {"tensor": 4, "context": 2, "tied_head": True, "noise": "text"},
+        {"context": 4, "data": 2, "overlap": True, "tied_head": True, "noise": "text", "reference": "cached"},
+        {"tensor": 2, "sequence": True, "pipeline": 2, "virtual": 2, "data": 2, "start": "pp2-cp2", "media": "audio"},
+    )
+)
 
 
 def _with_turn(layout: Layout, number: int) -> Layout:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional
 from megatron.core import parallel_state
 
 import megatron_anymal.data.loader as loader
@@ -22,9 +24,11 @@ import megatron_anymal.model.anymal as anymal
 import megatron_anymal.model.attention as attention
 import megatron_anymal.model.build as model_build
 import megatron_anymal.model.llama as llama
+import megatron_anymal.model.lora as lora
 import megatron_anymal.model.shares as shares
 import megatron_anymal.train.build as train_build
-import megatron_anymal.train.step as train_step
+import megatron_anymal.train.loop as train_loop
+import megatron_anymal.train.objective as objective
 from parity.layouts import Layout
 
 
@@ -120,7 +124,7 @@ def _mean_over_ranks() -> None:
         own = int(mask.sum()) * parallel_state.get_data_parallel_world_size()
         return original(losses, mask, own)
 
-    _wrap(train_step, "batch_mean", of_own_tokens)
+    _wrap(objective, "batch_mean", of_own_tokens)
 
 
 def _projector_gradient_lost_on_text() -> None:
@@ -185,7 +189,52 @@ def _labels_of_the_whole_pack() -> None:
     _wrap(loader.MicroBatchReader, "_own_part", unsplit)
 
 
-_IMAGES_CP2 = Layout(context=2, media="image")
+def _noise_by_place_in_the_pack() -> None:
+    def in_pack(original: Any, micro_batch: Any) -> Any:
+        documents, positions = original(micro_batch)
+        return documents.clamp(max=0), torch.arange(len(positions))
+
+    _wrap(anymal, "_name_tokens", in_pack)
+
+
+def _adapters_sequence_parallel_reduce_missing() -> None:
+    def unmarked(original: Any, self: Any, *args: Any) -> None:
+        original(self, *args)
+        self.A.sequence_parallel = False
+
+    _wrap(lora._Projection, "__init__", unmarked)
+
+
+def _reference_without_adapters() -> None:
+    def of_the_base(original: Any, models: Any) -> None:
+        original(models)
+        for projection in lora._projections(models):
+            a, b = projection.kept
+            projection.kept = a, torch.zeros_like(b)
+
+    _wrap(train_loop, "keep_reference", of_the_base)
+
+
+def _pairs_counted_once_per_context_rank() -> None:
+    def summed(parts: Any, group: Any) -> Any:
+        # Its backward pass sums again.
+        return dist.nn.functional.all_reduce(parts.contiguous(), group=group)
+
+    objective.sum_over_context = summed
+
+
+def _answers_exchanged_on_one_rank() -> None:
+    def exchanged(original: Any, self: Any, micro_batch: Any) -> Any:
+        mine = original(self, micro_batch)
+        if parallel_state.get_context_parallel_rank() == 0:
+            return mine
+        return dataclasses.replace(mine, branch=torch.where(mine.branch < 0, -1, 1 - mine.branch))
+
+    _wrap(loader.MicroBatchReader, "_own_part", exchanged)
+
+
+_SFT = Layout(job="sft", trains="lora", noise="all")
+_DPO_CP2 = Layout(job="dpo", trains="lora", noise="all", context=2)
 
 BUGS = (
     Bug("a later stage takes a pack for one document", _stage_without_document_lengths, Layout(pipeline=2)),
@@ -228,4 +277,21 @@ BUGS = (
     ),
     Bug("a frozen Llama passes no gradient on", _frozen_llama_passes_no_gradient, Layout()),
     Bug("a micro-batch's gradient not added", _first_micro_batch_lost, Layout()),
+    Bug(
+        "noise drawn by the place in a pack, not in a document",
+        _noise_by_place_in_the_pack,
+        dataclasses.replace(_SFT, data=2),
+    ),
+    Bug(
+        "an adapter's gradient not summed under sequence parallelism",
+        _adapters_sequence_parallel_reduce_missing,
+        dataclasses.replace(_SFT, tensor=2, sequence=True),
+    ),
+    Bug(
+        "DPO's reference is the base, not the SFT model",
+        _reference_without_adapters,
+        dataclasses.replace(_DPO_CP2, context=1),
+    ),
+    Bug("a pair's gradient counted once per context-parallel rank", _pairs_counted_once_per_context_rank, _DPO_CP2),
+    Bug("chosen and rejected exchanged on one rank", _answers_exchanged_on_one_rank, _DPO_CP2),
 )

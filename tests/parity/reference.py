@@ -1,8 +1,8 @@
-"""AnyMAL pre-training in plain torch, on one process and one sample at a time: what every layout must equal.
+"""AnyMAL's three jobs in plain torch, on one process and one sample at a time: what every layout must equal.
 
-Written from the definitions (AnyMAL section 3.1; Llama; Perceiver Resampler; AdamW), without megatron-core and
-without the package's model, losses and optimizer. Only the encoders are the package's: they are transformers' models
-or plain torch, and no layout splits them.
+Written from the definitions (AnyMAL section 3; Llama; Perceiver Resampler; LoRA; AdamW), without megatron-core and
+without the package's model, losses and optimizer. The package's are only the encoders (transformers' models or plain
+torch, and no layout splits them) and NEFTune's random numbers, asked for one document at a time.
 
 Weights go by the engine's names of whole weights, as `gather_weights` gives them.
 
@@ -26,7 +26,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_anymal.config import AnyMALConfig, ProjectorConfig
 from megatron_anymal.modalities import build_modality, load_plugins
 from megatron_anymal.model.encoders import build_encoder
+from megatron_anymal.model.noise import neftune_noise
 from megatron_anymal.train.optim import learning_rate
+from parity.objective import backward
 from parity.samples import Sample, read_steps
 
 _EMBEDDING = "language_model.embedding.word_embeddings.weight"
@@ -37,7 +39,7 @@ _HEAD = "language_model.output_layer.weight"
 class Trace:
     """What a run did. Gradients and weights go by the names of whole weights."""
 
-    # Per step: mean loss over the batch's target tokens, before the update.
+    # Per step: the batch's mean loss, before the update.
     losses: list[float]
     # Per step: gradient of every trainable weight, before clipping.
     gradients: list[dict[str, np.ndarray]]
@@ -56,7 +58,7 @@ def run_reference(
 
     Args:
         config: of the run to compare with; its layout is not looked at.
-        weights: all whole weights at the start (tensors or arrays), by name.
+        weights: all whole weights at the start (tensors or arrays), by name; those of DPO's reference model, too.
         trainable: names of those that train.
         dtype: float32, or float64 to tell rounding from error.
     """
@@ -64,28 +66,14 @@ def run_reference(
     lm = config.model.language_model
     hf = LlamaConfig.from_pretrained(lm.path) if lm.path else LlamaConfig(**lm.config)
     model = Reference(config, hf, weights, trainable, dtype)
+    reference = Reference(config, hf, weights, (), dtype).eval() if config.job == "dpo" else None
     optimizer = AdamW(config, {name: p for name, p in model.named_parameters() if p.requires_grad})
     losses, gradients = [], []
     for step, batch in enumerate(read_steps(config, steps)):
-        losses.append(backward(model, batch))
+        losses.append(backward(model, config, batch, reference))
         gradients.append(optimizer.gradients())
         optimizer.step(learning_rate(config, step))
     return Trace(losses, gradients, {name: _array(p) for name, p in optimizer.parameters.items()})
-
-
-def backward(model: Reference, batch: Sequence[Sample]) -> float:
-    """Set the gradients of a batch's mean loss over its target tokens; returns the loss."""
-    model.zero_grad(set_to_none=True)
-    targets = sum(float(sample.loss_mask.sum()) for sample in batch)
-    total = 0.0
-    for sample in batch:
-        log_probabilities = torch.log_softmax(model(sample), dim=-1)
-        losses = -log_probabilities[torch.arange(len(sample.labels)), sample.labels]
-        loss = (losses * sample.loss_mask.to(losses.dtype)).sum() / targets
-        if loss.requires_grad:
-            loss.backward()
-        total += loss.item()
-    return total
 
 
 class Reference(nn.Module):
@@ -108,6 +96,7 @@ class Reference(nn.Module):
         if unknown := sorted(set(trainable) - set(weights)):
             raise ValueError(f"There are no weights {unknown} to train.")
         self.hf, self.sections, self.lora = hf, config.model.modalities, config.model.lora
+        self.neftune, self.seed = config.model.neftune, config.model.seed
         self.encoders = nn.ModuleDict(
             {
                 name: build_encoder(section.encoder, build_modality(name, section).piece_shape)
@@ -129,10 +118,31 @@ class Reference(nn.Module):
             soft = self.soft_tokens(name, pieces).flatten(0, 1)
             assert len(soft) == len(sample.places[name]), f"{name}: placeholders and soft tokens differ in number"
             x[sample.places[name]] = soft
+        if self.training and self.neftune.alpha:
+            x = x + self._noise(sample).to(x.dtype)
         for number in range(self.hf.num_hidden_layers):
             x = self._llama_layer(x, f"language_model.decoder.layers.{number}")
         x = self._rms_norm(x, "language_model.decoder.final_layernorm")
         return x @ self.weight(_EMBEDDING if self.hf.tie_word_embeddings else _HEAD).T
+
+    def _noise(self, sample: Sample) -> Tensor:
+        """NEFTune's noise [L, H] for this document."""
+        length = len(sample.tokens)
+        noisy = torch.ones(length, dtype=torch.bool)
+        if self.neftune.embeddings == "text":
+            for places in sample.places.values():
+                noisy[places] = False
+        return neftune_noise(
+            self.seed,
+            sample.step,
+            torch.full((length,), sample.document),
+            torch.arange(length),
+            torch.full((length,), length),
+            self.neftune.alpha,
+            self.hf.hidden_size,
+            torch.float32,
+            noisy,
+        )
 
     def soft_tokens(self, name: str, pieces: Tensor) -> Tensor:
         """Pieces [n, *piece_shape] of a modality to soft tokens [n, T, H]."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +23,7 @@ from megatron_anymal.data.loader import steps
 from megatron_anymal.model.weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
+from megatron_anymal.train.loop import Run
 from megatron_anymal.train.step import train_step
 from parity.layouts import Layout
 from parity.reference import Trace
@@ -79,7 +83,8 @@ def run_layout(
         before: called in each process first; the tests plant bugs with it.
     """
     config = configured(base, layout)
-    return run_ranks(layout.processes, _run, config, layout.trains == "partial", count, before, timeout=timeout)[0]
+    with TemporaryDirectory() as config.exp_manager.explicit_log_dir:
+        return run_ranks(layout.processes, _run, config, layout.trains == "partial", count, before, timeout=timeout)[0]
 
 
 def configured(base: AnyMALConfig, layout: Layout) -> AnyMALConfig:
@@ -88,6 +93,8 @@ def configured(base: AnyMALConfig, layout: Layout) -> AnyMALConfig:
     config.model.language_model.freeze = layout.trains != "full"
     if layout.trains == "lora":
         config.model.lora = LoraConfig(r=2, alpha=8.0)
+    for modality in config.model.modalities.values() if layout.job == "dpo" else ():
+        modality.encoder.freeze = modality.projector.freeze = True
     config.model.language_model.config["tie_word_embeddings"] = layout.tied_head
     return config
 
@@ -98,6 +105,9 @@ def _run(config: AnyMALConfig, partial: bool, count: int, before: Callable[[], N
     if before is not None:
         before()
     state = build(config, initialize(config))
+    if config.job == "dpo":
+        with redirect_stdout(io.StringIO()):
+            Run(state, config.run_dir, ())._read_reference()
     start = gather_weights(state.models)
     names = _all_of({w.name for m in state.models for w in list_weights(m) if w.parameter.requires_grad})
     losses, gradients = [], []

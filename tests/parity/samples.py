@@ -16,7 +16,7 @@ from megatron_anymal.data.types import PlannedMicroBatch
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample; L is its length in LLM tokens."""
+    """One sample, or one document of a preference pair; L is its length in LLM tokens."""
 
     # [L] int64: placeholders where media go.
     tokens: Tensor
@@ -28,10 +28,13 @@ class Sample:
     pieces: dict[str, Tensor]
     # Modality -> [pieces x soft tokens] int64: where its placeholders are.
     places: dict[str, Tensor]
+    step: int = 0
+    # Its number in the global batch: twice the sample's place, and 1 for a pair's rejected answer.
+    document: int = 0
 
 
 def read_steps(config: AnyMALConfig, steps: int) -> Iterator[list[Sample]]:
-    """The global batches of the steps [0, steps) of a run, whatever its layout.
+    """The global batches of the steps [0, steps) of a run, whatever its layout; of a pair first the chosen document.
 
     Raises:
         DataError: the data cannot be planned.
@@ -47,10 +50,13 @@ def read_steps(config: AnyMALConfig, steps: int) -> Iterator[list[Sample]]:
             for planned in pack.samples:
                 read = data.reader[PlannedMicroBatch(step, planned.length, (planned,))]
                 assert not read.bad, read.bad
-                tokens = read.tokens[0]
+                whole = [tensor[0].split(planned.documents) for tensor in (read.tokens, read.labels, read.loss_mask)]
+                # Every document of a sample holds all its media.
                 pieces = {name: media.pieces for name, media in read.media.items()}
-                places = {name: (tokens == placeholders[name]).nonzero().flatten() for name in pieces}
-                batch.append(Sample(tokens, read.labels[0], read.loss_mask[0], pieces, places))
+                for branch, (tokens, labels, mask) in enumerate(zip(*whole)):
+                    places = {name: (tokens == placeholders[name]).nonzero().flatten() for name in pieces}
+                    number = 2 * planned.position + branch
+                    batch.append(Sample(tokens, labels, mask, pieces, places, step, number))
         yield batch
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import copy
+import io
+from contextlib import redirect_stdout
 from pathlib import Path
 
+from engine import train
+from ranks import run_ranks
 from tiny import make_tokenizer
 
 from megatron_anymal.config import AnyMALConfig
@@ -22,9 +26,9 @@ class Suite:
         """Keep data in `folder`."""
         self.folder, self.steps = folder, steps
         self._tokenizer = make_tokenizer(folder / "tokenizer")
-        self._configs: dict[str, AnyMALConfig] = {}
+        self._data: dict[tuple[str, str], AnyMALConfig] = {}
         self._clean: dict[Layout, Difference] = {}
-        self._references: dict[tuple[str, str, bool], tuple[EngineRun, Trace]] = {}
+        self._references: dict[Layout, tuple[EngineRun, Trace]] = {}
 
     def difference(self, layout: Layout, bug: Bug | None = None) -> Difference:
         """How far a layout's run is from the reference in plain torch.
@@ -34,30 +38,45 @@ class Suite:
         """
         one, reference = self.reference(layout)
         if bug is not None:
-            return compare(run_layout(self._config(layout.media), layout, self.steps, bug.plant), reference)
+            return compare(run_layout(self._config(layout), layout, self.steps, bug.plant), reference)
         if layout not in self._clean:
-            same = layout == _alone(layout)
-            run = one if same else run_layout(self._config(layout.media), layout, self.steps)
+            run = one if layout == layout.alone else run_layout(self._config(layout), layout, self.steps)
             assert fingerprint(run.start) == fingerprint(one.start), f"{layout.name} starts from other weights"
             self._clean[layout] = compare(run, reference)
         return self._clean[layout]
 
     def reference(self, layout: Layout) -> tuple[EngineRun, Trace]:
         """The engine on one process, and plain torch from the same weights, for what a layout reads and trains."""
-        key = (layout.media, layout.trains, layout.tied_head)
-        if key not in self._references:
-            config = self._config(layout.media)
-            one = run_layout(config, _alone(layout), self.steps)
-            wanted = configured(config, _alone(layout))
-            self._references[key] = one, run_reference(wanted, one.start, one.trainable, self.steps)
-        return self._references[key]
+        alone = layout.alone
+        if alone not in self._references:
+            config = self._config(alone)
+            one = run_layout(config, alone, self.steps)
+            wanted = configured(config, alone)
+            self._references[alone] = one, run_reference(wanted, one.start, one.trainable, self.steps)
+        return self._references[alone]
 
-    def _config(self, media: str) -> AnyMALConfig:
-        if media not in self._configs:
-            shards = make_parity_shards(self.folder / media.replace(" ", "_"), self._tokenizer, media)
-            self._configs[media] = parity_config(shards, self._tokenizer, media)
-        return self._configs[media]
+    def _config(self, layout: Layout) -> AnyMALConfig:
+        """What a layout reads, and what it starts from."""
+        key = layout.job, layout.media
+        if key not in self._data:
+            shards = make_parity_shards(self.folder / "-".join(key).replace(" ", "_"), self._tokenizer, *key)
+            self._data[key] = parity_config(shards, self._tokenizer, *key)
+        config = copy.deepcopy(self._data[key])
+        if layout.job == "dpo":
+            config.model.restore_from_path = self._sft_run(layout.sft)
+        return config
+
+    def _sft_run(self, layout: Layout) -> str:
+        """The folder of a short SFT run, long enough to take the adapters well away from the base."""
+        folder = self.folder / "runs" / layout.name
+        if not folder.exists():
+            config = configured(self._config(layout), layout)
+            config.exp_manager.explicit_log_dir, config.trainer.max_steps = str(folder), 2
+            config.model.optim.lr = 1e-2
+            run_ranks(layout.processes, _train_quietly, config, timeout=240)
+        return str(folder)
 
 
-def _alone(layout: Layout) -> Layout:
-    return replace(Layout(), media=layout.media, trains=layout.trains, tied_head=layout.tied_head)
+def _train_quietly(config: AnyMALConfig) -> None:
+    with redirect_stdout(io.StringIO()):
+        train(config)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parity.layouts import CHOICES, Layout, cover, pairs_of, possible_layouts
+from parity.layouts import CHOICES, DPO, SFT, STARTS, Layout, cover, pairs_of, possible_layouts
 from parity.planted import BUGS, Bug
 from parity.suite import Suite
 
@@ -27,6 +27,12 @@ SMALL = (
     Layout(data=2, overlap=True, trains="lora"),
     Layout(tensor=4, media="mixed"),
     Layout(pipeline=4, virtual=2, trains="partial", media="image"),
+    Layout(job="sft", tensor=2, sequence=True, trains="lora", noise="all"),
+    Layout(job="sft", pipeline=2, virtual=2, overlap=True, trains="full", noise="text", mean="sample", media="image"),
+    Layout(job="sft", context=2, data=2, noise="text", mean="sample", media="few media", recompute="full"),
+    Layout(job="dpo", context=2, trains="lora", noise="all", reference="cached"),
+    Layout(job="dpo", pipeline=2, trains="lora", noise="text", start="tp2-sp", media="image", recompute="full"),
+    Layout(job="dpo", tensor=2, sequence=True, data=2, overlap=True, trains="lora", smoothing=0.0, media="few media"),
 )
 
 
@@ -58,3 +64,25 @@ def test_the_cover_has_every_possible_pair() -> None:
         assert {getattr(layout, name) for layout in chosen} == set(values)
     for extra in ("uneven", "overlap", "tied_head"):
         assert any(getattr(layout, extra) for layout in chosen)
+
+
+@pytest.mark.parametrize("layouts", [SFT, DPO], ids=["sft", "dpo"])
+def test_the_other_jobs_have_every_setting(layouts: tuple[Layout, ...]) -> None:
+    [job] = {layout.job for layout in layouts}
+    assert len({layout.name for layout in layouts}) == len(layouts) >= 12
+    assert all(layout.possible for layout in layouts)
+    for name, values in CHOICES.items():
+        if name not in ("media", "trains"):
+            for value in values:
+                assert sum(getattr(layout, name) == value for layout in layouts) >= 2, (name, value)
+    wanted = {
+        "media": CHOICES["media"],
+        "noise": ("", "all", "text"),
+        "uneven": (True,),
+        "overlap": (True,),
+        "tied_head": (True,),
+        **({"trains": ("frozen", "lora", "full"), "mean": ("token", "sample")} if job == "sft" else {}),
+        **({"smoothing": (0.05, 0.0), "reference": ("cached", "recomputed"), "start": STARTS} if job == "dpo" else {}),
+    }
+    for name, values in wanted.items():
+        assert set(values) <= {getattr(layout, name) for layout in layouts}, name

@@ -19,7 +19,8 @@ from megatron_anymal.model.weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.step import train_step
-from parity.reference import Reference, Trace, backward, run_reference
+from parity.objective import backward
+from parity.reference import Reference, Trace, run_reference
 from parity.samples import Sample
 
 STEPS = 3
@@ -74,7 +75,7 @@ def test_its_llama_is_that_of_transformers(name: str) -> None:
     assert relative(ours(sample).detach().numpy(), logits.detach().numpy()) < 1e-6
     wanted = torch.nn.functional.cross_entropy(logits, torch.where(mask > 0, labels, -100))
     wanted.backward()
-    assert backward(ours, [sample]) == pytest.approx(wanted.item(), rel=1e-6)
+    assert backward(ours, AnyMALConfig(), [sample], None) == pytest.approx(wanted.item(), rel=1e-6)
     gradients: dict[str, Any] = {n: p.grad for n, p in theirs.named_parameters()}
     for n, parameter in ours.named_parameters():
         assert parameter.grad is not None

@@ -1,0 +1,298 @@
+"""SFT and DPO as runs: stopped and continued, DPO's reference kept and read again, what is saved, what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import losses, train
+from ranks import run_ranks
+from tiny import make_config, make_conversations
+
+import megatron_anymal.train.step as train_step
+from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.config import AnyMALConfig, ConfigError, LoraConfig
+from megatron_anymal.data.types import DataError
+from megatron_anymal.generate import load_generator
+from megatron_anymal.model.weights import gather_weights
+from megatron_anymal.train.build import check_run
+
+ONE: dict[str, Any] = {}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+CP2 = {"context_parallel_size": 2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> Path:
+    """Conversations, preference pairs (three steps take all of them once), and the runs of this file."""
+    base = tmp_path_factory.mktemp("jobs")
+    make_conversations(base / "conversations", tokenizer_folder, 40)
+    make_conversations(base / "pairs", tokenizer_folder, 24, pairs=True)
+    return base
+
+
+@pytest.fixture(scope="module")
+def sft(folder: Path, tokenizer_folder: str) -> AnyMALConfig:
+    """An SFT run of six steps, with all that is drawn at random."""
+    config = make_config(str(folder / "conversations"), tokenizer_folder, folder / "sft")
+    config.job, config.data.seq_length = "sft", 96
+    config.model.lora, config.model.neftune.alpha = LoraConfig(r=4, alpha=8.0, dropout=0.1), 5.0
+    # The rate depends on the run's length: parts of a run belong to one of six steps.
+    config.model.optim.sched.decay_steps = 6
+    return config
+
+
+@pytest.fixture(scope="module")
+def sft_run(sft: AnyMALConfig) -> dict[str, Any]:
+    """What it did."""
+    return run_ranks(1, train, sft)[0]
+
+
+@pytest.fixture(scope="module")
+def dpo(sft: AnyMALConfig, sft_run: dict[str, Any], folder: Path) -> AnyMALConfig:
+    """A DPO run that continues it."""
+    config = copy.deepcopy(sft)
+    config.job, config.model.restore_from_path = "dpo", sft.exp_manager.explicit_log_dir
+    config.data.train["mix"].path = str(folder / "pairs")
+    config.exp_manager.explicit_log_dir = str(folder / "dpo")
+    for modality in config.model.modalities.values():
+        modality.projector.freeze = modality.encoder.freeze = True
+    return config
+
+
+@pytest.fixture(scope="module")
+def dpo_run(dpo: AnyMALConfig) -> dict[str, Any]:
+    """What it did."""
+    return run_ranks(1, train_and_count, dpo)[0]
+
+
+def train_and_count(config: AnyMALConfig) -> dict[str, Any]:
+    """In a rank: train, and count how often the reference model ran, as "asked"."""
+    asked, run_reference = [], train_step._reference_pass
+
+    def counted(*args: Any) -> Any:
+        asked.append(1)
+        return run_reference(*args)
+
+    train_step._reference_pass = counted
+    return {**train(config), "asked": len(asked)}
+
+
+def changed(config: AnyMALConfig, run_dir: Path, steps: int = 6, **settings: Any) -> AnyMALConfig:
+    """A copy in another folder, of so many steps, with settings of the model."""
+    config = copy.deepcopy(config)
+    config.exp_manager.explicit_log_dir, config.trainer.max_steps = str(run_dir), steps
+    for name, value in settings.items():
+        setattr(config.model, name, value)
+    return config
+
+
+def continued(config: AnyMALConfig, run_dir: Path, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Three steps under one layout, then three under another; returns what the second part did, and all losses."""
+    for steps, layout in ((3, first), (6, second)):
+        part = changed(config, run_dir, steps, **layout)
+        part.trainer.devices = 2 if layout else 1
+        done = run_ranks(part.trainer.devices, train_and_count, part)[0]
+    return {**done, "losses": losses(run_dir)}
+
+
+def assert_identical(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Losses of all steps and the final weights, bit by bit."""
+    assert found["losses"] == wanted["losses"]
+    assert found["weights"].keys() == wanted["weights"].keys()
+    for name, weight in wanted["weights"].items():
+        np.testing.assert_array_equal(found["weights"][name], weight, err_msg=name)
+
+
+def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=1e-5)
+
+
+def test_sft_continues_as_if_it_had_not_stopped(sft: AnyMALConfig, sft_run: dict[str, Any], tmp_path: Path) -> None:
+    assert_identical(continued(sft, tmp_path / "run", ONE, ONE), sft_run)
+
+
+def test_dpo_continues_as_if_it_had_not_stopped(dpo: AnyMALConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
+    found = continued(dpo, tmp_path / "run", ONE, ONE)
+    assert_identical(found, dpo_run)
+    # Its second part read all answers from the first one's file.
+    assert found["asked"] == 0
+
+
+def test_a_recomputed_reference_is_the_cached_one(dpo: AnyMALConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
+    dpo = copy.deepcopy(dpo)
+    dpo.model.dpo.reference = "recomputed"
+    whole = run_ranks(1, train_and_count, changed(dpo, tmp_path / "whole"))[0]
+    # From the fourth step on, pairs come again in other packs: the cache has what they were in the first.
+    assert whole["asked"] == 6 and dpo_run["asked"] == 3
+    assert whole["losses"][:3] == dpo_run["losses"][:3]
+    np.testing.assert_allclose(whole["losses"], dpo_run["losses"], rtol=1e-6)
+    assert not (tmp_path / "whole" / "reference").exists()
+
+    found = continued(dpo, tmp_path / "run", ONE, ONE)
+    assert_identical(found, whole)
+    assert found["asked"] == 3
+
+
+@pytest.mark.parametrize(("job", "first", "second"), [("sft", TP2, CP2), ("dpo", PP2, TP2), ("dpo", CP2, PP2)])
+def test_continued_under_another_layout(
+    request: pytest.FixtureRequest, tmp_path: Path, job: str, first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    found = continued(request.getfixturevalue(job), tmp_path / "run", first, second)
+    assert_close(found, request.getfixturevalue(f"{job}_run"))
+    assert job == "sft" or found["asked"] == 0
+
+
+def test_another_reference_is_asked_anew(dpo: AnyMALConfig, dpo_run: dict[str, Any], folder: Path) -> None:
+    earlier = str(folder / "sft" / "checkpoints" / "step_00000003")
+    again = changed(dpo, folder / "another", 1, restore_from_path=earlier)
+    (folder / "another").mkdir()
+    (folder / "another" / "reference").symlink_to(folder / "dpo" / "reference")
+    assert run_ranks(1, train_and_count, again)[0]["asked"] == 1
+
+
+def media_weights(run_dir: Path, untrained: bool) -> dict[str, np.ndarray]:
+    """In a rank: what generation loads of a run's last checkpoint besides the Llama."""
+    arguments = argparse.Namespace(
+        checkpoint=str(run_dir), tensor_model_parallel_size=0, pipeline_model_parallel_size=1
+    )
+    weights = gather_weights([load_generator(arguments, untrained=untrained).model])
+    assert weights is not None
+    return {name: w.numpy().copy() for name, w in weights.items() if not name.startswith("language_model.")}
+
+
+def test_a_dpo_checkpoint_holds_the_frozen_projectors(
+    sft_run: dict[str, Any], dpo_run: dict[str, Any], folder: Path
+) -> None:
+    saved = run_ranks(1, media_weights, folder / "dpo", False)[0]
+    drawn = run_ranks(1, media_weights, folder / "dpo", True)[0]
+    assert saved.keys() == {name for name in sft_run["weights"] if not name.startswith("language_model.")}
+    for name, weight in saved.items():
+        np.testing.assert_array_equal(weight, sft_run["weights"][name], err_msg=name)
+    # SFT trained them, the IMU encoder too.
+    for part in ("projectors.image.", "projectors.audio.", "projectors.imu.", "encoders.imu."):
+        assert any((saved[name] != drawn[name]).any() for name in saved if name.startswith(part)), part
+
+
+def other_rank(config: AnyMALConfig) -> None:
+    config.model.lora.r = 2
+
+
+def other_alpha(config: AnyMALConfig) -> None:
+    config.model.lora.alpha = 16.0
+
+
+def fewer_targets(config: AnyMALConfig) -> None:
+    config.model.lora.targets = ["q_proj"]
+
+
+def no_adapters(config: AnyMALConfig) -> None:
+    config.model.lora.r = 0
+
+
+def other_llama(config: AnyMALConfig) -> None:
+    config.model.seed = 99
+
+
+def data_of(name: str) -> Callable[[AnyMALConfig], None]:
+    """Reads the data of another job."""
+
+    def change(config: AnyMALConfig) -> None:
+        path = Path(config.data.train["mix"].path)
+        config.data.train["mix"].path = str(path.with_name(name))
+
+    return change
+
+
+def refused(config: AnyMALConfig) -> tuple[str, str]:
+    """In a rank: the kind and the text of the error that a run ends with."""
+    with pytest.raises((ConfigError, CheckpointError, DataError)) as error:
+        check_run(config)
+        train(config)
+    return error.typename, str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("job", "change", "kind", "words"),
+    [
+        ("dpo", other_rank, "CheckpointError", ("model.lora.r=4", "2")),
+        ("dpo", other_alpha, "CheckpointError", ("model.lora.alpha=8.0", "16.0")),
+        ("dpo", fewer_targets, "CheckpointError", ("model.lora.targets=['*']", "['q_proj']")),
+        ("dpo", other_llama, "CheckpointError", ("Llama with other weights", "model.language_model")),
+        ("dpo", data_of("conversations"), "DataError", ("samples with `messages`", "`chosen` and `rejected`")),
+        ("sft", other_rank, "CheckpointError", ("model.lora.r=4", "2")),
+        ("sft", no_adapters, "CheckpointError", ("model.lora.r=4", "would be lost")),
+        ("sft", other_llama, "CheckpointError", ("Llama with other weights", "model.language_model")),
+        ("sft", data_of("pairs"), "DataError", ("samples with `chosen` and `rejected`", "`parts` or `messages`")),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_what_does_not_go_on_from_an_sft_run_is_refused(
+    request: pytest.FixtureRequest,
+    sft_run: dict[str, Any],
+    tmp_path: Path,
+    job: str,
+    change: Callable[[AnyMALConfig], None],
+    kind: str,
+    words: tuple[str, ...],
+) -> None:
+    base: AnyMALConfig = request.getfixturevalue(job)
+    sft: AnyMALConfig = request.getfixturevalue("sft")
+    config = changed(base, tmp_path / "run", 1, restore_from_path=sft.exp_manager.explicit_log_dir)
+    change(config)
+    found, text = run_ranks(1, refused, config)[0]
+    assert found == kind and all(word in text for word in words), text
+
+
+@pytest.fixture(scope="module")
+def images_only(sft: AnyMALConfig, folder: Path, tokenizer_folder: str) -> str:
+    """The folder of an SFT run of the projector for images, without adapters."""
+    config = changed(sft, folder / "images", 1, lora=LoraConfig())
+    config.data.train["mix"].path = make_conversations(folder / "about_images", tokenizer_folder, 16, ("image",))
+    del config.model.modalities["audio"], config.model.modalities["imu"]
+    run_ranks(1, train, config)
+    return str(folder / "images")
+
+
+def test_dpo_from_a_run_without_adapters_is_refused(images_only: str, dpo: AnyMALConfig, tmp_path: Path) -> None:
+    config = changed(dpo, tmp_path / "run", 1, restore_from_path=images_only)
+    del config.model.modalities["audio"], config.model.modalities["imu"]
+    config.data.train["mix"].path = make_conversations(
+        tmp_path / "pairs", config.data.tokenizer, 8, ("image",), pairs=True
+    )
+    kind, text = run_ranks(1, refused, config)[0]
+    assert kind == "ConfigError" and "without adapters" in text and "Name an SFT run" in text
+
+
+def test_a_frozen_projector_that_nothing_trained_is_refused(
+    images_only: str, sft: AnyMALConfig, tmp_path: Path
+) -> None:
+    config = changed(sft, tmp_path / "run", 1, restore_from_path=images_only)
+    config.model.modalities["audio"].projector.freeze = True
+    kind, text = run_ranks(1, refused, config)[0]
+    assert kind == "CheckpointError" and "model.modalities.audio.projector.freeze" in text
+
+
+@pytest.mark.parametrize("change", [other_rank, other_alpha, fewer_targets, no_adapters])
+def test_a_run_does_not_go_on_with_other_adapters(
+    sft: AnyMALConfig, sft_run: dict[str, Any], change: Callable[[AnyMALConfig], None]
+) -> None:
+    config = copy.deepcopy(sft)
+    config.trainer.max_steps = 7
+    change(config)
+    kind, text = run_ranks(1, refused, config)[0]
+    assert kind == "CheckpointError" and "Set model.lora as that run had it" in text
+
+
+def test_a_dpo_run_does_not_go_on_with_another_reference(
+    dpo: AnyMALConfig, dpo_run: dict[str, Any], folder: Path
+) -> None:
+    earlier = str(folder / "sft" / "checkpoints" / "step_00000003")
+    kind, text = run_ranks(1, refused, changed(dpo, folder / "dpo", 7, restore_from_path=earlier))[0]
+    assert kind == "ConfigError" and "another reference" in text

@@ -1,0 +1,66 @@
+"""What the jobs minimise, from the definitions: one sample, and of a pair one document, at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from megatron_anymal.config import AnyMALConfig, DpoConfig
+from parity.samples import Sample
+
+
+def backward(model: nn.Module, config: AnyMALConfig, batch: Sequence[Sample], reference: nn.Module | None) -> float:
+    """Set the gradients of a batch's loss; returns the loss.
+
+    Args:
+        reference: DPO only: the model as the policy was at the start.
+    """
+    model.zero_grad(set_to_none=True)
+    if config.job == "dpo":
+        assert reference is not None
+        terms = preferences(model, reference, batch, config.model.dpo)
+    else:
+        terms = likelihood(model, batch, config.model.loss_normalization)
+    total = 0.0
+    for term in terms:
+        if term.requires_grad:
+            term.backward()
+        total += term.item()
+    return total
+
+
+def likelihood(model: nn.Module, batch: Sequence[Sample], mean: str) -> Iterator[Tensor]:
+    """Each sample's term of the negative log-likelihood of the targets (AnyMAL eq. 1), as its mean over the batch's
+    target tokens, or over samples with targets of each one's mean over its own."""
+    targets = [float(sample.loss_mask.sum()) for sample in batch]
+    for sample, own in zip(batch, targets):
+        if mean == "token":
+            yield -log_probability(model, sample) / sum(targets)
+        elif own:
+            yield -log_probability(model, sample) / own / sum(count > 0 for count in targets)
+
+
+def preferences(policy: nn.Module, reference: nn.Module, batch: Sequence[Sample], dpo: DpoConfig) -> Iterator[Tensor]:
+    """Each pair's term of conservative DPO (AnyMAL eq. 5; Mitchell 2023), a mean over pairs: the cross-entropy between
+    "the chosen answer is the better one", true with probability 1 - label_smoothing, and the Bradley-Terry model whose
+    rewards are beta log(policy / reference).
+    """
+    for chosen, rejected in zip(batch[::2], batch[1::2]):
+        assert rejected.document == chosen.document + 1
+        rewards = []
+        for answer in (chosen, rejected):
+            with torch.no_grad():
+                held_to = log_probability(reference, answer)
+            rewards.append(dpo.beta * (log_probability(policy, answer) - held_to))
+        better = torch.sigmoid(rewards[0] - rewards[1])
+        doubt = dpo.label_smoothing
+        yield -((1 - doubt) * better.log() + doubt * (1 - better).log()) / (len(batch) / 2)
+
+
+def log_probability(model: nn.Module, sample: Sample) -> Tensor:
+    """Log-probability (nats) of a document's targets."""
+    log_probabilities = torch.log_softmax(model(sample), dim=-1)
+    of_labels = log_probabilities[torch.arange(len(sample.labels)), sample.labels]
+    return (of_labels * sample.loss_mask.to(of_labels.dtype)).sum()
