@@ -361,7 +361,7 @@ def _open_parts(value: dict[str, Any], where: str) -> list[Part]:
     messages = parse_messages(value["messages"], where)
     if messages[-1].role != "user":
         raise DataError(
-            f"{where}: `messages` ends with a {messages[-1].role} turn. End it with the user turn to be answered."
+            f"{where}: `messages` must end with the user turn to be answered; they end with the {messages[-1].role}'s."
         )
     return open_prompt(messages)
 

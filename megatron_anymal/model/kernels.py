@@ -160,9 +160,9 @@ class FlexKernel:
         segments = _segments(lengths, context_rank, context_size)
         documents = torch.repeat_interleave(torch.tensor(lengths)).to(device)
         # The pack's place of each query: the last of a segment is its last key.
-        places = torch.cat(
-            [torch.arange(s.first_key + s.keys - s.queries, s.first_key + s.keys) for s in segments]
-        ).to(device)
+        places = torch.cat([torch.arange(s.first_key + s.keys - s.queries, s.first_key + s.keys) for s in segments]).to(
+            device
+        )
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             place = places[query]

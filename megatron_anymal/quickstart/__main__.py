@@ -12,27 +12,25 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_anymal.quickstart.instructions import KINDS
 from megatron_anymal.quickstart.prepare import MODALITIES
-from megatron_anymal.quickstart.report import write_report
+from megatron_anymal.quickstart.report import STAGES, answers_file, write_report
 
 FOLDER = Path("runs/quickstart")
 EVALUATION = FOLDER / "evaluation.json"
 
 PREPARE = ["prepare", "--quickstart", str(FOLDER)]
-# Configuration -> what it does; each run takes two processes.
+# Configuration -> verb and what it does; each run takes two processes.
 TRAINING = {
-    "quickstart_llama": "the small Llama learns text (two replicas)",
-    "quickstart": "image, audio and IMU are aligned to it (tensor parallel)",
-    "quickstart_video": "video joins them (pipeline parallel)",
+    "quickstart_llama": ("pretrain", "the small Llama learns text (two replicas)"),
+    "quickstart": ("pretrain", "image, audio and IMU are aligned to it (tensor parallel)"),
+    "quickstart_video": ("pretrain", "video joins them (pipeline parallel)"),
+    "quickstart_sft": ("sft", "adapters learn to answer in the form that is asked for (sequence parallel)"),
+    "quickstart_dpo": ("dpo", "and to leave the polite opening away (context parallel)"),
 }
-EVALUATE = [
-    "evaluate",
-    *("--checkpoint", str(FOLDER / "align_video")),
-    *(argument for name in MODALITIES for argument in ("--data", str(FOLDER / "data" / f"{name}_held_out"))),
-    *("--max-new-tokens", "16", "--batch-size", "128", "--permute-media", "--untrained", "--out", str(EVALUATION)),
-]
 
 
 def main() -> int:
@@ -41,21 +39,31 @@ def main() -> int:
     parser.add_argument("--install-seconds", type=float, default=0.0, help="what the installation took, for the report")
     arguments = parser.parse_args()
     begun = time.monotonic()
-    _run("shards, tokenizer, image encoder", PREPARE, processes=1)
-    training = sum(_run(what, ["pretrain", f"--config-name={name}"], processes=2) for name, what in TRAINING.items())
-    _run("held-out questions", EVALUATE, processes=1)
+    _run("words, media, shards, tokenizer, image encoder", PREPARE, processes=1)
+    training = sum(_run(what, [verb, f"--config-name={name}"], processes=2) for name, (verb, what) in TRAINING.items())
+    _run("held-out questions", evaluate("align_video", MODALITIES, EVALUATION, "--permute-media", "--untrained"))
+    conversations = [f"instructions_{kind}" for kind in KINDS]
+    for run, what in STAGES.items():
+        _run(f"held-out conversations {what}", evaluate(run, conversations, answers_file(FOLDER, run)))
     seconds = {
         "install": arguments.install_seconds,
         "train": training,
         "total": arguments.install_seconds + time.monotonic() - begun,
     }
     report = write_report(FOLDER, EVALUATION, seconds)
-    print(json.dumps(report["modalities"], indent=1))
+    print(json.dumps({name: report[name] for name in ("modalities", "sft", "dpo")}, indent=1))
     print(f"{FOLDER / 'report.json'} and {FOLDER / 'report.html'} are written, after {seconds['total']:.0f} s")
     return 0
 
 
-def _run(what: str, arguments: list[str], *, processes: int) -> float:
+def evaluate(run: str, data: Sequence[str], out: Path, *further: str) -> list[str]:
+    """The verb's arguments for held-out data of these names."""
+    folders = [argument for name in data for argument in ("--data", str(FOLDER / "data" / f"{name}_held_out"))]
+    fixed = ["--checkpoint", str(FOLDER / run), "--max-new-tokens", "20", "--batch-size", "128", "--out", str(out)]
+    return ["evaluate", *fixed, *folders, *further]
+
+
+def _run(what: str, arguments: list[str], *, processes: int = 1) -> float:
     """Run a verb and return the seconds it took; a failure ends the quickstart with its exit code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", "megatron_anymal", *arguments]

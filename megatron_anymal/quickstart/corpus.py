@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from megatron_anymal.data.messages import BEGIN, END_HEADER, END_TURN, ROLES, START_HEADER
+
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIRECTIONS = ("left", "right", "up", "down")
 SOUNDS = ("siren", "beep", "whistle", "drum", "hum", "noise")
 ACTIVITIES = ("walking", "running", "cycling", "resting")
 
-BEGIN, END = "<|begin_of_text|>", "<|end_of_text|>"
+END = "<|end_of_text|>"
 RESERVED = tuple(f"<|reserved_special_token_{number}|>" for number in range(8))
 
 # Wordings of the facts of each modality; {0} and {1} are the facts.
@@ -106,11 +108,25 @@ def turns(modality: str, facts: Sequence[str]) -> list[Turn]:
     Args:
         facts: the digit; for video the digit and its direction; the sound; the activity.
     """
-    caption = _CAPTIONS[modality].format(*facts)
-    found = [Turn("caption", question, caption) for question in _CAPTION_QUESTIONS[modality]]
+    found = [Turn("caption", question, caption(modality, facts)) for question in caption_questions(modality)]
     found += [Turn("part", question, facts[fact]) for question, fact in _PART_QUESTIONS[modality]]
     found += [Turn("knowledge", question, words[facts[0]]) for question, words in _KNOWLEDGE_QUESTIONS[modality]]
     return found
+
+
+def caption(modality: str, facts: Sequence[str]) -> str:
+    """All facts of a media item in words."""
+    return _CAPTIONS[modality].format(*facts)
+
+
+def caption_questions(modality: str) -> tuple[str, ...]:
+    """Questions that a caption answers."""
+    return _CAPTION_QUESTIONS[modality]
+
+
+def paraphrase(modality: str, facts: Sequence[str], rng: np.random.Generator) -> str:
+    """The facts in other words, for the place of the media."""
+    return pick(_PARAPHRASES[modality], rng).format(*facts)
 
 
 def all_facts(modality: str) -> list[tuple[str, ...]]:
@@ -129,30 +145,28 @@ def text_lines(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     cycle = ("image", "video", "audio", "video", "imu")
     for number in range(count):
         modality = cycle[number % len(cycle)]
-        facts = _pick(all_facts(modality), rng)
-        turn = _pick(turns(modality, facts), rng)
-        paraphrase = _pick(_PARAPHRASES[modality], rng).format(*facts)
-        yield {
-            "key": f"text-{number:06d}",
-            "parts": [{"text": f" {paraphrase}.", "loss": False}, *turn.parts()],
-        }
+        facts = pick(all_facts(modality), rng)
+        turn = pick(turns(modality, facts), rng)
+        before = {"text": f" {paraphrase(modality, facts, rng)}.", "loss": False}
+        yield {"key": f"text-{number:06d}", "parts": [before, *turn.parts()]}
 
 
-def _pick(choices: Sequence[Any], rng: np.random.Generator) -> Any:
+def pick(choices: Sequence[Any], rng: np.random.Generator) -> Any:
+    """One of them, each as likely as the others."""
     return choices[int(rng.integers(len(choices)))]
 
 
-def write_corpus(path: str | Path, count: int = 8000, seed: int = 0) -> Path:
-    """Write `text_lines` as a JSONL manifest."""
+def write_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> Path:
+    """Write manifest lines as a JSONL manifest."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in text_lines(count, seed))
+        file.writelines(json.dumps(line) + "\n" for line in lines)
     return path
 
 
-def train_tokenizer(manifest: str | Path, folder: str | Path, vocab_size: int = 512) -> int:
-    """Train a byte-level byte-pair tokenizer on a manifest's texts and save it as a HuggingFace folder.
+def train_tokenizer(manifests: Sequence[str | Path], folder: str | Path, vocab_size: int = 768) -> int:
+    """Train a byte-level byte-pair tokenizer on manifests' texts and save it as a HuggingFace folder.
 
     Every text survives encoding and decoding; it adds no token of its own.
 
@@ -167,11 +181,11 @@ def train_tokenizer(manifest: str | Path, folder: str | Path, vocab_size: int = 
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BEGIN, END, *RESERVED],
+        special_tokens=[BEGIN, END, START_HEADER, END_HEADER, END_TURN, *RESERVED],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(manifest), trainer)
+    tokenizer.train_from_iterator((*ROLES, *(text for path in manifests for text in _texts(Path(path)))), trainer)
     # Padding and unknown tokens do not occur: documents are packed, and bytes cover every text.
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, clean_up_tokenization_spaces=False
@@ -180,7 +194,9 @@ def train_tokenizer(manifest: str | Path, folder: str | Path, vocab_size: int = 
     return len(fast)
 
 
-def _texts(manifest: str | Path) -> Iterable[str]:
-    with Path(manifest).open(encoding="utf-8") as file:
-        for line in file:
-            yield from (part["text"] for part in json.loads(line)["parts"] if "text" in part)
+def _texts(manifest: Path) -> Iterator[str]:
+    with manifest.open(encoding="utf-8") as file:
+        for text in file:
+            line = json.loads(text)
+            yield from (part["text"] for part in line.get("parts", ()) if "text" in part)
+            yield from (message["content"] for message in line.get("messages", ()))

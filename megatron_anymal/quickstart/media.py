@@ -6,8 +6,7 @@ motion signals are simulated. The digits are split into train and held-out befor
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from megatron_anymal.quickstart.corpus import ACTIVITIES, DIGITS, DIRECTIONS, SOUNDS, Turn, turns
+from megatron_anymal.quickstart.corpus import ACTIVITIES, DIGITS, DIRECTIONS, SOUNDS, pick, turns, write_lines
 
 SPLITS = ("train", "held_out")
 IMAGE_SIDE = 32
@@ -94,7 +93,6 @@ def split_digits(seed: int, held_out: int) -> dict[str, tuple[np.ndarray, np.nda
 
 
 def _write_split(folder: Path, modality: str, split: str, items: Iterator[Item], rng: np.random.Generator) -> Path:
-    path = folder / f"{modality}_{split}.jsonl"
     lines = []
     for number, item in enumerate(items):
         key = f"{modality}-{split}-{number:06d}"
@@ -104,15 +102,10 @@ def _write_split(folder: Path, modality: str, split: str, items: Iterator[Item],
         choices = turns(modality, item.facts)
         captions = [turn for turn in choices if turn.kind == "caption"]
         trained = [turn for turn in choices if turn.kind in ("caption", "part")]
-        turn = _pick(captions if split == "held_out" or rng.random() < 0.5 else trained, rng)
+        turn = pick(captions if split == "held_out" or rng.random() < 0.5 else trained, rng)
         media = {"media": str(file.relative_to(folder)), "modality": modality, **attributes}
-        lines.append(json.dumps({"key": key, "parts": [media, *turn.parts()]}))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
-def _pick(choices: Sequence[Turn], rng: np.random.Generator) -> Turn:
-    return choices[int(rng.integers(len(choices)))]
+        lines.append({"key": key, "parts": [media, *turn.parts()], "facts": list(item.facts)})
+    return write_lines(folder / f"{modality}_{split}.jsonl", lines)
 
 
 def _balanced(count: int, classes: int, rng: np.random.Generator) -> np.ndarray:

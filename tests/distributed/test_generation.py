@@ -11,14 +11,17 @@ import pytest
 import torch
 from engine import train
 from ranks import run_ranks
-from tiny import LLAMA, SPECIAL, WORDS, make_config
+from tiny import CHAT, LLAMA, SPECIAL, WORDS, make_config, make_conversations
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_anymal import evaluate
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.types import MediaPart, TextPart
+from megatron_anymal.data.messages import open_prompt, parse_messages
+from megatron_anymal.data.shards import ShardIndex
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 from megatron_anymal.evaluate import Question, permute_media, read_questions
-from megatron_anymal.generate import Generator, MediaFile, Prompt, Sampling, load_generator
+from megatron_anymal.generate import Generator, MediaFile, Prompt, Sampling, load_generator, read_prompts
 from megatron_anymal.parallel import initialize
 
 GREEDY = Sampling(max_new_tokens=6)
@@ -32,12 +35,30 @@ def run_dir(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.T
     return folder
 
 
-def answers(run_dir: Path, shards: str, stages: int, runs: dict[str, tuple[Sampling, int]]) -> dict[str, list[str]]:
+@pytest.fixture(scope="module")
+def chats(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Conversations of one and two turns, with media in the user's."""
+    return make_conversations(tmp_path_factory.mktemp("chats") / "chats", tokenizer_folder, 24)
+
+
+@pytest.fixture(scope="module")
+def sft_dir(chats: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short run of adapters on conversations, with a checkpoint."""
+    folder = tmp_path_factory.mktemp("sft")
+    config = make_config(chats, tokenizer_folder, folder)
+    config.job, config.model.lora.r, config.model.optim.lr = "sft", 4, 0.05
+    run_ranks(1, train, config)
+    return folder
+
+
+def answers(
+    run_dir: Path, shards: str, stages: int, runs: dict[str, tuple[Sampling, int]], untrained: bool = False
+) -> dict[str, list[str]]:
     """In a rank: the checkpoint's answers to all samples, for each sampling and batch size."""
     arguments = argparse.Namespace(
         checkpoint=str(run_dir), tensor_model_parallel_size=0, pipeline_model_parallel_size=stages
     )
-    generator = load_generator(arguments)
+    generator = load_generator(arguments, untrained=untrained)
     prompts = [question.prompt for question in read_questions(shards)]
     return {name: generator.answer(prompts, sampling, batch) for name, (sampling, batch) in runs.items()}
 
@@ -83,6 +104,71 @@ def test_same_answers_under_every_layout(
         assert found["greedy"] == alone["greedy"]
 
 
+def test_adapters_answer_conversations_the_same_under_every_layout(sft_dir: Path, chats: str) -> None:
+    runs = {"greedy": (GREEDY, 7)}
+    [alone] = run_ranks(1, answers, sft_dir, chats, 1, runs)
+    for stages in (1, 2):
+        for found in run_ranks(2, answers, sft_dir, chats, stages, runs):
+            assert found == alone
+    [untrained] = run_ranks(1, answers, sft_dir, chats, 1, runs, True)
+    without_media = [n for n, q in enumerate(read_questions(chats)) if q.modality == "text"]
+    assert without_media and all(alone["greedy"][n] != untrained["greedy"][n] for n in without_media[:3])
+
+
+def test_conversations_are_asked_up_to_their_last_turn(chats: str, tokenizer_folder: str) -> None:
+    index, questions = ShardIndex(chats), read_questions(chats)
+    manifest = Path(chats).with_name("chats_source") / "manifest.jsonl"
+    lines = {row["key"]: row for row in map(json.loads, manifest.read_text().splitlines())}
+    tokenizer = Tokenizer(tokenizer_folder)
+    placeholders = {name: 2 + n for n, name in enumerate(("image", "audio", "imu"))}
+    assert len(questions) == 24 and {len(line["messages"]) for line in lines.values()} == {2, 4}
+    for number, question in enumerate(questions):
+        assert question.answer == lines[question.key]["messages"][-1]["content"]
+        asked, whole = (
+            tokenizer.document(parts, [2] * len(question.prompt.media), placeholders, closed=False).tokens
+            for parts in (question.prompt.parts, index.sample(number).documents[0])
+        )
+        # What is asked, the answer and its end are the document that is trained on.
+        assert whole == [*asked, *tokenizer.encode_literal(question.answer), tokenizer.hf.get_vocab()[CHAT[2]]]
+
+
+def test_a_preference_pair_is_no_question(tokenizer_folder: str, tmp_path: Path) -> None:
+    pairs = make_conversations(tmp_path / "pairs", tokenizer_folder, 4, pairs=True)
+    with pytest.raises(DataError, match=r"'image-00000'.*preference pair"):
+        read_questions(pairs)
+
+
+USER, ASSISTANT = {"role": "user", "content": "what is this"}, {"role": "assistant", "content": "a sound"}
+
+
+def test_prompts_are_read_from_messages(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    with_media = {"role": "user", "content": [{"text": "and this "}, {"media": "a.png"}]}
+    lines = [{"messages": [USER]}, {"messages": [USER, ASSISTANT, with_media]}, {"parts": [{"text": "what"}]}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    one, two, three = read_prompts(str(path))
+    assert one.parts == open_prompt(parse_messages([USER], "")) and not one.media
+    assert two.parts == open_prompt(parse_messages([USER, ASSISTANT, with_media], ""))
+    assert two.media == [MediaFile(b"picture", "png")]
+    assert three.parts == [TextPart("what")]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"messages": [USER, ASSISTANT]}, "end with the assistant's"),
+        ({"messages": [USER], "parts": [{"text": "what"}]}, "either `parts` or `messages`"),
+        ({"text": "what"}, "either `parts` or `messages`"),
+    ],
+)
+def test_a_prompt_that_asks_nothing_is_refused(line: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(line))
+    with pytest.raises(DataError, match=f"prompts.jsonl:1: .*{message}"):
+        read_prompts(str(path))
+
+
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> str:
     """A Llama of transformers with weights large enough for varied answers."""
@@ -92,38 +178,62 @@ def hf_folder(tmp_path: Path) -> str:
     return str(tmp_path / "hf")
 
 
-def answer_texts(config: AnyMALConfig, texts: list[str], sampling: Sampling) -> list[str]:
-    """In a rank: a Llama's answers to texts."""
+def answer_prompts(config: AnyMALConfig, prompts: list[list[Part]], sampling: Sampling) -> list[str]:
+    """In a rank: a Llama's answers to texts and conversations."""
     generator = Generator.of_checkpoint(config, initialize(config), None)
-    return generator.answer([Prompt([TextPart(text)], []) for text in texts], sampling)
+    return generator.answer([Prompt(parts, []) for parts in prompts], sampling)
 
 
+def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """The published format, from the words: the roles are words that this vocabulary lacks."""
+    start, header_end, turn_end = tokenizer.convert_tokens_to_ids(CHAT)
+    header = [start, tokenizer.unk_token_id or tokenizer.convert_tokens_to_ids("<unk>"), header_end]
+    tokens = [tokenizer.bos_token_id]
+    for message in messages:
+        tokens += [*header, *tokenizer.encode(message["content"], add_special_tokens=False), turn_end]
+    return tokens + header
+
+
+@pytest.mark.parametrize("kind", ["texts", "conversations"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_greedy_answers_are_those_of_transformers(
-    hf_folder: str, mixed_shards: str, tokenizer_folder: str, tmp_path: Path, world: int
+    hf_folder: str, mixed_shards: str, tokenizer_folder: str, tmp_path: Path, world: int, kind: str
 ) -> None:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.model.language_model.config, config.model.language_model.path = {}, hf_folder
     config.trainer.devices = config.model.tensor_model_parallel_size = world
     texts = [" ".join(WORDS[n : n + 1 + n % 5]) for n in range(12)]
-    found = run_ranks(world, answer_texts, config, texts, Sampling(max_new_tokens=10))[0]
     hf, tokenizer = LlamaForCausalLM.from_pretrained(hf_folder).eval(), AutoTokenizer.from_pretrained(tokenizer_folder)
-    expected = []
-    for text in texts:
-        tokens = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+    if kind == "texts":
+        prompts = [[TextPart(text)] for text in texts]
+        asked = [[tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)] for text in texts]
+    else:
+        turns = ["user", "assistant", "user"]
+        chats = [
+            [{"role": role, "content": texts[n - place]} for place, role in enumerate(turns[2 * (n % 2) :])]
+            for n in range(12)
+        ]
+        prompts = [open_prompt(parse_messages(messages, "")) for messages in chats]
+        asked = [chat_tokens(tokenizer, messages) for messages in chats]
+    found = run_ranks(world, answer_prompts, config, prompts, Sampling(max_new_tokens=20))[0]
+    ends = tokenizer.convert_tokens_to_ids([SPECIAL[1], CHAT[2]])
+    expected, last = [], []
+    for tokens in asked:
         start = len(tokens)
         # A full forward pass for each token: no cache that could hide a mistake.
-        while len(tokens) < start + 10:
+        while len(tokens) < start + 20:
             with torch.no_grad():
                 logits = hf(torch.tensor([tokens])).logits[0, -1]
             # The tokens that stand for media are no answers.
             logits[tokenizer.convert_tokens_to_ids(SPECIAL[2:5])] = float("-inf")
             tokens.append(int(logits.argmax()))
-            if tokens[-1] == tokenizer.eos_token_id:
+            if tokens[-1] in ends:
                 break
         expected.append(tokenizer.decode(tokens[start:], skip_special_tokens=True))
+        last.append(tokens[-1])
     assert found == expected
     assert len(set(expected)) > 5 and any(len(text.split()) >= 8 for text in expected)
+    assert set(ends) & set(last), "some answers must end by themselves"
 
 
 def questions() -> list[Question]:

@@ -1,4 +1,4 @@
-"""The quickstart's own configuration under torchrun, as a user starts it."""
+"""The quickstart's own configurations under torchrun, as a user starts it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
+Rows = list[dict[str, float]]
 
 
-def pretrain(folder: Path, processes: int, *overrides: str) -> list[float]:
-    """Run the configuration `quickstart` in a folder; the losses by step."""
-    run = folder / f"run-{processes}"
+def run(
+    folder: Path, job: str, name: str, processes: int, *overrides: str, steps: int = STEPS
+) -> list[dict[str, float]]:
+    """Run a configuration in a folder; what each step logged."""
+    run = folder / f"{name}-{processes}"
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     words = [
-        *(sys.executable, *launcher, "-m", "megatron_anymal", "pretrain", "--config-name=quickstart"),
-        *(f"trainer.devices={processes}", f"trainer.max_steps={STEPS}", "trainer.log_every_n_steps=1"),
+        *(sys.executable, *launcher, "-m", "megatron_anymal", job, f"--config-name={name}"),
+        *(f"trainer.devices={processes}", f"trainer.max_steps={steps}", "trainer.log_every_n_steps=1"),
         *("trainer.val_check_interval=0", "trainer.limit_val_batches=0", f"exp_manager.explicit_log_dir={run}"),
         *overrides,
     ]
@@ -30,13 +33,38 @@ def pretrain(folder: Path, processes: int, *overrides: str) -> list[float]:
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row["loss"] for row in rows if "loss" in row]
+    return [row for row in rows if "loss" in row]
+
+
+def values(rows: Rows, name: str) -> list[float]:
+    return [row[name] for row in rows]
 
 
 @pytest.mark.timeout(600)
 def test_tp2_pp2_equals_one_process(quickstart_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
-    one = pretrain(tmp_path, 1, "model.tensor_model_parallel_size=1")
-    four = pretrain(tmp_path, 4, "model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2")
+    one = run(tmp_path, "pretrain", "quickstart", 1, "model.tensor_model_parallel_size=1")
+    layout = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]
+    four = run(tmp_path, "pretrain", "quickstart", 4, *layout)
     assert len(one) == len(four) == STEPS
-    np.testing.assert_allclose(four, one, rtol=1e-5)
+    np.testing.assert_allclose(values(four, "loss"), values(one, "loss"), rtol=1e-5)
+
+
+@pytest.mark.timeout(900)
+def test_sft_and_dpo_equal_one_process(quickstart_folder: Path, tmp_path: Path) -> None:
+    """The configurations' own layouts, sequence and context parallel; the preferences start from the adapters."""
+    shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
+    alone = ["model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
+    one = run(tmp_path, "sft", "quickstart_sft", 1, *alone, steps=4)
+    two = run(tmp_path, "sft", "quickstart_sft", 2, steps=4)
+    assert len(one) == 4
+    np.testing.assert_allclose(values(two, "loss"), values(one, "loss"), rtol=1e-5)
+    start = f"model.restore_from_path={tmp_path / 'quickstart_sft-2'}"
+    one = run(tmp_path, "dpo", "quickstart_dpo", 1, start, "model.context_parallel_size=1", steps=4)
+    two = run(tmp_path, "dpo", "quickstart_dpo", 2, start, steps=4)
+    assert len(one) == 4
+    for name in ("loss", "rewards/margin"):
+        np.testing.assert_allclose(values(two, name), values(one, name), rtol=1e-4, atol=1e-6)
+    # The policy starts from its reference: only NEFTune's noise lies between them.
+    assert abs(values(one, "loss")[0] - np.log(2)) < 0.2
+    assert values(one, "loss")[0] != values(one, "loss")[-1]

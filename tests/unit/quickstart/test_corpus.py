@@ -4,21 +4,27 @@ import json
 
 import pytest
 
-from megatron_anymal.data.samples import parse_parts
+from megatron_anymal.data.messages import ROLES
+from megatron_anymal.data.parts import parse_parts
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import TextPart
-from megatron_anymal.quickstart import corpus
+from megatron_anymal.quickstart import corpus, instructions
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
-    return corpus.write_corpus(tmp_path_factory.mktemp("corpus") / "text.jsonl", count=3000, seed=1)
+    return corpus.write_lines(tmp_path_factory.mktemp("corpus") / "text.jsonl", corpus.text_lines(3000, seed=1))
 
 
 @pytest.fixture(scope="module")
-def tokenizer(manifest):
+def chats(tmp_path_factory):
+    return corpus.write_lines(tmp_path_factory.mktemp("corpus") / "chats.jsonl", instructions.chat_lines(500, seed=1))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(manifest, chats):
     folder = manifest.parent / "tokenizer"
-    size = corpus.train_tokenizer(manifest, folder)
+    size = corpus.train_tokenizer([manifest, chats], folder)
     return Tokenizer(str(folder)), size
 
 
@@ -55,7 +61,7 @@ def test_tokenizer_keeps_every_text_and_adds_nothing(tokenizer, manifest):
         ids = words.encode(text)
         assert words.decode(ids) == text
         assert not {words.begin, words.end} & set(ids)
-    assert len(words.hf) == size <= 512
+    assert len(words.hf) == size <= 768
 
 
 def test_reserved_tokens_are_single_ids(tokenizer):
@@ -65,6 +71,15 @@ def test_reserved_tokens_are_single_ids(tokenizer):
     assert words.encode(corpus.RESERVED[3]) == [ids[3]]
 
 
-def test_training_it_twice_gives_the_same_tokenizer(tokenizer, manifest, tmp_path):
-    corpus.train_tokenizer(manifest, tmp_path)
+def test_it_has_the_chat_formats_tokens_and_roles(tokenizer):
+    words, _ = tokenizer
+    assert len(words.chat_tokens) == 4
+    for role in ROLES:
+        assert len(words.encode_literal(role)) == 1
+    written = words.encode_literal("<|eot_id|>")
+    assert words.decode(written) == "<|eot_id|>" and not words.chat_tokens & set(written)
+
+
+def test_training_it_twice_gives_the_same_tokenizer(tokenizer, manifest, chats, tmp_path):
+    corpus.train_tokenizer([manifest, chats], tmp_path)
     assert Tokenizer(str(tmp_path)).fingerprint() == tokenizer[0].fingerprint()

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from megatron_anymal.config import EncoderConfig, ModalityConfig
-from megatron_anymal.data.samples import parse_parts
+from megatron_anymal.data.parts import parse_parts
 from megatron_anymal.data.types import MediaPart, TextPart
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.quickstart import media
-from megatron_anymal.quickstart.corpus import DIRECTIONS, all_facts
+from megatron_anymal.quickstart.corpus import DIRECTIONS, all_facts, caption
 
 SIZES = media.Sizes(
     train_videos=80, held_out_videos=40, train_audio=24, held_out_audio=12, train_imu=24, held_out_imu=12
@@ -91,6 +91,12 @@ def test_held_out_lines_ask_for_balanced_captions(folder, modality):
     answers = Counter(parts[2].text for parts in samples)
     assert len(answers) == len(all_facts(modality))
     assert max(answers.values()) - min(answers.values()) <= 1
+
+
+@pytest.mark.parametrize("modality", ["image", "video", "audio", "imu"])
+def test_facts_are_those_of_the_answers(folder, modality):
+    for line in lines(folder, modality, "held_out"):
+        assert line["parts"][-1]["text"].strip() == caption(modality, line["facts"])
 
 
 @pytest.mark.parametrize("modality", ["image", "video", "audio", "imu"])

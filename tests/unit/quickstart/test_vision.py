@@ -16,7 +16,8 @@ SIZES = media.Sizes(train_videos=1, held_out_videos=1, train_audio=1, held_out_a
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vision")
     manifests = media.write_media(folder / "data", sizes=SIZES)
-    corpus.train_tokenizer(corpus.write_corpus(folder / "text.jsonl", count=500), folder / "tokenizer")
+    text = corpus.write_lines(folder / "text.jsonl", corpus.text_lines(500))
+    corpus.train_tokenizer([text], folder / "tokenizer")
     report = vision.train_image_encoder(
         manifests["image"]["train"], folder / "tokenizer", folder / "clip", steps=60, batch_size=32
     )

@@ -1,0 +1,163 @@
+"""This trainer's side of benchmarks/step.py: sizes, data, configuration, its step, and that step's work by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_anymal.config import AnyMALConfig, DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.data.batches import StepPlan
+from megatron_anymal.data.indexing import IndexOptions
+from megatron_anymal.data.prepare import make_index, write_shards
+from megatron_anymal.data.types import MicroBatch
+from megatron_anymal.parallel import ParallelLayout
+from megatron_anymal.train.build import TrainState, build
+from megatron_anymal.train.step import train_step
+
+# A document: begin, soft tokens, text, end.
+SOFT_TOKENS = 2
+SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"]
+# An IMU piece: channels, samples.
+PIECE = (6, 50)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Shapes and repetitions; every field is an argument of the command."""
+
+    hidden: int = 512
+    layers: int = 8
+    heads: int = 8
+    key_value_heads: int = 4
+    ffn: int = 1408
+    vocabulary: int = 8192
+    # Of a step, all of one length, in so many packs (micro-batches).
+    documents: int = 8
+    document_tokens: int = 128
+    packs: int = 2
+    # Different batches, used in turn.
+    batches: int = 4
+    warm_up: int = 2
+    rounds: int = 20
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.documents * self.document_tokens
+
+
+def write_data(folder: Path, sizes: Sizes) -> None:
+    """A word-level tokenizer, and shards of IMU recordings with random words."""
+    words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL) - 1)]
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], additional_special_tokens=SPECIAL[2:]
+    ).save_pretrained(str(folder / "tokenizer"))
+    rng = np.random.default_rng(0)
+    (folder / "source").mkdir()
+    lines = []
+    for number in range(sizes.documents * sizes.batches):
+        signal = io.BytesIO()
+        np.save(signal, rng.normal(size=PIECE[::-1]).astype(np.float32))
+        (folder / "source" / f"{number}.npy").write_bytes(signal.getvalue())
+        text = " ".join(rng.choice(words, size=sizes.document_tokens - SOFT_TOKENS - 2))
+        media = {"media": f"{number}.npy", "modality": "imu", "rate": PIECE[1]}
+        lines.append({"key": f"{number:06d}", "parts": [media, {"text": text}]})
+    manifest = folder / "source" / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_shards(str(manifest), str(folder / "shards"))
+    make_index(str(folder / "shards"), IndexOptions(str(folder / "tokenizer")))
+
+
+def make_config(folder: Path, sizes: Sizes, freeze: bool) -> AnyMALConfig:
+    """A run of this trainer with a frozen or a trained Llama."""
+    config = AnyMALConfig()
+    config.trainer.precision = "32"
+    config.model.transformer_impl = "local"
+    config.model.language_model.config = {
+        "hidden_size": sizes.hidden,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.key_value_heads,
+        "intermediate_size": sizes.ffn,
+        "vocab_size": sizes.vocabulary,
+        "tie_word_embeddings": False,
+    }
+    config.model.language_model.freeze = freeze
+    config.model.modalities["imu"] = ModalityConfig(
+        encoder=EncoderConfig(type="identity"),
+        projector=ProjectorConfig(type="linear", num_layers=1, num_tokens=SOFT_TOKENS),
+        options={"rate": float(PIECE[1]), "piece_seconds": 1.0},
+        placeholder=SPECIAL[2],
+    )
+    config.model.global_batch_size = sizes.documents
+    config.data.train = {"words": DatasetConfig(path=str(folder / "shards"))}
+    config.data.tokenizer = str(folder / "tokenizer")
+    config.data.seq_length = -(-sizes.documents // sizes.packs) * sizes.document_tokens
+    config.data.num_workers = 0
+    return config
+
+
+class Ours:
+    """This trainer's step; planning and reading are done, and timed, beforehand."""
+
+    def __init__(self, config: AnyMALConfig, layout: ParallelLayout, sizes: Sizes):
+        self.state: TrainState = build(config, layout)
+        data = self.state.train_data
+        self.batches: list[tuple[StepPlan, list[MicroBatch]]] = []
+        self.planning: list[float] = []
+        self.reading: list[float] = []
+        for number in range(sizes.batches):
+            begun = time.perf_counter()
+            plan = data.planner.plan(number)
+            planned = time.perf_counter()
+            self.batches.append((plan, [data.reader[micro_batch] for micro_batch in plan.of_replica(0)]))
+            self.planning.append(planned - begun)
+            self.reading.append(time.perf_counter() - planned)
+
+    def step(self, number: int) -> None:
+        """Train on one of the batches."""
+        train_step(self.state, *self.batches[number % len(self.batches)])
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations of a step, two a multiply-add, by hand."""
+
+    # Parameters of the Llama that are in matrix products: layers and head, not the embedding.
+    parameters: int
+    # For each of them and token: 2 forward, 2 for the gradient of the input, and where it trains 2 for its own.
+    products: float
+    # Scores and sums of values within documents: 2 n d L^2 forward (half of the square is masked), 2.5 times that
+    # backward.
+    attention: float
+    # Like a trained weight's: megatron-core's linear makes the gradient of its input though features need none.
+    projector: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.products + self.attention + self.projector
+
+
+def work_by_hand(sizes: Sizes, freeze: bool) -> Work:
+    """What a step of this trainer computes, optimizer aside."""
+    width = sizes.hidden // sizes.heads
+    layer = 2 * sizes.hidden * width * (sizes.heads + sizes.key_value_heads) + 3 * sizes.hidden * sizes.ffn
+    parameters = sizes.layers * layer + sizes.vocabulary * sizes.hidden
+    attention = 2 * sizes.heads * width * sizes.document_tokens**2 * sizes.documents * sizes.layers
+    return Work(
+        parameters=parameters,
+        products=(4.0 if freeze else 6.0) * parameters * sizes.tokens,
+        attention=3.5 * attention,
+        projector=6.0 * PIECE[0] * PIECE[1] * sizes.hidden * sizes.documents,
+    )

@@ -1,0 +1,242 @@
+"""What a training step costs: a frozen Llama against a trained one, and this trainer against bare megatron-core.
+
+    python benchmarks/step.py --out results.json
+
+Both comparisons run in one process, in fp32, on the same batches; what is compared takes turns step by step, so that
+whatever else the machine does meets both alike. Planning and reading batches is timed apart.
+
+The floor is in floor.py: a GPTModel of megatron-core with the same configuration, layers, weights, documents and
+optimizer, and no media. This trainer's runs have an identity encoder and one linear projector besides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from functools import reduce
+from operator import getitem
+from pathlib import Path
+from typing import Any
+
+from floor import Bare
+from meters import Turns, ratio, saved_for_backward, stored_bytes, surroundings, take_turns, timed
+from sides import Ours, Sizes, make_config, work_by_hand, write_data
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_anymal.parallel import initialize, shutdown
+
+# The largest overhead over bare megatron-core that is accepted.
+BAR = 0.05
+KINDS = {"frozen": True, "trained": False}
+
+
+def counted_products(side: Ours | Bare) -> int:
+    """Floating-point operations of the matrix products of a step, attention aside, as torch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        side.step(0)
+    return int(sum(counter.get_flop_counts()["Global"].values()))
+
+
+def saved_bytes(ours: Ours) -> int:
+    """What the forward pass of one micro-batch keeps for its backward, apart from weights."""
+    wrapped, micro_batch = ours.state.wrapped[0], ours.batches[0][1][0]
+    kept, _ = saved_for_backward(lambda: wrapped(micro_batch, labels=micro_batch.labels), wrapped.parameters())
+    return sum(kept.values())
+
+
+def compare_frozen(
+    sizes: Sizes, ours: dict[str, Ours], turns: dict[str, Turns], updates: dict[str, list[float]]
+) -> dict[str, Any]:
+    """A frozen Llama against a trained one.
+
+    Args:
+        updates: seconds of the optimizer in each of the rounds.
+    """
+    walls = {kind: turns[f"ours, {kind}"].wall for kind in KINDS}
+    without = {kind: [a - b for a, b in zip(walls[kind], updates[kind], strict=True)] for kind in KINDS}
+    found: dict[str, Any] = {}
+    for kind, freeze in KINDS.items():
+        state, work = ours[kind].state, work_by_hand(sizes, freeze)
+        stored = stored_bytes(state.models[0], state.wrapped[0], state.optimizer)
+        found[kind] = {
+            "seconds": statistics.median(walls[kind]),
+            "optimizer_seconds": statistics.median(updates[kind]),
+            "seconds_without_optimizer": statistics.median(without[kind]),
+            "flops": work.total,
+            "products": work.products + work.projector,
+            "products_counted": counted_products(ours[kind]),
+            "stored": sum(stored.values()),
+            "stored_bytes": stored,
+            "saved_bytes": saved_bytes(ours[kind]),
+        }
+    frozen, trained = found["frozen"], found["trained"]
+    by_flops = trained["flops"] / frozen["flops"]
+    found["ratio"] = {
+        "seconds": asdict(ratio(walls["trained"], walls["frozen"])),
+        "cpu_seconds": asdict(ratio(turns["ours, trained"].cpu, turns["ours, frozen"].cpu)),
+        "without_optimizer": asdict(ratio(without["trained"], without["frozen"])),
+        "by_flops": by_flops,
+        "by_flops_and_optimizer": (by_flops * frozen["seconds_without_optimizer"] + trained["optimizer_seconds"])
+        / (frozen["seconds_without_optimizer"] + frozen["optimizer_seconds"]),
+    }
+    return found
+
+
+def compare_bare(turns: dict[str, Turns], bare: dict[str, Bare]) -> dict[str, Any]:
+    """This trainer against the floor."""
+    found = {}
+    for kind in KINDS:
+        ours, floor = turns[f"ours, {kind}"], turns[f"bare, {kind}"]
+        found[kind] = {
+            "seconds": statistics.median(ours.wall),
+            "bare_seconds": statistics.median(floor.wall),
+            "ratio": asdict(ratio(ours.wall, floor.wall)),
+            "cpu_ratio": asdict(ratio(ours.cpu, floor.cpu)),
+            "bare_products_counted": counted_products(bare[kind]),
+        }
+    return found
+
+
+def measure(sizes: Sizes) -> dict[str, Any]:
+    """Everything, raw seconds included."""
+    around = surroundings()
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder), sizes)
+        configs = {kind: make_config(Path(folder), sizes, freeze) for kind, freeze in KINDS.items()}
+        layout = initialize(configs["frozen"])
+        ours = {kind: Ours(config, layout, sizes) for kind, config in configs.items()}
+    bare = {kind: Bare(side.state, side.batches) for kind, side in ours.items()}
+    updates = {kind: timed(side.state.optimizer, "step") for kind, side in ours.items()}
+    sides: dict[str, Any] = {}
+    for kind in KINDS:
+        sides |= {f"ours, {kind}": ours[kind].step, f"bare, {kind}": bare[kind].step}
+    turns = take_turns(sides, sizes.rounds, sizes.warm_up)
+    updates = {kind: seconds[sizes.warm_up :] for kind, seconds in updates.items()}
+    found = {
+        **around,
+        "device": layout.device.type,
+        "sizes": {**asdict(sizes), "tokens": sizes.tokens, "parameters": work_by_hand(sizes, True).parameters},
+        "floor": "a step of megatron-core's GPTModel alone: benchmarks/floor.py",
+        "frozen_against_trained": compare_frozen(sizes, ours, turns, updates),
+        "ours_against_bare": compare_bare(turns, bare),
+        "outside_the_step": {
+            "planning_seconds": statistics.median(ours["frozen"].planning),
+            "reading_seconds": statistics.median(ours["frozen"].reading),
+        },
+        "rounds": {name: asdict(turn) for name, turn in turns.items()},
+    }
+    shutdown()
+    return found
+
+
+def row(name: str, left: float, right: float, measured: float | dict[str, float]) -> str:
+    """A line of the first table; a measured ratio comes with its quartiles, and that of the fastest rounds."""
+    if isinstance(measured, dict):
+        middle = measured["median"]
+        spread = f"  {measured['lower']:.3f} to {measured['upper']:.3f}, {measured['fastest']:.3f}"
+    else:
+        middle, spread = measured, ""
+    return f"{name:<44}{left:>10.3f}{right:>10.3f}{middle:>8.3f}{spread}"
+
+
+def frozen_table(frozen: dict[str, Any]) -> list[str]:
+    """A frozen Llama against a trained one."""
+    ratios = frozen["ratio"]
+
+    def both(scale: float, *keys: str) -> tuple[float, float]:
+        left, right = (reduce(getitem, keys, frozen[kind]) / scale for kind in KINDS)
+        return left, right
+
+    counted, kept = both(1e9, "products_counted"), both(2**20, "saved_bytes")
+    lines = [
+        f"{'Frozen against trained Llama':<44}{'frozen':>10}{'trained':>10}{'ratio':>8}  quartiles, fastest rounds",
+        row("step, s", *both(1, "seconds"), ratios["seconds"]),
+        f"{'  in CPU time':<64}{ratios['cpu_seconds']['median']:>8.3f}",
+        row("step without the optimizer, s", *both(1, "seconds_without_optimizer"), ratios["without_optimizer"]),
+        row("  predicted: 4N and 6N a token, attention, G", *both(1e9, "flops"), ratios["by_flops"]),
+        row("  matrix products counted by torch, G", *counted, counted[1] / counted[0]),
+        f"{'step predicted, with the measured optimizer':<64}{ratios['by_flops_and_optimizer']:>8.3f}",
+    ]
+    for kind in ("weights", "gradients", "moments"):
+        left, right = both(2**20, "stored_bytes", kind)
+        lines.append(row(f"{kind}, MiB", left, right, right / left))
+    stored = both(2**20, "stored")
+    return [
+        *lines,
+        row("stored in all, MiB", *stored, stored[1] / stored[0]),
+        row("kept for the backward of one pack, MiB", *kept, kept[1] / kept[0]),
+    ]
+
+
+def overhead(measured: dict[str, float]) -> str:
+    """A ratio less one, with its quartiles and that of the fastest rounds."""
+    lower, middle, upper, fastest = (f"{measured[of] - 1:.2%}" for of in ("lower", "median", "upper", "fastest"))
+    return f"{middle:>8}  {lower} to {upper}, {fastest}"
+
+
+def bare_table(against: dict[str, Any]) -> list[str]:
+    """This trainer against the floor."""
+    lines = [
+        f"{'This trainer against bare megatron-core':<44}{'bare':>10}{'ours':>10}{'over':>8}  quartiles, fastest rounds"
+    ]
+    for kind, side in against.items():
+        times = f"{side['bare_seconds']:>10.3f}{side['seconds']:>10.3f}"
+        lines.append(f"{f'{kind} Llama: step, s':<44}{times}{overhead(side['ratio'])}")
+        lines.append(f"{'  in CPU time':<64}{overhead(side['cpu_ratio'])}")
+    measured = [side["ratio"] for side in against.values()]
+    if any(of["upper"] - of["lower"] > BAR for of in measured):
+        verdict = (
+            f"no verdict: quartiles lie further apart than the bar of {BAR:.0%}. Other work keeps the machine busy."
+        )
+    else:
+        verdict = f"{'within' if max(of['median'] for of in measured) <= 1 + BAR else 'ABOVE'} the bar of {BAR:.0%}"
+    return [*lines, verdict]
+
+
+def report(found: dict[str, Any]) -> str:
+    """What a person reads."""
+    sizes, outside = found["sizes"], found["outside_the_step"]
+    return "\n".join(
+        [
+            f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
+            ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+            f"fp32; {sizes['layers']} layers of width {sizes['hidden']}, {sizes['parameters'] / 1e6:.1f} M parameters "
+            f"in matrix products; {sizes['tokens']} tokens a step in {sizes['packs']} packs; {sizes['rounds']} rounds",
+            f"floor: {found['floor']}",
+            "",
+            *frozen_table(found["frozen_against_trained"]),
+            "",
+            *bare_table(found["ours_against_bare"]),
+            "",
+            f"outside the step: planning {outside['planning_seconds'] * 1e3:.2f} ms, reading "
+            f"{outside['reading_seconds'] * 1e3:.2f} ms (in this process, without workers)",
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="a JSON file for the numbers, raw ones included")
+    for field in fields(Sizes):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    arguments = vars(parser.parse_args(argv))
+    out = arguments.pop("out")
+    if arguments["rounds"] < 2:
+        parser.error("--rounds must be at least 2: quartiles need them.")
+    if out and not Path(out).resolve().parent.is_dir():
+        parser.error(f"--out: there is no folder {str(Path(out).parent)!r}.")
+    found = {"command": " ".join(["python benchmarks/step.py", *argv]), **measure(Sizes(**arguments))}
+    print(report(found))
+    if out:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

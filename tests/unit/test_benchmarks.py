@@ -1,0 +1,92 @@
+"""The benchmarks run as a user runs them, here with small sizes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SIZES = {
+    "hidden": 32,
+    "layers": 2,
+    "heads": 4,
+    "key-value-heads": 2,
+    "ffn": 48,
+    "vocabulary": 64,
+    "documents": 4,
+    "document-tokens": 16,
+    "batches": 2,
+    "warm-up": 1,
+    "rounds": 3,
+}
+
+
+def run(*words: str) -> str:
+    """The standard output of a benchmark."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
+    """What benchmarks/step.py prints and writes."""
+    out = tmp_path_factory.mktemp("benchmarks") / "results.json"
+    sizes = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
+    return run("benchmarks/step.py", "--out", str(out), *sizes), json.loads(out.read_text())
+
+
+def test_step_tells_what_it_measured(step: Any) -> None:
+    printed, found = step
+    for words in (
+        "2 CPU cores" if os.cpu_count() == 2 else "CPU cores",
+        "torch",
+        "megatron-core",
+        "floor",
+        "the bar of",
+    ):
+        assert words in printed, words
+    assert set(found["versions"]) >= {"torch", "megatron-core"} and found["date"] in printed
+    assert set(found["rounds"]) == {f"{side}, {kind}" for side in ("ours", "bare") for kind in ("frozen", "trained")}
+    for turns in found["rounds"].values():
+        assert len(turns["wall"]) == len(turns["cpu"]) == SIZES["rounds"] and min(turns["wall"]) > 0
+
+
+def test_step_counts_the_products_that_torch_counts(step: Any) -> None:
+    """Both sides multiply what the formula says: 4N and 6N a token, and ours a small projector besides."""
+    _, found = step
+    hidden, ffn, tokens = SIZES["hidden"], SIZES["ffn"], SIZES["documents"] * SIZES["document-tokens"]
+    parameters = 2 * (3 * hidden * hidden + 3 * hidden * ffn) + SIZES["vocabulary"] * hidden
+    for kind, per_token in (("frozen", 4), ("trained", 6)):
+        ours, bare = found["frozen_against_trained"][kind], found["ours_against_bare"][kind]
+        assert bare["bare_products_counted"] == per_token * parameters * tokens
+        # Three features of 50 numbers make a soft token, two a document. It is counted like a trained weight.
+        projector = 6 * 3 * 50 * hidden * 2 * SIZES["documents"]
+        assert ours["products_counted"] == ours["products"] == per_token * parameters * tokens + projector
+
+
+def test_step_compares_bytes(step: Any) -> None:
+    _, found = step
+    sides = [found["frozen_against_trained"][kind] for kind in ("frozen", "trained")]
+    frozen, trained = (side["stored_bytes"] for side in sides)
+    assert trained["gradients"] == trained["weights"] > 4 * frozen["gradients"]
+    # Moments are not padded.
+    assert frozen["moments"] < 2 * frozen["gradients"] and frozen["others"] == trained["others"] == 0
+    assert sides[1]["saved_bytes"] > 1.2 * sides[0]["saved_bytes"]
+
+
+def test_packing() -> None:
+    rows = [json.loads(line) for line in run("benchmarks/packing.py").splitlines()]
+    assert [row["samples"] for row in rows] == [1024, 1024, 26_880, 26_880]
+    for row in rows:
+        assert row["packs"] >= row["fewest"] and row["packs"] % row["multiple"] == 0
+        assert 0.9 < row["share"] <= 1
