@@ -27,7 +27,7 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	$(BIN)/python -m pytest
 
-# About 25 minutes; writes docs/parity.md and runs/parity.json.
+# About half an hour; writes docs/parity.md and runs/parity.json.
 parity: $(INSTALLED)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m parity
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
@@ -180,6 +181,9 @@ def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path
         part: {name: shard for name, shard in of_part.items() if shard.key in saved} for part, of_part in shards.items()
     }
     for shard in (shard for of_part in wanted.values() for shard in of_part.values()):
+        if not isinstance(shard, ShardedTensor):
+            # A weight of two halves, which megatron-core takes apart when it loads; it checks their shapes itself.
+            continue
         there, here = tuple(saved[shard.key].global_shape), tuple(shard.global_shape)
         if there != here:
             raise CheckpointError(

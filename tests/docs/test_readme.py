@@ -58,13 +58,13 @@ def media_of_the_readme(folder: Path) -> None:
     from tiny import flac, npy
 
     folder.mkdir()
-    [manifest] = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    manifest = "".join(re.findall(r"```json\n(.*?)```", README, re.DOTALL))
     (folder / "manifest.jsonl").write_text(manifest)
-    for line in manifest.splitlines():
-        for part in json.loads(line)["parts"]:
-            if "media" in part:
-                maker = {"jpg": png, "png": png, "flac": flac, "npy": npy}[part["media"].rpartition(".")[2]]
-                (folder / part["media"]).write_bytes(maker(1))
+    lines = [json.loads(line) for line in manifest.splitlines()]
+    assert {key for line in lines for key in line} == {"key", "parts", "messages", "chosen", "rejected"}
+    for name in re.findall(r'"media": "(.*?)"', manifest):
+        maker = {"jpg": png, "png": png, "flac": flac, "npy": npy}[name.rpartition(".")[2]]
+        (folder / name).write_bytes(maker(1))
 
 
 @pytest.mark.timeout(600)
@@ -97,4 +97,4 @@ def test_tree_names_what_is_there() -> None:
 def test_configurations_exist() -> None:
     shipped = {p.stem for p in (ROOT / "nemo_configs").glob("*.yaml")}
     table = README.partition("| configuration |")[2].partition("\n\n")[0]
-    assert set(re.findall(r"`((?:quickstart|pretrain)\w*)`", table)) == shipped
+    assert set(re.findall(r"`((?:quickstart|pretrain|sft|dpo)\w*)`", table)) == shipped
