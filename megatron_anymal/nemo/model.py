@@ -76,20 +76,27 @@ class MegatronAnyMALModel(ModelPT):
             ConfigError: something that cannot be built here.
         """
         if self._state is None:
-            from megatron_anymal.parallel import initialize
-            from megatron_anymal.train.build import build, check_run
-
-            check_run(self.config)
-            self.layout = self.layout or initialize(self.config)
-            self._state = build(self.config, self.layout)
-            if self._archived is not None:
-                from megatron_anymal.model.weights import load_weights
-
-                load_weights(self._state.models, self._archived)
-                # It keeps fp32 copies of what it trains.
-                self._state.optimizer.reload_model_params()
-                self._archived = None
+            try:
+                self._build()
+            except AttributeError as error:
+                # torch would say of it only that there is no attribute "state".
+                raise RuntimeError(f"The model could not be built: {error}.") from error
         return self._state
+
+    def _build(self) -> None:
+        from megatron_anymal.parallel import initialize
+        from megatron_anymal.train.build import build, check_run
+
+        check_run(self.config)
+        self.layout = self.layout or initialize(self.config)
+        self._state = build(self.config, self.layout)
+        if self._archived is not None:
+            from megatron_anymal.model.weights import load_weights
+
+            load_weights(self._state.models, self._archived)
+            # It keeps fp32 copies of what it trains.
+            self._state.optimizer.reload_model_params()
+            self._archived = None
 
     def fit(self) -> None:
         """Train to trainer.max_steps in the engine's loop, continuing from the run folder's newest checkpoint."""
