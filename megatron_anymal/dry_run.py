@@ -24,7 +24,8 @@ from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import AnyMALConfig, ConfigError, EncoderConfig, check
+from megatron_anymal.config import AnyMALConfig, ConfigError, EncoderConfig
+from megatron_anymal.config_checks import check
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.modalities import Modality, build_modality, load_plugins

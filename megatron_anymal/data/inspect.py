@@ -17,7 +17,8 @@ from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig, check
+from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config_checks import check
 from megatron_anymal.config_io import compose, default_config_dir
 from megatron_anymal.data.batches import BatchLayout, BatchPlanner, PlannedModality
 from megatron_anymal.data.lint import (

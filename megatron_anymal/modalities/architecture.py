@@ -105,13 +105,13 @@ def transformers_config(encoder: EncoderConfig) -> Any:
 
 
 def preprocessor(encoder: EncoderConfig, part: str) -> dict[str, Any]:
-    """How the folder's own preprocessor treats media; empty without a folder or without such a file.
+    """How media are prepared for an encoder: as its section says, else as its folder does; empty where neither says.
 
     Args:
         part: "image_processor", "video_processor" or "feature_extractor": the key where a combined file nests it.
     """
-    if not encoder.path:
-        return {}
+    if encoder.preprocessor or not encoder.path:
+        return encoder.preprocessor
     folder = Path(encoder.path)
     single = read_json(folder, "preprocessor_config.json")
     return single or read_json(folder, "processor_config.json").get(part, {})

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_anymal.config import AnyMALConfig, ConfigError, check
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config_checks import check
 from megatron_anymal.config_io import (
     Composed,
     compose,

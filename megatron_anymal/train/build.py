@@ -12,7 +12,8 @@ from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint.base import load_base, resolve_language_model
-from megatron_anymal.config import AnyMALConfig, check
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config_checks import check
 from megatron_anymal.data.batches import BatchLayout, BatchPlanner, PlannedModality
 from megatron_anymal.data.loader import LoadedModality, MicroBatchReader, RankNeeds
 from megatron_anymal.data.tokenize import Tokenizer

@@ -16,7 +16,8 @@ from megatron_anymal import backend
 from megatron_anymal.checkpoint import state as checkpoint_state
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.config import ConfigError, max_time_seconds
+from megatron_anymal.config import ConfigError
+from megatron_anymal.config_checks import max_time_seconds
 from megatron_anymal.data.batches import StepPlan
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.types import DataError, MicroBatch

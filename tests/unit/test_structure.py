@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_anymal"
 
 # From the first to the last; modules of one row may import each other.
 ORDER = [
-    ("config", "config_schema", "config_io", "quiet", "telemetry"),
+    ("config", "config_checks", "config_schema", "config_io", "quiet", "telemetry"),
     ("backend", "doctor", "cpu_shim"),
     ("parallel",),
     ("modalities",),
