@@ -104,7 +104,7 @@ def _media_parts(
     )
     encoders, projectors = {}, {}
     for name, section in config.model.modalities.items():
-        encoder = _seeded_encoder(name, section.encoder, modalities[name], config.model.seed)
+        encoder = seeded_encoder(name, section.encoder, modalities[name], config.model.seed)
         encoders[name] = encoder.to(transformer.params_dtype)
         share_gradients(encoder)
         projectors[name] = build_projector(
@@ -113,7 +113,7 @@ def _media_parts(
     return encoders, projectors
 
 
-def _seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: int) -> Encoder:
+def seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: int) -> Encoder:
     """An encoder whose random values, where it has any, depend on the seed and its name alone."""
     key = hashlib.sha256(f"{seed}/encoders.{name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):

@@ -111,20 +111,22 @@ def _whole_name(name: str, first_layer: int, tied: bool) -> str:
 
 
 def set_initial_values(weights: Iterable[Weight], seed: int, default_std: float) -> None:
-    """Draw each weight from a normal distribution seeded by (seed, name): the same under every layout.
-
-    A parameter's `init_std` overrides `default_std`; one-dimensional weights keep what they were built with (norms 1,
-    biases 0).
+    """Draw each weight by `initial_value`. A parameter's `init_std` overrides `default_std`; one-dimensional weights
+    keep what they were built with (norms 1, biases 0).
     """
     for weight in weights:
         if weight.parameter.dim() < 2:
             continue
-        key = hashlib.sha256(f"{seed}/{weight.name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
         std = getattr(weight.parameter, "init_std", default_std)
-        whole = torch.randn(weight.shape, generator=generator) * std
         with torch.no_grad():
-            weight.parameter.copy_(weight.local_part(whole))
+            weight.parameter.copy_(weight.local_part(initial_value(weight.name, weight.shape, seed, std)))
+
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
+    """A whole weight drawn from a normal distribution seeded by (seed, name): the same under every layout."""
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator) * std
 
 
 def gather_weights(models: Iterable[nn.Module], prefix: str = "") -> Optional[dict[str, Tensor]]:
@@ -166,13 +168,23 @@ def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
             continue
         whole = weight.gather()
         if _speaks_for_replica():
-            head = f"{weight.name} {tuple(whole.shape)} {whole.dtype}".encode()
-            data = whole.cpu().contiguous().flatten().view(torch.uint8).numpy()
-            digests[weight.name] = hashlib.sha256(head + data.tobytes()).hexdigest()
+            digests[weight.name] = hash_weight(weight.name, whole)
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, digests)
-    together = {name: digest for part in parts for name, digest in part.items()}
-    body = "\n".join(f"{name} {digest}" for name, digest in sorted(together.items()))
+    return hash_together({name: digest for part in parts for name, digest in part.items()})
+
+
+def hash_weight(name: str, whole: Tensor) -> str:
+    """A hash of one whole weight: name, shape, type and bytes."""
+    head = f"{name} {tuple(whole.shape)} {whole.dtype}".encode()
+    digest = hashlib.sha256(head)
+    digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def hash_together(digests: Mapping[str, str]) -> str:
+    """One hash of the hashes of many weights, whatever their order."""
+    body = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
     return hashlib.sha256(body.encode()).hexdigest()
 
 
