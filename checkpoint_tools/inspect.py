@@ -3,47 +3,100 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.checkpoint.stream import Stored, StreamReader
 from megatron_anymal.quiet import quiet_libraries
+
+_OPTIMIZER = "optimizer."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print step, data, base and tensors; return the exit code (2: no such checkpoint, or a damaged one)."""
+    """Print step, data, base and parts; return the exit code (2: no such checkpoint, or a damaged one)."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.inspect", description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint's folder, or its run's folder for the newest valid one")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
     arguments = parser.parse_args(argv)
     quiet_libraries()
     try:
         folder = store.resolve(arguments.checkpoint)
         manifest = store.read_manifest(folder, verify=True)
+        tensors = StreamReader(folder).tensors
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     size = sum((folder / name).stat().st_size for name in manifest.files)
     print(f"{folder}\nstep {manifest.step}, {manifest.consumed_samples:,} samples consumed")
-    print(f"{len(manifest.files)} files, {size / 1e6:,.1f} MB, all checksums hold")
-    print(f"frozen Llama: {manifest.base_hash or 'none, the checkpoint holds the Llama'}")
-    print(f"data: {manifest.data_fingerprint}")
-    for name, shape, kind in _tensors(str(folder)):
-        print(f"  {name:70s} {kind:9s} {'x'.join(map(str, shape)):>16s} {math.prod(shape):>14,}")
+    print(f"{len(manifest.files)} files, {_megabytes(size)}, all checksums hold")
+    print(f"base: {_base(folder, manifest)}")
+    print(f"data: {manifest.data_fingerprint or 'none'}")
+    _print_parts(tensors)
+    for line in _encoder_folders(folder, manifest):
+        print(line)
+    if arguments.tensors:
+        for name, stored in tensors.items():
+            kind = str(stored.dtype).removeprefix("torch.")
+            shape = "x".join(map(str, stored.shape))
+            print(f"  {name:70s} {kind:9s} {shape:>16s} {math.prod(stored.shape):>14,}")
     return 0
 
 
-def _tensors(folder: str) -> list[tuple[str, tuple[int, ...], str]]:
-    """(name, whole shape, type) of every weight, sorted; the optimizer's state is left out."""
-    from megatron.core import dist_checkpointing
+def _base(folder: Path, manifest: Manifest) -> str:
+    """Where the Llama's weights are."""
+    if not manifest.base_hash:
+        source = folder / "source.json"
+        if source.is_file():
+            came_from = json.loads(source.read_text())["llama"]["folder"]
+            return f"none, the checkpoint holds the Llama imported from {came_from}"
+        return "none, the checkpoint holds the Llama"
+    lm = manifest.config["model"]["language_model"]
+    where = lm.get("path") or lm.get("checkpoint") or "drawn from model.language_model.config and model.seed"
+    return f"frozen Llama {manifest.base_hash}, {where}"
 
-    found = dist_checkpointing.load_tensors_metadata(folder)
+
+def _print_parts(tensors: dict[str, Stored]) -> None:
+    """Counts and bytes by part, and those of the optimizer."""
+    parts: dict[str, list[Stored]] = {}
+    for name, stored in tensors.items():
+        parts.setdefault(_part(name), []).append(stored)
+    for part, found in sorted(parts.items(), key=lambda item: (item[0] == "optimizer", item[0])):
+        count, size = sum(math.prod(s.shape) for s in found), sum(s.size for s in found)
+        what = "values" if part == "optimizer" else "parameters"
+        print(f"  {part:24s} {len(found):6d} tensors {count:>16,} {what:10s} {_megabytes(size):>14s}")
+
+
+def _part(name: str) -> str:
+    if name.startswith(_OPTIMIZER):
+        return "optimizer"
+    if ".lora." in name:
+        return "adapters"
+    if name.startswith("language_model."):
+        return "Llama"
+    return ".".join(name.split(".")[:2])
+
+
+def _encoder_folders(folder: Path, manifest: Manifest) -> list[str]:
+    """A line per encoder that was imported beside the Llama."""
+    found: dict[str, list[str]] = {}
+    for name in manifest.files:
+        first, _, rest = name.partition("/")
+        if first == "encoders" and rest:
+            found.setdefault(rest.split("/")[0], []).append(name)
     return [
-        (name, tuple(tensor.global_shape), str(tensor.dtype).removeprefix("torch."))
-        for name, tensor in sorted(found.items())
-        if not name.startswith("optimizer.")
+        f"  encoder folder {folder / 'encoders' / name}: {len(files)} files, "
+        f"{_megabytes(sum((folder / file).stat().st_size for file in files))}"
+        for name, files in sorted(found.items())
     ]
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from megatron_anymal.modalities.architecture import ARCHITECTURES, read_folder, 
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import assemble
 from megatron_anymal.model.llama import check_model, read_llama_config
-from megatron_anymal.model.weights import list_weights
+from megatron_anymal.model.weights import Weight, list_weights
 from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
 from megatron_anymal.published import ENCODERS, assume_shapes
 from megatron_anymal.train.build import build_data, check_vocabulary, loaded_modalities
@@ -140,12 +140,38 @@ def examine(config: AnyMALConfig) -> DryRun:
     buildable = _without_weights(assumed)
     check_model(hf, buildable)
     _look_around(found, hf, modalities)
+    for number, models in enumerate(_play_stages(buildable, hf, modalities)):
+        _enter_stage(found, number, models)
+    return found
+
+
+def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight]]:
+    """The weights of the first rank of each pipeline stage, without numbers.
+
+    Args:
+        hf: the Llama's configuration; the run's own source of it is not looked at.
+
+    Raises:
+        ConfigError: sizes that do not divide, or an encoder whose shape is not known here.
+    """
+    assumed, _ = assume_shapes(config)
+    load_plugins(config.model.plugins)
+    modalities = {name: build_modality(name, section) for name, section in assumed.model.modalities.items()}
+    buildable = _without_weights(assumed)
+    check_model(hf, buildable)
+    return [
+        [weight for model in models for weight in list_weights(model)]
+        for models in _play_stages(buildable, hf, modalities)
+    ]
+
+
+def _play_stages(config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Iterator[list[AnyMALModel]]:
+    """The model parts of each stage's first rank; its process groups are there while they are looked at."""
     for number in range(config.model.pipeline_model_parallel_size):
         with _as_rank_of_stage(number, config):
             with _on_meta():
-                models = assemble(buildable, hf, modalities)
-            _enter_stage(found, number, models)
-    return found
+                models = assemble(config, hf, modalities)
+            yield models
 
 
 def _llama_shape(config: AnyMALConfig) -> LlamaConfig:

@@ -36,26 +36,34 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A counter with the time left, on standard error, at most once a second."""
+    """A counter with the time left, on standard error, at most once a second.
 
-    def __init__(self, what: str, total: int):
-        self._what, self._total = what, total
+    Args:
+        unit: of what is counted, for large counts: then the rate is told too.
+    """
+
+    def __init__(self, what: str, total: int, unit: str = ""):
+        self._what, self._total, self._unit = what, total, f" {unit}" if unit else ""
         self._done, self._start, self._shown = 0, time.monotonic(), 0.0
 
     def advance(self, count: int = 1) -> None:
         """Count work done."""
         self._done += count
         now = time.monotonic()
-        if now - self._shown >= 1.0:
+        if self._done and now - self._shown >= 1.0:
             self._shown = now
             left = (now - self._start) / self._done * (self._total - self._done)
-            self._write(f"{self._done}/{self._total}, {duration(left)} left")
+            self._write(f"{self._done}/{self._total}{self._unit}{self._rate(now)}, {duration(left)} left")
 
     def finish(self) -> None:
         """Say that it is done."""
-        self._write(f"{self._done} in {duration(time.monotonic() - self._start)}")
+        now = time.monotonic()
+        self._write(f"{self._done}{self._unit} in {duration(now - self._start)}{self._rate(now)}")
         if sys.stderr.isatty():
             sys.stderr.write("\n")
+
+    def _rate(self, now: float) -> str:
+        return f", {self._done / max(now - self._start, 1e-9):,.0f}{self._unit}/s" if self._unit else ""
 
     def _write(self, text: str) -> None:
         end, start = ("", "\r\033[K") if sys.stderr.isatty() else ("\n", "")
@@ -93,16 +101,23 @@ class RunLog:
             return
         if line:
             self.say(line)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
-        for logger in self._loggers:
-            logger.log_metrics(dict(metrics), step)
+        # A full disk must not end the run: its checkpoints are tried again too.
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            for logger in self._loggers:
+                logger.log_metrics(dict(metrics), step)
+        except OSError as error:
+            self.say(f"warning: the figures of step {step} could not be written: {error}. Training goes on.")
 
     def save(self) -> None:
         """Put on disk what the loggers hold back; before a checkpoint, so that none is newer than its log."""
         if self._active:
             for logger in self._loggers:
-                logger.save()
+                try:
+                    logger.save()
+                except OSError as error:
+                    self.say(f"warning: a logger could not write: {error}. Training goes on.")
 
     def say(self, text: str) -> None:
         """A line on the console."""

@@ -17,8 +17,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_anymal.tensor_files import raw_bytes
+
 # Transformer Engine keeps a norm's weight in the linear behind it.
-_FUSED_NORMS = {
+FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
@@ -106,7 +108,7 @@ def _whole_name(name: str, first_layer: int, tied: bool) -> str:
     match = re.match(r"(language_model\.decoder\.layers\.)(\d+)\.(.*)", name)
     if not match:
         return name
-    rest = _FUSED_NORMS.get(match[3], match[3])
+    rest = FUSED_NORMS.get(match[3], match[3])
     return f"{match[1]}{int(match[2]) + first_layer}.{rest}"
 
 
@@ -178,7 +180,7 @@ def hash_weight(name: str, whole: Tensor) -> str:
     """A hash of one whole weight: name, shape, type and bytes."""
     head = f"{name} {tuple(whole.shape)} {whole.dtype}".encode()
     digest = hashlib.sha256(head)
-    digest.update(whole.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    digest.update(raw_bytes(whole.cpu()))
     return digest.hexdigest()
 
 

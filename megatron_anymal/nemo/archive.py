@@ -9,21 +9,19 @@ An uncompressed tar with
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import struct
 import tarfile
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.config_io import from_dict
+from megatron_anymal.tensor_files import SafetensorsFile, TensorFileError
 
 CONFIG_NAME = "model_config.yaml"
 WEIGHTS_NAME = "model_weights.safetensors"
@@ -31,51 +29,6 @@ WEIGHTS_NAME = "model_weights.safetensors"
 PREFIX = "nemo:"
 # Other libraries' copies of weights that a HuggingFace folder may hold beside the ones read.
 _UNUSED_SUFFIXES = {".h5", ".msgpack", ".ot", ".onnx", ".md"}
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-
-
-class ArchivedTensors(Mapping[str, Tensor]):
-    """The weights of an archive, each read when asked for, so that no process holds what it does not need.
-
-    safetensors' own reader opens whole files only; unpacking a large model for every process would cost its size each.
-
-    Args:
-        path: the archive.
-        offset: where the safetensors file begins in it, in bytes.
-    """
-
-    def __init__(self, path: Path, offset: int) -> None:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            (length,) = struct.unpack("<Q", file.read(8))
-            self._entries = json.loads(file.read(length))
-        self._entries.pop("__metadata__", None)
-        self._start = offset + 8 + length
-        self._bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-
-    def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
-        begin, end = (self._start + place for place in entry["data_offsets"])
-        # Copied: the tensor must outlive the file, and the file's bytes are at any alignment.
-        return self._bytes[begin:end].clone().view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
 
 def write(path: Path, config_yaml: str, folders: Mapping[str, Path], tensors: Mapping[str, Tensor]) -> None:
@@ -103,7 +56,7 @@ def write(path: Path, config_yaml: str, folders: Mapping[str, Path], tensors: Ma
         os.replace(packed, path)
 
 
-def read(path: Path, folder: Path) -> tuple[str, ArchivedTensors]:
+def read(path: Path, folder: Path) -> tuple[str, SafetensorsFile]:
     """Open an archive: its configuration's text and its weights; everything but the weights is unpacked to `folder`.
 
     Raises:
@@ -122,7 +75,11 @@ def read(path: Path, folder: Path) -> tuple[str, ArchivedTensors]:
             tar.extractall(folder, members=list(members.values()), filter="data")
     except tarfile.TarError as error:
         raise ConfigError(f"{path} cannot be read as a .nemo archive: {error}. Save or copy it again.") from error
-    return (folder / CONFIG_NAME).read_text(encoding="utf-8"), ArchivedTensors(path, weights.offset_data)
+    try:
+        tensors = SafetensorsFile(path, weights.offset_data)
+    except TensorFileError as error:
+        raise ConfigError(str(error)) from None
+    return (folder / CONFIG_NAME).read_text(encoding="utf-8"), tensors
 
 
 def portable(config: AnyMALConfig, llama: Mapping[str, Any]) -> tuple[AnyMALConfig, dict[str, Path]]:

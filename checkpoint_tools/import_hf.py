@@ -1,0 +1,60 @@
+"""`python -m checkpoint_tools.import_hf --hf FOLDER --out CHECKPOINT`: HuggingFace Llama weights as a checkpoint.
+
+The result stands for the Llama in `model.language_model.checkpoint` under any parallel layout, and holds the weights
+bit by bit as they were. An import that was interrupted goes on where it was when the command is given again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.config import ConfigError
+from megatron_anymal.quiet import quiet_libraries
+from megatron_anymal.tensor_files import TensorFileError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Import; return the exit code (2: it cannot be imported, CHECKPOINT is what it was before)."""
+    parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.import_hf", description=__doc__)
+    parser.add_argument("--hf", required=True, type=Path, help="a HuggingFace folder with a Llama as safetensors")
+    parser.add_argument("--out", required=True, type=Path, help="the checkpoint's folder to make")
+    parser.add_argument(
+        "--encoder", action="append", default=[], metavar="NAME=FOLDER", help="also copy this modality's encoder"
+    )
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="default: cores, at most 4")
+    parser.add_argument("--overwrite", action="store_true", help="replace CHECKPOINT")
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    from checkpoint_tools.importing.llama import import_llama
+    from checkpoint_tools.importing.workers import WorkerError
+
+    try:
+        encoders = dict(_named(given) for given in arguments.encoder)
+        import_llama(arguments.hf, arguments.out, encoders, arguments.processes, overwrite=arguments.overwrite)
+    except (CheckpointError, ConfigError, TensorFileError, WorkerError) as error:
+        message = " ".join(str(error).replace("model.language_model.path", "--hf").split())
+    except OSError as error:
+        message = f"{error.filename or str(arguments.out)!r}: {error.strerror or error}"
+    else:
+        return 0
+    if os.strerror(errno.ENOSPC) in message:
+        message = f"the disk of --out={str(arguments.out)!r} is full. Free space and start again to go on."
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def _named(given: str) -> tuple[str, Path]:
+    name, _, folder = given.partition("=")
+    if not (name and folder and Path(name).name == name):
+        raise ConfigError(f"--encoder={given!r} is not NAME=FOLDER.")
+    return name, Path(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What import_hf consists of."""

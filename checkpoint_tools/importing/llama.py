@@ -1,0 +1,265 @@
+"""The import of a HuggingFace Llama: staged beside the target, resumable file by file, committed whole."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from checkpoint_tools.importing.units import Unit, units_of, write_unit
+from checkpoint_tools.importing.workers import run_workers
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.store import Manifest
+from megatron_anymal.checkpoint.stream import StoredFile, write_index
+from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.model.hf_llama import account
+from megatron_anymal.model.llama import read_llama_config
+from megatron_anymal.telemetry import Progress
+from megatron_anymal.tensor_files import HFWeights, TensorFileError
+
+SOURCE = "source.json"
+# Beside the weights: what the units' files and the index add, with room to spare.
+_SPARE = 64 << 20
+_MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class _Staging:
+    """Where an import is written: `checkpoint` becomes the result; a record per finished file lies beside it."""
+
+    root: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "checkpoint"
+
+    def begin(self, source: dict[str, Any]) -> list[StoredFile]:
+        """Take up what an import of the same source left, or start afresh.
+
+        Returns:
+            The files that are finished.
+        """
+        stated = self.root / SOURCE
+        try:
+            same = json.loads(stated.read_text()) == source
+        except (OSError, ValueError):
+            same = False
+        if not same:
+            if stated.exists():
+                print("The source changed since the import was begun: starting afresh.", flush=True)
+            for path in (self.root / "records", self.checkpoint):
+                shutil.rmtree(path, ignore_errors=True)
+        (self.root / "records").mkdir(parents=True, exist_ok=True)
+        self.checkpoint.mkdir(exist_ok=True)
+        _write_whole(stated, source)
+        found = []
+        for record in sorted((self.root / "records").glob("*.json")):
+            body = json.loads(record.read_text())
+            path = self.checkpoint / body["name"]
+            if path.is_file() and path.stat().st_size == body["bytes"]:
+                found.append(StoredFile.from_dict(body))
+        return found
+
+    def record(self, file: StoredFile) -> None:
+        """Note that a file is finished."""
+        size = (self.checkpoint / file.name).stat().st_size
+        _write_whole(self.root / "records" / f"{file.name}.json", {**file.to_dict(), "bytes": size})
+
+
+def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: int, *, overwrite: bool) -> None:
+    """Write a checkpoint folder out of a HuggingFace folder, or go on with what was begun.
+
+    Args:
+        encoders: modality -> HuggingFace folder, copied beside the Llama.
+        processes: how many share the work.
+        overwrite: replace a checkpoint at `out`, once the new one is whole.
+
+    Raises:
+        ConfigError, CheckpointError, TensorFileError, WorkerError, OSError: each a line for the user.
+    """
+    out = out.absolute()
+    _check_out(out, overwrite)
+    if processes < 1:
+        raise ConfigError(f"--processes={processes} must be at least 1.")
+    # Processes are forked from this one: none may have threads at work in it.
+    torch.set_num_threads(1)
+    begun = time.monotonic()
+    hf = _read_config(folder)
+    weights = HFWeights(folder)
+    for note in account(hf, weights):
+        print(note)
+    staging = _Staging(out.parent / f".{out.name}.importing")
+    staging.root.mkdir(parents=True, exist_ok=True)
+    with open(staging.root / "lock", "w") as lock:
+        _take(lock, staging.root)
+        source = _fingerprint(folder, encoders)
+        done = staging.begin(source)
+        left = _left(units_of(hf), done)
+        if done:
+            print(f"Going on with {len(done)} of {len(done) + len(left)} files that are finished.", flush=True)
+        _check_space(out.parent, left, hf, weights)
+        moved = _write(processes, left, hf, weights, staging)
+        lines = _copy_encoders(encoders, staging.checkpoint / "encoders")
+        _write_whole(staging.checkpoint / SOURCE, source)
+        _commit(hf, folder, staging, out)
+    shutil.rmtree(staging.root)
+    print("\n".join(lines + [""]) if lines else "", end="")
+    seconds = time.monotonic() - begun
+    print(
+        f"{out}: {len(weights)} tensors imported, {moved / 1e9:.2f} GB in {seconds:.1f} s, "
+        f"{moved / 1e6 / seconds:,.0f} MB/s"
+    )
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"--out={str(out)!r} exists. Name another folder, or add --overwrite.")
+    if not (out / store.MANIFEST).is_file():
+        raise ConfigError(f"--out={str(out)!r} exists and is no checkpoint: it is not replaced. Name another folder.")
+
+
+def _read_config(folder: Path) -> LlamaConfig:
+    try:
+        return read_llama_config(LanguageModelConfig(path=str(folder)))
+    except (ConfigError, TensorFileError):
+        raise
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ConfigError(f"{str(folder / 'config.json')!r} is damaged ({error}). Download it again.") from None
+
+
+def _take(lock: Any, root: Path) -> None:
+    """The lock of a staging folder; workers of a killed import hold it for a moment longer."""
+    for _ in range(20):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            time.sleep(0.1)
+    raise ConfigError(f"Another import is writing to {str(root)!r}. Wait for it, or name another --out.")
+
+
+def _fingerprint(folder: Path, encoders: dict[str, Path]) -> dict[str, Any]:
+    """What the source's files are, by name, size and time of change."""
+
+    def of(folder: Path) -> dict[str, Any]:
+        files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
+        return {
+            "folder": str(folder.absolute()),
+            "files": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        }
+
+    return {"llama": of(folder), "encoders": {name: of(path) for name, path in sorted(encoders.items())}}
+
+
+def _left(units: list[Unit], done: list[StoredFile]) -> list[Unit]:
+    names = {file.name for file in done}
+    return [unit for unit in units if unit.file not in names]
+
+
+def _check_space(parent: Path, left: list[Unit], hf: LlamaConfig, weights: HFWeights) -> None:
+    needed = sum(unit.size(hf, weights) for unit in left) + _SPARE
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise ConfigError(
+            f"--out needs {needed / 1e9:.2f} GB on the disk of {str(parent)!r}, which has {free / 1e9:.2f} GB free. "
+            "Free space, or name another place."
+        )
+
+
+def _write(processes: int, left: list[Unit], hf: LlamaConfig, weights: HFWeights, staging: _Staging) -> int:
+    """Write the units that are left; returns their bytes."""
+    moved = sum(unit.size(hf, weights) for unit in left)
+    progress = Progress("importing", moved // _MB, "MB")
+    seen = 0
+
+    def work(unit: Unit, advance: Callable[[int], None]) -> None:
+        staging.record(write_unit(unit, hf, weights, staging.checkpoint, advance))
+
+    def advance(count: int) -> None:
+        nonlocal seen
+        before, seen = seen, seen + count
+        if seen // _MB > before // _MB:
+            progress.advance(seen // _MB - before // _MB)
+
+    peaks = run_workers(processes, left, work, advance)
+    if left:
+        progress.finish()
+        largest = max(weights.entry(name).size for name in weights)
+        print(
+            f"memory beyond the start: {', '.join(f'{peak / 1e6:,.0f}' for peak in sorted(peaks))} MB of {len(peaks)} "
+            f"process(es); the largest tensor has {largest / 1e6:,.0f} MB",
+            flush=True,
+        )
+    return moved
+
+
+def _copy_encoders(encoders: dict[str, Path], target: Path) -> list[str]:
+    if not encoders:
+        return []
+    from checkpoint_tools.importing.encoders import import_encoder
+
+    shutil.rmtree(target, ignore_errors=True)
+    lines = []
+    for name, folder in encoders.items():
+        lines += import_encoder(name, folder, target / name)
+    return lines
+
+
+def _commit(hf: LlamaConfig, folder: Path, staging: _Staging, out: Path) -> None:
+    """Make the finished files a checkpoint and put it in its place."""
+    records = [json.loads(path.read_text()) for path in (staging.root / "records").glob("*.json")]
+    files = [StoredFile.from_dict(record) for record in records]
+    common = {"step": 0, "content_metadata": {}}
+    known = write_index(staging.checkpoint, files, common)
+    llama = hf.to_dict()
+    manifest = Manifest(
+        step=0,
+        consumed_samples=0,
+        config=_config(llama, folder).to_dict(),
+        llama=llama,
+        base_hash="",
+        data_fingerprint="",
+        files={},
+    )
+    # Left where an import was interrupted just here.
+    (staging.checkpoint / store.MANIFEST).unlink(missing_ok=True)
+    old = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        # Deleting takes time; a kill meanwhile must not leave half of it under the name.
+        out.rename(old)
+    store.commit(staging.checkpoint, out, manifest, known)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _config(llama: dict[str, Any], folder: Path) -> AnyMALConfig:
+    """A run's configuration whose result this checkpoint could be: a Llama that trained, at step 0."""
+    known = set(LlamaConfig().to_dict()) | {"rope_theta"}
+    config = AnyMALConfig()
+    config.model.language_model = LanguageModelConfig(
+        config={key: value for key, value in llama.items() if key in known}, freeze=False
+    )
+    if (folder / "tokenizer.json").is_file():
+        config.data.tokenizer = str(folder.absolute())
+    return config
+
+
+def _write_whole(path: Path, body: Any) -> None:
+    """JSON that is there whole or not at all."""
+    unfinished = path.with_name(f".{path.name}.part")
+    with unfinished.open("w") as file:
+        json.dump(body, file)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)

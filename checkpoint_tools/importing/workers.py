@@ -1,0 +1,101 @@
+"""Work shared out over processes that die with the one that started them."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# prctl's request to be killed with the parent.
+_PR_SET_PDEATHSIG = 1
+
+
+class WorkerError(Exception):
+    """A worker failed; the message is one line for the user."""
+
+
+def run_workers(
+    processes: int,
+    jobs: Sequence[Any],
+    work: Callable[[Any, Callable[[int], None]], None],
+    advance: Callable[[int], None],
+) -> list[int]:
+    """Do all jobs, each on one of some forked processes.
+
+    Args:
+        processes: how many; never more than jobs.
+        work: does one job; its second argument takes progress.
+        advance: told the progress of all.
+
+    Returns:
+        Per process the most memory that it held beyond what it started with, in bytes.
+
+    Raises:
+        WorkerError: a job failed; the others are stopped.
+    """
+    context = multiprocessing.get_context("fork")
+    todo: Any = context.SimpleQueue()
+    told: Any = context.Queue()
+    for job in [*jobs, *[None] * processes]:
+        todo.put(job)
+    workers = [
+        context.Process(target=_work, args=(os.getpid(), todo, told, work), daemon=True)
+        for _ in range(min(processes, len(jobs)))
+    ]
+    for worker in workers:
+        worker.start()
+    peaks: list[int] = []
+    try:
+        while len(peaks) < len(workers):
+            try:
+                kind, value = told.get(timeout=0.5)
+            except queue.Empty:
+                _check_alive(workers, len(peaks))
+                continue
+            if kind == "failed":
+                raise WorkerError(value)
+            if kind == "done":
+                advance(value)
+            else:
+                peaks.append(value)
+    finally:
+        for worker in workers:
+            if len(peaks) < len(workers):
+                worker.kill()
+            worker.join()
+    return peaks
+
+
+def peak_memory() -> int:
+    """The most memory that this process held so far, in bytes."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+
+
+def _check_alive(workers: Sequence[Any], finished: int) -> None:
+    killed = [worker.exitcode for worker in workers if worker.exitcode]
+    if killed:
+        reason = f"signal {-killed[0]}" if killed[0] < 0 else f"exit code {killed[0]}"
+        raise WorkerError(f"a worker process ended by {reason} (out of memory?). Start again to go on.")
+
+
+def _work(parent: int, todo: Any, told: Any, work: Callable[[Any, Callable[[int], None]], None]) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    before = peak_memory()
+    try:
+        while (job := todo.get()) is not None:
+            work(job, lambda count: told.put(("done", count)))
+        told.put(("peak", peak_memory() - before))
+    except OSError as error:
+        told.put(("failed", f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+    except ValueError as error:
+        # The package's own errors are of this kind, each a line for the user.
+        told.put(("failed", str(error)))
+    except BaseException as error:
+        told.put(("failed", f"{type(error).__name__}: {error}"))

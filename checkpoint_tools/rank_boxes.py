@@ -1,0 +1,112 @@
+"""Which box of which tensor each rank of a layout reads of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.dry_run import weights_of_stages
+from megatron_anymal.model.hf_llama import checkpoint_place
+from megatron_anymal.model.weights import Weight
+
+# Key, first place and size in every dimension.
+Box = tuple[str, tuple[int, ...], tuple[int, ...]]
+
+
+def boxes_of_ranks(config: AnyMALConfig, manifest: Manifest, folder: Path) -> dict[str, list[Box]]:
+    """File name of a rank -> what it holds; every value of the checkpoint is in one box of one rank.
+
+    A weight that all tensor-parallel ranks hold is in the first one's file; a tied head in that of the embedding. The
+    optimizer's state of a weight lies beside it.
+
+    Args:
+        config: of the layout.
+
+    Raises:
+        ConfigError: sizes that do not divide.
+        CheckpointError: a tensor has another shape than the configuration makes it.
+    """
+    tensor_size = config.model.tensor_model_parallel_size
+    found: dict[str, list[Box]] = {}
+    cut: dict[str, list[tuple[int, int, Weight]]] = {}
+    seen: set[str] = set()
+    for stage, weights in enumerate(weights_of_stages(config, LlamaConfig.from_dict(manifest.llama))):
+        for rank in range(tensor_size):
+            found[_file(stage, rank)] = []
+        for weight in weights:
+            if weight.name not in seen:
+                seen.add(weight.name)
+                key, layer = checkpoint_place(weight.name)
+                cut.setdefault(key, []).append((stage, -1 if layer is None else layer, weight))
+    for key, stored in StreamReader(folder).tensors.items():
+        of_weight = _weight_key(key, cut)
+        if of_weight is None:
+            found[_file(0, 0)].append((key, (0,) * len(stored.shape), stored.shape))
+            continue
+        for stage, layer, weight in cut[of_weight]:
+            stacked = layer >= 0
+            shape = stored.shape[1:] if stacked else stored.shape
+            if not _fits(weight, shape, tensor_size):
+                raise CheckpointError(
+                    f"{str(folder)!r} holds {key!r} with the shape {list(stored.shape)}, which is not what its "
+                    "configuration makes it."
+                )
+            for rank, offset, size in _parts(weight, shape, tensor_size):
+                before, one = ((layer,), (1,)) if stacked else ((), ())
+                found[_file(stage, rank)].append((key, (*before, *offset), (*one, *size)))
+    return found
+
+
+def _file(stage: int, rank: int) -> str:
+    return f"pipeline_{stage:03d}_tensor_{rank:03d}.distcp"
+
+
+def _weight_key(key: str, cut: dict[str, list[tuple[int, int, Weight]]]) -> str | None:
+    """The weight that an entry is or belongs to: optimizer.state.exp_avg.KEY belongs to KEY."""
+    while key not in cut:
+        _, _, key = key.partition(".")
+        if not key:
+            return None
+    return key
+
+
+def _fits(weight: Weight, shape: tuple[int, ...], tensor_size: int) -> bool:
+    """Whether a stored shape is the weight's; vocabularies are padded as the writing layout needed it."""
+    whole = _padded(weight, tensor_size)
+    if weight.rows is None:
+        return shape == whole
+    return len(shape) == len(whole) and shape[1:] == whole[1:] and shape[0] >= weight.rows
+
+
+def _padded(weight: Weight, tensor_size: int) -> tuple[int, ...]:
+    shape = list(weight.parameter.shape)
+    if weight.split_dim is not None:
+        shape[weight.split_dim] *= tensor_size
+    return tuple(shape)
+
+
+def _parts(
+    weight: Weight, shape: tuple[int, ...], tensor_size: int
+) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
+    """(rank, offset, size) of each piece of a stored weight."""
+    if weight.split_dim is None:
+        yield 0, (0,) * len(shape), shape
+        return
+    dim = weight.split_dim
+    block = _padded(weight, tensor_size)[dim] // weight.blocks
+    share = block // tensor_size
+    for rank in range(tensor_size):
+        for number in range(weight.blocks):
+            begin = number * block + rank * share
+            # Rows that pad the vocabulary may be more or fewer here: the last rank has what the file has.
+            end = shape[dim] if weight.rows is not None and rank == tensor_size - 1 else begin + share
+            begin, end = min(begin, shape[dim]), min(end, shape[dim])
+            if begin < end:
+                offset, size = [0] * len(shape), list(shape)
+                offset[dim], size[dim] = begin, end - begin
+                yield rank, tuple(offset), tuple(size)

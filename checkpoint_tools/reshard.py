@@ -1,0 +1,131 @@
+"""`python -m checkpoint_tools.reshard --checkpoint C --out D ...`: a checkpoint cut for the ranks of another layout.
+
+Every checkpoint loads under every layout as it is; this makes each rank read only its own file. To continue a run from
+the result, name its folder as the run would: RUN/checkpoints/step_00000500.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.quiet import quiet_libraries
+
+_MB = 1_000_000
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Reshard; return the exit code (2: it cannot be done, nothing was changed)."""
+    parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.reshard", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint's folder, or its run's folder")
+    parser.add_argument("--out", required=True, type=Path, help="the checkpoint's folder to make")
+    parser.add_argument("--tensor-model-parallel-size", required=True, type=int, metavar="T")
+    parser.add_argument("--pipeline-model-parallel-size", required=True, type=int, metavar="P")
+    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    try:
+        _reshard(arguments)
+    except (CheckpointError, ConfigError) as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename or str(arguments.out)!r}: {error.strerror or error}"
+    else:
+        return 0
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _reshard(arguments: argparse.Namespace) -> None:
+    from checkpoint_tools.rank_boxes import boxes_of_ranks
+
+    out: Path = arguments.out.absolute()
+    sizes = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    if min(sizes) < 1:
+        raise ConfigError(f"The sizes {sizes} must be at least 1.")
+    if out.exists() and not (arguments.overwrite and (out / store.MANIFEST).is_file()):
+        raise ConfigError(f"--out={str(out)!r} exists. Name another folder, or replace a checkpoint with --overwrite.")
+    folder = store.resolve(arguments.checkpoint)
+    if folder.absolute() == out:
+        raise ConfigError("--out is the checkpoint itself. Name another folder.")
+    manifest = store.read_manifest(folder, verify=True)
+    config = _laid_out(manifest, *sizes)
+    boxes = boxes_of_ranks(config, manifest, folder)
+    size = sum((folder / name).stat().st_size for name in manifest.files)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(out.parent).free
+    if size > free:
+        raise ConfigError(
+            f"--out needs {size / 1e9:.2f} GB on the disk of {str(out.parent)!r}, which has {free / 1e9:.2f} GB free."
+        )
+    staging = out.parent / f".{out.name}.resharding"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        digests = _write(folder, manifest, boxes, staging)
+        store.commit(staging, out, replace(manifest, config=config.to_dict(), files={}), digests)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{out}: {len(boxes)} files for tensor- and pipeline-parallel sizes {sizes[0]} and {sizes[1]}")
+
+
+def _laid_out(manifest: Manifest, tensor_size: int, stages: int) -> AnyMALConfig:
+    """The checkpoint's configuration with other sizes, and without what belonged to the old ones."""
+    from megatron_anymal.config_io import from_dict
+
+    config = from_dict(manifest.config)
+    m = config.model
+    m.tensor_model_parallel_size, m.pipeline_model_parallel_size = tensor_size, stages
+    m.virtual_pipeline_model_parallel_size = 1
+    m.num_layers_in_first_pipeline_stage = m.num_layers_in_last_pipeline_stage = 0
+    m.sequence_parallel = m.sequence_parallel and tensor_size > 1
+    replica = tensor_size * stages * m.context_parallel_size
+    if config.world_size % replica:
+        config.trainer.num_nodes, config.trainer.devices = 1, replica
+    return config
+
+
+def _write(folder: Path, manifest: Manifest, boxes: dict[str, list[Any]], staging: Path) -> dict[str, str]:
+    """Write a file per rank and what lies beside the tensors; returns the digests of what was hashed meanwhile."""
+    from megatron_anymal.checkpoint.stream import COMMON, FORMAT, METADATA, StreamReader, StreamWriter, write_index
+    from megatron_anymal.telemetry import Progress
+
+    reader = StreamReader(folder)
+    progress = Progress("resharding", sum(stored.size for stored in reader.tensors.values()) // _MB, "MB")
+    written = told = 0
+    files = []
+    for number, (name, parts) in enumerate(boxes.items()):
+        file = StreamWriter(staging / name)
+        try:
+            for key, offset, size in parts:
+                tensor = reader.read_box(key, offset, size)
+                file.add(key, reader.tensors[key].shape, offset, tensor)
+                written += tensor.nbytes
+                del tensor
+                if written // _MB > told:
+                    progress.advance(written // _MB - told)
+                    told = written // _MB
+            for key in reader.objects if number == 0 else ():
+                file.add_object(key, reader.read_object(key))
+        except BaseException:
+            file.abandon()
+            raise
+        files.append(file.close())
+    progress.finish()
+    for name in manifest.files:
+        if not name.endswith(".distcp") and name not in (METADATA, COMMON, FORMAT):
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder / name, staging / name)
+    return write_index(staging, files, reader.common_bytes())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,393 @@
+"""Checkpoints in megatron-core's "torch_dist" format read and written one tensor at a time, without processes, process
+groups or a model.
+
+Such a checkpoint is a folder with
+    *.distcp       chunks of tensors one behind the other, each as torch.save writes it
+    .metadata      a pickle: tensor -> type, whole shape, chunks; chunk -> file, place, length
+    common.pt      what is not sharded (step, the optimizer's settings)
+    metadata.json  the format's name
+megatron-core keeps a Llama's layers stacked: one entry per kind of weight, the layer its first dimension.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any, Optional, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.tensor_files import HashedFile
+
+METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box cut out of a tensor, and where it is stored."""
+
+    name: str
+    # Of the tensor: its type ("bfloat16") and whole shape. Empty for an entry that is no tensor.
+    dtype: str
+    shape: tuple[int, ...]
+    # Of the box: its first place in every dimension, and its sizes.
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    # Of its bytes in the file.
+    place: int
+    length: int
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file of chunks that is whole and on disk."""
+
+    name: str
+    sha256: str
+    chunks: tuple[Chunk, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any]) -> StoredFile:
+        """From `to_dict`, read back from JSON."""
+        chunks: list[dict[str, Any]] = [
+            {key: tuple(value) if isinstance(value, list) else value for key, value in chunk.items()}
+            for chunk in raw["chunks"]
+        ]
+        return StoredFile(raw["name"], raw["sha256"], tuple(Chunk(**chunk) for chunk in chunks))
+
+
+class StreamWriter:
+    """Writes one file of chunks; `write_index` makes a checkpoint of such files.
+
+    Every process of a conversion writes files of its own. As a context manager it leaves an unfinished file where the
+    block failed.
+
+    Args:
+        path: the file, its name ending in .distcp.
+
+    Raises:
+        OSError: from any method, where the disk is full or the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = HashedFile(path)
+        self._chunks: list[Chunk] = []
+
+    def add(self, name: str, shape: Sequence[int], offset: Sequence[int], tensor: Tensor) -> None:
+        """Append a chunk.
+
+        Args:
+            name: of the tensor it belongs to.
+            shape: of that whole tensor.
+            offset: where the chunk begins in it.
+            tensor: the chunk.
+        """
+        assert len(shape) == len(offset) == tensor.dim(), (name, shape, offset, tensor.shape)
+        tensor = tensor.detach().contiguous()
+        if tensor.untyped_storage().size() != tensor.nbytes:
+            # torch.save writes the whole storage behind a view.
+            tensor = tensor.clone()
+        place = self._file.tell()
+        try:
+            with _without_crc():
+                torch.save(tensor, cast(IO[bytes], self._file))
+        except (OSError, RuntimeError):
+            raise self._file.error or OSError(f"{str(self.path)!r} cannot be written") from None
+        self._note(name, str(tensor.dtype).removeprefix("torch."), shape, offset, tensor.shape, place)
+
+    def add_object(self, name: str, data: bytes) -> None:
+        """Append an entry that is no tensor, as `StreamReader.read_object` returned it."""
+        place = self._file.tell()
+        self._file.write(data)
+        self._note(name, "", (), (), (), place)
+
+    def close(self) -> StoredFile:
+        """Put the file on disk."""
+        return StoredFile(self.path.name, self._file.close(), tuple(self._chunks))
+
+    def abandon(self) -> None:
+        """Close the file unfinished."""
+        self._file.abandon()
+
+    def _note(self, name: str, dtype: str, shape: Any, offset: Any, size: Any, place: int) -> None:
+        length = self._file.tell() - place
+        self._chunks.append(Chunk(name, dtype, tuple(shape), tuple(offset), tuple(size), place, length))
+
+
+@contextmanager
+def _without_crc() -> Iterator[None]:
+    """The manifest has a SHA-256 of the whole file; torch.load does not look at the zip's own sums."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def write_index(folder: Path, files: Iterable[StoredFile], common: Mapping[str, Any] | bytes) -> dict[str, str]:
+    """Make a folder of finished files a checkpoint that megatron-core loads.
+
+    Args:
+        common: what is not sharded; or the bytes of another checkpoint's common.pt.
+
+    Returns:
+        File name -> SHA-256, of all files.
+
+    Raises:
+        CheckpointError: chunks disagree about a tensor, or do not fill it.
+    """
+    files = sorted(files, key=lambda file: file.name)
+    entries: dict[str, Any] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for file in files:
+        for chunk in file.chunks:
+            index = MetadataIndex(chunk.name, torch.Size(chunk.offset) if chunk.dtype else None)
+            if index in places:
+                raise CheckpointError(f"{str(folder)!r}: the chunk of {chunk.name!r} at {chunk.offset} is doubled.")
+            places[index] = _StorageInfo(file.name, chunk.place, chunk.length)
+            _add_entry(entries, chunk)
+    for name, entry in entries.items():
+        if isinstance(entry, TensorStorageMetadata):
+            stored = sum(math.prod(chunk.sizes) for chunk in entry.chunks)
+            if stored != math.prod(entry.size):
+                raise CheckpointError(f"{str(folder)!r}: {stored} of {math.prod(entry.size)} values of {name!r} exist.")
+    if not isinstance(common, bytes):
+        buffer = io.BytesIO()
+        torch.save(dict(common), buffer)
+        common = buffer.getvalue()
+    metadata = Metadata(entries, storage_data=places, version=CURRENT_DCP_VERSION)
+    small = {METADATA: pickle.dumps(metadata), COMMON: common, FORMAT: json.dumps(_FORMAT).encode()}
+    digests = {file.name: file.sha256 for file in files}
+    for name, data in small.items():
+        out = HashedFile(folder / name)
+        out.write(data)
+        digests[name] = out.close()
+    return digests
+
+
+def _add_entry(entries: dict[str, Any], chunk: Chunk) -> None:
+    if not chunk.dtype:
+        entries[chunk.name] = BytesStorageMetadata()
+        return
+    dtype = getattr(torch, chunk.dtype)
+    if chunk.name not in entries:
+        entries[chunk.name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(chunk.shape), [])
+    entry = entries[chunk.name]
+    if entry.size != torch.Size(chunk.shape) or entry.properties.dtype != dtype:
+        raise CheckpointError(f"The chunks of {chunk.name!r} disagree about its shape or type.")
+    entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a checkpoint says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+    # Parallel to `chunks`.
+    files: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class StreamReader:
+    """Reads a checkpoint's tensors by name.
+
+    Opening reads `.metadata` only.
+
+    Attributes:
+        tensors: name -> what is known of it without its data.
+        objects: names of entries that are no tensors.
+
+    Raises:
+        CheckpointError: it is no such checkpoint, or a file is missing or cut off.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            with open(folder / METADATA, "rb") as file:
+                metadata: Metadata = pickle.load(file)
+        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{str(folder / METADATA)!r} cannot be read ({error}).") from None
+        # torch's own look-up ignores `index`, as this does: a chunk is known by its tensor and its first place.
+        self._stored: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
+        self.tensors: dict[str, Stored] = {}
+        self.objects: list[str] = []
+        for name, entry in sorted(metadata.state_dict_metadata.items()):
+            if isinstance(entry, TensorStorageMetadata):
+                self.tensors[name] = self._tensor(name, entry)
+            else:
+                self.objects.append(name)
+
+    def read(self, name: str, layer: Optional[int] = None) -> Tensor:
+        """A whole tensor, or one slice of its first dimension; only the chunks it needs are read.
+
+        Peak memory is the result and one chunk, or the one chunk that is the result.
+        """
+        stored = self.tensors[name]
+        shape = stored.shape
+        if layer is None:
+            return self.read_box(name, (0,) * len(shape), shape)
+        if not 0 <= layer < shape[0]:
+            raise CheckpointError(f"{str(self.folder)!r}: {name!r} has {shape[0]} layers, no number {layer}.")
+        return self.read_box(name, (layer, *[0] * (len(shape) - 1)), (1, *shape[1:]))[0]
+
+    def read_box(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
+        """A box cut out of a tensor: first places and sizes in every dimension."""
+        stored = self.tensors[name]
+        needed = []
+        for chunk, file in zip(stored.chunks, stored.files):
+            if chunk.offset == tuple(offset) and chunk.size == tuple(size):
+                return self._load(name, chunk, file)
+            if _overlap(offset, size, chunk.offset, chunk.size) is not None:
+                needed.append((chunk, file))
+        result = torch.empty(tuple(size), dtype=stored.dtype)
+        filled = 0
+        for chunk, file in needed:
+            both = _overlap(offset, size, chunk.offset, chunk.size)
+            assert both is not None
+            here = tuple(slice(a - o, b - o) for (a, b), o in zip(both, offset))
+            there = tuple(slice(a - o, b - o) for (a, b), o in zip(both, chunk.offset))
+            result[here] = self._load(name, chunk, file)[there]
+            filled += math.prod(b - a for a, b in both)
+        if filled != result.numel():
+            raise CheckpointError(f"{str(self.folder)!r} lacks {result.numel() - filled} values of {name!r}.")
+        return result
+
+    def read_object(self, name: str) -> bytes:
+        """The bytes of an entry that is no tensor."""
+        info = self._stored[MetadataIndex(name)]
+        return self._bytes(name, info.relative_path, info.offset, info.length)
+
+    def common_bytes(self) -> bytes:
+        """The contents of common.pt."""
+        return (self.folder / COMMON).read_bytes()
+
+    def _tensor(self, name: str, entry: TensorStorageMetadata) -> Stored:
+        dtype = entry.properties.dtype
+        chunks, files = [], []
+        for box in entry.chunks:
+            info = self._stored[MetadataIndex(name, box.offsets)]
+            if info.transform_descriptors:
+                raise CheckpointError(f"{str(self.folder)!r}: {name!r} is stored compressed, which is not supported.")
+            kind = str(dtype).removeprefix("torch.")
+            sizes = tuple(entry.size), tuple(box.offsets), tuple(box.sizes)
+            chunks.append(Chunk(name, kind, *sizes, info.offset, info.length))
+            files.append(info.relative_path)
+        return Stored(dtype, tuple(entry.size), tuple(chunks), tuple(files))
+
+    def _load(self, name: str, chunk: Chunk, file: str) -> Tensor:
+        try:
+            with open(self.folder / file, "rb") as raw:
+                return _read_saved(_Window(raw, chunk.place, chunk.length), chunk)
+        except OSError as error:
+            raise CheckpointError(f"{str(self.folder / file)!r} cannot be read ({error.strerror}).") from None
+        except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{str(self.folder / file)!r} is damaged at {name!r} ({reason}).") from None
+
+    def _bytes(self, name: str, file: str, place: int, length: int) -> bytes:
+        try:
+            with open(self.folder / file, "rb") as raw:
+                raw.seek(place)
+                data = raw.read(length)
+        except OSError as error:
+            raise CheckpointError(f"{str(self.folder / file)!r} cannot be read ({error.strerror}).") from None
+        if len(data) != length:
+            raise CheckpointError(f"{str(self.folder / file)!r} ends inside {name!r}.")
+        return data
+
+
+def _overlap(
+    offset: Sequence[int], size: Sequence[int], other_offset: Sequence[int], other_size: Sequence[int]
+) -> Optional[list[tuple[int, int]]]:
+    """Where two boxes meet, as (begin, end) in every dimension; None where they do not."""
+    both = [(max(a, c), min(a + b, c + d)) for a, b, c, d in zip(offset, size, other_offset, other_size, strict=True)]
+    return both if all(begin < end for begin, end in both) else None
+
+
+def _read_saved(window: Any, chunk: Chunk) -> Tensor:
+    """A tensor that torch.save wrote: its description by torch.load, its bytes straight into fresh memory.
+
+    torch.load would also sum up the bytes, at a fraction of the disk's speed.
+    """
+    kind = torch.load(window, map_location="meta", weights_only=True)
+    if not isinstance(kind, Tensor) or (tuple(kind.shape), str(kind.dtype)) != (chunk.size, f"torch.{chunk.dtype}"):
+        raise ValueError(f"it is no {chunk.dtype} tensor of shape {list(chunk.size)}")
+    data = torch.empty(kind.untyped_storage().nbytes(), dtype=torch.uint8)
+    if len(data):
+        # It takes the file to begin where it stands.
+        window.seek(0)
+        archive: Any = torch._C.PyTorchFileReader(window)
+        window.seek(archive.get_record_offset("data/0"))
+    left = data.numpy().data
+    while len(left):
+        count = window.readinto(left)
+        if not count:
+            raise EOFError("it is cut off")
+        left = left[count:]
+    return data.view(kind.dtype).as_strided(kind.shape, kind.stride(), kind.storage_offset())
+
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: Any, begin: int, length: int) -> None:
+        self._file, self._begin, self._length = file, begin, length
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        self._place = base + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, target: Any) -> int:
+        view = memoryview(target).cast("B")
+        count = max(0, min(len(view), self._length - self._place))
+        count = os.preadv(self._file.fileno(), [view[:count]], self._begin + self._place)
+        self._place += count
+        return count

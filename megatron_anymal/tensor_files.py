@@ -1,0 +1,421 @@
+"""safetensors files read and written one tensor at a time, so that memory holds what was asked for and nothing else.
+
+The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, begin and end of its bytes),
+then the tensors' bytes, little-endian, without gaps. safetensors' own reader maps a file into memory, where pages once
+read count as the process's; its writer wants all tensors at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import struct
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# The longest header that safetensors itself accepts, in bytes.
+_LONGEST_HEADER = 100_000_000
+# One read or write of the operating system moves at most 2 GiB.
+_PIECE = 1 << 30
+# Bytes of a piece where a tensor is looked through and not kept.
+_CHECKED = 1 << 25
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class TensorFileError(ValueError):
+    """A file of tensors that cannot be used. The message names it, what is wrong, and the mend."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of a tensor."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    # First byte of its data, counted from the file's beginning.
+    begin: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class SafetensorsFile(Mapping[str, Tensor]):
+    """A safetensors file: tensors by name, each read into fresh memory when asked for.
+
+    Args:
+        path: the file.
+        offset: where it begins in a larger file, in bytes; then the larger file may go on behind it.
+
+    Raises:
+        TensorFileError: the file is missing, cut off, or its header is damaged.
+    """
+
+    def __init__(self, path: Path | str, offset: int = 0) -> None:
+        self.path = Path(path)
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            self._size = os.fstat(self._descriptor).st_size
+            self._entries, self.metadata = self._read_header(offset)
+        except OSError as error:
+            raise TensorFileError(f"{str(self.path)!r} cannot be read ({error.strerror}).") from None
+
+    def entry(self, name: str) -> Entry:
+        """Type, shape and size of a tensor, without its data."""
+        return self._entries[name]
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        data = torch.empty(entry.size, dtype=torch.uint8)
+        self._fill(data.numpy().data, entry.begin, name)
+        return data.view(entry.dtype).reshape(entry.shape)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A tensor's values in their order, some megabytes of them at a time, each piece of one dimension."""
+        entry = self._entries[name]
+        for done in range(0, entry.size, _CHECKED):
+            data = torch.empty(min(_CHECKED, entry.size - done), dtype=torch.uint8)
+            self._fill(data.numpy().data, entry.begin + done, name)
+            yield data.view(entry.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def close(self) -> None:
+        """Close the file; done too when the object goes."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            self.close()
+
+    def _fill(self, target: memoryview, begin: int, name: str) -> None:
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self._descriptor, [target[done : done + _PIECE]], begin + done)
+            except OSError as error:
+                raise self._wrong(f"{name!r} cannot be read: {error.strerror}") from None
+            if not count:
+                raise self._wrong(f"it ends inside {name!r}")
+            done += count
+
+    def _read_header(self, offset: int) -> tuple[dict[str, Entry], dict[str, str]]:
+        if self._size < offset + 8:
+            raise self._wrong(f"it is {self._size} bytes long, too short for a header")
+        (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, offset))
+        if length > min(_LONGEST_HEADER, self._size - offset - 8):
+            raise self._wrong(f"its header would be {length} bytes long in a file of {self._size}")
+        raw = bytearray(length)
+        self._fill(memoryview(raw), offset + 8, "the header")
+        try:
+            header = json.loads(raw)
+            metadata = header.pop("__metadata__", None) or {}
+            found = {name: self._parse(name, value) for name, value in header.items()}
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            if isinstance(error, TensorFileError):
+                raise
+            raise self._wrong(f"its header is damaged ({error!r})") from None
+        start, end = offset + 8 + length, 0
+        entries = {}
+        for name, entry, stop in sorted(((n, e, s) for n, (e, s) in found.items()), key=lambda x: (x[1].begin, x[2])):
+            if entry.begin != end or stop - entry.begin != entry.size:
+                raise self._wrong(
+                    f"{name!r} of {entry.size} bytes is said to lie at {entry.begin} to {stop}, behind a tensor that "
+                    f"ends at {end}"
+                )
+            end = stop
+            entries[name] = Entry(entry.dtype, entry.shape, start + entry.begin)
+        if start + end > self._size or (not offset and start + end != self._size):
+            raise self._wrong(f"it is {self._size} bytes long and should be {start + end}")
+        # In the order of the file.
+        return entries, metadata
+
+    def _parse(self, name: str, value: Any) -> tuple[Entry, int]:
+        if value["dtype"] not in _DTYPES:
+            raise self._wrong(f"{name!r} has the unknown type {value['dtype']!r}")
+        begin, stop = value["data_offsets"]
+        numbers = [*value["shape"], begin, stop]
+        if any(type(n) is not int or n < 0 for n in numbers):
+            raise self._wrong(f"{name!r} has a shape or place that is no whole number: {numbers}")
+        return Entry(_DTYPES[value["dtype"]], tuple(value["shape"]), begin), stop
+
+    def _wrong(self, what: str) -> TensorFileError:
+        return TensorFileError(f"{str(self.path)!r} is damaged: {what}. Download or copy it again.")
+
+
+class HashedFile:
+    """A new file written from beginning to end, its SHA-256 known at once; on disk when closed.
+
+    Raises:
+        OSError: from any method, as for any file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = io.FileIO(path, "w")
+        self._hash = hashlib.sha256()
+        self._place = 0
+        # What went wrong first: who writes through another library sees only that library's error.
+        self.error: Optional[OSError] = None
+
+    def write(self, data: Any) -> int:
+        """Append bytes (anything with a buffer); they are hashed and written side by side."""
+        view = memoryview(data).cast("B")
+        if self.error:
+            raise self.error
+        hashing = None
+        if len(view) > 1 << 20:
+            hashing = threading.Thread(target=self._hash.update, args=(view,))
+            hashing.start()
+        else:
+            self._hash.update(view)
+        try:
+            done = 0
+            while done < len(view):
+                done += self._file.write(view[done : done + _PIECE])
+        except OSError as error:
+            self.error = error
+            raise
+        finally:
+            if hashing:
+                hashing.join()
+        if hashing:
+            # Tells the system to begin writing this to disk; without it, it would wait for the end of the file.
+            os.posix_fadvise(self._file.fileno(), self._place, len(view), os.POSIX_FADV_DONTNEED)
+        self._place += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        """Bytes written."""
+        return self._place
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> str:
+        """Put the file on disk.
+
+        Returns:
+            Its SHA-256.
+        """
+        os.fsync(self._file.fileno())
+        self._file.close()
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Close without more ado; the file is not whole."""
+        self._file.close()
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file whose names, types and shapes are known beforehand, one tensor at a time.
+
+    As a context manager it closes the file, and where the block failed leaves it unfinished.
+
+    Args:
+        path: the file to write.
+        entries: name -> (type, shape), in the order in which the tensors will come.
+        metadata: for the header; HuggingFace's readers want {"format": "pt"}.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        entries: Mapping[str, tuple[torch.dtype, Iterable[int]]],
+        metadata: Optional[Mapping[str, str]] = None,
+    ) -> None:
+        self.path = path
+        self._left = [(name, dtype, tuple(shape)) for name, (dtype, shape) in entries.items()]
+        self._left.reverse()
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        place = 0
+        for name, dtype, shape in reversed(self._left):
+            end = place + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [place, end]}
+            place = end
+        raw = json.dumps(header, separators=(",", ":")).encode()
+        # The data begins at a multiple of eight bytes.
+        raw += b" " * (-len(raw) % 8)
+        self.digest = ""
+        self._file = HashedFile(path)
+        self._file.write(struct.pack("<Q", len(raw)) + raw)
+
+    def append(self, name: str, tensor: Tensor) -> None:
+        """Write the next tensor.
+
+        Raises:
+            TensorFileError: it is not the next one, or has another type or shape than the header says.
+        """
+        expected = self._left[-1] if self._left else None
+        if expected != (name, tensor.dtype, tuple(tensor.shape)):
+            raise TensorFileError(
+                f"{str(self.path)!r}: the next tensor should be {expected}, not "
+                f"{(name, tensor.dtype, tuple(tensor.shape))}."
+            )
+        self._file.write(raw_bytes(tensor))
+        self._left.pop()
+
+    def close(self) -> str:
+        """Put the file on disk.
+
+        Returns:
+            Its SHA-256, which `digest` keeps.
+
+        Raises:
+            TensorFileError: tensors are missing.
+        """
+        if self._left:
+            self._file.abandon()
+            raise TensorFileError(f"{str(self.path)!r}: {len(self._left)} tensors were not written.")
+        self.digest = self._file.close()
+        return self.digest
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(
+        self, kind: Optional[type[BaseException]], error: Optional[BaseException], trace: Optional[TracebackType]
+    ) -> None:
+        if kind is not None:
+            self._file.abandon()
+        elif not self.digest:
+            self.close()
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, row by row; no copy where it lies so in memory."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class HFWeights(Mapping[str, Tensor]):
+    """All weights of a HuggingFace folder, from one safetensors file or several with an index.
+
+    Opening reads the headers only.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
+
+    Raises:
+        TensorFileError: a file is missing or damaged, a name is in two files, index and files disagree, or the
+            folder holds other formats only.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        index = self._read_index()
+        present = {path.name for path in self.folder.glob("model*.safetensors")}
+        expected = set(index.values()) if index is not None else {SINGLE}
+        self._check_files(present, expected, index is not None)
+        self.files = {name: SafetensorsFile(self.folder / name) for name in sorted(expected)}
+        self._places: dict[str, SafetensorsFile] = {}
+        for file in self.files.values():
+            for name in file:
+                if name in self._places:
+                    raise TensorFileError(
+                        f"{str(self.folder)!r}: the tensor {name!r} is doubled: it is in {self.file_of(name)!r} and in "
+                        f"{file.path.name!r}. Download the folder again."
+                    )
+                self._places[name] = file
+        for name, stated in (index or {}).items():
+            if name not in self._places or self.file_of(name) != stated:
+                raise TensorFileError(
+                    f"{str(self.folder)!r}: {INDEX} says that the tensor {name!r} is in {stated!r}; it is not. "
+                    "Download the folder again."
+                )
+        for name in self._places:
+            if index is not None and name not in index:
+                raise TensorFileError(
+                    f"{str(self.folder)!r}: the tensor {name!r} in {self.file_of(name)!r} is not in {INDEX}. Download "
+                    "the folder again."
+                )
+
+    def entry(self, name: str) -> Entry:
+        """Type, shape and size of a tensor, without its data."""
+        return self._places[name].entry(name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As `SafetensorsFile.pieces`."""
+        return self._places[name].pieces(name)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._places[name].path.name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._places[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _read_index(self) -> Optional[dict[str, str]]:
+        path = self.folder / INDEX
+        if not path.is_file():
+            return None
+        try:
+            index = dict(json.loads(path.read_text())["weight_map"])
+            if not index or not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
+                raise ValueError("weight_map does not map tensors to files of this folder")
+        except (ValueError, TypeError, KeyError) as error:
+            raise TensorFileError(f"{str(path)!r} is damaged ({error!r}). Download it again.") from None
+        return index
+
+    def _check_files(self, present: set[str], expected: set[str], indexed: bool) -> None:
+        where = repr(str(self.folder))
+        if not present:
+            if any(self.folder.glob("pytorch_model*.bin")):
+                raise TensorFileError(
+                    f"{where} holds its weights as pytorch_model*.bin only. Download them as safetensors, or load the "
+                    "folder with transformers and save_pretrained it to another one."
+                )
+            raise TensorFileError(f"{where} holds no {SINGLE}. Download the weights as safetensors.")
+        if not indexed and present != {SINGLE}:
+            raise TensorFileError(
+                f"{where} holds {min(present - {SINGLE})!r} and no {INDEX}. Download the folder again."
+            )
+        if missing := sorted(expected - present):
+            raise TensorFileError(
+                f"{where} lacks {len(missing)} of {len(expected)} files that {INDEX} names: {', '.join(missing)}. "
+                "Download them."
+            )
+        if extra := sorted(present - expected):
+            raise TensorFileError(f"{where}: {extra[0]!r} is not in {INDEX}. Remove it, or download the folder again.")
