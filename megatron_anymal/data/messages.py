@@ -106,6 +106,21 @@ def open_prompt(messages: Sequence[Message]) -> list[Part]:
     return [*_turns(messages, learned=False), _header("assistant")]
 
 
+def messages_of(opened: Sequence[Part]) -> list[Message] | None:
+    """What `open_prompt` laid out, or `last_answer` took apart; None of parts that are no open conversation."""
+    if not opened or _role_of(opened[0]) is None or _role_of(opened[-1]) != "assistant":
+        return None
+    messages: list[Message] = []
+    for part in opened[:-1]:
+        role = _role_of(part)
+        if role is not None:
+            messages.append(Message(role, ()))
+        elif not _marks(part, END_TURN):
+            said = TextPart(part.text) if isinstance(part, TextPart) else part
+            messages[-1] = Message(messages[-1].role, (*messages[-1].content, said))
+    return messages
+
+
 def last_answer(document: Sequence[Part]) -> tuple[list[Part], str]:
     """A conversation's document as the open one before its last answer, and that answer."""
     *opened, answer, _ = document
@@ -127,6 +142,16 @@ def _turns(messages: Sequence[Message], learned: bool) -> list[Part]:
 
 def _header(role: str) -> TextPart:
     return TextPart(f"{START_HEADER}{role}{END_HEADER}\n\n", loss=False)
+
+
+def _role_of(part: Part) -> str | None:
+    """Whose header a part is."""
+    return next((role for role in ROLES if _marks(part, _header(role).text)), None)
+
+
+def _marks(part: Part, text: str) -> bool:
+    """Whether a part is this text of the layout, and nobody's words."""
+    return isinstance(part, TextPart) and not part.literal and part.text == text
 
 
 def _parse_message(entry: Any, at: str) -> Message:

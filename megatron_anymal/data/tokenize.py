@@ -44,12 +44,28 @@ class Tokenizer:
         if not Path(folder).is_dir():
             raise DataError(f"data.tokenizer: there is no folder {folder!r}.")
         try:
-            self.hf = AutoTokenizer.from_pretrained(folder)
+            self.hf: Any = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"data.tokenizer: {folder!r} holds no tokenizer that transformers can load ({error})."
             ) from None
+        self._find_ends()
+
+    @classmethod
+    def of(cls, hf: Any) -> Tokenizer:
+        """One that transformers has loaded already.
+
+        Raises:
+            DataError: it has no begin and end tokens.
+        """
+        made = cls.__new__(cls)
+        made.hf = hf
+        made._find_ends()
+        return made
+
+    def _find_ends(self) -> None:
         if self.hf.bos_token_id is None or self.hf.eos_token_id is None:
+            folder = self.hf.name_or_path
             raise DataError(f"data.tokenizer: the tokenizer in {folder!r} names no bos_token and eos_token.")
         self.begin: int = self.hf.bos_token_id
         self.end: int = self.hf.eos_token_id
@@ -118,7 +134,8 @@ class Tokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""
-        return self.hf.decode(list(tokens), skip_special_tokens=True)
+        # Never tidied up: versions of transformers differ in when they do, and it changes what was answered.
+        return self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def count(self, parts: Sequence[Part], *, closed: bool = True) -> tuple[int, int]:
         """Tokens of a document that are not media, and those of them that are targets; `closed` as of `document`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
+import torch
 from torch import Tensor
 
 
@@ -137,3 +138,19 @@ class MicroBatch:
     bad: dict[int, str]
     # [1, T] int64: 0, in the rejected document of a pair 1; -1 for padding. None where no plan was read (generation).
     branch: Optional[Tensor] = None
+
+    @classmethod
+    def unlabelled(cls, documents: Sequence[Sequence[int]], media: dict[str, MediaBatch]) -> MicroBatch:
+        """Token ids of documents, end to end, for logits alone: without a plan and without labels."""
+        tokens = torch.tensor([[token for document in documents for token in document]], dtype=torch.int64)
+        nothing = torch.zeros_like(tokens)
+        return cls(
+            plan=PlannedMicroBatch(0, tokens.size(1), ()),
+            document_lengths=tuple(len(document) for document in documents),
+            tokens=tokens,
+            labels=nothing,
+            loss_mask=nothing.float(),
+            sample_positions=nothing - 1,
+            media=media,
+            bad={},
+        )

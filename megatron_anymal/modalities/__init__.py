@@ -9,12 +9,20 @@ from megatron_anymal.modalities.registry import (
     register,
 )
 
-from megatron_anymal.modalities import audio, image, imu, video  # noqa: F401  (each registers itself)  # isort: skip
+# Each registers itself.
+from megatron_anymal.modalities.audio import AudioModality  # isort: skip
+from megatron_anymal.modalities.image import ImageModality  # isort: skip
+from megatron_anymal.modalities.imu import IMUModality  # isort: skip
+from megatron_anymal.modalities.video import VideoModality  # isort: skip
 
 __all__ = [
     "MODALITIES",
+    "AudioModality",
+    "IMUModality",
+    "ImageModality",
     "MediaError",
     "Modality",
+    "VideoModality",
     "build_modality",
     "kind_for_extension",
     "load_plugins",

@@ -6,6 +6,7 @@ The modalities need the resolution, the frames or the sampling rate; the encoder
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ ARCHITECTURES = {
     "videomae": Architecture("VideoMAEModel", "VideoMAEConfig", ("videomae",)),
     "clap": Architecture("ClapAudioModel", "ClapAudioConfig", ("clap", "clap_audio_model")),
 }
+
+# Keys that transformers 4 and 5 call differently.
+OTHER_NAMES = {"qv_bias": "qkv_bias", "qkv_bias": "qv_bias"}
 
 
 def read_folder(encoder: EncoderConfig, model_types: tuple[str, ...]) -> dict[str, Any]:
@@ -93,15 +97,25 @@ def transformers_config(encoder: EncoderConfig) -> Any:
             f"encoder.path is empty. Name a local folder with a {encoder.type} encoder, or give encoder.config, the "
             "keys of a shape with random weights."
         )
-    known = [field.name for field in dataclasses.fields(config_class)]
-    for key in encoder.config:
+    known = _keys(config_class)
+    keys = {}
+    for name, value in encoder.config.items():
+        key = OTHER_NAMES.get(name, name) if name not in known else name
         if key not in known:
-            raise ConfigError(f"encoder.config.{key} is not a key of {architecture.config}. {nearest(key, known)}")
-    try:
+            raise ConfigError(f"encoder.config.{name} is not a key of {architecture.config}. {nearest(name, known)}")
         # Lists of the configuration file may arrive as other sequences; transformers wants plain ones.
-        return config_class(**{k: list(v) if isinstance(v, (list, tuple)) else v for k, v in encoder.config.items()})
+        keys[key] = list(value) if isinstance(value, (list, tuple)) else value
+    try:
+        return config_class(**keys)
     except Exception as error:
         raise ConfigError(f"encoder.config is not a possible {architecture.config}: {error}") from error
+
+
+def _keys(config_class: Any) -> list[str]:
+    if dataclasses.is_dataclass(config_class):
+        return [field.name for field in dataclasses.fields(config_class)]
+    # transformers 4.
+    return list(inspect.signature(config_class.__init__).parameters)[1:]
 
 
 def preprocessor(encoder: EncoderConfig, part: str) -> dict[str, Any]:

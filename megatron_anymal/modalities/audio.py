@@ -14,6 +14,7 @@ import torch
 from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import preprocessor, transformers_config
 from megatron_anymal.modalities.base import MediaError, Modality, count_in_time, require_above
+from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.registry import register
 
 # Options that a CLAP folder's own preprocessor fixes.
@@ -52,8 +53,7 @@ def opened(data: bytes) -> Iterator[Any]:
     Raises:
         MediaError: not a readable sound file, or one without samples; raised also for errors while the body reads.
     """
-    import soundfile
-
+    soundfile = library("soundfile")
     if not data:
         raise MediaError("is empty (0 bytes)")
     try:
@@ -73,8 +73,7 @@ def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
     """
     if rate == target:
         return wave
-    import av
-
+    av = library("av")
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=target)
     frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[None]), format="fltp", layout="mono")
     frame.sample_rate = rate

@@ -6,16 +6,19 @@ import io
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from megatron_anymal.config import ModalityConfig
 from megatron_anymal.modalities.base import MediaError, Modality, require_above
+from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.pixels import PixelTransform, to_rgb, upright_size
 from megatron_anymal.modalities.registry import register
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass
@@ -40,10 +43,11 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     Raises:
         MediaError: not a readable still picture; raised also for errors while the body uses it.
     """
+    pillow = library("PIL.Image")
     if not data:
         raise MediaError("is empty (0 bytes)")
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with pillow.open(io.BytesIO(data)) as picture:
             # A camera's MPO is a JPEG with further views behind it; the first is the picture.
             frames = getattr(picture, "n_frames", 1)
             if frames > 1 and picture.format != "MPO":

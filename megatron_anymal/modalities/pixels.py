@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from megatron_anymal.config import ConfigError, EncoderConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor, transformers_config
 from megatron_anymal.modalities.base import MediaError
+from megatron_anymal.modalities.libraries import library
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # CLIP's and ImageNet's channel statistics, as in transformers.image_utils.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# Pillow's filters for resizing, by the numbers that preprocessors state.
+FILTERS, BICUBIC = range(6), 3
 
 SWAPS_SIDES = (5, 6, 7, 8)
 ORIENTATION = 0x0112
@@ -33,16 +39,17 @@ def to_rgb(picture: Image.Image) -> Image.Image:
     Raises:
         MediaError: floating-point or wider than 16-bit pixels, whose range is unknown.
     """
-    picture = ImageOps.exif_transpose(picture)
+    pillow = library("PIL.Image")
+    picture = library("PIL.ImageOps").exif_transpose(picture)
     if picture.mode.startswith("I") or picture.mode == "F":
         values = np.asarray(picture)
         if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
             raise MediaError(f"has pixels of mode {picture.mode}, whose range is unknown: store 8- or 16-bit ones")
-        return Image.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        return pillow.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
     if "A" in picture.getbands() or picture.info.get("transparency") is not None:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
+        white = pillow.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = pillow.alpha_composite(white, picture)
     return picture.convert("RGB")
 
 
@@ -68,7 +75,11 @@ class PixelTransform:
         self.std = self._channels("image_std", std or described.get("image_std") or default[1])
         if (self.std <= 0).any():
             raise ConfigError("options.image_std must be above 0 in every channel.")
-        self.resample = Image.Resampling(described.get("resample", Image.Resampling.BICUBIC))
+        self.resample = described.get("resample", BICUBIC)
+        if self.resample not in FILTERS:
+            raise ConfigError(
+                f"The preprocessor of {encoder.path!r} states the filter {self.resample!r}, which Pillow does not have."
+            )
 
     @staticmethod
     def _encoder_resolution(encoder: EncoderConfig) -> int:

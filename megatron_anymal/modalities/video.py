@@ -14,6 +14,7 @@ import torch
 from megatron_anymal.config import ConfigError, ModalityConfig
 from megatron_anymal.modalities.architecture import transformers_config
 from megatron_anymal.modalities.base import MediaError, Modality, count_in_time, require_above
+from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
 
@@ -51,8 +52,7 @@ def opened(data: bytes) -> Iterator[tuple[Any, Any]]:
     Raises:
         MediaError: not a readable video; raised also for decoding errors while the body uses it.
     """
-    import av
-
+    av = library("av")
     if not data:
         raise MediaError("is empty (0 bytes)")
     try:

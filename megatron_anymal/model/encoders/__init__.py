@@ -8,6 +8,23 @@ from megatron_anymal.model.encoders.base import (
     register_encoder,
 )
 
-from megatron_anymal.model.encoders import audio, identity, imu, video, vision  # noqa: F401  # isort: skip
+# Each registers itself.
+from megatron_anymal.model.encoders.audio import CLAPEncoder  # isort: skip
+from megatron_anymal.model.encoders.identity import IdentityEncoder  # isort: skip
+from megatron_anymal.model.encoders.imu import IMU2CLIPEncoder  # isort: skip
+from megatron_anymal.model.encoders.video import VideoMAEEncoder  # isort: skip
+from megatron_anymal.model.encoders.vision import CLIPEncoder, Dinov2Encoder  # isort: skip
 
-__all__ = ["ENCODERS", "Encoder", "build_encoder", "load_weights", "register_encoder"]
+__all__ = [
+    "ENCODERS",
+    "CLAPEncoder",
+    "CLIPEncoder",
+    "Dinov2Encoder",
+    "Encoder",
+    "IMU2CLIPEncoder",
+    "IdentityEncoder",
+    "VideoMAEEncoder",
+    "build_encoder",
+    "load_weights",
+    "register_encoder",
+]

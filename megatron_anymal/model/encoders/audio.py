@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +31,6 @@ class CLAPEncoder(Encoder):
         super().__init__(config, piece_shape)
         # transformers implements CLAP's windowed attention, with its position bias, in the plain form only.
         self.model = load_transformers(config, attention="eager")
-        self.encoder = self.model.audio_encoder
         shape = self.model.config
         self.fuses = bool(shape.enable_fusion)
         frames_limit = shape.spec_size * self.encoder.freq_ratio
@@ -44,14 +46,21 @@ class CLAPEncoder(Encoder):
                 "options.piece_seconds or lengthen options.hop_length."
             )
         self.width = self.encoder.num_features
-        self.feature_tokens = self._count_tokens()
+        self.feature_tokens = math.prod(self._stage_sizes()[-1])
 
-    def _count_tokens(self) -> int:
-        """The tokens of a piece, from a run over zeros: windows and merging make the formula long."""
-        # In evaluation mode a run changes no batch statistics and draws no random numbers.
-        self.model.eval()
-        with torch.no_grad():
-            return self._last_stage(torch.zeros(1, *self.piece_shape)).shape[1]
+    @property
+    def encoder(self) -> Any:
+        """The transformer inside transformers' model."""
+        return self.model.audio_encoder
+
+    def _stage_sizes(self) -> list[tuple[int, int]]:
+        """Height and width in tokens that each stage takes, and last those of the features."""
+        sizes = [tuple(self.encoder.patch_embed.grid_size)]
+        for stage in self.encoder.layers:
+            height, width = sizes[-1]
+            halves = stage.downsample is not None
+            sizes.append(((height + 1) // 2, (width + 1) // 2) if halves else (height, width))
+        return sizes
 
     def _last_stage(self, pieces: Tensor) -> Tensor:
         is_longer = torch.zeros(pieces.shape[0], 1, dtype=torch.bool, device=pieces.device) if self.fuses else None
@@ -67,15 +76,14 @@ class CLAPEncoder(Encoder):
 
         n halves along both sides from stage to stage; merging runs on the tokens that it leaves.
         """
-        height, width = self.encoder.patch_embed.grid_size
-        total = convolution_flops(self.encoder.patch_embed.proj, height * width)
-        for stage in self.encoder.layers:
+        sizes = self._stage_sizes()
+        total = convolution_flops(self.encoder.patch_embed.proj, math.prod(sizes[0]))
+        for stage, (height, width), merged in zip(self.encoder.layers, sizes, sizes[1:]):
             tokens = height * width
             # A stage smaller than the window attends to all it has.
             window = min(self.model.config.window_size, height, width)
             blocks: nn.ModuleList = stage.blocks
             total += linear_flops(blocks, tokens) + len(blocks) * attention_flops(tokens, window**2, stage.dim)
             if stage.downsample is not None:
-                height, width = (height + 1) // 2, (width + 1) // 2
-                total += linear_flops(stage.downsample, height * width)
+                total += linear_flops(stage.downsample, math.prod(merged))
         return total

@@ -132,10 +132,21 @@ def load_transformers(config: EncoderConfig, attention: str = "sdpa") -> Any:
     """
     import transformers
 
-    shape = transformers_config(config)
-    model_class = getattr(transformers, ARCHITECTURES[config.type].model)
     if not config.path:
+        shape, model_class = transformers_config(config), getattr(transformers, ARCHITECTURES[config.type].model)
         return model_class._from_config(shape, attn_implementation=attention, dtype=torch.float32)
+    return read_transformers(config, attention)[0]
+
+
+def read_transformers(config: EncoderConfig, attention: str) -> tuple[Any, set[str]]:
+    """The transformers model in `config.path`, float32, and the names in its files that the model did not use.
+
+    Raises:
+        ConfigError: a folder that is missing, of the wrong kind, or lacks weights.
+    """
+    import transformers
+
+    shape, model_class = transformers_config(config), getattr(transformers, ARCHITECTURES[config.type].model)
     try:
         with _quiet_transformers():
             model, found = model_class.from_pretrained(
@@ -156,7 +167,7 @@ def load_transformers(config: EncoderConfig, attention: str = "sdpa") -> Any:
         ) from error
     other_shape = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
     refuse_missing(config, [*found["missing_keys"], *other_shape])
-    return model
+    return model, set(found["unexpected_keys"])
 
 
 def refuse_missing(config: EncoderConfig, names: list[str]) -> None:

@@ -31,7 +31,9 @@ class VisionTransformer(Encoder):
                 f"The {config.type} encoder takes images [3, R, R] or frames [T, 3, R, R], but the modality makes "
                 f"pieces of shape {tuple(piece_shape)}. Use another encoder.type."
             )
-        self.model = load_transformers(config)
+        model = load_transformers(config)
+        # transformers 4 puts CLIP's tower one module deeper.
+        self.model = getattr(model, "vision_model", model)
         self.frames = piece_shape[0] if len(piece_shape) == 4 else 1
         self.patches = self._patches(config, piece_shape[-3:])
         self.width = self.model.config.hidden_size

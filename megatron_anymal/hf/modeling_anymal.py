@@ -1,0 +1,237 @@
+"""AnyMAL as transformers runs it: frozen encoders, projectors, and transformers' own Llama."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig, modality_config
+from megatron_anymal.hf.projectors import build_projector
+from megatron_anymal.modalities import build_modality
+from megatron_anymal.model.encoders import ENCODERS, build_encoder
+from megatron_anymal.model.merge import merge
+
+# By encoder.type: parts of its weights' names as transformers 5 has them -> as 4 does.
+_NAMES_IN_4 = {
+    "dinov2": {
+        ".attention.q_proj.": ".attention.attention.query.",
+        ".attention.k_proj.": ".attention.attention.key.",
+        ".attention.v_proj.": ".attention.attention.value.",
+        ".attention.o_proj.": ".attention.output.dense.",
+    },
+    "videomae": {".attention.query.bias": ".attention.q_bias", ".attention.value.bias": ".attention.v_bias"},
+}
+
+
+class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """An AnyMAL model that answers prompts of text and media.
+
+    Media arrive as `media`: a modality's name -> pieces [n, *piece_shape], those of the whole batch in the order of
+    their placeholders, row by row. AnyMALProcessor makes them.
+    """
+
+    config_class = AnyMALConfig
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    # Classes whose parts stay on one device.
+    _no_split_modules = [  # noqa: RUF012  (transformers declares it)
+        "LlamaDecoderLayer",
+        "PerceiverResampler",
+        "LinearProjector",
+        *(encoder.__name__ for encoder in ENCODERS.values()),
+    ]
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+
+    def __init__(self, config: AnyMALConfig):
+        super().__init__(config)
+        sections = {name: modality_config(section) for name, section in config.modalities.items()}
+        self._tokens = {name: section.projector.num_tokens for name, section in sections.items()}
+        self._pieces_per_call = {name: section.encoder.max_pieces_per_call for name, section in sections.items()}
+        self._placeholders = {name: section["placeholder_id"] for name, section in config.modalities.items()}
+        encoders, projectors = {}, {}
+        for name, section in sections.items():
+            shape = build_modality(name, section).piece_shape
+            # transformers' own encoders come in float32, whatever type the whole model is loaded in.
+            encoder = build_encoder(section.encoder, shape).to(torch.get_default_dtype())
+            encoders[name] = encoder
+            projectors[name] = build_projector(
+                section.projector, encoder.feature_tokens, encoder.width, config.text_config.hidden_size
+            )
+        self.encoders = nn.ModuleDict(encoders).requires_grad_(False)
+        self.projectors = nn.ModuleDict(projectors)
+        self.language_model = LlamaForCausalLM(config.text_config)
+        self.post_init()
+
+    def train(self, mode: bool = True) -> AnyMALForConditionalGeneration:
+        """As torch's, but encoders stay in evaluation mode."""
+        super().train(mode)
+        self.encoders.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The Llama's embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the Llama's embeddings."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The Llama's head."""
+        return self.language_model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the Llama's head."""
+        self.language_model.set_output_embeddings(new_embeddings)
+
+    def get_decoder(self, *arguments: Any, **kwargs: Any) -> nn.Module:
+        """The Llama without its head."""
+        return self.language_model.model
+
+    def encode_media(self, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Soft tokens of pieces.
+
+        Args:
+            media: name -> [n, *piece_shape] of any floating type.
+
+        Returns:
+            Name -> [n x soft tokens per piece, H].
+
+        Raises:
+            ValueError: an unknown modality, or pieces of another shape than its encoder takes.
+        """
+        return {name: self._encode(name, pieces) for name, pieces in media.items()}
+
+    def _encode(self, name: str, pieces: Tensor) -> Tensor:
+        if name not in self._tokens:
+            known = ", ".join(sorted(self._tokens)) or "none"
+            raise ValueError(f"media[{name!r}]: this model has no such modality; it has: {known}.")
+        encoder: Any = self.encoders[name]
+        projector: Any = self.projectors[name]
+        if tuple(pieces.shape[1:]) != encoder.piece_shape:
+            raise ValueError(
+                f"media[{name!r}] has shape {list(pieces.shape)}; the encoder takes [n, "
+                f"{', '.join(map(str, encoder.piece_shape))}]. Prepare media with this model's processor."
+            )
+        with torch.no_grad():
+            features = torch.cat([encoder(call) for call in pieces.split(self._pieces_per_call[name])])
+        return projector(features.to(projector.gain.dtype)).flatten(0, 1)
+
+    def forward(
+        self,
+        input_ids: Optional[Tensor] = None,
+        attention_mask: Optional[Tensor] = None,
+        position_ids: Optional[Tensor] = None,
+        past_key_values: Optional[Cache] = None,
+        inputs_embeds: Optional[Tensor] = None,
+        labels: Optional[Tensor] = None,
+        use_cache: Optional[bool] = None,
+        logits_to_keep: Union[int, Tensor] = 0,
+        media: Optional[Mapping[str, Tensor]] = None,
+        soft_tokens: Optional[Mapping[str, Tensor]] = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As LlamaForCausalLM, with media at the placeholders of `input_ids`.
+
+        Args:
+            media: name -> pieces of the whole batch, in the order of their placeholders, row by row.
+            soft_tokens: what `encode_media` made of them, instead.
+
+        Raises:
+            ValueError: placeholders and media differ in number; an unknown modality or a wrong shape.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give either input_ids or inputs_embeds.")
+        if inputs_embeds is None:
+            assert input_ids is not None
+            soft = self.encode_media(media) if media else soft_tokens
+            inputs_embeds = self._embed(input_ids, soft or {})
+        elif media or soft_tokens:
+            raise ValueError("Media go to the placeholders of input_ids, which inputs_embeds do not have.")
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _embed(self, input_ids: Tensor, soft_tokens: Mapping[str, Tensor]) -> Tensor:
+        """[B, T] ids and soft tokens to embeddings [B, T, H]."""
+        text = self.get_input_embeddings()(input_ids)
+        if not soft_tokens and not self._holds_placeholders(input_ids):
+            return text
+        ids, places = input_ids.flatten(), []
+        for name in self._placeholders:
+            places.append((ids == self._placeholders[name]).nonzero().flatten())
+            given = len(soft_tokens.get(name, ()))
+            if given != len(places[-1]):
+                each = self._tokens[name]
+                raise ValueError(
+                    f"input_ids have {len(places[-1])} placeholders of {name} but media[{name!r}] gives {given} soft "
+                    f"tokens ({given // each} pieces of {each}). Give the ids and media of one call of the processor."
+                )
+        used = [soft_tokens[name].to(text.device) for name in self._placeholders if name in soft_tokens]
+        where = [place for name, place in zip(self._placeholders, places) if name in soft_tokens]
+        return merge(text.flatten(0, 1).unsqueeze(1), used, where).view_as(text)
+
+    def _holds_placeholders(self, input_ids: Tensor) -> bool:
+        if not self._placeholders:
+            return False
+        placeholders = torch.tensor(list(self._placeholders.values()), device=input_ids.device)
+        return bool(torch.isin(input_ids, placeholders).any())
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: Optional[Tensor] = None,
+        **model_kwargs: Any,
+    ) -> tuple[Any, dict[str, Any]]:
+        # Media are encoded once, then follow their rows.
+        media = model_kwargs.pop("media", None)
+        soft = self.encode_media(media) if media else model_kwargs.pop("soft_tokens", None)
+        if soft and expand_size > 1 and input_ids is not None:
+            soft = {name: self._repeat(name, tokens, input_ids, expand_size) for name, tokens in soft.items()}
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, {**model_kwargs, "soft_tokens": soft} if soft else model_kwargs
+
+    def _repeat(self, name: str, tokens: Tensor, input_ids: Tensor, times: int) -> Tensor:
+        """Soft tokens [k, H] for rows that are each repeated."""
+        counts = (input_ids == self._placeholders[name]).sum(dim=1).tolist()
+        if sum(counts) != len(tokens):
+            # Said by the first step.
+            return tokens
+        return torch.cat([row.repeat(times, 1) for row in tokens.split(counts)])
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *arguments: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *arguments, **kwargs)
+        # The prompt's keys and values are cached: the next step embeds new tokens alone.
+        if updated.get("use_cache", True):
+            updated.pop("soft_tokens", None)
+        return updated
+
+    def _fix_state_dict_key_on_load(self, key: str) -> tuple[str, bool]:
+        """A file's name of a weight as transformers 4 has it; 5 does not ask."""
+        name = key.split(".")[1] if key.startswith("encoders.") else ""
+        kind = self.config.modalities[name]["encoder"]["type"] if name in self.config.modalities else ""
+        for in_5, in_4 in _NAMES_IN_4.get(kind, {}).items():
+            if in_5 in key:
+                return key.replace(in_5, in_4), True
+        return super()._fix_state_dict_key_on_load(key)

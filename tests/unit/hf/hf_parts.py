@@ -1,0 +1,183 @@
+"""Tiny models of transformers' kind, their media and prompts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import CHAT, LLAMA, SPECIAL, flac, modalities, npy, png
+from transformers import GenerationConfig, LlamaConfig
+
+from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.hf.bundle import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig
+from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
+from megatron_anymal.hf.sections import export_sections
+
+VISION = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+VIDEOMAE = {**VISION, "intermediate_size": 32, "num_frames": 4}
+CLAP = {
+    "num_mel_bins": 8,
+    "spec_size": 32,
+    "patch_size": 4,
+    "patch_stride": [4, 4],
+    "depths": [1, 1],
+    "num_attention_heads": [2, 2],
+    "patch_embeds_hidden_size": 8,
+    "hidden_size": 16,
+    "window_size": 2,
+    "num_hidden_layers": 2,
+    "projection_dim": 8,
+}
+LOG_MEL = {"piece_seconds": 0.5, "sampling_rate": 8000, "hop_length": 400, "fft_window_size": 512}
+# A rotary embedding that is not the default one, as Llama 3.1 has it.
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+def projector(kind: str, **sizes: int) -> ProjectorConfig:
+    """A small projector."""
+    given = {"num_layers": 2, "num_tokens": 2, "hidden_size": 16, "num_attention_heads": 4, "ffn_multiplier": 2}
+    return ProjectorConfig(type=kind, **{**given, **sizes})
+
+
+def sections(variant: str) -> dict[str, ModalityConfig]:
+    """Image, video, audio and IMU; between them the variants have every encoder and both projectors of each kind.
+
+    Pieces outnumber those of one call of the encoder.
+    """
+    found = modalities()
+    found["video"] = ModalityConfig(placeholder=SPECIAL[5])
+    if variant == "towers":
+        found["image"].encoder.max_pieces_per_call = 2
+        found["video"].encoder = EncoderConfig(type="videomae", config=VIDEOMAE)
+        found["video"].projector = projector("resampler")
+        found["video"].options = {"clip_seconds": 1.0}
+        found["audio"].encoder = EncoderConfig(type="clap", config=CLAP)
+        found["audio"].projector = projector("linear", num_tokens=6)
+        found["audio"].options = dict(LOG_MEL)
+        found["imu"].projector = projector("resampler", num_tokens=3)
+    else:
+        found["image"].encoder = EncoderConfig(type="dinov2", config=VISION)
+        found["image"].projector = projector("linear", num_tokens=3)
+        found["video"].encoder = copy.deepcopy(modalities()["image"].encoder)
+        found["video"].projector = projector("linear", num_tokens=1, num_layers=1)
+        found["video"].options = {"clip_seconds": 1.0, "num_frames": 2}
+        found["audio"].projector = projector("resampler")
+        found["imu"].encoder = EncoderConfig(type="identity")
+    return found
+
+
+def video(seed: int, frames: int = 25) -> bytes:
+    """Noise, 10 frames a second."""
+    import av
+
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "video.mp4"
+        with av.open(str(path), "w") as output:
+            stream = output.add_stream("mpeg4", rate=10)
+            stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+            for _ in range(frames):
+                picture = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            output.mux(stream.encode(None))
+        return path.read_bytes()
+
+
+def write_media(folder: Path) -> dict[str, str]:
+    """Files of several pieces each, of some kinds a second one of other size: kind, or kind_b -> path."""
+    made = {
+        "image": ("a.png", png(1, (17, 9))),
+        "video": ("a.mp4", video(1)),
+        "audio": ("a.flac", flac(1, 1.3)),
+        "imu": ("a.npy", npy(1, 120)),
+        "image_b": ("b.png", png(2, (9, 12))),
+        "audio_b": ("b.flac", flac(2, 0.7)),
+        "imu_b": ("b.npy", npy(2, 60)),
+    }
+    for name, data in made.values():
+        (folder / name).write_bytes(data)
+    return {kind: str(folder / name) for kind, (name, _) in made.items()}
+
+
+def prompts_about(files: dict[str, str]) -> list[dict[str, Any]]:
+    """All kinds together, a conversation, text alone, one kind twice: rows of different length."""
+    imu = {"media": files["imu"], "rate": 50}
+    everything = [{"media": files["image"]}, {"text": "what is this"}, {"media": files["audio"]}, {"text": "a sound"}]
+    turn = [
+        {"media": files["audio_b"], "modality": "audio"},
+        {"text": " what <|eot_id|> is "},
+        {"media": files["image_b"]},
+    ]
+    messages = [
+        {"role": "system", "content": "a motion"},
+        {"role": "user", "content": turn},
+        {"role": "assistant", "content": "a run"},
+        {"role": "user", "content": "what is this"},
+    ]
+    return [
+        {"parts": [*everything, imu, {"media": files["video"]}]},
+        {"messages": messages},
+        {"parts": [{"text": "zero one"}]},
+        {"parts": [{"media": files["imu_b"], "rate": 50}, {"text": "two"}, imu]},
+    ]
+
+
+def make_config(modality_sections: dict[str, ModalityConfig], tokenizer: str, **llama: Any) -> AnyMALConfig:
+    """A configuration as an export has it."""
+    loaded = Tokenizer(tokenizer)
+    ends = [loaded.end, loaded.hf.convert_tokens_to_ids(CHAT[2])]
+    text = LlamaConfig(**{**LLAMA, "rope_parameters": ROPE, "bos_token_id": 0, "eos_token_id": 1, **llama})
+    made = AnyMALConfig(text.to_dict(), export_sections(modality_sections, loaded), eos_token_id=ends)
+    made.auto_map, made.architectures, made.dtype = dict(CONFIG_AUTO_MAP), [ARCHITECTURE], "float32"
+    return made
+
+
+def make_model(config: AnyMALConfig, std: float = 0.5) -> AnyMALForConditionalGeneration:
+    """Random weights, the Llama's loud enough for varied answers."""
+    torch.manual_seed(3)
+    model = AnyMALForConditionalGeneration(config).eval()
+    for name, tensor in model.named_parameters():
+        if name.startswith("language_model.") and tensor.dim() > 1:
+            torch.nn.init.normal_(tensor, std=std)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    model.generation_config = GenerationConfig(
+        bos_token_id=0,
+        eos_token_id=config.eos_token_id,
+        pad_token_id=1,
+        suppress_tokens=[section["placeholder_id"] for section in config.modalities.values()],
+    )
+    return model
+
+
+def write_export(
+    folder: Path, model: AnyMALForConditionalGeneration, tokenizer: str, plugins: Sequence[Path] = ()
+) -> None:
+    """A folder as an export is."""
+    model.save_pretrained(folder)
+    processor = {
+        "processor_class": "AnyMALProcessor",
+        "auto_map": PROCESSOR_AUTO_MAP,
+        "modalities": model.config.modalities,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+    for file in Path(tokenizer).iterdir():
+        shutil.copy(file, folder)
+    write_code(folder, plugins)
