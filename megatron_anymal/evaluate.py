@@ -1,7 +1,7 @@
 """`anymal evaluate`: exact answers on prepared samples.
 
-A sample's last text, or a conversation's last turn, is its answer; the model gets everything before it and answers
-greedily.
+A sample's last text, or a conversation's last turn, is its answer; the model gets everything before it and answers,
+greedily if nothing else is said.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from typing import Any, Optional
 
 import numpy as np
 
+from megatron_anymal.data.asking import MediaFile
 from megatron_anymal.data.messages import last_answer
 from megatron_anymal.data.order import permute
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.types import DataError, MediaPart, Part, Sample, TextPart
-from megatron_anymal.generate import (
-    Generator,
-    MediaFile,
-    Prompt,
-    Sampling,
-    add_checkpoint_arguments,
+from megatron_anymal.generation.generator import Generator
+from megatron_anymal.generation.loading import (
+    add_model_arguments,
+    add_sampling_arguments,
     load_generator,
+    sampling_of,
 )
+from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -144,15 +146,16 @@ def evaluate(
 def main(argv: Sequence[str]) -> int:
     """The verb. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="anymal evaluate", description=__doc__)
-    add_checkpoint_arguments(parser)
     parser.add_argument("--data", action="append", required=True, help="a prepared folder; may be repeated")
     parser.add_argument("--limit", type=int, help="samples of each folder")
     parser.add_argument("--permute-media", action="store_true", help="also with the media exchanged among the samples")
     parser.add_argument("--untrained", action="store_true", help="also with the projectors' initial values")
     parser.add_argument("--out", help="a .json file for scores and answers")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
     arguments = parser.parse_args(argv)
+    sampling = sampling_of(arguments)
     questions = [question for folder in arguments.data for question in read_questions(folder, arguments.limit)]
-    sampling = Sampling(arguments.max_new_tokens)
     runs = {"trained": (load_generator(arguments), questions)}
     if arguments.permute_media:
         runs["permuted"] = (runs["trained"][0], permute_media(questions))
@@ -166,9 +169,9 @@ def main(argv: Sequence[str]) -> int:
             modality: {"accuracy": s.accuracy, "chance": s.chance, "samples": s.samples}
             for modality, s in scores.items()
         }
-        if generator.layout.reports:
+        if generator.reports:
             for modality, s in scores.items():
                 print(f"{name:10s} {modality:8s} {s.accuracy:7.1%} of {s.samples} exact (guessing: {s.chance:.1%})")
-    if arguments.out and runs["trained"][0].layout.reports:
+    if arguments.out and runs["trained"][0].reports:
         Path(arguments.out).write_text(json.dumps(result, indent=1, ensure_ascii=False))
     return 0

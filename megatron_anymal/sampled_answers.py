@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.evaluate import Question, read_questions
-from megatron_anymal.generate import Generator, Sampling
+from megatron_anymal.generation.native import NativeGenerator
+from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.telemetry import MetricsLogger
 from megatron_anymal.train.build import TrainState
 
@@ -40,7 +41,8 @@ class SampledAnswers:
         state.settle()
         [model] = state.models
         model.eval()
-        generator = Generator(state.config, state.layout, state.tokenizer, state.modalities, model)
+        # No limit of positions: a long validation sample must not end a training run.
+        generator = NativeGenerator(state.config, state.layout, state.tokenizer, state.modalities, model)
         answers = generator.answer([question.prompt for _, question in self._questions], _SAMPLING)
         if not state.layout.reports:
             return

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,20 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_anymal import evaluate
 from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.asking import MediaFile
 from megatron_anymal.data.messages import open_prompt, parse_messages
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 from megatron_anymal.evaluate import Question, permute_media, read_questions
-from megatron_anymal.generate import Generator, MediaFile, Prompt, Sampling, load_generator, read_prompts
+from megatron_anymal.generation.chat import Chat
+from megatron_anymal.generation.native import NativeGenerator
+from megatron_anymal.generation.prompts import Prompt, read_prompts
+from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.parallel import initialize
 
 GREEDY = Sampling(max_new_tokens=6)
+CUT = Sampling(max_new_tokens=6, repetition_penalty=1.3, stop=("seven",), temperature=1.0, top_k=20)
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +60,7 @@ def answers(
     run_dir: Path, shards: str, stages: int, runs: dict[str, tuple[Sampling, int]], untrained: bool = False
 ) -> dict[str, list[str]]:
     """In a rank: the checkpoint's answers to all samples, for each sampling and batch size."""
-    arguments = argparse.Namespace(
-        checkpoint=str(run_dir), tensor_model_parallel_size=0, pipeline_model_parallel_size=stages
-    )
-    generator = load_generator(arguments, untrained=untrained)
+    generator = NativeGenerator.of_run(str(run_dir), None, stages, untrained=untrained)
     prompts = [question.prompt for question in read_questions(shards)]
     return {name: generator.answer(prompts, sampling, batch) for name, (sampling, batch) in runs.items()}
 
@@ -74,7 +76,8 @@ def alone(run_dir: Path, mixed_shards: str) -> dict[str, list[str]]:
         "seed 1 again": (Sampling(6, temperature=1.0, seed=1), 7),
         "seed 2": (Sampling(6, temperature=1.0, seed=2), 64),
         "tiny top_p": (Sampling(6, temperature=1.0, top_p=1e-6, seed=3), 64),
-        "cold": (Sampling(6, temperature=1e-4, seed=4), 64),
+        "penalty and stop": (CUT, 64),
+        "cold": (Sampling(6, temperature=1e-6, seed=4), 64),
     }
     return run_ranks(1, answers, run_dir, mixed_shards, 1, runs)[0]
 
@@ -100,8 +103,9 @@ def test_narrow_sampling_is_greedy(alone: dict[str, list[str]]) -> None:
 def test_same_answers_under_every_layout(
     run_dir: Path, mixed_shards: str, alone: dict[str, list[str]], world: int, stages: int
 ) -> None:
-    for found in run_ranks(world, answers, run_dir, mixed_shards, stages, {"greedy": (GREEDY, 16)}):
-        assert found["greedy"] == alone["greedy"]
+    runs = {"greedy": (GREEDY, 16), "penalty and stop": (CUT, 16)}
+    for found in run_ranks(world, answers, run_dir, mixed_shards, stages, runs):
+        assert found == {name: alone[name] for name in runs}
 
 
 def test_adapters_answer_conversations_the_same_under_every_layout(sft_dir: Path, chats: str) -> None:
@@ -180,7 +184,7 @@ def hf_folder(tmp_path: Path) -> str:
 
 def answer_prompts(config: AnyMALConfig, prompts: list[list[Part]], sampling: Sampling) -> list[str]:
     """In a rank: a Llama's answers to texts and conversations."""
-    generator = Generator.of_checkpoint(config, initialize(config), None)
+    generator = NativeGenerator.of_checkpoint(config, initialize(config), None)
     return generator.answer([Prompt(parts, []) for parts in prompts], sampling)
 
 
@@ -265,6 +269,29 @@ def test_permuted_media_are_a_derangement_within_their_kinds(seed: int) -> None:
         assert (old.prompt == new.prompt) == alone_in_its_kind
     given = sorted(file.data for q in after for file in q.prompt.media)
     assert given == sorted(file.data for q in before for file in q.prompt.media)
+
+
+def talk(run_dir: Path, lines: list[str]) -> tuple[list[str], list[str]]:
+    """In a rank: what a conversation shows, and the answers to its turns asked for at once."""
+    shown: list[str] = []
+    left = iter([*lines, "/quit"])
+    generator = NativeGenerator.of_run(str(run_dir))
+    sampling = Sampling(6, temperature=1.5, seed=7)
+    Chat(generator, sampling, lambda _: next(left), shown.append).run()
+    messages: list[dict[str, Any]] = []
+    answers = []
+    for line in lines:
+        messages.append({"role": "user", "content": line})
+        prompt = Prompt(open_prompt(parse_messages(messages, "")), [])
+        [answer] = generator.answer([prompt], replace(sampling, seed=7 + len(messages) - 1))
+        messages.append({"role": "assistant", "content": answer})
+        answers.append(answer.strip())
+    return "".join(shown).splitlines()[1:], answers
+
+
+def test_a_checkpoint_can_be_talked_to(sft_dir: Path) -> None:
+    shown, expected = run_ranks(1, talk, sft_dir, ["what is this", "one two three"])[0]
+    assert shown == expected and all(expected)
 
 
 def run_evaluate(argv: list[str]) -> int:

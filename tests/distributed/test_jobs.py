@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ import megatron_anymal.train.step as train_step
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import AnyMALConfig, ConfigError, LoraConfig
 from megatron_anymal.data.types import DataError
-from megatron_anymal.generate import load_generator
+from megatron_anymal.generation.native import NativeGenerator
 from megatron_anymal.model.weights import gather_weights
 from megatron_anymal.train.build import check_run
 
@@ -159,10 +158,7 @@ def test_another_reference_is_asked_anew(dpo: AnyMALConfig, dpo_run: dict[str, A
 
 def media_weights(run_dir: Path, untrained: bool) -> dict[str, np.ndarray]:
     """In a rank: what generation loads of a run's last checkpoint besides the Llama."""
-    arguments = argparse.Namespace(
-        checkpoint=str(run_dir), tensor_model_parallel_size=0, pipeline_model_parallel_size=1
-    )
-    weights = gather_weights([load_generator(arguments, untrained=untrained).model])
+    weights = gather_weights([NativeGenerator.of_run(str(run_dir), untrained=untrained).model])
     assert weights is not None
     return {name: w.numpy().copy() for name, w in weights.items() if not name.startswith("language_model.")}
 

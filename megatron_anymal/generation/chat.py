@@ -1,0 +1,184 @@
+"""`anymal generate --interactive`: a conversation in the terminal, with media."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.config import ConfigError
+from megatron_anymal.data.asking import MediaFile, open_parts, read_media_file
+from megatron_anymal.data.types import DataError
+from megatron_anymal.generation.answers import Answer, Stream
+from megatron_anymal.generation.generator import Generator, PromptTooLong
+from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.sampling import Sampling
+from megatron_anymal.modalities import MediaError
+
+_HELP = """\
+A line is sent as your turn, behind the media named before it.
+  /media FILE [key=value ...]   add a file, its kind known by its name; {kinds} name the kind
+                                (/imu walk.npy rate=200)
+  a line that ends with \\       goes on: further lines and media follow it
+  an empty line                 sends what is there
+  /system TEXT                  what the model is told before the conversation
+  /reset                        forget the conversation
+  /quit                         leave (or Ctrl-D); Ctrl-C stops an answer
+  //...                         a text that begins with /"""
+_MISTAKES = (DataError, MediaError, ConfigError, CheckpointError)
+
+
+def show(text: str) -> None:
+    """Print a piece of text at once."""
+    print(text, end="", flush=True)
+
+
+class Chat:
+    """User turns from lines, the model's streamed to the output, the conversation so far in front of each."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        sampling: Sampling,
+        read: Callable[[str], str] = input,
+        write: Callable[[str], object] = show,
+    ):
+        """`read` gives the next line and takes what to show before it; it raises EOFError at the end."""
+        self._generator, self._sampling, self._read, self._write = generator, sampling, read, write
+        self._commands: dict[str, Callable[[str], object]] = {
+            "system": self._system,
+            "reset": self._reset,
+            "help": self._help,
+            "media": self._media,
+            **{kind: partial(self._media, kind=kind) for kind in generator.kinds},
+        }
+        # The conversation so far, and its media in order.
+        self._history: list[dict[str, Any]] = []
+        self._files: list[MediaFile] = []
+        self._system_text = ""
+        # The turn being written: parts as JSON, and its media.
+        self._content: list[dict[str, Any]] = []
+        self._pending: list[MediaFile] = []
+
+    def run(self) -> int:
+        """Talk until /quit or the end of the input; returns the exit code."""
+        self._say("Write to the model; /help shows what else there is.")
+        while True:
+            try:
+                line = self._read("... " if self._content else "> ").rstrip()
+            except EOFError:
+                return 0
+            except KeyboardInterrupt:
+                self._content, self._pending = [], []
+                self._say("\n(nothing is sent; /quit or Ctrl-D leaves)")
+                continue
+            except UnicodeDecodeError as error:
+                self._say(f"error: the line is not UTF-8 ({error.reason}).")
+                continue
+            if line == "/quit":
+                return 0
+            try:
+                self._take(line)
+            except _MISTAKES as error:
+                self._say(f"error: {' '.join(str(error).split())}")
+
+    def _take(self, line: str) -> None:
+        """One line: a command, or text of the user's turn."""
+        if line.startswith("/") and not line.startswith("//"):
+            name, _, rest = line[1:].partition(" ")
+            if name not in self._commands:
+                near = difflib.get_close_matches(name, [*self._commands, "quit"], n=1)
+                raise DataError(f"unknown command /{name}. " + (f"Did you mean /{near[0]}?" if near else "See /help."))
+            self._commands[name](rest.strip())
+            return
+        goes_on = line.endswith("\\")
+        text = line.removesuffix("\\").removeprefix("/" if line.startswith("//") else "")
+        if text and self._content and "text" in self._content[-1]:
+            self._content[-1]["text"] += f"\n{text}"
+        elif text:
+            self._content.append({"text": text})
+        if self._content and not goes_on:
+            self._send()
+
+    def _send(self) -> None:
+        """Let the model answer the turn; a turn without an answer leaves no trace."""
+        turn, media = {"role": "user", "content": self._content}, self._pending
+        self._content, self._pending = [], []
+        system = [{"role": "system", "content": self._system_text}] if self._system_text else []
+        parts = open_parts({"messages": [*system, *self._history, turn]}, "the conversation")
+        try:
+            answer = self._answer(Prompt(parts, [*self._files, *media]))
+        except PromptTooLong as error:
+            raise DataError(f"The conversation is too long. {error} /reset begins a new conversation.") from None
+        if not answer:
+            self._say("(no answer; your turn is taken back)")
+            return
+        self._history += [turn, {"role": "assistant", "content": answer}]
+        self._files += media
+
+    def _answer(self, prompt: Prompt) -> str:
+        stream = Stream(self._write)
+        heard: list[Answer] = []
+
+        def watch(answer: Answer) -> None:
+            heard[:] = [answer]
+            stream(answer)
+
+        try:
+            # Another chance in each turn.
+            seed = self._sampling.seed + len(self._history)
+            self._generator.answer([prompt], replace(self._sampling, seed=seed), 1, watch)
+        except KeyboardInterrupt:
+            self._say(" (stopped)")
+            # Cut off, so that what was shown is what is kept.
+            return heard[0].settled.strip() if heard else ""
+        text = heard[0].text.strip()
+        if text:
+            self._say("")
+        return text
+
+    def _system(self, text: str) -> None:
+        self._system_text = text
+        self._say(f"(system: {text})" if text else "(no system text)")
+
+    def _reset(self, _: str = "") -> None:
+        """Forget everything."""
+        self._history, self._files, self._system_text = [], [], ""
+        self._content, self._pending = [], []
+        self._say("(a new conversation)")
+
+    def _help(self, _: str) -> None:
+        kinds = ", ".join(f"/{kind}" for kind in self._generator.kinds)
+        self._say(_HELP.format(kinds=kinds))
+
+    def _media(self, words: str, kind: str = "") -> None:
+        """Add a file to the turn."""
+        try:
+            path, *pairs = shlex.split(words)
+        except ValueError as error:
+            raise DataError(f"/{kind or 'media'} needs a file name (in quotes where it has blanks): {error}.") from None
+        attributes = {}
+        for pair in pairs:
+            name, equals, value = pair.partition("=")
+            if not equals or name in ("", "media", "modality", "text"):
+                raise DataError(f"{pair!r} is no key=value that a media file can have, such as rate=200.")
+            attributes[name] = _value(value)
+        self._pending.append(read_media_file(Path(path).expanduser()))
+        self._content.append({"media": path, **({"modality": kind} if kind else {}), **attributes})
+
+    def _say(self, line: str) -> None:
+        self._write(line + "\n")
+
+
+def _value(text: str) -> Any:
+    """A number where it reads as one."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text

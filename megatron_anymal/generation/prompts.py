@@ -1,0 +1,74 @@
+"""What is to be answered: a document up to where the model answers, with its media read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.data.asking import MediaFile, open_parts, read_media_file
+from megatron_anymal.data.parts import parse_part
+from megatron_anymal.data.samples import read_lines
+from megatron_anymal.data.types import DataError, MediaPart, Part
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A document up to where the model answers: parts in order, and the bytes of the media parts in theirs.
+
+    Of a conversation these are the parts that data/messages.py lays out, with the assistant's open header at the end.
+    """
+
+    parts: Sequence[Part]
+    media: Sequence[MediaFile]
+
+
+def read_prompts(path: str) -> list[Prompt]:
+    """Prompts from a .jsonl file; media paths are relative to it.
+
+    Raises:
+        DataError: the file or one of its lines cannot be used.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise DataError(f"There is no prompts file {path!r}.")
+    prompts = []
+    for where, value in read_lines(file):
+        parts = open_parts(value, where)
+        media = [read_media_file(file.parent / part.media) for part in parts if isinstance(part, MediaPart)]
+        prompts.append(Prompt(parts, media))
+    if not prompts:
+        raise DataError(f"The prompts file {path!r} is empty. Write an object with `parts` or `messages` a line.")
+    return prompts
+
+
+def prompt_of_files(
+    paths: Sequence[str], kinds: Sequence[str], rate: float | None, text: str, *, chat: bool = False
+) -> Prompt:
+    """Media files in order, then a text.
+
+    Args:
+        kinds: modalities of the first files; of the others, and where empty, the extension says it.
+        rate: samples a second of the files that do not tell.
+        chat: ask as a user's turn.
+
+    Raises:
+        DataError: there is nothing to answer, no such file, or a kind without a file.
+    """
+    if not text and not paths:
+        raise DataError("There is nothing to answer. Give --text, --media or --prompts.")
+    if len(kinds) > len(paths):
+        raise DataError("There are more --modality than --media. Give each --media at most one, in the same order.")
+    if rate is not None and not paths:
+        raise DataError("--rate belongs to --media, of which there is none. Leave it away.")
+    attributes = {} if rate is None else {"rate": rate}
+    all_kinds = [*kinds, *[""] * (len(paths) - len(kinds))]
+    content: list[dict[str, Any]] = [
+        {"media": path, "modality": kind, **attributes} for path, kind in zip(paths, all_kinds)
+    ]
+    content += [{"text": text}] if text else []
+    media = [read_media_file(Path(path)) for path in paths]
+    if chat:
+        return Prompt(open_parts({"messages": [{"role": "user", "content": content}]}, "--chat"), media)
+    return Prompt([parse_part(part, "the prompt") for part in content], media)

@@ -1,0 +1,344 @@
+"""A checkpoint and an exported folder with the same weights give the same answers, whatever is asked of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from tiny import CHAT, LLAMA, SPECIAL, flac, make_config, make_conversations, npy, png
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, dynamic_module_utils
+
+from megatron_anymal import evaluate, generate
+from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.data.asking import MediaFile, open_parts
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import DataError, TextPart
+from megatron_anymal.evaluate import read_questions
+from megatron_anymal.generation.answers import Stream
+from megatron_anymal.generation.exported import ExportedGenerator, _as_json
+from megatron_anymal.generation.generator import Generator, PromptTooLong
+from megatron_anymal.generation.native import NativeGenerator
+from megatron_anymal.generation.prompts import Prompt, read_prompts
+from megatron_anymal.generation.sampling import Sampling
+from megatron_anymal.hf.bundle import CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig as ExportedConfig
+from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
+from megatron_anymal.hf.processing_anymal import AnyMALProcessor
+from megatron_anymal.hf.sections import export_sections
+from megatron_anymal.parallel import initialize
+
+RUNS: dict[str, tuple[Sampling, int]] = {
+    "greedy": (Sampling(12), 64),
+    "one by one": (Sampling(12), 1),
+    "by sevens": (Sampling(12), 7),
+    "penalty": (Sampling(12, repetition_penalty=1.4), 16),
+    "stop": (Sampling(12, stop=("seven", "is two")), 16),
+    "penalty and stop": (Sampling(12, repetition_penalty=1.2, stop=("walk",)), 16),
+    "seed 1": (Sampling(12, temperature=1.0, seed=1), 64),
+    "seed 1 by sevens": (Sampling(12, temperature=1.0, seed=1), 7),
+    "seed 2": (Sampling(12, temperature=1.0, seed=2), 64),
+    "narrow": (Sampling(12, temperature=1.5, top_k=6, top_p=0.8, repetition_penalty=1.1, seed=3), 16),
+}
+
+
+@pytest.fixture(scope="module")
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+    """A model with every modality and a Llama with weights large enough for varied answers."""
+    folder = tmp_path_factory.mktemp("exported")
+    torch.manual_seed(5)
+    LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.4})).save_pretrained(folder / "llama")
+    config = make_config(mixed_shards, tokenizer_folder, folder / "run")
+    config.model.language_model.config, config.model.language_model.path = {}, str(folder / "llama")
+    return config
+
+
+def write_export(config: AnyMALConfig, folder: Path) -> None:
+    """In a rank: the model of the configuration, with its initial values, as an exported folder."""
+    native = NativeGenerator.of_checkpoint(config, initialize(config), None)
+    path = config.model.language_model.path
+    sections = export_sections(config.model.modalities, Tokenizer(config.data.tokenizer))
+    tokenizer = AutoTokenizer.from_pretrained(config.data.tokenizer)
+    begin, end, turn_end = tokenizer.convert_tokens_to_ids([*SPECIAL[:2], CHAT[2]])
+    llama = LlamaConfig.from_pretrained(path).to_dict()
+    model = AnyMALForConditionalGeneration(ExportedConfig(text_config=llama, modalities=sections))
+    weights = {k: v for k, v in native.model.state_dict().items() if k.startswith(("encoders.", "projectors."))}
+    hf = LlamaForCausalLM.from_pretrained(path).state_dict()
+    wanted = model.state_dict().keys()
+    weights.update({f"language_model.{name}": weight for name, weight in hf.items()})
+    model.load_state_dict({name: weight for name, weight in weights.items() if name in wanted})
+    model.generation_config = GenerationConfig(bos_token_id=begin, eos_token_id=[end, turn_end], pad_token_id=end)
+    model.save_pretrained(folder)
+    AnyMALProcessor(tokenizer, modalities=sections).save_pretrained(folder)
+
+
+def as_transformers_does(source: Path, prompts: list[Prompt], penalty: float) -> list[str]:
+    """In a rank: greedy answers of transformers' own `generate`, from media in files, in one batch."""
+    model = AnyMALForConditionalGeneration.from_pretrained(source).eval()
+    processor = AnyMALProcessor.from_pretrained(source)
+    tokens = [section["placeholder_id"] for section in model.config.modalities.values()]
+    inputs = processor([_as_json(prompt) for prompt in prompts])
+    found = model.generate(
+        **inputs, max_new_tokens=12, do_sample=False, repetition_penalty=penalty, suppress_tokens=tokens
+    )
+    return processor.answers(found, inputs)
+
+
+@pytest.fixture(scope="module")
+def export(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as an exported folder."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    run_ranks(1, write_export, config, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prompts(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> list[Prompt]:
+    """Samples of every kind of media, conversations of one and two turns, and all modalities in one prompt."""
+    chats = make_conversations(tmp_path_factory.mktemp("chats") / "chats", tokenizer_folder, 16)
+    asked = [question.prompt for folder in (mixed_shards, chats) for question in read_questions(folder)]
+    content = [{"media": "a.png"}, {"text": "what is"}, {"media": "b.npy", "rate": 50}, {"media": "c.flac"}]
+    system = {"role": "system", "content": "this is a sound"}
+    files = [MediaFile(png(3, (20, 9)), "png"), MediaFile(npy(4, 80), "npy"), MediaFile(flac(5, 1.2), "flac")]
+    parts = open_parts({"messages": [system, {"role": "user", "content": content}]}, "")
+    return [*asked, Prompt(parts, files)]
+
+
+def load(source: AnyMALConfig | Path) -> Generator:
+    """In a rank: the model, native or exported."""
+    if isinstance(source, AnyMALConfig):
+        return NativeGenerator.of_checkpoint(source, initialize(source), None)
+    config = json.loads((source / "config.json").read_text())
+    return ExportedGenerator.of_folder(str(source), config, "cpu", "auto", trust_remote_code=False)
+
+
+def answer(source: AnyMALConfig | Path, prompts: list[Prompt], runs: dict[str, Any]) -> dict[str, list[str]]:
+    """In a rank: answers of every run."""
+    generator = load(source)
+    return {name: generator.answer(prompts, sampling, batch) for name, (sampling, batch) in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def native(config: AnyMALConfig, prompts: list[Prompt]) -> dict[str, list[str]]:
+    """The checkpoint's answers."""
+    return run_ranks(1, answer, config, prompts, RUNS)[0]
+
+
+@pytest.fixture(scope="module")
+def exported(export: Path, prompts: list[Prompt]) -> dict[str, list[str]]:
+    """The exported folder's."""
+    return run_ranks(1, answer, export, prompts, RUNS)[0]
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_both_answer_the_same(run: str, native: dict[str, list[str]], exported: dict[str, list[str]]) -> None:
+    assert exported[run] == native[run]
+    assert len(set(native[run])) > 20, "the answers must be able to differ"
+
+
+def test_each_setting_changes_answers_and_batches_do_not(exported: dict[str, list[str]]) -> None:
+    assert exported["one by one"] == exported["by sevens"] == exported["greedy"]
+    assert exported["seed 1 by sevens"] == exported["seed 1"]
+    different = [exported[name] for name in ("greedy", "penalty", "stop", "penalty and stop", "seed 1", "seed 2")]
+    assert all(one != other for n, one in enumerate(different) for other in different[:n])
+    cut = [(whole, left) for whole, left in zip(exported["greedy"], exported["stop"]) if whole != left]
+    assert cut
+    for whole, left in cut:
+        assert whole.startswith(left) and whole[len(left) :].startswith(("seven", "is two"))
+
+
+@pytest.mark.parametrize(("run", "penalty"), [("greedy", 1.0), ("penalty", 1.4)])
+def test_greedy_answers_are_those_of_transformers_generate(
+    run: str, penalty: float, export: Path, prompts: list[Prompt], exported: dict[str, list[str]]
+) -> None:
+    expected = run_ranks(1, as_transformers_does, export, prompts, penalty)[0]
+    assert [text.strip() for text in exported[run]] == expected
+
+
+def with_other_media(source: Path, prompts: list[Prompt]) -> list[str]:
+    """In a rank: greedy answers to the prompts with other media of the same kinds."""
+    makers = {"png": png, "flac": flac, "npy": npy}
+    others = [Prompt(p.parts, [MediaFile(makers[m.extension](99), m.extension) for m in p.media]) for p in prompts]
+    return load(source).answer(others, RUNS["greedy"][0])
+
+
+def test_media_are_seen(export: Path, prompts: list[Prompt], exported: dict[str, list[str]]) -> None:
+    others = run_ranks(1, with_other_media, export, prompts)[0]
+    changed = [old != new for old, new in zip(exported["greedy"], others)]
+    assert not any(change for change, prompt in zip(changed, prompts) if not prompt.media)
+    assert sum(changed) > 10
+
+
+def stream(source: AnyMALConfig | Path, prompts: list[Prompt], sampling: Sampling) -> list[tuple[str, list[str]]]:
+    """In a rank: each answer, and the pieces that came while it grew."""
+    generator, found = load(source), []
+    for prompt in prompts:
+        pieces: list[str] = []
+        [whole] = generator.answer([prompt], sampling, watch=Stream(pieces.append))
+        found.append((whole, pieces))
+    return found
+
+
+@pytest.mark.parametrize("kind", ["native", "exported"])
+def test_what_is_streamed_is_what_is_answered(
+    kind: str, config: AnyMALConfig, export: Path, prompts: list[Prompt]
+) -> None:
+    source: Any = config if kind == "native" else export
+    found = run_ranks(1, stream, source, prompts[:10], Sampling(12, temperature=1.0, stop=("seven",)))[0]
+    assert all("".join(pieces) == whole.strip() for whole, pieces in found)
+    assert max(len(pieces) for _, pieces in found) > 4
+
+
+def length_limit(source: AnyMALConfig | Path) -> tuple[int, str]:
+    """In a rank: words of an answer where three positions are left, and what a prompt without room is told."""
+    generator = load(source)
+    limit = generator.max_positions
+    assert limit is not None
+    # The begin token comes first.
+    [answer] = generator.answer([Prompt([TextPart("seven " * (limit - 4))], [])], Sampling(50, temperature=2.0))
+    with pytest.raises(PromptTooLong) as told:
+        generator.answer([Prompt([TextPart("seven " * (limit - 1))], [])], Sampling(50))
+    return len(answer.split()), str(told.value)
+
+
+@pytest.mark.parametrize("kind", ["native", "exported"])
+def test_answers_end_where_the_positions_end(kind: str, config: AnyMALConfig, export: Path) -> None:
+    words, told = run_ranks(1, length_limit, config if kind == "native" else export)[0]
+    assert words <= 3 and "512 tokens" in told and "512 positions" in told
+
+
+def mistake(source: AnyMALConfig | Path, prompt: Prompt) -> str:
+    """In a rank: what is said of a prompt that cannot be answered."""
+    generator = load(source)
+    with pytest.raises(ValueError) as told:
+        generator.answer([prompt], Sampling(2))
+    return str(told.value)
+
+
+BROKEN = Prompt(
+    open_parts({"parts": [{"media": "x/y.npy", "rate": 50}, {"text": "what"}]}, ""), [MediaFile(b"no", "npy")]
+)
+
+
+def test_both_refuse_a_broken_file_by_its_name(config: AnyMALConfig, export: Path) -> None:
+    told = [run_ranks(1, mistake, source, BROKEN)[0] for source in (config, export)]
+    assert told[0] == told[1] and "'x/y.npy'" in told[0]
+
+
+def verb(main: Any, argv: list[str], out: Path) -> int:
+    """In a rank: run a verb with its standard output in a file."""
+    with out.open("w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        sys.stdout = file
+        return main(argv)
+
+
+def said(main: Any, argv: list[str], tmp_path: Path) -> str:
+    assert run_ranks(1, verb, main, argv, tmp_path / "stdout") == [0]
+    return (tmp_path / "stdout").read_text()
+
+
+def test_image_and_motion_in_one_prompt(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    (tmp_path / "walk.npy").write_bytes(npy(2))
+    line = {"parts": [{"media": "a.png"}, {"media": "walk.npy", "rate": 50}, {"text": "what is this"}]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line) + "\n")
+    shared = [f"--checkpoint={export}", "--max-new-tokens=8"]
+    files = [f"--media={tmp_path}/a.png", f"--media={tmp_path}/walk.npy", "--rate=50", "--text=what is this"]
+    shown = said(generate.main, [*shared, *files], tmp_path)
+    assert shown.strip() and said(generate.main, [*shared, *files, "--stream"], tmp_path) == shown
+    asked = [*shared, f"--prompts={tmp_path}/prompts.jsonl"]
+    assert said(generate.main, asked, tmp_path) == 2 * shown
+    assert said(generate.main, [*asked, f"--out={tmp_path}/out.jsonl", "--batch-size=1"], tmp_path) == ""
+    rows = [json.loads(row) for row in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert rows == [{"prompt": number, "answer": shown.strip()} for number in (0, 1)]
+    assert read_prompts(f"{tmp_path}/prompts.jsonl")[0].media[1].extension == "npy"
+
+
+def test_evaluate_takes_an_export(
+    export: Path, mixed_shards: str, tmp_path: Path, exported: dict[str, list[str]]
+) -> None:
+    argv = [f"--checkpoint={export}", f"--data={mixed_shards}", "--max-new-tokens=12", f"--out={tmp_path}/scores.json"]
+    assert "trained" in said(evaluate.main, [*argv, "--permute-media"], tmp_path)
+    result = json.loads((tmp_path / "scores.json").read_text())
+    assert [row["given"] for row in result["answers"]["trained"]] == [a.strip() for a in exported["greedy"][:40]]
+    assert set(result["scores"]) == {"trained", "permuted"}
+
+
+def test_talking_to_an_export(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    lines = ["/image a.png", "what is this", "/image none.png", "/audio a.png", "one", "two", "/quit"]
+    words = [sys.executable, "-m", "megatron_anymal", "generate", f"--checkpoint={export}", "--interactive"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*words, "--max-new-tokens=6", "--temperature=1", "--seed=3", "--device=cpu"],
+        cwd=tmp_path,
+        env=environment,
+        input="\n".join(lines) + "\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = done.stdout.splitlines()
+    assert len(shown) == 5 and shown[1] and shown[4]
+    assert shown[2] == "error: There is no media file 'none.png'."
+    assert shown[3].startswith("error: 'a.png")
+
+
+def trusting(folder: Path, prompts: list[Prompt], cache: Path) -> tuple[str, list[str], str]:
+    """In a rank: with the code of a folder, its model's module, greedy answers, and what a broken file is told."""
+    dynamic_module_utils.HF_MODULES_CACHE = str(cache)
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(ConfigError, match=r"thermal\.py.*--trust-remote-code"):
+        ExportedGenerator.of_folder(str(folder), config, "cpu", "auto", trust_remote_code=False)
+    generator = ExportedGenerator.of_folder(str(folder), config, "cpu", "auto", trust_remote_code=True)
+    with pytest.raises(DataError) as told:
+        generator.answer([BROKEN], Sampling(2))
+    return type(generator._model).__module__, generator.answer(prompts, RUNS["greedy"][0]), str(told.value)
+
+
+def test_code_of_a_folder_runs_only_where_it_is_trusted(
+    export: Path, prompts: list[Prompt], tmp_path: Path, exported: dict[str, list[str]]
+) -> None:
+    folder = tmp_path / "plugged"
+    shutil.copytree(export, folder)
+    write_code(folder)
+    add: dict[str, dict[str, Any]] = {
+        "config.json": {"plugins": ["thermal.py"], "auto_map": CONFIG_AUTO_MAP},
+        "processor_config.json": {"auto_map": PROCESSOR_AUTO_MAP, "processor_class": "AnyMALProcessor"},
+    }
+    for name, keys in add.items():
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, **keys}))
+    module, answers, told = run_ranks(1, trusting, folder, prompts, tmp_path / "cache")[0]
+    assert module.startswith("transformers_modules.") and answers == exported["greedy"]
+    assert "'x/y.npy'" in told
+
+
+def damaged(source: Path) -> str:
+    with pytest.raises(CheckpointError) as told:
+        load(source)
+    return str(told.value)
+
+
+def test_a_folder_without_all_weights_is_refused(export: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(export, folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["language_model.model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert "lacks 1 weights, 'language_model.model.norm.weight'" in run_ranks(1, damaged, folder)[0]
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    assert "cannot be loaded" in run_ranks(1, damaged, folder)[0]
+    (folder / "model.safetensors").unlink()
+    assert "cannot be loaded" in run_ranks(1, damaged, folder)[0]
