@@ -21,6 +21,7 @@ from megatron_anymal.quickstart.report import STAGES, answers_file, write_report
 
 FOLDER = Path("runs/quickstart")
 EVALUATION = FOLDER / "evaluation.json"
+EXPORTED = FOLDER / "exported"
 
 PREPARE = ["prepare", "--quickstart", str(FOLDER)]
 # Configuration -> verb and what it does; each run takes two processes.
@@ -31,6 +32,10 @@ TRAINING = {
     "quickstart_sft": ("sft", "adapters learn to answer in the form that is asked for (sequence parallel)"),
     "quickstart_dpo": ("dpo", "and to leave the polite opening away (context parallel)"),
 }
+
+
+EXPORT_TOOL = "checkpoint_tools.export_hf"
+EXPORT = ["--checkpoint", str(FOLDER / "dpo"), "--out", str(EXPORTED), "--overwrite"]
 
 
 def main() -> int:
@@ -45,6 +50,8 @@ def main() -> int:
     conversations = [f"instructions_{kind}" for kind in KINDS]
     for run, what in STAGES.items():
         _run(f"held-out conversations {what}", evaluate(run, conversations, answers_file(FOLDER, run)))
+    _run("the result as a HuggingFace folder, compared with the trainer's own model", EXPORT, module=EXPORT_TOOL)
+    _run("an answer from that folder", ask(EXPORTED))
     seconds = {
         "install": arguments.install_seconds,
         "train": training,
@@ -63,10 +70,17 @@ def evaluate(run: str, data: Sequence[str], out: Path, *further: str) -> list[st
     return ["evaluate", *fixed, *folders, *further]
 
 
-def _run(what: str, arguments: list[str], *, processes: int = 1) -> float:
-    """Run a verb and return the seconds it took; a failure ends the quickstart with its exit code."""
+def ask(model: Path) -> list[str]:
+    """The verb's arguments for a question about the first held-out picture."""
+    picture = FOLDER / "media" / "image_held_out" / "image-held-out-000000.png"
+    question = ["--chat", "--media", str(picture), "--text", "what is in the picture? answer in capitals."]
+    return ["generate", "--checkpoint", str(model), *question, "--max-new-tokens", "20"]
+
+
+def _run(what: str, arguments: list[str], *, processes: int = 1, module: str = "megatron_anymal") -> float:
+    """Run a verb, or another module; returns the seconds it took. A failure ends the quickstart with its exit code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "megatron_anymal", *arguments]
+    command = [sys.executable, *launcher, "-m", module, *arguments]
     shown = ["torchrun", *command[4:]] if processes > 1 else ["python", *command[1:]]
     print(f"\n== {what}\n$ {' '.join(shown)}", flush=True)
     begun = time.monotonic()

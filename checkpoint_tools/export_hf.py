@@ -1,0 +1,134 @@
+"""`python -m checkpoint_tools.export_hf --checkpoint CHECKPOINT --out FOLDER`: a checkpoint as a HuggingFace folder.
+
+It loads with transformers alone: AutoModelForCausalLM and AutoProcessor with trust_remote_code=True, or with
+`--llama-only` (or for a checkpoint without modalities) as a plain LlamaForCausalLM. Before the folder appears, its
+logits are compared with the trainer's own (checkpoint_tools.verify).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from checkpoint_tools.exporting.card import write_card
+from checkpoint_tools.exporting.model_files import write_llama_files, write_model_files
+from checkpoint_tools.exporting.shard_files import write_shards
+from checkpoint_tools.exporting.weights import LLAMA, ExportedWeights
+from checkpoint_tools.verify import VerificationError, choose_samples, verify
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config_io import from_dict
+from megatron_anymal.data.types import DataError
+from megatron_anymal.quiet import quiet_libraries
+from megatron_anymal.tensor_files import TensorFileError
+
+_GIB = 1 << 30
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export; return the exit code (2: something cannot be exported; nothing is left behind)."""
+    parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.export_hf", description=__doc__)
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint's folder, or its run's folder")
+    parser.add_argument("--out", required=True, help="the folder to make")
+    parser.add_argument("--llama-only", action="store_true", help="the Llama alone, a plain LlamaForCausalLM")
+    parser.add_argument("--adapter", choices=("merged", "separate"), default="merged", help="what becomes of LoRA")
+    parser.add_argument("--max-shard-gib", type=float, default=5.0, help="largest file of weights")
+    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER")
+    parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
+    parser.add_argument("--data", action="append", default=[], help="prepared folders to verify on; default: the run's")
+    parser.add_argument("--samples", type=int, default=2, help="samples of each modality to verify on")
+    arguments = parser.parse_args(argv)
+    quiet_libraries()
+    try:
+        _export(arguments)
+    except (CheckpointError, ConfigError, DataError, TensorFileError, VerificationError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {arguments.out!r} cannot be written: {error}. Nothing was left there.", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    out = Path(arguments.out)
+    if out.exists() and not arguments.overwrite:
+        raise ConfigError(f"--out={str(out)!r} exists. Name another folder, or add --overwrite.")
+    folder = store.resolve(arguments.checkpoint)
+    manifest = store.read_manifest(folder, verify=True)
+    config = from_dict(manifest.config)
+    llama_only = arguments.llama_only or not config.model.modalities
+    samples = None if arguments.no_verify else choose_samples(config, arguments.data, arguments.samples, llama_only)
+    staging = out.parent / f".{out.name}.exporting"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        adapter, files = _write(arguments, staging, folder, manifest, config, llama_only)
+        verification = None if samples is None else verify(folder, config, staging, samples)
+        if verification:
+            (staging / "verification.json").write_text(json.dumps(verification, indent=1) + "\n")
+        write_card(
+            staging,
+            manifest,
+            llama_only=llama_only,
+            adapter=adapter,
+            files=files,
+            results=_last_results(folder, manifest.step),
+            verification=verification,
+        )
+        store.sync_tree(staging)
+        if out.exists():
+            shutil.rmtree(out)
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    print(f"{out} is written: {len(files)} file(s) of weights{', adapters ' + adapter if adapter else ''}")
+
+
+def _write(
+    arguments: argparse.Namespace,
+    staging: Path,
+    folder: Path,
+    manifest: Manifest,
+    config: AnyMALConfig,
+    llama_only: bool,
+) -> tuple[str, dict[str, str]]:
+    """Everything but the card.
+
+    Returns:
+        What became of the adapters ("" without), and the files of weights with their hashes.
+    """
+    separate = arguments.adapter == "separate"
+    weights = ExportedWeights(folder, manifest, config, llama_only=llama_only, merge=not separate)
+    for part, count in weights.left_out.items():
+        print(f"left out: {part}, {count} tensor(s)")
+    if llama_only:
+        write_llama_files(staging, config, weights.llama.hf, weights.entries)
+    else:
+        write_model_files(staging, config, weights.llama.hf, weights.entries)
+    files = write_shards(staging, weights.entries, iter(weights), int(arguments.max_shard_gib * _GIB))
+    if not weights.adapters.pairs:
+        return "", files
+    if separate:
+        prefix = "" if llama_only else LLAMA
+        weights.adapters.write(staging / "adapter", prefix, weights.entry, weights.read)
+    return arguments.adapter, files
+
+
+def _last_results(folder: Path, step: int) -> dict[str, float]:
+    """The last validation at or before a step, from the metrics of the checkpoint's run."""
+    metrics = folder.parent.parent / "metrics.jsonl"
+    if not metrics.is_file():
+        return {}
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    validations = [row for row in rows if "val_loss" in row and row["step"] <= step]
+    return {name: value for name, value in validations[-1].items() if name.startswith("val_")} if validations else {}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What export_hf consists of."""

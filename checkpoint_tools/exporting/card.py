@@ -1,0 +1,169 @@
+"""The model card of an export: what it is, how to use it, what it was trained on, and what shows that it is right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.checkpoint.store import Manifest
+
+_JOBS = {"pretrain": "alignment pre-training", "sft": "supervised fine-tuning", "dpo": "conservative DPO"}
+_USE = """\
+```python
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+inputs = processor(text=" question: what is this? answer:", media=["FILE"])
+print(processor.answers(model.generate(**inputs), inputs)[0])
+```
+"""
+_USE_CHAT = """\
+```python
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+content = [{"type": "KIND", "path": "FILE"}, {"type": "text", "text": "what is this?"}]
+inputs = processor.apply_chat_template([{"role": "user", "content": content}])
+print(processor.answers(model.generate(**inputs), inputs)[0])
+```
+"""
+_USE_LLAMA = """\
+```python
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"))[0]))
+```
+"""
+# What decides what was learned, whatever the layout.
+_SHOWN = (
+    "trainer.max_steps",
+    "trainer.precision",
+    "model.global_batch_size",
+    "model.seed",
+    "model.loss_normalization",
+    "model.optim.lr",
+    "model.optim.betas",
+    "model.optim.weight_decay",
+    "model.optim.sched",
+    "model.lora",
+    "model.neftune",
+    "data.seq_length",
+)
+
+
+def write_card(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    llama_only: bool,
+    adapter: str,
+    files: Mapping[str, str],
+    results: Mapping[str, float],
+    verification: Mapping[str, Any] | None,
+) -> None:
+    """Write FOLDER/README.md.
+
+    Args:
+        adapter: "merged", "separate", or "" without adapters.
+        files: weight file -> SHA-256.
+        results: the run's last validation, by metric.
+        verification: what checkpoint_tools.verify found; None where it was told not to run.
+    """
+    config = manifest.config
+    title = (
+        "A Llama" if llama_only else f"AnyMAL: a Llama that takes {', '.join(sorted(config['model']['modalities']))}"
+    )
+    sections = [
+        _front_matter(llama_only),
+        f"# {title}\n\nStep {manifest.step} of {_JOBS[config['job']]} with megatron_anymal, "
+        f"{manifest.consumed_samples:,} samples.{_of_adapter(adapter)}",
+        "## Use\n\n" + _use(config, llama_only).rstrip(),
+        "" if llama_only else _modalities(config["model"]["modalities"]),
+        _data(config["data"]),
+        _configuration(config),
+        _results(results),
+        _verified(verification),
+        _hashes(manifest, files),
+    ]
+    (folder / "README.md").write_text("\n\n".join(s for s in sections if s) + "\n", encoding="utf-8")
+
+
+def _front_matter(llama_only: bool) -> str:
+    task = "text-generation" if llama_only else "any-to-any"
+    return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [llama, anymal, megatron-core]\n---"
+
+
+def _use(config: Mapping[str, Any], llama_only: bool) -> str:
+    if llama_only:
+        return _USE_LLAMA
+    kind = next(section["kind"] or name for name, section in config["model"]["modalities"].items())
+    return _USE if config["job"] == "pretrain" else _USE_CHAT.replace("KIND", kind)
+
+
+def _of_adapter(adapter: str) -> str:
+    if adapter == "merged":
+        return " Its LoRA adapters are merged into the weights."
+    if adapter == "separate":
+        return " Its LoRA adapters lie in `adapter/`: `PeftModel.from_pretrained(model, FOLDER + '/adapter')`."
+    return ""
+
+
+def _modalities(modalities: Mapping[str, Any]) -> str:
+    rows = [
+        f"| {name} | {section['encoder']['type']} | {section['projector']['type']}, "
+        f"{section['projector']['num_layers']} layer(s) | {section['projector']['num_tokens']} |"
+        for name, section in modalities.items()
+    ]
+    head = "| modality | encoder | projector | soft tokens a piece |\n|---|---|---|---|"
+    return "## Modalities\n\n" + "\n".join([head, *rows])
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    if not data["train"]:
+        return ""
+    total = sum(dataset["weight"] for dataset in data["train"].values())
+    rows = [f"| {name} | {dataset['weight'] / total:.1%} |" for name, dataset in data["train"].items()]
+    return "## Data mix\n\n" + "\n".join(["| data set | share of samples |\n|---|---|", *rows])
+
+
+def _configuration(config: Mapping[str, Any]) -> str:
+    rows = []
+    for key in _SHOWN:
+        value: Any = config
+        for part in key.split("."):
+            value = value[part]
+        rows.append(f"| `{key}` | `{json.dumps(value)}` |")
+    return "## Configuration\n\n" + "\n".join(["| key | value |\n|---|---|", *rows])
+
+
+def _results(results: Mapping[str, float]) -> str:
+    rows = [f"| {name} | {value:.4f} |" for name, value in results.items()]
+    return (
+        "## Results\n\nThe run's last validation.\n\n" + "\n".join(["| metric | value |\n|---|---|", *rows])
+        if rows
+        else ""
+    )
+
+
+def _verified(verification: Mapping[str, Any] | None) -> str:
+    if verification is None:
+        return "## Verification\n\nNot run."
+    rows: Sequence[str] = [
+        f"| {row['samples']} | {row['count']} | {row['tokens']} | {row['max_difference']:.1e} | "
+        f"{row['largest_logit']:.2f} | {row['same_choice']:.1%} |"
+        for row in verification["rows"]
+    ]
+    head = (
+        "| samples | number | tokens | largest difference | largest logit | same likeliest token |\n" + "|---" * 6 + "|"
+    )
+    return (
+        "## Verification\n\nLogits of the trainer's own model beside those of this folder's, loaded by transformers "
+        f"{verification['transformers']} without the trainer, in {verification['dtype']}. Token ids and encoder inputs "
+        "are the same.\n\n" + "\n".join([head, *rows])
+    )
+
+
+def _hashes(manifest: Manifest, files: Mapping[str, str]) -> str:
+    rows = [f"| `{name}` | `{digest}` |" for name, digest in files.items()]
+    base = f"The frozen Llama's weights: `{manifest.base_hash}`.\n\n" if manifest.base_hash else ""
+    return f"## Hashes\n\n{base}" + "\n".join(["| file | SHA-256 |\n|---|---|", *rows])

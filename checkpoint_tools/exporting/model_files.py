@@ -1,0 +1,129 @@
+"""What an export holds beside its weights: configuration, code, processor, tokenizer and generation settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LlamaConfig
+
+from checkpoint_tools.exporting.chat_template import chat_template
+from checkpoint_tools.exporting.weights import Entries
+from megatron_anymal.config import AnyMALConfig as RunConfig
+from megatron_anymal.data.messages import CHAT_TOKENS, END_TURN
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.hf.bundle import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig
+from megatron_anymal.hf.sections import export_sections
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+# transformers reads it in front of what tokenizer_config.json says.
+_TEMPLATE_FILE = "chat_template.jinja"
+
+
+def write_model_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
+    """Everything but weights and card of an AnyMALForConditionalGeneration.
+
+    Raises:
+        ConfigError, DataError: the tokenizer or an encoder's folder is missing or is not what the run had.
+    """
+    tokenizer = Tokenizer(config.data.tokenizer)
+    sections = export_sections(config.model.modalities, tokenizer)
+    ends = _ends(tokenizer)
+    exported = AnyMALConfig(text_config=hf.to_dict(), modalities=sections, **_tokens(tokenizer, ends))
+    exported.auto_map, exported.architectures = dict(CONFIG_AUTO_MAP), [ARCHITECTURE]
+    exported.dtype = _main_type(entries)
+    plugins = [Path(path) for path in config.model.plugins]
+    if plugins:
+        exported.plugins = [path.name for path in plugins]
+    exported.save_pretrained(folder)
+    write_code(folder, plugins)
+    processor = {"processor_class": "AnyMALProcessor", "auto_map": dict(PROCESSOR_AUTO_MAP), "modalities": sections}
+    _write_json(folder / "processor_config.json", processor)
+    placeholders = {section["kind"]: section["placeholder"] for section in sections.values()}
+    _copy_tokenizer(folder, config.data.tokenizer, tokenizer, placeholders)
+    hidden = sorted(section["placeholder_id"] for section in sections.values())
+    _write_generation_config(folder, tokenizer, ends, hidden)
+
+
+def write_llama_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
+    """Everything but weights and card of a LlamaForCausalLM; without a tokenizer where the run's is not there.
+
+    Raises:
+        DataError: the tokenizer cannot be loaded.
+    """
+    # As it is written for transformers 4 and 5 alike.
+    exported: dict[str, Any] = AnyMALConfig(text_config=hf.to_dict()).to_dict()["text_config"]
+    exported |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": _main_type(entries)}
+    _write_json(folder / "config.json", exported)
+    if not (Path(config.data.tokenizer) / "tokenizer_config.json").is_file() or not config.data.tokenizer:
+        print("left out: the tokenizer, which the checkpoint names none of")
+        GenerationConfig(bos_token_id=hf.bos_token_id, eos_token_id=hf.eos_token_id).save_pretrained(folder)
+        return
+    tokenizer = Tokenizer(config.data.tokenizer)
+    _copy_tokenizer(folder, config.data.tokenizer, tokenizer, {})
+    _write_generation_config(folder, tokenizer, _ends(tokenizer), [])
+
+
+def _copy_tokenizer(folder: Path, source: str, tokenizer: Tokenizer, placeholders: dict[str, str]) -> None:
+    """The tokenizer's own files, and where it has the tokens the chat format that training used."""
+    for name in _TOKENIZER_FILES:
+        if (Path(source) / name).is_file():
+            shutil.copyfile(Path(source) / name, folder / name)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    _write_json(folder / "tokenizer_config.json", _of_both_versions(settings))
+    if set(CHAT_TOKENS) <= tokenizer.hf.get_vocab().keys():
+        (folder / _TEMPLATE_FILE).write_text(chat_template(placeholders), encoding="utf-8")
+
+
+def _of_both_versions(settings: dict[str, Any]) -> dict[str, Any]:
+    """A tokenizer's settings with transformers 4's names for what transformers 5 reads under these names too."""
+    settings = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    return settings
+
+
+def _write_generation_config(folder: Path, tokenizer: Tokenizer, ends: list[int], hidden: Iterable[int]) -> None:
+    """Greedy; a placeholder stands for a medium, so the model never answers one."""
+    GenerationConfig(
+        **_tokens(tokenizer, ends), max_new_tokens=64, do_sample=False, suppress_tokens=list(hidden) or None
+    ).save_pretrained(folder)
+
+
+def _ends(tokenizer: Tokenizer) -> list[int]:
+    return sorted({tokenizer.end, tokenizer.hf.get_vocab().get(END_TURN, tokenizer.end)})
+
+
+def _tokens(tokenizer: Tokenizer, ends: list[int]) -> dict[str, Any]:
+    pad = tokenizer.hf.pad_token_id
+    return {
+        "bos_token_id": tokenizer.begin,
+        "eos_token_id": ends,
+        "pad_token_id": tokenizer.end if pad is None else pad,
+    }
+
+
+def _main_type(entries: Entries) -> str:
+    """The type of most tensors."""
+    [(dtype, _)] = Counter(dtype for dtype, _ in entries.values() if dtype.is_floating_point).most_common(1)
+    return str(dtype).removeprefix(f"{torch.__name__}.")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

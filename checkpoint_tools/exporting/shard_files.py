@@ -1,0 +1,83 @@
+"""Weights as HuggingFace's sharded safetensors with their index, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_anymal.telemetry import Progress
+from megatron_anymal.tensor_files import INDEX, SINGLE, SafetensorsWriter
+
+_MB = 1_000_000
+
+Entries = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def write_shards(
+    folder: Path,
+    entries: Entries,
+    tensors: Iterable[tuple[str, Tensor]],
+    max_bytes: int,
+) -> dict[str, str]:
+    """Write model.safetensors, or model-00001-of-N.safetensors and their index where that would be too large.
+
+    Args:
+        entries: name -> type and shape of every tensor, in their order.
+        tensors: the same names with their values.
+        max_bytes: of one file; a larger tensor has one of its own.
+
+    Returns:
+        File name -> SHA-256.
+
+    Raises:
+        OSError: the disk is full.
+        TensorFileError: the tensors are not those of `entries`.
+    """
+    shards = _cut(entries, max_bytes)
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
+    digests = {}
+    source = iter(tensors)
+    total, moved = sum(_size(entry) for entry in entries.values()), 0
+    progress = Progress("exporting", total // _MB, "MB")
+    for name, shard in zip(names, shards):
+        with SafetensorsWriter(folder / name, shard, {"format": "pt"}) as writer:
+            for _ in shard:
+                tensor_name, tensor = next(source)
+                writer.append(tensor_name, tensor)
+                moved += tensor.nbytes
+                progress.advance(moved // _MB - (moved - tensor.nbytes) // _MB)
+        digests[name] = writer.digest
+    # The source may still have something to say at its end.
+    assert next(source, None) is None
+    progress.finish()
+    if len(shards) > 1:
+        places = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    return digests
+
+
+def _cut(entries: Entries, max_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+    shards: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, entry in entries.items():
+        if shards[-1] and filled + _size(entry) > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = entry
+        filled += _size(entry)
+    return shards
+
+
+def _size(entry: tuple[torch.dtype, tuple[int, ...]]) -> int:
+    dtype, shape = entry
+    return math.prod(shape) * dtype.itemsize
+
+
+def _shard_name(number: int, count: int) -> str:
+    return f"model-{number:05d}-of-{count:05d}.safetensors"

@@ -1,0 +1,83 @@
+"""Logits of the trainer's own model, in fp32 on the weights as the run had them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoint_tools.verifying.samples import Sample
+from megatron_anymal.checkpoint.base import load_base, resolve_language_model
+from megatron_anymal.checkpoint.state import load_media_parts
+from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.config import AnyMALConfig, LanguageModelConfig
+from megatron_anymal.data.asking import PromptReader
+from megatron_anymal.data.types import MediaBatch, MicroBatch
+from megatron_anymal.modalities import Modality
+from megatron_anymal.model.build import build_models
+from megatron_anymal.parallel import initialize
+from megatron_anymal.train.build import build_inputs
+from megatron_anymal.train.step import to_device
+
+
+class NativeModel:
+    """A checkpoint's model in one process."""
+
+    def __init__(self, folder: Path, config: AnyMALConfig, *, llama_only: bool) -> None:
+        """Build it.
+
+        Args:
+            folder: the checkpoint.
+            config: its run's.
+            llama_only: leave encoders and projectors out.
+        """
+        config = _on_one_process(config)
+        if not config.model.language_model.freeze:
+            config.model.language_model = LanguageModelConfig(checkpoint=str(folder), freeze=False)
+        if llama_only:
+            config.model.modalities = {}
+        self._layout = initialize(config)
+        config, hf = resolve_language_model(config)
+        modalities: dict[str, Modality] = {}
+        if not llama_only:
+            tokenizer, modalities = build_inputs(config)
+            self._reader = PromptReader(tokenizer, config.model.modalities, modalities)
+            self._placeholders = {
+                name: tokenizer.placeholder(section.placeholder, name)
+                for name, section in config.model.modalities.items()
+            }
+        base = config.model.language_model.checkpoint
+        [model] = build_models(config, hf, self._layout, modalities, lambda models: load_base(base, models))
+        if any(not name.startswith("language_model.") or ".lora." in name for name in StreamReader(folder).tensors):
+            load_media_parts([model], folder)
+        # Encoders and base were rounded to the run's type above; what follows is exact enough to compare.
+        self._model = model.float().eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def run(self, sample: Sample) -> dict[str, Any]:
+        """`tokens` [T], `media` (modality -> pieces) and `logits` [T, V] of a sample."""
+        media: dict[str, Any] = {}
+        tokens = sample.tokens
+        if sample.prompt is not None:
+            read = self._reader.read(sample.prompt.parts, sample.prompt.media)
+            tokens = read.tokens
+            for name in dict.fromkeys(name for name, _ in read.pieces):
+                media[name] = torch.cat([pieces for other, pieces in read.pieces if other == name])
+        ids = torch.tensor(tokens)
+        places = {name: (ids == self._placeholders[name]).nonzero().flatten() for name in media}
+        batches = {name: MediaBatch(pieces, ((len(pieces),),), places[name]) for name, pieces in media.items()}
+        micro_batch = to_device(MicroBatch.unlabelled([tokens], batches), self._layout.device)
+        logits = self._model(micro_batch)[0, :, : self._model.vocab_size]
+        return {"tokens": ids, "media": media, "logits": logits.float().cpu()}
+
+
+def _on_one_process(config: AnyMALConfig) -> AnyMALConfig:
+    config = copy.deepcopy(config)
+    config.trainer.num_nodes = config.trainer.devices = 1
+    model = config.model
+    model.tensor_model_parallel_size = model.pipeline_model_parallel_size = model.context_parallel_size = 1
+    model.virtual_pipeline_model_parallel_size, model.sequence_parallel = 1, False
+    model.num_layers_in_first_pipeline_stage = model.num_layers_in_last_pipeline_stage = 0
+    return config

@@ -1,0 +1,122 @@
+"""What an export is verified on: real samples of every modality, and one prompt with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig
+
+from megatron_anymal.checkpoint.base import resolve_language_model
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.shards import ShardIndex
+from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+from megatron_anymal.generation.prompts import MediaFile, Prompt
+
+TOGETHER = "all together"
+RANDOM = "random tokens"
+_RANDOM_LENGTHS = (1, 7, 33, 128)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt with its media, or for a Llama alone token ids."""
+
+    # Modality, "text", TOGETHER or RANDOM.
+    group: str
+    key: str
+    prompt: Prompt | None = None
+    tokens: list[int] = field(default_factory=list)
+
+    def to_json(self, folder: Path) -> dict[str, Any]:
+        """As `anymal generate --prompts` takes it; media are written into `folder`, a new one."""
+        if self.prompt is None:
+            return {"tokens": self.tokens}
+        folder.mkdir()
+        files = iter(self.prompt.media)
+        parts: list[dict[str, Any]] = []
+        for number, part in enumerate(self.prompt.parts):
+            if isinstance(part, TextPart):
+                parts.append({"text": part.text})
+                continue
+            file = next(files)
+            path = folder / f"{number}.{file.extension}"
+            path.write_bytes(file.data)
+            parts.append({"media": str(path), "modality": part.modality, **part.attributes})
+        return {"parts": parts}
+
+
+def choose_samples(config: AnyMALConfig, data: Sequence[str], count: int, llama_only: bool) -> list[Sample]:
+    """`count` samples of every modality from prepared folders, one with all modalities, and of a Llama random tokens.
+
+    Args:
+        data: the folders; empty takes the run's validation sets and training sets.
+
+    Raises:
+        DataError: a modality has no sample there, or there is no folder.
+    """
+    if llama_only:
+        return _random_tokens(resolve_language_model(config)[1])
+    if count < 1:
+        raise DataError(f"--samples={count} must be at least 1.")
+    sets = [*config.data.validation.values(), *config.data.train.values()]
+    folders = list(data) or list(dict.fromkeys(dataset.path for dataset in sets))
+    kinds = [section.kind or name for name, section in config.model.modalities.items()]
+    found: dict[str, list[Sample]] = {kind: [] for kind in [*kinds, "text"]}
+    for folder in folders:
+        _collect(folder, found, count)
+        if all(len(found[kind]) >= count for kind in kinds):
+            break
+    for kind in kinds:
+        if not found[kind]:
+            raise DataError(
+                f"There is no sample with the modality {kind!r} to verify the export on, in: {', '.join(folders)}. "
+                "Name a prepared folder with --data, or give --no-verify."
+            )
+    chosen = [sample for samples in found.values() for sample in samples]
+    if len(kinds) > 1:
+        chosen.append(_together([found[kind][0] for kind in kinds]))
+    return chosen
+
+
+def _collect(folder: str, found: dict[str, list[Sample]], count: int) -> None:
+    try:
+        index = ShardIndex(folder)
+    except DataError as error:
+        raise DataError(f"{error} It is wanted to verify the export: name another folder with --data.") from None
+    for number in range(len(index)):
+        parts: list[Part] = list(index.sample(number).documents[0])
+        kinds = {part.modality for part in parts if isinstance(part, MediaPart)} or {"text"}
+        # Of a sample with several modalities the rarest counts.
+        kind = min(kinds, key=lambda one: len(found.get(one, ())))
+        if kind not in found or len(found[kind]) >= count or any(map(_is_quoting, parts)):
+            if all(len(samples) >= count for samples in found.values()):
+                return
+            continue
+        media = index.read_media(number, parts, range(sum(isinstance(part, MediaPart) for part in parts)))
+        prompt = Prompt(parts, [MediaFile(item.data, item.extension) for item in media])
+        found[kind].append(Sample(kind, index.key(number), prompt))
+
+
+def _is_quoting(part: Part) -> bool:
+    """Whether a text holds a special token as plain text, which a prompt's parts cannot say."""
+    return isinstance(part, TextPart) and part.literal and "<|" in part.text
+
+
+def _together(samples: Sequence[Sample]) -> Sample:
+    prompts = [sample.prompt for sample in samples if sample.prompt is not None]
+    parts = [part for prompt in prompts for part in prompt.parts]
+    media = [file for prompt in prompts for file in prompt.media]
+    return Sample(TOGETHER, "+".join(sample.key for sample in samples), Prompt(parts, media))
+
+
+def _random_tokens(hf: LlamaConfig) -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = [min(length, hf.max_position_embeddings) for length in _RANDOM_LENGTHS]
+    return [
+        Sample(RANDOM, str(length), tokens=torch.randint(hf.vocab_size, (length,), generator=generator).tolist())
+        for length in lengths
+    ]

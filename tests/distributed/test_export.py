@@ -1,0 +1,201 @@
+"""Exports: loaded by transformers alone they compute what the trainer's model does, and nothing wrong is let out."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import train
+from peft import PeftModel
+from ranks import run_ranks
+from safetensors.torch import load_file, save_file
+from tiny import LLAMA, make_config, make_conversations
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from checkpoint_tools import export_hf, verify
+from megatron_anymal.checkpoint import store
+from megatron_anymal.config import AnyMALConfig, LoraConfig
+from megatron_anymal.data.messages import open_prompt, parse_messages
+from megatron_anymal.data.tokenize import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama's HuggingFace folder, in several files."""
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder, max_shard_size="40KB")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, base: Path) -> AnyMALConfig:
+    """An SFT run over two tensor-parallel ranks: adapters, three projectors and an encoder learn."""
+    folder = tmp_path_factory.mktemp("export")
+    make_conversations(folder / "data", tokenizer_folder, 24)
+    config = make_config(str(folder / "data"), tokenizer_folder, folder / "sft")
+    config.job, config.data.seq_length = "sft", 96
+    config.model.language_model.config, config.model.language_model.path = {}, str(base)
+    config.model.lora = LoraConfig(
+        r=4, alpha=8.0, targets=["q_proj", "v_proj", "o_proj", "layers.1.mlp.*", "down_proj"]
+    )
+    config.model.optim.lr, config.trainer.max_steps = 3e-2, 3
+    config.trainer.devices = config.model.tensor_model_parallel_size = 2
+    run_ranks(2, train, config)
+    return config
+
+
+def export(run: AnyMALConfig, out: Path, *further: str) -> int:
+    """In a process of its own: the trainer's model joins a job of one."""
+    arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--out", str(out), *further]
+    return run_ranks(1, export_hf.main, arguments)[0]
+
+
+@pytest.fixture(scope="module")
+def exported(run: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "model"
+    assert export(run, out, "--max-shard-gib", "0.00006") == 0
+    return out
+
+
+def test_the_export_is_verified_and_says_so(run: AnyMALConfig, exported: Path, capfd: pytest.CaptureFixture) -> None:
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    files = {name for name in index["weight_map"].values()}
+    assert len(files) > 1
+    assert sum(t.nbytes for f in files for t in load_file(exported / f).values()) == index["metadata"]["total_size"]
+    card = (exported / "README.md").read_text()
+    for said in ("supervised fine-tuning", "| image | 2 |", "| all together | 1 |", *files, "adapters are merged"):
+        assert said in card
+    arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(exported)]
+    assert run_ranks(1, verify.main, arguments) == [0]
+    assert "verified imu: 2 sample(s)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["language_model.model.layers.0.mlp.up_proj.weight", "projectors.imu.linears.0.bias"])
+def test_one_wrong_tensor_is_found(
+    run: AnyMALConfig, exported: Path, name: str, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(exported, wrong)
+    file = wrong / json.loads((wrong / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name] = tensors[name] + 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(wrong)]
+    assert run_ranks(1, verify.main, arguments) == [1]
+    assert "logits differ by up to" in capfd.readouterr().err
+
+
+def test_another_preparation_of_media_is_found(
+    run: AnyMALConfig, exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(exported, wrong)
+    section = json.loads((wrong / "processor_config.json").read_text())
+    section["modalities"]["image"]["options"] = {"image_mean": [0.5, 0.5, 0.5]}
+    (wrong / "processor_config.json").write_text(json.dumps(section))
+    arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(wrong)]
+    assert run_ranks(1, verify.main, arguments) == [1]
+    assert "prepares 'image' in another way" in capfd.readouterr().err
+
+
+def test_the_adapter_for_peft_equals_the_merged_weights(run: AnyMALConfig, tmp_path: Path) -> None:
+    assert export(run, tmp_path / "merged", "--llama-only") == 0
+    assert export(run, tmp_path / "apart", "--llama-only", "--adapter", "separate", "--no-verify") == 0
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    plain = LlamaForCausalLM.from_pretrained(tmp_path / "apart", dtype=torch.float32).eval()
+    tokens = torch.randint(32, (2, 20))
+    with torch.no_grad():
+        expected, before = merged(tokens).logits, plain(tokens).logits
+        adapted = PeftModel.from_pretrained(plain, str(tmp_path / "apart" / "adapter")).eval()
+        torch.testing.assert_close(adapted(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+    assert (before - expected).abs().max() > 0.05
+
+
+def test_the_base_without_adapters_keeps_its_bytes(run: AnyMALConfig, base: Path, tmp_path: Path) -> None:
+    assert export(run, tmp_path / "apart", "--llama-only", "--adapter", "separate", "--no-verify") == 0
+    source = {name: t for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
+    found = load_file(tmp_path / "apart" / "model.safetensors")
+    assert found.keys() == source.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in source.items())
+
+
+def test_the_chat_template_is_the_layout_of_training(run: AnyMALConfig, exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    content = [{"text": " what is"}, {"media": "x", "modality": "image"}, {"text": " this "}]
+    messages = [{"role": "system", "content": " a sound "}, {"role": "user", "content": content}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    own = Tokenizer(run.data.tokenizer)
+    placeholder = own.placeholder(run.model.modalities["image"].placeholder, "")
+    parts = open_prompt(parse_messages(messages, ""))
+    assert ids == own.document(parts, [1], {"image": placeholder}, closed=False).tokens
+    with pytest.raises(Exception, match="takes no smell"):
+        tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "smell"}]}])
+
+
+def test_an_export_never_replaces_without_being_told(run: AnyMALConfig, exported: Path, capfd: Any) -> None:
+    before = sorted(exported.iterdir())
+    assert export(run, exported) == 2
+    assert "--overwrite" in capfd.readouterr().err
+    assert sorted(exported.iterdir()) == before
+
+
+@pytest.fixture
+def another_base(run: AnyMALConfig, base: Path) -> Iterator[None]:
+    """The Llama's folder with one value changed, for a while."""
+    [file] = [f for f in base.glob("*.safetensors") if "model.norm.weight" in load_file(f)]
+    kept, tensors = file.read_bytes(), load_file(file)
+    tensors["model.norm.weight"][3] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    yield
+    file.write_bytes(kept)
+
+
+@pytest.mark.usefixtures("another_base")
+def test_another_base_than_the_runs_is_refused(run: AnyMALConfig, base: Path, tmp_path: Path, capfd: Any) -> None:
+    assert export(run, tmp_path / "out") == 2
+    assert f"The Llama in {str(base)!r} has other weights" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def full_disk(arguments: list[str]) -> int:
+    """Export where nothing more fits after the first tensors."""
+    from megatron_anymal import tensor_files
+
+    write, count = tensor_files.HashedFile.write, 0
+
+    def limited(self: Any, data: Any) -> int:
+        nonlocal count
+        count += 1
+        if count > 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    tensor_files.HashedFile.write = limited  # type: ignore[method-assign]
+    return export_hf.main(arguments)
+
+
+def test_a_full_disk_leaves_nothing(run: AnyMALConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--out", str(tmp_path / "out")]
+    assert run_ranks(1, full_disk, arguments) == [2]
+    assert "No space left on device" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_belong_nowhere_are_named(run: AnyMALConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    folder = store.resolve(run.exp_manager.explicit_log_dir)
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(folder, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    # A configuration without the modality whose projector the checkpoint holds.
+    del manifest["config"]["model"]["modalities"]["imu"]
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    (copy / "manifest.json").write_text(json.dumps({**body, "checksum": store._checksum(body)}))
+    assert run_ranks(1, export_hf.main, ["--checkpoint", str(copy), "--out", str(tmp_path / "out")]) == [2]
+    assert "encoders.imu" in capfd.readouterr().err and not (tmp_path / "out").exists()

@@ -1,0 +1,112 @@
+"""An export in an environment that has transformers and nothing of this project: both supported versions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import train
+from ranks import run_ranks
+from tiny import make_config, make_conversations
+
+from checkpoint_tools import export_hf
+from checkpoint_tools.verifying.samples import choose_samples
+from megatron_anymal.config import AnyMALConfig, LoraConfig
+from megatron_anymal.generation.native import NativeGenerator
+from megatron_anymal.generation.prompts import read_prompts
+from megatron_anymal.generation.sampling import Sampling
+
+LIBRARIES = ["transformers=={transformers}", "peft", "pillow", "soundfile", "av<19"]
+# Runs there: answers to all prompts, and the largest difference between adapters for peft and merged weights.
+SCRIPT = """
+import json, sys, torch, transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoProcessor
+try:
+    import megatron_anymal
+    sys.exit("the trainer is installed here")
+except ModuleNotFoundError:
+    pass
+merged, apart, prompts = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(merged, trust_remote_code=True, dtype=torch.float32).eval()
+processor = AutoProcessor.from_pretrained(merged, trust_remote_code=True)
+prompts = [json.loads(line) for line in open(prompts)]
+answers = []
+for prompt in prompts:
+    inputs = processor(prompt)
+    answers.append(processor.answers(model.generate(**inputs, max_new_tokens=8), inputs)[0])
+inputs = processor(prompts)
+together = processor.answers(model.generate(**inputs, max_new_tokens=8), inputs)
+adapted = AutoModelForCausalLM.from_pretrained(apart, trust_remote_code=True, dtype=torch.float32).eval()
+adapted = PeftModel.from_pretrained(adapted, apart + "/adapter").eval()
+inputs = processor(prompts[0])
+with torch.no_grad():
+    difference = (adapted(**inputs).logits - model(**inputs).logits).abs().max().item()
+print(json.dumps({
+    "version": transformers.__version__, "answers": answers, "together": together, "difference": difference,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> AnyMALConfig:
+    """An SFT run on four kinds of samples."""
+    folder = tmp_path_factory.mktemp("fresh")
+    make_conversations(folder / "data", tokenizer_folder, 24)
+    config = make_config(str(folder / "data"), tokenizer_folder, folder / "sft")
+    config.job, config.data.seq_length, config.trainer.max_steps = "sft", 96, 3
+    # More, and it answers nothing.
+    config.model.lora, config.model.optim.lr = LoraConfig(r=4, alpha=64.0), 1e-3
+    run_ranks(1, train, config)
+    return config
+
+
+def exported_and_asked(run: AnyMALConfig, folder: Path) -> list[str]:
+    """Two exports under `folder`, prompts beside them, and the trainer's own answers."""
+    source = run.exp_manager.explicit_log_dir
+    plain = ["--checkpoint", source, "--out", str(folder / "apart"), "--adapter", "separate", "--no-verify"]
+    assert export_hf.main(plain) == 0
+    assert export_hf.main(["--checkpoint", source, "--out", str(folder / "merged")]) == 0
+    prompts = [s.to_json(folder / f"media_{n}") for n, s in enumerate(choose_samples(run, [], 3, llama_only=False))]
+    # Without the last answer and the end of its turn.
+    lines = [json.dumps({"parts": prompt["parts"][:-2]}) for prompt in prompts]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    generator = NativeGenerator.of_run(source)
+    return generator.answer(read_prompts(str(folder / "prompts.jsonl")), Sampling(max_new_tokens=8))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("wanted", ["4.57.*", "5.*"])
+def test_an_export_answers_as_the_trainer_does(run: AnyMALConfig, wanted: str, tmp_path: Path) -> None:
+    python = environment(tmp_path / "venv", wanted)
+    [expected] = run_ranks(1, exported_and_asked, run, tmp_path, timeout=300)
+    arguments = [tmp_path / "merged", tmp_path / "apart", tmp_path / "prompts.jsonl"]
+    done = subprocess.run(
+        [python, "-I", "-c", SCRIPT, *map(str, arguments)], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert found["version"].startswith(wanted.rstrip("*"))
+    assert found["answers"] == found["together"] == [answer.strip() for answer in expected]
+    assert len(set(found["answers"])) > 3
+    assert found["difference"] < 1e-5
+
+
+def environment(folder: Path, transformers: str) -> str:
+    """The Python of a new environment with torch, transformers and what reads media."""
+    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    python = str(folder / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet"]
+    for packages in ([f"torch=={version('torch').partition('+')[0]}"], LIBRARIES):
+        done = subprocess.run(
+            [*install, *(p.format(transformers=transformers) for p in packages)], capture_output=True, text=True
+        )
+        if done.returncode:
+            pytest.skip(f"pip cannot install {packages} here: {done.stderr.strip().splitlines()[-1]}")
+    return python
