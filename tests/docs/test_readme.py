@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 from tiny import png
 
+from megatron_anymal.resilience.exit_codes import Exit
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line.strip()
 ]
 # Jobs for more processes than a test has: composed, checked and printed instead of run.
-CLUSTER = ("--nproc-per-node=8", "srun ")
+CLUSTER = ("--nproc-per-node=8",)
 
 
 def test_make_targets_exist() -> None:
@@ -75,6 +77,10 @@ def test_commands_run(quickstart_folder: Path, tmp_path: Path) -> None:
     for command in COMMANDS:
         if command.startswith("make ") or "pip install" in command or "-m venv" in command:
             continue
+        if command.startswith("sbatch "):
+            # tests/slurm runs the scripts.
+            subprocess.run(["bash", "-n", ROOT / command.split()[1]], check=True)
+            continue
         if any(mark in command for mark in CLUSTER):
             configuration = command[command.index(" pretrain ") :]
             command = f"anymal{configuration} --print-config"
@@ -82,6 +88,11 @@ def test_commands_run(quickstart_folder: Path, tmp_path: Path) -> None:
         assert anymal(command, tmp_path), command
         ran += 1
     assert ran >= 9
+
+
+def test_exit_codes_are_those_of_the_code() -> None:
+    rows = re.findall(r"^\| (\d+) \| (.*?) \| (yes)?", README, re.MULTILINE)
+    assert rows == [(str(int(code)), code.meaning, "yes" if code.restarts else "") for code in Exit]
 
 
 def test_tree_names_what_is_there() -> None:
