@@ -55,5 +55,5 @@ if __name__ == "__main__":
         package_data={"megatron_anymal.nemo_configs": ["*.yaml"]},
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,
-        entry_points={"console_scripts": ["anymal = megatron_anymal.__main__:main"]},
+        entry_points={"console_scripts": ["anymal = megatron_anymal.__main__:command"]},
     )

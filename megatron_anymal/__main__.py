@@ -6,33 +6,34 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from megatron_anymal import __version__
 from megatron_anymal.quiet import quiet_libraries
+from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
+from megatron_anymal.resilience.last_words import leave
 
 # Verb -> module and its function that takes the arguments, does the work and returns the exit code; a line of help.
 VERBS = {
     "pretrain": ("nemo.entry:pretrain", "align modalities to a Llama: --config-name=NAME [key=value ...]"),
     "sft": ("nemo.entry:sft", "instruction tuning: --config-name=NAME [key=value ...]"),
     "dpo": ("nemo.entry:dpo", "learning from preferences: --config-name=NAME [key=value ...]"),
-    "generate": ("generate:main", "answer prompts with media, from a checkpoint"),
-    "evaluate": ("evaluate:main", "score a checkpoint on prepared data"),
+    "launch": (
+        "resilience.launch:main",
+        "several processes of these, watched and started again: launch VERB ...",
+    ),
+    "generate": ("generate:main", "answer prompts with media, from a checkpoint or an export"),
+    "evaluate": ("evaluate:main", "score a checkpoint or an export on prepared data"),
     "prepare": ("data.prepare:main", "make shards and their index"),
     "inspect": ("data.inspect:main", "check shards; show samples as the model sees them"),
     "doctor": ("doctor:main", "what is installed, what is missing, what mends it"),
 }
-# Mistakes of the user: reported in one line, without a traceback.
-USER_ERRORS = (
-    ("megatron_anymal.config", "ConfigError"),
-    ("megatron_anymal.data.types", "DataError"),
-    ("megatron_anymal.modalities.base", "MediaError"),
-    ("megatron_anymal.checkpoint.store", "CheckpointError"),
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the process's exit code (2: a mistake of the user)."""
+    """Run one verb; return the process's exit code (resilience/exit_codes.py)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -50,22 +51,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, _, function = VERBS[verb][0].partition(":")
         return getattr(importlib.import_module(f"megatron_anymal.{module}"), function)(rest)
     except ValueError as error:
-        if not _is_users(error):
+        if not is_users(error):
             raise
-        return _fail(str(error))
+        return _fail(str(error), code_of(error))
 
 
-def _is_users(error: ValueError) -> bool:
-    # A module not loaded cannot have raised: nothing is imported to find out.
-    classes = [getattr(sys.modules.get(module), name, None) for module, name in USER_ERRORS]
-    return isinstance(error, tuple(c for c in classes if c is not None))
+def command() -> NoReturn:
+    """The process of one verb: `main`, and an end with its exit code that waits for nothing where it failed."""
+    try:
+        code = main()
+    except SystemExit:
+        # argparse has told what is wrong, or the help.
+        raise
+    except BaseException as error:
+        traceback.print_exc()
+        # As a shell reports a death by Ctrl-C.
+        code = 130 if isinstance(error, KeyboardInterrupt) else code_of(error)
+    if code:
+        leave(code)
+    sys.exit(0)
 
 
-def _fail(message: str) -> int:
+def _fail(message: str, code: int = Exit.MISTAKE) -> int:
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     where = f" (rank {os.environ.get('RANK', '?')})" if several else ""
     print(f"error{where}: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    return 2
+    return int(code)
 
 
 def _usage() -> str:
@@ -75,4 +86,4 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

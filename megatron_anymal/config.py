@@ -43,8 +43,20 @@ class CheckpointConfig:
 
     # Steps between checkpoints; 0 writes one only after the last step.
     every_n_train_steps: int = 500
+    # Write and commit while training goes on: a step waits only for the copy to host memory, which must be free. A
+    # newer checkpoint waits for the one under way, and so does the run's end.
+    async_save: bool = True
     # Newest checkpoints kept; older ones go after a newer one is committed. 0 keeps all.
     keep_last: int = 3
+    # Kept besides: those whose step divides by this; 0: none.
+    keep_every_n_steps: int = 0
+    # Kept besides: so many of the best, by what the validation of the same step measured; 0: none.
+    keep_best: int = 0
+    # val_loss, val_loss/NAME of a modality or text, or for the job dpo another of its validation's, such as
+    # val_rewards/accuracy.
+    keep_best_metric: str = "val_loss"
+    # min or max: which of them is best.
+    keep_best_mode: str = "min"
 
 
 @dataclass
@@ -65,6 +77,8 @@ class ExpManagerConfig:
     resume_if_exists: bool = True
     # Start afresh when there is none; false makes that an error.
     resume_ignore_no_checkpoint: bool = True
+    # A job on another machine that holds the run's folder counts as gone after so long without a sign of life.
+    lock_timeout_seconds: float = 120.0
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
 
@@ -287,6 +301,26 @@ class DataConfig:
 
 
 @dataclass
+class ResilienceConfig:
+    """What a run does about hangs, signals and numbers that are none, and what it may find changed at a resume."""
+
+    # Seconds without progress in a step, its data or a validation until the launcher ends all processes; 0: never.
+    hang_timeout: float = 600.0
+    # The same from the start to the end of the first step.
+    startup_timeout: float = 1800.0
+    # The same while a checkpoint is waited for.
+    checkpoint_timeout: float = 1800.0
+    # Steps in a row without a finite gradient (they change no weight) after which the run stops.
+    max_skipped_steps: int = 3
+    # A rank whose own compute time is above this multiple of the median of its pipeline stage is named.
+    straggler_ratio: float = 2.0
+    # Rehearsals, such as "kill:rank=1,step=7"; see resilience/faults.py.
+    faults: list[str] = field(default_factory=list)
+    # What may differ from the checkpoint that a run continues from: config, tokenizer, base, data.
+    allow_changes: list[str] = field(default_factory=list)
+
+
+@dataclass
 class AnyMALConfig:
     """A whole run."""
 
@@ -296,6 +330,7 @@ class AnyMALConfig:
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain dicts and lists."""

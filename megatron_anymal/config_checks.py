@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any, Optional
 
-from megatron_anymal.config import AnyMALConfig, ConfigError, DpoConfig
+from megatron_anymal.config import AnyMALConfig, CheckpointConfig, ConfigError, DpoConfig
 
 # The order is laid out in blocks with two places for the rarest data set: smaller shares would make them huge.
 SMALLEST_SHARE = 1e-5
 
+# What resilience.allow_changes may name.
+CHANGES = ("config", "tokenizer", "base", "data")
+
 CHOICES = {
     "job": ("pretrain", "sft", "dpo"),
     "trainer.precision": ("32", "bf16"),
+    "exp_manager.checkpoint.keep_best_mode": ("min", "max"),
     "model.recompute_granularity": ("", "full", "selective"),
     "model.recompute_method": ("uniform", "block"),
     "model.transformer_impl": ("auto", "local", "transformer_engine"),
@@ -36,6 +40,9 @@ AT_LEAST = {
     "trainer.gradient_clip_val": 0,
     "exp_manager.checkpoint.every_n_train_steps": 0,
     "exp_manager.checkpoint.keep_last": 0,
+    "exp_manager.checkpoint.keep_every_n_steps": 0,
+    "exp_manager.checkpoint.keep_best": 0,
+    "exp_manager.lock_timeout_seconds": 1,
     "model.tensor_model_parallel_size": 1,
     "model.pipeline_model_parallel_size": 1,
     "model.virtual_pipeline_model_parallel_size": 1,
@@ -58,6 +65,11 @@ AT_LEAST = {
     "data.max_bad_share": 0,
     "data.num_workers": 0,
     "data.prefetch_steps": 1,
+    "resilience.hang_timeout": 0,
+    "resilience.startup_timeout": 1,
+    "resilience.checkpoint_timeout": 1,
+    "resilience.max_skipped_steps": 1,
+    "resilience.straggler_ratio": 1,
 }
 
 
@@ -76,9 +88,11 @@ def check(config: AnyMALConfig) -> None:
         ConfigError: naming the key and the mend.
     """
     _check_values(config)
+    _check_checkpoints(config)
     _check_layout(config)
     _check_model(config)
     _check_data(config)
+    _check_resilience(config)
 
 
 def _check_values(config: AnyMALConfig) -> None:
@@ -92,6 +106,42 @@ def _check_values(config: AnyMALConfig) -> None:
     if len(config.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={config.model.optim.betas} must hold two numbers.")
     max_time_seconds(config)
+
+
+def _check_checkpoints(config: AnyMALConfig) -> None:
+    rules, where = config.exp_manager.checkpoint, "exp_manager.checkpoint"
+    every, kept = rules.every_n_train_steps, rules.keep_every_n_steps
+    for name in ("keep_every_n_steps", "keep_best"):
+        if getattr(rules, name) and not rules.keep_last:
+            raise ConfigError(f"{where}.{name} has no effect: {where}.keep_last=0 keeps all. Change one of them.")
+    if kept and (not every or kept % every):
+        raise ConfigError(
+            f"{where}.keep_every_n_steps={kept} must be a multiple of {where}.every_n_train_steps={every}, or most of "
+            "the steps it names have no checkpoint."
+        )
+    if rules.keep_best:
+        _check_best(config, rules)
+    elif (rules.keep_best_metric, rules.keep_best_mode) != (CheckpointConfig().keep_best_metric, "min"):
+        raise ConfigError(f"{where}.keep_best_metric and keep_best_mode have no effect with keep_best=0. Remove them.")
+
+
+def _check_best(config: AnyMALConfig, rules: CheckpointConfig) -> None:
+    where, trainer = "exp_manager.checkpoint", config.trainer
+    if not config.data.validation or not trainer.limit_val_batches or not trainer.val_check_interval:
+        raise ConfigError(
+            f"{where}.keep_best={rules.keep_best} needs validations: data.validation, and trainer.limit_val_batches "
+            "and trainer.val_check_interval above 0. Set them, or keep_best to 0."
+        )
+    if not rules.every_n_train_steps or rules.every_n_train_steps % trainer.val_check_interval:
+        raise ConfigError(
+            f"{where}.keep_best={rules.keep_best} compares validations of the checkpoints' own steps: "
+            f"{where}.every_n_train_steps={rules.every_n_train_steps} must be a multiple of "
+            f"trainer.val_check_interval={trainer.val_check_interval}."
+        )
+    known = ["val_loss", *(f"val_loss/{name}" for name in ["text", *config.model.modalities])]
+    metric = rules.keep_best_metric
+    if metric not in known and not (config.job == "dpo" and metric.startswith("val_")):
+        raise ConfigError(f"{where}.keep_best_metric={metric!r} is not one of {', '.join(known)}.")
 
 
 def _check_layout(config: AnyMALConfig) -> None:
@@ -250,6 +300,17 @@ def _check_data(config: AnyMALConfig) -> None:
                 )
     if not config.data.tokenizer:
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
+
+
+def _check_resilience(config: AnyMALConfig) -> None:
+    for name in config.resilience.allow_changes:
+        if name not in CHANGES:
+            raise ConfigError(f"resilience.allow_changes: {name!r} is not one of {', '.join(CHANGES)}.")
+    if config.resilience.faults:
+        # Late: it lies behind this module, and few runs have any.
+        from megatron_anymal.resilience import faults
+
+        faults.check(config)
 
 
 def max_time_seconds(config: AnyMALConfig) -> Optional[float]:

@@ -22,6 +22,8 @@ _RECORDS = (
     # NeMo's telemetry service, which is not used.
     ("nv_one_logger.api.config", r"OneLogger: Setting error_handling_strategy"),
     ("nv_one_logger.training_telemetry.api.training_telemetry_provider", r"No exporters were provided"),
+    # It looks for the tokenizer's class in an exported folder's config.json; the tokenizer's own file names it.
+    ("transformers.configuration_utils", r"You are using a model of type `anymal` to instantiate a model of type ``"),
     # A run that is started again continues in its folder.
     ("nemo_logger", r"Exp_manager is logging to .*, but it already exists"),
 )

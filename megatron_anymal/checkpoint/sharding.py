@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
@@ -51,8 +52,21 @@ def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bo
         optimizer: a MegatronOptimizer.
         weights: what `sharded_weights` returned, all that trains among them.
     """
-    with _places_without_padding(optimizer):
+    with _places_without_padding(optimizer), _no_old_garbage():
         return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(METADATA))
+
+
+@contextmanager
+def _no_old_garbage() -> Iterator[None]:
+    """Let Python's garbage collector pass over all that is there now.
+
+    megatron-core calls it, and it would go through every object of the process while training waits.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,45 +11,22 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch import nn
 
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.sharding import METADATA, sharded_optimizer, sharded_weights
+from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.config import LoraConfig, ModalityConfig
 
 
-def save(state: Any, checkpoints: Path, manifest: Manifest, keep_last: int) -> Path:
-    """Write a checkpoint of a TrainState and commit it; older ones go afterwards. Collective."""
-    staging = store.staging_folder(checkpoints, manifest.step)
-    final = store.committed_folder(checkpoints, manifest.step)
-    if dist.get_rank() == 0:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
+def content(state: Any, step: int, *, is_loading: bool) -> dict[str, Any]:
+    """What this rank saves of a TrainState, or asks a checkpoint for, as megatron-core's shards. Collective."""
     weights = sharded_weights(state.models, partial(_is_saved, state.carried))
-    content = {
+    return {
         "model": weights,
-        "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=False),
-        "step": manifest.step,
+        "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=is_loading),
+        "step": step,
     }
-    # megatron-core would start a server process for a queue that only this process uses: seconds at the first save, and
-    # an orphan when this process is killed.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    dist_checkpointing.save(_without_empty(content), str(staging), content_metadata=dict(METADATA))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        store.commit(staging, final, manifest)
-        store.retain(checkpoints, keep_last)
-    dist.barrier()
-    return final
-
-
-def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
-    """A stage that trains nothing has empty sections; megatron-core would report that the ranks disagree."""
-    kept = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in content.items()}
-    return {key: value for key, value in kept.items() if value != {}}
 
 
 def load(state: Any, folder: Path) -> int:
@@ -62,13 +37,7 @@ def load(state: Any, folder: Path) -> int:
     """
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
     state.carried = {name for name in saved if name.startswith("encoders.")}
-    weights = sharded_weights(state.models, partial(_is_saved, state.carried))
-    content = {
-        "model": weights,
-        "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=True),
-        "step": 0,
-    }
-    loaded = dist_checkpointing.load(content, str(folder))
+    loaded = dist_checkpointing.load(content(state, 0, is_loading=True), str(folder))
     # A stage may have saved no weights, or no optimizer's state.
     _set(state.models, loaded.get("model", {}))
     if any(parameter.requires_grad for model in state.models for parameter in model.parameters()):
@@ -177,6 +146,8 @@ def _check_projectors(modalities: Mapping[str, ModalityConfig], saved: Collectio
 
 def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path) -> list[str]:
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    vocab_size = store.read_manifest(folder).llama.get("vocab_size")
+    same_vocabulary = all(model.vocab_size == vocab_size for model in models)
     wanted = {
         part: {name: shard for name, shard in of_part.items() if shard.key in saved} for part, of_part in shards.items()
     }
@@ -185,6 +156,9 @@ def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path
             # A weight of two halves, which megatron-core takes apart when it loads; it checks their shapes itself.
             continue
         there, here = tuple(saved[shard.key].global_shape), tuple(shard.global_shape)
+        if shard.allow_shape_mismatch and same_vocabulary:
+            # Its rows differ by what pads the vocabulary for each tensor-parallel size.
+            there, here = there[1:], here[1:]
         if there != here:
             raise CheckpointError(
                 f"{str(folder)!r} holds {shard.key!r} with the shape {list(there)}; this run's configuration makes it "

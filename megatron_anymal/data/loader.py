@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import os
+import re
+import signal
+import socket
+import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from megatron_anymal.data.batches import BatchPlanner, StepPlan
 from megatron_anymal.data.context import held_tokens, padded
@@ -25,6 +31,9 @@ from megatron_anymal.data.types import (
     PlannedSample,
 )
 from megatron_anymal.modalities.base import MediaError, Modality
+
+# Linux's prctl: which signal a process gets when its parent ends.
+_SET_PARENT_DEATH_SIGNAL = 1
 
 
 @dataclass(frozen=True)
@@ -226,6 +235,19 @@ def share_out(pieces: int, ranks: int) -> tuple[int, ...]:
     return tuple(pieces * (rank + 1) // ranks - pieces * rank // ranks for rank in range(ranks))
 
 
+class _Announced(Dataset[MicroBatch]):
+    """A reader that calls `before_read` first, in the loader process that reads."""
+
+    def __init__(self, reader: MicroBatchReader, before_read: Callable[[int, int], None]):
+        self._reader, self._before_read = reader, before_read
+
+    def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
+        here = get_worker_info()
+        if here is not None:
+            self._before_read(here.id, plan.step)
+        return self._reader[plan]
+
+
 class _PlanSampler(Sampler[PlannedMicroBatch]):
     """Plans the steps as far ahead as the loader asks, and keeps each plan for the step that will run it."""
 
@@ -249,24 +271,31 @@ def steps(
     stop: int,
     num_workers: int,
     prefetch_steps: int,
+    before_read: Optional[Callable[[int, int], None]] = None,
 ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
     """The steps [start, stop) of one replica, read ahead by worker processes.
 
     The same steps come out whatever the number of workers: a worker gets whole planned micro-batches to read.
+
+    Args:
+        before_read: called in a worker before it reads a micro-batch, with the worker's number and the step's (from 0).
+
+    Raises:
+        WorkerDied: a worker process is gone. torch notices it at any time, not only here: see `worker_died`.
     """
     if start >= stop:
         return
     sampler = _PlanSampler(planner, replica, start, stop)
     per_step = len(planner.plan(start).of_replica(replica))
     loader: DataLoader[MicroBatch] = DataLoader(
-        reader,
+        _Announced(reader, before_read) if before_read else reader,
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
         worker_init_fn=_start_worker,
     )
-    batches = iter(loader)
+    batches = _read(loader)
     first: Optional[MicroBatch] = next(batches)
     while first is not None:
         plan = sampler.plans.popleft()
@@ -275,6 +304,35 @@ def steps(
         first = next(batches, None)
 
 
+def _read(loader: DataLoader[MicroBatch]) -> Iterator[MicroBatch]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        raise worker_died(error) or error from error
+
+
+class WorkerDied(RuntimeError):
+    """A loader process ended while it was needed."""
+
+
+def worker_died(error: BaseException) -> Optional[WorkerDied]:
+    """What torch's error about a lost loader process means; None for another one, or one already told."""
+    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?", str(error))
+    if found is None or isinstance(error, WorkerDied):
+        return None
+    how = f"was killed by a signal ({found[2].strip()})" if found[2] else "ended"
+    return WorkerDied(
+        f"The loader process {found[1]} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} {how} while it "
+        "was reading samples. Often the machine ran out of memory: lower data.num_workers or data.prefetch_steps."
+    )
+
+
 def _start_worker(number: int) -> None:
     # The trainer's cores are busy; a worker that starts threads of its own only slows both.
     torch.set_num_threads(1)
+    # Signals to the whole job are the trainer's business: it still needs its workers for the step under way.
+    for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(one, signal.SIG_IGN)
+    # A worker that hangs must not outlive its trainer.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

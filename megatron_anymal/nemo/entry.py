@@ -26,6 +26,9 @@ from megatron_anymal.config_io import (
     print_config,
     search_path_override,
 )
+from megatron_anymal.resilience import heartbeat, signals
+from megatron_anymal.resilience.exit_codes import Exit
+from megatron_anymal.resilience.last_words import record_failure
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -85,25 +88,43 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
         _check_loggers(composed.config)
         print_dry_run(composed.config)
         return 0
-    _run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed)
-    return 0
+    # From here on, which is before anything slow is imported, a signal is a wish to stop.
+    with signals.caught():
+        return int(_run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed))
 
 
-def run(config: AnyMALConfig) -> None:
-    """Train with the engine, under NeMo's run folder and loggers; called on every rank."""
+def run(config: AnyMALConfig) -> Exit:
+    """Train with the engine, under NeMo's run folder and loggers; called on every rank.
+
+    Returns:
+        DONE, or REQUEUE where the run was asked to stop before its end.
+    """
+    try:
+        return _run(config)
+    except BaseException as error:
+        record_failure(config.run_dir, error)
+        raise
+
+
+def _run(config: AnyMALConfig) -> Exit:
+    from megatron_anymal.checkpoint.lock import held
     from megatron_anymal.nemo.model import MegatronAnyMALModel
     from megatron_anymal.parallel import initialize, shutdown
     from megatron_anymal.train.build import check_run
 
     _check_loggers(config)
     check_run(config)
-    # Before the Trainer: Lightning would undo what the engine does to this process's torch.
-    layout = initialize(config)
-    trainer = unfitted_trainer(config)
-    manage_experiment(trainer, config, layout)
-    MegatronAnyMALModel(config, trainer, layout=layout).fit()
-    # Only after success: with a rank gone the others would wait for it here.
-    shutdown()
+    with heartbeat.shown(config.run_dir):
+        # Before the Trainer: Lightning would undo what the engine does to this process's torch.
+        layout = initialize(config)
+        trainer = unfitted_trainer(config)
+        # Before exp_manager, which moves files of the run's folder.
+        with held(config.run_dir, config.exp_manager.lock_timeout_seconds):
+            manage_experiment(trainer, config, layout)
+            outcome = MegatronAnyMALModel(config, trainer, layout=layout).fit()
+        # Only after success: with a rank gone the others would wait for it here.
+        shutdown()
+    return outcome
 
 
 def unfitted_trainer(config: AnyMALConfig) -> Trainer:
@@ -203,11 +224,12 @@ def _check_loggers(config: AnyMALConfig) -> None:
         )
 
 
-def _run_under_hydra(config_name: str, config_dir: Path, composed: Composed) -> None:
+def _run_under_hydra(config_name: str, config_dir: Path, composed: Composed) -> Exit:
     """Hand over to NeMo's hydra_runner, which composes again, sets up logging and calls `run`."""
     from nemo.core.config import hydra_runner
 
     failures: list[Exception] = []
+    outcomes: list[Exit] = []
     given = sys.argv
 
     def task(cfg: DictConfig) -> None:
@@ -217,7 +239,7 @@ def _run_under_hydra(config_name: str, config_dir: Path, composed: Composed) -> 
         sys.argv = given
         # Hydra would print its own abridged traceback and exit with 1 for a user's mistake too.
         try:
-            run(_typed(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)))
+            outcomes.append(run(_typed(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))))
         except Exception as error:
             failures.append(error)
 
@@ -229,6 +251,7 @@ def _run_under_hydra(config_name: str, config_dir: Path, composed: Composed) -> 
         sys.argv = given
     if failures:
         raise failures[0]
+    return outcomes[0]
 
 
 def _typed(values: Any) -> AnyMALConfig:

@@ -15,9 +15,11 @@ from omegaconf import DictConfig, OmegaConf
 from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig
 from megatron_anymal.config_io import from_dict
 from megatron_anymal.nemo import archive
+from megatron_anymal.resilience.exit_codes import Exit
 
 if TYPE_CHECKING:
     from megatron_anymal.parallel import ParallelLayout
+    from megatron_anymal.tensor_files import SafetensorsFile
 
 # ModelPT keeps one configuration and refuses a key `model` in it: the whole run's stands one level down.
 RUN_KEY = "run"
@@ -65,7 +67,7 @@ class MegatronAnyMALModel(ModelPT):
         self.layout = layout
         self._state: Any = None
         # Weights of an archive, loaded once the model is built, and the folder its files were unpacked to.
-        self._archived: archive.ArchivedTensors | None = None
+        self._archived: SafetensorsFile | None = None
         self._unpacked: tempfile.TemporaryDirectory[str] | None = None
 
     @property
@@ -98,8 +100,12 @@ class MegatronAnyMALModel(ModelPT):
             self._state.optimizer.reload_model_params()
             self._archived = None
 
-    def fit(self) -> None:
-        """Train to trainer.max_steps in the engine's loop, continuing from the run folder's newest checkpoint."""
+    def fit(self) -> Exit:
+        """Train to trainer.max_steps in the engine's loop, continuing from the run folder's newest checkpoint.
+
+        Returns:
+            DONE, or REQUEUE where the run was asked to stop before its end.
+        """
         from megatron_anymal.sampled_answers import SampledAnswers
         from megatron_anymal.train.loop import fit
 
@@ -107,7 +113,7 @@ class MegatronAnyMALModel(ModelPT):
         answers = (
             SampledAnswers(self.state, self.config.run_dir, loggers) if self.config.trainer.sampled_answers else None
         )
-        fit(self.state, self.config.run_dir, loggers, answers)
+        return fit(self.state, self.config.run_dir, loggers, answers)
 
     def setup_training_data(self, train_data_config: DictConfig | Mapping[str, Any]) -> None:
         """Replace the training data; before the first use of `state`.

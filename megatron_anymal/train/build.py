@@ -23,6 +23,7 @@ from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
+from megatron_anymal.resilience.stragglers import OwnTime
 from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
 from megatron_anymal.train.reference import ReferenceAnswers
@@ -53,6 +54,8 @@ class TrainState:
     train_data: DataSource
     validation_data: Optional[DataSource]
     objective: Objective
+    # Of this rank's forward passes in training and validation.
+    own_time: OwnTime
     # DPO only, once the run has read its reference.
     reference: Optional[ReferenceAnswers] = None
     # Whole names of frozen encoders' weights that came from another run: nothing else holds them.
@@ -109,6 +112,7 @@ def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
         train_data=train_data,
         validation_data=validation_data,
         objective=build_objective(config),
+        own_time=OwnTime(layout.device),
     )
 
 

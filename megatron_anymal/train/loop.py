@@ -9,24 +9,33 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-import torch
-import torch.distributed as dist
-
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import state as checkpoint_state
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.finding import find_newest_valid
+from megatron_anymal.checkpoint.lock import held
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.checkpoint.writing import CheckpointWriter
 from megatron_anymal.config import ConfigError
 from megatron_anymal.config_checks import max_time_seconds
 from megatron_anymal.data.batches import StepPlan
-from megatron_anymal.data.loader import steps
+from megatron_anymal.data.loader import steps, worker_died
 from megatron_anymal.data.types import DataError, MicroBatch
 from megatron_anymal.model.lora import keep_reference
 from megatron_anymal.model.weights import hash_weights
+from megatron_anymal.resilience import faults, heartbeat, signals
+from megatron_anymal.resilience.changes import check_changes
+from megatron_anymal.resilience.events import record
+from megatron_anymal.resilience.exit_codes import Exit
+from megatron_anymal.resilience.guards import SkippedSteps
+from megatron_anymal.resilience.heartbeat import Phase
+from megatron_anymal.resilience.last_words import record_failure
+from megatron_anymal.resilience.stragglers import look_for_stragglers
 from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train.build import DataSource, TrainState
+from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.reference import ReferenceAnswers
-from megatron_anymal.train.step import StepResult, train_step, validation_step
+from megatron_anymal.train.step import StepResult, stop_asked_for, train_step, validation_step
 
 
 def fit(
@@ -34,16 +43,23 @@ def fit(
     run_dir: Path,
     loggers: Sequence[MetricsLogger] = (),
     after_validation: Optional[Callable[[], None]] = None,
-) -> None:
-    """Train until trainer.max_steps, or until exp_manager.max_time_per_run with a checkpoint.
+) -> Exit:
+    """Train until trainer.max_steps; or until SIGTERM, SIGUSR1 or exp_manager.max_time_per_run, with a checkpoint.
 
     Args:
         after_validation: called on all ranks after each validation.
 
+    Returns:
+        DONE, or REQUEUE where it was stopped before the last step.
+
     Raises:
+        ConfigError: another job works in the run's folder, or its checkpoint belongs to another run.
+        NotFinite: resilience.max_skipped_steps in a row had no finite gradient.
         DataError: more of a step's samples are unreadable than data.max_bad_share allows.
+        CheckpointError: checkpoints exist and none is valid, or the last one could not be written.
     """
-    Run(state, run_dir, loggers, after_validation).fit()
+    with signals.caught(), held(run_dir, state.config.exp_manager.lock_timeout_seconds) as check_lock:
+        return Run(state, run_dir, loggers, after_validation, check_lock).fit()
 
 
 class Run:
@@ -55,6 +71,7 @@ class Run:
         run_dir: Path,
         loggers: Sequence[MetricsLogger],
         after_validation: Optional[Callable[[], None]] = None,
+        check_lock: Callable[[], None] = lambda: None,
     ):
         self.state, self.config = state, state.config
         self.run_dir = run_dir
@@ -62,7 +79,16 @@ class Run:
         self.ledger = run_dir / "skipped_samples.jsonl"
         self.log = RunLog(run_dir, loggers, active=state.layout.reports)
         self.after_validation = after_validation
-        self.started = time.monotonic()
+        self.writer = CheckpointWriter(
+            self.checkpoints, self.config.exp_manager.checkpoint, self.log.say, guard=check_lock
+        )
+        # The last validation's step, and what it measured.
+        self.validated: tuple[int, dict[str, float]] = (-1, {})
+        self.skipped_steps = SkippedSteps(run_dir, self.config.resilience.max_skipped_steps, state.layout.reports)
+        # Why to stop before the last step.
+        self.stop = ""
+        signals.stop_after(max_time_seconds(self.config))
+        faults.arm(self.config.resilience.faults, state.layout.rank, run_dir)
         self.base_hash = self._hash_base()
         # DPO: of the checkpoint that the reference was read from.
         self.reference_hash = ""
@@ -70,40 +96,74 @@ class Run:
         self.window: list[tuple[float, float, StepResult]] = []
         self.skipped = 0
 
-    def fit(self) -> None:
+    def fit(self) -> Exit:
         """See the function of this name."""
+        self._record("start", f"{self.state.layout.world_size} process(es)")
+        faults.at("start", 0)
+        heartbeat.beat(Phase.LOADING)
         self._start()
+        try:
+            self._train()
+        except BaseException as error:
+            worker = worker_died(error)
+            # Before the wait for others, who may be gone.
+            record_failure(self.run_dir, worker or error, self.state.step)
+            self.writer.abandon()
+            if worker is None:
+                raise
+            raise worker from error
+        heartbeat.beat(Phase.CHECKPOINT)
+        self.writer.finish()
+        self._check_base()
+        at, last = self.state.step, self.config.trainer.max_steps
+        if at < last:
+            self.log.say(f"{self.stop}: stopped at step {at} of {last}.")
+            self._record("stopped", f"{self.stop}: at step {at} of {last}")
+            return Exit.REQUEUE
+        self._record("end", f"all {last} steps are done")
+        return Exit.DONE
+
+    def _train(self) -> None:
         first, last = self.state.step, self.config.trainer.max_steps
-        batches = self._steps(self.state.train_data, first, last)
-        while self.state.step < last:
+        # What was asked for while the run was being set up: there is nothing new to save.
+        self._note_stop(stop_asked_for(self.state))
+        batches = self._steps(self.state.train_data, first, last, faults.in_loader)
+        while self.state.step < last and not self.stop:
+            heartbeat.beat(Phase.DATA, self.state.step + 1)
             begun = time.monotonic()
+            faults.at("data", self.state.step + 1)
             plan, micro_batches = next(batches)
             waited = time.monotonic() - begun
             result = train_step(self.state, plan, micro_batches)
             self.window.append((time.monotonic() - begun, waited, result))
+            self._note_stop(result.stop)
             self._account(plan, result)
             if self._every(self.config.trainer.log_every_n_steps):
                 self._log_step()
             if self._every(self.config.trainer.val_check_interval):
+                heartbeat.beat(Phase.VALIDATION)
                 self._validate()
-            out_of_time = self._out_of_time()
-            if self._every(self.config.exp_manager.checkpoint.every_n_train_steps) or out_of_time:
+            self.writer.report()
+            if self._every(self.config.exp_manager.checkpoint.every_n_train_steps) or self.stop:
+                heartbeat.beat(Phase.CHECKPOINT)
                 self._save()
-            if out_of_time and self.state.step < last:
-                self.log.say(f"exp_manager.max_time_per_run is over: stopped at step {self.state.step} of {last}.")
-                break
-        self._check_base()
+            if result.skipped:
+                self.log.say(f"warning: step {self.state.step}: the gradient is not finite; no weight was changed")
+                # Last, so that a run that it ends has saved and logged what it should.
+                self.skipped_steps.note(self.state.step, self._samples(plan))
 
     def _start(self) -> None:
         self._introduce()
         manager = self.config.exp_manager
         if self.config.job == "dpo":
             self._read_reference()
-        folder, problems = self._find_checkpoint() if manager.resume_if_exists else (None, [])
+        folder, problems = find_newest_valid(self.checkpoints) if manager.resume_if_exists else (None, [])
+        self._clean()
         for problem in problems:
             self.log.say(f"warning: {problem} Going back to an older checkpoint.")
         if folder is not None:
             self._resume(folder)
+            self._record("resume", f"from {folder.name}")
         elif manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
             raise CheckpointError(
                 f"There is no checkpoint in {str(self.checkpoints)!r}, and exp_manager.resume_ignore_no_checkpoint is "
@@ -112,19 +172,19 @@ class Run:
         elif self.config.model.restore_from_path and self.config.job != "dpo":
             self._restore(self.config.model.restore_from_path)
         self.log.rewind(self.state.step + 1)
+        self.skipped_steps.rewind(self.state.step)
 
-    def _find_checkpoint(self) -> tuple[Optional[Path], list[str]]:
-        """Rank 0 reads and checks the files, and decides for all."""
-        found: list[Any] = [None]
-        if self.state.layout.reports:
-            try:
-                found = [store.newest_valid(self.checkpoints)]
-            except CheckpointError as error:
-                found = [error]
-        dist.broadcast_object_list(found, src=0)
-        if isinstance(found[0], CheckpointError):
-            raise found[0]
-        return found[0]
+    def _clean(self) -> None:
+        """Remove what an earlier job left half written or half deleted."""
+        if not self.state.layout.reports:
+            return
+        try:
+            left = store.clean(self.checkpoints)
+        except OSError as error:
+            self.log.say(f"warning: what a crash left in {self.checkpoints} cannot be removed ({error}).")
+            return
+        if left:
+            self.log.say(f"removed what an earlier job left in {self.checkpoints}: {', '.join(left)}")
 
     def _introduce(self) -> None:
         """Say what runs where: what is missing on a machine shows here first."""
@@ -142,14 +202,8 @@ class Run:
 
     def _resume(self, folder: Path) -> None:
         manifest = store.read_manifest(folder)
-        if manifest.data_fingerprint != self.state.train_data.planner.fingerprint():
-            raise ConfigError(
-                f"{str(folder)!r} was trained on other data, weights, seed or global batch size: resuming would repeat "
-                "or lose samples. Restore them, or start a new run with model.restore_from_path."
-            )
-        if manifest.base_hash != self.base_hash:
-            raise ConfigError(f"{str(folder)!r} was trained on a Llama with other weights than this one.")
         checkpoint_state.check_lora(self.config.model.lora, manifest, folder)
+        check_changes(manifest, self._manifest(), self.config.resilience.allow_changes, self.log.say)
         if manifest.reference != self.reference_hash:
             raise ConfigError(
                 f"{str(folder)!r} was held to another reference than model.restore_from_path="
@@ -183,7 +237,9 @@ class Run:
         identity = [self.reference_hash, manifest.base_hash, self.config.trainer.precision]
         self.state.reference = ReferenceAnswers(kept, identity, self.state.layout.device)
 
-    def _steps(self, data: DataSource, start: int, stop: int) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
+    def _steps(
+        self, data: DataSource, start: int, stop: int, before_read: Optional[Callable[[int, int], None]] = None
+    ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
         return steps(
             data.planner,
             data.reader,
@@ -192,11 +248,27 @@ class Run:
             stop=stop,
             num_workers=self.config.data.num_workers,
             prefetch_steps=self.config.data.prefetch_steps,
+            before_read=before_read if self.config.resilience.faults else None,
         )
 
     def _every(self, interval: int) -> bool:
         at_end = self.state.step == self.config.trainer.max_steps
         return at_end or (interval > 0 and self.state.step % interval == 0)
+
+    def _record(self, kind: str, text: str, **more: Any) -> None:
+        """An event that one rank tells for all."""
+        if self.state.layout.reports:
+            record(self.run_dir, kind, text, step=self.state.step, **more)
+
+    def _note_stop(self, reason: str) -> None:
+        if reason and not self.stop:
+            self.stop = reason
+            self._record("stop_requested", reason)
+
+    def _samples(self, plan: StepPlan) -> list[str]:
+        """Names of all of a step's samples."""
+        key = self.state.train_data.planner.key
+        return [key(int(dataset), int(sample)) for dataset, sample in zip(plan.dataset, plan.sample)]
 
     def _account(self, plan: StepPlan, result: StepResult) -> None:
         """Write skipped samples down; stop where there are too many."""
@@ -244,7 +316,13 @@ class Run:
         eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
         line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta)
         self.log.write(self.state.step, metrics, line)
+        own = self.state.own_time.take() / len(self.window)
         self.window.clear()
+        slow = look_for_stragglers(
+            own, self.state.step, self.state.layout, self.config.resilience.straggler_ratio, self.run_dir
+        )
+        if slow:
+            self.log.say(f"warning: step {self.state.step}: slow, in own seconds a step: {slow}")
 
     def _validate(self) -> None:
         data, batches = self.state.validation_data, self.config.trainer.limit_val_batches
@@ -255,11 +333,15 @@ class Run:
         counts: dict[str, float] = {}
         measures: list[dict[str, float]] = []
         for plan, micro_batches in self._steps(data, 0, batches):
+            faults.at("validation", self.state.step)
             result = validation_step(self.state, plan, micro_batches)
+            self._note_stop(result.stop)
             measures.append(result.measures)
             for name, count in result.counts_by_modality.items():
                 sums[name] = sums.get(name, 0.0) + result.loss_by_modality[name] * count
                 counts[name] = counts.get(name, 0) + count
+        # Only training is looked at for slow ranks.
+        self.state.own_time.take()
         if not counts:
             return
         metrics = {"val_loss": sum(sums.values()) / sum(counts.values())}
@@ -267,25 +349,26 @@ class Run:
         metrics.update({f"val_{name}": sum(m[name] for m in measures) / len(measures) for name in measures[0]})
         shown = " ".join(f"{name.removeprefix('val_loss/')} {value:.4f}" for name, value in metrics.items())
         self.log.write(self.state.step, metrics, f"step {self.state.step} validation: {shown}")
+        self.validated = (self.state.step, metrics)
+        rules = self.config.exp_manager.checkpoint
+        if rules.keep_best and rules.keep_best_metric not in metrics:
+            raise ConfigError(
+                f"exp_manager.checkpoint.keep_best_metric={rules.keep_best_metric!r} was not measured by the "
+                f"validation, which gave {', '.join(metrics)}."
+            )
         if self.after_validation is not None:
             self.after_validation()
 
-    def _out_of_time(self) -> bool:
-        """Whether the time is up; rank 0's clock decides for all."""
-        limit = max_time_seconds(self.config)
-        if limit is None:
-            return False
-        over = torch.tensor(
-            [time.monotonic() - self.started > limit], dtype=torch.int32, device=self.state.layout.device
-        )
-        dist.broadcast(over, src=0)
-        return bool(over)
-
     def _save(self) -> None:
-        begun = time.monotonic()
         self.log.save()
         self.state.settle()
-        manifest = Manifest(
+        begin_state(self.state.optimizer)
+        self.writer.start(self.state, self._manifest())
+
+    def _manifest(self) -> Manifest:
+        """What a checkpoint of this step says of itself, but for its files."""
+        validated_at, metrics = self.validated
+        return Manifest(
             step=self.state.step,
             consumed_samples=self.state.step * self.config.model.global_batch_size,
             config=self.config.to_dict(),
@@ -294,10 +377,9 @@ class Run:
             data_fingerprint=self.state.train_data.planner.fingerprint(),
             files={},
             reference=self.reference_hash,
+            metrics=metrics if validated_at == self.state.step else {},
+            tokenizer=self.state.tokenizer.fingerprint(),
         )
-        keep = self.config.exp_manager.checkpoint.keep_last
-        folder = checkpoint_state.save(self.state, self.checkpoints, manifest, keep)
-        self.log.say(f"saved {folder} in {time.monotonic() - begun:.1f} s")
 
     def _check_base(self) -> None:
         """Write down that the frozen Llama is still what it was."""

@@ -66,6 +66,20 @@ def set_rates(optimizer: MegatronOptimizer, rate: float, weight_decay: float) ->
         group["weight_decay"] = weight_decay * group["wd_mult"]
 
 
+def begin_state(optimizer: MegatronOptimizer) -> None:
+    """Give an optimizer that has made no update yet the state that it begins with, so that it can be saved.
+
+    It makes it with its first update, which may be skipped.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        if inner is None or inner.state:
+            continue
+        part.init_state_fn(inner, part.config)
+        for group in inner.param_groups:
+            group.setdefault("step", 0)
+
+
 class AdamW(torch.optim.Optimizer):
     """torch's AdamW with the step count in the parameter group, where megatron-core's checkpoints look for it.
 

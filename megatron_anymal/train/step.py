@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +17,8 @@ from torch import Tensor
 from megatron_anymal.data.batches import BatchPlanner, StepPlan
 from megatron_anymal.data.types import MicroBatch
 from megatron_anymal.model.lora import as_reference
+from megatron_anymal.resilience import faults, guards, heartbeat, signals
+from megatron_anymal.resilience.heartbeat import Phase
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.objective import GlobalBatch, PreferenceObjective
 from megatron_anymal.train.optim import learning_rate, set_rates
@@ -41,10 +44,28 @@ class StepResult:
     dropped: int
     grad_norm: float = 0.0
     lr: float = 0.0
+    # Nothing was updated: a gradient or loss was not finite somewhere.
+    skipped: bool = False
+    # Why a rank asks for a stop after this step; empty: none does.
+    stop: str = ""
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What a pass gave, added up over all processes."""
+
+    # The objective's report.
+    report: list[float]
+    finite: bool
+    stop: str
 
 
 def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """Forward, backward, reduce, update."""
+    """Forward, backward, reduce, update; no update on any rank where a gradient is not finite on one."""
+    number = state.step + 1
+    heartbeat.beat(Phase.COMPUTE, number)
+    with state.own_time.counted():
+        faults.at("compute", number)
     bad, batch = _begin(state, state.train_data.planner, plan, micro_batches)
     rate = learning_rate(state.config, state.step)
     set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
@@ -52,11 +73,17 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
         wrapped.zero_grad_buffer()
         wrapped.train()
     state.optimizer.zero_grad()
-    sums = _pass(state, plan, micro_batches, bad, batch, forward_only=False)
-    _, grad_norm, _ = state.optimizer.step()
+    reduced = _pass(state, plan, micro_batches, bad, batch, forward_only=False)
+    heartbeat.beat(Phase.UPDATE)
+    faults.at("update", number)
+    grad_norm: Any = math.inf
+    if reduced.finite:
+        _, grad_norm, _ = state.optimizer.step()
+    # A step without an update is one all the same: its samples are not seen again.
     state.step += 1
-    result = _result(state, state.train_data.planner, plan, bad, batch, sums)
-    return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), lr=rate)
+    heartbeat.beat(settled=True)
+    result = _result(state, state.train_data.planner, plan, bad, batch, reduced)
+    return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), lr=rate, skipped=not reduced.finite)
 
 
 @torch.no_grad()
@@ -67,8 +94,19 @@ def validation_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[M
     bad, batch = _begin(state, planner, plan, micro_batches)
     for wrapped in state.wrapped:
         wrapped.eval()
-    sums = _pass(state, plan, micro_batches, bad, batch, forward_only=True)
-    return _result(state, planner, plan, bad, batch, sums)
+    reduced = _pass(state, plan, micro_batches, bad, batch, forward_only=True)
+    return _result(state, planner, plan, bad, batch, reduced)
+
+
+def stop_asked_for(state: TrainState) -> str:
+    """Whether a signal came at any rank before the first step; why. Collective.
+
+    The time limit does not count: each start makes a step, so that runs whose limit is too short end some day.
+    """
+    count = len(signals.SIGNALS)
+    sums = torch.tensor(signals.wishes()[:count], dtype=torch.float64, device=state.layout.device)
+    dist.all_reduce(sums)
+    return signals.agreed(sums.cpu().tolist())
 
 
 def _begin(
@@ -122,8 +160,8 @@ def _pass(
     batch: GlobalBatch,
     *,
     forward_only: bool,
-) -> Tensor:
-    """Run every micro-batch; returns the objective's report, added up over all processes. Collective."""
+) -> Reduced:
+    """Run every micro-batch. Collective."""
     objective = state.objective
 
     def loss_of(losses: Tensor, mask: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -131,11 +169,26 @@ def _pass(
 
     reports = _run_schedule(state, plan, micro_batches, bad, loss_of, forward_only=forward_only)
     size = 2 * len(batch.names) + len(objective.extras)
-    sums = torch.zeros(size, dtype=torch.float64, device=state.layout.device)
+    # Behind the report: the squared norm of the gradient, and who asks for a stop. All ranks learn of both at once.
+    sums = torch.zeros(size + 1 + len(signals.REASONS), dtype=torch.float64, device=state.layout.device)
     if state.layout.counts_loss:
-        sums += torch.stack(reports).sum(0)
+        sums[:size] = torch.stack(reports).sum(0)
+    if not forward_only:
+        if faults.spoils_gradient(state.step + 1):
+            _spoil_gradient(state)
+        sums[size] = guards.squared_norm(state.wrapped, state.layout.device)
+    sums[size + 1 :] = torch.tensor(signals.wishes(), dtype=torch.float64)
     dist.all_reduce(sums)
-    return sums
+    found = sums.cpu().tolist()
+    finite = guards.all_finite(found[:size], found[size])
+    return Reduced(found[:size], finite, signals.agreed(found[size + 1 :]))
+
+
+def _spoil_gradient(state: TrainState) -> None:
+    """For a rehearsal: as if this rank's arithmetic had failed."""
+    for wrapped in state.wrapped:
+        for buffer in wrapped.buffers:
+            buffer.grad_data.fill_(math.nan)
 
 
 def _run_schedule(
@@ -150,7 +203,7 @@ def _run_schedule(
     """megatron-core's schedule over the micro-batches; returns the reports on the last stage."""
     several = len(state.wrapped) > 1
     return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, state.layout.device, bad, loss_of),
+        forward_step_func=partial(_forward_step, state, bad, loss_of),
         # Each part of a virtual pipeline runs every micro-batch.
         data_iterator=[iter(micro_batches) for _ in state.wrapped] if several else iter(micro_batches),
         model=state.wrapped if several else state.wrapped[0],
@@ -162,18 +215,20 @@ def _run_schedule(
 
 
 def _forward_step(
-    device: torch.device,
+    state: TrainState,
     bad: Mapping[int, str],
     loss_of: Callable[[Tensor, Tensor, MicroBatch], tuple[Tensor, Tensor]],
     micro_batches: Iterator[MicroBatch],
     model: Any,
 ) -> tuple[Tensor, Any]:
     """What megatron-core's schedules call for each micro-batch."""
-    micro_batch = to_device(next(micro_batches), device)
+    heartbeat.beat()
+    micro_batch = to_device(next(micro_batches), state.layout.device)
     mask = micro_batch.loss_mask
     for place in bad:
         mask = mask.masked_fill(micro_batch.sample_positions == place, 0.0)
-    output = model(micro_batch, labels=micro_batch.labels)
+    with state.own_time.counted():
+        output = model(micro_batch, labels=micro_batch.labels)
 
     def counted(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         loss, report = loss_of(losses, mask, micro_batch)
@@ -188,9 +243,9 @@ def _result(
     plan: StepPlan,
     bad: Mapping[int, str],
     batch: GlobalBatch,
-    sums: Tensor,
+    reduced: Reduced,
 ) -> StepResult:
-    names, found = batch.names, sums.cpu().tolist()
+    names, found = batch.names, reduced.report
     losses, counts = found[: len(names)], found[len(names) : 2 * len(names)]
     total = state.objective.count(batch)
     assert round(sum(counts)) == total, f"counted {sum(counts)}, planned {total}"
@@ -204,6 +259,7 @@ def _result(
         padded_tokens=plan.padded_length * sum(len(replica) for replica in plan.micro_batches),
         bad=_name_bad(planner, plan, bad),
         dropped=len(plan.dropped),
+        stop=reduced.stop,
     )
 
 

@@ -88,6 +88,16 @@ def test_commands_run(quickstart_folder: Path, tmp_path: Path) -> None:
         assert anymal(command, tmp_path), command
         ran += 1
     assert ran >= 9
+    three_lines(tmp_path)
+
+
+def three_lines(folder: Path) -> None:
+    """What a HuggingFace user is shown, with the export that a command above made."""
+    [code] = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "AutoProcessor" in block]
+    (folder / "cat.jpg").write_bytes(png(1))
+    code = f"from transformers import AutoModelForCausalLM, AutoProcessor\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 def test_exit_codes_are_those_of_the_code() -> None:

@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from checkpoint_tools.importing import llama as import_llama
 from checkpoint_tools.import_hf import main as import_hf
+from checkpoint_tools.importing import llama as import_llama
 from megatron_anymal import tensor_files
 from megatron_anymal.checkpoint import store
 

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_anymal"
 
 # From the first to the last; modules of one row may import each other.
 ORDER = [
-    ("config", "config_checks", "config_schema", "config_io", "quiet", "telemetry"),
+    ("config", "config_checks", "config_schema", "config_io", "quiet", "telemetry", "tensor_files"),
     ("backend", "doctor", "cpu_shim"),
     ("parallel",),
     ("modalities",),
@@ -17,17 +17,25 @@ ORDER = [
     ("published",),
     ("model",),
     ("losses",),
-    ("checkpoint",),
+    ("hf",),
+    ("checkpoint", "resilience"),
     ("train",),
     ("dry_run", "dry_run_table"),
+    ("generation",),
     ("generate",),
     ("evaluate",),
     ("sampled_answers",),
     ("nemo", "quickstart"),
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
-# A verb starts the quickstart's own preparation, and the command line reaches every verb, both by name and late.
-ALLOWED = {("data.prepare", "quickstart")}
+# A verb starts the quickstart's own preparation, and the command line reaches every verb, both by name and late; the
+# settings' check asks for the grammar of faults, late and only where there are some. A check before a run counts, as a
+# dry run does, how large a checkpoint will be.
+ALLOWED = {
+    ("data.prepare", "quickstart"),
+    ("config_checks", "resilience"),
+    ("resilience.preflight_size", "dry_run"),
+}
 
 
 def imports_of(path: Path) -> set[str]:

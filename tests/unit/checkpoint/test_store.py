@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+import io
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,12 +15,12 @@ from megatron_anymal.checkpoint.store import (
     MANIFEST,
     CheckpointError,
     Manifest,
+    clean,
     commit,
     committed_folder,
     newest_valid,
     read_manifest,
     resolve,
-    retain,
     staging_folder,
 )
 
@@ -78,13 +83,50 @@ def test_what_a_crash_left_is_ignored_and_removed(checkpoints: Path) -> None:
     left.mkdir()
     (left / "a.distcp").write_bytes(b"half")
     assert newest_valid(checkpoints) == (committed_folder(checkpoints, 12), [])
-    retain(checkpoints, 2)
-    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000006", "step_00000012"]
+    (checkpoints / ".deleting_00000003").mkdir()
+    (checkpoints / ".deleting_00000004").write_text("a file")
+    assert clean(checkpoints) == [".deleting_00000003", ".deleting_00000004", ".staging_00000015"]
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["step_00000003", "step_00000006", "step_00000012"]
 
 
-def test_retain_all(checkpoints: Path) -> None:
-    retain(checkpoints, 0)
-    assert len(list(checkpoints.iterdir())) == 3
+def test_commit_replaces_what_lies_in_its_place(tmp_path: Path) -> None:
+    committed_folder(tmp_path, 6).write_text("a file")
+    assert newest_valid(tmp_path) == (None, [])
+    write(tmp_path, 6)
+    assert newest_valid(tmp_path) == (committed_folder(tmp_path, 6), [])
+    assert [p.name for p in tmp_path.iterdir()] == ["step_00000006"]
+
+
+def test_commit_of_known_files_does_not_read_them_again(tmp_path: Path) -> None:
+    staging, final = staging_folder(tmp_path, 3), committed_folder(tmp_path, 3)
+    staging.mkdir()
+    (staging / "known").write_bytes(b"12")
+    (staging / "new").write_bytes(b"34")
+    commit(staging, final, manifest(3), digests={"known": "its hash"})
+    assert read_manifest(final).files == {"known": "its hash", "new": hashlib.sha256(b"34").hexdigest()}
+
+
+def test_commit_refuses_where_a_known_file_is_gone(tmp_path: Path) -> None:
+    staging = staging_folder(tmp_path, 3)
+    staging.mkdir()
+    with pytest.raises(FileNotFoundError, match=r"'[^']*known' was written and is gone"):
+        commit(staging, committed_folder(tmp_path, 3), manifest(3), digests={"known": "its hash"})
+    assert newest_valid(tmp_path) == (None, [])
+
+
+def test_a_file_that_cannot_be_read_is_damage(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = committed_folder(checkpoints, 12) / "a.distcp"
+    real = io.open
+
+    def failing(path: Any, *arguments: Any, **settings: Any) -> Any:
+        if Path(path) == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return real(path, *arguments, **settings)
+
+    monkeypatch.setattr(io, "open", failing)
+    folder, problems = newest_valid(checkpoints)
+    assert folder == committed_folder(checkpoints, 6)
+    assert "'a.distcp' cannot be read (Input/output error)" in problems[0]
 
 
 def flip(path: Path, place: int = 0) -> None:

@@ -1,0 +1,112 @@
+"""Steps whose gradient is not finite: skipped on all ranks, written down, and the run's end where they do not cease."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_anymal.resilience.events import record
+from megatron_anymal.resilience.exit_codes import Exit
+
+SKIPPED = "skipped_steps.jsonl"
+# Above it a norm is no fp32 number any more.
+_LARGEST = float(torch.finfo(torch.float32).max)
+
+
+class NotFinite(RuntimeError):
+    """Too many steps in a row had no finite gradient."""
+
+    exit_code = Exit.NOT_FINITE
+
+
+def squared_norm(wrapped: Sequence[Any], device: torch.device) -> Tensor:
+    """[] float64: the squared norm of all gradients in this rank's buffers; not finite where one of them is not.
+
+    A verdict over ranks needs no more: a parameter that several ranks hold may count several times.
+
+    Args:
+        wrapped: this rank's model parts, as megatron-core's data parallelism wraps them.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part in wrapped:
+        for buffer in [*part.buffers, *part.expert_parallel_buffers]:
+            total += torch.linalg.vector_norm(buffer.grad_data).double() ** 2
+    return total
+
+
+def all_finite(report: Sequence[float], squared: float) -> bool:
+    """Whether the losses and gradients of a step, added up over all ranks, can be used."""
+    return all(math.isfinite(value) for value in report) and math.isfinite(squared) and squared <= _LARGEST
+
+
+class SkippedSteps:
+    """Counts steps without an update, and writes down which samples they had.
+
+    Args:
+        limit: so many in a row end the run.
+        active: this rank writes RUN/skipped_steps.jsonl.
+    """
+
+    def __init__(self, run_dir: Path, limit: int, active: bool) -> None:
+        self._run_dir, self._limit, self._active = run_dir, limit, active
+        self._path = run_dir / SKIPPED
+        # The last ones without a good step between them: step, samples.
+        self._row: list[tuple[int, list[str]]] = []
+
+    def rewind(self, step: int) -> None:
+        """Forget steps after `step`, which are made again, and count on from those that end with it. Collective."""
+        row: list[Any] = [self._read(step) if self._active else []]
+        dist.broadcast_object_list(row, src=0)
+        self._row = row[0]
+
+    def note(self, step: int, samples: Sequence[str]) -> None:
+        """A step was skipped.
+
+        Raises:
+            NotFinite: it was the last one that is allowed, on all ranks.
+        """
+        if self._row and self._row[-1][0] != step - 1:
+            self._row.clear()
+        self._row.append((step, list(samples)))
+        if self._active:
+            # A full disk must not end the run; the event below warns of it.
+            with suppress(OSError), self._path.open("a") as file:
+                file.write(json.dumps({"step": step, "samples": list(samples)}) + "\n")
+            text = f"step {step}: the gradient is not finite; no weight was changed"
+            record(self._run_dir, "skipped_step", text, step=step, samples=list(samples))
+        if len(self._row) >= self._limit:
+            listed = "; ".join(f"step {number}: {', '.join(names)}" for number, names in self._row)
+            raise NotFinite(
+                f"{len(self._row)} steps in a row (resilience.max_skipped_steps={self._limit}) had no finite gradient. "
+                f"Their samples are listed in {self._path}: {listed}"
+            )
+
+    def _read(self, step: int) -> list[tuple[int, list[str]]]:
+        if not self._path.is_file():
+            return []
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                # A run that was killed while writing leaves half a line.
+                continue
+            if row["step"] <= step:
+                kept.append(row)
+        part = self._path.with_suffix(".part")
+        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        part.replace(self._path)
+        last: list[tuple[int, list[str]]] = []
+        for row in reversed(kept):
+            if row["step"] != step - len(last):
+                break
+            last.insert(0, (row["step"], row["samples"]))
+        return last

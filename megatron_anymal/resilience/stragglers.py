@@ -1,0 +1,97 @@
+"""Which rank is slow: each one's own time in a step, without waiting for data and, where it can be told, for others."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_anymal.parallel import ParallelLayout
+from megatron_anymal.resilience.events import record
+
+RANK_SECONDS = "rank_seconds.jsonl"
+
+
+class OwnTime:
+    """Adds up the time of marked parts of a step: on a GPU that of its work, else the clock's.
+
+    The forward passes are marked: pipeline stages and replicas wait for each other outside of them. Tensor- and
+    context-parallel ranks wait for each other inside, so that a slow one makes all of its group look slow.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count what happens in the block."""
+        if not self._on_gpu:
+            begun = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - begun
+            return
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._events.append((begin, end))
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        if self._events:
+            self._events[-1][1].synchronize()
+        seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
+        self._seconds = 0.0
+        self._events.clear()
+        return seconds
+
+
+def look_for_stragglers(own: float, step: int, layout: ParallelLayout, ratio: float, run_dir: Path) -> str:
+    """Gather every rank's own seconds, write them to RUN/rank_seconds.jsonl, and say who is slow. Collective.
+
+    Args:
+        own: this rank's seconds a step.
+        ratio: as for `stragglers`.
+
+    Returns:
+        The slow ranks and their times, on the reporting rank; empty without any.
+    """
+    mine = torch.tensor([own, layout.pipeline_rank], dtype=torch.float64, device=layout.device)
+    found = [torch.zeros_like(mine) for _ in range(layout.world_size)]
+    dist.all_gather(found, mine)
+    if not layout.reports:
+        return ""
+    every = torch.stack(found).cpu()
+    seconds, stages = every[:, 0].tolist(), every[:, 1].int().tolist()
+    # A full disk must not end the run; the log of metrics warns of it in the same step.
+    with suppress(OSError), (run_dir / RANK_SECONDS).open("a") as file:
+        file.write(json.dumps({"step": step, "seconds": [round(s, 6) for s in seconds]}) + "\n")
+    slow = stragglers(seconds, stages, ratio)
+    text = ", ".join(f"rank {rank} {own:.3f} (median {median:.3f})" for rank, (own, median) in slow.items())
+    if slow:
+        ranks = {str(rank): own for rank, (own, _) in slow.items()}
+        record(run_dir, "straggler", text, step=step, ranks=ranks)
+    return text
+
+
+def stragglers(seconds: Sequence[float], stages: Sequence[int], ratio: float) -> dict[int, tuple[float, float]]:
+    """Ranks above `ratio` times the median of their like: rank -> its seconds, the median.
+
+    Args:
+        seconds: of every rank.
+        stages: the pipeline stage of every rank; only ranks of one stage do alike work.
+    """
+    found = {}
+    for rank, own in enumerate(seconds):
+        median = statistics.median_low([s for s, stage in zip(seconds, stages) if stage == stages[rank]])
+        if own > ratio * median:
+            found[rank] = (own, median)
+    return found

@@ -1,0 +1,276 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2154  # VERB, CONFIG and ANYMAL_HOME are set by the script that reads this file.
+#
+# What pretrain_70b.sh, sft_70b.sh and dpo_70b.sh share.
+#
+# A job checks every node (megatron_anymal.resilience.preflight), starts `anymal launch` on each and waits. Before its
+# time is over, Slurm sends USR1 to this script, which passes it on: the ranks write a checkpoint and end with code 75.
+# Then the job is put back into the queue, and goes on from that checkpoint when it starts again. A job of which a
+# node fails is put back too, by Slurm or from here. Every other code ends the job with that code.
+#
+# Read from the environment:
+#   ANYMAL_CONTAINER       an image: for pyxis (image.sqsh or registry/name:tag) where srun has it, else for apptainer
+#   ANYMAL_MOUNTS          folders that the image sees, as A:A,B:B. Default: those of the submission and the repository
+#   ANYMAL_VENV            without an image: the virtual environment. Default: the repository's .venv
+#   ANYMAL_HOME            the repository. Default: the folder of the submission; relative paths count from that one
+#   ANYMAL_PROCS_PER_NODE  processes on a node. Default: its GPUs. For a rehearsal without any:
+#                          ANYMAL_PROCS_PER_NODE=2 sbatch --nodes=2 --gpus-per-node=0 slurm/pretrain_70b.sh ...
+#   ANYMAL_GRACE_SECONDS   how long a stop may take before the job is put back all the same. Default: 270, a little less
+#                          than --signal gives
+# Another configuration than the script's: --config-name=NAME --config-path=FOLDER after the script's name.
+#
+# To stop a job with a checkpoint and queue it again: scancel --batch --signal=USR1 JOB. To end it: scancel JOB.
+# In the run's folder, slurm.log says what became of every job, and logs/slurm_JOB/NODE.log has what its nodes wrote.
+
+set -o pipefail
+
+# The job step under way, and since when; whether it can be asked to stop; who asks it.
+step="" step_began=0 launched="" asker=""
+stop_requested="" terminated="" requeued=""
+run_dir="" logs="" summary=/dev/null
+
+run_job() {
+    # What is said here goes to the job's own output, also where a step's goes to a file.
+    exec 3>&1
+    trap on_stop_request USR1
+    trap on_termination TERM
+    export ANYMAL_HOME ANYMAL_GRACE_SECONDS=${ANYMAL_GRACE_SECONDS:-270}
+    export PYTHONPATH=$ANYMAL_HOME${PYTHONPATH:+:$PYTHONPATH}
+    choose_python
+    choose_size "$@"
+    arguments=("$VERB" "--config-name=$CONFIG" "${size[@]}" "$@")
+
+    find_run_dir
+    check_nodes
+    [[ ! $stop_requested ]] || end 75
+    launch
+}
+
+# Sets python (the command) and container (srun's options).
+choose_python() {
+    local mounts=${ANYMAL_MOUNTS:-$PWD:$PWD,$ANYMAL_HOME:$ANYMAL_HOME}
+    container=()
+    if [[ ! ${ANYMAL_CONTAINER:-} ]]; then
+        python=("${ANYMAL_VENV:-$ANYMAL_HOME/.venv}/bin/python")
+        [[ -x ${python[0]} ]] || mistake "there is no ${python[0]}. Make it with \`make venv\`, or set ANYMAL_VENV or ANYMAL_CONTAINER."
+    elif [[ $(srun --help) == *--container-image* ]]; then
+        container=("--container-image=$ANYMAL_CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
+        python=(python)
+    elif command -v apptainer > /dev/null; then
+        python=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$ANYMAL_CONTAINER" python)
+    else
+        mistake "ANYMAL_CONTAINER is set, and this cluster has neither pyxis (srun --container-image) nor apptainer. Use ANYMAL_VENV."
+    fi
+}
+
+# Sets nodes, processes (of each node) and size (the overrides that say so, where they are not given).
+choose_size() {
+    local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE##*:}}
+    local given_nodes given_processes
+    given_nodes=$(given trainer.num_nodes "$@")
+    given_processes=$(given trainer.devices "$@")
+    nodes=$SLURM_JOB_NUM_NODES
+    processes=${given_processes:-${ANYMAL_PROCS_PER_NODE:-${gpus:-0}}}
+    (( processes > 0 )) || mistake "the nodes have no GPUs here. Ask for some (sbatch --gpus-per-node=8), or set ANYMAL_PROCS_PER_NODE."
+    (( ${given_nodes:-$nodes} == nodes )) || mistake "trainer.num_nodes=$given_nodes, but the job has $nodes node(s). Leave it out, or give sbatch --nodes=$given_nodes."
+    size=()
+    [[ $given_nodes ]] || size+=("trainer.num_nodes=$nodes")
+    [[ $given_processes ]] || size+=("trainer.devices=$processes")
+}
+
+# The value of an override among the arguments, the last one's; nothing where there is none.
+given() {
+    local key=$1 value="" word
+    for word in "${@:2}"; do
+        [[ $word =~ ^\+{0,2}"$key"=(.*)$ ]] && value=${BASH_REMATCH[1]}
+    done
+    echo "$value"
+}
+
+# Sets run_dir and, in it, logs and summary. Also where a wrong setting ends the job, before anything is started.
+find_run_dir() {
+    local answer
+    answer=$(mktemp)
+    in_step --nodes=1 --ntasks=1 "${python[@]}" -m megatron_anymal.resilience.preflight --run-dir "${arguments[@]}" > "$answer"
+    local code=$?
+    run_dir=$(tail -n 1 "$answer")
+    rm -f "$answer"
+    (( code == 0 )) || end "$code"
+    logs=$run_dir/logs/slurm_$SLURM_JOB_ID
+    mkdir -p "$logs" || mistake "the run's folder $run_dir cannot be written on $SLURMD_NODENAME. Name another (exp_manager.explicit_log_dir)."
+    summary=$run_dir/slurm.log
+    say "start ${SLURM_RESTART_COUNT:-0} on $nodes node(s) ($SLURM_JOB_NODELIST) x $processes process(es):$(printf ' %q' "${arguments[@]}")"
+}
+
+check_nodes() {
+    local ranks=$(( nodes * processes )) code
+    in_step --ntasks="$ranks" --ntasks-per-node="$processes" --distribution=block --overcommit --wait=30 \
+        "${python[@]}" -m megatron_anymal.resilience.preflight --address="$(head_address)" --port="$(port 1)" \
+        --nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" "${arguments[@]}" \
+        > "$logs/preflight.log"
+    code=$?
+    tee -a "$summary" < "$logs/preflight.log" >&3
+    (( code == 0 )) || end "$code"
+}
+
+launch() {
+    # Slurm sends a signal to every process of a step: those that do not handle USR1 must not die of it.
+    # shellcheck disable=SC2016  # expands on the node
+    local on_node='trap "" USR1; exec >> "$1/$SLURMD_NODENAME.log" 2>&1; shift
+        echo "--- start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURMD_NODENAME"
+        exec "${@/#--node-rank=/--node-rank=$SLURM_NODEID}"'
+    launched=1
+    # A node that ends gives the others time to end in order.
+    in_step --ntasks-per-node=1 --wait="$ANYMAL_GRACE_SECONDS" bash -c "$on_node" launch "$logs" \
+        "${python[@]}" -m megatron_anymal launch --nproc-per-node="$processes" --nnodes="$nodes" --node-rank= \
+        --rdzv-endpoint="$(head_address):$(port 0)" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
+        --grace-seconds="$ANYMAL_GRACE_SECONDS" "${arguments[@]}"
+    end $?
+}
+
+# Run a job step and return its code; signals that come meanwhile are handled at once.
+in_step() {
+    local code
+    srun "${container[@]}" --cpu-bind=none "$@" &
+    step=$! step_began=$SECONDS
+    [[ ! $stop_requested ]] || ask_to_stop
+    while :; do
+        wait "$step"
+        code=$?
+        # A signal that is handled here interrupts `wait`, not the step.
+        if (( code <= 128 )) || ! kill -0 "$step" 2> /dev/null; then break; fi
+    done
+    wait "$step"
+    code=$?
+    step=""
+    return "$code"
+}
+
+on_stop_request() {
+    [[ ! $stop_requested ]] || return
+    stop_requested=1
+    say "asked to stop: passed on, to end with a checkpoint within $ANYMAL_GRACE_SECONDS s"
+    ask_to_stop
+}
+
+# Before the launcher there is nothing to be saved: the job ends after the step under way.
+ask_to_stop() {
+    [[ $launched && $step && ! $asker ]] || return
+    keep_asking "$step" $(( SECONDS - step_began )) &
+    asker=$!
+}
+
+# Asked again and again, since a process that is just starting does not hear it.
+keep_asking() {
+    local step=$1 age=$2 waited
+    # srun itself would die of a signal that comes before it has started its tasks.
+    (( age > 5 )) || sleep 5
+    for (( waited = 0; waited < ANYMAL_GRACE_SECONDS; waited += 10 )); do
+        kill -USR1 "$step" 2> /dev/null || return
+        sleep 10
+    done
+    say "no end within $ANYMAL_GRACE_SECONDS s: back into the queue, to go on from the last checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+
+# scancel, the end of the time, preemption, a failed node: Slurm decides what becomes of the job, and tells its steps too.
+on_termination() {
+    [[ ! $terminated && ! $requeued ]] || return
+    terminated=1
+    say "ended from outside (scancel, the end of its time, preemption or a failed node)"
+    [[ ! $step ]] || kill -TERM "$step" 2> /dev/null
+}
+
+# Leave with a code, or into the queue.
+end() {
+    local code=$1 why lost=""
+    [[ ! $asker ]] || kill "$asker" 2> /dev/null
+    # A node that fails takes its processes along, and that may be seen here before Slurm has noticed.
+    if (( code == 1 || code > 128 )); then lost=$(lost_node); fi
+    if [[ ! $terminated && ( $code == 75 || $lost ) ]]; then
+        if progressed; then requeue "$lost"; else code=79; fi
+    fi
+    why=$(last_error)
+    say "ended with code $code: $(meaning "$code")${why:+; $why}"
+    exit "$code"
+}
+
+# A node of the job that does not answer or is out of service; nothing where all are well.
+lost_node() {
+    sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format="%N %T" |
+        awk '$2 ~ /\*|down|fail|drain|error/ { print "node " $1 " is " $2; exit }'
+}
+
+requeue() {
+    requeued=1
+    say "${1:-stopped} at $(newest_checkpoint): back into the queue"
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        # Slurm ends this script.
+        sleep 60 &
+        wait $!
+        exit 75
+    fi
+    say "scontrol requeue failed: submit the job again to go on"
+}
+
+# Whether one of the last three stops of this job came later in the run than the others.
+progressed() {
+    [[ $run_dir ]] || return 0
+    echo "$SLURM_JOB_ID $(newest_checkpoint)" >> "$run_dir/logs/stops"
+    [[ $(tail -n 3 "$run_dir/logs/stops" | uniq -c) != *" 3 $SLURM_JOB_ID "* ]]
+}
+
+newest_checkpoint() {
+    local folder newest="no checkpoint"
+    for folder in "$run_dir"/checkpoints/step_*; do
+        [[ ! -d $folder ]] || newest=${folder##*/}
+    done
+    echo "$newest"
+}
+
+# Of this start, from the nodes' logs.
+last_error() {
+    local log
+    for log in "$logs"/*.log; do
+        [[ ! -f $log ]] || awk '/^--- start/ { last = "" } /^error/ { last = $0 } END { if (last) print last }' "$log"
+    done | tail -n 1
+}
+
+# As megatron_anymal/resilience/exit_codes.py has them.
+meaning() {
+    case $1 in
+        0) echo "the run is complete" ;;
+        1) echo "it failed; see $logs" ;;
+        2) echo "a mistake: starting again will not help" ;;
+        75) echo "stopped with a checkpoint; submit the job again to go on" ;;
+        76) echo "a process made no progress" ;;
+        77) echo "too many steps in a row without a finite gradient" ;;
+        78) echo "there are checkpoints and none is valid" ;;
+        79) echo "started again several times without progress" ;;
+        80) echo "another job works in the run's folder" ;;
+        81) echo "the last checkpoint could not be written" ;;
+        *) echo "$( (( $1 > 128 )) && echo "signal $(( $1 - 128 ))" || echo "unknown"); see $logs" ;;
+    esac
+}
+
+mistake() {
+    say "error: $1"
+    end 2
+}
+
+# The address by which Slurm itself reaches the first node: names of nodes need not be names of hosts.
+head_address() {
+    local first node
+    first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    node=$(scontrol show node -o "$first")
+    [[ $node =~ NodeAddr=([^ ]+) ]] && echo "${BASH_REMATCH[1]}" || echo "$first"
+}
+
+# Two ports of a job, below those that systems give out by themselves: 0 for the launcher, 1 for the checks.
+port() {
+    echo $(( 10000 + SLURM_JOB_ID % 10000 * 2 + $1 ))
+}
+
+say() {
+    echo "$(date '+%Y-%m-%d %H:%M:%S') job $SLURM_JOB_ID: $1" | tee -a "$summary" >&3
+}

@@ -1,0 +1,150 @@
+"""A run under fire: faults at random, one a minute on average, then a comparison with a run left alone.
+
+    PYTHONPATH=.:tests:tests/faults python -m soak --minutes 20
+
+Ranks are killed and stopped, loader processes killed, the launcher asked to stop, or killed with all below it and
+started again. Prints how many steps differ (there must be none) and the effective-training-time ratio; exit code 1
+where any does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from launched import differences, launch, write_config
+from test_sigkill import figures, kill, steps_of
+from tiny import make_shards, make_tokenizer
+
+from megatron_anymal.resilience.agent import ranks_below
+from megatron_anymal.resilience.effective_time import effective_time
+from megatron_anymal.resilience.events import read
+from megatron_anymal.resilience.exit_codes import Exit
+
+# So that the length of the run changes nothing: it is not known before.
+_ALIKE = ("model.optim.sched.name=constant", "resilience.hang_timeout=15")
+_EVERY = 5
+
+
+def main() -> int:
+    """Run it; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--seconds-between", type=float, default=60.0, help="mean time between faults")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="anymal_soak_"))
+    print(f"in {folder}", flush=True)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    train = make_shards(folder / "mixed", tokenizer, 40, ("image", "audio", "imu", "text", "mixed"))
+    write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1000, _EVERY)
+    soak = Soak(folder, options.processes, random.Random(options.seed), options.seconds_between)
+    soak.run(options.minutes * 60)
+    return 0 if soak.compare() else 1
+
+
+class Soak:
+    """One run under fire.
+
+    Args:
+        between: mean seconds between faults.
+    """
+
+    def __init__(self, folder: Path, processes: int, dice: random.Random, between: float) -> None:
+        self.folder, self.processes, self.dice, self.between = folder, processes, dice, between
+        self.run_dir = folder / "soaked"
+        self.done: Counter[str] = Counter()
+        self.codes: Counter[int] = Counter()
+        self.process = self._launch()
+
+    def run(self, seconds: float) -> None:
+        """Let faults happen for so long, then stop the run in order."""
+        end, due, seen = time.monotonic() + seconds, self._next(), 0
+        while time.monotonic() < end:
+            time.sleep(1.0)
+            if self.process.poll() is not None:
+                self._start_again()
+            # One that comes before the run got on waits: three in a row would be a crash loop, as they should.
+            if time.monotonic() >= due and max(steps_of(self.run_dir), default=0) > seen:
+                self._harm()
+                seen, due = max(steps_of(self.run_dir), default=0), self._next()
+        while self.process.poll() is None or self.process.returncode != Exit.REQUEUE:
+            if self.process.poll() is not None:
+                self._start_again()
+            steps = len(steps_of(self.run_dir))
+            while self.process.poll() is None and len(steps_of(self.run_dir)) <= steps:
+                time.sleep(0.2)
+            self.process.send_signal(signal.SIGTERM)
+            self.process.wait(300)
+
+    def compare(self) -> bool:
+        """Make the same steps undisturbed; print and return whether all is the same."""
+        reached = max(steps_of(self.run_dir))
+        alone = self.folder / "alone"
+        length = f"trainer.max_steps={reached}"
+        process = launch(self.folder, alone, self.processes, *_ALIKE, length, log=self.folder / "alone.log")
+        assert process.wait(3600) == Exit.DONE, (self.folder / "alone.log").read_text()[-3000:]
+        soaked = [row for row in figures(self.run_dir) if "loss" in row]
+        whole = [row for row in figures(alone) if "loss" in row]
+        apart = sum(a != b for a, b in zip(soaked, whole)) + abs(len(soaked) - len(whole))
+        tensors = differences(self.run_dir, alone)
+        spent = effective_time(self.run_dir, read(self.run_dir), complete=True, kept=reached)
+        print(f"faults: {dict(self.done)}; the launcher's exit codes: {dict(self.codes)}")
+        print(
+            f"steps: {reached}; steps that differ: {apart}; tensors of the last checkpoint that differ: {len(tensors)}"
+        )
+        print(f"effective-training-time ratio: {spent.ratio:.3f} ({spent.productive:.0f} of {spent.wall:.0f} s)")
+        return not apart and not tensors
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        log = self.folder / "soaked.log"
+        return launch(self.folder, self.run_dir, self.processes, *_ALIKE, "trainer.max_steps=1000000", log=log)
+
+    def _start_again(self) -> None:
+        code = self.process.returncode
+        self.codes[code] += 1
+        if code not in (Exit.REQUEUE, -signal.SIGKILL):
+            sys.exit(f"the launcher ended with {code}:\n{(self.folder / 'soaked.log').read_text()[-3000:]}")
+        self.process = self._launch()
+
+    def _next(self) -> float:
+        return time.monotonic() + self.dice.expovariate(1 / self.between)
+
+    def _harm(self) -> None:
+        harms: dict[str, Callable[[], None]] = {
+            "rank killed": lambda: self._signal_rank(signal.SIGKILL),
+            "rank stopped": lambda: self._signal_rank(signal.SIGSTOP),
+            "loader killed": self._kill_loader,
+            "asked to stop": lambda: self.process.send_signal(signal.SIGTERM),
+            "all killed": lambda: kill(self.process),
+        }
+        name = self.dice.choice(list(harms))
+        with suppress(psutil.Error, ProcessLookupError, IndexError):
+            harms[name]()
+            self.done[name] += 1
+            print(f"{time.strftime('%H:%M:%S')} step {max(steps_of(self.run_dir), default=0)}: {name}", flush=True)
+
+    def _ranks(self) -> list[psutil.Process]:
+        agents = psutil.Process(self.process.pid).children()
+        return [psutil.Process(pid) for agent in agents for pid in ranks_below(agent.pid).values()]
+
+    def _signal_rank(self, number: signal.Signals) -> None:
+        self.dice.choice(self._ranks()).send_signal(number)
+
+    def _kill_loader(self) -> None:
+        self.dice.choice(self.dice.choice(self._ranks()).children()).kill()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

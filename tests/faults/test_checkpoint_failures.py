@@ -1,0 +1,317 @@
+"""Checkpoints that cannot be written, or not be read: the run goes on with what it has, and says so."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import errno
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import yaml
+from cuts import Disk, Operation
+from engine import train
+from ranks import run_ranks
+from test_sigkill import figures
+from tiny import make_config
+
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.finding import find_newest_valid
+from megatron_anymal.checkpoint.snapshot import Plan
+from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.checkpoint.writing import CheckpointWriter
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.tensor_files import HashedFile
+from megatron_anymal.train import loop
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    """Nine steps, a checkpoint every three, the two newest kept."""
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.trainer.max_steps, config.exp_manager.checkpoint.keep_last = 9, 2
+    return config
+
+
+def saved(run: Path) -> list[int]:
+    return [store.step_of(folder) for folder in reversed(store.committed(run / "checkpoints"))]
+
+
+def train_and_tell(config: AnyMALConfig, disturb: Callable[[Path], None] = lambda folder: None) -> tuple[str, str]:
+    """In a rank: what a run said, and the error it ended with."""
+    disturb(Path(config.exp_manager.explicit_log_dir) / "checkpoints")
+    said, error = io.StringIO(), ""
+    with contextlib.redirect_stdout(said):
+        try:
+            train(config)
+        except CheckpointError as failure:
+            error = str(failure)
+    return said.getvalue(), error
+
+
+def refuse(rank: int, code: int, kind: str, steps: tuple[int, ...], name: str = "") -> Callable[[Path], None]:
+    """A disk that refuses an operation in the checkpoints of some steps, to one rank."""
+
+    def meet(operation: Operation) -> None:
+        if operation.kind == kind and any(f"{step:08d}" in operation.path for step in steps) and name in operation.path:
+            raise OSError(code, os.strerror(code))
+
+    def disturb(folder: Path) -> None:
+        if int(os.environ["RANK"]) == rank:
+            Disk(folder, meet).install()
+
+    return disturb
+
+
+FAULTS = {
+    "no-space-in-a-write": (0, errno.ENOSPC, "write", "__0_0.distcp"),
+    "no-space-in-the-manifest": (0, errno.ENOSPC, "write", "manifest.json"),
+    "bad-disk-in-a-sync": (0, errno.EIO, "fsync", "__0_0.distcp"),
+    "bad-disk-in-the-commit": (0, errno.EIO, "rename", ""),
+    "no-folder": (0, errno.EACCES, "mkdir", ""),
+    "no-space-on-the-other-rank": (1, errno.ENOSPC, "write", "__1_0.distcp"),
+    "bad-disk-on-the-other-rank": (1, errno.EIO, "fsync", "__1_0.distcp"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_training_goes_on_and_tries_again(config: AnyMALConfig, fault: str, tmp_path: Path) -> None:
+    rank, code, kind, name = FAULTS[fault]
+    processes = 1 + rank
+    config.trainer.devices = config.model.tensor_model_parallel_size = processes
+    config.exp_manager.checkpoint.keep_last = 1
+    ended = run_ranks(processes, train_and_tell, config, refuse(rank, code, kind, (6,), name))
+    assert [error for _, error in ended] == [""] * processes
+    said = ended[0][0]
+    # What, why, and what now; the older one lay there until the newer was committed.
+    [warning] = [line for line in said.splitlines() if line.startswith("warning")]
+    for words in ("step_00000006 could not be written", os.strerror(code), "Nothing older was deleted", "next attempt"):
+        assert words in warning, warning
+    assert (f"rank {rank}: " in warning) == (processes > 1)
+    assert said.index("step 6/9") < said.index(warning) and "step 7/9" in said and "saved" in said
+    assert saved(tmp_path / "run") == [9]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000009"]
+    assert store.newest_valid(tmp_path / "run" / "checkpoints")[1] == []
+
+
+def test_older_ones_stay_while_newer_ones_fail(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.exp_manager.checkpoint.keep_last = 1
+    said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.ENOSPC, "write", (6, 9)))[0]
+    assert said.count("could not be written") == 2 and "step 9/9" in said
+    # The last attempt failed: so did the run, and it says what is left.
+    assert "last checkpoint could not be written" in error and "No space left on device" in error
+    assert str(tmp_path / "run" / "checkpoints" / "step_00000003") in error and "start" in error
+    assert saved(tmp_path / "run") == [3]
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
+    run_ranks(1, train, whole)
+    said, error = run_ranks(1, train_and_tell, config)[0]
+    assert "at step 3" in said and not error
+    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+
+
+def test_old_checkpoints_that_cannot_be_deleted_stay(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.exp_manager.checkpoint.keep_last = 1
+    said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.EIO, "rename", (3,), "step_00000003"))[0]
+    assert not error and "old checkpoints could not be deleted" in said and "saved" in said
+    assert saved(tmp_path / "run") == [3, 9]
+
+
+def killed_writer(config: AnyMALConfig, rank: int) -> tuple[str, str]:
+    """A rank whose writer ends without a word in the second checkpoint."""
+    close = HashedFile.close
+
+    def end(file: HashedFile) -> str:
+        if f"00000006/__{rank}_" in str(file._file.name):
+            raise SystemExit
+        return close(file)
+
+    HashedFile.close = end  # type: ignore[method-assign]
+    return train_and_tell(config)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_background_writer_ends(config: AnyMALConfig, rank: int, tmp_path: Path) -> None:
+    config.trainer.devices = 2
+    # Of two replicas the first writes what both hold.
+    config.model.tensor_model_parallel_size = 2
+    ended = run_ranks(2, killed_writer, config, rank)
+    assert [error for _, error in ended] == ["", ""]
+    assert f"rank {rank}: SystemExit" in ended[0][0] and saved(tmp_path / "run") == [3, 9]
+
+
+def too_little_memory(config: AnyMALConfig, rank: int) -> tuple[str, str]:
+    copied = Plan.copy
+
+    def copy_of(plan: Plan) -> Any:
+        if int(os.environ["RANK"]) == rank and plan._common["step"] == 6:
+            raise MemoryError
+        return copied(plan)
+
+    Plan.copy = copy_of  # type: ignore[method-assign]
+    return train_and_tell(config)
+
+
+def test_too_little_memory_for_the_copy_on_one_rank(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.devices = config.model.tensor_model_parallel_size = 2
+    ended = run_ranks(2, too_little_memory, config, 1)
+    assert [error for _, error in ended] == ["", ""]
+    assert "rank 1: its part could not be copied to host memory (MemoryError)" in ended[0][0]
+    assert saved(tmp_path / "run") == [3, 9]
+
+
+def failing_step(config: AnyMALConfig, rank: int) -> bool:
+    """A rank whose writing is slow, and of which one fails a step after the save began."""
+    close, step = HashedFile.close, loop.train_step
+
+    def slow(file: HashedFile) -> str:
+        time.sleep(0.5)
+        return close(file)
+
+    def failing(state: Any, *arguments: Any) -> Any:
+        if state.step == 3 and int(os.environ["RANK"]) == rank:
+            raise RuntimeError("a bad step")
+        return step(state, *arguments)
+
+    HashedFile.close, loop.train_step = slow, failing  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        train(config)
+    return (Path(config.exp_manager.explicit_log_dir) / "checkpoints" / "step_00000003").is_dir()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_fails_waits_for_the_save_under_way(config: AnyMALConfig, rank: int, tmp_path: Path) -> None:
+    # The other rank is left in a collective of the next step, or finds its peer gone.
+    config.trainer.devices = config.model.tensor_model_parallel_size = 2
+    assert run_ranks(2, failing_step, config, rank)[rank]
+    assert store.newest_valid(tmp_path / "run" / "checkpoints")[0] is not None
+
+
+def slow_disk(config: AnyMALConfig) -> tuple[str, str]:
+    """A rank whose disk is done with a checkpoint only when the next one, or the run's end, waits for it."""
+    close, start, finish = HashedFile.close, CheckpointWriter.start, CheckpointWriter.finish
+    wanted = 0
+
+    def slow(file: HashedFile) -> str:
+        path = Path(file._file.name)
+        deadline = time.monotonic() + 60
+        while path.suffix == ".distcp" and wanted <= int(path.parent.name[-8:]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        return close(file)
+
+    def starting(writer: CheckpointWriter, state: Any, manifest: Any) -> None:
+        nonlocal wanted
+        wanted = manifest.step if writer.rules.async_save else 100
+        start(writer, state, manifest)
+
+    def finishing(writer: CheckpointWriter) -> None:
+        nonlocal wanted
+        wanted = 100
+        finish(writer)
+
+    HashedFile.close = slow  # type: ignore[method-assign]
+    CheckpointWriter.start, CheckpointWriter.finish = starting, finishing  # type: ignore[method-assign]
+    return train_and_tell(config)
+
+
+def test_training_goes_on_meanwhile_and_a_newer_save_waits(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.devices = 2
+    said, error = run_ranks(2, slow_disk, config)[0]
+    assert not error and saved(tmp_path / "run") == [6, 9]
+    first, again = (said.index(words) for words in ("checkpoints/step_00000003 in", "waiting for"))
+    assert said.index("step 6/9") < again < first, said
+    assert said.count("waiting for") == 3 and said.count("saved ") == 3
+
+
+def test_in_the_background_or_not_the_files_are_the_same(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.devices, config.trainer.max_steps = 2, 6
+    config.model.pipeline_model_parallel_size = 2
+    config.trainer.precision, config.exp_manager.checkpoint.keep_last = "bf16", 0
+    config.model.language_model.freeze = False
+    files = {}
+    for kind in (True, False):
+        one = copy.deepcopy(config)
+        one.exp_manager.checkpoint.async_save = kind
+        one.exp_manager.explicit_log_dir = str(tmp_path / str(kind))
+        said = run_ranks(2, slow_disk, one)[0][0]
+        assert ("waiting for" in said) == kind
+        folders = reversed(store.committed(tmp_path / str(kind) / "checkpoints"))
+        files[kind] = [store.read_manifest(folder, verify=True).files for folder in folders]
+    assert len(files[True]) == 2 and files[True] == files[False]
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "common.pt", "metadata.json"} == set(files[True][0])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "bit-flip": (lambda folder: flip(folder / "__1_0.distcp"), "'__1_0.distcp' is damaged"),
+    "cut-off": (lambda folder: os.truncate(folder / "common.pt", 100), "'common.pt' is damaged"),
+    "missing": (lambda folder: (folder / ".metadata").unlink(), "'.metadata' is missing"),
+    "no-manifest": (lambda folder: (folder / "manifest.json").unlink(), "has no manifest.json"),
+    "garbage": (lambda folder: (shutil.rmtree(folder), folder.mkdir(), (folder / "x").mkdir()), "has no manifest.json"),
+}
+
+
+def find(runs: list[Path]) -> list[tuple[Path | None, list[str]]]:
+    """In a rank: what a run in each folder would continue from."""
+    dist.init_process_group("gloo")
+    return [find_newest_valid(run / "checkpoints") for run in runs]
+
+
+def test_what_is_damaged_is_named_and_an_older_one_taken(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.devices = config.model.tensor_model_parallel_size = 2
+    config.exp_manager.checkpoint.keep_last = 0
+    run_ranks(2, train, config)
+    runs = [tmp_path / damage for damage in DAMAGE]
+    for run, (harm, _) in zip(runs, DAMAGE.values()):
+        shutil.copytree(tmp_path / "run", run)
+        harm(run / "checkpoints" / "step_00000009")
+        for name in ("step_", "step_x", "step_-0000001", "stepp_00000010"):
+            (run / "checkpoints" / name).mkdir()
+        (run / "checkpoints" / "step_00000012").write_text("a file")
+    found = run_ranks(2, find, runs)
+    assert found[0] == found[1]
+    for run, (_, words), (folder, problems) in zip(runs, DAMAGE.values(), found[0]):
+        assert folder == run / "checkpoints" / "step_00000006"
+        assert len(problems) == 1 and "step_00000009" in problems[0] and words in problems[0]
+    config.exp_manager.explicit_log_dir = str(runs[0])
+    said, _ = run_ranks(2, train_and_tell, config)[0]
+    [warning] = [line for line in said.splitlines() if line.startswith("warning")]
+    assert found[0][0][1][0] in warning and "older checkpoint" in warning and "at step 6" in said
+    assert figures(runs[0]) == figures(tmp_path / "run")
+    assert store.newest_valid(runs[0] / "checkpoints") == (runs[0] / "checkpoints" / "step_00000009", [])
+    for folder in store.committed(runs[1] / "checkpoints"):
+        (folder / "__0_0.distcp").unlink()
+    config.exp_manager.explicit_log_dir = str(runs[1])
+    for _, error in run_ranks(2, train_and_tell, config):
+        assert "No valid checkpoint is left" in error and "step_00000003" in error
+
+
+@pytest.mark.slow
+def test_none_left_ends_the_command_with_an_error(config: AnyMALConfig, tmp_path: Path) -> None:
+    run_ranks(1, train, config)
+    for folder in store.committed(tmp_path / "run" / "checkpoints"):
+        flip(folder / "__0_0.distcp")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **config.to_dict()}))
+    words = [sys.executable, "-m", "megatron_anymal", "pretrain", f"--config-path={tmp_path}", "--config-name=tiny"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode > 0, done.stderr
+    assert "No valid checkpoint is left" in done.stderr and "step_00000006" in done.stderr
+    assert not (tmp_path / "run" / "run.lock").exists()

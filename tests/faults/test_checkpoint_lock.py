@@ -1,0 +1,101 @@
+"""Two jobs in one run folder, as users start them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from engine import train
+from ranks import run_ranks
+from test_sigkill import finish, kill, start
+from tiny import make_config
+
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.lock import LOCK, Owner
+from megatron_anymal.config import AnyMALConfig, ConfigError
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.max_steps, config.exp_manager.checkpoint.every_n_train_steps = 100_000, 2
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **config.to_dict()}))
+    words = [sys.executable, "-m", "megatron_anymal", "pretrain", f"--config-path={tmp_path}", "--config-name=tiny"]
+    first = start(words, tmp_path / "first.log")
+    try:
+        deadline = time.monotonic() + 120
+        while not store.committed(tmp_path / "run" / "checkpoints") and time.monotonic() < deadline:
+            time.sleep(0.05)
+        names = {path.name for path in (tmp_path / "run").iterdir()}
+        second = start(words, tmp_path / "second.log")
+        assert second.wait(120) > 0
+        told = (tmp_path / "second.log").read_text()
+        assert "is in use by process" in told and str(first.pid) in told and "exp_manager.explicit_log_dir" in told
+        # It left the folder alone: NeMo's files too.
+        assert {path.name for path in (tmp_path / "run").iterdir()} >= names and first.poll() is None
+        assert not list((tmp_path / "run").glob("run_*"))
+    finally:
+        kill(first)
+    step = store.step_of(store.committed(tmp_path / "run" / "checkpoints")[0])
+    told = finish(
+        [*words, f"trainer.max_steps={step + 1}", "model.optim.sched.decay_steps=100000"], tmp_path / "third.log"
+    )
+    assert "taking over" in told and str(first.pid) in told and f"at step {step}" in told
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def refused(config: AnyMALConfig) -> str:
+    with pytest.raises(ConfigError) as error:
+        train(config)
+    return str(error.value)
+
+
+def test_every_rank_is_refused_and_a_crashed_machines_lock_taken_over(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.devices, config.trainer.max_steps = 2, 1
+    owner = Owner.here()
+    lock = tmp_path / "run" / LOCK
+    lock.parent.mkdir()
+    lock.write_text(json.dumps(vars(owner)))
+    told = run_ranks(2, refused, config)
+    assert told[0] == told[1] and f"process {owner.pid} on" in told[0]
+    lock.write_text(json.dumps({**vars(owner), "host": "node7"}))
+    config.exp_manager.lock_timeout_seconds = 1.0
+    run_ranks(2, train, config)
+    assert not lock.exists() and len(store.committed(tmp_path / "run" / "checkpoints")) == 1
+
+
+def taken_over(config: AnyMALConfig) -> str:
+    """A rank of a job whose folder is taken over by another one while it trains."""
+    from megatron_anymal.checkpoint.store import CheckpointError
+    from megatron_anymal.train import loop
+
+    step = loop.train_step
+
+    def stolen(state, *arguments):  # type: ignore[no-untyped-def]
+        if state.step == 1 and state.layout.reports:
+            lock = Path(config.exp_manager.explicit_log_dir) / LOCK
+            there = json.loads(lock.read_text())
+            lock.write_text(json.dumps({**there, "host": "node7", "token": "another"}))
+        return step(state, *arguments)
+
+    loop.train_step = stolen
+    with pytest.raises(CheckpointError) as error:
+        train(config)
+    return str(error.value)
+
+
+def test_a_job_that_was_taken_over_stops_on_every_rank(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.devices, config.trainer.max_steps = 2, 100
+    told = run_ranks(2, taken_over, config)
+    assert told[0] == told[1] and "taken over by process" in told[0] and "node7" in told[0]
+    assert store.newest_valid(tmp_path / "run" / "checkpoints") == (None, [])
+    assert (tmp_path / "run" / LOCK).is_file()

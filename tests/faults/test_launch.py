@@ -1,0 +1,217 @@
+"""The launcher with ranks that only beat and fail as told: restarts, signals, hangs, exit codes, several nodes.
+
+Most runs have a plain agent in the place of nvidia-resiliency-ext's: torchrun's takes seconds to be imported.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_anymal.config import ResilienceConfig
+from megatron_anymal.resilience.agent import ranks_below
+from megatron_anymal.resilience.events import read
+from megatron_anymal.resilience.exit_codes import Exit
+from megatron_anymal.resilience.job import Job
+from megatron_anymal.resilience.supervisor import Supervisor
+
+ROOT = Path(__file__).parents[2]
+FAKE = Path(__file__).with_name("fake_rank.py")
+PLAIN = Path(__file__).with_name("plain_agent")
+# Silence that is a hang; a busy machine must not look like one.
+TIMEOUT = 3.0
+
+
+@pytest.fixture(autouse=True)
+def package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The agent and the ranks are processes of their own: they find the checkout."""
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{PLAIN}")
+
+
+def job(run_dir: Path, *arguments: str, processes: int = 2, launcher: str = "ft") -> Job:
+    """A run of fake ranks, with steps and faults."""
+    limits = ResilienceConfig(hang_timeout=TIMEOUT, startup_timeout=TIMEOUT, checkpoint_timeout=TIMEOUT)
+    return Job(run_dir, limits, [str(FAKE), str(run_dir), *arguments], processes, launcher=launcher)
+
+
+def told(run_dir: Path, kind: str) -> list[dict]:  # type: ignore[type-arg]
+    return [event for event in read(run_dir) if event["kind"] == kind]
+
+
+def report(run_dir: Path) -> str:
+    return (run_dir / "report.md").read_text()
+
+
+def nothing_left(run_dir: Path) -> bool:
+    """Whether no process of the run is left."""
+    lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline", "status"])]
+    return not [line for line in lines if str(run_dir) in line and "fake_rank" in line]
+
+
+@pytest.mark.timeout(200)
+def test_killed_and_crashed_it_goes_on_by_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    faults = ("1:5:kill:1", "0:8:crash:2")
+    assert Supervisor(job(run, "12", *faults, launcher="torchrun")).run() == Exit.DONE
+    assert (run / "checkpoints" / "step_00000012").is_dir() and nothing_left(run)
+    [death, ended] = told(run, "death")
+    assert (death["rank"], death["signal"], death["step"], death["attempt"]) == (1, signal.SIGKILL, 5, 1)
+    assert (ended["rank"], ended["exit_code"], ended["attempt"]) == (0, 1, 2)
+    restarts = told(run, "restart")
+    assert [event["pause"] for event in restarts] == [1.0, 1.0]
+    # Death to restart: the others were ended within ten seconds.
+    assert restarts[0]["time"] - death["time"] < 10
+    text = report(run)
+    assert "rank 0 was told to crash" in text and "Traceback" in text and "SIGKILL" in text
+    assert {p.name for p in (run / "logs" / "attempt_2").iterdir()} == {
+        "rank_00000.out",
+        "rank_00000.err",
+        "rank_00001.out",
+        "rank_00001.err",
+    }
+    # The console has it too, with the rank before it.
+    assert "[rank 0] RuntimeError: rank 0 was told to crash" in capfd.readouterr().err
+
+
+@pytest.mark.timeout(300)
+def test_each_hang_is_found_in_time_and_blamed_on_its_rank(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    faults = ("1:3:stop:1", "0:5:gil:2", "1:7:data:3", "0:9:sleep:4", "1:-1:silent:5")
+    assert Supervisor(job(run, "10", *faults)).run() == Exit.DONE
+    hangs = told(run, "hang")
+    assert [(h["cause"], h["ranks"]) for h in hangs] == [
+        ("stopped", [1]),
+        ("gil", [0]),
+        ("data", [1]),
+        ("collective", [0]),
+        ("startup", [1]),
+    ]
+    reached = {(p.name.split("_")[1], p.name.split("_")[2]): p.stat().st_mtime for p in (run / "reached").iterdir()}
+    for hang, step in zip(hangs[:4], (2, 4, 6, 8)):
+        since = hang["time"] - reached[(str(step), str(hang["attempt"]))]
+        assert TIMEOUT <= since < TIMEOUT + 5, hang
+    # Of a stopped process there are no stacks; of one that holds Python's lock there are.
+    assert set(hangs[0]["stacks"]) == {"0"} and "fail" in hangs[1]["where"]["0"][0]
+    assert nothing_left(run) and "holding Python's lock" in report(run)
+
+
+@pytest.mark.timeout(200)
+def test_a_run_that_does_not_get_on_is_given_up(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert Supervisor(job(run, "10", "1:-1:words")).run() == Exit.CRASH_LOOP
+    assert len(told(run, "start")) == 4 and len(told(run, "crash_loop")) == 1
+    # It told nothing itself: what it last printed is shown.
+    assert "the last words of a rank" in report(run) and "79" in report(run)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("code", [Exit.MISTAKE, pytest.param(Exit.LOCKED, marks=pytest.mark.slow)])
+def test_what_starting_again_cannot_help_is_not_started_again(tmp_path: Path, code: Exit) -> None:
+    """One rank alone finds it: the others are ended."""
+    run = tmp_path / "run"
+    assert Supervisor(job(run, "100", f"1:3:code={int(code)}")).run() == code
+    assert len(told(run, "start")) == 1 and not told(run, "restart") and nothing_left(run)
+    # The folder of another job is left as it is.
+    assert (run / "report.md").exists() is (code is not Exit.LOCKED)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
+    run = tmp_path / "run"
+
+    def send() -> None:
+        while not (run / "checkpoints").is_dir():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    asked = Job(**{**vars(job(run, "10000")), "grace_seconds": 30.0})
+    assert Supervisor(asked).run() == Exit.REQUEUE
+    stopped = told(run, "stopped")
+    assert {event["rank"] for event in stopped} >= {0} and nothing_left(run)
+    assert f"signal {int(number)}, grace 30" in {event["text"] for event in stopped}
+    assert len(told(run, "start")) == 1 and "75" in report(run)
+
+
+@pytest.mark.timeout(120)
+def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_launch import Path, Supervisor, job;"
+        "Supervisor(job(Path(sys.argv[2]), '10000')).run()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(FAKE.parent), str(run)])
+    while not (run / "checkpoints").is_dir():
+        assert process.poll() is None
+        time.sleep(0.05)
+    [agent] = psutil.Process(process.pid).children()
+    ranks = ranks_below(agent.pid)
+    assert sorted(ranks) == [0, 1]
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(psutil.pid_exists(pid) for pid in [*ranks.values(), agent.pid]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+NODE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from test_launch import Job, Supervisor, job
+_, _, node, port, patience, run, *rest = sys.argv
+more = dict(nodes=2, node=int(node), endpoint=f"127.0.0.1:{port}", local_addr="127.0.0.1", rdzv_timeout=float(patience))
+sys.exit(Supervisor(Job(**{**vars(job(Path(run), *rest, processes=1, launcher="torchrun")), **more})).run())
+"""
+
+
+def start_node(node: int, port: int, patience: float, run: Path, *rest: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", NODE, str(FAKE.parent), str(node), str(port), str(patience), str(run), *rest]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_nodes_start_again_together(tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    nodes = [start_node(node, port, 100, run, "8", "1:3:kill:1", "0:5:stop:2") for node in (0, 1)]
+    try:
+        said = [node.communicate(timeout=200)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [Exit.DONE, Exit.DONE], "\n".join(said)
+    assert [event["attempt"] for event in told(run, "start")] == [1, 2, 3]
+    assert [(e["rank"], e["signal"]) for e in told(run, "death") if "signal" in e] == [(1, 9)]
+    # Each node sees its own ranks only: that of the other waits for one that does not come.
+    blamed = [(e["cause"], e["ranks"]) for e in told(run, "hang")]
+    assert ("stopped", [0]) in blamed and all(ranks in ([0], []) for _, ranks in blamed), blamed
+    assert "Attempt 2: rank 0, step 5, hang (stopped)" in report(run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
+    node = start_node(0, free_port(), 2, tmp_path / "run", "8")
+    said = node.communicate(timeout=100)[0]
+    assert node.returncode == Exit.CRASH and "node 1 of 2 did not come within 2 s" in said
+    node = start_node(1, free_port(), 2, tmp_path / "run", "8")
+    said = node.communicate(timeout=100)[0]
+    assert node.returncode == Exit.CRASH and "node 0's launcher cannot be reached" in said

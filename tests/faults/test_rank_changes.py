@@ -1,0 +1,185 @@
+"""A run that differs from its checkpoint in what it learns is refused key by key, and allowed where that is wanted."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine import train
+from ranks import run_ranks
+from tiny import make_config
+
+from megatron_anymal.checkpoint.store import Manifest
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config_checks import check
+from megatron_anymal.resilience.changes import check_changes
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.model.optim.sched.name = "constant"
+    return config
+
+
+def manifest(config: AnyMALConfig, **more: Any) -> Manifest:
+    values: dict[str, Any] = {
+        "step": 3,
+        "consumed_samples": 24,
+        "config": json.loads(json.dumps(config.to_dict())),
+        "llama": {"rope_theta": 1e4, "transformers_version": "5"},
+        "base_hash": "aaaa",
+        "data_fingerprint": "dddd",
+        "files": {},
+        "tokenizer": "tttt",
+        **more,
+    }
+    return Manifest(**values)
+
+
+def differences(config: AnyMALConfig, change: Callable[[AnyMALConfig], None], *allowed: str, **more: Any) -> list[str]:
+    """What is told of a change of the configuration or the manifest."""
+    other, told = copy.deepcopy(config), []
+    change(other)
+    check_changes(manifest(config), manifest(other, **more), allowed, told.append)
+    return told
+
+
+def nothing(config: AnyMALConfig) -> None: ...
+
+
+def set_to(key: str, value: Any) -> Callable[[AnyMALConfig], None]:
+    def change(config: AnyMALConfig) -> None:
+        *path, last = key.split(".")
+        node: Any = config
+        for part in path:
+            node = node[part] if isinstance(node, dict) else getattr(node, part)
+        setattr(node, last, value)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("model.optim.lr", 0.5, "model.optim.lr 0.01 -> 0.5"),
+        ("model.optim.betas", [0.9, 0.99], "model.optim.betas [0.9, 0.95] -> [0.9, 0.99]"),
+        ("model.optim.sched.warmup_steps", 7, "model.optim.sched.warmup_steps 0 -> 7"),
+        ("model.optim.sched.name", "linear", "model.optim.sched.name 'constant' -> 'linear'"),
+        ("model.seed", 5, "model.seed 1234 -> 5"),
+        ("model.global_batch_size", 16, "model.global_batch_size 8 -> 16"),
+        ("model.lora.alpha", 8.0, "model.lora.alpha 32.0 -> 8.0"),
+        ("model.neftune.alpha", 5.0, "model.neftune.alpha 0.0 -> 5.0"),
+        ("model.loss_normalization", "sample", "model.loss_normalization 'token' -> 'sample'"),
+        ("model.modalities.image.projector.freeze", True, "model.modalities.image.projector.freeze False -> True"),
+        ("trainer.gradient_clip_val", 2.0, "trainer.gradient_clip_val 1.0 -> 2.0"),
+        ("trainer.precision", "bf16", "trainer.precision '32' -> 'bf16'"),
+    ],
+)
+def test_what_changes_the_learning_is_refused(config: AnyMALConfig, key: str, value: Any, shown: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        differences(config, set_to(key, value))
+    assert shown in str(error.value) and "resilience.allow_changes=[config]" in str(error.value)
+    [told] = differences(config, set_to(key, value), "config")
+    assert shown in told
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("trainer.devices", 4),
+        ("trainer.max_steps", 99),
+        ("trainer.log_every_n_steps", 7),
+        ("model.tensor_model_parallel_size", 2),
+        ("model.virtual_pipeline_model_parallel_size", 2),
+        ("model.micro_batch_size", 2),
+        ("model.ddp.use_distributed_optimizer", False),
+        ("model.recompute_granularity", "full"),
+        ("data.num_workers", 3),
+        ("data.seq_length", 128),
+        ("exp_manager.checkpoint.keep_last", 1),
+        ("resilience.hang_timeout", 5.0),
+    ],
+)
+def test_layout_is_only_told(config: AnyMALConfig, key: str, value: Any) -> None:
+    [told] = differences(config, set_to(key, value))
+    assert f"{key} " in told and f"-> {value!r}" in told and "without effect" in told
+
+
+def test_nothing_changed_is_not_mentioned(config: AnyMALConfig) -> None:
+    assert differences(config, nothing) == []
+
+
+def test_a_longer_run_has_another_schedule(config: AnyMALConfig) -> None:
+    config.model.optim.sched.name = "cosine"
+    with pytest.raises(ConfigError, match=r"schedule's end .* 6 -> 9"):
+        differences(config, set_to("trainer.max_steps", 9))
+    # Its end stays where it was.
+    config.model.optim.sched.decay_steps = 6
+    assert "trainer.max_steps 6 -> 9" in differences(config, set_to("trainer.max_steps", 9))[0]
+
+
+def test_samples_that_would_be_left_out(config: AnyMALConfig) -> None:
+    config.data.too_long = "drop"
+    with pytest.raises(ConfigError, match=r"data\.seq_length 64 -> 32"):
+        differences(config, set_to("data.seq_length", 32))
+
+
+def test_another_modality(config: AnyMALConfig) -> None:
+    def remove(other: AnyMALConfig) -> None:
+        del other.model.modalities["imu"]
+
+    with pytest.raises(ConfigError, match=r"model\.modalities\.imu\.placeholder .* -> 'none'"):
+        differences(config, remove)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "shown"),
+    [
+        ("tokenizer", {"tokenizer": "uuuu"}, "data.tokenizer (its content) tttt -> uuuu"),
+        ("base", {"base_hash": "bbbb"}, "the Llama's weights aaaa -> bbbb"),
+        ("base", {"llama": {"rope_theta": 5e5}}, "the Llama's rope_theta 10000.0 -> 500000.0"),
+        ("data", {"data_fingerprint": "eeee"}, "dddd -> eeee, so that resuming would repeat or lose samples"),
+    ],
+)
+def test_what_is_no_setting(config: AnyMALConfig, kind: str, more: dict[str, Any], shown: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        differences(config, nothing, "config", **more)
+    assert shown in str(error.value) and f"allow_changes=[{kind}]" in str(error.value)
+    assert shown in differences(config, nothing, kind, **more)[0]
+
+
+def test_a_library_that_wrote_its_version_is_no_change(config: AnyMALConfig) -> None:
+    assert differences(config, nothing, llama={"rope_theta": 1e4, "transformers_version": "6"}) == []
+
+
+def test_a_checkpoint_without_the_tokenizers_hash(config: AnyMALConfig) -> None:
+    check_changes(manifest(config, tokenizer=""), manifest(config), [], pytest.fail)
+
+
+def test_names_of_allow_changes_are_checked(config: AnyMALConfig) -> None:
+    config.resilience.allow_changes = ["weights"]
+    with pytest.raises(ConfigError, match=r"resilience\.allow_changes: 'weights' is not one of config, tokenizer"):
+        check(config)
+
+
+def test_in_a_run(config: AnyMALConfig) -> None:
+    config.trainer.max_steps = 1
+    run_ranks(1, train, config)
+    # The random Llama's weights come from the seed too.
+    config.trainer.max_steps, config.model.seed = 2, 99
+
+    def resume() -> str:
+        with pytest.raises(ConfigError) as error:
+            train(config)
+        return str(error.value)
+
+    said = run_ranks(1, resume)[0]
+    assert "model.seed 1234 -> 99" in said and "the Llama's weights" in said and "repeat or lose samples" in said
+    assert "allow_changes=[config,base,data]" in said
+    config.resilience.allow_changes = ["config", "base", "data"]
+    assert len(run_ranks(1, train, config)[0]["losses"]) == 2

@@ -1,0 +1,185 @@
+"""Faults on purpose: their grammar, when they happen, and what a loader process that is lost or stuck looks like."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from engine import train
+from ranks import run_ranks
+from tiny import make_config
+
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config_checks import check
+from megatron_anymal.data.loader import WorkerDied, worker_died
+from megatron_anymal.resilience import events, faults, heartbeat
+from megatron_anymal.resilience.exit_codes import Exit, code_of
+from megatron_anymal.resilience.heartbeat import Phase
+from megatron_anymal.resilience.stragglers import stragglers
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.trainer.max_steps = 4
+    return config
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("explode:rank=1", "unknown kind 'explode'. Known: kill, exception"),
+        ("kill:rnk=1", "'kill' has no key 'rnk'. It has: rank, step, place"),
+        ("kill:seconds=3", "'kill' has no key 'seconds'"),
+        ("nan:place=update", "'nan' has no key 'place'"),
+        ("kill:rank", "'kill' has no key 'rank'. It has: rank, step, place, write, every, as KEY=VALUE"),
+        ("kill:rank=first", "rank='first' is not a number"),
+        ("kill:step=0", "step=0 is out of range"),
+        ("kill:step=2,step=3", "'step' is given twice"),
+        ("slow:step=2", "'slow' needs seconds=NUMBER"),
+        ("slow:seconds=nan", "seconds=nan is out of range"),
+        ("kill:place=lunch", "place='lunch' is not one of start, data, compute"),
+        ("kill:write=2", "'write' has no effect without place=checkpoint"),
+        ("kill:place=start,step=2", "'step' has no effect with place=start"),
+        ("kill:rank=1", "there is no rank 1 among 1 process(es)"),
+        ("loader_hang:step=2", "data.num_workers=0"),
+    ],
+)
+def test_what_cannot_happen_is_refused(config: AnyMALConfig, text: str, said: str) -> None:
+    config.resilience.faults = ["kill:step=3", text]
+    with pytest.raises(ConfigError) as error:
+        check(config)
+    assert str(error.value).startswith(f"resilience.faults: {text!r}") and said in str(error.value)
+
+
+def test_each_happens_once_where_it_is_due(tmp_path: Path) -> None:
+    entries = ["exception:step=2,place=data", "eio:step=2,write=2", "exception:rank=1", "exception:step=3,every=1"]
+    for start in range(2):
+        faults.arm(entries, 0, tmp_path)
+        faults.at("data", 1)
+        faults.at("compute", 2)
+        if start == 0:
+            with pytest.raises(faults.InjectedFault, match="step=2,place=data"):
+                faults.at("data", 2)
+        faults.at("data", 2)
+        faults.at("checkpoint", 2)
+        if start == 0:
+            with pytest.raises(OSError) as error:
+                faults.at("checkpoint", 2)
+            assert error.value.errno == errno.EIO
+        faults.at("checkpoint", 2)
+        for _ in range(2):
+            with pytest.raises(faults.InjectedFault, match="every=1"):
+                faults.at("compute", 3)
+    faults.arm(entries, 1, tmp_path)
+    with pytest.raises(faults.InjectedFault, match="rank=1"):
+        faults.at("compute", 9)
+    faults.arm([], 0, tmp_path)
+    faults.at("compute", 3)
+
+
+def test_one_bit_of_the_newest_checkpoint(tmp_path: Path) -> None:
+    content = bytes(range(256))
+    for step in (3, 12):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "__0_0.distcp").write_bytes(content)
+        (folder / "common.pt").write_bytes(content * 2)
+    faults.arm(["corrupt:step=13"], 0, tmp_path)
+    faults.at("compute", 13)
+    faults.arm([], 0, tmp_path)
+    changed = {
+        path: sum(a != b for a, b in zip(path.read_bytes(), content))
+        for path in tmp_path.rglob("*.*")
+        if path.suffix == ".distcp"
+    }
+    assert {path.parent.name: count for path, count in changed.items()} == {"step_00000003": 0, "step_00000012": 1}
+
+
+def lose_a_worker(config: AnyMALConfig) -> str:
+    with pytest.raises(WorkerDied) as error:
+        train(config)
+    assert code_of(error.value) is Exit.CRASH
+    return str(error.value)
+
+
+def test_a_loader_process_that_is_killed_is_named(config: AnyMALConfig) -> None:
+    config.data.num_workers, config.resilience.faults = 2, ["loader_kill:step=3,worker=1"]
+    said = run_ranks(1, lose_a_worker, config, timeout=60)[0]
+    assert said.startswith("The loader process ") and "of rank 0" in said and "killed by a signal" in said
+    told = [event for event in events.read(config.run_dir) if event["kind"] == "exception"]
+    assert len(told) == 1 and "WorkerDied" in told[0]["text"] and "Traceback" in told[0]["traceback"]
+    # A second start has no such fault.
+    run_ranks(1, train, config, timeout=60)
+
+
+def test_torchs_words_for_it() -> None:
+    said = worker_died(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"))
+    assert said is not None and "process 12, 13 of rank" in str(said) and worker_died(said) is None
+    assert worker_died(RuntimeError("something else")) is None
+
+
+def get_stuck(config: AnyMALConfig, folder: Path) -> tuple[heartbeat.Beat, heartbeat.Beat]:
+    """Train with a loader process that hangs; two looks at the rank's beats, after which that process is killed."""
+    os.environ[heartbeat.ENVIRONMENT] = str(folder)
+    seen = []
+
+    def look() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            beat = heartbeat.read(folder / "rank_00000")
+            if beat and beat.step >= 2 and beat.phase is Phase.DATA and time.monotonic_ns() - beat.beat_ns > 1e9:
+                break
+            time.sleep(0.05)
+        for _ in range(2):
+            seen.append(heartbeat.read(folder / "rank_00000"))
+            time.sleep(1.2)
+        for child in psutil.Process().children():
+            child.kill()
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    with pytest.raises(WorkerDied), heartbeat.shown(Path(config.exp_manager.explicit_log_dir)):
+        train(config)
+    watcher.join()
+    first, second = seen
+    assert first is not None and second is not None
+    return first, second
+
+
+def test_a_loader_process_that_hangs_shows_as_data_without_progress(config: AnyMALConfig, tmp_path: Path) -> None:
+    config.data.num_workers, config.resilience.faults = 1, ["loader_hang:step=3"]
+    first, second = run_ranks(1, get_stuck, config, tmp_path, timeout=90)[0]
+    assert first.phase is second.phase is Phase.DATA and first.settled
+    assert first.progress == second.progress and first.beat_ns == second.beat_ns
+    # The process itself is well.
+    assert second.alive_ns > first.alive_ns
+
+
+def test_a_full_disk_and_a_slow_rank(config: AnyMALConfig) -> None:
+    config.trainer.devices, config.exp_manager.checkpoint.every_n_train_steps = 2, 2
+    config.resilience.faults = ["enospc:rank=0,step=2,write=2", "slow:rank=1,step=3,seconds=4"]
+    run_ranks(2, train, config)
+    told = events.read(config.run_dir)
+    [failed] = [event for event in told if event["kind"] == "save_failed"]
+    assert failed["step"] == 2 and "rank 0" in failed["text"] and "No space left" in failed["text"]
+    assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step_00000004"]
+    [slow] = [event for event in told if event["kind"] == "straggler" and event["step"] == 3]
+    assert set(slow["ranks"]) == {"1"} and slow["ranks"]["1"] > 4 and "rank 1" in slow["text"]
+    rows = [json.loads(line) for line in (config.run_dir / "rank_seconds.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and all(len(row["seconds"]) == 2 for row in rows)
+    assert rows[2]["seconds"][1] > 4
+
+
+def test_who_is_slow() -> None:
+    # The second stage has more to do, and the last of its ranks is slow.
+    seconds, stages = [1.0, 1.1, 0.9, 3.0, 3.1, 7.0], [0, 0, 0, 1, 1, 1]
+    assert stragglers(seconds, stages, 2.0) == {5: (7.0, 3.1)}
+    assert stragglers([1.0, 2.5], [0, 0], 2.0) == {1: (2.5, 1.0)}
+    assert stragglers([1.0], [0], 2.0) == {}

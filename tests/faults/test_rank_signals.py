@@ -1,0 +1,173 @@
+"""SIGTERM, SIGUSR1 and the time limit: all ranks stop after the same step, with a checkpoint, and go on bit by bit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import yaml
+from engine import losses, train
+from ranks import run_ranks
+from test_sigkill import figures, finish, kill, start, steps_of
+from tiny import make_config
+
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.writing import CheckpointWriter
+from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.parallel import initialize
+from megatron_anymal.resilience import events, signals
+from megatron_anymal.resilience.exit_codes import Exit
+from megatron_anymal.train import loop
+from megatron_anymal.train.build import build
+
+STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def config(
+    mixed_shards: str, text_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> AnyMALConfig:
+    """Five steps on two replicas, a validation after the second and fourth, a checkpoint after the third."""
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("signals") / "run")
+    config.trainer.max_steps, config.trainer.devices = STEPS, 2
+    config.trainer.val_check_interval, config.trainer.limit_val_batches = 2, 2
+    config.exp_manager.checkpoint.async_save = False
+    config.data.validation = {"text": DatasetConfig(path=text_shards)}
+    return config
+
+
+def in_folder(config: AnyMALConfig, folder: Path) -> AnyMALConfig:
+    config = copy.deepcopy(config)
+    config.exp_manager.explicit_log_dir = str(folder)
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A run that nothing disturbs: its folder, and what its first rank returned."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run_ranks(2, train, in_folder(config, folder))[0]
+
+
+# Where a signal comes: what is called there, and the step after which all must stop.
+PLACES: dict[str, tuple[Any, str, int]] = {
+    "start-up": (loop.Run, "_start", 0),
+    "step": (loop, "train_step", 3),
+    "validation": (loop, "validation_step", 2),
+    "save": (CheckpointWriter, "start", 4),
+}
+
+
+def stopped(config: AnyMALConfig, place: str, number: int, by: int) -> tuple[int, int, list[str]]:
+    """In a rank: train; rank `by` gets a signal at that place. Returns exit code, step, committed checkpoints."""
+    state = build(config, initialize(config))
+    owner, name, _ = PLACES[place]
+    before, calls = getattr(owner, name), 0
+
+    def disturbed(*args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        # The third step; the first of everything else.
+        if dist.get_rank() == by and calls == (3 if place == "step" else 1):
+            os.kill(os.getpid(), number)
+        return before(*args, **more)
+
+    setattr(owner, name, disturbed)
+    run_dir = Path(config.exp_manager.explicit_log_dir)
+    outcome = loop.fit(state, run_dir)
+    return int(outcome), state.step, sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+
+
+def stop_and_go_on(
+    config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], folder: Path, place: str, number: int, by: int
+) -> None:
+    config = in_folder(config, folder)
+    at = PLACES[place][2]
+    found = run_ranks(2, stopped, config, place, number, by)
+    assert found[0] == found[1] and found[0][:2] == (Exit.REQUEUE, at)
+    if at:
+        assert found[0][2][-1] == f"step_{at:08d}"
+        store.read_manifest(folder / "checkpoints" / found[0][2][-1], verify=True)
+    told = [(event["kind"], event["step"]) for event in events.read(folder)]
+    assert ("stopped", at) in told and "stop_requested" in dict(told)
+    continued = run_ranks(2, train, config)[0]
+    assert figures(folder) == figures(whole[0]) and losses(folder) == whole[1]["losses"]
+    for name, weight in whole[1]["weights"].items():
+        assert (continued["weights"][name] == weight).all(), name
+
+
+def test_a_signal_in_a_step(config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    stop_and_go_on(config, whole, tmp_path / "run", "step", signal.SIGTERM, by=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "number", "by"),
+    [("start-up", signal.SIGTERM, 1), ("validation", signal.SIGUSR1, 1), ("save", signal.SIGTERM, 0)],
+)
+def test_a_signal_elsewhere(
+    config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path, place: str, number: int, by: int
+) -> None:
+    stop_and_go_on(config, whole, tmp_path / "run", place, number, by)
+
+
+def test_wishes_are_named_and_forgotten() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with signals.caught():
+        assert signals.agreed(signals.wishes()) == ""
+        os.kill(os.getpid(), signal.SIGUSR1)
+        signals.stop_after(0)
+        # Of two ranks, one of which wants nothing.
+        assert signals.agreed([a + b for a, b in zip(signals.wishes(), [0.0, 0.0, 0.0])]) == (
+            "SIGUSR1 and exp_manager.max_time_per_run"
+        )
+        with signals.caught():
+            pass
+        assert signals.agreed(signals.wishes())
+    assert signals.agreed(signals.wishes()) == "" and signal.getsignal(signal.SIGUSR1) == before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_command_ends_with_75_and_goes_on(
+    config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    alone = in_folder(config, tmp_path / "run")
+    alone.trainer.devices, alone.trainer.max_steps, alone.data.num_workers = 1, 400, 1
+    alone.exp_manager.checkpoint.every_n_train_steps = 0
+    values = {"defaults": ["anymal", "_self_"], **alone.to_dict()}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    again = [sys.executable, "-m", "megatron_anymal", "pretrain", f"--config-path={tmp_path}", "--config-name=tiny"]
+    process = start(again, tmp_path / "first.log")
+    try:
+        wait_for(lambda: len(steps_of(tmp_path / "run")) >= 3 or process.poll() is not None)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == Exit.REQUEUE, (tmp_path / "first.log").read_text()[-3000:]
+    finally:
+        kill(process)
+    reached = max(steps_of(tmp_path / "run"))
+    assert 3 <= reached < 400
+    saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert saved == [f"step_{reached:08d}"]
+    stop = f"trainer.max_steps={reached + 2}"
+    fixed = "model.optim.sched.decay_steps=400"
+    assert f"at step {reached}" in finish([*again, stop, fixed], tmp_path / "again.log")
+    assert steps_of(tmp_path / "run") == list(range(1, reached + 3))
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert kinds == ["start", "stop_requested", "saved", "stopped", "start", "resume", "saved", "end"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

@@ -1,0 +1,226 @@
+"""A Slurm cluster on this machine's loopback: a controller and two nodes, in a folder and on ports of their own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
+# Where Debian puts daemons; not on everybody's path.
+_PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+_CONF = """ClusterName=loop
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmctldPort={port}
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool/%n
+SlurmctldLogFile={folder}/log/slurmctld.log
+SlurmdLogFile={folder}/log/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SchedulerParameters=batch_sched_delay=0,sched_interval=5,bf_interval=5
+MpiDefault=none
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=5
+JobRequeue=1
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} {size}
+NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} {size}
+PartitionName=batch Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+"""
+_SIZE = "CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=8000"
+
+
+def missing(install: bool = True) -> str:
+    """Why no cluster can be started here; empty where one can. Installs Slurm on Debian where root may."""
+    if os.name != "posix" or os.geteuid() != 0:
+        return "a Slurm cluster of its own needs root"
+    if not _absent():
+        return ""
+    if not install or shutil.which("apt-get") is None:
+        return f"Slurm is not installed ({_absent()[0]})"
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    packages = ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
+    # One try, no waiting: without a network this must not hold up other tests.
+    quick = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=10", "-o", "DPkg::Lock::Timeout=60"]
+    try:
+        for words in (packages, ["update"], packages):
+            subprocess.run(["apt-get", *quick, *words], env=environment, capture_output=True, timeout=180)
+            if not _absent():
+                return ""
+    except subprocess.TimeoutExpired:
+        pass
+    return f"Slurm is not installed ({_absent()[0]}), and apt-get install slurm-wlm munge did not work"
+
+
+def _absent() -> list[str]:
+    return [program for program in PROGRAMS if shutil.which(program, path=_PATH) is None]
+
+
+class Cluster:
+    """A running cluster with the nodes n1 and n2.
+
+    Args:
+        folder: an empty folder of its own, with a short path (it holds sockets).
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("state", "log", "spool/n1", "spool/n2"):
+            (folder / name).mkdir(parents=True)
+        ports = _free_ports(3)
+        values = {"port": ports[0], "port1": ports[1], "port2": ports[2], "size": _SIZE}
+        conf = folder / "slurm.conf"
+        conf.write_text(_CONF.format(host=socket.gethostname().split(".")[0], folder=folder, **values))
+        self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(conf)}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start_munge()
+            self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
+            for node in ("n1", "n2"):
+                self.start_node(node)
+            self.wait(lambda: self.node_states() == {"n1": "IDLE", "n2": "IDLE"}, 60, "two idle nodes")
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End jobs, then daemons."""
+        if "slurmctld" in self._running:
+            self._ask("scancel", "--state=RUNNING")
+            self._ask("scancel", "--state=PENDING")
+            deadline = time.monotonic() + 20
+            while self._ask("squeue", "-h").strip() and time.monotonic() < deadline:
+                time.sleep(0.2)
+        for name in reversed(list(self._running)):
+            self._stop(name)
+
+    def start_node(self, node: str) -> None:
+        """Start a node's daemon."""
+        self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
+
+    def kill_node(self, node: str) -> None:
+        """A node dies: its daemon and all processes of its job steps, at once."""
+        daemon = psutil.Process(self._running[node].pid)
+        for one in [*daemon.children(recursive=True), daemon, *self._processes(node)]:
+            with suppress(psutil.Error):
+                one.kill()
+        # What those had started meanwhile.
+        for one in self._processes(node):
+            with suppress(psutil.Error):
+                one.kill()
+        self._running.pop(node).wait()
+
+    def _processes(self, node: str) -> list[psutil.Process]:
+        wanted = {"SLURMD_NODENAME": node, "SLURM_CONF": self.environment["SLURM_CONF"]}
+        found = []
+        for one in psutil.process_iter():
+            with suppress(psutil.Error):
+                if wanted.items() <= one.environ().items():
+                    found.append(one)
+        return found
+
+    def sbatch(self, script: Path, *arguments: str, options: tuple[str, ...] = (), **more: Any) -> int:
+        """Submit; the job's number."""
+        words = ["sbatch", "--parsable", *options, str(script), *arguments]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=30, **{"env": self.environment, **more})
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout.strip())
+
+    def job(self, number: int) -> dict[str, str]:
+        """What the controller says of a job: JobState, ExitCode, Restarts, ..."""
+        words = self.run("scontrol", "show", "job", "-o", str(number)).split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def release(self, number: int) -> None:
+        """Let a requeued job start at once, and not in two minutes."""
+        # Only where that is what it waits for: asked again and again, the scheduler would begin anew each time.
+        job = self.job(number)
+        if job["JobState"] == "PENDING" and job.get("Reason") == "BeginTime":
+            self._ask("scontrol", "update", f"jobid={number}", "StartTime=now")
+
+    def node_states(self) -> dict[str, str]:
+        """IDLE, ALLOCATED, DOWN, ... by node."""
+        lines = self._ask("sinfo", "-h", "-N", "-o", "%N %T").splitlines()
+        return {name: state.upper() for name, state in map(str.split, lines)}
+
+    def run(self, *words: str) -> str:
+        """The output of one of Slurm's commands."""
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout
+
+    def wait(self, until: Callable[[], bool], seconds: float, what: str) -> None:
+        """Until it is so; else the test fails and says what was waited for."""
+        deadline = time.monotonic() + seconds
+        while not until():
+            assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
+            time.sleep(0.1)
+
+    def _ask(self, *words: str) -> str:
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=30)
+        return done.stdout
+
+    def _start_munge(self) -> None:
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o400)
+        names = ("key-file", "socket", "pid-file", "log-file", "seed-file")
+        files = [f"--{name}={self.folder}/munge.{name.partition('-')[0]}" for name in names]
+        # As root: a key, a socket and folders of its own, whoever owns the machine's.
+        self._start("munged", "munged", "--foreground", "--force", "--num-threads=2", *files)
+        self.wait((self.folder / "munge.socket").exists, 10, "socket of munged")
+
+    def _start(self, name: str, *words: str) -> None:
+        log = (self.folder / "log" / f"{name}.out").open("ab")
+        self._running[name] = subprocess.Popen(
+            words, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+
+    def _stop(self, name: str) -> None:
+        process = self._running.pop(name)
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _free_ports(count: int) -> list[int]:
+    listeners = [socket.socket() for _ in range(count)]
+    try:
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
+    finally:
+        for listener in listeners:
+            listener.close()

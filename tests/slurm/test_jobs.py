@@ -1,0 +1,203 @@
+"""The very scripts of slurm/, with a tiny run on two nodes of a cluster on this machine's loopback."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from engine import train
+from loopback import Cluster
+from ranks import run_ranks
+from tiny import make_config
+
+from megatron_anymal.config_io import compose
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "pretrain_70b.sh"
+STEPS, EVERY = 40, 10
+# So that a step takes long enough for a request to stop to come in its time; no number changes.
+SLOW = "resilience.faults=['slow:rank=0,seconds=0.3,every=1']"
+TIMED = ("tokens_per_second", "step_seconds", "data_wait_share")
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture(scope="module")
+def folder(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny.yaml: a run of forty steps with a checkpoint every ten."""
+    folder = tmp_path_factory.mktemp("jobs")
+    config = make_config(mixed_shards, tokenizer_folder, folder / "run")
+    config.trainer.max_steps = STEPS
+    config.exp_manager.checkpoint.every_n_train_steps = EVERY
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **config.to_dict()}))
+    return folder
+
+
+class Run:
+    """A submitted job and its run's folder."""
+
+    def __init__(self, cluster: Cluster, folder: Path, name: str, *overrides: str, processes: int = 1) -> None:
+        self.cluster, self.run_dir = cluster, folder / name
+        environment = {
+            **cluster.environment,
+            "ANYMAL_HOME": str(ROOT),
+            "ANYMAL_VENV": sys.prefix,
+            "ANYMAL_PROCS_PER_NODE": str(processes),
+            "OMP_NUM_THREADS": "1",
+        }
+        arguments = [f"--config-path={folder}", "--config-name=tiny", f"exp_manager.explicit_log_dir={self.run_dir}"]
+        options = ("--nodes=2", "--gpus-per-node=0", "--time=60")
+        self.number = cluster.sbatch(SCRIPT, *arguments, *overrides, options=options, env=environment, cwd=folder)
+        self.log = folder / f"slurm-{self.number}.out"
+
+    def wait(self, *states: str, seconds: float = 240) -> dict[str, str]:
+        """Until the job is in one of these states."""
+        deadline = time.monotonic() + seconds
+        while (job := self.cluster.job(self.number))["JobState"] not in states:
+            assert time.monotonic() < deadline, f"{job['JobState']} after {seconds} s\n{self.said()}"
+            time.sleep(0.2)
+        return job
+
+    def end(self, seconds: float = 500) -> int:
+        """The job's exit code, once it has ended."""
+        job = self.wait("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=seconds)
+        return int(job["ExitCode"].partition(":")[0])
+
+    def restarted(self, times: int, seconds: float = 300) -> None:
+        """Until the job runs again for the so many-th time."""
+        deadline = time.monotonic() + seconds
+        while (job := self.cluster.job(self.number))["Restarts"] != str(times) or job["JobState"] != "RUNNING":
+            assert job["JobState"] in ("RUNNING", "COMPLETING", "PENDING", "REQUEUED"), (
+                f"{job['JobState']}\n{self.said()}"
+            )
+            assert time.monotonic() < deadline, f"{job['JobState']}, {job['Restarts']} restarts\n{self.said()}"
+            self.cluster.release(self.number)
+            time.sleep(0.2)
+
+    def reach(self, step: int, seconds: float = 600) -> None:
+        """Until a step is logged."""
+        deadline = time.monotonic() + seconds
+        while max(steps_of(self.run_dir), default=0) < step:
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.1)
+
+    def said(self) -> str:
+        """The job's own output and its nodes' logs."""
+        logs = [self.log, *sorted(self.run_dir.glob("logs/slurm_*/*.log"))]
+        return "\n".join(f"== {path}\n{path.read_text()[-4000:]}" for path in logs if path.exists())
+
+    @property
+    def summary(self) -> str:
+        return (self.run_dir / "slurm.log").read_text()
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of metrics.jsonl."""
+    path = run / "metrics.jsonl"
+    text = path.read_text() if path.is_file() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def steps_of(run: Path) -> list[int]:
+    return [row["step"] for row in metrics(run) if "loss" in row]
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """All that must be the same bit for bit; times differ."""
+    return [{name: value for name, value in row.items() if name not in TIMED} for row in metrics(run)]
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint, the optimizer's too."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    found: dict[str, Any] = {}
+    reader = FileSystemReader(run / "checkpoints" / f"step_{STEPS:08d}")
+    _load_state_dict(found, storage_reader=reader, planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    flat = torch.utils._pytree.tree_flatten_with_path(found)[0]
+    return {str(path): value for path, value in flat if isinstance(value, torch.Tensor)}
+
+
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    """The run left alone, without Slurm and without the command."""
+    run = folder / "whole"
+    sizes = ["trainer.num_nodes=2", "trainer.devices=1", f"exp_manager.explicit_log_dir={run}"]
+    run_ranks(2, train, compose("tiny", folder, sizes).config, timeout=400)
+    return run
+
+
+def assert_same(run: Path, whole: Path) -> None:
+    assert steps_of(run) == list(range(1, STEPS + 1))
+    assert figures(run) == figures(whole)
+    ours, theirs = final_weights(run), final_weights(whole)
+    assert ours.keys() == theirs.keys() and len(ours) > 10
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.timeout(600)
+def test_from_start_to_end(cluster: Cluster, folder: Path) -> None:
+    run = Run(cluster, folder, "a whole run", "trainer.max_steps=4", "model.tensor_model_parallel_size=2", processes=2)
+    assert run.end(500) == 0, run.said()
+    assert steps_of(run.run_dir) == [1, 2, 3, 4]
+    assert "2 node(s) fit" in run.summary and "all-reduce over 4 process(es): right" in run.summary
+    assert "ended with code 0: the run is complete" in run.summary
+    logs = run.run_dir / "logs" / f"slurm_{run.number}"
+    assert {path.name for path in logs.iterdir()} == {"n1.log", "n2.log", "preflight.log"}
+    assert not (run.run_dir / ".preflight").exists()
+
+
+@pytest.mark.timeout(600)
+def test_wrong_override(cluster: Cluster, folder: Path) -> None:
+    run = Run(cluster, folder, "wrong", "trainer.max_step=4")
+    assert run.end() == 2, run.said()
+    lines = [line for line in run.log.read_text().splitlines() if "max_step" in line and "start 0" not in line]
+    assert len(lines) == 1 and lines[0].startswith("error: unknown key trainer.max_step "), run.said()
+    assert not run.run_dir.exists()
+
+
+@pytest.mark.timeout(600)
+def test_unwritable_folder_on_one_node(cluster: Cluster, folder: Path) -> None:
+    run_dir = folder / "unwritable"
+    # Root may write everywhere: what n2 has to write is a folder.
+    (run_dir / ".preflight" / "n2").mkdir(parents=True)
+    run = Run(cluster, folder, "unwritable")
+    assert run.end() == 2, run.said()
+    lines = [line for line in run.log.read_text().splitlines() if line.startswith("error: node")]
+    named = [line for line in lines if f"{str(run_dir)!r} cannot be written (Is a directory). Mend: " in line]
+    assert len(named) == 1 and named[0].startswith("error: node n2: run folder:"), run.said()
+    assert "1 of 2 node(s) not fit: the run is not started" in run.summary
+    assert not (run_dir / "metrics.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_five_stops_change_nothing(cluster: Cluster, folder: Path, whole: Path) -> None:
+    run = Run(cluster, folder, "stopped", SLOW)
+    for times in range(1, 6):
+        run.reach(max(steps_of(run.run_dir), default=0) + 2)
+        cluster.run("scancel", "--batch", "--signal=USR1", str(run.number))
+        run.restarted(times)
+    assert run.end(1500) == 0, run.said()
+    assert run.summary.count("back into the queue") == 5 and run.summary.count("asked to stop") == 5
+    assert_same(run.run_dir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_node_dies(cluster: Cluster, folder: Path, whole: Path) -> None:
+    run = Run(cluster, folder, "node died", SLOW)
+    run.reach(EVERY + 2)
+    cluster.kill_node("n2")
+    cluster.wait(lambda: "DOWN" in cluster.node_states()["n2"], 90, "node that is down")
+    cluster.start_node("n2")
+    run.restarted(1)
+    assert run.end(1500) == 0, run.said()
+    assert_same(run.run_dir, whole)

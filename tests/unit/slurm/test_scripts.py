@@ -1,0 +1,338 @@
+"""The scripts of slurm/ without Slurm: its commands are stand-ins that write down how they are called."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_anymal.config_io import compose, default_config_dir
+from megatron_anymal.resilience.exit_codes import Exit
+
+ROOT = Path(__file__).parents[3]
+SCRIPTS = {"pretrain": "pretrain_70b", "sft": "sft_70b", "dpo": "dpo_70b"}
+CONFIGS = {"pretrain": "pretrain_70b_image", "sft": "sft_70b", "dpo": "dpo_70b"}
+
+# Writes down its options and runs the rest here, as the task of node n1.
+SRUN = """#!/bin/bash
+[[ $1 != --help ]] || { echo "$STUB_SRUN_HELP"; exit; }
+while [[ $1 == --* ]]; do echo "$1" >> "$STUBS/srun"; shift; done
+echo >> "$STUBS/srun"
+export SLURMD_NODENAME=n1 SLURM_NODEID=0
+exec "$@"
+"""
+SCONTROL = """#!/bin/bash
+echo "$*" >> "$STUBS/scontrol"
+case "$1 $2" in
+    "show hostnames") printf 'n1\\nn2\\n' ;;
+    "show node") echo "NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
+    "requeue 7") touch "$STUBS/go"; exit "${STUB_REQUEUE:-0}" ;;
+esac
+"""
+SINFO = """#!/bin/bash
+echo "n1 allocated"
+echo "n2 ${STUB_NODE:-allocated}"
+"""
+# Time passes a hundred times as fast.
+SLEEP = """#!/bin/bash
+exec {sleep} "$(awk "BEGIN {{ print $1 / 100 }}")"
+"""
+PYTHON = """#!{python}
+import json, os, pathlib, signal, sys, time
+stubs, words = pathlib.Path(os.environ["STUBS"]), sys.argv[1:]
+part = "launch" if "launch" in words else "run-dir" if "--run-dir" in words else "preflight"
+caught = []
+if part == "launch" and not os.environ.get("STUB_DEAF"):
+    signal.signal(signal.SIGUSR1, lambda *_: caught.append(1))
+    signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+with (stubs / "python").open("a") as file:
+    file.write(json.dumps([part, words]) + "\\n")
+(stubs / f"begun_{{part}}").touch()
+code = int(os.environ.get("STUB_" + part.upper().replace("-", "_"), "0"))
+if part == "run-dir":
+    print("error: unknown key" if code else stubs / "my run", file=sys.stderr if code else sys.stdout)
+if part == "preflight":
+    print("n1 ok")
+if part == "launch" and code:
+    print(os.environ.get("STUB_SAYS", ""), flush=True)
+deadline = time.monotonic() + 20
+while os.environ.get("STUB_WAITS") == part and not caught and time.monotonic() < deadline:
+    time.sleep(0.01)
+    if (stubs / "go").exists():
+        break
+sys.exit(75 if caught else code)
+"""
+
+
+class Job:
+    """One start of a script, with the environment that Slurm gives it on the first of two nodes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin = folder, folder / "bin"
+        self.run_dir = folder / "my run"
+        programs = {
+            "srun": SRUN,
+            "scontrol": SCONTROL,
+            "sinfo": SINFO,
+            "sleep": SLEEP.format(sleep=shutil.which("sleep")),
+            "venv/bin/python": PYTHON.format(python=sys.executable),
+        }
+        for name, text in programs.items():
+            path = self.bin / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+            path.chmod(0o755)
+        self.environment = {
+            "PATH": f"{self.bin}:{os.environ['PATH']}",
+            "STUBS": str(folder),
+            "STUB_SRUN_HELP": "--nodes",
+            "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURMD_NODENAME": "n1",
+            "SLURM_GPUS_ON_NODE": "8",
+            "ANYMAL_VENV": str(self.bin / "venv"),
+        }
+
+    def start(self, verb: str = "pretrain", *arguments: str, **environment: str) -> subprocess.Popen[str]:
+        # As Slurm does: a copy, somewhere else.
+        script = self.folder / "slurm_script"
+        shutil.copy(ROOT / "slurm" / f"{SCRIPTS[verb]}.sh", script)
+        return subprocess.Popen(
+            ["bash", str(script), *arguments],
+            env={**self.environment, **environment},
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, verb: str = "pretrain", *arguments: str, **environment: str) -> tuple[int, str]:
+        """The exit code, and what it said."""
+        process = self.start(verb, *arguments, **environment)
+        said, _ = process.communicate(timeout=30)
+        return process.returncode, said
+
+    def signalled(self, part: str, number: signal.Signals, **environment: str) -> tuple[int, str]:
+        """As `run`, with a signal to the script while it waits for a part."""
+        process = self.start(STUB_WAITS=part, **environment)
+        deadline = time.monotonic() + 20
+        while not (self.folder / f"begun_{part}").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(number)
+        if part != "launch":
+            time.sleep(0.2)
+            (self.folder / "go").touch()
+        said, _ = process.communicate(timeout=30)
+        return process.returncode, said
+
+    def calls(self, part: str) -> list[list[str]]:
+        """How Python was called for the run's folder, the checks or the launcher."""
+        path = self.folder / "python"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [words for name, words in lines if name == part]
+
+    @property
+    def requeued(self) -> int:
+        path = self.folder / "scontrol"
+        return path.read_text().splitlines().count("requeue 7") if path.exists() else 0
+
+    @property
+    def summary(self) -> str:
+        return (self.run_dir / "slurm.log").read_text()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Iterator[Job]:
+    yield Job(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_shellcheck() -> None:
+    scripts = sorted(map(str, (ROOT / "slurm").glob("*.sh")))
+    done = subprocess.run(["shellcheck", "-x", f"--source-path={ROOT}", *scripts], capture_output=True, text=True)
+    assert len(scripts) == 4 and done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("verb", SCRIPTS)
+def test_headers_say_what_the_configurations_say(verb: str) -> None:
+    text = (ROOT / "slurm" / f"{SCRIPTS[verb]}.sh").read_text()
+    header = dict(re.findall(r"^#SBATCH --([a-z-]+)=(.+)$", text, re.MULTILINE))
+    config = compose(CONFIGS[verb], default_config_dir(), []).config
+    assert config.job == verb
+    assert (int(header["nodes"]), int(header["gpus-per-node"])) == (config.trainer.num_nodes, config.trainer.devices)
+    assert header["job-name"] == SCRIPTS[verb] and header["ntasks-per-node"] == "1"
+    assert header["signal"] == "B:USR1@300" and header["open-mode"] == "append" and "\n#SBATCH --requeue\n" in text
+
+
+@pytest.mark.parametrize("verb", SCRIPTS)
+def test_arguments_arrive_as_they_were_given(job: Job, verb: str) -> None:
+    given = [
+        "data.train.a.path='/my data/a b'",
+        "exp_manager.name=\"x, 'y'\"",
+        "model.plugins=[a.py,b.py]",
+        "+k=$HOME *",
+    ]
+    code, said = job.run(verb, *given)
+    assert code == 0, said
+    (launch,), (preflight,), (asked,) = job.calls("launch"), job.calls("preflight"), job.calls("run-dir")
+    tail = [verb, f"--config-name={CONFIGS[verb]}", "trainer.num_nodes=2", "trainer.devices=8", *given]
+    assert all(words[-len(tail) :] == tail for words in (launch, preflight, asked))
+    assert launch[:6] == ["-m", "megatron_anymal", "launch", "--nproc-per-node=8", "--nnodes=2", "--node-rank=0"]
+    assert launch[6:9] == ["--rdzv-endpoint=10.0.0.1:10014", "--rdzv-id=7.0", "--grace-seconds=270"]
+    assert {"--address=10.0.0.1", "--port=10015", "--nodes=n1,n2"} <= set(preflight)
+    steps = [step.split() for step in (job.folder / "srun").read_text().split("\n\n")]
+    assert {"--ntasks=16", "--ntasks-per-node=8"} <= set(steps[1]) and "--ntasks-per-node=1" in steps[2]
+    assert "the run is complete" in job.summary and job.summary in said + job.summary
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, 4),
+        ({"SLURM_GPUS_ON_NODE": "", "SLURM_GPUS_PER_NODE": "h100:6"}, 6),
+        ({"SLURM_GPUS_ON_NODE": "", "SLURM_GPUS_PER_NODE": "0", "ANYMAL_PROCS_PER_NODE": "2"}, 2),
+        ({"ANYMAL_PROCS_PER_NODE": "3"}, 3),
+    ],
+)
+def test_size_of_the_allocation(job: Job, environment: dict[str, str], processes: int) -> None:
+    environment = {key: value for key, value in environment.items() if value}
+    if "SLURM_GPUS_PER_NODE" in environment:
+        del job.environment["SLURM_GPUS_ON_NODE"]
+    assert job.run(SLURM_JOB_NUM_NODES="5", **environment)[0] == 0
+    (words,) = job.calls("launch")
+    assert {"trainer.num_nodes=5", f"trainer.devices={processes}"} <= set(words)
+    assert {"--nnodes=5", f"--nproc-per-node={processes}"} <= set(words)
+
+
+def test_sizes_that_are_given_stay(job: Job) -> None:
+    assert job.run("pretrain", "++trainer.devices=4", "trainer.num_nodes=2")[0] == 0
+    (words,) = job.calls("launch")
+    assert [word for word in words if "trainer." in word] == ["++trainer.devices=4", "trainer.num_nodes=2"]
+    assert "--nproc-per-node=4" in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (("trainer.num_nodes=3",), {}, "trainer.num_nodes=3, but the job has 2 node(s)"),
+        ((), {"SLURM_GPUS_ON_NODE": "0"}, "set ANYMAL_PROCS_PER_NODE"),
+        ((), {"ANYMAL_VENV": "/nowhere"}, "there is no /nowhere/bin/python"),
+        ((), {"ANYMAL_CONTAINER": "a.sqsh", "PATH": "/usr/bin:/bin"}, "neither pyxis"),
+        ((), {"STUB_RUN_DIR": "2"}, "error: unknown key"),
+        ((), {"SLURM_SUBMIT_DIR": "/nowhere"}, "Submit from the repository's folder"),
+    ],
+)
+def test_mistakes_end_with_2_before_anything_starts(
+    job: Job, arguments: tuple[str, ...], environment: dict[str, str], says: str
+) -> None:
+    if "PATH" in environment:
+        environment = {**environment, "PATH": f"{job.bin}:{environment['PATH']}"}
+    code, said = job.run("pretrain", *arguments, **environment)
+    assert code == 2 and says in said
+    assert not job.calls("preflight") and not job.calls("launch") and not job.requeued
+
+
+def test_unfit_nodes_end_it(job: Job) -> None:
+    code, said = job.run(STUB_PREFLIGHT="2")
+    assert code == 2 and "n1 ok" in said and "n1 ok" in job.summary
+    assert not job.calls("launch") and not job.requeued
+
+
+@pytest.mark.parametrize("code", [1, 2, 76, 77, 78, 79, 80, 81, 137])
+def test_other_codes_end_the_job_and_say_why(job: Job, code: int) -> None:
+    says = "error (rank 3): the disk is full"
+    done, said = job.run(STUB_LAUNCH=str(code), STUB_SAYS=says)
+    assert done == code and not job.requeued
+    (line,) = [line for line in job.summary.splitlines() if "ended with" in line]
+    assert f"code {code}" in line and says in line and line in said
+    assert says in (job.run_dir / "logs" / "slurm_7" / "n1.log").read_text()
+
+
+def test_every_exit_code_has_its_meaning(job: Job) -> None:
+    for exit in Exit:
+        asked = f'ANYMAL_HOME={ROOT}; source "{ROOT}/slurm/common.sh"; meaning {int(exit)}'
+        said = subprocess.run(["bash", "-c", asked], capture_output=True, text=True).stdout.strip()
+        assert said and "unknown" not in said, exit
+
+
+def test_code_75_goes_back_into_the_queue(job: Job) -> None:
+    (job.run_dir / "checkpoints" / "step_00000040").mkdir(parents=True)
+    (job.run_dir / "checkpoints" / ".staging_00000050").mkdir()
+    assert job.run(STUB_LAUNCH="75")[0] == 75
+    assert job.requeued == 1 and "stopped at step_00000040: back into the queue" in job.summary
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "again"), [(1, "allocated*", 1), (137, "down", 1), (2, "down", 0), (79, "down*", 0)]
+)
+def test_a_lost_node_sends_it_back(job: Job, code: int, state: str, again: int) -> None:
+    job.run(STUB_LAUNCH=str(code), STUB_NODE=state)
+    assert job.requeued == again and (f"node n2 is {state}" in job.summary) == bool(again)
+
+
+def test_refused_requeue_is_said(job: Job) -> None:
+    code, said = job.run(STUB_LAUNCH="75", STUB_REQUEUE="1")
+    assert code == 75 and "scontrol requeue failed" in said and "submit the job again" in job.summary
+
+
+def test_three_stops_without_progress_end_it(job: Job) -> None:
+    checkpoints = job.run_dir / "checkpoints"
+    for step in (5, 5, 6, 6, 7):
+        (checkpoints / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
+        assert job.run(STUB_LAUNCH="75")[0] == 75
+    assert job.requeued == 5
+    assert job.run(STUB_LAUNCH="75")[0] == 75
+    assert job.run(STUB_LAUNCH="75")[0] == 79
+    assert job.requeued == 6 and "without progress" in job.summary
+
+
+def test_usr1_reaches_the_launcher(job: Job) -> None:
+    code, said = job.signalled("launch", signal.SIGUSR1)
+    assert code == 75 and job.requeued == 1 and "asked to stop" in job.summary, said
+
+
+@pytest.mark.parametrize("part", ["run-dir", "preflight"])
+def test_usr1_before_the_launcher(job: Job, part: str) -> None:
+    code, said = job.signalled(part, signal.SIGUSR1)
+    assert code == 75 and job.requeued == 1 and not job.calls("launch"), said
+
+
+def test_a_stop_that_takes_too_long(job: Job) -> None:
+    code, said = job.signalled("launch", signal.SIGUSR1, STUB_DEAF="1", ANYMAL_GRACE_SECONDS="30")
+    # The launcher goes on until Slurm ends it: here by itself, with code 0.
+    assert job.requeued == 1 and "no end within 30 s" in job.summary, (code, said)
+
+
+def test_cancelled_jobs_stay_away(job: Job) -> None:
+    code, said = job.signalled("launch", signal.SIGTERM)
+    assert code == 75 and not job.requeued and "ended from outside" in job.summary, said
+
+
+def test_pyxis_and_apptainer(job: Job) -> None:
+    image: dict[str, Any] = {"ANYMAL_CONTAINER": "/images/a b.sqsh", "ANYMAL_MOUNTS": "/data:/data"}
+    # In an image, python is the image's.
+    shutil.copy(job.bin / "venv/bin/python", job.bin / "python")
+    assert job.run(STUB_SRUN_HELP="  --container-image=[USER@]PATH", **image)[0] == 0
+    options = (job.folder / "srun").read_text().splitlines()
+    assert options.count("--container-image=/images/a b.sqsh") == options.count("--container-mounts=/data:/data") == 3
+
+    apptainer = job.bin / "apptainer"
+    apptainer.write_text('#!/bin/bash\necho "$@" >> "$STUBS/apptainer"\nshift 7\nexec "$@"\n')
+    apptainer.chmod(0o755)
+    code, said = job.run(**{**image, "ANYMAL_CONTAINER": "/images/a.sif"})
+    assert code == 0, said
+    lines = (job.folder / "apptainer").read_text().splitlines()
+    wanted = f"exec --nv --bind /data:/data --pwd {job.folder} /images/a.sif python -m megatron_anymal"
+    assert len(lines) == 3 and all(line.startswith(wanted) for line in lines)
