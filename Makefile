@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv quickstart test test-all parity lint format clean
+.PHONY: venv quickstart test test-all parity soak lint format clean
 
 venv: $(INSTALLED)
 
@@ -30,6 +30,10 @@ test-all: $(INSTALLED)
 # About half an hour; writes docs/parity.md and runs/parity.json.
 parity: $(INSTALLED)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m parity
+
+# Random faults, one a minute on average, for 20 minutes; compared with an undisturbed run.
+soak: $(INSTALLED)
+	PYTHONPATH=.:tests:tests/faults OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m soak --minutes 20
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

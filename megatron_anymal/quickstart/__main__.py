@@ -72,7 +72,7 @@ def evaluate(run: str, data: Sequence[str], out: Path, *further: str) -> list[st
 
 def ask(model: Path) -> list[str]:
     """The verb's arguments for a question about the first held-out picture."""
-    picture = FOLDER / "media" / "image_held_out" / "image-held-out-000000.png"
+    picture = FOLDER / "media" / "image_held_out" / "image-held_out-000000.png"
     question = ["--chat", "--media", str(picture), "--text", "what is in the picture? answer in capitals."]
     return ["generate", "--checkpoint", str(model), *question, "--max-new-tokens", "20"]
 

@@ -80,8 +80,9 @@ def parity_config(shards: str, tokenizer: str, job: str, media: str) -> AnyMALCo
     config.model.optim.lr, config.model.optim.eps = 1e-3, 1e-5 if job == "pretrain" else 1e-4
     config.model.optim.weight_decay = 0.1
     config.data.seq_length = {"pretrain": 48, "sft": 64, "dpo": 128}[job]
-    # Large, so that it shows what the reference says.
-    config.model.dpo.beta = 0.5
+    if job == "dpo":
+        # Large, so that it shows what the reference says.
+        config.model.dpo.beta = 0.5
     return config
 
 

@@ -129,7 +129,8 @@ class Layout:
         model = config.model
         model.neftune = NeftuneConfig(alpha=5.0 if self.noise else 0.0, embeddings=self.noise or "all")
         model.loss_normalization = self.mean
-        model.dpo.label_smoothing, model.dpo.reference = self.smoothing, self.reference
+        if self.job == "dpo":
+            model.dpo.label_smoothing, model.dpo.reference = self.smoothing, self.reference
         model.tensor_model_parallel_size, model.sequence_parallel = self.tensor, self.sequence
         model.pipeline_model_parallel_size = self.pipeline
         model.virtual_pipeline_model_parallel_size = self.virtual

@@ -68,7 +68,7 @@ def test_a_folder_answers_by_itself(variant: str, tokenizer_folder: str, tmp_pat
     assert found["ids"] == inputs["input_ids"].tolist()
     assert found["pieces"] == {name: float(pieces.double().sum()) for name, pieces in inputs["media"].items()}
     torch.testing.assert_close(torch.tensor(found["logits"]), logits)
-    assert found["answers"] == answers and len(set(answers)) > 2
+    assert found["answers"] == answers and len(set(answers)) > 1
     assert found["dtypes"] == ["torch.bfloat16"]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,9 +28,15 @@ THERMAL = str(Path(__file__).parents[3] / "examples" / "thermal_modality.py")
 
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
-    """Plug-ins of one test are not seen by the next."""
-    kinds, encoders = dict(MODALITIES), dict(ENCODERS)
+    """Plug-ins of one test are not seen by the next, nor those of tests elsewhere here."""
+    known: list[dict[str, Any]] = [MODALITIES, ENCODERS]
+    kinds, encoders = ([name for name, cls in some.items() if "_plugin_" not in cls.__module__] for some in known)
+    _forget(kinds, encoders)
     yield
+    _forget(kinds, encoders)
+
+
+def _forget(kinds: Collection[str], encoders: Collection[str]) -> None:
     for kind in set(MODALITIES) - set(kinds):
         del MODALITIES[kind]
     for encoder in set(ENCODERS) - set(encoders):

@@ -48,7 +48,7 @@ def test_two_processes_leave_one_run_folder_with_tensorboard(folder):
     assert done.returncode == 0, done.stderr[-3000:]
     # The console belongs to the run: the libraries' remarks at the start are silenced.
     assert done.stderr == "" and all(
-        line.startswith(("step ", "saved ", "2 process(es)")) for line in done.stdout.splitlines()
+        line.startswith(("step ", "saved ", "waiting for ", "2 process(es)")) for line in done.stdout.splitlines()
     )
     assert sorted(set(logged_steps(run))) == [1, 2]
     events = list(run.rglob("events.out.tfevents.*"))
