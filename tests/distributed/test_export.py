@@ -77,7 +77,13 @@ def test_the_export_is_verified_and_says_so(run: AnyMALConfig, exported: Path, c
     assert "verified imu: 2 sample(s)" in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["language_model.model.layers.0.mlp.up_proj.weight", "projectors.imu.linears.0.bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language_model.model.layers.0.mlp.up_proj.weight",
+        pytest.param("projectors.imu.linears.0.bias", marks=pytest.mark.slow),
+    ],
+)
 def test_one_wrong_tensor_is_found(
     run: AnyMALConfig, exported: Path, name: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -92,6 +98,7 @@ def test_one_wrong_tensor_is_found(
     assert "logits differ by up to" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_another_preparation_of_media_is_found(
     run: AnyMALConfig, exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -118,6 +125,7 @@ def test_the_adapter_for_peft_equals_the_merged_weights(run: AnyMALConfig, tmp_p
     assert (before - expected).abs().max() > 0.05
 
 
+@pytest.mark.slow
 def test_the_base_without_adapters_keeps_its_bytes(run: AnyMALConfig, base: Path, tmp_path: Path) -> None:
     assert export(run, tmp_path / "apart", "--llama-only", "--adapter", "separate", "--no-verify") == 0
     source = {name: t for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
@@ -181,6 +189,7 @@ def full_disk(arguments: list[str]) -> int:
     return export_hf.main(arguments)
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_nothing(run: AnyMALConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--out", str(tmp_path / "out")]
     assert run_ranks(1, full_disk, arguments) == [2]
@@ -188,6 +197,7 @@ def test_a_full_disk_leaves_nothing(run: AnyMALConfig, tmp_path: Path, capfd: py
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_tensors_that_belong_nowhere_are_named(run: AnyMALConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     folder = store.resolve(run.exp_manager.explicit_log_dir)
     copy = tmp_path / "checkpoint"

@@ -67,6 +67,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_one_rank_killed_goes_on_by_itself(folder: Path) -> None:
     run, log = folder / "one", folder / "one.log"

@@ -9,7 +9,7 @@ import pytest
 from loopback import Cluster
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 # "Saves" at each stop; complete at its third start.
 PYTHON = """#!{python}

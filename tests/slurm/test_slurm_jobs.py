@@ -24,7 +24,7 @@ STEPS, EVERY = 40, 10
 # So that a step takes long enough for a request to stop to come in its time; no number changes.
 SLOW = "resilience.faults=['slow:rank=0,seconds=0.3,every=1']"
 TIMED = ("tokens_per_second", "step_seconds", "data_wait_share")
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,6 @@ def test_unwritable_folder_on_one_node(cluster: Cluster, folder: Path) -> None:
     assert not (run_dir / "metrics.jsonl").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_five_stops_change_nothing(cluster: Cluster, folder: Path, whole: Path) -> None:
     run = Run(cluster, folder, "stopped", SLOW)
@@ -190,7 +189,6 @@ def test_five_stops_change_nothing(cluster: Cluster, folder: Path, whole: Path) 
     assert_same(run.run_dir, whole)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_node_dies(cluster: Cluster, folder: Path, whole: Path) -> None:
     run = Run(cluster, folder, "node died", SLOW)

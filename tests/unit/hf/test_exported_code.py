@@ -55,7 +55,7 @@ def expected_of(
     return inputs, logits, processor.answers(output, inputs)
 
 
-@pytest.mark.parametrize("variant", ["towers", "others"])
+@pytest.mark.parametrize("variant", ["towers", pytest.param("others", marks=pytest.mark.slow)])
 def test_a_folder_answers_by_itself(variant: str, tokenizer_folder: str, tmp_path: Path) -> None:
     tied = variant == "others"
     model = make_model(make_config(sections(variant), tokenizer_folder, tie_word_embeddings=tied))
@@ -82,6 +82,7 @@ def test_images_alone_need_neither_sound_nor_video(tokenizer_folder: str, tmp_pa
     assert found["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
 
 
+@pytest.mark.slow
 def test_motion_alone_needs_no_library_of_media(tokenizer_folder: str, tmp_path: Path) -> None:
     model = make_model(make_config({"imu": modalities()["imu"]}, tokenizer_folder))
     write_export(tmp_path / "export", model, tokenizer_folder)
