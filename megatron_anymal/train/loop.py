@@ -106,6 +106,9 @@ class Run:
             self._train()
         except BaseException as error:
             worker = worker_died(error)
+            if worker is not None:
+                # Recorded with its traceback.
+                worker.__cause__ = error
             # Before the wait for others, who may be gone.
             record_failure(self.run_dir, worker or error, self.state.step)
             self.writer.abandon()
