@@ -105,6 +105,7 @@ def test_training_goes_on_and_tries_again(config: AnyMALConfig, fault: str, tmp_
     assert store.newest_valid(tmp_path / "run" / "checkpoints")[1] == []
 
 
+@pytest.mark.slow
 def test_older_ones_stay_while_newer_ones_fail(config: AnyMALConfig, tmp_path: Path) -> None:
     config.exp_manager.checkpoint.keep_last = 1
     said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.ENOSPC, "write", (6, 9)))[0]
@@ -121,6 +122,7 @@ def test_older_ones_stay_while_newer_ones_fail(config: AnyMALConfig, tmp_path: P
     assert figures(tmp_path / "run") == figures(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_old_checkpoints_that_cannot_be_deleted_stay(config: AnyMALConfig, tmp_path: Path) -> None:
     config.exp_manager.checkpoint.keep_last = 1
     said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.EIO, "rename", (3,), "step_00000003"))[0]
@@ -163,6 +165,7 @@ def too_little_memory(config: AnyMALConfig, rank: int) -> tuple[str, str]:
     return train_and_tell(config)
 
 
+@pytest.mark.slow
 def test_too_little_memory_for_the_copy_on_one_rank(config: AnyMALConfig, tmp_path: Path) -> None:
     config.trainer.devices = config.model.tensor_model_parallel_size = 2
     ended = run_ranks(2, too_little_memory, config, 1)
@@ -190,6 +193,7 @@ def failing_step(config: AnyMALConfig, rank: int) -> bool:
     return (Path(config.exp_manager.explicit_log_dir) / "checkpoints" / "step_00000003").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_waits_for_the_save_under_way(config: AnyMALConfig, rank: int, tmp_path: Path) -> None:
     # The other rank is left in a collective of the next step, or finds its peer gone.

@@ -195,6 +195,7 @@ def killed_on_rank(config: AnyMALConfig, rank: int, step: int, kind: str, count:
 CUTS = [(0, "write", 40), (0, "fsync", 3), (0, "rename", 1), (1, "write", 40), (1, "fsync", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rank", "kind", "count"),
     [pytest.param(*cut, marks=[] if cut in CUTS[2:4] else [pytest.mark.slow]) for cut in CUTS],

@@ -93,6 +93,7 @@ def taken_over(config: AnyMALConfig) -> str:
     return str(error.value)
 
 
+@pytest.mark.slow
 def test_a_job_that_was_taken_over_stops_on_every_rank(config: AnyMALConfig, tmp_path: Path) -> None:
     config.trainer.devices, config.trainer.max_steps = 2, 100
     told = run_ranks(2, taken_over, config)

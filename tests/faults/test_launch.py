@@ -143,6 +143,7 @@ def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
     assert len(told(run, "start")) == 1 and "75" in report(run)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
     run = tmp_path / "run"
