@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
     LogitsProcessor,
@@ -31,6 +32,7 @@ from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.sampling import Sampling, choose
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 
@@ -79,12 +81,16 @@ class ExportedGenerator(Generator):
             )
         place = _device(device)
         wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-        model_class, processor_class, trust = AnyMALForConditionalGeneration, AnyMALProcessor, {}
+        # Known here, so that loading the tokenizer does not ask whether to run the folder's code.
+        AutoConfig.register(AnyMALConfig.model_type, AnyMALConfig, exist_ok=True)
+        model_class, processor_class, trust = AnyMALForConditionalGeneration, AnyMALProcessor, False
         if trust_remote_code:
-            model_class, processor_class, trust = AutoModelForCausalLM, AutoProcessor, {"trust_remote_code": True}
+            model_class, processor_class, trust = AutoModelForCausalLM, AutoProcessor, True
         try:
-            model, found = model_class.from_pretrained(folder, dtype=wanted, output_loading_info=True, **trust)
-            processor = processor_class.from_pretrained(folder, **trust)
+            model, found = model_class.from_pretrained(
+                folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust
+            )
+            processor = processor_class.from_pretrained(folder, trust_remote_code=trust)
         except (OSError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{folder!r} cannot be loaded: {error} Export again.") from error
         if missing := sorted(found["missing_keys"]):
