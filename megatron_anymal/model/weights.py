@@ -139,7 +139,7 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, devi
     """A whole weight drawn from a normal distribution seeded by (seed, name): the same under every layout.
 
     Args:
-        device: draws it if it is large (a random 70B would take a CPU a quarter of an hour); GPUs of one kind draw
+        device: draws it if it is large (a random 70B would take a core twelve minutes); GPUs of one kind draw
             alike.
     """
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()

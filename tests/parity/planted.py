@@ -23,6 +23,7 @@ import megatron_anymal.data.loader as loader
 import megatron_anymal.model.anymal as anymal
 import megatron_anymal.model.attention as attention
 import megatron_anymal.model.build as model_build
+import megatron_anymal.model.head as head
 import megatron_anymal.model.llama as llama
 import megatron_anymal.model.lora as lora
 import megatron_anymal.model.shares as shares
@@ -118,6 +119,14 @@ def _positions_in_the_order_of_one_rank() -> None:
         return pack
 
     _wrap(anymal, "document_pack", contiguous)
+
+
+def _head_gradient_not_summed() -> None:
+    head.copy_to_tensor_model_parallel_region = lambda rows: rows
+
+
+def _backward_skipped_with_media() -> None:
+    anymal.AnyMALModel._teaches = lambda self, micro_batch: False  # type: ignore[method-assign]
 
 
 def _mean_over_ranks() -> None:
@@ -276,6 +285,8 @@ BUGS = (
         _projector_gradient_lost_on_text,
         Layout(media="few media"),
     ),
+    Bug("the head's gradient not summed over the vocabulary's parts", _head_gradient_not_summed, Layout(tensor=2)),
+    Bug("the backward pass of packs with media skipped", _backward_skipped_with_media, Layout()),
     Bug("a frozen Llama passes no gradient on", _frozen_llama_passes_no_gradient, Layout()),
     Bug("a micro-batch's gradient not added", _first_micro_batch_lost, Layout()),
     Bug(
