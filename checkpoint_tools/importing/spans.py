@@ -5,7 +5,7 @@ Every weight of ours is made of whole rows of HuggingFace's, so that an import o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ def parts_of(spans: Sequence[Span]) -> list[Span]:
     ]
 
 
-def read_ahead(parts: Sequence[Span], source: HFWeights) -> Iterator[memoryview]:
+def read_ahead(parts: Sequence[Span], source: HFWeights) -> Generator[memoryview, None, None]:
     """The bytes of each part; while one is used, a thread reads the next. A part lasts until the next is asked for.
 
     Raises:

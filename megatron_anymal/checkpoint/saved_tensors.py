@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
-from typing import IO, Any, cast
+from typing import IO, Any, Optional, cast
 
 import numpy as np
 import torch
@@ -81,19 +81,28 @@ class FilePart(io.RawIOBase):
         return count
 
 
-def read_saved(part: FilePart, dtype: str, size: tuple[int, ...]) -> Tensor:
-    """A tensor that torch.save wrote: its description by torch.load, its bytes straight into fresh memory.
+def read_saved(part: FilePart, dtype: str, size: tuple[int, ...], into: Optional[Tensor] = None) -> Tensor:
+    """A tensor that torch.save wrote: its description by torch.load, its bytes straight into memory.
 
     torch.load would also sum up the bytes, at a fraction of the disk's speed.
+
+    Args:
+        into: contiguous memory for it, used where its values are stored in their order; fresh memory otherwise.
+
+    Returns:
+        `into`, or a new tensor.
     """
-    kind = torch.load(part, map_location="meta", weights_only=True)
+    kind = torch.load(cast(IO[bytes], part), map_location="meta", weights_only=True)
     if not isinstance(kind, Tensor) or (tuple(kind.shape), str(kind.dtype)) != (size, f"torch.{dtype}"):
         raise ValueError(f"it is no {dtype} tensor of shape {list(size)}")
-    data = torch.empty(kind.untyped_storage().nbytes(), dtype=torch.uint8)
-    if len(data):
+    length = kind.untyped_storage().nbytes()
+    if length != kind.nbytes or not kind.is_contiguous():
+        into = None
+    data = torch.empty(length, dtype=torch.uint8) if into is None else into.view(-1).view(torch.uint8)
+    if length:
         # It takes the file to begin where it stands.
         part.seek(0)
-        archive: Any = torch._C.PyTorchFileReader(part)
+        archive: Any = torch._C.PyTorchFileReader(cast(IO[bytes], part))
         part.seek(archive.get_record_offset("data/0"))
     left = data.numpy().data
     while len(left):
@@ -101,4 +110,4 @@ def read_saved(part: FilePart, dtype: str, size: tuple[int, ...]) -> Tensor:
         if not count:
             raise EOFError("it is cut off")
         left = left[count:]
-    return data.view(kind.dtype).as_strided(kind.shape, kind.stride(), kind.storage_offset())
+    return data.view(kind.dtype).as_strided(kind.shape, kind.stride(), kind.storage_offset()) if into is None else into

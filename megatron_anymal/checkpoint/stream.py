@@ -285,7 +285,13 @@ class StreamReader:
             assert both is not None
             here = tuple(slice(a - o, b - o) for (a, b), o in zip(both, offset))
             there = tuple(slice(a - o, b - o) for (a, b), o in zip(both, chunk.offset))
-            result[here] = self._load(name, chunk, file)[there]
+            target = result[here]
+            # A chunk that is a part of the result, row by row, needs no memory of its own.
+            is_whole = target.is_contiguous() and tuple(target.shape) == chunk.size
+            found = self._load(name, chunk, file, target if is_whole else None)
+            if found is not target:
+                target.copy_(found[there])
+            del found
             filled += math.prod(b - a for a, b in both)
         if filled != result.numel():
             raise CheckpointError(f"{str(self.folder)!r} lacks {result.numel() - filled} values of {name!r}.")
@@ -313,10 +319,10 @@ class StreamReader:
             files.append(info.relative_path)
         return Stored(dtype, tuple(entry.size), tuple(chunks), tuple(files))
 
-    def _load(self, name: str, chunk: Chunk, file: str) -> Tensor:
+    def _load(self, name: str, chunk: Chunk, file: str, into: Optional[Tensor] = None) -> Tensor:
         try:
             with open(self.folder / file, "rb") as raw:
-                return read_saved(FilePart(raw, chunk.place, chunk.length), chunk.dtype, chunk.size)
+                return read_saved(FilePart(raw, chunk.place, chunk.length), chunk.dtype, chunk.size, into)
         except OSError as error:
             raise CheckpointError(f"{str(self.folder / file)!r} cannot be read ({error.strerror}).") from None
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
