@@ -211,7 +211,13 @@ def main() -> None:
         body = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(["python", *sys.argv]),
-            "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "kernel": platform.release()},
+            # Load averages of 1, 5 and 15 minutes: what else the machine did.
+            "machine": {
+                "processor": platform.machine(),
+                "cores": os.cpu_count(),
+                "kernel": platform.release(),
+                "load": os.getloadavg(),
+            },
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "ratios": ratios,
             **asdict(found),
