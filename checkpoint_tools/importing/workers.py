@@ -91,7 +91,8 @@ def _work(parent: int, todo: Any, told: Any, work: Callable[[Any, Callable[[int]
             work(job, lambda count: told.put(("done", count)))
         told.put(("peak", peak_memory() - before))
     except OSError as error:
-        told.put(("disk", (error.errno, error.strerror, error.filename)))
+        # Without a number it is a library's own message.
+        told.put(("disk", (error.errno, error.strerror, error.filename)) if error.errno else ("failed", str(error)))
     except ValueError as error:
         # The package's own errors are of this kind, each a line for the user.
         told.put(("failed", str(error)))
