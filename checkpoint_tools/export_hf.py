@@ -8,16 +8,23 @@ logits are compared with the trainer's own (checkpoint_tools.verify).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import shutil
 import sys
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from checkpoint_tools.disk import check_space, what_failed
 from checkpoint_tools.exporting.card import write_card
 from checkpoint_tools.exporting.model_files import write_llama_files, write_model_files
 from checkpoint_tools.exporting.shard_files import write_shards
 from checkpoint_tools.exporting.weights import LLAMA, ExportedWeights
+from checkpoint_tools.memory import peak_memory
 from checkpoint_tools.verify import VerificationError, choose_samples, verify
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
@@ -28,6 +35,8 @@ from megatron_anymal.quiet import quiet_libraries
 from megatron_anymal.tensor_files import TensorFileError
 
 _GIB = 1 << 30
+# Beside the weights: tokenizer and code, with room to spare.
+_SPARE = 64 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,29 +55,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         _export(arguments)
-    except (CheckpointError, ConfigError, DataError, TensorFileError, VerificationError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (CheckpointError, ConfigError, DataError, TensorFileError) as error:
+        message = str(error)
+    except VerificationError as error:
+        message = f"{error} Nothing was written."
     except OSError as error:
-        print(f"error: {arguments.out!r} cannot be written: {error}. Nothing was left there.", file=sys.stderr)
-        return 2
-    return 0
+        message = what_failed(error, Path(arguments.out), "Free space, or name another place. Nothing was left there.")
+    else:
+        return 0
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    out = Path(arguments.out)
-    if out.exists() and not arguments.overwrite:
-        raise ConfigError(f"--out={str(out)!r} exists. Name another folder, or add --overwrite.")
+    out = Path(arguments.out).absolute()
+    _check_arguments(arguments, out)
+    begun, memory = time.monotonic(), peak_memory()
     folder = store.resolve(arguments.checkpoint)
-    manifest = store.read_manifest(folder, verify=True)
+    manifest = store.read_manifest(folder)
     config = from_dict(manifest.config)
     llama_only = arguments.llama_only or not config.model.modalities
-    samples = None if arguments.no_verify else choose_samples(config, arguments.data, arguments.samples, llama_only)
     staging = out.parent / f".{out.name}.exporting"
     shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
     try:
-        adapter, files = _write(arguments, staging, folder, manifest, config, llama_only)
+        with _checksums_compared(folder, manifest):
+            samples = (
+                None if arguments.no_verify else choose_samples(config, arguments.data, arguments.samples, llama_only)
+            )
+            staging.mkdir(parents=True)
+            adapter, files = _write(arguments, staging, folder, manifest, config, llama_only)
+        memory = peak_memory() - memory
+        seconds = time.monotonic() - begun
         verification = None if samples is None else verify(folder, config, staging, samples)
         if verification:
             (staging / "verification.json").write_text(json.dumps(verification, indent=1) + "\n")
@@ -82,12 +99,66 @@ def _export(arguments: argparse.Namespace) -> None:
             verification=verification,
         )
         store.sync_tree(staging)
-        if out.exists():
-            shutil.rmtree(out)
-        staging.rename(out)
+        _put_in_place(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    print(f"{out} is written: {len(files)} file(s) of weights{', adapters ' + adapter if adapter else ''}")
+    moved = sum((out / name).stat().st_size for name in files)
+    print(f"memory beyond the start: {memory / 1e6:,.0f} MB")
+    print(
+        f"{out} is written: {len(files)} file(s) of weights{', adapters ' + adapter if adapter else ''}, "
+        f"{moved / 1e9:.2f} GB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s"
+    )
+
+
+def _check_arguments(arguments: argparse.Namespace, out: Path) -> None:
+    if arguments.max_shard_gib <= 0:
+        raise ConfigError(f"--max-shard-gib={arguments.max_shard_gib:g} must be more than 0.")
+    if arguments.samples < 1:
+        raise ConfigError(f"--samples={arguments.samples} must be at least 1. (--no-verify compares nothing.)")
+    if not out.exists():
+        return
+    if not arguments.overwrite:
+        raise ConfigError(f"--out={str(out)!r} exists. Name another folder, or add --overwrite.")
+    if not ((out / "config.json").is_file() and any(out.glob("model*.safetensors"))):
+        raise ConfigError(f"--out={str(out)!r} exists and is no model's folder: it is not replaced. Name another one.")
+
+
+@contextlib.contextmanager
+def _checksums_compared(folder: Path, manifest: Manifest) -> Iterator[None]:
+    """Compare a checkpoint's files with their checksums: the small ones before the block, those with the weights beside
+    it.
+
+    Raises:
+        CheckpointError: at either end of the block; a file is missing or changed.
+    """
+    large = [name for name in manifest.files if name.endswith((".distcp", ".safetensors"))]
+    for name in sorted(manifest.files.keys() - set(large)):
+        store.verify_file(folder, name, manifest.files[name])
+    failed = threading.Event()
+
+    def compare() -> None:
+        for name in large:
+            if not failed.is_set():
+                store.verify_file(folder, name, manifest.files[name])
+
+    with ThreadPoolExecutor(1) as aside:
+        compared = aside.submit(compare)
+        try:
+            yield
+        except BaseException:
+            failed.set()
+            raise
+        compared.result()
+
+
+def _put_in_place(staging: Path, out: Path) -> None:
+    """Rename a finished folder; what it replaces goes last, so that a kill never leaves a part of a folder there."""
+    old = out.with_name(f".{out.name}.replaced")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    staging.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(
@@ -107,6 +178,7 @@ def _write(
     weights = ExportedWeights(folder, manifest, config, llama_only=llama_only, merge=not separate)
     for part, count in weights.left_out.items():
         print(f"left out: {part}, {count} tensor(s)")
+    check_space(staging, sum(math.prod(shape) * dtype.itemsize for dtype, shape in weights.entries.values()) + _SPARE)
     if llama_only:
         write_llama_files(staging, config, weights.llama.hf, weights.entries)
     else:

@@ -7,12 +7,12 @@ bit by bit as they were. An import that was interrupted goes on where it was whe
 from __future__ import annotations
 
 import argparse
-import errno
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoint_tools.disk import what_failed
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
 from megatron_anymal.quiet import quiet_libraries
@@ -40,11 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ConfigError, TensorFileError, WorkerError) as error:
         message = " ".join(str(error).replace("model.language_model.path", "--hf").split())
     except OSError as error:
-        message = f"{error.filename or str(arguments.out)!r}: {error.strerror or error}"
+        message = what_failed(error, arguments.out, "Free space and start again to go on.")
     else:
         return 0
-    if os.strerror(errno.ENOSPC) in message:
-        message = f"the disk of --out={str(arguments.out)!r} is full. Free space and start again to go on."
     print(f"error: {message}", file=sys.stderr)
     return 2
 

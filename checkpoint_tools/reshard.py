@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from checkpoint_tools.disk import check_space, what_failed
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.config import AnyMALConfig, ConfigError
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ConfigError) as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename or str(arguments.out)!r}: {error.strerror or error}"
+        message = what_failed(error, arguments.out, "Free space, or name another place. Nothing was left there.")
     else:
         return 0
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -61,11 +62,7 @@ def _reshard(arguments: argparse.Namespace) -> None:
     boxes = boxes_of_ranks(config, manifest, folder)
     size = sum((folder / name).stat().st_size for name in manifest.files)
     out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if size > free:
-        raise ConfigError(
-            f"--out needs {size / 1e9:.2f} GB on the disk of {str(out.parent)!r}, which has {free / 1e9:.2f} GB free."
-        )
+    check_space(out, size)
     staging = out.parent / f".{out.name}.resharding"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()

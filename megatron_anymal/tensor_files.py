@@ -107,6 +107,14 @@ class SafetensorsFile(Mapping[str, Tensor]):
             self._fill(data.numpy().data, entry.begin + done, name)
             yield data.view(entry.dtype)
 
+    def read_into(self, name: str, place: int, target: memoryview) -> None:
+        """Fill `target` with a tensor's bytes, from its byte `place` on."""
+        self._fill(target, self._entries[name].begin + place, name)
+
+    def __contains__(self, name: object) -> bool:
+        # Mapping's own would read the tensor.
+        return name in self._entries
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -189,14 +197,10 @@ class HashedFile:
         self._file = io.FileIO(path, "w")
         self._hash = hashlib.sha256()
         self._place = 0
-        # What went wrong first: who writes through another library sees only that library's error.
-        self.error: Optional[OSError] = None
 
     def write(self, data: Any) -> int:
         """Append bytes (anything with a buffer); they are hashed and written side by side."""
         view = memoryview(data).cast("B")
-        if self.error:
-            raise self.error
         hashing = None
         if len(view) > 1 << 20:
             hashing = threading.Thread(target=self._hash.update, args=(view,))
@@ -207,9 +211,6 @@ class HashedFile:
             done = 0
             while done < len(view):
                 done += self._file.write(view[done : done + _PIECE])
-        except OSError as error:
-            self.error = error
-            raise
         finally:
             if hashing:
                 hashing.join()
@@ -374,12 +375,19 @@ class HFWeights(Mapping[str, Tensor]):
         """As `SafetensorsFile.pieces`."""
         return self._places[name].pieces(name)
 
+    def read_into(self, name: str, place: int, target: memoryview) -> None:
+        """As `SafetensorsFile.read_into`."""
+        self._places[name].read_into(name, place, target)
+
     def file_of(self, name: str) -> str:
         """The name of the file that holds a tensor."""
         return self._places[name].path.name
 
     def __getitem__(self, name: str) -> Tensor:
         return self._places[name][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)

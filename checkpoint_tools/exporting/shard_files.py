@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -41,25 +43,38 @@ def write_shards(
     shards = _cut(entries, max_bytes)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
     digests = {}
-    source = iter(tensors)
     total, moved = sum(_size(entry) for entry in entries.values()), 0
     progress = Progress("exporting", total // _MB, "MB")
-    for name, shard in zip(names, shards):
-        with SafetensorsWriter(folder / name, shard, {"format": "pt"}) as writer:
-            for _ in shard:
-                tensor_name, tensor = next(source)
-                writer.append(tensor_name, tensor)
-                moved += tensor.nbytes
-                progress.advance(moved // _MB - (moved - tensor.nbytes) // _MB)
-        digests[name] = writer.digest
-    # The source may still have something to say at its end.
-    assert next(source, None) is None
+    with closing(_one_ahead(tensors)) as source:
+        for name, shard in zip(names, shards):
+            with SafetensorsWriter(folder / name, shard, {"format": "pt"}) as writer:
+                for _ in shard:
+                    tensor_name, tensor = next(source)
+                    writer.append(tensor_name, tensor)
+                    moved += tensor.nbytes
+                    progress.advance(moved // _MB - (moved - tensor.nbytes) // _MB)
+                    # Before the next but one is read: three of them would be in memory.
+                    del tensor
+            digests[name] = writer.digest
+        # The source may still have something to say at its end.
+        assert next(source, None) is None
     progress.finish()
     if len(shards) > 1:
         places = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return digests
+
+
+def _one_ahead(tensors: Iterable[tuple[str, Tensor]]) -> Generator[tuple[str, Tensor], None, None]:
+    """The same; a thread reads the next one while one is written."""
+    source = iter(tensors)
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, source, None)
+        while (found := coming.result()) is not None:
+            coming = reader.submit(next, source, None)
+            yield found
+            del found
 
 
 def _cut(entries: Entries, max_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:

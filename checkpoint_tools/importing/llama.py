@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
+from checkpoint_tools.disk import check_space
 from checkpoint_tools.importing.units import Unit, units_of, write_unit
 from checkpoint_tools.importing.workers import run_workers
 from megatron_anymal.checkpoint import store
@@ -106,7 +107,7 @@ def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: 
         left = _left(units_of(hf), done)
         if done:
             print(f"Going on with {len(done)} of {len(done) + len(left)} files that are finished.", flush=True)
-        _check_space(out.parent, left, hf, weights)
+        check_space(out, sum(unit.size(hf, weights) for unit in left) + _SPARE)
         moved = _write(processes, left, hf, weights, staging)
         lines = _copy_encoders(encoders, staging.checkpoint / "encoders")
         _write_whole(staging.checkpoint / SOURCE, source)
@@ -165,16 +166,6 @@ def _fingerprint(folder: Path, encoders: dict[str, Path]) -> dict[str, Any]:
 def _left(units: list[Unit], done: list[StoredFile]) -> list[Unit]:
     names = {file.name for file in done}
     return [unit for unit in units if unit.file not in names]
-
-
-def _check_space(parent: Path, left: list[Unit], hf: LlamaConfig, weights: HFWeights) -> None:
-    needed = sum(unit.size(hf, weights) for unit in left) + _SPARE
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise ConfigError(
-            f"--out needs {needed / 1e9:.2f} GB on the disk of {str(parent)!r}, which has {free / 1e9:.2f} GB free. "
-            "Free space, or name another place."
-        )
 
 
 def _write(processes: int, left: list[Unit], hf: LlamaConfig, weights: HFWeights, staging: _Staging) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from checkpoint_tools.importing.spans import Span, chunks_of, parts_of, read_ahead
 from megatron_anymal.checkpoint.stream import StoredFile, StreamWriter
 from megatron_anymal.model.hf_llama import (
     EMBEDDING,
     checkpoint_place,
-    chunks_from_hf,
     hf_names,
     whole_names,
     whole_shape,
@@ -46,50 +48,49 @@ def units_of(hf: LlamaConfig) -> list[Unit]:
 def write_unit(
     unit: Unit, hf: LlamaConfig, source: HFWeights, folder: Path, advance: Callable[[int], None]
 ) -> StoredFile:
-    """Write a unit's file.
+    """Write a unit's file; memory holds some megabytes of it at a time.
 
     Args:
-        advance: told the bytes of each tensor written.
+        advance: told the bytes of each part written.
 
     Raises:
         OSError: the disk is full.
         TensorFileError: a tensor cannot be read, or holds values that are not finite.
     """
-
-    def read(hf_name: str) -> Tensor:
-        tensor = source[hf_name]
-        if not all_finite(tensor):
-            raise TensorFileError(
-                f"The tensor {hf_name!r} in {str(source.folder / source.file_of(hf_name))!r} holds NaN or infinite "
-                "values. Download the file again."
-            )
-        return tensor
-
+    chunks = [(name, first, parts_of(spans)) for name in unit.names for first, spans in chunks_of(name, hf, source)]
     file = StreamWriter(folder / unit.file)
-    try:
-        for name in unit.names:
-            key, layer = checkpoint_place(name)
-            shape = whole_shape(name, hf)
-            for row, piece in chunks_from_hf(name, hf, read):
-                place = (row, *[0] * (len(shape) - 1))
-                if layer is None:
-                    file.add(key, shape, place, piece)
-                else:
-                    file.add(key, (hf.num_hidden_layers, *shape), (layer, *place), piece[None])
-                advance(piece.nbytes)
-                # Before the next one is read: two of them would be in memory.
-                del piece
-    except BaseException:
-        file.abandon()
-        raise
+    # One reader for the whole file, so that it never waits for a chunk's end.
+    with closing(read_ahead([part for *_, parts in chunks for part in parts], source)) as values:
+        try:
+            for name, first, parts in chunks:
+                key, layer = checkpoint_place(name)
+                shape, dtype = whole_shape(name, hf), source.entry(parts[0].name).dtype
+                row = math.prod(shape[1:]) * dtype.itemsize
+                place = (first, *[0] * (len(shape) - 1))
+                size = (sum(part.size for part in parts) // row, *shape[1:])
+                if layer is not None:
+                    shape, place, size = (hf.num_hidden_layers, *shape), (layer, *place), (1, *size)
+                file.add_values(key, dtype, shape, place, size, _checked(values, parts, source, advance))
+        except BaseException:
+            file.abandon()
+            raise
     return file.close()
 
 
-def all_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite.
+def _checked(
+    values: Iterator[memoryview], parts: list[Span], source: HFWeights, advance: Callable[[int], None]
+) -> Iterator[memoryview]:
+    """The next values, as many as a chunk has parts."""
+    for part, value in zip(parts, values):
+        if not all_finite(torch.frombuffer(value, dtype=source.entry(part.name).dtype)):
+            raise TensorFileError(
+                f"The tensor {part.name!r} in {str(source.folder / source.file_of(part.name))!r} holds NaN or infinite "
+                "values. Download the file again."
+            )
+        yield value
+        advance(part.size)
 
-    Such a value makes the sum one; a sum may also overflow, then the values are looked at one by one.
-    """
-    if bool(torch.isfinite(tensor.sum())):
-        return True
-    return all(bool(torch.isfinite(piece).all()) for piece in tensor.reshape(-1).split(1 << 20))
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite; of a NaN both ends are one."""
+    return all(bool(torch.isfinite(end)) for end in values.aminmax())

@@ -10,6 +10,8 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from checkpoint_tools.memory import peak_memory
+
 # prctl's request to be killed with the parent.
 _PR_SET_PDEATHSIG = 1
 
@@ -35,7 +37,7 @@ def run_workers(
         Per process the most memory that it held beyond what it started with, in bytes.
 
     Raises:
-        WorkerError: a job failed; the others are stopped.
+        WorkerError, OSError: a job failed; the others are stopped.
     """
     context = multiprocessing.get_context("fork")
     todo: Any = context.SimpleQueue()
@@ -58,6 +60,8 @@ def run_workers(
                 continue
             if kind == "failed":
                 raise WorkerError(value)
+            if kind == "disk":
+                raise OSError(*value)
             if kind == "done":
                 advance(value)
             else:
@@ -68,12 +72,6 @@ def run_workers(
                 worker.kill()
             worker.join()
     return peaks
-
-
-def peak_memory() -> int:
-    """The most memory that this process held so far, in bytes."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
 
 
 def _check_alive(workers: Sequence[Any], finished: int) -> None:
@@ -93,7 +91,8 @@ def _work(parent: int, todo: Any, told: Any, work: Callable[[Any, Callable[[int]
             work(job, lambda count: told.put(("done", count)))
         told.put(("peak", peak_memory() - before))
     except OSError as error:
-        told.put(("failed", f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"))
+        # Without a number it is a library's own message.
+        told.put(("disk", (error.errno, error.strerror, error.filename)) if error.errno else ("failed", str(error)))
     except ValueError as error:
         # The package's own errors are of this kind, each a line for the user.
         told.put(("failed", str(error)))

@@ -14,13 +14,11 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import pickle
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Optional, cast
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -34,8 +32,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_anymal.checkpoint.saved_tensors import FilePart, read_saved, saved_around
 from megatron_anymal.checkpoint.store import CheckpointError
-from megatron_anymal.tensor_files import HashedFile
+from megatron_anymal.tensor_files import HashedFile, raw_bytes
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
 _FORMAT = {
@@ -111,18 +110,32 @@ class StreamWriter:
             offset: where the chunk begins in it.
             tensor: the chunk.
         """
-        assert len(shape) == len(offset) == tensor.dim(), (name, shape, offset, tensor.shape)
-        tensor = tensor.detach().contiguous()
-        if tensor.untyped_storage().size() != tensor.nbytes:
-            # torch.save writes the whole storage behind a view.
-            tensor = tensor.clone()
+        self.add_values(name, tensor.dtype, shape, offset, tensor.shape, [raw_bytes(tensor)])
+
+    def add_values(
+        self,
+        name: str,
+        dtype: torch.dtype,
+        shape: Sequence[int],
+        offset: Sequence[int],
+        size: Sequence[int],
+        values: Iterable[memoryview],
+    ) -> None:
+        """Append a chunk of which no more than a part is in memory.
+
+        Args:
+            size: of the chunk, in every dimension.
+            values: its bytes, row by row, in parts; a part is done with when the next one is asked for.
+        """
+        assert len(shape) == len(offset) == len(size), (name, shape, offset, size)
+        before, after = saved_around(dtype, tuple(size))
         place = self._file.tell()
-        try:
-            with _without_crc():
-                torch.save(tensor, cast(IO[bytes], self._file))
-        except (OSError, RuntimeError):
-            raise self._file.error or OSError(f"{str(self.path)!r} cannot be written") from None
-        self._note(name, str(tensor.dtype).removeprefix("torch."), shape, offset, tensor.shape, place)
+        self._file.write(before)
+        for part in values:
+            self._file.write(part)
+        assert self._file.tell() - place - len(before) == math.prod(size) * dtype.itemsize, name
+        self._file.write(after)
+        self._note(name, str(dtype).removeprefix("torch."), shape, offset, size, place)
 
     def add_object(self, name: str, data: bytes) -> None:
         """Append an entry that is no tensor, as `StreamReader.read_object` returned it."""
@@ -141,17 +154,6 @@ class StreamWriter:
     def _note(self, name: str, dtype: str, shape: Any, offset: Any, size: Any, place: int) -> None:
         length = self._file.tell() - place
         self._chunks.append(Chunk(name, dtype, tuple(shape), tuple(offset), tuple(size), place, length))
-
-
-@contextmanager
-def _without_crc() -> Iterator[None]:
-    """The manifest has a SHA-256 of the whole file; torch.load does not look at the zip's own sums."""
-    before = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
-    try:
-        yield
-    finally:
-        torch.serialization.set_crc32_options(before)
 
 
 def write_index(folder: Path, files: Iterable[StoredFile], common: Mapping[str, Any] | bytes) -> dict[str, str]:
@@ -283,7 +285,13 @@ class StreamReader:
             assert both is not None
             here = tuple(slice(a - o, b - o) for (a, b), o in zip(both, offset))
             there = tuple(slice(a - o, b - o) for (a, b), o in zip(both, chunk.offset))
-            result[here] = self._load(name, chunk, file)[there]
+            target = result[here]
+            # A chunk that is a part of the result, row by row, needs no memory of its own.
+            is_whole = target.is_contiguous() and tuple(target.shape) == chunk.size
+            found = self._load(name, chunk, file, target if is_whole else None)
+            if found is not target:
+                target.copy_(found[there])
+            del found
             filled += math.prod(b - a for a, b in both)
         if filled != result.numel():
             raise CheckpointError(f"{str(self.folder)!r} lacks {result.numel() - filled} values of {name!r}.")
@@ -311,10 +319,10 @@ class StreamReader:
             files.append(info.relative_path)
         return Stored(dtype, tuple(entry.size), tuple(chunks), tuple(files))
 
-    def _load(self, name: str, chunk: Chunk, file: str) -> Tensor:
+    def _load(self, name: str, chunk: Chunk, file: str, into: Optional[Tensor] = None) -> Tensor:
         try:
             with open(self.folder / file, "rb") as raw:
-                return _read_saved(_Window(raw, chunk.place, chunk.length), chunk)
+                return read_saved(FilePart(raw, chunk.place, chunk.length), chunk.dtype, chunk.size, into)
         except OSError as error:
             raise CheckpointError(f"{str(self.folder / file)!r} cannot be read ({error.strerror}).") from None
         except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
@@ -339,55 +347,3 @@ def _overlap(
     """Where two boxes meet, as (begin, end) in every dimension; None where they do not."""
     both = [(max(a, c), min(a + b, c + d)) for a, b, c, d in zip(offset, size, other_offset, other_size, strict=True)]
     return both if all(begin < end for begin, end in both) else None
-
-
-def _read_saved(window: Any, chunk: Chunk) -> Tensor:
-    """A tensor that torch.save wrote: its description by torch.load, its bytes straight into fresh memory.
-
-    torch.load would also sum up the bytes, at a fraction of the disk's speed.
-    """
-    kind = torch.load(window, map_location="meta", weights_only=True)
-    if not isinstance(kind, Tensor) or (tuple(kind.shape), str(kind.dtype)) != (chunk.size, f"torch.{chunk.dtype}"):
-        raise ValueError(f"it is no {chunk.dtype} tensor of shape {list(chunk.size)}")
-    data = torch.empty(kind.untyped_storage().nbytes(), dtype=torch.uint8)
-    if len(data):
-        # It takes the file to begin where it stands.
-        window.seek(0)
-        archive: Any = torch._C.PyTorchFileReader(window)
-        window.seek(archive.get_record_offset("data/0"))
-    left = data.numpy().data
-    while len(left):
-        count = window.readinto(left)
-        if not count:
-            raise EOFError("it is cut off")
-        left = left[count:]
-    return data.view(kind.dtype).as_strided(kind.shape, kind.stride(), kind.storage_offset())
-
-
-class _Window(io.RawIOBase):
-    """A part of a file as a file of its own."""
-
-    def __init__(self, file: Any, begin: int, length: int) -> None:
-        self._file, self._begin, self._length = file, begin, length
-        self._place = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        self._place = base + offset
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def readinto(self, target: Any) -> int:
-        view = memoryview(target).cast("B")
-        count = max(0, min(len(view), self._length - self._place))
-        count = os.preadv(self._file.fileno(), [view[:count]], self._begin + self._place)
-        self._place += count
-        return count

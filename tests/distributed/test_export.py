@@ -193,7 +193,7 @@ def full_disk(arguments: list[str]) -> int:
 def test_a_full_disk_leaves_nothing(run: AnyMALConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--out", str(tmp_path / "out")]
     assert run_ranks(1, full_disk, arguments) == [2]
-    assert "No space left on device" in capfd.readouterr().err
+    assert f"the disk of --out='{tmp_path / 'out'}' is full" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import resource
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.stream import StoredFile, StreamReader, StreamWriter, write_index
+from megatron_anymal.tensor_files import raw_bytes
 
 STACKED, PLAIN = "decoder.layers.weight", "embedding.weight"
 
@@ -147,3 +149,27 @@ def test_a_full_disk_is_the_error_that_is_raised(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     file.abandon()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int64, torch.bool])
+@pytest.mark.parametrize("size", [(), (0, 4), (1,), (1, 7, 3), (5, 33, 17), (300, 700)])
+def test_a_chunk_is_what_torch_save_writes(tmp_path: Path, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(len(size))).to(dtype)
+    options = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensor, saved := io.BytesIO())
+    finally:
+        torch.serialization.set_crc32_options(options)
+    raw, place = memoryview(raw_bytes(tensor)), [0] * len(size)
+    for number, parts in enumerate(([raw], [raw[:5], raw[5:6], raw[6:]])):
+        file = StreamWriter(tmp_path / f"{number}.distcp")
+        file.add_values("w", dtype, size, place, size, parts)
+        # As another one follows, from memory and out of a larger one.
+        file.add("v", size, place, torch.stack([tensor, tensor])[1])
+        stored = file.close()
+        assert (tmp_path / stored.name).read_bytes() == saved.getvalue() * 2
+        assert [(chunk.place, chunk.length) for chunk in stored.chunks] == [
+            (0, saved.tell()),
+            (saved.tell(), saved.tell()),
+        ]

@@ -1,0 +1,113 @@
+"""A tensor as torch.save writes it, without holding it: what stands around its values, and how to read them back."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+from typing import IO, Any, Optional, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache(maxsize=256)
+def saved_around(dtype: torch.dtype, size: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What torch.save writes before and behind the values of a contiguous tensor: type and shape decide it alone.
+
+    The zip's own sums are left out: a manifest has a SHA-256 of the whole file, and torch.load does not look at them.
+    """
+    # Memory that nobody touches costs none.
+    tensor = torch.empty(size, dtype=dtype)
+    around = _Around(tensor)
+    with_sums = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensor, cast(IO[bytes], around))
+    finally:
+        torch.serialization.set_crc32_options(with_sums)
+    assert around.is_complete, (dtype, size)
+    return bytes(around.before), bytes(around.after)
+
+
+class _Around:
+    """Takes what is written but for one tensor's values."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.before, self.after = bytearray(), bytearray()
+        self._values = (tensor.data_ptr(), tensor.nbytes)
+        # A tensor without values has none to be left out.
+        self.is_complete = not tensor.nbytes
+
+    def write(self, data: Any) -> int:
+        written = np.frombuffer(data, np.uint8)
+        if (written.ctypes.data, written.nbytes) == self._values:
+            self.is_complete = True
+        else:
+            (self.after if self.is_complete else self.before).extend(data)
+        return written.nbytes
+
+    def flush(self) -> None:
+        """torch.save asks for it."""
+
+
+class FilePart(io.RawIOBase):
+    """A part of a file as a file of its own."""
+
+    def __init__(self, file: Any, begin: int, length: int) -> None:
+        self._file, self._begin, self._length = file, begin, length
+        self._place = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
+        self._place = base + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def readinto(self, target: Any) -> int:
+        view = memoryview(target).cast("B")
+        count = max(0, min(len(view), self._length - self._place))
+        count = os.preadv(self._file.fileno(), [view[:count]], self._begin + self._place)
+        self._place += count
+        return count
+
+
+def read_saved(part: FilePart, dtype: str, size: tuple[int, ...], into: Optional[Tensor] = None) -> Tensor:
+    """A tensor that torch.save wrote: its description by torch.load, its bytes straight into memory.
+
+    torch.load would also sum up the bytes, at a fraction of the disk's speed.
+
+    Args:
+        into: contiguous memory for it, used where its values are stored in their order; fresh memory otherwise.
+
+    Returns:
+        `into`, or a new tensor.
+    """
+    kind = torch.load(cast(IO[bytes], part), map_location="meta", weights_only=True)
+    if not isinstance(kind, Tensor) or (tuple(kind.shape), str(kind.dtype)) != (size, f"torch.{dtype}"):
+        raise ValueError(f"it is no {dtype} tensor of shape {list(size)}")
+    length = kind.untyped_storage().nbytes()
+    if length != kind.nbytes or not kind.is_contiguous():
+        into = None
+    data = torch.empty(length, dtype=torch.uint8) if into is None else into.view(-1).view(torch.uint8)
+    if length:
+        # It takes the file to begin where it stands.
+        part.seek(0)
+        archive: Any = torch._C.PyTorchFileReader(cast(IO[bytes], part))
+        part.seek(archive.get_record_offset("data/0"))
+    left = data.numpy().data
+    while len(left):
+        count = part.readinto(left)
+        if not count:
+            raise EOFError("it is cut off")
+        left = left[count:]
+    return data.view(kind.dtype).as_strided(kind.shape, kind.stride(), kind.storage_offset()) if into is None else into

@@ -1,0 +1,72 @@
+"""An exported folder answers without a question, and without its own code being run, in a terminal or without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hf_parts import make_config, make_model, sections, write_export
+from tiny import make_shards
+
+from checkpoint_tools.exporting.model_files import _of_both_versions
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export whose own code says so, and fails, when it is run."""
+    folder = tmp_path_factory.mktemp("asked") / "export"
+    write_export(folder, make_model(make_config(sections("towers"), tokenizer_folder)), tokenizer_folder)
+    # As the exporter leaves it: transformers looks for the model's configuration when it reads such a one.
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(_of_both_versions(settings)))
+    code = list(folder.glob("*.py"))
+    assert code
+    for file in code:
+        file.write_text("raise SystemExit('the code of the folder was run')\n")
+    return folder
+
+
+def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
+    """Exit code and all that was shown; whoever asks something waits for an answer that does not come."""
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    said = b""
+    try:
+        # A terminal that nobody holds open any longer is an error on Linux.
+        while data := os.read(ours, 65536):
+            said += data
+            if b"y/N" in said:
+                process.kill()
+    except OSError:
+        pass
+    os.close(ours)
+    return process.wait(), said.decode()
+
+
+@pytest.mark.parametrize("verb", ["generate", "evaluate"])
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "closed"])
+def test_nothing_is_asked_and_none_of_its_code_is_run(
+    verb: str, terminal: bool, folder: Path, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "megatron_anymal", verb, "--checkpoint", str(folder)]
+    if verb == "generate":
+        command += ["--text", "this is", "--max-new-tokens", "3"]
+    else:
+        command += ["--data", make_shards(tmp_path / "shards", tokenizer_folder, 4, ("image", "imu"))]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    if terminal:
+        code, said = in_a_terminal(command, environment)
+    else:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+        code, said = done.returncode, done.stdout + done.stderr
+    assert code == 0, said
+    for never in ("y/N", "custom code", "trust_remote_code", "was run"):
+        assert never not in said
+    # Where transformers would have copied the folder's code to.
+    assert not list(tmp_path.glob("modules/**/modeling*"))
