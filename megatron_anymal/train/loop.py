@@ -251,6 +251,7 @@ class Run:
             stop=stop,
             num_workers=self.config.data.num_workers,
             prefetch_steps=self.config.data.prefetch_steps,
+            pin=self.state.layout.device.type == "cuda",
             before_read=before_read if self.config.resilience.faults else None,
         )
 
