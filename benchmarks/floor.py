@@ -74,15 +74,14 @@ class Bare:
         )
         return wrapped, optimizer
 
-    @staticmethod
-    def _lay_out(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> ReadyBatch:
+    def _lay_out(self, state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> ReadyBatch:
         device, kernel = state.layout.device, backend.attention_kernel(state.config)
         ready = [
             ReadyMicroBatch(
                 m.tokens.to(device),
                 m.labels.to(device),
                 m.loss_mask.to(device),
-                document_pack(m.document_lengths, device, kernel),
+                document_pack(m.document_lengths, device, self.gpt.inv_freq, kernel),
             )
             for m in micro_batches
         ]
@@ -94,7 +93,6 @@ class Bare:
 
         def forward(micro_batches: Iterator[ReadyMicroBatch], model: Any) -> tuple[Tensor, Any]:
             ready = next(micro_batches)
-            self.gpt.rotary_pos_emb.position_ids = ready.pack.position_ids
             losses = model(ready.tokens, None, None, labels=ready.labels, packed_seq_params=ready.pack)
 
             def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -139,6 +139,13 @@ class MicroBatch:
     bad: dict[int, str]
     # [1, T] int64: 0, in the rejected document of a pair 1; -1 for padding. None where no plan was read (generation).
     branch: Optional[Tensor] = None
+    # [L] int64: where the loss mask is 1; where it is nowhere, one place. Found on the host: no GPU waits for it.
+    label_index: Optional[Tensor] = None
+
+    def __post_init__(self) -> None:
+        if self.label_index is None:
+            found = self.loss_mask[0].nonzero().flatten()
+            self.label_index = found if len(found) else torch.zeros(1, dtype=torch.int64)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         """The same with each of its tensors changed, those of its media too."""

@@ -8,11 +8,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -24,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_anymal import backend
 from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.model.attention import PackedAttention
+from megatron_anymal.model.fusions import rms_norm
 from megatron_anymal.model.weights import leave_unset
 
 _ROPE_TYPES = ("default", "llama3", "linear")
@@ -164,7 +161,8 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         output_layer_init_method=leave_unset,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=False,
+        # SwiGLU as one kernel on a GPU; everywhere it keeps nothing but its input for the backward pass.
+        bias_activation_fusion=True,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         **recompute,
@@ -176,12 +174,13 @@ def build_gpt(
 ) -> GPTModel:
     """This pipeline stage's part of the Llama, its weights not yet set.
 
+    Its attribute `inv_freq` holds the frequencies of its rotary embedding, which its core attention applies.
+
     Args:
         implementation: "local" or "transformer_engine".
         vp_stage: which of the parts that a virtual pipeline cuts the stage into.
     """
     place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
-    post_process = parallel_state.is_pipeline_last_stage(**place)
     ranks = transformer.tensor_model_parallel_size
     model = GPTModel(
         transformer,
@@ -189,21 +188,16 @@ def build_gpt(
         vocab_size=-(-hf.vocab_size // ranks) * ranks,
         max_sequence_length=hf.max_position_embeddings,
         pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=post_process,
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         vp_stage=vp_stage,
         parallel_output=True,
         share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        position_embedding_type="rope",
+        position_embedding_type="none",
         # The merge puts soft tokens in before it splits the sequence.
         scatter_embedding_sequence_parallel=False,
     )
-    rotary = LlamaRotaryEmbedding(config=hf)
-    if implementation == "local":
-        model.rotary_pos_emb = PackedRotaryEmbedding(rotary.inv_freq)
-    else:
-        model.rotary_pos_emb.inv_freq = rotary.inv_freq.to(model.rotary_pos_emb.inv_freq)
-    if post_process and hf.vocab_size % ranks:
-        model.output_layer.register_forward_hook(_HidePaddedVocabulary(hf.vocab_size))
+    # No buffer: casting the model to bf16 would round it.
+    model.inv_freq = LlamaRotaryEmbedding(config=hf).inv_freq.float()
     return model
 
 
@@ -211,7 +205,9 @@ def _layer_specs(
     transformer: TransformerConfig, implementation: str, vp_stage: Optional[int]
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
+        from megatron_anymal.model.transformer_engine import layer_spec
+
+        return layer_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
@@ -232,37 +228,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
-
-
-class PackedRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles of a pack's tokens, positions restarting with each document; one gather for the whole pack."""
-
-    def __init__(self, inv_freq: Tensor):
-        nn.Module.__init__(self)
-        # Not registered as a buffer: casting the model to bf16 would round it.
-        self.inv_freq = inv_freq.float()
-        self.position_ids: Optional[Tensor] = None
-
-    def forward(self, max_seq_len: int, offset: int = 0, **ignored: Any) -> Tensor:
-        """The angles [T, 1, 1, head size] of the pack whose `position_ids` were set before the forward pass."""
-        assert self.position_ids is not None
-        self.inv_freq = self.inv_freq.to(self.position_ids.device)
-        angles = torch.outer(self.position_ids.float(), self.inv_freq)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
-
-
-class _HidePaddedVocabulary:
-    """Keeps the rows that pad the vocabulary out of the softmax."""
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def __call__(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        logits, bias = output
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
-        real = self.vocab_size - first
-        if real < logits.size(-1):
-            padded = torch.arange(logits.size(-1), device=logits.device) >= real
-            logits = logits.masked_fill(padded, float("-inf"))
-        return logits, bias
+        return rms_norm(x, self.weight, self.eps)

@@ -127,7 +127,7 @@ def test_every_tensor_of_a_micro_batch_is_reached() -> None:
     found: list[torch.Tensor] = []
     one.with_tensors(lambda tensor: found.append(tensor) or tensor)
     image = one.media["image"]
-    there = [one.tokens, one.labels, one.loss_mask, one.sample_positions, one.branch]
+    there = [one.tokens, one.labels, one.loss_mask, one.sample_positions, one.branch, one.label_index]
     there += [image.pieces, image.token_index, image.soft_index]
     assert {id(tensor) for tensor in found} == {id(tensor) for tensor in there}
 
