@@ -7,9 +7,8 @@ that rank's part of the model on torch's meta device. No GPU, no launcher and no
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,21 +17,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import AnyMALConfig, ConfigError, EncoderConfig
+from megatron_anymal.config import AnyMALConfig, ConfigError
 from megatron_anymal.config_checks import check
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
-from megatron_anymal.modalities.architecture import ARCHITECTURES, read_folder, read_json, transformers_config
+from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import assemble
 from megatron_anymal.model.llama import check_model, read_llama_config
+from megatron_anymal.model.meta import on_meta, without_weights
 from megatron_anymal.model.weights import Weight, list_weights
 from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
 from megatron_anymal.published import ENCODERS, assume_shapes
@@ -137,7 +136,7 @@ def examine(config: AnyMALConfig) -> DryRun:
         backend.check_backend(config)
     except ConfigError as error:
         found.notes.append(f"this machine cannot run it: {error}")
-    buildable = _without_weights(assumed)
+    buildable = without_weights(assumed)
     check_model(hf, buildable)
     _look_around(found, hf, modalities)
     for number, models in enumerate(_play_stages(buildable, hf, modalities)):
@@ -157,7 +156,7 @@ def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight
     assumed, _ = assume_shapes(config)
     load_plugins(config.model.plugins)
     modalities = {name: build_modality(name, section) for name, section in assumed.model.modalities.items()}
-    buildable = _without_weights(assumed)
+    buildable = without_weights(assumed)
     check_model(hf, buildable)
     return [
         [weight for model in models for weight in list_weights(model)]
@@ -169,7 +168,7 @@ def _play_stages(config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Mo
     """The model parts of each stage's first rank; its process groups are there while they are looked at."""
     for number in range(config.model.pipeline_model_parallel_size):
         with _as_rank_of_stage(number, config):
-            with _on_meta():
+            with on_meta():
                 models = assemble(config, hf, modalities)
             yield models
 
@@ -179,29 +178,6 @@ def _llama_shape(config: AnyMALConfig) -> LlamaConfig:
     if lm.checkpoint:
         return LlamaConfig.from_dict(store.read_manifest(store.resolve(lm.checkpoint)).llama)
     return read_llama_config(lm)
-
-
-def _without_weights(config: AnyMALConfig) -> AnyMALConfig:
-    """The configuration with shapes for folders of encoders, and without what changes no shape but needs a GPU."""
-    config = copy.deepcopy(config)
-    config.model.transformer_impl, config.model.fp8 = "local", ""
-    for section in config.model.modalities.values():
-        encoder = section.encoder
-        shape = _encoder_shape(encoder) if encoder.path else {}
-        if shape:
-            encoder.path, encoder.config = "", shape
-    return config
-
-
-def _encoder_shape(encoder: EncoderConfig) -> dict[str, Any]:
-    """The keys of an encoder's shape, from its folder; none for a plug-in's encoder."""
-    if encoder.type in ARCHITECTURES:
-        shape = transformers_config(encoder)
-        keys = {key.name for key in dataclasses.fields(shape)}
-        return {key: value for key, value in shape.to_diff_dict().items() if key in keys}
-    if encoder.type == "imu2clip":
-        return {key: value for key, value in read_folder(encoder, ("imu2clip",)).items() if key != "model_type"}
-    return {}
 
 
 @contextmanager
@@ -220,40 +196,6 @@ def _as_rank_of_stage(number: int, config: AnyMALConfig) -> Iterator[None]:
     finally:
         initialize_rng_tracker(force_reset=True)
         shutdown()
-
-
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """Make every tensor without numbers and without memory; touch no CUDA device."""
-    cuda: Any = torch.cuda
-    real = cuda.current_device
-    cuda.current_device = lambda: _META
-    try:
-        with _META, _ToMeta():
-            yield
-    finally:
-        cuda.current_device = real
-
-
-class _ToMeta(TorchFunctionMode):
-    """Sends to the meta device what code asks for on another one.
-
-    Except on "cpu": libraries that can build on the meta device name it where they need the numbers themselves.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if isinstance(device, int) or (device is not None and torch.device(device).type != "cpu"):
-            kwargs = {**kwargs, "device": _META}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.where and len(args) == 1 and args[0].is_meta:
-            # Where CLAP fuses: nowhere, as for the zeros that it was given.
-            return tuple(torch.empty(0, dtype=torch.int64, device=_META) for _ in range(args[0].dim()))
-        return func(*args, **kwargs)
 
 
 def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:

@@ -85,6 +85,13 @@ def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
                 f"model.virtual_pipeline_model_parallel_size={parts} does not divide the {layers} layers of pipeline "
                 f"stage {number} of {stages}."
             )
+        if m.recompute_granularity == "full" and m.recompute_method == "uniform":
+            if layers // parts % m.recompute_num_layers:
+                raise ConfigError(
+                    f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // parts} layers "
+                    f"of a model part on pipeline stage {number}, which model.recompute_method=uniform needs. Change "
+                    "it, or take the method block."
+                )
 
 
 def layers_of_stages(hf: LlamaConfig, config: AnyMALConfig) -> list[int]:
@@ -154,7 +161,8 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp8=m.fp8 or None,
-        recompute_granularity=m.recompute_granularity or None,
+        # "auto" that nobody has replaced: a model that only answers keeps nothing anyway.
+        recompute_granularity=None if m.recompute_granularity == "auto" else m.recompute_granularity or None,
         # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
         calculate_per_token_loss=True,
         init_method=leave_unset,

@@ -202,6 +202,8 @@ class Run:
             f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers, attention "
             f"by {backend.attention_kernel(self.config)}; rank 0 trains {trainable:,} parameters"
         )
+        if self.state.recompute:
+            self.log.say(self.state.recompute)
 
     def _resume(self, folder: Path) -> None:
         manifest = store.read_manifest(folder)
