@@ -5,24 +5,30 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from ranks import run_ranks
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.meters import saved_for_backward
 from megatron_anymal.config import AnyMALConfig, EncoderConfig, LoraConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.data.loader import steps
 from megatron_anymal.data.types import MediaBatch, MicroBatch
+from megatron_anymal.dry_run import examine
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.head import label_losses
 from megatron_anymal.model.llama import read_llama_config
 from megatron_anymal.model.media_memory import encoder_sizes, media_bytes
-from megatron_anymal.model.memory import Pack, Recompute, kept_by_head, kept_by_layers
+from megatron_anymal.model.memory import Pack, Recompute, held, kept_by_head, kept_by_layers, peak
 from megatron_anymal.parallel import initialize
+from megatron_anymal.train.build import build
 from megatron_anymal.train.recompute import run_sizes
+from megatron_anymal.train.step import train_step
 
 SMALL = {
     "vocab_size": 96,
@@ -122,7 +128,7 @@ def kept_and_counted(case: Case) -> tuple[int, int]:
 
 def check(cases: Sequence[Case], ranks: int) -> None:
     for found in run_ranks(ranks, keep_of_a_pass, cases, timeout=300):
-        # What is not counted: a few index tensors; with context parallelism on CPUs, masks that torch turns into numbers.
+        # What is not counted: a few index tensors; under context parallelism on CPUs, masks turned into numbers.
         wrong = [
             f"{measured} kept, {counted} counted: {case}"
             for case, (measured, counted) in zip(cases, found, strict=True)
@@ -177,14 +183,12 @@ def section_of(encoder: str, projector: str, freeze: bool) -> ModalityConfig:
     return ModalityConfig(kind, EncoderConfig(encoder, config=shape, freeze=freeze), PROJECTORS[projector], options)
 
 
-def keep_of_media(cases: Sequence[tuple[str, str, bool, str, int]]) -> list[tuple[int, int, int, int]]:
-    """Bytes that media keep, measured and counted; a projector's numbers, there and counted."""
+def keep_of_media(cases: Sequence[tuple[str, str, bool, str, int]]) -> list[tuple[int, int]]:
+    """Bytes that media keep, measured and counted; the numbers of encoder and projector are compared at once."""
     return [media_kept_and_counted(*case) for case in cases]
 
 
-def media_kept_and_counted(
-    encoder: str, projector: str, freeze: bool, precision: str, tensor: int
-) -> tuple[int, int, int, int]:
+def media_kept_and_counted(encoder: str, projector: str, freeze: bool, precision: str, tensor: int) -> tuple[int, int]:
     config = make_config(Case("small", "one", "frozen", precision, Recompute(), tensor))
     section = section_of(encoder, projector, freeze)
     section.placeholder = "<0>"
@@ -199,18 +203,11 @@ def media_kept_and_counted(
     one = MicroBatch.unlabelled([[0] * (pieces * count)], {"media": media})
     kept, _ = saved_for_backward(partial(model.soft_tokens, one), [*model.parameters(), *model.buffers()])
     sizes = encoder_sizes("media", section, modality, model.config.params_dtype)
-    counted = media_bytes([(section, sizes)], hf.hidden_size, pieces * count, tensor, 1, sizes_of_number(precision))
-    there = sum(p.numel() for p in model.projectors.parameters())
-    trainable = sum(
-        p.numel() for p in [*model.projectors.parameters(), *model.encoders.parameters()] if p.requires_grad
-    )
-    frozen = sum(p.numel() for p in model.encoders.parameters() if not p.requires_grad)
-    assert (counted.trainable, counted.frozen) == (trainable, frozen), (encoder, projector, there)
-    return sum(kept.values()), counted.kept, trainable, counted.trainable
-
-
-def sizes_of_number(precision: str) -> int:
-    return 4 if precision == "32" else 2
+    counted = media_bytes([(section, sizes)], hf.hidden_size, pieces * count, tensor, 1, 4 if precision == "32" else 2)
+    numbers = [(p.numel(), p.requires_grad) for part in (model.encoders, model.projectors) for p in part.parameters()]
+    trainable, frozen = (sum(n for n, trains in numbers if trains is wanted) for wanted in (True, False))
+    assert (counted.trainable, counted.frozen) == (trainable, frozen), (encoder, projector)
+    return sum(kept.values()), counted.kept
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -228,8 +225,9 @@ def test_what_media_keep(tensor: int) -> None:
     for found in run_ranks(tensor, keep_of_media, cases):
         wrong = [
             f"{measured} kept, {counted} counted: {case}"
-            for case, (measured, counted, *_) in zip(cases, found, strict=True)
-            if counted != pytest.approx(measured, rel=0.05)
+            for case, (measured, counted) in zip(cases, found, strict=True)
+            # A trainable encoder's last values are kept by itself and, counted once more, by the projector.
+            if counted != pytest.approx(measured, rel=0.06)
         ]
         assert not wrong, "\n".join(wrong)
 
@@ -239,3 +237,67 @@ def test_a_frozen_projector_keeps_nothing() -> None:
     section.projector = replace(section.projector, freeze=True)
     sizes = encoder_sizes("media", section, build_modality("media", section), torch.float32)
     assert media_bytes([(section, sizes)], 64, 64, 1, 1, 4).kept == 0
+
+
+def in_flight_of_a_step(config: AnyMALConfig) -> dict[str, Any]:
+    """How many micro-batches this rank's parts really hold in a training step: the most of all, and of each."""
+    state = build(config, initialize(config))
+    alive, most = [0] * len(state.models), [0] * (len(state.models) + 1)
+
+    def count(part: int, by: int) -> None:
+        alive[part] += by
+        for place, now in enumerate((sum(alive), *alive)):
+            most[place] = max(most[place], now)
+
+    def forwarded(part: int, module: nn.Module, given: Any, output: Tensor) -> None:
+        count(part, 1)
+        output.register_hook(lambda gradient: count(part, -1))
+
+    for number, model in enumerate(state.models):
+        model.register_forward_hook(partial(forwarded, number))
+    data, layout = state.train_data, state.layout
+    plan, batches = next(steps(data.planner, data.reader, replica=0, start=0, stop=1, num_workers=0, prefetch_steps=1))
+    train_step(state, plan, batches)
+    ones = [1] * len(state.models)
+    place = layout.pipeline_rank, layout.pipeline_size, len(batches)
+    counted = [peak(*place, ones)[0]]
+    counted += [peak(*place, [int(part == one) for part in range(len(ones))])[0] for one in range(len(ones))]
+    return {"most": most, "counted": counted, "micro-batches": len(batches)}
+
+
+@pytest.mark.parametrize("stages,parts", [(1, 1), (2, 1), (4, 1), (2, 2), (4, 2)])
+def test_micro_batches_in_flight(
+    stages: int, parts: int, text_shards: str, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    config = tiny.make_config(text_shards, tokenizer_folder, tmp_path / "run")
+    config.trainer.devices = config.model.pipeline_model_parallel_size = stages
+    config.model.virtual_pipeline_model_parallel_size = parts
+    config.model.language_model.config["num_hidden_layers"] = 8
+    config.model.language_model.freeze = False
+    config.model.modalities = {}
+    config.model.global_batch_size, config.data.seq_length = 16, 12
+    found = run_ranks(stages, in_flight_of_a_step, config)
+    assert found[0]["micro-batches"] > 2 * stages
+    for rank in found:
+        assert rank["most"] == rank["counted"], found
+
+
+@pytest.mark.parametrize("trains", ["frozen", "trained", "lora", "lora, some"])
+@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2), (1, 4, 1)])
+def test_stored_bytes_are_those_of_a_dry_run(layout: tuple[int, int, int], trains: str, tmp_path: Path) -> None:
+    """A dry run builds every stage and counts; here it is arithmetic alone."""
+    tensor, pipeline, parts = layout
+    config = make_config(Case("small", "one", trains, "bf16", Recompute(), tensor))
+    config.trainer.devices, config.model.global_batch_size = 2 * tensor * pipeline, 8
+    config.model.pipeline_model_parallel_size = pipeline
+    config.model.virtual_pipeline_model_parallel_size = parts
+    config.model.language_model.config |= {"vocab_size": 95, "tie_word_embeddings": trains == "trained"}
+    config.model.modalities = {"image": section_of("clip", "resampler", freeze=trains != "trained")}
+    config.model.modalities["image"].placeholder = "<|reserved_special_token_0|>"
+    config.data.tokenizer = str(tmp_path / "none")
+    modalities = {"image": build_modality("image", config.model.modalities["image"])}
+    sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
+    for number, stage in enumerate(examine(config).stages):
+        counted = held(sizes, number, Recompute())
+        assert (counted.weights, counted.gradients) == (stage.weight_bytes, stage.gradient_bytes), number
+        assert counted.optimizer == stage.optimizer_bytes
