@@ -36,6 +36,15 @@ from megatron_anymal.model.weights import Weight, list_weights
 from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
 from megatron_anymal.published import ENCODERS, assume_shapes
 from megatron_anymal.train.build import build_data, check_vocabulary, loaded_modalities
+from megatron_anymal.train.recompute import (
+    Choice,
+    choose,
+    configured,
+    judge,
+    memory_to_fit,
+    optimizer_bytes,
+    run_sizes,
+)
 
 _META = torch.device("meta")
 # Older weights, which transformers reads too.
@@ -99,6 +108,20 @@ class Stage:
         return sum(part.weight_bytes for part in self.parts)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What the ranks hold in a step, activations included.
+
+    Attributes:
+        choice: the recompute, chosen or configured, and what each stage's ranks hold with it.
+        attention, on_cpu: what it was counted for.
+    """
+
+    choice: Choice
+    attention: str
+    on_cpu: bool
+
+
 @dataclass
 class DryRun:
     """What a dry run found.
@@ -117,6 +140,7 @@ class DryRun:
     notes: list[str] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     samples: dict[tuple[str, str], int] = field(default_factory=dict)
+    memory: Memory | None = None
 
 
 def examine(config: AnyMALConfig) -> DryRun:
@@ -141,7 +165,31 @@ def examine(config: AnyMALConfig) -> DryRun:
     _look_around(found, hf, modalities)
     for number, models in enumerate(_play_stages(buildable, hf, modalities)):
         _enter_stage(found, number, models)
+    found.memory = _memory(found, assumed, hf, modalities)
     return found
+
+
+def _memory(found: DryRun, config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
+    """What a step holds; of a run in bf16 or with model.memory_gb on a GPU, whether or not one is here.
+
+    Raises:
+        ConfigError: model.recompute_granularity=auto, and nothing fits.
+    """
+    here, model = torch.cuda.is_available(), config.model
+    planned = here or model.memory_gb > 0 or config.trainer.precision == "bf16"
+    sizes = run_sizes(config, hf, modalities, planned=planned)
+    known = here or not planned or model.memory_gb > 0
+    memory = memory_to_fit(config) if known else 0
+    if model.recompute_granularity == "auto" and known:
+        choice = choose(sizes, memory)
+    else:
+        choice = judge(sizes, configured(config), memory)
+        if model.recompute_granularity == "auto":
+            found.notes.append(
+                "model.recompute_granularity=auto: what is chosen depends on the card's memory, and this machine has no "
+                "card. Give it with model.memory_gb, for example 80. Shown is no recompute"
+            )
+    return Memory(choice, sizes.llama.attention, sizes.llama.on_cpu)
 
 
 def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight]]:
@@ -212,7 +260,7 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
                 besides=(*["embedding"] * model.pre_process, *media, *["head"] * model.post_process),
                 parameters=sum(p.numel() for p in local),
                 trainable=sum(p.numel() for p in local if p.requires_grad),
-                weight_bytes=sum(p.numel() * p.element_size() for p in local),
+                weight_bytes=sum(_bytes_of(weight, config) for weight in weights),
             )
         )
         found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
@@ -223,11 +271,18 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
     )
 
 
+def _bytes_of(weight: Weight, config: AnyMALConfig) -> int:
+    """Bytes of a rank's part of a weight."""
+    parameter = weight.parameter
+    in_layer = weight.name.startswith("language_model.decoder.layers.") and ".lora." not in weight.name
+    quantized = config.model.fp8_primary_weights and in_layer and parameter.dim() == 2
+    return parameter.numel() * (1 if quantized else parameter.element_size())
+
+
 def _optimizer(config: AnyMALConfig, trainable: int) -> int:
-    """Bytes of a rank's optimizer state: two fp32 moments, and where the weights are bf16 their fp32 originals."""
-    each = 12 if backend.compute_dtype(config) == torch.bfloat16 else 8
+    """Bytes of a rank's optimizer state."""
     shares = config.data_parallel_size * config.model.context_parallel_size
-    return -(-each * trainable // (shares if config.model.ddp.use_distributed_optimizer else 1))
+    return -(-optimizer_bytes(config) * trainable // (shares if config.model.ddp.use_distributed_optimizer else 1))
 
 
 def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:

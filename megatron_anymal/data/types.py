@@ -139,9 +139,11 @@ class MicroBatch:
     bad: dict[int, str]
     # [1, T] int64: 0, in the rejected document of a pair 1; -1 for padding. None where no plan was read (generation).
     branch: Optional[Tensor] = None
-    # [L] int64: where the loss mask is 1; where it is nowhere, one place. Found on the host: no GPU waits for it.
+    # [L] int64: where the loss mask is 1; where it is nowhere, one place. Found on the host: no GPU waits for it. None
+    # where nothing has a label.
     label_index: Optional[Tensor] = None
 
+<<<<<<< HEAD
     def __post_init__(self) -> None:
         if self.label_index is None:
             found = self.loss_mask[0].nonzero().flatten()
@@ -156,6 +158,8 @@ class MicroBatch:
         """The same in memory that a card can read by itself. torch's DataLoader calls it, in a thread of its own."""
         return self.with_tensors(Tensor.pin_memory)
 
+=======
+>>>>>>> gpu
     @classmethod
     def unlabelled(cls, documents: Sequence[Sequence[int]], media: dict[str, MediaBatch]) -> MicroBatch:
         """Token ids of documents, end to end, for logits alone: without a plan and without labels."""
@@ -173,6 +177,7 @@ class MicroBatch:
         )
 
 
+<<<<<<< HEAD
 _Record = TypeVar("_Record", MediaBatch, MicroBatch)
 
 
@@ -180,3 +185,9 @@ def _with_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Recor
     values = {key.name: getattr(record, key.name) for key in dataclasses.fields(record)}
     changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
     return dataclasses.replace(record, **changed)
+=======
+def places_with_label(loss_mask: Tensor) -> Tensor:
+    """`MicroBatch.label_index` of a loss mask [1, T]."""
+    found = loss_mask[0].nonzero().flatten()
+    return found if len(found) else torch.zeros(1, dtype=torch.int64)
+>>>>>>> gpu

@@ -74,6 +74,11 @@ class AnyMALModel(MegatronModule):
         self._neftune, self._seed = neftune, seed
         self._trainable_modalities, self.llama_trains = frozenset(trainable_modalities), llama_trains
 
+    @property
+    def _scaling_is_agreed_on(self) -> bool:
+        """Delayed FP8 scaling: every backward pass of every replica takes part in a reduction."""
+        return bool(self.config.fp8) and self.config.fp8_recipe == "delayed"
+
     def train(self, mode: bool = True) -> AnyMALModel:
         """As torch's, except for the encoders."""
         super().train(mode)
@@ -137,7 +142,7 @@ class AnyMALModel(MegatronModule):
 
         Under a Llama that is frozen on every stage all that trains lies before it, and is reached through media alone.
         """
-        if self.llama_trains:
+        if self.llama_trains or self._scaling_is_agreed_on:
             return True
         media = (item.modality for sample in micro_batch.plan.samples for item in sample.media)
         return any(name in self._trainable_modalities for name in media)

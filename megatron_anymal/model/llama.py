@@ -21,9 +21,12 @@ from megatron_anymal import backend
 from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.model.attention import PackedAttention
 from megatron_anymal.model.fusions import rms_norm
+from megatron_anymal.model.quantized import building, drop_transposes
 from megatron_anymal.model.weights import leave_unset
 
 _ROPE_TYPES = ("default", "llama3", "linear")
+# What the sizes of FP8 matrix products must divide by.
+FP8_MULTIPLE = 16
 
 
 def read_llama_config(language_model: LanguageModelConfig) -> LlamaConfig:
@@ -78,6 +81,8 @@ def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
             raise ConfigError(
                 f"model.tensor_model_parallel_size={ranks} does not divide the Llama's {name}={getattr(hf, name)}."
             )
+    if m.fp8:
+        _check_fp8_sizes(hf, ranks)
     stages, parts = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
     for number, layers in enumerate(layers_of_stages(hf, config)):
         if layers % parts:
@@ -92,6 +97,22 @@ def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
                     f"of a model part on pipeline stage {number}, which model.recompute_method=uniform needs. Change "
                     "it, or take the method block."
                 )
+
+
+def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
+    heads, groups = hf.num_attention_heads, hf.num_key_value_heads
+    sizes = {
+        "hidden_size": hf.hidden_size,
+        "intermediate_size": hf.intermediate_size // ranks,
+        "num_attention_heads x head_dim": heads * hf.head_dim // ranks,
+        "(num_attention_heads + 2 x num_key_value_heads) x head_dim": (heads + 2 * groups) * hf.head_dim // ranks,
+    }
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise ConfigError(
+                f"model.fp8: the Llama's {name} is {size} on each of {ranks} tensor-parallel rank(s); FP8 products "
+                f"need a multiple of {FP8_MULTIPLE}. Lower model.tensor_model_parallel_size, or set model.fp8=''."
+            )
 
 
 def layers_of_stages(hf: LlamaConfig, config: AnyMALConfig) -> list[int]:
@@ -161,6 +182,11 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp8=m.fp8 or None,
+        fp8_recipe=m.fp8_recipe,
+        fp8_param=m.fp8_primary_weights,
+        # Delayed scaling's, as long as usual; without effect on the other.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
         # "auto" that nobody has replaced: a model that only answers keeps nothing anyway.
         recompute_granularity=None if m.recompute_granularity == "auto" else m.recompute_granularity or None,
         # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
@@ -190,20 +216,22 @@ def build_gpt(
     """
     place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
     ranks = transformer.tensor_model_parallel_size
-    model = GPTModel(
-        transformer,
-        _layer_specs(transformer, implementation, vp_stage),
-        vocab_size=-(-hf.vocab_size // ranks) * ranks,
-        max_sequence_length=hf.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=parallel_state.is_pipeline_last_stage(**place),
-        vp_stage=vp_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        position_embedding_type="none",
-        # The merge puts soft tokens in before it splits the sequence.
-        scatter_embedding_sequence_parallel=False,
-    )
+    with building(transformer):
+        model = GPTModel(
+            transformer,
+            _layer_specs(transformer, implementation, vp_stage),
+            vocab_size=-(-hf.vocab_size // ranks) * ranks,
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            vp_stage=vp_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            position_embedding_type="none",
+            # The merge puts soft tokens in before it splits the sequence.
+            scatter_embedding_sequence_parallel=False,
+        )
+    drop_transposes(model)
     # No buffer: casting the model to bf16 would round it.
     model.inv_freq = LlamaRotaryEmbedding(config=hf).inv_freq.float()
     return model

@@ -70,6 +70,7 @@ class LlamaSizes:
     Attributes:
         hidden, ffn, heads, groups, head_size, vocabulary: of the whole Llama, the vocabulary padded.
         number: bytes of a number.
+        matrix_number: bytes of a number of the layers' matrices, with the copies that FP8 products make of them.
         adapted: with LoRA, per layer: linear layer -> which projections have an adapter. Linear layers are qkv, proj,
             fc1 and fc2; projections are named by their outputs: q, k, v, o, gate, up, down.
         attention: transformer_engine, flash_attn, flex or sdpa.
@@ -91,6 +92,7 @@ class LlamaSizes:
     trains: bool
     attention: str
     on_cpu: bool
+    matrix_number: int
     fused_swiglu: bool = True
     lora_r: int = 0
     lora_dropout: bool = False
@@ -128,10 +130,9 @@ class LlamaSizes:
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 
 
-def layer_parameters(llama: LlamaSizes) -> int:
-    """Numbers of one layer on this rank, without adapters."""
-    products = sum(llama.inputs(linear) * sum(llama.outputs(linear).values()) for linear in LINEARS)
-    return products + 2 * llama.hidden
+def matrix_parameters(llama: LlamaSizes) -> int:
+    """Numbers of one layer's matrices on this rank, without adapters; two norms come on top."""
+    return sum(llama.inputs(linear) * sum(llama.outputs(linear).values()) for linear in LINEARS)
 
 
 def adapter_parameters(llama: LlamaSizes, layer: int) -> int:
@@ -357,9 +358,11 @@ class Held:
 def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
     """What a rank of a pipeline stage holds."""
     llama, pack, parts = run.llama, run.pack, run.stages[stage]
-    frozen, trainable, copies, in_parts = 0, 0, 0, []
+    frozen, trainable, copies, matrices, in_parts = 0, 0, 0, 0, []
     for part in parts:
-        base = len(part.layers) * layer_parameters(llama)
+        of_layers = len(part.layers) * matrix_parameters(llama)
+        matrices += of_layers
+        base = of_layers + len(part.layers) * 2 * llama.hidden
         tied = llama.tied and part.first and part.last
         base += (part.first + part.last - tied) * vocabulary_parameters(llama) + part.last * llama.hidden
         adapters = sum(adapter_parameters(llama, layer) for layer in part.layers)
@@ -376,7 +379,7 @@ def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
         max(working(llama, pack, part.layers, recompute, part.last), part.first * run.media.working) for part in parts
     ]
     return Held(
-        weights=llama.number * (frozen + trainable + copies),
+        weights=llama.number * (frozen + trainable + copies) + (llama.matrix_number - llama.number) * matrices,
         gradients=4 * trainable,
         optimizer=-(-run.optimizer_bytes * trainable // run.sharers),
         activations=activations,

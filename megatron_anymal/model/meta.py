@@ -20,7 +20,8 @@ _META = torch.device("meta")
 def without_weights(config: AnyMALConfig) -> AnyMALConfig:
     """The configuration with shapes for folders of encoders, and without what changes no shape but needs a GPU."""
     config = copy.deepcopy(config)
-    config.model.transformer_impl, config.model.fp8 = "local", ""
+    model = config.model
+    model.transformer_impl, model.fp8, model.fp8_recipe, model.fp8_primary_weights = "local", "", "tensorwise", False
     for section in config.model.modalities.values():
         encoder = section.encoder
         shape = _encoder_shape(encoder) if encoder.path else {}

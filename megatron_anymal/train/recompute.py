@@ -116,9 +116,8 @@ def choose(run: RunSizes, memory: int) -> Choice:
     Raises:
         ConfigError: none does.
     """
-    without = max(of.total for of in _held(run, Recompute()))
     for recompute in candidates(run):
-        found = Choice(recompute, _held(run, recompute), memory, without)
+        found = judge(run, recompute, memory)
         if found.held[found.worst].total <= memory:
             return found
     # The last one repeats everything.
@@ -131,6 +130,11 @@ def choose(run: RunSizes, memory: int) -> Choice:
         "(model.memory_gb). Lower data.seq_length or model.micro_batch_size, or raise "
         "model.tensor_model_parallel_size or model.pipeline_model_parallel_size."
     )
+
+
+def judge(run: RunSizes, recompute: Recompute, memory: int) -> Choice:
+    """What a given recompute leads to."""
+    return Choice(recompute, _held(run, recompute), memory, max(of.total for of in _held(run, Recompute())))
 
 
 def candidates(run: RunSizes) -> list[Recompute]:
@@ -213,6 +217,7 @@ def _llama_sizes(config: AnyMALConfig, hf: LlamaConfig, planned: bool) -> LlamaS
     attention = backend.attention_kernel(config)
     if planned and not torch.cuda.is_available():
         attention = "transformer_engine" if model.transformer_impl != "local" else "flash_attn"
+    number = backend.compute_dtype(config).itemsize
     adapted = tuple(adapted_projections(layer, model.lora) for layer in range(hf.num_hidden_layers))
     return LlamaSizes(
         hidden=hf.hidden_size,
@@ -225,7 +230,8 @@ def _llama_sizes(config: AnyMALConfig, hf: LlamaConfig, planned: bool) -> LlamaS
         tensor=ranks,
         context=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
-        number=backend.compute_dtype(config).itemsize,
+        number=number,
+        matrix_number=1 if model.fp8_primary_weights else number + (2 if model.fp8 else 0),
         trains=not model.language_model.freeze,
         attention=attention,
         on_cpu=not on_card,
