@@ -186,8 +186,8 @@ def _memory(found: DryRun, config: AnyMALConfig, hf: LlamaConfig, modalities: di
         choice = judge(sizes, configured(config), memory)
         if model.recompute_granularity == "auto":
             found.notes.append(
-                "model.recompute_granularity=auto: what is chosen depends on the card's memory, and this machine has no "
-                "card. Give it with model.memory_gb, for example 80. Shown is no recompute"
+                "model.recompute_granularity=auto: what is chosen depends on the card's memory, and this machine has "
+                "no card. Give it with model.memory_gb, for example 80. Shown is no recompute"
             )
     return Memory(choice, sizes.llama.attention, sizes.llama.on_cpu)
 

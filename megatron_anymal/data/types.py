@@ -143,12 +143,6 @@ class MicroBatch:
     # where nothing has a label.
     label_index: Optional[Tensor] = None
 
-<<<<<<< HEAD
-    def __post_init__(self) -> None:
-        if self.label_index is None:
-            found = self.loss_mask[0].nonzero().flatten()
-            self.label_index = found if len(found) else torch.zeros(1, dtype=torch.int64)
-
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         """The same with each of its tensors changed, those of its media too."""
         media = {name: _with_tensors(batch, change) for name, batch in self.media.items()}
@@ -158,8 +152,6 @@ class MicroBatch:
         """The same in memory that a card can read by itself. torch's DataLoader calls it, in a thread of its own."""
         return self.with_tensors(Tensor.pin_memory)
 
-=======
->>>>>>> gpu
     @classmethod
     def unlabelled(cls, documents: Sequence[Sequence[int]], media: dict[str, MediaBatch]) -> MicroBatch:
         """Token ids of documents, end to end, for logits alone: without a plan and without labels."""
@@ -177,7 +169,6 @@ class MicroBatch:
         )
 
 
-<<<<<<< HEAD
 _Record = TypeVar("_Record", MediaBatch, MicroBatch)
 
 
@@ -185,9 +176,9 @@ def _with_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Recor
     values = {key.name: getattr(record, key.name) for key in dataclasses.fields(record)}
     changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
     return dataclasses.replace(record, **changed)
-=======
+
+
 def places_with_label(loss_mask: Tensor) -> Tensor:
     """`MicroBatch.label_index` of a loss mask [1, T]."""
     found = loss_mask[0].nonzero().flatten()
     return found if len(found) else torch.zeros(1, dtype=torch.int64)
->>>>>>> gpu

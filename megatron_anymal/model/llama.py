@@ -90,13 +90,13 @@ def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
                 f"model.virtual_pipeline_model_parallel_size={parts} does not divide the {layers} layers of pipeline "
                 f"stage {number} of {stages}."
             )
-        if m.recompute_granularity == "full" and m.recompute_method == "uniform":
-            if layers // parts % m.recompute_num_layers:
-                raise ConfigError(
-                    f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // parts} layers "
-                    f"of a model part on pipeline stage {number}, which model.recompute_method=uniform needs. Change "
-                    "it, or take the method block."
-                )
+        uniform = m.recompute_granularity == "full" and m.recompute_method == "uniform"
+        if uniform and layers // parts % m.recompute_num_layers:
+            raise ConfigError(
+                f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // parts} layers of a "
+                f"model part on pipeline stage {number}, which model.recompute_method=uniform needs. Change it, or "
+                "take the method block."
+            )
 
 
 def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
