@@ -80,8 +80,10 @@ def _memory(found: DryRun) -> str:
     assert memory is not None
     choice = memory.choice
     auto = found.config.model.recompute_granularity == "auto"
-    title = f"In a step, {'at' if memory.on_cpu else 'on a GPU, at'} packs full of labels and media"
-    title += f" (attention by {memory.attention}); recompute {choice.recompute}"
+    title = (
+        f"A rank in a step on a {'CPU' if memory.on_cpu else 'GPU'} (attention by {memory.attention}), packs full of "
+    )
+    title += f"labels and media; recompute {choice.recompute}"
     if auto and choice.memory:
         title += ", chosen: the cheapest that fits"
     rows: list[tuple[str, ...]] = [

@@ -93,9 +93,9 @@ def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
         uniform = m.recompute_granularity == "full" and m.recompute_method == "uniform"
         if uniform and layers // parts % m.recompute_num_layers:
             raise ConfigError(
-                f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // parts} layers of a "
-                f"model part on pipeline stage {number}, which model.recompute_method=uniform needs. Change it, or "
-                "take the method block."
+                f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // parts} layers of "
+                f"a model part on pipeline stage {number}, as model.recompute_method=uniform needs. Change it, or take "
+                "the method block."
             )
 
 
