@@ -249,13 +249,16 @@ class ModelConfig:
     # Samples per optimizer step.
     global_batch_size: int = 128
 
-    # "", full or selective.
+    # "", full, selective, or auto: the cheapest of them that fits in memory (train/recompute.py).
     recompute_granularity: str = ""
     # uniform or block; with full only.
     recompute_method: str = "uniform"
     recompute_num_layers: int = 1
     # Parts that selective recompute repeats.
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    # Memory of one process that auto fits in, in GB (1e9 bytes), all of it. 0: a tenth less than its card has; on CPUs
+    # its share of what the machine has free.
+    memory_gb: float = 0.0
 
     # auto (Transformer Engine where it can run), local or transformer_engine.
     transformer_impl: str = "auto"

@@ -17,7 +17,7 @@ CHOICES = {
     "job": ("pretrain", "sft", "dpo"),
     "trainer.precision": ("32", "bf16"),
     "exp_manager.checkpoint.keep_best_mode": ("min", "max"),
-    "model.recompute_granularity": ("", "full", "selective"),
+    "model.recompute_granularity": ("", "full", "selective", "auto"),
     "model.recompute_method": ("uniform", "block"),
     "model.transformer_impl": ("auto", "local", "transformer_engine"),
     "model.attention": ("auto", "flash_attn", "flex", "sdpa"),
@@ -57,6 +57,7 @@ AT_LEAST = {
     "model.micro_batch_size": 1,
     "model.global_batch_size": 1,
     "model.recompute_num_layers": 1,
+    "model.memory_gb": 0,
     "model.optim.lr": 0,
     "model.optim.weight_decay": 0,
     "model.optim.sched.warmup_steps": 0,
@@ -212,6 +213,7 @@ def _check_model(config: AnyMALConfig) -> None:
             "model.language_model needs exactly one of path (a HuggingFace folder), config (a shape with random "
             f"weights) and checkpoint (one of this trainer's); given: {', '.join(given) or 'none'}."
         )
+    _check_recompute(config)
     _check_lora(config)
     _check_fp8(config)
     if config.job == "dpo":
@@ -245,6 +247,18 @@ def _check_model(config: AnyMALConfig) -> None:
                 "sample's media? Remove one."
             )
         kinds[kind] = name
+
+
+def _check_recompute(config: AnyMALConfig) -> None:
+    model, defaults = config.model, ModelConfig()
+    if model.recompute_granularity != "auto":
+        return
+    for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
+        if getattr(model, name) != getattr(defaults, name):
+            raise ConfigError(
+                f"model.{name} has no effect with model.recompute_granularity=auto, which chooses it. Remove it, or "
+                "name the granularity."
+            )
 
 
 def _check_lora(config: AnyMALConfig) -> None:

@@ -7,9 +7,8 @@ that rank's part of the model on torch's meta device. No GPU, no launcher and no
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,25 +17,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel.random import initialize_rng_tracker
-from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import AnyMALConfig, ConfigError, EncoderConfig
+from megatron_anymal.config import AnyMALConfig, ConfigError
 from megatron_anymal.config_checks import check
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
-from megatron_anymal.modalities.architecture import ARCHITECTURES, read_folder, read_json, transformers_config
+from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import assemble
 from megatron_anymal.model.llama import check_model, read_llama_config
+from megatron_anymal.model.meta import on_meta, without_weights
 from megatron_anymal.model.weights import Weight, list_weights
 from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
 from megatron_anymal.published import ENCODERS, assume_shapes
 from megatron_anymal.train.build import build_data, check_vocabulary, loaded_modalities
+from megatron_anymal.train.recompute import (
+    Choice,
+    choose,
+    configured,
+    judge,
+    memory_to_fit,
+    optimizer_bytes,
+    run_sizes,
+)
 
 _META = torch.device("meta")
 # Older weights, which transformers reads too.
@@ -100,6 +108,20 @@ class Stage:
         return sum(part.weight_bytes for part in self.parts)
 
 
+@dataclass(frozen=True)
+class Memory:
+    """What the ranks hold in a step, activations included.
+
+    Attributes:
+        choice: the recompute, chosen or configured, and what each stage's ranks hold with it.
+        attention, on_cpu: what it was counted for.
+    """
+
+    choice: Choice
+    attention: str
+    on_cpu: bool
+
+
 @dataclass
 class DryRun:
     """What a dry run found.
@@ -118,6 +140,7 @@ class DryRun:
     notes: list[str] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     samples: dict[tuple[str, str], int] = field(default_factory=dict)
+    memory: Memory | None = None
 
 
 def examine(config: AnyMALConfig) -> DryRun:
@@ -137,12 +160,36 @@ def examine(config: AnyMALConfig) -> DryRun:
         backend.check_backend(config)
     except ConfigError as error:
         found.notes.append(f"this machine cannot run it: {error}")
-    buildable = _without_weights(assumed)
+    buildable = without_weights(assumed)
     check_model(hf, buildable)
     _look_around(found, hf, modalities)
     for number, models in enumerate(_play_stages(buildable, hf, modalities)):
         _enter_stage(found, number, models)
+    found.memory = _memory(found, assumed, hf, modalities)
     return found
+
+
+def _memory(found: DryRun, config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
+    """What a step holds; of a run in bf16 or with model.memory_gb on a GPU, whether or not one is here.
+
+    Raises:
+        ConfigError: model.recompute_granularity=auto, and nothing fits.
+    """
+    here, model = torch.cuda.is_available(), config.model
+    planned = here or model.memory_gb > 0 or config.trainer.precision == "bf16"
+    sizes = run_sizes(config, hf, modalities, planned=planned)
+    known = here or not planned or model.memory_gb > 0
+    memory = memory_to_fit(config) if known else 0
+    if model.recompute_granularity == "auto" and known:
+        choice = choose(sizes, memory)
+    else:
+        choice = judge(sizes, configured(config), memory)
+        if model.recompute_granularity == "auto":
+            found.notes.append(
+                "model.recompute_granularity=auto: what is chosen depends on the card's memory, and this machine has "
+                "no card. Give it with model.memory_gb, for example 80. Shown is no recompute"
+            )
+    return Memory(choice, sizes.llama.attention, sizes.llama.on_cpu)
 
 
 def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight]]:
@@ -157,7 +204,7 @@ def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight
     assumed, _ = assume_shapes(config)
     load_plugins(config.model.plugins)
     modalities = {name: build_modality(name, section) for name, section in assumed.model.modalities.items()}
-    buildable = _without_weights(assumed)
+    buildable = without_weights(assumed)
     check_model(hf, buildable)
     return [
         [weight for model in models for weight in list_weights(model)]
@@ -169,7 +216,7 @@ def _play_stages(config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Mo
     """The model parts of each stage's first rank; its process groups are there while they are looked at."""
     for number in range(config.model.pipeline_model_parallel_size):
         with _as_rank_of_stage(number, config):
-            with _on_meta():
+            with on_meta():
                 models = assemble(config, hf, modalities)
             yield models
 
@@ -179,30 +226,6 @@ def _llama_shape(config: AnyMALConfig) -> LlamaConfig:
     if lm.checkpoint:
         return LlamaConfig.from_dict(store.read_manifest(store.resolve(lm.checkpoint)).llama)
     return read_llama_config(lm)
-
-
-def _without_weights(config: AnyMALConfig) -> AnyMALConfig:
-    """The configuration with shapes for folders of encoders, and without what changes no shape but needs a GPU."""
-    config = copy.deepcopy(config)
-    model = config.model
-    model.transformer_impl, model.fp8, model.fp8_recipe, model.fp8_primary_weights = "local", "", "tensorwise", False
-    for section in config.model.modalities.values():
-        encoder = section.encoder
-        shape = _encoder_shape(encoder) if encoder.path else {}
-        if shape:
-            encoder.path, encoder.config = "", shape
-    return config
-
-
-def _encoder_shape(encoder: EncoderConfig) -> dict[str, Any]:
-    """The keys of an encoder's shape, from its folder; none for a plug-in's encoder."""
-    if encoder.type in ARCHITECTURES:
-        shape = transformers_config(encoder)
-        keys = {key.name for key in dataclasses.fields(shape)}
-        return {key: value for key, value in shape.to_diff_dict().items() if key in keys}
-    if encoder.type == "imu2clip":
-        return {key: value for key, value in read_folder(encoder, ("imu2clip",)).items() if key != "model_type"}
-    return {}
 
 
 @contextmanager
@@ -221,40 +244,6 @@ def _as_rank_of_stage(number: int, config: AnyMALConfig) -> Iterator[None]:
     finally:
         initialize_rng_tracker(force_reset=True)
         shutdown()
-
-
-@contextmanager
-def _on_meta() -> Iterator[None]:
-    """Make every tensor without numbers and without memory; touch no CUDA device."""
-    cuda: Any = torch.cuda
-    real = cuda.current_device
-    cuda.current_device = lambda: _META
-    try:
-        with _META, _ToMeta():
-            yield
-    finally:
-        cuda.current_device = real
-
-
-class _ToMeta(TorchFunctionMode):
-    """Sends to the meta device what code asks for on another one.
-
-    Except on "cpu": libraries that can build on the meta device name it where they need the numbers themselves.
-    """
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        device = kwargs.get("device")
-        if isinstance(device, int) or (device is not None and torch.device(device).type != "cpu"):
-            kwargs = {**kwargs, "device": _META}
-        if func is torch.Tensor.cuda:
-            return args[0]
-        if func is torch.where and len(args) == 1 and args[0].is_meta:
-            # Where CLAP fuses: nowhere, as for the zeros that it was given.
-            return tuple(torch.empty(0, dtype=torch.int64, device=_META) for _ in range(args[0].dim()))
-        return func(*args, **kwargs)
 
 
 def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
@@ -291,10 +280,9 @@ def _bytes_of(weight: Weight, config: AnyMALConfig) -> int:
 
 
 def _optimizer(config: AnyMALConfig, trainable: int) -> int:
-    """Bytes of a rank's optimizer state: two fp32 moments, and where the weights are bf16 their fp32 originals."""
-    each = 12 if backend.compute_dtype(config) == torch.bfloat16 else 8
+    """Bytes of a rank's optimizer state."""
     shares = config.data_parallel_size * config.model.context_parallel_size
-    return -(-each * trainable // (shares if config.model.ddp.use_distributed_optimizer else 1))
+    return -(-optimizer_bytes(config) * trainable // (shares if config.model.ddp.use_distributed_optimizer else 1))
 
 
 def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:

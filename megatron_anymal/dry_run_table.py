@@ -10,6 +10,7 @@ from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.data.batches import BatchLayout
 from megatron_anymal.data.context import padded
 from megatron_anymal.dry_run import DryRun, Part, Stage, examine
+from megatron_anymal.train.recompute import configured
 
 
 def print_dry_run(config: AnyMALConfig) -> None:
@@ -28,6 +29,7 @@ def render(found: DryRun) -> str:
     sections = [
         _job(found.config),
         "A rank of each pipeline stage (activations come on top):\n" + _stages(found.stages),
+        _memory(found),
         "The whole model, each weight once:\n" + _components(found),
     ]
     if found.samples:
@@ -62,7 +64,7 @@ def _job(config: AnyMALConfig) -> str:
             f"at most {longest:,} tokens; {layout.micro_batch_size} to a micro-batch, a multiple of {multiple} a step",
         ),
         ("precision", config.trainer.precision + (f", FP8 {model.fp8}" if model.fp8 else "")),
-        ("recompute", _recompute(config)),
+        ("recompute", "auto" if model.recompute_granularity == "auto" else str(configured(config))),
     ]
     return _table(rows, left=2)
 
@@ -72,13 +74,32 @@ def _quotient(config: AnyMALConfig) -> str:
     return f"{whole:,} or {whole + 1:,}" if rest else f"{whole:,}"
 
 
-def _recompute(config: AnyMALConfig) -> str:
-    model = config.model
-    if model.recompute_granularity == "selective":
-        return f"selective: {', '.join(model.recompute_modules)}"
-    if model.recompute_granularity == "full":
-        return f"full: {model.recompute_method}, {model.recompute_num_layers} layer(s)"
-    return "none"
+def _memory(found: DryRun) -> str:
+    """What is held during a step, and which recompute makes it so."""
+    memory = found.memory
+    assert memory is not None
+    choice = memory.choice
+    auto = found.config.model.recompute_granularity == "auto"
+    title = (
+        f"A rank in a step on a {'CPU' if memory.on_cpu else 'GPU'} (attention by {memory.attention}), packs full of "
+    )
+    title += f"labels and media; recompute {choice.recompute}"
+    if auto and choice.memory:
+        title += ", chosen: the cheapest that fits"
+    rows: list[tuple[str, ...]] = [
+        ("stage", "stored", "activations", "in use for a while", "together", "micro-batches held, by model part")
+    ]
+    for number, held in enumerate(choice.held):
+        stored = held.weights + held.gradients + held.optimizer
+        sizes = (stored, held.activations, held.working, held.total)
+        rows.append((str(number), *(_bytes(size) for size in sizes), ", ".join(map(str, held.in_flight))))
+    lines = [f"{title}:", _table(rows, left=0, left_from=5)]
+    if choice.memory:
+        most = choice.held[choice.worst].total
+        verdict = "fits in" if most <= choice.memory else "does NOT fit in"
+        without = f"; without recompute {_bytes(choice.without)}" if choice.recompute.granularity else ""
+        lines.append(f"{_bytes(most)} on stage {choice.worst} {verdict} {_bytes(choice.memory)}{without}.")
+    return "\n".join(lines)
 
 
 def _stages(stages: Sequence[Stage]) -> str:

@@ -19,7 +19,7 @@ from megatron_anymal.modalities import Modality
 from megatron_anymal.model.build import build_models
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build_inputs
-from megatron_anymal.train.step import to_device
+from megatron_anymal.train.transfer import to_device
 
 
 class NativeModel:

@@ -275,6 +275,7 @@ def steps(
     stop: int,
     num_workers: int,
     prefetch_steps: int,
+    pin: bool = False,
     before_read: Optional[Callable[[int, int], None]] = None,
 ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
     """The steps [start, stop) of one replica, read ahead by worker processes.
@@ -282,6 +283,8 @@ def steps(
     The same steps come out whatever the number of workers: a worker gets whole planned micro-batches to read.
 
     Args:
+        pin: hand micro-batches out in pinned memory, from which a card copies by itself. A thread of this process pins
+            what the workers have read; without workers nothing is pinned, the training thread would have to do it.
         before_read: called in a worker before it reads a micro-batch, with the worker's number and the step's (from 0).
 
     Raises:
@@ -297,6 +300,7 @@ def steps(
         sampler=sampler,
         num_workers=num_workers,
         prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
+        pin_memory=pin and num_workers > 0,
         worker_init_fn=_start_worker,
     )
     batches = _read(loader)

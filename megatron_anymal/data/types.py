@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, Optional, TypeVar, Union
 
 import torch
 from torch import Tensor
@@ -142,6 +143,15 @@ class MicroBatch:
     # where nothing has a label.
     label_index: Optional[Tensor] = None
 
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
+        """The same with each of its tensors changed, those of its media too."""
+        media = {name: _with_tensors(batch, change) for name, batch in self.media.items()}
+        return dataclasses.replace(_with_tensors(self, change), media=media)
+
+    def pin_memory(self) -> MicroBatch:
+        """The same in memory that a card can read by itself. torch's DataLoader calls it, in a thread of its own."""
+        return self.with_tensors(Tensor.pin_memory)
+
     @classmethod
     def unlabelled(cls, documents: Sequence[Sequence[int]], media: dict[str, MediaBatch]) -> MicroBatch:
         """Token ids of documents, end to end, for logits alone: without a plan and without labels."""
@@ -157,6 +167,15 @@ class MicroBatch:
             media=media,
             bad={},
         )
+
+
+_Record = TypeVar("_Record", MediaBatch, MicroBatch)
+
+
+def _with_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Record:
+    values = {key.name: getattr(record, key.name) for key in dataclasses.fields(record)}
+    changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
+    return dataclasses.replace(record, **changed)
 
 
 def places_with_label(loss_mask: Tensor) -> Tensor:

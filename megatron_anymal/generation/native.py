@@ -38,7 +38,7 @@ from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.parallel import ParallelLayout, initialize
 from megatron_anymal.train.build import build_inputs, check_vocabulary
-from megatron_anymal.train.step import to_device
+from megatron_anymal.train.transfer import to_device
 
 
 @dataclass

@@ -90,6 +90,13 @@ def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
                 f"model.virtual_pipeline_model_parallel_size={parts} does not divide the {layers} layers of pipeline "
                 f"stage {number} of {stages}."
             )
+        uniform = m.recompute_granularity == "full" and m.recompute_method == "uniform"
+        if uniform and layers // parts % m.recompute_num_layers:
+            raise ConfigError(
+                f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // parts} layers of "
+                f"a model part on pipeline stage {number}, as model.recompute_method=uniform needs. Change it, or take "
+                "the method block."
+            )
 
 
 def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
@@ -180,7 +187,8 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         # Delayed scaling's, as long as usual; without effect on the other.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
-        recompute_granularity=m.recompute_granularity or None,
+        # "auto" that nobody has replaced: a model that only answers keeps nothing anyway.
+        recompute_granularity=None if m.recompute_granularity == "auto" else m.recompute_granularity or None,
         # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
         calculate_per_token_loss=True,
         init_method=leave_unset,

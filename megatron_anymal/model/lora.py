@@ -97,6 +97,17 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) or fnmatchcase(_short(name), pattern) for pattern in targets)
 
 
+def adapted_projections(layer: int, lora: LoraConfig) -> dict[str, tuple[str, ...]]:
+    """Which projections of a layer get an adapter, by the linear layer they are in: {"qkv": ("q", "v"), "fc2": ...}."""
+    found = {
+        place.rpartition("_")[2]: tuple(
+            _short(name).removesuffix("_proj") for name in inside if _is_target(f"layers.{layer}.{name}", lora.targets)
+        )
+        for place, inside in _PROJECTIONS.items()
+    }
+    return {linear: names for linear, names in found.items() if names}
+
+
 def _short(name: str) -> str:
     return name.rpartition(".")[2]
 

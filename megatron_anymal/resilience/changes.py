@@ -31,6 +31,7 @@ HARMLESS = (
     "model.overlap_p2p_comm",
     "model.micro_batch_size",
     "model.recompute_*",
+    "model.memory_gb",
     "model.transformer_impl",
     "model.attention",
     "model.ddp.*",

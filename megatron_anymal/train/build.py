@@ -26,6 +26,7 @@ from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.stragglers import OwnTime
 from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
+from megatron_anymal.train.recompute import fit_recompute
 from megatron_anymal.train.reference import ReferenceAnswers
 
 
@@ -56,6 +57,8 @@ class TrainState:
     objective: Objective
     # Of this rank's forward passes in training and validation.
     own_time: OwnTime
+    # Which recompute was chosen and why; "" where the configuration names it.
+    recompute: str = ""
     # DPO only, once the run has read its reference.
     reference: Optional[ReferenceAnswers] = None
     # Whole names of frozen encoders' weights that came from another run: nothing else holds them.
@@ -96,7 +99,8 @@ def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
     validation_data = (
         build_data(config, layout, tokenizer, modalities, "validation") if config.data.validation else None
     )
-    models = build_models(config, hf, layout, modalities, partial(load_base, config.model.language_model.checkpoint))
+    buildable, recompute = fit_recompute(config, hf, modalities, layout)
+    models = build_models(buildable, hf, layout, modalities, partial(load_base, config.model.language_model.checkpoint))
     wrapped = [_wrap(config, model, first=model is models[0]) for model in models]
     optimizer = build_optimizer(config, wrapped)
     _connect(config, wrapped, optimizer)
@@ -113,6 +117,7 @@ def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
         validation_data=validation_data,
         objective=build_objective(config),
         own_time=OwnTime(layout.device),
+        recompute=recompute,
     )
 
 

@@ -202,6 +202,8 @@ class Run:
             f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers, attention "
             f"by {backend.attention_kernel(self.config)}; rank 0 trains {trainable:,} parameters"
         )
+        if self.state.recompute:
+            self.log.say(self.state.recompute)
 
     def _resume(self, folder: Path) -> None:
         manifest = store.read_manifest(folder)
@@ -251,6 +253,7 @@ class Run:
             stop=stop,
             num_workers=self.config.data.num_workers,
             prefetch_steps=self.config.data.prefetch_steps,
+            pin=self.state.layout.device.type == "cuda",
             before_read=before_read if self.config.resilience.faults else None,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_anymal.resilience.heartbeat import Phase
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.objective import GlobalBatch, PreferenceObjective
 from megatron_anymal.train.optim import learning_rate, set_rates
+from megatron_anymal.train.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -202,16 +204,21 @@ def _run_schedule(
 ) -> list[Tensor]:
     """megatron-core's schedule over the micro-batches; returns the reports on the last stage."""
     several = len(state.wrapped) > 1
-    return get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, state, bad, loss_of),
-        # Each part of a virtual pipeline runs every micro-batch.
-        data_iterator=[iter(micro_batches) for _ in state.wrapped] if several else iter(micro_batches),
-        model=state.wrapped if several else state.wrapped[0],
-        num_microbatches=len(micro_batches),
-        seq_length=plan.padded_length,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
+    with ExitStack() as stack:
+        # Each part of a virtual pipeline runs every micro-batch; only the first takes its media.
+        batches = [
+            stack.enter_context(closing(on_device(micro_batches, state.layout.device, media=model.pre_process)))
+            for model in state.models
+        ]
+        return get_forward_backward_func()(
+            forward_step_func=partial(_forward_step, state, bad, loss_of),
+            data_iterator=batches if several else batches[0],
+            model=state.wrapped if several else state.wrapped[0],
+            num_microbatches=len(micro_batches),
+            seq_length=plan.padded_length,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def _forward_step(
@@ -223,7 +230,7 @@ def _forward_step(
 ) -> tuple[Tensor, Any]:
     """What megatron-core's schedules call for each micro-batch."""
     heartbeat.beat()
-    micro_batch = to_device(next(micro_batches), state.layout.device)
+    micro_batch = next(micro_batches)
     mask = micro_batch.loss_mask
     for place in bad:
         mask = mask.masked_fill(micro_batch.sample_positions == place, 0.0)
@@ -261,25 +268,6 @@ def _result(
         dropped=len(plan.dropped),
         stop=reduced.stop,
     )
-
-
-def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on the device."""
-    if device.type == "cpu":
-        return micro_batch
-    media = {
-        name: dataclasses.replace(
-            m,
-            pieces=m.pieces.to(device, non_blocking=True),
-            token_index=m.token_index.to(device, non_blocking=True),
-            soft_index=None if m.soft_index is None else m.soft_index.to(device, non_blocking=True),
-        )
-        for name, m in micro_batch.media.items()
-    }
-    names = ("tokens", "labels", "loss_mask", "sample_positions", "branch", "label_index")
-    tensors = {name: getattr(micro_batch, name) for name in names}
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
-    return dataclasses.replace(micro_batch, media=media, **moved)
 
 
 def _agree_on_bad(plan: StepPlan, micro_batches: Sequence[MicroBatch], device: torch.device) -> dict[int, str]:

@@ -201,6 +201,7 @@ def set_value(config: AnyMALConfig, key: str, value: object) -> None:
         ("model.attention", "flash", "'flash_attn'"),
         ("model.overlap_p2p_comm", False, "no effect without a virtual pipeline"),
         ("model.dpo.beta", 0.2, r"dpo has no effect on the job pretrain.*job=dpo"),
+        ("model.memory_gb", -1.0, "memory_gb=-1.0 must be at least 0"),
         ("trainer.sampled_answers", 4, r"no validation samples to answer.*data\.validation"),
         ("model.sequence_parallel", True, "tensor_model_parallel_size > 1"),
         ("model.num_layers_in_first_pipeline_stage", 2, "pipeline_model_parallel_size > 1"),
@@ -275,3 +276,14 @@ def test_run_dir():
     assert config.run_dir == Path("a/b")
     config.exp_manager.explicit_log_dir = "c"
     assert config.run_dir == Path("c")
+
+
+@pytest.mark.parametrize(
+    "name,value", [("recompute_method", "block"), ("recompute_num_layers", 2), ("recompute_modules", ["mlp"])]
+)
+def test_what_auto_chooses_cannot_be_named_too(name, value):
+    config = compose("pretrain_8b_image", default_config_dir(), ["model.recompute_granularity=auto"]).config
+    check(config)
+    setattr(config.model, name, value)
+    with pytest.raises(ConfigError, match=f"model.{name} has no effect with model.recompute_granularity=auto"):
+        check(config)

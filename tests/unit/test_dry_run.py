@@ -507,3 +507,29 @@ def test_70b_in_an_empty_folder(tmp_path: Path) -> None:
     seconds, peak = map(float, said.rpartition("MEASURED ")[2].split()[:2])
     assert seconds < 60 and peak < 2e9
     assert said.endswith("[]\n") and not list(tmp_path.iterdir())
+
+
+def test_a_step_is_shown_for_a_card_that_is_not_here(tiny: AnyMALConfig) -> None:
+    tiny.trainer.precision, tiny.model.recompute_granularity = "bf16", "auto"
+    unknown = examine(tiny)
+    assert any("Give it with model.memory_gb" in note for note in unknown.notes)
+    assert "recompute none:" in render(unknown)
+    without = unknown.memory.choice.held[0].total
+    tiny.model.memory_gb = without / 1e9
+    said = render(examine(tiny))
+    assert "on a GPU" in said and "recompute none, chosen: the cheapest that fits:" in said
+    tiny.model.memory_gb = (without - 1) / 1e9
+    tight = examine(tiny)
+    assert tight.memory.choice.recompute.granularity and tight.memory.choice.without == without
+    assert f"recompute {tight.memory.choice.recompute}, chosen" in render(tight) and "without recompute" in render(
+        tight
+    )
+    tiny.model.memory_gb = 1e-9
+    with pytest.raises(ConfigError, match="recompute_granularity=auto: nothing fits"):
+        examine(tiny)
+
+
+def test_a_named_recompute_is_judged(tiny: AnyMALConfig) -> None:
+    tiny.model.recompute_granularity, tiny.model.memory_gb = "full", 1e-6
+    said = render(examine(tiny))
+    assert "recompute full: uniform, 1 layer(s):" in said and "does NOT fit in" in said

@@ -1,0 +1,75 @@
+"""Models without numbers: built on torch's meta device, from shapes alone."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from megatron_anymal.config import AnyMALConfig, EncoderConfig
+from megatron_anymal.modalities.architecture import ARCHITECTURES, read_folder, transformers_config
+
+_META = torch.device("meta")
+
+
+def without_weights(config: AnyMALConfig) -> AnyMALConfig:
+    """The configuration with shapes for folders of encoders, and without what changes no shape but needs a GPU."""
+    config = copy.deepcopy(config)
+    model = config.model
+    model.transformer_impl, model.fp8, model.fp8_recipe, model.fp8_primary_weights = "local", "", "tensorwise", False
+    for section in config.model.modalities.values():
+        encoder = section.encoder
+        shape = _encoder_shape(encoder) if encoder.path else {}
+        if shape:
+            encoder.path, encoder.config = "", shape
+    return config
+
+
+def _encoder_shape(encoder: EncoderConfig) -> dict[str, Any]:
+    """The keys of an encoder's shape, from its folder; none for a plug-in's encoder."""
+    if encoder.type in ARCHITECTURES:
+        shape = transformers_config(encoder)
+        keys = {key.name for key in dataclasses.fields(shape)}
+        return {key: value for key, value in shape.to_diff_dict().items() if key in keys}
+    if encoder.type == "imu2clip":
+        return {key: value for key, value in read_folder(encoder, ("imu2clip",)).items() if key != "model_type"}
+    return {}
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Make every tensor without numbers and without memory; touch no CUDA device."""
+    cuda: Any = torch.cuda
+    real = cuda.current_device
+    cuda.current_device = lambda: _META
+    try:
+        with _META, _ToMeta():
+            yield
+    finally:
+        cuda.current_device = real
+
+
+class _ToMeta(TorchFunctionMode):
+    """Sends to the meta device what code asks for on another one.
+
+    Except on "cpu": libraries that can build on the meta device name it where they need the numbers themselves.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        device = kwargs.get("device")
+        if isinstance(device, int) or (device is not None and torch.device(device).type != "cpu"):
+            kwargs = {**kwargs, "device": _META}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.where and len(args) == 1 and args[0].is_meta:
+            # Where CLAP fuses: nowhere, as for the zeros that it was given.
+            return tuple(torch.empty(0, dtype=torch.int64, device=_META) for _ in range(args[0].dim()))
+        return func(*args, **kwargs)
