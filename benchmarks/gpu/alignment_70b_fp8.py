@@ -1,5 +1,5 @@
 """Image alignment of a frozen Llama-3 70B, all 80 layers, on one card (random weights made on it): the Llama's weights
-are held in FP8 alone, CLIP ViT-G, a resampler of 12 layers; against megatron-core alone. Does it fit, and how fast is it?
+are held in FP8 alone, CLIP ViT-G, a resampler of 12 layers; against megatron-core alone. Does it fit, and how fast?
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,19 @@ def measure_case(case: Case, arguments: argparse.Namespace, data: Prepared, left
         loader_steps=DRY_LOADER_STEPS if case.dry_run else LOADER_STEPS,
         count=case.dry_run,
     )
-    timed = time_sides(config, layout, options)
+    try:
+        timed = time_sides(config, layout, options)
+    except Exception as error:
+        # Time on a card is dear: the other cases are measured all the same.
+        traceback.print_exc()
+        return {"left_out": f"it failed ({type(error).__name__}: {error})", "failed": True}
+    finally:
+        release()
     if not timed.sides:
         return {"left_out": "; ".join(f"{name}: {why}" for name, why in timed.left_out.items())}
     timed.left_out |= left_out
     found = summary(timed, data.limits)
-    found["bars"] = bars(case, found)
+    found["bars"], found["failed"] = bars(case, found), timed.failed
     found["fits"] = "ours" in timed.sides if "ours" in options.sides else None
     missed = any(row["met"] is False for row in found["bars"])
     if "ours" in timed.sides and (arguments.profile or missed):

@@ -41,6 +41,9 @@ CHOICES: dict[str, list[Any]] = {
     "precision": list(PRECISIONS),
 }
 
+# Quartiles need two rounds.
+LEAST = {"packs": 1, "batches": 1, "rounds": 2, "workers": 0}
+
 NO_CARD = (
     "{name} needs a CUDA device, and torch sees none here. Add --dry-run to run it through on the CPU with tiny sizes; "
     "its numbers then mean nothing."
@@ -76,7 +79,7 @@ def base_parser(document: Optional[str]) -> argparse.ArgumentParser:
 
 
 def parse(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> argparse.Namespace:
-    """Read the arguments; ends the program where they, or this machine, will not do."""
+    """Read the arguments, and end the program where they, or this machine, will not do."""
     arguments = parser.parse_args(argv)
     if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
         parser.error(f"--out: there is no folder {str(Path(arguments.out).parent)!r}.")
@@ -85,6 +88,7 @@ def parse(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> ar
         raise SystemExit(2)
     if arguments.dry_run and torch.cuda.is_available():
         parser.error("--dry-run is for machines without a card. Hide this one's: CUDA_VISIBLE_DEVICES= python ...")
+    quiet_libraries()
     return arguments
 
 
@@ -98,10 +102,8 @@ def _parser(benchmark: Benchmark, document: Optional[str]) -> argparse.ArgumentP
             f"--{name.replace('_', '-')}", nargs="+", type=type(values[0]), choices=choices, help=default
         )
     parser.add_argument("--sides", nargs="+", choices=b.sides, default=b.sides, help="what takes turns")
-    parser.add_argument("--packs", type=int, default=b.packs, help="packs a step, about")
-    parser.add_argument("--batches", type=int, default=4, help="different batches, used in turn")
-    parser.add_argument("--rounds", type=int, help="timed rounds of all sides; default: 12, of a dry run 3")
-    parser.add_argument("--workers", type=int, help="loader processes; default: 8, of a dry run 1")
+    for name, what, default, dry in _numbers(b):
+        parser.add_argument(f"--{name}", type=int, help=f"{what}; default: {default}, of a dry run {dry}")
     parser.add_argument(
         "--recompute",
         choices=["auto", "none", "mlp", "full"],
@@ -113,6 +115,16 @@ def _parser(benchmark: Benchmark, document: Optional[str]) -> argparse.ArgumentP
     return parser
 
 
+def _numbers(benchmark: Benchmark) -> list[tuple[str, str, int, int]]:
+    """Arguments that are numbers: name, what it is, default, default of a dry run."""
+    return [
+        ("packs", "packs a step, about", benchmark.packs, 2),
+        ("batches", "different batches, used in turn", 4, 2),
+        ("rounds", "timed rounds of all sides", 12, 2),
+        ("workers", "loader processes", 8, 1),
+    ]
+
+
 def _arguments(benchmark: Benchmark, document: Optional[str], argv: Sequence[str]) -> argparse.Namespace:
     parser = _parser(benchmark, document)
     arguments = parse(parser, f"{benchmark.name}.py", argv)
@@ -122,22 +134,18 @@ def _arguments(benchmark: Benchmark, document: Optional[str], argv: Sequence[str
         if dry:
             values = ("32", *values) if name == "precision" else values[:1]
         setattr(arguments, name, getattr(arguments, name) or values)
-    arguments.rounds = (3 if dry else 12) if arguments.rounds is None else arguments.rounds
-    arguments.workers = (1 if dry else 8) if arguments.workers is None else arguments.workers
-    if arguments.rounds < 2:
-        parser.error("--rounds must be at least 2: quartiles need them.")
-    for name in ("packs", "batches"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} must be at least 1.")
-    if arguments.workers < 0:
-        parser.error("--workers must be at least 0.")
+    for name, _, default, small in _numbers(benchmark):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, small if dry else default)
+        least = LEAST[name]
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}.")
     return arguments
 
 
 def run(benchmark: Benchmark, document: Optional[str], argv: Sequence[str]) -> int:
-    """The command. Returns the exit code: 1 where nothing was measured, or transformers' loss is another one."""
+    """The command. Returns the exit code: 1 where something failed, nothing was measured, or losses differ."""
     arguments = _arguments(benchmark, document, argv)
-    quiet_libraries()
     # What takes seconds to import comes behind the refusals.
     from cases import measure_case, prepare
     from report import card, heading, table
@@ -184,4 +192,5 @@ def _save(found: dict[str, Any], result: dict[str, Any], out: Optional[Path]) ->
 def _exit_code(cases: Sequence[dict[str, Any]]) -> int:
     measured = [case for case in cases if "left_out" not in case]
     unequal = [case for case in measured if case["equality"] and not case["equality"]["equal"]]
-    return 1 if unequal or not measured else 0
+    failed = [case for case in cases if case.get("failed")]
+    return 1 if unequal or failed or not measured else 0

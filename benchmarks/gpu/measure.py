@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
@@ -61,6 +62,8 @@ class Timed:
     counted: dict[str, dict[str, float]]
     data_wait: Optional[dict[str, Any]] = None
     equality: Optional[dict[str, Any]] = None
+    # A side failed, which is no want of room.
+    failed: bool = False
 
 
 def time_sides(config: AnyMALConfig, layout: ParallelLayout, options: Options) -> Timed:
@@ -85,24 +88,20 @@ def _time_group(
 ) -> list[str]:
     """Returns the sides that had no room."""
     started: dict[str, Side] = {}
-    run: Optional[Run] = None
-    if "ours" in group:
-        run, side = _fitting(config, layout, options)
-        if side is not None:
-            started["ours"] = side
+    run, side = _fitting(config, layout, options) if "ours" in group else (_built(config, layout, options), None)
     if run is None:
-        run = build_run(config, layout, options.batches)
-    if "ours" not in group:
+        return list(group)
+    if side is not None:
+        started["ours"] = side
+    else:
         # Nothing of it is stepped: only its weights and batches are used.
         run.state.optimizer, run.state.wrapped = None, []  # type: ignore[assignment]
     for name in (name for name in group if name != "ours"):
         for recompute in _tries(name, config, options):
-            side, why = _attempt(name, run, recompute, config)
-            if why:
-                timed.left_out[name] = why
+            side = _attempt(name, run, recompute, config, timed)
             if side is not None:
                 started[name] = side
-            if side is not None or why:
+            if side is not None or name in timed.left_out:
                 break
             release()
     timed.equality = timed.equality or equality(timed.sides | started, options.precision)
@@ -113,17 +112,31 @@ def _time_group(
     return [name for name in group if name not in started and name not in timed.left_out]
 
 
+def _built(config: AnyMALConfig, layout: ParallelLayout, options: Options) -> Optional[Run]:
+    """A run, or None where not even its weights have room."""
+    try:
+        return build_run(config, layout, options.batches)
+    except torch.OutOfMemoryError:
+        return None
+
+
 def _fitting(config: AnyMALConfig, layout: ParallelLayout, options: Options) -> tuple[Optional[Run], Optional[Side]]:
-    """This trainer's side with as little computed twice as fits; the layers are told when they are built."""
+    """A run and this trainer's side with as little computed twice as fits; the layers are told when they are built.
+
+    Where no step fits, the last try's run alone, or where that does not fit either, nothing.
+    """
+    run: Optional[Run] = None
     for recompute in RECOMPUTE if options.recompute == "auto" else (options.recompute,):
-        set_recompute(config, recompute)
-        run = build_run(config, layout, options.batches)
-        side, _ = _attempt("ours", run, recompute, config)
-        if side is not None:
-            return run, side
         del run
         release()
-    return None, None
+        set_recompute(config, recompute)
+        run = _built(config, layout, options)
+        try:
+            if run is not None:
+                return run, start("ours", run, recompute, config)
+        except torch.OutOfMemoryError:
+            pass
+    return run, None
 
 
 def _tries(name: str, config: AnyMALConfig, options: Options) -> tuple[str, ...]:
@@ -132,14 +145,19 @@ def _tries(name: str, config: AnyMALConfig, options: Options) -> tuple[str, ...]
     return {"auto": ("none", "full"), "none": ("none",)}.get(options.recompute, ("full",))
 
 
-def _attempt(name: str, run: Run, recompute: str, config: AnyMALConfig) -> tuple[Optional[Side], str]:
-    """A side, or neither it nor a reason: it has no room."""
+def _attempt(name: str, run: Run, recompute: str, config: AnyMALConfig, timed: Timed) -> Optional[Side]:
+    """A side; without it and a reason in `timed` it has no room."""
     try:
-        return start(name, run, recompute, config), ""
+        return start(name, run, recompute, config)
     except torch.OutOfMemoryError:
-        return None, ""
+        return None
     except ModuleNotFoundError as error:
-        return None, f"{error.name} is not installed"
+        timed.left_out[name] = f"{error.name} is not installed"
+    except Exception as error:
+        # Another library's fault must not cost this trainer's numbers.
+        traceback.print_exc()
+        timed.left_out[name], timed.failed = f"it failed ({type(error).__name__}: {error})", True
+    return None
 
 
 def _note(timed: Timed, run: Run, started: dict[str, Side], options: Options) -> None:

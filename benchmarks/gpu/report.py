@@ -109,7 +109,7 @@ def table(found: dict[str, Any]) -> str:
     ]
     lines += [_row(name, side) for name, side in found["sides"].items()]
     lines += [f"  {TITLES[name]:<30}left out: {why}" for name, why in found["left_out_sides"].items()]
-    lines += [f"  {line}" for line in (*_equality(found), *_counted(found))]
+    lines += [f"  {line}" for line in (*_memory(found), *_equality(found), *_counted(found))]
     for name, measured in found["ratios"].items():
         lines.append(
             f"  {name.replace('_', ' ')}: {measured['median']:.3f} ({measured['lower']:.3f} to {measured['upper']:.3f})"
@@ -138,6 +138,14 @@ def _or_dash(value: Optional[float], form: str) -> str:
 def gibibytes(count: Optional[int]) -> str:
     """Bytes for people."""
     return "-" if count is None else f"{count / 2**30:.1f} GiB"
+
+
+def _memory(found: dict[str, Any]) -> list[str]:
+    ours = found["sides"].get("ours")
+    if ours is None or ours["peak_memory_bytes"] is None:
+        return []
+    peak, building = (gibibytes(ours[name]) for name in ("peak_memory_bytes", "build_peak_memory_bytes"))
+    return [f"it fits the card: peak memory {peak} in a step, {building} while built"]
 
 
 def _equality(found: dict[str, Any]) -> list[str]:
