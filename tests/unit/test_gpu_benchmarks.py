@@ -18,8 +18,16 @@ MODELS = ("alignment_8b", "sft_8b", "dpo_8b", "alignment_70b_fp8")
 # Several processes that import everything, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(600)
 
-# Imports every benchmark where there is no NeMo, then asks each for a card that is not there, for a wrong argument and
-# for help.
+# What refuses, or explains.
+ASKED = {
+    "no card": [],
+    "unknown": ["--dry-run", "--no-such"],
+    "no folder": ["--dry-run", "--out", "/no/such/folder/found.json"],
+    "too few": ["--dry-run", "--rounds", "1"],
+    "unknown shape": ["--dry-run", "--encoder", "vit_h"],
+    "help": ["--help"],
+}
+# Imports every benchmark where there is no NeMo, and asks each.
 COMMANDS = """
 import contextlib, importlib, io, json, sys
 for name in ("nemo", "lightning", "pytorch_lightning", "omegaconf", "hydra"):
@@ -29,14 +37,14 @@ torch.cuda.is_available = lambda: False
 found = {}
 for name in json.loads(sys.argv[1]):
     main = importlib.import_module(name).main
-    for words in ([], ["--dry-run", "--no-such"], ["--help"], ["--dry-run", "--out", "/no/such/folder/found.json"]):
+    for words in json.loads(sys.argv[3]):
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
                 code = main(words)
             except SystemExit as error:
                 code = error.code
-        found[f"{name} {' '.join(words)}".strip()] = [code, out.getvalue(), err.getvalue()]
+        found[f"{name} {words}"] = [code, out.getvalue(), err.getvalue()]
 for name in json.loads(sys.argv[2]):
     importlib.import_module(name)
 print("FOUND" + json.dumps(found))
@@ -162,29 +170,25 @@ def test_refusals_and_help_without_nemo() -> None:
     scripts = [*MODELS, "kernels"]
     others = sorted(p.stem for p in FOLDER.glob("*.py") if p.stem not in scripts)
     code = f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{COMMANDS}"
-    done = run("-c", code, json.dumps(scripts), json.dumps(others))
+    done = run("-c", code, json.dumps(scripts), json.dumps(others), json.dumps(list(ASKED.values())))
     assert done.returncode == 0, done.stderr[-3000:]
     answers = json.loads(done.stdout.split("FOUND")[1])
+    refusals = {
+        "no card": "{name}.py needs a CUDA device",
+        "unknown": "unrecognized arguments: --no-such",
+        "no folder": "there is no folder '/no/such/folder'",
+    }
+    of_models = {"too few": "--rounds must be at least 2", "unknown shape": "invalid choice: 'vit_h'"}
     for name in scripts:
-        exit_code, _, said = answers[name]
-        assert exit_code == 2 and said.count("\n") == 1 and f"{name}.py needs a CUDA device" in said
-        exit_code, _, said = answers[f"{name} --dry-run --no-such"]
-        assert exit_code == 2 and "unrecognized arguments: --no-such" in said
-        exit_code, _, said = answers[f"{name} --dry-run --out /no/such/folder/found.json"]
-        assert exit_code == 2 and "there is no folder '/no/such/folder'" in said
-        exit_code, said, _ = answers[f"{name} --help"]
+        for case, message in {**refusals, **(of_models if name in MODELS else {})}.items():
+            exit_code, _, said = answers[f"{name} {ASKED[case]}"]
+            assert exit_code == 2 and message.format(name=name) in said, (name, case, said)
+        # One clear line.
+        assert answers[f"{name} {ASKED['no card']}"][2].count("\n") == 1
+        exit_code, said, _ = answers[f"{name} {ASKED['help']}"]
         assert exit_code == 0 and "--out FILE.json" in said
         if name in MODELS:
             assert "4 x parameters of the frozen Llama's layers x tokens" in said and "MFU =" in said
-
-
-def test_wrong_values_are_refused() -> None:
-    for words, message in (
-        (["--rounds", "1"], "--rounds must be at least 2"),
-        (["--encoder", "vit_h"], "invalid choice: 'vit_h'"),
-    ):
-        done = run("benchmarks/gpu/sft_8b.py", "--dry-run", *words, timeout=120)
-        assert done.returncode == 2 and message in done.stderr
 
 
 @pytest.fixture
@@ -200,7 +204,7 @@ def test_bars_have_verdicts_on_a_card(modules: Any) -> None:
     case = shapes.Case("pretrain", "8b", "vit_l", 6, 4096, "bf16", packs=4, workers=8, dry_run=False)
     found = {
         "sides": {"ours": {"share_of_bf16_rate": 0.56}},
-        "ratios": {"huggingface_over_ours": {"median": 1.29}, "ours_over_bare_and_media": {"median": 1.05}},
+        "ratios": {"huggingface_over_ours": {"median": 1.29}, "ours_over_bare_and_media": {"median": 1.04}},
         "data_wait": {"share": 0.02},
     }
     assert [bar["met"] for bar in report.bars(case, found)] == [True, False, True, False]
