@@ -21,7 +21,7 @@ from torch import Tensor
 from megatron_anymal import backend
 from megatron_anymal.data.batches import StepPlan
 from megatron_anymal.data.types import MicroBatch
-from megatron_anymal.model.attention import document_pack, thd_pack
+from megatron_anymal.model.attention import document_pack
 from megatron_anymal.model.llama import build_gpt, transformer_config
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.optim import build_optimizer
@@ -52,12 +52,11 @@ class Bare:
     def __init__(self, state: TrainState, batches: Sequence[tuple[StepPlan, list[MicroBatch]]]):
         """Take the Llama of a run (where it trains or has adapters: a copy, as it is now) and lay out its batches."""
         self.frozen = state.config.model.language_model.freeze
-        self.implementation = backend.transformer_impl(state.config)
         self.gpt = state.models[0].language_model
         if not self.frozen or state.config.model.lora.r:
             settings = transformer_config(state.llama, state.config)
             weights = {n: w for n, w in self.gpt.state_dict().items() if ".lora." not in n}
-            self.gpt = build_gpt(state.llama, settings, self.implementation)
+            self.gpt = build_gpt(state.llama, settings, backend.transformer_impl(state.config))
             self.gpt.load_state_dict(weights)
             self.gpt.requires_grad_(not self.frozen)
         self.wrapped, self.optimizer = self._wrap(state)
@@ -81,13 +80,12 @@ class Bare:
 
     def _lay_out(self, state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> ReadyBatch:
         device, kernel = state.layout.device, backend.attention_kernel(state.config)
-        thd = self.implementation == "transformer_engine"
         ready = [
             ReadyMicroBatch(
                 m.tokens.to(device),
                 m.labels.to(device),
                 m.loss_mask.to(device),
-                thd_pack(m.document_lengths, device) if thd else document_pack(m.document_lengths, device, kernel),
+                document_pack(m.document_lengths, device, self.gpt.inv_freq, kernel),
             )
             for m in micro_batches
         ]
@@ -108,8 +106,6 @@ class Bare:
     def _run(self, batch: ReadyBatch, *, forward_only: bool) -> None:
         def forward(micro_batches: Iterator[ReadyMicroBatch], model: Any) -> tuple[Tensor, Any]:
             ready = next(micro_batches)
-            if self.implementation == "local":
-                self.gpt.rotary_pos_emb.position_ids = ready.pack.position_ids
             embedded = None
             if self.frozen:
                 embedded = self.gpt.embedding(input_ids=ready.tokens, position_ids=None).requires_grad_()

@@ -16,6 +16,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,29 @@ def saved_for_backward(forward: Callable[[], Any], left_out: Iterable[Tensor]) -
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         returned = forward()
     return {place: size for place, size in storages(kept).items() if place not in known}, returned
+
+
+class PeakMemory(TorchDispatchMode):
+    """Within it: the most bytes that tensors made by torch's operations held at once, in `peak`.
+
+    What was there before does not count, and neither does what an operation needs inside.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._held: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = storages(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor))
+        out = func(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_flatten(out)[0] if isinstance(x, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in before:
+                self._held[StorageWeakRef(storage)] = storage.nbytes()
+        self._held = {reference: size for reference, size in self._held.items() if not reference.expired()}
+        self.peak = max(self.peak, sum(self._held.values()))
+        return out
 
 
 def surroundings() -> dict[str, Any]:

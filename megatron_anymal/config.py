@@ -263,6 +263,11 @@ class ModelConfig:
     attention: str = "auto"
     # "", hybrid or e4m3; needs Transformer Engine and a card with FP8.
     fp8: str = ""
+    # How FP8 numbers are scaled: tensorwise (by the tensor at hand: "current scaling") or delayed (by those before it,
+    # whose history then is part of a checkpoint).
+    fp8_recipe: str = "tensorwise"
+    # Hold the frozen Llama's matrices in FP8 alone, one byte a number.
+    fp8_primary_weights: bool = False
 
     seed: int = 1234
     # A checkpoint whose trainable weights this run starts from (not its step or optimizer).

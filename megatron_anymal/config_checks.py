@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Optional
 
-from megatron_anymal.config import AnyMALConfig, CheckpointConfig, ConfigError, DpoConfig
+from megatron_anymal.config import AnyMALConfig, CheckpointConfig, ConfigError, DpoConfig, ModelConfig
 
 # The order is laid out in blocks with two places for the rarest data set: smaller shares would make them huge.
 SMALLEST_SHARE = 1e-5
@@ -22,6 +22,7 @@ CHOICES = {
     "model.transformer_impl": ("auto", "local", "transformer_engine"),
     "model.attention": ("auto", "flash_attn", "flex", "sdpa"),
     "model.fp8": ("", "hybrid", "e4m3"),
+    "model.fp8_recipe": ("tensorwise", "delayed"),
     "model.neftune.embeddings": ("all", "text"),
     "model.dpo.reference": ("cached", "recomputed"),
     "model.loss_normalization": ("token", "sample"),
@@ -212,6 +213,7 @@ def _check_model(config: AnyMALConfig) -> None:
             f"weights) and checkpoint (one of this trainer's); given: {', '.join(given) or 'none'}."
         )
     _check_lora(config)
+    _check_fp8(config)
     if config.job == "dpo":
         _check_dpo(config)
     elif config.model.dpo != DpoConfig():
@@ -261,6 +263,20 @@ def _check_lora(config: AnyMALConfig) -> None:
     if not lora.targets:
         raise ConfigError(
             'model.lora.targets is empty: nothing would be adapted. Set it to ["*"], or model.lora.r to 0.'
+        )
+
+
+def _check_fp8(config: AnyMALConfig) -> None:
+    model = config.model
+    if not model.fp8 and (model.fp8_primary_weights or model.fp8_recipe != ModelConfig().fp8_recipe):
+        raise ConfigError(
+            "model.fp8_recipe and model.fp8_primary_weights have no effect without model.fp8. Set it to hybrid or "
+            "e4m3, or remove them."
+        )
+    if model.fp8_primary_weights and not model.language_model.freeze:
+        raise ConfigError(
+            "model.fp8_primary_weights=true holds a frozen Llama, and model.language_model.freeze=false: updates are "
+            "smaller than the steps between FP8 numbers. Set one of them otherwise."
         )
 
 

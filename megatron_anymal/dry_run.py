@@ -184,7 +184,8 @@ def _llama_shape(config: AnyMALConfig) -> LlamaConfig:
 def _without_weights(config: AnyMALConfig) -> AnyMALConfig:
     """The configuration with shapes for folders of encoders, and without what changes no shape but needs a GPU."""
     config = copy.deepcopy(config)
-    config.model.transformer_impl, config.model.fp8 = "local", ""
+    model = config.model
+    model.transformer_impl, model.fp8, model.fp8_recipe, model.fp8_primary_weights = "local", "", "tensorwise", False
     for section in config.model.modalities.values():
         encoder = section.encoder
         shape = _encoder_shape(encoder) if encoder.path else {}
@@ -270,7 +271,7 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
                 besides=(*["embedding"] * model.pre_process, *media, *["head"] * model.post_process),
                 parameters=sum(p.numel() for p in local),
                 trainable=sum(p.numel() for p in local if p.requires_grad),
-                weight_bytes=sum(p.numel() * p.element_size() for p in local),
+                weight_bytes=sum(_bytes_of(weight, config) for weight in weights),
             )
         )
         found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
@@ -279,6 +280,14 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
     found.stages.append(
         Stage(range(number * ranks, (number + 1) * ranks), tuple(parts), 4 * trainable, _optimizer(config, trainable))
     )
+
+
+def _bytes_of(weight: Weight, config: AnyMALConfig) -> int:
+    """Bytes of a rank's part of a weight."""
+    parameter = weight.parameter
+    in_layer = weight.name.startswith("language_model.decoder.layers.") and ".lora." not in weight.name
+    quantized = config.model.fp8_primary_weights and in_layer and parameter.dim() == 2
+    return parameter.numel() * (1 if quantized else parameter.element_size())
 
 
 def _optimizer(config: AnyMALConfig, trainable: int) -> int:

@@ -78,6 +78,8 @@ def initialize(config: AnyMALConfig) -> ParallelLayout:
             f"process(es). Start with `torchrun --nproc-per-node={config.trainer.devices} -m megatron_anymal ...` "
             "or change trainer.devices."
         )
+    # fp32 means fp32: cuDNN would round the inputs of convolutions to TF32.
+    torch.backends.cudnn.allow_tf32 = False
     device = backend.device()
     _join(world_size, device)
     make_groups(config)

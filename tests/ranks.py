@@ -1,6 +1,7 @@
 """Run a function on several processes that form a job over gloo, each test with a hard time limit.
 
-Processes are forked, so that a test pays for the imports once. The parent itself never joins a job.
+Processes are forked, so that a test pays for the imports once; where there is a CUDA device they are started afresh,
+because it cannot be used after a fork. The parent itself never joins a job.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -23,7 +25,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     Returns:
         What each rank returned, in their order. A rank that fails, or that is not done in time, fails the test.
     """
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
     results: Any = context.Queue()
     port = _free_port()
     processes = [context.Process(target=_rank, args=(r, world, port, function, args, results)) for r in range(world)]
@@ -61,8 +63,6 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: 
         OMP_NUM_THREADS="1",
     )
     try:
-        import torch
-
         torch.set_num_threads(1)
         results.put((rank, "", function(*args)))
     except BaseException:

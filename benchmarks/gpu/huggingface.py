@@ -15,7 +15,6 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from meters import storages
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
@@ -25,6 +24,7 @@ from megatron_anymal.data.batches import StepPlan
 from megatron_anymal.data.types import MicroBatch
 from megatron_anymal.hf.projectors import build_projector
 from megatron_anymal.model.hf_llama import to_hf
+from megatron_anymal.model.quantized import is_quantized
 from megatron_anymal.model.weights import list_weights
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import to_device
@@ -218,7 +218,7 @@ def _llama(state: TrainState, attention: str) -> Any:
     for weight in list_weights(state.models[0]):
         if weight.name.startswith("language_model.") and ".lora." not in weight.name:
             whole: Any = weight.parameter.detach()
-            plain = dequantize_fp8_tensor(whole) if is_float8tensor(whole) else whole
+            plain = whole.dequantize() if is_quantized(whole) else whole
             tensors |= to_hf(weight.name, state.llama, plain)
     model.load_state_dict(tensors, assign=True)
     # The frequencies are computed, not stored.

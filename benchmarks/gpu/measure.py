@@ -203,13 +203,14 @@ def _work(state: TrainState, amounts: Amounts, adapters: float, encodings: int) 
 def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     """The matrix products of a side's step, attention aside: as torch counts them, and by hand.
 
-    By hand are those that the side computes, padding included. Every side but this trainer's runs its head everywhere.
+    By hand are those that the side computes, padding included; every side but this trainer's runs its head everywhere.
     """
     with FlopCounterMode(display=False) as counter:
         side.step(0)
     state, plan = run.state, run.batches[0][0]
     padded = plan.padded_length * len(plan.micro_batches[0])
-    amounts = Amounts(padded, padded, 0, _pieces(plan))
+    head_rows = int(plan.targets.sum()) if name == "ours" else padded
+    amounts = Amounts(padded, head_rows, 0, _pieces(plan))
     r = state.config.model.lora.r
     adapters = adapter_parameters(state.llama, r, joined=name == "ours")
     # This trainer encodes once more for DPO's reference.
@@ -217,10 +218,7 @@ def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     by_hand = {"media": work.media.products, "bare": work.layers + work.head}.get(name, work.products)
     if name == "huggingface" and state.config.job == "dpo":
         by_hand -= first_input_gradient(state, padded)
-    found = {"counted": float(sum(counter.get_flop_counts()["Global"].values())), "by_hand": by_hand}
-    if name == "ours":
-        found["by_hand_with_the_head_on_targets"] = by_hand - work.head * (1 - int(plan.targets.sum()) / padded)
-    return found
+    return {"counted": float(sum(counter.get_flop_counts()["Global"].values())), "by_hand": by_hand}
 
 
 def first_input_gradient(state: TrainState, tokens: int) -> float:
@@ -295,7 +293,7 @@ def _side(
     name: str, timed: Timed, tokens: Sequence[int], operations: Sequence[float], limits: dict[str, Any]
 ) -> dict[str, Any]:
     seconds, side = timed.turns[name].wall, timed.sides[name]
-    lower, median, upper = statistics.quantiles(seconds, n=4)
+    lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
     found: dict[str, Any] = {
         "seconds": {"median": median, "lower": lower, "upper": upper, "raw": seconds},
         "recompute": side.recompute,

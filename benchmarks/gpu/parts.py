@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron_anymal.model import fusions
 from megatron_anymal.model.kernels import KERNELS
 
 EPSILON = 1e-5
@@ -100,6 +101,9 @@ def _rms_norm(sizes: Sizes, random: Any) -> Part:
     def torch_kernel(weight: Tensor) -> Call:
         return lambda x: F.rms_norm(x, (x.size(-1),), weight, EPSILON)
 
+    def this_trainer(weight: Tensor) -> Call:
+        return lambda x: fusions.rms_norm(x, weight, EPSILON)
+
     def transformer_engine(weight: Tensor) -> Call:
         return _with_weight(_module("transformer_engine.pytorch").RMSNorm(len(weight), eps=EPSILON), weight)
 
@@ -121,6 +125,7 @@ def _rms_norm(sizes: Sizes, random: Any) -> Part:
             "eager torch": eager,
             "torch.compile": _compiled(eager),
             "torch rms_norm": torch_kernel,
+            "this trainer": this_trainer,
             "Transformer Engine": transformer_engine,
             "flash-attn": flash_attn,
             "apex": apex,
@@ -171,7 +176,7 @@ def _swiglu(sizes: Sizes, random: Any) -> Part:
         candidates={
             "eager torch": eager,
             "torch.compile": _compiled(eager),
-            "megatron-core": megatron_core,
+            "megatron-core, this trainer's": megatron_core,
             "Transformer Engine": transformer_engine,
             "flash-attn": flash_attn,
             "apex": apex,
@@ -199,6 +204,13 @@ def _rope(sizes: Sizes, random: Any, device: torch.device) -> Part:
 
         return rotate
 
+    def this_trainer(angles: Tensor, **ignored: Any) -> Call:
+        both = torch.cat([angles, angles], dim=-1).unsqueeze(1)
+        cosine, sine = both.cos(), both.sin()
+        # It turns queries and keys together: here there are no keys.
+        keys = x[:, :0]
+        return lambda x: fusions.turn(x, keys, cosine, sine)[0]
+
     def transformer_engine(table: Tensor, borders: Tensor, **ignored: Any) -> Call:
         rotate = _module("transformer_engine.pytorch.attention.rope").apply_rotary_pos_emb
         both = torch.cat([table, table], dim=-1)[:, None, None, :]
@@ -224,6 +236,7 @@ def _rope(sizes: Sizes, random: Any, device: torch.device) -> Part:
         candidates={
             "eager torch": eager,
             "torch.compile": _compiled(eager),
+            "this trainer": this_trainer,
             "Transformer Engine": transformer_engine,
             "flash-attn": flash_attn,
             "apex": apex,

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Optional
-from unittest import mock
 
 import torch
 from floor import Bare
@@ -18,7 +15,6 @@ from torch import Tensor
 
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.model import weights as model_weights
 from megatron_anymal.model.lora import keep_reference
 from megatron_anymal.model.weights import list_weights
 from megatron_anymal.parallel import ParallelLayout
@@ -44,8 +40,7 @@ class Run:
 
 def build_run(config: AnyMALConfig, layout: ParallelLayout, batches: int) -> Run:
     """The same weights and batches each time."""
-    with _weights_drawn_on(layout.device):
-        state = build(config, layout)
+    state = build(config, layout)
     reference: dict[str, Tensor] = {}
     if config.model.lora.r:
         _draw_adapters(state, 1)
@@ -59,19 +54,6 @@ def build_run(config: AnyMALConfig, layout: ParallelLayout, batches: int) -> Run
     data = state.train_data
     read = steps(data.planner, data.reader, replica=0, start=0, stop=batches, num_workers=0, prefetch_steps=1)
     return Run(state, list(read), _values(state), reference)
-
-
-@contextmanager
-def _weights_drawn_on(device: torch.device) -> Iterator[None]:
-    """Have whole weights drawn on the device: the trainer draws them on the CPU, where 70B take most of an hour."""
-
-    def draw(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-        key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator(device).manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * std
-
-    with mock.patch.object(model_weights, "initial_value", draw):
-        yield
 
 
 @torch.no_grad()

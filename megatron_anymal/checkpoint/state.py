@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.scaling import set_scaling, sharded_scaling
 from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.checkpoint.stream import StreamReader
 from megatron_anymal.config import LoraConfig, ModalityConfig
+from megatron_anymal.model.hf_llama import checkpoint_place
+from megatron_anymal.model.quantized import is_quantized
+from megatron_anymal.model.weights import Weight, list_weights
 
 
 def content(state: Any, step: int, *, is_loading: bool) -> dict[str, Any]:
@@ -25,6 +30,7 @@ def content(state: Any, step: int, *, is_loading: bool) -> dict[str, Any]:
     return {
         "model": weights,
         "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=is_loading),
+        "fp8_scaling": sharded_scaling(state.models),
         "step": step,
     }
 
@@ -37,9 +43,14 @@ def load(state: Any, folder: Path) -> int:
     """
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
     state.carried = {name for name in saved if name.startswith("encoders.")}
-    loaded = dist_checkpointing.load(content(state, 0, is_loading=True), str(folder))
+    wanted = content(state, 0, is_loading=True)
+    # A run that now scales otherwise than the one that saved begins its scaling anew.
+    there = StreamReader(folder).objects
+    wanted["fp8_scaling"] = {name: s for name, s in wanted["fp8_scaling"].items() if s.unique_key in there}
+    loaded = dist_checkpointing.load(wanted, str(folder))
     # A stage may have saved no weights, or no optimizer's state.
     _set(state.models, loaded.get("model", {}))
+    set_scaling(state.models, loaded.get("fp8_scaling", {}))
     if any(parameter.requires_grad for model in state.models for parameter in model.parameters()):
         with torch.no_grad():
             state.optimizer.load_state_dict(loaded["optimizer"])
@@ -88,12 +99,38 @@ def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
     Raises:
         CheckpointError: one is not in it.
     """
+    weights = [weight for model in models for weight in list_weights(model)]
+    if any(is_quantized(weight.parameter) for weight in weights):
+        # megatron-core would load into FP8 tensors as they are; whole weights can be quantized one at a time.
+        read_language_model(weights, folder)
+        return
     shards = sharded_weights(models, lambda name, trains: name.startswith("language_model.") and ".lora." not in name)
     _load_some(models, shards, folder)
     saved = dist_checkpointing.load_tensors_metadata(str(folder))
     missing = [name for of_part in shards.values() for name, shard in of_part.items() if shard.key not in saved]
     if missing:
         raise CheckpointError(f"{str(folder)!r} lacks {missing[0]!r} of the Llama.")
+
+
+def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
+    """The same weight by weight, each read whole.
+
+    Raises:
+        CheckpointError: one is not in it, or has another shape.
+    """
+    reader = StreamReader(folder)
+    for weight in weights:
+        if not weight.name.startswith("language_model.") or ".lora." in weight.name:
+            continue
+        key, layer = checkpoint_place(weight.name)
+        if key not in reader.tensors:
+            raise CheckpointError(f"{str(folder)!r} lacks {key!r} of the Llama.")
+        # Without the rows that padded the vocabulary for the layout that saved it.
+        whole = reader.read(key, layer)[: weight.shape[0]]
+        try:
+            weight.set(whole)
+        except ValueError as error:
+            raise CheckpointError(f"{str(folder)!r} holds another Llama: {error}") from None
 
 
 def _is_saved(carried: Collection[str], name: str, trains: bool) -> bool:

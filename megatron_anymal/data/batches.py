@@ -65,10 +65,18 @@ class BatchLayout:
             data_parallel_size=config.data_parallel_size,
             micro_batch_size=model.micro_batch_size,
             seq_length=config.data.seq_length,
-            length_multiple=multiple * (model.tensor_model_parallel_size if model.sequence_parallel else 1),
+            length_multiple=length_multiple(config),
             document_multiple=multiple,
             micro_batches_multiple=model.pipeline_model_parallel_size if virtual else 1,
         )
+
+
+def length_multiple(config: AnyMALConfig) -> int:
+    """What a micro-batch's number of tokens must divide by: context and sequence parallelism split it evenly, and each
+    part goes through FP8 matrix products in sixteens."""
+    model = config.model
+    ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    return document_multiple(model.context_parallel_size) * ranks * (16 if model.fp8 else 1)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from megatron_anymal.data.types import (
     Part,
     PlannedMicroBatch,
     PlannedSample,
+    places_with_label,
 )
 from megatron_anymal.modalities.base import MediaError, Modality
 
@@ -101,7 +102,10 @@ class MicroBatchReader(Dataset[MicroBatch]):
                     self._hold_places(micro_batch, sample, places)
         if self._needs.media:
             self._fill_media(micro_batch, parts_of)
-        return self._own_part(micro_batch) if self._needs.context_size > 1 else micro_batch
+        if self._needs.context_size > 1:
+            micro_batch = self._own_part(micro_batch)
+        micro_batch.label_index = places_with_label(micro_batch.loss_mask)
+        return micro_batch
 
     def _own_part(self, micro_batch: MicroBatch) -> MicroBatch:
         """What a context-parallel rank holds of a micro-batch."""

@@ -138,6 +138,9 @@ class MicroBatch:
     bad: dict[int, str]
     # [1, T] int64: 0, in the rejected document of a pair 1; -1 for padding. None where no plan was read (generation).
     branch: Optional[Tensor] = None
+    # [L] int64: where the loss mask is 1; where it is nowhere, one place. Found on the host: no GPU waits for it. None
+    # where nothing has a label.
+    label_index: Optional[Tensor] = None
 
     @classmethod
     def unlabelled(cls, documents: Sequence[Sequence[int]], media: dict[str, MediaBatch]) -> MicroBatch:
@@ -154,3 +157,9 @@ class MicroBatch:
             media=media,
             bad={},
         )
+
+
+def places_with_label(loss_mask: Tensor) -> Tensor:
+    """`MicroBatch.label_index` of a loss mask [1, T]."""
+    found = loss_mask[0].nonzero().flatten()
+    return found if len(found) else torch.zeros(1, dtype=torch.int64)

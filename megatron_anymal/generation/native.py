@@ -25,6 +25,7 @@ from megatron_anymal.checkpoint.state import load_media_parts
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.config_io import from_dict
 from megatron_anymal.data.asking import PromptReader
+from megatron_anymal.data.batches import length_multiple
 from megatron_anymal.data.messages import END_TURN
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaBatch, MicroBatch
@@ -79,7 +80,7 @@ class NativeGenerator(Generator):
         # A conversation's answer ends with its turn.
         self._ends = {tokenizer.end, tokenizer.hf.get_vocab().get(END_TURN, tokenizer.end)}
         self._end, self._decode = tokenizer.end, tokenizer.decode
-        self._length_multiple = layout.tensor_size if config.model.sequence_parallel else 1
+        self._length_multiple = length_multiple(config)
 
     @classmethod
     def of_checkpoint(cls, config: AnyMALConfig, layout: ParallelLayout, checkpoint: Optional[Path]) -> NativeGenerator:
@@ -115,6 +116,8 @@ class NativeGenerator(Generator):
         config.model.pipeline_model_parallel_size = stages
         config.model.tensor_model_parallel_size = tensor_size or max(1, world // stages)
         config.model.sequence_parallel = False
+        # Answers come from the base as it is, whatever the training computed in.
+        config.model.fp8, config.model.fp8_recipe, config.model.fp8_primary_weights = "", "tensorwise", False
         config.model.num_layers_in_first_pipeline_stage = config.model.num_layers_in_last_pipeline_stage = 0
         config.model.context_parallel_size = config.model.virtual_pipeline_model_parallel_size = 1
         if config.model.tensor_model_parallel_size * stages != world:

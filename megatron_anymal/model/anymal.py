@@ -6,14 +6,13 @@ hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt.gpt_model import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -22,11 +21,12 @@ from torch import Tensor, nn
 from megatron_anymal.config import NeftuneConfig
 from megatron_anymal.data.context import held_tokens, token_lengths
 from megatron_anymal.data.types import MediaBatch, MicroBatch
-from megatron_anymal.model.attention import document_pack, thd_pack
+from megatron_anymal.model.attention import DocumentPack, document_pack
 from megatron_anymal.model.encoders import Encoder
-from megatron_anymal.model.llama import PackedRotaryEmbedding
+from megatron_anymal.model.head import all_logits, label_losses
 from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.merge import merge
+from megatron_anymal.model.no_gradient import without_gradient
 from megatron_anymal.model.noise import neftune_noise
 from megatron_anymal.model.shares import gather_features, gather_soft_tokens
 
@@ -49,7 +49,15 @@ class AnyMALModel(MegatronModule):
         attention: str,
         neftune: NeftuneConfig,
         seed: int,
+        trainable_modalities: Collection[str],
+        llama_trains: bool,
     ):
+        """Put the parts together.
+
+        Args:
+            trainable_modalities: those whose encoder or projector trains, on whichever stage they are.
+            llama_trains: whether the Llama trains, on any stage; adapters that are added later set it.
+        """
         super().__init__(config=config)
         self.language_model = language_model
         self.encoders = nn.ModuleDict(encoders)
@@ -64,6 +72,12 @@ class AnyMALModel(MegatronModule):
         self._pieces_per_call = pieces_per_call
         self._attention = attention
         self._neftune, self._seed = neftune, seed
+        self._trainable_modalities, self.llama_trains = frozenset(trainable_modalities), llama_trains
+
+    @property
+    def _scaling_is_agreed_on(self) -> bool:
+        """Delayed FP8 scaling: every backward pass of every replica takes part in a reduction."""
+        return bool(self.config.fp8) and self.config.fp8_recipe == "delayed"
 
     def train(self, mode: bool = True) -> AnyMALModel:
         """As torch's, except for the encoders."""
@@ -93,22 +107,45 @@ class AnyMALModel(MegatronModule):
             soft: what `soft_tokens` returned before, to encode nothing again.
 
         Returns:
-            [1, T] fp32 cross-entropy of each label, or [1, T, V / tensor-parallel size] logits on the last stage; else
-            the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
+            [1, T] fp32 cross-entropy (0 where the loss mask is), or [1, T, V / tensor-parallel size] logits on the last
+            stage; else the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
         """
-        decoder_input = None
         if self.lora_dropout is not None:
             self.lora_dropout.set_tokens(self._seed, micro_batch.plan.step, *_name_tokens(micro_batch))
         if self.pre_process:
-            decoder_input = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
-        return self.language_model(
-            input_ids=micro_batch.tokens,
-            position_ids=None,
+            given = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
+        else:
+            given = self.language_model.decoder.input_tensor
+        if not torch.is_grad_enabled() or self._teaches(micro_batch):
+            return self._run_llama(given, micro_batch, labels)
+        with torch.no_grad():
+            output = self._run_llama(given, micro_batch, labels)
+        return without_gradient(output, given)
+
+    def _run_llama(self, given: Tensor, micro_batch: MicroBatch, labels: Optional[Tensor]) -> Tensor:
+        """This stage's layers, and on the last one the head."""
+        llama = self.language_model
+        hidden = llama.decoder(
+            hidden_states=given if self.pre_process else None,
             attention_mask=None,
-            decoder_input=decoder_input,
-            labels=labels if self.post_process else None,
             packed_seq_params=self._packing(micro_batch),
         )
+        if not self.post_process:
+            return hidden
+        if labels is None:
+            return all_logits(llama, hidden, self.vocab_size)
+        assert micro_batch.label_index is not None
+        return label_losses(llama, hidden, labels, micro_batch.label_index, self.vocab_size)
+
+    def _teaches(self, micro_batch: MicroBatch) -> bool:
+        """Whether the micro-batch's loss can have a gradient other than zero: the same on every rank of the replica.
+
+        Under a Llama that is frozen on every stage all that trains lies before it, and is reached through media alone.
+        """
+        if self.llama_trains or self._scaling_is_agreed_on:
+            return True
+        media = (item.modality for sample in micro_batch.plan.samples for item in sample.media)
+        return any(name in self._trainable_modalities for name in media)
 
     def soft_tokens(self, micro_batch: MicroBatch) -> dict[str, Tensor]:
         """Encode and project a micro-batch's media.
@@ -194,20 +231,15 @@ class AnyMALModel(MegatronModule):
             encoded = torch.cat([encoder(chunk) for chunk in pieces.split(self._pieces_per_call[name])])
         return encoded, encoded[:count]
 
-    def _packing(self, micro_batch: MicroBatch) -> PackedSeqParams:
-        device = micro_batch.tokens.device
-        rotary = self.language_model.rotary_pos_emb
-        if not isinstance(rotary, PackedRotaryEmbedding):
-            return thd_pack(micro_batch.document_lengths, device)
-        pack = document_pack(
+    def _packing(self, micro_batch: MicroBatch) -> DocumentPack:
+        return document_pack(
             micro_batch.document_lengths,
-            device,
+            micro_batch.tokens.device,
+            self.language_model.inv_freq,
             self._attention,
             parallel_state.get_context_parallel_rank(),
             parallel_state.get_context_parallel_world_size(),
         )
-        rotary.position_ids = pack.position_ids
-        return pack
 
 
 def _name_tokens(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:

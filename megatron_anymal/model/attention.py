@@ -1,4 +1,4 @@
-"""Block-diagonal causal attention over packed documents, where Transformer Engine is not; also context-parallel.
+"""Packed documents: where they lie, and block-diagonal causal attention over them, also context-parallel.
 
 Under context parallelism each rank has the queries of its own tokens, and the keys and values of the whole pack are
 gathered (the backward pass sums and scatters their gradients). No pack-sized mask is ever made: see kernels.py.
@@ -22,32 +22,41 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_anymal.data.context import held_tokens
+from megatron_anymal.model.fusions import turn
 from megatron_anymal.model.kernels import KERNELS, Kernel
+from megatron_anymal.model.rope import Rotation, rotation
 
 
 @dataclass
 class DocumentPack(PackedSeqParams):
     """Where a pack's documents lie. It rides through megatron-core's layers in the place of its own class.
 
-    `qkv_format` stays "sbhd": the pack is one sequence for everything except the core attention and the rotary
-    embedding, which read the fields below.
+    Without Transformer Engine `qkv_format` stays "sbhd": the pack is one sequence for everything except the core
+    attention, which reads the fields below.
     """
 
-    # [Q] int64: the token's place in its document.
-    position_ids: Optional[Tensor] = None
-    # How the chosen kernel attends within these documents.
+    # Turns this rank's queries and keys.
+    rotation: Optional[Rotation] = None
+    # How the chosen kernel attends within these documents; None where Transformer Engine attends.
     kernel: Optional[Kernel] = None
     # [T] int64: where each token of the pack lies among the gathered ones; None without context parallelism.
     from_gathered: Optional[Tensor] = None
 
 
 def document_pack(
-    lengths: Sequence[int], device: torch.device, kernel: str = "sdpa", context_rank: int = 0, context_size: int = 1
+    lengths: Sequence[int],
+    device: torch.device,
+    inv_freq: Tensor,
+    kernel: str = "sdpa",
+    context_rank: int = 0,
+    context_size: int = 1,
 ) -> DocumentPack:
     """Describe a pack whose documents have these lengths, in order; none is empty.
 
     Args:
-        kernel: a name of `kernels.KERNELS`.
+        inv_freq: [d / 2], see `rope.rotation`.
+        kernel: a name of `kernels.KERNELS`, or "transformer_engine", whose attention splits documents over
+            context-parallel ranks itself.
 
     Raises:
         DataError: a document is not padded for this many context-parallel ranks.
@@ -59,25 +68,24 @@ def document_pack(
         from_gathered = torch.empty_like(gathered)
         from_gathered[gathered] = torch.arange(len(gathered))
         positions = positions[held_tokens(lengths, context_rank, context_size)]
+    turned = rotation(positions.to(device), inv_freq)
+    if kernel == "transformer_engine":
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
+        return DocumentPack(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            max_seqlen_q=max(lengths),
+            max_seqlen_kv=max(lengths),
+            rotation=turned,
+        )
     return DocumentPack(
         qkv_format="sbhd",
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        position_ids=positions.to(device),
+        rotation=turned,
         kernel=KERNELS[kernel](lengths, context_rank, context_size, device),
         from_gathered=None if from_gathered is None else from_gathered.to(device),
-    )
-
-
-def thd_pack(lengths: Sequence[int], device: torch.device) -> PackedSeqParams:
-    """The same for Transformer Engine's attention, which splits documents over context-parallel ranks itself."""
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
-    return PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=cu_seqlens,
-        cu_seqlens_kv=cu_seqlens,
-        max_seqlen_q=max(lengths),
-        max_seqlen_kv=max(lengths),
     )
 
 
@@ -109,8 +117,9 @@ class PackedAttention(MegatronModule):
             [Q, 1, n * d].
         """
         pack = packed_seq_params
-        assert pack is not None and pack.kernel is not None
-        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        assert pack is not None and pack.kernel is not None and pack.rotation is not None
+        query, key = turn(query.squeeze(1), key.squeeze(1), *pack.rotation)
+        value = value.squeeze(1)
         if pack.from_gathered is not None:
             key, value = _gather_keys(key, value, pack.from_gathered)
         return pack.kernel(query, key, value, self.scale).flatten(1).unsqueeze(1)

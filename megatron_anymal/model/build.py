@@ -86,6 +86,8 @@ def assemble(config: AnyMALConfig, hf: LlamaConfig, modalities: Mapping[str, Mod
             attention,
             config.model.neftune,
             config.model.seed,
+            [name for name, m in config.model.modalities.items() if not (m.encoder.freeze and m.projector.freeze)],
+            llama_trains=not config.model.language_model.freeze,
         )
         _freeze(model, config)
         models.append(model)

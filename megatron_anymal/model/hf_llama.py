@@ -58,8 +58,7 @@ def load_hf_llama(folder: str, hf: LlamaConfig, weights: Iterable[Weight]) -> No
         account(hf, files)
         for weight in weights:
             if weight.name.startswith("language_model."):
-                with torch.no_grad():
-                    weight.parameter.copy_(weight.local_part(from_hf(weight.name, hf, files.__getitem__)))
+                weight.set(from_hf(weight.name, hf, files.__getitem__))
     except TensorFileError as error:
         raise ConfigError(
             f"model.language_model.path: {error} (model.language_model.load_weights=false takes random ones.)"

@@ -8,11 +8,7 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
-from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -24,9 +20,13 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_anymal import backend
 from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.model.attention import PackedAttention
+from megatron_anymal.model.fusions import rms_norm
+from megatron_anymal.model.quantized import building, drop_transposes
 from megatron_anymal.model.weights import leave_unset
 
 _ROPE_TYPES = ("default", "llama3", "linear")
+# What the sizes of FP8 matrix products must divide by.
+FP8_MULTIPLE = 16
 
 
 def read_llama_config(language_model: LanguageModelConfig) -> LlamaConfig:
@@ -81,12 +81,30 @@ def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
             raise ConfigError(
                 f"model.tensor_model_parallel_size={ranks} does not divide the Llama's {name}={getattr(hf, name)}."
             )
+    if m.fp8:
+        _check_fp8_sizes(hf, ranks)
     stages, parts = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
     for number, layers in enumerate(layers_of_stages(hf, config)):
         if layers % parts:
             raise ConfigError(
                 f"model.virtual_pipeline_model_parallel_size={parts} does not divide the {layers} layers of pipeline "
                 f"stage {number} of {stages}."
+            )
+
+
+def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
+    heads, groups = hf.num_attention_heads, hf.num_key_value_heads
+    sizes = {
+        "hidden_size": hf.hidden_size,
+        "intermediate_size": hf.intermediate_size // ranks,
+        "num_attention_heads x head_dim": heads * hf.head_dim // ranks,
+        "(num_attention_heads + 2 x num_key_value_heads) x head_dim": (heads + 2 * groups) * hf.head_dim // ranks,
+    }
+    for name, size in sizes.items():
+        if size % FP8_MULTIPLE:
+            raise ConfigError(
+                f"model.fp8: the Llama's {name} is {size} on each of {ranks} tensor-parallel rank(s); FP8 products "
+                f"need a multiple of {FP8_MULTIPLE}. Lower model.tensor_model_parallel_size, or set model.fp8=''."
             )
 
 
@@ -157,6 +175,11 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         fp8=m.fp8 or None,
+        fp8_recipe=m.fp8_recipe,
+        fp8_param=m.fp8_primary_weights,
+        # Delayed scaling's, as long as usual; without effect on the other.
+        fp8_amax_history_len=1024,
+        fp8_amax_compute_algo="max",
         recompute_granularity=m.recompute_granularity or None,
         # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
         calculate_per_token_loss=True,
@@ -164,7 +187,8 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         output_layer_init_method=leave_unset,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        bias_activation_fusion=False,
+        # SwiGLU as one kernel on a GPU; everywhere it keeps nothing but its input for the backward pass.
+        bias_activation_fusion=True,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
         **recompute,
@@ -176,34 +200,32 @@ def build_gpt(
 ) -> GPTModel:
     """This pipeline stage's part of the Llama, its weights not yet set.
 
+    Its attribute `inv_freq` holds the frequencies of its rotary embedding, which its core attention applies.
+
     Args:
         implementation: "local" or "transformer_engine".
         vp_stage: which of the parts that a virtual pipeline cuts the stage into.
     """
     place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
-    post_process = parallel_state.is_pipeline_last_stage(**place)
     ranks = transformer.tensor_model_parallel_size
-    model = GPTModel(
-        transformer,
-        _layer_specs(transformer, implementation, vp_stage),
-        vocab_size=-(-hf.vocab_size // ranks) * ranks,
-        max_sequence_length=hf.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=post_process,
-        vp_stage=vp_stage,
-        parallel_output=True,
-        share_embeddings_and_output_weights=hf.tie_word_embeddings,
-        position_embedding_type="rope",
-        # The merge puts soft tokens in before it splits the sequence.
-        scatter_embedding_sequence_parallel=False,
-    )
-    rotary = LlamaRotaryEmbedding(config=hf)
-    if implementation == "local":
-        model.rotary_pos_emb = PackedRotaryEmbedding(rotary.inv_freq)
-    else:
-        model.rotary_pos_emb.inv_freq = rotary.inv_freq.to(model.rotary_pos_emb.inv_freq)
-    if post_process and hf.vocab_size % ranks:
-        model.output_layer.register_forward_hook(_HidePaddedVocabulary(hf.vocab_size))
+    with building(transformer):
+        model = GPTModel(
+            transformer,
+            _layer_specs(transformer, implementation, vp_stage),
+            vocab_size=-(-hf.vocab_size // ranks) * ranks,
+            max_sequence_length=hf.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(**place),
+            post_process=parallel_state.is_pipeline_last_stage(**place),
+            vp_stage=vp_stage,
+            parallel_output=True,
+            share_embeddings_and_output_weights=hf.tie_word_embeddings,
+            position_embedding_type="none",
+            # The merge puts soft tokens in before it splits the sequence.
+            scatter_embedding_sequence_parallel=False,
+        )
+    drop_transposes(model)
+    # No buffer: casting the model to bf16 would round it.
+    model.inv_freq = LlamaRotaryEmbedding(config=hf).inv_freq.float()
     return model
 
 
@@ -211,7 +233,9 @@ def _layer_specs(
     transformer: TransformerConfig, implementation: str, vp_stage: Optional[int]
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
+        from megatron_anymal.model.transformer_engine import layer_spec
+
+        return layer_spec()
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
@@ -232,37 +256,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> the same."""
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
-
-
-class PackedRotaryEmbedding(RotaryEmbedding):
-    """Rotary angles of a pack's tokens, positions restarting with each document; one gather for the whole pack."""
-
-    def __init__(self, inv_freq: Tensor):
-        nn.Module.__init__(self)
-        # Not registered as a buffer: casting the model to bf16 would round it.
-        self.inv_freq = inv_freq.float()
-        self.position_ids: Optional[Tensor] = None
-
-    def forward(self, max_seq_len: int, offset: int = 0, **ignored: Any) -> Tensor:
-        """The angles [T, 1, 1, head size] of the pack whose `position_ids` were set before the forward pass."""
-        assert self.position_ids is not None
-        self.inv_freq = self.inv_freq.to(self.position_ids.device)
-        angles = torch.outer(self.position_ids.float(), self.inv_freq)
-        return torch.cat([angles, angles], dim=-1)[:, None, None, :]
-
-
-class _HidePaddedVocabulary:
-    """Keeps the rows that pad the vocabulary out of the softmax."""
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-
-    def __call__(self, module: nn.Module, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        logits, bias = output
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
-        real = self.vocab_size - first
-        if real < logits.size(-1):
-            padded = torch.arange(logits.size(-1), device=logits.device) >= real
-            logits = logits.masked_fill(padded, float("-inf"))
-        return logits, bias
+        return rms_norm(x, self.weight, self.eps)

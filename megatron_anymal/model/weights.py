@@ -7,6 +7,7 @@ them. The names are those of the local layer specification with layers counted o
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,8 +18,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_anymal.model.quantized import is_quantized, remember_source, source_of
 from megatron_anymal.tensor_files import raw_bytes
 
+_CPU = torch.device("cpu")
+# Numbers in a weight from which on the device that holds it draws its initial values.
+_LARGE = 1 << 24
 # Transformer Engine keeps a norm's weight in the linear behind it.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -63,6 +68,13 @@ class Weight:
         blocks = whole.chunk(self.blocks, dim=self.split_dim)
         return torch.cat([block.chunk(ranks, dim=self.split_dim)[rank] for block in blocks], dim=self.split_dim)
 
+    def set(self, whole: Tensor) -> None:
+        """Take the values of the whole weight."""
+        with torch.no_grad():
+            self.parameter.copy_(self.local_part(whole))
+        if is_quantized(self.parameter):
+            remember_source(self.parameter, hash_weight(self.name, whole.to(self.parameter.dtype)))
+
     def gather(self, local: Optional[Tensor] = None) -> Tensor:
         """The whole weight (or gradient, or any tensor of the parameter's shape) from the tensor-parallel ranks.
 
@@ -81,10 +93,7 @@ class Weight:
 
 def list_weights(model: nn.Module) -> list[Weight]:
     """The weights of this rank's part of an AnyMALModel, in its order."""
-    llama: Any = model.get_submodule("language_model")
     vocab_size: Any = model.vocab_size
-    first_layer = llama.decoder.layers[0].layer_number - 1 if len(llama.decoder.layers) else 0
-    tied = llama.share_embeddings_and_output_weights
     found = []
     parameter: Any
     for name, parameter in model.named_parameters():
@@ -92,7 +101,7 @@ def list_weights(model: nn.Module) -> list[Weight]:
         vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
         found.append(
             Weight(
-                name=_whole_name(name, first_layer, tied),
+                name=whole_name(model, name),
                 parameter=parameter,
                 split_dim=int(parameter.partition_dim) if split else None,
                 blocks=2 if name.endswith("mlp.linear_fc1.weight") and name.startswith("language_model.") else 1,
@@ -102,8 +111,11 @@ def list_weights(model: nn.Module) -> list[Weight]:
     return found
 
 
-def _whole_name(name: str, first_layer: int, tied: bool) -> str:
-    if tied and name == "language_model.output_layer.weight":
+def whole_name(model: nn.Module, name: str) -> str:
+    """The name in the whole model of a parameter or module of this rank's part of an AnyMALModel."""
+    llama: Any = model.get_submodule("language_model")
+    first_layer = llama.decoder.layers[0].layer_number - 1 if len(llama.decoder.layers) else 0
+    if llama.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
         return "language_model.embedding.word_embeddings.weight"
     match = re.match(r"(language_model\.decoder\.layers\.)(\d+)\.(.*)", name)
     if not match:
@@ -120,15 +132,20 @@ def set_initial_values(weights: Iterable[Weight], seed: int, default_std: float)
         if weight.parameter.dim() < 2:
             continue
         std = getattr(weight.parameter, "init_std", default_std)
-        with torch.no_grad():
-            weight.parameter.copy_(weight.local_part(initial_value(weight.name, weight.shape, seed, std)))
+        weight.set(initial_value(weight.name, weight.shape, seed, std, weight.parameter.device))
 
 
-def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    """A whole weight drawn from a normal distribution seeded by (seed, name): the same under every layout."""
+def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, device: torch.device = _CPU) -> Tensor:
+    """A whole weight drawn from a normal distribution seeded by (seed, name): the same under every layout.
+
+    Args:
+        device: draws it if it is large (a random 70B would take a CPU a quarter of an hour); GPUs of one kind draw
+            alike.
+    """
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little") >> 1)
-    return torch.randn(shape, generator=generator) * std
+    drawn_on = device if math.prod(shape) >= _LARGE else _CPU
+    generator = torch.Generator(drawn_on).manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator, device=drawn_on) * std
 
 
 def gather_weights(models: Iterable[nn.Module], prefix: str = "") -> Optional[dict[str, Tensor]]:
@@ -154,8 +171,7 @@ def load_weights(models: Iterable[nn.Module], tensors: Mapping[str, Tensor]) -> 
     for weight in _selected(models, ""):
         if weight.name not in tensors:
             raise ValueError(f"The weights lack {weight.name}.")
-        with torch.no_grad():
-            weight.parameter.copy_(weight.local_part(tensors[weight.name]))
+        weight.set(tensors[weight.name])
 
 
 def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
@@ -168,9 +184,13 @@ def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
     for weight in _selected(models, prefix):
         if ".lora." in weight.name:
             continue
-        whole = weight.gather()
+        if is_quantized(weight.parameter):
+            digest = source_of(weight.parameter)
+        else:
+            whole = weight.gather()
+            digest = hash_weight(weight.name, whole) if _speaks_for_replica() else ""
         if _speaks_for_replica():
-            digests[weight.name] = hash_weight(weight.name, whole)
+            digests[weight.name] = digest
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, digests)
     return hash_together({name: digest for part in parts for name, digest in part.items()})

@@ -276,7 +276,7 @@ def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
         )
         for name, m in micro_batch.media.items()
     }
-    names = ("tokens", "labels", "loss_mask", "sample_positions", "branch")
+    names = ("tokens", "labels", "loss_mask", "sample_positions", "branch", "label_index")
     tensors = {name: getattr(micro_batch, name) for name in names}
     moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items() if tensor is not None}
     return dataclasses.replace(micro_batch, media=media, **moved)

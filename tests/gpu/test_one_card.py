@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from engine import losses, train
+from parity.layouts import Layout
+from parity.suite import Suite
 from ranks import run_ranks
 from tiny import make_config
 
@@ -36,6 +38,13 @@ def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path) -> None:
         config.trainer.max_steps, config.model.optim.sched.decay_steps = steps, 6
         run_ranks(1, train, config)
     assert losses(Path(config.exp_manager.explicit_log_dir)) == undisturbed
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(trains="full"), Layout(job="sft", trains="lora", noise="all")])
+def test_one_card_gives_the_numbers_of_plain_torch(layout: Layout, tmp_path: Path) -> None:
+    # Both in fp32, without TF32; the card adds up in another order.
+    difference = Suite(tmp_path, steps=3).difference(layout)
+    assert difference.allowed, difference
 
 
 @pytest.mark.skipif(

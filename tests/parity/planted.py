@@ -29,6 +29,7 @@ import megatron_anymal.model.shares as shares
 import megatron_anymal.train.build as train_build
 import megatron_anymal.train.loop as train_loop
 import megatron_anymal.train.objective as objective
+from megatron_anymal.model.rope import rotation
 from parity.layouts import Layout
 
 
@@ -111,9 +112,9 @@ def _mask_leaks_over_a_border() -> None:
 def _positions_in_the_order_of_one_rank() -> None:
     def contiguous(original: Any, lengths: Any, *args: Any) -> Any:
         pack = original(lengths, *args)
-        own, rank = len(pack.position_ids), parallel_state.get_context_parallel_rank()
+        own, rank = len(pack.rotation.cos), parallel_state.get_context_parallel_rank()
         places = torch.cat([torch.arange(length) for length in lengths])
-        pack.position_ids = places[rank * own : (rank + 1) * own]
+        pack.rotation = rotation(places[rank * own : (rank + 1) * own], args[1])
         return pack
 
     _wrap(anymal, "document_pack", contiguous)

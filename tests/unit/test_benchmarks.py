@@ -84,6 +84,23 @@ def test_step_compares_bytes(step: Any) -> None:
     assert sides[1]["saved_bytes"] > 1.2 * sides[0]["saved_bytes"]
 
 
+def test_head(tmp_path: Path) -> None:
+    out = tmp_path / "head.json"
+    small = ("--hidden", "32", "--vocabulary", "512", "--tokens", "64", "--chunk", "2048", "--rounds", "2")
+    printed = run("benchmarks/head.py", "--out", str(out), *small)
+    found = json.loads(out.read_text())
+    ways = found["heads"]
+    for name in ("labels only", "labels only, chunked"):
+        assert ways[name]["loss_difference"] < 1e-14 and ways[name]["gradient_difference"] < 1e-14
+    # A quarter of the logits, and once instead of with a copy; then four rows at a time.
+    peaks = [way["peak_bytes"] for way in ways.values()]
+    assert peaks[0] > 2 * 64 * 512 * 4 and peaks[0] > 2 * peaks[1] > 2 * peaks[2]
+    backward = found["backward"]
+    assert backward["losses_equal"] and backward["gradients_equal"] and backward["largest_gradient"] == 0
+    assert backward["peak_bytes"]["skipped"] < 0.7 * backward["peak_bytes"]["made"]
+    assert "equal bit by bit" in printed
+
+
 def test_packing() -> None:
     rows = [json.loads(line) for line in run("benchmarks/packing.py").splitlines()]
     assert [row["samples"] for row in rows] == [1024, 1024, 26_880, 26_880]

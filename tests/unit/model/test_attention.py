@@ -7,9 +7,23 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_anymal.model.attention import PackedAttention, document_pack, thd_pack
+from megatron_anymal.model.attention import DocumentPack, PackedAttention, document_pack
 
 HEAD = 8
+INV_FREQ = 100.0 ** (-torch.arange(0, HEAD, 2, dtype=torch.float64) / HEAD)
+
+
+def packed(lengths: list[int], *more: str) -> DocumentPack:
+    return document_pack(lengths, torch.device("cpu"), INV_FREQ, *more)
+
+
+def turned(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """RoPE as a product of complex numbers; channel i is the real part, i + d / 2 the imaginary one."""
+    places = torch.cat([torch.arange(length, dtype=torch.float64) for length in lengths])
+    angles = torch.outer(places, INV_FREQ)[:, None, None]
+    real, imaginary = x.double().chunk(2, -1)
+    out = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angles), angles)
+    return torch.cat([out.real, out.imag], -1).to(x.dtype)
 
 
 def attention(heads: int, groups: int, scale: float | None = None) -> PackedAttention:
@@ -26,6 +40,7 @@ def masked(
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(document))
     mask = (document[:, None] == document[None]) & (place[:, None] >= place[None])
+    query, key = turned(query, lengths), turned(key, lengths)
     repeat = query.size(2) // key.size(2)
     q, k, v = query, key.repeat_interleave(repeat, 2), value.repeat_interleave(repeat, 2)
     q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
@@ -52,7 +67,7 @@ def test_outputs_and_gradients(lengths: list[int], heads: int, groups: int, scal
     shapes = [(sum(lengths), 1, n, HEAD) for n in (heads, groups, groups)]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64, requires_grad=True) for s in shapes]
     twins = [x.detach().clone().requires_grad_() for x in inputs]
-    pack = document_pack(lengths, torch.device("cpu"))
+    pack = packed(lengths)
     out = attention(heads, groups, scale)(*inputs, None, packed_seq_params=pack)
     expected = masked(*twins, lengths, scale)
     torch.testing.assert_close(out, expected)
@@ -65,9 +80,12 @@ def test_outputs_and_gradients(lengths: list[int], heads: int, groups: int, scal
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=lambda lengths: "-".join(map(str, lengths)))
 def test_positions_restart_with_each_document(lengths: list[int]) -> None:
-    pack, thd = document_pack(lengths, torch.device("cpu")), thd_pack(lengths, torch.device("cpu"))
-    assert pack.position_ids is not None and thd.cu_seqlens_q is not None
-    assert pack.position_ids.tolist() == [place for length in lengths for place in range(length)]
+    pack, thd = packed(lengths), packed(lengths, "transformer_engine")
+    assert pack.rotation is not None and thd.rotation is not None and thd.cu_seqlens_q is not None
+    places = torch.tensor([place for length in lengths for place in range(length)], dtype=torch.float64)
+    for turn in (pack.rotation, thd.rotation):
+        torch.testing.assert_close(turn.cos[:, 0, : HEAD // 2], torch.outer(places, INV_FREQ).cos())
+    assert (pack.qkv_format, thd.qkv_format) == ("sbhd", "thd") and thd.kernel is None
     assert thd.cu_seqlens_q.tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
     assert thd.cu_seqlens_q.dtype == torch.int32 and thd.max_seqlen_q == max(lengths)
 
@@ -76,11 +94,10 @@ def test_a_document_alone_gives_the_same_as_in_a_pack() -> None:
     lengths = [9, 30, 12]
     query, key, value = (torch.randn(51, 1, 2, HEAD) for _ in range(3))
     module = attention(2, 2)
-    packed = module(query, key, value, None, packed_seq_params=document_pack(lengths, torch.device("cpu")))
+    together = module(query, key, value, None, packed_seq_params=packed(lengths))
     start = 0
     for length in lengths:
         here = slice(start, start + length)
-        alone = document_pack([length], torch.device("cpu"))
-        out = module(query[here], key[here], value[here], None, packed_seq_params=alone)
-        torch.testing.assert_close(packed[here], out)
+        out = module(query[here], key[here], value[here], None, packed_seq_params=packed([length]))
+        torch.testing.assert_close(together[here], out)
         start += length

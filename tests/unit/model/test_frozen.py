@@ -178,9 +178,7 @@ HEADS, GROUPS, D = 4, 2, 16
 def layer_by_hand(case: LayerCase) -> dict[str, int]:
     """Numbers (fp32) that a layer keeps for its backward, by what they are.
 
-    What a frozen layer keeps is what the gradient of its input needs, with two exceptions that are megatron-core's:
-    the cosines and sines are made anew for queries and for keys, and `up` is copied when a
-    `glu_linear_offset` of 0 is added to it.
+    What a frozen layer keeps is what the gradient of its input needs. Cosines and sines are the pack's, not a layer's.
     """
     tokens = sum(case.documents)
     # Documents lie side by side, padded to the longest.
@@ -191,13 +189,10 @@ def layer_by_hand(case: LayerCase) -> dict[str, int]:
     kept = {
         "inputs of the norms": 2 * own * H,
         "1 / rms of the norms": 2 * own,
-        "cosines and sines": 4 * tokens * D,
         "queries": padded * queries,
         "keys and values": 2 * padded * keys,
         "attention's output and logsumexp": padded * queries + padded * HEADS // case.tp,
         "gate and up": 2 * tokens * ffn,
-        "silu(gate)": tokens * ffn,
-        "up + 0": tokens * ffn,
     }
     if not case.frozen:
         kept["normalised inputs, for the norms' gains"] = 2 * own * H
@@ -226,17 +221,15 @@ def run_layer(config: AnyMALConfig, case: LayerCase) -> dict[str, Any]:
     for name, module in layer.named_modules():
         if name.rpartition(".")[2].startswith("linear_"):
             module.register_forward_pre_hook(lambda m, given, name=name: inputs.update({name: given[0]}))
-    pack = document_pack(case.documents, layout.device)
-    gpt.rotary_pos_emb.position_ids = pack.position_ids
-    angles = gpt.rotary_pos_emb(sum(case.documents))
+    pack = document_pack(case.documents, layout.device, gpt.inv_freq)
     tokens = sum(case.documents) // (case.tp if case.sequence_parallel else 1)
     hidden = torch.randn(tokens, 1, H, requires_grad=True)
     # The pack's index tensors are shared by all layers.
-    shared = [value for value in vars_within(pack.kernel) if isinstance(value, Tensor)]
+    shared = [*pack.rotation, *(value for value in vars_within(pack.kernel) if isinstance(value, Tensor))]
     flops = FlopCounterMode(display=False)
     with flops:
         kept, (output, _) = saved_for_backward(
-            lambda: layer(hidden, attention_mask=None, rotary_pos_emb=angles, packed_seq_params=pack),
+            lambda: layer(hidden, attention_mask=None, packed_seq_params=pack),
             [*layer.parameters(), *shared],
         )
         output.sum().backward()

@@ -115,9 +115,12 @@ def built(folder: str, tp: int = 1, pp: int = 1) -> AnyMALModel:
 
 def run(model: AnyMALModel, tokens: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     """A forward pass through all stages; what the last one returns, on its ranks, and nothing on others."""
-    zeros = torch.zeros_like(tokens)
+    zeros, ones = torch.zeros_like(tokens), torch.ones(tokens.shape)
     plan = PlannedMicroBatch(0, tokens.size(1), ())
-    batch = MicroBatch(plan, LENGTHS, tokens, labels if labels is not None else zeros, zeros.float(), zeros, {}, {})
+    every = torch.arange(tokens.size(1))
+    batch = MicroBatch(
+        plan, LENGTHS, tokens, labels if labels is not None else zeros, ones, zeros, {}, {}, label_index=every
+    )
     if not model.pre_process:
         hidden = torch.empty(tokens.size(1), 1, model.config.hidden_size)
         dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())

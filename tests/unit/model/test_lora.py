@@ -220,8 +220,7 @@ def adapted(model: AnyMALModel, lora: LoraConfig) -> LoraDropout | None:
     """Give the model the adapters that peft has, in double precision."""
     dropout = add_lora([model], lora)
     model.double()
-    rotary = model.language_model.rotary_pos_emb
-    rotary.forward = lambda *args, **kwargs: angles(rotary.position_ids)[:, None, None, :]
+    model.language_model.inv_freq = angles(torch.ones(1))[0, :3]
     for weight in list_weights(model):
         if ".lora." in weight.name:
             with torch.no_grad():

@@ -1,0 +1,252 @@
+"""What a frozen Llama's pack saves: the head on labelled positions only, its logits in chunks, no backward for text.
+
+    python benchmarks/head.py --out results.json
+
+The floor is megatron-core's own head: logits of every position, kept whole for its vocabulary-parallel cross-entropy.
+First each way's losses and gradients are compared with torch's cross-entropy of all logits, in fp64 (megatron-core's
+rounds to fp32); then they take turns in fp32, and the most memory that each holds at once is counted. The backward pass
+of a text-only pack is compared in a run of this trainer (sides.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from meters import PeakMemory, ratio, surroundings, take_turns
+from sides import Sizes, make_config, write_data
+from torch import Tensor
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.types import MicroBatch
+from megatron_anymal.model import head
+from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config
+from megatron_anymal.parallel import initialize, shutdown
+from megatron_anymal.train.build import TrainState, build
+
+
+@dataclass(frozen=True)
+class HeadSizes:
+    """Shapes and repetitions; every field is an argument of the command."""
+
+    hidden: int = 512
+    vocabulary: int = 32_768
+    tokens: int = 2048
+    # One position in so many has a label: soft tokens, prompts and padding have none.
+    label_every: int = 4
+    # Logits at once, of the chunked way.
+    chunk: int = 1 << 22
+    warm_up: int = 1
+    rounds: int = 7
+
+
+class Head:
+    """A frozen head and the hidden states before it."""
+
+    def __init__(self, sizes: HeadSizes, dtype: torch.dtype):
+        config = AnyMALConfig()
+        config.trainer.precision, config.data.tokenizer = "32", "unused"
+        config.model.transformer_impl = "local"
+        config.model.language_model.config = {
+            "vocab_size": sizes.vocabulary,
+            "hidden_size": sizes.hidden,
+            "intermediate_size": 16,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "tie_word_embeddings": False,
+        }
+        initialize(config)
+        llama = read_llama_config(config.model.language_model)
+        self.gpt = build_gpt(llama, transformer_config(llama, config), "local").to(dtype).requires_grad_(False)
+        generator = torch.Generator().manual_seed(0)
+        weight: Any = self.gpt.output_layer.weight
+        weight.copy_(torch.randn(weight.shape, generator=generator, dtype=dtype) * 0.02)
+        self.hidden = torch.randn(sizes.tokens, 1, sizes.hidden, generator=generator, dtype=dtype).requires_grad_()
+        self.labels = torch.randint(sizes.vocabulary, (1, sizes.tokens), generator=generator)
+        self.where = torch.arange(0, sizes.tokens, sizes.label_every)
+        self.vocabulary, self.chunk = sizes.vocabulary, sizes.chunk
+
+    def plain(self) -> Tensor:
+        """torch's cross-entropy of all logits."""
+        logits = self.hidden[:, 0] @ self.gpt.output_layer.weight.T
+        return self._learn(F.cross_entropy(logits, self.labels[0], reduction="none")[None])
+
+    def floor(self) -> Tensor:
+        """megatron-core's head and loss."""
+        logits, _ = self.gpt.output_layer(self.hidden)
+        return self._learn(self.gpt.compute_language_model_loss(self.labels, logits))
+
+    def labelled(self) -> Tensor:
+        """Positions with a label only, their logits whole."""
+        return self._ours(1 << 62)
+
+    def chunked(self) -> Tensor:
+        """Positions with a label only, their logits in chunks."""
+        return self._ours(self.chunk)
+
+    def _ours(self, chunk: int) -> Tensor:
+        head.CHUNK_ELEMENTS = chunk
+        return self._learn(head.label_losses(self.gpt, self.hidden, self.labels, self.where, self.vocabulary))
+
+    def _learn(self, losses: Tensor) -> Tensor:
+        self.hidden.grad = None
+        losses[0, self.where].mean().backward()
+        return losses.detach()[0, self.where]
+
+    def ways(self) -> dict[str, Callable[[], Tensor]]:
+        """The floor first."""
+        return {"megatron-core": self.floor, "labels only": self.labelled, "labels only, chunked": self.chunked}
+
+
+def compare_heads(sizes: HeadSizes) -> dict[str, Any]:
+    """Differences in fp64, seconds and peak bytes in fp32, of each way."""
+    exact = Head(sizes, torch.float64)
+    truth = exact.plain(), exact.hidden.grad
+    answers = {name: (way(), exact.hidden.grad) for name, way in exact.ways().items()}
+    fast = Head(sizes, torch.float32)
+    turns = take_turns({n: lambda _, way=w: way() for n, w in fast.ways().items()}, sizes.rounds, sizes.warm_up)
+    found = {}
+    for name, way in fast.ways().items():
+        with PeakMemory() as memory:
+            way()
+        found[name] = {
+            "loss_difference": apart(answers[name][0], truth[0]),
+            "gradient_difference": apart(answers[name][1], truth[1]),
+            "seconds": statistics.median(turns[name].wall),
+            "over_floor": asdict(ratio(turns[name].wall, turns["megatron-core"].wall)),
+            "cpu_over_floor": asdict(ratio(turns[name].cpu, turns["megatron-core"].cpu)),
+            "peak_bytes": memory.peak,
+        }
+    return found
+
+
+def apart(mine: Any, other: Any) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((mine - other).abs().max() / other.abs().max())
+
+
+@contextmanager
+def always_backward() -> Any:
+    """As if every pack could teach something."""
+    original = AnyMALModel._teaches
+    AnyMALModel._teaches = lambda self, micro_batch: True  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AnyMALModel._teaches = original  # type: ignore[method-assign]
+
+
+def text_only(state: TrainState) -> MicroBatch:
+    """A pack of the run with its media forgotten."""
+    planned = state.train_data.planner.plan(0).of_replica(0)[0]
+    read = state.train_data.reader[planned]
+    samples = tuple(replace(sample, media=()) for sample in planned.samples)
+    return replace(read, plan=replace(planned, samples=samples), media={})
+
+
+def compare_backward(sizes: HeadSizes) -> dict[str, Any]:
+    """A text-only pack under a frozen Llama, with and without its backward pass."""
+    with tempfile.TemporaryDirectory() as folder:
+        shapes = Sizes(hidden=sizes.hidden)
+        write_data(Path(folder), shapes)
+        config = make_config(Path(folder), shapes, freeze=True)
+        state = build(config, initialize(config))
+        pack = text_only(state)
+    wrapped = state.wrapped[0]
+
+    def learn() -> tuple[Tensor, Tensor]:
+        wrapped.zero_grad_buffer()
+        losses = wrapped(pack, labels=pack.labels)
+        losses.mean().backward()
+        return losses.detach(), torch.cat([buffer.grad_data.flatten() for buffer in wrapped.buffers])
+
+    def made() -> tuple[Tensor, Tensor]:
+        with always_backward():
+            return learn()
+
+    turns = take_turns({"made": lambda _: made(), "skipped": lambda _: learn()}, sizes.rounds, sizes.warm_up)
+    (losses, gradient), (same_losses, same_gradient) = made(), learn()
+    with PeakMemory() as skipped:
+        learn()
+    with PeakMemory() as whole:
+        made()
+    return {
+        "losses_equal": torch.equal(losses, same_losses),
+        "gradients_equal": torch.equal(gradient, same_gradient),
+        "largest_gradient": float(gradient.abs().max()),
+        "seconds": {name: statistics.median(turn.wall) for name, turn in turns.items()},
+        "skipped_over_made": asdict(ratio(turns["skipped"].wall, turns["made"].wall)),
+        "cpu_skipped_over_made": asdict(ratio(turns["skipped"].cpu, turns["made"].cpu)),
+        "peak_bytes": {"made": whole.peak, "skipped": skipped.peak},
+    }
+
+
+def report(found: dict[str, Any]) -> str:
+    """What a person reads."""
+    sizes, heads, backward = found["sizes"], found["heads"], found["backward"]
+    floor = heads["megatron-core"]
+    lines = [
+        f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
+        f"{sizes['tokens']} positions of width {sizes['hidden']}, one in {sizes['label_every']} with a label; "
+        f"vocabulary {sizes['vocabulary']}; the head is frozen; forward and backward; differences in fp64",
+        "",
+        f"{'':<24}{'loss':>12}{'gradient':>12}{'seconds':>10}{'of floor':>10}{'CPU':>8}{'peak MiB':>10}{'of floor':>9}",
+    ]
+    for name, way in heads.items():
+        lines.append(
+            f"{name:<24}{way['loss_difference']:>12.1e}{way['gradient_difference']:>12.1e}{way['seconds']:>10.3f}"
+            f"{way['over_floor']['median']:>10.2f}{way['cpu_over_floor']['median']:>8.2f}"
+            f"{way['peak_bytes'] / 2**20:>10.1f}{way['peak_bytes'] / floor['peak_bytes']:>10.2f}"
+        )
+    peak = backward["peak_bytes"]
+    equal = "equal bit by bit" if backward["losses_equal"] and backward["gradients_equal"] else "NOT EQUAL"
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"text-only pack: losses and gradients {equal} with and without its backward pass; without it "
+            f"{backward['skipped_over_made']['median']:.2f} of the time "
+            f"({backward['cpu_skipped_over_made']['median']:.2f} in CPU time) and "
+            f"{peak['skipped'] / peak['made']:.2f} of the memory",
+        ]
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", help="a JSON file for the numbers")
+    for field in fields(HeadSizes):
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    arguments = vars(parser.parse_args(argv))
+    out = arguments.pop("out")
+    if arguments["rounds"] < 2:
+        parser.error("--rounds must be at least 2: quartiles need them.")
+    sizes = HeadSizes(**arguments)
+    found = {
+        "command": " ".join(["python benchmarks/head.py", *argv]),
+        **surroundings(),
+        "sizes": asdict(sizes),
+        "heads": compare_heads(sizes),
+        "backward": compare_backward(sizes),
+    }
+    shutdown()
+    print(report(found))
+    if out:
+        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

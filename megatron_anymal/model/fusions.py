@@ -1,0 +1,67 @@
+"""The parts of a layer between its matrix products: on a GPU one kernel each, through torch.compile.
+
+On CPUs the same functions run as they are written.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_anymal import backend
+
+
+def fused_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function of tensors for its calls with CUDA tensors; its first argument decides."""
+
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function)
+
+    @functools.wraps(function)
+    def call(first: Tensor, *others: Any) -> Any:
+        return (compiled() if first.is_cuda and can_compile() else function)(first, *others)
+
+    return call
+
+
+@functools.cache
+def can_compile() -> bool:
+    """Whether torch can generate GPU kernels here: it needs Triton."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@fused_on_gpu
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, (x.size(-1),), weight, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension; NVIDIA's apex where torch cannot compile and apex is there."""
+    if x.is_cuda and not can_compile() and backend.apex_kind() == "nvidia":
+        from apex.normalization.fused_layer_norm import fused_rms_norm_affine
+
+        return fused_rms_norm_affine(x, weight, (x.size(-1),), eps)
+    return _rms_norm(x, weight, eps)
+
+
+@fused_on_gpu
+def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding: turn each head's halves by its token's angles, in the heads' type as transformers' Llama does.
+
+    Args:
+        query, key: [Q, n, d], [Q, g, d].
+        cos, sin: [Q, 1, d] fp32.
+    """
+
+    def turned(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * sin.to(x.dtype)
+
+    return turned(query), turned(key)

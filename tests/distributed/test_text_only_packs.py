@@ -1,0 +1,115 @@
+"""Packs without media under a frozen Llama: no backward pass, and nothing changes by that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import train
+from ranks import run_ranks
+from tiny import make_config, make_shards
+from torch.utils.flop_counter import FlopCounterMode
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.parallel import initialize
+from megatron_anymal.train.build import build
+from megatron_anymal.train.step import train_step
+
+# Processes and settings.
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "pipeline": (2, {"pipeline_model_parallel_size": 2}),
+    "virtual pipeline": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
+    "sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "overlapped replicas": (2, {}),
+}
+
+
+@pytest.fixture(scope="module")
+def config(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+    folder = tmp_path_factory.mktemp("text_only")
+    shards = make_shards(folder / "shards", tokenizer_folder, 48, ("image", "text", "text", "text", "text", "imu"))
+    config = make_config(shards, tokenizer_folder, folder / "run")
+    # A pack holds two or three documents: most packs have no media.
+    config.data.seq_length = 24
+    config.model.global_batch_size = 12
+    config.trainer.max_steps = 4
+    config.exp_manager.checkpoint.every_n_train_steps = 0
+    return config
+
+
+def run(config: AnyMALConfig, layout: str, skips: bool, folder: Path) -> tuple[dict[str, Any], list[bool]]:
+    """Train in this rank, with or without skipping; whether each micro-batch could teach something."""
+    processes, settings = LAYOUTS[layout]
+    config.trainer.devices = processes
+    config.exp_manager.explicit_log_dir = str(folder / f"{layout}_{skips}")
+    for key, value in settings.items():
+        setattr(config.model, key, value)
+    config.model.ddp.overlap_grad_reduce = config.model.ddp.overlap_param_gather = layout == "overlapped replicas"
+    original, seen = AnyMALModel._teaches, []
+
+    def teaches(self: AnyMALModel, micro_batch: Any) -> bool:
+        seen.append(original(self, micro_batch))
+        return seen[-1] or not skips
+
+    AnyMALModel._teaches = teaches  # type: ignore[method-assign]
+    return train(config), seen
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_nothing_changes(config: AnyMALConfig, layout: str, tmp_path: Path) -> None:
+    processes, _ = LAYOUTS[layout]
+    (skipped, seen), *_ = run_ranks(processes, run, config, layout, True, tmp_path)
+    (whole, _), *_ = run_ranks(processes, run, config, layout, False, tmp_path)
+    assert 0.3 < np.mean(seen) < 0.8
+    assert skipped["losses"] == whole["losses"]
+    assert skipped["weights"].keys() == whole["weights"].keys()
+    for name, weight in whole["weights"].items():
+        np.testing.assert_array_equal(skipped["weights"][name], weight, err_msg=name)
+
+
+def products(config: AnyMALConfig, trains: bool) -> dict[bool, float]:
+    """Matrix products of a micro-batch for each of the Llama's parameters and tokens: by whether it has media."""
+    config.model.language_model.freeze = not trains
+    state = build(config, initialize(config))
+    planner, found = state.train_data.planner, {}
+    plan = planner.plan(0)
+    inside = [p for n, p in state.models[0].language_model.decoder.named_parameters() if p.dim() == 2]
+    for micro_batch in plan.of_replica(0):
+        read = state.train_data.reader[micro_batch]
+        wrapped = state.wrapped[0]
+        wrapped.zero_grad_buffer()
+        with FlopCounterMode(mods=state.models[0].language_model.decoder, display=False) as counter:
+            wrapped.train()(read, labels=read.labels).sum().backward()
+        counts = counter.get_flop_counts()
+        of_decoder = next(count for name, count in counts.items() if name.endswith("decoder"))
+        mm = sum(number for operation, number in of_decoder.items() if "mm" in str(operation))
+        media = any(sample.media for sample in micro_batch.samples)
+        found[media] = mm / (sum(p.numel() for p in inside) * read.tokens.numel())
+    return found
+
+
+def test_the_backward_pass_is_not_made(config: AnyMALConfig) -> None:
+    # 2 forward, 2 for the gradient of the input. (What lies before the decoder is counted to its backward pass.)
+    frozen = run_ranks(1, products, config, False)[0]
+    assert frozen[False] == 2.0 and frozen[True] == pytest.approx(4.0, rel=0.03)
+    # A Llama that trains learns from text.
+    trained = run_ranks(1, products, config, True)[0]
+    assert trained[False] == pytest.approx(6.0, rel=0.03) == trained[True]
+
+
+def test_a_step_of_text_alone(config: AnyMALConfig, text_shards: str) -> None:
+    config.data.train["mix"].path = text_shards
+    assert run_ranks(1, one_step, config)[0] == 0.0
+
+
+def one_step(config: AnyMALConfig) -> float:
+    """The gradient's norm."""
+    state = build(config, initialize(config))
+    plan = state.train_data.planner.plan(0)
+    result = train_step(state, plan, [state.train_data.reader[m] for m in plan.of_replica(0)])
+    assert result.loss > 1 and not result.skipped
+    return result.grad_norm

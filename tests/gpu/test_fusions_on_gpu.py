@@ -1,0 +1,55 @@
+"""What torch.compile makes of the parts between matrix products, against the same functions as they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_anymal.model import fusions
+from megatron_anymal.model.rope import rotation
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+    pytest.mark.skipif(not fusions.can_compile(), reason="torch.compile needs Triton"),
+]
+
+
+def compare(function: Callable[..., Any], written: Callable[..., Any], *given: torch.Tensor) -> None:
+    """Outputs and gradients of both, by their norms: bf16 rounds in other places."""
+    results = []
+    for one in (function, written):
+        inputs = [x.clone().requires_grad_(x.dtype == torch.bfloat16) for x in given]
+        found = one(*inputs)
+        outputs = found if isinstance(found, tuple) else (found,)
+        sum(out.float().square().sum() for out in outputs).backward()
+        results.append([*outputs, *(x.grad for x in inputs if x.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 1
+    for mine, theirs in zip(*results):
+        assert float((mine - theirs).float().norm() / theirs.float().norm()) < 1e-2
+
+
+# Lengths differ from step to step: the second one makes torch generate a kernel for any.
+@pytest.mark.parametrize("tokens", [512, 776, 1024])
+def test_rotary_embedding(tokens: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, key = (torch.randn(tokens, n, 128, generator=generator, device="cuda", dtype=torch.bfloat16) for n in (8, 2))
+    turn = rotation(torch.arange(tokens, device="cuda"), 1e4 ** (-torch.arange(0, 128, 2) / 128))
+    written: Any = fusions.turn
+    compare(fusions.turn, written.__wrapped__, query, key, *turn)
+
+
+@pytest.mark.parametrize("tokens", [512, 776, 1024])
+def test_rms_norm(tokens: int) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(tokens, 1, 4096, generator=generator, device="cuda", dtype=torch.bfloat16)
+    weight = torch.rand(4096, generator=generator, device="cuda", dtype=torch.bfloat16)
+    compare(
+        lambda *given: fusions.rms_norm(*given, 1e-5),
+        lambda *given: torch.nn.functional.rms_norm(given[0], (4096,), given[1], 1e-5),
+        x,
+        weight,
+    )
