@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from limits import measure_limits
-from measure import Options, summary, time_sides
+from measure import NO_ROOM, Options, Timed, summary, time_sides
 from profiling import profiled
 from report import bars
 from runs import build_run, release
@@ -60,29 +60,34 @@ def measure_case(case: Case, arguments: argparse.Namespace, data: Prepared, left
         precision=case.precision,
         batches=arguments.batches,
         rounds=arguments.rounds,
-        recompute=arguments.recompute,
+        recompute=tuple(arguments.recompute),
         apart=arguments.apart,
         loader_steps=DRY_LOADER_STEPS if case.dry_run else LOADER_STEPS,
         count=case.dry_run,
     )
+    found: dict[str, Any] = {}
     try:
         timed = time_sides(config, layout, options)
+        found = _results(case, timed, data.limits, left_out)
+        missed = any(row["met"] is False for row in found.get("bars", ()))
+        if "ours" in timed.sides and (arguments.profile or missed):
+            found["profile"] = _profile(config, layout, options.batches)
     except Exception as error:
-        # Time on a card is dear: the other cases are measured all the same.
+        # Time on a card is dear: what was measured is kept, and the other cases are measured all the same.
         traceback.print_exc()
-        return {"left_out": f"it failed ({type(error).__name__}: {error})", "failed": True}
-    finally:
-        release()
+        found = {**(found or {"left_out": f"it failed ({type(error).__name__}: {error})"}), "failed": True}
+    release()
+    return found
+
+
+def _results(case: Case, timed: Timed, limits: dict[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
     if not timed.sides:
-        return {"left_out": "; ".join(f"{name}: {why}" for name, why in timed.left_out.items())}
+        why = "; ".join(f"{name}: {reason}" for name, reason in timed.left_out.items())
+        return {"left_out": why, "failed": timed.failed}
     timed.left_out |= left_out
-    found = summary(timed, data.limits)
+    found = summary(timed, limits)
     found["bars"], found["failed"] = bars(case, found), timed.failed
-    found["fits"] = "ours" in timed.sides if "ours" in options.sides else None
-    missed = any(row["met"] is False for row in found["bars"])
-    if "ours" in timed.sides and (arguments.profile or missed):
-        found["profile"] = _profile(config, layout, options.batches)
-        release()
+    found["fits"] = "ours" in timed.sides or (False if timed.left_out.get("ours") == NO_ROOM else None)
     return found
 
 

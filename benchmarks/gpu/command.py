@@ -65,6 +65,8 @@ class Benchmark:
     seq_length: tuple[int, ...]
     precision: tuple[str, ...]
     packs: int
+    # What of runs.RECOMPUTE to try, in this order: each try that does not fit costs a build of the model.
+    recompute: tuple[str, ...] = ("none", "mlp", "full")
     sides: tuple[str, ...] = ("ours", "bare", "media", "huggingface")
     # Side -> why it is not in `sides`.
     left_out: tuple[tuple[str, str], ...] = ()
@@ -106,9 +108,10 @@ def _parser(benchmark: Benchmark, document: Optional[str]) -> argparse.ArgumentP
         parser.add_argument(f"--{name}", type=int, help=f"{what}; default: {default}, of a dry run {dry}")
     parser.add_argument(
         "--recompute",
-        choices=["auto", "none", "mlp", "full"],
-        default="auto",
-        help="what is computed twice to save memory: auto takes the least that fits",
+        nargs="+",
+        choices=["none", "mlp", "full"],
+        default=b.recompute,
+        help=f"what is computed twice to save memory, the first that fits; default: {' '.join(b.recompute)}",
     )
     parser.add_argument("--apart", action="store_true", help="one side after the other instead of in turn")
     parser.add_argument("--profile", action="store_true", help="profile every case, not only those that miss a bar")

@@ -12,7 +12,7 @@ from typing import Any, Optional
 import numpy as np
 import torch
 from meters import Turns, ratio, take_turns
-from runs import RECOMPUTE, Run, Side, build_run, release, set_recompute, start
+from runs import Run, Side, build_run, release, set_recompute, start
 from torch.utils.flop_counter import FlopCounterMode
 from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand
 
@@ -38,8 +38,8 @@ class Options:
     precision: str
     batches: int
     rounds: int
-    # Of runs.RECOMPUTE, or auto: the first that fits.
-    recompute: str
+    # Of runs.RECOMPUTE: the first that fits is taken.
+    recompute: tuple[str, ...]
     # One side after the other, each alone on the card.
     apart: bool
     # Steps of the loop that waits for the loader.
@@ -62,6 +62,8 @@ class Timed:
     counted: dict[str, dict[str, float]]
     data_wait: Optional[dict[str, Any]] = None
     equality: Optional[dict[str, Any]] = None
+    # Bytes while this trainer's run was built; 0 on CPUs.
+    build_peak: int = 0
     # A side failed, which is no want of room.
     failed: bool = False
 
@@ -72,6 +74,7 @@ def time_sides(config: AnyMALConfig, layout: ParallelLayout, options: Options) -
     Transformers' side is not timed where its first loss and gradient norm are not this trainer's.
     """
     timed = Timed({}, {}, {}, [], [], {})
+    set_recompute(config, options.recompute[0])
     groups = [[name] for name in options.sides] if options.apart else [list(options.sides)]
     for group in groups:
         no_room = _time_group(group, config, layout, options, timed)
@@ -97,8 +100,8 @@ def _time_group(
         # Nothing of it is stepped: only its weights and batches are used.
         run.state.optimizer, run.state.wrapped = None, []  # type: ignore[assignment]
     for name in (name for name in group if name != "ours"):
-        for recompute in _tries(name, config, options):
-            side = _attempt(name, run, recompute, config, timed)
+        for recompute in _of_transformers(options.recompute) if name == "huggingface" else (run.recompute,):
+            side = _attempt(name, run, recompute, timed)
             if side is not None:
                 started[name] = side
             if side is not None or name in timed.left_out:
@@ -126,29 +129,28 @@ def _fitting(config: AnyMALConfig, layout: ParallelLayout, options: Options) -> 
     Where no step fits, the last try's run alone, or where that does not fit either, nothing.
     """
     run: Optional[Run] = None
-    for recompute in RECOMPUTE if options.recompute == "auto" else (options.recompute,):
+    for recompute in options.recompute:
         del run
         release()
         set_recompute(config, recompute)
         run = _built(config, layout, options)
         try:
             if run is not None:
-                return run, start("ours", run, recompute, config)
+                return run, start("ours", run, recompute)
         except torch.OutOfMemoryError:
             pass
     return run, None
 
 
-def _tries(name: str, config: AnyMALConfig, options: Options) -> tuple[str, ...]:
-    if name != "huggingface":
-        return (config.model.recompute_granularity or "none",)
-    return {"auto": ("none", "full"), "none": ("none",)}.get(options.recompute, ("full",))
+def _of_transformers(recompute: Sequence[str]) -> list[str]:
+    """What of it transformers can do: none or full."""
+    return list(dict.fromkeys("none" if one == "none" else "full" for one in recompute))
 
 
-def _attempt(name: str, run: Run, recompute: str, config: AnyMALConfig, timed: Timed) -> Optional[Side]:
+def _attempt(name: str, run: Run, recompute: str, timed: Timed) -> Optional[Side]:
     """A side; without it and a reason in `timed` it has no room."""
     try:
-        return start(name, run, recompute, config)
+        return start(name, run, recompute)
     except torch.OutOfMemoryError:
         return None
     except ModuleNotFoundError as error:
@@ -168,6 +170,7 @@ def _note(timed: Timed, run: Run, started: dict[str, Side], options: Options) ->
         timed.counted |= {name: _counted(name, side, run) for name, side in started.items()}
     if "ours" in started:
         timed.data_wait = data_wait(run.state, options.loader_steps)
+        timed.build_peak = run.build_peak
     for name, side in started.items():
         # The steps hold the memory.
         side.step = _gone
@@ -298,8 +301,9 @@ def _side(
         "seconds": {"median": median, "lower": lower, "upper": upper, "raw": seconds},
         "recompute": side.recompute,
         "peak_memory_bytes": side.peak,
-        "build_peak_memory_bytes": side.build_peak,
     }
+    if name == "ours":
+        found["build_peak_memory_bytes"] = timed.build_peak or None
     if name in ("ours", "huggingface"):
         rate = _per_second(operations, seconds)
         found["tokens_per_second"] = _per_second(tokens, seconds)

@@ -152,7 +152,7 @@ def _swiglu(sizes: Sizes, random: Any) -> Part:
 
         return swiglu
 
-    def megatron_core() -> Call:
+    def this_trainer() -> Call:
         swiglu = _module("megatron.core.fusions.fused_bias_swiglu").SwiGLUFunction
         return lambda x: swiglu.apply(x, False, False)
 
@@ -176,7 +176,7 @@ def _swiglu(sizes: Sizes, random: Any) -> Part:
         candidates={
             "eager torch": eager,
             "torch.compile": _compiled(eager),
-            "megatron-core, this trainer's": megatron_core,
+            "this trainer": this_trainer,
             "Transformer Engine": transformer_engine,
             "flash-attn": flash_attn,
             "apex": apex,

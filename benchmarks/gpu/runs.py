@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
@@ -23,8 +23,8 @@ from megatron_anymal.train.reference import ReferenceAnswers
 
 # What is timed: this trainer; megatron-core's GPTModel alone; the encoder and projector alone; transformers.
 SIDES = ("ours", "bare", "media", "huggingface")
-# What of a layer is computed twice to save memory, the fastest first.
-RECOMPUTE = ("none", "mlp", "full")
+# What of a layer is computed twice to save memory, the fastest first, and megatron-core's name for it.
+RECOMPUTE = {"none": "", "mlp": "selective", "full": "full"}
 
 
 @dataclass
@@ -35,12 +35,18 @@ class Run:
     batches: Batches
     # Values of its projectors and adapters, by their whole names, and of DPO's reference adapters.
     weights: dict[str, Tensor]
-    reference: dict[str, Tensor] = field(default_factory=dict)
+    reference: dict[str, Tensor]
+    # What it computes twice.
+    recompute: str
+    # The most bytes there were while it was built.
+    build_peak: int
 
 
 def build_run(config: AnyMALConfig, layout: ParallelLayout, batches: int) -> Run:
     """The same weights and batches each time."""
+    forget_peak()
     state = build(config, layout)
+    build_peak = peak_bytes()
     reference: dict[str, Tensor] = {}
     if config.model.lora.r:
         _draw_adapters(state, 1)
@@ -53,7 +59,8 @@ def build_run(config: AnyMALConfig, layout: ParallelLayout, batches: int) -> Run
         state.optimizer.reload_model_params()
     data = state.train_data
     read = steps(data.planner, data.reader, replica=0, start=0, stop=batches, num_workers=0, prefetch_steps=1)
-    return Run(state, list(read), _values(state), reference)
+    [recompute] = [name for name, key in RECOMPUTE.items() if key == config.model.recompute_granularity]
+    return Run(state, list(read), _values(state), reference, recompute, build_peak)
 
 
 @torch.no_grad()
@@ -66,8 +73,9 @@ def _draw_adapters(state: TrainState, seed: int) -> None:
 
 
 def _values(state: TrainState) -> dict[str, Tensor]:
+    """Copies in host memory, so that no side's memory holds them."""
     return {
-        weight.name: weight.parameter.detach().clone()
+        weight.name: weight.parameter.detach().to("cpu", copy=True)
         for weight in list_weights(state.models[0])
         if weight.name.startswith("projectors.") or ".lora." in weight.name
     }
@@ -82,41 +90,34 @@ class Side:
     first: Optional[tuple[float, float]]
     # What is computed twice.
     recompute: str
-    # Bytes at a step's peak, and while it was built; None on CPUs.
+    # Bytes at a step's peak as if it were alone, shared weights included; None on CPUs, and where it was not measured.
     peak: Optional[int]
-    build_peak: Optional[int]
 
 
-def start(name: str, run: Run, recompute: str, config: AnyMALConfig) -> Side:
+def start(name: str, run: Run, recompute: str) -> Side:
     """Build a side and run every batch once.
 
     Args:
+        name: of SIDES; "ours" is the first on its card.
         recompute: of RECOMPUTE; this trainer's and the floor's is the run's, transformers knows none and full.
 
     Raises:
         torch.OutOfMemoryError: it does not fit.
         ModuleNotFoundError: it needs a package that is not here.
     """
-    before = allocated()
-    forget_peak()
     made = _MAKERS[name](run, recompute)
-    build_peak = peak_bytes()
     step: Callable[[int], Any] = made.step
-    if name == "bare" and config.job == "dpo":
+    if name == "bare" and run.state.config.job == "dpo":
         step = _with_reference(made)
     forget_peak()
     first = step(0)
     for number in range(1, len(run.batches)):
         step(number)
-    held = allocated()
-    stored = made.stored() if isinstance(made, PlainMedia) else held - before
-    return Side(
-        step=step,
-        first=_loss_and_norm(first),
-        recompute=recompute,
-        peak=stored + peak_bytes() - held if torch.cuda.is_available() else None,
-        build_peak=build_peak if torch.cuda.is_available() else None,
-    )
+    peak = None
+    if torch.cuda.is_available() and name in ("ours", "huggingface"):
+        others = torch.cuda.memory_allocated() - made.stored() if name == "huggingface" else 0
+        peak = peak_bytes() - others
+    return Side(step, _loss_and_norm(first), recompute, peak)
 
 
 def _with_reference(bare: Bare) -> Callable[[int], None]:
@@ -146,11 +147,9 @@ _MAKERS: dict[str, Callable[[Run, str], Any]] = {
 
 
 def set_recompute(config: AnyMALConfig, recompute: str) -> None:
-    """One of RECOMPUTE."""
-    granularity, modules = {"none": ("", []), "mlp": ("selective", ["mlp"]), "full": ("full", [])}[recompute]
-    config.model.recompute_granularity = granularity
-    if modules:
-        config.model.recompute_modules = modules
+    """Have a run compute one of RECOMPUTE twice."""
+    config.model.recompute_granularity = RECOMPUTE[recompute]
+    config.model.recompute_modules = ["mlp"]
 
 
 def release() -> None:
@@ -159,13 +158,8 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
-def allocated() -> int:
-    """Bytes of tensors on the card; 0 on a CPU."""
-    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-
-
 def peak_bytes() -> int:
-    """The most there were since `forget_peak`; 0 on a CPU."""
+    """The most bytes of tensors there were on the card since `forget_peak`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,12 +216,72 @@ def test_another_loss_is_noticed(modules: Any) -> None:
     measure, runs = modules("measure"), modules("runs")
 
     def side(loss: float, norm: float) -> Any:
-        return runs.Side(lambda number: None, (loss, norm), "none", None, None)
+        return runs.Side(lambda number: None, (loss, norm), "none", None)
 
     for theirs, equal in ((side(2.0, 1.0), True), (side(2.001, 1.0), False), (side(2.0, 1.01), False)):
         same = measure.equality({"ours": side(2.0, 1.0), "huggingface": theirs}, "32")
         assert same["equal"] is equal
     assert measure.equality({"ours": side(2.0, 1.0)}, "32") is None
+
+
+class Card:
+    """Stands for a card on which some tries do not fit."""
+
+    def __init__(self, fits: Any):
+        # (side, what it computes twice, sides that are there already) -> whether there is room.
+        self.fits, self.tried, self.held, self.recompute = fits, [], [], "none"
+
+    def build_run(self, *ignored: Any) -> Any:
+        return SimpleNamespace(state=SimpleNamespace(), recompute=self.recompute)
+
+    def start(self, name: str, run: Any, recompute: str) -> Any:
+        import torch
+
+        self.tried.append((name, recompute, tuple(self.held)))
+        if not self.fits(name, recompute, tuple(self.held)):
+            raise torch.OutOfMemoryError("no room")
+        self.held.append(name)
+        return SimpleNamespace(step=lambda number: None, first=(1.0, 1.0), recompute=recompute)
+
+    def time(self, modules: Any, monkeypatch: pytest.MonkeyPatch, *sides: str, apart: bool = False) -> Any:
+        """What measure.time_sides makes of it."""
+        measure = modules("measure")
+        for name, replacement in {
+            "build_run": self.build_run,
+            "start": self.start,
+            "release": lambda: None,
+            "set_recompute": lambda config, recompute: setattr(self, "recompute", recompute),
+            "take_turns": lambda steps, rounds, warm_up: dict.fromkeys(steps),
+            "_note": self.note,
+        }.items():
+            monkeypatch.setattr(measure, name, replacement)
+        options = measure.Options(sides, "bf16", 1, 2, ("none", "full"), apart, 1, False)
+        return measure.time_sides(None, None, options)
+
+    def note(self, timed: Any, run: Any, started: Any, options: Any) -> None:
+        timed.sides |= started
+        self.held.clear()
+
+
+def test_what_does_not_fit_together_is_timed_alone(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(lambda name, recompute, held: name != "huggingface" or not held)
+    timed = card.time(modules, monkeypatch, "ours", "bare", "huggingface")
+    assert list(timed.sides) == ["ours", "bare", "huggingface"] and not timed.left_out
+    tries = [("huggingface", recompute, ("ours", "bare")) for recompute in ("none", "full")]
+    assert card.tried[2:] == [*tries, ("huggingface", "none", ())] and timed.equality["equal"]
+
+
+def test_as_little_as_fits_is_computed_twice(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(lambda name, recompute, held: recompute == "full")
+    timed = card.time(modules, monkeypatch, "ours", "bare", apart=True)
+    assert {name: side.recompute for name, side in timed.sides.items()} == {"ours": "full", "bare": "full"}
+    assert card.tried == [("ours", "none", ()), ("ours", "full", ()), ("bare", "full", ())]
+
+
+def test_what_never_fits_is_named(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = Card(lambda name, recompute, held: name != "ours")
+    timed = card.time(modules, monkeypatch, "ours", "bare")
+    assert list(timed.sides) == ["bare"] and timed.left_out == {"ours": "it does not fit the card's memory"}
 
 
 def test_idle_share(modules: Any) -> None:
