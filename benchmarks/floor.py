@@ -1,13 +1,14 @@
-"""The floor of benchmarks/step.py: a step of megatron-core alone.
+"""The floor of benchmarks/step.py and benchmarks/gpu: a step of megatron-core alone.
 
 A GPTModel with the same configuration, layers, weights, documents, data-parallel wrapper and optimizer as one of this
 trainer's runs, driven by megatron-core's own schedule with tensors that lie ready: its packs' descriptions are made
-beforehand, and its loss is one sum. It has no media: where the Llama is frozen, the output of its text embedding asks
-for a gradient, so that the same backward pass runs.
+beforehand, and its loss is one sum. It has no media and no adapters: where the Llama is frozen, the output of its text
+embedding asks for a gradient, so that the same backward pass runs.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,24 +50,27 @@ class Bare:
     """megatron-core's model, wrapper and optimizer, and batches for them."""
 
     def __init__(self, state: TrainState, batches: Sequence[tuple[StepPlan, list[MicroBatch]]]):
-        """Copy the Llama of a run (as it is now) and lay out its batches."""
-        self.gpt = build_gpt(state.llama, transformer_config(state.llama, state.config), "local")
-        self.gpt.load_state_dict(state.models[0].language_model.state_dict())
+        """Take the Llama of a run (where it trains or has adapters: a copy, as it is now) and lay out its batches."""
+        self.frozen = state.config.model.language_model.freeze
+        self.gpt = state.models[0].language_model
+        if not self.frozen or state.config.model.lora.r:
+            settings = transformer_config(state.llama, state.config)
+            weights = {n: w for n, w in self.gpt.state_dict().items() if ".lora." not in n}
+            self.gpt = build_gpt(state.llama, settings, backend.transformer_impl(state.config))
+            self.gpt.load_state_dict(weights)
+            self.gpt.requires_grad_(not self.frozen)
         self.wrapped, self.optimizer = self._wrap(state)
         self.batches = [self._lay_out(state, plan, micro_batches) for plan, micro_batches in batches]
 
     def _wrap(self, state: TrainState) -> tuple[DistributedDataParallel, Any]:
-        freeze = state.config.model.language_model.freeze
-        self.gpt.requires_grad_(not freeze)
-        if freeze:
-            self.gpt.embedding.register_forward_hook(lambda module, given, output: output.requires_grad_())
         settings = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=state.config.model.ddp.use_distributed_optimizer,
         )
-        wrapped = DistributedDataParallel(self.gpt.config, settings, self.gpt)
+        # The run's own says how the run finishes a step.
+        transformer: Any = copy.copy(self.gpt.config)
+        wrapped = DistributedDataParallel(transformer, settings, self.gpt)
         optimizer = build_optimizer(state.config, [wrapped])
-        transformer: Any = self.gpt.config
         transformer.grad_scale_func = optimizer.scale_loss
         # The loss is divided by the number of targets already.
         transformer.finalize_model_grads_func = lambda models, tokens=None, **more: finalize_model_grads(
@@ -89,11 +93,25 @@ class Bare:
 
     def step(self, number: int) -> None:
         """Train on one of the batches, used in turn."""
-        batch = self.batches[number % len(self.batches)]
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        self._run(self.batches[number % len(self.batches)], forward_only=False)
+        self.optimizer.step()
 
+    @torch.no_grad()
+    def forward(self, number: int) -> None:
+        """Only the forward pass."""
+        self._run(self.batches[number % len(self.batches)], forward_only=True)
+
+    def _run(self, batch: ReadyBatch, *, forward_only: bool) -> None:
         def forward(micro_batches: Iterator[ReadyMicroBatch], model: Any) -> tuple[Tensor, Any]:
             ready = next(micro_batches)
-            losses = model(ready.tokens, None, None, labels=ready.labels, packed_seq_params=ready.pack)
+            embedded = None
+            if self.frozen:
+                embedded = self.gpt.embedding(input_ids=ready.tokens, position_ids=None).requires_grad_()
+            losses = model(
+                ready.tokens, None, None, decoder_input=embedded, labels=ready.labels, packed_seq_params=ready.pack
+            )
 
             def loss_of(losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
                 loss = (losses * ready.loss_mask).sum() / batch.targets
@@ -101,8 +119,6 @@ class Bare:
 
             return losses, loss_of
 
-        self.wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
         get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(batch.micro_batches),
@@ -110,6 +126,5 @@ class Bare:
             num_microbatches=len(batch.micro_batches),
             seq_length=batch.padded_length,
             micro_batch_size=1,
-            forward_only=False,
+            forward_only=forward_only,
         )
-        self.optimizer.step()

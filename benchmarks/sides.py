@@ -1,10 +1,14 @@
-"""This trainer's side of benchmarks/step.py: sizes, data, configuration, its step, and that step's work by hand."""
+"""This trainer's side of benchmarks/step.py: sizes, data, configuration, its step, and that step's work by hand.
+
+benchmarks/gpu shares the tokenizer, the step and the arithmetic of the work.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +21,8 @@ from megatron_anymal.data.batches import StepPlan
 from megatron_anymal.data.indexing import IndexOptions
 from megatron_anymal.data.prepare import make_index, write_shards
 from megatron_anymal.data.types import MicroBatch
-from megatron_anymal.parallel import ParallelLayout
-from megatron_anymal.train.build import TrainState, build
-from megatron_anymal.train.step import train_step
+from megatron_anymal.train.build import TrainState
+from megatron_anymal.train.step import StepResult, train_step
 
 # A document: begin, soft tokens, text, end.
 SOFT_TOKENS = 2
@@ -53,15 +56,25 @@ class Sizes:
         return self.documents * self.document_tokens
 
 
-def write_data(folder: Path, sizes: Sizes) -> None:
-    """A word-level tokenizer, and shards of IMU recordings with random words."""
-    words = [f"w{number}" for number in range(sizes.vocabulary - len(SPECIAL) - 1)]
-    vocabulary = {token: number for number, token in enumerate([*SPECIAL, "<unk>", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+def write_tokenizer(folder: Path, special: Sequence[str], vocabulary: int) -> list[str]:
+    """A word-level tokenizer with this many ids; returns its words.
+
+    Args:
+        special: the tokens that begin and end a document, then others.
+    """
+    words = [f"w{number}" for number in range(vocabulary - len(special) - 1)]
+    numbers = {token: number for number, token in enumerate([*special, "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[0], eos_token=SPECIAL[1], additional_special_tokens=SPECIAL[2:]
-    ).save_pretrained(str(folder / "tokenizer"))
+        tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[1], additional_special_tokens=special[2:]
+    ).save_pretrained(str(folder))
+    return words
+
+
+def write_data(folder: Path, sizes: Sizes) -> None:
+    """A word-level tokenizer, and shards of IMU recordings with random words."""
+    words = write_tokenizer(folder / "tokenizer", SPECIAL, sizes.vocabulary)
     rng = np.random.default_rng(0)
     (folder / "source").mkdir()
     lines = []
@@ -107,26 +120,36 @@ def make_config(folder: Path, sizes: Sizes, freeze: bool) -> AnyMALConfig:
     return config
 
 
-class Ours:
-    """This trainer's step; planning and reading are done, and timed, beforehand."""
+class Batches(list[tuple[StepPlan, list[MicroBatch]]]):
+    """The first steps of a run, planned and read, and the seconds that each took."""
 
-    def __init__(self, config: AnyMALConfig, layout: ParallelLayout, sizes: Sizes):
-        self.state: TrainState = build(config, layout)
-        data = self.state.train_data
-        self.batches: list[tuple[StepPlan, list[MicroBatch]]] = []
+    def __init__(self, state: TrainState, count: int):
+        super().__init__()
+        data = state.train_data
         self.planning: list[float] = []
         self.reading: list[float] = []
-        for number in range(sizes.batches):
+        for number in range(count):
             begun = time.perf_counter()
             plan = data.planner.plan(number)
             planned = time.perf_counter()
-            self.batches.append((plan, [data.reader[micro_batch] for micro_batch in plan.of_replica(0)]))
+            self.append((plan, [data.reader[micro_batch] for micro_batch in plan.of_replica(0)]))
             self.planning.append(planned - begun)
             self.reading.append(time.perf_counter() - planned)
 
-    def step(self, number: int) -> None:
+
+class Ours:
+    """This trainer's step."""
+
+    def __init__(self, state: TrainState, batches: Sequence[tuple[StepPlan, list[MicroBatch]]]):
+        """
+        Args:
+            batches: used in turn.
+        """
+        self.state, self.batches = state, batches
+
+    def step(self, number: int) -> StepResult:
         """Train on one of the batches."""
-        train_step(self.state, *self.batches[number % len(self.batches)])
+        return train_step(self.state, *self.batches[number % len(self.batches)])
 
 
 @dataclass(frozen=True)
@@ -149,15 +172,33 @@ class Work:
         return self.products + self.attention + self.projector
 
 
+# Backward over forward of attention, whose kernels compute the scores once more.
+ATTENTION_BACKWARD = 2.5
+
+
+def layer_parameters(hidden: int, heads: int, key_value_heads: int, head_size: int, ffn: int) -> int:
+    """Parameters in the matrix products of one layer of a Llama."""
+    return 2 * hidden * head_size * (heads + key_value_heads) + 3 * hidden * ffn
+
+
+def attention_by_hand(heads: int, head_size: int, layers: int, squares: int) -> float:
+    """Floating-point operations of causal attention's forward pass.
+
+    Args:
+        squares: the squared lengths of the documents, added up.
+    """
+    return 2.0 * heads * head_size * squares * layers
+
+
 def work_by_hand(sizes: Sizes, freeze: bool) -> Work:
     """What a step of this trainer computes, optimizer aside."""
     width = sizes.hidden // sizes.heads
-    layer = 2 * sizes.hidden * width * (sizes.heads + sizes.key_value_heads) + 3 * sizes.hidden * sizes.ffn
+    layer = layer_parameters(sizes.hidden, sizes.heads, sizes.key_value_heads, width, sizes.ffn)
     parameters = sizes.layers * layer + sizes.vocabulary * sizes.hidden
-    attention = 2 * sizes.heads * width * sizes.document_tokens**2 * sizes.documents * sizes.layers
+    attention = attention_by_hand(sizes.heads, width, sizes.layers, sizes.document_tokens**2 * sizes.documents)
     return Work(
         parameters=parameters,
         products=(4.0 if freeze else 6.0) * parameters * sizes.tokens,
-        attention=3.5 * attention,
+        attention=(1 + ATTENTION_BACKWARD) * attention,
         projector=6.0 * PIECE[0] * PIECE[1] * sizes.hidden * sizes.documents,
     )

@@ -25,10 +25,11 @@ from typing import Any
 
 from floor import Bare
 from meters import Turns, ratio, saved_for_backward, stored_bytes, surroundings, take_turns, timed
-from sides import Ours, Sizes, make_config, work_by_hand, write_data
+from sides import Batches, Ours, Sizes, make_config, work_by_hand, write_data
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_anymal.parallel import initialize, shutdown
+from megatron_anymal.train.build import build
 
 # The largest overhead over bare megatron-core that is accepted.
 BAR = 0.05
@@ -109,7 +110,9 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         write_data(Path(folder), sizes)
         configs = {kind: make_config(Path(folder), sizes, freeze) for kind, freeze in KINDS.items()}
         layout = initialize(configs["frozen"])
-        ours = {kind: Ours(config, layout, sizes) for kind, config in configs.items()}
+        states = {kind: build(config, layout) for kind, config in configs.items()}
+        batches = {kind: Batches(state, sizes.batches) for kind, state in states.items()}
+    ours = {kind: Ours(states[kind], batches[kind]) for kind in KINDS}
     bare = {kind: Bare(side.state, side.batches) for kind, side in ours.items()}
     updates = {kind: timed(side.state.optimizer, "step") for kind, side in ours.items()}
     sides: dict[str, Any] = {}
@@ -125,8 +128,8 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         "frozen_against_trained": compare_frozen(sizes, ours, turns, updates),
         "ours_against_bare": compare_bare(turns, bare),
         "outside_the_step": {
-            "planning_seconds": statistics.median(ours["frozen"].planning),
-            "reading_seconds": statistics.median(ours["frozen"].reading),
+            "planning_seconds": statistics.median(batches["frozen"].planning),
+            "reading_seconds": statistics.median(batches["frozen"].reading),
         },
         "rounds": {name: asdict(turn) for name, turn in turns.items()},
     }

@@ -1,0 +1,33 @@
+"""Image alignment of a frozen Llama-3 70B, all 80 layers, on one card (random weights made on it): the Llama's weights
+are held in FP8 alone, CLIP ViT-G, a resampler of 12 layers; against megatron-core alone. Does it fit, and how fast?
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from command import Benchmark, run
+
+BENCHMARK = Benchmark(
+    name="alignment_70b_fp8",
+    job="pretrain",
+    llama="70b",
+    encoder=("vit_g",),
+    resampler_layers=(12,),
+    seq_length=(4096,),
+    precision=("fp8_primary",),
+    packs=2,
+    recompute=("mlp", "full"),
+    sides=("ours", "bare", "media"),
+    left_out=(("huggingface", "its weights need 141 GB in bf16: no card holds them and a step's activations"),),
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns the exit code."""
+    return run(BENCHMARK, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

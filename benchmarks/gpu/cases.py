@@ -1,0 +1,96 @@
+"""A benchmark's cases: shared data and limits, then one case after the other."""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from limits import measure_limits
+from measure import NO_ROOM, Options, Timed, summary, time_sides
+from profiling import profiled
+from report import bars
+from runs import build_run, release
+from samples import write_data
+from shapes import Case, make_config
+from sides import Ours
+
+from megatron_anymal import backend
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.parallel import ParallelLayout, initialize
+
+# Steps of a profile, and of the loop that waits for the loader.
+PROFILED_STEPS, LOADER_STEPS, DRY_LOADER_STEPS = 3, 12, 2
+# Samples that are made.
+SAMPLES, DRY_SAMPLES = 1024, 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all cases of a benchmark share."""
+
+    folder: Path
+    # LLM tokens of a sample.
+    mean_tokens: float
+    limits: dict[str, Any]
+
+
+def prepare(folder: Path, case: Case) -> Prepared:
+    """Write data for cases like this one and measure the card's limits."""
+    mean = write_data(folder, case, DRY_SAMPLES if case.dry_run else SAMPLES)
+    return Prepared(folder, mean, measure_limits(backend.device(), dry_run=case.dry_run))
+
+
+def measure_case(case: Case, arguments: argparse.Namespace, data: Prepared, left_out: dict[str, str]) -> dict[str, Any]:
+    """Results of a case, or under left_out the reason why there are none.
+
+    Args:
+        left_out: side -> why the benchmark has none of it.
+    """
+    config = make_config(case, data.folder, data.mean_tokens)
+    try:
+        backend.check_backend(config)
+    except ConfigError as error:
+        return {"left_out": str(error)}
+    layout = initialize(config)
+    options = Options(
+        sides=tuple(arguments.sides),
+        precision=case.precision,
+        batches=arguments.batches,
+        rounds=arguments.rounds,
+        recompute=tuple(arguments.recompute),
+        apart=arguments.apart,
+        loader_steps=DRY_LOADER_STEPS if case.dry_run else LOADER_STEPS,
+        count=case.dry_run,
+    )
+    found: dict[str, Any] = {}
+    try:
+        timed = time_sides(config, layout, options)
+        found = _results(case, timed, data.limits, left_out)
+        missed = any(row["met"] is False for row in found.get("bars", ()))
+        if "ours" in timed.sides and (arguments.profile or missed):
+            found["profile"] = _profile(config, layout, options.batches)
+    except Exception as error:
+        # Time on a card is dear: what was measured is kept, and the other cases are measured all the same.
+        traceback.print_exc()
+        found = {**(found or {"left_out": f"it failed ({type(error).__name__}: {error})"}), "failed": True}
+    release()
+    return found
+
+
+def _results(case: Case, timed: Timed, limits: dict[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
+    if not timed.sides:
+        why = "; ".join(f"{name}: {reason}" for name, reason in timed.left_out.items())
+        return {"left_out": why, "failed": timed.failed}
+    timed.left_out |= left_out
+    found = summary(timed, limits)
+    found["bars"], found["failed"] = bars(case, found), timed.failed
+    found["fits"] = "ours" in timed.sides or (False if timed.left_out.get("ours") == NO_ROOM else None)
+    return found
+
+
+def _profile(config: AnyMALConfig, layout: ParallelLayout, batches: int) -> dict[str, Any]:
+    run = build_run(config, layout, batches)
+    return profiled(Ours(run.state, run.batches).step, PROFILED_STEPS)

@@ -1,0 +1,199 @@
+"""The command line of the benchmarks of a model: arguments, refusals, cases one after the other, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+
+# What the benchmarks of all kinds share lies one folder up.
+sys.path.append(str(Path(__file__).parents[1]))
+
+from shapes import ENCODER, PRECISIONS, Case
+
+from megatron_anymal.quiet import quiet_libraries
+
+FORMULA = """\
+FLOPs of a step, two a multiply-add, of real (not padding) tokens:
+  4 x parameters of the frozen Llama's layers x tokens      (forward; gradient of the input)
+  4 x hidden size x vocabulary x targets                    (the head, where there is a label)
+  6 x parameters of the adapters x tokens                   (SFT and DPO: and their own gradient)
+  2 x the above's parameters x tokens                       (DPO: the reference's forward pass)
+  3.5 x 2 x heads x head size x layers x sum of L^2         (causal attention within documents of L tokens)
+  2 x the encoder's parameters x its tokens + attention     (forward alone)
+  6 x the projector's parameters x its tokens + attention   (2 x in DPO, where it is frozen)
+A trained Llama would count 6 where the frozen one counts 4. Recomputed activations do not count.
+MFU = these / seconds / the rate of a large matrix product measured in the same run."""
+
+# What a case is a combination of.
+CHOICES: dict[str, list[Any]] = {
+    "encoder": list(ENCODER),
+    "resampler_layers": [6, 12],
+    "seq_length": [2048, 4096, 8192],
+    "precision": list(PRECISIONS),
+}
+
+# Quartiles need two rounds.
+LEAST = {"packs": 1, "batches": 1, "rounds": 2, "workers": 0}
+
+NO_CARD = (
+    "{name} needs a CUDA device, and torch sees none here. Add --dry-run to run it through on the CPU with tiny sizes; "
+    "its numbers then mean nothing."
+)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One command."""
+
+    # Its file's name, without the ending.
+    name: str
+    job: str
+    # A key of shapes.LLAMA.
+    llama: str
+    # Its cases, where the arguments of these names do not say otherwise: every combination.
+    encoder: tuple[str, ...]
+    resampler_layers: tuple[int, ...]
+    seq_length: tuple[int, ...]
+    precision: tuple[str, ...]
+    packs: int
+    # What of runs.RECOMPUTE to try, in this order: each try that does not fit costs a build of the model.
+    recompute: tuple[str, ...] = ("none", "mlp", "full")
+    sides: tuple[str, ...] = ("ours", "bare", "media", "huggingface")
+    # Side -> why it is not in `sides`.
+    left_out: tuple[tuple[str, str], ...] = ()
+
+
+def base_parser(document: Optional[str]) -> argparse.ArgumentParser:
+    """The arguments of every benchmark here."""
+    parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", metavar="FILE.json", help="where the numbers go, raw ones included")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, through the same code")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> argparse.Namespace:
+    """Read the arguments, and end the program where they, or this machine, will not do."""
+    arguments = parser.parse_args(argv)
+    if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
+        parser.error(f"--out: there is no folder {str(Path(arguments.out).parent)!r}.")
+    if not arguments.dry_run and not torch.cuda.is_available():
+        print(NO_CARD.format(name=name), file=sys.stderr)
+        raise SystemExit(2)
+    if arguments.dry_run and torch.cuda.is_available():
+        parser.error("--dry-run is for machines without a card. Hide this one's: CUDA_VISIBLE_DEVICES= python ...")
+    quiet_libraries()
+    return arguments
+
+
+def _parser(benchmark: Benchmark, document: Optional[str]) -> argparse.ArgumentParser:
+    parser = base_parser(f"{document}\n{FORMULA}")
+    b = benchmark
+    for name, choices in CHOICES.items():
+        values = getattr(b, name)
+        default = f"default: {' '.join(map(str, values))}; every combination is a case"
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", nargs="+", type=type(values[0]), choices=choices, help=default
+        )
+    parser.add_argument("--sides", nargs="+", choices=b.sides, default=b.sides, help="what takes turns")
+    for name, what, default, dry in _numbers(b):
+        parser.add_argument(f"--{name}", type=int, help=f"{what}; default: {default}, of a dry run {dry}")
+    parser.add_argument(
+        "--recompute",
+        nargs="+",
+        choices=["none", "mlp", "full"],
+        default=b.recompute,
+        help=f"what is computed twice to save memory, the first that fits; default: {' '.join(b.recompute)}",
+    )
+    parser.add_argument("--apart", action="store_true", help="one side after the other instead of in turn")
+    parser.add_argument("--profile", action="store_true", help="profile every case, not only those that miss a bar")
+    return parser
+
+
+def _numbers(benchmark: Benchmark) -> list[tuple[str, str, int, int]]:
+    """Arguments that are numbers: name, what it is, default, default of a dry run."""
+    return [
+        ("packs", "packs a step, about", benchmark.packs, 2),
+        ("batches", "different batches, used in turn", 4, 2),
+        ("rounds", "timed rounds of all sides", 12, 2),
+        ("workers", "loader processes", 8, 1),
+    ]
+
+
+def _arguments(benchmark: Benchmark, document: Optional[str], argv: Sequence[str]) -> argparse.Namespace:
+    parser = _parser(benchmark, document)
+    arguments = parse(parser, f"{benchmark.name}.py", argv)
+    dry = arguments.dry_run
+    for name in CHOICES:
+        values = getattr(benchmark, name)
+        if dry:
+            values = ("32", *values) if name == "precision" else values[:1]
+        setattr(arguments, name, getattr(arguments, name) or values)
+    for name, _, default, small in _numbers(benchmark):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, small if dry else default)
+        least = LEAST[name]
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be at least {least}.")
+    return arguments
+
+
+def run(benchmark: Benchmark, document: Optional[str], argv: Sequence[str]) -> int:
+    """The command. Returns the exit code: 1 where something failed, nothing was measured, or losses differ."""
+    arguments = _arguments(benchmark, document, argv)
+    # What takes seconds to import comes behind the refusals.
+    from cases import measure_case, prepare
+    from report import card, heading, table
+
+    command = " ".join(["python", f"benchmarks/gpu/{benchmark.name}.py", *argv])
+    found: dict[str, Any] = {"command": command, **card(), "dry_run": arguments.dry_run, "formula": FORMULA}
+    cases = list(_cases(benchmark, arguments))
+    out = Path(arguments.out) if arguments.out else None
+    with tempfile.TemporaryDirectory() as folder:
+        data = prepare(Path(folder), cases[0])
+        found["limits"], found["cases"] = data.limits, []
+        print(heading(found), flush=True)
+        for case in cases:
+            measured = measure_case(case, arguments, data, dict(benchmark.left_out))
+            result = {**asdict(case), "name": case.name, **measured}
+            found["cases"].append(result)
+            print(table(result), flush=True)
+            _save(found, result, out)
+    return _exit_code(found["cases"])
+
+
+def _cases(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[Case]:
+    for values in itertools.product(*(getattr(arguments, name) for name in CHOICES)):
+        yield Case(
+            job=benchmark.job,
+            llama=benchmark.llama,
+            packs=arguments.packs,
+            workers=arguments.workers,
+            dry_run=arguments.dry_run,
+            **dict(zip(CHOICES, values)),
+        )
+
+
+def _save(found: dict[str, Any], result: dict[str, Any], out: Optional[Path]) -> None:
+    """After every case, so that a run that is cut leaves what it has; profiles lie beside."""
+    if out is None:
+        return
+    out.write_text(json.dumps(found, indent=1) + "\n")
+    if result.get("profile"):
+        beside = out.with_name(f"{out.stem}.{result['name']}.profile.json")
+        beside.write_text(json.dumps(result["profile"], indent=1) + "\n")
+
+
+def _exit_code(cases: Sequence[dict[str, Any]]) -> int:
+    measured = [case for case in cases if "left_out" not in case]
+    unequal = [case for case in measured if case["equality"] and not case["equality"]["equal"]]
+    failed = [case for case in cases if case.get("failed")]
+    return 1 if unequal or failed or not measured else 0

@@ -1,0 +1,31 @@
+"""Conservative DPO of a Llama-3 8B with images (random weights made on the card): LoRA of rank 8 on all linear layers
+goes on, a frozen copy of it is the reference, run in every step; against transformers with peft, and against
+megatron-core's frozen Llama without adapters, which runs forward once more for the reference.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from command import Benchmark, run
+
+BENCHMARK = Benchmark(
+    name="dpo_8b",
+    job="dpo",
+    llama="8b",
+    encoder=("vit_l",),
+    resampler_layers=(6,),
+    seq_length=(4096,),
+    precision=("bf16", "fp8"),
+    packs=4,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns the exit code."""
+    return run(BENCHMARK, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

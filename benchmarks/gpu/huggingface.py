@@ -1,0 +1,249 @@
+"""The same work in HuggingFace transformers, as its users run it: the baseline.
+
+LlamaForCausalLM with its own loss, peft's LoRA, the same encoder (this trainer's is transformers' own), the resampler
+in plain torch, torch's fused AdamW. Weights are this trainer's; frozen ones share its memory where their layout
+allows. Attention is flash-attn's for packed documents, where that is not installed torch's flex attention, on CPUs
+scaled dot-product attention with a mask. Autograd computes no gradient that nothing asks for, and what trains is held
+in the computing type alone, which is cheaper than this trainer's fp32 main weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from meters import storages
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megatron_anymal.data.batches import StepPlan
+from megatron_anymal.data.types import MicroBatch
+from megatron_anymal.hf.projectors import build_projector
+from megatron_anymal.model.hf_llama import to_hf
+from megatron_anymal.model.quantized import is_quantized
+from megatron_anymal.model.weights import list_weights
+from megatron_anymal.train.build import TrainState
+from megatron_anymal.train.step import to_device
+
+Batches = Sequence[tuple[StepPlan, list[MicroBatch]]]
+# HuggingFace's place in a layer of each projection that adapters are named after.
+_PLACES = {
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+POLICY, REFERENCE = "default", "reference"
+_IGNORED = -100
+
+
+class PlainMedia:
+    """The encoder and the projector alone, forward and (where the projector trains) backward, and its update."""
+
+    def __init__(self, state: TrainState, weights: Mapping[str, Tensor], batches: Batches):
+        """
+        Args:
+            weights: values of the run's projector and adapters, by their whole names.
+        """
+        self.config, self.batches, self.device = state.config, batches, state.layout.device
+        section = state.config.model.modalities["image"].projector
+        self.encoder: Any = state.models[0].encoders["image"]
+        dtype = self.encoder.dtype
+        self.projector = build_projector(
+            section, self.encoder.feature_tokens, self.encoder.width, state.llama.hidden_size
+        ).to(self.device, dtype)
+        self.projector.load_state_dict(
+            {n.removeprefix("projectors.image."): w for n, w in weights.items() if n.startswith("projectors.")}
+        )
+        self.projector.requires_grad_(not section.freeze)
+        self._prepare()
+
+    def modules(self) -> list[nn.Module]:
+        """What it holds."""
+        return [self.encoder, self.projector]
+
+    def _prepare(self) -> None:
+        self.trained = [p for module in self.modules() for p in module.parameters() if p.requires_grad]
+        self.optimizer: Optional[torch.optim.Optimizer] = None
+        if self.trained:
+            optim = self.config.model.optim
+            self.optimizer = torch.optim.AdamW(
+                self.trained, lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), weight_decay=0.0, fused=True
+            )
+
+    def step(self, number: int) -> tuple[Tensor, Tensor]:
+        """Train on one of the batches, used in turn; the loss and the gradient's norm before clipping."""
+        plan, micro_batches = self.batches[number % len(self.batches)]
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.device)
+        for micro_batch in micro_batches:
+            loss = self.loss(plan, to_device(micro_batch, self.device))
+            if self.optimizer is not None:
+                loss.backward()
+            total += loss.detach()
+        norm = torch.zeros(())
+        if self.optimizer is not None:
+            norm = nn.utils.clip_grad_norm_(self.trained, self.config.trainer.gradient_clip_val)
+            self.optimizer.step()
+        return total, norm
+
+    def loss(self, plan: StepPlan, micro_batch: MicroBatch) -> Tensor:
+        """Something to go back from."""
+        return self.soft_tokens(micro_batch).float().mean()
+
+    def soft_tokens(self, micro_batch: MicroBatch) -> Tensor:
+        """[places, hidden size] in the order of the placeholders."""
+        media = micro_batch.media["image"]
+        with torch.no_grad():
+            features = self.encoder(media.pieces)
+        soft = self.projector(features).flatten(0, 1)
+        return soft if media.soft_index is None else soft[media.soft_index]
+
+    def stored(self) -> int:
+        """Bytes that it holds between two steps, shared weights included."""
+        parameters = [p for module in self.modules() for p in module.parameters()]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        moments = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+        return sum(storages([*parameters, *gradients, *moments]).values())
+
+
+class HuggingFace(PlainMedia):
+    """A run's step with transformers."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        weights: Mapping[str, Tensor],
+        reference: Mapping[str, Tensor],
+        batches: Batches,
+        *,
+        checkpointing: bool,
+    ):
+        """
+        Args:
+            weights: see PlainMedia.
+            reference: values of DPO's reference adapters.
+            checkpointing: keep one activation a layer and compute the others twice.
+
+        Raises:
+            ModuleNotFoundError: peft is needed and not installed.
+        """
+        self.attention = _attention(state.layout.device)
+        self.llama: Any = _llama(state, self.attention)
+        if checkpointing:
+            self.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if state.config.model.lora.r:
+            self.llama = _with_adapters(self.llama, state, weights, reference)
+        self.llama.train()
+        super().__init__(state, weights, batches)
+
+    def modules(self) -> list[nn.Module]:
+        """What it holds."""
+        return [*super().modules(), self.llama]
+
+    def loss(self, plan: StepPlan, micro_batch: MicroBatch) -> Tensor:
+        """A micro-batch's part of the batch's mean loss."""
+        inputs = self._inputs(micro_batch)
+        labels = micro_batch.labels.masked_fill(micro_batch.loss_mask == 0, _IGNORED)
+        if self.config.job == "dpo":
+            return self._preferences(plan, micro_batch, inputs, labels)
+        found = self.llama(
+            **inputs, labels=labels, shift_labels=labels, num_items_in_batch=int(plan.targets.sum()), use_cache=False
+        )
+        return found.loss
+
+    def _inputs(self, micro_batch: MicroBatch) -> dict[str, Any]:
+        """Embeddings with soft tokens in their places, and where documents begin."""
+        embedded = self.llama.get_input_embeddings()(micro_batch.tokens)
+        soft = self.soft_tokens(micro_batch).to(embedded.dtype)
+        places = torch.zeros_like(micro_batch.tokens, dtype=torch.bool)
+        places[0, micro_batch.media["image"].token_index] = True
+        embedded = embedded.masked_scatter(places.unsqueeze(-1), soft)
+        lengths = micro_batch.document_lengths
+        positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(self.device)
+        inputs: dict[str, Any] = {"inputs_embeds": embedded, "position_ids": positions}
+        if self.attention == "flash_attention_2":
+            # Given, so that no layer looks for them in the positions.
+            borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device)
+            inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
+            inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+        return inputs
+
+    def _preferences(
+        self, plan: StepPlan, micro_batch: MicroBatch, inputs: Mapping[str, Any], labels: Tensor
+    ) -> Tensor:
+        """Conservative DPO (Mitchell 2023), as trl computes it."""
+        with torch.no_grad():
+            self.llama.set_adapter(REFERENCE)
+            reference = self._answers(micro_batch, inputs, labels)
+        self.llama.set_adapter(POLICY)
+        change = self._answers(micro_batch, inputs, labels) - reference
+        dpo = self.config.model.dpo
+        scaled = dpo.beta * (change[:, 0] - change[:, 1])
+        eps = dpo.label_smoothing
+        losses = -(1 - eps) * F.logsigmoid(scaled) - eps * F.logsigmoid(-scaled)
+        return losses.sum() / int((plan.targets > 0).sum())
+
+    def _answers(self, micro_batch: MicroBatch, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
+        """[pairs, 2]: log-probabilities of the chosen and the rejected answers."""
+        logits = self.llama(**inputs, use_cache=False).logits[0].float()
+        losses = F.cross_entropy(logits, labels[0], ignore_index=_IGNORED, reduction="none")
+        places = [sample.position for sample in micro_batch.plan.samples]
+        number = torch.zeros(max(places) + 1, dtype=torch.int64, device=self.device)
+        number[places] = torch.arange(len(places), device=self.device)
+        assert micro_batch.branch is not None
+        owners, branch = micro_batch.sample_positions[0], micro_batch.branch[0]
+        documents = (2 * number[owners.clamp(min=0)] + branch.clamp(min=0)).where(owners >= 0, 0)
+        # Padding has no labels, and so no loss, wherever it is counted.
+        return -torch.zeros(2 * len(places), device=self.device).index_add(0, documents, losses).view(-1, 2)
+
+
+def _attention(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "sdpa"
+    return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "flex_attention"
+
+
+def _llama(state: TrainState, attention: str) -> Any:
+    """transformers' Llama over the run's frozen weights."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(
+            state.llama, attn_implementation=attention, dtype=state.models[0].config.params_dtype
+        )
+    tensors = {}
+    for weight in list_weights(state.models[0]):
+        if weight.name.startswith("language_model.") and ".lora." not in weight.name:
+            whole: Any = weight.parameter.detach()
+            plain = whole.dequantize() if is_quantized(whole) else whole
+            tensors |= to_hf(weight.name, state.llama, plain)
+    model.load_state_dict(tensors, assign=True)
+    # The frequencies are computed, not stored.
+    model.model.rotary_emb = LlamaRotaryEmbedding(config=state.llama).to(state.layout.device)
+    return model.requires_grad_(False)
+
+
+def _with_adapters(
+    llama: Any, state: TrainState, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> Any:
+    """peft's adapters on all linear layers, with the run's values."""
+    from peft import LoraConfig, get_peft_model
+
+    lora = state.config.model.lora
+    settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(_PLACES), task_type="CAUSAL_LM")
+    model = get_peft_model(llama, settings, autocast_adapter_dtype=False)
+    if reference:
+        model.add_adapter(REFERENCE, settings, autocast_adapter_dtype=False)
+    for adapter, values in ((POLICY, weights), (REFERENCE, reference)):
+        for name, value in values.items():
+            if ".lora." in name:
+                _, _, rest = name.partition(".layers.")
+                layer, projection, part = rest.split(".")[0], *name.split(".")[-2:]
+                place = f"base_model.model.model.layers.{layer}.{_PLACES[projection]}.lora_{part}.{adapter}.weight"
+                with torch.no_grad():
+                    model.get_parameter(place).copy_(value)
+    model.set_adapter(POLICY)
+    return model

@@ -1,0 +1,30 @@
+"""Instruction tuning of a Llama-3 8B with images (random weights made on the card): LoRA of rank 8 on all linear layers
+and the resampler train; against transformers with peft, and against megatron-core's frozen Llama without adapters.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from command import Benchmark, run
+
+BENCHMARK = Benchmark(
+    name="sft_8b",
+    job="sft",
+    llama="8b",
+    encoder=("vit_l",),
+    resampler_layers=(6,),
+    seq_length=(4096,),
+    precision=("bf16", "fp8"),
+    packs=4,
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command. Returns the exit code."""
+    return run(BENCHMARK, __doc__, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,147 @@
+"""Floating-point operations of a step, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sides import ATTENTION_BACKWARD, attention_by_hand, layer_parameters
+from transformers import LlamaConfig
+
+from megatron_anymal.config import ProjectorConfig
+from megatron_anymal.model.encoders import Encoder
+from megatron_anymal.model.encoders.base import attention_flops
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """What a step computes on."""
+
+    # Through the Llama's layers, and through its head.
+    tokens: int
+    head_rows: int
+    # The documents' squared lengths, added up.
+    squares: int
+    # Through the encoder and the projector.
+    pieces: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Times that each parameter multiplies a token: 1 forward, 1 for the gradient of the input, 1 for its own."""
+
+    llama: int
+    adapters: int
+    projector: int
+    # Forward passes of the Llama in which nothing learns: DPO's reference.
+    reference: int = 0
+    # Times that the encoder, and a projector that does not learn, run forward.
+    encodings: int = 1
+
+
+def passes_of(job: str, encodings: int) -> Passes:
+    """Of a job with a frozen Llama."""
+    if job == "dpo":
+        return Passes(llama=2, adapters=3, projector=1, reference=1, encodings=encodings)
+    return Passes(llama=2, adapters=3, projector=3, encodings=encodings)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Floating-point operations, two a multiply-add."""
+
+    layers: float
+    head: float
+    adapters: float
+    # Of the Llama, within documents.
+    attention: float
+    encoder: float
+    encoder_attention: float
+    projector: float
+    projector_attention: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return float(sum(asdict(self).values()))
+
+    @property
+    def products(self) -> float:
+        """All of it but attention, which torch does not count on CPUs."""
+        return self.total - self.attention - self.encoder_attention - self.projector_attention
+
+    @property
+    def media(self) -> Work:
+        """The encoder's and the projector's alone."""
+        return Work(0, 0, 0, 0, self.encoder, self.encoder_attention, self.projector, self.projector_attention)
+
+
+def adapter_parameters(hf: LlamaConfig, r: int, *, joined: bool = False) -> int:
+    """Of low-rank adapters on all linear layers of the Llama.
+
+    Args:
+        joined: as this trainer multiplies them: the Bs of a layer's projections as one block matrix, zeros included.
+    """
+    hidden, inner = hf.hidden_size, hf.intermediate_size
+    heads, groups = hf.num_attention_heads * hf.head_dim, hf.num_key_value_heads * hf.head_dim
+    total = 0
+    for inputs, outputs in (
+        (hidden, (heads, groups, groups)),
+        (heads, (hidden,)),
+        (hidden, (inner, inner)),
+        (inner, (hidden,)),
+    ):
+        count = len(outputs)
+        total += count * inputs + (count if joined else 1) * sum(outputs)
+    return total * r * hf.num_hidden_layers
+
+
+def projector_parameters(section: ProjectorConfig, features: int, width: int, hidden: int) -> tuple[float, float]:
+    """What a resampler multiplies for one piece: parameter x token pairs, and attention's forward operations."""
+    h = section.hidden_size or width
+    latents, both = section.num_tokens, section.num_tokens + features
+    layer = (2 * latents + 2 * both) * h * h + 2 * section.ffn_multiplier * latents * h * h
+    pairs = features * width * h + section.num_layers * layer + latents * h * hidden
+    return float(pairs), section.num_layers * attention_flops(latents, both, h)
+
+
+def work_by_hand(
+    hf: LlamaConfig,
+    section: ProjectorConfig,
+    encoder: Any,
+    amounts: Amounts,
+    passes: Passes,
+    adapters: float,
+) -> Work:
+    """What a step computes, optimizer, norms and activations aside.
+
+    Args:
+        encoder: a VisionTransformer.
+        adapters: parameters of the Llama's adapters.
+    """
+    layer = layer_parameters(
+        hf.hidden_size, hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim, hf.intermediate_size
+    )
+    attention = attention_by_hand(hf.num_attention_heads, hf.head_dim, hf.num_hidden_layers, amounts.squares)
+    pairs, reading = projector_parameters(section, encoder.feature_tokens, encoder.width, hf.hidden_size)
+    learns = passes.projector > 1
+    projections = 1 if learns else passes.encodings
+    looking = encoder_attention(encoder)
+    llama = 2.0 * (passes.llama + passes.reference)
+    return Work(
+        layers=llama * layer * hf.num_hidden_layers * amounts.tokens,
+        head=llama * hf.hidden_size * hf.vocab_size * amounts.head_rows,
+        adapters=2.0 * (passes.adapters + passes.reference) * adapters * amounts.tokens,
+        attention=(1 + ATTENTION_BACKWARD + passes.reference) * attention,
+        encoder=passes.encodings * (encoder.flops_per_piece() - looking) * amounts.pieces,
+        encoder_attention=passes.encodings * looking * amounts.pieces,
+        projector=2.0 * passes.projector * projections * pairs * amounts.pieces,
+        projector_attention=(1 + ATTENTION_BACKWARD * learns) * projections * reading * amounts.pieces,
+    )
+
+
+def encoder_attention(encoder: Encoder) -> float:
+    """Forward operations of a vision transformer's attention for one piece."""
+    settings = encoder.model.config
+    tokens = encoder.patches + 1
+    return encoder.frames * settings.num_hidden_layers * attention_flops(tokens, tokens, encoder.width)
