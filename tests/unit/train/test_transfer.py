@@ -122,7 +122,7 @@ def test_nothing_is_copied_on_a_cpu() -> None:
 
 def test_every_tensor_of_a_micro_batch_is_reached() -> None:
     one = micro_batch(1)
-    one.branch = torch.zeros(1, 2, dtype=torch.int64)
+    one.branch, one.label_index = torch.zeros(1, 2, dtype=torch.int64), torch.tensor([1])
     one.media["image"].soft_index = torch.tensor([0])
     found: list[torch.Tensor] = []
     one.with_tensors(lambda tensor: found.append(tensor) or tensor)
