@@ -215,7 +215,8 @@ def held(run_dir: Path, timeout: float) -> Iterator[Callable[[], None]]:
         except OSError as error:
             refused = [
                 ConfigError(
-                    f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder (exp_manager.explicit_log_dir)."
+                    f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder "
+                    "(exp_manager.explicit_log_dir)."
                 )
             ]
     dist.broadcast_object_list(refused, src=0)

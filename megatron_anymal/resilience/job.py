@@ -145,5 +145,6 @@ def new_attempt(run_dir: Path) -> int:
                 continue
     except OSError as error:
         raise ConfigError(
-            f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder (exp_manager.explicit_log_dir)."
+            f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder "
+            "(exp_manager.explicit_log_dir)."
         ) from None

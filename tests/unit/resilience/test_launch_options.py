@@ -1,4 +1,4 @@
-"""What a user may get wrong in a call of `anymal launch`: one line that names it and the mend, before anything starts."""
+"""What may be wrong in a call of `anymal launch`: one line that names it and the mend, before anything starts."""
 
 from __future__ import annotations
 
