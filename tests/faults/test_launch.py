@@ -125,7 +125,7 @@ def test_what_starting_again_cannot_help_is_not_started_again(tmp_path: Path, co
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
 
