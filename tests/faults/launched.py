@@ -21,6 +21,7 @@ from megatron_anymal.config import DatasetConfig
 from megatron_anymal.resilience.events import read
 
 ROOT = Path(__file__).parents[2]
+FORKING = Path(__file__).with_name("forking_agent")
 
 
 def write_config(folder: Path, train: str, validation: str, tokenizer: str, steps: int, every: int) -> None:
@@ -45,16 +46,24 @@ def options(run: Path, processes: int) -> list[str]:
 
 
 def launch(
-    folder: Path, run: Path, processes: int, *overrides: str, log: Path, node: Sequence[str] = ()
+    folder: Path,
+    run: Path,
+    processes: int,
+    *overrides: str,
+    log: Path,
+    node: Sequence[str] = (),
+    torchrun: bool = False,
 ) -> subprocess.Popen[bytes]:
     """`anymal launch pretrain` of FOLDER/tiny.yaml.
 
     Args:
         node: options of the launcher where it is one of several.
+        torchrun: start the ranks by torchrun's agent, as on several nodes; else by one that forks them, which is quick.
     """
-    words = [sys.executable, "-m", "megatron_anymal", "launch", *node, "pretrain"]
+    agent = [] if node or torchrun else ["--launcher=ft"]
+    words = [sys.executable, "-m", "megatron_anymal", "launch", *node, *agent, "pretrain"]
     words += [f"--config-path={folder}", "--config-name=tiny", *options(run, processes), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{FORKING}" if agent else str(ROOT)}
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
 
 
