@@ -150,7 +150,7 @@ def _watch(folder: Path, parent: int) -> None:
     os._exit(1)
 
 
-class _Spawned(subprocess.Popen):  # type: ignore[type-arg]
+class _Spawned(subprocess.Popen):
     """A child of the agent; how it ended can be asked for also where the agent itself saw it first."""
 
     known: ClassVar[dict[int, subprocess.Popen[Any]]] = {}
