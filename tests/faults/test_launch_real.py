@@ -148,12 +148,15 @@ def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None
 
 def test_of_two_launchers_in_one_folder_one_is_refused(folder: Path, whole: Path) -> None:
     run, log, late = folder / "shared", folder / "shared.log", folder / "late.log"
-    # Long enough for the second one to come while the first one works.
-    first = launch(folder, run, PROCESSES, faults("slow:rank=0,seconds=8,every=1"), log=log)
+    first = launch(folder, run, PROCESSES, faults(SLOW), log=log)
     wait_for_step(run, 1, first)
+    # The first one waits, however long the second one takes to start.
+    held = ranks_of(first)[3]
+    os.kill(held, signal.SIGSTOP)
     owner = json.loads((run / "run.lock").read_text())
     said = finish(launch(folder, run, PROCESSES, log=late), late, Exit.LOCKED)
     assert f"process {owner['pid']}" in said and "in use by" in said
+    os.kill(held, signal.SIGCONT)
     finish(first, log)
     assert_same(run, whole)
 
