@@ -33,7 +33,8 @@ parity: $(INSTALLED)
 
 # Random faults, one a minute on average, for 20 minutes; compared with an undisturbed run.
 soak: $(INSTALLED)
-	PYTHONPATH=.:tests:tests/faults OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m soak --minutes 20
+	mkdir -p runs
+	PYTHONPATH=.:tests:tests/faults:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m soak --minutes 20 --out runs/soak.json
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from engine import train_as_configured
+from ranks import run_ranks
 from tiny import make_shards, make_tokenizer
 
 
@@ -40,12 +39,6 @@ def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = base / "runs" / "quickstart"
     sizes = Sizes(train_videos=80, held_out_videos=40, train_audio=48, held_out_audio=24, train_imu=48, held_out_imu=24)
     prepare_quickstart(folder, sizes, encoder_steps=20)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     for name in ("quickstart_llama", "quickstart", "quickstart_video"):
-        words = [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *("-m", "megatron_anymal", "pretrain", f"--config-name={name}", "trainer.max_steps=3"),
-        ]
-        done = subprocess.run(words, cwd=base, env=environment, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_ranks(2, train_as_configured, folder.parents[1], name, "trainer.max_steps=3", timeout=240)
     return folder

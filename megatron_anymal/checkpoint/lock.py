@@ -213,7 +213,12 @@ def held(run_dir: Path, timeout: float) -> Iterator[Callable[[], None]]:
         except ConfigError as error:
             refused = [error]
         except OSError as error:
-            refused = [ConfigError(f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder.")]
+            refused = [
+                ConfigError(
+                    f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder "
+                    "(exp_manager.explicit_log_dir)."
+                )
+            ]
     dist.broadcast_object_list(refused, src=0)
     if refused[0] is not None:
         raise refused[0]

@@ -62,14 +62,18 @@ class Snapshot:
 class Plan:
     """What each rank writes of a TrainState, each shard once. Collective.
 
+    Args:
+        check: compare all ranks' shards: none may be missing or doubled. It takes as long as all else, and what a run's
+            first checkpoint was found to be, the later ones are too: shards follow from the layout.
+
     megatron-core decides that, and nothing more: its own saving does not survive faults. It writes some files on one
     rank between two collectives, where a full disk leaves the others waiting; its writers are forked, and one that is
     killed is waited for without end, while those of a run that was killed write on into the folder of the next.
     """
 
-    def __init__(self, state: Any, step: int) -> None:
+    def __init__(self, state: Any, step: int, *, check: bool = True) -> None:
         shards = {**_without_empty(content(state, step, is_loading=False)), "content_metadata": dict(METADATA)}
-        shards, self._common = save_preprocess(shards)
+        shards, self._common = save_preprocess(shards, validate_access_integrity=check)
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(shards, keep_only_main_replica=True)
         self._planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
         self._planner.set_up_planner(mcore_to_pyt_state_dict(by_key))

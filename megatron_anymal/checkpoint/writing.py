@@ -110,6 +110,8 @@ class CheckpointWriter:
         self._last = Verdict()
         # What was committed last.
         self._newest: Optional[Path] = None
+        # The ranks' shards were compared.
+        self._checked = False
 
     def start(self, state: Any, manifest: Manifest) -> None:
         """Begin a checkpoint; returns once the state is copied, and without `async_save` once it is committed.
@@ -127,7 +129,8 @@ class CheckpointWriter:
         self._settle()
         self._stop_where_lost()
         snapshot, failure = None, ""
-        plan = Plan(state, manifest.step)
+        plan = Plan(state, manifest.step, check=not self._checked)
+        self._checked = True
         try:
             snapshot = plan.copy()
         except (MemoryError, RuntimeError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, Optional
+from typing import Any, ClassVar, Optional
 
 import psutil
 
@@ -79,6 +80,8 @@ def main(arguments: Sequence[str]) -> int:
         arguments: which agent, the launcher's folder, the folder for logs, then the agent's own arguments.
     """
     launcher, folder, logs, *rest = arguments
+    # Before an agent takes it.
+    subprocess.Popen = _Spawned  # type: ignore[misc]
     for number in _STOPPING:
         # A handler, unlike SIG_IGN, is not handed on to the ranks.
         signal.signal(number, _leave_it)
@@ -147,13 +150,31 @@ def _watch(folder: Path, parent: int) -> None:
     os._exit(1)
 
 
+class _Spawned(subprocess.Popen):
+    """A child of the agent; how it ended can be asked for also where the agent itself saw it first."""
+
+    known: ClassVar[dict[int, subprocess.Popen[Any]]] = {}
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self.known[self.pid] = self
+
+
 def _note_end(folder: Path, pid: int) -> None:
-    # WNOWAIT: the agent still finds it. Where the agent was quicker, it tells in the end.
-    with suppress(ChildProcessError):
+    code: Optional[int] = None
+    try:
+        # WNOWAIT: the agent still finds it.
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         if ended is not None:
             code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
-            _write(folder / f"exit_{pid}", str(code))
+    except ChildProcessError:
+        # The agent was quicker: it knows, or will in a moment. Without its word the launcher would take it for a crash.
+        deadline = time.monotonic() + 1.0
+        while pid in _Spawned.known and code is None and time.monotonic() < deadline:
+            code = _Spawned.known[pid].returncode
+            time.sleep(0.01)
+    if code is not None:
+        _write(folder / f"exit_{pid}", str(code))
 
 
 def _write(path: Path, text: str) -> None:

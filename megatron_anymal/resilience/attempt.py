@@ -28,7 +28,7 @@ _LOOK = 0.2
 # After a rank has failed, how long the others may take to say what they saw; after one ended with a verdict that all
 # ranks come to, how long the others may take to come to it; and after one stopped in order, to end in order.
 _LAST_WORDS, _AGREEING, _STOPPING = 3.0, 8.0, 60.0
-# How long the agent may take to end once its ranks are gone.
+# How long the agent may take to tell how a rank ended, and to end once its ranks are gone.
 _AGENT = 5.0
 # What an agent would wait for its ranks before it kills them: longer than all of the above.
 _AGENT_PATIENCE = 120
@@ -151,9 +151,9 @@ class Attempt:
                 continue
             code = agents.exit_code(self.folder, pid)
             if code is None:
-                # The agent will tell, unless it is killed itself.
+                # The agent will tell, unless it is stuck; where it has ended, its own end tells.
                 first = self.gone.setdefault(rank, time.monotonic())
-                if time.monotonic() - first < 2.0 or self.agent.poll() is not None:
+                if time.monotonic() - first < _AGENT or self.agent.poll() is not None:
                     continue
                 code = int(Exit.CRASH)
             if code == 0 or (code < 0 and self.kill_at is not None):
@@ -215,7 +215,7 @@ class Attempt:
         failed = {rank: code for rank, code in self.failures.items() if not (stop and code == -signal.SIGTERM)}
         told = ", ".join(f"rank {rank} {_ended(code)}" for rank, code in failed.items())
         if any(code < 0 for code in failed.values()):
-            return Ending(Exit.CRASH, told, self.step, stop)
+            return Ending(Exit.CRASH, told, self.step, stop, killed=True)
         for code in failed.values():
             if code in set(Exit) and not Exit(code).restarts:
                 return Ending(Exit(code), self._said_with(code) or Exit(code).meaning, self.step, stop)

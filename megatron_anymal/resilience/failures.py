@@ -46,5 +46,8 @@ def _when(event: Mapping[str, Any]) -> float:
     at = float(event["time"])
     if event["kind"] == "death" and event.get("signal") not in (None, *_FOLLOWING):
         return at - _NOTICED_LATE
-    # Of several nodes that see the same hang, the one that has the rank that causes it.
-    return at - _NOTICED_LATE if event["kind"] == "hang" and event.get("ranks") else at
+    if event["kind"] != "hang" or not event.get("ranks"):
+        return at
+    # Of several nodes that see the same hang, the one that has the rank that causes it: what is seen of a stopped
+    # process is certain, a rank that does not come to a collective operation may wait for one of another node.
+    return at - _NOTICED_LATE * (1 if event.get("cause") == "collective" else 2)

@@ -50,6 +50,8 @@ class Ending:
     stop: bool = False
     # Only since another node's failed.
     followed: bool = False
+    # A rank died of a signal, which none gets for another one's failure.
+    killed: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,10 @@ class Decision:
 
 
 def combined(endings: list[Ending]) -> Ending:
-    """One ending of all nodes': a verdict of the ranks goes before a hang, that before a crash, that before done."""
+    """One ending of all nodes': a verdict of the ranks goes before a hang, that before a crash, that before done.
+
+    Of crashes, that of a rank which was killed: the others lost their connections to it.
+    """
 
     def weight(ending: Ending) -> float:
         if ending.code == Exit.DONE:
@@ -71,10 +76,12 @@ def combined(endings: list[Ending]) -> Ending:
             return 0
         if ending.followed:
             return 2.5
-        return 1 if ending.code == Exit.HANG else 2
+        return 1 if ending.code == Exit.HANG else 1.5 if ending.killed else 2
 
     worst = min(endings, key=weight)
-    return Ending(worst.code, worst.text, max(e.step for e in endings), any(e.stop for e in endings))
+    return Ending(
+        worst.code, worst.text, max(e.step for e in endings), any(e.stop for e in endings), killed=worst.killed
+    )
 
 
 @dataclass
@@ -137,4 +144,7 @@ def new_attempt(run_dir: Path) -> int:
                 # Another launcher's; the run's lock decides between the two.
                 continue
     except OSError as error:
-        raise ConfigError(f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder.") from None
+        raise ConfigError(
+            f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder "
+            "(exp_manager.explicit_log_dir)."
+        ) from None

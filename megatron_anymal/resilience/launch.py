@@ -6,6 +6,7 @@ On several nodes the same command runs on each, with its own --node-rank.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +33,26 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: a setting that cannot work; before any process is started.
     """
-    options = _parser().parse_args(list(argv))
+    _check_verb(argv)
+    options, unknown = _parser().parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(
+            f"`anymal launch` has no option {unknown[0]}. What is for the job comes after it: "
+            f"`anymal launch {options.verb} {unknown[0]} ...`."
+        )
     config = _config(options.verb, options.arguments)
     return Supervisor(_job(options, config)).run()
+
+
+def _check_verb(argv: Sequence[str]) -> None:
+    """argparse would only say that something is required."""
+    if not {*_JOBS, "-h", "--help"}.isdisjoint(argv):
+        return
+    near = [name for word in argv for name in difflib.get_close_matches(word, _JOBS, n=1)]
+    raise ConfigError(
+        f"`anymal launch` needs the job that it starts, before the job's own arguments: `anymal launch "
+        f"{near[0] if near else '|'.join(_JOBS)} --config-name=NAME [key=value ...]`."
+    )
 
 
 def _config(verb: str, arguments: Sequence[str]) -> AnyMALConfig:

@@ -1,7 +1,8 @@
 """How the launchers of several nodes agree: on an attempt's number, on trouble elsewhere, and on what follows.
 
 Node 0's launcher holds a store that outlives the attempts. All launchers, and the agents they start, are its clients;
-an agent's rendezvous has the attempt's number in its name, so that nothing of an earlier attempt is met.
+an agent's rendezvous has the attempt's number in its name, so that nothing of an earlier attempt is met. A launcher
+that was killed and started again meets the others in the next attempt: the one under way is lost with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Optional
 
+from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.job import Decision, Ending, Job, combined
 
@@ -24,6 +26,10 @@ _FAREWELL = 10.0
 
 class NodeLost(RuntimeError):
     """A node is gone, or did not come."""
+
+
+class HeadLost(NodeLost):
+    """Node 0's launcher, which holds the store, is gone; it may be started again."""
 
 
 class Alone:
@@ -80,7 +86,7 @@ class Nodes(Alone):
         )
 
     def agree(self, number: Callable[[], int]) -> int:
-        self._round += 1
+        self._round = self._next_round()
         self._looked, self._failed = 0.0, False
         self._set(f"here/{self._job.node}", "")
         if self._job.node == 0:
@@ -120,6 +126,33 @@ class Nodes(Alone):
         if self._job.node == 0:
             while time.monotonic() < deadline and not all(self._there(f"seen/{n}") for n in range(self._job.nodes)):
                 time.sleep(_LOOK)
+
+    def _next_round(self) -> int:
+        if self._job.node == 0:
+            self._ask(lambda: self._store.set(self._rounds, str(self._round + 1)))
+            return self._round + 1
+        if self._round:
+            return self._round + 1
+        deadline = time.monotonic() + self._job.rdzv_timeout
+        while not self._ask(lambda: self._store.check([self._rounds])):
+            if time.monotonic() > deadline:
+                raise NodeLost(f"node 0 did not begin within {self._job.rdzv_timeout:g} s.")
+            self._pause("here")
+        self._round = int(self._ask(lambda: self._store.get(self._rounds)))
+        if not self._there(f"here/{self._job.node}"):
+            return self._round
+        # An earlier launcher of this node took part in it, and cannot say how it ended.
+        text = f"the launcher of node {self._job.node} was lost and started again"
+        attempt = int(self._get("number")) if self._there("number") else 0
+        record(self._job.run_dir, "death", text, attempt=attempt)
+        self.alarm()
+        self._set(f"ending/{self._job.node}", json.dumps(asdict(Ending(Exit.CRASH, text))))
+        return self._round + 1
+
+    @property
+    def _rounds(self) -> str:
+        """Where node 0 says which round it is."""
+        return f"anymal/{self._job.identity}/round"
 
     def _connect(self) -> Any:
         from torch.distributed import TCPStore
@@ -192,7 +225,7 @@ class Nodes(Alone):
         try:
             return question()
         except RuntimeError as error:
-            raise NodeLost(f"node 0's launcher is gone ({_first_line(error)}).") from None
+            raise HeadLost(f"node 0's launcher is gone ({_first_line(error)}).") from None
 
 
 def meet(job: Job, check: Callable[[], None]) -> Alone:

@@ -6,7 +6,7 @@ from megatron_anymal.resilience.attempt import Attempt
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.job import Decision, Ending, Job, Restarts, new_attempt
-from megatron_anymal.resilience.meeting import Alone, NodeLost, meet
+from megatron_anymal.resilience.meeting import Alone, HeadLost, NodeLost, meet
 from megatron_anymal.resilience.report import write_report
 from megatron_anymal.resilience.wishes import Stopped, Wishes
 
@@ -40,7 +40,12 @@ class Supervisor:
         meeting = meet(self.job, self.wishes.check)
         restarts = Restarts(self.job.run_dir)
         while True:
-            decision = self._attempt(meeting, restarts)
+            try:
+                decision = self._attempt(meeting, restarts)
+            except HeadLost as error:
+                self._say(f"{error} Waiting for it to be started again.")
+                meeting = meet(self.job, self.wishes.check)
+                continue
             if decision.pause is None:
                 meeting.leave()
                 return decision

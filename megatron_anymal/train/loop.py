@@ -87,6 +87,8 @@ class Run:
         self.skipped_steps = SkippedSteps(run_dir, self.config.resilience.max_skipped_steps, state.layout.reports)
         # Why to stop before the last step.
         self.stop = ""
+        # The step under way, counted from 1; 0 before the first.
+        self.under_way = 0
         signals.stop_after(max_time_seconds(self.config))
         faults.arm(self.config.resilience.faults, state.layout.rank, run_dir)
         self.base_hash = self._hash_base()
@@ -110,7 +112,7 @@ class Run:
                 # Recorded with its traceback.
                 worker.__cause__ = error
             # Before the wait for others, who may be gone.
-            record_failure(self.run_dir, worker or error, self.state.step)
+            record_failure(self.run_dir, worker or error, self.under_way)
             self.writer.abandon()
             if worker is None:
                 raise
@@ -132,9 +134,10 @@ class Run:
         self._note_stop(stop_asked_for(self.state))
         batches = self._steps(self.state.train_data, first, last, faults.in_loader)
         while self.state.step < last and not self.stop:
-            heartbeat.beat(Phase.DATA, self.state.step + 1)
+            self.under_way = self.state.step + 1
+            heartbeat.beat(Phase.DATA, self.under_way)
             begun = time.monotonic()
-            faults.at("data", self.state.step + 1)
+            faults.at("data", self.under_way)
             plan, micro_batches = next(batches)
             waited = time.monotonic() - begun
             result = train_step(self.state, plan, micro_batches)

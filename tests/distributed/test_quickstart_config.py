@@ -1,37 +1,28 @@
-"""The quickstart's own configurations under torchrun, as a user starts it."""
+"""The quickstart's own configurations, on several processes and on one."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from engine import train_as_configured
+from ranks import run_ranks
 
-ROOT = Path(__file__).parents[2]
 STEPS = 20
 Rows = list[dict[str, float]]
 
 
-def run(
-    folder: Path, job: str, name: str, processes: int, *overrides: str, steps: int = STEPS
-) -> list[dict[str, float]]:
+def run(folder: Path, name: str, processes: int, *overrides: str, steps: int = STEPS) -> Rows:
     """Run a configuration in a folder; what each step logged."""
     run = folder / f"{name}-{processes}"
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    words = [
-        *(sys.executable, *launcher, "-m", "megatron_anymal", job, f"--config-name={name}"),
+    settings = [
         *(f"trainer.devices={processes}", f"trainer.max_steps={steps}", "trainer.log_every_n_steps=1"),
         *("trainer.val_check_interval=0", "trainer.limit_val_batches=0", f"exp_manager.explicit_log_dir={run}"),
-        *overrides,
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks(processes, train_as_configured, folder, name, *settings, *overrides, timeout=280)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row for row in rows if "loss" in row]
 
@@ -43,9 +34,9 @@ def values(rows: Rows, name: str) -> list[float]:
 @pytest.mark.timeout(600)
 def test_tp2_pp2_equals_one_process(quickstart_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
-    one = run(tmp_path, "pretrain", "quickstart", 1, "model.tensor_model_parallel_size=1")
+    one = run(tmp_path, "quickstart", 1, "model.tensor_model_parallel_size=1")
     layout = ["model.tensor_model_parallel_size=2", "model.pipeline_model_parallel_size=2"]
-    four = run(tmp_path, "pretrain", "quickstart", 4, *layout)
+    four = run(tmp_path, "quickstart", 4, *layout)
     assert len(one) == len(four) == STEPS
     np.testing.assert_allclose(values(four, "loss"), values(one, "loss"), rtol=1e-5)
 
@@ -55,13 +46,13 @@ def test_sft_and_dpo_equal_one_process(quickstart_folder: Path, tmp_path: Path) 
     """The configurations' own layouts, sequence and context parallel; the preferences start from the adapters."""
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
     alone = ["model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
-    one = run(tmp_path, "sft", "quickstart_sft", 1, *alone, steps=4)
-    two = run(tmp_path, "sft", "quickstart_sft", 2, steps=4)
+    one = run(tmp_path, "quickstart_sft", 1, *alone, steps=4)
+    two = run(tmp_path, "quickstart_sft", 2, steps=4)
     assert len(one) == 4
     np.testing.assert_allclose(values(two, "loss"), values(one, "loss"), rtol=1e-5)
     start = f"model.restore_from_path={tmp_path / 'quickstart_sft-2'}"
-    one = run(tmp_path, "dpo", "quickstart_dpo", 1, start, "model.context_parallel_size=1", steps=4)
-    two = run(tmp_path, "dpo", "quickstart_dpo", 2, start, steps=4)
+    one = run(tmp_path, "quickstart_dpo", 1, start, "model.context_parallel_size=1", steps=4)
+    two = run(tmp_path, "quickstart_dpo", 2, start, steps=4)
     assert len(one) == 4
     for name in ("loss", "rewards/margin"):
         np.testing.assert_allclose(values(two, name), values(one, name), rtol=1e-4, atol=1e-6)

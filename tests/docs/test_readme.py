@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,8 +13,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 from tiny import png
 
+# Imported here, before commands are forked from this process.
+import megatron_anymal.evaluate
+import megatron_anymal.generate
+import megatron_anymal.nemo.model  # noqa: F401
+from megatron_anymal.__main__ import main
 from megatron_anymal.resilience.exit_codes import Exit
 
 ROOT = Path(__file__).parents[2]
@@ -41,18 +48,39 @@ def test_install_commands_are_those_of_the_makefile() -> None:
 
 
 def anymal(command: str, folder: Path) -> str:
-    """Run a README command that starts with anymal or torchrun, with this Python."""
+    """Run a README command that starts with anymal, python or torchrun, with this Python; what it printed."""
     words = shlex.split(command.replace(".venv/bin/", ""))
-    if words[0] == "anymal":
-        words = [sys.executable, "-m", "megatron_anymal", *words[1:]]
-    elif words[0] == "python":
-        words = [sys.executable, *words[1:]]
-    elif words[0] == "torchrun":
+    if words[0] == "torchrun":
         words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words[1:]]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-    return done.stdout
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+    log = folder / "printed"
+    code = run_ranks(1, printing, words, folder, log, timeout=240)[0]
+    assert code == 0, f"{command}\n{log.read_text()}"
+    return log.read_text()
+
+
+def printing(words: list[str], folder: Path, log: Path) -> int:
+    """In a fork, where nothing is imported again: a command's exit code; what it prints goes to `log`."""
+    os.chdir(folder)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        try:
+            if words[0] == "anymal":
+                sys.argv = words
+                return main(words[1:])
+            # python -m NAME ...
+            sys.argv = words[2:]
+            runpy.run_module(words[2], run_name="__main__", alter_sys=True)
+            return 0
+        except SystemExit as error:
+            return int(error.code or 0)
+        finally:
+            sys.stdout.flush()
 
 
 def media_of_the_readme(folder: Path) -> None:

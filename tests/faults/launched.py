@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from test_sigkill import figures, kill, steps_of
 from tiny import make_config
 
 from megatron_anymal.checkpoint.store import newest_valid
 from megatron_anymal.config import DatasetConfig
+from megatron_anymal.resilience.events import read
 
 ROOT = Path(__file__).parents[2]
+FORKING = Path(__file__).with_name("forking_agent")
 
 
 def write_config(folder: Path, train: str, validation: str, tokenizer: str, steps: int, every: int) -> None:
@@ -31,16 +37,56 @@ def write_config(folder: Path, train: str, validation: str, tokenizer: str, step
 
 
 def options(run: Path, processes: int) -> list[str]:
-    """The overrides of a run: its folder, and replicas on all processes."""
-    return [f"exp_manager.explicit_log_dir={run}", f"trainer.devices={processes}"]
+    """The overrides of a run: its folder; four processes are two replicas of two tensor-parallel ranks."""
+    return [
+        f"exp_manager.explicit_log_dir={run}",
+        f"trainer.devices={processes}",
+        f"model.tensor_model_parallel_size={1 + processes // 4}",
+    ]
 
 
-def launch(folder: Path, run: Path, processes: int, *overrides: str, log: Path) -> subprocess.Popen[bytes]:
-    """`anymal launch pretrain` of FOLDER/tiny.yaml."""
-    words = [sys.executable, "-m", "megatron_anymal", "launch", "pretrain"]
+def launch(
+    folder: Path,
+    run: Path,
+    processes: int,
+    *overrides: str,
+    log: Path,
+    node: Sequence[str] = (),
+    torchrun: bool = False,
+) -> subprocess.Popen[bytes]:
+    """`anymal launch pretrain` of FOLDER/tiny.yaml.
+
+    Args:
+        node: options of the launcher where it is one of several.
+        torchrun: start the ranks by torchrun's agent, as on several nodes; else by one that forks them, which is quick.
+    """
+    agent = [] if node or torchrun else ["--launcher=ft"]
+    words = [sys.executable, "-m", "megatron_anymal", "launch", *node, *agent, "pretrain"]
     words += [f"--config-path={folder}", "--config-name=tiny", *options(run, processes), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{FORKING}" if agent else str(ROOT)}
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[bytes], log: Path, code: int = 0, patience: float = 1200) -> str:
+    """Wait for a launcher's end, which must have this code; what it said."""
+    try:
+        assert process.wait(patience) == code, log.read_text()[-4000:]
+    finally:
+        kill(process)
+    return log.read_text()
+
+
+def told(run: Path, kind: str) -> list[dict[str, Any]]:
+    """A run's events of a kind."""
+    return [event for event in read(run) if event["kind"] == kind]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    """Until a step is logged by a run that goes on."""
+    deadline = time.monotonic() + 300
+    while max(steps_of(run), default=0) < step:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def faults(*described: str) -> str:
@@ -72,3 +118,9 @@ def differences(run: Path, other: Path) -> list[str]:
         for name in sorted(first.keys() | second.keys())
         if name not in first or name not in second or not torch.equal(first[name], second[name])
     ]
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Bit for bit: the figures of every step, and weights and optimizer at the end."""
+    assert figures(run) == figures(other)
+    assert not differences(run, other)

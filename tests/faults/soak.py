@@ -1,15 +1,17 @@
 """A run under fire: faults at random, one a minute on average, then a comparison with a run left alone.
 
-    PYTHONPATH=.:tests:tests/faults python -m soak --minutes 20
+    PYTHONPATH=.:tests:tests/faults:benchmarks python -m soak --minutes 20 --out results.json
 
 Ranks are killed and stopped, loader processes killed, the launcher asked to stop, or killed with all below it and
 started again. Prints how many steps differ (there must be none) and the effective-training-time ratio; exit code 1
-where any does.
+where any does. With a fault a minute the ratio is that of a machine that fails a thousand times as often as a real one:
+it shows what restarts cost here, not what a run loses to them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import signal
 import subprocess
@@ -20,9 +22,11 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from launched import differences, launch, write_config
+from meters import surroundings
 from test_sigkill import figures, kill, steps_of
 from tiny import make_shards, make_tokenizer
 
@@ -41,9 +45,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seconds-between", type=float, default=60.0, help="mean time between faults")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="a JSON file for what happened")
     options = parser.parse_args()
+    if options.out and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: there is no folder {str(options.out.absolute().parent)!r}.")
+    around = surroundings()
     folder = Path(tempfile.mkdtemp(prefix="anymal_soak_"))
     print(f"in {folder}", flush=True)
     tokenizer = make_tokenizer(folder / "tokenizer")
@@ -51,7 +59,13 @@ def main() -> int:
     write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1000, _EVERY)
     soak = Soak(folder, options.processes, random.Random(options.seed), options.seconds_between)
     soak.run(options.minutes * 60)
-    return 0 if soak.compare() else 1
+    found = soak.compare()
+    if options.out:
+        command = " ".join(["python -m soak", *sys.argv[1:]])
+        options.out.write_text(
+            json.dumps({"command": command, **around, **vars(options), **found}, default=str, indent=1)
+        )
+    return 1 if found["steps_that_differ"] or found["tensors_that_differ"] else 0
 
 
 class Soak:
@@ -88,8 +102,8 @@ class Soak:
             self.process.send_signal(signal.SIGTERM)
             self.process.wait(300)
 
-    def compare(self) -> bool:
-        """Make the same steps undisturbed; print and return whether all is the same."""
+    def compare(self) -> dict[str, Any]:
+        """Make the same steps undisturbed; print and return what happened and what differs."""
         reached = max(steps_of(self.run_dir))
         alone = self.folder / "alone"
         length = f"trainer.max_steps={reached}"
@@ -97,15 +111,22 @@ class Soak:
         assert process.wait(3600) == Exit.DONE, (self.folder / "alone.log").read_text()[-3000:]
         soaked = [row for row in figures(self.run_dir) if "loss" in row]
         whole = [row for row in figures(alone) if "loss" in row]
-        apart = sum(a != b for a, b in zip(soaked, whole)) + abs(len(soaked) - len(whole))
-        tensors = differences(self.run_dir, alone)
-        spent = effective_time(self.run_dir, read(self.run_dir), complete=True, kept=reached)
-        print(f"faults: {dict(self.done)}; the launcher's exit codes: {dict(self.codes)}")
-        print(
-            f"steps: {reached}; steps that differ: {apart}; tensors of the last checkpoint that differ: {len(tensors)}"
-        )
-        print(f"effective-training-time ratio: {spent.ratio:.3f} ({spent.productive:.0f} of {spent.wall:.0f} s)")
-        return not apart and not tensors
+        events = read(self.run_dir)
+        spent = effective_time(self.run_dir, events, complete=True, kept=reached)
+        found = {
+            "faults": dict(self.done),
+            "launchers_exit_codes": dict(self.codes),
+            "attempts": len([event for event in events if event["kind"] == "start" and event["rank"] < 0]),
+            "steps": reached,
+            "steps_that_differ": sum(a != b for a, b in zip(soaked, whole)) + abs(len(soaked) - len(whole)),
+            "tensors_that_differ": len(differences(self.run_dir, alone)),
+            "effective_time_ratio": spent.ratio,
+            "productive_seconds": spent.productive,
+            "wall_seconds": spent.wall,
+        }
+        for name, value in found.items():
+            print(f"{name.replace('_', ' ')}: {value}", flush=True)
+        return found
 
     def _launch(self) -> subprocess.Popen[bytes]:
         log = self.folder / "soaked.log"

@@ -191,28 +191,36 @@ def killed_on_rank(config: AnyMALConfig, rank: int, step: int, kind: str, count:
     train(config)
 
 
-# Rank 0 in its own file, with the index, before the commit; rank 1 in its file.
+# Rank 0 in its own file, with the index, before the commit; rank 1 in its file. The second replica writes nothing.
 CUTS = [(0, "write", 40), (0, "fsync", 3), (0, "rename", 1), (1, "write", 40), (1, "fsync", 1)]
 
 
+@pytest.fixture(scope="module")
+def whole_of_four(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of four ranks without disturbance."""
+    run = tmp_path_factory.mktemp("four")
+    run_ranks(4, train, of_four(config, run))
+    return run
+
+
+def of_four(config: AnyMALConfig, run: Path) -> AnyMALConfig:
+    config = of(config, run, 4)
+    config.model.tensor_model_parallel_size = 2
+    return config
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("rank", "kind", "count"),
-    [pytest.param(*cut, marks=[] if cut in CUTS[2:4] else [pytest.mark.slow]) for cut in CUTS],
-)
-def test_a_job_of_two_ranks_killed_in_a_save(
-    config: AnyMALConfig, whole: Path, tmp_path: Path, rank: int, kind: str, count: int
+@pytest.mark.parametrize(("rank", "kind", "count"), CUTS)
+def test_a_job_of_four_ranks_killed_in_a_save(
+    config: AnyMALConfig, whole_of_four: Path, tmp_path: Path, rank: int, kind: str, count: int
 ) -> None:
-    undisturbed, run = of(config, tmp_path / "whole", 2), of(config, tmp_path / "run", 2)
-    for one in (undisturbed, run):
-        one.model.tensor_model_parallel_size = 2
-    run_ranks(2, train, undisturbed)
-    run_until_killed(2, killed_on_rank, run, rank, 6, kind, count)
+    run = of_four(config, tmp_path / "run")
+    run_until_killed(4, killed_on_rank, run, rank, 6, kind, count)
     checkpoints = tmp_path / "run" / "checkpoints"
     assert store.newest_valid(checkpoints) == (store.committed_folder(checkpoints, 3), [])
     assert list(checkpoints.glob(".staging_00000006"))
-    run_ranks(2, train, run)
-    assert figures(tmp_path / "run") == figures(tmp_path / "whole")
+    run_ranks(4, train, run)
+    assert figures(tmp_path / "run") == figures(whole_of_four)
 
 
 def killed_while_writing(config: AnyMALConfig) -> None:

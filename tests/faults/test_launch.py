@@ -125,7 +125,7 @@ def test_what_starting_again_cannot_help_is_not_started_again(tmp_path: Path, co
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGUSR1])
 def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
 
@@ -201,9 +201,9 @@ def test_two_nodes_start_again_together(tmp_path: Path) -> None:
     assert [node.returncode for node in nodes] == [Exit.DONE, Exit.DONE], "\n".join(said)
     assert [event["attempt"] for event in told(run, "start")] == [1, 2, 3]
     assert [(e["rank"], e["signal"]) for e in told(run, "death") if "signal" in e] == [(1, 9)]
-    # Each node sees its own ranks only: that of the other waits for one that does not come.
-    blamed = [(e["cause"], e["ranks"]) for e in told(run, "hang")]
-    assert ("stopped", [0]) in blamed and all(ranks in ([0], []) for _, ranks in blamed), blamed
+    # Each node sees its own ranks only: that of the other waits for one that does not come. What is certain goes first.
+    blamed = {(e["cause"], *e["ranks"]) for e in told(run, "hang")}
+    assert {("stopped", 0)} <= blamed <= {("stopped", 0), ("collective", 1), ("collective",)}, blamed
     assert "Attempt 2: rank 0, step 5, hang (stopped)" in report(run)
 
 

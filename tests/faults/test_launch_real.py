@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 from engine import train
-from launched import differences, faults, launch, options, write_config
+from launched import assert_same, faults, finish, launch, options, told, wait_for_step, write_config
 from ranks import run_ranks
-from test_sigkill import figures, kill, steps_of
+from test_sigkill import steps_of
 
+from megatron_anymal.checkpoint import store
 from megatron_anymal.config_io import compose
-from megatron_anymal.resilience.events import read
+from megatron_anymal.resilience.agent import ranks_below
 from megatron_anymal.resilience.exit_codes import Exit
+from megatron_anymal.resilience.monitor import catches
 
-STEPS, EVERY = 14, 4
-# Own times of a run: they differ.
-HANG = ("resilience.hang_timeout=12",)
+PROCESSES, STEPS, EVERY = 4, 14, 4
+# Seconds of silence that are a hang; times of a run differ anyway.
+TIMEOUT = 12.0
+HANG = f"resilience.hang_timeout={TIMEOUT}"
+# So that a step lasts long enough for a signal to come in its time; no number changes.
+SLOW = "slow:rank=0,seconds=0.5,every=1"
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture(scope="module")
@@ -34,52 +42,19 @@ def folder(
     return folder
 
 
-def whole(folder: Path, processes: int, *overrides: str) -> Path:
-    """A run that nothing happens to; made once."""
-    run = folder / f"whole_{processes}_{len(overrides)}"
+def left_alone(folder: Path, *overrides: str) -> Path:
+    """A run of the same layout that nothing happens to."""
+    run = folder / f"whole_{len(overrides)}"
     if not run.exists():
-        config = compose("tiny", folder, [*options(run, processes), *overrides]).config
-        run_ranks(processes, train, config, timeout=400)
+        run_ranks(PROCESSES, train, compose("tiny", folder, [*options(run, PROCESSES), *overrides]).config, timeout=400)
     return run
 
 
-def finish(process: subprocess.Popen[bytes], log: Path, code: int = 0, patience: float = 1200) -> str:
-    try:
-        assert process.wait(patience) == code, log.read_text()[-4000:]
-    finally:
-        kill(process)
-    return log.read_text()
+@pytest.fixture(scope="module")
+def whole(folder: Path) -> Path:
+    return left_alone(folder)
 
 
-def same(run: Path, other: Path) -> None:
-    assert figures(run) == figures(other)
-    assert not differences(run, other)
-
-
-def told(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read(run) if event["kind"] == kind]
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 300
-    while max(steps_of(run), default=0) < step:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(500)
-def test_one_rank_killed_goes_on_by_itself(folder: Path) -> None:
-    run, log = folder / "one", folder / "one.log"
-    process = launch(folder, run, 1, faults("kill:step=6"), log=log)
-    finish(process, log)
-    same(run, whole(folder, 1))
-    [death] = told(run, "death")
-    assert (death["signal"], death["step"]) == (9, 6)
-    assert "rank 0, step 6, death" in (run / "report.md").read_text()
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_twenty_times_each_rank_four_times_or_more(folder: Path) -> None:
     run, log = folder / "often", folder / "often.log"
@@ -90,9 +65,9 @@ def test_killed_twenty_times_each_rank_four_times_or_more(folder: Path) -> None:
     places = ("data", "compute", "update")
     planned = [f"kill:rank={r},step={s},place={dice.choice(places)}" for r, s in zip(ranks, steps)]
     long = ("trainer.max_steps=60", "exp_manager.checkpoint.every_n_train_steps=3")
-    process = launch(folder, run, 4, faults(*planned), *long, log=log)
+    process = launch(folder, run, PROCESSES, faults(*planned), *long, log=log, torchrun=True)
     finish(process, log, patience=3300)
-    same(run, whole(folder, 4, *long))
+    assert_same(run, left_alone(folder, *long))
     deaths, restarts = told(run, "death"), told(run, "restart")
     assert sorted((d["rank"], d["step"]) for d in deaths if "signal" in d) == sorted(zip(ranks, steps))
     assert len(restarts) == len(planned)
@@ -102,92 +77,104 @@ def test_killed_twenty_times_each_rank_four_times_or_more(folder: Path) -> None:
         assert restart["time"] - died < 10
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_each_hang_is_found_blamed_and_leaves_no_trace(folder: Path) -> None:
+def test_each_hang_and_failure_is_blamed_and_leaves_no_trace(folder: Path, whole: Path) -> None:
     run, log = folder / "hung", folder / "hung.log"
-    planned = (
-        "stop:rank=1,step=5,place=compute",
-        "loader_hang:rank=0,step=8",
-        "gil:rank=1,step=10",
-        "hang:rank=0,step=12,place=update",
+    hanging = (
+        "stop:rank=1,step=3,place=compute",
+        "loader_hang:rank=2,step=6",
+        "gil:rank=3,step=8",
+        "hang:rank=0,step=10,place=update",
     )
-    process = launch(folder, run, 2, faults(*planned), *HANG, log=log)
-    finish(process, log)
-    same(run, whole(folder, 2))
+    failing = ("exception:rank=2,step=11", "loader_kill:rank=1,step=14")
+    finish(launch(folder, run, PROCESSES, faults(*hanging, *failing), HANG, log=log), log)
+    assert_same(run, whole)
+    # When each happened.
+    happened = [(run / "faults" / fault.replace(":", "_")).stat().st_mtime for fault in (*hanging, *failing)]
     hangs = told(run, "hang")
-    assert [(h["cause"], h["ranks"]) for h in hangs] == [
-        ("stopped", [1]),
-        ("data", [0]),
-        ("gil", [1]),
-        ("collective", [0]),
-    ]
+    blamed = [("stopped", [1]), ("data", [2]), ("gil", [3]), ("collective", [0])]
+    assert [(hang["cause"], hang["ranks"]) for hang in hangs] == blamed
+    for hang, since in zip(hangs, happened):
+        silent = re.search(r"silent for ([\d.]+) s", hang["text"])
+        assert silent and TIMEOUT <= float(silent[1]) < TIMEOUT + 5, hang
+        # A loader works some steps ahead of its rank, which hangs later.
+        assert hang["cause"] == "data" or hang["time"] - since < TIMEOUT + 5, hang
+    assert all(Path(path).is_file() for hang in hangs for path in hang["stacks"].values())
     report = (run / "report.md").read_text()
-    assert "hang (stopped)" in report and all(Path(path).is_file() for h in hangs for path in h["stacks"].values())
+    stopped, *_, raised, lost = report.split("## What failed")[1].split("\n## ")[0].split("### ")[1:]
+    assert stopped.startswith("Attempt 1: rank 1, step 3, hang (stopped)")
+    # What came first is told first, with its traceback.
+    assert raised.startswith("Attempt 5: rank 2, step 11, exception") and "InjectedFault" in raised
+    assert raised.index("Traceback") < raised.index("After it, and probably because of it")
+    assert lost.startswith("Attempt 6: rank 1") and "killed by a signal" in lost
+    [died] = [event for event in told(run, "exception") if "WorkerDied" in event["text"]]
+    assert died["time"] - happened[-1] < 5
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_the_exception_that_came_first_is_reported_first(folder: Path) -> None:
-    run, log = folder / "raised", folder / "raised.log"
-    process = launch(folder, run, 2, faults("exception:rank=1,step=6", "loader_kill:rank=0,step=10"), *HANG, log=log)
-    finish(process, log)
-    same(run, whole(folder, 2))
-    report = (run / "report.md").read_text()
-    first, second = report.split("## What failed")[1].split("\n## ")[0].split("### ")[1:]
-    assert first.startswith("Attempt 1: rank 1, step 6, exception") and "InjectedFault" in first
-    assert second.startswith("Attempt 2: rank 0") and "worker" in second
+def ranks_of(launcher: subprocess.Popen[bytes]) -> dict[int, int]:
+    """Rank -> process number, of those that have started and take signals for wishes."""
+    agents = psutil.Process(launcher.pid).children()
+    found = {rank: pid for agent in agents for rank, pid in ranks_below(agent.pid).items()}
+    return {rank: pid for rank, pid in found.items() if catches(pid, signal.SIGUSR1)}
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_stopped_on_request_and_started_again(folder: Path, number: signal.Signals) -> None:
-    run, log = folder / f"asked_{number}", folder / f"asked_{number}.log"
-    slow = faults("slow:rank=0,seconds=0.5,every=1")
-    process = launch(folder, run, 2, slow, log=log)
-    wait_for_step(run, 5, process)
-    process.send_signal(number)
+def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None:
+    """While it starts, by one rank; then by the launcher, which passes it on; then in a step, by another rank."""
+    run, log = folder / "asked", folder / "asked.log"
+    process = launch(folder, run, PROCESSES, faults(SLOW), log=log)
+    deadline = time.monotonic() + 120
+    while len(ranks := ranks_of(process)) < PROCESSES:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(ranks[3], signal.SIGTERM)
     finish(process, log, Exit.REQUEUE)
-    reached = max(steps_of(run))
-    assert 5 <= reached < STEPS and (run / "checkpoints" / f"step_{reached:08d}").is_dir()
-    assert not told(run, "restart") and "Start the same command again" in (run / "report.md").read_text()
-    finish(launch(folder, run, 2, slow, log=log), log)
-    same(run, whole(folder, 2))
+    assert not steps_of(run)
+    for step, number, by in ((2, signal.SIGTERM, None), (7, signal.SIGUSR1, 2)):
+        process = launch(folder, run, PROCESSES, faults(SLOW), log=log)
+        wait_for_step(run, step, process)
+        os.kill(process.pid if by is None else ranks_of(process)[by], number)
+        asked = time.monotonic()
+        finish(process, log, Exit.REQUEUE)
+        # A step, a save and the end of four processes.
+        assert time.monotonic() - asked < 30
+        reached = max(steps_of(run))
+        assert step <= reached < STEPS
+        saved = store.committed_folder(run / "checkpoints", reached)
+        assert store.newest_valid(run / "checkpoints") == (saved, [])
+        assert "Start the same command again" in (run / "report.md").read_text()
+    finish(launch(folder, run, PROCESSES, faults(SLOW), log=log), log)
+    assert not told(run, "death") and not told(run, "restart")
+    assert_same(run, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_of_two_launchers_in_one_folder_one_is_refused(folder: Path) -> None:
+def test_of_two_launchers_in_one_folder_one_is_refused(folder: Path, whole: Path) -> None:
     run, log, late = folder / "shared", folder / "shared.log", folder / "late.log"
-    first = launch(folder, run, 1, faults("slow:seconds=2,every=1"), log=log)
+    first = launch(folder, run, PROCESSES, faults(SLOW), log=log)
     wait_for_step(run, 1, first)
+    # The first one waits, however long the second one takes to start.
+    held = ranks_of(first)[3]
+    os.kill(held, signal.SIGSTOP)
     owner = json.loads((run / "run.lock").read_text())
-    said = finish(launch(folder, run, 1, log=late), late, Exit.LOCKED)
+    said = finish(launch(folder, run, PROCESSES, log=late), late, Exit.LOCKED)
     assert f"process {owner['pid']}" in said and "in use by" in said
+    os.kill(held, signal.SIGCONT)
     finish(first, log)
-    same(run, whole(folder, 1))
+    assert_same(run, whole)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_mistake_is_told_once(folder: Path) -> None:
     run, log = folder / "mistaken", folder / "mistaken.log"
-    process = launch(folder, run, 2, f"data.train.mix.path={folder}/nowhere", log=log)
+    process = launch(folder, run, PROCESSES, f"data.train.mix.path={folder}/nowhere", log=log, torchrun=True)
     said = finish(process, log, Exit.MISTAKE)
     assert "nowhere" in said and len(told(run, "start")) <= 1 and not told(run, "restart")
     # What the launcher sees by itself starts nothing.
-    process = launch(folder, folder / "never", 2, "trainer.max_steps=0", log=log)
+    process = launch(folder, folder / "never", PROCESSES, "trainer.max_steps=0", log=log)
     assert "trainer.max_steps" in finish(process, log, Exit.MISTAKE) and not (folder / "never").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_a_run_that_always_fails_at_the_same_place_is_given_up(folder: Path) -> None:
+def test_a_run_that_always_fails_at_the_same_place_is_given_up(folder: Path, whole: Path) -> None:
     run, log = folder / "looping", folder / "looping.log"
-    process = launch(folder, run, 1, faults("kill:step=6,every=1"), log=log)
-    finish(process, log, Exit.CRASH_LOOP)
-    assert len(told(run, "death")) == 4
+    finish(launch(folder, run, PROCESSES, faults("kill:rank=1,step=6,every=1"), log=log), log, Exit.CRASH_LOOP)
+    assert len([death for death in told(run, "death") if "signal" in death]) == 4
     # It goes on from where it was once the cause is mended.
-    finish(launch(folder, run, 1, log=log), log)
-    same(run, whole(folder, 1))
+    finish(launch(folder, run, PROCESSES, log=log), log)
+    assert_same(run, whole)

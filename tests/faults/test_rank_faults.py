@@ -183,3 +183,11 @@ def test_who_is_slow() -> None:
     assert stragglers(seconds, stages, 2.0) == {5: (7.0, 3.1)}
     assert stragglers([1.0, 2.5], [0, 0], 2.0) == {1: (2.5, 1.0)}
     assert stragglers([1.0], [0], 2.0) == {}
+
+
+def test_each_kind_is_documented(config: AnyMALConfig) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "failures.md").read_text()
+    examples = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
+    assert {example.partition(":")[0] for example in examples} == set(faults.KINDS)
+    config.trainer.devices, config.data.num_workers, config.resilience.faults = 4, 1, examples
+    check(config)

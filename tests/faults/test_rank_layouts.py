@@ -72,8 +72,10 @@ def whole(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
         ({"world": 2, "pp": 2}, {"world": 1, "workers": 2}),
         ({"world": 2}, {"world": 4, "workers": 1}),
         ({"world": 4, "tp": 2}, {"world": 2, "pp": 2}),
+        ({"world": 4, "tp": 2}, {"world": 4, "workers": 2}),
+        ({"world": 4, "pp": 2, "workers": 1}, {"world": 4, "tp": 2}),
     ],
-    ids=["tp2-one", "pp2-one", "dp2-dp4", "dp2tp2-pp2"],
+    ids=["tp2-one", "pp2-one", "dp2-dp4", "dp2tp2-pp2", "dp2tp2-dp4", "dp2pp2-dp2tp2"],
 )
 def test_continued_on_other_processes(
     config: AnyMALConfig,

@@ -30,15 +30,18 @@ from megatron_anymal.train import loop
 from megatron_anymal.train.build import build
 
 STEPS = 5
+# Seconds from a signal to the end of a run, at most.
+GRACE = 20.0
 
 
 @pytest.fixture(scope="module")
 def config(
     mixed_shards: str, text_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> AnyMALConfig:
-    """Five steps on two replicas, a validation after the second and fourth, a checkpoint after the third."""
+    """Five steps of two replicas of two ranks, a validation after the second and fourth, a save after the third."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("signals") / "run")
-    config.trainer.max_steps, config.trainer.devices = STEPS, 2
+    config.trainer.max_steps, config.trainer.devices = STEPS, 4
+    config.model.tensor_model_parallel_size = 2
     config.trainer.val_check_interval, config.trainer.limit_val_batches = 2, 2
     config.exp_manager.checkpoint.async_save = False
     config.data.validation = {"text": DatasetConfig(path=text_shards)}
@@ -55,7 +58,7 @@ def in_folder(config: AnyMALConfig, folder: Path) -> AnyMALConfig:
 def whole(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run that nothing disturbs: its folder, and what its first rank returned."""
     folder = tmp_path_factory.mktemp("whole")
-    return folder, run_ranks(2, train, in_folder(config, folder))[0]
+    return folder, run_ranks(4, train, in_folder(config, folder))[0]
 
 
 # Where a signal comes: what is called there, and the step after which all must stop.
@@ -67,24 +70,28 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 }
 
 
-def stopped(config: AnyMALConfig, place: str, number: int, by: int) -> tuple[int, int, list[str]]:
-    """In a rank: train; rank `by` gets a signal at that place. Returns exit code, step, committed checkpoints."""
+def stopped(config: AnyMALConfig, place: str, number: int, by: int) -> tuple[int, int, list[str], float]:
+    """In a rank: train; rank `by` gets a signal at that place. Returns exit code, step, committed checkpoints, and the
+    seconds from the signal to the end."""
     state = build(config, initialize(config))
     owner, name, _ = PLACES[place]
-    before, calls = getattr(owner, name), 0
+    before, calls, asked = getattr(owner, name), 0, 0.0
 
     def disturbed(*args: Any, **more: Any) -> Any:
-        nonlocal calls
+        nonlocal calls, asked
         calls += 1
         # The third step; the first of everything else.
-        if dist.get_rank() == by and calls == (3 if place == "step" else 1):
-            os.kill(os.getpid(), number)
+        if calls == (3 if place == "step" else 1):
+            asked = time.monotonic()
+            if dist.get_rank() == by:
+                os.kill(os.getpid(), number)
         return before(*args, **more)
 
     setattr(owner, name, disturbed)
     run_dir = Path(config.exp_manager.explicit_log_dir)
     outcome = loop.fit(state, run_dir)
-    return int(outcome), state.step, sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+    committed = sorted(path.name for path in (run_dir / "checkpoints").glob("step_*"))
+    return int(outcome), state.step, committed, time.monotonic() - asked
 
 
 def stop_and_go_on(
@@ -92,27 +99,37 @@ def stop_and_go_on(
 ) -> None:
     config = in_folder(config, folder)
     at = PLACES[place][2]
-    found = run_ranks(2, stopped, config, place, number, by)
-    assert found[0] == found[1] and found[0][:2] == (Exit.REQUEUE, at)
+    found = run_ranks(4, stopped, config, place, number, by)
+    assert all(one[:2] == (Exit.REQUEUE, at) and one[2] == found[0][2] for one in found)
+    # Schedulers give 30 s or more.
+    assert all(seconds < GRACE for *_, seconds in found)
     if at:
         assert found[0][2][-1] == f"step_{at:08d}"
         store.read_manifest(folder / "checkpoints" / found[0][2][-1], verify=True)
     told = [(event["kind"], event["step"]) for event in events.read(folder)]
     assert ("stopped", at) in told and "stop_requested" in dict(told)
-    continued = run_ranks(2, train, config)[0]
+    continued = run_ranks(4, train, config)[0]
     assert figures(folder) == figures(whole[0]) and losses(folder) == whole[1]["losses"]
     for name, weight in whole[1]["weights"].items():
         assert (continued["weights"][name] == weight).all(), name
 
 
 def test_a_signal_in_a_step(config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    stop_and_go_on(config, whole, tmp_path / "run", "step", signal.SIGTERM, by=1)
+    stop_and_go_on(config, whole, tmp_path / "run", "step", signal.SIGTERM, by=3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "number", "by"),
-    [("start-up", signal.SIGTERM, 1), ("validation", signal.SIGUSR1, 1), ("save", signal.SIGTERM, 0)],
+    [
+        ("start-up", signal.SIGTERM, 1),
+        ("start-up", signal.SIGUSR1, 0),
+        ("step", signal.SIGUSR1, 2),
+        ("validation", signal.SIGUSR1, 1),
+        ("validation", signal.SIGTERM, 3),
+        ("save", signal.SIGTERM, 0),
+        ("save", signal.SIGUSR1, 2),
+    ],
 )
 def test_a_signal_elsewhere(
     config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path, place: str, number: int, by: int

@@ -121,7 +121,7 @@ def logged_to_tensorboard(run: Path) -> Counter[int]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_killed_in_the_middle(folder: Path, processes: int) -> None:
     whole, run = folder / f"whole{processes}", folder / f"killed{processes}"
     config = compose("tiny", folder, options(whole, processes)).config

@@ -34,7 +34,8 @@ def tuned(job: str, tokenizer: str, folder: Path) -> AnyMALConfig:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("job", ["sft", "dpo"])
+# The second one continues the first one's adapters.
+@pytest.mark.parametrize("job", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_killed_in_the_middle(job: str, tokenizer_folder: str, tmp_path: Path) -> None:
     if job == "dpo":
         before = tuned("sft", tokenizer_folder, tmp_path)

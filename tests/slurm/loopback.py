@@ -96,6 +96,8 @@ class Cluster:
         conf.write_text(_CONF.format(host=socket.gethostname().split(".")[0], folder=folder, **values))
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(conf)}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
+        # Jobs that wait after a requeue, and since when that was seen.
+        self._requeued: dict[int, float] = {}
 
     def __enter__(self) -> Cluster:
         try:
@@ -164,7 +166,10 @@ class Cluster:
         """Let a requeued job start at once, and not in two minutes."""
         # Only where that is what it waits for: asked again and again, the scheduler would begin anew each time.
         job = self.job(number)
-        if job["JobState"] == "PENDING" and job.get("Reason") == "BeginTime":
+        if job["JobState"] != "PENDING" or job.get("Reason") != "BeginTime":
+            self._requeued.pop(number, None)
+        # A node refuses a job that begins in the second in which it was ended there.
+        elif time.monotonic() - self._requeued.setdefault(number, time.monotonic()) > 3:
             self._ask("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def node_states(self) -> dict[str, str]:

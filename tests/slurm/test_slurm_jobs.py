@@ -14,12 +14,13 @@ import yaml
 from engine import train
 from loopback import Cluster
 from ranks import run_ranks
-from tiny import make_config
+from tiny import make_config, make_conversations
 
+from megatron_anymal.config import LoraConfig
 from megatron_anymal.config_io import compose
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "slurm" / "pretrain_70b.sh"
+SCRIPT = "pretrain_70b.sh"
 STEPS, EVERY = 40, 10
 # So that a step takes long enough for a request to stop to come in its time; no number changes.
 SLOW = "resilience.faults=['slow:rank=0,seconds=0.3,every=1']"
@@ -41,7 +42,9 @@ def folder(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
 class Run:
     """A submitted job and its run's folder."""
 
-    def __init__(self, cluster: Cluster, folder: Path, name: str, *overrides: str, processes: int = 1) -> None:
+    def __init__(
+        self, cluster: Cluster, folder: Path, name: str, *overrides: str, processes: int = 1, script: str = SCRIPT
+    ) -> None:
         self.cluster, self.run_dir = cluster, folder / name
         environment = {
             **cluster.environment,
@@ -50,9 +53,16 @@ class Run:
             "ANYMAL_PROCS_PER_NODE": str(processes),
             "OMP_NUM_THREADS": "1",
         }
-        arguments = [f"--config-path={folder}", "--config-name=tiny", f"exp_manager.explicit_log_dir={self.run_dir}"]
+        config = "tiny" if script == SCRIPT else script.removesuffix("_70b.sh")
+        arguments = [
+            f"--config-path={folder}",
+            f"--config-name={config}",
+            f"exp_manager.explicit_log_dir={self.run_dir}",
+        ]
         options = ("--nodes=2", "--gpus-per-node=0", "--time=60")
-        self.number = cluster.sbatch(SCRIPT, *arguments, *overrides, options=options, env=environment, cwd=folder)
+        self.number = cluster.sbatch(
+            ROOT / "slurm" / script, *arguments, *overrides, options=options, env=environment, cwd=folder
+        )
         self.log = folder / f"slurm-{self.number}.out"
 
     def wait(self, *states: str, seconds: float = 240) -> dict[str, str]:
@@ -152,6 +162,23 @@ def test_from_start_to_end(cluster: Cluster, folder: Path) -> None:
     logs = run.run_dir / "logs" / f"slurm_{run.number}"
     assert {path.name for path in logs.iterdir()} == {"n1.log", "n2.log", "preflight.log"}
     assert not (run.run_dir / ".preflight").exists()
+
+
+@pytest.mark.timeout(900)
+def test_sft_and_dpo(cluster: Cluster, folder: Path, tokenizer_folder: str) -> None:
+    for job in ("sft", "dpo"):
+        data = make_conversations(folder / f"{job}_data", tokenizer_folder, 40, pairs=job == "dpo")
+        config = make_config(data, tokenizer_folder, folder / "run")
+        config.job, config.trainer.max_steps, config.data.seq_length = job, 3, 96
+        config.model.lora = LoraConfig(r=4, alpha=8.0)
+        if job == "dpo":
+            config.model.restore_from_path = str(folder / "sft run")
+            for modality in config.model.modalities.values():
+                modality.projector.freeze = True
+        (folder / f"{job}.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **config.to_dict()}))
+        run = Run(cluster, folder, f"{job} run", script=f"{job}_70b.sh")
+        assert run.end(400) == 0, run.said()
+        assert steps_of(run.run_dir) == [1, 2, 3] and "the run is complete" in run.summary
 
 
 @pytest.mark.timeout(600)

@@ -64,6 +64,8 @@ def test_what_several_nodes_tell_becomes_one_ending() -> None:
     assert combined([victim, Ending(Exit.MISTAKE, "no such file", -1, stop=True)]).code == Exit.MISTAKE
     assert combined([Ending(Exit.DONE, "", 9), Ending(Exit.DONE, "", 9)]).code == Exit.DONE
     assert combined([Ending(Exit.DONE, "", 9), victim]).code == Exit.CRASH
+    by_signal = Ending(Exit.CRASH, "rank 3 was ended by SIGKILL", 4, killed=True)
+    assert combined([killed, by_signal]) == by_signal and combined([by_signal, hung]).code == Exit.HANG
 
 
 def test_attempts_are_numbered_over_all_jobs(tmp_path: Path) -> None:
@@ -71,5 +73,5 @@ def test_attempts_are_numbered_over_all_jobs(tmp_path: Path) -> None:
     (tmp_path / "logs" / "attempt_9").mkdir()
     assert new_attempt(tmp_path) == 10
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be written"):
+    with pytest.raises(ConfigError, match=r"cannot be written .*exp_manager\.explicit_log_dir"):
         new_attempt(tmp_path / "file")
