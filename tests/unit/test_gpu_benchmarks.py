@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "benchmarks" / "gpu"
 MODELS = ("alignment_8b", "sft_8b", "dpo_8b", "alignment_70b_fp8")
 # Several processes that import everything, on a machine that may be busy.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1000)
 
 # What refuses, or explains.
 ASKED = {
@@ -52,7 +52,7 @@ print("FOUND" + json.dumps(found))
 """
 
 
-def run(*words: str, timeout: int = 500) -> subprocess.CompletedProcess[str]:
+def run(*words: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
     """A process of this Python in the repository's root, without a card."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
