@@ -162,6 +162,7 @@ def test_one_side_after_the_other_and_a_profile(tmp_path: Path) -> None:
     # Recomputed on both sides, and still the same.
     assert case["equality"]["equal"] and set(case["sides"]) == {"ours", "huggingface"}
     assert {side["recompute"] for side in case["sides"].values()} == {"full"}
+    assert case["counted"]["ours"]["counted"] == pytest.approx(case["counted"]["ours"]["by_hand"], rel=1e-9)
     beside = json.loads((tmp_path / f"found.{case['name']}.profile.json").read_text())
     assert beside["top"][0]["share"] >= beside["top"][-1]["share"] > 0 and "profile of 3 steps" in done.stdout
 
