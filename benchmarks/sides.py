@@ -55,6 +55,11 @@ class Sizes:
         """Tokens of a step."""
         return self.documents * self.document_tokens
 
+    @property
+    def targets(self) -> int:
+        """Those with a label: the words and the end."""
+        return self.documents * (self.document_tokens - SOFT_TOKENS - 1)
+
 
 def write_tokenizer(folder: Path, special: Sequence[str], vocabulary: int) -> list[str]:
     """A word-level tokenizer with this many ids; returns its words.
@@ -198,7 +203,9 @@ def work_by_hand(sizes: Sizes, freeze: bool) -> Work:
     attention = attention_by_hand(sizes.heads, width, sizes.layers, sizes.document_tokens**2 * sizes.documents)
     return Work(
         parameters=parameters,
-        products=(4.0 if freeze else 6.0) * parameters * sizes.tokens,
+        # The head runs on targets alone; where it trains, its logits are made once more in the backward pass.
+        products=(4.0 if freeze else 6.0) * sizes.layers * layer * sizes.tokens
+        + (4.0 if freeze else 8.0) * sizes.vocabulary * sizes.hidden * sizes.targets,
         attention=(1 + ATTENTION_BACKWARD) * attention,
         projector=6.0 * PIECE[0] * PIECE[1] * sizes.hidden * sizes.documents,
     )

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from meters import Turns, ratio, take_turns
 from runs import Run, Side, build_run, release, set_recompute, start
+from sides import layer_parameters
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
 from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand
 
 from megatron_anymal.config import AnyMALConfig
@@ -167,7 +169,12 @@ def _note(timed: Timed, run: Run, started: dict[str, Side], options: Options) ->
     plans = [plan for plan, _ in run.batches]
     timed.plans, timed.work = plans, [useful_work(run.state, plan) for plan in plans]
     if options.count:
-        timed.counted |= {name: _counted(name, side, run) for name, side in started.items()}
+        timed.counted |= {
+            name: _counted(name, side, run)
+            for name, side in started.items()
+            # How much of a layer torch's checkpointing leaves out at its end is no matter of ours.
+            if name != "huggingface" or side.recompute == "none"
+        }
     if "ours" in started:
         timed.data_wait = data_wait(run.state, options.loader_steps)
         timed.build_peak = run.build_peak
@@ -206,7 +213,8 @@ def _work(state: TrainState, amounts: Amounts, adapters: float, encodings: int) 
 def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     """The matrix products of a side's step, attention aside: as torch counts them, and by hand.
 
-    By hand are those that the side computes, padding included; every side but this trainer's runs its head everywhere.
+    By hand are those that the side computes, padding and what it computes twice included; every side but this trainer's
+    runs its head everywhere.
     """
     with FlopCounterMode(display=False) as counter:
         side.step(0)
@@ -219,9 +227,20 @@ def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     # This trainer encodes once more for DPO's reference.
     work = _work(state, amounts, adapters, encodings=2 if name == "ours" and state.config.job == "dpo" else 1)
     by_hand = {"media": work.media.products, "bare": work.layers + work.head}.get(name, work.products)
+    if name in ("ours", "bare"):
+        by_hand += computed_twice(state.llama, side.recompute) * padded
     if name == "huggingface" and state.config.job == "dpo":
         by_hand -= first_input_gradient(state, padded)
     return {"counted": float(sum(counter.get_flop_counts()["Global"].values())), "by_hand": by_hand}
+
+
+def computed_twice(hf: LlamaConfig, recompute: str) -> float:
+    """Of a token, by megatron-core without adapters."""
+    mlp = 3 * hf.hidden_size * hf.intermediate_size
+    layer = layer_parameters(
+        hf.hidden_size, hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim, hf.intermediate_size
+    )
+    return 2.0 * hf.num_hidden_layers * {"none": 0, "mlp": mlp, "full": layer}[recompute]
 
 
 def first_input_gradient(state: TrainState, tokens: int) -> float:

@@ -62,16 +62,21 @@ def test_step_tells_what_it_measured(step: Any) -> None:
 
 
 def test_step_counts_the_products_that_torch_counts(step: Any) -> None:
-    """Both sides multiply what the formula says: 4N and 6N a token, and ours a small projector besides."""
+    """Both sides multiply what the formula says: 4N and 6N a token, ours in its head a target, and a small
+    projector besides."""
     _, found = step
     hidden, ffn, tokens = SIZES["hidden"], SIZES["ffn"], SIZES["documents"] * SIZES["document-tokens"]
-    parameters = 2 * (3 * hidden * hidden + 3 * hidden * ffn) + SIZES["vocabulary"] * hidden
-    for kind, per_token in (("frozen", 4), ("trained", 6)):
+    layers, head = 2 * (3 * hidden * hidden + 3 * hidden * ffn), SIZES["vocabulary"] * hidden
+    # Begin and two soft tokens are no targets.
+    targets = tokens - 3 * SIZES["documents"]
+    # A trained head's logits are made twice.
+    for kind, per_token, per_target in (("frozen", 4, 4), ("trained", 6, 8)):
         ours, bare = found["frozen_against_trained"][kind], found["ours_against_bare"][kind]
-        assert bare["bare_products_counted"] == per_token * parameters * tokens
+        assert bare["bare_products_counted"] == per_token * (layers + head) * tokens
         # Three features of 50 numbers make a soft token, two a document. It is counted like a trained weight.
         projector = 6 * 3 * 50 * hidden * 2 * SIZES["documents"]
-        assert ours["products_counted"] == ours["products"] == per_token * parameters * tokens + projector
+        by_hand = per_token * layers * tokens + per_target * head * targets + projector
+        assert ours["products_counted"] == ours["products"] == by_hand
 
 
 def test_step_compares_bytes(step: Any) -> None:
