@@ -27,7 +27,7 @@ from megatron_anymal.model.hf_llama import to_hf
 from megatron_anymal.model.quantized import is_quantized
 from megatron_anymal.model.weights import list_weights
 from megatron_anymal.train.build import TrainState
-from megatron_anymal.train.step import to_device
+from megatron_anymal.train.transfer import to_device
 
 Batches = Sequence[tuple[StepPlan, list[MicroBatch]]]
 # HuggingFace's place in a layer of each projection that adapters are named after.

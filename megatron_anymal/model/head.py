@@ -87,12 +87,12 @@ class _HeadLoss(torch.autograd.Function):
         losses, sums, gradients = [], [], []
         for part in _chunks(len(rows), len(weight)):
             logits = _logits(rows[part], weight, vocab_size)
-            loss, log_sum = _cross_entropy(logits, labels[part])
+            loss, log_sum, softmax = _cross_entropy(logits, labels[part])
             losses.append(loss)
             if of_weight:
                 sums.append(log_sum)
             elif of_rows:
-                gradients.append(_gradient(logits, labels[part], log_sum).to(weight.dtype) @ weight)
+                gradients.append(_less_label(softmax, labels[part]).to(weight.dtype) @ weight)
         if of_weight:
             ctx.save_for_backward(rows, weight, labels, torch.cat(sums))
         elif of_rows:
@@ -111,7 +111,8 @@ class _HeadLoss(torch.autograd.Function):
         of_weight = torch.zeros_like(weight, dtype=sums.dtype)
         for part in _chunks(len(rows), len(weight)):
             logits = _logits(rows[part], weight, ctx.vocab_size)
-            of_logits = (_gradient(logits, labels[part], sums[part]) * scale[part, None]).to(weight.dtype)
+            softmax = logits.sub_(sums[part, None]).exp_()
+            of_logits = _less_label(softmax, labels[part]).mul_(scale[part, None]).to(weight.dtype)
             of_rows[part] = of_logits @ weight
             of_weight += of_logits.T @ rows[part]
         return of_rows, of_weight.to(weight.dtype), None, None
@@ -128,22 +129,23 @@ def _logits(rows: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
     return _hide_padding(logits if logits.dtype == torch.float64 else logits.float(), vocab_size)
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[l] losses and logarithms of the sums of exponentials, over the whole vocabulary. Collective."""
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[l] losses and logarithms of the sums of exponentials, over the whole vocabulary, and [l, V] the softmax, which
+    takes the logits' memory. Collective."""
     top = logits.amax(-1)
     _all_reduce(top, dist.ReduceOp.MAX)
     mine, index = _own_labels(logits, labels)
     target = logits.gather(1, index[:, None])[:, 0].masked_fill(~mine, 0.0)
-    both = torch.stack([target, (logits - top[:, None]).exp_().sum(-1)])
+    exponentials = logits.sub_(top[:, None]).exp_()
+    both = torch.stack([target, exponentials.sum(-1)])
     _all_reduce(both, dist.ReduceOp.SUM)
     log_sum = both[1].log() + top
-    return log_sum - both[0], log_sum
+    return log_sum - both[0], log_sum, exponentials.div_(both[1, :, None])
 
 
-def _gradient(logits: Tensor, labels: Tensor, log_sum: Tensor) -> Tensor:
-    """[l, V] the losses' gradient, softmax less the label; overwrites the logits."""
-    mine, index = _own_labels(logits, labels)
-    softmax = logits.sub_(log_sum[:, None]).exp_()
+def _less_label(softmax: Tensor, labels: Tensor) -> Tensor:
+    """[l, V] the losses' gradient, in the softmax's memory."""
+    mine, index = _own_labels(softmax, labels)
     return softmax.scatter_add_(1, index[:, None], -mine[:, None].to(softmax.dtype))
 
 

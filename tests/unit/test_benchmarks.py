@@ -97,9 +97,9 @@ def test_head(tmp_path: Path) -> None:
     ways = found["heads"]
     for name in ("labels only", "labels only, chunked"):
         assert ways[name]["loss_difference"] < 1e-14 and ways[name]["gradient_difference"] < 1e-14
-    # A quarter of the logits, and once instead of with a copy; then four rows at a time.
+    # A quarter of the logits; then four rows of them at a time.
     peaks = [way["peak_bytes"] for way in ways.values()]
-    assert peaks[0] > 2 * 64 * 512 * 4 and peaks[0] > 2 * peaks[1] > 2 * peaks[2]
+    assert peaks[0] > 64 * 512 * 4 and peaks[0] > 2 * peaks[1] > 2 * peaks[2]
     backward = found["backward"]
     assert backward["losses_equal"] and backward["gradients_equal"] and backward["largest_gradient"] == 0
     assert backward["peak_bytes"]["skipped"] < 0.7 * backward["peak_bytes"]["made"]

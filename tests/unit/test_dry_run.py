@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -345,6 +346,8 @@ def test_a_machine_with_cuda_is_left_alone(tiny: AnyMALConfig, monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA H100")
+    card = SimpleNamespace(total_memory=80 * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: card)
     there = examine(laid_out(tiny, 2, tensor_model_parallel_size=2))
     assert there.stages[0].trainable == media(2)[1] and there.notes == []
     assert there.weights == here.weights
