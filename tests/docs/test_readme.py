@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import runpy
@@ -13,7 +14,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
 from tiny import png
 
 # Imported here, before commands are forked from this process.
@@ -57,13 +57,16 @@ def anymal(command: str, folder: Path) -> str:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
     log = folder / "printed"
-    code = run_ranks(1, printing, words, folder, log, timeout=240)[0]
-    assert code == 0, f"{command}\n{log.read_text()}"
+    process = multiprocessing.get_context("fork").Process(target=printing, args=(words, folder, log))
+    process.start()
+    process.join(240)
+    process.kill()
+    assert process.exitcode == 0, f"{command}\n{log.read_text()}"
     return log.read_text()
 
 
-def printing(words: list[str], folder: Path, log: Path) -> int:
-    """In a fork, where nothing is imported again: a command's exit code; what it prints goes to `log`."""
+def printing(words: list[str], folder: Path, log: Path) -> None:
+    """In a fork, where nothing is imported again: ends with a command's exit code; what it prints goes to `log`."""
     os.chdir(folder)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
@@ -72,13 +75,10 @@ def printing(words: list[str], folder: Path, log: Path) -> int:
         try:
             if words[0] == "anymal":
                 sys.argv = words
-                return main(words[1:])
+                sys.exit(main(words[1:]))
             # python -m NAME ...
             sys.argv = words[2:]
             runpy.run_module(words[2], run_name="__main__", alter_sys=True)
-            return 0
-        except SystemExit as error:
-            return int(error.code or 0)
         finally:
             sys.stdout.flush()
 

@@ -174,7 +174,7 @@ def test_sft_and_dpo(cluster: Cluster, folder: Path, tokenizer_folder: str) -> N
         if job == "dpo":
             config.model.restore_from_path = str(folder / "sft run")
             for modality in config.model.modalities.values():
-                modality.projector.freeze = True
+                modality.projector.freeze = modality.encoder.freeze = True
         (folder / f"{job}.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **config.to_dict()}))
         run = Run(cluster, folder, f"{job} run", script=f"{job}_70b.sh")
         assert run.end(400) == 0, run.said()
