@@ -37,9 +37,9 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{PLAIN}")
 
 
-def job(run_dir: Path, *arguments: str, processes: int = 2, launcher: str = "ft") -> Job:
+def job(run_dir: Path, *arguments: str, processes: int = 2, launcher: str = "ft", timeout: float = TIMEOUT) -> Job:
     """A run of fake ranks, with steps and faults."""
-    limits = ResilienceConfig(hang_timeout=TIMEOUT, startup_timeout=TIMEOUT, checkpoint_timeout=TIMEOUT)
+    limits = ResilienceConfig(hang_timeout=timeout, startup_timeout=timeout, checkpoint_timeout=timeout)
     return Job(run_dir, limits, [str(FAKE), str(run_dir), *arguments], processes, launcher=launcher)
 
 
@@ -61,7 +61,7 @@ def nothing_left(run_dir: Path) -> bool:
 def test_killed_and_crashed_it_goes_on_by_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     faults = ("1:5:kill:1", "0:8:crash:2")
-    assert Supervisor(job(run, "12", *faults, launcher="torchrun")).run() == Exit.DONE
+    assert Supervisor(job(run, "12", *faults, launcher="torchrun", timeout=60)).run() == Exit.DONE
     assert (run / "checkpoints" / "step_00000012").is_dir() and nothing_left(run)
     [death, ended] = told(run, "death")
     assert (death["rank"], death["signal"], death["step"], death["attempt"]) == (1, signal.SIGKILL, 5, 1)
