@@ -216,7 +216,9 @@ class Attempt:
         told = ", ".join(f"rank {rank} {_ended(code)}" for rank, code in failed.items())
         if any(code < 0 for code in failed.values()):
             return Ending(Exit.CRASH, told, self.step, stop, killed=True)
-        for code in failed.values():
+        # All ranks agree on a stop: one that ends so beside a crash was ended because of it.
+        causes = [code for code in failed.values() if code != Exit.REQUEUE] or list(failed.values())
+        for code in causes:
             if code in set(Exit) and not Exit(code).restarts:
                 return Ending(Exit(code), self._said_with(code) or Exit(code).meaning, self.step, stop)
         if failed:
