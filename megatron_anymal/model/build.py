@@ -104,13 +104,20 @@ def _media_parts(
     parallel = ModelParallelConfig(
         tensor_model_parallel_size=transformer.tensor_model_parallel_size, params_dtype=transformer.params_dtype
     )
+    implementation = backend.transformer_impl(config)
     encoders, projectors = {}, {}
     for name, section in config.model.modalities.items():
         encoder = seeded_encoder(name, section.encoder, modalities[name], config.model.seed)
         encoders[name] = encoder.to(transformer.params_dtype)
         share_gradients(encoder)
         projectors[name] = build_projector(
-            name, section.projector, parallel, encoder.feature_tokens, encoder.width, transformer.hidden_size
+            name,
+            section.projector,
+            parallel,
+            implementation,
+            encoder.feature_tokens,
+            encoder.width,
+            transformer.hidden_size,
         )
     return encoders, projectors
 

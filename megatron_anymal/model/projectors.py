@@ -1,7 +1,8 @@
 """Projectors: an encoder's features become soft tokens in the language model's embedding space (AnyMAL section 3.1).
 
-Built from megatron-core's parallel linears, so that their weights are split over the tensor-parallel ranks. Both end
-alike: soft tokens are brought to one root mean square, a learned gain that starts at that of the text embeddings.
+Built from megatron-core's parallel linears, so that their weights are split over the tensor-parallel ranks; where
+Transformer Engine runs, a normalisation and the linear behind it are one module of its. Both projectors end alike: soft
+tokens are brought to one root mean square, a learned gain that starts at that of the text embeddings.
 
 Shapes: n pieces, F features of width w per piece, T soft tokens per piece, h the projector's width, H the language
 model's.
@@ -15,7 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    gather_from_tensor_model_parallel_region,
+)
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
@@ -26,13 +31,20 @@ _EPSILON = 1e-6
 
 
 def build_projector(
-    name: str, config: ProjectorConfig, parallel: ModelParallelConfig, features: int, width: int, hidden_size: int
+    name: str,
+    config: ProjectorConfig,
+    parallel: ModelParallelConfig,
+    implementation: str,
+    features: int,
+    width: int,
+    hidden_size: int,
 ) -> MegatronModule:
     """The projector of one modality.
 
     Args:
         name: the modality's name in the configuration, for messages.
         parallel: sizes and dtype; sequence parallelism must be off.
+        implementation: "local" or "transformer_engine".
         features, width: the encoder's features per piece and their width.
         hidden_size: the language model's.
 
@@ -41,7 +53,7 @@ def build_projector(
     """
     where = f"model.modalities.{name}.projector"
     if config.type == "resampler":
-        return PerceiverResampler(where, config, parallel, features, width, hidden_size)
+        return PerceiverResampler(where, config, parallel, implementation, features, width, hidden_size)
     return LinearProjector(where, config, parallel, features, width, hidden_size)
 
 
@@ -57,6 +69,7 @@ class PerceiverResampler(MegatronModule):
         where: str,
         config: ProjectorConfig,
         parallel: ModelParallelConfig,
+        implementation: str,
         features: int,
         width: int,
         hidden_size: int,
@@ -69,33 +82,32 @@ class PerceiverResampler(MegatronModule):
                 f"{where}: its width {h} must be divisible by num_attention_heads={heads}, and the heads by "
                 f"model.tensor_model_parallel_size={ranks}."
             )
-        self.input_norm = _layer_norm(width, parallel)
-        self.input_linear = _column(width, h, parallel, gather_output=True)
+        self.input_norm, self.input_linear = _norm_and_column(width, h, parallel, implementation)
         # As loud as the normalised features, nearly: places (and times) are told apart from the first step on.
         self.position_embedding = _parameter((features, h), 0.5, parallel)
         self.latents = _parameter((config.num_tokens, h), 1.0, parallel)
         self.layers = nn.ModuleList(
-            _ResamplerLayer(h, heads, config.ffn_multiplier, parallel) for _ in range(config.num_layers)
+            _ResamplerLayer(h, heads, config.ffn_multiplier, parallel, implementation) for _ in range(config.num_layers)
         )
-        self.output_norm = _layer_norm(h, parallel)
-        self.output_linear = _column(h, hidden_size, parallel, gather_output=True)
+        self.output_norm, self.output_linear = _norm_and_column(h, hidden_size, parallel, implementation)
         self.gain = _gain(parallel)
 
     def forward(self, features: Tensor) -> Tensor:
         """[n, F, w] -> [n, T, H]."""
         x, _ = self.input_linear(self.input_norm(features))
-        x = x + self.position_embedding
+        x = gather_from_tensor_model_parallel_region(x) + self.position_embedding
         latents = self.latents.expand(len(x), -1, -1)
         for layer in self.layers:
             latents = layer(latents, x)
         out, _ = self.output_linear(self.output_norm(latents))
-        return _to_rms(out, self.gain)
+        return _to_rms(gather_from_tensor_model_parallel_region(out), self.gain)
 
 
 class _ResamplerLayer(MegatronModule):
-    def __init__(self, h: int, heads: int, ffn_multiplier: int, parallel: ModelParallelConfig):
+    def __init__(self, h: int, heads: int, ffn_multiplier: int, parallel: ModelParallelConfig, implementation: str):
         super().__init__(config=parallel)
         self.head_size, self.local_heads = h // heads, heads // parallel.tensor_model_parallel_size
+        # Two linears read what these give: neither can be a part of one.
         self.latent_norm = _layer_norm(h, parallel)
         self.feature_norm = _layer_norm(h, parallel)
         # Without biases, as in Flamingo: a key's would only shift all scores alike.
@@ -103,8 +115,7 @@ class _ResamplerLayer(MegatronModule):
         self.key = _column(h, h, parallel, bias=False)
         self.value = _column(h, h, parallel, bias=False)
         self.attention_output = _row(h, h, parallel, bias=False)
-        self.ffn_norm = _layer_norm(h, parallel)
-        self.ffn_up = _column(h, ffn_multiplier * h, parallel)
+        self.ffn_norm, self.ffn_up = _norm_and_column(h, ffn_multiplier * h, parallel, implementation)
         self.ffn_down = _row(ffn_multiplier * h, h, parallel)
 
     def forward(self, latents: Tensor, features: Tensor) -> Tensor:
@@ -186,6 +197,19 @@ def _gain(parallel: ModelParallelConfig) -> nn.Parameter:
 
 def _layer_norm(size: int, parallel: ModelParallelConfig) -> nn.LayerNorm:
     return nn.LayerNorm(size, dtype=parallel.params_dtype, device=_device())
+
+
+def _norm_and_column(
+    inputs: int, outputs: int, parallel: ModelParallelConfig, implementation: str
+) -> tuple[nn.Module, Any]:
+    """A normalisation and the linear behind it; of Transformer Engine the linear does both."""
+    if implementation != "transformer_engine":
+        return _layer_norm(inputs, parallel), _column(inputs, outputs, parallel)
+    from megatron_anymal.model.transformer_engine import NormLinear
+
+    linear = NormLinear(inputs, outputs, parallel)
+    linear.weight.init_std = 1.0 / math.sqrt(inputs)
+    return nn.Identity(), linear
 
 
 def _column(

@@ -1,20 +1,23 @@
-"""Transformer Engine's layers for the Llama; imported where Transformer Engine can run.
+"""Transformer Engine's modules for the Llama and the projectors; imported where Transformer Engine can run.
 
-megatron-core's specification (norm and linear in one, fused attention) with one change: the rotary embedding is ours,
-one kernel for the whole pack, where megatron-core's loops over the documents in every layer.
+The Llama's layers are megatron-core's specification (norm and linear in one, fused attention) with one change: the
+rotary embedding is ours, one kernel for the whole pack, where megatron-core's loops over the documents in every layer.
 """
 
 from __future__ import annotations
 
 from typing import Any, Optional
 
-from megatron.core.extensions.transformer_engine import TEDotProductAttention
+from megatron.core.extensions.transformer_engine import TEDotProductAttention, TELayerNormColumnParallelLinear
+from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_anymal.model.attention import DocumentPack
 from megatron_anymal.model.fusions import turn
+from megatron_anymal.model.weights import leave_unset
 
 
 def layer_spec() -> ModuleSpec:
@@ -45,3 +48,34 @@ class TurnedAttention(TEDotProductAttention):
         return super().forward(
             query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, **more
         )
+
+
+class NormLinear(TELayerNormColumnParallelLinear):
+    """LayerNorm and a column-parallel linear as one module. Outside the Llama's layers, so that it never computes in
+    FP8."""
+
+    def __init__(self, inputs: int, outputs: int, parallel: ModelParallelConfig):
+        ranks = parallel.tensor_model_parallel_size
+        config = TransformerConfig(
+            num_layers=1,
+            hidden_size=inputs,
+            num_attention_heads=ranks,
+            tensor_model_parallel_size=ranks,
+            params_dtype=parallel.params_dtype,
+            normalization="LayerNorm",
+        )
+        super().__init__(
+            inputs,
+            outputs,
+            config=config,
+            init_method=leave_unset,
+            gather_output=False,
+            bias=True,
+            skip_bias_add=False,
+            is_expert=False,
+        )
+
+    def forward(self, x: Tensor) -> Any:
+        """[..., inputs] -> [..., this rank's outputs], and None."""
+        # Features may be a view of what an encoder gave; the base takes only what lies in one piece.
+        return super().forward(x.contiguous())

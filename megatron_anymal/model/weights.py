@@ -29,6 +29,7 @@ FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
 }
+_FUSED_IN_PROJECTORS = re.compile(r"(input|output|ffn)_(?:linear|up)\.layer_norm_(weight|bias)$")
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def whole_name(model: nn.Module, name: str) -> str:
         return "language_model.embedding.word_embeddings.weight"
     match = re.match(r"(language_model\.decoder\.layers\.)(\d+)\.(.*)", name)
     if not match:
-        return name
+        return _FUSED_IN_PROJECTORS.sub(r"\1_norm.\2", name)
     rest = FUSED_NORMS.get(match[3], match[3])
     return f"{match[1]}{int(match[2]) + first_layer}.{rest}"
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from ranks import run_ranks
 
 from megatron_anymal.config import AnyMALConfig, ConfigError, ProjectorConfig
 from megatron_anymal.model.projectors import build_projector
-from megatron_anymal.model.weights import Weight
+from megatron_anymal.model.weights import Weight, leave_unset, whole_name
 from megatron_anymal.parallel import initialize
 
 HIDDEN = 12
@@ -28,6 +31,7 @@ CASES: dict[str, tuple[int, int, ProjectorConfig]] = {
     "linear-deep": (4, 6, ProjectorConfig("linear", 3, 2, hidden_size=10)),
 }
 PIECES = 3
+IMPLEMENTATIONS = ("local", "transformer_engine")
 
 
 def setting(tp: int) -> ModelParallelConfig:
@@ -41,10 +45,34 @@ def setting(tp: int) -> ModelParallelConfig:
     return ModelParallelConfig(tensor_model_parallel_size=tp, params_dtype=torch.float32)
 
 
+class NormLinear(ColumnParallelLinear):
+    """Stands in for Transformer Engine's, which needs a GPU: the same parameters under the same names, and the same
+    demand on its input."""
+
+    def __init__(self, inputs: int, outputs: int, parallel: ModelParallelConfig):
+        super().__init__(inputs, outputs, config=parallel, init_method=leave_unset)
+        self.layer_norm_weight = torch.nn.Parameter(torch.ones(inputs))
+        self.layer_norm_bias = torch.nn.Parameter(torch.zeros(inputs))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        rows = F.layer_norm(x, x.shape[-1:], self.layer_norm_weight, self.layer_norm_bias)
+        return super().forward(rows)
+
+
+def use_stand_in() -> None:
+    """Put it where the module with Transformer Engine's would be imported from."""
+    sys.modules["megatron_anymal.model.transformer_engine"] = SimpleNamespace(NormLinear=NormLinear)  # type: ignore[assignment]
+
+
 def weights_of(module: torch.nn.Module) -> list[Weight]:
+    # A model part without layers, for the names' sake.
+    decoder = SimpleNamespace(layers=[])
+    model: Any = SimpleNamespace(
+        get_submodule=lambda name: SimpleNamespace(decoder=decoder, share_embeddings_and_output_weights=False)
+    )
     return [
         Weight(
-            name,
+            whole_name(model, name),
             parameter,
             split_dim=int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else None,  # type: ignore[arg-type]
             blocks=1,
@@ -68,12 +96,16 @@ def inputs_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
     return x, torch.randn(PIECES, config.num_tokens, HIDDEN, generator=generator)
 
 
-def run_all(tp: int) -> dict[str, dict[str, np.ndarray]]:
+def run_all(tp: int, implementation: str) -> dict[str, dict[str, np.ndarray]]:
     """Per case: output, gradient of the input, and whole gradients of all weights."""
     parallel = setting(tp)
+    use_stand_in()
     found = {}
     for name, (features, width, config) in CASES.items():
-        projector = build_projector("m", config, parallel, features, width, HIDDEN)
+        projector = build_projector("m", config, parallel, implementation, features, width, HIDDEN)
+        fused = sum(isinstance(module, NormLinear) for module in projector.modules())
+        resampler = config.type == "resampler" and implementation == "transformer_engine"
+        assert fused == (2 + config.num_layers if resampler else 0)
         weights = weights_of(projector)
         with torch.no_grad():
             for weight in weights:
@@ -164,16 +196,17 @@ def plain_answers(name: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def ours() -> dict[int, list[dict[str, dict[str, np.ndarray]]]]:
-    """Answers of every rank, by tensor-parallel size."""
-    return {1: run_ranks(1, run_all, 1), 2: run_ranks(2, run_all, 2)}
+def ours() -> dict[tuple[int, str], list[dict[str, dict[str, np.ndarray]]]]:
+    """Answers of every rank, by tensor-parallel size and whose modules they are."""
+    return {(tp, whose): run_ranks(tp, run_all, tp, whose) for tp in (1, 2) for whose in IMPLEMENTATIONS}
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("tp", [1, 2])
 @pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_equal_plain_torch(name: str, tp: int, ours: Any) -> None:
+def test_outputs_and_gradients_equal_plain_torch(name: str, tp: int, implementation: str, ours: Any) -> None:
     expected = plain_answers(name)
-    for rank in ours[tp]:
+    for rank in ours[tp, implementation]:
         assert rank[name].keys() == expected.keys()
         for key, value in expected.items():
             assert np.abs(value).max() > 0, key
@@ -187,7 +220,7 @@ def refusals(tp: int, cases: list[tuple[int, int, ProjectorConfig]]) -> list[str
     found = []
     for features, width, config in cases:
         try:
-            build_projector("eye", config, parallel, features, width, HIDDEN)
+            build_projector("eye", config, parallel, "local", features, width, HIDDEN)
             found.append("no error")
         except ConfigError as error:
             found.append(str(error))
