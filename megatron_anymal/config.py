@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+# What the sizes of FP8 matrix products must divide by.
+FP8_MULTIPLE = 16
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the key and the mend."""

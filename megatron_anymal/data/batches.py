@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, DatasetConfig
 from megatron_anymal.data.context import document_multiple, padded
 from megatron_anymal.data.order import GlobalOrder
 from megatron_anymal.data.packing import pack
@@ -76,7 +76,7 @@ def length_multiple(config: AnyMALConfig) -> int:
     part goes through FP8 matrix products in sixteens."""
     model = config.model
     ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    return document_multiple(model.context_parallel_size) * ranks * (16 if model.fp8 else 1)
+    return document_multiple(model.context_parallel_size) * ranks * (FP8_MULTIPLE if model.fp8 else 1)
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.model.attention import PackedAttention
 from megatron_anymal.model.fusions import rms_norm
 from megatron_anymal.model.quantized import building, drop_transposes
 from megatron_anymal.model.weights import leave_unset
 
 _ROPE_TYPES = ("default", "llama3", "linear")
-# What the sizes of FP8 matrix products must divide by.
-FP8_MULTIPLE = 16
 
 
 def read_llama_config(language_model: LanguageModelConfig) -> LlamaConfig:
