@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from megatron_anymal import step_lines
 
 log = logging.getLogger("megatron_anymal")
 
@@ -80,20 +81,9 @@ class RunLog:
             run_dir.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, step: int) -> None:
-        """Forget lines of steps at or after `step`: a resumed run writes them again."""
-        if not (self._active and self._path.is_file()):
-            return
-        kept = []
-        for line in self._path.read_text().splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line)
-            except (json.JSONDecodeError, KeyError):
-                # A run that was killed while writing leaves half a line.
-                continue
-        unfinished = self._path.with_suffix(".part")
-        unfinished.write_text("".join(kept))
-        unfinished.replace(self._path)
+        """Forget lines of steps after `step`: a resumed run writes them again."""
+        if self._active:
+            step_lines.rewind(self._path, step)
 
     def write(self, step: int, metrics: Mapping[str, float], line: str = "") -> None:
         """Record metrics of a step; `line` is what the console shows."""
@@ -103,8 +93,7 @@ class RunLog:
             self.say(line)
         # A full disk must not end the run: its checkpoints are tried again too.
         try:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+            step_lines.append(self._path, [{"step": step, **metrics}])
             for logger in self._loggers:
                 logger.log_metrics(dict(metrics), step)
         except OSError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_anymal import step_lines
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 
@@ -78,8 +78,8 @@ class SkippedSteps:
         self._row.append((step, list(samples)))
         if self._active:
             # A full disk must not end the run; the event below warns of it.
-            with suppress(OSError), self._path.open("a") as file:
-                file.write(json.dumps({"step": step, "samples": list(samples)}) + "\n")
+            with suppress(OSError):
+                step_lines.append(self._path, [{"step": step, "samples": list(samples)}])
             text = f"step {step}: the gradient is not finite; no weight was changed"
             record(self._run_dir, "skipped_step", text, step=step, samples=list(samples))
         if len(self._row) >= self._limit:
@@ -90,20 +90,7 @@ class SkippedSteps:
             )
 
     def _read(self, step: int) -> list[tuple[int, list[str]]]:
-        if not self._path.is_file():
-            return []
-        kept = []
-        for line in self._path.read_text().splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                # A run that was killed while writing leaves half a line.
-                continue
-            if row["step"] <= step:
-                kept.append(row)
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        part.replace(self._path)
+        kept = step_lines.rewind(self._path, step)
         last: list[tuple[int, list[str]]] = []
         for row in reversed(kept):
             if row["step"] != step - len(last):

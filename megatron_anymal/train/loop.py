@@ -20,7 +20,7 @@ from megatron_anymal.config import ConfigError
 from megatron_anymal.config_checks import max_time_seconds
 from megatron_anymal.data.batches import StepPlan
 from megatron_anymal.data.loader import steps, worker_died
-from megatron_anymal.data.types import DataError, MicroBatch
+from megatron_anymal.data.types import MicroBatch
 from megatron_anymal.model.lora import keep_reference
 from megatron_anymal.model.weights import hash_weights
 from megatron_anymal.resilience import faults, heartbeat, signals
@@ -35,7 +35,9 @@ from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.reference import ReferenceAnswers
-from megatron_anymal.train.step import StepResult, stop_asked_for, train_step, validation_step
+from megatron_anymal.train.skipped_samples import SkippedSamples
+from megatron_anymal.train.step import stop_asked_for, train_step, validation_step
+from megatron_anymal.train.window import Window
 
 
 def fit(
@@ -76,7 +78,6 @@ class Run:
         self.state, self.config = state, state.config
         self.run_dir = run_dir
         self.checkpoints = run_dir / "checkpoints"
-        self.ledger = run_dir / "skipped_samples.jsonl"
         self.log = RunLog(run_dir, loggers, active=state.layout.reports)
         self.after_validation = after_validation
         self.writer = CheckpointWriter(
@@ -85,6 +86,7 @@ class Run:
         # The last validation's step, and what it measured.
         self.validated: tuple[int, dict[str, float]] = (-1, {})
         self.skipped_steps = SkippedSteps(run_dir, self.config.resilience.max_skipped_steps, state.layout.reports)
+        self.skipped_samples = SkippedSamples(run_dir, self.config, state.layout.reports, self.log.say)
         # Why to stop before the last step.
         self.stop = ""
         # The step under way, counted from 1; 0 before the first.
@@ -94,9 +96,7 @@ class Run:
         self.base_hash = self._hash_base()
         # DPO: of the checkpoint that the reference was read from.
         self.reference_hash = ""
-        # Step times since the last log line, and what they counted.
-        self.window: list[tuple[float, float, StepResult]] = []
-        self.skipped = 0
+        self.window = Window()
 
     def fit(self) -> Exit:
         """See the function of this name."""
@@ -141,9 +141,9 @@ class Run:
             plan, micro_batches = next(batches)
             waited = time.monotonic() - begun
             result = train_step(self.state, plan, micro_batches)
-            self.window.append((time.monotonic() - begun, waited, result))
+            self.window.add(time.monotonic() - begun, waited, result)
             self._note_stop(result.stop)
-            self._account(plan, result)
+            self.skipped_samples.note(self.state.step, plan, self.state.train_data.planner, result.bad)
             if self._every(self.config.trainer.log_every_n_steps):
                 self._log_step()
             if self._every(self.config.trainer.val_check_interval):
@@ -177,8 +177,8 @@ class Run:
             )
         elif self.config.model.restore_from_path and self.config.job != "dpo":
             self._restore(self.config.model.restore_from_path)
-        self.log.rewind(self.state.step + 1)
-        self.skipped_steps.rewind(self.state.step)
+        for kept in (self.log, self.skipped_samples, self.skipped_steps):
+            kept.rewind(self.state.step)
 
     def _clean(self) -> None:
         """Remove what an earlier job left half written or half deleted."""
@@ -279,54 +279,14 @@ class Run:
         key = self.state.train_data.planner.key
         return [key(int(dataset), int(sample)) for dataset, sample in zip(plan.dataset, plan.sample)]
 
-    def _account(self, plan: StepPlan, result: StepResult) -> None:
-        """Write skipped samples down; stop where there are too many."""
-        if not result.bad and not result.dropped:
-            return
-        planner = self.state.train_data.planner
-        left_out = [
-            (planner.key(int(plan.dataset[p]), int(plan.sample[p])), "longer than data.seq_length")
-            for p in plan.dropped
-        ]
-        entries = [*result.bad.items(), *left_out]
-        self.skipped += len(entries)
-        if self.state.layout.reports:
-            with self.ledger.open("a") as file:
-                for name, why in entries:
-                    file.write(json.dumps({"step": self.state.step, "sample": name, "reason": why}) + "\n")
-        for name, why in result.bad.items():
-            self.log.say(f"skipped {name}: {why}")
-        share = len(result.bad) / self.config.model.global_batch_size
-        if share > self.config.data.max_bad_share:
-            raise DataError(
-                f"step {self.state.step}: {len(result.bad)} of {self.config.model.global_batch_size} samples cannot be "
-                f"read, above data.max_bad_share={self.config.data.max_bad_share}. They are listed in {self.ledger}."
-            )
-
     def _log_step(self) -> None:
-        seconds = sum(s for s, _, _ in self.window)
-        waited = sum(w for _, w, _ in self.window)
-        last = self.window[-1][2]
-        metrics = {
-            "loss": last.loss,
-            **{f"loss/{name}": value for name, value in last.loss_by_modality.items()},
-            **{f"targets/{name}": float(n) for name, n in last.counts_by_modality.items()},
-            **last.measures,
-            "grad_norm": last.grad_norm,
-            "lr": last.lr,
-            "tokens_per_second": sum(r.tokens for _, _, r in self.window) / seconds,
-            "real_token_share": sum(r.tokens for _, _, r in self.window)
-            / sum(r.padded_tokens for _, _, r in self.window),
-            "step_seconds": seconds / len(self.window),
-            "data_wait_share": waited / seconds,
-            "skipped_samples": float(self.skipped),
-            "consumed_samples": float(self.state.step * self.config.model.global_batch_size),
-        }
+        steps, metrics = self.window.take()
+        metrics["skipped_samples"] = float(self.skipped_samples.count)
+        metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)
         eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
         line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta)
         self.log.write(self.state.step, metrics, line)
-        own = self.state.own_time.take() / len(self.window)
-        self.window.clear()
+        own = self.state.own_time.take() / steps
         slow = look_for_stragglers(
             own, self.state.step, self.state.layout, self.config.resilience.straggler_ratio, self.run_dir
         )

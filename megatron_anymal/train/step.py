@@ -43,7 +43,6 @@ class StepResult:
     padded_tokens: int
     # sample name -> why it was skipped.
     bad: dict[str, str]
-    dropped: int
     grad_norm: float = 0.0
     lr: float = 0.0
     # Nothing was updated: a gradient or loss was not finite somewhere.
@@ -265,7 +264,6 @@ def _result(
         tokens=sum(int(n) for place, n in enumerate(plan.length) if place not in dropped),
         padded_tokens=plan.padded_length * sum(len(replica) for replica in plan.micro_batches),
         bad=_name_bad(planner, plan, bad),
-        dropped=len(plan.dropped),
         stop=reduced.stop,
     )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +101,34 @@ def test_more_than_the_allowed_share_stops_the_run(config: AnyMALConfig, tmp_pat
         assert "1 of 8 samples" in said and "data.max_bad_share=0.12" in said and "skipped_samples.jsonl" in said
     [line] = ledger(tmp_path / "run")
     assert line["sample"] == "mix/s5"
+
+
+def test_steps_made_again_are_listed_once(config: AnyMALConfig, tmp_path: Path) -> None:
+    twice = run_in(tmp_path / "run", config)
+    twice.exp_manager.checkpoint.every_n_train_steps = 1
+    twice.exp_manager.checkpoint.keep_last = 0
+    run_ranks(1, train, twice)
+    listed, last = ledger(tmp_path / "run"), metrics(tmp_path / "run")[-1]
+    # Back to before the first of them.
+    for folder in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(folder.name.rpartition("_")[2]) >= listed[0]["step"]:
+            shutil.rmtree(folder)
+    (tmp_path / "run" / "skipped_samples.jsonl").open("a").write('{"step": 4, "sam')
+    run_ranks(1, train, twice)
+    assert ledger(tmp_path / "run") == listed and len(listed) == 2
+    assert metrics(tmp_path / "run")[-1]["skipped_samples"] == last["skipped_samples"] == 2
+
+
+def test_a_list_that_cannot_be_written_ends_no_run(config: AnyMALConfig, tmp_path: Path) -> None:
+    run = run_in(tmp_path / "run", config)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "skipped_samples.jsonl").symlink_to("/dev/full")
+    [said] = run_ranks(1, said_in_training, run)
+    assert len(losses(tmp_path / "run")) == 4
+    assert said.count("could not be written down") == 2 and said.count("skipped mix/s5") == 2
+
+
+def said_in_training(config: AnyMALConfig) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        train(config)
+    return out.getvalue()

@@ -1,0 +1,39 @@
+"""The steps since the last log line: what they took and counted, as the figures of a line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_anymal.train.step import StepResult
+
+
+class Window:
+    """Collects steps."""
+
+    def __init__(self) -> None:
+        # Seconds of a step and, of them, waited for data.
+        self._steps: list[tuple[float, float, StepResult]] = []
+
+    def add(self, seconds: float, waited: float, result: StepResult) -> None:
+        """One step more."""
+        self._steps.append((seconds, waited, result))
+
+    def take(self) -> tuple[int, dict[str, Any]]:
+        """How many steps there were, at least one, and their figures: the last one's losses, the mean of times and
+        rates. Starts anew."""
+        steps, self._steps = self._steps, []
+        seconds = sum(taken for taken, _, _ in steps)
+        tokens = sum(result.tokens for _, _, result in steps)
+        last = steps[-1][2]
+        return len(steps), {
+            "loss": last.loss,
+            **{f"loss/{name}": value for name, value in last.loss_by_modality.items()},
+            **{f"targets/{name}": float(count) for name, count in last.counts_by_modality.items()},
+            **last.measures,
+            "grad_norm": last.grad_norm,
+            "lr": last.lr,
+            "tokens_per_second": tokens / seconds,
+            "real_token_share": tokens / sum(result.padded_tokens for _, _, result in steps),
+            "step_seconds": seconds / len(steps),
+            "data_wait_share": sum(waited for _, waited, _ in steps) / seconds,
+        }
