@@ -188,7 +188,8 @@ def _write(
         return "", files
     if separate:
         prefix = "" if llama_only else LLAMA
-        weights.adapters.write(staging / "adapter", prefix, weights.entry, weights.read)
+        written = weights.adapters.write(staging / "adapter", prefix, weights.entry, weights.read)
+        files |= {f"adapter/{name}": digest for name, digest in written.items()}
     return arguments.adapter, files
 
 

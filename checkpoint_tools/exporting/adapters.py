@@ -66,12 +66,15 @@ class Adapters:
         prefix: str,
         entry: Callable[[str], tuple[torch.dtype, tuple[int, ...]]],
         read: Callable[[str], Tensor],
-    ) -> None:
+    ) -> dict[str, str]:
         """Write adapter_config.json and adapter_model.safetensors as peft reads them.
 
         Args:
             prefix: what stands before a module's name in the exported model.
             entry, read: give type and shape, and the tensor, of the checkpoint's name.
+
+        Returns:
+            File name -> SHA-256.
         """
         folder.mkdir(parents=True)
         named = {
@@ -98,3 +101,4 @@ class Adapters:
             "target_modules": modules,
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        return {file.path.name: file.digest}

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_anymal.hf_weights import INDEX, SINGLE
 from megatron_anymal.telemetry import Progress
-from megatron_anymal.tensor_files import INDEX, SINGLE, SafetensorsWriter
+from megatron_anymal.tensor_files import SafetensorsWriter
 
 _MB = 1_000_000
 

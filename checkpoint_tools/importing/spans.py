@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from transformers import LlamaConfig
 
+from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import hf_names
-from megatron_anymal.tensor_files import HFWeights
 
 # Bytes read at a time; two such parts are in memory.
 _PART = 1 << 23

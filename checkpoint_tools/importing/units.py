@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 
 from checkpoint_tools.importing.spans import Span, chunks_of, parts_of, read_ahead
 from megatron_anymal.checkpoint.stream import StoredFile, StreamWriter
+from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import (
     EMBEDDING,
     checkpoint_place,
@@ -21,7 +22,7 @@ from megatron_anymal.model.hf_llama import (
     whole_names,
     whole_shape,
 )
-from megatron_anymal.tensor_files import HFWeights, TensorFileError
+from megatron_anymal.tensor_files import TensorFileError
 
 
 @dataclass(frozen=True)

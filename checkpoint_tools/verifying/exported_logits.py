@@ -4,6 +4,7 @@
 
 PROMPTS.json lists prompts as `anymal generate --prompts` takes them, or {"tokens": [ids]} for a plain Llama. Writes
 OUT/NUMBER.pt with `tokens` [T], `media` (modality -> pieces) and `logits` [T, V] in fp32, one prompt after the other.
+Adapters that lie beside the weights are added to them, as peft merges them: peft need not be here.
 """
 
 import importlib.abc
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 
 TRAINER = ("megatron_anymal", "megatron", "checkpoint_tools", "nemo", "lightning")
 
@@ -33,6 +35,8 @@ def main(folder: str, prompts: str, out: str, dtype: str) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=getattr(torch, dtype)
     ).eval()
+    if (Path(folder) / "adapter").is_dir():
+        add_adapters(model, Path(folder) / "adapter")
     processor = None
     for number, prompt in enumerate(json.loads(Path(prompts).read_text(encoding="utf-8"))):
         if "tokens" in prompt:
@@ -45,6 +49,16 @@ def main(folder: str, prompts: str, out: str, dtype: str) -> None:
         found = {"tokens": inputs["input_ids"][0], "media": inputs.get("media") or {}, "logits": logits}
         torch.save(found, Path(out) / f"{number}.pt")
     (Path(out) / "transformers").write_text(transformers.__version__)
+
+
+def add_adapters(model, folder):
+    """W [out, in] + B A lora_alpha / r, for each A [r, in] and B [out, r] of a folder written for peft."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    for module in config["target_modules"]:
+        a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        weight = model.get_submodule(module).weight
+        weight += (b @ a).to(weight.dtype) * (config["lora_alpha"] / config["r"])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -71,7 +72,7 @@ class ExportedGenerator(Generator):
             trust_remote_code: run the code that the folder holds, not this package's.
 
         Raises:
-            ConfigError: code that is not trusted, or no such device.
+            ConfigError: code that is not trusted, adapters without peft, or no such device.
             CheckpointError: files of the folder are missing or damaged.
         """
         if config.get("plugins") and not trust_remote_code:
@@ -95,7 +96,8 @@ class ExportedGenerator(Generator):
             raise CheckpointError(f"{folder!r} cannot be loaded: {error} Export again.") from error
         if missing := sorted(found["missing_keys"]):
             raise CheckpointError(f"{folder!r} lacks {len(missing)} weights, {missing[0]!r} first. Export again.")
-        return cls(model.to(place), processor)
+        adapter = Path(folder) / "adapter"
+        return cls(_with_adapters(model.to(place), adapter) if adapter.is_dir() else model.to(place), processor)
 
     def _answer(self, prompts: Sequence[Prompt], first: int, sampling: Sampling, watch: Watch) -> list[str]:
         inputs = self._inputs(prompts).to(self._model.device)
@@ -172,6 +174,20 @@ class _Watcher(StoppingCriteria):
                 answer.add(token)
                 self._watch(answer)
         return torch.tensor([answer.done for answer in self._answers], device=input_ids.device)
+
+
+def _with_adapters(model: Any, adapter: Path) -> Any:
+    """The model with the adapters that lie beside its weights merged into them."""
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ConfigError(
+            f"{str(adapter)!r} holds adapters, which need peft: pip install peft, or export with --adapter merged."
+        ) from None
+    try:
+        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"{str(adapter)!r} cannot be loaded: {error} Export again.") from error
 
 
 def _greedy(sampling: Sampling) -> bool:

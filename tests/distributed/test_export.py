@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine import train
@@ -23,6 +25,7 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.config import AnyMALConfig, LoraConfig
 from megatron_anymal.data.messages import open_prompt, parse_messages
 from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.generation.exported import ExportedGenerator
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,7 @@ def test_another_preparation_of_media_is_found(
 
 def test_the_adapter_for_peft_equals_the_merged_weights(run: AnyMALConfig, tmp_path: Path) -> None:
     assert export(run, tmp_path / "merged", "--llama-only") == 0
-    assert export(run, tmp_path / "apart", "--llama-only", "--adapter", "separate", "--no-verify") == 0
+    assert export(run, tmp_path / "apart", "--llama-only", "--adapter", "separate") == 0
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     plain = LlamaForCausalLM.from_pretrained(tmp_path / "apart", dtype=torch.float32).eval()
     tokens = torch.randint(32, (2, 20))
@@ -123,6 +126,46 @@ def test_the_adapter_for_peft_equals_the_merged_weights(run: AnyMALConfig, tmp_p
         adapted = PeftModel.from_pretrained(plain, str(tmp_path / "apart" / "adapter")).eval()
         torch.testing.assert_close(adapted(tokens).logits, expected, rtol=1e-5, atol=1e-5)
     assert (before - expected).abs().max() > 0.05
+
+
+@pytest.fixture(scope="module")
+def apart(run: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole model, its adapters beside it."""
+    out = tmp_path_factory.mktemp("apart") / "model"
+    assert export(run, out, "--adapter", "separate") == 0
+    return out
+
+
+def answering_weights(folder: str, peft: bool) -> dict[str, np.ndarray]:
+    """The weights that `anymal generate` answers with."""
+    if not peft:
+        sys.modules["peft"] = None  # type: ignore[assignment]
+    config = json.loads((Path(folder) / "config.json").read_text())
+    generator = ExportedGenerator.of_folder(folder, config, "cpu", "float32", trust_remote_code=False)
+    return {name: tensor.numpy() for name, tensor in generator._model.state_dict().items()}
+
+
+def test_adapters_beside_the_weights_take_part_in_answers(apart: Path, exported: Path) -> None:
+    [merged] = run_ranks(1, answering_weights, str(exported), True)
+    [beside] = run_ranks(1, answering_weights, str(apart), True)
+    assert beside.keys() == merged.keys()
+    for name, tensor in merged.items():
+        np.testing.assert_allclose(beside[name], tensor, rtol=1e-6, atol=1e-6)
+    assert "`adapter/adapter_model.safetensors`" in (apart / "README.md").read_text()
+    with pytest.raises(pytest.fail.Exception, match="pip install peft, or export with --adapter merged"):
+        run_ranks(1, answering_weights, str(apart), False)
+
+
+def test_a_wrong_adapter_is_found(run: AnyMALConfig, apart: Path, tmp_path: Path, capfd: Any) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(apart, wrong)
+    file = wrong / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors = {name: -tensor if name.endswith("lora_A.weight") else tensor for name, tensor in tensors.items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(wrong)]
+    assert run_ranks(1, verify.main, arguments) == [1]
+    assert "logits differ by up to" in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> AnyM
 def exported_and_asked(run: AnyMALConfig, folder: Path) -> list[str]:
     """Two exports under `folder`, prompts beside them, and the trainer's own answers."""
     source = run.exp_manager.explicit_log_dir
-    plain = ["--checkpoint", source, "--out", str(folder / "apart"), "--adapter", "separate", "--no-verify"]
+    plain = ["--checkpoint", source, "--out", str(folder / "apart"), "--adapter", "separate"]
     assert export_hf.main(plain) == 0
     assert export_hf.main(["--checkpoint", source, "--out", str(folder / "merged")]) == 0
     prompts = [s.to_json(folder / f"media_{n}") for n, s in enumerate(choose_samples(run, [], 3, llama_only=False))]

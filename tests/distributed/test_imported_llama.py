@@ -22,11 +22,12 @@ from megatron_anymal.checkpoint.stream import StreamReader
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.config_io import from_dict
 from megatron_anymal.data.types import MicroBatch, PlannedMicroBatch
+from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.hf_llama import checkpoint_place, to_hf, whole_names
 from megatron_anymal.parallel import initialize
-from megatron_anymal.tensor_files import HFWeights, raw_bytes
+from megatron_anymal.tensor_files import raw_bytes
 
 BASE: dict[str, Any] = {
     "vocab_size": 96,

@@ -9,7 +9,17 @@ PACKAGE = Path(__file__).parents[2] / "megatron_anymal"
 
 # From the first to the last; modules of one row may import each other.
 ORDER = [
-    ("config", "config_checks", "config_schema", "config_io", "quiet", "step_lines", "telemetry", "tensor_files"),
+    (
+        "config",
+        "config_checks",
+        "config_schema",
+        "config_io",
+        "quiet",
+        "step_lines",
+        "telemetry",
+        "tensor_files",
+        "hf_weights",
+    ),
     ("backend", "doctor", "cpu_shim"),
     ("parallel",),
     ("modalities",),

@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from megatron_anymal.tensor_files import HFWeights, SafetensorsFile, SafetensorsWriter, TensorFileError
+from megatron_anymal.hf_weights import HFWeights
+from megatron_anymal.tensor_files import SafetensorsFile, SafetensorsWriter, TensorFileError
 
 KINDS = [
     torch.float64,

@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from checkpoint_tools.importing import spans
 from checkpoint_tools.importing.units import all_finite, units_of, write_unit
 from megatron_anymal.checkpoint.stream import StreamReader, StreamWriter, write_index
+from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import checkpoint_place, chunks_from_hf, from_hf, whole_names, whole_shape
-from megatron_anymal.tensor_files import HFWeights, TensorFileError, raw_bytes
+from megatron_anymal.tensor_files import TensorFileError, raw_bytes
 
 SHAPES = {
     "grouped": {"num_attention_heads": 6, "num_key_value_heads": 3},

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_anymal.config import ConfigError
+from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import (
     account,
     checkpoint_place,
@@ -21,7 +22,6 @@ from megatron_anymal.model.hf_llama import (
     whole_names,
     whole_shape,
 )
-from megatron_anymal.tensor_files import HFWeights
 
 SIZES = {
     "vocab_size": 33,

@@ -1,0 +1,118 @@
+"""The weights of a HuggingFace folder, be they in one safetensors file or in several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Optional
+
+from torch import Tensor
+
+from megatron_anymal.tensor_files import Entry, SafetensorsFile, TensorFileError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+class HFWeights(Mapping[str, Tensor]):
+    """All weights of a HuggingFace folder, from one safetensors file or several with an index.
+
+    Opening reads the headers only.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
+
+    Raises:
+        TensorFileError: a file is missing or damaged, a name is in two files, index and files disagree, or the
+            folder holds other formats only.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        index = self._read_index()
+        present = {path.name for path in self.folder.glob("model*.safetensors")}
+        expected = set(index.values()) if index is not None else {SINGLE}
+        self._check_files(present, expected, index is not None)
+        self.files = {name: SafetensorsFile(self.folder / name) for name in sorted(expected)}
+        self._places: dict[str, SafetensorsFile] = {}
+        for file in self.files.values():
+            for name in file:
+                if name in self._places:
+                    raise TensorFileError(
+                        f"{str(self.folder)!r}: the tensor {name!r} is doubled: it is in {self.file_of(name)!r} and in "
+                        f"{file.path.name!r}. Download the folder again."
+                    )
+                self._places[name] = file
+        for name, stated in (index or {}).items():
+            if name not in self._places or self.file_of(name) != stated:
+                raise TensorFileError(
+                    f"{str(self.folder)!r}: {INDEX} says that the tensor {name!r} is in {stated!r}; it is not. "
+                    "Download the folder again."
+                )
+        for name in self._places:
+            if index is not None and name not in index:
+                raise TensorFileError(
+                    f"{str(self.folder)!r}: the tensor {name!r} in {self.file_of(name)!r} is not in {INDEX}. Download "
+                    "the folder again."
+                )
+
+    def entry(self, name: str) -> Entry:
+        """Type, shape and size of a tensor, without its data."""
+        return self._places[name].entry(name)
+
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """As `SafetensorsFile.pieces`."""
+        return self._places[name].pieces(name)
+
+    def read_into(self, name: str, place: int, target: memoryview) -> None:
+        """As `SafetensorsFile.read_into`."""
+        self._places[name].read_into(name, place, target)
+
+    def file_of(self, name: str) -> str:
+        """The name of the file that holds a tensor."""
+        return self._places[name].path.name
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._places[name][name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _read_index(self) -> Optional[dict[str, str]]:
+        path = self.folder / INDEX
+        if not path.is_file():
+            return None
+        try:
+            index = dict(json.loads(path.read_text())["weight_map"])
+            if not index or not all(isinstance(file, str) and Path(file).name == file for file in index.values()):
+                raise ValueError("weight_map does not map tensors to files of this folder")
+        except (ValueError, TypeError, KeyError) as error:
+            raise TensorFileError(f"{str(path)!r} is damaged ({error!r}). Download it again.") from None
+        return index
+
+    def _check_files(self, present: set[str], expected: set[str], indexed: bool) -> None:
+        where = repr(str(self.folder))
+        if not present:
+            if any(self.folder.glob("pytorch_model*.bin")):
+                raise TensorFileError(
+                    f"{where} holds its weights as pytorch_model*.bin only. Download them as safetensors, or load the "
+                    "folder with transformers and save_pretrained it to another one."
+                )
+            raise TensorFileError(f"{where} holds no {SINGLE}. Download the weights as safetensors.")
+        if not indexed and present != {SINGLE}:
+            raise TensorFileError(
+                f"{where} holds {min(present - {SINGLE})!r} and no {INDEX}. Download the folder again."
+            )
+        if missing := sorted(expected - present):
+            raise TensorFileError(
+                f"{where} lacks {len(missing)} of {len(expected)} files that {INDEX} names: {', '.join(missing)}. "
+                "Download them."
+            )
+        if extra := sorted(present - expected):
+            raise TensorFileError(f"{where}: {extra[0]!r} is not in {INDEX}. Remove it, or download the folder again.")
