@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
@@ -39,6 +40,8 @@ from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 
 # Mistakes of the user, as a folder's own code names them: its classes are copies.
 _MISTAKES = ("ConfigError", "DataError", "MediaError")
+# What transformers and peft raise where a folder's files do not fit together.
+_UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 
 class ExportedGenerator(Generator):
@@ -92,8 +95,10 @@ class ExportedGenerator(Generator):
                 folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust
             )
             processor = processor_class.from_pretrained(folder, trust_remote_code=trust)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"{folder!r} cannot be loaded: {error} Export again.") from error
+        except ConfigError:
+            raise
+        except _UNREADABLE as error:
+            raise _unreadable(folder, error) from error
         if missing := sorted(found["missing_keys"]):
             raise CheckpointError(f"{folder!r} lacks {len(missing)} weights, {missing[0]!r} first. Export again.")
         adapter = Path(folder) / "adapter"
@@ -186,8 +191,13 @@ def _with_adapters(model: Any, adapter: Path) -> Any:
         ) from None
     try:
         return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{str(adapter)!r} cannot be loaded: {error} Export again.") from error
+    except _UNREADABLE as error:
+        raise _unreadable(str(adapter), error) from error
+
+
+def _unreadable(folder: str, error: Exception) -> CheckpointError:
+    said = " ".join(str(error).split()).rstrip(".")
+    return CheckpointError(f"{folder!r} cannot be loaded: {said}. Export again.")
 
 
 def _greedy(sampling: Sampling) -> bool:

@@ -342,3 +342,8 @@ def test_a_folder_without_all_weights_is_refused(export: Path, tmp_path: Path) -
     assert "cannot be loaded" in run_ranks(1, damaged, folder)[0]
     (folder / "model.safetensors").unlink()
     assert "cannot be loaded" in run_ranks(1, damaged, folder)[0]
+    shutil.copy(export / "model.safetensors", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["hidden_size"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "cannot be loaded" in run_ranks(1, damaged, folder)[0]
