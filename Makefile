@@ -21,11 +21,17 @@ $(INSTALLED): setup.py
 quickstart: $(INSTALLED)
 	$(BIN)/python -m megatron_anymal.quickstart --install-seconds $$(cat $(INSTALLED))
 
+# What has a clock of its own (how soon a hang is found) runs by itself; the rest two at a time.
+ALONE := tests/faults tests/slurm
+BESIDE := -n 2 --dist loadfile $(ALONE:%=--ignore=%)
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(BESIDE)
+	$(BIN)/python -m pytest -m "not slow" $(ALONE)
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(BESIDE)
+	$(BIN)/python -m pytest $(ALONE)
 
 # About half an hour; writes docs/parity.md and runs/parity.json.
 parity: $(INSTALLED)

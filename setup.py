@@ -38,6 +38,7 @@ EXTRAS_REQUIRE = {
     "test": [
         "pytest>=8.0",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "peft>=0.18",
         "trl>=1.0",
         "scikit-learn>=1.5",

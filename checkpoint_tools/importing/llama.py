@@ -99,6 +99,9 @@ def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: 
     weights = HFWeights(folder)
     for note in account(hf, weights):
         print(note)
+    for config in (folder / "adapter_config.json", folder / "adapter" / "adapter_config.json"):
+        if config.is_file():
+            print(f"left out: the adapters of {config}. Merge them before the import if they are to come along.")
     staging = _Staging(out.parent / f".{out.name}.importing")
     staging.root.mkdir(parents=True, exist_ok=True)
     with open(staging.root / "lock", "w") as lock:

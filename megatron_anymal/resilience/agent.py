@@ -8,6 +8,7 @@ the launcher is gone. Signals that ask a run to stop are the launcher's to pass 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import subprocess
@@ -23,6 +24,7 @@ from typing import Any, ClassVar, Optional
 
 import psutil
 
+from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.last_words import leave
 
 MODULES = {"torchrun": "torch.distributed.run", "ft": "nvidia_resiliency_ext.fault_tolerance.launcher"}
@@ -86,6 +88,7 @@ def main(arguments: Sequence[str]) -> int:
         # A handler, unlike SIG_IGN, is not handed on to the ranks.
         signal.signal(number, _leave_it)
     threading.Thread(target=_watch, args=(Path(folder), os.getppid()), daemon=True).start()
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_failure)
     module = importlib.import_module(MODULES[launcher])
     options = module.parse_args(rest)
     config, command, command_arguments = module.config_from_args(options)
@@ -183,6 +186,11 @@ def _write(path: Path, text: str) -> None:
         part = path.with_name(f".{path.name}.{threading.get_ident()}")
         part.write_text(text)
         part.replace(path)
+
+
+def _is_failure(record: logging.LogRecord) -> bool:
+    """Whether a message of torchrun's is shown: it calls each exit code but 0 a failure, a stop on request too."""
+    return not record.getMessage().startswith(f"failed (exitcode: {int(Exit.REQUEUE)})")
 
 
 def _leave_it(number: int, frame: Optional[FrameType]) -> None:

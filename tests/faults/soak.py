@@ -84,15 +84,17 @@ class Soak:
 
     def run(self, seconds: float) -> None:
         """Let faults happen for so long, then stop the run in order."""
-        end, due, seen = time.monotonic() + seconds, self._next(), 0
+        begun = time.monotonic()
+        end, due, seen = begun + seconds, begun + self._pause(), 0
         while time.monotonic() < end:
             time.sleep(1.0)
             if self.process.poll() is not None:
                 self._start_again()
-            # One that comes before the run got on waits: three in a row would be a crash loop, as they should.
+            # One that comes before the run got on waits: three in a row would be a crash loop, as they should. Those
+            # after it do not: the mean stays.
             if time.monotonic() >= due and max(steps_of(self.run_dir), default=0) > seen:
                 self._harm()
-                seen, due = max(steps_of(self.run_dir), default=0), self._next()
+                seen, due = max(steps_of(self.run_dir), default=0), due + self._pause()
         while self.process.poll() is None or self.process.returncode != Exit.REQUEUE:
             if self.process.poll() is not None:
                 self._start_again()
@@ -139,8 +141,8 @@ class Soak:
             sys.exit(f"the launcher ended with {code}:\n{(self.folder / 'soaked.log').read_text()[-3000:]}")
         self.process = self._launch()
 
-    def _next(self) -> float:
-        return time.monotonic() + self.dice.expovariate(1 / self.between)
+    def _pause(self) -> float:
+        return self.dice.expovariate(1 / self.between)
 
     def _harm(self) -> None:
         harms: dict[str, Callable[[], None]] = {

@@ -128,6 +128,15 @@ def test_a_source_that_changed_meanwhile_starts_afresh(
     assert contents(out) == contents(tmp_path / "undisturbed")
 
 
+def test_adapters_beside_the_weights_are_told_of(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "adapter").mkdir()
+    (source / "adapter" / "adapter_config.json").write_text("{}")
+    assert import_hf(["--hf", str(source), "--out", str(tmp_path / "out"), "--processes", "1"]) == 0
+    assert f"left out: the adapters of {source / 'adapter'}" in capsys.readouterr().out
+
+
 def test_two_imports_at_once(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = start_slow(source, tmp_path / "out")
     wait_for_records(tmp_path / ".out.importing", 1)

@@ -142,6 +142,8 @@ def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None
         assert store.newest_valid(run / "checkpoints") == (saved, [])
         assert "Start the same command again" in (run / "report.md").read_text()
     finish(launch(folder, run, PROCESSES, faults(SLOW), log=log), log)
+    # torchrun would call a stop a failure.
+    assert "failed (exitcode" not in log.read_text()
     assert not told(run, "death") and not told(run, "restart")
     assert_same(run, whole)
 
