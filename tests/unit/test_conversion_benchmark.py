@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(500)
 def test_it_measures_rates_and_memory(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     sizes = ["--gigabytes", "0.04", "--hidden", "256", "--processes", "2", "--rounds", "1"]

@@ -49,8 +49,15 @@ def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int,
     return process.wait(), said.decode()
 
 
-@pytest.mark.parametrize("verb", ["generate", "evaluate"])
-@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "closed"])
+@pytest.mark.parametrize(
+    ("verb", "terminal"),
+    [
+        ("generate", True),
+        ("evaluate", False),
+        pytest.param("generate", False, marks=pytest.mark.slow),
+        pytest.param("evaluate", True, marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_is_asked_and_none_of_its_code_is_run(
     verb: str, terminal: bool, folder: Path, tokenizer_folder: str, tmp_path: Path
 ) -> None:
