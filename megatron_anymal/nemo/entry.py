@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,6 +186,11 @@ def manage_experiment(trainer: Trainer, config: AnyMALConfig, layout: ParallelLa
         )
     finally:
         nemo_logging.setLevel(previous)
+    if layout.reports:
+        # Made also where there is no file of its own to move, as at a run's first start.
+        for folder in config.run_dir.glob("run_*"):
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _move_only_nemos_files() -> None:

@@ -52,8 +52,8 @@ def test_two_processes_leave_one_run_folder_with_tensorboard(folder):
     )
     assert sorted(set(logged_steps(run))) == [1, 2]
     events = list(run.rglob("events.out.tfevents.*"))
-    # Only the reporting rank writes; Hydra leaves nothing behind.
-    assert len(events) == 1 and events[0].parent == run
+    # Only the reporting rank writes; Hydra leaves nothing behind, exp_manager no folder for earlier files.
+    assert len(events) == 1 and events[0].parent == run and not list(run.glob("run_*"))
     assert "pretrain" in (run / "cmd-args.log").read_text()
     assert not (folder / "outputs").exists() and not (folder / ".hydra").exists()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
