@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
-import os
 import queue
-import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from checkpoint_tools.memory import peak_memory
-
-# prctl's request to be killed with the parent.
-_PR_SET_PDEATHSIG = 1
+from megatron_anymal.children import end_with_parent
 
 
 class WorkerError(Exception):
@@ -45,8 +40,7 @@ def run_workers(
     for job in [*jobs, *[None] * processes]:
         todo.put(job)
     workers = [
-        context.Process(target=_work, args=(os.getpid(), todo, told, work), daemon=True)
-        for _ in range(min(processes, len(jobs)))
+        context.Process(target=_work, args=(todo, told, work), daemon=True) for _ in range(min(processes, len(jobs)))
     ]
     for worker in workers:
         worker.start()
@@ -81,10 +75,8 @@ def _check_alive(workers: Sequence[Any], finished: int) -> None:
         raise WorkerError(f"a worker process ended by {reason} (out of memory?). Start again to go on.")
 
 
-def _work(parent: int, todo: Any, told: Any, work: Callable[[Any, Callable[[int], None]], None]) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+def _work(todo: Any, told: Any, work: Callable[[Any, Callable[[int], None]], None]) -> None:
+    end_with_parent()
     before = peak_memory()
     try:
         while (job := todo.get()) is not None:

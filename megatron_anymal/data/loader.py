@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
 import re
 import signal
 import socket
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from megatron_anymal.children import end_with_parent
 from megatron_anymal.data.batches import BatchPlanner, StepPlan
 from megatron_anymal.data.context import held_tokens, padded
 from megatron_anymal.data.parts import name_modalities
@@ -32,9 +31,6 @@ from megatron_anymal.data.types import (
     places_with_label,
 )
 from megatron_anymal.modalities.base import MediaError, Modality
-
-# Linux's prctl: which signal a process gets when its parent ends.
-_SET_PARENT_DEATH_SIGNAL = 1
 
 
 @dataclass(frozen=True)
@@ -341,6 +337,5 @@ def _start_worker(number: int) -> None:
     # Signals to the whole job are the trainer's business: it still needs its workers for the step under way.
     for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(one, signal.SIG_IGN)
-    # A worker that hangs must not outlive its trainer.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    # Even one that hangs.
+    end_with_parent()

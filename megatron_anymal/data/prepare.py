@@ -8,11 +8,12 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from megatron_anymal.children import end_with_parent
 from megatron_anymal.data.indexing import IndexOptions, ShardRows, assemble, find_shards, index_shard
 from megatron_anymal.data.samples import media_entries, parse_sample, read_lines, to_json
 from megatron_anymal.data.shards import IndexHeader, write_index
@@ -193,12 +194,14 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
     print(f"{folder}: {good} samples, {len(media)} media items, {len(bad)} left out, {len(shards)} shards")
 
 
-def _index_all(folder: str, names: Sequence[str], options: IndexOptions, workers: int) -> Iterable[ShardRows]:
+def _index_all(folder: str, names: Sequence[str], options: IndexOptions, workers: int) -> Iterator[ShardRows]:
     jobs = [(folder, name, options) for name in names]
     if workers <= 1 or len(names) == 1:
-        return map(_index_one, jobs)
-    pool = ProcessPoolExecutor(min(workers, len(names)), mp_context=multiprocessing.get_context("spawn"))
-    return pool.map(_index_one, jobs)
+        yield from map(_index_one, jobs)
+        return
+    processes = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(names)), mp_context=processes, initializer=end_with_parent) as pool:
+        yield from pool.map(_index_one, jobs)
 
 
 def _index_one(job: tuple[str, str, IndexOptions]) -> ShardRows:

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_anymal"
 # From the first to the last; modules of one row may import each other.
 ORDER = [
     (
+        "children",
         "config",
         "config_checks",
         "config_schema",
