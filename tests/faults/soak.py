@@ -142,7 +142,7 @@ class Soak:
         self.process = self._launch()
 
     def _pause(self) -> float:
-        return self.dice.expovariate(1 / self.between)
+        return self.dice.uniform(0.5, 1.5) * self.between
 
     def _harm(self) -> None:
         harms: dict[str, Callable[[], None]] = {
