@@ -91,9 +91,9 @@ class Heartbeat:
         self._step = self._step if step is None else step
         self._settled = self._settled or settled
         self._progress += 1
-        _BODY.pack_into(
-            self._map,
-            0,
+        # Packed apart and copied at once: pack_into clears the place first, and a monitor that looked just then saw a
+        # rank whose last beat was at time 0. Fields lie at multiples of their sizes, so that each is seen old or new.
+        self._map[: _BODY.size] = _BODY.pack(
             _MAGIC,
             self._pid,
             self._rank,
@@ -115,7 +115,7 @@ class Heartbeat:
             self._note_alive()
 
     def _note_alive(self) -> None:
-        _ALIVE.pack_into(self._map, _ALIVE_PLACE, time.monotonic_ns())
+        self._map[_ALIVE_PLACE : _FORMAT.size] = _ALIVE.pack(time.monotonic_ns())
 
 
 def read(path: Path) -> Optional[Beat]:

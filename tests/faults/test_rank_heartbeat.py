@@ -61,6 +61,34 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
+# A rank that beats without a pause.
+BUSY = """
+import sys
+from pathlib import Path
+from megatron_anymal.resilience.heartbeat import Heartbeat, Phase
+mine = Heartbeat(Path(sys.argv[1]), 1)
+while True:
+    mine.beat(Phase.COMPUTE, 500)
+    mine._note_alive()
+"""
+
+
+def test_a_look_in_the_middle_of_a_beat_sees_no_silence(tmp_path: Path) -> None:
+    path = tmp_path / "rank_00001"
+    with subprocess.Popen([sys.executable, "-c", BUSY, str(path)], env={**os.environ, "PYTHONPATH": str(ROOT)}) as busy:
+        try:
+            wait_for(lambda: (first := heartbeat.read(path)) is not None and first.step == 500)
+            end, looks = time.monotonic() + 3, 0
+            while time.monotonic() < end:
+                seen, now = heartbeat.read(path), time.monotonic_ns()
+                assert seen is not None and (seen.rank, seen.step, seen.phase) == (1, 500, Phase.COMPUTE)
+                assert now - seen.beat_ns < 10**10 and now - seen.alive_ns < 10**10
+                looks += 1
+            assert looks > 100
+        finally:
+            busy.kill()
+
+
 def age(nanoseconds: int) -> float:
     return (time.monotonic_ns() - nanoseconds) / 1e9
 
