@@ -46,8 +46,7 @@ def setting(tp: int) -> ModelParallelConfig:
 
 
 class NormLinear(ColumnParallelLinear):
-    """Stands in for Transformer Engine's, which needs a GPU: the same parameters under the same names, and the same
-    demand on its input."""
+    """Stands in for Transformer Engine's, which needs a GPU: the same parameters under the same names."""
 
     def __init__(self, inputs: int, outputs: int, parallel: ModelParallelConfig):
         super().__init__(inputs, outputs, config=parallel, init_method=leave_unset)
