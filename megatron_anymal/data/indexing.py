@@ -216,7 +216,7 @@ def find_shards(folder: str) -> list[str]:
     """
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
     if not fs.isdir(root):
-        raise DataError(f"There is no shard folder {folder!r}.")
+        raise DataError(f"There is no shard folder {folder!r}. Correct the path.")
     found = sorted(path.rpartition("/")[2] for path in fs.ls(root, detail=False) if path.endswith(".tar"))
     if not found:
         raise DataError(f"{folder!r} holds no .tar shard.")

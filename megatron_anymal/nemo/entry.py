@@ -188,7 +188,7 @@ def manage_experiment(trainer: Trainer, config: AnyMALConfig, layout: ParallelLa
         nemo_logging.setLevel(previous)
     if layout.reports:
         # Made also where there is no file of its own to move, as at a run's first start.
-        for folder in config.run_dir.glob("run_*"):
+        for folder in config.run_dir.glob("run_[0-9]*"):
             with suppress(OSError):
                 folder.rmdir()
 
