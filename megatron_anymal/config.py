@@ -315,7 +315,8 @@ class DataConfig:
 class ResilienceConfig:
     """What a run does about hangs, signals and numbers that are none, and what it may find changed at a resume."""
 
-    # Seconds without progress in a step, its data or a validation until the launcher ends all processes; 0: never.
+    # Seconds without progress in a step, its data or a validation, or of a stopped process anywhere, until the launcher
+    # ends all processes; 0: never.
     hang_timeout: float = 600.0
     # The same from the start to the end of the first step.
     startup_timeout: float = 1800.0

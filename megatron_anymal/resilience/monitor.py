@@ -81,6 +81,11 @@ class RankView:
         return (self.beat.step if self.beat else -1, _ORDER[self.phase])
 
     @property
+    def stopped(self) -> bool:
+        """Whether it is held by a signal or a debugger."""
+        return self.state in ("T", "t")
+
+    @property
     def waits_for_others(self) -> bool:
         """Whether its main thread is inside a collective operation, as far as the stack tells."""
         return any(_WAITING.search(frame) for frame in self.stack[:_INNERMOST])
@@ -115,9 +120,14 @@ def allowed_silence(view: RankView, limits: ResilienceConfig) -> float:
 
 
 def hanging(views: Sequence[RankView], limits: ResilienceConfig) -> bool:
-    """Whether a rank is silent for too long, and does not just wait for one that is behind and still has time."""
+    """Whether a rank is silent for too long, and does not just wait for one that is behind and still has time.
+
+    A stopped process has hang_timeout wherever it is: it does nothing that could take longer.
+    """
     if limits.hang_timeout <= 0:
         return False
+    if any(view.stopped and view.beat and view.held > limits.hang_timeout for view in views):
+        return True
     in_time = [view.position for view in views if view.silent <= allowed_silence(view, limits)]
     late = [view for view in views if view.silent > allowed_silence(view, limits)]
     return any(not any(position < view.position for position in in_time) for view in late)
@@ -130,7 +140,7 @@ def diagnose(views: Sequence[RankView], stacks: Mapping[int, str]) -> Hang:
         views: of all ranks of this machine, at least one.
         stacks: rank -> file with its stacks.
     """
-    stopped = [view for view in views if view.state in ("T", "t")]
+    stopped = [view for view in views if view.stopped]
     missing = [view for view in views if view.beat is None]
     held = [view for view in views if view.beat and view.held > max(_HELD_SECONDS, 0.5 * view.silent)]
     if stopped:
@@ -220,7 +230,8 @@ def dump_stacks(views: Sequence[RankView], folder: Path) -> tuple[list[RankView]
     """
     files = {view.rank: folder / f"rank_{view.rank:05d}_{view.pid}.txt" for view in views}
     before = {rank: _size(path) for rank, path in files.items()}
-    asked = [view for view in views if view.state not in ("T", "t", "Z", "") and catches(view.pid, signal.SIGUSR2)]
+    running = [view for view in views if not view.stopped and view.state not in ("Z", "")]
+    asked = [view for view in running if catches(view.pid, signal.SIGUSR2)]
     for view in asked:
         _send(view.pid, signal.SIGUSR2)
     deadline = time.monotonic() + _DUMP_SECONDS

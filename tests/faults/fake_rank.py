@@ -1,8 +1,8 @@
 """A rank without a model, for the launcher: it beats, counts steps into a file as its checkpoint, and fails as told.
 
 Arguments: the run's folder, steps, then faults "RANK:STEP:WHAT[:ATTEMPT]", without an attempt in every one. Step -1:
-at the start. WHAT: kill, crash, words (an end without an event), code=N, stop, sleep, gil, data (sleeps there), silent
-(no heartbeat at all).
+at the start. WHAT: kill, crash, words (an end without an event), code=N, stop (in a checkpoint, which has a time of its
+own), sleep, gil, data (sleeps there), silent (no heartbeat at all).
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ def fail(what: str, beat: Heartbeat, run_dir: Path) -> None:
     elif what.startswith("code="):
         os._exit(int(what.removeprefix("code=")))
     elif what == "stop":
+        beat.beat(Phase.CHECKPOINT)
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "gil":
         # PyDLL keeps Python's lock during the call, which a signal for the stacks cuts short.

@@ -69,6 +69,12 @@ def view(
         ([view(0, Phase.VALIDATION, silent=11), view(1, Phase.DATA, silent=3)], False),
         ([view(0, Phase.CHECKPOINT, 6, silent=40), view(1, Phase.DATA, 7, silent=11)], False),
         ([view(0, Phase.CHECKPOINT, 7, silent=1), view(1, Phase.DATA, 7, silent=11)], True),
+        # A stopped process has no use for more time, and is not waiting for one that has it.
+        ([view(0, Phase.CHECKPOINT, silent=12, held=11, state="T")], True),
+        ([view(0, settled=False, held=11, state="t"), view(1, Phase.CHECKPOINT, 6, silent=11)], True),
+        # One that a debugger looks at for a moment goes on.
+        ([view(0, Phase.CHECKPOINT, silent=12, held=9, state="t")], False),
+        ([view(0, Phase.CHECKPOINT, silent=12, held=11)], False),
     ],
 )
 def test_silence_is_noticed_in_time(views: list[RankView], found: bool) -> None:
