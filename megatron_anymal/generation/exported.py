@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Optional
@@ -190,8 +191,11 @@ def _with_adapters(model: Any, adapter: Path) -> Any:
             f"{str(adapter)!r} holds adapters, which need peft: pip install peft, or export with --adapter merged."
         ) from None
     try:
-        return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
-    except _UNREADABLE as error:
+        with warnings.catch_warnings():
+            # peft only warns of adapters that the file lacks, and leaves them at zero.
+            warnings.filterwarnings("error", message=".*missing adapter keys")
+            return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    except (*_UNREADABLE, UserWarning) as error:
         raise _unreadable(str(adapter), error) from error
 
 

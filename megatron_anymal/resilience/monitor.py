@@ -126,7 +126,7 @@ def hanging(views: Sequence[RankView], limits: ResilienceConfig) -> bool:
     """
     if limits.hang_timeout <= 0:
         return False
-    if any(view.stopped and view.beat and view.held > limits.hang_timeout for view in views):
+    if any(view.stopped and view.beat and min(view.silent, view.held) > limits.hang_timeout for view in views):
         return True
     in_time = [view.position for view in views if view.silent <= allowed_silence(view, limits)]
     late = [view for view in views if view.silent > allowed_silence(view, limits)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from checkpoint_tools import export_hf, verify
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import AnyMALConfig, LoraConfig
 from megatron_anymal.data.messages import open_prompt, parse_messages
 from megatron_anymal.data.tokenize import Tokenizer
@@ -154,6 +156,28 @@ def test_adapters_beside_the_weights_take_part_in_answers(apart: Path, exported:
     assert "`adapter/adapter_model.safetensors`" in (apart / "README.md").read_text()
     with pytest.raises(pytest.fail.Exception, match="pip install peft, or export with --adapter merged"):
         run_ranks(1, answering_weights, str(apart), False)
+
+
+def refused_answers(folder: str) -> str:
+    with pytest.raises(CheckpointError) as told:
+        answering_weights(folder, True)
+    return str(told.value)
+
+
+def test_damaged_adapters_are_refused(apart: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(apart, damaged)
+    file = damaged / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    lost = sorted(name for name in tensors if "lora_B" in name)[0]
+    del tensors[lost]
+    save_file(tensors, file, metadata={"format": "pt"})
+    told = run_ranks(1, refused_answers, str(damaged))[0]
+    assert "missing adapter keys" in told and lost.removesuffix(".weight") in told and "Export again" in told
+    os.truncate(file, file.stat().st_size // 2)
+    assert f"'{file.parent}' cannot be loaded" in run_ranks(1, refused_answers, str(damaged))[0]
+    file.unlink()
+    assert f"'{file.parent}' cannot be loaded" in run_ranks(1, refused_answers, str(damaged))[0]
 
 
 def test_a_wrong_adapter_is_found(run: AnyMALConfig, apart: Path, tmp_path: Path, capfd: Any) -> None:

@@ -1,4 +1,4 @@
-"""A run under fire: faults at random, one a minute on average, then a comparison with a run left alone.
+"""A run under fire: a fault in each minute, at a random second, then a comparison with a run left alone.
 
     PYTHONPATH=.:tests:tests/faults:benchmarks python -m soak --minutes 20 --out results.json
 
@@ -44,7 +44,7 @@ def main() -> int:
     """Run it; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seconds-between", type=float, default=60.0, help="mean time between faults")
+    parser.add_argument("--seconds-between", type=float, default=60.0, help="in each of which a fault comes")
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a JSON file for what happened")
@@ -72,7 +72,7 @@ class Soak:
     """One run under fire.
 
     Args:
-        between: mean seconds between faults.
+        between: seconds in each of which a fault comes, at random.
     """
 
     def __init__(self, folder: Path, processes: int, dice: random.Random, between: float) -> None:
@@ -85,16 +85,16 @@ class Soak:
     def run(self, seconds: float) -> None:
         """Let faults happen for so long, then stop the run in order."""
         begun = time.monotonic()
-        end, due, seen = begun + seconds, begun + self._pause(), 0
+        end, due, seen = begun + seconds, begun + self._moment(), 0
         while time.monotonic() < end:
             time.sleep(1.0)
             if self.process.poll() is not None:
                 self._start_again()
             # One that comes before the run got on waits: three in a row would be a crash loop, as they should. Those
-            # after it do not: the mean stays.
+            # after it do not.
             if time.monotonic() >= due and max(steps_of(self.run_dir), default=0) > seen:
                 self._harm()
-                seen, due = max(steps_of(self.run_dir), default=0), due + self._pause()
+                seen, due = max(steps_of(self.run_dir), default=0), begun + self._moment()
         while self.process.poll() is None or self.process.returncode != Exit.REQUEUE:
             if self.process.poll() is not None:
                 self._start_again()
@@ -141,8 +141,9 @@ class Soak:
             sys.exit(f"the launcher ended with {code}:\n{(self.folder / 'soaked.log').read_text()[-3000:]}")
         self.process = self._launch()
 
-    def _pause(self) -> float:
-        return self.dice.uniform(0.5, 1.5) * self.between
+    def _moment(self) -> float:
+        """When the next fault is due, in seconds from the beginning."""
+        return (self.done.total() + self.dice.random()) * self.between
 
     def _harm(self) -> None:
         harms: dict[str, Callable[[], None]] = {

@@ -72,7 +72,8 @@ def view(
         # A stopped process has no use for more time, and is not waiting for one that has it.
         ([view(0, Phase.CHECKPOINT, silent=12, held=11, state="T")], True),
         ([view(0, settled=False, held=11, state="t"), view(1, Phase.CHECKPOINT, 6, silent=11)], True),
-        # One that a debugger looks at for a moment goes on.
+        # Since the last sign of any of its threads; one that a debugger looks at for a moment goes on.
+        ([view(0, silent=9, held=11, state="T")], False),
         ([view(0, Phase.CHECKPOINT, silent=12, held=9, state="t")], False),
         ([view(0, Phase.CHECKPOINT, silent=12, held=11)], False),
     ],
