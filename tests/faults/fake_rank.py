@@ -1,8 +1,8 @@
 """A rank without a model, for the launcher: it beats, counts steps into a file as its checkpoint, and fails as told.
 
 Arguments: the run's folder, steps, then faults "RANK:STEP:WHAT[:ATTEMPT]", without an attempt in every one. Step -1:
-at the start. WHAT: kill, crash, words (an end without an event), code=N, stop (in a checkpoint, which has a time of its
-own), sleep, gil, data (sleeps there), silent (no heartbeat at all).
+at the start. WHAT: kill, crash, words (an end without an event), code=N, stop, saving (stops in the save of the step
+before, which has a time of its own), sleep, gil, data (sleeps there), silent (no heartbeat at all).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def forever() -> None:
         time.sleep(0.2)
 
 
-def fail(what: str, beat: Heartbeat, run_dir: Path) -> None:
+def fail(what: str, step: int, beat: Heartbeat, run_dir: Path) -> None:
     if what == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif what == "crash":
@@ -41,8 +41,9 @@ def fail(what: str, beat: Heartbeat, run_dir: Path) -> None:
         sys.exit("the last words of a rank")
     elif what.startswith("code="):
         os._exit(int(what.removeprefix("code=")))
-    elif what == "stop":
-        beat.beat(Phase.CHECKPOINT)
+    elif what in ("stop", "saving"):
+        if what == "saving":
+            beat.beat(Phase.CHECKPOINT, step - 1)
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "gil":
         # PyDLL keeps Python's lock during the call, which a signal for the stacks cuts short.
@@ -68,13 +69,13 @@ def main() -> int:
         forever()
     beat = Heartbeat(Path(os.environ["ANYMAL_HEARTBEATS"]) / f"rank_{RANK:05d}", RANK)
     if -1 in due:
-        fail(due[-1], beat, run_dir)
+        fail(due[-1], -1, beat, run_dir)
     saved = run_dir / "checkpoints"
     first = agreed_start(run_dir, saved)
     for step in range(first, steps + 1):
         beat.beat(Phase.COMPUTE, step)
         if step in due:
-            fail(due[step], beat, run_dir)
+            fail(due[step], step, beat, run_dir)
         time.sleep(STEP_SECONDS)
         beat.beat(Phase.UPDATE, settled=True)
         if stopping:

@@ -85,7 +85,7 @@ def test_killed_and_crashed_it_goes_on_by_itself(tmp_path: Path, capfd: pytest.C
 @pytest.mark.timeout(300)
 def test_each_hang_is_found_in_time_and_blamed_on_its_rank(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    faults = ("1:3:stop:1", "0:5:gil:2", "1:7:data:3", "0:9:sleep:4", "1:-1:silent:5")
+    faults = ("1:3:saving:1", "0:5:gil:2", "1:7:data:3", "0:9:sleep:4", "1:-1:silent:5")
     assert Supervisor(job(run, "10", *faults)).run() == Exit.DONE
     hangs = told(run, "hang")
     assert [(h["cause"], h["ranks"]) for h in hangs] == [
