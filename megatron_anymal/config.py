@@ -292,6 +292,27 @@ class DatasetConfig:
 
 
 @dataclass
+class LimitsConfig:
+    """Largest inputs that are accepted. What exceeds one is refused by name: left out of an index, skipped in training.
+
+    The defaults bound what the worst accepted sample costs a loader process to 512 MB.
+    """
+
+    # Width x height of a picture or of a video's frames.
+    max_pixels: int = 64_000_000
+    # Length of a video, a recording or an IMU signal.
+    max_seconds: float = 14_400.0
+    # Numbers in an IMU file (rows x columns), samples of a recording (frames x channels).
+    max_values: int = 1_500_000_000
+    # Bytes of one member of a shard, or of one media file of a manifest.
+    max_member_bytes: int = 256 * 2**20
+    # Bytes of a sample's .txt or .json, or of one line of a manifest.
+    max_text_bytes: int = 2**20
+    # Objects and lists inside each other in a sample's .json.
+    max_json_depth: int = 32
+
+
+@dataclass
 class DataConfig:
     """What is read, in which order, and how it is packed."""
 
@@ -309,6 +330,7 @@ class DataConfig:
     num_workers: int = 2
     # Steps that the loader may be ahead.
     prefetch_steps: int = 2
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
 
 
 @dataclass
