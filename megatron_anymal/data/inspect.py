@@ -21,6 +21,7 @@ from megatron_anymal.config import AnyMALConfig, DatasetConfig
 from megatron_anymal.config_checks import check
 from megatron_anymal.config_io import compose, default_config_dir
 from megatron_anymal.data.batches import BatchLayout, BatchPlanner, PlannedModality
+from megatron_anymal.data.ledger import grouped
 from megatron_anymal.data.lint import (
     SIZE_NAMES,
     TIMED,
@@ -126,6 +127,7 @@ def _inspect(index: ShardIndex, tokenizer_folder: str, run: Optional[Run], argum
     if arguments.sample:
         return len(wrong) + sum(_show(index, text, reading) for text in arguments.sample)
     _print_media(index)
+    _print_left_out(index)
     _print_lengths("text tokens a sample", _text_tokens(index))
     numbers = range(min(len(index), arguments.limit or len(index)))
     if not run:
@@ -166,6 +168,15 @@ def _print_media(index: ShardIndex) -> None:
             names = SIZE_NAMES.get(kind, TIMED)
             sizes = ", ".join(f"{name} {_spread(rows['size'][:, at])}" for at, name in enumerate(names))
             print(f"  {kind}: {len(rows)} items, {sizes}, bytes {_spread(rows['length'])}  (min / median / max)")
+
+
+def _print_left_out(index: ShardIndex) -> None:
+    """What is not in the index, by reason, from its ledger."""
+    ignored = index.members.get("ignored", {})
+    if ignored:
+        print(f"  ignored members: {', '.join(f'{what} {count}' for what, count in ignored.items())}")
+    for line in grouped(index.left_out()):
+        print(f"  left out: {line}" if not line.startswith(" ") else f"  {line}")
 
 
 def _spread(values: np.ndarray) -> str:

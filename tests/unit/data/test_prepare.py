@@ -13,8 +13,10 @@ import soundfile
 from PIL import Image
 from tiny import SPECIAL, flac, npy, png
 
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.prepare import main, make_index, write_shards
+from megatron_anymal.data.manifest import write_shards
+from megatron_anymal.data.prepare import main
 from megatron_anymal.data.samples import parse_parts
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.tokenize import Tokenizer

@@ -14,8 +14,8 @@ from PIL import Image
 from replicas import replica_data
 from tiny import make_config, make_shards, png
 
-from megatron_anymal.data.indexing import IndexOptions, find_shards
-from megatron_anymal.data.prepare import make_index
+from megatron_anymal.data.index_folder import find_shards, make_index
+from megatron_anymal.data.indexing import IndexOptions
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.types import DataError, MediaPart, TextPart
 
