@@ -154,13 +154,15 @@ def _check_share(folder: str, shards: Sequence[ShardRows], bad: Sequence[LeftOut
     problem = ""
     if len(bad) > allowed * (good + len(bad)):
         problem = f"{len(bad)} of {good + len(bad)} samples of {folder!r} are bad"
+    elif not good:
+        problem = f"no sample of {folder!r} can be used"
     elif damaged > allowed * size:
         problem = f"{damaged} of {size} bytes of {folder!r} are unreadable"
     if problem:
         _rename_ledger(folder, REFUSED_LEDGER)
+        first = f" The first: {bad[0]}" if bad else ""
         raise DataError(
-            f"{problem}, above --max-bad-share {allowed}. All are listed in {INDEX_FOLDER}/{REFUSED_LEDGER}. "
-            f"The first: {bad[0]}"
+            f"{problem}, above --max-bad-share {allowed}. All are listed in {INDEX_FOLDER}/{REFUSED_LEDGER}.{first}"
         )
 
 
