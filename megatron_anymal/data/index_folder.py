@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import sys
 from collections import Counter
@@ -106,7 +107,7 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
     for shard in shards:
         members.add(shard.members)
     _rename_ledger(folder, LEDGER)
-    write_index(folder, header, tables.samples, tables.media, tables.keys, _accounting(members, left_out))
+    write_index(folder, header, tables.samples, tables.media, tables.keys, _accounting(members, left_out, options))
     print(_summary(folder, len(tables.samples), len(tables.media), len(bad), len(shards), members))
 
 
@@ -166,8 +167,8 @@ def _check_share(folder: str, shards: Sequence[ShardRows], bad: Sequence[LeftOut
         )
 
 
-def _accounting(members: MemberCounts, left_out: Sequence[LeftOut]) -> dict[str, Any]:
-    """What index.json says of all that is not in the index."""
+def _accounting(members: MemberCounts, left_out: Sequence[LeftOut], options: IndexOptions) -> dict[str, Any]:
+    """What index.json says of all that is not in the index, and of the limits it was made with."""
     return {
         "members": {
             "seen": members.seen,
@@ -176,6 +177,7 @@ def _accounting(members: MemberCounts, left_out: Sequence[LeftOut]) -> dict[str,
             "bad": members.bad,
         },
         "left_out": dict(Counter(entry.code for entry in left_out)),
+        "limits": dataclasses.asdict(options.limits),
     }
 
 

@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         )
     problems = 0
     for folder in folders:
-        problems += _inspect(ShardIndex(folder), tokenizer, run, arguments)
+        problems += _inspect(ShardIndex(folder, run.config.data.limits if run else None), tokenizer, run, arguments)
     if run and not arguments.sample:
         problems += _packing(run)
     return 1 if problems else 0

@@ -14,6 +14,7 @@ rows of its step.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Optional
 
 import fsspec
 import numpy as np
@@ -30,7 +31,7 @@ from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.ledger import LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.parts import name_modalities
-from megatron_anymal.data.samples import DEFAULT_LIMITS, parse_sample, parse_text
+from megatron_anymal.data.samples import parse_sample, parse_text
 from megatron_anymal.data.types import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 
 VERSION = 3
@@ -122,16 +123,17 @@ class MediaBytes:
 class ShardIndex:
     """An opened index and its shards, on a local disk or any file system that fsspec reads."""
 
-    def __init__(self, folder: str, limits: LimitsConfig = DEFAULT_LIMITS):
+    def __init__(self, folder: str, limits: Optional[LimitsConfig] = None):
         """Open it.
 
         Args:
-            limits: what a member may have at most in bytes, and a sample's JSON in depth.
+            limits: what a member may have at most in bytes, and a sample's JSON in depth. None: those that the index
+                was made with.
 
         Raises:
             DataError: there is no index, it is of another version, or it is empty.
         """
-        self.folder, self._limits = folder.rstrip("/"), limits
+        self.folder = folder.rstrip("/")
         self._fs, self._root = fsspec.core.url_to_fs(self.folder)
         self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
         if not self._fs.isdir(self._root):
@@ -155,6 +157,7 @@ class ShardIndex:
         )
         # Members seen, used, ignored and bad, and the ledger's codes; empty in an index of an earlier version.
         self.members: Mapping[str, Any] = body.get("members", {})
+        self.limits = limits or _limits(body.get("limits", {}))
         self.samples, self.media = self._array("samples.npy"), self._array("media.npy")
         if len(self.samples) == 0:
             raise DataError(f"The index in {folder!r} is empty: no sample was prepared.")
@@ -229,7 +232,7 @@ class ShardIndex:
             names = [self.header.extensions[m["extension"]] for m in media]
             plain = [MediaPart(name, kind, self._attributes(kind)) for name, kind in zip(names, kinds)]
             return Sample("parts", ([*plain, parse_text(data, where)],))
-        read = parse_sample(parse_json_text(data, where, self._limits), where)
+        read = parse_sample(parse_json_text(data, where, self.limits), where)
         return Sample(read.kind, tuple(self._completed(parts, kinds) for parts in read.documents))
 
     def left_out(self) -> list[LeftOut]:
@@ -252,7 +255,7 @@ class ShardIndex:
         ]
 
     def _check_length(self, length: int, limit: str, where: str) -> None:
-        most = getattr(self._limits, limit)
+        most = getattr(self.limits, limit)
         if length > most:
             raise DataError(f"{where}: {length} bytes, above data.limits.{limit}={most}.")
 
@@ -329,6 +332,12 @@ class ShardIndex:
         if len(data) != length or zlib.crc32(data) != crc:
             raise DataError(f"{where}: its bytes in shard {name!r} are not those that were indexed (damaged shard?).")
         return data
+
+
+def _limits(given: Mapping[str, Any]) -> LimitsConfig:
+    """The limits that an index.json states; those that another version does not know keep their defaults."""
+    known = {field.name for field in dataclasses.fields(LimitsConfig)}
+    return LimitsConfig(**{name: value for name, value in given.items() if name in known})
 
 
 def write_index(

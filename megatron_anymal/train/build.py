@@ -177,6 +177,7 @@ def build_data(
         too_long=config.data.too_long,
         check_shards=layout.reports,
         sample_kinds=build_objective(config).sample_kinds,
+        limits=config.data.limits,
     )
     loaded = loaded_modalities(config, tokenizer, modalities)
     return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))

@@ -312,7 +312,7 @@ def test_a_refused_indexing_keeps_the_index_and_lists_all(folder: Folder) -> Non
     # By bytes, too: one damaged place is one line, however many samples it swallowed.
     hole = np.random.default_rng(0).bytes(len(archive) - 12_000)
     (folder.path / "0.tar").write_bytes(archive[:6000] + hole + archive[-6000:])
-    with pytest.raises(DataError, match="bytes of .* are unreadable"):
+    with pytest.raises(DataError, match=r"bytes of .* are unreadable"):
         folder.index(bad=0.6)
     folder.write(plain(40))
     folder.index(bad=0.0)
