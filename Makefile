@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv quickstart test test-all parity soak lint format clean
+.PHONY: venv quickstart test test-all parity soak fuzz lint format clean
 
 venv: $(INSTALLED)
 
@@ -41,6 +41,10 @@ parity: $(INSTALLED)
 soak: $(INSTALLED)
 	mkdir -p runs
 	PYTHONPATH=.:tests:tests/faults:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m soak --minutes 20 --out runs/soak.json
+
+# 10,000 mutated files over five seeds, some minutes; ends with an error if one is lost in silence or breaks a reader.
+fuzz: $(INSTALLED)
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m fuzz $(FUZZ)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
