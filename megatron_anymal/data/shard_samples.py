@@ -107,8 +107,8 @@ def groups(walk: TarWalk, shard: str, counts: MemberCounts, left_out: list[LeftO
                 current, torn = Group(key, _offset(entry), torn=torn), ""
             _add(current, ending, entry)
         if isinstance(entry, TarProblem):
-            if place is None:
-                counts.bad += bool(entry.name)
+            if place is None or entry.code == "truncated":
+                counts.bad += bool(entry.name) and place is None
                 left_out.append(LeftOut(shard, entry.code, entry.reason, entry.offset, member=entry.name))
             if entry.tears or entry.code == "joined":
                 torn = entry.reason if entry.tears else ""
