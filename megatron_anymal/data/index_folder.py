@@ -97,7 +97,7 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
     tables = assemble(shards)
     header = IndexHeader(
         shards=tuple(shard.name for shard in shards),
-        shard_bytes=tuple(shard.bytes for shard in shards),
+        shard_bytes=tuple(shard.size for shard in shards),
         kinds=tuple(tables.kinds),
         extensions=tuple(tables.extensions),
         tokenizer=Tokenizer(options.tokenizer).fingerprint(),
@@ -151,7 +151,7 @@ def _key_hashes(shard: ShardRows) -> Iterator[bytes]:
 
 def _check_share(folder: str, shards: Sequence[ShardRows], bad: Sequence[LeftOut], allowed: float) -> None:
     good = sum(len(shard.samples) for shard in shards)
-    size, damaged = sum(shard.bytes for shard in shards), sum(shard.damaged_bytes for shard in shards)
+    size, damaged = sum(shard.size for shard in shards), sum(shard.damaged_bytes for shard in shards)
     problem = ""
     if len(bad) > allowed * (good + len(bad)):
         problem = f"{len(bad)} of {good + len(bad)} samples of {folder!r} are bad"

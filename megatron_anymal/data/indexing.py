@@ -74,7 +74,7 @@ class ShardRows:
     """What one shard adds to the index, and what it does not."""
 
     name: str
-    bytes: int
+    size: int
     # Rows of SAMPLE and MEDIA; media_start and key_offset count from the shard's first, kinds and extensions by the
     # lists below.
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
@@ -103,7 +103,7 @@ class ShardRows:
         members.used, members.bad = members.used - len(numbers), members.bad + len(numbers)
         return ShardRows(
             self.name,
-            self.bytes,
+            self.size,
             self.samples[kept],
             self.media,
             self.keys,
@@ -131,12 +131,12 @@ def index_shard(folder: str, name: str, tokenizer: Tokenizer, options: IndexOpti
     fs, root = fsspec.core.url_to_fs(folder)
     rows = ShardRows(name, 0)
     try:
-        rows.bytes = int(fs.size(f"{root}/{name}"))
+        rows.size = int(fs.size(f"{root}/{name}"))
         with open_bytes(fs, f"{root}/{name}") as source:
             _Indexer(source, rows, tokenizer, options).run()
     except (TarError, OSError) as error:
         why = str(error) if isinstance(error, TarError) else f"cannot be read ({error})"
-        return ShardRows(name, rows.bytes, left_out=[LeftOut(name, "unreadable", why)], damaged_bytes=rows.bytes)
+        return ShardRows(name, rows.size, left_out=[LeftOut(name, "unreadable", why)], damaged_bytes=rows.size)
     return rows
 
 

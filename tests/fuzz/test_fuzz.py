@@ -6,12 +6,13 @@ import random
 from pathlib import Path
 
 import pytest
+from tars import tar_bytes
+
 from fuzz import corpus, targets
 from fuzz.__main__ import table
 from fuzz.mutations import Damaged
 from fuzz.targets import Case, Shards, Targets, outcome
 from fuzz.workers import Result, run_cases
-from tars import tar_bytes
 
 FEW = 240
 
