@@ -39,14 +39,13 @@ SAMPLES = 20
 def write_damaged(folder: Path, count: int, seed: int) -> list[str]:
     """Write `count` damaged shards, each in a folder of its own; returns what is wrong with each."""
     from fuzz.corpus import plain_members
-    from fuzz.mutations import damage_shard, zeroes_the_end
-    from tars import tar_bytes
+    from fuzz.mutations import damage_shard
 
     rng, members = random.Random(seed), plain_members(SAMPLES)
     how: list[str] = []
     while len(how) < count:
         damaged = damage_shard(rng, members)
-        if damaged.data and not zeroes_the_end(tar_bytes(members), damaged.data):
+        if damaged.data and not damaged.zeroes_the_end(members):
             place = folder / f"{len(how):05d}"
             place.mkdir()
             (place / "0.tar").write_bytes(damaged.data)

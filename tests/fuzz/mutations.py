@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tars import BLOCK, changed_header, tar_bytes
 
 Members = list[tuple[str, bytes]]
+FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,13 @@ class Damaged:
 
     data: bytes
     how: str
+
+    def zeroes_the_end(self, members: Members) -> bool:
+        """Whether zeros replaced the last of a shard's members: a shorter archive, as far as anyone can tell."""
+        end = self.data.rstrip(b"\0")
+        kept = end[: len(end) // BLOCK * BLOCK]
+        archives = [tar_bytes(members, form) for form in FORMATS]
+        return any(len(self.data) == len(archive) and archive.startswith(kept) for archive in archives)
 
 
 def flip(rng: random.Random, data: bytes) -> bytes:
@@ -85,7 +93,7 @@ _FIELDS = {
 
 def damage_shard(rng: random.Random, members: Members) -> Damaged:
     """A shard of these members with something wrong in its bytes, its headers or its order."""
-    form = rng.choice([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    form = rng.choice(FORMATS)
     what = rng.choice(
         ["bytes", "bytes", "header", "header", "order", "duplicate", "link", "joined", "ending", "missing"]
     )
@@ -128,9 +136,3 @@ def _with_link(rng: random.Random, members: Members, at: int, form: int) -> byte
                 info.type, info.linkname, info.size = rng.choice([tarfile.LNKTYPE, tarfile.SYMTYPE]), members[0][0], 0
             tar.addfile(info, io.BytesIO(data))
     return out.getvalue()
-
-
-def zeroes_the_end(original: bytes, damaged: bytes) -> bool:
-    """Whether the last members were replaced by zeros: an archive that is merely shorter, as far as anyone can tell."""
-    end = damaged.rstrip(b"\0")
-    return len(damaged) == len(original) and original.startswith(end[: len(end) // BLOCK * BLOCK])

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tars import tar_bytes
 
 from fuzz import corpus
-from fuzz.mutations import Members, damage, damage_shard, zeroes_the_end
+from fuzz.mutations import Damaged, Members, damage, damage_shard
 from megatron_anymal.checkpoint.store import CheckpointError, read_manifest
 from megatron_anymal.checkpoint.stream import StreamReader
 from megatron_anymal.config import ConfigError
@@ -56,12 +55,12 @@ class Shards:
         """One damaged shard."""
         members = rng.choice(self._corpora)
         damaged = damage_shard(rng, members)
-        return Case(f"shard of {members[0][0]}, {damaged.how}", lambda: self._run(members, damaged.data))
+        return Case(f"shard of {members[0][0]}, {damaged.how}", lambda: self._run(members, damaged))
 
-    def _run(self, members: Members, data: bytes) -> str:
+    def _run(self, members: Members, damaged: Damaged) -> str:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(parents=True)
-        (self._folder / "0.tar").write_bytes(data)
+        (self._folder / "0.tar").write_bytes(damaged.data)
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 make_index(str(self._folder), self._options, max_bad_share=1.0)
@@ -70,7 +69,7 @@ class Shards:
         index = ShardIndex(str(self._folder))
         ledger = index.left_out()
         lost = self._lost(members, index, ledger)
-        if lost and not zeroes_the_end(tar_bytes(members), data):
+        if lost and not damaged.zeroes_the_end(members):
             return f"silent: {', '.join(sorted(lost))} neither delivered nor named; ledger {[e.code for e in ledger]}"
         return "named" if ledger else "read"
 
