@@ -1,18 +1,16 @@
-"""Pictures to normalised pixel tensors; what images and video frames share."""
+"""Upright pictures to normalised pixel tensors, for images and for video frames."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from megatron_anymal.config import ConfigError, EncoderConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor, transformers_config
-from megatron_anymal.modalities.base import MediaError
 from megatron_anymal.modalities.libraries import library
-
-if TYPE_CHECKING:
-    from PIL import Image
+from megatron_anymal.modalities.pictures import Box, UprightRGB
 
 # CLIP's and ImageNet's channel statistics, as in transformers.image_utils.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -21,36 +19,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Pillow's filters for resizing, by the numbers that preprocessors state.
 FILTERS, BICUBIC = range(6), 3
 
-SWAPS_SIDES = (5, 6, 7, 8)
-ORIENTATION = 0x0112
-
-
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height in pixels as seen after the EXIF orientation, without decoding the picture."""
-    width, height = picture.size
-    if picture.getexif().get(ORIENTATION) in SWAPS_SIDES:
-        return height, width
-    return width, height
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB. Transparency is laid over white; 16-bit grey keeps its high byte.
-
-    Raises:
-        MediaError: floating-point or wider than 16-bit pixels, whose range is unknown.
-    """
-    pillow = library("PIL.Image")
-    picture = library("PIL.ImageOps").exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture)
-        if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise MediaError(f"has pixels of mode {picture.mode}, whose range is unknown: store 8- or 16-bit ones")
-        return pillow.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        white = pillow.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = pillow.alpha_composite(white, picture)
-    return picture.convert("RGB")
+# Most pixels of the picture between the two passes of a resize (64 MiB), and of a strip that is worked on.
+HALFWAY_PIXELS, STRIP_PIXELS = 2**24, 2**20
 
 
 class PixelTransform:
@@ -103,12 +73,36 @@ class PixelTransform:
             raise ConfigError(f"options.{name}={list(values)} must hold three numbers, one a channel.")
         return channels
 
-    def resize(self, picture: Image.Image, sides: int = 1) -> np.ndarray:
-        """The whole picture stretched to `sides` x the resolution, [height, width, 3] uint8."""
-        side = sides * self.resolution
-        return np.asarray(picture.resize((side, side), resample=self.resample))
+    def resize(self, source: UprightRGB, *sides: int) -> list[np.ndarray]:
+        """The whole picture stretched to each of `sides` x the resolution, [height, width, 3] uint8.
+
+        Equal to Pillow's `resize` of the whole picture, whose two passes are independent, without holding it in RGB.
+        Pillow narrows the rows first; a picture so tall that these would not fit is shortened first, which rounds
+        some values by one level differently.
+        """
+        pillow = library("PIL.Image")
+        width, height = source.size
+        targets = [number * self.resolution for number in sides]
+        rows_first = max(targets) * height <= HALFWAY_PIXELS
+        halfway = [pillow.new("RGB", (side, height) if rows_first else (width, side)) for side in targets]
+        for box in _strips(source.size, rows_first):
+            strip = source.region(box)
+            for side, half in zip(targets, halfway):
+                size = (side, strip.height) if rows_first else (strip.width, side)
+                half.paste(strip.resize(size, resample=self.resample), box[:2])
+        return [np.asarray(half.resize((side, side), resample=self.resample)) for side, half in zip(targets, halfway)]
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """[..., height, width, 3] uint8 to [..., 3, height, width] float32."""
         scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - self.mean) / self.std
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+
+
+def _strips(size: tuple[int, int], rows: bool) -> Iterator[Box]:
+    """Boxes that cover a picture, each of whole rows or of whole columns."""
+    width, height = size
+    length, across = (height, width) if rows else (width, height)
+    step = max(1, STRIP_PIXELS // across)
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        yield (0, start, width, end) if rows else (start, 0, end, height)

@@ -105,6 +105,28 @@ def sound_bytes(wave: np.ndarray, rate: int, kind: str = "WAV", **arguments: Any
     return stream.getvalue()
 
 
+def container_sound(wave: np.ndarray, container: str, codec: str, rate: int = 48000, layout: str = "mono") -> bytes:
+    """A mono waveform (copied to each channel of `layout`) in a container that PyAV writes."""
+    import av
+
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=container) as output:
+        track = output.add_stream(codec, rate=rate, layout=layout)
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = rate, 0
+        resampler = av.AudioResampler(
+            format=track.codec_context.format,
+            layout=layout,
+            rate=rate,
+            frame_size=track.codec_context.frame_size or 1024,
+        )
+        for given in (frame, None):
+            for part in resampler.resample(given):
+                output.mux(track.encode(part))
+        output.mux(track.encode(None))
+    return stream.getvalue()
+
+
 def npy_bytes(values: np.ndarray) -> bytes:
     """An array as an npy file."""
     stream = io.BytesIO()
