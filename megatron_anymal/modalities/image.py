@@ -11,7 +11,7 @@ import torch
 
 from megatron_anymal.config import LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.base import DEFAULT_LIMITS, Modality, require_above
-from megatron_anymal.modalities.pictures import UprightRGB, opened, orientation_and_size
+from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
 
@@ -75,9 +75,10 @@ class ImageModality(Modality):
         """Tiles of the picture, [pieces, 3, R, R] float32."""
         side = self.pixels.resolution
         with opened(data, self.limits) as picture:
-            rgb = UprightRGB.decoded(picture, data)
-            grid = int(self._grid(np.array([rgb.size], dtype=np.float64))[0])
-            whole, *overview = self.pixels.resize(rgb, grid, *([1] if grid > 1 and self.options.overview else []))
+            rgb = decoded(picture, data)
+        grid = int(self._grid(np.array([rgb.size], dtype=np.float64))[0])
+        whole = self.pixels.resize(rgb, grid)
         tiles = whole.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-        tiles = np.concatenate([*(one[None] for one in overview), tiles])
+        if grid > 1 and self.options.overview:
+            tiles = np.concatenate([self.pixels.resize(rgb)[None], tiles])
         return torch.from_numpy(self.pixels.normalise(tiles))

@@ -23,6 +23,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 LONGEST_SIDE = 65_535
 # A 16-bit picture that stays below this is 12-bit data that nobody scaled: it would come out almost black.
 DARKEST_PEAK = 1 << 12
+# Pixels that are worked on at once.
+STRIP_PIXELS = 2**20
 
 ORIENTATION, IMAGE_WIDTH, IMAGE_LENGTH, BITS_PER_SAMPLE, SAMPLE_FORMAT = 0x0112, 256, 257, 258, 339
 # EXIF orientation to the name of Pillow's transposition.
@@ -36,8 +38,6 @@ TRANSPOSITIONS = {
     8: "ROTATE_90",
 }
 SWAPS_SIDES = (5, 6, 7, 8)
-
-Box = tuple[int, int, int, int]
 
 
 class _NoBombCheck:
@@ -144,76 +144,66 @@ def _bits(picture: Image.Image, data: bytes) -> int:
     return bits
 
 
-class UprightRGB:
-    """A decoded picture as upright 8-bit RGB, made region by region so that it is never held twice.
+def decoded(picture: Image.Image, data: bytes) -> Image.Image:
+    """Decode a picture that `opened` gave, to upright 8-bit RGB as `flat_and_upright` makes it.
 
-    Transparency is laid over white. Deep grey keeps its 8 highest bits.
+    Raises:
+        MediaError: samples whose range is unknown, or 16-bit ones that use less than 12 bits of it.
+    """
+    bits = _bits(picture, data)
+    orientation, _ = orientation_and_size(picture)
+    picture.load()
+    if bits == 16:
+        _require_full_range(picture)
+    if picture.format == "PNG" and "transparency" in picture.info:
+        picture.info["transparency"] = _transparent_colour(picture.info["transparency"], picture.mode, bits)
+    return flat_and_upright(picture, orientation, bits)
+
+
+def flat_and_upright(picture: Image.Image, orientation: int = 1, bits: int = 8) -> Image.Image:
+    """A decoded picture as upright 8-bit RGB.
+
+    Transparency is laid over white. Deep grey keeps its 8 highest bits. The work goes strip by strip: what lies
+    between, up to three pictures of 4 bytes a pixel, is never there as a whole.
 
     Args:
-        picture: as decoded.
         orientation: EXIF orientation to undo.
         bits: of a sample of a deep grey picture (Pillow's modes that begin with "I").
     """
+    pillow = library("PIL.Image")
+    if picture.mode == "RGB" and orientation == 1 and picture.info.get("transparency") is None:
+        return picture
+    width, height = reversed(picture.size) if orientation in SWAPS_SIDES else picture.size
+    upright = pillow.new("RGB", (width, height))
+    name = TRANSPOSITIONS.get(orientation)
+    step = max(1, STRIP_PIXELS // width)
+    for upper in range(0, height, step):
+        lower = min(upper + step, height)
+        flat = _flat(picture.crop(_source_box(orientation, width, height, upper, lower)), bits)
+        upright.paste(flat.transpose(pillow.Transpose[name]) if name else flat, (0, upper))
+    return upright
 
-    def __init__(self, picture: Image.Image, orientation: int = 1, bits: int = 8) -> None:
-        self._picture, self._orientation, self._bits = picture, orientation, bits
-        width, height = picture.size
-        # Width and height in pixels, upright.
-        self.size = (height, width) if orientation in SWAPS_SIDES else (width, height)
-        self._transparent = picture.info.get("transparency")
 
-    @classmethod
-    def decoded(cls, picture: Image.Image, data: bytes) -> UprightRGB:
-        """Decode a picture that `opened` gave.
+def _source_box(orientation: int, width: int, height: int, upper: int, lower: int) -> tuple[int, int, int, int]:
+    """The box of a picture as stored that holds the rows from `upper` to `lower` of it upright, width x height."""
+    first, last = (upper, lower) if orientation in (1, 2, 5, 6) else (height - lower, height - upper)
+    return (first, 0, last, width) if orientation in SWAPS_SIDES else (0, first, width, last)
 
-        Raises:
-            MediaError: samples whose range is unknown, or 16-bit ones that use less than 12 bits of it.
-        """
-        bits = _bits(picture, data)
-        orientation, _ = orientation_and_size(picture)
-        picture.load()
-        if bits == 16:
-            _require_full_range(picture)
-        if picture.format == "PNG" and "transparency" in picture.info:
-            picture.info["transparency"] = _transparent_colour(picture.info["transparency"], picture.mode, bits)
-        return cls(picture, orientation, bits)
 
-    def region(self, box: Box) -> Image.Image:
-        """The RGB pixels of a box: left, upper, right and lower bound in upright coordinates."""
-        flat = self._flat(self._picture.crop(self._source_box(box)))
-        name = TRANSPOSITIONS.get(self._orientation)
-        return flat.transpose(library("PIL.Image").Transpose[name]) if name else flat
-
-    def _source_box(self, box: Box) -> Box:
-        left, upper, right, lower = box
-        width, height = self.size
-        # The same span counted from the other end.
-        from_right, from_lower = (width - right, width - left), (height - lower, height - upper)
-        columns, rows = {
-            1: ((left, right), (upper, lower)),
-            2: (from_right, (upper, lower)),
-            3: (from_right, from_lower),
-            4: ((left, right), from_lower),
-            5: ((upper, lower), (left, right)),
-            6: ((upper, lower), from_right),
-            7: (from_lower, from_right),
-            8: (from_lower, (left, right)),
-        }[self._orientation]
-        return columns[0], rows[0], columns[1], rows[1]
-
-    def _flat(self, region: Image.Image) -> Image.Image:
-        pillow = library("PIL.Image")
-        if region.mode.startswith("I"):
-            values = np.asarray(region)
-            grey = (values >> (self._bits - 8)).astype(np.uint8)
-            if self._transparent is not None:
-                grey[values == self._transparent] = 255
-            return pillow.fromarray(grey).convert("RGB")
-        if "A" in region.getbands() or self._transparent is not None:
-            region = region.convert("RGBA")
-            white = pillow.new("RGBA", region.size, (255, 255, 255, 255))
-            region = pillow.alpha_composite(white, region)
-        return region.convert("RGB")
+def _flat(region: Image.Image, bits: int) -> Image.Image:
+    pillow = library("PIL.Image")
+    transparent = region.info.get("transparency")
+    if region.mode.startswith("I"):
+        values = np.asarray(region)
+        grey = (values >> (bits - 8)).astype(np.uint8)
+        if transparent is not None:
+            grey[values == transparent] = 255
+        return pillow.fromarray(grey).convert("RGB")
+    if "A" in region.getbands() or transparent is not None:
+        region = region.convert("RGBA")
+        white = pillow.new("RGBA", region.size, (255, 255, 255, 255))
+        region = pillow.alpha_composite(white, region)
+    return region.convert("RGB")
 
 
 def _require_full_range(picture: Image.Image) -> None:

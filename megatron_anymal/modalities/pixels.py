@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from megatron_anymal.config import ConfigError, EncoderConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor, transformers_config
-from megatron_anymal.modalities.libraries import library
-from megatron_anymal.modalities.pictures import Box, UprightRGB
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # CLIP's and ImageNet's channel statistics, as in transformers.image_utils.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -18,9 +18,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Pillow's filters for resizing, by the numbers that preprocessors state.
 FILTERS, BICUBIC = range(6), 3
-
-# Most pixels of the picture between the two passes of a resize (64 MiB), and of a strip that is worked on.
-HALFWAY_PIXELS, STRIP_PIXELS = 2**24, 2**20
 
 
 class PixelTransform:
@@ -73,36 +70,12 @@ class PixelTransform:
             raise ConfigError(f"options.{name}={list(values)} must hold three numbers, one a channel.")
         return channels
 
-    def resize(self, source: UprightRGB, *sides: int) -> list[np.ndarray]:
-        """The whole picture stretched to each of `sides` x the resolution, [height, width, 3] uint8.
-
-        Equal to Pillow's `resize` of the whole picture, whose two passes are independent, without holding it in RGB.
-        Pillow narrows the rows first; a picture so tall that these would not fit is shortened first, which rounds
-        some values by one level differently.
-        """
-        pillow = library("PIL.Image")
-        width, height = source.size
-        targets = [number * self.resolution for number in sides]
-        rows_first = max(targets) * height <= HALFWAY_PIXELS
-        halfway = [pillow.new("RGB", (side, height) if rows_first else (width, side)) for side in targets]
-        for box in _strips(source.size, rows_first):
-            strip = source.region(box)
-            for side, half in zip(targets, halfway):
-                size = (side, strip.height) if rows_first else (strip.width, side)
-                half.paste(strip.resize(size, resample=self.resample), box[:2])
-        return [np.asarray(half.resize((side, side), resample=self.resample)) for side, half in zip(targets, halfway)]
+    def resize(self, picture: Image.Image, sides: int = 1) -> np.ndarray:
+        """The whole picture stretched to `sides` x the resolution, [height, width, 3] uint8."""
+        side = sides * self.resolution
+        return np.asarray(picture.resize((side, side), resample=self.resample))
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """[..., height, width, 3] uint8 to [..., 3, height, width] float32."""
         scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - self.mean) / self.std
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
-
-
-def _strips(size: tuple[int, int], rows: bool) -> Iterator[Box]:
-    """Boxes that cover a picture, each of whole rows or of whole columns."""
-    width, height = size
-    length, across = (height, width) if rows else (width, height)
-    step = max(1, STRIP_PIXELS // across)
-    for start in range(0, length, step):
-        end = min(start + step, length)
-        yield (0, start, width, end) if rows else (start, 0, end, height)

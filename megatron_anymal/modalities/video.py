@@ -23,7 +23,7 @@ from megatron_anymal.modalities.base import (
 )
 from megatron_anymal.modalities.containers import opened_container, start, stream_seconds
 from megatron_anymal.modalities.libraries import library
-from megatron_anymal.modalities.pictures import UprightRGB
+from megatron_anymal.modalities.pictures import flat_and_upright
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
 
@@ -163,7 +163,7 @@ class VideoModality(Modality):
             decoder = _Decoder(container, stream)
             for place, frame in zip(order, _frames_at(decoder, times[order], rate), strict=True):
                 _require_frame_size(self.limits, frame.width, frame.height)
-                [frames[place]] = self.pixels.resize(_picture(frame), 1)
+                frames[place] = self.pixels.resize(_picture(frame))
         clips = frames.reshape(pieces, self.num_frames, side, side, 3)
         return torch.from_numpy(self.pixels.normalise(clips))
 
@@ -206,12 +206,12 @@ class _Decoder:
             yield from self._own.decode(packet)
 
 
-def _picture(frame: Any) -> UprightRGB:
-    """The frame over white, turned and mirrored as the container's display matrix says (phone videos)."""
+def _picture(frame: Any) -> Any:
+    """The frame as an RGB picture over white, turned and mirrored as its display matrix says (phone videos)."""
     has_alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
     image = library("PIL.Image")
     picture = image.fromarray(frame.to_ndarray(format="rgba")) if has_alpha else frame.to_image()
-    return UprightRGB(picture, _orientation(frame))
+    return flat_and_upright(picture, _orientation(frame))
 
 
 def _orientation(frame: Any) -> int:
