@@ -300,7 +300,7 @@ class LimitsConfig:
 
     # Width x height of a picture. Pillow needs up to 16 bytes a pixel to decode one (WebP; progressive CMYK JPEG 12).
     max_pixels: int = 30_000_000
-    # Width x height of a video's frames: 4096 x 2160. A decoder may hold 17 frames of 1.5 to 3 bytes a pixel.
+    # Width x height of a video's frames: 4096 x 2160. A decoder may hold 17 of them at 1.5 bytes a pixel (8 bits).
     max_frame_pixels: int = 8_900_000
     # Length of a video, a recording or an IMU signal: 4 hours. They are read block by block, so this bounds time.
     max_seconds: float = 14_400.0

@@ -1,4 +1,4 @@
-"""Files of several streams (MP4, MOV, WebM, MKV, AVI) and raw AAC or MP3, opened with PyAV."""
+"""Files of several streams (MP4, MOV, WebM, MKV, AVI) and raw AAC, MP3 or FLAC, opened with PyAV."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_anymal.modalities.libraries import library
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
 # Boxes at the top of an MP4 or MOV.
 BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"sidx", b"styp", b"free", b"skip", b"wide", b"uuid")
-RAW_SOUND = ("aac", "mp3")
+RAW_SOUND = ("aac", "mp3", "flac")
 # A stream that ends this much (seconds) before its stated end is cut off; less is rounding.
 CUT_OFF = 0.5
 # FFmpeg states a container's duration in these.

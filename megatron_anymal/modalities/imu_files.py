@@ -124,7 +124,7 @@ class _Times:
         # The block before this one may have ended behind the last second.
         done = len(last) and (last[0] - self._times[0]) * self._scale > self._seconds
         keep = 0 if done else min(rows, needed)
-        if before + keep > self._seconds * HIGHEST_RATE + 2:
+        if keep and before + keep > self._seconds * HIGHEST_RATE + 2:
             raise MediaError(self._absurd(float("inf")))
         return keep
 

@@ -81,23 +81,25 @@ def behind_id3(data: bytes) -> int:
     return offset
 
 
-def is_mp3(frame: bytes) -> bool:
-    """Whether these bytes begin a frame of MPEG layers 1 to 3 (ADTS AAC has the same marker and layer 0)."""
-    return len(frame) >= 4 and frame[0] == 0xFF and frame[1] & 0xE0 == 0xE0 and frame[1] & 0x06 != 0
+def flac_states_length(data: bytes) -> bool:
+    """Whether this is FLAC whose header counts its samples; programs that write to a pipe leave 0 there."""
+    # Four bytes of name, four of block header, then STREAMINFO; 36 bits from its byte 13 on are the total.
+    total = int.from_bytes(data[21:26], "big") & 0xF_FFFF_FFFF
+    return data[:4] == b"fLaC" and total > 0
 
 
 def mp3_states_length(frames: bytes) -> bool:
-    """Whether an MP3 begins with a Xing or Info header that counts its frames and covers the file.
+    """Whether this is an MP3 that begins with a Xing or Info header, which counts its frames and covers the file.
 
     Without one the length is an estimate from the first frames; one that ends early is of the first of several files
     written behind each other.
-
-    Args:
-        frames: the file from its first frame.
     """
+    # ADTS AAC has the same marker and layer 0.
+    if len(frames) < 4 or frames[0] != 0xFF or frames[1] & 0xE0 != 0xE0 or frames[1] & 0x06 == 0:
+        return False
     mpeg_1, mono = frames[1] & 0x08 != 0, frames[3] >> 6 == 3
     at = 4 + {(True, False): 32, (True, True): 17, (False, False): 17, (False, True): 9}[mpeg_1, mono]
-    if frames[at : at + 4] not in (b"Xing", b"Info"):
+    if frames[at : at + 4] not in (b"Xing", b"Info") or len(frames) < at + 16:
         return False
     has_frames, has_bytes = frames[at + 7] & 1, frames[at + 7] & 2
     stated = int.from_bytes(frames[at + 12 : at + 16], "big") if has_frames and has_bytes else len(frames)

@@ -16,7 +16,7 @@ from megatron_anymal.modalities.containers import opened_container, require_dura
 from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.sound_headers import (
     behind_id3,
-    is_mp3,
+    flac_states_length,
     is_wav_or_aiff,
     mp3_states_length,
     ogg_links,
@@ -27,8 +27,6 @@ from megatron_anymal.modalities.sound_headers import (
 FORMATS = ("WAV", "WAVEX", "RF64", "AIFF", "FLAC", "OGG", "MP3")
 # Numbers (samples x channels) of a block.
 BLOCK = 2**18
-# What libsndfile says of a length that it does not know is near 2^63.
-UNKNOWN = 2**62
 
 
 @dataclass
@@ -105,7 +103,7 @@ def opened(data: bytes, limits: LimitsConfig) -> Iterator[Sound]:
         reader = _with_libsndfile([data])
     elif data[:4] == b"OggS":
         reader = _with_libsndfile(ogg_links(data))
-    elif data[first : first + 4] == b"fLaC" or (is_mp3(data[first:]) and mp3_states_length(data[first:])):
+    elif flac_states_length(data[first:]) or mp3_states_length(data[first:]):
         reader = _with_libsndfile([data])
     else:
         reader = _with_pyav(data, limits)
@@ -127,8 +125,7 @@ def _with_libsndfile(links: list[bytes]) -> Iterator[Sound]:
             rates = sorted({file.samplerate for file in files})
             if len(rates) > 1:
                 raise MediaError(f"holds parts of several sampling rates ({rates} Hz): write them with one")
-            frames = [file.frames for file in files]
-            stated = sum(frames) if max(frames) < UNKNOWN else None
+            stated = sum(file.frames for file in files)
             yield Sound(rates[0], max(file.channels for file in files), stated, _libsndfile_blocks(files))
     except (soundfile.SoundFileError, ValueError) as error:
         if isinstance(error, MediaError):

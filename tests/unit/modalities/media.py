@@ -148,7 +148,8 @@ def container_sound(wave: np.ndarray, container: str, codec: str, rate: int = 48
     stream = io.BytesIO()
     with av.open(stream, "w", format=container) as output:
         track = output.add_stream(codec, rate=rate, layout=layout)
-        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        channels = np.repeat(wave[None], track.codec_context.layout.nb_channels, axis=0)
+        frame = av.AudioFrame.from_ndarray(channels, format="fltp", layout=layout)
         frame.sample_rate, frame.pts = rate, 0
         resampler = av.AudioResampler(
             format=track.codec_context.format,
