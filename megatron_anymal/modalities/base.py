@@ -23,7 +23,7 @@ from megatron_anymal.config import ConfigError, LimitsConfig, ModalityConfig
 # What a file must keep to where its reader has no configuration.
 DEFAULT_LIMITS = LimitsConfig()
 # How Python's objects in memory show up in the messages of libraries.
-_OBJECT_IN_MEMORY = re.compile(r"[\"'(]*<_io\.BytesIO[^>]*>[\"')]*")
+_OBJECT_IN_MEMORY = re.compile(r"[\"'(]*<[^<>]* object at 0x[0-9a-f]+>[\"')]*")
 
 
 class MediaError(ValueError):

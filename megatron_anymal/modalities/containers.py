@@ -97,7 +97,8 @@ def stream_seconds(container: Any, stream: Any, limits: LimitsConfig) -> float:
     ends: dict[int, float] = {}
     begin = start(stream)
     for packet in container.demux():
-        if packet.pts is None:
+        # Packets outside an edit list are there for the decoder and not shown.
+        if packet.pts is None or packet.is_discard:
             continue
         end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
         if end > ends.get(packet.stream_index, float("-inf")):

@@ -94,4 +94,6 @@ class IMUModality(Modality):
         mode: Any = "edge" if self.options.padding == "edge" else "constant"
         signal = np.pad(signal, ((0, 0), (0, total - length)), mode=mode)
         pieces_first = signal.reshape(CHANNELS, pieces, self.samples).swapaxes(0, 1)
-        return torch.from_numpy(np.ascontiguousarray(pieces_first, dtype=np.float32))
+        # What float32 cannot hold becomes infinite, which `load` refuses.
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(np.ascontiguousarray(pieces_first, dtype=np.float32))

@@ -111,12 +111,23 @@ def opened(data: bytes, limits: LimitsConfig) -> Iterator[Sound]:
         yield sound
 
 
+class _Bytes(io.BytesIO):
+    """A file in memory. libsndfile looks for places before the beginning of damaged files and expects to be told."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        # Raised through libsndfile's callback it would be printed, not caught.
+        except ValueError:
+            return -1
+
+
 @contextmanager
 def _with_libsndfile(links: list[bytes]) -> Iterator[Sound]:
     soundfile = library("soundfile")
     try:
         with ExitStack() as stack:
-            files = [stack.enter_context(soundfile.SoundFile(io.BytesIO(link))) for link in links]
+            files = [stack.enter_context(soundfile.SoundFile(_Bytes(link))) for link in links]
             for file in files:
                 if file.format not in FORMATS:
                     raise MediaError(f"is {file.format} sound, which is not read: convert it to WAV or FLAC")
