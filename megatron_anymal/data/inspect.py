@@ -104,7 +104,7 @@ def _read_run(name: str, folder: Optional[str], overrides: Sequence[str]) -> Run
     tokenizer = Tokenizer(config.data.tokenizer)
     planned, loaded = [], {}
     for section, options in config.model.modalities.items():
-        kind, modality = options.kind or section, build_modality(section, options)
+        kind, modality = options.kind or section, build_modality(section, options, config.data.limits)
         planned.append(PlannedModality(section, kind, modality, options.projector.num_tokens))
         placeholder = tokenizer.placeholder(options.placeholder, f"model.modalities.{section}.placeholder")
         loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder)

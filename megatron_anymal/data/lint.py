@@ -14,6 +14,7 @@ from megatron_anymal.data.shards import MediaBytes, ShardIndex
 from megatron_anymal.data.tokenize import Document, Tokenizer
 from megatron_anymal.data.types import DataError, Sample
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
+from megatron_anymal.modalities.base import DEFAULT_LIMITS
 from megatron_anymal.telemetry import Progress
 
 # What the two numbers of `Modality.probe` are.
@@ -97,7 +98,8 @@ def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading) -> int
     kind = item.part.modality
     if kind not in MODALITIES:
         raise MediaError(f"is of the unknown kind {kind!r}; name the file that registers it with --plugin")
-    size = MODALITIES[kind].probe(item.data, item.extension, item.part.attributes)
+    limits = reading.modalities[kind].limits if kind in reading.modalities else DEFAULT_LIMITS
+    size = MODALITIES[kind].probe(item.data, item.extension, item.part.attributes, limits)
     if tuple(size) != tuple(float(n) for n in indexed_size):
         raise MediaError(f"has the size {tuple(size)}, its index says {tuple(float(n) for n in indexed_size)}")
     if kind not in reading.modalities:
