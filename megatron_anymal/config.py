@@ -314,6 +314,9 @@ class LimitsConfig:
     max_json_depth: int = 32
 
 
+DEFAULT_LIMITS = LimitsConfig()
+
+
 @dataclass
 class DataConfig:
     """What is read, in which order, and how it is packed."""

@@ -246,7 +246,7 @@ class _Indexer:
         try:
             kind = self._options.kind_of(part, extension)
             attributes = {**self._options.attributes.get(kind, {}), **part.attributes}
-            size = MODALITIES[kind].probe(data, extension, attributes)
+            size = MODALITIES[kind].probe(data, extension, attributes, self._options.limits)
         except MediaError as error:
             fix = "" if part.modality else " If it is not media, name the endings that count with --members."
             raise SampleError("media", f"its member {part.media!r} {error}.{fix}") from None

@@ -121,7 +121,7 @@ def _inspect(index: ShardIndex, tokenizer_folder: str, run: Optional[Run], argum
         _refuse_unread(index, run)
         reading = Reading(tokenizer, run.reading.modalities, run.reading.loaded)
     else:
-        reading = Reading.without_configuration(tokenizer, kinds)
+        reading = Reading.without_configuration(tokenizer, index)
     wrong = [*wrong_shards(index), *wrong_tokenizer(index, tokenizer, tokenizer_folder)]
     _print_header(index, wrong)
     if arguments.sample:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron_anymal.config import LimitsConfig
-from megatron_anymal.data.samples import DEFAULT_LIMITS, UTF16_MARKS, media_entries, parse_sample, read_lines, to_json
+from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
+from megatron_anymal.data.samples import UTF16_MARKS, media_entries, parse_sample, read_lines, to_json
 from megatron_anymal.data.shard_samples import MAX_KEY_BYTES
 from megatron_anymal.data.types import DataError
 from megatron_anymal.telemetry import Progress

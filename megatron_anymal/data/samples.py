@@ -19,13 +19,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.config import LimitsConfig
+from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.messages import parse_conversation
 from megatron_anymal.data.parts import parse_parts
 from megatron_anymal.data.types import DataError, Sample, TextPart
 
-DEFAULT_LIMITS = LimitsConfig()
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _KEYS = ("parts", "messages", "chosen", "rejected")
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_anymal.config import ConfigError, EncoderConfig, LimitsConfig, ModalityConfig
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, EncoderConfig, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import preprocessor, transformers_config
-from megatron_anymal.modalities.base import DEFAULT_LIMITS, Modality, count_in_time, require_above
+from megatron_anymal.modalities.base import Modality, count_in_time, require_above
 from megatron_anymal.modalities.registry import register
 from megatron_anymal.modalities.sounds import opened, resample
 

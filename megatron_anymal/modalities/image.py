@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_anymal.config import LimitsConfig, ModalityConfig
-from megatron_anymal.modalities.base import DEFAULT_LIMITS, Modality, require_above
+from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig, ModalityConfig
+from megatron_anymal.modalities.base import Modality, require_above
 from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register

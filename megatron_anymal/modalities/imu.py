@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_anymal.config import ConfigError, LimitsConfig, ModalityConfig
-from megatron_anymal.modalities.base import DEFAULT_LIMITS, Modality, count_in_time, require_above
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
+from megatron_anymal.modalities.base import Modality, count_in_time, require_above
 from megatron_anymal.modalities.imu_files import read_signal
 from megatron_anymal.modalities.registry import register
 

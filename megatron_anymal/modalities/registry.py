@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megatron_anymal.config import ConfigError, LimitsConfig, ModalityConfig
-from megatron_anymal.modalities.base import DEFAULT_LIMITS, MediaError, Modality, nearest
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
+from megatron_anymal.modalities.base import MediaError, Modality, nearest
 
 MODALITIES: dict[str, type[Modality]] = {}
 

@@ -11,10 +11,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_anymal.config import ConfigError, LimitsConfig, ModalityConfig
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import transformers_config
 from megatron_anymal.modalities.base import (
-    DEFAULT_LIMITS,
     MediaError,
     Modality,
     count_in_time,
