@@ -1,6 +1,6 @@
 """Starts processes of tests as forks of one that has imported everything and has a single thread.
 
-A test pays for the imports once, and the process that runs the tests, whose threads are anyone's guess, is never forked.
+A test pays for the imports once, and the process that runs the tests, which may have any threads, is never forked.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ never joins a job.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import queue
 import socket
@@ -82,6 +83,9 @@ def _rank(rank: int, world: int, port: int, call: bytes, results: Any) -> None:
     finally:
         results.close()
         results.join_thread()
+        # megatron-core's writer leaves a manager process, which only the interpreter's shutdown would end.
+        for child in multiprocessing.active_children():
+            child.kill()
         # Skip interpreter shutdown: gloo's threads may still wait for a peer that failed.
         os._exit(0)
 

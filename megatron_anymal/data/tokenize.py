@@ -44,7 +44,7 @@ class Tokenizer:
         if not Path(folder).is_dir():
             raise DataError(f"data.tokenizer: there is no folder {folder!r}.")
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(folder)
+            self.hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise DataError(
                 f"data.tokenizer: {folder!r} holds no tokenizer that transformers can load ({error})."
