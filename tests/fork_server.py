@@ -19,7 +19,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fork_server_imports"])
 
 # Libraries that start threads when they are imported: OpenBLAS's pool, pyarrow's jemalloc.
-_ONE_THREAD = {
+ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -35,7 +35,7 @@ def start(target: Callable[..., None], *args: Any) -> Any:
     """
     given = (dict(os.environ), os.getcwd(), _Descriptor(1), _Descriptor(2), target, args)
     process = CONTEXT.Process(target=_begin, args=given)
-    with _environment(_ONE_THREAD):
+    with _environment(ONE_THREAD):
         process.start()
     return process
 

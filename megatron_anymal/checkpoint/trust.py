@@ -32,5 +32,6 @@ def refuse_plugins(config: AnyMALConfig, origin: str, flag: str, *, trust_remote
     if config.model.plugins and not trust_remote_code:
         named = ", ".join(str(Path(path).expanduser().absolute()) for path in config.model.plugins)
         raise ConfigError(
-            f"model.plugins: {origin} names {named}, Python code that would run here. Read it, then allow it with {flag}."
+            f"model.plugins: {origin} names {named}, Python code that would run here. Read it, then allow it with "
+            f"{flag}."
         )

@@ -204,5 +204,7 @@ def test_only_this_packages_code_is_run_unasked(tmp_path: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
         assert name in foreign_code(folder)
-    (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["other/place--code.Class", null]}}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"auto_map": {"AutoTokenizer": ["other/place--code.Class", null]}}'
+    )
     assert "the auto_map in tokenizer_config.json" in foreign_code(tmp_path)
