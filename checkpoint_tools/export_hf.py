@@ -74,7 +74,9 @@ def _export(arguments: argparse.Namespace) -> None:
     begun, memory = time.monotonic(), peak_memory()
     folder = store.resolve(arguments.checkpoint)
     manifest = store.read_manifest(folder)
-    config = config_of(manifest, folder, trust_remote_code=arguments.trust_remote_code)
+    # The Llama alone needs no plug-ins.
+    trusted = arguments.trust_remote_code or arguments.llama_only
+    config = config_of(manifest, folder, trust_remote_code=trusted)
     llama_only = arguments.llama_only or not config.model.modalities
     staging = out.parent / f".{out.name}.exporting"
     shutil.rmtree(staging, ignore_errors=True)

@@ -149,6 +149,8 @@ def test_plugins_of_a_checkpoint_need_the_flag(run: Path, tmp_path: Path) -> Non
     for name, (code, said) in told.items():
         assert code == 2 and said.count("\n") == 1, (name, said)
         assert str(plugin) in said and "--trust-remote-code" in said and str(bad) in said, (name, said)
+    llama = [f"--checkpoint={bad}", f"--out={tmp_path}/llama", "--llama-only"]
+    assert run_ranks(1, export_hf.main, llama) == [0]
     assert not marker.exists()
     assert run_ranks(1, main, ["generate", f"--checkpoint={bad}", "--text=hi", "--trust-remote-code"]) == [0]
     assert marker.exists()
