@@ -25,13 +25,19 @@ quickstart: $(INSTALLED)
 ALONE := tests/faults tests/slurm
 BESIDE := -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 
+# Both parts run and report, even if the first one fails.
+define RUN_TESTS
+failed=0; \
+$(BIN)/python -m pytest $(1) $(BESIDE) || failed=1; \
+$(BIN)/python -m pytest $(1) $(ALONE) || failed=1; \
+exit $$failed
+endef
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" $(BESIDE)
-	$(BIN)/python -m pytest -m "not slow" $(ALONE)
+	@$(call RUN_TESTS,-m "not slow")
 
 test-all: $(INSTALLED)
-	$(BIN)/python -m pytest $(BESIDE)
-	$(BIN)/python -m pytest $(ALONE)
+	@$(call RUN_TESTS,)
 
 # About half an hour; writes docs/parity.md and runs/parity.json.
 parity: $(INSTALLED)

@@ -310,12 +310,12 @@ class ShardIndex:
     def _array(self, name: str) -> np.ndarray:
         if self._local:
             try:
-                return np.load(self._inside(name), mmap_mode="r")
+                return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
             except ValueError:
                 # An empty array cannot be mapped.
-                return np.load(self._inside(name))
+                return np.load(self._inside(name), allow_pickle=False)
         with self._fs.open(self._inside(name), "rb") as file:
-            return np.load(file)
+            return np.load(file, allow_pickle=False)
 
     @cached_property
     def _keys(self) -> Any:
