@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_anymal.config import ConfigError, EncoderConfig, LimitsConfig, ModalityConfig
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, EncoderConfig, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities import MediaError, Modality, register
-from megatron_anymal.modalities.base import DEFAULT_LIMITS, parse_options, require_above, require_within
+from megatron_anymal.modalities.base import parse_options, require_above, require_within
 from megatron_anymal.model.encoders import Encoder, load_weights, register_encoder
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import forks
 import pytest
+import torch
 from engine import train_as_configured
 from ranks import run_ranks
 from tiny import make_shards, make_tokenizer
 
 forks.watch()
+# Two tests run at a time, and sums over several threads round otherwise than over one: results must not depend on the
+# number of cores, nor on a variable that the caller may have set.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

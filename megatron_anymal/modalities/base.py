@@ -20,7 +20,6 @@ import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 
-# What a file must keep to where its reader has no configuration.
 # How Python's objects in memory show up in the messages of libraries.
 _OBJECT_IN_MEMORY = re.compile(r"[\"'(]*<[^<>]* object at 0x[0-9a-f]+>[\"')]*")
 
