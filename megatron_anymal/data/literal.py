@@ -13,8 +13,6 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Union
 
-from tokenizers import Tokenizer as Backend
-
 from megatron_anymal.data.types import DataError
 
 # Written around a control token's name to mean the token. Noncharacters: Unicode keeps them out of exchanged text.
@@ -64,7 +62,7 @@ class _FastEncoder:
         for entry in body["added_tokens"]:
             entry["content"] = marked.get(entry["content"], entry["content"])
         _rename(body["model"], marked)
-        self._backend = Backend.from_str(json.dumps(body))
+        self._backend = type(backend).from_str(json.dumps(body))
 
     def encode(self, text: str) -> list[int]:
         return list(self._backend.encode(_checked(text), add_special_tokens=False).ids)

@@ -55,7 +55,7 @@ def parse_conversation(value: dict[str, Any], where: str) -> Sample:
             f"{where}: `messages` ends with a {messages[-1].role} turn, which nothing answers. Remove it, or add the "
             "assistant's."
         )
-    return Sample("messages", (_turns(messages, learned=True),))
+    return Sample("messages", (lay_out(messages),))
 
 
 def _parse_pair(messages: Sequence[Message], value: dict[str, Any], where: str) -> Sample:
@@ -100,6 +100,11 @@ def parse_messages(value: Any, where: str) -> list[Message]:
                 "its text there."
             )
     return messages
+
+
+def lay_out(messages: Sequence[Message]) -> list[Part]:
+    """The parts of a whole conversation: the answers and their ends are targets."""
+    return _turns(messages, learned=True)
 
 
 def open_prompt(messages: Sequence[Message]) -> list[Part]:
