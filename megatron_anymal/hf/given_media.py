@@ -55,7 +55,7 @@ class GivenMedia:
             part.setdefault("modality", kind)
             self._find_item(part, kind)
         name = f"media item {len(self.files)} of {self._where}"
-        if isinstance(part["media"], (str, Path)):
+        if isinstance(part["media"], (str, Path)) and not str(part["media"]).startswith("data:"):
             name = str(part["media"])
         elif hasattr(part["media"], "read"):
             name = str(getattr(part["media"], "name", name))
@@ -104,7 +104,8 @@ class GivenMedia:
         if isinstance(item, Path):
             return read_media_file(item)
         if isinstance(item, str):
-            return _fetch(item) if urlparse(item).scheme in ("http", "https") else read_media_file(Path(item))
+            is_url = urlparse(item).scheme in ("http", "https", "data")
+            return _fetch(item) if is_url else read_media_file(Path(item))
         if isinstance(item, np.ndarray):
             return _array_file(name, item, part.pop("sampling_rate", None))
         # A PIL image, looked for without importing PIL.
@@ -161,7 +162,9 @@ def _fetch(url: str) -> MediaFile:
         with urllib.request.urlopen(url, timeout=_PATIENCE) as answer:
             data = answer.read()
     except OSError as error:
-        raise DataError(f"{url!r} cannot be fetched: {error}") from error
+        raise DataError(f"{url[:80]!r} cannot be fetched: {error}") from error
+    if url.startswith("data:"):
+        return MediaFile(data, "")
     return MediaFile(data, Path(urlparse(url).path).suffix.lstrip(".").lower())
 
 
