@@ -31,7 +31,6 @@ from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.config import AnyMALConfig, ConfigError
 from megatron_anymal.config_io import from_dict
 from megatron_anymal.data.types import DataError
-from megatron_anymal.quiet import quiet_libraries
 from megatron_anymal.tensor_files import TensorFileError
 
 _GIB = 1 << 30
@@ -52,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", action="append", default=[], help="prepared folders to verify on; default: the run's")
     parser.add_argument("--samples", type=int, default=2, help="samples of each modality to verify on")
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     try:
         _export(arguments)
     except (CheckpointError, ConfigError, DataError, TensorFileError) as error:

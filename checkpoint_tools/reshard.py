@@ -18,7 +18,6 @@ from checkpoint_tools.disk import check_space, what_failed
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.quiet import quiet_libraries
 
 _MB = 1_000_000
 
@@ -32,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--pipeline-model-parallel-size", required=True, type=int, metavar="P")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     try:
         _reshard(arguments)
     except (CheckpointError, ConfigError) as error:

@@ -28,7 +28,6 @@ from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import AnyMALConfig, ConfigError
 from megatron_anymal.config_io import from_dict
 from megatron_anymal.data.types import DataError
-from megatron_anymal.quiet import quiet_libraries
 
 # Largest difference of two logits, as a share of the largest logit (and of 1 where logits are small).
 TOLERANCE = 1e-5
@@ -57,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", action="append", default=[], help="prepared folders; default: the run's")
     parser.add_argument("--samples", type=int, default=2, help="samples of each modality")
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     try:
         folder, export = store.resolve(arguments.checkpoint), Path(arguments.export)
         if not (export / "config.json").is_file():
