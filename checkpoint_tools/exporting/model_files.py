@@ -23,6 +23,7 @@ from megatron_anymal.hf.sections import export_sections
 
 # transformers reads it in front of what tokenizer_config.json says.
 _TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
 def write_model_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
@@ -80,8 +81,8 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, placeholders: dict[str,
     """The tokenizer as it was loaded, whatever files it came from, with the chat format that training used if it has
     the format's tokens."""
     tokenizer.hf.save_pretrained(folder)
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "tokenizer_config.json", _of_both_versions(settings))
+    settings = json.loads((folder / TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
+    _write_json(folder / TOKENIZER_SETTINGS, _of_both_versions(settings))
     if set(CHAT_TOKENS) <= tokenizer.control.keys():
         template = chat_template(placeholders, tokenizer.control)
         (folder / _TEMPLATE_FILE).write_text(template, encoding="utf-8")

@@ -1,0 +1,117 @@
+"""Whether the exported tokenizer's chat template gives conversations the ids that training gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.messages import CHAT_TOKENS, last_answer, lay_out, messages_of, open_prompt, parse_messages
+from megatron_anymal.data.shards import ShardIndex
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+
+# Conversations of each prepared folder that are compared.
+_PER_FOLDER = 64
+_SAYINGS = ("What is this?", "  \n\n a  b \t\n c \n", "'s 1234\n\nthree...", "\u00bf\u00c7a va? \u65e5\u672c", "1. x\n2. y")
+
+
+class ChatIdsError(ValueError):
+    """The exported template and training disagree; the message names the conversation and the first difference."""
+
+
+def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *, llama_only: bool) -> int:
+    """Compare conversations made up here, and real ones of the run's prepared folders, whole and up to their last answer.
+
+    Args:
+        folder: holds the exported tokenizer.
+        tokenizer: the run's.
+        config: the run's.
+        llama_only: the export takes no media; conversations with media are passed over.
+
+    Returns:
+        How many conversations were compared; 0 if the tokenizer lacks the chat format's tokens.
+
+    Raises:
+        ChatIdsError: ids differ.
+    """
+    if not tokenizer.control.keys() >= set(CHAT_TOKENS):
+        return 0
+    exported = AutoTokenizer.from_pretrained(folder)
+    sections = {} if llama_only else config.model.modalities
+    placeholders = {section.kind or name: section.placeholder for name, section in sections.items()}
+    numbers = {kind: tokenizer.control.get(token, -1) for kind, token in placeholders.items()}
+    count = 0
+    for where, opened, answer in _conversations(config, list(placeholders)):
+        messages = messages_of(opened)
+        assert messages is not None
+        said = [part.text for one in messages for part in one.content if isinstance(part, TextPart)]
+        if any(isinstance(part, MediaPart) and part.modality not in placeholders for part in opened):
+            continue
+        if any(token in text for text in [*said, answer] for token in tokenizer.control):
+            # A string cannot quote them; the template says so.
+            continue
+        asked = [{"role": one.role, "content": [_entry(part) for part in one.content]} for one in messages]
+        told = [*asked, {"role": "assistant", "content": answer}]
+        whole = lay_out(parse_messages([*(_plain(one) for one in asked), told[-1]], where))
+        for parts, given, ask in ((opened, asked, True), (whole, told, False)):
+            media = sum(isinstance(part, MediaPart) for part in parts)
+            expected = tokenizer.document(parts, [1] * media, numbers, closed=False).tokens
+            try:
+                found = exported.apply_chat_template(given, add_generation_prompt=ask, return_dict=False)
+            except TemplateError as error:
+                raise ChatIdsError(f"{where}: the exported chat template refuses it: {error}") from error
+            if list(found) != expected:
+                raise ChatIdsError(_difference(where, tokenizer, expected, list(found)))
+        count += 1
+    return count
+
+
+def _conversations(config: AnyMALConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[Part], str]]:
+    """A name for messages, the open conversation, and its answer."""
+    media = [{"media": "x", "modality": kind} for kind in kinds]
+    for number, said in enumerate(_SAYINGS):
+        other = _SAYINGS[number - 1]
+        content = [*media, {"text": said}, *media, {"text": other}, *media[:1]]
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": other}]
+        messages = [{"role": "system", "content": other}] * (number % 2) + messages
+        parts = open_prompt(parse_messages([*messages, {"role": "user", "content": said}], "a conversation"))
+        yield f"conversation {number} of the export's own", parts, other.strip()
+    sets = [*config.data.validation.values(), *config.data.train.values()]
+    for folder in dict.fromkeys(dataset.path for dataset in sets):
+        try:
+            index = ShardIndex(folder)
+        except DataError:
+            # Moved since; verify asks for it where it needs it.
+            continue
+        for number in range(min(len(index), _PER_FOLDER)):
+            sample = index.sample(number)
+            if not sample.closed:
+                opened, answer = last_answer(sample.documents[0])
+                yield f"{folder}, sample {index.key(number)!r}", opened, answer
+
+
+def _entry(part: Part) -> dict[str, Any]:
+    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.modality}
+
+
+def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
+    """The same as the trainer's own JSON."""
+    content = [
+        {"text": part["text"]} if "text" in part else {"media": "x", "modality": part["type"]}
+        for part in message["content"]
+    ]
+    return {**message, "content": content}
+
+
+def _difference(where: str, tokenizer: Tokenizer, expected: list[int], found: list[int]) -> str:
+    place = next((n for n, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
+    names = [tokenizer.hf.convert_ids_to_tokens(ids[place : place + 3]) for ids in (expected, found)]
+    return (
+        f"{where}: training makes {names[0]} of place {place}, the exported chat template {names[1]}. The export would "
+        "answer other conversations than were learned."
+    )
