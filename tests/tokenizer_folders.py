@@ -20,6 +20,7 @@ SPLIT = (
 CORPUS = [
     "What is this? A cat, 1234 years old.\n\nIt doesn't walk.\nuser assistant system",
     "one two three four five six seven eight nine zero what is a sound of motion walk run",
+    "\n\n",
     "the picture shows a red circle above a blue square <s>old</s> price",
 ] * 20
 

@@ -46,19 +46,16 @@ def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *
     placeholders = {section.kind or name: section.placeholder for name, section in sections.items()}
     numbers = {kind: tokenizer.control.get(token, -1) for kind, token in placeholders.items()}
     count = 0
-    for where, opened, answer in _conversations(config, list(placeholders)):
-        messages = messages_of(opened)
-        assert messages is not None
-        said = [part.text for one in messages for part in one.content if isinstance(part, TextPart)]
-        if any(isinstance(part, MediaPart) and part.modality not in placeholders for part in opened):
+    for where, messages in _conversations(config, list(placeholders)):
+        contents = [part for message in messages for part in message["content"]]
+        if any(part.get("modality", "") not in placeholders for part in contents if "media" in part):
             continue
-        if any(token in text for text in [*said, answer] for token in tokenizer.control):
+        if any(token in part.get("text", "") for part in contents for token in tokenizer.control):
             # A string cannot quote them; the template says so.
             continue
-        asked = [{"role": one.role, "content": [_entry(part) for part in one.content]} for one in messages]
-        told = [*asked, {"role": "assistant", "content": answer}]
-        whole = lay_out(parse_messages([*(_plain(one) for one in asked), told[-1]], where))
-        for parts, given, ask in ((opened, asked, True), (whole, told, False)):
+        parsed = parse_messages(messages, where)
+        theirs = [{**message, "content": [_theirs(part) for part in message["content"]]} for message in messages]
+        for parts, given, ask in ((open_prompt(parsed[:-1]), theirs[:-1], True), (lay_out(parsed), theirs, False)):
             media = sum(isinstance(part, MediaPart) for part in parts)
             expected = tokenizer.document(parts, [1] * media, numbers, closed=False).tokens
             try:
@@ -71,16 +68,21 @@ def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *
     return count
 
 
-def _conversations(config: AnyMALConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[Part], str]]:
-    """A name for messages, the open conversation, and its answer."""
+def _conversations(config: AnyMALConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A name for messages, and `messages` as in data/messages.py, the last one the assistant's."""
     media = [{"media": "x", "modality": kind} for kind in kinds]
     for number, said in enumerate(_SAYINGS):
-        other = _SAYINGS[number - 1]
-        content = [*media, {"text": said}, *media, {"text": other}, *media[:1]]
-        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": other}]
-        messages = [{"role": "system", "content": other}] * (number % 2) + messages
-        parts = open_prompt(parse_messages([*messages, {"role": "user", "content": said}], "a conversation"))
-        yield f"conversation {number} of the export's own", parts, other.strip()
+        other, third = [{"text": _SAYINGS[number - 1]}], [{"text": _SAYINGS[number - 2]}]
+        yield (
+            f"conversation {number} of the export's own",
+            [
+                *[{"role": "system", "content": third}] * (number % 2),
+                {"role": "user", "content": [*media, {"text": said}, *media, *other, *media[:1]]},
+                {"role": "assistant", "content": other},
+                {"role": "user", "content": [{"text": said}]},
+                {"role": "assistant", "content": third},
+            ],
+        )
     sets = [*config.data.validation.values(), *config.data.train.values()]
     for folder in dict.fromkeys(dataset.path for dataset in sets):
         try:
@@ -92,20 +94,20 @@ def _conversations(config: AnyMALConfig, kinds: Sequence[str]) -> Iterator[tuple
             sample = index.sample(number)
             if not sample.closed:
                 opened, answer = last_answer(sample.documents[0])
-                yield f"{folder}, sample {index.key(number)!r}", opened, answer
+                said_so_far = [
+                    {"role": one.role, "content": [_ours(part) for part in one.content]}
+                    for one in messages_of(opened) or ()
+                ]
+                told = {"role": "assistant", "content": [{"text": answer}]}
+                yield f"{folder}, sample {index.key(number)!r}", [*said_so_far, told]
 
 
-def _entry(part: Part) -> dict[str, Any]:
-    return {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": part.modality}
+def _ours(part: Part) -> dict[str, Any]:
+    return {"text": part.text} if isinstance(part, TextPart) else {"media": "x", "modality": part.modality}
 
 
-def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """The same as the trainer's own JSON."""
-    content = [
-        {"text": part["text"]} if "text" in part else {"media": "x", "modality": part["type"]}
-        for part in message["content"]
-    ]
-    return {**message, "content": content}
+def _theirs(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "text", "text": part["text"]} if "text" in part else {"type": part["modality"]}
 
 
 def _difference(where: str, tokenizer: Tokenizer, expected: list[int], found: list[int]) -> str:
