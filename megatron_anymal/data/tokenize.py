@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.data.literal import Encoder, Piece, build_encoder
-from megatron_anymal.data.messages import BEGIN, CHAT_TOKENS
+from megatron_anymal.data.messages import BEGIN, CHAT_TOKENS, END_HEADER, START_HEADER
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 
 
@@ -166,6 +166,17 @@ class Tokenizer:
                 f"{self.hf.bos_token!r}. Name a tokenizer with Llama 3's special tokens."
             )
         return frozenset(self.control[token] for token in CHAT_TOKENS)
+
+    @cached_property
+    def joins_headers(self) -> bool:
+        """Whether line breaks that end a turn's header join what follows them (Llama 3's tokenizer keeps them apart).
+
+        A model then sees other ids before the answers that it learns from than before the one it is to give.
+        """
+        header = TextPart(f"{START_HEADER}assistant{END_HEADER}\n\n", control=True)
+        asked = self.document([header], [], {}, closed=False).tokens
+        answers = [self.document([header, TextPart(said)], [], {}, closed=False).tokens for said in ("A", "a", "1", "(")]
+        return any(tokens[: len(asked)] != asked for tokens in answers)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ids, special tokens left out."""

@@ -139,6 +139,12 @@ def test_no_text_is_cut_or_padded(folders: dict[str, str]) -> None:
         assert Tokenizer(folders[name]).encode("What") == expected[:1]
 
 
+def test_headers_that_join_their_contents_are_noticed(folders: dict[str, str]) -> None:
+    for name in ("llama 3", "llama 2, legacy", "llama 2, not legacy", "words", "python"):
+        assert not Tokenizer(folders[name]).joins_headers, name
+    assert Tokenizer(folders["gpt-2 pattern"]).joins_headers
+
+
 def test_an_ordinary_word_is_no_placeholder(folders: dict[str, str]) -> None:
     with pytest.raises(DataError, match="x.placeholder='is' is a word that texts can hold"):
         Tokenizer(folders["words"]).placeholder("is", "x.placeholder")
