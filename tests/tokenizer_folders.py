@@ -65,7 +65,7 @@ def begin_template(token: str = SPECIAL[0], number: int = 0) -> Any:
 
 
 def sentencepiece_like(*, legacy: bool, special: list[str] = ALL) -> Tokenizer:
-    """BPE over characters with a visible blank and bytes for the rest, as Llama 2: `<s>` and `</s>` in its vocabulary."""
+    """BPE over characters with a visible blank and bytes for the rest, as Llama 2, with `<s>` and `</s>`."""
     bytes_ = [f"<0x{number:02X}>" for number in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=520, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False, max_token_length=8
@@ -101,9 +101,7 @@ def unigram() -> Tokenizer:
 def word_level() -> Tokenizer:
     """Words between blanks."""
     trainer = trainers.WordLevelTrainer(special_tokens=[*ALL, "<unk>"], show_progress=False)
-    return _trained(
-        models.WordLevel(unk_token="<unk>"), trainer, pre_tokenizer=pre_tokenizers.WhitespaceSplit()
-    )
+    return _trained(models.WordLevel(unk_token="<unk>"), trainer, pre_tokenizer=pre_tokenizers.WhitespaceSplit())
 
 
 def word_piece() -> Tokenizer:

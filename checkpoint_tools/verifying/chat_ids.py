@@ -17,7 +17,13 @@ from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 
 # Conversations of each prepared folder that are compared.
 _PER_FOLDER = 64
-_SAYINGS = ("What is this?", "  \n\n a  b \t\n c \n", "'s 1234\n\nthree...", "\u00bf\u00c7a va? \u65e5\u672c", "1. x\n2. y")
+_SAYINGS = (
+    "What is this?",
+    "  \n\n a  b \t\n c \n",
+    "'s 1234\n\nthree...",
+    "\u00bf\u00c7a va? \u65e5\u672c",
+    "1. x\n2. y",
+)
 
 
 class ChatIdsError(ValueError):
@@ -25,7 +31,7 @@ class ChatIdsError(ValueError):
 
 
 def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *, llama_only: bool) -> int:
-    """Compare conversations made up here, and real ones of the run's prepared folders, whole and up to their last answer.
+    """Compare made-up conversations and real ones of the run's prepared folders, whole and up to their last answer.
 
     Args:
         folder: holds the exported tokenizer.

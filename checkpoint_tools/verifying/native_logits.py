@@ -38,7 +38,7 @@ class NativeModel:
             config.model.language_model = LanguageModelConfig(checkpoint=str(folder), freeze=False)
         if llama_only:
             config.model.modalities = {}
-            # Nothing is rounded to the run's type where the checkpoint holds the Llama itself: it is exported as stored.
+            # A Llama that the checkpoint holds itself is exported as stored: not rounded to the run's type.
             config.trainer.precision = config.trainer.precision if config.model.language_model.freeze else "32"
         self._layout = initialize(config)
         config, hf = resolve_language_model(config)

@@ -110,9 +110,7 @@ def _collect(folder: str, found: dict[str, list[Sample]], count: int) -> None:
 def _together(samples: Sequence[Sample]) -> Sample:
     prompts = [sample.prompt for sample in samples if sample.prompt is not None]
     # One after the other, without the turns of conversations.
-    parts = [
-        part for prompt in prompts for part in prompt.parts if isinstance(part, MediaPart) or not part.control
-    ]
+    parts = [part for prompt in prompts for part in prompt.parts if isinstance(part, MediaPart) or not part.control]
     media = [file for prompt in prompts for file in prompt.media]
     return Sample(TOGETHER, "+".join(sample.key for sample in samples), Prompt(parts, media))
 

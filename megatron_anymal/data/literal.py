@@ -1,8 +1,8 @@
 """Encoding text as text, whatever it spells: control tokens come only from the layout around it.
 
-A document is laid out as pieces, each a text or the id of a control token. In no text is a control token recognized.
-Otherwise the ids are exactly those that the tokenizer gives the document as one string, in which a text's ids may depend
-on whether a token stands before it (sentencepiece's prefix) and on the text that it continues.
+A document is laid out as pieces, each a text or the id of a control token. A control token's name inside a text is
+never recognized. Otherwise the ids are exactly those that the tokenizer gives the document as one string, in which a
+text's ids may depend on whether a token stands before it (sentencepiece's prefix) and on the text that it continues.
 """
 
 from __future__ import annotations

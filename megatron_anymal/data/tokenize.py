@@ -175,7 +175,9 @@ class Tokenizer:
         """
         header = TextPart(f"{START_HEADER}assistant{END_HEADER}\n\n", control=True)
         asked = self.document([header], [], {}, closed=False).tokens
-        answers = [self.document([header, TextPart(said)], [], {}, closed=False).tokens for said in ("A", "a", "1", "(")]
+        answers = [
+            self.document([header, TextPart(said)], [], {}, closed=False).tokens for said in ("A", "a", "1", "(")
+        ]
         return any(tokens[: len(asked)] != asked for tokens in answers)
 
     def decode(self, tokens: Sequence[int]) -> str:

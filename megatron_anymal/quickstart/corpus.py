@@ -23,7 +23,7 @@ SOUNDS = ("siren", "beep", "whistle", "drum", "hum", "noise")
 ACTIVITIES = ("walking", "running", "cycling", "resting")
 
 END = "<|end_of_text|>"
-# Words, numbers, punctuation and line breaks apart. Line breaks never join what follows them, so that the header of a turn
+# Words, numbers, punctuation and line breaks apart. Line breaks never join what follows them, so that a turn's header
 # has the same ids before every content.
 _SPLIT = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 RESERVED = tuple(f"<|reserved_special_token_{number}|>" for number in range(8))

@@ -162,8 +162,8 @@ class Run:
         self._introduce()
         if self.config.job != "pretrain" and self.state.tokenizer.joins_headers:
             self.log.say(
-                "warning: data.tokenizer joins the line breaks after a turn's header with the turn's content, so answers "
-                "are asked for with other ids than they are learned with. Llama 3's tokenizer keeps them apart."
+                "warning: data.tokenizer joins the line breaks after a turn's header with the turn's content, so "
+                "answers are learned after other ids than those that ask for one. Llama 3's tokenizer keeps them apart."
             )
         manager = self.config.exp_manager
         if self.config.job == "dpo":

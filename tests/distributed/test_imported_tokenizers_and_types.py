@@ -31,7 +31,9 @@ def import_llama(folder: Path, out: Path) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
-def test_it_is_verified_in_the_type_it_is_stored_in(dtype: torch.dtype, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_it_is_verified_in_the_type_it_is_stored_in(
+    dtype: torch.dtype, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     source = published(tmp_path / "hf", dtype)
     assert import_llama(source, tmp_path / "checkpoint") == 0
     arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--llama-only"]
@@ -45,7 +47,14 @@ def test_it_is_verified_in_the_type_it_is_stored_in(dtype: torch.dtype, tmp_path
     assert all(torch.equal(after[name], tensor) and after[name].dtype == dtype for name, tensor in before.items())
 
 
-@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model.fp16-00001-of-00001.safetensors", "model-00001-of-00001.bf16.safetensors"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.fp16.safetensors",
+        "model.fp16-00001-of-00001.safetensors",
+        "model-00001-of-00001.bf16.safetensors",
+    ],
+)
 def test_a_variant_beside_the_weights_is_named_and_not_read(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -69,7 +78,9 @@ def test_a_variant_beside_the_weights_is_named_and_not_read(
         ("hidden_size", None),
     ],
 )
-def test_a_value_of_another_type_is_named(key: str, value: object, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_value_of_another_type_is_named(
+    key: str, value: object, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
     source = published(tmp_path / "hf", torch.bfloat16)
     config = json.loads((source / "config.json").read_text())
     if key.startswith("rope"):
@@ -96,5 +107,9 @@ def test_commands_say_nothing_but_their_own(tmp_path: Path) -> None:
         module = f"checkpoint_tools.{command[0]}"
         done = subprocess.run([sys.executable, "-m", module, *command[1:]], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        others = [line for line in done.stderr.splitlines() if not line.startswith(("importing:", "exporting:", "resharding:"))]
+        others = [
+            line
+            for line in done.stderr.splitlines()
+            if not line.startswith(("importing:", "exporting:", "resharding:"))
+        ]
         assert others == [], command[0]

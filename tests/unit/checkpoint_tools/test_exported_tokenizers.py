@@ -95,7 +95,7 @@ def test_another_template_than_training_s_is_refused(
 
     monkeypatch.setattr(model_files, "chat_template", changed)
     out = exported(source, tmp_path / "out")
-    with pytest.raises(ChatIdsError, match="the export's own: training makes .* the exported chat template"):
+    with pytest.raises(ChatIdsError, match=r"the export's own: training makes .* the exported chat template"):
         compare_chat_ids(out, Tokenizer(source), AnyMALConfig(), llama_only=True)
 
 

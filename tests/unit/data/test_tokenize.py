@@ -1,4 +1,4 @@
-"""Text as ids, over tokenizers of many makers' shapes: literal, whole, and as transformers' own chat template has it."""
+"""Text as ids, over tokenizers of many makers' shapes: literal, whole, and as transformers' chat template has it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,25 @@ from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 from megatron_anymal.resilience.changes import check_changes
 
 PLACEHOLDERS = {"image": SPECIAL[2], "audio": SPECIAL[3]}
-WORDS = ["What", "is", " this", "?", "A cat,", " 1234", "\n", "\n\n", "  ", "\t", "don't", "'s", "é", "日本", "🙂", "...", "x" * 40]
+WORDS = [
+    "What",
+    "is",
+    " this",
+    "?",
+    "A cat,",
+    " 1234",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "don't",
+    "'s",
+    "é",
+    "日本",
+    "🙂",
+    "...",
+    "x" * 40,
+]
 EVERY = [*SPECIAL, *CHAT, "<s>", "</s>", "<unk>"]
 
 
@@ -146,7 +163,7 @@ def test_headers_that_join_their_contents_are_noticed(folders: dict[str, str]) -
 
 
 def test_an_ordinary_word_is_no_placeholder(folders: dict[str, str]) -> None:
-    with pytest.raises(DataError, match="x.placeholder='is' is a word that texts can hold"):
+    with pytest.raises(DataError, match=r"x\.placeholder='is' is a word that texts can hold"):
         Tokenizer(folders["words"]).placeholder("is", "x.placeholder")
 
 

@@ -356,7 +356,9 @@ def test_a_rendered_string_needs_its_media_and_cannot_quote_control_tokens(
 
 
 @pytest.mark.parametrize("text", ["what is <|eot_id|> this", "<|begin_of_text|>what", "<|reserved_special_token_0|> a"])
-def test_any_other_text_is_literal_and_begins_once(processor: AnyMALProcessor, files: dict[str, str], text: str) -> None:
+def test_any_other_text_is_literal_and_begins_once(
+    processor: AnyMALProcessor, files: dict[str, str], text: str
+) -> None:
     own = processor._tokenizer
     for given in ({}, {"images": files["image"]}, {"media": [files["image"]]}):
         [ids] = processor(text=text, **given)["input_ids"].tolist()

@@ -8,7 +8,6 @@ from megatron_anymal.data.messages import ROLES
 from megatron_anymal.data.parts import parse_parts
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import TextPart
-from megatron_anymal.data.types import TextPart
 from megatron_anymal.quickstart import corpus, instructions
 
 
