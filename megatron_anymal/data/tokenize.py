@@ -125,10 +125,9 @@ class Tokenizer:
     @cached_property
     def control(self) -> dict[str, int]:
         """The tokens that no text makes: special ones, and those that begin or end documents and turns."""
-        ends = (self.begin, self.end)
-        found = {}
+        found = {self.hf.bos_token: self.begin, self.hf.eos_token: self.end}
         for number, token in self.hf.added_tokens_decoder.items():
-            if number in ends or token.content in CHAT_TOKENS or (token.special and number != self.hf.unk_token_id):
+            if token.content in CHAT_TOKENS or (token.special and number != self.hf.unk_token_id):
                 found[token.content] = number
         return found
 
