@@ -1,1 +1,6 @@
-"""Tools for checkpoints, each run as `python -m checkpoint_tools.NAME`."""
+"""Commands on checkpoints: import, export, reshard, inspect, verify."""
+
+from megatron_anymal.quiet import quiet_libraries
+
+# Before a command's own imports: some libraries speak when they are imported.
+quiet_libraries()

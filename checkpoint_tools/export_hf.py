@@ -21,17 +21,18 @@ from pathlib import Path
 
 from checkpoint_tools.disk import check_space, what_failed
 from checkpoint_tools.exporting.card import write_card
-from checkpoint_tools.exporting.model_files import write_llama_files, write_model_files
+from checkpoint_tools.exporting.model_files import TOKENIZER_SETTINGS, write_llama_files, write_model_files
 from checkpoint_tools.exporting.shard_files import write_shards
 from checkpoint_tools.exporting.weights import LLAMA, ExportedWeights
 from checkpoint_tools.memory import peak_memory
 from checkpoint_tools.verify import VerificationError, choose_samples, verify
+from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.trust import FLAG, config_of
 from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError
-from megatron_anymal.quiet import quiet_libraries
 from megatron_anymal.tensor_files import TensorFileError
 
 _GIB = 1 << 30
@@ -53,12 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=2, help="samples of each modality to verify on")
     parser.add_argument(FLAG, action="store_true", help="run plug-ins that the checkpoint names")
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     try:
         _export(arguments)
     except (CheckpointError, ConfigError, DataError, TensorFileError) as error:
         message = str(error)
-    except VerificationError as error:
+    except (VerificationError, ChatIdsError) as error:
         message = f"{error} Nothing was written."
     except OSError as error:
         message = what_failed(error, Path(arguments.out), "Free space, or name another place. Nothing was left there.")
@@ -89,6 +89,10 @@ def _export(arguments: argparse.Namespace) -> None:
             adapter, files = _write(arguments, staging, folder, manifest, config, llama_only)
         memory = peak_memory() - memory
         seconds = time.monotonic() - begun
+        if (staging / TOKENIZER_SETTINGS).is_file():
+            tokenizer = Tokenizer(config.data.tokenizer)
+            count = compare_chat_ids(staging, tokenizer, config, llama_only=llama_only)
+            print(f"chat template: {count} conversation(s) have the ids of training")
         verification = None if samples is None else verify(folder, config, staging, samples)
         if verification:
             (staging / "verification.json").write_text(json.dumps(verification, indent=1) + "\n")

@@ -15,7 +15,6 @@ from pathlib import Path
 from checkpoint_tools.disk import what_failed
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
-from megatron_anymal.quiet import quiet_libraries
 from megatron_anymal.tensor_files import TensorFileError
 
 
@@ -30,7 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="default: cores, at most 4")
     parser.add_argument("--overwrite", action="store_true", help="replace CHECKPOINT")
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     from checkpoint_tools.importing.llama import import_llama
     from checkpoint_tools.importing.workers import WorkerError
 

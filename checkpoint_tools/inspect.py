@@ -12,7 +12,6 @@ from pathlib import Path
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.stream import Stored, StreamReader
-from megatron_anymal.quiet import quiet_libraries
 
 _OPTIMIZER = "optimizer."
 
@@ -23,7 +22,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", help="a checkpoint's folder, or its run's folder for the newest valid one")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     try:
         folder = store.resolve(arguments.checkpoint)
         manifest = store.read_manifest(folder, verify=True)

@@ -18,7 +18,6 @@ from checkpoint_tools.disk import check_space, what_failed
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.quiet import quiet_libraries
 
 _MB = 1_000_000
 
@@ -33,7 +32,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
     parser.add_argument("--trust-remote-code", action="store_true", help="run plug-ins that the checkpoint names")
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     try:
         _reshard(arguments)
     except (CheckpointError, ConfigError) as error:

@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 
 from checkpoint_tools.verifying import exported_logits
+from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
 from checkpoint_tools.verifying.native_logits import NativeModel
 from checkpoint_tools.verifying.samples import Sample, choose_samples
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.trust import FLAG, config_of
 from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError
 from megatron_anymal.hf.bundle import foreign_code
-from megatron_anymal.quiet import quiet_libraries
 
 # Largest difference of two logits, as a share of the largest logit (and of 1 where logits are small).
 TOLERANCE = 1e-5
@@ -59,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=2, help="samples of each modality")
     parser.add_argument(FLAG, action="store_true", help="run plug-ins that the checkpoint names, and the export's code")
     arguments = parser.parse_args(argv)
-    quiet_libraries()
     try:
         folder, export = store.resolve(arguments.checkpoint), Path(arguments.export)
         if not (export / "config.json").is_file():
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         llama_only = json.loads((export / "config.json").read_text())["model_type"] == "llama"
         samples = choose_samples(config, arguments.data, arguments.samples, llama_only)
         verify(folder, config, export, samples)
-    except VerificationError as error:
+        if (export / "tokenizer_config.json").is_file() and config.data.tokenizer:
+            compare_chat_ids(export, Tokenizer(config.data.tokenizer), config, llama_only=llama_only)
+    except (VerificationError, ChatIdsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (CheckpointError, ConfigError, DataError) as error:

@@ -335,7 +335,8 @@ def _check_data(config: AnyMALConfig) -> None:
                     f"data.{split}.{name}.weight={dataset.weight} is less than {SMALLEST_SHARE} of the mix. Raise it, "
                     "or remove the data set."
                 )
-    if not config.data.tokenizer:
+    # A Llama alone has token ids for input.
+    if not config.data.tokenizer and (config.data.train or config.data.validation or config.model.modalities):
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Optional
@@ -12,6 +13,9 @@ from torch import Tensor
 from megatron_anymal.tensor_files import Entry, SafetensorsFile, TensorFileError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+# The same weights once more in another type: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors or
+# model-00001-of-00002.fp16.safetensors.
+_VARIANT = re.compile(r"model(-\d+-of-\d+)?\.[\w-]*?[A-Za-z][\w-]*\.safetensors")
 
 
 class HFWeights(Mapping[str, Tensor]):
@@ -22,6 +26,9 @@ class HFWeights(Mapping[str, Tensor]):
     Args:
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
 
+    Attributes:
+        variants: names of files that hold the weights in another type; they are not read.
+
     Raises:
         TensorFileError: a file is missing or damaged, a name is in two files, index and files disagree, or the
             folder holds other formats only.
@@ -30,7 +37,9 @@ class HFWeights(Mapping[str, Tensor]):
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         index = self._read_index()
-        present = {path.name for path in self.folder.glob("model*.safetensors")}
+        found = {path.name for path in self.folder.glob("model*.safetensors")}
+        self.variants = sorted(filter(_VARIANT.fullmatch, found))
+        present = found - set(self.variants)
         expected = set(index.values()) if index is not None else {SINGLE}
         self._check_files(present, expected, index is not None)
         self.files = {name: SafetensorsFile(self.folder / name) for name in sorted(expected)}
@@ -103,6 +112,11 @@ class HFWeights(Mapping[str, Tensor]):
                 raise TensorFileError(
                     f"{where} holds its weights as pytorch_model*.bin only. Download them as safetensors, or load the "
                     "folder with transformers and save_pretrained it to another one."
+                )
+            if self.variants:
+                raise TensorFileError(
+                    f"{where} holds its weights as the variant {self.variants[0]!r} only. Download {SINGLE}, or load "
+                    "the variant with transformers and save_pretrained it to another folder."
                 )
             raise TensorFileError(f"{where} holds no {SINGLE}. Download the weights as safetensors.")
         if not indexed and present != {SINGLE}:

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 _WARNINGS = (
     # Given once for each of megatron-core's modules; `anymal doctor` says what is missing and what that costs.
     (r"(Transformer Engine and Apex are|Apex is) not installed\. Falling back", r"megatron\.core\."),
+    # Between megatron-core and torch, about calls that are not this trainer's.
+    (r"full scope is deprecated", r"megatron\.core\."),
+    (r"`load_state_dict` is deprecated and will be removed in future versions", r"megatron\.core\."),
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", r"megatron_anymal\.cpu_shim"),
 )
 # Log records below ERROR: logger, message (a regular expression).
 _RECORDS = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,21 +16,14 @@ from checkpoint_tools.exporting.weights import Entries
 from megatron_anymal.config import AnyMALConfig as RunConfig
 from megatron_anymal.data.messages import CHAT_TOKENS, END_TURN
 from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import DataError
 from megatron_anymal.hf.bundle import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.sections import export_sections
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 # transformers reads it in front of what tokenizer_config.json says.
 _TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
 def write_model_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
@@ -54,39 +46,46 @@ def write_model_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries:
     processor = {"processor_class": "AnyMALProcessor", "auto_map": dict(PROCESSOR_AUTO_MAP), "modalities": sections}
     _write_json(folder / "processor_config.json", processor)
     placeholders = {section["kind"]: section["placeholder"] for section in sections.values()}
-    _copy_tokenizer(folder, config.data.tokenizer, tokenizer, placeholders)
+    _write_tokenizer(folder, tokenizer, placeholders)
     hidden = sorted(section["placeholder_id"] for section in sections.values())
     _write_generation_config(folder, tokenizer, ends, hidden)
 
 
 def write_llama_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
-    """Everything but weights and card of a LlamaForCausalLM; without a tokenizer where the run's is not there.
-
-    Raises:
-        DataError: the tokenizer cannot be loaded.
-    """
+    """Everything but weights and card of a LlamaForCausalLM; without a tokenizer if the run's is not there."""
     # As it is written for transformers 4 and 5 alike.
     exported: dict[str, Any] = AnyMALConfig(text_config=hf.to_dict()).to_dict()["text_config"]
     exported |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": _main_type(entries)}
     _write_json(folder / "config.json", exported)
-    if not (Path(config.data.tokenizer) / "tokenizer_config.json").is_file() or not config.data.tokenizer:
-        print("left out: the tokenizer, which the checkpoint names none of")
+    tokenizer = _of_run(config)
+    if tokenizer is None:
         GenerationConfig(bos_token_id=hf.bos_token_id, eos_token_id=hf.eos_token_id).save_pretrained(folder)
         return
-    tokenizer = Tokenizer(config.data.tokenizer)
-    _copy_tokenizer(folder, config.data.tokenizer, tokenizer, {})
+    _write_tokenizer(folder, tokenizer, {})
     _write_generation_config(folder, tokenizer, _ends(tokenizer), [])
 
 
-def _copy_tokenizer(folder: Path, source: str, tokenizer: Tokenizer, placeholders: dict[str, str]) -> None:
-    """The tokenizer's own files, and where it has the tokens the chat format that training used."""
-    for name in _TOKENIZER_FILES:
-        if (Path(source) / name).is_file():
-            shutil.copyfile(Path(source) / name, folder / name)
-    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-    _write_json(folder / "tokenizer_config.json", _of_both_versions(settings))
-    if set(CHAT_TOKENS) <= tokenizer.hf.get_vocab().keys():
-        (folder / _TEMPLATE_FILE).write_text(chat_template(placeholders), encoding="utf-8")
+def _of_run(config: RunConfig) -> Tokenizer | None:
+    """The run's tokenizer, if it has one that can be used; says so if not."""
+    if not config.data.tokenizer:
+        print("left out: a tokenizer; the checkpoint's run or import had none")
+        return None
+    try:
+        return Tokenizer(config.data.tokenizer)
+    except DataError as error:
+        print(f"left out: the tokenizer: {error}")
+        return None
+
+
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, placeholders: dict[str, str]) -> None:
+    """The tokenizer as it was loaded, whatever files it came from, with the chat format that training used if it has
+    the format's tokens."""
+    tokenizer.hf.save_pretrained(folder)
+    settings = json.loads((folder / TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
+    _write_json(folder / TOKENIZER_SETTINGS, _of_both_versions(settings))
+    if set(CHAT_TOKENS) <= tokenizer.control.keys():
+        template = chat_template(placeholders, tokenizer.control)
+        (folder / _TEMPLATE_FILE).write_text(template, encoding="utf-8")
 
 
 def _of_both_versions(settings: dict[str, Any]) -> dict[str, Any]:

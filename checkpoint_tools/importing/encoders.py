@@ -65,6 +65,7 @@ def import_encoder(name: str, source: Path, target: Path) -> list[str]:
     # As a run will load it.
     read_transformers(EncoderConfig(type=section.type, path=str(target)), attention="eager")
     lines = [f"encoder {name}: {section.type}, {len(kept)} tensors"]
+    lines += [f"encoder {name}: left out {variant}, a variant in another type" for variant in weights.variants]
     lines += [f"encoder {name}: left out {part}, {count} tensor(s)" for part, count in sorted(left_out.items())]
     return lines
 

@@ -32,6 +32,8 @@ SOURCE = "source.json"
 # Beside the weights: what the units' files and the index add, with room to spare.
 _SPARE = 64 << 20
 _MB = 1_000_000
+# Any of them is a tokenizer: of the tokenizers library, of sentencepiece, of byte-pair merges.
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -245,7 +247,7 @@ def _config(llama: dict[str, Any], folder: Path) -> AnyMALConfig:
     config.model.language_model = LanguageModelConfig(
         config={key: value for key, value in llama.items() if key in known}, freeze=False
     )
-    if (folder / "tokenizer.json").is_file():
+    if any((folder / name).is_file() for name in _TOKENIZERS):
         config.data.tokenizer = str(folder.absolute())
     return config
 

@@ -38,6 +38,8 @@ class NativeModel:
             config.model.language_model = LanguageModelConfig(checkpoint=str(folder), freeze=False)
         if llama_only:
             config.model.modalities = {}
+            # A Llama that the checkpoint holds itself is exported as stored: not rounded to the run's type.
+            config.trainer.precision = config.trainer.precision if config.model.language_model.freeze else "32"
         self._layout = initialize(config)
         config, hf = resolve_language_model(config)
         modalities: dict[str, Modality] = {}

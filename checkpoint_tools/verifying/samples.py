@@ -12,6 +12,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint.base import resolve_language_model
 from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.messages import last_answer, messages_of
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 from megatron_anymal.generation.prompts import MediaFile, Prompt
@@ -36,17 +37,20 @@ class Sample:
         if self.prompt is None:
             return {"tokens": self.tokens}
         folder.mkdir()
-        files = iter(self.prompt.media)
-        parts: list[dict[str, Any]] = []
-        for number, part in enumerate(self.prompt.parts):
+        files = enumerate(self.prompt.media)
+
+        def entry(part: Part) -> dict[str, Any]:
             if isinstance(part, TextPart):
-                parts.append({"text": part.text})
-                continue
-            file = next(files)
+                return {"text": part.text}
+            number, file = next(files)
             path = folder / f"{number}.{file.extension}"
             path.write_bytes(file.data)
-            parts.append({"media": str(path), "modality": part.modality, **part.attributes})
-        return {"parts": parts}
+            return {"media": str(path), "modality": part.modality, **part.attributes}
+
+        messages = messages_of(self.prompt.parts)
+        if messages is None:
+            return {"parts": [entry(part) for part in self.prompt.parts]}
+        return {"messages": [{"role": one.role, "content": [entry(part) for part in one.content]} for one in messages]}
 
 
 def choose_samples(config: AnyMALConfig, data: Sequence[str], count: int, llama_only: bool) -> list[Sample]:
@@ -88,11 +92,13 @@ def _collect(folder: str, found: dict[str, list[Sample]], count: int) -> None:
     except DataError as error:
         raise DataError(f"{error} It is wanted to verify the export: name another folder with --data.") from None
     for number in range(len(index)):
-        parts: list[Part] = list(index.sample(number).documents[0])
+        sample = index.sample(number)
+        # A conversation as it is asked: up to its last answer.
+        parts = list(sample.documents[0] if sample.closed else last_answer(sample.documents[0])[0])
         kinds = {part.modality for part in parts if isinstance(part, MediaPart)} or {"text"}
         # Of a sample with several modalities the rarest counts.
         kind = min(kinds, key=lambda one: len(found.get(one, ())))
-        if kind not in found or len(found[kind]) >= count or any(map(_is_quoting, parts)):
+        if kind not in found or len(found[kind]) >= count:
             if all(len(samples) >= count for samples in found.values()):
                 return
             continue
@@ -101,14 +107,10 @@ def _collect(folder: str, found: dict[str, list[Sample]], count: int) -> None:
         found[kind].append(Sample(kind, index.key(number), prompt))
 
 
-def _is_quoting(part: Part) -> bool:
-    """Whether a text holds a special token as plain text, which a prompt's parts cannot say."""
-    return isinstance(part, TextPart) and part.literal and "<|" in part.text
-
-
 def _together(samples: Sequence[Sample]) -> Sample:
     prompts = [sample.prompt for sample in samples if sample.prompt is not None]
-    parts = [part for prompt in prompts for part in prompt.parts]
+    # One after the other, without the turns of conversations.
+    parts = [part for prompt in prompts for part in prompt.parts if isinstance(part, MediaPart) or not part.control]
     media = [file for prompt in prompts for file in prompt.media]
     return Sample(TOGETHER, "+".join(sample.key for sample in samples), Prompt(parts, media))
 

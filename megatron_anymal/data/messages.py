@@ -8,10 +8,11 @@ A document is `<|begin_of_text|>`, then for each message
 
     <|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>
 
-as Llama 3's published template lays it out, with white space cut off both ends of the content. That cut also keeps the
-tokens of a turn independent of its header. White space inside, beside media, stays. Special tokens written in a content
-stay plain text. Targets of the loss are the contents of assistant turns and their `<|eot_id|>`, never a header; of a
-pair, those of the two answers alone.
+as Llama 3's published template lays it out, with white space cut off both ends of the content. White space inside,
+beside media, stays. Control tokens written in a content stay plain text. The ids are those of the whole as one string,
+so they are transformers' own for the published template. Targets of the loss are the contents of assistant turns and
+their `<|eot_id|>`, never a header; of a pair, those of the two answers alone. Should a tokenizer join the header's line
+breaks with the content (Llama 3's never does), the joint token counts as the content's.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def parse_conversation(value: dict[str, Any], where: str) -> Sample:
             f"{where}: `messages` ends with a {messages[-1].role} turn, which nothing answers. Remove it, or add the "
             "assistant's."
         )
-    return Sample("messages", (_turns(messages, learned=True),))
+    return Sample("messages", (lay_out(messages),))
 
 
 def _parse_pair(messages: Sequence[Message], value: dict[str, Any], where: str) -> Sample:
@@ -101,6 +102,11 @@ def parse_messages(value: Any, where: str) -> list[Message]:
     return messages
 
 
+def lay_out(messages: Sequence[Message]) -> list[Part]:
+    """The parts of a whole conversation: the answers and their ends are targets."""
+    return _turns(messages, learned=True)
+
+
 def open_prompt(messages: Sequence[Message]) -> list[Part]:
     """The parts of a conversation up to where the assistant answers: a document to be left open."""
     return [*_turns(messages, learned=False), _header("assistant")]
@@ -133,15 +139,13 @@ def _turns(messages: Sequence[Message], learned: bool) -> list[Part]:
     for message in messages:
         loss = learned and message.role == "assistant"
         parts.append(_header(message.role))
-        parts += [
-            TextPart(part.text, loss, literal=True) if isinstance(part, TextPart) else part for part in message.content
-        ]
-        parts.append(TextPart(END_TURN, loss))
+        parts += [TextPart(part.text, loss) if isinstance(part, TextPart) else part for part in message.content]
+        parts.append(TextPart(END_TURN, loss, control=True))
     return parts
 
 
 def _header(role: str) -> TextPart:
-    return TextPart(f"{START_HEADER}{role}{END_HEADER}\n\n", loss=False)
+    return TextPart(f"{START_HEADER}{role}{END_HEADER}\n\n", loss=False, control=True)
 
 
 def _role_of(part: Part) -> str | None:
@@ -151,7 +155,7 @@ def _role_of(part: Part) -> str | None:
 
 def _marks(part: Part, text: str) -> bool:
     """Whether a part is this text of the layout, and nobody's words."""
-    return isinstance(part, TextPart) and not part.literal and part.text == text
+    return isinstance(part, TextPart) and part.control and part.text == text
 
 
 def _parse_message(entry: Any, at: str) -> Message:

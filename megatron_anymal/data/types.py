@@ -22,8 +22,8 @@ class TextPart:
     text: str
     # Whether its tokens are targets of the loss.
     loss: bool = True
-    # Whether special tokens written in it stay plain text: what people say in a conversation.
-    literal: bool = False
+    # Whether control tokens written in it are those tokens: the chat format's own text. All other text is literal.
+    control: bool = False
 
 
 @dataclass(frozen=True)

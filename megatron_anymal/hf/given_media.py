@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import io
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 from urllib.parse import urlparse
 
 import numpy as np
 import torch
 
 from megatron_anymal.data.asking import MediaFile, read_media_file
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.types import DataError, MediaPart
+from megatron_anymal.modalities import MediaError, kind_for_extension
 from megatron_anymal.modalities.libraries import library
 
 # Seconds that a server may take to answer.
@@ -54,7 +55,7 @@ class GivenMedia:
             part.setdefault("modality", kind)
             self._find_item(part, kind)
         name = f"media item {len(self.files)} of {self._where}"
-        if isinstance(part["media"], (str, Path)):
+        if isinstance(part["media"], (str, Path)) and not str(part["media"]).startswith("data:"):
             name = str(part["media"])
         elif hasattr(part["media"], "read"):
             name = str(getattr(part["media"], "name", name))
@@ -63,6 +64,23 @@ class GivenMedia:
         part["media"] = name if name not in self.files else f"{name} (item {len(self.files)})"
         self.files[part["media"]] = file
         return part
+
+    def item(self, entry: Mapping[str, Any]) -> MediaPart:
+        """As `part`, of a media item."""
+        part = self.part(entry)
+        attributes = {key: value for key, value in part.items() if key not in ("media", "modality")}
+        return MediaPart(part["media"], part.get("modality", ""), attributes)
+
+    def kind(self, item: MediaPart, kinds: Sequence[str]) -> str:
+        """The kind of an item that names none, by its file's name.
+
+        Raises:
+            DataError: it has no such name.
+        """
+        try:
+            return kind_for_extension(self.files[item.media].extension, kinds)
+        except MediaError as error:
+            raise DataError(f"{item.media!r}: {error}.") from error
 
     def _find_item(self, part: dict[str, Any], kind: str) -> None:
         """Move the item of {"type": KIND, KIND | "path" | "url": ITEM} to "media"."""
@@ -86,7 +104,8 @@ class GivenMedia:
         if isinstance(item, Path):
             return read_media_file(item)
         if isinstance(item, str):
-            return _fetch(item) if urlparse(item).scheme in ("http", "https") else read_media_file(Path(item))
+            is_url = urlparse(item).scheme in ("http", "https", "data")
+            return _fetch(item) if is_url else read_media_file(Path(item))
         if isinstance(item, np.ndarray):
             return _array_file(name, item, part.pop("sampling_rate", None))
         # A PIL image, looked for without importing PIL.
@@ -98,12 +117,54 @@ class GivenMedia:
         )
 
 
+def given_by_kind(
+    text: Any, *, images: Any, audio: Any, videos: Any, media: Any, sampling_rate: Optional[int]
+) -> list[list[Mapping[str, Any]]]:
+    """For each text the media items given beside it, as objects with `media`: images, videos, audio, others.
+
+    Args:
+        text: None, one or a list.
+        images, audio, videos, media: for one text an item or a list of them; for several a list with as many of either.
+        sampling_rate: of waveforms, in Hz.
+
+    Raises:
+        DataError: there are not as many as texts.
+    """
+    texts = None if text is None or isinstance(text, str) else list(text)
+    found: list[list[Mapping[str, Any]]] = [[] for _ in range(1 if texts is None else len(texts))]
+    for kind, value in (("image", images), ("video", videos), ("audio", audio), ("", media)):
+        if value is None:
+            continue
+        if texts is None:
+            several = isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], (list, tuple))
+            rows = list(value) if several else [value]
+        else:
+            rows = list(value) if isinstance(value, (list, tuple)) else [value]
+        if len(rows) != len(found):
+            raise DataError(f"{len(found)} texts need as many lists of media, one for each (it may be empty).")
+        for entries, row in zip(found, rows):
+            items = row if isinstance(row, (list, tuple)) else [row]
+            entries += [_described(item, kind, sampling_rate) for item in items]
+    return found
+
+
+def _described(item: Any, kind: str, sampling_rate: Optional[int]) -> Mapping[str, Any]:
+    described = dict(item) if isinstance(item, Mapping) else {"media": item}
+    if kind and "type" not in described:
+        described.setdefault("modality", kind)
+    if kind == "audio" and sampling_rate and isinstance(described.get("media"), (np.ndarray, torch.Tensor)):
+        described.setdefault("sampling_rate", sampling_rate)
+    return described
+
+
 def _fetch(url: str) -> MediaFile:
     try:
         with urllib.request.urlopen(url, timeout=_PATIENCE) as answer:
             data = answer.read()
     except OSError as error:
-        raise DataError(f"{url!r} cannot be fetched: {error}") from error
+        raise DataError(f"{url[:80]!r} cannot be fetched: {error}") from error
+    if url.startswith("data:"):
+        return MediaFile(data, "")
     return MediaFile(data, Path(urlparse(url).path).suffix.lstrip(".").lower())
 
 

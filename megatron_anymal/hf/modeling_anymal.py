@@ -8,7 +8,6 @@ from typing import Any, Optional, Union
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig, modality_config
@@ -46,7 +45,7 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         "LinearProjector",
         *(encoder.__name__ for encoder in ENCODERS.values()),
     ]
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -131,7 +130,6 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Optional[Tensor] = None,
         attention_mask: Optional[Tensor] = None,
         position_ids: Optional[Tensor] = None,
-        past_key_values: Optional[Cache] = None,
         inputs_embeds: Optional[Tensor] = None,
         labels: Optional[Tensor] = None,
         use_cache: Optional[bool] = None,
@@ -145,6 +143,7 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             media: name -> pieces of the whole batch, in the order of their placeholders, row by row.
             soft_tokens: what `encode_media` made of them, instead.
+            kwargs: the Llama's; its cache is among them, under the name that the version of transformers has for it.
 
         Raises:
             ValueError: placeholders and media differ in number; an unknown modality or a wrong shape.
@@ -160,7 +159,6 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             labels=labels,
             use_cache=use_cache,

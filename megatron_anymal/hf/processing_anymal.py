@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Optional, Union
 
-import torch
 from torch import Tensor
 from transformers import ProcessorMixin
-from transformers.feature_extraction_utils import BatchFeature
 
-from megatron_anymal.data.asking import MediaFile, PromptReader, TokenizedPrompt, open_parts
-from megatron_anymal.data.messages import END_TURN
+from megatron_anymal.data.asking import PromptReader, TokenizedPrompt, open_parts
+from megatron_anymal.data.messages import END_TURN, lay_out, parse_messages
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
 from megatron_anymal.hf.configuration_anymal import modality_config
-from megatron_anymal.hf.given_media import GivenMedia
+from megatron_anymal.hf.given_media import GivenMedia, given_by_kind
+from megatron_anymal.hf.inputs import AnyMALInputs, batch_of
+from megatron_anymal.hf.rendered import is_rendered, parts_of, render, without_items
 from megatron_anymal.modalities import Modality, build_modality
-
-
-class AnyMALInputs(BatchFeature):
-    """input_ids and attention_mask [B, T], and `media`: a modality's name -> pieces [n, *piece_shape]."""
-
-    def to(self, *arguments: Any, **kwargs: Any) -> AnyMALInputs:
-        """As a tensor's `to`; only pieces change their type."""
-        device = torch._C._nn._parse_to(*arguments, **kwargs)[0]
-        for name, value in self.data.items():
-            if isinstance(value, Tensor):
-                self.data[name] = value if device is None else value.to(device)
-            else:
-                self.data[name] = {key: pieces.to(*arguments, **kwargs) for key, pieces in value.items()}
-        return self
 
 
 class AnyMALProcessor(ProcessorMixin):
@@ -60,8 +47,14 @@ class AnyMALProcessor(ProcessorMixin):
         prompts: Union[Mapping[str, Any], Sequence[Mapping[str, Any]], None] = None,
         *,
         text: Union[str, Sequence[str], None] = None,
+        images: Any = None,
+        audio: Any = None,
+        videos: Any = None,
         media: Optional[Sequence[Any]] = None,
-        return_tensors: str = "pt",
+        sampling_rate: Optional[int] = None,
+        padding: Union[bool, str] = True,
+        max_length: Optional[int] = None,
+        return_tensors: Optional[str] = "pt",
     ) -> AnyMALInputs:
         """Read one prompt or several.
 
@@ -71,54 +64,87 @@ class AnyMALProcessor(ProcessorMixin):
         Args:
             prompts: each {"parts": [...]} or {"messages": [...]}, of {"text": TEXT} and {"media": ITEM, "modality":
                 KIND, ...}; messages end with the user turn to be answered.
-            text, media: instead of them: media in order, then the text. Several prompts: a list of texts and one of
-                lists of media. An item with attributes is such an object as in `prompts`.
+            text: instead of them, one text or several. A conversation rendered by `apply_chat_template(tokenize=False)`
+                has placeholders, which take the items of their kinds in order. Any other text is literal, and its media
+                stand before it.
+            images, audio, videos, media: items of a kind, or with `media` of any: one item or a list; for several
+                texts one item or list each. An item with attributes is such an object as in `prompts`.
+            sampling_rate: of waveforms in `audio`, in Hz.
+            padding: True or "longest"; "max_length", to `max_length` tokens; False. On the left.
+            return_tensors: "pt", "np", or None for lists of ids (pieces stay tensors).
 
         Returns:
-            Tensors, padded on the left.
+            `input_ids` and `attention_mask`, [B, T], and `media`.
 
         Raises:
             DataError, MediaError: a prompt or media item that cannot be used; the message says which and why.
+            ValueError: arguments that do not go together.
             ImportError: a library that this kind of media needs is missing.
         """
-        if return_tensors != "pt":
-            raise ValueError(f"return_tensors={return_tensors!r}: this processor gives torch tensors, 'pt'.")
-        if (prompts is None) == (text is None and media is None):
+        given = given_by_kind(text, images=images, audio=audio, videos=videos, media=media, sampling_rate=sampling_rate)
+        if (prompts is None) == (text is None and not any(given)):
             raise ValueError("Give either prompts, or text and media.")
         if prompts is not None:
             listed = [prompts] if isinstance(prompts, Mapping) else list(prompts)
             read = [self._read_json(prompt, f"prompt {number}") for number, prompt in enumerate(listed)]
         else:
-            read = [self._read_text_and_media(*pair) for pair in _pairs(text, media)]
-        return self._batch(read)
+            texts = [text or ""] if text is None or isinstance(text, str) else list(text)
+            read = [self._read_text(*pair) for pair in zip(texts, given)]
+        return batch_of(read, self._tokenizer.end, padding, max_length, return_tensors)
 
     def apply_chat_template(
         self,
         conversation: Sequence[Any],
         chat_template: Optional[str] = None,
         *,
-        add_generation_prompt: bool = True,
+        add_generation_prompt: Optional[bool] = None,
+        continue_final_message: bool = False,
         tokenize: bool = True,
         return_dict: bool = True,
-        return_tensors: str = "pt",
-    ) -> AnyMALInputs:
-        """Read one conversation (a list of messages) or several, up to where the assistant answers.
+        padding: Union[bool, str] = True,
+        max_length: Optional[int] = None,
+        return_tensors: Optional[str] = "pt",
+        processor_kwargs: Optional[Mapping[str, Any]] = None,
+    ) -> Any:
+        """Lay out one conversation (a list of messages) or several.
 
         The content of a message is a text, or parts {"type": "text", "text": TEXT} and {"type": KIND, KIND | "path" |
         "url" | "media": ITEM, ...}, or parts as in `__call__`. The layout is the one of training, always.
 
+        Args:
+            add_generation_prompt: end with the header of the assistant's turn. Default: unless
+                `continue_final_message`.
+            continue_final_message: leave the last turn open, to be continued.
+            tokenize: make tensors as `__call__` does; false: the string, in which a media item is its placeholder.
+            return_dict: false: the ids alone.
+            padding, max_length, return_tensors: as of `__call__`; they may stand in `processor_kwargs` instead.
+
         Raises:
-            ValueError: an argument that asks for anything else than tensors of an open conversation.
+            ValueError: another chat template, or an open turn of both kinds.
             DataError, MediaError, ImportError: as `__call__`.
         """
-        if chat_template is not None or not (add_generation_prompt and tokenize and return_dict):
-            raise ValueError(
-                "This processor gives tensors of conversations in the layout of training, up to the assistant's turn: "
-                "leave chat_template away; add_generation_prompt, tokenize and return_dict are true."
-            )
+        if chat_template is not None:
+            raise ValueError("This processor lays conversations out as in training. Leave chat_template away.")
+        ask = not continue_final_message if add_generation_prompt is None else add_generation_prompt
+        if ask and continue_final_message:
+            raise ValueError("add_generation_prompt opens a new turn, continue_final_message the last one: give one.")
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
-        conversations = conversation if several else [conversation]
-        return self([{"messages": list(messages)} for messages in conversations], return_tensors=return_tensors)
+        conversations = [list(messages) for messages in (conversation if several else [conversation])]
+        where = [f"conversation {number}" for number in range(len(conversations))]
+        if not tokenize:
+            texts = []
+            for messages, name in zip(conversations, where):
+                parts = _laid_out([without_items(one) for one in messages], name, ask, continue_final_message)
+                texts.append(render(parts, self._placeholders, self._tokenizer.control))
+            return texts if several else texts[0]
+        read = []
+        for messages, name in zip(conversations, where):
+            given = GivenMedia(name)
+            parts = _laid_out([given.message(one) for one in messages], name, ask, continue_final_message)
+            read.append(self._read(parts, given))
+        settings = {"padding": padding, "max_length": max_length, "return_tensors": return_tensors}
+        inputs = batch_of(read, self._tokenizer.end, **{**settings, **(processor_kwargs or {})})
+        return inputs if return_dict else inputs["input_ids"]
 
     def answers(self, output_ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
         """The texts that were generated after the prompts, without special tokens and white space at their ends.
@@ -174,52 +200,34 @@ class AnyMALProcessor(ProcessorMixin):
         parts = open_parts(value, where)
         return self._read(parts, given)
 
-    def _read_text_and_media(self, text: str, media: Sequence[Any]) -> TokenizedPrompt:
+    def _read_text(self, text: str, media: Sequence[Mapping[str, Any]]) -> TokenizedPrompt:
         given = GivenMedia("media")
-        parts: list[Part] = []
-        for item in media:
-            entry = given.part(item if isinstance(item, Mapping) else {"media": item})
-            attributes = {key: value for key, value in entry.items() if key not in ("media", "modality")}
-            parts.append(MediaPart(entry["media"], entry.get("modality", ""), attributes))
-        if text:
-            parts.append(TextPart(text))
-        if not parts:
-            raise DataError("There is nothing to answer. Give text or media.")
-        return self._read(parts, given)
+        items = [given.item(entry) for entry in media]
+        if not items and not text:
+            raise DataError("There is nothing to answer: no text and no media.")
+        if not is_rendered(text):
+            return self._read([*items, *([TextPart(text)] if text else [])], given)
+        kinds = list(self._placeholders)
+        named = [replace(item, modality=item.modality or given.kind(item, kinds)) for item in items]
+        return self._read(parts_of(text, self._placeholders, named), given)
 
     def _read(self, parts: Sequence[Part], given: GivenMedia) -> TokenizedPrompt:
-        files: list[MediaFile] = [given.files[part.media] for part in parts if isinstance(part, MediaPart)]
+        files = [given.files[part.media] for part in parts if isinstance(part, MediaPart)]
         return self._reader.read(parts, files)
 
-    def _batch(self, prompts: Sequence[TokenizedPrompt]) -> AnyMALInputs:
-        if not prompts:
-            raise DataError("There are no prompts.")
-        length = max(len(prompt.tokens) for prompt in prompts)
-        # Masked, so any id does that stands for no media.
-        pad = self._tokenizer.end
-        ids = [[pad] * (length - len(prompt.tokens)) + prompt.tokens for prompt in prompts]
-        mask = [[0] * (length - len(prompt.tokens)) + [1] * len(prompt.tokens) for prompt in prompts]
-        pieces: dict[str, list[Tensor]] = {}
-        for prompt in prompts:
-            for name, tensor in prompt.pieces:
-                pieces.setdefault(name, []).append(tensor)
-        data = {
-            "input_ids": torch.tensor(ids),
-            "attention_mask": torch.tensor(mask),
-            "media": {name: torch.cat(tensors) for name, tensors in pieces.items()},
-        }
-        return AnyMALInputs(data)
+    @property
+    def _placeholders(self) -> dict[str, str]:
+        """Kind of media -> its token."""
+        return {section["kind"]: section["placeholder"] for section in self.modalities.values()}
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = {self._tokenizer.end, self.tokenizer.get_vocab().get(END_TURN, self._tokenizer.end)}
         return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-def _pairs(text: Any, media: Any) -> list[tuple[str, Sequence[Any]]]:
-    """Texts and their media; one prompt, or as many as there are texts."""
-    if text is None or isinstance(text, str):
-        return [(text or "", media or [])]
-    every = [[] for _ in text] if media is None else list(media)
-    if len(every) != len(text) or not all(isinstance(items, (list, tuple)) for items in every):
-        raise DataError(f"{len(text)} texts need as many lists of media, one for each (it may be empty).")
-    return list(zip(text, every))
+def _laid_out(messages: list[Any], where: str, ask: bool, continued: bool) -> list[Part]:
+    """A conversation's parts, its end open or not."""
+    if ask:
+        return open_parts({"messages": messages}, where)
+    parts = lay_out(parse_messages(messages, where))
+    return parts[:-1] if continued else parts

@@ -209,7 +209,7 @@ def account(hf: LlamaConfig, weights: HFWeights) -> list[str]:
         ConfigError: a tensor is missing, is not the Llama's, or has another shape; it names the tensor and its file.
     """
     expected = expected_tensors(hf)
-    notes = []
+    notes = [f"left out: {name}, a variant of the weights in another type." for name in weights.variants]
     for name in weights:
         if name not in expected:
             notes.append(_check_unused(name, hf, weights))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from megatron.core import parallel_state
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
@@ -31,30 +33,43 @@ def read_llama_config(language_model: LanguageModelConfig) -> LlamaConfig:
     """The HuggingFace configuration of the Llama, from its folder or from given keys.
 
     Raises:
-        ConfigError: the folder is missing, or holds another architecture.
+        ConfigError: the folder is missing, or holds another architecture; a key has a value of another type.
     """
     if language_model.path:
-        folder = Path(language_model.path)
-        if not (folder / "config.json").is_file():
-            raise ConfigError(f"model.language_model.path={str(folder)!r} holds no config.json.")
-        import json
-
-        found = json.loads((folder / "config.json").read_text()).get("model_type")
-        if found != "llama":
-            raise ConfigError(f"model.language_model.path={str(folder)!r} holds a {found!r} model, not a Llama.")
-        hf = LlamaConfig.from_pretrained(str(folder))
+        where = str(Path(language_model.path) / "config.json")
+        if not Path(where).is_file():
+            raise ConfigError(f"model.language_model.path={language_model.path!r} holds no config.json.")
+        try:
+            found = json.loads(Path(where).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{where!r} is damaged ({error}). Download it again.") from None
+        kind = found.get("model_type") if isinstance(found, dict) else None
+        if kind != "llama":
+            raise ConfigError(f"model.language_model.path={language_model.path!r} holds a {kind!r} model, not a Llama.")
     else:
+        where, found = "model.language_model.config", language_model.config
         known = set(LlamaConfig().to_dict()) | {"rope_theta"}
-        for key in language_model.config:
+        for key in found:
             if key not in known:
                 raise ConfigError(f"model.language_model.config.{key} is no key of a transformers LlamaConfig.")
-        hf = LlamaConfig(**language_model.config)
-    rope = hf.rope_parameters.get("rope_type", "default")
-    if rope not in _ROPE_TYPES:
-        raise ConfigError(f"The Llama's RoPE type {rope!r} is not supported; supported are {', '.join(_ROPE_TYPES)}.")
+    try:
+        hf = LlamaConfig.from_pretrained(language_model.path) if language_model.path else LlamaConfig(**found)
+    except StrictDataclassError as error:
+        raise ConfigError(f"{where!r}: {' '.join(str(error).split())}. Correct it.") from None
+    _check_rope(hf, where)
     if hf.attention_bias or hf.mlp_bias or hf.hidden_act != "silu":
         raise ConfigError("The Llama's configuration has biases or an activation other than silu: not supported.")
     return hf
+
+
+def _check_rope(hf: LlamaConfig, where: str) -> None:
+    rope = hf.rope_parameters.get("rope_type", "default")
+    if rope not in _ROPE_TYPES:
+        raise ConfigError(f"The Llama's RoPE type {rope!r} is not supported; supported are {', '.join(_ROPE_TYPES)}.")
+    # transformers takes any value, and fails where it computes with it.
+    for key, value in hf.rope_parameters.items():
+        if key not in ("rope_type", "type") and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ConfigError(f"{where!r}: {key} of the rotary embedding is {value!r}, not a number. Correct it.")
 
 
 def check_model(hf: LlamaConfig, config: AnyMALConfig) -> None:

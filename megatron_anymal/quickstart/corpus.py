@@ -23,6 +23,9 @@ SOUNDS = ("siren", "beep", "whistle", "drum", "hum", "noise")
 ACTIVITIES = ("walking", "running", "cycling", "resting")
 
 END = "<|end_of_text|>"
+# Words, numbers, punctuation and line breaks apart. Line breaks never join what follows them, so that a turn's header
+# has the same ids before every content.
+_SPLIT = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 RESERVED = tuple(f"<|reserved_special_token_{number}|>" for number in range(8))
 
 # Wordings of the facts of each modality; {0} and {1} are the facts.
@@ -173,11 +176,16 @@ def train_tokenizer(manifests: Sequence[str | Path], folder: str | Path, vocab_s
     Returns:
         Its vocabulary's size: at most `vocab_size`, less where the corpus has too few different words.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,

@@ -160,6 +160,11 @@ class Run:
 
     def _start(self) -> None:
         self._introduce()
+        if self.config.job != "pretrain" and self.state.tokenizer.joins_headers:
+            self.log.say(
+                "warning: data.tokenizer joins the line breaks after a turn's header with the turn's content, so "
+                "answers are learned after other ids than those that ask for one. Llama 3's tokenizer keeps them apart."
+            )
         manager = self.config.exp_manager
         if self.config.job == "dpo":
             self._read_reference()

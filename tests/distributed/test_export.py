@@ -214,6 +214,18 @@ def test_the_chat_template_is_the_layout_of_training(run: AnyMALConfig, exported
         tokenizer.apply_chat_template([{"role": "user", "content": [{"type": "smell"}]}])
 
 
+def test_another_chat_template_than_trained_with_is_found(
+    run: AnyMALConfig, exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    wrong = tmp_path / "wrong"
+    shutil.copytree(exported, wrong)
+    template = (wrong / "chat_template.jinja").read_text()
+    (wrong / "chat_template.jinja").write_text(template.replace("turn.text | trim", "turn.text ~ 'what'"))
+    arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(wrong)]
+    assert run_ranks(1, verify.main, arguments) == [1]
+    assert "training makes" in capfd.readouterr().err
+
+
 def test_an_export_never_replaces_without_being_told(run: AnyMALConfig, exported: Path, capfd: Any) -> None:
     before = sorted(exported.iterdir())
     assert export(run, exported) == 2

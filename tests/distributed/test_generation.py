@@ -133,7 +133,7 @@ def test_conversations_are_asked_up_to_their_last_turn(chats: str, tokenizer_fol
             for parts in (question.prompt.parts, index.sample(number).documents[0])
         )
         # What is asked, the answer and its end are the document that is trained on.
-        assert whole == [*asked, *tokenizer.encode_literal(question.answer), tokenizer.hf.get_vocab()[CHAT[2]]]
+        assert whole == [*asked, *tokenizer.encode(question.answer), tokenizer.hf.get_vocab()[CHAT[2]]]
 
 
 def test_a_preference_pair_is_no_question(tokenizer_folder: str, tmp_path: Path) -> None:

@@ -103,7 +103,9 @@ def test_bytes_types_and_preprocessing_stay(tmp_path: Path) -> None:
     save_file(half, source / "model.safetensors", metadata={"format": "pt"})
     described = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7], "resample": 2}
     (source / "preprocessor_config.json").write_text(json.dumps(described))
-    import_encoder("image", source, target)
+    save_file({}, source / "model.bf16.safetensors")
+    lines = import_encoder("image", source, target)
+    assert "encoder image: left out model.bf16.safetensors, a variant in another type" in lines
     kept = load_file(target / "model.safetensors")
     assert kept.keys() == {name for name in half if name.startswith("vision_model.")}
     assert all(torch.equal(tensor, half[name]) and tensor.dtype == torch.float16 for name, tensor in kept.items())

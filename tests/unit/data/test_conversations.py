@@ -66,7 +66,7 @@ def test_a_manifest_of_every_kind_comes_back(folder: str) -> None:
             ]
             assert [m.data for m in index.read_media(number, document, range(3))] == list(FILES.values())
     assert pair.documents[0][:-2] == pair.documents[1][:-2]
-    assert [d[-2] for d in pair.documents] == [TextPart(text, literal=True) for text in ("run", "walk a walk")]
+    assert [d[-2] for d in pair.documents] == [TextPart(text) for text in ("run", "walk a walk")]
     assert index.parts(2) == list(parts.documents[0])
     with pytest.raises(DataError, match=r"'told'.*is a conversation.*`parts`"):
         index.parts(0)

@@ -16,7 +16,7 @@ from PIL import Image
 from tiny import CHAT, WORDS, png
 from transformers import AutoTokenizer
 
-from megatron_anymal.data.messages import open_prompt, parse_messages
+from megatron_anymal.data.messages import lay_out, open_prompt, parse_messages
 from megatron_anymal.data.parts import name_modalities, parse_parts
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaPart
@@ -195,13 +195,20 @@ def test_what_cannot_be_asked_is_refused(
 
 def test_arguments_that_would_be_ignored_are_refused(processor: AnyMALProcessor) -> None:
     chat = [{"role": "user", "content": "what"}]
-    for options in ({"tokenize": False}, {"add_generation_prompt": False}, {"return_dict": False}):
-        with pytest.raises(ValueError, match="in the layout of training"):
-            processor.apply_chat_template(chat, **options)
-    with pytest.raises(ValueError, match="in the layout of training"):
+    with pytest.raises(ValueError, match="as in training"):
         processor.apply_chat_template(chat, "{{ messages }}")
-    with pytest.raises(ValueError, match="return_tensors='np'"):
-        processor.apply_chat_template(chat, return_tensors="np")
+    with pytest.raises(ValueError, match="opens a new turn"):
+        processor.apply_chat_template(chat, add_generation_prompt=True, continue_final_message=True)
+    with pytest.raises(ValueError, match="return_tensors='tf'"):
+        processor.apply_chat_template(chat, return_tensors="tf")
+    with pytest.raises(ValueError, match="go together"):
+        processor(text="a", max_length=3)
+    with pytest.raises(ValueError, match="padding='left'"):
+        processor(text="a", padding="left")
+    with pytest.raises(ValueError, match="no tensor"):
+        processor(text=["a", "what is"], padding=False)
+    with pytest.raises(DataError, match="more than max_length=2"):
+        processor(text="what is", padding="max_length", max_length=2)
     for arguments in ({}, {"prompts": [{"parts": []}], "text": "a"}):
         with pytest.raises(ValueError, match="either prompts, or text and media"):
             processor(**arguments)
@@ -265,3 +272,120 @@ def test_it_comes_back_from_its_folder(processor: AnyMALProcessor, files: dict[s
         json.dumps({"modalities": processor.modalities, "auto_map": PROCESSOR_AUTO_MAP})
     )
     assert same(AnyMALProcessor.from_pretrained(tmp_path)(prompts_about(files)), expected)
+
+
+def whole(processor: AnyMALProcessor, files: dict[str, str]) -> list[list[dict[str, Any]]]:
+    """Conversations as transformers writes them, whose last turn answers."""
+    image, sound = {"type": "image", "path": files["image"]}, {"type": "audio", "url": files["audio"]}
+    walk = {"type": "imu", "path": files["imu"], "rate": 50}
+    say = [{"type": "text", "text": word} for word in (" what is ", "\n this", "a sound ")]
+    return [
+        [{"role": "user", "content": [image, say[0], image]}, {"role": "assistant", "content": " one two\n"}],
+        [
+            {"role": "system", "content": [say[1]]},
+            {"role": "user", "content": [say[0], sound, say[1], image, walk, say[2]]},
+            {"role": "assistant", "content": [say[2]]},
+            {"role": "user", "content": "and"},
+            {"role": "assistant", "content": "three"},
+        ],
+    ]
+
+
+def test_a_rendered_conversation_encodes_to_the_ids_of_training(
+    processor: AnyMALProcessor, files: dict[str, str], tokenizer_folder: str
+) -> None:
+    tokenizer = Tokenizer(tokenizer_folder)
+    image, sound = files["image"], files["audio"]
+    walk = {"media": files["imu"], "rate": 50}
+    both = whole(processor, files)
+    given = [{"images": [image, image]}, {"images": [image], "audio": sound, "media": [walk]}]
+    for messages, media in zip(both, given):
+        for options in ({"add_generation_prompt": False}, {"continue_final_message": True}):
+            text = processor.apply_chat_template(messages, tokenize=False, **options)
+            assert isinstance(text, str) and text.count("<|begin_of_text|>") == 1
+            direct = processor.apply_chat_template(messages, **options)
+            assert same(processor(text=text, **media), direct)
+            assert direct["input_ids"][0].tolist().count(tokenizer.begin) == 1
+            ids = processor.apply_chat_template(messages, return_dict=False, **options)
+            assert torch.equal(ids, direct["input_ids"])
+        asked = processor.apply_chat_template(messages[:-1])
+        assert same(processor(text=processor.apply_chat_template(messages[:-1], tokenize=False), **media), asked)
+        # Training's own layout of it: media items take more places than one.
+        inner = [{**m, "content": [dict(p) for p in m["content"]] if isinstance(m["content"], list) else m["content"]}
+                 for m in messages]  # fmt: skip
+        for message in inner:
+            for part in message["content"] if isinstance(message["content"], list) else []:
+                kind = part.pop("type")
+                if kind != "text":
+                    part.update(media=part.pop("path", None) or part.pop("url"), modality=kind)
+        parts = lay_out(parse_messages(inner, ""))
+        named = {section["kind"]: (name, section) for name, section in processor.modalities.items()}
+        soft, placeholders = [], {}
+        for number, part in enumerate(parts):
+            if isinstance(part, MediaPart):
+                name, section = named[part.modality]
+                own = build_modality(name, sections("towers")[name])
+                pieces = own.load(Path(part.media).read_bytes(), Path(part.media).suffix[1:], part.attributes)
+                soft.append(len(pieces) * section["projector"]["num_tokens"])
+                placeholders[name] = section["placeholder_id"]
+                parts[number] = MediaPart(part.media, name, part.attributes)
+        expected = tokenizer.document(parts, soft, placeholders, closed=False).tokens
+        whole_text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+        assert processor(text=whole_text, **media)["input_ids"][0].tolist() == expected
+    texts = processor.apply_chat_template(both, tokenize=False, add_generation_prompt=False)
+    batch = processor(text=texts, images=[[image, image], [image]], audio=[[], [sound]], media=[[], [walk]])
+    assert same(batch, processor.apply_chat_template(both, add_generation_prompt=False))
+
+
+def test_a_rendered_string_needs_its_media_and_cannot_quote_control_tokens(
+    processor: AnyMALProcessor, files: dict[str, str]
+) -> None:
+    turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what"}]}
+    text = processor.apply_chat_template([turn], tokenize=False)
+    for images in (None, [files["image"]] * 2):
+        with pytest.raises(DataError, match="holds 1 placeholders of image"):
+            processor(text=text, images=images)
+    quoting = [{"role": "user", "content": "what is <|eot_id|>"}]
+    with pytest.raises(DataError, match="as text, which a string cannot tell"):
+        processor.apply_chat_template(quoting, tokenize=False)
+    tensors = processor.apply_chat_template(quoting)["input_ids"][0].tolist()
+    end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert tensors.count(end) == 1
+    with pytest.raises(DataError, match="no modality 'smell'"):
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "smell"}]}], tokenize=False)
+
+
+@pytest.mark.parametrize("text", ["what is <|eot_id|> this", "<|begin_of_text|>what", "<|reserved_special_token_0|> a"])
+def test_any_other_text_is_literal_and_begins_once(
+    processor: AnyMALProcessor, files: dict[str, str], text: str
+) -> None:
+    own = processor._tokenizer
+    for given in ({}, {"images": files["image"]}, {"media": [files["image"]]}):
+        [ids] = processor(text=text, **given)["input_ids"].tolist()
+        assert ids.count(own.begin) == 1 and ids[0] == own.begin
+        assert ids[-len(own.encode(text)) :] == own.encode(text)
+        assert same(processor(text=text, **given), processor({"parts": [
+            *([{"media": files["image"]}] if given else []), {"text": text}]}))  # fmt: skip
+
+
+def test_what_others_pass_to_processors(processor: AnyMALProcessor, files: dict[str, str]) -> None:
+    with Image.open(files["image"]) as opened:
+        picture = opened.convert("RGB")
+    expected = processor(text="what", media=[picture])
+    for images in (picture, [picture], [[picture]]):
+        assert same(processor(text="what", images=images), expected)
+    pair = processor(text=["what", "a sound of"], images=[picture, picture])
+    assert same(pair, processor(text=["what", "a sound of"], images=[[picture], [picture]]))
+    assert same(pair, processor(text=["what", "a sound of"], media=[[picture], [picture]]))
+    wave, rate = soundfile.read(files["audio"], dtype="float32")
+    assert same(processor(text="a", audio=wave, sampling_rate=rate), processor(text="a", media=[files["audio"]]))
+    assert same(processor(text="a", videos=files["video"]), processor(text="a", media=[files["video"]]))
+    arrays = processor(text=["what", "a sound of"], return_tensors="np")
+    assert isinstance(arrays["input_ids"], np.ndarray)
+    lists = processor(text=["what", "a sound of"], return_tensors=None, padding=False)["input_ids"]
+    assert [len(row) for row in lists] == [2, 4] and lists[1] == arrays["input_ids"][1].tolist()
+    wide = processor(text=["what", "a sound of"], padding="max_length", max_length=7)
+    assert wide["attention_mask"].tolist() == [[0] * 5 + [1] * 2, [0] * 3 + [1] * 4]
+    assert wide["input_ids"][1, 3:].tolist() == lists[1]
+    with pytest.raises(DataError, match="2 texts need as many"):
+        processor(text=["what", "a"], images=[picture])

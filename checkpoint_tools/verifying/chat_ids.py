@@ -1,0 +1,125 @@
+"""Whether the exported tokenizer's chat template gives conversations the ids that training gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.messages import CHAT_TOKENS, last_answer, lay_out, messages_of, open_prompt, parse_messages
+from megatron_anymal.data.shards import ShardIndex
+from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+
+# Conversations of each prepared folder that are compared.
+_PER_FOLDER = 64
+_SAYINGS = (
+    "What is this?",
+    "  \n\n a  b \t\n c \n",
+    "'s 1234\n\nthree...",
+    "\u00bf\u00c7a va? \u65e5\u672c",
+    "1. x\n2. y",
+)
+
+
+class ChatIdsError(ValueError):
+    """The exported template and training disagree; the message names the conversation and the first difference."""
+
+
+def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *, llama_only: bool) -> int:
+    """Compare made-up conversations and real ones of the run's prepared folders, whole and up to their last answer.
+
+    Args:
+        folder: holds the exported tokenizer.
+        tokenizer: the run's.
+        config: the run's.
+        llama_only: the export takes no media; conversations with media are passed over.
+
+    Returns:
+        How many conversations were compared; 0 if the tokenizer lacks the chat format's tokens.
+
+    Raises:
+        ChatIdsError: ids differ.
+    """
+    if not tokenizer.control.keys() >= set(CHAT_TOKENS):
+        return 0
+    exported = AutoTokenizer.from_pretrained(folder)
+    sections = {} if llama_only else config.model.modalities
+    placeholders = {section.kind or name: section.placeholder for name, section in sections.items()}
+    numbers = {kind: tokenizer.control.get(token, -1) for kind, token in placeholders.items()}
+    count = 0
+    for where, messages in _conversations(config, list(placeholders)):
+        contents = [part for message in messages for part in message["content"]]
+        if any(part.get("modality", "") not in placeholders for part in contents if "media" in part):
+            continue
+        if any(token in part.get("text", "") for part in contents for token in tokenizer.control):
+            # A string cannot quote them; the template says so.
+            continue
+        parsed = parse_messages(messages, where)
+        theirs = [{**message, "content": [_theirs(part) for part in message["content"]]} for message in messages]
+        for parts, given, ask in ((open_prompt(parsed[:-1]), theirs[:-1], True), (lay_out(parsed), theirs, False)):
+            media = sum(isinstance(part, MediaPart) for part in parts)
+            expected = tokenizer.document(parts, [1] * media, numbers, closed=False).tokens
+            try:
+                found = exported.apply_chat_template(given, add_generation_prompt=ask, return_dict=False)
+            except TemplateError as error:
+                raise ChatIdsError(f"{where}: the exported chat template refuses it: {error}") from error
+            if list(found) != expected:
+                raise ChatIdsError(_difference(where, tokenizer, expected, list(found)))
+        count += 1
+    return count
+
+
+def _conversations(config: AnyMALConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """A name for messages, and `messages` as in data/messages.py, the last one the assistant's."""
+    media = [{"media": "x", "modality": kind} for kind in kinds]
+    for number, said in enumerate(_SAYINGS):
+        other, third = [{"text": _SAYINGS[number - 1]}], [{"text": _SAYINGS[number - 2]}]
+        yield (
+            f"conversation {number} of the export's own",
+            [
+                *[{"role": "system", "content": third}] * (number % 2),
+                {"role": "user", "content": [*media, {"text": said}, *media, *other, *media[:1]]},
+                {"role": "assistant", "content": other},
+                {"role": "user", "content": [{"text": said}]},
+                {"role": "assistant", "content": third},
+            ],
+        )
+    sets = [*config.data.validation.values(), *config.data.train.values()]
+    for folder in dict.fromkeys(dataset.path for dataset in sets):
+        try:
+            index = ShardIndex(folder)
+        except DataError:
+            # Moved since; verify asks for it where it needs it.
+            continue
+        for number in range(min(len(index), _PER_FOLDER)):
+            sample = index.sample(number)
+            if not sample.closed:
+                opened, answer = last_answer(sample.documents[0])
+                said_so_far = [
+                    {"role": one.role, "content": [_ours(part) for part in one.content]}
+                    for one in messages_of(opened) or ()
+                ]
+                told = {"role": "assistant", "content": [{"text": answer}]}
+                yield f"{folder}, sample {index.key(number)!r}", [*said_so_far, told]
+
+
+def _ours(part: Part) -> dict[str, Any]:
+    return {"text": part.text} if isinstance(part, TextPart) else {"media": "x", "modality": part.modality}
+
+
+def _theirs(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "text", "text": part["text"]} if "text" in part else {"type": part["modality"]}
+
+
+def _difference(where: str, tokenizer: Tokenizer, expected: list[int], found: list[int]) -> str:
+    place = next((n for n, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
+    names = [tokenizer.hf.convert_ids_to_tokens(ids[place : place + 3]) for ids in (expected, found)]
+    return (
+        f"{where}: training makes {names[0]} of place {place}, the exported chat template {names[1]}. The export would "
+        "answer other conversations than were learned."
+    )

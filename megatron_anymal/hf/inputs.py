@@ -1,0 +1,76 @@
+"""What an exported model takes: prompts as a padded batch, with their media's pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Optional, Union
+
+import torch
+from torch import Tensor
+from transformers.feature_extraction_utils import BatchFeature
+
+from megatron_anymal.data.asking import TokenizedPrompt
+from megatron_anymal.data.types import DataError
+
+
+class AnyMALInputs(BatchFeature):
+    """input_ids and attention_mask [B, T], and `media`: a modality's name -> pieces [n, *piece_shape]."""
+
+    def to(self, *arguments: Any, **kwargs: Any) -> AnyMALInputs:
+        """As a tensor's `to`; only pieces change their type."""
+        device = torch._C._nn._parse_to(*arguments, **kwargs)[0]
+        for name, value in self.data.items():
+            if isinstance(value, Tensor):
+                self.data[name] = value if device is None else value.to(device)
+            else:
+                self.data[name] = {key: pieces.to(*arguments, **kwargs) for key, pieces in value.items()}
+        return self
+
+
+def batch_of(
+    prompts: Sequence[TokenizedPrompt],
+    pad: int,
+    padding: Union[bool, str] = True,
+    max_length: Optional[int] = None,
+    return_tensors: Optional[str] = "pt",
+) -> AnyMALInputs:
+    """Prompts as a batch, padded on the left.
+
+    Args:
+        pad: the id that pads; masked, so any does that stands for no media.
+        padding, max_length, return_tensors: as of AnyMALProcessor.
+
+    Raises:
+        DataError: there are no prompts, or one is longer than max_length.
+        ValueError: an unknown setting, or prompts of several lengths that are to be a tensor unpadded.
+    """
+    if not prompts:
+        raise DataError("There are no prompts.")
+    if return_tensors not in ("pt", "np", None):
+        raise ValueError(f"return_tensors={return_tensors!r}: this processor gives 'pt', 'np' or, with None, lists.")
+    if (padding == "max_length") != (max_length is not None):
+        raise ValueError("padding='max_length' and max_length=N go together; nothing is cut to a length.")
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    if padding == "max_length" and max_length is not None:
+        if longest > max_length:
+            raise DataError(f"A prompt has {longest} tokens, more than max_length={max_length}. Nothing is cut.")
+        longest = max_length
+    elif padding in (False, "do_not_pad"):
+        if return_tensors is not None and any(len(prompt.tokens) != longest for prompt in prompts):
+            raise ValueError("Prompts of several lengths are no tensor: give padding=True, or return_tensors=None.")
+        longest = 0
+    elif padding not in (True, "longest"):
+        raise ValueError(f"padding={padding!r}: known are True, 'longest', 'max_length' and False.")
+    lacking = [max(0, longest - len(prompt.tokens)) for prompt in prompts]
+    ids: Any = [[pad] * count + prompt.tokens for count, prompt in zip(lacking, prompts)]
+    mask: Any = [[0] * count + [1] * len(prompt.tokens) for count, prompt in zip(lacking, prompts)]
+    pieces: dict[str, list[Tensor]] = {}
+    for prompt in prompts:
+        for name, tensor in prompt.pieces:
+            pieces.setdefault(name, []).append(tensor)
+    media: dict[str, Any] = {name: torch.cat(tensors) for name, tensors in pieces.items()}
+    if return_tensors is not None:
+        ids, mask = torch.tensor(ids), torch.tensor(mask)
+    if return_tensors == "np":
+        ids, mask, media = ids.numpy(), mask.numpy(), {name: tensor.numpy() for name, tensor in media.items()}
+    return AnyMALInputs({"input_ids": ids, "attention_mask": mask, "media": media})

@@ -1,0 +1,88 @@
+"""Conversations as one string, as transformers passes them around, and back to parts.
+
+A rendered conversation begins with the begin token and a turn's header; a media item stands in it as its modality's
+placeholder, once. Only in such a string are control tokens what they name: any other text is literal.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_anymal.data.messages import BEGIN, START_HEADER
+from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+
+
+def render(parts: Sequence[Part], placeholders: Mapping[str, str], control: Mapping[str, int]) -> str:
+    """The string of a conversation.
+
+    Args:
+        parts: as data/messages.py lays them out.
+        placeholders: kind of media -> its token.
+        control: the tokenizer's.
+
+    Raises:
+        DataError: a text holds a control token, which a string could not tell from a real one; an unknown kind.
+    """
+    out = [BEGIN]
+    for part in parts:
+        if isinstance(part, MediaPart):
+            if part.modality not in placeholders:
+                known = ", ".join(sorted(placeholders)) or "none"
+                raise DataError(f"The model has no modality {part.modality!r}; it has: {known}.")
+            out.append(placeholders[part.modality])
+            continue
+        written = [] if part.control else [token for token in control if token in part.text]
+        if written:
+            raise DataError(
+                f"A message holds {written[0]!r} as text, which a string cannot tell from the token itself. Let "
+                "apply_chat_template make the tensors (tokenize=True): there it is text."
+            )
+        out.append(part.text)
+    return "".join(out)
+
+
+def is_rendered(text: str) -> bool:
+    """Whether a text is a rendered conversation."""
+    return text.startswith(BEGIN + START_HEADER)
+
+
+def parts_of(text: str, placeholders: Mapping[str, str], media: Sequence[MediaPart]) -> list[Part]:
+    """The parts of a rendered conversation, each placeholder replaced by the next item of its kind.
+
+    Raises:
+        DataError: there are more or fewer items than placeholders of a kind.
+    """
+    kinds = {token: kind for kind, token in placeholders.items()}
+    waiting = {kind: [item for item in media if item.modality == kind] for kind in placeholders}
+    for kind, token in placeholders.items():
+        if text.count(token) != len(waiting[kind]):
+            raise DataError(
+                f"The text holds {text.count(token)} placeholders of {kind} ({token}), but {len(waiting[kind])} such "
+                "items are given. Give as many, in their order."
+            )
+    pattern = "|".join(re.escape(token) for token in kinds) or "(?!)"
+    parts: list[Part] = []
+    for piece in re.split(f"({pattern})", text.removeprefix(BEGIN)):
+        if piece in kinds:
+            parts.append(waiting[kinds[piece]].pop(0))
+        elif piece:
+            parts.append(TextPart(piece, control=True))
+    return parts
+
+
+def without_items(message: Any) -> Any:
+    """A message whose media, named by kind alone or given, are only marked by their kind: to be rendered."""
+    if not isinstance(message, Mapping) or not isinstance(message.get("content"), (list, tuple)):
+        return message
+    return {**message, "content": [_marked(part) for part in message["content"]]}
+
+
+def _marked(part: Any) -> Any:
+    if not isinstance(part, Mapping) or "text" in part:
+        return {key: value for key, value in part.items() if key != "type"} if isinstance(part, Mapping) else part
+    kind = part.get("modality", part.get("type"))
+    if not isinstance(kind, str) or kind == "media":
+        raise DataError("A media item in a message to be rendered as a string needs its kind, as `type` or `modality`.")
+    return {"media": kind, "modality": kind}
