@@ -288,7 +288,9 @@ class TarWalk:
         if size is None:
             return None
         following = start + BLOCK + _padded(size)
-        return following if _parse(self._source.read_at(following, BLOCK)) is not None else None
+        if following >= self._source.size or _parse(self._source.read_at(following, BLOCK)) is None:
+            return None
+        return following
 
     def _next_sound(self, start: int) -> Optional[int]:
         """Offset of the first sound header at or behind `start`."""

@@ -8,7 +8,7 @@ from megatron_anymal.modalities.base import MediaError
 # end of the file.
 STREAMED = 0x7FFF_0000
 # Flag of an Ogg page that begins a stream.
-FIRST_PAGE = 2
+FIRST_PAGE, LAST_PAGE = 2, 4
 # What may follow the last frame of an MP3: a little padding, and old tags.
 MP3_TAIL, ID3V1 = 4096, 128
 
@@ -55,19 +55,27 @@ def ogg_links(data: bytes) -> list[bytes]:
     """The Ogg files that follow each other in one (a chained stream), each to be read on its own.
 
     Raises:
-        MediaError: several streams side by side.
+        MediaError: several streams side by side, or a stream without its last page (RFC 3533, section 6).
     """
     begins: list[int] = []
-    beginning, offset = False, 0
+    beginning, ended, offset, stop = False, True, 0, 0
     while (offset := data.find(b"OggS", offset)) >= 0 and offset + 27 <= len(data):
         if data[offset + 5] & FIRST_PAGE:
             if beginning:
                 raise MediaError("is an Ogg file of several streams side by side: extract the sound into a file of one")
             begins.append(offset)
+            _require_ended(ended)
         beginning = bool(data[offset + 5] & FIRST_PAGE)
         segments = data[offset + 27 : offset + 27 + data[offset + 26]]
-        offset += 27 + len(segments) + sum(segments)
+        ended = bool(data[offset + 5] & LAST_PAGE)
+        offset = stop = offset + 27 + len(segments) + sum(segments)
+    _require_ended(ended and stop <= len(data))
     return [data[a:b] for a, b in zip([0, *begins[1:]], [*begins[1:], len(data)])]
+
+
+def _require_ended(ended: bool) -> None:
+    if not ended:
+        raise MediaError("has no end-of-stream page: it is cut off")
 
 
 def behind_id3(data: bytes) -> int:

@@ -157,6 +157,7 @@ def test_sparse_files_of_both_formats_are_named() -> None:
         (124, b"77777777777\0", "damaged"),
         (124, b"-0000001234\0", "damaged"),
         (124, b"\xff" * 12, "damaged"),
+        (124, b"\x80" + b"\xff" * 11, "damaged"),
         (124, b"\x80" + b"\x7f" * 11, "damaged"),
         (124, b"12a4567xyz \0", "damaged"),
         (0, b"\xff\xfe.png\0", "name"),

@@ -173,6 +173,20 @@ def test_cut_containers_are_refused(container: str, codec: str) -> None:
         seconds(data[: len(data) // 2])
 
 
+@pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+def test_cut_ogg_files_are_refused_wherever_they_are_cut(subtype: str) -> None:
+    wave = np.random.default_rng(0).uniform(-0.5, 0.5, 72_000).astype(np.float32)
+    whole = sound_bytes(wave, 48000, "OGG", subtype=subtype)
+    last_page = whole.rindex(b"OggS")
+    for cut in (len(whole) // 2, last_page, last_page + 40, len(whole) - 1):
+        with pytest.raises(MediaError, match="cut off"):
+            seconds(whole[:cut])
+    # The first of two joined files, cut at a page.
+    with pytest.raises(MediaError, match="cut off"):
+        seconds(whole[:last_page] + whole)
+    assert seconds(whole + whole) == pytest.approx(3.0)
+
+
 def test_blocks_of_any_length_resample_to_the_same() -> None:
     wave = np.random.default_rng(0).uniform(-1, 1, 100_000).astype(np.float32)
     whole = resample([wave], 44100, 48000)
