@@ -39,6 +39,7 @@ EXTRAS_REQUIRE = {
         "pytest>=8.0",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "cloudpickle>=3.0",
         "peft>=0.18",
         "trl>=1.0",
         "scikit-learn>=1.5",

@@ -29,8 +29,8 @@ from checkpoint_tools.verify import VerificationError, choose_samples, verify
 from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.checkpoint.trust import FLAG, config_of
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.config_io import from_dict
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError
 from megatron_anymal.tensor_files import TensorFileError
@@ -52,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
     parser.add_argument("--data", action="append", default=[], help="prepared folders to verify on; default: the run's")
     parser.add_argument("--samples", type=int, default=2, help="samples of each modality to verify on")
+    parser.add_argument(FLAG, action="store_true", help="run plug-ins that the checkpoint names")
     arguments = parser.parse_args(argv)
     try:
         _export(arguments)
@@ -73,7 +74,9 @@ def _export(arguments: argparse.Namespace) -> None:
     begun, memory = time.monotonic(), peak_memory()
     folder = store.resolve(arguments.checkpoint)
     manifest = store.read_manifest(folder)
-    config = from_dict(manifest.config)
+    # The Llama alone needs no plug-ins.
+    trusted = arguments.trust_remote_code or arguments.llama_only
+    config = config_of(manifest, folder, trust_remote_code=trusted)
     llama_only = arguments.llama_only or not config.model.modalities
     staging = out.parent / f".{out.name}.exporting"
     shutil.rmtree(staging, ignore_errors=True)

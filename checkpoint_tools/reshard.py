@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensor-model-parallel-size", required=True, type=int, metavar="T")
     parser.add_argument("--pipeline-model-parallel-size", required=True, type=int, metavar="P")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run plug-ins that the checkpoint names")
     arguments = parser.parse_args(argv)
     try:
         _reshard(arguments)
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _reshard(arguments: argparse.Namespace) -> None:
     from checkpoint_tools.rank_boxes import boxes_of_ranks
+    from megatron_anymal.checkpoint.safe_loading import check_pickles
 
     out: Path = arguments.out.absolute()
     sizes = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
@@ -56,7 +58,9 @@ def _reshard(arguments: argparse.Namespace) -> None:
     if folder.absolute() == out:
         raise ConfigError("--out is the checkpoint itself. Name another folder.")
     manifest = store.read_manifest(folder, verify=True)
-    config = _laid_out(manifest, *sizes)
+    # They are copied as they are.
+    check_pickles(folder)
+    config = _laid_out(folder, manifest, *sizes, trust_remote_code=arguments.trust_remote_code)
     boxes = boxes_of_ranks(config, manifest, folder)
     size = sum((folder / name).stat().st_size for name in manifest.files)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -72,11 +76,13 @@ def _reshard(arguments: argparse.Namespace) -> None:
     print(f"{out}: {len(boxes)} files for tensor- and pipeline-parallel sizes {sizes[0]} and {sizes[1]}")
 
 
-def _laid_out(manifest: Manifest, tensor_size: int, stages: int) -> AnyMALConfig:
+def _laid_out(
+    folder: Path, manifest: Manifest, tensor_size: int, stages: int, *, trust_remote_code: bool
+) -> AnyMALConfig:
     """The checkpoint's configuration with other sizes, and without what belonged to the old ones."""
-    from megatron_anymal.config_io import from_dict
+    from megatron_anymal.checkpoint.trust import config_of
 
-    config = from_dict(manifest.config)
+    config = config_of(manifest, folder, trust_remote_code=trust_remote_code)
     m = config.model
     m.tensor_model_parallel_size, m.pipeline_model_parallel_size = tensor_size, stages
     m.virtual_pipeline_model_parallel_size = 1
@@ -90,7 +96,8 @@ def _laid_out(manifest: Manifest, tensor_size: int, stages: int) -> AnyMALConfig
 
 def _write(folder: Path, manifest: Manifest, boxes: dict[str, list[Any]], staging: Path) -> dict[str, str]:
     """Write a file per rank and what lies beside the tensors; returns the digests of what was hashed meanwhile."""
-    from megatron_anymal.checkpoint.stream import COMMON, FORMAT, METADATA, StreamReader, StreamWriter, write_index
+    from megatron_anymal.checkpoint.safe_loading import COMMON, FORMAT, METADATA
+    from megatron_anymal.checkpoint.stream import StreamReader, StreamWriter, write_index
     from megatron_anymal.telemetry import Progress
 
     reader = StreamReader(folder)

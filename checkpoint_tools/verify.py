@@ -26,10 +26,11 @@ from checkpoint_tools.verifying.native_logits import NativeModel
 from checkpoint_tools.verifying.samples import Sample, choose_samples
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.checkpoint.trust import FLAG, config_of
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.config_io import from_dict
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError
+from megatron_anymal.hf.bundle import foreign_code
 
 # Largest difference of two logits, as a share of the largest logit (and of 1 where logits are small).
 TOLERANCE = 1e-5
@@ -57,12 +58,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--export", required=True, help="what checkpoint_tools.export_hf made of it")
     parser.add_argument("--data", action="append", default=[], help="prepared folders; default: the run's")
     parser.add_argument("--samples", type=int, default=2, help="samples of each modality")
+    parser.add_argument(FLAG, action="store_true", help="run plug-ins that the checkpoint names, and the export's code")
     arguments = parser.parse_args(argv)
     try:
         folder, export = store.resolve(arguments.checkpoint), Path(arguments.export)
         if not (export / "config.json").is_file():
             raise ConfigError(f"--export={str(export)!r} holds no config.json. Name a folder made by export_hf.")
-        config = from_dict(store.read_manifest(folder, verify=True).config)
+        trusted = arguments.trust_remote_code
+        config = config_of(store.read_manifest(folder, verify=True), folder, trust_remote_code=trusted)
+        if not trusted and (foreign := foreign_code(export)):
+            raise ConfigError(
+                f"--export={str(export)!r}: {foreign[0]} is not this installation's code, and would run. Export again, "
+                f"or read it and allow it with {FLAG}."
+            )
         llama_only = json.loads((export / "config.json").read_text())["model_type"] == "llama"
         samples = choose_samples(config, arguments.data, arguments.samples, llama_only)
         verify(folder, config, export, samples)

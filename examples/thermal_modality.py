@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, EncoderConfig, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities import MediaError, Modality, register
-from megatron_anymal.modalities.base import parse_options, require_above
+from megatron_anymal.modalities.base import parse_options, require_above, require_within
 from megatron_anymal.model.encoders import Encoder, load_weights, register_encoder
 
 
@@ -69,9 +69,13 @@ class ThermalModality(Modality):
         return picture.astype(np.float32)
 
     @classmethod
-    def probe(cls, data: bytes, extension: str, attributes: Mapping[str, Any]) -> tuple[float, float]:
+    def probe(
+        cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
+    ) -> tuple[float, float]:
         """Width and height in pixels."""
         height, width = cls.read(data).shape
+        what = f"has {width * height} pixels ({width} x {height})"
+        require_within(limits, "max_pixels", width * height, what, "scale it down")
         return float(width), float(height)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:

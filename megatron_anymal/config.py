@@ -298,11 +298,13 @@ class LimitsConfig:
     The defaults bound what the worst accepted sample costs a loader process to 512 MB.
     """
 
-    # Width x height of a picture or of a video's frames.
-    max_pixels: int = 64_000_000
-    # Length of a video, a recording or an IMU signal.
+    # Width x height of a picture. Pillow needs up to 16 bytes a pixel to decode one (WebP; progressive CMYK JPEG 12).
+    max_pixels: int = 30_000_000
+    # Width x height of a video's frames: 4096 x 2160. A decoder may hold 17 of them at 1.5 bytes a pixel (8 bits).
+    max_frame_pixels: int = 8_900_000
+    # Length of a video, a recording or an IMU signal: 4 hours. They are read block by block, so this bounds time.
     max_seconds: float = 14_400.0
-    # Numbers in an IMU file (rows x columns), samples of a recording (frames x channels).
+    # Numbers in an IMU file (rows x columns), samples of a recording (frames x channels): 4 hours of stereo at 48 kHz.
     max_values: int = 1_500_000_000
     # Bytes of one member of a shard, or of one media file of a manifest.
     max_member_bytes: int = 256 * 2**20
@@ -310,6 +312,9 @@ class LimitsConfig:
     max_text_bytes: int = 2**20
     # Objects and lists inside each other in a sample's .json.
     max_json_depth: int = 32
+
+
+DEFAULT_LIMITS = LimitsConfig()
 
 
 @dataclass

@@ -68,6 +68,7 @@ AT_LEAST = {
     "data.num_workers": 0,
     "data.prefetch_steps": 1,
     "data.limits.max_pixels": 1,
+    "data.limits.max_frame_pixels": 1,
     "data.limits.max_seconds": 0,
     "data.limits.max_values": 1,
     "data.limits.max_member_bytes": 1,

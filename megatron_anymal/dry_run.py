@@ -155,7 +155,8 @@ def examine(config: AnyMALConfig) -> DryRun:
     assumed, found.notes = assume_shapes(config)
     load_plugins(config.model.plugins)
     hf = _llama_shape(assumed)
-    modalities = {name: build_modality(name, section) for name, section in assumed.model.modalities.items()}
+    limits = config.data.limits
+    modalities = {name: build_modality(name, section, limits) for name, section in assumed.model.modalities.items()}
     try:
         backend.check_backend(config)
     except ConfigError as error:
@@ -203,7 +204,8 @@ def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight
     """
     assumed, _ = assume_shapes(config)
     load_plugins(config.model.plugins)
-    modalities = {name: build_modality(name, section) for name, section in assumed.model.modalities.items()}
+    limits = config.data.limits
+    modalities = {name: build_modality(name, section, limits) for name, section in assumed.model.modalities.items()}
     buildable = without_weights(assumed)
     check_model(hf, buildable)
     return [

@@ -20,6 +20,8 @@
 # Another configuration than the script's: --config-name=NAME --config-path=FOLDER after the script's name.
 #
 # To stop a job with a checkpoint and queue it again: scancel --batch --signal=USR1 JOB. To end it: scancel JOB.
+# Tasks of a job array (sbatch --array=0-3) need a run folder each; of two in one folder the second ends with code 80.
+# A job's time limit must be longer than what --signal gives: else it ends at once, with code 2.
 # In the run's folder, slurm.log says what became of every job, and logs/slurm_JOB/NODE.log has what its nodes wrote.
 
 set -o pipefail
@@ -32,10 +34,14 @@ run_dir="" logs="" summary=/dev/null
 run_job() {
     # What is said here goes to the job's own output, also where a step's goes to a file.
     exec 3>&1
+    # Slurm takes the number of an array's first task for the whole array.
+    job=$SLURM_JOB_ID
+    [[ ! ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     trap on_stop_request USR1
     trap on_termination TERM
     export ANYMAL_HOME ANYMAL_GRACE_SECONDS=${ANYMAL_GRACE_SECONDS:-270}
     export PYTHONPATH=$ANYMAL_HOME${PYTHONPATH:+:$PYTHONPATH}
+    check_time
     choose_python
     choose_size "$@"
     arguments=("$VERB" "--config-name=$CONFIG" "${size[@]}" "$@")
@@ -44,6 +50,18 @@ run_job() {
     check_nodes
     [[ ! $stop_requested ]] || end 75
     launch
+}
+
+# Refuses a job that Slurm asks to stop as soon as it starts. Sets time_limit (seconds; empty: unlimited or unknown).
+# Slurm tells a job its time limit, but not its --signal: that is taken to come half a minute before the grace.
+check_time() {
+    local shown lead=$(( ANYMAL_GRACE_SECONDS + 30 ))
+    time_limit=""
+    shown=$(scontrol show job -o "$job" 2> /dev/null)
+    [[ $shown =~ TimeLimit=([0-9]+-)?([0-9]+):([0-9]+):([0-9]+) ]] || return 0
+    local days=${BASH_REMATCH[1]%-}
+    time_limit=$(( ((10#${days:-0} * 24 + 10#${BASH_REMATCH[2]}) * 60 + 10#${BASH_REMATCH[3]}) * 60 + 10#${BASH_REMATCH[4]} ))
+    (( time_limit > lead )) || mistake "the job's time limit is $time_limit s, and Slurm asks it to stop $lead s before its end (--signal=B:USR1@$lead): it would stop before it trains. Give more time, as in sbatch --time=1:00:00, or ask later: --signal=B:USR1@60 with ANYMAL_GRACE_SECONDS=30."
 }
 
 # Sets python (the command) and container (srun's options).
@@ -170,7 +188,7 @@ keep_asking() {
         sleep 10
     done
     say "no end within $ANYMAL_GRACE_SECONDS s: back into the queue, to go on from the last checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
+    scontrol requeue "$job"
 }
 
 # scancel, the end of the time, preemption, a failed node: Slurm decides what becomes of the job, and tells its steps too.
@@ -178,6 +196,9 @@ on_termination() {
     [[ ! $terminated && ! $requeued ]] || return
     terminated=1
     say "ended from outside (scancel, the end of its time, preemption or a failed node)"
+    if [[ ! $stop_requested && $time_limit ]] && (( SECONDS >= time_limit - 30 )); then
+        say "its time is over, and no USR1 came before, to end with a checkpoint: submit with --signal=B:USR1@$(( ANYMAL_GRACE_SECONDS + 30 ))"
+    fi
     [[ ! $step ]] || kill -TERM "$step" 2> /dev/null
 }
 
@@ -204,7 +225,7 @@ lost_node() {
 requeue() {
     requeued=1
     say "${1:-stopped} at $(newest_checkpoint): back into the queue"
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    if scontrol requeue "$job"; then
         # Slurm ends this script.
         sleep 60 &
         wait $!
@@ -272,5 +293,5 @@ port() {
 }
 
 say() {
-    echo "$(date '+%Y-%m-%d %H:%M:%S') job $SLURM_JOB_ID: $1" | tee -a "$summary" >&3
+    echo "$(date '+%Y-%m-%d %H:%M:%S') job $job: $1" | tee -a "$summary" >&3
 }

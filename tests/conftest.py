@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import forks
 import pytest
+import torch
 from engine import train_as_configured
 from ranks import run_ranks
 from tiny import make_shards, make_tokenizer
+
+forks.watch()
+# Two tests run at a time, and sums over several threads round otherwise than over one: results must not depend on the
+# number of cores, nor on a variable that the caller may have set.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def no_fork_beside_threads() -> Iterator[None]:
+    """Fails a test in which this process was forked while it had threads, by the test or by what it tests."""
+    yield
+    assert not (unsafe := forks.unsafe()), "\n".join(unsafe)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Run a function on several processes that form a job over gloo, each test with a hard time limit.
 
-Processes are forked, so that a test pays for the imports once; where there is a CUDA device they are started afresh,
-because it cannot be used after a fork. The parent itself never joins a job.
+Processes are forked from the fork server, so that a test pays for the imports once. The process that runs the tests
+never joins a job.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import cloudpickle
+import fork_server
+import forks
 import pytest
 import torch
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call `function(*args)` on `world` processes.
+    """Call `function(*args)` on `world` processes, which know nothing of what this one changed in modules.
 
     Returns:
         What each rank returned, in their order. A rank that fails, or that is not done in time, fails the test.
     """
-    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_available() else "fork")
-    results: Any = context.Queue()
-    port = _free_port()
-    processes = [context.Process(target=_rank, args=(r, world, port, function, args, results)) for r in range(world)]
-    for process in processes:
-        process.start()
+    processes, results = start_ranks(world, function, args)
     outcome: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     try:
         while len(outcome) < world and time.monotonic() < deadline:
+            # Asked before the queue: an ended rank has put its answer there.
+            lost = [rank for rank, process in enumerate(processes) if process.exitcode]
             try:
                 rank, error, value = results.get(timeout=0.2)
             except queue.Empty:
+                if lost:
+                    pytest.fail(f"ranks {lost} of {world} ended without an answer, see their output")
                 continue
             if error:
                 pytest.fail(f"rank {rank} of {world} failed:\n{error}")
@@ -53,7 +55,16 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     return [outcome[rank] for rank in range(world)]
 
 
-def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: tuple[Any, ...], results: Any) -> None:
+def start_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Any], Any]:
+    """The processes, and the queue of (rank, error, what the function returned)."""
+    results: Any = fork_server.CONTEXT.Queue()
+    port = _free_port()
+    # Functions inside tests too, which pickle refuses.
+    call = cloudpickle.dumps((function, args))
+    return [fork_server.start(_rank, rank, world, port, call, results) for rank in range(world)], results
+
+
+def _rank(rank: int, world: int, port: int, call: bytes, results: Any) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -64,12 +75,17 @@ def _rank(rank: int, world: int, port: int, function: Callable[..., Any], args: 
     )
     try:
         torch.set_num_threads(1)
-        results.put((rank, "", function(*args)))
+        function, args = cloudpickle.loads(call)
+        value = function(*args)
+        results.put((rank, "\n".join(forks.unsafe()), value))
     except BaseException:
         results.put((rank, traceback.format_exc(), None))
     finally:
         results.close()
         results.join_thread()
+        # megatron-core's writer leaves a manager process, which only the interpreter's shutdown would end.
+        for child in multiprocessing.active_children():
+            child.kill()
         # Skip interpreter shutdown: gloo's threads may still wait for a peer that failed.
         os._exit(0)
 

@@ -16,8 +16,9 @@ from PIL import Image
 from shapes import SPECIAL, Case
 from sides import write_tokenizer
 
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.prepare import make_index, write_shards
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.shards import ShardIndex
 
 # Different pictures; samples share them.

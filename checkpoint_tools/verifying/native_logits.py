@@ -52,7 +52,10 @@ class NativeModel:
             }
         base = config.model.language_model.checkpoint
         [model] = build_models(config, hf, self._layout, modalities, lambda models: load_base(base, models))
-        if any(not name.startswith("language_model.") or ".lora." in name for name in StreamReader(folder).tensors):
+        saved = [name for name in StreamReader(folder).tensors if not name.startswith("optimizer.")]
+        # Of a frozen Llama without adapters, alone, the checkpoint holds nothing.
+        media = () if llama_only else ("projectors.", "encoders.")
+        if any(name.startswith(media) or ".lora." in name for name in saved):
             load_media_parts([model], folder)
         # Encoders and base were rounded to the run's type above; what follows is exact enough to compare.
         self._model = model.float().eval().requires_grad_(False)

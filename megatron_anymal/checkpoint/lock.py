@@ -66,6 +66,8 @@ class Owner:
     # When the folder was taken.
     since: str
     token: str
+    # Slurm's name of a task of a job array, as 36_2: each has a job number of its own. "" elsewhere.
+    array: str = ""
 
     @staticmethod
     def here() -> Owner:
@@ -80,10 +82,12 @@ class Owner:
             restart=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
             since=datetime.now().isoformat(timespec="seconds"),
             token=uuid.uuid4().hex,
+            array=_array_task(),
         )
 
     def __str__(self) -> str:
-        job = f", Slurm job {self.job}" if self.job else ""
+        task = f", task {self.array}" if self.array else ""
+        job = f", Slurm job {self.job}{task}" if self.job else ""
         return f"process {self.pid} on {self.host} (user {self.user}{job}, since {self.since})"
 
     def alive(self, seen_by: Owner) -> Optional[bool]:
@@ -158,7 +162,7 @@ class RunLock:
         why = "which has ended"
         if alive is None:
             self._say(f"{self.path} names {who}: waiting up to {self._timeout:g} s for a sign of life")
-            alive = self._shows_life(there)
+            alive = _shows_life(self.path, there, self._timeout)
             why = f"which gave no sign of life for {self._timeout:g} s"
         if alive:
             raise FolderInUse(
@@ -167,17 +171,6 @@ class RunLock:
             )
         if _take_away(self.path, there):
             self._say(f"taking over {self.path} from {who}, {why}")
-
-    def _shows_life(self, before: _Sight) -> bool:
-        deadline = time.monotonic() + self._timeout
-        while time.monotonic() < deadline:
-            time.sleep(min(1.0, self._timeout / 20))
-            now = _look(self.path)
-            if now is None:
-                return False
-            if now != before:
-                return True
-        return False
 
     def _beat(self) -> None:
         while not self._stop.wait(self._timeout / _BEATS):
@@ -188,6 +181,22 @@ class RunLock:
             except OSError:
                 # The file system may be back at the next beat.
                 continue
+
+
+def user_of(run_dir: Path, timeout: float) -> Optional[Owner]:
+    """The job that works in a run's folder, if it shows that within two touches; takes nothing.
+
+    Args:
+        timeout: the run's exp_manager.lock_timeout_seconds.
+    """
+    path = run_dir / LOCK
+    there = _look(path)
+    if there is None or there.owner is None:
+        return None
+    alive = there.owner.alive(Owner.here())
+    if alive is None:
+        alive = _shows_life(path, there, 2 * timeout / _BEATS)
+    return there.owner if alive else None
 
 
 @contextmanager
@@ -263,6 +272,19 @@ def _look(path: Path) -> Optional[_Sight]:
     return _Sight(owner, status.st_mtime_ns, status.st_ino)
 
 
+def _shows_life(path: Path, before: _Sight, seconds: float) -> bool:
+    """Whether a lock is touched within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(min(1.0, seconds / 20))
+        now = _look(path)
+        if now is None:
+            return False
+        if now != before:
+            return True
+    return False
+
+
 def _create(path: Path, owner: Owner) -> bool:
     """Make the lock file; False where there is one."""
     try:
@@ -290,6 +312,11 @@ def _take_away(path: Path, seen: _Sight) -> bool:
             os.link(aside, path)
     aside.unlink(missing_ok=True)
     return ours
+
+
+def _array_task() -> str:
+    array, task = (os.environ.get(f"SLURM_ARRAY_{name}", "") for name in ("JOB_ID", "TASK_ID"))
+    return f"{array}_{task}" if array and task else ""
 
 
 def _boot() -> str:

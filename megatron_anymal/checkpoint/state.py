@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
-from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint import safe_loading, store
 from megatron_anymal.checkpoint.scaling import set_scaling, sharded_scaling
 from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
@@ -41,13 +40,13 @@ def load(state: Any, folder: Path) -> int:
     Returns:
         The step it was saved at.
     """
-    saved = dist_checkpointing.load_tensors_metadata(str(folder))
-    state.carried = {name for name in saved if name.startswith("encoders.")}
+    saved = StreamReader(folder)
+    state.carried = {name for name in saved.tensors if name.startswith("encoders.")}
     wanted = content(state, 0, is_loading=True)
     # A run that now scales otherwise than the one that saved begins its scaling anew.
-    there = StreamReader(folder).objects
+    there = saved.objects
     wanted["fp8_scaling"] = {name: s for name, s in wanted["fp8_scaling"].items() if s.unique_key in there}
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    loaded = safe_loading.load(wanted, folder)
     # A stage may have saved no weights, or no optimizer's state.
     _set(state.models, loaded.get("model", {}))
     set_scaling(state.models, loaded.get("fp8_scaling", {}))
@@ -71,7 +70,7 @@ def restore(state: Any, folder: Path, base_hash: str, optimizer: Any) -> list[st
         CheckpointError: it holds none of them, weights of other shapes, or adapters that do not belong here, or it
             lacks a projector that is frozen here.
     """
-    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    saved = StreamReader(folder).tensors
     _check_adapters(state.config.model.lora, saved, folder, base_hash)
     _check_projectors(state.config.model.modalities, saved, folder)
     missing = load_media_parts(state.models, folder)
@@ -106,7 +105,7 @@ def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
         return
     shards = sharded_weights(models, lambda name, trains: name.startswith("language_model.") and ".lora." not in name)
     _load_some(models, shards, folder)
-    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    saved = StreamReader(folder).tensors
     missing = [name for of_part in shards.values() for name, shard in of_part.items() if shard.key not in saved]
     if missing:
         raise CheckpointError(f"{str(folder)!r} lacks {missing[0]!r} of the Llama.")
@@ -182,7 +181,7 @@ def _check_projectors(modalities: Mapping[str, ModalityConfig], saved: Collectio
 
 
 def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path) -> list[str]:
-    saved = dist_checkpointing.load_tensors_metadata(str(folder))
+    saved = StreamReader(folder).tensors
     vocab_size = store.read_manifest(folder).llama.get("vocab_size")
     same_vocabulary = all(model.vocab_size == vocab_size for model in models)
     wanted = {
@@ -192,7 +191,7 @@ def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path
         if not isinstance(shard, ShardedTensor):
             # A weight of two halves, which megatron-core takes apart when it loads; it checks their shapes itself.
             continue
-        there, here = tuple(saved[shard.key].global_shape), tuple(shard.global_shape)
+        there, here = tuple(saved[shard.key].shape), tuple(shard.global_shape)
         if shard.allow_shape_mismatch and same_vocabulary:
             # Its rows differ by what pads the vocabulary for each tensor-parallel size.
             there, here = there[1:], here[1:]
@@ -205,7 +204,7 @@ def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path
     dist.all_reduce(found)
     if not int(found):
         raise CheckpointError(f"{str(folder)!r} holds none of the weights that this model asks it for.")
-    _set(models, dist_checkpointing.load({"model": wanted}, str(folder)).get("model", {}))
+    _set(models, safe_loading.load({"model": wanted}, folder).get("model", {}))
     trains = {name for model in models for name, parameter in model.named_parameters() if parameter.requires_grad}
     return sorted(
         name for part, of_part in shards.items() for name in of_part.keys() - wanted[part].keys() if name in trains

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Optional
 
 from megatron_anymal.resilience.exit_codes import Exit
@@ -168,6 +168,8 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
         if body.pop("checksum") != _checksum(body):
             raise ValueError("its checksum differs")
         manifest = Manifest(**body)
+        if outside := [name for name in manifest.files if PurePath(name).is_absolute() or ".." in PurePath(name).parts]:
+            raise ValueError(f"it names {outside[0]!r}, a file outside of the checkpoint")
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {MANIFEST}.") from None
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:

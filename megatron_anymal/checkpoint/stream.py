@@ -32,17 +32,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_anymal.checkpoint.safe_loading import BACKENDS, COMMON, FORMAT, METADATA, read_metadata
 from megatron_anymal.checkpoint.saved_tensors import FilePart, read_saved, saved_around
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.tensor_files import HashedFile, raw_bytes
 
-METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
-_FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
-    "common_backend": "torch",
-    "common_backend_version": 1,
-}
+_FORMAT = {**BACKENDS, "sharded_backend_version": 1, "common_backend_version": 1}
 
 
 @dataclass(frozen=True)
@@ -241,11 +236,7 @@ class StreamReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            with open(folder / METADATA, "rb") as file:
-                metadata: Metadata = pickle.load(file)
-        except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{str(folder / METADATA)!r} cannot be read ({error}).") from None
+        metadata = read_metadata(folder)
         # torch's own look-up ignores `index`, as this does: a chunk is known by its tensor and its first place.
         self._stored: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
         self.tensors: dict[str, Stored] = {}

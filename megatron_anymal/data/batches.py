@@ -10,10 +10,11 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, DatasetConfig
+from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, DatasetConfig, LimitsConfig
 from megatron_anymal.data.context import document_multiple, padded
 from megatron_anymal.data.order import GlobalOrder
 from megatron_anymal.data.packing import pack
@@ -159,11 +160,13 @@ class BatchPlanner:
         too_long: str = "refuse",
         check_shards: bool = True,
         sample_kinds: Collection[str] = SAMPLE_KINDS,
+        limits: Optional[LimitsConfig] = None,
     ):
         """Open the indexes and check that the mixture can be planned.
 
         Args:
             sample_kinds: which kinds of samples the objective learns from.
+            limits: samples above them are skipped by name when they are read. None: each index's own.
 
         Raises:
             DataError: no dataset; an index that is missing, empty, made for another tokenizer, with samples of another
@@ -172,7 +175,7 @@ class BatchPlanner:
         if not datasets:
             raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
         self.names = list(datasets)
-        self.indexes = [ShardIndex(d.path) for d in datasets.values()]
+        self.indexes = [ShardIndex(d.path, limits) for d in datasets.values()]
         self.layout, self.global_batch_size = layout, global_batch_size
         self.seed, self.too_long = seed, too_long
         self._weights = tuple(d.weight for d in datasets.values())

@@ -21,6 +21,7 @@ from megatron_anymal.config import AnyMALConfig, DatasetConfig
 from megatron_anymal.config_checks import check
 from megatron_anymal.config_io import compose, default_config_dir
 from megatron_anymal.data.batches import BatchLayout, BatchPlanner, PlannedModality
+from megatron_anymal.data.ledger import grouped
 from megatron_anymal.data.lint import (
     SIZE_NAMES,
     TIMED,
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         )
     problems = 0
     for folder in folders:
-        problems += _inspect(ShardIndex(folder), tokenizer, run, arguments)
+        problems += _inspect(ShardIndex(folder, run.config.data.limits if run else None), tokenizer, run, arguments)
     if run and not arguments.sample:
         problems += _packing(run)
     return 1 if problems else 0
@@ -103,7 +104,7 @@ def _read_run(name: str, folder: Optional[str], overrides: Sequence[str]) -> Run
     tokenizer = Tokenizer(config.data.tokenizer)
     planned, loaded = [], {}
     for section, options in config.model.modalities.items():
-        kind, modality = options.kind or section, build_modality(section, options)
+        kind, modality = options.kind or section, build_modality(section, options, config.data.limits)
         planned.append(PlannedModality(section, kind, modality, options.projector.num_tokens))
         placeholder = tokenizer.placeholder(options.placeholder, f"model.modalities.{section}.placeholder")
         loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder)
@@ -120,12 +121,13 @@ def _inspect(index: ShardIndex, tokenizer_folder: str, run: Optional[Run], argum
         _refuse_unread(index, run)
         reading = Reading(tokenizer, run.reading.modalities, run.reading.loaded)
     else:
-        reading = Reading.without_configuration(tokenizer, kinds)
+        reading = Reading.without_configuration(tokenizer, index)
     wrong = [*wrong_shards(index), *wrong_tokenizer(index, tokenizer, tokenizer_folder)]
     _print_header(index, wrong)
     if arguments.sample:
         return len(wrong) + sum(_show(index, text, reading) for text in arguments.sample)
     _print_media(index)
+    _print_left_out(index)
     _print_lengths("text tokens a sample", _text_tokens(index))
     numbers = range(min(len(index), arguments.limit or len(index)))
     if not run:
@@ -166,6 +168,15 @@ def _print_media(index: ShardIndex) -> None:
             names = SIZE_NAMES.get(kind, TIMED)
             sizes = ", ".join(f"{name} {_spread(rows['size'][:, at])}" for at, name in enumerate(names))
             print(f"  {kind}: {len(rows)} items, {sizes}, bytes {_spread(rows['length'])}  (min / median / max)")
+
+
+def _print_left_out(index: ShardIndex) -> None:
+    """What is not in the index, by reason, from its ledger."""
+    ignored = index.members.get("ignored", {})
+    if ignored:
+        print(f"  ignored members: {', '.join(f'{what} {count}' for what, count in ignored.items())}")
+    for line in grouped(index.left_out()):
+        print(f"  left out: {line}" if not line.startswith(" ") else f"  {line}")
 
 
 def _spread(values: np.ndarray) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from megatron_anymal.config import EncoderConfig, ModalityConfig
+from megatron_anymal.config import EncoderConfig, LimitsConfig, ModalityConfig
 from megatron_anymal.data.loader import LoadedModality
 from megatron_anymal.data.shards import MediaBytes, ShardIndex
 from megatron_anymal.data.tokenize import Document, Tokenizer
@@ -40,10 +40,11 @@ class Reading:
     loaded: Mapping[str, LoadedModality] = field(default_factory=dict)
 
     @staticmethod
-    def without_configuration(tokenizer: Tokenizer, kinds: Sequence[str]) -> Reading:
-        """Stand-ins for the kinds that have one; media of others are only probed."""
+    def without_configuration(tokenizer: Tokenizer, index: ShardIndex) -> Reading:
+        """Stand-ins for the index's kinds that have one; media of others are only probed."""
         stand_ins = {
-            kind: build_modality(kind, ModalityConfig(encoder=_STAND_INS[kind])) for kind in kinds if kind in _STAND_INS
+            kind: build_modality(kind, ModalityConfig(encoder=_STAND_INS[kind]), index.limits)
+            for kind in index.kinds_used() & _STAND_INS.keys()
         }
         return Reading(tokenizer, stand_ins)
 
@@ -82,7 +83,7 @@ def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
     pieces = []
     for item, media_row in zip(media, rows):
         try:
-            pieces.append(_decode(item, media_row["size"], reading))
+            pieces.append(_decode(item, media_row["size"], reading, index.limits))
         except MediaError as error:
             raise MediaError(f"media {item.part.media!r} {error}") from None
     soft = [n * reading.loaded[m.part.modality].soft_tokens_per_piece if n else 0 for n, m in zip(pieces, media)]
@@ -92,12 +93,12 @@ def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
     return ReadSample(sample, media, pieces, documents)
 
 
-def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading) -> int:
+def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading, limits: LimitsConfig) -> int:
     """Decode a media item; returns its pieces, 0 without a configuration."""
     kind = item.part.modality
     if kind not in MODALITIES:
         raise MediaError(f"is of the unknown kind {kind!r}; name the file that registers it with --plugin")
-    size = MODALITIES[kind].probe(item.data, item.extension, item.part.attributes)
+    size = MODALITIES[kind].probe(item.data, item.extension, item.part.attributes, limits)
     if tuple(size) != tuple(float(n) for n in indexed_size):
         raise MediaError(f"has the size {tuple(size)}, its index says {tuple(float(n) for n in indexed_size)}")
     if kind not in reading.modalities:

@@ -295,6 +295,9 @@ def steps(
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
+        # Whatever the process that calls has as its default: workers watch for the end of the process that started
+        # them, which must be this one.
+        multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
         pin_memory=pin and num_workers > 0,
         worker_init_fn=_start_worker,

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import csv
+import dataclasses
 import json
-import multiprocessing
 import os
-import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.children import end_with_parent
-from megatron_anymal.data.indexing import IndexOptions, ShardRows, assemble, find_shards, index_shard
-from megatron_anymal.data.samples import media_entries, parse_sample, read_lines, to_json
-from megatron_anymal.data.shards import IndexHeader, write_index
-from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.indexing import IndexOptions
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.types import DataError
-from megatron_anymal.modalities import load_plugins
-from megatron_anymal.telemetry import Progress
-
-# Loaded once in each indexing process.
-_tokenizers: dict[str, Tokenizer] = {}
+from megatron_anymal.modalities import MODALITIES, load_plugins
+from megatron_anymal.modalities.base import nearest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -36,11 +29,22 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if not arguments.tokenizer:
         raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
-    options = IndexOptions(arguments.tokenizer, dict(_pair(p) for p in arguments.modality), arguments.plugin)
+    load_plugins(arguments.plugin)
+    options = IndexOptions(
+        arguments.tokenizer,
+        _kinds(arguments.modality),
+        arguments.plugin,
+        members=[p.strip().lower().lstrip(".") for text in arguments.members for p in text.split(",")],
+        attributes=_attributes(arguments.attribute),
+        limits=_limits(arguments.limit),
+        text_only=arguments.text_only,
+    )
     if arguments.manifest:
         if not arguments.out:
             raise DataError("--manifest needs --out, the folder to write shards into.")
-        write_shards(arguments.manifest, arguments.out, arguments.samples_per_shard, arguments.overwrite)
+        write_shards(
+            arguments.manifest, arguments.out, arguments.samples_per_shard, arguments.overwrite, options.limits
+        )
     folder = arguments.out if arguments.manifest else arguments.index_only
     make_index(folder, options, arguments.workers, arguments.max_bad_share)
     return 0
@@ -57,156 +61,83 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples-per-shard", type=int, default=2000)
     parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that index shards")
-    parser.add_argument("--max-bad-share", type=float, default=0.01, help="stop above this share of bad samples")
+    parser.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.01,
+        help="stop above this share of samples left out, or of unreadable bytes (default 0.01)",
+    )
+    parser.add_argument(
+        "--members",
+        action="append",
+        default=[],
+        metavar="ENDINGS",
+        help="only members with these endings count, for example jpg,txt or '*.png,json'; others are ignored",
+    )
+    parser.add_argument(
+        "--text-only", action="store_true", help="a .txt alone beside samples with media is a sample, not a loss"
+    )
     parser.add_argument("--modality", action="append", default=[], metavar="ENDING=KIND", help="for example npy=imu")
+    parser.add_argument(
+        "--attribute",
+        action="append",
+        default=[],
+        metavar="KIND.NAME=VALUE",
+        help="holds for all media of a kind that do not state it themselves, for example imu.rate=200",
+    )
+    parser.add_argument(
+        "--limit",
+        action="append",
+        default=[],
+        metavar="NAME=NUMBER",
+        help="one of data.limits, for example max_pixels=20000000",
+    )
     parser.add_argument("--plugin", action="append", default=[], help="a file that registers further modalities")
     return parser
 
 
-def _pair(text: str) -> tuple[str, str]:
-    ending, equals, kind = text.partition("=")
-    if not equals:
-        raise DataError(f"--modality {text!r} is not of the form ENDING=KIND, for example npy=imu.")
-    return ending.lower().lstrip("."), kind
+def _pair(option: str, text: str, form: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise DataError(f"{option} {text!r} is not of the form {form}.")
+    return name, value
 
 
-def write_shards(manifest: str, out: str, samples_per_shard: int = 2000, overwrite: bool = False) -> None:
-    """Pack a manifest's samples into WebDataset shards.
-
-    A .jsonl line is a sample (data/samples.py) with a `key`, or `{"key": ..., "media": PATH, "text": ...}`; a .csv
-    has the columns media and text, and may have key, modality and attributes of the media (rate). Paths are relative
-    to the manifest.
-
-    Raises:
-        DataError: naming the line that is wrong, or the media file that is missing.
-    """
-    import webdataset
-
-    folder = Path(out)
-    if folder.is_dir() and any(folder.glob("*.tar")):
-        if not overwrite:
-            raise DataError(f"{out!r} already holds shards. Name another folder, or add --overwrite.")
-        for old in folder.glob("*.tar"):
-            old.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob("*.tar.part"):
-        unfinished.unlink()
-    lines = list(_read_manifest(Path(manifest)))
-    if not lines:
-        raise DataError(f"The manifest {manifest!r} has no line.")
-    progress = Progress("packing", len(lines))
-    seen: set[str] = set()
-    for shard, start in enumerate(range(0, len(lines), samples_per_shard)):
-        path = folder / f"shard-{shard:06d}.tar"
-        unfinished = path.with_suffix(".tar.part")
-        with webdataset.TarWriter(str(unfinished), mtime=0) as writer:
-            for where, line in lines[start : start + samples_per_shard]:
-                sample = _to_sample(line, where, Path(manifest).parent)
-                if sample["__key__"] in seen:
-                    raise DataError(f"{where}: the key {sample['__key__']!r} occurs twice.")
-                seen.add(sample["__key__"])
-                writer.write(sample)
-                progress.advance()
-        unfinished.rename(path)
-    progress.finish()
+def _kinds(given: Sequence[str]) -> dict[str, str]:
+    pairs = (_pair("--modality", text, "ENDING=KIND, for example npy=imu") for text in given)
+    return {ending.lower().lstrip("."): kind for ending, kind in pairs}
 
 
-def _read_manifest(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Pairs of a line's name for messages and its content."""
-    if not path.is_file():
-        raise DataError(f"There is no manifest {str(path)!r}.")
-    if path.suffix not in (".csv", ".jsonl"):
-        raise DataError(f"The manifest {str(path)!r} must be a .csv or a .jsonl file.")
-    if path.suffix == ".jsonl":
-        yield from read_lines(path)
-        return
-    with path.open(encoding="utf-8", newline="") as file:
-        for number, row in enumerate(csv.DictReader(file), start=2):
-            if None in row:
-                raise DataError(f"{path}:{number}: the line has more cells than the header. Quote commas in texts.")
-            yield f"{path}:{number}", {k: _cell(k, v) for k, v in row.items() if v not in (None, "")}
+def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """KIND.NAME=VALUE pairs by kind; a value is JSON if it can be."""
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        path, value = _pair("--attribute", text, "KIND.NAME=VALUE, for example imu.rate=200")
+        kind, _, name = path.partition(".")
+        if not name:
+            raise DataError(f"--attribute {text!r} is not of the form KIND.NAME=VALUE, for example imu.rate=200.")
+        if kind not in MODALITIES:
+            raise DataError(f"--attribute {text!r}: there is no modality {kind!r}. {nearest(kind, MODALITIES)}")
+        try:
+            found.setdefault(kind, {})[name] = json.loads(value)
+        except ValueError:
+            found.setdefault(kind, {})[name] = value
+    return found
 
 
-def _cell(column: str, text: Any) -> Any:
-    """A .csv cell; in a column of the media's own attributes, such as an IMU's rate, numbers are numbers."""
-    if column in ("key", "media", "modality", "text"):
-        return text
-    try:
-        return json.loads(text)
-    except (TypeError, json.JSONDecodeError):
-        return text
-
-
-def _to_sample(line: dict[str, Any], where: str, base: Path) -> dict[str, Any]:
-    """A manifest line as a WebDataset sample."""
-    value = line
-    if "parts" not in line and "messages" not in line:
-        if "text" not in line or "media" not in line:
-            raise DataError(f"{where}: a line needs `parts`, `messages`, or `media` and `text`.")
-        media = {k: v for k, v in line.items() if k not in ("key", "text")}
-        value = {"parts": [media, {"text": line["text"]}]}
-    parse_sample(value, where)
-    key = str(line.get("key") or "").replace(".", "_") or f"{int(where.rpartition(':')[2]):09d}"
-    sample: dict[str, Any] = {"__key__": key}
-    names: list[str] = []
-    for entry in media_entries(value):
-        path = base / entry["media"]
-        if not path.is_file():
-            raise DataError(f"{where}: there is no media file {str(path)!r}.")
-        names.append(f"{len(names)}.{path.name.partition('.')[2].lower()}")
-        sample[names[-1]] = path.read_bytes()
-    sample["json"] = to_json(value, names)
-    return sample
-
-
-def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_share: float = 0.01) -> None:
-    """Index every shard of a folder.
-
-    Raises:
-        DataError: no shard, a shard that is no tar file, or more bad samples than allowed.
-    """
-    names = find_shards(folder)
-    progress = Progress("indexing shards", len(names))
-    shards = []
-    for rows in _index_all(folder, names, options, workers):
-        shards.append(rows)
-        progress.advance()
-    progress.finish()
-    good, bad = sum(len(s.samples) for s in shards), [why for s in shards for why in s.bad]
-    for why in bad[:20]:
-        print(f"left out {why}", file=sys.stderr)
-    if len(bad) > 20:
-        print(f"left out {len(bad) - 20} more", file=sys.stderr)
-    if len(bad) > max_bad_share * (good + len(bad)):
-        raise DataError(
-            f"{len(bad)} of {good + len(bad)} samples of {folder!r} are bad, above --max-bad-share {max_bad_share}. "
-            f"The first: {bad[0]}"
-        )
-    samples, media, keys, kinds, extensions = assemble(shards)
-    header = IndexHeader(
-        shards=tuple(s.name for s in shards),
-        shard_bytes=tuple(s.bytes for s in shards),
-        kinds=tuple(kinds),
-        extensions=tuple(extensions),
-        tokenizer=Tokenizer(options.tokenizer).fingerprint(),
-    )
-    write_index(folder, header, samples, media, keys)
-    print(f"{folder}: {good} samples, {len(media)} media items, {len(bad)} left out, {len(shards)} shards")
-
-
-def _index_all(folder: str, names: Sequence[str], options: IndexOptions, workers: int) -> Iterator[ShardRows]:
-    jobs = [(folder, name, options) for name in names]
-    if workers <= 1 or len(names) == 1:
-        yield from map(_index_one, jobs)
-        return
-    processes = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(names)), mp_context=processes, initializer=end_with_parent) as pool:
-        yield from pool.map(_index_one, jobs)
-
-
-def _index_one(job: tuple[str, str, IndexOptions]) -> ShardRows:
-    folder, name, options = job
-    load_plugins(list(options.plugins))
-    if options.tokenizer not in _tokenizers:
-        _tokenizers[options.tokenizer] = Tokenizer(options.tokenizer)
-    return index_shard(folder, name, _tokenizers[options.tokenizer], options)
+def _limits(given: Sequence[str]) -> LimitsConfig:
+    """The default limits with some of them replaced."""
+    limits = LimitsConfig()
+    known = {field.name: type(getattr(limits, field.name)) for field in dataclasses.fields(limits)}
+    values = {}
+    for text in given:
+        name, value = _pair("--limit", text, "NAME=NUMBER, for example max_pixels=20000000")
+        if name not in known:
+            raise DataError(f"--limit {text!r}: there is no limit {name!r}. {nearest(name, known)}")
+        try:
+            values[name] = known[name](value)
+        except ValueError:
+            raise DataError(f"--limit {text!r}: {value!r} is not a number of type {known[name].__name__}.") from None
+        if values[name] < 1:
+            raise DataError(f"--limit {text!r} must be at least 1.")
+    return dataclasses.replace(limits, **values)

@@ -19,19 +19,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
+from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.messages import parse_conversation
 from megatron_anymal.data.parts import parse_parts
 from megatron_anymal.data.types import DataError, Sample, TextPart
 
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _KEYS = ("parts", "messages", "chosen", "rejected")
 
 
-def may_be_sample(data: bytes) -> bool:
-    """Whether a .json member is meant as a sample; other tools store metadata there."""
-    try:
-        value = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        return True
+def is_sample(value: Any) -> bool:
+    """Whether the content of a .json member is meant as a sample; other tools store metadata there."""
     return isinstance(value, dict) and ("parts" in value or "messages" in value)
 
 
@@ -41,7 +40,7 @@ def parse_sample(value: Any, where: str) -> Sample:
     Raises:
         DataError: naming `where` (sample or line) and what is wrong.
     """
-    if not isinstance(value, dict) or not ("parts" in value or "messages" in value):
+    if not is_sample(value):
         raise DataError(f"{where}: a sample is an object with `parts` or `messages`.")
     if "messages" not in value:
         return Sample("parts", (parse_parts(value["parts"], where),))
@@ -50,27 +49,14 @@ def parse_sample(value: Any, where: str) -> Sample:
     return parse_conversation(value, where)
 
 
-def parse_json(data: bytes, where: str) -> Sample:
-    """Read a sample's JSON member.
-
-    Raises:
-        DataError: it is no such JSON.
-    """
-    try:
-        value = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{where}: its .json is not readable JSON ({error}).") from None
-    return parse_sample(value, where)
-
-
 def parse_text(data: bytes, where: str) -> TextPart:
-    """Read a sample's .txt member.
+    """Read a sample's .txt member; a byte order mark at its start is no part of the text.
 
     Raises:
         DataError: it is not UTF-8, or empty.
     """
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: its .txt is not UTF-8 ({error}).") from None
     if not text.strip():
@@ -94,20 +80,22 @@ def to_json(value: dict[str, Any], media_names: Sequence[str]) -> bytes:
     return json.dumps(kept, ensure_ascii=False).encode()
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_lines(path: Path, limits: LimitsConfig = DEFAULT_LIMITS) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a .jsonl file, each with its line's name for messages; empty lines are passed over.
 
     Raises:
-        DataError: naming the line that is no JSON object.
+        DataError: naming the line that is not a JSON object, or is above a limit.
     """
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(limits.max_text_bytes + 1):
+            number += 1
+            where = f"{path}:{number}"
+            if number == 1 and line.startswith(UTF16_MARKS):
+                raise DataError(f"{path}: the file is UTF-16. Save it as UTF-8.")
+            if not line.strip():
                 continue
-            try:
-                value = json.loads(text)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not JSON ({error}).") from None
+            value = parse_json_text(line, where, limits)
             if not isinstance(value, dict):
-                raise DataError(f"{path}:{number}: not a JSON object.")
-            yield f"{path}:{number}", value
+                raise DataError(f"{where}: not a JSON object.")
+            yield where, value

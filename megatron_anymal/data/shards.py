@@ -3,6 +3,7 @@
 An index is a folder beside the shards:
 
     index.json    version, shards with their sizes, kinds of media, file endings, tokenizer fingerprint, counts
+    left_out.jsonl  every sample and member that is not in the index (data/ledger.py)
     samples.npy   one row a sample (SAMPLE)
     media.npy     one row a media item (MEDIA), in the order of the samples and of their parts
     keys.bin      the samples' keys, UTF-8, one after the other
@@ -13,24 +14,30 @@ rows of its step.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Optional
 
 import fsspec
 import numpy as np
 
+from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.json_text import parse_json_text
+from megatron_anymal.data.ledger import LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.parts import name_modalities
-from megatron_anymal.data.samples import parse_json, parse_text
+from megatron_anymal.data.samples import parse_sample, parse_text
 from megatron_anymal.data.types import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 
-VERSION = 2
-# Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets.
-_READABLE = (1, VERSION)
+VERSION = 3
+# Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has
+# no attributes, and an index without any is still written as such: it differs in nothing.
+_READABLE = (1, 2, VERSION)
 INDEX_FOLDER = "index"
 
 SAMPLE = np.dtype(
@@ -77,21 +84,31 @@ class IndexHeader:
     kinds: tuple[str, ...]
     extensions: tuple[str, ...]
     tokenizer: str
-    version: int = VERSION
+    version: int = 0
+    # Kind -> attributes of all its media that do not state them themselves.
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self, samples: int, media: int) -> str:
-        """The content of index.json."""
+        """What identifies an index: all that decides which samples it holds, and how they are read."""
+        return json.dumps(self._body(samples, media), indent=1)
+
+    def with_accounting(self, samples: int, media: int, accounting: Mapping[str, Any]) -> str:
+        """The content of index.json: the above, and the sums of what is not in the index."""
+        return json.dumps({**self._body(samples, media), **accounting}, indent=1)
+
+    def _body(self, samples: int, media: int) -> dict[str, Any]:
         shards = [{"name": n, "bytes": b} for n, b in zip(self.shards, self.shard_bytes)]
-        body = {
-            "version": self.version,
+        attributes = {kind: dict(values) for kind, values in self.attributes.items() if values}
+        return {
+            "version": self.version or (VERSION if attributes else 2),
             "samples": samples,
             "media": media,
             "kinds": list(self.kinds),
             "extensions": list(self.extensions),
             "tokenizer": self.tokenizer,
             "shards": shards,
+            **({"attributes": attributes} if attributes else {}),
         }
-        return json.dumps(body, indent=1)
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,12 @@ class MediaBytes:
 class ShardIndex:
     """An opened index and its shards, on a local disk or any file system that fsspec reads."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, limits: Optional[LimitsConfig] = None):
         """Open it.
+
+        Args:
+            limits: what a member may have at most in bytes, and a sample's JSON in depth. None: those that the index
+                was made with.
 
         Raises:
             DataError: there is no index, it is of another version, or it is empty.
@@ -132,7 +153,11 @@ class ShardIndex:
             extensions=tuple(body["extensions"]),
             tokenizer=body["tokenizer"],
             version=body["version"],
+            attributes=body.get("attributes", {}),
         )
+        # Members seen, used, ignored and bad, and the ledger's codes; empty in an index of an earlier version.
+        self.members: Mapping[str, Any] = body.get("members", {})
+        self.limits = limits or _limits(body.get("limits", {}))
         self.samples, self.media = self._array("samples.npy"), self._array("media.npy")
         if len(self.samples) == 0:
             raise DataError(f"The index in {folder!r} is empty: no sample was prepared.")
@@ -198,17 +223,41 @@ class ShardIndex:
         """
         row = self.samples[sample]
         where = f"sample {self.key(sample)!r} of {self.folder!r}"
-        data = self._read(
-            int(row["shard"]), int(row["text_offset"]), int(row["text_length"]), int(row["text_crc"]), where
-        )
+        length = int(row["text_length"])
+        self._check_length(length, "max_text_bytes", where)
+        data = self._read(int(row["shard"]), int(row["text_offset"]), length, int(row["text_crc"]), where)
         media = self.media_rows(sample)
         kinds = [self.header.kinds[m["kind"]] for m in media]
         if not row["text_is_json"]:
             names = [self.header.extensions[m["extension"]] for m in media]
-            plain = [MediaPart(name, kind) for name, kind in zip(names, kinds)]
+            plain = [MediaPart(name, kind, self._attributes(kind)) for name, kind in zip(names, kinds)]
             return Sample("parts", ([*plain, parse_text(data, where)],))
-        read = parse_json(data, where)
-        return Sample(read.kind, tuple(name_modalities(parts, kinds) for parts in read.documents))
+        read = parse_sample(parse_json_text(data, where, self.limits), where)
+        return Sample(read.kind, tuple(self._completed(parts, kinds) for parts in read.documents))
+
+    def left_out(self) -> list[LeftOut]:
+        """What was left out when the index was made."""
+        return read_ledger(self._fs, self._inside(LEDGER))
+
+    def _attributes(self, kind: str) -> Mapping[str, Any]:
+        return self.header.attributes.get(kind, {})
+
+    def _completed(self, parts: Sequence[Part], kinds: Sequence[str]) -> list[Part]:
+        """The parts with their media's kinds, and the attributes that hold for all media of a kind."""
+        named = name_modalities(parts, kinds)
+        if not self.header.attributes:
+            return named
+        return [
+            MediaPart(part.media, part.modality, {**self._attributes(part.modality), **part.attributes})
+            if isinstance(part, MediaPart)
+            else part
+            for part in named
+        ]
+
+    def _check_length(self, length: int, limit: str, where: str) -> None:
+        most = getattr(self.limits, limit)
+        if length > most:
+            raise DataError(f"{where}: {length} bytes, above data.limits.{limit}={most}.")
 
     def parts(self, sample: int) -> list[Part]:
         """The parts of a sample that is no conversation.
@@ -241,6 +290,7 @@ class ShardIndex:
         for number in wanted:
             row, part = rows[number], items[number]
             where = f"sample {self.key(sample)!r} of {self.folder!r}, media {part.media!r}"
+            self._check_length(int(row["length"]), "max_member_bytes", where)
             data = self._read(shard, int(row["offset"]), int(row["length"]), int(row["crc"]), where)
             found.append(MediaBytes(part, data, self.header.extensions[row["extension"]]))
         return found
@@ -260,12 +310,12 @@ class ShardIndex:
     def _array(self, name: str) -> np.ndarray:
         if self._local:
             try:
-                return np.load(self._inside(name), mmap_mode="r")
+                return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
             except ValueError:
                 # An empty array cannot be mapped.
-                return np.load(self._inside(name))
+                return np.load(self._inside(name), allow_pickle=False)
         with self._fs.open(self._inside(name), "rb") as file:
-            return np.load(file)
+            return np.load(file, allow_pickle=False)
 
     @cached_property
     def _keys(self) -> Any:
@@ -284,13 +334,32 @@ class ShardIndex:
         return data
 
 
-def write_index(folder: str, header: IndexHeader, samples: np.ndarray, media: np.ndarray, keys: bytes) -> None:
-    """Write an index; index.json comes last, so that a half-written index is never opened."""
+def _limits(given: Mapping[str, Any]) -> LimitsConfig:
+    """The limits that an index.json states; those that another version does not know keep their defaults."""
+    known = {field.name for field in dataclasses.fields(LimitsConfig)}
+    return LimitsConfig(**{name: value for name, value in given.items() if name in known})
+
+
+def write_index(
+    folder: str,
+    header: IndexHeader,
+    samples: np.ndarray,
+    media: np.ndarray,
+    keys: bytes,
+    accounting: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write an index; index.json goes first and comes last, so that a half-written index is never opened.
+
+    Args:
+        accounting: what index.json says besides of all that is not in the index.
+    """
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
     inside = f"{root}/{INDEX_FOLDER}"
     fs.makedirs(inside, exist_ok=True)
+    if fs.exists(f"{inside}/index.json"):
+        fs.rm_file(f"{inside}/index.json")
     for name, array in (("samples.npy", samples), ("media.npy", media)):
         with fs.open(f"{inside}/{name}", "wb") as file:
             np.save(file, array)
     fs.pipe_file(f"{inside}/keys.bin", keys or b"\0")
-    fs.pipe_file(f"{inside}/index.json", header.to_json(len(samples), len(media)).encode())
+    fs.pipe_file(f"{inside}/index.json", header.with_accounting(len(samples), len(media), accounting).encode())

@@ -47,8 +47,13 @@ class Tokenizer:
         if not Path(folder).is_dir():
             raise DataError(f"data.tokenizer: there is no folder {folder!r}.")
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(folder)
+            self.hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
+            if "custom code" in str(error):
+                raise DataError(
+                    f"data.tokenizer: {folder!r} needs Python code of its own (its auto_map), which is never run. Name "
+                    "a tokenizer of transformers' own classes."
+                ) from None
             raise DataError(
                 f"data.tokenizer: {folder!r} holds no tokenizer that transformers can load ({error})."
             ) from None

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.checkpoint.trust import FLAG
 from megatron_anymal.config import ConfigError
 from megatron_anymal.generation.exported import ExportedGenerator
 from megatron_anymal.generation.generator import Generator
@@ -23,7 +24,7 @@ _OF_CHECKPOINTS = {
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
 }
-_OF_EXPORTS = {"device": "--device", "dtype": "--dtype", "trust_remote_code": "--trust-remote-code"}
+_OF_EXPORTS = {"device": "--device", "dtype": "--dtype"}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,15 +32,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, help="a training checkpoint's or its run's folder, or an exported folder"
     )
+    parser.add_argument(FLAG, action="store_true", help="run plug-ins that the checkpoint names, or the export's code")
     native = parser.add_argument_group("of a training checkpoint")
     native.add_argument("--tensor-model-parallel-size", type=int, help="default: all processes")
     native.add_argument("--pipeline-model-parallel-size", type=int, help="default: 1")
     exported = parser.add_argument_group("of an exported folder")
     exported.add_argument("--device", help="default: cuda where there is one, else cpu")
     exported.add_argument("--dtype", choices=DTYPES, help="default: auto, the folder's")
-    exported.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run the code that the folder holds"
-    )
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,6 +89,7 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
             arguments.tensor_model_parallel_size,
             arguments.pipeline_model_parallel_size or 1,
             untrained=untrained,
+            trust_remote_code=arguments.trust_remote_code,
         )
     _refuse(arguments, _OF_CHECKPOINTS, f"{folder!r} is an exported folder, which one process answers from")
     if untrained:
@@ -99,8 +99,13 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
             f"{folder!r} is an exported folder, which one process answers from. Start without torchrun, or name the "
             "training checkpoint."
         )
-    trusted, dtype = bool(arguments.trust_remote_code), arguments.dtype or "auto"
-    return ExportedGenerator.of_folder(folder, exported, arguments.device, dtype, trust_remote_code=trusted)
+    return ExportedGenerator.of_folder(
+        folder,
+        exported,
+        arguments.device,
+        arguments.dtype or "auto",
+        trust_remote_code=arguments.trust_remote_code,
+    )
 
 
 def _exported_config(folder: Path) -> Optional[dict[str, Any]]:

@@ -22,8 +22,8 @@ from torch import Tensor
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.base import load_base, resolve_language_model
 from megatron_anymal.checkpoint.state import load_media_parts
+from megatron_anymal.checkpoint.trust import config_of
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.config_io import from_dict
 from megatron_anymal.data.asking import PromptReader
 from megatron_anymal.data.batches import length_multiple
 from megatron_anymal.data.messages import END_TURN
@@ -97,7 +97,13 @@ class NativeGenerator(Generator):
 
     @classmethod
     def of_run(
-        cls, path: str, tensor_size: Optional[int] = None, stages: int = 1, *, untrained: bool = False
+        cls,
+        path: str,
+        tensor_size: Optional[int] = None,
+        stages: int = 1,
+        *,
+        untrained: bool = False,
+        trust_remote_code: bool = False,
     ) -> NativeGenerator:
         """The model of a checkpoint's or a run's folder, over the processes that were started.
 
@@ -105,12 +111,15 @@ class NativeGenerator(Generator):
             tensor_size: tensor-parallel size; None: what `stages` leaves of the processes.
             stages: pipeline-parallel size.
             untrained: leave the projectors' initial values.
+            trust_remote_code: import the plug-ins that the checkpoint names.
 
         Raises:
-            CheckpointError, ConfigError: no such checkpoint, or a layout that does not fit it.
+            CheckpointError, ConfigError: no such checkpoint, plug-ins that are not trusted, or a layout that does not
+                fit it.
         """
         folder = store.resolve(path)
-        config = from_dict(store.read_manifest(folder, verify=True).config)
+        manifest = store.read_manifest(folder, verify=True)
+        config = config_of(manifest, folder, trust_remote_code=trust_remote_code)
         world = int(os.environ.get("WORLD_SIZE", "1"))
         config.trainer.num_nodes, config.trainer.devices = 1, world
         config.model.pipeline_model_parallel_size = stages

@@ -9,6 +9,7 @@ root names all of them.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,14 @@ def write_code(folder: Path, plugins: Sequence[Path] = ()) -> list[str]:
     Raises:
         ConfigError: a plug-in that is missing, that imports what an export must do without, or two of one name.
     """
+    files = _code(plugins)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return sorted(files)
+
+
+def _code(plugins: Sequence[Path] = ()) -> dict[str, str]:
+    """File name -> text."""
     added = [_plugin(Path(path).expanduser()) for path in plugins]
     if len({module.name for module in added}) < len(added):
         raise ConfigError(f"model.plugins: two of {[str(path) for path in plugins]} have one name. Rename a file.")
@@ -75,9 +84,28 @@ def write_code(folder: Path, plugins: Sequence[Path] = ()) -> list[str]:
         del needed[name]
         files.update({module.name: _text(module) for module in needed.values() if module.name not in _ROOTS})
         files[name] = _text(root) + _naming(list(needed))
-    for name, text in files.items():
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    return sorted(f"{name}.py" for name in files)
+    return {f"{name}.py": text for name, text in files.items()}
+
+
+def foreign_code(folder: Path) -> list[str]:
+    """What an exported folder would have transformers run that is not exactly this package's code, without plug-ins:
+    its Python files, and the keys `auto_map` in its settings, which may name other repositories."""
+    own = _code()
+    found = []
+    for path in sorted(folder.rglob("*.py")):
+        name = str(path.relative_to(folder))
+        if name not in own or path.read_bytes() != own[name].encode():
+            found.append(name)
+    maps = {"config.json": CONFIG_AUTO_MAP, "processor_config.json": PROCESSOR_AUTO_MAP}
+    for path in sorted(folder.glob("*.json")):
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            # transformers cannot read it either.
+            continue
+        if isinstance(settings, dict) and settings.get("auto_map") not in (None, maps.get(path.name)):
+            found.append(f"the auto_map in {path.name}")
+    return found
 
 
 def _read(dotted: str) -> _Module:

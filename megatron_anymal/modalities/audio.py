@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, EncoderConfig, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import preprocessor, transformers_config
-from megatron_anymal.modalities.base import MediaError, Modality, count_in_time, require_above
-from megatron_anymal.modalities.libraries import library
+from megatron_anymal.modalities.base import Modality, count_in_time, require_above
 from megatron_anymal.modalities.registry import register
+from megatron_anymal.modalities.sounds import opened, resample
 
 # Options that a CLAP folder's own preprocessor fixes.
 FIXED_BY_FOLDER = ("sampling_rate", "n_mels", "hop_length", "fft_window_size", "frequency_min", "frequency_max")
@@ -25,12 +23,13 @@ FIXED_BY_FOLDER = ("sampling_rate", "n_mels", "hop_length", "fft_window_size", "
 class AudioOptions:
     """Options of the audio modality; the defaults of the log-mel are CLAP's."""
 
-    # Length of a piece.
-    piece_seconds: float = 10.0
+    # Length of a piece. None: the CLAP folder's max_length_s, else 10.
+    piece_seconds: float | None = None
     # Most pieces of a recording; what lies behind them is not heard.
     max_pieces: int = 8
-    # How the last piece is filled up: "pad" with zeros, "repeatpad" or "repeat" with itself (CLAP's names).
-    padding: str = "pad"
+    # How the last piece is filled up: "pad" with zeros, "repeatpad" or "repeat" with itself (CLAP's names). None: as
+    # the CLAP folder's preprocessor says, else "pad".
+    padding: str | None = None
     # The recording is resampled to this rate, in Hz.
     sampling_rate: int = 48000
     # Mel bands. 0: the CLAP encoder's, or 64.
@@ -46,47 +45,6 @@ class AudioOptions:
     mel_std: float = 1.0
 
 
-@contextmanager
-def opened(data: bytes) -> Iterator[Any]:
-    """The open sound file.
-
-    Raises:
-        MediaError: not a readable sound file, or one without samples; raised also for errors while the body reads.
-    """
-    soundfile = library("soundfile")
-    if not data:
-        raise MediaError("is empty (0 bytes)")
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as sound:
-            if sound.frames < 1 or sound.samplerate < 1:
-                raise MediaError("holds no sound (0 samples)")
-            yield sound
-    except soundfile.SoundFileError as error:
-        raise MediaError(f"cannot be decoded as audio, it is damaged or of another format: {error}") from error
-
-
-def resample(wave: np.ndarray, rate: int, target: int) -> np.ndarray:
-    """A mono waveform, [samples] float32, at another rate in Hz: FFmpeg's windowed-sinc resampler, delay removed.
-
-    Raises:
-        MediaError: a rate that cannot be resampled.
-    """
-    if rate == target:
-        return wave
-    av = library("av")
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=target)
-    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave[None]), format="fltp", layout="mono")
-    frame.sample_rate = rate
-    try:
-        parts = [part.to_ndarray()[0] for given in (frame, None) for part in resampler.resample(given)]
-    except av.error.FFmpegError as error:
-        raise MediaError(f"states a sampling rate of {rate} Hz, which cannot be used: {error}") from error
-    # A sound shorter than the filter may come out as nothing.
-    out = np.concatenate([np.zeros(0, dtype=np.float32), *parts])
-    wanted = round(len(wave) * target / rate)
-    return np.pad(out[:wanted], (0, max(0, wanted - len(out))))
-
-
 @register("audio")
 class AudioModality(Modality):
     """A recording, mixed to mono, as log-mel pieces.
@@ -95,11 +53,28 @@ class AudioModality(Modality):
     [frames, mels] for any other encoder.
     """
 
-    extensions: ClassVar[tuple[str, ...]] = ("wav", "flac", "ogg", "opus", "mp3")
+    extensions: ClassVar[tuple[str, ...]] = (
+        "wav",
+        "flac",
+        "ogg",
+        "oga",
+        "opus",
+        "mp3",
+        "m4a",
+        "aac",
+        "mka",
+        "aif",
+        "aiff",
+    )
     Options: ClassVar[type] = AudioOptions
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)
+        described = preprocessor(config.encoder, "feature_extractor") if config.encoder.type == "clap" else {}
+        if self.options.piece_seconds is None:
+            self.options.piece_seconds = float(described.get("max_length_s", 10.0))
+        if self.options.padding is None:
+            self.options.padding = described.get("padding", "pad")
         require_above(
             self.options, piece_seconds=0, max_pieces=0, sampling_rate=0, n_mels=-1, hop_length=0, fft_window_size=1
         )
@@ -110,9 +85,9 @@ class AudioModality(Modality):
         if config.encoder.type == "clap":
             architecture = transformers_config(config.encoder)
             self.channels = 4 if architecture.enable_fusion else 1
-            self.extractor = self._extractor(config, architecture.num_mel_bins)
+            self.extractor = self._extractor(config, described, architecture.num_mel_bins)
         else:
-            self.extractor = self._extractor(config, self.options.n_mels or 64)
+            self.extractor = self._extractor(config, described, self.options.n_mels or 64)
         self.sampling_rate = int(self.extractor.sampling_rate)
         self.samples = round(self.options.piece_seconds * self.sampling_rate)
         if self.samples < self.extractor.fft_window_size:
@@ -121,11 +96,10 @@ class AudioModality(Modality):
                 f"window of {self.extractor.fft_window_size}. Lengthen the pieces or shorten fft_window_size."
             )
 
-    def _extractor(self, config: ModalityConfig, mels: int) -> Any:
+    def _extractor(self, config: ModalityConfig, described: dict[str, Any], mels: int) -> Any:
         from transformers import ClapFeatureExtractor
 
         options = self.options
-        described = preprocessor(config.encoder, "feature_extractor") if config.encoder.type == "clap" else {}
         if described:
             self._refuse_given(config.options, config.encoder)
             extractor = ClapFeatureExtractor.from_dict(described)
@@ -152,10 +126,12 @@ class AudioModality(Modality):
                 raise ConfigError(f"options.{name} is fixed by the preprocessor of {encoder.path!r}. Remove it.")
 
     @classmethod
-    def probe(cls, data: bytes, extension: str, attributes: Mapping[str, Any]) -> tuple[float, float]:
-        """Duration in seconds and sampling rate in Hz, from the header."""
-        with opened(data) as sound:
-            return sound.frames / sound.samplerate, float(sound.samplerate)
+    def probe(
+        cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
+    ) -> tuple[float, float]:
+        """Duration in seconds and sampling rate in Hz: from the header, or by decoding if that only estimates them."""
+        with opened(data, limits) as sound:
+            return sound.count(limits) / sound.rate, float(sound.rate)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
         """Pieces of `piece_seconds` that cover the recording."""
@@ -173,15 +149,9 @@ class AudioModality(Modality):
         Raises:
             MediaError: fewer samples than the header states, or values that are not finite.
         """
-        with opened(data) as sound:
-            rate = sound.samplerate
-            wanted = min(sound.frames, int(np.ceil(pieces * self.options.piece_seconds * rate)))
-            samples = sound.read(wanted, dtype="float32", always_2d=True)
-        if len(samples) < wanted:
-            raise MediaError(f"ends after {len(samples)} of {wanted} samples: it is cut off")
-        if not np.isfinite(samples).all():
-            raise MediaError(f"sample {int(np.flatnonzero(~np.isfinite(samples).all(axis=1))[0])} is not finite")
-        return resample(samples.mean(axis=1), rate, self.sampling_rate)
+        with opened(data, self.limits) as sound:
+            wanted = int(np.ceil(pieces * self.options.piece_seconds * sound.rate))
+            return resample(sound.mono(wanted), sound.rate, self.sampling_rate)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
         """Log-mel pieces, float32; each equals CLAP's own extractor on that piece of sound."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -17,11 +18,36 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_anymal.config import ConfigError, ModalityConfig
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
+
+# How Python's objects in memory show up in the messages of libraries.
+_OBJECT_IN_MEMORY = re.compile(r"[\"'(]*<[^<>]* object at 0x[0-9a-f]+>[\"')]*")
 
 
 class MediaError(ValueError):
     """A media file that cannot be used. The message says why; the caller adds the file's name."""
+
+
+def reason(error: BaseException) -> str:
+    """A library's error in one line, without the name that it gives to a file in memory."""
+    text = _OBJECT_IN_MEMORY.sub("it", str(error) or type(error).__name__)
+    return " ".join(text.split())
+
+
+def require_within(limits: LimitsConfig, key: str, value: float, what: str, fix: str) -> None:
+    """Refuse a media file whose `value` exceeds the limit `key`.
+
+    Args:
+        key: a field of `limits`.
+        what: the value in words, for example "lasts 20000.0 s".
+        fix: what to do about the file, for example "cut it".
+
+    Raises:
+        MediaError: naming the limit, the value and the fix.
+    """
+    bound = getattr(limits, key)
+    if value > bound:
+        raise MediaError(f"{what}, above data.limits.{key}={bound}; {fix} or raise the limit")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -101,24 +127,29 @@ class Modality(ABC):
 
     def __init__(self, config: ModalityConfig) -> None:
         self.config = config
+        # `build_modality` replaces them with those of the run.
+        self.limits = DEFAULT_LIMITS
         self.options = parse_options(self.Options, config.options)
 
     @classmethod
     @abstractmethod
-    def probe(cls, data: bytes, extension: str, attributes: Mapping[str, Any]) -> tuple[float, float]:
+    def probe(
+        cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
+    ) -> tuple[float, float]:
         """The size of a media file, read as cheaply as its format allows.
 
         Args:
             data: the file.
             extension: lower case, no dot.
             attributes: what the sample says beside the file, for example {"rate": 100}.
+            limits: largest inputs that are accepted, checked before anything of the file's stated size is reserved.
 
         Returns:
             Two numbers; image: width and height in pixels; video: duration in seconds and frames per second;
             audio and IMU: duration in seconds and sampling rate in Hz.
 
         Raises:
-            MediaError: unreadable or empty.
+            MediaError: unreadable, empty, or beyond a limit.
         """
 
     @abstractmethod
@@ -132,7 +163,7 @@ class Modality(ABC):
 
     @abstractmethod
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """The media as `pieces` pieces; `load` checks the result.
+        """The media as `pieces` pieces; `load` checks the size before and the result after.
 
         Raises:
             MediaError: corrupt, truncated or empty.
@@ -144,7 +175,7 @@ class Modality(ABC):
         Raises:
             MediaError: corrupt, truncated, empty, not finite, or not as many pieces as its probed size says.
         """
-        size = self.probe(data, extension, attributes)
+        size = self.probe(data, extension, attributes, self.limits)
         expected = int(self.count_pieces(np.array([size], dtype=np.float64))[0])
         pieces = self.decode(data, extension, attributes, expected)
         if tuple(pieces.shape) != (expected, *self.piece_shape):

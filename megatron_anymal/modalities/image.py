@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from megatron_anymal.config import ModalityConfig
-from megatron_anymal.modalities.base import MediaError, Modality, require_above
-from megatron_anymal.modalities.libraries import library
-from megatron_anymal.modalities.pixels import PixelTransform, to_rgb, upright_size
+from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig, ModalityConfig
+from megatron_anymal.modalities.base import Modality, require_above
+from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size
+from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 
 @dataclass
@@ -34,32 +29,6 @@ class ImageOptions:
     # Channel statistics on the scale 0 to 1. None: those of the encoder's folder, else its type's usual ones.
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
-
-
-@contextmanager
-def opened(data: bytes) -> Iterator[Image.Image]:
-    """The picture in `data`, its pixels not yet decoded.
-
-    Raises:
-        MediaError: not a readable still picture; raised also for errors while the body uses it.
-    """
-    pillow = library("PIL.Image")
-    if not data:
-        raise MediaError("is empty (0 bytes)")
-    try:
-        with pillow.open(io.BytesIO(data)) as picture:
-            # A camera's MPO is a JPEG with further views behind it; the first is the picture.
-            frames = getattr(picture, "n_frames", 1)
-            if frames > 1 and picture.format != "MPO":
-                raise MediaError(f"holds {frames} frames; an image has one: convert it, or make it a video")
-            if min(picture.size) < 1:
-                raise MediaError("has no pixels")
-            yield picture
-    except MediaError:
-        raise
-    # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files.
-    except Exception as error:
-        raise MediaError(f"cannot be decoded as an image: {error}") from error
 
 
 @register("image")
@@ -80,10 +49,12 @@ class ImageModality(Modality):
         )
 
     @classmethod
-    def probe(cls, data: bytes, extension: str, attributes: Mapping[str, Any]) -> tuple[float, float]:
-        """Width and height in pixels, upright, from the header alone."""
-        with opened(data) as picture:
-            width, height = upright_size(picture)
+    def probe(
+        cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
+    ) -> tuple[float, float]:
+        """Width and height in pixels, upright."""
+        with opened(data, limits) as picture:
+            _, (width, height) = orientation_and_size(picture)
         return float(width), float(height)
 
     def _grid(self, sizes: np.ndarray) -> np.ndarray:
@@ -102,10 +73,10 @@ class ImageModality(Modality):
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
         """Tiles of the picture, [pieces, 3, R, R] float32."""
-        with opened(data) as picture:
-            rgb = to_rgb(picture)
-        grid = int(self._grid(np.array([rgb.size], dtype=np.float64))[0])
         side = self.pixels.resolution
+        with opened(data, self.limits) as picture:
+            rgb = decoded(picture, data)
+        grid = int(self._grid(np.array([rgb.size], dtype=np.float64))[0])
         whole = self.pixels.resize(rgb, grid)
         tiles = whole.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
         if grid > 1 and self.options.overview:

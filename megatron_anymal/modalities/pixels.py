@@ -1,4 +1,4 @@
-"""Pictures to normalised pixel tensors; what images and video frames share."""
+"""Upright pictures to normalised pixel tensors, for images and for video frames."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import numpy as np
 
 from megatron_anymal.config import ConfigError, EncoderConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor, transformers_config
-from megatron_anymal.modalities.base import MediaError
-from megatron_anymal.modalities.libraries import library
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,37 +18,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Pillow's filters for resizing, by the numbers that preprocessors state.
 FILTERS, BICUBIC = range(6), 3
-
-SWAPS_SIDES = (5, 6, 7, 8)
-ORIENTATION = 0x0112
-
-
-def upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height in pixels as seen after the EXIF orientation, without decoding the picture."""
-    width, height = picture.size
-    if picture.getexif().get(ORIENTATION) in SWAPS_SIDES:
-        return height, width
-    return width, height
-
-
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB. Transparency is laid over white; 16-bit grey keeps its high byte.
-
-    Raises:
-        MediaError: floating-point or wider than 16-bit pixels, whose range is unknown.
-    """
-    pillow = library("PIL.Image")
-    picture = library("PIL.ImageOps").exif_transpose(picture)
-    if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture)
-        if picture.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise MediaError(f"has pixels of mode {picture.mode}, whose range is unknown: store 8- or 16-bit ones")
-        return pillow.fromarray((values.astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in picture.getbands() or picture.info.get("transparency") is not None:
-        picture = picture.convert("RGBA")
-        white = pillow.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = pillow.alpha_composite(white, picture)
-    return picture.convert("RGB")
 
 
 class PixelTransform:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from megatron_anymal.config import ConfigError, ModalityConfig
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.base import MediaError, Modality, nearest
 
 MODALITIES: dict[str, type[Modality]] = {}
@@ -17,7 +18,7 @@ def register(kind: str) -> Callable[[type[Modality]], type[Modality]]:
     """Class decorator: make a modality available as `kind`.
 
     Raises:
-        ConfigError: `kind` already belongs to another class.
+        ConfigError: `kind` already belongs to another class, or `probe` takes no limits.
     """
 
     def add(cls: type[Modality]) -> type[Modality]:
@@ -26,6 +27,11 @@ def register(kind: str) -> Callable[[type[Modality]], type[Modality]]:
             raise ConfigError(
                 f"The modality {kind!r} is already {other.__module__}.{other.__qualname__}; "
                 f"{cls.__module__}.{cls.__qualname__} needs another name."
+            )
+        if "limits" not in inspect.signature(cls.probe).parameters:
+            raise ConfigError(
+                f"The modality {kind!r} ({cls.__module__}.{cls.__qualname__}): probe needs a fourth parameter, "
+                "`limits: LimitsConfig`, the largest inputs to accept (data.limits)."
             )
         MODALITIES[kind] = cls
         return cls
@@ -42,16 +48,21 @@ def _class_of(kind: str) -> type[Modality]:
     return MODALITIES[kind]
 
 
-def build_modality(name: str, config: ModalityConfig) -> Modality:
+def build_modality(name: str, config: ModalityConfig, limits: LimitsConfig = DEFAULT_LIMITS) -> Modality:
     """The modality of the section `model.modalities.NAME`; its kind is `config.kind`, or `name` where that is empty.
+
+    Args:
+        limits: largest inputs that its `load` accepts, a run's `data.limits`.
 
     Raises:
         ConfigError: an unknown kind, or options or an encoder that cannot work.
     """
     try:
-        return _class_of(config.kind or name)(config)
+        modality = _class_of(config.kind or name)(config)
     except ConfigError as error:
         raise ConfigError(f"model.modalities.{name}: {error}") from error
+    modality.limits = limits
+    return modality
 
 
 def kind_for_extension(extension: str, kinds: Iterable[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +11,18 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from megatron_anymal.config import ConfigError, ModalityConfig
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import transformers_config
-from megatron_anymal.modalities.base import MediaError, Modality, count_in_time, require_above
+from megatron_anymal.modalities.base import (
+    MediaError,
+    Modality,
+    count_in_time,
+    require_above,
+    require_within,
+)
+from megatron_anymal.modalities.containers import opened_container, start, stream_seconds
 from megatron_anymal.modalities.libraries import library
+from megatron_anymal.modalities.pictures import flat_and_upright
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
 
@@ -22,10 +30,6 @@ from megatron_anymal.modalities.registry import register
 FRAMES_OF_AN_IMAGE_ENCODER = 8
 # A jump this far ahead (seconds) goes by the container's index instead of decoding all that lies between.
 SEEK_AHEAD = 10.0
-# A container that ends this much (seconds) before its stated end is cut off; less is rounding.
-CUT_OFF = 0.5
-# FFmpeg states a container's duration in these.
-MICROSECONDS = 1_000_000
 
 
 @dataclass
@@ -45,65 +49,44 @@ class VideoOptions:
     image_std: list[float] | None = None
 
 
+# What the linear part of a display matrix, the signs of (a, b, c, d) in x' = ax + cy and y' = bx + dy, does to a frame,
+# as an EXIF orientation.
+DISPLAYED = {
+    (1, 0, 0, 1): 1,
+    (-1, 0, 0, 1): 2,
+    (-1, 0, 0, -1): 3,
+    (1, 0, 0, -1): 4,
+    (0, 1, 1, 0): 5,
+    (0, 1, -1, 0): 6,
+    (0, -1, -1, 0): 7,
+    (0, -1, 1, 0): 8,
+}
+# Of an entry beside the largest one, this share is rounding.
+ROUNDING = 1e-3
+# FFmpeg's own VP8 and VP9 decoders leave the transparency of WebM out; libvpx's read it.
+WITH_TRANSPARENCY = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+
+
 @contextmanager
-def opened(data: bytes) -> Iterator[tuple[Any, Any]]:
-    """The container and its main video stream.
-
-    Raises:
-        MediaError: not a readable video; raised also for decoding errors while the body uses it.
-    """
-    av = library("av")
-    if not data:
-        raise MediaError("is empty (0 bytes)")
-    try:
-        # Unreadable titles and comments do not matter.
-        with av.open(io.BytesIO(data), metadata_errors="replace") as container:
-            stream = container.streams.best("video")
-            if stream is None:
-                raise MediaError("has no video stream: it is another kind of file, or cut off")
-            if stream.codec_context is None:
-                raise MediaError("is coded in a way that cannot be decoded here")
-            # Loader processes already use the cores.
-            stream.codec_context.thread_count = 1
-            yield container, stream
-    except MediaError:
-        raise
-    # FFmpeg's errors, and what PyAV raises on fields that a damaged file lacks.
-    except Exception as error:
-        raise MediaError(f"cannot be decoded as a video, it is damaged or cut off: {error}") from error
+def opened(data: bytes, limits: LimitsConfig) -> Iterator[tuple[Any, Any]]:
+    """The container and its main video stream, whose frames are within the limit."""
+    with opened_container(data, "video", limits) as (container, stream):
+        _require_frame_size(limits, stream.codec_context.width, stream.codec_context.height)
+        yield container, stream
 
 
-def _start(stream: Any) -> float:
-    return float((stream.start_time or 0) * stream.time_base)
+def _require_frame_size(limits: LimitsConfig, width: int, height: int) -> None:
+    what = f"has frames of {width * height} pixels ({width} x {height})"
+    require_within(limits, "max_frame_pixels", width * height, what, "scale it down")
 
 
-def _timing(container: Any, stream: Any) -> tuple[float, float]:
+def _timing(container: Any, stream: Any, limits: LimitsConfig) -> tuple[float, float]:
     """Duration in seconds and frames per second of the stream."""
+    seconds = stream_seconds(container, stream, limits)
     rate = stream.average_rate or stream.guessed_rate
-    if stream.duration is not None:
-        duration = float(stream.duration * stream.time_base)
-    else:
-        duration = _duration_from_packets(container, stream)
-    if not rate or duration <= 0:
+    if not rate or seconds <= 0:
         raise MediaError("has no frames, or states no frame rate")
-    return duration, float(rate)
-
-
-def _duration_from_packets(container: Any, stream: Any) -> float:
-    """Seconds of a stream in a container, such as WebM, that states only when its longest stream ends.
-
-    Raises:
-        MediaError: the packets end well before that.
-    """
-    ends: dict[int, float] = {}
-    for packet in container.demux():
-        if packet.pts is not None:
-            end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-            ends[packet.stream_index] = max(end, ends.get(packet.stream_index, end))
-    stated = (container.duration or 0) / MICROSECONDS
-    if stated - max(ends.values(), default=0.0) > CUT_OFF:
-        raise MediaError(f"ends at {max(ends.values(), default=0.0):.2f} s of {stated:.2f} s: it is cut off")
-    return ends.get(stream.index, 0.0) - _start(stream)
+    return seconds, float(rate)
 
 
 @register("video")
@@ -133,10 +116,12 @@ class VideoModality(Modality):
             self.num_frames = own
 
     @classmethod
-    def probe(cls, data: bytes, extension: str, attributes: Mapping[str, Any]) -> tuple[float, float]:
-        """Duration in seconds and frames per second, without decoding."""
-        with opened(data) as (container, stream):
-            return _timing(container, stream)
+    def probe(
+        cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
+    ) -> tuple[float, float]:
+        """Duration in seconds, from the packets, and frames per second; without decoding."""
+        with opened(data, limits) as (container, stream):
+            return _timing(container, stream, limits)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
         """Clips that cover the video; a rest of one frame or less belongs to the clip before it."""
@@ -167,26 +152,85 @@ class VideoModality(Modality):
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
         """Clips of the video, [pieces, frames, 3, R, R] float32."""
         side = self.pixels.resolution
-        with opened(data) as (container, stream):
-            duration, rate = _timing(container, stream)
-            times = self.sample_times(duration, pieces).ravel()
+        with opened(data, self.limits) as (container, stream):
+            seconds, rate = _timing(container, stream, self.limits)
+            times = self.sample_times(seconds, pieces).ravel()
             frames = np.empty((times.size, side, side, 3), dtype=np.uint8)
             # Clips may overlap where they are spread, so the times are visited in order, not clip by clip.
             order = np.argsort(times, kind="stable")
             container.seek(0)
-            for place, frame in zip(order, _frames_at(container, stream, times[order], rate), strict=True):
-                frames[place] = self.pixels.resize(_upright(frame))
+            decoder = _Decoder(container, stream)
+            for place, frame in zip(order, _frames_at(decoder, times[order], rate), strict=True):
+                _require_frame_size(self.limits, frame.width, frame.height)
+                frames[place] = self.pixels.resize(_picture(frame))
         clips = frames.reshape(pieces, self.num_frames, side, side, 3)
         return torch.from_numpy(self.pixels.normalise(clips))
 
 
-def _upright(frame: Any) -> Any:
-    """The frame as an RGB picture, turned as the container's display matrix says (phone videos)."""
-    picture = frame.to_image()
-    return picture.rotate(frame.rotation, expand=True) if frame.rotation else picture
+class _Decoder:
+    """The frames of a stream, with their transparency.
+
+    Raises:
+        MediaError: transparency that only a decoder reads which FFmpeg lacks here.
+    """
+
+    def __init__(self, container: Any, stream: Any) -> None:
+        self.container, self.stream = container, stream
+        self._own: Any = None
+        coder = WITH_TRANSPARENCY.get(stream.codec_context.name)
+        if coder and stream.metadata.get("alpha_mode") == "1":
+            av = library("av")
+            try:
+                self._own = av.CodecContext.create(coder, "r")
+            except av.codec.codec.UnknownCodecError:
+                raise MediaError(
+                    f"has transparency, which only {coder} reads, and PyAV was built without it: convert it"
+                ) from None
+            self._own.options = dict(stream.codec_context.options)
+            self._own.extradata = stream.codec_context.extradata
+            self._own.thread_count = 1
+
+    def seek(self, seconds: float) -> None:
+        """Go to the last key frame at or before a time."""
+        self.container.seek(int(seconds / float(self.stream.time_base)), stream=self.stream, backward=True)
+        if self._own is not None:
+            self._own.flush_buffers()
+
+    def frames(self) -> Iterator[Any]:
+        """Frames from here on."""
+        if self._own is None:
+            yield from self.container.decode(self.stream)
+            return
+        for packet in self.container.demux(self.stream):
+            yield from self._own.decode(packet)
 
 
-def _frames_at(container: Any, stream: Any, times: np.ndarray, rate: float) -> Iterator[Any]:
+def _picture(frame: Any) -> Any:
+    """The frame as an RGB picture over white, turned and mirrored as its display matrix says (phone videos)."""
+    has_alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
+    image = library("PIL.Image")
+    picture = image.fromarray(frame.to_ndarray(format="rgba")) if has_alpha else frame.to_image()
+    return flat_and_upright(picture, _orientation(frame))
+
+
+def _orientation(frame: Any) -> int:
+    """What the frame's display matrix asks for, as an EXIF orientation.
+
+    Raises:
+        MediaError: it is not a multiple of a quarter turn, or singular.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 1
+    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
+    largest = max(abs(entry) for entry in (a, b, c, d))
+    signs = tuple(0 if abs(entry) <= ROUNDING * largest else (1 if entry > 0 else -1) for entry in (a, b, c, d))
+    if signs not in DISPLAYED:
+        raise MediaError("is to be shown turned by less than a quarter: write it upright")
+    return DISPLAYED[signs]
+
+
+def _frames_at(decoder: _Decoder, times: np.ndarray, rate: float) -> Iterator[Any]:
     """For each time (ascending seconds) the frame shown then: the last one that starts no later.
 
     Only the frame before the next one is held.
@@ -194,29 +238,29 @@ def _frames_at(container: Any, stream: Any, times: np.ndarray, rate: float) -> I
     Raises:
         MediaError: the frames end before a time, or one that was decoded on the way is damaged.
     """
-    start = _start(stream)
+    begin, time_base = start(decoder.stream), float(decoder.stream.time_base)
     slack = 1e-6 + 1e-3 / rate
 
     def seconds(frame: Any) -> float:
         if frame.time is None:
             raise MediaError("has frames without a time")
-        return frame.time - start
+        return frame.time - begin
 
     def check(frame: Any) -> None:
         if frame.is_corrupt:
             raise MediaError(f"is damaged at {seconds(frame):.2f} s")
 
-    decoder = container.decode(stream)
-    shown, following, jumped = None, next(decoder, None), False
+    frames = decoder.frames()
+    shown, following, jumped = None, next(frames, None), False
     for time in times:
         if following is not None and time - seconds(following) > SEEK_AHEAD:
-            container.seek(int((time + start) / float(stream.time_base)), stream=stream, backward=True)
-            decoder = container.decode(stream)
-            shown, following, jumped = None, next(decoder, None), True
+            decoder.seek(time + begin)
+            frames = decoder.frames()
+            shown, following, jumped = None, next(frames, None), True
             if following is None or seconds(following) > time + slack:
                 raise MediaError(f"cannot be read at {time:.2f} s: it is cut off or its index is wrong")
         while following is not None and (shown is None or seconds(following) <= time + slack):
-            shown, following = following, next(decoder, None)
+            shown, following = following, next(frames, None)
             # A damaged frame spoils those predicted from it, which carry no mark. Just behind a jump a mark may
             # only mean that the frame leans on one that was left out.
             if not jumped:
@@ -225,7 +269,7 @@ def _frames_at(container: Any, stream: Any, times: np.ndarray, rate: float) -> I
             raise MediaError("has no frame that can be decoded")
         if following is None:
             # A still picture at the end may last long; the container states for how long.
-            lasts = max(float((shown.duration or 0) * stream.time_base), 1.5 / rate)
+            lasts = max(float((shown.duration or 0) * time_base), 1.5 / rate)
             end = seconds(shown) + lasts
             if time > end + slack:
                 raise MediaError(f"ends at {end:.2f} s although a frame at {time:.2f} s is expected: it is cut off")

@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
+from megatron_anymal.checkpoint.trust import refuse_plugins
 from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig
 from megatron_anymal.config_io import from_dict
 from megatron_anymal.nemo import archive
@@ -176,6 +177,7 @@ class MegatronAnyMALModel(ModelPT):
         trainer: Trainer | None = None,
         return_config: bool = False,
         layout: ParallelLayout | None = None,
+        trust_remote_code: bool = False,
     ) -> MegatronAnyMALModel | DictConfig:
         """The model of a `.nemo` archive; its weights are read, sharded as configured, when `state` is first used.
 
@@ -184,9 +186,11 @@ class MegatronAnyMALModel(ModelPT):
             override_config_path: used instead of the archive's configuration, for another layout or other data: a
                 configuration, or a YAML file of the archive's form. Its "nemo:" paths lead into the archive.
             return_config: return the archive's configuration only.
+            trust_remote_code: import the plug-ins that the archive's configuration names.
 
         Raises:
-            ConfigError: no such archive, or a configuration that is not one of this model.
+            ConfigError: no such archive, a configuration that is not one of this model, or plug-ins that are not
+                trusted.
         """
         folder = tempfile.TemporaryDirectory(prefix="nemo-")
         text, tensors = archive.read(Path(restore_path).expanduser().resolve(), Path(folder.name))
@@ -195,6 +199,9 @@ class MegatronAnyMALModel(ModelPT):
         if return_config:
             folder.cleanup()
             return cfg
+        if override_config_path is None:
+            origin, flag = f"the archive {str(restore_path)!r}", "trust_remote_code=True"
+            refuse_plugins(from_cfg(cfg), origin, flag, trust_remote_code=trust_remote_code)
         if isinstance(override_config_path, (str, Path)):
             loaded = OmegaConf.load(override_config_path)
             assert isinstance(loaded, DictConfig)

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.prepare import make_index, write_shards
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.quickstart.corpus import text_lines, train_tokenizer, write_lines
 from megatron_anymal.quickstart.instructions import (
     chat_lines,

@@ -63,7 +63,7 @@ def train_image_encoder(
     """
     from transformers import AutoTokenizer
 
-    words = AutoTokenizer.from_pretrained(str(tokenizer))
+    words = AutoTokenizer.from_pretrained(str(tokenizer), trust_remote_code=False)
     captions = _caption_tokens(words)
     pictures, labels = _read_images(Path(manifest))
     with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,8 @@
 """`python -m megatron_anymal.resilience.preflight`: are the nodes of a job fit for its run?
 
 Every process of the job runs it, as Slurm's tasks or under torchrun. Each looks at its node and tells the first one,
-which prints one table; all end with the same code: 0, or 2 where something is wrong, with the node and the mend.
+which prints one table; all end with the same code: 0, 80 if another job has the run's folder, or 2 if something is
+wrong, with the node and the fix.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.config import AnyMALConfig, ConfigError
 from megatron_anymal.config_checks import check
@@ -28,6 +29,9 @@ from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.preflight_checks import Problem
 from megatron_anymal.resilience.preflight_network import Reports, Traffic, Unreachable, all_reduce
 from megatron_anymal.resilience.preflight_table import Row
+
+if TYPE_CHECKING:
+    from megatron_anymal.checkpoint.lock import RunLock
 
 # Seconds that clocks may differ.
 _SKEW = 2.0
@@ -111,6 +115,8 @@ class Preflight:
         self.config, self.place, self.seconds = config, place, seconds
         self.names = list(names)
         self.began = time.monotonic()
+        # The first process's, of the run's folder.
+        self.lock: Optional[RunLock] = None
 
     def run(self, address: str, port: int) -> int:
         """Collective. Returns the exit code, the same everywhere.
@@ -126,6 +132,9 @@ class Preflight:
         if place.rank == 0:
             # Told before anything else: the others wait for it.
             self.reports.say("token", uuid.uuid4().hex)
+            self.reports.say("refused", self._take_folder())
+        if refused := self.reports.heard("refused", [0], time.monotonic() + self._left(1 / 2)).get(0):
+            return self._give_way(refused)
         self.reports.say("node", self._look_around())
         traffic = self._meet()
         if place.rank == 0:
@@ -133,6 +142,39 @@ class Preflight:
         verdict = self.reports.heard("verdict", [0], time.monotonic() + self._left(1) + 10)
         self.reports.say("left", True)
         return verdict.get(0, Exit.MISTAKE)
+
+    def _take_folder(self) -> str:
+        """The first process's: take the run's folder for the time of the checks. Returns why it is another job's.
+
+        Its lock lies where nodes leave their signs: two jobs there at once would each see the other's.
+        """
+        from megatron_anymal.checkpoint.lock import FolderInUse, RunLock, user_of
+
+        run_dir, patience = self.config.run_dir, self.config.exp_manager.lock_timeout_seconds
+        try:
+            # Jobs of other run folders and those that ended do not matter; one that trains holds a lock of its own.
+            user = user_of(run_dir, min(patience, self.seconds / 2))
+            if user is None:
+                self.lock = RunLock(run_dir / checks.SIGNS, min(patience, self.seconds / 6), lambda text: None)
+                return ""
+        except FolderInUse as error:
+            return str(error).replace(f"/{checks.SIGNS}'", "'", 1)
+        except OSError:
+            # Told of with the node, by the check of the run's folder.
+            return ""
+        return (
+            f"{str(run_dir.absolute())!r} is in use by {user}. Let it end or stop it, or give this run another folder "
+            "(exp_manager.explicit_log_dir)."
+        )
+
+    def _give_way(self, refused: str) -> int:
+        """All processes': end, since another job has the run's folder."""
+        if self.place.rank == 0:
+            print(f"error: {refused}", flush=True)
+            self.reports.heard("left", range(1, self.place.world), time.monotonic() + 10)
+        else:
+            self.reports.say("left", True)
+        return Exit.LOCKED
 
     def _look_around(self) -> dict[str, Any]:
         """This process's report: its card's and, of one process a node, the node's."""
@@ -215,6 +257,8 @@ class Preflight:
         # The store ends with this process: the others first.
         self.reports.heard("left", [rank for rank in self.here if rank], time.monotonic() + 5)
         checks.remove_signs(self.config.run_dir)
+        if self.lock:
+            self.lock.release()
         return code
 
     def _rows(self) -> dict[str, Row]:

@@ -125,7 +125,8 @@ def build_inputs(config: AnyMALConfig) -> tuple[Tokenizer, dict[str, Modality]]:
     """The tokenizer and the modalities, without encoders' weights."""
     load_plugins(config.model.plugins)
     tokenizer = Tokenizer(config.data.tokenizer)
-    modalities = {name: build_modality(name, section) for name, section in config.model.modalities.items()}
+    limits = config.data.limits
+    modalities = {name: build_modality(name, section, limits) for name, section in config.model.modalities.items()}
     return tokenizer, modalities
 
 
@@ -177,6 +178,7 @@ def build_data(
         too_long=config.data.too_long,
         check_shards=layout.reports,
         sample_kinds=build_objective(config).sample_kinds,
+        limits=config.data.limits,
     )
     loaded = loaded_modalities(config, tokenizer, modalities)
     return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))

@@ -1,6 +1,6 @@
 """What a step minimises and reports: the loss of tokens (pre-training, SFT), or of preference pairs (DPO).
 
-Both are means over the whole global batch, so that no packing and no layout changes them.
+Both are means over the whole global batch, so that packing and layout change them by rounding alone.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import re
 import runpy
@@ -13,13 +12,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 from tiny import png
 
-# Imported here, before commands are forked from this process.
-import megatron_anymal.evaluate
-import megatron_anymal.generate
-import megatron_anymal.nemo.model  # noqa: F401
 from megatron_anymal.__main__ import main
 from megatron_anymal.resilience.exit_codes import Exit
 
@@ -57,8 +53,7 @@ def anymal(command: str, folder: Path) -> str:
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
     log = folder / "printed"
-    process = multiprocessing.get_context("fork").Process(target=printing, args=(words, folder, log))
-    process.start()
+    process = fork_server.start(printing, words, folder, log)
     process.join(240)
     process.kill()
     assert process.exitcode == 0, f"{command}\n{log.read_text()}"
@@ -66,7 +61,7 @@ def anymal(command: str, folder: Path) -> str:
 
 
 def printing(words: list[str], folder: Path, log: Path) -> None:
-    """In a fork, where nothing is imported again: ends with a command's exit code; what it prints goes to `log`."""
+    """In a process of its own: ends with a command's exit code; what it prints goes to `log`."""
     os.chdir(folder)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import io
-import multiprocessing
 import os
 import signal
 import time
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ranks import _free_port, _rank
+from ranks import start_ranks
 
 
 @dataclass(frozen=True)
@@ -161,12 +160,7 @@ def die() -> None:
 
 def run_until_killed(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> None:
     """Run a job of ranks of which one calls `die`; the others are killed with it."""
-    context = multiprocessing.get_context("fork")
-    results: Any = context.Queue()
-    port = _free_port()
-    processes = [context.Process(target=_rank, args=(r, world, port, function, args, results)) for r in range(world)]
-    for process in processes:
-        process.start()
+    processes, results = start_ranks(world, function, args)
     deadline = time.monotonic() + timeout
     while all(process.is_alive() for process in processes) and time.monotonic() < deadline:
         time.sleep(0.002)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from fork_server import ONE_THREAD
 from test_sigkill import figures, kill, steps_of
 from tiny import make_config
 
@@ -63,7 +64,8 @@ def launch(
     agent = [] if node or torchrun else ["--launcher=ft"]
     words = [sys.executable, "-m", "megatron_anymal", "launch", *node, *agent, "pretrain"]
     words += [f"--config-path={folder}", "--config-name=tiny", *options(run, processes), *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{FORKING}" if agent else str(ROOT)}
+    # The agent that forks must have no thread of a library.
+    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": f"{ROOT}:{FORKING}" if agent else str(ROOT)}
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
 
 

@@ -122,7 +122,7 @@ def write_report(
     versions = f"torch {version('torch')}, megatron-core {version('megatron-core')}, Python {platform.python_version()}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
-        f"""# Any layout, the same numbers
+        f"""# Any layout, the same numbers within rounding
 
 Written by `make parity` on {time.strftime("%Y-%m-%d")} ({versions}, CPU, gloo, {seconds / 60:.0f} minutes).
 

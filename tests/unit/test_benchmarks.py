@@ -27,9 +27,10 @@ SIZES = {
 }
 
 
-def run(*words: str) -> str:
-    """The standard output of a benchmark."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def run(*words: str, tests: bool = False) -> str:
+    """The standard output of a benchmark; `tests`: with the tests' modules, as its help says."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")] if tests else [str(ROOT)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
@@ -112,3 +113,22 @@ def test_packing() -> None:
     for row in rows:
         assert row["packs"] >= row["fewest"] and row["packs"] % row["multiple"] == 0
         assert 0.9 < row["share"] <= 1
+
+
+def test_indexing_is_timed_beside_its_floors(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    sizes = ("--shards", "2", "--samples", "20", "--rounds", "2")
+    printed = run("benchmarks/indexing.py", *sizes, "--out", str(out))
+    assert all(name in printed for name in ("tarfile", "webdataset", "anymal"))
+    found = json.loads(out.read_text())
+    assert found["samples"] == 40 and {len(turns) for turns in found["microseconds_per_sample"].values()} == {2}
+
+
+def test_damaged_shards_lose_nothing_in_silence(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/damaged_shards.py", "--shards", "30", "--out", str(out), tests=True)
+    found = json.loads(out.read_text())
+    assert found["megatron_anymal"]["samples_lost_in_silence"] == 0
+    # A comparison that could not show a loss would prove nothing.
+    assert found["webdataset"]["samples_lost_in_silence"] > 0
+    assert "--energon-python" in printed and "| webdataset |" in printed

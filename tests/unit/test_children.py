@@ -32,7 +32,7 @@ if __name__ == "__main__":
 PREPARE = """
 import sys
 from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.prepare import make_index
+from megatron_anymal.data.index_folder import make_index
 
 if __name__ == "__main__":
     make_index(sys.argv[1], IndexOptions("unused", plugins=[sys.argv[2]]), workers=2)

@@ -18,9 +18,6 @@ import yaml
 from ranks import run_ranks
 from tiny import make_config
 
-# Imported here, before the ranks are forked from this process.
-import megatron_anymal.nemo.model
-import megatron_anymal.train.loop  # noqa: F401
 from megatron_anymal.__main__ import VERBS, main
 from megatron_anymal.data.shards import ShardIndex, write_index
 from megatron_anymal.quiet import quiet_libraries

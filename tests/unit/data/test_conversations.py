@@ -18,9 +18,10 @@ from replicas import replica_data
 from tiny import CHAT, SPECIAL, flac, make_config, make_conversations, npy, png
 
 from megatron_anymal.data.batches import BatchLayout, BatchPlanner
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.indexing import IndexOptions
 from megatron_anymal.data.inspect import main
-from megatron_anymal.data.prepare import make_index, write_shards
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import DataError, MediaPart, TextPart
@@ -163,7 +164,8 @@ def test_an_index_of_version_1_still_serves(mixed_shards: str, tokenizer_folder:
         plans.append([planner.plan(step).of_replica(0) for step in range(5)])
     assert plans[0] == plans[1]
     # What a run was started on is still the same to it.
-    assert found.header.to_json(40, 40) == header.read_text()
+    written = {k: v for k, v in json.loads(header.read_text()).items() if k not in ("members", "left_out", "limits")}
+    assert found.header.to_json(40, 40) == json.dumps(written, indent=1)
     assert main([str(old), "--tokenizer", tokenizer_folder]) == 0
 
 

@@ -81,8 +81,9 @@ def test_damaged_samples_are_named(folder: Path, tokenizer_folder: str, capsys: 
 def test_media_that_do_not_decode_are_found_though_their_checksums_hold(
     tmp_path: Path, tokenizer_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from megatron_anymal.data.index_folder import make_index
     from megatron_anymal.data.indexing import IndexOptions
-    from megatron_anymal.data.prepare import make_index, write_shards
+    from megatron_anymal.data.manifest import write_shards
 
     sound = flac(0)
     (tmp_path / "a.flac").write_bytes(sound)

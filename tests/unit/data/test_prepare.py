@@ -13,8 +13,11 @@ import soundfile
 from PIL import Image
 from tiny import SPECIAL, flac, npy, png
 
+from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.prepare import main, make_index, write_shards
+from megatron_anymal.data.manifest import write_shards
+from megatron_anymal.data.prepare import main
 from megatron_anymal.data.samples import parse_parts
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.tokenize import Tokenizer
@@ -133,6 +136,83 @@ def test_a_csv_line_with_an_unquoted_comma(source: Path) -> None:
     (source / "manifest.csv").write_text("media,text\na.png,one\na.png,one, two\n")
     with pytest.raises(DataError, match=r"manifest\.csv:3.*more cells"):
         write_shards(str(source / "manifest.csv"), str(source.parent / "out"))
+
+
+def table(source: Path, data: bytes, name: str = "manifest.csv") -> str:
+    (source / name).write_bytes(data)
+    return str(source / name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xef\xbb\xbfmedia,text\na.png,one\n",
+        b"\xef\xbb\xbfmedia;text\r\na.png;one\r\n",
+        b"media\ttext\na.png\tone\n",
+        b'"Media","Text"\n"a.png","one"\n',
+    ],
+)
+def test_tables_as_spreadsheets_write_them(source: Path, tokenizer_folder: str, data: bytes) -> None:
+    index = prepared(source, table(source, data), tokenizer_folder)
+    assert index.parts(0)[1] == TextPart("one") and index.read_media(0, index.parts(0), [0])[0].data == FILES["a.png"]
+
+
+def test_a_byte_order_mark_before_jsonl(source: Path, tokenizer_folder: str) -> None:
+    data = b'\xef\xbb\xbf{"media": "a.png", "text": "one"}\n'
+    assert len(prepared(source, table(source, data, "manifest.jsonl"), tokenizer_folder)) == 1
+
+
+def test_keys_that_are_numbers(source: Path, tokenizer_folder: str) -> None:
+    lines: list[Any] = [{"key": n, "media": "a.png", "text": "one"} for n in (0, 1, 10**30)]
+    index = prepared(source, manifest(source, [*lines, {"media": "a.png", "text": "one"}]), tokenizer_folder)
+    assert [index.key(n) for n in range(4)] == ["0", "1", str(10**30), "000000004"]
+
+
+@pytest.mark.parametrize("key", [1.5, True, ["a"], "a\nb", "a/", "k" * 70_000])
+def test_keys_that_cannot_be_file_names(source: Path, key: Any) -> None:
+    message = error_of(source, [{"media": "a.png", "text": "one"}, {"key": key, "media": "a.png", "text": "one"}])
+    assert "manifest.jsonl:2" in message and "key" in message and len(message) < 600
+
+
+LONG = b"x" * 200_000
+ODD_TABLES = {
+    "latin-1": ("m.csv", b"media,text\na.png,one\na.png,caf\xe9\n", ["m.csv:3", "0xe9", "UTF-8"]),
+    "latin-1-jsonl": ("m.jsonl", b'{"media": "a.png", "text": "caf\xe9"}\n', ["m.jsonl:1", "0xe9", "UTF-8"]),
+    "utf-16": ("m.csv", "media,text\na.png,one\n".encode("utf-16"), ["UTF-16"]),
+    "utf-16-jsonl": ("m.jsonl", '{"media": "a.png", "text": "one"}\n'.encode("utf-16"), ["UTF-16"]),
+    "surrogate": ("m.jsonl", b'{"media": "a.png", "text": "\\ud83d"}\n', ["m.jsonl:1", "surrogate"]),
+    "twice": ("m.jsonl", b'{"media": "a.png", "text": "a", "text": "b"}\n', ["m.jsonl:1", "'text' occurs twice"]),
+    "digits": ("m.jsonl", b'{"media": "a.png", "text": "a", "id": ' + b"7" * 6000 + b"}\n", ["m.jsonl:1", "digits"]),
+    "deep": ("m.jsonl", b'{"a": ' + b"[" * 90_000 + b"]" * 90_000 + b"}\n", ["m.jsonl:1", "max_json_depth"]),
+    "long": ("m.jsonl", b'{"media": "a.png", "text": "' + LONG * 6 + b'"}\n', ["m.jsonl:1", "max_text_bytes"]),
+    "quote": ("m.csv", b'media,text\na.png,"one\na.png,two\na.png,three\n', ["m.csv:", "end of data"]),
+    "long-cell": ("m.csv", b"media,text\na.png," + LONG * 6 + b"\n", ["m.csv:2", "max_text_bytes"]),
+    "columns": ("m.csv", b"file,caption\na.png,one\n", ["m.csv:1", "`media` and `text`", "file,caption"]),
+    "column-twice": ("m.csv", b"media,text,text\na.png,one,two\n", ["m.csv:1", "'text' occurs twice"]),
+    "short-line": ("m.csv", b"media,text,key\na.png,one\n", ["m.csv:2", "fewer cells"]),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TABLES)
+def test_an_odd_manifest_is_refused_in_one_line(source: Path, odd: str) -> None:
+    name, data, said = ODD_TABLES[odd]
+    with pytest.raises(DataError) as error:
+        write_shards(table(source, data, name), str(source.parent / "out"))
+    message = str(error.value)
+    assert all(words in message for words in said), message
+    assert "\n" not in message and len(message) < 500
+    assert not list((source.parent / "out").glob("*.part"))
+
+
+def test_a_cell_above_the_csv_modules_own_limit(source: Path, tokenizer_folder: str) -> None:
+    index = prepared(source, table(source, b"media,text\na.png," + b"one " * 50_000 + b"\n"), tokenizer_folder)
+    assert index.samples["targets"][0] == 50_001
+
+
+def test_media_above_the_limit_are_refused_before_they_are_read(source: Path) -> None:
+    path = manifest(source, [{"media": "a.png", "text": "one"}])
+    with pytest.raises(DataError, match=r"manifest\.jsonl:1.*max_member_bytes=10"):
+        write_shards(path, str(source.parent / "out"), limits=LimitsConfig(max_member_bytes=10))
 
 
 def test_no_manifest_and_another_kind_of_file(tmp_path: Path) -> None:

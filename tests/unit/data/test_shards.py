@@ -14,8 +14,8 @@ from PIL import Image
 from replicas import replica_data
 from tiny import make_config, make_shards, png
 
-from megatron_anymal.data.indexing import IndexOptions, find_shards
-from megatron_anymal.data.prepare import make_index
+from megatron_anymal.data.index_folder import find_shards, make_index
+from megatron_anymal.data.indexing import IndexOptions
 from megatron_anymal.data.shards import ShardIndex
 from megatron_anymal.data.types import DataError, MediaPart, TextPart
 
@@ -146,8 +146,9 @@ def test_opening_what_is_not_there(tmp_path: Path, shards: Path) -> None:
 
 def test_an_empty_index(tmp_path: Path, tokenizer_folder: str) -> None:
     tar(tmp_path / "f" / "0.tar", {})
-    make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder))
-    with pytest.raises(DataError, match="is empty"):
+    with pytest.raises(DataError, match="no sample of"):
+        make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder))
+    with pytest.raises(DataError, match="has no index"):
         ShardIndex(str(tmp_path / "f"))
 
 

@@ -74,7 +74,6 @@ FOLDERS = {
     "export-stages": ("export", ["--pipeline-model-parallel-size=2"], ["--pipeline-model-parallel-size"]),
     "run-device": ("run", ["--device=cpu"], ["--device", "training checkpoint"]),
     "checkpoint-dtype": ("checkpoint", ["--dtype=bfloat16"], ["--dtype", "training checkpoint"]),
-    "checkpoint-trust": ("checkpoint", ["--trust-remote-code"], ["--trust-remote-code", "training checkpoint"]),
     "plugins": ("plugged", [], ["thermal.py", "--trust-remote-code"]),
     "device": ("export", ["--device=gpu7"], ["--device", "gpu7"]),
 }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import struct
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,40 @@ def image_bytes(picture: Image.Image, kind: str = "PNG", **arguments: Any) -> by
     return stream.getvalue()
 
 
+def png_bytes(values: np.ndarray, bits: int, transparent: bytes = b"") -> bytes:
+    """A PNG of these samples, [height, width] (grey) or [height, width, 3], with a transparent colour."""
+    height, width = values.shape[:2]
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    samples = values.reshape(height, -1).astype(">u2")
+    spread = np.unpackbits(samples.view(np.uint8).reshape(height, -1, 2), axis=2)[:, :, 16 - bits :]
+    rows = np.packbits(spread.reshape(height, -1), axis=1)
+    packed = b"".join(b"\0" + row.tobytes() for row in rows)
+    head = struct.pack(">IIBBBBB", width, height, bits, 2 if values.ndim == 3 else 0, 0, 0, 0)
+    chunks = [(b"IHDR", head), *([(b"tRNS", transparent)] if transparent else []), (b"IDAT", zlib.compress(packed))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in [*chunks, (b"IEND", b"")])
+
+
+def tiff_bytes(width: int, height: int, samples: bytes, bits: int, sample_format: int = 1) -> bytes:
+    """An uncompressed grey TIFF in one strip."""
+    entries = [
+        (256, width),
+        (257, height),
+        (258, bits),
+        (259, 1),
+        (262, 1),
+        (273, 8 + 2 + 12 * 10 + 4),
+        (277, 1),
+        (278, height),
+        (279, len(samples)),
+        (339, sample_format),
+    ]
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + fields + struct.pack("<I", 0) + samples
+
+
 def video_bytes(
     frames: int,
     rate: int = 8,
@@ -102,6 +138,29 @@ def sound_bytes(wave: np.ndarray, rate: int, kind: str = "WAV", **arguments: Any
 
     stream = io.BytesIO()
     soundfile.write(stream, wave, rate, format=kind, **arguments)
+    return stream.getvalue()
+
+
+def container_sound(wave: np.ndarray, container: str, codec: str, rate: int = 48000, layout: str = "mono") -> bytes:
+    """A mono waveform (copied to each channel of `layout`) in a container that PyAV writes."""
+    import av
+
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=container) as output:
+        track = output.add_stream(codec, rate=rate, layout=layout)
+        channels = np.repeat(wave[None], track.codec_context.layout.nb_channels, axis=0)
+        frame = av.AudioFrame.from_ndarray(channels, format="fltp", layout=layout)
+        frame.sample_rate, frame.pts = rate, 0
+        resampler = av.AudioResampler(
+            format=track.codec_context.format,
+            layout=layout,
+            rate=rate,
+            frame_size=track.codec_context.frame_size or 1024,
+        )
+        for given in (frame, None):
+            for part in resampler.resample(given):
+                output.mux(track.encode(part))
+        output.mux(track.encode(None))
     return stream.getvalue()
 
 

@@ -13,7 +13,8 @@ from transformers import ClapAudioConfig, ClapFeatureExtractor
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.modalities import MediaError, build_modality
-from megatron_anymal.modalities.audio import AudioModality, resample
+from megatron_anymal.modalities.audio import AudioModality
+from megatron_anymal.modalities.sounds import resample
 
 
 def audio(**options: Any) -> AudioModality:
@@ -78,7 +79,7 @@ def test_padding_of_the_last_piece() -> None:
 
 @pytest.mark.parametrize(("rate", "target"), [(44100, 48000), (8000, 48000), (48000, 8000), (22050, 16000)])
 def test_resampling_keeps_a_sine_in_place(rate: int, target: int) -> None:
-    out = resample(sine(1.5, rate), rate, target)
+    out = resample([sine(1.5, rate)], rate, target)
     expected = sine(1.5, target)
     assert out.shape == expected.shape and out.dtype == np.float32
     inner = slice(target // 10, -target // 10)
@@ -86,7 +87,7 @@ def test_resampling_keeps_a_sine_in_place(rate: int, target: int) -> None:
 
 
 def test_resampling_removes_what_would_alias() -> None:
-    assert np.abs(resample(sine(1.0, 48000, 9000.0), 48000, 8000)[500:-500]).max() < 0.01
+    assert np.abs(resample([sine(1.0, 48000, 9000.0)], 48000, 8000)[500:-500]).max() < 0.01
 
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "MP3"])

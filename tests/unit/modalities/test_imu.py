@@ -74,7 +74,7 @@ def test_a_time_column_gives_the_rate(name: str) -> None:
 def test_uneven_times_are_honoured() -> None:
     times = np.array([0.0, 0.1, 0.5, 1.0])
     values = np.repeat(times[:, None], 6, axis=1)
-    data = csv_bytes(np.column_stack([times, values]), "time,a,b,c,d,e,f")
+    data = csv_bytes(np.column_stack([times, values]), "time_s,ax,ay,az,gx,gy,gz")
     pieces = imu(rate=10, piece_seconds=1).load(data, "csv", {})
     np.testing.assert_allclose(pieces[0, 0].numpy(), np.arange(10) / 10, atol=1e-6)
 
@@ -112,9 +112,9 @@ def bad(row: int, value: float) -> np.ndarray:
         (npy_bytes(signal(20)), "npy", {"rate": 0}, "rate 0"),
         (npy_bytes(signal(20)), "npy", {"rate": "fast"}, "rate 'fast'"),
         (csv_bytes(signal(20)) + b"\n1,2,x,4,5,6", "csv", {"rate": 10}, "row 20 is not 6 numbers"),
-        (csv_bytes(signal(3), "a,b,c,d,e,f") + b"\n1,2", "csv", {"rate": 10}, "row 3 is not 6 numbers"),
-        (b"time,a,b,c,d,e,f\n0,1,1,1,1,1,1\n0,1,1,1,1,1,1", "csv", {}, "row 1 is not later"),
-        (csv_bytes(signal(3)[:, :5]), "csv", {"rate": 10}, r"shape \[3, 5\]"),
+        (csv_bytes(signal(3), "ax,ay,az,gx,gy,gz") + b"\n1,2", "csv", {"rate": 10}, "row 3 is not 6 numbers"),
+        (b"time,ax,ay,az,gx,gy,gz\n0,1,1,1,1,1,1\n0,1,1,1,1,1,1", "csv", {}, "row 1 is not later"),
+        (csv_bytes(signal(3)[:, :5]), "csv", {"rate": 10}, "rows of 5 numbers, not 6, and no header"),
         (b"\xff\xfe\x00bad", "csv", {"rate": 10}, "cannot be read as csv"),
     ],
 )

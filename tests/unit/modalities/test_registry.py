@@ -11,7 +11,7 @@ import pytest
 import torch
 from media import CLIP_SHAPE, npy_bytes, section
 
-from megatron_anymal.config import ConfigError, EncoderConfig
+from megatron_anymal.config import ConfigError, EncoderConfig, LimitsConfig
 from megatron_anymal.modalities import (
     MODALITIES,
     MediaError,
@@ -91,6 +91,27 @@ def test_kind_of_extension(extension: str, kind: str) -> None:
     assert kind_for_extension(extension, ["image", "video", "audio", "imu"]) == kind
 
 
+def test_the_runs_limits_reach_the_modality() -> None:
+    limits = LimitsConfig(max_pixels=7)
+    assert build_modality("image", section("clip", CLIP_SHAPE), limits).limits is limits
+    assert build_modality("image", section("clip", CLIP_SHAPE)).limits == LimitsConfig()
+
+
+def test_a_plugin_whose_probe_takes_no_limits_is_refused(tmp_path: Path) -> None:
+    plugin = tmp_path / "depth.py"
+    plugin.write_text(
+        "from megatron_anymal.modalities import Modality, register\n"
+        "@register('depth')\n"
+        "class Depth(Modality):\n"
+        "    @classmethod\n"
+        "    def probe(cls, data, extension, attributes):\n"
+        "        return 1.0, 1.0\n"
+    )
+    with pytest.raises(ConfigError, match=r"depth\.py.*probe needs a fourth parameter, `limits: LimitsConfig`"):
+        load_plugins([str(plugin)])
+    assert "depth" not in MODALITIES
+
+
 def test_media_type_without_a_modality() -> None:
     with pytest.raises(MediaError, match=r"'xyz'.*known: .*jpg"):
         kind_for_extension("xyz", ["image"])
@@ -139,6 +160,10 @@ def test_thermal_plugin_refuses_bad_input() -> None:
     modality = build_modality("thermal", section("thermal_patches", resolution=16))
     with pytest.raises(MediaError, match="shape"):
         modality.load(npy_bytes(torch.zeros(3, 4, 5).numpy()), "thermal.npy", {})
+    with pytest.raises(MediaError, match=r"has 64 pixels \(8 x 8\), above data.limits.max_pixels=63"):
+        MODALITIES["thermal"].probe(
+            npy_bytes(torch.zeros(8, 8).numpy()), "thermal.npy", {}, LimitsConfig(max_pixels=63)
+        )
     with pytest.raises(MediaError, match="not finite"):
         modality.load(npy_bytes(torch.full((8, 8), float("nan")).numpy()), "thermal.npy", {})
     with pytest.raises(ConfigError, match=r"encoder\.config\.widht.*'width'"):

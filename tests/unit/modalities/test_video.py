@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import struct
+from fractions import Fraction
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
-from media import CLIP_SHAPE, VIDEOMAE_SHAPE, section, sine, sound_bytes, video_bytes
+from media import CLIP_SHAPE, VIDEOMAE_SHAPE, container_sound, section, sine, sound_bytes, video_bytes
+from PIL import Image, ImageOps
 
-from megatron_anymal.config import ConfigError
+from megatron_anymal.config import ConfigError, LimitsConfig
 from megatron_anymal.modalities import MediaError, Modality, build_modality
 
 
@@ -76,25 +79,158 @@ def test_longer_sound_does_not_lengthen_the_video() -> None:
     assert len(video().load(data, "mkv", {})) == 1
 
 
-def test_a_phones_display_matrix_turns_the_frames() -> None:
-    import av
-
+def one_picture_video(
+    picture: np.ndarray, container: str = "mp4", codec: str = "libx264", pixels: str = "yuv420p", frames: int = 8
+) -> bytes:
+    """A video that shows one picture, RGB or RGBA, at 8 frames a second."""
     stream = io.BytesIO()
-    with av.open(stream, "w", format="mp4") as output:
-        track = output.add_stream("libx264", rate=8)
-        track.width = track.height = 64
-        picture = np.zeros((64, 64, 3), dtype=np.uint8)
-        picture[:32] = 255
-        for _ in range(8):
-            output.mux(track.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+    with av.open(stream, "w", format=container) as output:
+        track = output.add_stream(codec, rate=8)
+        track.height, track.width = picture.shape[:2]
+        track.pix_fmt = pixels
+        for _ in range(frames):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgba" if picture.shape[2] == 4 else "rgb24")
+            output.mux(track.encode(frame.reformat(format=pixels)))
         output.mux(track.encode(None))
+    return stream.getvalue()
+
+
+def with_matrix(data: bytes, linear: tuple[float, float, float, float]) -> bytes:
+    """An MP4 whose display matrix is x' = ax + cy, y' = bx + dy for (a, b, c, d)."""
+    a, b, c, d = (round(entry * 0x10000) for entry in linear)
     identity = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
-    clockwise = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
-    head, track_header, tail = stream.getvalue().partition(b"tkhd")
+    head, track_header, tail = data.partition(b"tkhd")
     assert identity in tail[:80]
-    frame = video().load(head + track_header + tail.replace(identity, clockwise, 1), "mp4", {})[0, 0]
+    return head + track_header + tail.replace(identity, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000), 1)
+
+
+def test_a_phones_display_matrix_turns_the_frames() -> None:
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    picture[:32] = 255
+    frame = video().load(with_matrix(one_picture_video(picture), (0, 1, -1, 0)), "mp4", {})[0, 0]
     # Turned clockwise, the bright upper half is on the right.
     assert frame[:, :, :12].max() < 0.1 and frame[:, :, 20:].min() > 0.9
+
+
+def quarters() -> np.ndarray:
+    """A frame whose quarters differ: 40, 90 above 140, 190."""
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    picture[:32, :32], picture[:32, 32:], picture[32:, :32], picture[32:, 32:] = 40, 90, 140, 190
+    return picture
+
+
+@pytest.mark.parametrize(
+    ("linear", "orientation"),
+    [
+        ((1, 0, 0, 1), 1),
+        ((-1, 0, 0, 1), 2),
+        ((-1, 0, 0, -1), 3),
+        ((1, 0, 0, -1), 4),
+        ((0, 1, 1, 0), 5),
+        ((0, 1, -1, 0), 6),
+        ((0, -1, -1, 0), 7),
+        ((0, -1, 1, 0), 8),
+    ],
+)
+def test_display_matrices_turn_and_mirror(linear: tuple[int, int, int, int], orientation: int) -> None:
+    data = with_matrix(one_picture_video(quarters()), linear)
+    stored = Image.fromarray(quarters())
+    stored.getexif()[0x0112] = orientation
+    expected = np.asarray(ImageOps.exif_transpose(stored))[8::16, 8::16, 0]
+    found = (video().load(data, "mp4", {})[0, 0, 0] * 255).numpy()[4::8, 4::8]
+    np.testing.assert_allclose(found, expected, atol=6)
+
+
+def test_other_turns_are_refused() -> None:
+    data = one_picture_video(quarters())
+    with pytest.raises(MediaError, match="turned by less than a quarter"):
+        video().load(with_matrix(data, (0.8, 0.6, -0.6, 0.8)), "mp4", {})
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "pixels"),
+    [
+        ("webm", "libvpx-vp9", "yuva420p"),
+        ("mov", "qtrle", "argb"),
+        ("mov", "prores_ks", "yuva444p10le"),
+        ("mov", "png", "rgba"),
+    ],
+)
+def test_transparency_is_laid_over_white(container: str, codec: str, pixels: str) -> None:
+    picture = np.zeros((64, 64, 4), dtype=np.uint8)
+    picture[..., 0] = 200
+    picture[:32, :, 3] = 255
+    data = one_picture_video(picture, container, codec, pixels, frames=24)
+    clips = video().load(data, container, {})
+    # Above opaque red, below nothing.
+    for clip in clips.reshape(-1, 3, 32, 32):
+        assert clip[0, :14].mean() == pytest.approx(200 / 255, abs=0.03) and clip[1:, :14].max() < 0.1
+        assert clip[:, 18:].min() > 0.97
+    assert len(clips) == 3
+
+
+def test_a_header_that_states_too_little_loses_no_frames() -> None:
+    """Variable frame rate: 13 frames to 3.9 s under a header of 1.3 s."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as output:
+        track = output.add_stream("libx264", rate=10)
+        track.width, track.height, track.codec_context.time_base = 64, 48, Fraction(1, 10)
+        for number in range(13):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 20 + 6 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = 3 * number, Fraction(1, 10)
+            output.mux(track.encode(frame))
+        output.mux(track.encode(None))
+    whole = stream.getvalue()
+    assert video().probe(whole, "mp4", {})[0] == pytest.approx(3.9)
+    short = bytearray(whole)
+    for box, at in (b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24):
+        place = whole.index(box) + at
+        stated = struct.unpack(">I", whole[place : place + 4])[0]
+        short[place : place + 4] = struct.pack(">I", round(stated * 1.3 / 3.7))
+    with av.open(io.BytesIO(bytes(short))) as container:
+        track = container.streams.video[0]
+        assert float(track.duration * track.time_base) == pytest.approx(1.3, abs=0.01)
+    assert video().probe(bytes(short), "mp4", {})[0] == pytest.approx(3.9)
+    # Frame n is shown from 0.3 n s; frames are taken at 1/8, 3/8 ... of each second.
+    expected = [[int((second + place / 8) / 0.3) for place in (1, 3, 5, 7)] for second in range(3)]
+    assert frame_numbers(video().load(bytes(short), "mp4", {}))[:3] == expected
+
+
+def test_limits_of_videos_are_named() -> None:
+    data = video_bytes(40)
+    with pytest.raises(MediaError, match=r"frames of 3072 pixels \(64 x 48\), above data.limits.max_frame_pixels=3071"):
+        video().probe(data, "mp4", {}, LimitsConfig(max_frame_pixels=3071))
+    for container, codec in (("mp4", "libx264"), ("webm", "vp9"), ("avi", "mpeg4")):
+        made = video_bytes(40, container=container, codec=codec)
+        assert video().probe(made, container, {}, LimitsConfig(max_frame_pixels=3072, max_seconds=5.1))[0] > 4.9
+        with pytest.raises(MediaError, match=r"lasts 4\.\d s or more, above data.limits.max_seconds=4.1; cut it or"):
+            video().probe(made, container, {}, LimitsConfig(max_seconds=4.1))
+    modality = build_modality("video", section("clip", CLIP_SHAPE), LimitsConfig(max_seconds=4.1))
+    with pytest.raises(MediaError, match="max_seconds"):
+        modality.load(data, "mp4", {})
+
+
+def test_a_recordings_cover_is_no_video() -> None:
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as output:
+        sound = output.add_stream("aac", rate=48000, layout="mono")
+        cover = output.add_stream("mjpeg", rate=1, width=64, height=64, pix_fmt="yuvj420p")
+        cover.disposition = av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 48000, 0
+        output.mux(sound.encode(frame))
+        output.mux(cover.encode(av.VideoFrame.from_ndarray(quarters(), format="rgb24")))
+        for track in (sound, cover):
+            output.mux(track.encode(None))
+    with pytest.raises(MediaError, match="no video stream"):
+        video().probe(stream.getvalue(), "mp4", {})
+
+
+def test_playlists_open_nothing() -> None:
+    text = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nfile:///tmp/other.ts\n#EXT-X-ENDLIST\n"
+    for data in (text, b"ffconcat version 1.0\nfile other.mp4\n"):
+        with pytest.raises(MediaError, match="of a format that is not read"):
+            video().probe(data, "mp4", {})
 
 
 def test_videomae_states_the_number_of_frames() -> None:
@@ -121,13 +257,12 @@ def test_truncated_videos_are_refused(movflags: str) -> None:
 
 
 def test_a_cut_between_two_frames_is_found() -> None:
-    import av
-
     data = video_bytes(40, movflags="faststart")
     with av.open(io.BytesIO(data)) as container:
-        cut = [packet.pos for packet in container.demux(video=0) if packet.size][30]
-    with pytest.raises(MediaError, match=r"frame at .* is expected: it is cut off"):
-        video().load(data[:cut], "mp4", {})
+        cut = [packet.pos for packet in container.demux(video=0) if packet.size]
+    for place in (30, 37, 39):
+        with pytest.raises(MediaError, match=rf"has {cut[place]} bytes of {len(data)} .*: it is cut off"):
+            video().probe(data[: cut[place]], "mp4", {})
 
 
 @pytest.mark.parametrize("container", ["webm", "matroska"])
@@ -156,5 +291,7 @@ def test_files_that_are_no_video() -> None:
     for data, reason in [(b"", "empty"), (b"no video at all" * 50, "cannot be decoded")]:
         with pytest.raises(MediaError, match=reason):
             video().probe(data, "mp4", {})
-    with pytest.raises(MediaError, match="no video stream"):
+    with pytest.raises(MediaError, match="of a format that is not read"):
         video().probe(sound_bytes(sine(1, 8000), 8000), "mp4", {})
+    with pytest.raises(MediaError, match="no video stream"):
+        video().probe(container_sound(sine(1, 48000), "mp4", "aac"), "mp4", {})

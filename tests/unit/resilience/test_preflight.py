@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -17,8 +18,10 @@ from engine import train
 from ranks import run_ranks
 from tiny import make_config
 
+from megatron_anymal.checkpoint.lock import RunLock
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.resilience import preflight, preflight_checks, preflight_network, preflight_size
+from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.preflight import Place, Preflight
 from megatron_anymal.resilience.preflight_checks import Problem
 
@@ -69,6 +72,31 @@ def play(
 
 def errors(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("error")]
+
+
+@pytest.mark.parametrize("place", [".", ".preflight"], ids=["trains", "is-checked"])
+def test_another_job_in_the_folder(config: AnyMALConfig, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as another task of a job array: it is named, and nothing of its is touched."""
+    for name, value in {"JOB_ID": "41", "ARRAY_JOB_ID": "36", "ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    other = RunLock(config.run_dir / place, 20)
+    sign = config.run_dir / ".preflight" / "n1"
+    sign.parent.mkdir(exist_ok=True)
+    sign.write_text("the other's")
+    for name, value in {"JOB_ID": "42", "ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    try:
+        codes, said = play(config)
+        assert codes == {Exit.LOCKED} and sign.read_text() == "the other's"
+        [line] = said.splitlines()
+        assert line.startswith(f"error: '{config.run_dir}' is in use by process {os.getpid()} on ")
+        assert "Slurm job 41, task 36_2" in line and "exp_manager.explicit_log_dir" in line
+        other.check()
+    finally:
+        other.release()
+    assert play(config)[0] == {Exit.DONE}
+    # Neither the folder of signs nor the lock of the checks stays.
+    assert not sign.parent.exists()
 
 
 def test_fit_nodes(config: AnyMALConfig) -> None:

@@ -36,7 +36,8 @@ echo "$*" >> "$STUBS/scontrol"
 case "$1 $2" in
     "show hostnames") printf 'n1\\nn2\\n' ;;
     "show node") echo "NodeName=n1 Arch=x86_64 NodeAddr=10.0.0.1 NodeHostName=n1" ;;
-    "requeue 7") touch "$STUBS/go"; exit "${STUB_REQUEUE:-0}" ;;
+    "show job") echo "JobId=7 TimeLimit=${STUB_TIME:-1-00:00:00} TimeMin=N/A NumNodes=2" ;;
+    "requeue 7" | "requeue 36_2") touch "$STUBS/go"; exit "${STUB_REQUEUE:-0}" ;;
 esac
 """
 SINFO = """#!/bin/bash
@@ -242,6 +243,51 @@ def test_mistakes_end_with_2_before_anything_starts(
     code, said = job.run("pretrain", *arguments, **environment)
     assert code == 2 and says in said
     assert not job.calls("preflight") and not job.calls("launch") and not job.requeued
+
+
+LEAD = "300 s before its end (--signal=B:USR1@300)"
+
+
+@pytest.mark.parametrize(
+    ("limit", "environment", "refused"),
+    [
+        ("00:04:00", {}, "time limit is 240 s, and Slurm asks it to stop " + LEAD),
+        ("00:05:00", {}, "time limit is 300 s"),
+        ("00:05:01", {}, ""),
+        ("00:04:00", {"ANYMAL_GRACE_SECONDS": "30"}, ""),
+        ("01:08:09", {"ANYMAL_GRACE_SECONDS": "4059"}, "time limit is 4089 s, and Slurm asks it to stop 4089 s"),
+        ("2-00:00:00", {"ANYMAL_GRACE_SECONDS": "172769"}, ""),
+        ("2-00:00:00", {"ANYMAL_GRACE_SECONDS": "172770"}, "time limit is 172800 s"),
+        ("UNLIMITED", {}, ""),
+        ("Partition_Limit", {}, ""),
+        ("", {}, ""),
+    ],
+)
+def test_a_time_limit_below_the_signals_lead_is_said_at_once(
+    job: Job, limit: str, environment: dict[str, str], refused: str
+) -> None:
+    code, said = job.run(STUB_TIME=limit or "?", **environment)
+    assert code == (2 if refused else 0), said
+    assert refused in said and ("sbatch --time=1:00:00" in said) == bool(refused)
+    # Not even the run's folder is asked for.
+    assert bool(job.calls("run-dir")) == (not refused) and not job.requeued
+
+
+def test_a_job_array_requeues_its_own_task_alone(job: Job) -> None:
+    """Slurm numbers one task of an array as the whole array."""
+    (job.run_dir / "checkpoints" / "step_00000040").mkdir(parents=True)
+    job.run(STUB_LAUNCH="75", SLURM_ARRAY_JOB_ID="36", SLURM_ARRAY_TASK_ID="2")
+    calls = (job.folder / "scontrol").read_text().splitlines()
+    assert "requeue 36_2" in calls and "requeue 7" not in calls
+    assert "job 36_2: stopped at step_00000040" in job.summary
+
+
+def test_a_missing_signal_is_said(job: Job) -> None:
+    """At the end of its time, without a word before."""
+    _, said = job.signalled("launch", signal.SIGTERM, STUB_TIME="00:00:30", ANYMAL_GRACE_SECONDS="-5")
+    assert "no USR1 came before" in said and "--signal=B:USR1@25" in said
+    _, said = job.signalled("launch", signal.SIGTERM)
+    assert "no USR1 came before" not in said
 
 
 def test_unfit_nodes_end_it(job: Job) -> None:

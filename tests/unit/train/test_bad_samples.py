@@ -18,8 +18,9 @@ from ranks import run_ranks
 from tiny import WORDS, make_config, png
 
 from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.prepare import make_index, write_shards
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.types import DataError
 
 

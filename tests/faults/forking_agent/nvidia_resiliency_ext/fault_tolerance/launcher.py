@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -84,7 +85,16 @@ def _ended(pid: int) -> int | None:
     return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
 
 
+def _check_threads() -> None:
+    """That only Python threads of the agent's own are beside this one: the watch for the ranks' ends. They hold no lock
+    but Python's, which a child gets anew; a library's pool of threads would leave a child waiting for it."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > threading.active_count():
+        raise RuntimeError(f"a library has {threads - threading.active_count()} threads in the agent that forks ranks")
+
+
 def _fork(rank: int, port: int, config: SimpleNamespace, arguments: list[str]) -> int:
+    _check_threads()
     pid = os.fork()
     if pid:
         return pid

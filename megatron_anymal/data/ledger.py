@@ -1,0 +1,89 @@
+"""The ledger beside an index, `left_out.jsonl`: every sample and member that was not taken, and why.
+
+One JSON object per line, in the order of the shards: `shard`, `offset` (bytes from the shard's start), `key` and
+`member` if they are known, `code` (CODES) and `reason`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+LEDGER = "left_out.jsonl"
+# The ledger of an indexing that was refused, so that it does not stand beside an older index as if it were its own.
+REFUSED_LEDGER = "left_out.refused.jsonl"
+
+CODES = {
+    "unreadable": "shards that cannot be read at all: compressed, empty, not tar, or an error of the file system",
+    "damaged": "bytes of a shard between members that are no valid tar header",
+    "truncated": "members that the shard ends within",
+    "no_end": "shards without end-of-archive blocks",
+    "bad_header": "members whose extension header is damaged",
+    "torn": "samples beside a damaged place, possibly incomplete",
+    "not_a_file": "samples with links, sparse files or devices instead of files",
+    "name": "members whose name is empty, not UTF-8 or too long",
+    "duplicate_member": "samples with two members of the same ending",
+    "duplicate_key": "samples whose key occurs again in the same shard",
+    "limit": "samples above one of data.limits",
+    "text": "samples whose text or JSON cannot be used",
+    "media": "samples whose media cannot be used",
+    "missing_media": "samples whose JSON names media that the shard does not hold",
+    "unused_media": "samples whose JSON leaves media unnamed",
+    "no_media": "samples without media among samples with media",
+    "joined": "places where one archive follows another in the same file (both are read)",
+    "long_end": "shards that end with many zeros, as if their last members had been overwritten",
+    "repeated_key": "keys that occur in several shards (all their samples are used)",
+}
+# These are worth knowing, but nothing is left out for them.
+NOTES = ("joined", "long_end", "repeated_key")
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """One line of the ledger."""
+
+    shard: str
+    code: str
+    reason: str
+    # Bytes from the start of the shard; -1: the whole shard.
+    offset: int = -1
+    key: str = ""
+    member: str = ""
+
+    @property
+    def is_note(self) -> bool:
+        """Whether it leaves nothing out."""
+        return self.code in NOTES
+
+    def __str__(self) -> str:
+        """One line for people: the sample, member or place, then the reason."""
+        what = f"sample {self.key!r} of " if self.key else ""
+        member = f", member {self.member!r}" if self.member else ""
+        return f"{what}shard {self.shard!r}{member}: {self.reason}"
+
+
+def to_lines(entries: Iterable[LeftOut]) -> Iterator[bytes]:
+    """The ledger's file, line by line."""
+    for entry in entries:
+        yield json.dumps({k: v for k, v in asdict(entry).items() if v != ""}).encode() + b"\n"
+
+
+def read_ledger(fs: Any, path: str) -> list[LeftOut]:
+    """The lines of a ledger; none if there is no such file, as beside an index of an earlier version."""
+    if not fs.exists(path):
+        return []
+    return [LeftOut(**json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
+
+
+def grouped(entries: Iterable[LeftOut], examples: int = 2) -> Iterator[str]:
+    """Lines that sum a ledger up: for each code, most frequent first, its number, meaning and first entries."""
+    entries = list(entries)
+    for code, count in Counter(entry.code for entry in entries).most_common():
+        yield f"{code} {count}: {CODES[code]}"
+        of_code = [entry for entry in entries if entry.code == code]
+        yield from (f"  {entry}" for entry in of_code[:examples])
+        if count > examples:
+            yield f"  and {count - examples} more"

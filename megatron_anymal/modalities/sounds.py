@@ -1,0 +1,213 @@
+"""Sound files as blocks of samples, read with libsndfile or PyAV so that memory does not grow with the recording."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from megatron_anymal.config import LimitsConfig
+from megatron_anymal.modalities.base import MediaError, require_within
+from megatron_anymal.modalities.containers import opened_container, require_duration, stream_seconds
+from megatron_anymal.modalities.libraries import library
+from megatron_anymal.modalities.sound_headers import (
+    behind_id3,
+    flac_states_length,
+    is_wav_or_aiff,
+    mp3_states_length,
+    ogg_links,
+    require_whole,
+)
+
+# libsndfile's formats that are read; it knows others, whose lengths nobody has checked here.
+FORMATS = ("WAV", "WAVEX", "RF64", "AIFF", "FLAC", "OGG", "MP3")
+# Numbers (samples x channels) of a block.
+BLOCK = 2**18
+
+
+@dataclass
+class Sound:
+    """An open sound file.
+
+    Attributes:
+        rate: in Hz.
+        channels: of its widest part.
+        stated: samples (of each channel) as its header states them; None where that is an estimate or unknown.
+        blocks: [samples, channels] float32 in -1 to 1, to be read once.
+    """
+
+    rate: int
+    channels: int
+    stated: int | None
+    blocks: Iterator[np.ndarray]
+
+    def count(self, limits: LimitsConfig) -> int:
+        """Samples of each channel; decodes them where no header tells.
+
+        Raises:
+            MediaError: none, or more than the limits allow.
+        """
+        total = self.stated or 0
+        self._require_within(limits, total)
+        if self.stated is None:
+            for block in self.blocks:
+                total += len(block)
+                self._require_within(limits, total)
+        if total < 1:
+            raise MediaError("holds no sound (0 samples)")
+        return total
+
+    def _require_within(self, limits: LimitsConfig, samples: int) -> None:
+        require_duration(limits, samples / self.rate)
+        values = samples * self.channels
+        what = f"has {values} samples ({samples} x {self.channels} channels) or more"
+        require_within(limits, "max_values", values, what, "cut it")
+
+    def mono(self, wanted: int) -> Iterator[np.ndarray]:
+        """The mean of the channels, in blocks, [samples] float32; `wanted` samples at most.
+
+        Raises:
+            MediaError: fewer samples than the header states, or values that are not finite.
+        """
+        expected = wanted if self.stated is None else min(wanted, self.stated)
+        done = 0
+        for block in self.blocks:
+            block = block[: expected - done]
+            finite = np.isfinite(block).all(axis=1)
+            if not finite.all():
+                raise MediaError(f"sample {done + int(np.flatnonzero(~finite)[0])} is not finite")
+            done += len(block)
+            yield block.mean(axis=1)
+            if done >= expected:
+                return
+        if self.stated is not None:
+            raise MediaError(f"ends after {done} of {expected} samples: it is cut off")
+
+
+@contextmanager
+def opened(data: bytes, limits: LimitsConfig) -> Iterator[Sound]:
+    """The sound file in `data`, told by its content.
+
+    Raises:
+        MediaError: not a readable sound file; raised also for decoding errors while the body reads.
+    """
+    if not data:
+        raise MediaError("is empty (0 bytes)")
+    first = behind_id3(data)
+    if is_wav_or_aiff(data):
+        require_whole(data)
+        reader = _with_libsndfile([data])
+    elif data[:4] == b"OggS":
+        reader = _with_libsndfile(ogg_links(data))
+    elif flac_states_length(data[first:]) or mp3_states_length(data[first:]):
+        reader = _with_libsndfile([data])
+    else:
+        reader = _with_pyav(data, limits)
+    with reader as sound:
+        yield sound
+
+
+class _Bytes(io.BytesIO):
+    """A file in memory. libsndfile looks for places before the beginning of damaged files and expects to be told."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        # Raised through libsndfile's callback it would be printed, not caught.
+        except ValueError:
+            return -1
+
+
+@contextmanager
+def _with_libsndfile(links: list[bytes]) -> Iterator[Sound]:
+    soundfile = library("soundfile")
+    try:
+        with ExitStack() as stack:
+            files = [stack.enter_context(soundfile.SoundFile(_Bytes(link))) for link in links]
+            for file in files:
+                if file.format not in FORMATS:
+                    raise MediaError(f"is {file.format} sound, which is not read: convert it to WAV or FLAC")
+                if file.samplerate < 1:
+                    raise MediaError("states a sampling rate of 0 Hz")
+            rates = sorted({file.samplerate for file in files})
+            if len(rates) > 1:
+                raise MediaError(f"holds parts of several sampling rates ({rates} Hz): write them with one")
+            stated = sum(file.frames for file in files)
+            yield Sound(rates[0], max(file.channels for file in files), stated, _libsndfile_blocks(files))
+    except (soundfile.SoundFileError, ValueError) as error:
+        if isinstance(error, MediaError):
+            raise
+        # The libraries' message names the object in memory; its last part says why.
+        why = getattr(error, "error_string", None) or str(error)
+        raise MediaError(f"cannot be decoded as audio, it is damaged or of another format: {why}") from error
+
+
+def _libsndfile_blocks(files: Iterable[Any]) -> Iterator[np.ndarray]:
+    for file in files:
+        while True:
+            # Into a new array each time: the consumer may keep it.
+            out = np.empty((max(1, BLOCK // file.channels), file.channels), dtype=np.float32)
+            block = file.read(out=out)
+            if len(block):
+                yield block
+            if len(block) < len(out):
+                break
+
+
+@contextmanager
+def _with_pyav(data: bytes, limits: LimitsConfig) -> Iterator[Sound]:
+    with opened_container(data, "audio", limits) as (container, stream):
+        stream_seconds(container, stream, limits)
+    with opened_container(data, "audio", limits) as (container, stream):
+        frames = container.decode(stream)
+        # Only a decoded frame tells the rate: HE-AAC states half of it.
+        first = next(frames, None)
+        if first is None or first.sample_rate < 1:
+            raise MediaError("holds no sound (0 samples)")
+        yield Sound(first.sample_rate, first.layout.nb_channels, None, _pyav_blocks(first, frames))
+
+
+def _pyav_blocks(first: Any, others: Iterator[Any]) -> Iterator[np.ndarray]:
+    resampler = library("av").AudioResampler(format="fltp", layout=first.layout, rate=first.sample_rate)
+    frame, seconds = first, 0.0
+    while frame is not None:
+        if frame.is_corrupt:
+            raise MediaError(f"is damaged at {seconds:.2f} s")
+        if frame.sample_rate != first.sample_rate:
+            raise MediaError(f"changes its sampling rate at {seconds:.2f} s: write it with one")
+        seconds += frame.samples / frame.sample_rate
+        for part in resampler.resample(frame):
+            yield part.to_ndarray().T
+        frame = next(others, None)
+
+
+def resample(blocks: Iterable[np.ndarray], rate: int, target: int) -> np.ndarray:
+    """A mono waveform, blocks of [samples] float32, at another rate in Hz.
+
+    FFmpeg's windowed-sinc resampler, its delay removed; blocks of any length give the same values.
+
+    Raises:
+        MediaError: a rate that cannot be resampled.
+    """
+    if rate == target:
+        return np.concatenate([np.zeros(0, dtype=np.float32), *blocks])
+    av = library("av")
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=target)
+    given, parts = 0, [np.zeros(0, dtype=np.float32)]
+    try:
+        for block in blocks:
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block[None]), format="fltp", layout="mono")
+            frame.sample_rate = rate
+            given += len(block)
+            parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+        parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
+    except av.error.FFmpegError as error:
+        raise MediaError(f"states a sampling rate of {rate} Hz, which cannot be used: {error.strerror}") from error
+    # A sound shorter than the filter may come out as nothing.
+    out = np.concatenate(parts)
+    wanted = round(given * target / rate)
+    return np.pad(out[:wanted], (0, max(0, wanted - len(out))))

@@ -1,0 +1,24 @@
+"""What the fork server imports before it forks; see fork_server.py."""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import suppress
+
+import forks
+
+for name in (
+    "pytest",
+    "torch",
+    "transformers",
+    "megatron_anymal.evaluate",
+    "megatron_anymal.generate",
+    "megatron_anymal.train.loop",
+    "checkpoint_tools.export_hf",
+):
+    importlib.import_module(name)
+# A machine without NeMo runs the rest.
+with suppress(ImportError):
+    importlib.import_module("megatron_anymal.nemo.model")
+
+forks.watch()

@@ -1,0 +1,69 @@
+"""`make fuzz`: mutated shards, media, manifests, weights and checkpoints, and a table of what became of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from tiny import make_shards, make_tokenizer
+
+from fuzz import corpus
+from fuzz.workers import HANG_SECONDS, MEMORY_BYTES, Result, run_cases
+from megatron_anymal.telemetry import Progress
+
+OUTCOMES = ("read", "named", "refused", "silent", "traceback", "hang", "memory", "died")
+
+
+def table(results: Iterable[Result]) -> str:
+    """Outcomes by what was mutated, in Markdown."""
+    counts: dict[str, Counter[str]] = {}
+    for result in results:
+        what = result.label.partition(",")[0]
+        counts.setdefault(what.partition(" ")[0] if what.startswith(("checkpoint", "shard")) else what, Counter())[
+            result.kind
+        ] += 1
+    rows = [f"| mutated | cases | {' | '.join(OUTCOMES)} |", "|---" * (len(OUTCOMES) + 2) + "|"]
+    total: Counter[str] = sum(counts.values(), Counter())
+    for what, found in [*sorted(counts.items()), ("all", total)]:
+        rows.append(f"| {what} | {sum(found.values())} | {' | '.join(str(found[kind]) for kind in OUTCOMES)} |")
+    return "\n".join(rows)
+
+
+def main() -> int:
+    """Run the cases; 1 if one of them did what none may do."""
+    parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
+    parser.add_argument("--cases", type=int, default=10_000, help="mutations in all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--one", type=int, nargs=2, metavar=("SEED", "NUMBER"), help="only this case, again")
+    parser.add_argument("--out", help="a .md file for the table")
+    arguments = parser.parse_args()
+    per_seed = -(-arguments.cases // len(arguments.seeds))
+    jobs = [(seed, number) for seed in arguments.seeds for number in range(per_seed)][: arguments.cases]
+    if arguments.one:
+        jobs = [tuple(arguments.one)]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        tokenizer = make_tokenizer(folder / "tokenizer")
+        shards = make_shards(folder / "data", tokenizer, 16)
+        checkpoint = corpus.checkpoint(folder, tokenizer, shards)
+        progress, results = Progress("mutations", len(jobs)), []
+        for result in run_cases(jobs, folder, tokenizer, checkpoint, arguments.workers):
+            results.append(result)
+            progress.advance()
+            if result.failed or arguments.one:
+                print(f"seed {result.seed}, number {result.number}: {result.label}: {result.outcome}", flush=True)
+        progress.finish()
+    shown = table(results)
+    print(f"{shown}\n\nhang: over {HANG_SECONDS:g} s; memory: over {MEMORY_BYTES >> 20} MiB beyond the start")
+    if arguments.out:
+        Path(arguments.out).write_text(shown + "\n")
+    return 1 if any(result.failed for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
