@@ -162,6 +162,28 @@ def _settings_only(folder: Path) -> None:
     save(folder, backend, {**SETTINGS, "added_tokens_decoder": added, "additional_special_tokens": CHAT})
 
 
+def _blanks(folder: Path) -> None:
+    """Control tokens take the blanks around them along; runs of blanks are words of their own."""
+    body = json.loads(byte_level().to_str())
+    for entry in body["added_tokens"]:
+        entry |= {"lstrip": True, "rstrip": True}
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
+    first = len(body["model"]["vocab"])
+    body["added_tokens"] += [
+        {"id": first + number, "content": content, **flags}
+        for number, content in enumerate(["  ", "\n\n\n", "What is"])
+    ]
+    save(folder, Tokenizer.from_str(json.dumps(body)))
+
+
+def _normalized(folder: Path) -> None:
+    """Control tokens are looked for after normalizing."""
+    body = json.loads(byte_level(normalizer=normalizers.NFKC()).to_str())
+    for entry in body["added_tokens"]:
+        entry["normalized"] = True
+    save(folder, Tokenizer.from_str(json.dumps(body)))
+
+
 def _of_python(folder: Path) -> None:
     """A tokenizer written in Python: bytes."""
     from transformers import ByT5Tokenizer
@@ -192,6 +214,8 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "no tokenizer_config.json": lambda f: save(f, byte_level(), None, special_tokens_map=ENDS),
     "composed letters": lambda f: save(f, byte_level(normalizer=normalizers.NFC())),
     "a template beside it": lambda f: save(f, byte_level(), chat_template="{{ messages[0].content }}"),
+    "blanks": _blanks,
+    "normalized tokens": _normalized,
     "words": lambda f: save(f, word_level(), LLAMA_2),
     "pieces of words": lambda f: save(f, word_piece(), LLAMA_2),
     "unigram": lambda f: save(f, unigram(), LLAMA_2),

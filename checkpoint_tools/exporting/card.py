@@ -27,6 +27,12 @@ inputs = processor.apply_chat_template([{"role": "user", "content": content}])
 print(processor.answers(model.generate(**inputs), inputs)[0])
 ```
 """
+_USE_PIPELINE = """
+For pictures transformers' pipeline does the same: `pipeline("image-text-to-text", model="FOLDER",
+trust_remote_code=True)`. The processor takes `text=` with `images=`, `audio=`, `videos=` or `media=`. A string that
+`processor.apply_chat_template(messages, tokenize=False)` made is read as the conversation it is; any other text is
+literal, control tokens in it too.
+"""
 _USE_LLAMA = """\
 ```python
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
@@ -74,7 +80,7 @@ def write_card(
         "A Llama" if llama_only else f"AnyMAL: a Llama that takes {', '.join(sorted(config['model']['modalities']))}"
     )
     sections = [
-        _front_matter(llama_only),
+        _front_matter([] if llama_only else _kinds(config)),
         f"# {title}\n\nStep {manifest.step} of {_JOBS[config['job']]} with megatron_anymal, "
         f"{manifest.consumed_samples:,} samples.{_of_adapter(adapter)}",
         "## Use\n\n" + _use(config, llama_only).rstrip(),
@@ -88,16 +94,21 @@ def write_card(
     (folder / "README.md").write_text("\n\n".join(s for s in sections if s) + "\n", encoding="utf-8")
 
 
-def _front_matter(llama_only: bool) -> str:
-    task = "text-generation" if llama_only else "any-to-any"
+def _kinds(config: Mapping[str, Any]) -> list[str]:
+    return [section["kind"] or name for name, section in config["model"]["modalities"].items()]
+
+
+def _front_matter(kinds: Sequence[str]) -> str:
+    task = "image-text-to-text" if "image" in kinds else "any-to-any" if kinds else "text-generation"
     return f"---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [llama, anymal, megatron-core]\n---"
 
 
 def _use(config: Mapping[str, Any], llama_only: bool) -> str:
     if llama_only:
         return _USE_LLAMA
-    kind = next(section["kind"] or name for name, section in config["model"]["modalities"].items())
-    return _USE if config["job"] == "pretrain" else _USE_CHAT.replace("KIND", kind)
+    kinds = _kinds(config)
+    use = _USE if config["job"] == "pretrain" else _USE_CHAT.replace("KIND", kinds[0])
+    return use + _USE_PIPELINE if "image" in kinds else use
 
 
 def _of_adapter(adapter: str) -> str:

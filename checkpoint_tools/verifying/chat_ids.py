@@ -47,7 +47,7 @@ def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *
     """
     if not tokenizer.control.keys() >= set(CHAT_TOKENS):
         return 0
-    exported = AutoTokenizer.from_pretrained(folder)
+    exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     sections = {} if llama_only else config.model.modalities
     placeholders = {section.kind or name: section.placeholder for name, section in sections.items()}
     numbers = {kind: tokenizer.control.get(token, -1) for kind, token in placeholders.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Union
@@ -17,6 +18,8 @@ from megatron_anymal.data.types import DataError
 
 # Written around a control token's name to mean the token. Noncharacters: Unicode keeps them out of exchanged text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+# These, and halves of surrogate pairs, which JSON can hold and no encoding of text can.
+_UNUSABLE = re.compile("[\ufdd0\ufdd1\ud800-\udfff]")
 
 Piece = Union[str, int]
 
@@ -102,7 +105,7 @@ class _PythonEncoder:
         self._hf.split_special_tokens = True
 
     def encode(self, text: str) -> list[int]:
-        return list(self._hf.encode(text, add_special_tokens=False))
+        return list(self._hf.encode(_checked(text), add_special_tokens=False))
 
     def lay_out(self, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
         tokens: list[tuple[int, int]] = []
@@ -129,8 +132,8 @@ class _PythonEncoder:
 
 
 def _checked(text: str) -> str:
-    if _OPEN in text or _CLOSE in text:
-        raise DataError("a text holds U+FDD0 or U+FDD1, which Unicode reserves and no text may hold. Remove it.")
+    if found := _UNUSABLE.search(text):
+        raise DataError(f"a text holds U+{ord(found[0]):04X}, which is not a character of any text. Remove it.")
     return text
 
 

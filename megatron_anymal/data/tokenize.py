@@ -169,7 +169,16 @@ class Tokenizer:
                 f"data.tokenizer: conversations begin with {BEGIN!r}, but the bos_token of {folder!r} is "
                 f"{self.hf.bos_token!r}. Name a tokenizer with Llama 3's special tokens."
             )
-        return frozenset(self.control[token] for token in CHAT_TOKENS)
+        numbers = [self.control[token] for token in CHAT_TOKENS]
+        begin, start, end, turn = numbers
+        try:
+            self._encoder.lay_out([begin, start, "user", end, "\n\n", "a", turn])
+        except DataError as error:
+            raise DataError(
+                f"data.tokenizer: {folder!r} does not keep the chat format's tokens whole: {error} Add them without "
+                "`single_word` and `normalized`, or give samples as `parts`."
+            ) from None
+        return frozenset(numbers)
 
     @cached_property
     def joins_headers(self) -> bool:

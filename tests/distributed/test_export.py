@@ -75,7 +75,14 @@ def test_the_export_is_verified_and_says_so(run: AnyMALConfig, exported: Path, c
     assert len(files) > 1
     assert sum(t.nbytes for f in files for t in load_file(exported / f).values()) == index["metadata"]["total_size"]
     card = (exported / "README.md").read_text()
-    for said in ("supervised fine-tuning", "| image | 2 |", "| all together | 1 |", *files, "adapters are merged"):
+    for said in (
+        "supervised fine-tuning",
+        "| image | 2 |",
+        "| all together | 1 |",
+        *files,
+        "adapters are merged",
+        "pipeline_tag: image-text-to-text",
+    ):
         assert said in card
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(exported)]
     assert run_ranks(1, verify.main, arguments) == [0]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,14 +164,32 @@ def test_headers_that_join_their_contents_are_noticed(folders: dict[str, str]) -
     assert Tokenizer(folders["gpt-2 pattern"]).joins_headers
 
 
+def test_a_tokenizer_that_breaks_the_chat_format_is_named(folders: dict[str, str], tmp_path: Path) -> None:
+    shutil.copytree(folders["llama 3"], tmp_path / "broken")
+    file = tmp_path / "broken" / "tokenizer.json"
+    body = json.loads(file.read_text())
+    for entry in body["added_tokens"]:
+        entry["single_word"] = True
+    file.write_text(json.dumps(body))
+    tokenizer = Tokenizer(str(tmp_path / "broken"))
+    with pytest.raises(DataError, match=r"data\.tokenizer: .*broken' does not keep the chat format's tokens whole"):
+        tokenizer.document(open_prompt(parse_messages([{"role": "user", "content": "a"}], "")), [], {})
+    assert tokenizer.document([TextPart("a")], [], {}).tokens[1:-1] == tokenizer.encode("a")
+
+
 def test_an_ordinary_word_is_no_placeholder(folders: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"x\.placeholder='is' is a word that texts can hold"):
         Tokenizer(folders["words"]).placeholder("is", "x.placeholder")
 
 
-def test_reserved_code_points_are_refused(folders: dict[str, str]) -> None:
-    with pytest.raises(DataError, match="U\\+FDD0"):
-        Tokenizer(folders["llama 3"]).encode("a \ufdd0 b")
+@pytest.mark.parametrize("name", ["llama 3", "python"])
+@pytest.mark.parametrize("character", ["\ufdd0", "\ud83d"])
+def test_what_no_text_can_hold_is_named(name: str, character: str, folders: dict[str, str]) -> None:
+    tokenizer, said = Tokenizer(folders[name]), f"a {character} b"
+    parts = open_prompt(parse_messages([{"role": "user", "content": said}], ""))
+    for read in (lambda: tokenizer.encode(said), lambda: tokenizer.document(parts, [], {}, closed=False)):
+        with pytest.raises(DataError, match=rf"U\+{ord(character):04X}, which is not a character"):
+            read()
 
 
 class Documents(Dataset):
