@@ -13,12 +13,13 @@ import fsspec
 import numpy as np
 
 from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.byte_source import ByteSource, open_bytes
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.ledger import LeftOut
 from megatron_anymal.data.samples import is_sample, parse_sample, parse_text
 from megatron_anymal.data.shard_samples import Group, MemberCounts, MemberRule, SampleError, groups
 from megatron_anymal.data.shards import MEDIA, SAMPLE
-from megatron_anymal.data.tar_reader import ByteSource, TarError, TarMember, TarWalk, open_bytes
+from megatron_anymal.data.tar_reader import TarError, TarMember, TarWalk
 from megatron_anymal.data.tokenize import Tokenizer
 from megatron_anymal.data.types import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.modalities import MODALITIES, kind_for_extension

@@ -11,16 +11,28 @@ further zeros.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Optional
 
-BLOCK = 512
+from megatron_anymal.data.byte_source import ByteSource
+from megatron_anymal.data.tar_headers import (
+    BLOCK,
+    GNU_LONG_LINK,
+    GNU_LONG_NAME,
+    GNU_SPARSE,
+    PAX_GLOBAL,
+    PAX_NEXT,
+    Extension,
+    Header,
+    is_utf8,
+    padded,
+    parse_header,
+    stated_size,
+)
+
 # GNU tar and Python's tarfile pad archives to a multiple of this.
 RECORD = 20 * BLOCK
-_ZEROS = bytes(BLOCK)
 _REGULAR = b"0\0 7"
 _DIRECTORIES = b"5D"
 _LABELS = b"V"
@@ -34,8 +46,6 @@ _NOT_FILES = {
 }
 # Entries without data behind their header, whatever size it states.
 _WITHOUT_DATA = b"123456"
-_GNU_LONG_NAME, _GNU_LONG_LINK, _GNU_SPARSE = ord("L"), ord("K"), ord("S")
-_PAX_NEXT, _PAX_GLOBAL = b"xX", ord("g")
 # What a damaged place is searched for sound headers in at a time.
 _SCAN_BYTES = 256 * BLOCK
 _COMPRESSED = {
@@ -46,15 +56,6 @@ _COMPRESSED = {
     b"\x04\x22\x4d\x18": "lz4",
     b"PK\x03\x04": "zip",
 }
-
-
-class ByteSource(Protocol):
-    """Random access to a file's bytes."""
-
-    size: int
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """The bytes [offset, offset + length), fewer if the file ends before."""
 
 
 @dataclass(frozen=True)
@@ -114,63 +115,6 @@ class ByteCounts:
         return self.headers + self.data + self.padding + self.end + self.damaged
 
 
-@dataclass(frozen=True)
-class _Header:
-    """One checked header block."""
-
-    name: bytes
-    size: int
-    type: int
-
-
-class LocalBytes:
-    """A file on a local disk, read without a buffer: nothing is read that nobody asked for."""
-
-    def __init__(self, descriptor: int):
-        self._descriptor = descriptor
-        self.size = os.fstat(descriptor).st_size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """The bytes [offset, offset + length), fewer if the file ends before."""
-        data = os.pread(self._descriptor, length, offset)
-        while 0 < len(data) < length:
-            more = os.pread(self._descriptor, length - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
-
-
-class FileBytes:
-    """An open fsspec file."""
-
-    def __init__(self, file: Any, size: int):
-        self._file, self.size = file, size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """The bytes [offset, offset + length), fewer if the file ends before."""
-        self._file.seek(offset)
-        return bytes(self._file.read(length))
-
-
-@contextmanager
-def open_bytes(fs: Any, path: str) -> Iterator[ByteSource]:
-    """Open a file of an fsspec file system.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            yield LocalBytes(descriptor)
-        finally:
-            os.close(descriptor)
-        return
-    with fs.open(path, "rb") as file:
-        yield FileBytes(file, int(fs.size(path)))
-
-
 class TarWalk:
     """One pass over an archive.
 
@@ -199,7 +143,7 @@ class TarWalk:
             if not block.strip(b"\0"):
                 yield from self._zeros()
                 continue
-            header = _parse(block)
+            header = parse_header(block)
             if header is None:
                 yield self._damaged("a block that is not a valid tar header")
                 continue
@@ -224,7 +168,7 @@ class TarWalk:
                     f"is a {name} file, not an uncompressed tar archive: samples are read by byte range, so "
                     "decompress it first"
                 )
-        if start.strip(b"\0") and _parse(start) is None and self._next_sound(BLOCK) is None:
+        if start.strip(b"\0") and parse_header(start) is None and self._next_sound(BLOCK) is None:
             raise TarError("is not a tar archive: it has no valid header")
 
     def _zeros(self) -> Iterator[TarEntry]:
@@ -284,11 +228,11 @@ class TarWalk:
         So an archive inside the archive is passed over when only the checksum or the name before it is damaged.
         """
         block = self._source.read_at(start, BLOCK)
-        size = _number(block[124:136]) if block[257:262] == b"ustar" else None
+        size = stated_size(block)
         if size is None:
             return None
-        following = start + BLOCK + _padded(size)
-        if following >= self._source.size or _parse(self._source.read_at(following, BLOCK)) is None:
+        following = start + BLOCK + padded(size)
+        if following >= self._source.size or parse_header(self._source.read_at(following, BLOCK)) is None:
             return None
         return following
 
@@ -299,16 +243,16 @@ class TarWalk:
             for place in range(0, len(chunk), BLOCK):
                 block = chunk[place : place + BLOCK]
                 # Most blocks of media are told apart by their checksum field alone.
-                if block[148:156].strip(b" \0").isdigit() and _parse(block) is not None:
+                if block[148:156].strip(b" \0").isdigit() and parse_header(block) is not None:
                     return at + place
         return None
 
-    def _entry(self, header: _Header) -> Iterator[TarEntry]:
+    def _entry(self, header: Header) -> Iterator[TarEntry]:
         """A member with the extension headers before it."""
         start = self._at
-        extension = _Extension()
+        extension = Extension()
         while True:
-            if header.type in (_GNU_LONG_NAME, _GNU_LONG_LINK, _PAX_GLOBAL) or header.type in _PAX_NEXT:
+            if header.type in (GNU_LONG_NAME, GNU_LONG_LINK, PAX_GLOBAL) or header.type in PAX_NEXT:
                 problem = self._extend(header, extension)
             else:
                 yield from self._member(header, extension, start)
@@ -317,18 +261,18 @@ class TarWalk:
                 yield problem
                 return
             block = self._source.read_at(self._at, BLOCK)
-            following = _parse(block)
+            following = parse_header(block)
             if following is None:
-                if header.type == _PAX_GLOBAL and not block.strip(b"\0"):
+                if header.type == PAX_GLOBAL and not block.strip(b"\0"):
                     return
                 # Its bytes are counted as headers; what follows it is the damage.
                 yield self._damaged("an extension header is not followed by a tar header")
                 return
             header = following
 
-    def _extend(self, header: _Header, extension: _Extension) -> Optional[TarProblem]:
+    def _extend(self, header: Header, extension: Extension) -> Optional[TarProblem]:
         """Read an extension header's content; returns what is wrong with it."""
-        stop = self._at + BLOCK + _padded(header.size)
+        stop = self._at + BLOCK + padded(header.size)
         if header.size > self._max_header_bytes or stop > self._source.size:
             return self._damaged(f"an extension header of {header.size} bytes (limit {self._max_header_bytes})")
         data = self._source.read_at(self._at + BLOCK, header.size)
@@ -339,16 +283,16 @@ class TarWalk:
             extension.wrong = why
         return None
 
-    def _member(self, header: _Header, extension: _Extension, start: int) -> Iterator[TarEntry]:
+    def _member(self, header: Header, extension: Extension, start: int) -> Iterator[TarEntry]:
         name = extension.name if extension.name is not None else header.name
         text = name.decode("utf-8", "backslashreplace")
         size = extension.size if extension.size is not None else header.size
         is_folder = header.type in _DIRECTORIES or (header.type in b"0\0" and name.endswith(b"/"))
         stored = 0 if header.type in _WITHOUT_DATA else size
         data_offset = self._at + BLOCK
-        if header.type == _GNU_SPARSE:
+        if header.type == GNU_SPARSE:
             data_offset = self._behind_sparse_map(data_offset)
-        stop = data_offset + _padded(stored)
+        stop = data_offset + padded(stored)
         if data_offset + stored > self._source.size:
             yield self._cut_off(text, start, data_offset, stored)
             return
@@ -362,12 +306,12 @@ class TarWalk:
             yield TarProblem("bad_header", start, covers, extension.wrong, text, tears=True)
         elif is_folder or header.type in _LABELS:
             yield TarPassed(text, "directories" if is_folder else "volume labels")
-        elif header.type == _GNU_SPARSE or extension.is_sparse:
+        elif header.type == GNU_SPARSE or extension.is_sparse:
             yield TarProblem("not_a_file", start, covers, "is stored sparsely; pack it without --sparse", text)
         elif header.type not in _REGULAR:
             why = _NOT_FILES.get(header.type, f"is an entry of the unknown type {chr(header.type)!r}")
             yield TarProblem("not_a_file", start, covers, why, text)
-        elif not name or not _is_utf8(name):
+        elif not name or not is_utf8(name):
             why = "has a name that is not UTF-8" if name else "has an empty name"
             yield TarProblem("name", start, covers, why, text)
         else:
@@ -391,99 +335,3 @@ class TarWalk:
         self._at, self._ended = self._source.size, True
         reason = f"the archive ends within it: {held} of its {size} bytes are there"
         return TarProblem("truncated", start, self._source.size - start, reason, name, tears=True)
-
-
-class _Extension:
-    """What extension headers say of the member behind them."""
-
-    def __init__(self) -> None:
-        self.name: Optional[bytes] = None
-        self.size: Optional[int] = None
-        self.is_sparse = False
-        self.wrong = ""
-
-    def add(self, kind: int, data: bytes) -> str:
-        """Take an extension header's content in; returns what is wrong with it, or ""."""
-        if kind == _GNU_LONG_NAME:
-            self.name = data.rstrip(b"\0")
-            return "" if self.name and b"\0" not in self.name else "its long name is damaged"
-        if kind == _GNU_LONG_LINK:
-            return ""
-        records = _pax_records(data)
-        if records is None:
-            return "its pax header is damaged"
-        if kind == _PAX_GLOBAL:
-            meaning = [key for key in records if key in (b"path", b"size") or key.startswith(b"GNU.sparse.")]
-            return f"a global pax header sets {meaning[0].decode()!r} for all members" if meaning else ""
-        self.is_sparse |= any(key.startswith(b"GNU.sparse.") for key in records)
-        self.name = records.get(b"path", self.name)
-        if b"size" in records:
-            if not records[b"size"].isdigit() or len(records[b"size"]) > 19:
-                return "its pax header states a size that is not a number"
-            self.size = int(records[b"size"])
-        return ""
-
-
-def _pax_records(data: bytes) -> Optional[dict[bytes, bytes]]:
-    """The records "LENGTH KEY=VALUE\\n" of a pax header; None if they do not add up."""
-    records: dict[bytes, bytes] = {}
-    at = 0
-    while at < len(data):
-        space = data.find(b" ", at, at + 20)
-        if space < 0 or not data[at:space].isdigit():
-            return None
-        stop = at + int(data[at:space])
-        record = data[space + 1 : stop]
-        if stop > len(data) or stop <= space or not record.endswith(b"\n") or b"=" not in record:
-            return None
-        key, _, value = record[:-1].partition(b"=")
-        records[key] = value
-        at = stop
-    return records
-
-
-def _parse(block: bytes) -> Optional[_Header]:
-    """A header block, or None if it is not a sound one: short, a wrong checksum, fields out of their format."""
-    if len(block) < BLOCK:
-        return None
-    stated = _number(block[148:156])
-    if stated is None:
-        return None
-    total = sum(block) - sum(block[148:156]) + 8 * 32
-    # Some old writers summed signed characters.
-    if stated != total and stated != total - 256 * sum(byte > 127 for byte in block[:148] + block[156:]):
-        return None
-    size = _number(block[124:136])
-    if size is None:
-        return None
-    name = block[:100].partition(b"\0")[0]
-    # GNU's own format keeps other fields in place of the prefix.
-    if block[257:263] == b"ustar\0":
-        prefix = block[345:500].partition(b"\0")[0]
-        name = prefix + b"/" + name if prefix else name
-    return _Header(name, size, block[156])
-
-
-def _number(field: bytes) -> Optional[int]:
-    """An octal number, or GNU's base 256; None if it is neither, or negative."""
-    if field[0] == 0x80:
-        return int.from_bytes(field[1:], "big")
-    digits = field.partition(b"\0")[0].strip(b" ")
-    if not digits:
-        return 0
-    try:
-        return int(digits, 8) if digits.isdigit() else None
-    except ValueError:
-        return None
-
-
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
-
-
-def _is_utf8(name: bytes) -> bool:
-    try:
-        name.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True

@@ -11,7 +11,8 @@ import fsspec
 import pytest
 from tars import BLOCK, changed_header, header_of, tar_bytes
 
-from megatron_anymal.data.tar_reader import TarEntry, TarError, TarMember, TarPassed, TarProblem, TarWalk, open_bytes
+from megatron_anymal.data.byte_source import open_bytes
+from megatron_anymal.data.tar_reader import TarEntry, TarError, TarMember, TarPassed, TarProblem, TarWalk
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 

@@ -1,0 +1,65 @@
+"""Random access to a file's bytes, on a local disk or any file system that fsspec reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+
+class ByteSource(Protocol):
+    """Random access to a file's bytes."""
+
+    size: int
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The bytes [offset, offset + length), fewer if the file ends before."""
+
+
+class LocalBytes:
+    """A file on a local disk, read without a buffer: nothing is read that nobody asked for."""
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The bytes [offset, offset + length), fewer if the file ends before."""
+        data = os.pread(self._descriptor, length, offset)
+        while 0 < len(data) < length:
+            more = os.pread(self._descriptor, length - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+
+
+class FileBytes:
+    """An open fsspec file."""
+
+    def __init__(self, file: Any, size: int):
+        self._file, self.size = file, size
+
+    def read_at(self, offset: int, length: int) -> bytes:
+        """The bytes [offset, offset + length), fewer if the file ends before."""
+        self._file.seek(offset)
+        return bytes(self._file.read(length))
+
+
+@contextmanager
+def open_bytes(fs: Any, path: str) -> Iterator[ByteSource]:
+    """Open a file of an fsspec file system.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            yield LocalBytes(descriptor)
+        finally:
+            os.close(descriptor)
+        return
+    with fs.open(path, "rb") as file:
+        yield FileBytes(file, int(fs.size(path)))

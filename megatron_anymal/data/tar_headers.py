@@ -1,0 +1,123 @@
+"""Header blocks of tar archives, checked before anything acts on them: v7, POSIX ustar and pax, and GNU.
+
+POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar's manual, "Basic Tar Format".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional
+
+BLOCK = 512
+GNU_LONG_NAME, GNU_LONG_LINK, GNU_SPARSE = ord("L"), ord("K"), ord("S")
+PAX_NEXT, PAX_GLOBAL = b"xX", ord("g")
+
+
+@dataclass(frozen=True)
+class Header:
+    """One checked header block."""
+
+    name: bytes
+    size: int
+    type: int
+
+
+class Extension:
+    """What extension headers say of the member behind them."""
+
+    def __init__(self) -> None:
+        self.name: Optional[bytes] = None
+        self.size: Optional[int] = None
+        self.is_sparse = False
+        self.wrong = ""
+
+    def add(self, kind: int, data: bytes) -> str:
+        """Take an extension header's content in; returns what is wrong with it, or ""."""
+        if kind == GNU_LONG_NAME:
+            self.name = data.rstrip(b"\0")
+            return "" if self.name and b"\0" not in self.name else "its long name is damaged"
+        if kind == GNU_LONG_LINK:
+            return ""
+        records = _pax_records(data)
+        if records is None:
+            return "its pax header is damaged"
+        if kind == PAX_GLOBAL:
+            meaning = [key for key in records if key in (b"path", b"size") or key.startswith(b"GNU.sparse.")]
+            return f"a global pax header sets {meaning[0].decode()!r} for all members" if meaning else ""
+        self.is_sparse |= any(key.startswith(b"GNU.sparse.") for key in records)
+        self.name = records.get(b"path", self.name)
+        if b"size" in records:
+            if not records[b"size"].isdigit() or len(records[b"size"]) > 19:
+                return "its pax header states a size that is not a number"
+            self.size = int(records[b"size"])
+        return ""
+
+
+def _pax_records(data: bytes) -> Optional[dict[bytes, bytes]]:
+    """The records "LENGTH KEY=VALUE\\n" of a pax header; None if they do not add up."""
+    records: dict[bytes, bytes] = {}
+    at = 0
+    while at < len(data):
+        space = data.find(b" ", at, at + 20)
+        if space < 0 or not data[at:space].isdigit():
+            return None
+        stop = at + int(data[at:space])
+        record = data[space + 1 : stop]
+        if stop > len(data) or stop <= space or not record.endswith(b"\n") or b"=" not in record:
+            return None
+        key, _, value = record[:-1].partition(b"=")
+        records[key] = value
+        at = stop
+    return records
+
+
+def parse_header(block: bytes) -> Optional[Header]:
+    """A header block, or None if it is not a sound one: short, a wrong checksum, fields out of their format."""
+    if len(block) < BLOCK:
+        return None
+    stated = _number(block[148:156])
+    if stated is None:
+        return None
+    total = sum(block) - sum(block[148:156]) + 8 * 32
+    # Some old writers summed signed characters.
+    if stated != total and stated != total - 256 * sum(byte > 127 for byte in block[:148] + block[156:]):
+        return None
+    size = _number(block[124:136])
+    if size is None:
+        return None
+    name = block[:100].partition(b"\0")[0]
+    # GNU's own format keeps other fields in place of the prefix.
+    if block[257:263] == b"ustar\0":
+        prefix = block[345:500].partition(b"\0")[0]
+        name = prefix + b"/" + name if prefix else name
+    return Header(name, size, block[156])
+
+
+def stated_size(block: bytes) -> Optional[int]:
+    """The size that a block states which has a tar header's magic and is damaged elsewhere; None without either."""
+    return _number(block[124:136]) if block[257:262] == b"ustar" else None
+
+
+def _number(field: bytes) -> Optional[int]:
+    """An octal number, or GNU's base 256; None if it is neither, or negative."""
+    if field[0] == 0x80:
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip(b" ")
+    if not digits:
+        return 0
+    try:
+        return int(digits, 8) if digits.isdigit() else None
+    except ValueError:
+        return None
+
+
+def padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def is_utf8(name: bytes) -> bool:
+    try:
+        name.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
