@@ -75,8 +75,8 @@ def _export(arguments: argparse.Namespace) -> None:
     folder = store.resolve(arguments.checkpoint)
     manifest = store.read_manifest(folder)
     # The Llama alone needs no plug-ins.
-    trusted = arguments.trust_remote_code or arguments.llama_only
-    config = config_of(manifest, folder, trust_remote_code=trusted)
+    trusted = arguments.trust_plugins or arguments.llama_only
+    config = config_of(manifest, folder, trust_plugins=trusted)
     llama_only = arguments.llama_only or not config.model.modalities
     staging = out.parent / f".{out.name}.exporting"
     shutil.rmtree(staging, ignore_errors=True)

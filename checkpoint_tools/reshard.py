@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tensor-model-parallel-size", required=True, type=int, metavar="T")
     parser.add_argument("--pipeline-model-parallel-size", required=True, type=int, metavar="P")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run plug-ins that the checkpoint names")
+    parser.add_argument("--trust-plugins", action="store_true", help="run plug-ins that the checkpoint names")
     arguments = parser.parse_args(argv)
     try:
         _reshard(arguments)
@@ -60,7 +60,7 @@ def _reshard(arguments: argparse.Namespace) -> None:
     manifest = store.read_manifest(folder, verify=True)
     # They are copied as they are.
     check_pickles(folder)
-    config = _laid_out(folder, manifest, *sizes, trust_remote_code=arguments.trust_remote_code)
+    config = _laid_out(folder, manifest, *sizes, trust_plugins=arguments.trust_plugins)
     boxes = boxes_of_ranks(config, manifest, folder)
     size = sum((folder / name).stat().st_size for name in manifest.files)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,13 +76,11 @@ def _reshard(arguments: argparse.Namespace) -> None:
     print(f"{out}: {len(boxes)} files for tensor- and pipeline-parallel sizes {sizes[0]} and {sizes[1]}")
 
 
-def _laid_out(
-    folder: Path, manifest: Manifest, tensor_size: int, stages: int, *, trust_remote_code: bool
-) -> AnyMALConfig:
+def _laid_out(folder: Path, manifest: Manifest, tensor_size: int, stages: int, *, trust_plugins: bool) -> AnyMALConfig:
     """The checkpoint's configuration with other sizes, and without what belonged to the old ones."""
     from megatron_anymal.checkpoint.trust import config_of
 
-    config = config_of(manifest, folder, trust_remote_code=trust_remote_code)
+    config = config_of(manifest, folder, trust_plugins=trust_plugins)
     m = config.model
     m.tensor_model_parallel_size, m.pipeline_model_parallel_size = tensor_size, stages
     m.virtual_pipeline_model_parallel_size = 1

@@ -58,18 +58,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--export", required=True, help="what checkpoint_tools.export_hf made of it")
     parser.add_argument("--data", action="append", default=[], help="prepared folders; default: the run's")
     parser.add_argument("--samples", type=int, default=2, help="samples of each modality")
-    parser.add_argument(FLAG, action="store_true", help="run plug-ins that the checkpoint names, and the export's code")
+    parser.add_argument(FLAG, action="store_true", help="import plug-ins that the checkpoint names")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the export's code, whatever it is")
     arguments = parser.parse_args(argv)
     try:
         folder, export = store.resolve(arguments.checkpoint), Path(arguments.export)
         if not (export / "config.json").is_file():
             raise ConfigError(f"--export={str(export)!r} holds no config.json. Name a folder made by export_hf.")
-        trusted = arguments.trust_remote_code
-        config = config_of(store.read_manifest(folder, verify=True), folder, trust_remote_code=trusted)
-        if not trusted and (foreign := foreign_code(export)):
+        config = config_of(store.read_manifest(folder, verify=True), folder, trust_plugins=arguments.trust_plugins)
+        if not arguments.trust_remote_code and (foreign := foreign_code(export)):
             raise ConfigError(
                 f"--export={str(export)!r}: {foreign[0]} is not this installation's code, and would run. Export again, "
-                f"or read it and allow it with {FLAG}."
+                "or read it and allow it with --trust-remote-code."
             )
         llama_only = json.loads((export / "config.json").read_text())["model_type"] == "llama"
         samples = choose_samples(config, arguments.data, arguments.samples, llama_only)

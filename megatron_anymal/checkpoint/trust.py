@@ -8,28 +8,28 @@ from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.config import AnyMALConfig, ConfigError
 from megatron_anymal.config_io import from_dict
 
-# What the user says to run code that comes with a checkpoint, an archive or an export.
-FLAG = "--trust-remote-code"
+# What the user says to import Python files that a checkpoint names.
+FLAG = "--trust-plugins"
 
 
-def config_of(manifest: Manifest, folder: Path, *, trust_remote_code: bool) -> AnyMALConfig:
+def config_of(manifest: Manifest, folder: Path, *, trust_plugins: bool) -> AnyMALConfig:
     """The configuration in a checkpoint's manifest, for whoever builds its model.
 
     Raises:
         ConfigError: it is damaged, or names plug-ins and they are not trusted.
     """
     config = from_dict(manifest.config)
-    refuse_plugins(config, f"the checkpoint {str(folder)!r}", FLAG, trust_remote_code=trust_remote_code)
+    refuse_plugins(config, f"the checkpoint {str(folder)!r}", FLAG, trust_plugins=trust_plugins)
     return config
 
 
-def refuse_plugins(config: AnyMALConfig, origin: str, flag: str, *, trust_remote_code: bool) -> None:
+def refuse_plugins(config: AnyMALConfig, origin: str, flag: str, *, trust_plugins: bool) -> None:
     """Refuse the plug-ins of a configuration that is not the user's own, unless they are trusted.
 
     Raises:
         ConfigError: naming the files, where the configuration comes from, and the flag.
     """
-    if config.model.plugins and not trust_remote_code:
+    if config.model.plugins and not trust_plugins:
         named = ", ".join(str(Path(path).expanduser().absolute()) for path in config.model.plugins)
         raise ConfigError(
             f"model.plugins: {origin} names {named}, Python code that would run here. Read it, then allow it with "

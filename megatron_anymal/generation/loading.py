@@ -21,10 +21,11 @@ MODEL_TYPE = "anymal"
 DTYPES = ("auto", "float32", "bfloat16")
 # Arguments that one kind of folder alone takes, and how they are written.
 _OF_CHECKPOINTS = {
+    "trust_plugins": FLAG,
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
     "pipeline_model_parallel_size": "--pipeline-model-parallel-size",
 }
-_OF_EXPORTS = {"device": "--device", "dtype": "--dtype"}
+_OF_EXPORTS = {"device": "--device", "dtype": "--dtype", "trust_remote_code": "--trust-remote-code"}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,11 +33,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, help="a training checkpoint's or its run's folder, or an exported folder"
     )
-    parser.add_argument(FLAG, action="store_true", help="run plug-ins that the checkpoint names, or the export's code")
     native = parser.add_argument_group("of a training checkpoint")
+    native.add_argument(FLAG, action="store_true", default=None, help="import plug-ins that the checkpoint names")
     native.add_argument("--tensor-model-parallel-size", type=int, help="default: all processes")
     native.add_argument("--pipeline-model-parallel-size", type=int, help="default: 1")
     exported = parser.add_argument_group("of an exported folder")
+    exported.add_argument(
+        "--trust-remote-code", action="store_true", default=None, help="run the code that the folder holds"
+    )
     exported.add_argument("--device", help="default: cuda where there is one, else cpu")
     exported.add_argument("--dtype", choices=DTYPES, help="default: auto, the folder's")
 
@@ -89,7 +93,7 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
             arguments.tensor_model_parallel_size,
             arguments.pipeline_model_parallel_size or 1,
             untrained=untrained,
-            trust_remote_code=arguments.trust_remote_code,
+            trust_plugins=bool(arguments.trust_plugins),
         )
     _refuse(arguments, _OF_CHECKPOINTS, f"{folder!r} is an exported folder, which one process answers from")
     if untrained:
@@ -104,7 +108,7 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
         exported,
         arguments.device,
         arguments.dtype or "auto",
-        trust_remote_code=arguments.trust_remote_code,
+        trust_remote_code=bool(arguments.trust_remote_code),
     )
 
 

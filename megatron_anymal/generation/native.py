@@ -103,7 +103,7 @@ class NativeGenerator(Generator):
         stages: int = 1,
         *,
         untrained: bool = False,
-        trust_remote_code: bool = False,
+        trust_plugins: bool = False,
     ) -> NativeGenerator:
         """The model of a checkpoint's or a run's folder, over the processes that were started.
 
@@ -111,7 +111,7 @@ class NativeGenerator(Generator):
             tensor_size: tensor-parallel size; None: what `stages` leaves of the processes.
             stages: pipeline-parallel size.
             untrained: leave the projectors' initial values.
-            trust_remote_code: import the plug-ins that the checkpoint names.
+            trust_plugins: import the plug-ins that the checkpoint names.
 
         Raises:
             CheckpointError, ConfigError: no such checkpoint, plug-ins that are not trusted, or a layout that does not
@@ -119,7 +119,7 @@ class NativeGenerator(Generator):
         """
         folder = store.resolve(path)
         manifest = store.read_manifest(folder, verify=True)
-        config = config_of(manifest, folder, trust_remote_code=trust_remote_code)
+        config = config_of(manifest, folder, trust_plugins=trust_plugins)
         world = int(os.environ.get("WORLD_SIZE", "1"))
         config.trainer.num_nodes, config.trainer.devices = 1, world
         config.model.pipeline_model_parallel_size = stages

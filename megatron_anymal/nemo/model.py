@@ -177,7 +177,7 @@ class MegatronAnyMALModel(ModelPT):
         trainer: Trainer | None = None,
         return_config: bool = False,
         layout: ParallelLayout | None = None,
-        trust_remote_code: bool = False,
+        trust_plugins: bool = False,
     ) -> MegatronAnyMALModel | DictConfig:
         """The model of a `.nemo` archive; its weights are read, sharded as configured, when `state` is first used.
 
@@ -186,7 +186,7 @@ class MegatronAnyMALModel(ModelPT):
             override_config_path: used instead of the archive's configuration, for another layout or other data: a
                 configuration, or a YAML file of the archive's form. Its "nemo:" paths lead into the archive.
             return_config: return the archive's configuration only.
-            trust_remote_code: import the plug-ins that the archive's configuration names.
+            trust_plugins: import the plug-ins that the archive's configuration names.
 
         Raises:
             ConfigError: no such archive, a configuration that is not one of this model, or plug-ins that are not
@@ -200,8 +200,8 @@ class MegatronAnyMALModel(ModelPT):
             folder.cleanup()
             return cfg
         if override_config_path is None:
-            origin, flag = f"the archive {str(restore_path)!r}", "trust_remote_code=True"
-            refuse_plugins(from_cfg(cfg), origin, flag, trust_remote_code=trust_remote_code)
+            origin, flag = f"the archive {str(restore_path)!r}", "trust_plugins=True"
+            refuse_plugins(from_cfg(cfg), origin, flag, trust_plugins=trust_plugins)
         if isinstance(override_config_path, (str, Path)):
             loaded = OmegaConf.load(override_config_path)
             assert isinstance(loaded, DictConfig)

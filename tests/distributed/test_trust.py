@@ -148,11 +148,11 @@ def test_plugins_of_a_checkpoint_need_the_flag(run: Path, tmp_path: Path) -> Non
     assert told.pop("inspect")[0] == 0
     for name, (code, said) in told.items():
         assert code == 2 and said.count("\n") == 1, (name, said)
-        assert str(plugin) in said and "--trust-remote-code" in said and str(bad) in said, (name, said)
+        assert str(plugin) in said and "--trust-plugins" in said and str(bad) in said, (name, said)
     llama = [f"--checkpoint={bad}", f"--out={tmp_path}/llama", "--llama-only"]
     assert run_ranks(1, export_hf.main, llama) == [0]
     assert not marker.exists()
-    assert run_ranks(1, main, ["generate", f"--checkpoint={bad}", "--text=hi", "--trust-remote-code"]) == [0]
+    assert run_ranks(1, main, ["generate", f"--checkpoint={bad}", "--text=hi", "--trust-plugins"]) == [0]
     assert marker.exists()
 
 
@@ -167,9 +167,9 @@ def test_plugins_of_an_archive_need_the_argument(run: Path, tmp_path: Path) -> N
     config.model.plugins = [str(tmp_path / "plugin.py")]
     text = "\n".join(["run:", *(f"  {line}" for line in _yaml(config).splitlines())])
     archive.write(tmp_path / "a.nemo", text, {}, {"weight": torch.ones(2)})
-    with pytest.raises(ConfigError, match=r"a\.nemo' names .*/plugin\.py.*trust_remote_code=True"):
+    with pytest.raises(ConfigError, match=r"a\.nemo' names .*/plugin\.py.*trust_plugins=True"):
         MegatronAnyMALModel.restore_from(tmp_path / "a.nemo")
-    assert MegatronAnyMALModel.restore_from(tmp_path / "a.nemo", trust_remote_code=True)
+    assert MegatronAnyMALModel.restore_from(tmp_path / "a.nemo", trust_plugins=True)
     # Its own is the user's.
     assert MegatronAnyMALModel.restore_from(tmp_path / "a.nemo", override_config_path=config)
 
