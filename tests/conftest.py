@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import forks
 import pytest
+import torch
 from engine import train_as_configured
 from ranks import run_ranks
 from tiny import make_shards, make_tokenizer
 
+# Whatever the caller's environment says: sums in another order differ in the last digits, and two cores are shared by
+# several processes. What is started from here inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 forks.watch()
 
 
