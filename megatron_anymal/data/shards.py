@@ -227,9 +227,9 @@ class ShardIndex:
         self._check_length(length, "max_text_bytes", where)
         data = self._read(int(row["shard"]), int(row["text_offset"]), length, int(row["text_crc"]), where)
         media = self.media_rows(sample)
-        kinds = [self.header.kinds[m["kind"]] for m in media]
+        kinds = [self._named("kinds", m["kind"], where) for m in media]
         if not row["text_is_json"]:
-            names = [self.header.extensions[m["extension"]] for m in media]
+            names = [self._named("extensions", m["extension"], where) for m in media]
             plain = [MediaPart(name, kind, self._attributes(kind)) for name, kind in zip(names, kinds)]
             return Sample("parts", ([*plain, parse_text(data, where)],))
         read = parse_sample(parse_json_text(data, where, self.limits), where)
@@ -238,6 +238,13 @@ class ShardIndex:
     def left_out(self) -> list[LeftOut]:
         """What was left out when the index was made."""
         return read_ledger(self._fs, self._inside(LEDGER))
+
+    def _named(self, names: str, number: int, where: str) -> str:
+        """A kind or extension by its number in a row."""
+        known: tuple[str, ...] = getattr(self.header, names)
+        if number >= len(known):
+            raise DataError(f"{where}: its row in the index is damaged. Rebuild it with `anymal prepare --index-only`.")
+        return known[number]
 
     def _attributes(self, kind: str) -> Mapping[str, Any]:
         return self.header.attributes.get(kind, {})
@@ -292,7 +299,7 @@ class ShardIndex:
             where = f"sample {self.key(sample)!r} of {self.folder!r}, media {part.media!r}"
             self._check_length(int(row["length"]), "max_member_bytes", where)
             data = self._read(shard, int(row["offset"]), int(row["length"]), int(row["crc"]), where)
-            found.append(MediaBytes(part, data, self.header.extensions[row["extension"]]))
+            found.append(MediaBytes(part, data, self._named("extensions", row["extension"], where)))
         return found
 
     def media_rows(self, sample: int) -> np.ndarray:

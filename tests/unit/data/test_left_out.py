@@ -353,6 +353,19 @@ def test_limits_of_members_and_texts_are_settings(folder: Folder) -> None:
         folder.index("--limit", "max_member_byte=3")
 
 
+@pytest.mark.parametrize("column", ["kind", "extension"])
+def test_a_damaged_row_of_the_index_names_its_sample(folder: Folder, column: str) -> None:
+    folder.write(plain(2))
+    folder.index()
+    media = np.load(folder.path / "index" / "media.npy")
+    media[column][1] = 77
+    np.save(folder.path / "index" / "media.npy", media)
+    index = ShardIndex(str(folder.path))
+    assert index.sample(0)
+    with pytest.raises(DataError, match=r"sample '0001'.*damaged. Rebuild it"):
+        index.sample(1)
+
+
 def test_an_index_made_again_is_the_same_to_a_run(folder: Folder) -> None:
     folder.write(with_masks(3))
     first = folder.index().index
