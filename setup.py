@@ -16,8 +16,8 @@ INSTALL_REQUIRES = [
     "webdataset>=1.0,<2",
     "fsspec>=2024.2",
     "Pillow>=10.0",
-    # 19 dropped an argument of av.open that damaged metadata needs.
-    "av>=14.0,<19",
+    # 14 has no duration of a frame; 19 dropped an argument of av.open that damaged metadata needs.
+    "av>=15.0,<19",
     "soundfile>=0.12",
     "tensorboard>=2.16",
     # megatron-core's checkpoint writer needs it and does not say so: without it a rank hangs.

@@ -44,7 +44,7 @@ def opened_container(data: bytes, kind: str, limits: LimitsConfig) -> Iterator[t
         # Unreadable titles and comments do not matter.
         with av.open(io.BytesIO(data), options=options, metadata_errors="replace") as container:
             stream = container.streams.best(kind)
-            if stream is None or stream.disposition & av.stream.Disposition.attached_pic:
+            if stream is None or _is_cover(stream):
                 raise MediaError(f"has no {kind} stream: it is another kind of file, or cut off")
             if stream.codec_context is None:
                 raise MediaError("is coded in a way that cannot be decoded here")
@@ -60,6 +60,11 @@ def opened_container(data: bytes, kind: str, limits: LimitsConfig) -> Iterator[t
         raise MediaError(
             f"cannot be decoded as {kind}, it is damaged, cut off or of a format that is not read: {why}"
         ) from error
+
+
+def _is_cover(stream: Any) -> bool:
+    """Whether a video stream is the cover picture of a recording."""
+    return bool(stream.disposition & type(stream.disposition).attached_pic)
 
 
 def _require_whole_boxes(data: bytes) -> None:

@@ -181,7 +181,9 @@ def test_a_header_that_states_too_little_loses_no_frames() -> None:
             output.mux(track.encode(frame))
         output.mux(track.encode(None))
     whole = stream.getvalue()
-    assert video().probe(whole, "mp4", {})[0] == pytest.approx(3.9)
+    # What the encoder says of the last frame's length differs between versions of PyAV.
+    length = video().probe(whole, "mp4", {})[0]
+    assert length in (pytest.approx(3.7), pytest.approx(3.9))
     short = bytearray(whole)
     for box, at in (b"mvhd", 20), (b"mdhd", 20), (b"tkhd", 24):
         place = whole.index(box) + at
@@ -190,7 +192,7 @@ def test_a_header_that_states_too_little_loses_no_frames() -> None:
     with av.open(io.BytesIO(bytes(short))) as container:
         track = container.streams.video[0]
         assert float(track.duration * track.time_base) == pytest.approx(1.3, abs=0.01)
-    assert video().probe(bytes(short), "mp4", {})[0] == pytest.approx(3.9)
+    assert video().probe(bytes(short), "mp4", {})[0] == length
     # Frame n is shown from 0.3 n s; frames are taken at 1/8, 3/8 ... of each second.
     expected = [[int((second + place / 8) / 0.3) for place in (1, 3, 5, 7)] for second in range(3)]
     assert frame_numbers(video().load(bytes(short), "mp4", {}))[:3] == expected
@@ -215,7 +217,7 @@ def test_a_recordings_cover_is_no_video() -> None:
     with av.open(stream, "w", format="mp4") as output:
         sound = output.add_stream("aac", rate=48000, layout="mono")
         cover = output.add_stream("mjpeg", rate=1, width=64, height=64, pix_fmt="yuvj420p")
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = 1 << 10
         frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         frame.sample_rate, frame.pts = 48000, 0
         output.mux(sound.encode(frame))
