@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import random
 from dataclasses import dataclass
@@ -128,6 +129,9 @@ def _join(world_size: int, device: torch.device) -> None:
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(kind, timeout=COLLECTIVE_TIMEOUT)
+    # A process that ends in order leaves the job before the interpreter is taken down: gloo's threads that still run
+    # then abort it ("terminate called without an active exception"), and torchrun ends the others in their work.
+    atexit.register(shutdown)
 
 
 def _seed(seed: int) -> None:
