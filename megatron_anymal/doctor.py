@@ -49,7 +49,7 @@ PARTS = (
     Part("transformers", "transformers", ">=5.0,<6", "", "no encoders, no tokenizers"),
     Part("psutil", "psutil", ">=5.9", "", "megatron-core's checkpoint writer dies and the rank hangs"),
     Part("webdataset", "webdataset", ">=1.0,<2", "", "`anymal prepare` writes no shards"),
-    Part("av", "av", ">=14.0,<19", "", "video cannot be read"),
+    Part("av", "av", ">=15.0,<19", "", "video cannot be read"),
     Part("soundfile", "soundfile", ">=0.12", "", "audio cannot be read"),
     Part(
         "transformer-engine",
