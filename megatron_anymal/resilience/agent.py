@@ -1,8 +1,9 @@
 """The process between a launcher and its ranks, for one attempt: torchrun's elastic agent, or nvidia-resiliency-ext's.
 
-A process of its own: the launcher stays small and outlives whatever happens here. It tells the launcher how every rank
-ended, as soon as it ends: FOLDER/exit_PID holds the exit code, or minus the signal's number. It ends its ranks where
-the launcher is gone. Signals that ask a run to stop are the launcher's to pass on: the agent would end the ranks.
+A process of its own: the launcher stays small and outlives whatever happens here. It tells the launcher which ranks
+it started and how each ended, as soon as it does: FOLDER/started_RANK holds the process number, FOLDER/exit_PID the
+exit code, or minus the signal's number. It ends its ranks where the launcher is gone. Signals that ask a run to stop
+are the launcher's to pass on: the agent would end the ranks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ MODULES = {"torchrun": "torch.distributed.run", "ft": "nvidia_resiliency_ext.fau
 # What the agent itself failed with, in the launcher's folder.
 ERROR = "agent_error"
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Seconds between looks for new ranks.
+# Seconds between looks for the launcher.
 _LOOK = 0.05
 
 
@@ -42,8 +43,17 @@ def exit_code(folder: Path, pid: int) -> Optional[int]:
     return None
 
 
+def ranks_started(folder: Path) -> dict[int, int]:
+    """Rank -> process number, of all ranks that the agent of a folder has started, those that have ended too."""
+    found = {}
+    for path in folder.glob("started_*"):
+        with suppress(OSError, ValueError):
+            found[int(path.name.removeprefix("started_"))] = int(path.read_text())
+    return found
+
+
 def ranks_below(pid: int) -> dict[int, int]:
-    """Rank -> process number, of an agent's children that have a rank."""
+    """Rank -> process number, of an agent's children that have a rank and run."""
     found = {}
     for child in _children(pid):
         # Between its fork and the start of its program a child still has the agent's environment, without a rank.
@@ -83,11 +93,12 @@ def main(arguments: Sequence[str]) -> int:
     """
     launcher, folder, logs, *rest = arguments
     # Before an agent takes it.
+    _Spawned.folder = Path(folder)
     subprocess.Popen = _Spawned  # type: ignore[misc]
     for number in _STOPPING:
         # A handler, unlike SIG_IGN, is not handed on to the ranks.
         signal.signal(number, _leave_it)
-    threading.Thread(target=_watch, args=(Path(folder), os.getppid()), daemon=True).start()
+    threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_failure)
     module = importlib.import_module(MODULES[launcher])
     options = module.parse_args(rest)
@@ -140,27 +151,29 @@ class RankLogs:
         return f"{self.root_log_dir}/rank_{int(rank):05d}.{stream}"
 
 
-def _watch(folder: Path, parent: int) -> None:
-    """Note the end of every rank; end them all where the launcher is gone."""
-    known: set[int] = set()
-    while os.getppid() == parent:
-        for pid in set(ranks_below(os.getpid()).values()) - known:
-            known.add(pid)
-            threading.Thread(target=_note_end, args=(folder, pid), daemon=True).start()
+def _watch(launcher: int) -> None:
+    """End every rank where the launcher is gone."""
+    while os.getppid() == launcher:
         time.sleep(_LOOK)
-    for pid in known:
+    for pid in {*_Spawned.ranks, *ranks_below(os.getpid()).values()}:
         end_rank(pid)
     os._exit(1)
 
 
 class _Spawned(subprocess.Popen):
-    """A child of the agent; how it ended can be asked for also where the agent itself saw it first."""
+    """A child of the agent. A rank is noted as it starts: one that ends at once is seen by no later look."""
 
-    known: ClassVar[dict[int, subprocess.Popen[Any]]] = {}
+    folder: ClassVar[Path]
+    # Process number -> a rank's process; how it ended can be asked for also where the agent itself saw it first.
+    ranks: ClassVar[dict[int, subprocess.Popen[Any]]] = {}
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
-        self.known[self.pid] = self
+        rank = (settings.get("env") or {}).get("RANK")
+        if rank is not None:
+            self.ranks[self.pid] = self
+            _write(self.folder / f"started_{rank}", str(self.pid))
+            threading.Thread(target=_note_end, args=(self.folder, self.pid), daemon=True).start()
 
 
 def _note_end(folder: Path, pid: int) -> None:
@@ -173,8 +186,8 @@ def _note_end(folder: Path, pid: int) -> None:
     except ChildProcessError:
         # The agent was quicker: it knows, or will in a moment. Without its word the launcher would take it for a crash.
         deadline = time.monotonic() + 1.0
-        while pid in _Spawned.known and code is None and time.monotonic() < deadline:
-            code = _Spawned.known[pid].returncode
+        while code is None and time.monotonic() < deadline:
+            code = _Spawned.ranks[pid].returncode
             time.sleep(0.01)
     if code is not None:
         _write(folder / f"exit_{pid}", str(code))

@@ -72,6 +72,7 @@ class Attempt:
                 self._look()
                 if self.kill_at is not None and time.monotonic() >= self.kill_at:
                     self._kill()
+            self._find_ranks()
             self._note_failures()
             return self._ending()
         finally:
@@ -105,7 +106,7 @@ class Attempt:
         return subprocess.Popen(words, env=environment, start_new_session=True)
 
     def _find_ranks(self) -> None:
-        self.workers.update(agents.ranks_below(self.agent.pid))
+        self.workers.update(agents.ranks_started(self.folder))
         for rank in self.workers:
             self.begun.setdefault(rank, time.monotonic())
 

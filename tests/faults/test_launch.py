@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from megatron_anymal.config import ResilienceConfig
+from megatron_anymal.resilience import attempt
 from megatron_anymal.resilience.agent import ranks_below
 from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
@@ -111,6 +112,15 @@ def test_a_run_that_does_not_get_on_is_given_up(tmp_path: Path) -> None:
     assert len(told(run, "start")) == 4 and len(told(run, "crash_loop")) == 1
     # It told nothing itself: what it last printed is shown.
     assert "the last words of a rank" in report(run) and "79" in report(run)
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_that_ends_before_the_launcher_looks_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks that do not get as far as their imports end within a tenth of a second."""
+    monkeypatch.setattr(attempt, "_LOOK", 2.0)
+    run = tmp_path / "run"
+    assert Supervisor(job(run, "10", f"1:-1:code={int(Exit.MISTAKE)}", timeout=30)).run() == Exit.MISTAKE
+    assert len(told(run, "start")) == 1 and not told(run, "hang")
 
 
 @pytest.mark.timeout(120)
