@@ -295,12 +295,15 @@ class DatasetConfig:
 class LimitsConfig:
     """Largest inputs that are accepted. What exceeds one is refused by name: left out of an index, skipped in training.
 
-    The defaults bound what the worst accepted sample costs a loader process to 512 MB.
+    The defaults bound what the worst accepted sample costs a loader process to 512 MiB.
     """
 
-    # Width x height of a picture. Pillow needs up to 16 bytes a pixel to decode one (WebP; progressive CMYK JPEG 12).
+    # Bytes of a media file and of what its decoder takes, by estimate: pixels x bytes a pixel of a picture's format;
+    # for a video, the frames that its codec and level let a decoder hold.
+    max_load_bytes: int = 512 * 2**20
+    # Width x height of a picture.
     max_pixels: int = 30_000_000
-    # Width x height of a video's frames: 4096 x 2160. A decoder may hold 17 of them at 1.5 bytes a pixel (8 bits).
+    # Width x height of a video's frames: 4096 x 2160.
     max_frame_pixels: int = 8_900_000
     # Length of a video, a recording or an IMU signal: 4 hours. They are read block by block, so this bounds time.
     max_seconds: float = 14_400.0

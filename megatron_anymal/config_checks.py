@@ -67,6 +67,7 @@ AT_LEAST = {
     "data.max_bad_share": 0,
     "data.num_workers": 0,
     "data.prefetch_steps": 1,
+    "data.limits.max_load_bytes": 1,
     "data.limits.max_pixels": 1,
     "data.limits.max_frame_pixels": 1,
     "data.limits.max_seconds": 0,

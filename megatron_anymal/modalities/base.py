@@ -50,6 +50,16 @@ def require_within(limits: LimitsConfig, key: str, value: float, what: str, fix:
         raise MediaError(f"{what}, above data.limits.{key}={bound}; {fix} or raise the limit")
 
 
+def require_loadable(limits: LimitsConfig, file_bytes: int, decoding: float) -> None:
+    """Refuse a media file that is too much for a loader process together with what decoding it takes, in bytes.
+
+    Raises:
+        MediaError: naming the limit and both figures.
+    """
+    what = f"has {file_bytes} bytes and takes up to {int(decoding)} more to decode"
+    require_within(limits, "max_load_bytes", file_bytes + decoding, what, "scale it down")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The known words for an error message, the one closest to `word` first where one is close."""
     words = sorted(known)

@@ -18,6 +18,7 @@ from megatron_anymal.modalities.base import (
     Modality,
     count_in_time,
     require_above,
+    require_loadable,
     require_within,
 )
 from megatron_anymal.modalities.containers import opened_container, start, stream_seconds
@@ -25,6 +26,7 @@ from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.pictures import flat_and_upright
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
+from megatron_anymal.modalities.video_memory import decoding_bytes
 
 # Frames of a clip where the encoder sees single frames and states no number.
 FRAMES_OF_AN_IMAGE_ENCODER = 8
@@ -69,15 +71,18 @@ WITH_TRANSPARENCY = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 @contextmanager
 def opened(data: bytes, limits: LimitsConfig) -> Iterator[tuple[Any, Any]]:
-    """The container and its main video stream, whose frames are within the limit."""
+    """The container and its main video stream, whose frames are within the limits."""
     with opened_container(data, "video", limits) as (container, stream):
-        _require_frame_size(limits, stream.codec_context.width, stream.codec_context.height)
+        _require_frames(stream.codec_context, stream.codec_context, len(data), limits)
         yield container, stream
 
 
-def _require_frame_size(limits: LimitsConfig, width: int, height: int) -> None:
+def _require_frames(context: Any, frame: Any, file_bytes: int, limits: LimitsConfig) -> None:
+    """Refuse frames beyond a limit; `frame` has their size and pixel format, as the stream's context states it, too."""
+    width, height = frame.width, frame.height
     what = f"has frames of {width * height} pixels ({width} x {height})"
     require_within(limits, "max_frame_pixels", width * height, what, "scale it down")
+    require_loadable(limits, file_bytes, decoding_bytes(context, width, height, frame.format))
 
 
 def _timing(container: Any, stream: Any, limits: LimitsConfig) -> tuple[float, float]:
@@ -161,7 +166,7 @@ class VideoModality(Modality):
             container.seek(0)
             decoder = _Decoder(container, stream)
             for place, frame in zip(order, _frames_at(decoder, times[order], rate), strict=True):
-                _require_frame_size(self.limits, frame.width, frame.height)
+                _require_frames(stream.codec_context, frame, len(data), self.limits)
                 frames[place] = self.pixels.resize(_picture(frame))
         clips = frames.reshape(pieces, self.num_frames, side, side, 3)
         return torch.from_numpy(self.pixels.normalise(clips))
@@ -219,7 +224,8 @@ def _orientation(frame: Any) -> int:
     Raises:
         MediaError: it is not a multiple of a quarter turn, or singular.
     """
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    # frame.side_data would tie the frame to itself, and its pixels would stay until the garbage collector runs.
+    matrix = library("av.sidedata.sidedata").SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 1
     a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
@@ -260,7 +266,8 @@ def _frames_at(decoder: _Decoder, times: np.ndarray, rate: float) -> Iterator[An
             if following is None or seconds(following) > time + slack:
                 raise MediaError(f"cannot be read at {time:.2f} s: it is cut off or its index is wrong")
         while following is not None and (shown is None or seconds(following) <= time + slack):
-            shown, following = following, next(frames, None)
+            shown = following
+            following = next(frames, None)
             # A damaged frame spoils those predicted from it, which carry no mark. Just behind a jump a mark may
             # only mean that the frame leans on one that was left out.
             if not jumped:

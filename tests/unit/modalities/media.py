@@ -169,3 +169,34 @@ def npy_bytes(values: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, values)
     return stream.getvalue()
+
+
+def coded_video(
+    folder: Path, codec: str, pixels: str, width: int, height: int, references: int, count: int, container: str = "mp4"
+) -> bytes:
+    """Grey frames that get brighter, coded with this many reference frames where the codec can be told so."""
+    import av
+
+    path = folder / f"made.{container}"
+    parameters = f"ref={references}:bframes=0:log-level=0"
+    options = {
+        "libx264": {"preset": "ultrafast", "x264-params": f"ref={references}:bframes=0"},
+        "libx265": {"preset": "ultrafast", "x265-params": parameters},
+    }.get(codec, {"deadline": "realtime", "cpu-used": "8"})
+    with av.open(str(path), "w") as output:
+        track = output.add_stream(codec, rate=8, options=options)
+        track.width, track.height, track.pix_fmt = width, height, pixels
+        for number in range(count):
+            shade = np.full((height, width), 40 + 8 * number % 200, dtype=np.uint8)
+            output.mux(track.encode(av.VideoFrame.from_ndarray(shade, format="gray").reformat(format=pixels)))
+        output.mux(track.encode(None))
+    return path.read_bytes()
+
+
+def with_matrix(data: bytes, linear: tuple[float, float, float, float]) -> bytes:
+    """An MP4 whose display matrix is x' = ax + cy, y' = bx + dy for (a, b, c, d)."""
+    a, b, c, d = (round(entry * 0x10000) for entry in linear)
+    identity = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    head, track_header, tail = data.partition(b"tkhd")
+    assert identity in tail[:80]
+    return head + track_header + tail.replace(identity, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000), 1)

@@ -1,7 +1,8 @@
-"""The worst file that the default limits accept costs a loader process 512 MB at most."""
+"""The worst file that the default limits accept costs a loader process 512 MiB at most."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -10,12 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
-from media import image_bytes, npy_bytes, sine, sound_bytes
+from media import coded_video, image_bytes, npy_bytes, sine, sound_bytes, with_matrix
 from PIL import Image
 
 from megatron_anymal.config import LimitsConfig
+from megatron_anymal.modalities.base import MediaError
+from megatron_anymal.modalities.pictures import DECODING, USUAL_DECODING
+from megatron_anymal.modalities.video import VideoModality
+from megatron_anymal.modalities.video_memory import decoding_bytes
 
 LIMITS = LimitsConfig()
 # Two square sides that just fit.
@@ -54,6 +60,10 @@ PICTURES: dict[str, tuple[str, Callable[[int], bytes]]] = {
         ),
     ),
     "WebP": ("webp", lambda side: image_bytes(Image.new("RGBA", (side, side), (9, 99, 199, 50)), "WEBP", method=0)),
+    "lossless WebP": (
+        "webp",
+        lambda side: image_bytes(Image.new("RGBA", (side, side), (9, 99, 199, 50)), "WEBP", lossless=True, method=0),
+    ),
     "turned TIFF of one strip": (
         "tiff",
         lambda side: image_bytes(
@@ -72,7 +82,10 @@ PICTURES: dict[str, tuple[str, Callable[[int], bytes]]] = {
 @pytest.mark.parametrize("family", PICTURES)
 def test_a_picture(family: str, tmp_path: Path) -> None:
     name, make = PICTURES[family]
-    assert peak_of("image", make(SIDE), make(64), name, tmp_path) <= BOUND
+    large = make(SIDE)
+    with Image.open(io.BytesIO(large)) as picture:
+        estimate = DECODING.get(picture.format or "", USUAL_DECODING) * LIMITS.max_pixels
+    assert peak_of("image", large, make(64), name, tmp_path) <= estimate / 2**20 <= BOUND
 
 
 @pytest.mark.parametrize("kind", ["FLAC", "MP3"])
@@ -103,23 +116,38 @@ def test_a_long_imu_npy(tmp_path: Path) -> None:
     assert peak_of("imu", npy_bytes(values), npy_bytes(values[:10]), "npy", tmp_path, rate=1000) <= 50
 
 
-def test_a_video_of_large_frames(tmp_path: Path) -> None:
-    import av
+VIDEOS = {
+    # The most that H.264 can state; with 10 bits, the most that is accepted.
+    "yuv420p, 16 references": ("libx264", "yuv420p", 4096, 2160, 16),
+    "yuv420p10le, 5 references": ("libx264", "yuv420p10le", 4096, 2160, 5),
+    "yuv444p, 5 references": ("libx264", "yuv444p", 4096, 2160, 5),
+    "HEVC of a phone": ("libx265", "yuv420p10le", 3840, 2160, 5),
+    "VP9": ("libvpx-vp9", "yuv420p", 4096, 2160, 3),
+    "VP9 with transparency": ("libvpx-vp9", "yuva420p", 1920, 1080, 3),
+}
 
-    def video(width: int, height: int, pixels: str, references: int) -> bytes:
-        path = tmp_path / "made.mp4"
-        options = {"preset": "ultrafast", "x264-params": f"ref={references}:bframes=0"}
-        with av.open(str(path), "w") as output:
-            track = output.add_stream("libx264", rate=8, options=options)
-            track.width, track.height, track.pix_fmt = width, height, pixels
-            # Enough that the decoder holds as many as it may.
-            for number in range(20):
-                shade = np.full((height, width), 40 + 8 * number, dtype=np.uint8)
-                output.mux(track.encode(av.VideoFrame.from_ndarray(shade, format="gray").reformat(format=pixels)))
-            output.mux(track.encode(None))
-        return path.read_bytes()
 
-    # The most that H.264 can state; with 10 bits the most that its levels allow at this size.
-    for pixels, references in (("yuv420p", 16), ("yuv420p10le", 6)):
-        large, small = video(4096, 2160, pixels, references), video(64, 64, pixels, references)
-        assert peak_of("video", large, small, "mp4", tmp_path) <= BOUND
+@pytest.mark.parametrize("family", VIDEOS)
+def test_a_video_of_large_frames(family: str, tmp_path: Path) -> None:
+    """What it takes is within the estimate, and the estimate within the limit, turned frames or not."""
+    codec, pixels, width, height, references = VIDEOS[family]
+    container = "webm" if codec.startswith("libvpx") else "mp4"
+    # Enough frames that the decoder holds as many as it may.
+    settings = {"codec": codec, "pixels": pixels, "references": references, "count": 24, "container": container}
+    large = coded_video(tmp_path, width=width, height=height, **settings)
+    small = coded_video(tmp_path, width=64, height=64, **settings)
+    with av.open(io.BytesIO(large)) as opened:
+        context = opened.streams.video[0].codec_context
+        estimate = decoding_bytes(context, width, height, av.VideoFormat(pixels))
+    if container == "mp4":
+        large, small = (with_matrix(made, (0, 1, -1, 0)) for made in (large, small))
+    peak = peak_of("video", large, small, container, tmp_path)
+    assert 50 < peak <= estimate / 2**20 <= BOUND
+
+
+def test_a_video_that_may_take_more_is_refused(tmp_path: Path) -> None:
+    large = coded_video(
+        tmp_path, codec="libx264", pixels="yuv420p10le", width=4096, height=2160, references=16, count=20
+    )
+    with pytest.raises(MediaError, match=r"takes up to \d+ more to decode, above data.limits.max_load_bytes=536870912"):
+        VideoModality.probe(large, "mp4", {}, LIMITS)

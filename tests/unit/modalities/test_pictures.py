@@ -166,7 +166,11 @@ def test_the_pixel_limit_is_checked_before_decoding() -> None:
         jpeg[start : start + 4] = struct.pack(">HH", 20000, 20000)
         with pytest.raises(MediaError, match="has 400000000 pixels"):
             image().probe(bytes(jpeg), "jpg", {})
-        assert image().probe(bytes(jpeg), "jpg", {}, LimitsConfig(max_pixels=400_000_000)) == (20000, 20000)
+        raised = LimitsConfig(max_pixels=400_000_000)
+        with pytest.raises(MediaError, match="takes up to 5000000000 more to decode, above"):
+            image().probe(bytes(jpeg), "jpg", {}, raised)
+        raised.max_load_bytes = 6 * 10**9
+        assert image().probe(bytes(jpeg), "jpg", {}, raised) == (20000, 20000)
     assert Image.MAX_IMAGE_PIXELS is not None
 
 

@@ -11,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from media import CLIP_SHAPE, VIDEOMAE_SHAPE, container_sound, section, sine, sound_bytes, video_bytes
+from media import CLIP_SHAPE, VIDEOMAE_SHAPE, container_sound, section, sine, sound_bytes, video_bytes, with_matrix
 from PIL import Image, ImageOps
 
 from megatron_anymal.config import ConfigError, LimitsConfig
@@ -93,15 +93,6 @@ def one_picture_video(
             output.mux(track.encode(frame.reformat(format=pixels)))
         output.mux(track.encode(None))
     return stream.getvalue()
-
-
-def with_matrix(data: bytes, linear: tuple[float, float, float, float]) -> bytes:
-    """An MP4 whose display matrix is x' = ax + cy, y' = bx + dy for (a, b, c, d)."""
-    a, b, c, d = (round(entry * 0x10000) for entry in linear)
-    identity = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
-    head, track_header, tail = data.partition(b"tkhd")
-    assert identity in tail[:80]
-    return head + track_header + tail.replace(identity, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000), 1)
 
 
 def test_a_phones_display_matrix_turns_the_frames() -> None:
