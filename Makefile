@@ -19,7 +19,7 @@ $(INSTALLED): setup.py
 	echo $$(($$(date +%s) - $$(cat $(VENV)/.begun))) > $(INSTALLED)
 
 quickstart: $(INSTALLED)
-	$(BIN)/python -m megatron_anymal.quickstart --install-seconds $$(cat $(INSTALLED))
+	$(BIN)/python -m examples.quickstart --install-seconds $$(cat $(INSTALLED))
 
 # What has a clock of its own (how soon a hang is found) runs by itself; the rest two at a time.
 ALONE := tests/faults tests/slurm

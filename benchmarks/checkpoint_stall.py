@@ -25,14 +25,14 @@ from typing import Any
 
 from meters import surroundings
 
+from examples.quickstart.media import Sizes
+from examples.quickstart.prepare import prepare_quickstart
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.async_writer import CheckpointWriter
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.checkpoint.writing import CheckpointWriter
 from megatron_anymal.config import AnyMALConfig, CheckpointConfig
-from megatron_anymal.config_io import compose, default_config_dir
+from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.parallel import ParallelLayout, initialize, shutdown
-from megatron_anymal.quickstart.media import Sizes
-from megatron_anymal.quickstart.prepare import prepare_quickstart
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.loop import fit
 from megatron_anymal.train.step import train_step

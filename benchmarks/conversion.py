@@ -34,7 +34,7 @@ from transformers import LlamaConfig
 from megatron_anymal.checkpoint import store
 from megatron_anymal.hf_weights import INDEX
 from megatron_anymal.model.hf_llama import expected_tensors
-from megatron_anymal.tensor_files import SafetensorsWriter
+from megatron_anymal.safetensors_io import SafetensorsWriter
 
 BAR = 0.70
 _SHARD = 1 << 30

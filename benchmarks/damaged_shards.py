@@ -144,10 +144,10 @@ def with_energon(folder: Path) -> Answer:
 
 def with_anymal(folder: Path, tokenizer: str) -> tuple[dict[str, int], set[str] | None]:
     """Index a shard; returns its samples, and those that the ledger names (None: all, the shard was refused)."""
+    from megatron_anymal.data.index_builder import IndexOptions
     from megatron_anymal.data.index_folder import make_index
-    from megatron_anymal.data.indexing import IndexOptions
-    from megatron_anymal.data.shards import ShardIndex
-    from megatron_anymal.data.types import DataError
+    from megatron_anymal.data.records import DataError
+    from megatron_anymal.data.shard_index import ShardIndex
 
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -28,8 +28,8 @@ from sides import Sizes, make_config, write_data
 from torch import Tensor
 
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.types import MicroBatch
-from megatron_anymal.model import head
+from megatron_anymal.data.records import MicroBatch
+from megatron_anymal.model import lm_head
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config
 from megatron_anymal.parallel import initialize, shutdown
@@ -96,8 +96,8 @@ class Head:
         return self._ours(self.chunk)
 
     def _ours(self, chunk: int) -> Tensor:
-        head.CHUNK_ELEMENTS = chunk
-        return self._learn(head.label_losses(self.gpt, self.hidden, self.labels, self.where, self.vocabulary))
+        lm_head.CHUNK_ELEMENTS = chunk
+        return self._learn(lm_head.label_losses(self.gpt, self.hidden, self.labels, self.where, self.vocabulary))
 
     def _learn(self, losses: Tensor) -> Tensor:
         self.hidden.grad = None

@@ -1,6 +1,6 @@
 """Commands on checkpoints: import, export, reshard, inspect, verify."""
 
-from megatron_anymal.quiet import quiet_libraries
+from megatron_anymal.log_filters import quiet_libraries
 
 # Before a command's own imports: some libraries speak when they are imported.
 quiet_libraries()

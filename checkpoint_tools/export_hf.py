@@ -31,9 +31,9 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.trust import FLAG, config_of
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError
-from megatron_anymal.tensor_files import TensorFileError
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.safetensors_io import TensorFileError
 
 _GIB = 1 << 30
 # Beside the weights: tokenizer and code, with room to spare.

@@ -15,7 +15,7 @@ from pathlib import Path
 from checkpoint_tools.disk import what_failed
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
-from megatron_anymal.tensor_files import TensorFileError
+from megatron_anymal.safetensors_io import TensorFileError
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.checkpoint.stream import Stored, StreamReader
+from megatron_anymal.checkpoint.tensor_stream import Stored, StreamReader
 
 _OPTIMIZER = "optimizer."
 

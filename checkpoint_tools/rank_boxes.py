@@ -8,11 +8,11 @@ from pathlib import Path
 from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.dry_run import weights_of_stages
+from megatron_anymal.dry_run.simulate import weights_of_stages
 from megatron_anymal.model.hf_llama import checkpoint_place
-from megatron_anymal.model.weights import Weight
+from megatron_anymal.model.unsharded_weights import Weight
 
 # Key, first place and size in every dimension.
 Box = tuple[str, tuple[int, ...], tuple[int, ...]]

@@ -95,7 +95,7 @@ def _laid_out(folder: Path, manifest: Manifest, tensor_size: int, stages: int, *
 def _write(folder: Path, manifest: Manifest, boxes: dict[str, list[Any]], staging: Path) -> dict[str, str]:
     """Write a file per rank and what lies beside the tensors; returns the digests of what was hashed meanwhile."""
     from megatron_anymal.checkpoint.safe_loading import COMMON, FORMAT, METADATA
-    from megatron_anymal.checkpoint.stream import StreamReader, StreamWriter, write_index
+    from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
     from megatron_anymal.telemetry import Progress
 
     reader = StreamReader(folder)

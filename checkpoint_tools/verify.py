@@ -28,9 +28,9 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.trust import FLAG, config_of
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError
-from megatron_anymal.hf.bundle import foreign_code
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.hf.remote_code import foreign_code
 
 # Largest difference of two logits, as a share of the largest logit (and of 1 where logits are small).
 TOLERANCE = 1e-5

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from megatron_anymal import __version__
-from megatron_anymal.quiet import quiet_libraries
+from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
-from megatron_anymal.resilience.last_words import leave
+from megatron_anymal.resilience.failure_record import leave
 
 # Verb -> module and its function that takes the arguments, does the work and returns the exit code; a line of help.
 VERBS = {
@@ -21,14 +21,14 @@ VERBS = {
     "sft": ("nemo.entry:sft", "instruction tuning: --config-name=NAME [key=value ...]"),
     "dpo": ("nemo.entry:dpo", "learning from preferences: --config-name=NAME [key=value ...]"),
     "launch": (
-        "resilience.launch:main",
+        "launcher.command:main",
         "several processes of these, watched and started again: launch VERB ...",
     ),
-    "generate": ("generate:main", "answer prompts with media, from a checkpoint or an export"),
-    "evaluate": ("evaluate:main", "score a checkpoint or an export on prepared data"),
+    "generate": ("cli.generate:main", "answer prompts with media, from a checkpoint or an export"),
+    "evaluate": ("generation.evaluation:main", "score a checkpoint or an export on prepared data"),
     "prepare": ("data.prepare:main", "make shards and their index"),
-    "inspect": ("data.inspect:main", "check shards; show samples as the model sees them"),
-    "doctor": ("doctor:main", "what is installed, what is missing, what mends it"),
+    "inspect": ("cli.inspect:main", "check shards; show samples as the model sees them"),
+    "doctor": ("cli.doctor:main", "what is installed, what is missing, what mends it"),
 }
 
 

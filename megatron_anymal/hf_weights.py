@@ -10,7 +10,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from megatron_anymal.tensor_files import Entry, SafetensorsFile, TensorFileError
+from megatron_anymal.safetensors_io import Entry, SafetensorsFile, TensorFileError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # The same weights once more in another type: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors or

@@ -15,7 +15,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from megatron_anymal import backend
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.config_checks import check
+from megatron_anymal.config.validation import check
 
 # Long enough for a first read of 70B weights, short enough to notice a dead rank.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)

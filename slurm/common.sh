@@ -3,7 +3,7 @@
 #
 # What pretrain_70b.sh, sft_70b.sh and dpo_70b.sh share.
 #
-# A job checks every node (megatron_anymal.resilience.preflight), starts `anymal launch` on each and waits. Before its
+# A job checks every node (megatron_anymal.launcher.preflight.command), starts `anymal launch` on each and waits. Before its
 # time is over, Slurm sends USR1 to this script, which passes it on: the ranks write a checkpoint and end with code 75.
 # Then the job is put back into the queue, and goes on from that checkpoint when it starts again. A job of which a
 # node fails is put back too, by Slurm or from here. Every other code ends the job with that code.
@@ -109,7 +109,7 @@ given() {
 find_run_dir() {
     local answer
     answer=$(mktemp)
-    in_step --nodes=1 --ntasks=1 "${python[@]}" -m megatron_anymal.resilience.preflight --run-dir "${arguments[@]}" > "$answer"
+    in_step --nodes=1 --ntasks=1 "${python[@]}" -m megatron_anymal.launcher.preflight.command --run-dir "${arguments[@]}" > "$answer"
     local code=$?
     run_dir=$(tail -n 1 "$answer")
     rm -f "$answer"
@@ -123,7 +123,7 @@ find_run_dir() {
 check_nodes() {
     local ranks=$(( nodes * processes )) code
     in_step --ntasks="$ranks" --ntasks-per-node="$processes" --distribution=block --overcommit --wait=30 \
-        "${python[@]}" -m megatron_anymal.resilience.preflight --address="$(head_address)" --port="$(port 1)" \
+        "${python[@]}" -m megatron_anymal.launcher.preflight.command --address="$(head_address)" --port="$(port 1)" \
         --nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" "${arguments[@]}" \
         > "$logs/preflight.log"
     code=$?

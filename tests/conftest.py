@@ -49,8 +49,8 @@ def text_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str)
 @pytest.fixture(scope="session")
 def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/quickstart of a small quickstart: its inputs, and two or three steps of each of its runs."""
-    from megatron_anymal.quickstart.media import Sizes
-    from megatron_anymal.quickstart.prepare import prepare_quickstart
+    from examples.quickstart.media import Sizes
+    from examples.quickstart.prepare import prepare_quickstart
 
     base = tmp_path_factory.mktemp("quickstart")
     folder = base / "runs" / "quickstart"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.config_checks import check
-from megatron_anymal.config_io import compose, default_config_dir
-from megatron_anymal.model.weights import gather_weights
+from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.config.validation import check
+from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.loop import fit

@@ -11,8 +11,8 @@ for name in (
     "pytest",
     "torch",
     "transformers",
-    "megatron_anymal.evaluate",
-    "megatron_anymal.generate",
+    "megatron_anymal.generation.evaluation",
+    "megatron_anymal.cli.generate",
     "megatron_anymal.train.loop",
     "checkpoint_tools.export_hf",
 ):

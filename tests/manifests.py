@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.manifest import write_shards
+from megatron_anymal.data.sources.manifest import write_shards
 
 
 def shards_of(folder: Path, tokenizer: str, lines: list[dict[str, Any]], files: dict[str, bytes]) -> str:

@@ -20,9 +20,9 @@ from megatron_anymal.config import (
     ModalityConfig,
     ProjectorConfig,
 )
+from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.manifest import write_shards
+from megatron_anymal.data.sources.manifest import write_shards
 
 WORDS = [
     "zero",

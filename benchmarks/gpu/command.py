@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 from shapes import ENCODER, PRECISIONS, Case
 
-from megatron_anymal.quiet import quiet_libraries
+from megatron_anymal.log_filters import quiet_libraries
 
 FORMULA = """\
 FLOPs of a step, two a multiply-add, of real (not padding) tokens:

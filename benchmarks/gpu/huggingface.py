@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_anymal.data.batches import StepPlan
-from megatron_anymal.data.types import MicroBatch
+from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.hf.projectors import build_projector
+from megatron_anymal.model.fp8_weights import is_quantized
 from megatron_anymal.model.hf_llama import to_hf
-from megatron_anymal.model.quantized import is_quantized
-from megatron_anymal.model.weights import list_weights
+from megatron_anymal.model.unsharded_weights import list_weights
 from megatron_anymal.train.build import TrainState
-from megatron_anymal.train.transfer import to_device
+from megatron_anymal.train.device_prefetch import to_device
 
 Batches = Sequence[tuple[StepPlan, list[MicroBatch]]]
 # HuggingFace's place in a layer of each projection that adapters are named after.

@@ -19,8 +19,8 @@ from transformers import LlamaConfig
 from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand
 
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.batches import StepPlan
 from megatron_anymal.data.loader import steps
+from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import train_step

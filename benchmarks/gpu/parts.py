@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_anymal.model import fusions
-from megatron_anymal.model.kernels import KERNELS
+from megatron_anymal.model import compiled_ops
+from megatron_anymal.model.attention_kernels import KERNELS
 
 EPSILON = 1e-5
 Call = Callable[..., Tensor]
@@ -102,7 +102,7 @@ def _rms_norm(sizes: Sizes, random: Any) -> Part:
         return lambda x: F.rms_norm(x, (x.size(-1),), weight, EPSILON)
 
     def this_trainer(weight: Tensor) -> Call:
-        return lambda x: fusions.rms_norm(x, weight, EPSILON)
+        return lambda x: compiled_ops.rms_norm(x, weight, EPSILON)
 
     def transformer_engine(weight: Tensor) -> Call:
         return _with_weight(_module("transformer_engine.pytorch").RMSNorm(len(weight), eps=EPSILON), weight)
@@ -209,7 +209,7 @@ def _rope(sizes: Sizes, random: Any, device: torch.device) -> Part:
         cosine, sine = both.cos(), both.sin()
         # It turns queries and keys together: here there are no keys.
         keys = x[:, :0]
-        return lambda x: fusions.turn(x, keys, cosine, sine)[0]
+        return lambda x: compiled_ops.turn(x, keys, cosine, sine)[0]
 
     def transformer_engine(table: Tensor, borders: Tensor, **ignored: Any) -> Call:
         rotate = _module("transformer_engine.pytorch.attention.rope").apply_rotary_pos_emb

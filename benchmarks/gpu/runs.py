@@ -16,10 +16,10 @@ from torch import Tensor
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.model.lora import keep_reference
-from megatron_anymal.model.weights import list_weights
+from megatron_anymal.model.unsharded_weights import list_weights
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import TrainState, build
-from megatron_anymal.train.reference import ReferenceAnswers
+from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 
 # What is timed: this trainer; megatron-core's GPTModel alone; the encoder and projector alone; transformers.
 SIDES = ("ours", "bare", "media", "huggingface")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig
-from megatron_anymal.published import ENCODERS, LLAMAS, Published
+from megatron_anymal.dry_run.published_models import ENCODERS, LLAMAS, Published
 
 # Names of HuggingFace repositories that hold the shapes.
 LLAMA = {"8b": "Meta-Llama-3-8B", "70b": "Meta-Llama-3-70B"}

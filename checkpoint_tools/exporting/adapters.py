@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import LoraConfig
-from megatron_anymal.tensor_files import SafetensorsWriter
+from megatron_anymal.safetensors_io import SafetensorsWriter
 
 _NAME = re.compile(r"language_model\.decoder\.layers\.(\d+)\.(self_attention|mlp)\.\w+\.lora\.(\w+)\.([AB])")
 _PLACES = {"self_attention": "self_attn", "mlp": "mlp"}

@@ -1,4 +1,4 @@
-"""The chat template of an export's tokenizer: Llama 3's format, as training laid conversations out (data/messages.py).
+"""The chat template of an export's tokenizer: Llama 3's format, as in training (data/chat_format.py).
 
 A media item becomes its modality's placeholder once; the processor, which knows how many soft tokens an item takes,
 repeats it. In training a control token that somebody wrote is text, which no rendered string can say: such a content is
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 
-from megatron_anymal.data.messages import END_HEADER, END_TURN, START_HEADER
+from megatron_anymal.data.chat_format import END_HEADER, END_TURN, START_HEADER
 
 _TEMPLATE = """\
 {%- set placeholders = PLACEHOLDERS -%}

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from megatron_anymal.checkpoint.base import resolve_language_model
+from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import account, checkpoint_place, from_hf, to_hf, whole_names, whole_shape
-from megatron_anymal.model.weights import hash_together, hash_weight, initial_value
+from megatron_anymal.model.unsharded_weights import hash_together, hash_weight, initial_value
 
 
 class LlamaSource:

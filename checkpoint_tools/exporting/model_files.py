@@ -14,12 +14,12 @@ from transformers import GenerationConfig, LlamaConfig
 from checkpoint_tools.exporting.chat_template import chat_template
 from checkpoint_tools.exporting.weights import Entries
 from megatron_anymal.config import AnyMALConfig as RunConfig
-from megatron_anymal.data.messages import CHAT_TOKENS, END_TURN
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError
-from megatron_anymal.hf.bundle import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
+from megatron_anymal.data.chat_format import CHAT_TOKENS, END_TURN
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
-from megatron_anymal.hf.sections import export_sections
+from megatron_anymal.hf.modality_configs import export_sections
+from megatron_anymal.hf.remote_code import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
 
 # transformers reads it in front of what tokenizer_config.json says.
 _TEMPLATE_FILE = "chat_template.jinja"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from megatron_anymal.hf_weights import INDEX, SINGLE
+from megatron_anymal.safetensors_io import SafetensorsWriter
 from megatron_anymal.telemetry import Progress
-from megatron_anymal.tensor_files import SafetensorsWriter
 
 _MB = 1_000_000
 

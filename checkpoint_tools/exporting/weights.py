@@ -11,7 +11,7 @@ from torch import Tensor
 from checkpoint_tools.exporting.adapters import Adapters
 from checkpoint_tools.exporting.llama_source import LlamaSource
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.modalities import build_modality, load_plugins
 from megatron_anymal.model.build import seeded_encoder

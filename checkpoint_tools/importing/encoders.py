@@ -14,7 +14,7 @@ from megatron_anymal.config import ConfigError, EncoderConfig
 from megatron_anymal.hf_weights import SINGLE, HFWeights
 from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
 from megatron_anymal.model.encoders.base import COMPUTED, read_transformers
-from megatron_anymal.tensor_files import SafetensorsWriter
+from megatron_anymal.safetensors_io import SafetensorsWriter
 
 # First parts of the names of what else a folder with an encoder may hold.
 _OTHER_PARTS = {

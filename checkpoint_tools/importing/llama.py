@@ -20,13 +20,13 @@ from checkpoint_tools.importing.units import Unit, units_of, write_unit
 from checkpoint_tools.importing.workers import run_workers
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.checkpoint.stream import StoredFile, write_index
+from megatron_anymal.checkpoint.tensor_stream import StoredFile, write_index
 from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import account
 from megatron_anymal.model.llama import read_llama_config
+from megatron_anymal.safetensors_io import TensorFileError
 from megatron_anymal.telemetry import Progress
-from megatron_anymal.tensor_files import TensorFileError
 
 SOURCE = "source.json"
 # Beside the weights: what the units' files and the index add, with room to spare.

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from checkpoint_tools.importing.spans import Span, chunks_of, parts_of, read_ahead
-from megatron_anymal.checkpoint.stream import StoredFile, StreamWriter
+from megatron_anymal.checkpoint.tensor_stream import StoredFile, StreamWriter
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import (
     EMBEDDING,
@@ -22,7 +22,7 @@ from megatron_anymal.model.hf_llama import (
     whole_names,
     whole_shape,
 )
-from megatron_anymal.tensor_files import TensorFileError
+from megatron_anymal.safetensors_io import TensorFileError
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from checkpoint_tools.memory import peak_memory
-from megatron_anymal.children import end_with_parent
+from megatron_anymal.child_processes import end_with_parent
 
 
 class WorkerError(Exception):

@@ -10,10 +10,10 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.messages import CHAT_TOKENS, last_answer, lay_out, messages_of, open_prompt, parse_messages
-from megatron_anymal.data.shards import ShardIndex
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.chat_format import CHAT_TOKENS, last_answer, lay_out, messages_of, open_prompt, parse_messages
+from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.tokenizer import Tokenizer
 
 # Conversations of each prepared folder that are compared.
 _PER_FOLDER = 64
@@ -75,7 +75,7 @@ def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *
 
 
 def _conversations(config: AnyMALConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A name for messages, and `messages` as in data/messages.py, the last one the assistant's."""
+    """A name for messages, and `messages` as in data/chat_format.py, the last one the assistant's."""
     media = [{"media": "x", "modality": kind} for kind in kinds]
     for number, said in enumerate(_SAYINGS):
         other, third = [{"text": _SAYINGS[number - 1]}], [{"text": _SAYINGS[number - 2]}]

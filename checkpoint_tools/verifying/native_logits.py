@@ -9,17 +9,17 @@ from typing import Any
 import torch
 
 from checkpoint_tools.verifying.samples import Sample
-from megatron_anymal.checkpoint.base import load_base, resolve_language_model
+from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
 from megatron_anymal.checkpoint.state import load_media_parts
-from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import AnyMALConfig, LanguageModelConfig
-from megatron_anymal.data.asking import PromptReader
-from megatron_anymal.data.types import MediaBatch, MicroBatch
+from megatron_anymal.data.prompt_encoder import PromptReader
+from megatron_anymal.data.records import MediaBatch, MicroBatch
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.build import build_models
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build_inputs
-from megatron_anymal.train.transfer import to_device
+from megatron_anymal.train.device_prefetch import to_device
 
 
 class NativeModel:

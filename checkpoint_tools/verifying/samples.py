@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig
 
-from megatron_anymal.checkpoint.base import resolve_language_model
+from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.messages import last_answer, messages_of
-from megatron_anymal.data.shards import ShardIndex
-from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.chat_format import last_answer, messages_of
+from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.generation.prompts import MediaFile, Prompt
 
 TOGETHER = "all together"

@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
-from megatron_anymal.model.weights import list_weights
+from megatron_anymal.model.unsharded_weights import list_weights
 
 # Optimizer state that loads under any layout.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}

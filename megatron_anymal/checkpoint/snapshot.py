@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_anymal.checkpoint.sharding import METADATA
 from megatron_anymal.checkpoint.state import content
-from megatron_anymal.checkpoint.stream import StoredFile, StreamWriter
+from megatron_anymal.checkpoint.tensor_stream import StoredFile, StreamWriter
 
 
 @dataclass(frozen=True)

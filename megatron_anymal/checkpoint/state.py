@@ -13,14 +13,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
 from megatron_anymal.checkpoint import safe_loading, store
-from megatron_anymal.checkpoint.scaling import set_scaling, sharded_scaling
+from megatron_anymal.checkpoint.fp8_scaling import set_scaling, sharded_scaling
 from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import LoraConfig, ModalityConfig
+from megatron_anymal.model.fp8_weights import is_quantized
 from megatron_anymal.model.hf_llama import checkpoint_place
-from megatron_anymal.model.quantized import is_quantized
-from megatron_anymal.model.weights import Weight, list_weights
+from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
 
 def content(state: Any, step: int, *, is_loading: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.config_io import from_dict
+from megatron_anymal.config.compose import from_dict
 
 # What the user says to import Python files that a checkpoint names.
 FLAG = "--trust-plugins"

@@ -14,13 +14,13 @@ from typing import Any
 import fsspec
 import numpy as np
 
-from megatron_anymal.children import end_with_parent
-from megatron_anymal.data.indexing import IndexOptions, ShardRows, assemble, index_shard
-from megatron_anymal.data.ledger import LEDGER, REFUSED_LEDGER, LeftOut, to_lines
-from megatron_anymal.data.shard_samples import MemberCounts
-from megatron_anymal.data.shards import INDEX_FOLDER, IndexHeader, write_index
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError
+from megatron_anymal.child_processes import end_with_parent
+from megatron_anymal.data.index_builder import IndexOptions, ShardRows, assemble, index_shard
+from megatron_anymal.data.left_out import LEDGER, REFUSED_LEDGER, LeftOut, to_lines
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.shard_index import INDEX_FOLDER, IndexHeader, write_index
+from megatron_anymal.data.sources.shard_samples import MemberCounts
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import load_plugins
 from megatron_anymal.telemetry import Progress
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from megatron_anymal.config import EncoderConfig, LimitsConfig, ModalityConfig
 from megatron_anymal.data.loader import LoadedModality
-from megatron_anymal.data.shards import MediaBytes, ShardIndex
-from megatron_anymal.data.tokenize import Document, Tokenizer
-from megatron_anymal.data.types import DataError, Sample
+from megatron_anymal.data.records import DataError, Sample
+from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
+from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
 from megatron_anymal.telemetry import Progress
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
-from megatron_anymal.children import end_with_parent
-from megatron_anymal.data.batches import BatchPlanner, StepPlan
-from megatron_anymal.data.context import held_tokens, padded
-from megatron_anymal.data.parts import name_modalities
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import (
+from megatron_anymal.child_processes import end_with_parent
+from megatron_anymal.data.content_parts import name_modalities
+from megatron_anymal.data.context_parallel import held_tokens, padded
+from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.records import (
     DataError,
     MediaBatch,
     MicroBatch,
@@ -30,6 +29,7 @@ from megatron_anymal.data.types import (
     PlannedSample,
     places_with_label,
 )
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities.base import MediaError, Modality
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.manifest import write_shards
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.sources.manifest import write_shards
 from megatron_anymal.modalities import MODALITIES, load_plugins
 from megatron_anymal.modalities.base import nearest
 
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     """The verb. Returns the exit code."""
     arguments = _parser().parse_args(argv)
     if arguments.quickstart:
-        from megatron_anymal.quickstart.prepare import prepare_quickstart
+        from examples.quickstart.prepare import prepare_quickstart
 
         prepare_quickstart(Path(arguments.quickstart))
         return 0

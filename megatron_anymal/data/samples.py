@@ -5,7 +5,7 @@ Three kinds:
 - `{"parts": [...]}`: in their order text parts `{"text": ..., "loss": true}` and media parts `{"media": NAME,
   "modality": KIND, ...}`; further keys of a media part (for example `"rate": 50`) are attributes that the modality
   reads;
-- `{"messages": [...]}`: a conversation, see data/messages.py;
+- `{"messages": [...]}`: a conversation, see data/chat_format.py;
 - `{"messages": [...], "chosen": ..., "rejected": ...}`: a preference pair, see there.
 
 A plain WebDataset sample has a `.txt` beside its media instead: media first, then the text.
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
-from megatron_anymal.data.json_text import parse_json_text
-from megatron_anymal.data.messages import parse_conversation
-from megatron_anymal.data.parts import parse_parts
-from megatron_anymal.data.types import DataError, Sample, TextPart
+from megatron_anymal.data.chat_format import parse_conversation
+from megatron_anymal.data.content_parts import parse_parts
+from megatron_anymal.data.records import DataError, Sample, TextPart
+from megatron_anymal.data.sources.json_text import parse_json_text
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _KEYS = ("parts", "messages", "chosen", "rejected")

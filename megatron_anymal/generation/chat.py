@@ -13,8 +13,8 @@ from typing import Any
 
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
-from megatron_anymal.data.asking import MediaFile, open_parts, read_media_file
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.prompt_encoder import MediaFile, open_parts, read_media_file
+from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.answers import Answer, Stream
 from megatron_anymal.generation.generator import Generator, PromptTooLong
 from megatron_anymal.generation.prompts import Prompt

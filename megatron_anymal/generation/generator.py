@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Optional
 
 from megatron_anymal.config import ConfigError
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.sampling import Sampling

@@ -12,9 +12,9 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.trust import FLAG
 from megatron_anymal.config import ConfigError
-from megatron_anymal.generation.exported import ExportedGenerator
+from megatron_anymal.generation.checkpoint_generator import NativeGenerator
+from megatron_anymal.generation.export_generator import ExportedGenerator
 from megatron_anymal.generation.generator import Generator
-from megatron_anymal.generation.native import NativeGenerator
 from megatron_anymal.generation.sampling import Sampling
 
 MODEL_TYPE = "anymal"

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.data.asking import MediaFile, open_parts, read_media_file
-from megatron_anymal.data.parts import parse_part
+from megatron_anymal.data.content_parts import parse_part
+from megatron_anymal.data.prompt_encoder import MediaFile, open_parts, read_media_file
+from megatron_anymal.data.records import DataError, MediaPart, Part
 from megatron_anymal.data.samples import read_lines
-from megatron_anymal.data.types import DataError, MediaPart, Part
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A document up to where the model answers: parts in order, and the bytes of the media parts in theirs.
 
-    Of a conversation these are the parts that data/messages.py lays out, with the assistant's open header at the end.
+    For a conversation these are the parts of data/chat_format.py, with the assistant's open header at the end.
     """
 
     parts: Sequence[Part]

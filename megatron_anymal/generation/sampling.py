@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_anymal.config import ConfigError
-from megatron_anymal.data.order import mix64
+from megatron_anymal.data.global_order import mix64
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers.feature_extraction_utils import BatchFeature
 
-from megatron_anymal.data.asking import TokenizedPrompt
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.prompt_encoder import TokenizedPrompt
+from megatron_anymal.data.records import DataError
 
 
 class AnyMALInputs(BatchFeature):

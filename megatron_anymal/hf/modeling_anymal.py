@@ -13,8 +13,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig, modality_config
 from megatron_anymal.hf.projectors import build_projector
 from megatron_anymal.modalities import build_modality
+from megatron_anymal.model.embedding_merge import merge
 from megatron_anymal.model.encoders import ENCODERS, build_encoder
-from megatron_anymal.model.merge import merge
 
 # By encoder.type: parts of its weights' names as transformers 5 has them -> as 4 does.
 _NAMES_IN_4 = {

@@ -10,13 +10,13 @@ from typing import Any, Optional, Union
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from megatron_anymal.data.asking import PromptReader, TokenizedPrompt, open_parts
-from megatron_anymal.data.messages import END_TURN, lay_out, parse_messages
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.chat_format import END_TURN, lay_out, parse_messages
+from megatron_anymal.data.prompt_encoder import PromptReader, TokenizedPrompt, open_parts
+from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.hf.configuration_anymal import modality_config
-from megatron_anymal.hf.given_media import GivenMedia, given_by_kind
 from megatron_anymal.hf.inputs import AnyMALInputs, batch_of
+from megatron_anymal.hf.media_inputs import GivenMedia, given_by_kind
 from megatron_anymal.hf.rendered import is_rendered, parts_of, render, without_items
 from megatron_anymal.modalities import Modality, build_modality
 

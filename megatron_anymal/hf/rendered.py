@@ -10,15 +10,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_anymal.data.messages import BEGIN, START_HEADER
-from megatron_anymal.data.types import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.chat_format import BEGIN, START_HEADER
+from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 
 
 def render(parts: Sequence[Part], placeholders: Mapping[str, str], control: Mapping[str, int]) -> str:
     """The string of a conversation.
 
     Args:
-        parts: as data/messages.py lays them out.
+        parts: as data/chat_format.py lays them out.
         placeholders: kind of media -> its token.
         control: the tokenizer's.
 

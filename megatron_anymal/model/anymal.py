@@ -19,16 +19,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_anymal.config import NeftuneConfig
-from megatron_anymal.data.context import held_tokens, token_lengths
-from megatron_anymal.data.types import MediaBatch, MicroBatch
+from megatron_anymal.data.context_parallel import held_tokens, token_lengths
+from megatron_anymal.data.records import MediaBatch, MicroBatch
 from megatron_anymal.model.attention import DocumentPack, document_pack
+from megatron_anymal.model.embedding_merge import merge
+from megatron_anymal.model.encoder_sharding import gather_features, gather_soft_tokens
 from megatron_anymal.model.encoders import Encoder
-from megatron_anymal.model.head import all_logits, label_losses
+from megatron_anymal.model.lm_head import all_logits, label_losses
 from megatron_anymal.model.lora import LoraDropout
-from megatron_anymal.model.merge import merge
+from megatron_anymal.model.neftune import neftune_noise
 from megatron_anymal.model.no_gradient import without_gradient
-from megatron_anymal.model.noise import neftune_noise
-from megatron_anymal.model.shares import gather_features, gather_soft_tokens
 
 
 class AnyMALModel(MegatronModule):

@@ -21,9 +21,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from megatron_anymal.data.context import held_tokens
-from megatron_anymal.model.fusions import turn
-from megatron_anymal.model.kernels import KERNELS, Kernel
+from megatron_anymal.data.context_parallel import held_tokens
+from megatron_anymal.model.attention_kernels import KERNELS, Kernel
+from megatron_anymal.model.compiled_ops import turn
 from megatron_anymal.model.rope import Rotation, rotation
 
 

@@ -18,13 +18,13 @@ from megatron_anymal import backend
 from megatron_anymal.config import AnyMALConfig, EncoderConfig
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.model.encoder_sharding import share_gradients
 from megatron_anymal.model.encoders import Encoder, build_encoder
 from megatron_anymal.model.hf_llama import load_hf_llama
 from megatron_anymal.model.llama import build_gpt, transformer_config
 from megatron_anymal.model.lora import add_lora, initialise_lora
 from megatron_anymal.model.projectors import build_projector
-from megatron_anymal.model.shares import share_gradients
-from megatron_anymal.model.weights import list_weights, set_initial_values
+from megatron_anymal.model.unsharded_weights import list_weights, set_initial_values
 from megatron_anymal.parallel import ParallelLayout
 
 

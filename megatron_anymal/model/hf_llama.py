@@ -17,8 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.hf_weights import HFWeights
-from megatron_anymal.model.weights import FUSED_NORMS, Weight
-from megatron_anymal.tensor_files import TensorFileError
+from megatron_anymal.model.unsharded_weights import FUSED_NORMS, Weight
+from megatron_anymal.safetensors_io import TensorFileError
 
 EMBEDDING = "language_model.embedding.word_embeddings.weight"
 HEAD = "language_model.output_layer.weight"

@@ -22,9 +22,9 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_anymal import backend
 from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, ConfigError, LanguageModelConfig
 from megatron_anymal.model.attention import PackedAttention
-from megatron_anymal.model.fusions import rms_norm
-from megatron_anymal.model.quantized import building, drop_transposes
-from megatron_anymal.model.weights import leave_unset
+from megatron_anymal.model.compiled_ops import rms_norm
+from megatron_anymal.model.fp8_weights import building, drop_transposes
+from megatron_anymal.model.unsharded_weights import leave_unset
 
 _ROPE_TYPES = ("default", "llama3", "linear")
 

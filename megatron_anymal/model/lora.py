@@ -38,9 +38,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_anymal.config import ConfigError, LoraConfig
-from megatron_anymal.data.order import mix64
-from megatron_anymal.model.noise import GOLDEN, scramble, signed
-from megatron_anymal.model.weights import list_weights
+from megatron_anymal.data.global_order import mix64
+from megatron_anymal.model.neftune import GOLDEN, scramble, signed
+from megatron_anymal.model.unsharded_weights import list_weights
 
 # Linear layer of a megatron-core layer -> HuggingFace's projections in it, in the order of its outputs.
 _PROJECTIONS = {

@@ -25,7 +25,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from megatron_anymal.config import ConfigError, ProjectorConfig
-from megatron_anymal.model.weights import leave_unset
+from megatron_anymal.model.unsharded_weights import leave_unset
 
 _EPSILON = 1e-6
 

@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_anymal.model.attention import DocumentPack
-from megatron_anymal.model.fusions import turn
-from megatron_anymal.model.weights import leave_unset
+from megatron_anymal.model.compiled_ops import turn
+from megatron_anymal.model.unsharded_weights import leave_unset
 
 
 def layer_spec() -> ModuleSpec:

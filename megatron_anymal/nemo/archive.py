@@ -20,8 +20,8 @@ from typing import Any
 from torch import Tensor
 
 from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
-from megatron_anymal.config_io import from_dict
-from megatron_anymal.tensor_files import SafetensorsFile, TensorFileError
+from megatron_anymal.config.compose import from_dict
+from megatron_anymal.safetensors_io import SafetensorsFile, TensorFileError
 
 CONFIG_NAME = "model_config.yaml"
 WEIGHTS_NAME = "model_weights.safetensors"

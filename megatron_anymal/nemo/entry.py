@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.config_checks import check
-from megatron_anymal.config_io import (
+from megatron_anymal.config.compose import (
     Composed,
     compose,
     default_config_dir,
@@ -27,9 +26,10 @@ from megatron_anymal.config_io import (
     print_config,
     search_path_override,
 )
-from megatron_anymal.resilience import heartbeat, signals
+from megatron_anymal.config.validation import check
+from megatron_anymal.resilience import heartbeat, stop_signals
 from megatron_anymal.resilience.exit_codes import Exit
-from megatron_anymal.resilience.last_words import record_failure
+from megatron_anymal.resilience.failure_record import record_failure
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -84,13 +84,13 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
         )
     check(composed.config)
     if arguments.dry_run:
-        from megatron_anymal.dry_run_table import print_dry_run
+        from megatron_anymal.dry_run.report import print_dry_run
 
         _check_loggers(composed.config)
         print_dry_run(composed.config)
         return 0
     # From here on, which is before anything slow is imported, a signal is a wish to stop.
-    with signals.caught():
+    with stop_signals.caught():
         return int(_run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed))
 
 
@@ -108,7 +108,7 @@ def run(config: AnyMALConfig) -> Exit:
 
 
 def _run(config: AnyMALConfig) -> Exit:
-    from megatron_anymal.checkpoint.lock import held
+    from megatron_anymal.checkpoint.run_lock import held
     from megatron_anymal.nemo.model import MegatronAnyMALModel
     from megatron_anymal.parallel import initialize, shutdown
     from megatron_anymal.train.build import check_run

@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from megatron_anymal.checkpoint.trust import refuse_plugins
 from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig
-from megatron_anymal.config_io import from_dict
+from megatron_anymal.config.compose import from_dict
 from megatron_anymal.nemo import archive
 from megatron_anymal.resilience.exit_codes import Exit
 
 if TYPE_CHECKING:
     from megatron_anymal.parallel import ParallelLayout
-    from megatron_anymal.tensor_files import SafetensorsFile
+    from megatron_anymal.safetensors_io import SafetensorsFile
 
 # ModelPT keeps one configuration and refuses a key `model` in it: the whole run's stands one level down.
 RUN_KEY = "run"
@@ -94,7 +94,7 @@ class MegatronAnyMALModel(ModelPT):
         self.layout = self.layout or initialize(self.config)
         self._state = build(self.config, self.layout)
         if self._archived is not None:
-            from megatron_anymal.model.weights import load_weights
+            from megatron_anymal.model.unsharded_weights import load_weights
 
             load_weights(self._state.models, self._archived)
             # It keeps fp32 copies of what it trains.
@@ -107,7 +107,7 @@ class MegatronAnyMALModel(ModelPT):
         Returns:
             DONE, or REQUEUE where the run was asked to stop before its end.
         """
-        from megatron_anymal.sampled_answers import SampledAnswers
+        from megatron_anymal.generation.validation_answers import SampledAnswers
         from megatron_anymal.train.loop import fit
 
         loggers = list(self.trainer.loggers) if self._trainer is not None else []
@@ -149,7 +149,7 @@ class MegatronAnyMALModel(ModelPT):
         Raises:
             OSError: the file could not be written; on every rank.
         """
-        from megatron_anymal.model.weights import gather_weights
+        from megatron_anymal.model.unsharded_weights import gather_weights
 
         tensors = gather_weights(self.state.models)
         failure: list[str] = [""]

@@ -8,7 +8,7 @@ from enum import IntEnum
 # Mistakes of the user: reported in one line, without a traceback.
 USER_ERRORS = (
     ("megatron_anymal.config", "ConfigError"),
-    ("megatron_anymal.data.types", "DataError"),
+    ("megatron_anymal.data.records", "DataError"),
     ("megatron_anymal.modalities.base", "MediaError"),
     ("megatron_anymal.checkpoint.store", "CheckpointError"),
 )

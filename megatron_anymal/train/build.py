@@ -11,23 +11,23 @@ from megatron.core.optimizer import MegatronOptimizer
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
-from megatron_anymal.checkpoint.base import load_base, resolve_language_model
+from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.config_checks import check
-from megatron_anymal.data.batches import BatchLayout, BatchPlanner, PlannedModality
+from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import LoadedModality, MicroBatchReader, RankNeeds
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModality
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.stragglers import OwnTime
+from megatron_anymal.train.auto_recompute import fit_recompute
 from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
-from megatron_anymal.train.recompute import fit_recompute
-from megatron_anymal.train.reference import ReferenceAnswers
+from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 
 
 @dataclass

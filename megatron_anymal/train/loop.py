@@ -12,32 +12,32 @@ from typing import Any, Optional
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import state as checkpoint_state
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.async_writer import CheckpointWriter
+from megatron_anymal.checkpoint.compatibility import check_changes
 from megatron_anymal.checkpoint.finding import find_newest_valid
-from megatron_anymal.checkpoint.lock import held
+from megatron_anymal.checkpoint.run_lock import held
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.checkpoint.writing import CheckpointWriter
 from megatron_anymal.config import ConfigError
-from megatron_anymal.config_checks import max_time_seconds
-from megatron_anymal.data.batches import StepPlan
+from megatron_anymal.config.validation import max_time_seconds
 from megatron_anymal.data.loader import steps, worker_died
-from megatron_anymal.data.types import MicroBatch
+from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.model.lora import keep_reference
-from megatron_anymal.model.weights import hash_weights
-from megatron_anymal.resilience import faults, heartbeat, signals
-from megatron_anymal.resilience.changes import check_changes
+from megatron_anymal.model.unsharded_weights import hash_weights
+from megatron_anymal.resilience import fault_injection, heartbeat, stop_signals
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
-from megatron_anymal.resilience.guards import SkippedSteps
+from megatron_anymal.resilience.failure_record import record_failure
 from megatron_anymal.resilience.heartbeat import Phase
-from megatron_anymal.resilience.last_words import record_failure
+from megatron_anymal.resilience.nonfinite import SkippedSteps
 from megatron_anymal.resilience.stragglers import look_for_stragglers
 from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.optim import begin_state
-from megatron_anymal.train.reference import ReferenceAnswers
+from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 from megatron_anymal.train.skipped_samples import SkippedSamples
 from megatron_anymal.train.step import stop_asked_for, train_step, validation_step
-from megatron_anymal.train.window import Window
+from megatron_anymal.train.step_metrics import Window
 
 
 def fit(
@@ -60,7 +60,7 @@ def fit(
         DataError: more of a step's samples are unreadable than data.max_bad_share allows.
         CheckpointError: checkpoints exist and none is valid, or the last one could not be written.
     """
-    with signals.caught(), held(run_dir, state.config.exp_manager.lock_timeout_seconds) as check_lock:
+    with stop_signals.caught(), held(run_dir, state.config.exp_manager.lock_timeout_seconds) as check_lock:
         return Run(state, run_dir, loggers, after_validation, check_lock).fit()
 
 
@@ -91,8 +91,8 @@ class Run:
         self.stop = ""
         # The step under way, counted from 1; 0 before the first.
         self.under_way = 0
-        signals.stop_after(max_time_seconds(self.config))
-        faults.arm(self.config.resilience.faults, state.layout.rank, run_dir)
+        stop_signals.stop_after(max_time_seconds(self.config))
+        fault_injection.arm(self.config.resilience.faults, state.layout.rank, run_dir)
         self.base_hash = self._hash_base()
         # DPO: of the checkpoint that the reference was read from.
         self.reference_hash = ""
@@ -101,7 +101,7 @@ class Run:
     def fit(self) -> Exit:
         """See the function of this name."""
         self._record("start", f"{self.state.layout.world_size} process(es)")
-        faults.at("start", 0)
+        fault_injection.at("start", 0)
         heartbeat.beat(Phase.LOADING)
         self._start()
         try:
@@ -132,12 +132,12 @@ class Run:
         first, last = self.state.step, self.config.trainer.max_steps
         # What was asked for while the run was being set up: there is nothing new to save.
         self._note_stop(stop_asked_for(self.state))
-        batches = self._steps(self.state.train_data, first, last, faults.in_loader)
+        batches = self._steps(self.state.train_data, first, last, fault_injection.in_loader)
         while self.state.step < last and not self.stop:
             self.under_way = self.state.step + 1
             heartbeat.beat(Phase.DATA, self.under_way)
             begun = time.monotonic()
-            faults.at("data", self.under_way)
+            fault_injection.at("data", self.under_way)
             plan, micro_batches = next(batches)
             waited = time.monotonic() - begun
             result = train_step(self.state, plan, micro_batches)
@@ -307,7 +307,7 @@ class Run:
         counts: dict[str, float] = {}
         measures: list[dict[str, float]] = []
         for plan, micro_batches in self._steps(data, 0, batches):
-            faults.at("validation", self.state.step)
+            fault_injection.at("validation", self.state.step)
             result = validation_step(self.state, plan, micro_batches)
             self._note_stop(result.stop)
             measures.append(result.measures)

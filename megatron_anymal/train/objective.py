@@ -15,9 +15,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_anymal.config import AnyMALConfig, DpoConfig
-from megatron_anymal.data.batches import StepPlan
-from megatron_anymal.data.types import MicroBatch
-from megatron_anymal.losses import (
+from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.records import MicroBatch
+from megatron_anymal.train.losses import (
     DPO_METRICS,
     batch_mean,
     dpo_loss,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from megatron_anymal import step_lines
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.batches import BatchPlanner, StepPlan
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.records import DataError
 
 
 class SkippedSamples:

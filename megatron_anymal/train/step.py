@@ -15,15 +15,15 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_anymal.data.batches import BatchPlanner, StepPlan
-from megatron_anymal.data.types import MicroBatch
+from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.model.lora import as_reference
-from megatron_anymal.resilience import faults, guards, heartbeat, signals
+from megatron_anymal.resilience import fault_injection, heartbeat, nonfinite, stop_signals
 from megatron_anymal.resilience.heartbeat import Phase
 from megatron_anymal.train.build import TrainState
+from megatron_anymal.train.device_prefetch import on_device
 from megatron_anymal.train.objective import GlobalBatch, PreferenceObjective
 from megatron_anymal.train.optim import learning_rate, set_rates
-from megatron_anymal.train.transfer import on_device
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     number = state.step + 1
     heartbeat.beat(Phase.COMPUTE, number)
     with state.own_time.counted():
-        faults.at("compute", number)
+        fault_injection.at("compute", number)
     bad, batch = _begin(state, state.train_data.planner, plan, micro_batches)
     rate = learning_rate(state.config, state.step)
     set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
@@ -76,7 +76,7 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     state.optimizer.zero_grad()
     reduced = _pass(state, plan, micro_batches, bad, batch, forward_only=False)
     heartbeat.beat(Phase.UPDATE)
-    faults.at("update", number)
+    fault_injection.at("update", number)
     grad_norm: Any = math.inf
     if reduced.finite:
         _, grad_norm, _ = state.optimizer.step()
@@ -104,10 +104,10 @@ def stop_asked_for(state: TrainState) -> str:
 
     The time limit does not count: each start makes a step, so that runs whose limit is too short end some day.
     """
-    count = len(signals.SIGNALS)
-    sums = torch.tensor(signals.wishes()[:count], dtype=torch.float64, device=state.layout.device)
+    count = len(stop_signals.SIGNALS)
+    sums = torch.tensor(stop_signals.wishes()[:count], dtype=torch.float64, device=state.layout.device)
     dist.all_reduce(sums)
-    return signals.agreed(sums.cpu().tolist())
+    return stop_signals.agreed(sums.cpu().tolist())
 
 
 def _begin(
@@ -171,18 +171,18 @@ def _pass(
     reports = _run_schedule(state, plan, micro_batches, bad, loss_of, forward_only=forward_only)
     size = 2 * len(batch.names) + len(objective.extras)
     # Behind the report: the squared norm of the gradient, and who asks for a stop. All ranks learn of both at once.
-    sums = torch.zeros(size + 1 + len(signals.REASONS), dtype=torch.float64, device=state.layout.device)
+    sums = torch.zeros(size + 1 + len(stop_signals.REASONS), dtype=torch.float64, device=state.layout.device)
     if state.layout.counts_loss:
         sums[:size] = torch.stack(reports).sum(0)
     if not forward_only:
-        if faults.spoils_gradient(state.step + 1):
+        if fault_injection.spoils_gradient(state.step + 1):
             _spoil_gradient(state)
-        sums[size] = guards.squared_norm(state.wrapped, state.layout.device)
-    sums[size + 1 :] = torch.tensor(signals.wishes(), dtype=torch.float64)
+        sums[size] = nonfinite.squared_norm(state.wrapped, state.layout.device)
+    sums[size + 1 :] = torch.tensor(stop_signals.wishes(), dtype=torch.float64)
     dist.all_reduce(sums)
     found = sums.cpu().tolist()
-    finite = guards.all_finite(found[:size], found[size])
-    return Reduced(found[:size], finite, signals.agreed(found[size + 1 :]))
+    finite = nonfinite.all_finite(found[:size], found[size])
+    return Reduced(found[:size], finite, stop_signals.agreed(found[size + 1 :]))
 
 
 def _spoil_gradient(state: TrainState) -> None:

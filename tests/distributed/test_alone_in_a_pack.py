@@ -14,7 +14,7 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.types import PlannedMicroBatch
+from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 

@@ -25,9 +25,9 @@ from checkpoint_tools import export_hf, verify
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import AnyMALConfig, LoraConfig
-from megatron_anymal.data.messages import open_prompt, parse_messages
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.generation.exported import ExportedGenerator
+from megatron_anymal.data.chat_format import open_prompt, parse_messages
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.generation.export_generator import ExportedGenerator
 
 
 @pytest.fixture(scope="module")
@@ -260,9 +260,9 @@ def test_another_base_than_the_runs_is_refused(run: AnyMALConfig, base: Path, tm
 
 def full_disk(arguments: list[str]) -> int:
     """Export where nothing more fits after the first tensors."""
-    from megatron_anymal import tensor_files
+    from megatron_anymal import safetensors_io
 
-    write, count = tensor_files.HashedFile.write, 0
+    write, count = safetensors_io.HashedFile.write, 0
 
     def limited(self: Any, data: Any) -> int:
         nonlocal count
@@ -271,7 +271,7 @@ def full_disk(arguments: list[str]) -> int:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, data)
 
-    tensor_files.HashedFile.write = limited  # type: ignore[method-assign]
+    safetensors_io.HashedFile.write = limited  # type: ignore[method-assign]
     return export_hf.main(arguments)
 
 

@@ -17,24 +17,25 @@ from safetensors.torch import load_file, save_file
 from tiny import CHAT, LLAMA, SPECIAL, flac, make_config, make_conversations, npy, png
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
-from megatron_anymal import evaluate, generate
 from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.cli import generate
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.data.asking import MediaFile, open_parts
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, TextPart
-from megatron_anymal.evaluate import read_questions
+from megatron_anymal.data.prompt_encoder import MediaFile, open_parts
+from megatron_anymal.data.records import DataError, TextPart
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.generation import evaluation
 from megatron_anymal.generation.answers import Stream
-from megatron_anymal.generation.exported import ExportedGenerator, _as_json
+from megatron_anymal.generation.checkpoint_generator import NativeGenerator
+from megatron_anymal.generation.evaluation import read_questions
+from megatron_anymal.generation.export_generator import ExportedGenerator, _as_json
 from megatron_anymal.generation.generator import Generator, PromptTooLong
-from megatron_anymal.generation.native import NativeGenerator
 from megatron_anymal.generation.prompts import Prompt, read_prompts
 from megatron_anymal.generation.sampling import Sampling
-from megatron_anymal.hf.bundle import CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig as ExportedConfig
+from megatron_anymal.hf.modality_configs import export_sections
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
-from megatron_anymal.hf.sections import export_sections
+from megatron_anymal.hf.remote_code import CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
 from megatron_anymal.parallel import initialize
 
 RUNS: dict[str, tuple[Sampling, int]] = {
@@ -268,7 +269,7 @@ def test_evaluate_takes_an_export(
     export: Path, mixed_shards: str, tmp_path: Path, exported: dict[str, list[str]]
 ) -> None:
     argv = [f"--checkpoint={export}", f"--data={mixed_shards}", "--max-new-tokens=12", f"--out={tmp_path}/scores.json"]
-    assert "trained" in said(evaluate.main, [*argv, "--permute-media"], tmp_path)
+    assert "trained" in said(evaluation.main, [*argv, "--permute-media"], tmp_path)
     result = json.loads((tmp_path / "scores.json").read_text())
     assert [row["given"] for row in result["answers"]["trained"]] == [a.strip() for a in exported["greedy"][:40]]
     assert set(result["scores"]) == {"trained", "permuted"}

@@ -17,7 +17,7 @@ from tiny import make_config, make_conversations, png
 from checkpoint_tools import export_hf
 from checkpoint_tools.verifying.samples import choose_samples
 from megatron_anymal.config import AnyMALConfig, LoraConfig
-from megatron_anymal.generation.native import NativeGenerator
+from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.prompts import prompt_of_files, read_prompts
 from megatron_anymal.generation.sampling import Sampling
 

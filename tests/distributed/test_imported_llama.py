@@ -15,19 +15,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint_tools.import_hf import main as import_hf
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.base import load_base, resolve_language_model
+from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
 from megatron_anymal.checkpoint.sharding import METADATA, sharded_weights
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.config_io import from_dict
-from megatron_anymal.data.types import MicroBatch, PlannedMicroBatch
+from megatron_anymal.config.compose import from_dict
+from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.hf_llama import checkpoint_place, to_hf, whole_names
 from megatron_anymal.parallel import initialize
-from megatron_anymal.tensor_files import raw_bytes
+from megatron_anymal.safetensors_io import raw_bytes
 
 BASE: dict[str, Any] = {
     "vocab_size": 96,

@@ -16,9 +16,9 @@ from tiny import make_config, make_conversations
 import megatron_anymal.train.step as train_step
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import AnyMALConfig, ConfigError, LoraConfig
-from megatron_anymal.data.types import DataError
-from megatron_anymal.generation.native import NativeGenerator
-from megatron_anymal.model.weights import gather_weights
+from megatron_anymal.data.records import DataError
+from megatron_anymal.generation.checkpoint_generator import NativeGenerator
+from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.train.build import check_run
 
 ONE: dict[str, Any] = {}

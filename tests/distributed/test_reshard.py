@@ -13,9 +13,9 @@ from tiny import make_config
 
 from checkpoint_tools.reshard import main as reshard
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import AnyMALConfig, LoraConfig
-from megatron_anymal.tensor_files import raw_bytes
+from megatron_anymal.safetensors_io import raw_bytes
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from replicas import replica_data
 from tiny import SPECIAL, make_config, make_shards
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.order import GlobalOrder
-from megatron_anymal.data.types import MediaPart, MicroBatch
+from megatron_anymal.data.records import MediaPart, MicroBatch
 from megatron_anymal.train.build import DataSource
 
 STEPS = 200

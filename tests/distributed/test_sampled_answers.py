@@ -11,8 +11,8 @@ from ranks import run_ranks
 from tiny import make_config, make_conversations
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig, LoraConfig
+from megatron_anymal.generation.validation_answers import SampledAnswers
 from megatron_anymal.parallel import initialize
-from megatron_anymal.sampled_answers import SampledAnswers
 from megatron_anymal.train.build import build
 from megatron_anymal.train.loop import fit
 

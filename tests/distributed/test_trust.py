@@ -26,8 +26,8 @@ from megatron_anymal.__main__ import main
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.safe_loading import read_metadata
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.config_io import from_dict
-from megatron_anymal.hf.bundle import CONFIG_AUTO_MAP, foreign_code, write_code
+from megatron_anymal.config.compose import from_dict
+from megatron_anymal.hf.remote_code import CONFIG_AUTO_MAP, foreign_code, write_code
 from megatron_anymal.nemo import archive
 from megatron_anymal.nemo.model import MegatronAnyMALModel, to_cfg
 

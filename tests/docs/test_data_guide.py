@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from megatron_anymal.config import LimitsConfig
-from megatron_anymal.data.ledger import CODES
+from megatron_anymal.data.left_out import CODES
 from megatron_anymal.data.prepare import _parser
 from megatron_anymal.modalities.imu_files import LONGEST_STEP, RATE_TOLERANCE, USUAL_RATES
 

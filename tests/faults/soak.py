@@ -30,8 +30,8 @@ from meters import surroundings
 from test_sigkill import figures, kill, steps_of
 from tiny import make_shards, make_tokenizer
 
-from megatron_anymal.resilience.agent import ranks_below
-from megatron_anymal.resilience.effective_time import effective_time
+from megatron_anymal.launcher.agent import ranks_below
+from megatron_anymal.launcher.goodput import effective_time
 from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
 

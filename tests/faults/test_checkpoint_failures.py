@@ -25,12 +25,12 @@ from test_sigkill import figures
 from tiny import make_config
 
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.async_writer import CheckpointWriter
 from megatron_anymal.checkpoint.finding import find_newest_valid
 from megatron_anymal.checkpoint.snapshot import Plan
 from megatron_anymal.checkpoint.store import CheckpointError
-from megatron_anymal.checkpoint.writing import CheckpointWriter
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.tensor_files import HashedFile
+from megatron_anymal.safetensors_io import HashedFile
 from megatron_anymal.train import loop
 
 ROOT = Path(__file__).parents[2]

@@ -20,11 +20,11 @@ from test_sigkill import figures
 from tiny import make_config
 
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.async_writer import CheckpointWriter, Save
 from megatron_anymal.checkpoint.snapshot import Plan, Snapshot
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.checkpoint.writing import CheckpointWriter, Save
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.tensor_files import HashedFile
+from megatron_anymal.safetensors_io import HashedFile
 from megatron_anymal.train import loop
 
 

@@ -15,7 +15,7 @@ from test_sigkill import finish, kill, start
 from tiny import make_config
 
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.lock import LOCK, Owner
+from megatron_anymal.checkpoint.run_lock import LOCK, Owner
 from megatron_anymal.config import AnyMALConfig, ConfigError
 
 

@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from checkpoint_tools import disk
 from checkpoint_tools.import_hf import main as import_hf
 from checkpoint_tools.importing import llama as import_llama
-from megatron_anymal import tensor_files
+from megatron_anymal import safetensors_io
 from megatron_anymal.checkpoint import store
 
 ROOT = Path(__file__).parents[2]
@@ -301,7 +301,7 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().write(data)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(tensor_files, "io", types.SimpleNamespace(FileIO=FullDisk))
+    monkeypatch.setattr(safetensors_io, "io", types.SimpleNamespace(FileIO=FullDisk))
     assert import_hf(["--hf", str(source), "--out", str(out), "--processes", "1"]) == 2
     said = capsys.readouterr().err
     assert f"the disk of --out='{out}' is full. Free space and start again to go on." in said

@@ -18,12 +18,12 @@ import psutil
 import pytest
 
 from megatron_anymal.config import ResilienceConfig
-from megatron_anymal.resilience import attempt
-from megatron_anymal.resilience.agent import ranks_below
+from megatron_anymal.launcher import attempt
+from megatron_anymal.launcher.agent import ranks_below
+from megatron_anymal.launcher.job import Job
+from megatron_anymal.launcher.supervisor import Supervisor
 from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
-from megatron_anymal.resilience.job import Job
-from megatron_anymal.resilience.supervisor import Supervisor
 
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_rank.py")

@@ -12,7 +12,7 @@ from launched import assert_same, faults, finish, launch, options, told, wait_fo
 from ranks import run_ranks
 from test_sigkill import kill
 
-from megatron_anymal.config_io import compose
+from megatron_anymal.config.compose import compose
 
 STEPS, EVERY = 14, 4
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]

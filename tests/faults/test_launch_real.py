@@ -19,10 +19,10 @@ from ranks import run_ranks
 from test_sigkill import steps_of
 
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config_io import compose
-from megatron_anymal.resilience.agent import ranks_below
+from megatron_anymal.config.compose import compose
+from megatron_anymal.launcher.agent import ranks_below
+from megatron_anymal.launcher.hang_detector import catches
 from megatron_anymal.resilience.exit_codes import Exit
-from megatron_anymal.resilience.monitor import catches
 
 PROCESSES, STEPS, EVERY = 4, 14, 4
 # Seconds of silence that are a hang; times of a run differ anyway.

@@ -13,10 +13,10 @@ from engine import train
 from ranks import run_ranks
 from tiny import make_config
 
+from megatron_anymal.checkpoint.compatibility import check_changes
 from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.config_checks import check
-from megatron_anymal.resilience.changes import check_changes
+from megatron_anymal.config.validation import check
 
 
 @pytest.fixture

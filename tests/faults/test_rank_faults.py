@@ -16,9 +16,9 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.config_checks import check
+from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import WorkerDied, worker_died
-from megatron_anymal.resilience import events, faults, heartbeat
+from megatron_anymal.resilience import events, fault_injection, heartbeat
 from megatron_anymal.resilience.exit_codes import Exit, code_of
 from megatron_anymal.resilience.heartbeat import Phase
 from megatron_anymal.resilience.stragglers import stragglers
@@ -61,27 +61,27 @@ def test_what_cannot_happen_is_refused(config: AnyMALConfig, text: str, said: st
 def test_each_happens_once_where_it_is_due(tmp_path: Path) -> None:
     entries = ["exception:step=2,place=data", "eio:step=2,write=2", "exception:rank=1", "exception:step=3,every=1"]
     for start in range(2):
-        faults.arm(entries, 0, tmp_path)
-        faults.at("data", 1)
-        faults.at("compute", 2)
+        fault_injection.arm(entries, 0, tmp_path)
+        fault_injection.at("data", 1)
+        fault_injection.at("compute", 2)
         if start == 0:
-            with pytest.raises(faults.InjectedFault, match="step=2,place=data"):
-                faults.at("data", 2)
-        faults.at("data", 2)
-        faults.at("checkpoint", 2)
+            with pytest.raises(fault_injection.InjectedFault, match="step=2,place=data"):
+                fault_injection.at("data", 2)
+        fault_injection.at("data", 2)
+        fault_injection.at("checkpoint", 2)
         if start == 0:
             with pytest.raises(OSError) as error:
-                faults.at("checkpoint", 2)
+                fault_injection.at("checkpoint", 2)
             assert error.value.errno == errno.EIO
-        faults.at("checkpoint", 2)
+        fault_injection.at("checkpoint", 2)
         for _ in range(2):
-            with pytest.raises(faults.InjectedFault, match="every=1"):
-                faults.at("compute", 3)
-    faults.arm(entries, 1, tmp_path)
-    with pytest.raises(faults.InjectedFault, match="rank=1"):
-        faults.at("compute", 9)
-    faults.arm([], 0, tmp_path)
-    faults.at("compute", 3)
+            with pytest.raises(fault_injection.InjectedFault, match="every=1"):
+                fault_injection.at("compute", 3)
+    fault_injection.arm(entries, 1, tmp_path)
+    with pytest.raises(fault_injection.InjectedFault, match="rank=1"):
+        fault_injection.at("compute", 9)
+    fault_injection.arm([], 0, tmp_path)
+    fault_injection.at("compute", 3)
 
 
 def test_one_bit_of_the_newest_checkpoint(tmp_path: Path) -> None:
@@ -91,9 +91,9 @@ def test_one_bit_of_the_newest_checkpoint(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "__0_0.distcp").write_bytes(content)
         (folder / "common.pt").write_bytes(content * 2)
-    faults.arm(["corrupt:step=13"], 0, tmp_path)
-    faults.at("compute", 13)
-    faults.arm([], 0, tmp_path)
+    fault_injection.arm(["corrupt:step=13"], 0, tmp_path)
+    fault_injection.at("compute", 13)
+    fault_injection.arm([], 0, tmp_path)
     changed = {
         path: sum(a != b for a, b in zip(path.read_bytes(), content))
         for path in tmp_path.rglob("*.*")
@@ -188,6 +188,6 @@ def test_who_is_slow() -> None:
 def test_each_kind_is_documented(config: AnyMALConfig) -> None:
     page = (Path(__file__).parents[2] / "docs" / "failures.md").read_text()
     examples = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert {example.partition(":")[0] for example in examples} == set(faults.KINDS)
+    assert {example.partition(":")[0] for example in examples} == set(fault_injection.KINDS)
     config.trainer.devices, config.data.num_workers, config.resilience.faults = 4, 1, examples
     check(config)

@@ -14,31 +14,32 @@ from pathlib import Path
 
 import pytest
 
-from megatron_anymal.checkpoint.lock import FolderInUse
+from megatron_anymal.checkpoint.async_writer import FolderLost, SaveFailed
+from megatron_anymal.checkpoint.run_lock import FolderInUse
 from megatron_anymal.checkpoint.store import CheckpointError, none_left
-from megatron_anymal.checkpoint.writing import FolderLost, SaveFailed
 from megatron_anymal.config import ConfigError
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.records import DataError
 from megatron_anymal.modalities.base import MediaError
 from megatron_anymal.resilience import events, heartbeat
 from megatron_anymal.resilience.exit_codes import Exit, code_of
-from megatron_anymal.resilience.guards import NotFinite
+from megatron_anymal.resilience.failure_record import record_failure
 from megatron_anymal.resilience.heartbeat import Phase
-from megatron_anymal.resilience.last_words import record_failure
+from megatron_anymal.resilience.nonfinite import NotFinite
 
 ROOT = Path(__file__).parents[2]
 # A rank that meets a fault in its seventh step.
 RANK = """
 import sys
 from pathlib import Path
-from megatron_anymal.resilience import faults, heartbeat
+from megatron_anymal.resilience import heartbeat
+from megatron_anymal.resilience import fault_injection
 from megatron_anymal.resilience.heartbeat import Phase
 run_dir, fault = Path(sys.argv[1]), sys.argv[2]
-faults.arm([fault], 3, run_dir)
+fault_injection.arm([fault], 3, run_dir)
 with heartbeat.shown(run_dir):
     for step in range(1, 10):
         heartbeat.beat(Phase.COMPUTE, step)
-        faults.at("compute", step)
+        fault_injection.at("compute", step)
         heartbeat.beat(settled=True)
 """
 

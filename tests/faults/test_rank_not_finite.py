@@ -17,7 +17,7 @@ from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.parallel import initialize
 from megatron_anymal.resilience import events
 from megatron_anymal.resilience.exit_codes import Exit, code_of
-from megatron_anymal.resilience.guards import NotFinite, all_finite
+from megatron_anymal.resilience.nonfinite import NotFinite, all_finite
 from megatron_anymal.train import loop
 from megatron_anymal.train.build import TrainState, build
 

@@ -21,10 +21,10 @@ from test_sigkill import figures, finish, kill, start, steps_of
 from tiny import make_config
 
 from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.writing import CheckpointWriter
+from megatron_anymal.checkpoint.async_writer import CheckpointWriter
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
 from megatron_anymal.parallel import initialize
-from megatron_anymal.resilience import events, signals
+from megatron_anymal.resilience import events, stop_signals
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.train import loop
 from megatron_anymal.train.build import build
@@ -139,18 +139,18 @@ def test_a_signal_elsewhere(
 
 def test_wishes_are_named_and_forgotten() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with signals.caught():
-        assert signals.agreed(signals.wishes()) == ""
+    with stop_signals.caught():
+        assert stop_signals.agreed(stop_signals.wishes()) == ""
         os.kill(os.getpid(), signal.SIGUSR1)
-        signals.stop_after(0)
+        stop_signals.stop_after(0)
         # Of two ranks, one of which wants nothing.
-        assert signals.agreed([a + b for a, b in zip(signals.wishes(), [0.0, 0.0, 0.0])]) == (
+        assert stop_signals.agreed([a + b for a, b in zip(stop_signals.wishes(), [0.0, 0.0, 0.0])]) == (
             "SIGUSR1 and exp_manager.max_time_per_run"
         )
-        with signals.caught():
+        with stop_signals.caught():
             pass
-        assert signals.agreed(signals.wishes())
-    assert signals.agreed(signals.wishes()) == "" and signal.getsignal(signal.SIGUSR1) == before
+        assert stop_signals.agreed(stop_signals.wishes())
+    assert stop_signals.agreed(stop_signals.wishes()) == "" and signal.getsignal(signal.SIGUSR1) == before
 
 
 @pytest.mark.slow

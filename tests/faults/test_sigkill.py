@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tiny import make_config
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
-from megatron_anymal.config_io import compose
+from megatron_anymal.config.compose import compose
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 14, 4

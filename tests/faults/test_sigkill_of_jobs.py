@@ -14,7 +14,7 @@ from test_sigkill import figures, finish, kill, start, steps_of
 from tiny import make_config, make_conversations
 
 from megatron_anymal.config import AnyMALConfig, LoraConfig
-from megatron_anymal.config_io import compose
+from megatron_anymal.config.compose import compose
 
 STEPS, EVERY = 10, 3
 

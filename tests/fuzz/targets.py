@@ -19,16 +19,16 @@ import torch
 from fuzz import corpus
 from fuzz.mutations import Damaged, Members, damage, damage_shard
 from megatron_anymal.checkpoint.store import CheckpointError, read_manifest
-from megatron_anymal.checkpoint.stream import StreamReader
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import ConfigError
+from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.ledger import LeftOut
-from megatron_anymal.data.manifest import write_shards
-from megatron_anymal.data.shards import ShardIndex
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.left_out import LeftOut
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.sources.manifest import write_shards
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
-from megatron_anymal.tensor_files import SafetensorsFile, SafetensorsWriter, TensorFileError
+from megatron_anymal.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorFileError
 
 # What a user's broken file may raise; anything else is a traceback.
 EXPECTED = (DataError, MediaError, ConfigError, CheckpointError, TensorFileError)

@@ -7,8 +7,8 @@ import importlib.util
 import pytest
 import torch
 
-from megatron_anymal.data.context import held_tokens
-from megatron_anymal.model.kernels import KERNELS
+from megatron_anymal.data.context_parallel import held_tokens
+from megatron_anymal.model.attention_kernels import KERNELS
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_anymal.model import fusions
+from megatron_anymal.model import compiled_ops
 from megatron_anymal.model.rope import rotation
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
-    pytest.mark.skipif(not fusions.can_compile(), reason="torch.compile needs Triton"),
+    pytest.mark.skipif(not compiled_ops.can_compile(), reason="torch.compile needs Triton"),
 ]
 
 
@@ -38,8 +38,8 @@ def test_rotary_embedding(tokens: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)
     query, key = (torch.randn(tokens, n, 128, generator=generator, device="cuda", dtype=torch.bfloat16) for n in (8, 2))
     turn = rotation(torch.arange(tokens, device="cuda"), 1e4 ** (-torch.arange(0, 128, 2) / 128))
-    written: Any = fusions.turn
-    compare(fusions.turn, written.__wrapped__, query, key, *turn)
+    written: Any = compiled_ops.turn
+    compare(compiled_ops.turn, written.__wrapped__, query, key, *turn)
 
 
 @pytest.mark.parametrize("tokens", [512, 776, 1024])
@@ -48,7 +48,7 @@ def test_rms_norm(tokens: int) -> None:
     x = torch.randn(tokens, 1, 4096, generator=generator, device="cuda", dtype=torch.bfloat16)
     weight = torch.rand(4096, generator=generator, device="cuda", dtype=torch.bfloat16)
     compare(
-        lambda *given: fusions.rms_norm(*given, 1e-5),
+        lambda *given: compiled_ops.rms_norm(*given, 1e-5),
         lambda *given: torch.nn.functional.rms_norm(given[0], (4096,), given[1], 1e-5),
         x,
         weight,

@@ -12,10 +12,10 @@ from tiny import make_config
 
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.types import MicroBatch
+from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
-from megatron_anymal.train.transfer import on_device
+from megatron_anymal.train.device_prefetch import on_device
 
 pytestmark = [
     pytest.mark.gpu,

@@ -23,10 +23,10 @@ import megatron_anymal.data.loader as loader
 import megatron_anymal.model.anymal as anymal
 import megatron_anymal.model.attention as attention
 import megatron_anymal.model.build as model_build
-import megatron_anymal.model.head as head
+import megatron_anymal.model.encoder_sharding as shares
 import megatron_anymal.model.llama as llama
+import megatron_anymal.model.lm_head as head
 import megatron_anymal.model.lora as lora
-import megatron_anymal.model.shares as shares
 import megatron_anymal.train.build as train_build
 import megatron_anymal.train.loop as train_loop
 import megatron_anymal.train.objective as objective

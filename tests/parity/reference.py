@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_anymal.config import AnyMALConfig, ProjectorConfig
 from megatron_anymal.modalities import build_modality, load_plugins
 from megatron_anymal.model.encoders import build_encoder
-from megatron_anymal.model.noise import neftune_noise
+from megatron_anymal.model.neftune import neftune_noise
 from megatron_anymal.train.optim import learning_rate
 from parity.objective import backward
 from parity.samples import Sample, read_steps

@@ -20,7 +20,7 @@ from ranks import run_ranks
 import megatron_anymal.model.build as model_build
 from megatron_anymal.config import AnyMALConfig, LoraConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.model.weights import gather_weights, list_weights
+from megatron_anymal.model.unsharded_weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.loop import Run

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.types import PlannedMicroBatch
+from megatron_anymal.data.records import PlannedMicroBatch
 
 
 @dataclass(frozen=True)

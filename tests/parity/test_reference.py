@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.model.hf_llama import from_hf
-from megatron_anymal.model.weights import gather_weights, list_weights
+from megatron_anymal.model.unsharded_weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.step import train_step

@@ -17,7 +17,7 @@ from ranks import run_ranks
 from tiny import make_config, make_conversations
 
 from megatron_anymal.config import LoraConfig
-from megatron_anymal.config_io import compose
+from megatron_anymal.config.compose import compose
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "pretrain_70b.sh"

@@ -9,43 +9,25 @@ PACKAGE = Path(__file__).parents[2] / "megatron_anymal"
 
 # From the first to the last; modules of one row may import each other.
 ORDER = [
-    (
-        "children",
-        "config",
-        "config_checks",
-        "config_schema",
-        "config_io",
-        "quiet",
-        "step_lines",
-        "telemetry",
-        "tensor_files",
-        "hf_weights",
-    ),
-    ("backend", "doctor", "cpu_shim"),
+    ("child_processes", "config", "log_filters", "step_lines", "telemetry", "safetensors_io", "hf_weights"),
+    ("backend", "cpu_shim"),
     ("parallel",),
     ("modalities",),
     ("data",),
-    ("published",),
     ("model",),
-    ("losses",),
     ("hf",),
     ("checkpoint", "resilience"),
     ("train",),
-    ("dry_run", "dry_run_table"),
+    ("dry_run",),
     ("generation",),
-    ("generate",),
-    ("evaluate",),
-    ("sampled_answers",),
-    ("nemo", "quickstart"),
+    ("launcher",),
+    ("nemo",),
+    ("cli",),
 ]
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
-# A verb starts the quickstart's own preparation, and the command line reaches every verb, both by name and late; the
-# settings' check asks for the grammar of faults, late and only where there are some. A check before a run counts, as a
-# dry run does, how large a checkpoint will be.
 ALLOWED = {
-    ("data.prepare", "quickstart"),
-    ("config_checks", "resilience"),
-    ("resilience.preflight_size", "dry_run"),
+    ("config.validation", "resilience"),
+    ("launcher.preflight.node_checks", "cli"),
 }
 
 

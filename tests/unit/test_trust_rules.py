@@ -18,9 +18,9 @@ import torch
 from tiny import make_tokenizer
 
 from megatron_anymal.config import ConfigError, EncoderConfig
-from megatron_anymal.data.shards import ShardIndex
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.model.encoders.base import load_transformers
 
 ROOT = Path(__file__).parents[2]

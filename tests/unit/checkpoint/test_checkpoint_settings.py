@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig, ModalityConfig
-from megatron_anymal.config_checks import check
+from megatron_anymal.config.validation import check
 
 
 def with_rules(**rules: Any) -> AnyMALConfig:

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_anymal.checkpoint.lock import LOCK, LockLost, Owner, RunLock
+from megatron_anymal.checkpoint.run_lock import LOCK, LockLost, Owner, RunLock
 from megatron_anymal.config import ConfigError
 
 
@@ -67,7 +67,7 @@ def test_a_second_job_is_refused_at_once_and_told_whose_the_folder_is(tmp_path: 
 
 def test_of_two_processes_one_gets_it(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from megatron_anymal.checkpoint.lock import RunLock\n"
+        "import sys; from pathlib import Path; from megatron_anymal.checkpoint.run_lock import RunLock\n"
         "lock = RunLock(Path(sys.argv[1]), 60)\nprint('taken', flush=True)\ninput()\nlock.release()"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}

@@ -23,7 +23,7 @@ from tiny import make_config
 from megatron_anymal.checkpoint import safe_loading
 from megatron_anymal.checkpoint.safe_loading import check_pickles, read_metadata
 from megatron_anymal.checkpoint.store import CheckpointError
-from megatron_anymal.checkpoint.stream import StreamReader, StreamWriter, write_index
+from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
 from megatron_anymal.parallel import initialize
 
 

@@ -16,7 +16,7 @@ from checkpoint_tools.exporting.model_files import write_llama_files
 from checkpoint_tools.importing import llama as importing
 from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.tokenizer import Tokenizer
 
 TEXTS = ["What is <s>this</s>?\n\n  A cat, 1234.", "<|eot_id|> é 日本", "one two"]
 

@@ -10,10 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint_tools.importing import spans
 from checkpoint_tools.importing.units import all_finite, units_of, write_unit
-from megatron_anymal.checkpoint.stream import StreamReader, StreamWriter, write_index
+from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import checkpoint_place, chunks_from_hf, from_hf, whole_names, whole_shape
-from megatron_anymal.tensor_files import TensorFileError, raw_bytes
+from megatron_anymal.safetensors_io import TensorFileError, raw_bytes
 
 SHAPES = {
     "grouped": {"num_attention_heads": 6, "num_key_value_heads": 3},
@@ -101,6 +101,6 @@ def test_a_name_is_looked_up_without_its_data(tmp_path: Path, monkeypatch: pytes
     def refuse(*_: object) -> None:
         raise AssertionError("data was read")
 
-    monkeypatch.setattr("megatron_anymal.tensor_files.SafetensorsFile._fill", refuse)
+    monkeypatch.setattr("megatron_anymal.safetensors_io.SafetensorsFile._fill", refuse)
     assert "lm_head.weight" in source and "lm_head.bias" not in source
     assert all(name in file for file in source.files.values() for name in file)

@@ -11,7 +11,7 @@ import torch
 from checkpoint_tools.inspect import main
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.checkpoint.stream import StreamWriter, write_index
+from megatron_anymal.checkpoint.tensor_stream import StreamWriter, write_index
 
 TENSORS = {
     "language_model.decoder.layers.mlp.linear_fc2.weight": torch.zeros(4, 32, 48).bfloat16(),

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.tokenize import Tokenizer
+from megatron_anymal.data.tokenizer import Tokenizer
 
 
 def memory(name: str) -> int:

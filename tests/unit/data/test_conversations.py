@@ -17,14 +17,14 @@ from numpy.lib.recfunctions import drop_fields
 from replicas import replica_data
 from tiny import CHAT, SPECIAL, flac, make_config, make_conversations, npy, png
 
-from megatron_anymal.data.batches import BatchLayout, BatchPlanner
+from megatron_anymal.cli.inspect import main
+from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.indexing import IndexOptions
-from megatron_anymal.data.inspect import main
-from megatron_anymal.data.manifest import write_shards
-from megatron_anymal.data.shards import ShardIndex
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, MediaPart, TextPart
+from megatron_anymal.data.planner import BatchLayout, BatchPlanner
+from megatron_anymal.data.records import DataError, MediaPart, TextPart
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.sources.manifest import write_shards
+from megatron_anymal.data.tokenizer import Tokenizer
 
 FILES = {"a.png": png(1), "b.flac": flac(2), "c.npy": npy(3)}
 ASKED = [

@@ -15,10 +15,10 @@ import pytest
 from tars import header_of, tar_bytes, write_tar
 from tiny import flac, npy, png
 
-from megatron_anymal.data.inspect import main as inspect
+from megatron_anymal.cli.inspect import main as inspect
 from megatron_anymal.data.prepare import main as prepare
-from megatron_anymal.data.shards import ShardIndex
-from megatron_anymal.data.types import DataError, MediaPart, TextPart
+from megatron_anymal.data.records import DataError, MediaPart, TextPart
+from megatron_anymal.data.shard_index import ShardIndex
 
 Members = list[tuple[str, bytes]]
 

@@ -16,9 +16,9 @@ from replicas import replica_data
 from tiny import CHAT, SPECIAL, WORDS, make_config, make_shards, make_tokenizer, png
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
-from megatron_anymal.data.context import held_tokens
+from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.data.loader import share_out, steps
-from megatron_anymal.data.types import DataError, MicroBatch, TextPart
+from megatron_anymal.data.records import DataError, MicroBatch, TextPart
 from megatron_anymal.train.build import DataSource
 
 

@@ -13,10 +13,10 @@ from ranks import run_ranks
 from replicas import replica_data
 from tiny import make_config
 
-from megatron_anymal.checkpoint.lock import RunLock
+from megatron_anymal.checkpoint.run_lock import RunLock
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.tensor_files import HashedFile
+from megatron_anymal.safetensors_io import HashedFile
 
 
 def read(config: AnyMALConfig, workers: int) -> list[torch.Tensor]:

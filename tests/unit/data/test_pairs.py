@@ -15,10 +15,10 @@ from tiny import SPECIAL, make_config, make_conversations, make_shards, png
 from torch import Tensor
 
 from megatron_anymal.config import AnyMALConfig, DatasetConfig
-from megatron_anymal.data.context import held_tokens, padded
+from megatron_anymal.data.content_parts import name_modalities
+from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.parts import name_modalities
-from megatron_anymal.data.types import SAMPLE_KINDS, MicroBatch, PlannedSample
+from megatron_anymal.data.records import SAMPLE_KINDS, MicroBatch, PlannedSample
 from megatron_anymal.train.build import DataSource
 from megatron_anymal.train.objective import TokenObjective
 
@@ -186,7 +186,7 @@ def test_context_parallel_ranks_share_pairs(mixed: AnyMALConfig, context_size: i
 
 
 def test_a_gradient_reaches_the_one_encoding_from_both_documents(config: AnyMALConfig) -> None:
-    from megatron_anymal.model.merge import merge
+    from megatron_anymal.model.embedding_merge import merge
 
     [plan, *_] = replica_data(config).planner.plan(0).of_replica(0)
     batch = replica_data(config).reader[plan]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_anymal.data.asking import MediaFile
-from megatron_anymal.data.messages import open_prompt, parse_messages
-from megatron_anymal.data.types import MediaPart
+from megatron_anymal.data.chat_format import open_prompt, parse_messages
+from megatron_anymal.data.prompt_encoder import MediaFile
+from megatron_anymal.data.records import MediaPart
 from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.chat import Chat
 from megatron_anymal.generation.generator import Generator, Watch

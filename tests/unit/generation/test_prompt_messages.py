@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from megatron_anymal.data.messages import CHAT_TOKENS, last_answer, messages_of, open_prompt, parse_messages
-from megatron_anymal.data.parts import parse_parts
+from megatron_anymal.data.chat_format import CHAT_TOKENS, last_answer, messages_of, open_prompt, parse_messages
+from megatron_anymal.data.content_parts import parse_parts
 from megatron_anymal.data.samples import parse_sample
 
 USER = {"role": "user", "content": [{"media": "a.png"}, {"text": "what"}, {"media": "b.npy", "rate": 50}]}

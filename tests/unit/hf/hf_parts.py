@@ -16,11 +16,11 @@ from tiny import CHAT, LLAMA, SPECIAL, flac, modalities, npy, png
 from transformers import GenerationConfig, LlamaConfig
 
 from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.hf.bundle import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
+from megatron_anymal.hf.modality_configs import export_sections
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
-from megatron_anymal.hf.sections import export_sections
+from megatron_anymal.hf.remote_code import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
 
 VISION = {"image_size": 8, "patch_size": 4, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 VIDEOMAE = {**VISION, "intermediate_size": 32, "num_frames": 4}

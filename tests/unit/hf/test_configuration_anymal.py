@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from megatron_anymal.config import EncoderConfig, ModalityConfig
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig, modality_config
+from megatron_anymal.hf.modality_configs import export_sections
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
-from megatron_anymal.hf.sections import export_sections
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.modalities.architecture import transformers_config
 

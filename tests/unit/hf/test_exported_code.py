@@ -18,9 +18,9 @@ from tiny import SPECIAL, modalities, npy, png
 from transformers import AutoTokenizer
 
 from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig, ProjectorConfig
-from megatron_anymal.hf.bundle import write_code
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
+from megatron_anymal.hf.remote_code import write_code
 from megatron_anymal.modalities import load_plugins
 
 LOADER = Path(__file__).with_name("load_export.py")

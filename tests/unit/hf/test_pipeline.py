@@ -12,8 +12,8 @@ import pytest
 from hf_parts import make_config, make_model, sections, write_export, write_media
 
 from checkpoint_tools.exporting.chat_template import chat_template
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.generation.exported import ExportedGenerator
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.generation.export_generator import ExportedGenerator
 from megatron_anymal.generation.prompts import prompt_of_files
 from megatron_anymal.generation.sampling import Sampling
 

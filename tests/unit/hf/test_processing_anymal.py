@@ -16,13 +16,13 @@ from PIL import Image
 from tiny import CHAT, WORDS, png
 from transformers import AutoTokenizer
 
-from megatron_anymal.data.messages import lay_out, open_prompt, parse_messages
-from megatron_anymal.data.parts import name_modalities, parse_parts
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import DataError, MediaPart
-from megatron_anymal.hf import given_media
-from megatron_anymal.hf.bundle import PROCESSOR_AUTO_MAP
+from megatron_anymal.data.chat_format import lay_out, open_prompt, parse_messages
+from megatron_anymal.data.content_parts import name_modalities, parse_parts
+from megatron_anymal.data.records import DataError, MediaPart
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.hf import media_inputs
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
+from megatron_anymal.hf.remote_code import PROCESSOR_AUTO_MAP
 from megatron_anymal.modalities import MediaError, build_modality
 
 
@@ -154,7 +154,7 @@ def test_an_address_is_fetched(
         asked.append(url)
         return io.BytesIO(Path(files["image"]).read_bytes())
 
-    monkeypatch.setattr(given_media.urllib.request, "urlopen", answer)
+    monkeypatch.setattr(media_inputs.urllib.request, "urlopen", answer)
     turn = {"role": "user", "content": [{"type": "image", "url": "https://example.org/b/a.png?size=1"}]}
     found = processor.apply_chat_template([turn])
     assert asked == ["https://example.org/b/a.png?size=1"]

@@ -8,7 +8,7 @@ import pytest
 from tiny import make_config
 
 from megatron_anymal.data.lint import Reading, read_sample
-from megatron_anymal.data.shards import MediaBytes, ShardIndex
+from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.modalities import MediaError
 from megatron_anymal.train.build import build_inputs, loaded_modalities
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.meters import copies, saved_for_backward, storages, stored_bytes
 from megatron_anymal.config import AnyMALConfig, ProjectorConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.types import MediaBatch, MicroBatch, PlannedMicroBatch
+from megatron_anymal.data.records import MediaBatch, MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.attention import document_pack
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
-from megatron_anymal.data.types import MicroBatch, PlannedMicroBatch
+from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import check_model, layers_of_stages, read_llama_config

@@ -21,13 +21,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_anymal.config import AnyMALConfig, ConfigError, LoraConfig
-from megatron_anymal.data.types import MicroBatch, PlannedMicroBatch
+from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.hf_llama import from_hf
 from megatron_anymal.model.llama import read_llama_config
 from megatron_anymal.model.lora import LoraDropout, add_lora, initialise_lora, merge_lora, merged_weights
-from megatron_anymal.model.weights import gather_weights, list_weights
+from megatron_anymal.model.unsharded_weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize
 
 # Two groups of four query heads, narrower than the hidden size; no two sizes are alike.

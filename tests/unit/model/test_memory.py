@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from benchmarks.meters import saved_for_backward
 from megatron_anymal.config import AnyMALConfig, EncoderConfig, LoraConfig, ModalityConfig, ProjectorConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.types import MediaBatch, MicroBatch
-from megatron_anymal.dry_run import examine
+from megatron_anymal.data.records import MediaBatch, MicroBatch
+from megatron_anymal.dry_run.simulate import examine
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.head import label_losses
 from megatron_anymal.model.llama import read_llama_config
-from megatron_anymal.model.media_memory import encoder_sizes, media_bytes
-from megatron_anymal.model.memory import Pack, Recompute, held, kept_by_head, kept_by_layers, peak
+from megatron_anymal.model.lm_head import label_losses
+from megatron_anymal.model.memory.language_model import Pack, Recompute, held, kept_by_head, kept_by_layers, peak
+from megatron_anymal.model.memory.media import encoder_sizes, media_bytes
 from megatron_anymal.parallel import initialize
+from megatron_anymal.train.auto_recompute import run_sizes
 from megatron_anymal.train.build import build
-from megatron_anymal.train.recompute import run_sizes
 from megatron_anymal.train.step import train_step
 
 SMALL = {

@@ -17,7 +17,7 @@ from ranks import run_ranks
 
 from megatron_anymal.config import AnyMALConfig, ConfigError, ProjectorConfig
 from megatron_anymal.model.projectors import build_projector
-from megatron_anymal.model.weights import Weight, leave_unset, whole_name
+from megatron_anymal.model.unsharded_weights import Weight, leave_unset, whole_name
 from megatron_anymal.parallel import initialize
 
 HIDDEN = 12

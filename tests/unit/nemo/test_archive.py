@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import LLAMA, make_config, make_shards, make_tokenizer
 
 from megatron_anymal.config import AnyMALConfig, ConfigError
-from megatron_anymal.model.weights import gather_weights
+from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.nemo import archive
 from megatron_anymal.nemo.model import MegatronAnyMALModel, from_cfg
 

@@ -32,7 +32,7 @@ def test_engine_imports_neither_nemo_nor_lightning_nor_hydra():
         parts = file.relative_to(PACKAGE).with_suffix("").parts
         if parts[0] != "nemo":
             modules.append(".".join(["megatron_anymal", *(part for part in parts if part != "__init__")]))
-    assert "megatron_anymal.config_io" in modules
+    assert "megatron_anymal.config.compose" in modules
     done = subprocess.run(
         [sys.executable, "-c", CODE, json.dumps(modules)], capture_output=True, text=True, timeout=240
     )

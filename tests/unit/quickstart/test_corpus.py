@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from megatron_anymal.data.messages import ROLES
-from megatron_anymal.data.parts import parse_parts
-from megatron_anymal.data.tokenize import Tokenizer
-from megatron_anymal.data.types import TextPart
-from megatron_anymal.quickstart import corpus, instructions
+from examples.quickstart import corpus, instructions
+from megatron_anymal.data.chat_format import ROLES
+from megatron_anymal.data.content_parts import parse_parts
+from megatron_anymal.data.records import TextPart
+from megatron_anymal.data.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ from collections import Counter
 
 import pytest
 
+from examples.quickstart import instructions as ins
+from examples.quickstart.corpus import all_facts, turns
+from examples.quickstart.prepare import conversations
+from megatron_anymal.data.records import MediaPart
 from megatron_anymal.data.samples import parse_sample
-from megatron_anymal.data.types import MediaPart
-from megatron_anymal.quickstart import instructions as ins
-from megatron_anymal.quickstart.corpus import all_facts, turns
-from megatron_anymal.quickstart.prepare import conversations
 
 WRITTEN = {
     "word": "seven",

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from examples.quickstart import media
+from examples.quickstart.corpus import DIRECTIONS, all_facts, caption
 from megatron_anymal.config import EncoderConfig, ModalityConfig
-from megatron_anymal.data.parts import parse_parts
-from megatron_anymal.data.types import MediaPart, TextPart
+from megatron_anymal.data.content_parts import parse_parts
+from megatron_anymal.data.records import MediaPart, TextPart
 from megatron_anymal.modalities import build_modality
-from megatron_anymal.quickstart import media
-from megatron_anymal.quickstart.corpus import DIRECTIONS, all_facts, caption
 
 SIZES = media.Sizes(
     train_videos=80, held_out_videos=40, train_audio=24, held_out_audio=12, train_imu=24, held_out_imu=12

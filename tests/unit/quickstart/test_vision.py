@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from examples.quickstart import corpus, media, vision
 from megatron_anymal.config import EncoderConfig, ModalityConfig
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.encoders import build_encoder
-from megatron_anymal.quickstart import corpus, media, vision
 
 SIZES = media.Sizes(train_videos=1, held_out_videos=1, train_audio=1, held_out_audio=1, train_imu=1, held_out_imu=1)
 

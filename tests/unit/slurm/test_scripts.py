@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from megatron_anymal.config_io import compose, default_config_dir
+from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.resilience.exit_codes import Exit
 
 ROOT = Path(__file__).parents[3]

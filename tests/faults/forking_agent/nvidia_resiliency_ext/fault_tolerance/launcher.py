@@ -19,7 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from megatron_anymal.__main__ import command
-from megatron_anymal.quiet import quiet_libraries
+from megatron_anymal.log_filters import quiet_libraries
 
 # What a run imports once it has started.
 _MODULES = (

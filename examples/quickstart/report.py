@@ -1,0 +1,250 @@
+"""The quickstart's report: report.json for machines, report.html (self-contained) for people."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from examples.quickstart.instructions import FORMS, KINDS, follows, score
+from examples.quickstart.prepare import MODALITIES
+from megatron_anymal.data.records import TextPart
+from megatron_anymal.data.shard_index import ShardIndex
+
+# Run -> what its curves show.
+RUNS = {
+    "llama": "Llama on text",
+    "align": "Alignment, tensor parallel",
+    "align_video": "Alignment, pipeline parallel",
+    "sft": "Instruction tuning, sequence parallel",
+    "dpo": "Preferences, context parallel",
+}
+# Run that is asked the held-out conversations -> when that is.
+STAGES = {"align_video": "before instruction tuning", "sft": "after it", "dpo": "after preferences"}
+EXAMPLES = 6
+_COLOURS = ("#1f618d", "#b9770e", "#196f3d", "#922b21", "#6c3483", "#5f6a6a")
+
+_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
+table{border-collapse:collapse}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:right}
+td:first-child,th:first-child{text-align:left}.cards{display:flex;flex-wrap:wrap;gap:1em}
+.card{width:15em;border:1px solid #ddd;border-radius:6px;padding:.7em}.card img,.card video{width:100%;
+image-rendering:pixelated}.card audio{width:100%}.good{color:#186a3b}.bad{color:#a93226}svg{background:#fafafa}"""
+
+
+def write_report(folder: Path, evaluation: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Write FOLDER/report.json and FOLDER/report.html.
+
+    Args:
+        evaluation: what `anymal evaluate --permute-media --untrained --out` wrote. What it wrote of the conversations
+            lies in FOLDER, see `answers_file`.
+        seconds: install, train, total.
+
+    Returns:
+        The content of report.json.
+    """
+    result = json.loads(evaluation.read_text())
+    scores = result["scores"]
+    lines, given = _held_out_conversations(folder), {run: _given(answers_file(folder, run)) for run in STAGES}
+    before, sft, dpo = (score(lines, given[run]) for run in STAGES)
+    report = {
+        "modalities": {
+            name: {
+                "accuracy": scores["trained"][name]["accuracy"],
+                "before": scores["untrained"][name]["accuracy"],
+                "permuted": scores["permuted"][name]["accuracy"],
+                "chance": scores["trained"][name]["chance"],
+                "samples": scores["trained"][name]["samples"],
+            }
+            for name in MODALITIES
+        },
+        "sft": {
+            "followed_before": before["followed"],
+            "followed_after": sft["followed"],
+            "followed_after_new_words": sft["followed_new_words"],
+            "accuracy_before": before["accuracy"],
+            "accuracy_after": sft["accuracy"],
+            "questions": len(lines),
+        },
+        "dpo": {
+            "preference_accuracy": _last(folder / "dpo" / "metrics.jsonl", "val_rewards/accuracy"),
+            "accuracy_before": sft["accuracy"],
+            "accuracy_after": dpo["accuracy"],
+            "followed_after": dpo["followed"],
+            "opening_before": sft["opening"],
+            "opening_after": dpo["opening"],
+        },
+        "language_model_hash": {
+            "before": _hashes(folder / "align")["before"],
+            "after": _hashes(folder / "dpo")["after"],
+        },
+        "seconds": dict(seconds),
+    }
+    (folder / "report.json").write_text(json.dumps(report, indent=1))
+    (folder / "report.html").write_text(_page(folder, report, result["answers"]["trained"], lines, given))
+    return report
+
+
+def answers_file(folder: Path, run: str) -> Path:
+    """What `anymal evaluate --out` writes of a run's answers to the held-out conversations."""
+    return folder / f"conversations_{run}.json"
+
+
+def _held_out_conversations(folder: Path) -> list[dict[str, Any]]:
+    manifests = [folder / "media" / f"instructions_{kind}_held_out.jsonl" for kind in KINDS]
+    return [json.loads(line) for manifest in manifests for line in manifest.read_text(encoding="utf-8").splitlines()]
+
+
+def _given(evaluation: Path) -> dict[str, str]:
+    return {row["key"]: row["given"] for row in json.loads(evaluation.read_text())["answers"]["trained"]}
+
+
+def _last(metrics: Path, name: str) -> float:
+    return [row[name] for row in map(json.loads, metrics.read_text().splitlines()) if name in row][-1]
+
+
+def _hashes(run: Path) -> dict[str, str]:
+    return json.loads((run / "language_model.json").read_text())
+
+
+def _page(
+    folder: Path,
+    report: Mapping[str, Any],
+    answers: Sequence[Mapping[str, str]],
+    lines: Sequence[Mapping[str, Any]],
+    given: Mapping[str, Mapping[str, str]],
+) -> str:
+    body = [f"<h1>Quickstart</h1>{_summary(report)}"]
+    for name in MODALITIES:
+        body.append(f"<h2>{name}: held-out samples</h2>{_cards(folder, name, answers)}")
+    body.append(f"<h2>Conversations: held-out samples</h2>{_conversations(folder, lines, given)}<h2>Curves</h2>")
+    body += [_curve(folder / run / "metrics.jsonl", title) for run, title in RUNS.items()]
+    body += [_curve(folder / "dpo" / "metrics.jsonl", RUNS["dpo"], what) for what in ("rewards", "val_rewards")]
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>Quickstart</title><style>{_STYLE}</style>"
+        f"<body>{''.join(body)}</body></html>"
+    )
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    names = ("accuracy", "before", "permuted", "chance")
+    rows = [
+        f"<tr><td>{modality}</td>{''.join(f'<td>{row[n]:.1%}</td>' for n in names)}<td>{row['samples']}</td></tr>"
+        for modality, row in report["modalities"].items()
+    ]
+    hashes = report["language_model_hash"]
+    same = "are the same" if hashes["before"] == hashes["after"] else "DIFFER"
+    return (
+        "<p>Exact greedy answers on samples that were never trained on: after alignment, before it, and with the media "
+        "exchanged among the samples.</p><table><tr><th></th><th>after</th><th>before</th><th>media exchanged</th>"
+        f"<th>guessing</th><th>samples</th></tr>{''.join(rows)}</table>"
+        f"<p>The Llama's weights before and after {same} (<code>{hashes['after'][:16]}</code>). "
+        f"Training took {report['seconds']['train']:.0f} s of {report['seconds']['total']:.0f} s.</p>"
+        f"{_of_chats(report)}"
+    )
+
+
+def _of_chats(report: Mapping[str, Any]) -> str:
+    sft, dpo = report["sft"], report["dpo"]
+    return (
+        f"<p>Of {sft['questions']} held-out conversations {sft['followed_before']:.1%} were answered in the requested "
+        f"form before instruction tuning, {sft['followed_after']:.1%} after it (requests in new words: "
+        f"{sft['followed_after_new_words']:.1%}); right in form and content {sft['accuracy_before']:.1%} and "
+        f"{sft['accuracy_after']:.1%}.</p><p>Preferences: {dpo['preference_accuracy']:.1%} of held-out pairs are "
+        f"preferred as they should; {dpo['opening_before']:.1%} of the answers begin with a polite opening before, "
+        f"{dpo['opening_after']:.1%} after; {dpo['accuracy_after']:.1%} are right in form and content.</p>"
+    )
+
+
+def _cards(folder: Path, name: str, answers: Sequence[Mapping[str, str]]) -> str:
+    index = ShardIndex(str(folder / "data" / f"{name}_held_out"))
+    by_key = {row["key"]: row for row in answers if row["modality"] == name}
+    cards = []
+    # Spread over the set, which may be ordered.
+    for number in range(0, len(index), max(1, len(index) // EXAMPLES))[:EXAMPLES]:
+        parts = index.parts(number)
+        [media] = index.read_media(number, parts, [0])
+        row = by_key[index.key(number)]
+        asked = " ".join(part.text for part in parts[:-1] if isinstance(part, TextPart))
+        verdict = "good" if row["given"] == row["expected"] else "bad"
+        cards.append(
+            f"<div class=card>{_media(name, media.data, media.extension)}<div>{html.escape(asked)}</div>"
+            f"<b class={verdict}>{html.escape(row['given'])}</b>"
+            f"<div>expected: {html.escape(row['expected'])}</div></div>"
+        )
+    return f"<div class=cards>{''.join(cards)}</div>"
+
+
+def _conversations(folder: Path, lines: Sequence[Mapping[str, Any]], given: Mapping[str, Mapping[str, str]]) -> str:
+    """One of each form, of different media as far as these reach."""
+    cards = []
+    for number, form in enumerate(FORMS):
+        fitting = [line for line in lines if line["form"] == form]
+        line = next((line for line in fitting if line["key"].startswith(KINDS[number % len(KINDS)])), fitting[0])
+        *asked, answer = line["messages"]
+        shown = [_message(folder, message) for message in asked]
+        for run, when in STAGES.items():
+            verdict = "good" if follows(form, given[run][line["key"]]) else "bad"
+            shown.append(f"<div>{when}: <b class={verdict}>{html.escape(given[run][line['key']])}</b></div>")
+        shown.append(f"<div>expected: {html.escape(answer['content'])}</div>")
+        cards.append(f"<div class=card>{''.join(shown)}</div>")
+    return f"<div class=cards>{''.join(cards)}</div>"
+
+
+def _message(folder: Path, message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    shown = []
+    for part in [{"text": content}] if isinstance(content, str) else content:
+        if "text" in part:
+            shown.append(f"{message['role']}: {html.escape(part['text'])}")
+        else:
+            path = folder / "media" / part["media"]
+            shown.append(_media(part["modality"], path.read_bytes(), path.suffix[1:]))
+    return f"<div>{''.join(shown)}</div>"
+
+
+def _media(modality: str, data: bytes, extension: str) -> str:
+    encoded = base64.b64encode(data).decode()
+    if modality == "image":
+        return f"<img src='data:image/{extension};base64,{encoded}' alt=''>"
+    if modality == "video":
+        return f"<video src='data:video/mp4;base64,{encoded}' autoplay loop muted controls></video>"
+    if modality == "audio":
+        return f"<audio src='data:audio/flac;base64,{encoded}' controls></audio>"
+    signals = np.load(io.BytesIO(data), allow_pickle=False)
+    return _lines([signals[:, channel].tolist() for channel in range(signals.shape[1])], 220, 110)
+
+
+def _curve(metrics: Path, title: str, what: str = "loss") -> str:
+    """Curves of all metrics named `what`/..., and their last values."""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    names = sorted({key for row in rows for key in row if key.startswith(f"{what}/")})
+    series = [[row[name] for row in rows if name in row] for name in names]
+    legend = "  ".join(
+        f"<b style='color:{_COLOURS[number % len(_COLOURS)]}'>{name.removeprefix(f'{what}/')}</b> {values[-1]:.3f}"
+        for number, (name, values) in enumerate(zip(names, series))
+    )
+    low, high = min(0.0, *map(min, series)), max(map(max, series))
+    return (
+        f"<h3>{title}</h3><div>{what}, from {high:.2f} (top) to {low:.2f}, over {rows[-1]['step']} steps</div>"
+        f"{_lines(series, 640, 180, low)}<p>at the end: {legend}</p>"
+    )
+
+
+def _lines(series: Sequence[Sequence[float]], width: int, height: int, low: float | None = None) -> str:
+    """Curves as an inline picture, all on one scale that starts at `low` (or their smallest value)."""
+    low = min(min(s) for s in series) if low is None else low
+    high = max(max(s) for s in series)
+    drawn = []
+    for number, values in enumerate(series):
+        points = " ".join(
+            f"{width * i / max(1, len(values) - 1):.1f},{height * (1 - (v - low) / max(1e-9, high - low)):.1f}"
+            for i, v in enumerate(values)
+        )
+        drawn.append(f"<polyline points='{points}' fill=none stroke='{_COLOURS[number % len(_COLOURS)]}'/>")
+    return f"<svg viewBox='-4 -4 {width + 8} {height + 8}' width={width}>{''.join(drawn)}</svg>"

@@ -1,0 +1,265 @@
+"""From YAML files and command-line overrides to an `AnyMALConfig`, with the origin of every value.
+
+Hydra composes; what a source may say is checked here first, so that a wrong key or type is reported in the words of
+our schema, with the file or override it stands in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config.parsing import Reader, entry_of, from_dict, hint_at, leaves
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+
+# Name under which a file's `defaults:` list finds the defaults of the schema.
+SCHEMA_NAME = "anymal"
+# Sections that Hydra reads itself.
+_HYDRA_SECTIONS = ("defaults", "hydra")
+
+
+@dataclass
+class Composed:
+    """A composed configuration.
+
+    Attributes:
+        config: the typed configuration.
+        origins: for every value, by dotted key: "default", "file DIR/NAME.yaml" or "override".
+        hydra_overrides: the overrides as Hydra takes them: one of a default inside an existing entry of
+            `model.modalities` or `data.train` is marked `++`, since Hydra knows no defaults there.
+    """
+
+    config: AnyMALConfig
+    origins: dict[str, str]
+    hydra_overrides: list[str]
+
+
+def default_config_dir() -> Path:
+    """The folder of the shipped YAML files: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "nemo_configs"
+    return installed if installed.is_dir() else package.parent / "nemo_configs"
+
+
+def compose(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Composed:
+    """Compose `config_dir/config_name.yaml` with what it inherits and with Hydra overrides.
+
+    Args:
+        config_name: file name, with or without `.yaml`.
+        config_dir: folder of the file; the shipped configurations can be inherited from any folder.
+        overrides: `key=value`, `+key=value` (add an entry of a dict), `++key=value`, `~key` (remove an entry).
+
+    Raises:
+        ConfigError: no such file, an unknown key, a value of the wrong type, or an override Hydra refuses.
+    """
+    import yaml
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config_dir = Path(config_dir).resolve()
+    name = _existing_name(config_name, config_dir)
+    _check_grammar(overrides)
+    register_schema()
+    search_path = search_path_override(config_dir)
+    try:
+        with initialize_config_dir(str(config_dir), version_base=None):
+            loader = GlobalHydra.instance().config_loader()
+            plan = loader.compute_defaults_list(name, [*search_path, *overrides], RunMode.RUN)
+            sources = _Sources(config_dir)
+            for item in plan.defaults:
+                sources.add_file(item.config_path, item.package)
+            if not sources.has_schema:
+                raise ConfigError(
+                    f"{config_dir / name}.yaml does not inherit the defaults. Begin it with "
+                    f"`defaults: [{SCHEMA_NAME}, _self_]`."
+                )
+            keys = {override.input_line for override in plan.config_overrides}
+            marked = {o.input_line: sources.add_override(o) for o in plan.config_overrides if not o.is_hydra_override()}
+            hydra_overrides = [marked.get(text, text) if text in keys else text for text in overrides]
+            composed = hydra_compose(name, [*search_path, *hydra_overrides])
+        values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(_one_line(error)) from error
+    assert isinstance(values, dict)
+    values.pop("hydra", None)
+    config = from_dict(typing.cast("dict[str, Any]", values), f"{config_dir / name}.yaml")
+    origins = {key: sources.origins.get(key, "default") for key, _ in leaves(config.to_dict())}
+    return Composed(config, origins, hydra_overrides)
+
+
+def format_config(composed: Composed) -> str:
+    """One line per value, aligned: key, value (JSON) and where it came from."""
+    rows = [(key, json.dumps(value), composed.origins[key]) for key, value in leaves(composed.config.to_dict())]
+    key_width = max(len(key) for key, _, _ in rows)
+    value_width = min(max(len(value) for _, value, _ in rows), 48)
+    return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows)
+
+
+def print_config(composed: Composed) -> None:
+    """Print every value and its origin."""
+    print(format_config(composed))
+
+
+def register_schema() -> None:
+    """Tell Hydra the defaults of the schema, under `SCHEMA_NAME`.
+
+    As plain dicts: Hydra cannot add an entry to a dict of typed sections with `+data.train.extra.path=...`, and the
+    types are checked here with better messages.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=AnyMALConfig().to_dict())
+
+
+def search_path_override(config_dir: Path) -> list[str]:
+    """The override that lets a file in `config_dir` inherit the shipped configurations too."""
+    shipped = default_config_dir().resolve()
+    if config_dir == shipped or not shipped.is_dir():
+        return []
+    return [f'hydra.searchpath=["file://{shipped}"]']
+
+
+class _Sources:
+    """The files and overrides of one composition, checked one by one in the order in which Hydra merges them."""
+
+    def __init__(self, config_dir: Path) -> None:
+        self.config_dir = config_dir
+        self.origins: dict[str, str] = {}
+        self.has_schema = False
+        # Entries of the dicts of sections, such as data.train.captions.
+        self.entries: set[str] = set()
+
+    def add_file(self, config_path: str | None, package: str | None) -> None:
+        """Check one item of Hydra's defaults list: a file, the schema, or a part of Hydra's own."""
+        if config_path is None or config_path.startswith("hydra/"):
+            return
+        if config_path == SCHEMA_NAME:
+            self.has_schema = True
+            return
+        for folder in (self.config_dir, default_config_dir().resolve()):
+            path = folder / f"{config_path}.yaml"
+            if path.is_file():
+                break
+        else:
+            raise ConfigError(f"{config_path}.yaml, named in a `defaults:` list, is not in {self.config_dir}.")
+        shown = f"file {folder.name}/{config_path}.yaml"
+        values = {key: value for key, value in read_yaml(path).items() if key not in _HYDRA_SECTIONS}
+        self._add(_nested(package, values) if package else values, shown, shown)
+
+    def add_override(self, override: Override) -> str:
+        """Check one override; return it as Hydra takes it."""
+        text = override.input_line or ""
+        key = override.key_or_group
+        if override.is_delete():
+            self._delete(key, text)
+            return text
+        entry = entry_of(key)
+        marked = text
+        if entry is not None and not (override.is_add() or override.is_force_add()) and key != entry:
+            if entry not in self.entries:
+                Reader(f"override '{text}'").read(_nested(key, override.value()), AnyMALConfig, "")
+                raise ConfigError(self._no_such_entry(entry, text))
+            marked = f"++{text}"
+        self._add(_nested(key, override.value()), f"override '{text}'", "override")
+        return marked
+
+    def _add(self, values: Mapping[str, Any], source: str, origin: str) -> None:
+        Reader(source, interpolations=True).read(values, AnyMALConfig, "")
+        for key, _ in leaves(values):
+            self.origins[key] = origin
+            entry = entry_of(key)
+            if entry is not None:
+                self.entries.add(entry)
+
+    def _delete(self, key: str, text: str) -> None:
+        if hint_at(key) is not None and entry_of(key) != key:
+            raise ConfigError(
+                f"override '{text}': only entries of a dict, such as ~model.modalities.audio, can be removed; "
+                f"{key} is a fixed option. Set it instead."
+            )
+        if entry_of(key) == key and key not in self.entries:
+            raise ConfigError(self._no_such_entry(key, text))
+        for known in [known for known in self.origins if known == key or known.startswith(f"{key}.")]:
+            del self.origins[known]
+        self.entries.discard(key)
+
+    def _no_such_entry(self, entry: str, text: str) -> str:
+        section, _, name = entry.rpartition(".")
+        siblings = sorted(known.rpartition(".")[2] for known in self.entries if known.rpartition(".")[0] == section)
+        near = difflib.get_close_matches(name, siblings, n=1)
+        hint = f" Did you mean {section}.{near[0]}?" if near else ""
+        listed = ", ".join(siblings) or "nothing"
+        mend = "" if text.startswith("~") else " To add one, put + before it."
+        return f"override '{text}': {section} has no entry '{name}' (it holds {listed}).{hint}{mend}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as Hydra reads it, interpolations left as text.
+
+    Raises:
+        ConfigError: not a mapping.
+        yaml.YAMLError: not YAML; names the file and the line.
+    """
+    from omegaconf import OmegaConf
+
+    values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold sections such as `trainer:` and `model:`.")
+    return typing.cast("dict[str, Any]", values)
+
+
+def _check_grammar(overrides: Sequence[str]) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            raise ConfigError(
+                f"override '{text}' is not of the form key=value: {' '.join(str(error).split())}. A value with special "
+                "characters needs quotes of its own inside the shell's: 'key=\"<value>\"'."
+            ) from error
+        if override.is_sweep_override():
+            key = override.key_or_group
+            raise ConfigError(
+                f"override '{text}' lists several values to try. Give one, a list ({key}=[a,b]) or, for a text with "
+                f"commas, quotes ({key}='\"a,b\"')."
+            )
+
+
+def _existing_name(config_name: str, config_dir: Path) -> str:
+    name = config_name[: -len(".yaml")] if config_name.endswith(".yaml") else config_name
+    if (config_dir / f"{name}.yaml").is_file():
+        return name
+    known = sorted(path.stem for path in config_dir.glob("*.yaml"))
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"The folder holds {', '.join(known) or 'no YAML file'}."
+    raise ConfigError(f"--config-name={config_name}: no file {name}.yaml in {config_dir}. {hint}")
+
+
+def _nested(key: str, value: Any) -> dict[str, Any]:
+    """{"a": {"b": value}} for "a.b"."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _one_line(error: BaseException) -> str:
+    """An exception's message and its cause's, without line breaks."""
+    parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ is not None else [])
+    return " ".join(" ".join(parts).split())

@@ -1,0 +1,196 @@
+"""Conversations: messages as JSON become documents in Llama 3's chat format.
+
+A conversation is `{"messages": [{"role": "system" | "user" | "assistant", "content": TEXT or [parts]}, ...]}`; parts
+are those of data/content_parts.py without `loss`, media only in system and user turns. A preference pair adds
+`"chosen"` and `"rejected"`, two answers to messages that end with a user turn, each TEXT, parts of text, or one
+assistant message.
+
+A document is `<|begin_of_text|>`, then for each message
+
+    <|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>
+
+as Llama 3's published template lays it out, with white space cut off both ends of the content. White space inside,
+beside media, stays. Control tokens written in a content stay plain text. The ids are those of the whole as one string,
+so they are transformers' own for the published template. Targets of the loss are the contents of assistant turns and
+their `<|eot_id|>`, never a header; of a pair, those of the two answers alone. Should a tokenizer join the header's line
+breaks with the content (Llama 3's never does), the joint token counts as the content's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from megatron_anymal.data.content_parts import parse_part
+from megatron_anymal.data.records import DataError, MediaPart, Part, Sample, TextPart
+
+# The template's tokens; the document's first one is the tokenizer's begin token.
+CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+BEGIN, START_HEADER, END_HEADER, END_TURN = CHAT_TOKENS
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; an assistant's content is one text."""
+
+    role: str
+    content: tuple[Part, ...]
+
+
+def parse_conversation(value: dict[str, Any], where: str) -> Sample:
+    """Read a sample with `messages`, and perhaps `chosen` and `rejected`.
+
+    Raises:
+        DataError: naming `where` (sample or line), the message, what is wrong with it and the mend.
+    """
+    messages = parse_messages(value["messages"], where)
+    if "chosen" in value or "rejected" in value:
+        return _parse_pair(messages, value, where)
+    if all(message.role != "assistant" for message in messages):
+        raise DataError(f"{where}: `messages` has no assistant turn, so there is nothing to learn from it. Add one.")
+    if messages[-1].role != "assistant":
+        raise DataError(
+            f"{where}: `messages` ends with a {messages[-1].role} turn, which nothing answers. Remove it, or add the "
+            "assistant's."
+        )
+    return Sample("messages", (lay_out(messages),))
+
+
+def _parse_pair(messages: Sequence[Message], value: dict[str, Any], where: str) -> Sample:
+    answers = []
+    for name in ("chosen", "rejected"):
+        if name not in value:
+            raise DataError(f"{where}: a preference pair needs `chosen` and `rejected`; it has no `{name}`. Add it.")
+        answer = value[name]
+        if isinstance(answer, dict):
+            message = _parse_message(answer, f"{where}: `{name}`")
+            if message.role != "assistant":
+                raise DataError(f"{where}: `{name}` is a {message.role} turn. An answer's role is assistant.")
+            answers.append(message)
+        else:
+            answers.append(Message("assistant", _content(answer, "assistant", f"{where}: `{name}`")))
+    if messages[-1].role != "user":
+        raise DataError(
+            f"{where}: `messages` of a preference pair must end with the user turn that is answered; they end with a "
+            f"{messages[-1].role} turn."
+        )
+    if answers[0] == answers[1]:
+        raise DataError(
+            f"{where}: `chosen` and `rejected` are the same answer, which prefers nothing. Remove the pair."
+        )
+    prompt = _turns(messages, learned=False)
+    return Sample("preference", tuple([*prompt, *_turns([answer], learned=True)] for answer in answers))
+
+
+def parse_messages(value: Any, where: str) -> list[Message]:
+    """Read `messages`.
+
+    Raises:
+        DataError: naming `where`, the message and what is wrong with it.
+    """
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: `messages` must be a list of messages with `role` and `content`.")
+    messages = [_parse_message(entry, f"{where}: message {number}") for number, entry in enumerate(value)]
+    for number, message in enumerate(messages):
+        if number and message.role == "system":
+            raise DataError(
+                f"{where}: message {number} is a system turn. A conversation has at most one, and it comes first: put "
+                "its text there."
+            )
+    return messages
+
+
+def lay_out(messages: Sequence[Message]) -> list[Part]:
+    """The parts of a whole conversation: the answers and their ends are targets."""
+    return _turns(messages, learned=True)
+
+
+def open_prompt(messages: Sequence[Message]) -> list[Part]:
+    """The parts of a conversation up to where the assistant answers: a document to be left open."""
+    return [*_turns(messages, learned=False), _header("assistant")]
+
+
+def messages_of(opened: Sequence[Part]) -> list[Message] | None:
+    """What `open_prompt` laid out, or `last_answer` took apart; None of parts that are no open conversation."""
+    if not opened or _role_of(opened[0]) is None or _role_of(opened[-1]) != "assistant":
+        return None
+    messages: list[Message] = []
+    for part in opened[:-1]:
+        role = _role_of(part)
+        if role is not None:
+            messages.append(Message(role, ()))
+        elif not _marks(part, END_TURN):
+            said = TextPart(part.text) if isinstance(part, TextPart) else part
+            messages[-1] = Message(messages[-1].role, (*messages[-1].content, said))
+    return messages
+
+
+def last_answer(document: Sequence[Part]) -> tuple[list[Part], str]:
+    """A conversation's document as the open one before its last answer, and that answer."""
+    *opened, answer, _ = document
+    assert isinstance(answer, TextPart)
+    return opened, answer.text
+
+
+def _turns(messages: Sequence[Message], learned: bool) -> list[Part]:
+    parts: list[Part] = []
+    for message in messages:
+        loss = learned and message.role == "assistant"
+        parts.append(_header(message.role))
+        parts += [TextPart(part.text, loss) if isinstance(part, TextPart) else part for part in message.content]
+        parts.append(TextPart(END_TURN, loss, control=True))
+    return parts
+
+
+def _header(role: str) -> TextPart:
+    return TextPart(f"{START_HEADER}{role}{END_HEADER}\n\n", loss=False, control=True)
+
+
+def _role_of(part: Part) -> str | None:
+    """Whose header a part is."""
+    return next((role for role in ROLES if _marks(part, _header(role).text)), None)
+
+
+def _marks(part: Part, text: str) -> bool:
+    """Whether a part is this text of the layout, and nobody's words."""
+    return isinstance(part, TextPart) and part.control and part.text == text
+
+
+def _parse_message(entry: Any, at: str) -> Message:
+    if not isinstance(entry, dict) or set(entry) != {"role", "content"}:
+        raise DataError(f"{at} must be an object with `role` and `content`, no more.")
+    if entry["role"] not in ROLES:
+        raise DataError(f"{at} has the unknown role {entry['role']!r}. Name one of {', '.join(ROLES)}.")
+    return Message(entry["role"], _content(entry["content"], entry["role"], at))
+
+
+def _content(value: Any, role: str, at: str) -> tuple[Part, ...]:
+    if isinstance(value, str):
+        value = [{"text": value}]
+    if not isinstance(value, list):
+        raise DataError(f"{at}: `content` must be a text or a list of text and media parts.")
+    parts = [parse_part(entry, f"{at}, part {number}") for number, entry in enumerate(value)]
+    if any("loss" in entry for entry in value):
+        raise DataError(f"{at}: a part has `loss`, but in a conversation the role decides it. Remove `loss`.")
+    if role == "assistant" and any(isinstance(part, MediaPart) for part in parts):
+        raise DataError(f"{at} is an assistant turn with media, which cannot be learned. Move them to a user turn.")
+    content = _trimmed(parts)
+    if not content:
+        raise DataError(f"{at} has an empty content. Remove the message, or give it a text.")
+    return content
+
+
+def _trimmed(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Neighbouring texts joined, white space cut off both ends."""
+    joined: list[Part] = []
+    for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
+        some = list(group)
+        joined += [TextPart("".join(part.text for part in some if isinstance(part, TextPart)))] if is_text else some
+    if joined and isinstance(joined[0], TextPart):
+        joined[0] = TextPart(joined[0].text.lstrip())
+    if joined and isinstance(joined[-1], TextPart):
+        joined[-1] = TextPart(joined[-1].text.rstrip())
+    return tuple(part for part in joined if not (isinstance(part, TextPart) and not part.text))

@@ -1,0 +1,50 @@
+"""Text and media parts as JSON: what samples and the turns of conversations consist of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+
+
+def parse_part(entry: Any, at: str) -> Part:
+    """Read one part.
+
+    Raises:
+        DataError: naming `at` (the part's place) and what is wrong with it.
+    """
+    if not isinstance(entry, dict) or ("text" in entry) == ("media" in entry):
+        raise DataError(f"{at} must be an object with either `text` or `media`.")
+    if "text" in entry:
+        unknown = set(entry) - {"text", "loss"}
+        if unknown or not isinstance(entry["text"], str) or not isinstance(entry.get("loss", True), bool):
+            raise DataError(f"{at}: a text part has a string `text` and may have a boolean `loss`, no more.")
+        return TextPart(entry["text"], entry.get("loss", True))
+    attributes = {key: item for key, item in entry.items() if key not in ("media", "modality")}
+    if not isinstance(entry["media"], str) or not isinstance(entry.get("modality", ""), str):
+        raise DataError(f"{at}: `media` and `modality` must be strings.")
+    return MediaPart(entry["media"], entry.get("modality", ""), attributes)
+
+
+def parse_parts(value: Any, where: str) -> list[Part]:
+    """Read the `parts` of a sample.
+
+    Raises:
+        DataError: naming `where` (sample or line), the part and what is wrong with it.
+    """
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{where}: `parts` must be a list of text and media parts.")
+    parts = [parse_part(entry, f"{where}: part {number}") for number, entry in enumerate(value)]
+    if not any(isinstance(part, TextPart) for part in parts):
+        raise DataError(f"{where}: it has no text, so there is nothing to learn from it.")
+    return parts
+
+
+def name_modalities(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
+    """The parts with their media items' modalities, in order, named so."""
+    remaining = iter(names)
+    return [
+        MediaPart(part.media, next(remaining), part.attributes) if isinstance(part, MediaPart) else part
+        for part in parts
+    ]

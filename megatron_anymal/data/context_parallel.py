@@ -1,0 +1,67 @@
+"""Which tokens of a pack a context-parallel rank holds.
+
+Every document is cut into 2 x size equal chunks and rank r holds chunks r and 2 x size - 1 - r: with causal attention
+each rank then has the same work (Transformer Engine's and megatron-core's order for packed sequences).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_anymal.data.records import DataError, PlannedMicroBatch
+
+
+def document_multiple(context_size: int) -> int:
+    """What every document's length in a pack must be a multiple of."""
+    return 2 * context_size if context_size > 1 else 1
+
+
+def padded(length: Any, multiple: int) -> Any:
+    """The next multiple of a length, or of each of an array of lengths."""
+    return -(-length // multiple) * multiple
+
+
+def held_chunks(length: int, context_rank: int, context_size: int) -> list[tuple[int, int]]:
+    """[start, stop) of the chunks of one document that a rank holds, in their order there.
+
+    Raises:
+        DataError: the document is not padded for this many ranks.
+    """
+    if context_size == 1:
+        return [(0, length)]
+    chunk, rest = divmod(length, document_multiple(context_size))
+    if rest:
+        raise DataError(
+            f"A document of {length} tokens cannot be shared by {context_size} context-parallel ranks: its length in "
+            f"the pack must be a multiple of {document_multiple(context_size)}. Pad it, or set "
+            "model.context_parallel_size=1."
+        )
+    return [(k * chunk, (k + 1) * chunk) for k in (context_rank, 2 * context_size - 1 - context_rank)]
+
+
+def held_tokens(lengths: Sequence[int], context_rank: int, context_size: int) -> Tensor:
+    """[T / size] int64: the pack's tokens that a rank holds, in their order there.
+
+    Raises:
+        DataError: a document is not padded for this many ranks.
+    """
+    parts, offset = [], 0
+    for length in lengths:
+        for start, stop in held_chunks(length, context_rank, context_size):
+            parts.append(torch.arange(offset + start, offset + stop))
+        offset += length
+    return torch.cat(parts)
+
+
+def token_lengths(plan: PlannedMicroBatch) -> Tensor:
+    """[T] int64 for the tokens of a whole pack: the length of each one's document without the padding; 0 for the
+    padding behind the last one."""
+    own = [length for sample in plan.samples for length in sample.documents]
+    in_pack = [padded(length, plan.document_multiple) for length in own]
+    own.append(0)
+    in_pack.append(plan.padded_length - sum(in_pack))
+    return torch.tensor(own).repeat_interleave(torch.tensor(in_pack))

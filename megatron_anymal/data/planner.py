@@ -1,0 +1,313 @@
+"""The plan: which samples a step takes and how they are packed, from the index alone.
+
+`samples(step)` knows nothing of ranks; what comes after it (packs, replicas, micro-batches) is layout and changes no
+loss, because the loss of a step is averaged over the target tokens of its samples wherever they lie.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+
+from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, DatasetConfig, LimitsConfig
+from megatron_anymal.data.context_parallel import document_multiple, padded
+from megatron_anymal.data.global_order import GlobalOrder
+from megatron_anymal.data.packing import pack
+from megatron_anymal.data.records import SAMPLE_KINDS, DataError, PlannedMedia, PlannedMicroBatch, PlannedSample
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.modalities.base import Modality
+
+# How a sample's kind is recognised in its JSON.
+_MARK = {"parts": "`parts`", "messages": "`messages`", "preference": "`chosen` and `rejected`"}
+
+
+@dataclass(frozen=True)
+class PlannedModality:
+    """What the plan must know of one modality of the configuration."""
+
+    name: str
+    kind: str
+    modality: Modality
+    soft_tokens_per_piece: int
+
+    @property
+    def cost_per_piece(self) -> float:
+        """Encoder work of a piece: the numbers in it, which is what an encoder's work grows with."""
+        return float(np.prod(self.modality.piece_shape))
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """What of the layout shapes the packs."""
+
+    data_parallel_size: int
+    micro_batch_size: int
+    seq_length: int
+    # Every micro-batch's length is a multiple of it (sequence and context parallelism split the length evenly).
+    length_multiple: int = 1
+    # Every document's length in a pack is a multiple of it (context parallelism splits each document).
+    document_multiple: int = 1
+    # A replica's micro-batches are a multiple of it in number (virtual pipelines run them in groups).
+    micro_batches_multiple: int = 1
+
+    @staticmethod
+    def of(config: AnyMALConfig) -> BatchLayout:
+        """The layout a configuration asks for."""
+        model = config.model
+        multiple = document_multiple(model.context_parallel_size)
+        virtual = model.virtual_pipeline_model_parallel_size > 1
+        return BatchLayout(
+            data_parallel_size=config.data_parallel_size,
+            micro_batch_size=model.micro_batch_size,
+            seq_length=config.data.seq_length,
+            length_multiple=length_multiple(config),
+            document_multiple=multiple,
+            micro_batches_multiple=model.pipeline_model_parallel_size if virtual else 1,
+        )
+
+
+def length_multiple(config: AnyMALConfig) -> int:
+    """What a micro-batch's number of tokens must divide by: context and sequence parallelism split it evenly, and each
+    part goes through FP8 matrix products in sixteens."""
+    model = config.model
+    ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
+    return document_multiple(model.context_parallel_size) * ranks * (FP8_MULTIPLE if model.fp8 else 1)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A global batch, packed. All arrays are indexed by the sample's place in the batch."""
+
+    step: int
+    dataset: np.ndarray
+    sample: np.ndarray
+    # [n, 2]: LLM tokens of the one or the chosen document, and of a preference pair's rejected one (0: there is none).
+    documents: np.ndarray
+    # Tokens that enter the loss (0 for a dropped sample), of both documents.
+    targets: np.ndarray
+    media: tuple[tuple[PlannedMedia, ...], ...]
+    # Places of samples that are longer than a pack and left out.
+    dropped: tuple[int, ...]
+    # [replica][micro-batch] -> places.
+    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
+    # Tokens of every micro-batch after padding.
+    padded_length: int
+    document_multiple: int
+
+    @property
+    def length(self) -> np.ndarray:
+        """LLM tokens of each sample."""
+        return self.documents.sum(axis=1)
+
+    def of_replica(self, replica: int) -> tuple[PlannedMicroBatch, ...]:
+        """The micro-batches of one data-parallel replica, in the order they run."""
+        return tuple(
+            PlannedMicroBatch(
+                self.step, self.padded_length, tuple(self._sample(place) for place in places), self.document_multiple
+            )
+            for places in self.micro_batches[replica]
+        )
+
+    def _sample(self, place: int) -> PlannedSample:
+        return PlannedSample(
+            position=place,
+            dataset=int(self.dataset[place]),
+            sample=int(self.sample[place]),
+            documents=tuple(int(length) for length in self.documents[place] if length),
+            targets=int(self.targets[place]),
+            media=self.media[place],
+        )
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What the index says of n samples with m media items in all."""
+
+    # [n, 2]: LLM tokens of each sample's documents, 0 where there is no second one.
+    documents: np.ndarray
+    # [n]: targets of both, encoder cost.
+    targets: np.ndarray
+    costs: np.ndarray
+    # [m]: the item's sample, the number of its kind in the index, its pieces.
+    owner: np.ndarray
+    kind: np.ndarray
+    pieces: np.ndarray
+
+    @property
+    def length(self) -> np.ndarray:
+        """[n]: LLM tokens."""
+        return self.documents.sum(axis=1)
+
+
+class BatchPlanner:
+    """Plans any step of one mixture of datasets."""
+
+    def __init__(
+        self,
+        datasets: Mapping[str, DatasetConfig],
+        modalities: Sequence[PlannedModality],
+        tokenizer: Tokenizer,
+        layout: BatchLayout,
+        *,
+        global_batch_size: int,
+        seed: int,
+        too_long: str = "refuse",
+        check_shards: bool = True,
+        sample_kinds: Collection[str] = SAMPLE_KINDS,
+        limits: Optional[LimitsConfig] = None,
+    ):
+        """Open the indexes and check that the mixture can be planned.
+
+        Args:
+            sample_kinds: which kinds of samples the objective learns from.
+            limits: samples above them are skipped by name when they are read. None: each index's own.
+
+        Raises:
+            DataError: no dataset; an index that is missing, empty, made for another tokenizer, with samples of another
+                kind or media that no modality reads; with too_long="refuse", a sample longer than seq_length.
+        """
+        if not datasets:
+            raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
+        self.names = list(datasets)
+        self.indexes = [ShardIndex(d.path, limits) for d in datasets.values()]
+        self.layout, self.global_batch_size = layout, global_batch_size
+        self.seed, self.too_long = seed, too_long
+        self._weights = tuple(d.weight for d in datasets.values())
+        self._by_kind = {m.kind: m for m in modalities}
+        for index in self.indexes:
+            self._check_index(index, tokenizer, sample_kinds)
+            if check_shards:
+                index.check_shards()
+        self._order = GlobalOrder(tuple(len(i) for i in self.indexes), self._weights, seed)
+        if too_long == "refuse":
+            self._refuse_long()
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides which samples a step takes."""
+        body = {
+            "indexes": [[i.header.to_json(len(i), len(i.media))] for i in self.indexes],
+            "weights": self._weights,
+            "seed": self.seed,
+            "global_batch_size": self.global_batch_size,
+        }
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def key(self, dataset: int, sample: int) -> str:
+        """A sample's name: dataset/key."""
+        return f"{self.names[dataset]}/{self.indexes[dataset].key(sample)}"
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of a step: a pure function of the index, the configuration and the step."""
+        start = step * self.global_batch_size
+        dataset, sample = self._order.samples(start, start + self.global_batch_size)
+        documents = np.zeros((len(sample), 2), np.int64)
+        targets, costs = np.zeros(len(sample), np.int64), np.zeros(len(sample))
+        media: list[tuple[PlannedMedia, ...]] = [()] * len(sample)
+        for number, index in enumerate(self.indexes):
+            places = np.flatnonzero(dataset == number)
+            if len(places):
+                measures = self.measure(index, sample[places])
+                documents[places], targets[places] = measures.documents, measures.targets
+                costs[places] = measures.costs
+                for place, items in zip(places, self._items(index, measures)):
+                    media[place] = items
+        fits = documents.sum(axis=1) <= self.layout.seq_length
+        targets[~fits] = 0
+        in_pack = padded(documents, self.layout.document_multiple).sum(axis=1)
+        micro_batches = self._lay_out(np.flatnonzero(fits), in_pack, costs)
+        longest = max(sum(int(in_pack[p]) for p in places) for replica in micro_batches for places in replica)
+        return StepPlan(
+            step=step,
+            dataset=dataset,
+            sample=sample,
+            documents=documents,
+            targets=targets,
+            media=tuple(media),
+            dropped=tuple(int(p) for p in np.flatnonzero(~fits)),
+            micro_batches=micro_batches,
+            padded_length=padded(max(1, longest), self.layout.length_multiple),
+            document_multiple=self.layout.document_multiple,
+        )
+
+    def _lay_out(
+        self, places: np.ndarray, length: np.ndarray, costs: np.ndarray
+    ) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        replicas, size = self.layout.data_parallel_size, self.layout.micro_batch_size
+        multiple = replicas * size * self.layout.micro_batches_multiple
+        # Two documents' padding may lead a little above seq_length; which samples are too long is no matter of layout.
+        capacity = max(self.layout.seq_length, int(length[places].max(initial=0)))
+        packs = pack(length[places], costs[places], capacity, multiple)
+        # Packs come most loaded first: those that run at the same time on different replicas are alike.
+        groups = [packs[i : i + size] for i in range(0, len(packs), size)]
+        merged = [tuple(sorted(int(places[i]) for p in group for i in p)) for group in groups]
+        return tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
+
+    def measure(self, index: ShardIndex, sample: np.ndarray) -> Measures:
+        """What the plan must know of samples of one dataset; no loop over samples."""
+        rows = index.samples[sample]
+        documents, targets = index.lengths(sample)
+        has = documents > 0
+        counts = rows["media_count"].astype(np.int64)
+        owner = np.repeat(np.arange(len(sample)), counts)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+        media = index.media[np.repeat(rows["media_start"].astype(np.int64), counts) + within]
+        costs = np.zeros(len(sample))
+        pieces = np.zeros(len(media), np.int64)
+        for number, kind in enumerate(index.header.kinds):
+            mine = media["kind"] == number
+            if mine.any():
+                planned = self._by_kind[kind]
+                pieces[mine] = planned.modality.count_pieces(media["size"][mine])
+                soft = pieces[mine, None] * planned.soft_tokens_per_piece
+                # Every document of a sample holds its media; they are encoded once.
+                np.add.at(documents, owner[mine], soft * has[owner[mine]])
+                np.add.at(costs, owner[mine], pieces[mine] * planned.cost_per_piece)
+        return Measures(documents, targets.sum(axis=1), costs, owner, media["kind"], pieces)
+
+    def _items(self, index: ShardIndex, measures: Measures) -> list[tuple[PlannedMedia, ...]]:
+        """Each sample's media."""
+        names = [self._by_kind[kind].name for kind in index.header.kinds]
+        items: list[list[PlannedMedia]] = [[] for _ in measures.targets]
+        for row, kind, count in zip(measures.owner, measures.kind, measures.pieces):
+            items[row].append(PlannedMedia(names[kind], int(count)))
+        return [tuple(i) for i in items]
+
+    def _check_index(self, index: ShardIndex, tokenizer: Tokenizer, sample_kinds: Collection[str]) -> None:
+        strange = set(index.sample_kinds()) - set(sample_kinds)
+        if strange:
+            raise DataError(
+                f"{index.folder!r} holds samples with {_MARK[min(strange)]}, this run learns from samples with "
+                f"{' or '.join(_MARK[kind] for kind in SAMPLE_KINDS if kind in sample_kinds)}. Name another folder."
+            )
+        missing = index.kinds_used() - set(self._by_kind)
+        if missing:
+            raise DataError(
+                f"{index.folder!r} holds {', '.join(sorted(missing))}, for which no modality is configured "
+                f"(there are: {', '.join(sorted(self._by_kind)) or 'none'}). Add model.modalities.{min(missing)}."
+            )
+        if index.header.tokenizer != tokenizer.fingerprint():
+            raise DataError(
+                f"The index in {index.folder!r} counts tokens of another tokenizer than data.tokenizer. "
+                f"Make it anew: anymal prepare --index-only {index.folder} --tokenizer {tokenizer.hf.name_or_path}"
+            )
+
+    def _refuse_long(self, rows_at_once: int = 1_000_000) -> None:
+        for number, index in enumerate(self.indexes):
+            for start in range(0, len(index), rows_at_once):
+                rows = np.arange(start, min(start + rows_at_once, len(index)))
+                length = self.measure(index, rows).length
+                if (length > self.layout.seq_length).any():
+                    too_long = int((length > self.layout.seq_length).sum())
+                    worst = int(length.argmax())
+                    raise DataError(
+                        f"{too_long} sample(s) of data set {self.names[number]!r} are longer than data.seq_length="
+                        f"{self.layout.seq_length}, the longest {self.key(number, int(rows[worst]))!r} with "
+                        f"{int(length[worst])} tokens. Raise data.seq_length, or set data.too_long=drop to leave "
+                        "them out (media are never cut)."
+                    )

@@ -1,0 +1,372 @@
+"""Shards and their index: where each sample's bytes lie, and what the plan must know of it.
+
+An index is a folder beside the shards:
+
+    index.json    version, shards with their sizes, kinds of media, file endings, tokenizer fingerprint, counts
+    left_out.jsonl  every sample and member that is not in the index (data/left_out.py)
+    samples.npy   one row a sample (SAMPLE)
+    media.npy     one row a media item (MEDIA), in the order of the samples and of their parts
+    keys.bin      the samples' keys, UTF-8, one after the other
+
+The arrays are memory-mapped: an index of a hundred million samples costs no memory, and the plan touches only the
+rows of its step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import PurePosixPath
+from types import MappingProxyType
+from typing import Any, Optional
+
+import fsspec
+import numpy as np
+
+from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.content_parts import name_modalities
+from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
+from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
+from megatron_anymal.data.samples import parse_sample, parse_text
+from megatron_anymal.data.sources.json_text import parse_json_text
+
+VERSION = 3
+# Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has
+# no attributes, and an index without any is still written as such: it differs in nothing.
+_READABLE = (1, 2, VERSION)
+INDEX_FOLDER = "index"
+
+SAMPLE = np.dtype(
+    [
+        ("shard", "<u4"),
+        # The .txt or .json member: bytes [offset, offset + length) of the shard.
+        ("text_offset", "<u8"),
+        ("text_length", "<u4"),
+        ("text_crc", "<u4"),
+        ("text_is_json", "u1"),
+        # The place in SAMPLE_KINDS.
+        ("kind", "u1"),
+        # Tokens that are not media, and how many tokens enter the loss; of a preference pair, its chosen document's.
+        ("tokens", "<u4"),
+        ("targets", "<u4"),
+        # Those of a preference pair's rejected document; of other samples 0.
+        ("rejected_tokens", "<u4"),
+        ("rejected_targets", "<u4"),
+        ("media_start", "<u8"),
+        ("media_count", "<u2"),
+        ("key_offset", "<u8"),
+        ("key_length", "<u2"),
+    ]
+)
+MEDIA = np.dtype(
+    [
+        ("offset", "<u8"),
+        ("length", "<u8"),
+        ("crc", "<u4"),
+        ("kind", "u1"),
+        ("extension", "u1"),
+        # What the modality's `probe` returned: (width, height) or (duration, rate).
+        ("size", "<f8", (2,)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """The small part of an index."""
+
+    shards: tuple[str, ...]
+    shard_bytes: tuple[int, ...]
+    kinds: tuple[str, ...]
+    extensions: tuple[str, ...]
+    tokenizer: str
+    version: int = 0
+    # Kind -> attributes of all its media that do not state them themselves.
+    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_json(self, samples: int, media: int) -> str:
+        """What identifies an index: all that decides which samples it holds, and how they are read."""
+        return json.dumps(self._body(samples, media), indent=1)
+
+    def with_accounting(self, samples: int, media: int, accounting: Mapping[str, Any]) -> str:
+        """The content of index.json: the above, and the sums of what is not in the index."""
+        return json.dumps({**self._body(samples, media), **accounting}, indent=1)
+
+    def _body(self, samples: int, media: int) -> dict[str, Any]:
+        shards = [{"name": n, "bytes": b} for n, b in zip(self.shards, self.shard_bytes)]
+        attributes = {kind: dict(values) for kind, values in self.attributes.items() if values}
+        return {
+            "version": self.version or (VERSION if attributes else 2),
+            "samples": samples,
+            "media": media,
+            "kinds": list(self.kinds),
+            "extensions": list(self.extensions),
+            "tokenizer": self.tokenizer,
+            "shards": shards,
+            **({"attributes": attributes} if attributes else {}),
+        }
+
+
+@dataclass(frozen=True)
+class MediaBytes:
+    """A media item as it lies in a shard."""
+
+    part: MediaPart
+    data: bytes
+    extension: str
+
+
+class ShardIndex:
+    """An opened index and its shards, on a local disk or any file system that fsspec reads."""
+
+    def __init__(self, folder: str, limits: Optional[LimitsConfig] = None):
+        """Open it.
+
+        Args:
+            limits: what a member may have at most in bytes, and a sample's JSON in depth. None: those that the index
+                was made with.
+
+        Raises:
+            DataError: there is no index, it is of another version, or it is empty.
+        """
+        self.folder = folder.rstrip("/")
+        self._fs, self._root = fsspec.core.url_to_fs(self.folder)
+        self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
+        if not self._fs.isdir(self._root):
+            raise DataError(f"There is no shard folder {folder!r}. Make it with `anymal prepare`.")
+        try:
+            body = json.loads(self._fs.cat_file(self._inside("index.json")))
+        except FileNotFoundError:
+            raise DataError(f"{folder!r} has no index. Make one with `anymal prepare --index-only {folder}`.") from None
+        if body.get("version") not in _READABLE:
+            raise DataError(
+                f"The index in {folder!r} is of version {body.get('version')}, not {VERSION}. Make it anew."
+            )
+        self.header = IndexHeader(
+            shards=tuple(entry["name"] for entry in body["shards"]),
+            shard_bytes=tuple(entry["bytes"] for entry in body["shards"]),
+            kinds=tuple(body["kinds"]),
+            extensions=tuple(body["extensions"]),
+            tokenizer=body["tokenizer"],
+            version=body["version"],
+            attributes=body.get("attributes", {}),
+        )
+        # Members seen, used, ignored and bad, and the ledger's codes; empty in an index of an earlier version.
+        self.members: Mapping[str, Any] = body.get("members", {})
+        self.limits = limits or _limits(body.get("limits", {}))
+        self.samples, self.media = self._array("samples.npy"), self._array("media.npy")
+        if len(self.samples) == 0:
+            raise DataError(f"The index in {folder!r} is empty: no sample was prepared.")
+        if len(self.samples) != body["samples"] or len(self.media) != body["media"]:
+            raise DataError(f"The index in {folder!r} is incomplete. Make it anew with `anymal prepare --index-only`.")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def key(self, sample: int) -> str:
+        """A sample's key."""
+        row = self.samples[sample]
+        start = int(row["key_offset"])
+        return bytes(self._keys[start : start + int(row["key_length"])]).decode()
+
+    def kinds_used(self) -> set[str]:
+        """Kinds of media that occur."""
+        return {self.header.kinds[k] for k in np.unique(self.media["kind"])}
+
+    def sample_kinds(self) -> dict[str, int]:
+        """Kinds of samples that occur, and how many there are of each."""
+        kinds, counts = np.unique(self._column(self.samples, "kind"), return_counts=True)
+        return {SAMPLE_KINDS[kind]: int(count) for kind, count in zip(kinds, counts)}
+
+    def lengths(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the documents of samples count without media.
+
+        Args:
+            samples: [n] their rows.
+
+        Returns:
+            Tokens and targets, both [n, 2] int64: of the one or the chosen document, and of the rejected one (0 where
+            there is none).
+        """
+        rows = self.samples[samples]
+        tokens, targets = (
+            np.stack([self._column(rows, name) for name in names], axis=1).astype(np.int64)
+            for names in (("tokens", "rejected_tokens"), ("targets", "rejected_targets"))
+        )
+        return tokens, targets
+
+    def check_shards(self) -> None:
+        """See that every shard is there in its size.
+
+        Raises:
+            DataError: naming the first that is not.
+        """
+        for name, size in zip(self.header.shards, self.header.shard_bytes):
+            path = f"{self._root}/{name}"
+            if not self._fs.exists(path):
+                raise DataError(f"Shard {name!r} of {self.folder!r} is missing.")
+            if self._fs.size(path) != size:
+                raise DataError(
+                    f"Shard {name!r} of {self.folder!r} has {self._fs.size(path)} bytes, its index says {size}. "
+                    "Make the index anew with `anymal prepare --index-only`."
+                )
+
+    def sample(self, sample: int) -> Sample:
+        """A sample's documents, as its text member gives them; media parts carry their kind.
+
+        Raises:
+            DataError: the bytes are not those that were indexed, or not readable.
+        """
+        row = self.samples[sample]
+        where = f"sample {self.key(sample)!r} of {self.folder!r}"
+        length = int(row["text_length"])
+        self._check_length(length, "max_text_bytes", where)
+        data = self._read(int(row["shard"]), int(row["text_offset"]), length, int(row["text_crc"]), where)
+        media = self.media_rows(sample)
+        kinds = [self._named("kinds", m["kind"], where) for m in media]
+        if not row["text_is_json"]:
+            names = [self._named("extensions", m["extension"], where) for m in media]
+            plain = [MediaPart(name, kind, self._attributes(kind)) for name, kind in zip(names, kinds)]
+            return Sample("parts", ([*plain, parse_text(data, where)],))
+        read = parse_sample(parse_json_text(data, where, self.limits), where)
+        return Sample(read.kind, tuple(self._completed(parts, kinds) for parts in read.documents))
+
+    def left_out(self) -> list[LeftOut]:
+        """What was left out when the index was made."""
+        return read_ledger(self._fs, self._inside(LEDGER))
+
+    def _named(self, names: str, number: int, where: str) -> str:
+        """A kind or extension by its number in a row."""
+        known: tuple[str, ...] = getattr(self.header, names)
+        if number >= len(known):
+            raise DataError(f"{where}: its row in the index is damaged. Rebuild it with `anymal prepare --index-only`.")
+        return known[number]
+
+    def _attributes(self, kind: str) -> Mapping[str, Any]:
+        return self.header.attributes.get(kind, {})
+
+    def _completed(self, parts: Sequence[Part], kinds: Sequence[str]) -> list[Part]:
+        """The parts with their media's kinds, and the attributes that hold for all media of a kind."""
+        named = name_modalities(parts, kinds)
+        if not self.header.attributes:
+            return named
+        return [
+            MediaPart(part.media, part.modality, {**self._attributes(part.modality), **part.attributes})
+            if isinstance(part, MediaPart)
+            else part
+            for part in named
+        ]
+
+    def _check_length(self, length: int, limit: str, where: str) -> None:
+        most = getattr(self.limits, limit)
+        if length > most:
+            raise DataError(f"{where}: {length} bytes, above data.limits.{limit}={most}.")
+
+    def parts(self, sample: int) -> list[Part]:
+        """The parts of a sample that is no conversation.
+
+        Raises:
+            DataError: as of `sample`; it is a conversation.
+        """
+        read = self.sample(sample)
+        if read.kind != "parts":
+            raise DataError(
+                f"sample {self.key(sample)!r} of {self.folder!r} is a conversation. What is asked for here needs "
+                "samples with `parts`."
+            )
+        return read.documents[0]
+
+    def read_media(self, sample: int, parts: Sequence[Part], wanted: Sequence[int]) -> list[MediaBytes]:
+        """The bytes of some of a sample's media items.
+
+        Args:
+            sample: its row.
+            parts: one of its documents.
+            wanted: numbers of the items, counted over the sample's media.
+
+        Raises:
+            DataError: the bytes are not those that were indexed.
+        """
+        items = [part for part in parts if isinstance(part, MediaPart)]
+        rows, shard = self.media_rows(sample), int(self.samples[sample]["shard"])
+        found = []
+        for number in wanted:
+            row, part = rows[number], items[number]
+            where = f"sample {self.key(sample)!r} of {self.folder!r}, media {part.media!r}"
+            self._check_length(int(row["length"]), "max_member_bytes", where)
+            data = self._read(shard, int(row["offset"]), int(row["length"]), int(row["crc"]), where)
+            found.append(MediaBytes(part, data, self._named("extensions", row["extension"], where)))
+        return found
+
+    def media_rows(self, sample: int) -> np.ndarray:
+        """A sample's rows of the media table (MEDIA), in the order of its parts."""
+        row = self.samples[sample]
+        start = int(row["media_start"])
+        return self.media[start : start + int(row["media_count"])]
+
+    def _column(self, rows: np.ndarray, name: str) -> np.ndarray:
+        return rows[name] if name in (rows.dtype.names or ()) else np.zeros(len(rows), SAMPLE[name])
+
+    def _inside(self, name: str) -> str:
+        return str(PurePosixPath(self._root) / INDEX_FOLDER / name)
+
+    def _array(self, name: str) -> np.ndarray:
+        if self._local:
+            try:
+                return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
+            except ValueError:
+                # An empty array cannot be mapped.
+                return np.load(self._inside(name), allow_pickle=False)
+        with self._fs.open(self._inside(name), "rb") as file:
+            return np.load(file, allow_pickle=False)
+
+    @cached_property
+    def _keys(self) -> Any:
+        if self._local:
+            return np.memmap(self._inside("keys.bin"), dtype=np.uint8, mode="r")
+        return np.frombuffer(self._fs.cat_file(self._inside("keys.bin")), dtype=np.uint8)
+
+    def _read(self, shard: int, offset: int, length: int, crc: int, where: str) -> bytes:
+        name = self.header.shards[shard]
+        try:
+            data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
+        except OSError as error:
+            raise DataError(f"{where}: shard {name!r} cannot be read ({error}).") from None
+        if len(data) != length or zlib.crc32(data) != crc:
+            raise DataError(f"{where}: its bytes in shard {name!r} are not those that were indexed (damaged shard?).")
+        return data
+
+
+def _limits(given: Mapping[str, Any]) -> LimitsConfig:
+    """The limits that an index.json states; those that another version does not know keep their defaults."""
+    known = {field.name for field in dataclasses.fields(LimitsConfig)}
+    return LimitsConfig(**{name: value for name, value in given.items() if name in known})
+
+
+def write_index(
+    folder: str,
+    header: IndexHeader,
+    samples: np.ndarray,
+    media: np.ndarray,
+    keys: bytes,
+    accounting: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write an index; index.json goes first and comes last, so that a half-written index is never opened.
+
+    Args:
+        accounting: what index.json says besides of all that is not in the index.
+    """
+    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    inside = f"{root}/{INDEX_FOLDER}"
+    fs.makedirs(inside, exist_ok=True)
+    if fs.exists(f"{inside}/index.json"):
+        fs.rm_file(f"{inside}/index.json")
+    for name, array in (("samples.npy", samples), ("media.npy", media)):
+        with fs.open(f"{inside}/{name}", "wb") as file:
+            np.save(file, array)
+    fs.pipe_file(f"{inside}/keys.bin", keys or b"\0")
+    fs.pipe_file(f"{inside}/index.json", header.with_accounting(len(samples), len(media), accounting).encode())

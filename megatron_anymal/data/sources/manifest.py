@@ -1,0 +1,214 @@
+"""A manifest, a list of media files and texts, becomes WebDataset shards."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.samples import UTF16_MARKS, media_entries, parse_sample, read_lines, to_json
+from megatron_anymal.data.sources.shard_samples import MAX_KEY_BYTES
+from megatron_anymal.telemetry import Progress
+
+_DELIMITERS = (",", ";", "\t")
+_COLUMNS = ("key", "media", "modality", "text")
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a manifest."""
+
+    # File and line, for messages.
+    where: str
+    # What it is called if it has no key of its own.
+    number: int
+    value: dict[str, Any]
+
+
+def write_shards(
+    manifest: str,
+    out: str,
+    samples_per_shard: int = 2000,
+    overwrite: bool = False,
+    limits: LimitsConfig = DEFAULT_LIMITS,
+) -> None:
+    """Pack a manifest's samples into WebDataset shards.
+
+    A .jsonl line is a sample (data/samples.py) with a `key`, or `{"key": ..., "media": PATH, "text": ...}`; a .csv
+    (commas, semicolons or tabs) has the columns media and text, and may have key, modality and attributes of the media
+    (rate). Paths are relative to the manifest.
+
+    Raises:
+        DataError: naming the line that is wrong, or the media file that is missing or too large.
+    """
+    folder = Path(out)
+    if folder.is_dir() and any(folder.glob("*.tar")):
+        if not overwrite:
+            raise DataError(f"{out!r} already holds shards. Name another folder, or add --overwrite.")
+        for old in folder.glob("*.tar"):
+            old.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    for unfinished in folder.glob("*.tar.part"):
+        unfinished.unlink()
+    lines = list(_read_manifest(Path(manifest), limits))
+    if not lines:
+        raise DataError(f"The manifest {manifest!r} has no line.")
+    progress = Progress("packing", len(lines))
+    seen: set[str] = set()
+    for shard, start in enumerate(range(0, len(lines), samples_per_shard)):
+        path = folder / f"shard-{shard:06d}.tar"
+        unfinished = path.with_suffix(".tar.part")
+        try:
+            _write_shard(unfinished, lines[start : start + samples_per_shard], Path(manifest).parent, limits, seen)
+        except DataError:
+            unfinished.unlink()
+            raise
+        unfinished.rename(path)
+        progress.advance(min(samples_per_shard, len(lines) - start))
+    progress.finish()
+
+
+def _write_shard(path: Path, lines: Sequence[_Line], base: Path, limits: LimitsConfig, seen: set[str]) -> None:
+    import webdataset
+
+    with webdataset.TarWriter(str(path), mtime=0) as writer:
+        for line in lines:
+            sample = _to_sample(line, base, limits)
+            if sample["__key__"] in seen:
+                raise DataError(f"{line.where}: the key {sample['__key__']!r} occurs twice.")
+            seen.add(sample["__key__"])
+            writer.write(sample)
+
+
+def _read_manifest(path: Path, limits: LimitsConfig) -> Iterator[_Line]:
+    if not path.is_file():
+        raise DataError(f"There is no manifest {str(path)!r}.")
+    if path.suffix not in (".csv", ".jsonl"):
+        raise DataError(f"The manifest {str(path)!r} must be a .csv or a .jsonl file.")
+    if path.suffix == ".jsonl":
+        for where, value in read_lines(path, limits):
+            yield _Line(where, int(where.rpartition(":")[2]), value)
+    else:
+        yield from _read_table(path, limits)
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    """A text file's lines, line breaks included.
+
+    Raises:
+        DataError: naming the line that is not UTF-8.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith(UTF16_MARKS):
+                raise DataError(f"{path}: the file is UTF-16. Save it as UTF-8.")
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(
+                    f"{path}:{number}: byte {line[error.start]:#04x} is not UTF-8. Save the file as UTF-8."
+                ) from None
+
+
+def _read_table(path: Path, limits: LimitsConfig) -> Iterator[_Line]:
+    """The rows of a .csv file by the names of their columns; empty cells are left out."""
+    lines = _text_lines(path)
+    first = next(lines, "")
+    delimiter = next((mark for mark in _DELIMITERS if _has_columns(first.split(mark))), None)
+    if delimiter is None:
+        raise DataError(
+            f"{path}:1: the first line names no columns `media` and `text`, separated by commas, semicolons or tabs: "
+            f"{first.strip()[:80]!r}."
+        )
+    # A setting of the whole process: the module has no other.
+    csv.field_size_limit(limits.max_text_bytes)
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    header = _header(path, next(csv.reader([first], delimiter=delimiter)))
+    number = 1
+    try:
+        for row in rows:
+            if not row:
+                continue
+            number += 1
+            where = f"{path}:{rows.line_num + 1}"
+            if len(row) != len(header):
+                more = "more" if len(row) > len(header) else "fewer"
+                raise DataError(f"{where}: the line has {more} cells than the header. Quote {delimiter!r} in texts.")
+            yield _Line(where, number, {name: _cell(name, text) for name, text in zip(header, row) if text != ""})
+    except csv.Error as error:
+        limit = f"; the longest is data.limits.max_text_bytes={limits.max_text_bytes}" if "limit" in str(error) else ""
+        raise DataError(f"{path}:{rows.line_num + 1}: not a line of a .csv file ({error}{limit}).") from None
+
+
+def _has_columns(names: Sequence[str]) -> bool:
+    return {"media", "text"} <= {name.strip().strip('"').lower() for name in names}
+
+
+def _header(path: Path, cells: Sequence[str]) -> list[str]:
+    names = [cell.strip() for cell in cells]
+    names = [name.lower() if name.lower() in _COLUMNS else name for name in names]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice or "" in names:
+        raise DataError(
+            f"{path}:1: the column {(twice or [''])[0]!r} " + ("occurs twice." if twice else "has no name.")
+        )
+    return names
+
+
+def _cell(column: str, text: str) -> Any:
+    """A .csv cell; in a column of the media's own attributes, such as an IMU's rate, numbers are numbers."""
+    if column in _COLUMNS:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _to_sample(line: _Line, base: Path, limits: LimitsConfig) -> dict[str, Any]:
+    """A manifest line as a WebDataset sample."""
+    where, value = line.where, line.value
+    if "parts" not in value and "messages" not in value:
+        if "text" not in value or "media" not in value:
+            raise DataError(f"{where}: a line needs `parts`, `messages`, or `media` and `text`.")
+        media = {k: v for k, v in value.items() if k not in ("key", "text")}
+        value = {"parts": [media, {"text": value["text"]}]}
+    parse_sample(value, where)
+    sample: dict[str, Any] = {"__key__": _key(line)}
+    names: list[str] = []
+    for entry in media_entries(value):
+        path = base / entry["media"]
+        if not path.is_file():
+            raise DataError(f"{where}: there is no media file {str(path)!r}.")
+        size = path.stat().st_size
+        if size > limits.max_member_bytes:
+            limit = f"data.limits.max_member_bytes={limits.max_member_bytes}"
+            raise DataError(f"{where}: {str(path)!r} has {size} bytes, above {limit}.")
+        names.append(f"{len(names)}.{path.name.partition('.')[2].lower()}")
+        sample[names[-1]] = path.read_bytes()
+    sample["json"] = to_json(value, names)
+    return sample
+
+
+def _key(line: _Line) -> str:
+    """A line's key; a dot in it would end it in the shard.
+
+    Raises:
+        DataError: it is neither text nor a whole number, too long, or has control characters.
+    """
+    given: Optional[Any] = line.value.get("key")
+    if given is None or given == "":
+        return f"{line.number:09d}"
+    if isinstance(given, bool) or not isinstance(given, (str, int)):
+        raise DataError(f"{line.where}: the key {given!r} must be text or a whole number.")
+    key = str(given).replace(".", "_")
+    if not key.isprintable() or key.rpartition("/")[2] == "":
+        raise DataError(f"{line.where}: the key {key[:80]!r} holds characters that a file name cannot have.")
+    if len(key.encode()) > MAX_KEY_BYTES:
+        raise DataError(f"{line.where}: the key has {len(key.encode())} bytes, above {MAX_KEY_BYTES}.")
+    return key

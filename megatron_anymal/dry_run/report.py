@@ -1,0 +1,204 @@
+"""What a dry run prints."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.context_parallel import padded
+from megatron_anymal.data.planner import BatchLayout
+from megatron_anymal.dry_run.simulate import DryRun, Part, Stage, examine
+from megatron_anymal.train.auto_recompute import configured
+
+
+def print_dry_run(config: AnyMALConfig) -> None:
+    """Check a run and print what each rank would hold, without GPU, launcher or weights; start and write nothing.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: see `examine`.
+    """
+    # A launcher's other processes would say the same.
+    if os.environ.get("RANK", "0") == "0":
+        print(render(examine(config)))
+
+
+def render(found: DryRun) -> str:
+    """The whole report."""
+    sections = [
+        _job(found.config),
+        "A rank of each pipeline stage (activations come on top):\n" + _stages(found.stages),
+        _memory(found),
+        "The whole model, each weight once:\n" + _components(found),
+    ]
+    if found.samples:
+        sections.append("Data:\n" + _data(found))
+    if found.missing:
+        rows = [(f"  {key}", path) for key, path in found.missing]
+        sections.append(f"Not on this machine yet (looked for from {Path.cwd()}):\n" + _table(rows, left=2))
+    if found.notes:
+        sections.append("Notes:\n" + "\n".join(f"  {note}" for note in found.notes))
+    return "\n\n".join(sections)
+
+
+def _job(config: AnyMALConfig) -> str:
+    model, layout = config.model, BatchLayout.of(config)
+    sizes = [
+        f"tensor {model.tensor_model_parallel_size}",
+        f"context {model.context_parallel_size}",
+        f"pipeline {model.pipeline_model_parallel_size}",
+        f"{config.data_parallel_size} replica(s)",
+    ]
+    extra = ", sequence parallel" if model.sequence_parallel else ""
+    if model.virtual_pipeline_model_parallel_size > 1:
+        extra += f", {model.virtual_pipeline_model_parallel_size} virtual parts a stage"
+    multiple = layout.data_parallel_size * layout.micro_batch_size * layout.micro_batches_multiple
+    longest = padded(layout.seq_length, layout.length_multiple)
+    rows = [
+        ("processes", f"{config.world_size:,} = {config.trainer.num_nodes} node(s) x {config.trainer.devices}"),
+        ("layout", " x ".join(sizes) + extra),
+        ("batch", f"{model.global_batch_size:,} samples a step, {_quotient(config)} a replica"),
+        (
+            "packs",
+            f"at most {longest:,} tokens; {layout.micro_batch_size} to a micro-batch, a multiple of {multiple} a step",
+        ),
+        ("precision", config.trainer.precision + (f", FP8 {model.fp8}" if model.fp8 else "")),
+        ("recompute", "auto" if model.recompute_granularity == "auto" else str(configured(config))),
+    ]
+    return _table(rows, left=2)
+
+
+def _quotient(config: AnyMALConfig) -> str:
+    whole, rest = divmod(config.model.global_batch_size, config.data_parallel_size)
+    return f"{whole:,} or {whole + 1:,}" if rest else f"{whole:,}"
+
+
+def _memory(found: DryRun) -> str:
+    """What is held during a step, and which recompute makes it so."""
+    memory = found.memory
+    assert memory is not None
+    choice = memory.choice
+    auto = found.config.model.recompute_granularity == "auto"
+    title = (
+        f"A rank in a step on a {'CPU' if memory.on_cpu else 'GPU'} (attention by {memory.attention}), packs full of "
+    )
+    title += f"labels and media; recompute {choice.recompute}"
+    if auto and choice.memory:
+        title += ", chosen: the cheapest that fits"
+    rows: list[tuple[str, ...]] = [
+        ("stage", "stored", "activations", "in use for a while", "together", "micro-batches held, by model part")
+    ]
+    for number, held in enumerate(choice.held):
+        stored = held.weights + held.gradients + held.optimizer
+        sizes = (stored, held.activations, held.working, held.total)
+        rows.append((str(number), *(_bytes(size) for size in sizes), ", ".join(map(str, held.in_flight))))
+    lines = [f"{title}:", _table(rows, left=0, left_from=5)]
+    if choice.memory:
+        most = choice.held[choice.worst].total
+        verdict = "fits in" if most <= choice.memory else "does NOT fit in"
+        without = f"; without recompute {_bytes(choice.without)}" if choice.recompute.granularity else ""
+        lines.append(f"{_bytes(most)} on stage {choice.worst} {verdict} {_bytes(choice.memory)}{without}.")
+    return "\n".join(lines)
+
+
+def _stages(stages: Sequence[Stage]) -> str:
+    titles = ("stage", "ranks", "parameters", "trainable", "weights", "gradients", "optimizer", "together")
+    rows: list[tuple[str, ...]] = [(*titles, "layers", "besides")]
+    for number, stage in enumerate(stages):
+        together = stage.weight_bytes + stage.gradient_bytes + stage.optimizer_bytes
+        sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, together)
+        rows.append(
+            (
+                str(number),
+                _span(stage.ranks),
+                f"{stage.parameters:,}",
+                f"{stage.trainable:,}",
+                *(_bytes(size) for size in sizes),
+                ", ".join(_span(part.layers) for part in stage.parts),
+                _besides([name for part in stage.parts for name in part.besides]),
+            )
+        )
+        if len(stage.parts) > 1:
+            rows += [_part_row(place, part) for place, part in enumerate(stage.parts)]
+    return _table(rows, left=0, left_from=len(titles))
+
+
+def _part_row(place: int, part: Part) -> tuple[str, ...]:
+    numbers = (f"{part.parameters:,}", f"{part.trainable:,}", _bytes(part.weight_bytes))
+    return (f"part {place}", "", *numbers, "", "", "", _span(part.layers), _besides(part.besides))
+
+
+def _besides(names: Sequence[str]) -> str:
+    """ "image encoder", "image projector" become "image encoder and projector"."""
+    shown: list[str] = []
+    for name in names:
+        if name.endswith(" projector"):
+            shown[-1] += " and projector"
+        else:
+            shown.append(name)
+    return ", ".join(shown)
+
+
+def _components(found: DryRun) -> str:
+    counts: dict[str, tuple[int, int]] = {}
+    for name, (numbers, trains) in found.weights.items():
+        component = _component(name)
+        before = counts.get(component, (0, 0))
+        counts[component] = (before[0] + numbers, before[1] + numbers * trains)
+    counts["together"] = (sum(c[0] for c in counts.values()), sum(c[1] for c in counts.values()))
+    rows = [("", "parameters", "", "trainable", "")]
+    rows += [(name, f"{a:,}", _short(a), f"{b:,}", _short(b)) for name, (a, b) in counts.items()]
+    return _table(rows, left=1)
+
+
+def _component(name: str) -> str:
+    """ "projectors.image.gain" belongs to the "image projector"."""
+    head, _, rest = name.partition(".")
+    if head == "language_model":
+        return "language model"
+    return f"{rest.partition('.')[0]} {head.removesuffix('s')}"
+
+
+def _data(found: DryRun) -> str:
+    config = found.config
+    rows: list[tuple[str, ...]] = []
+    for (split, name), count in found.samples.items():
+        row: tuple[str, ...] = (f"  data.{split}.{name}", f"{count:,} samples")
+        if split == "train":
+            share = config.data.train[name].weight / sum(dataset.weight for dataset in config.data.train.values())
+            steps = count / (share * config.model.global_batch_size)
+            row = (*row, f"once through in {steps:,.1f} steps ({share:.0%} of the mix)")
+        rows.append(row)
+    return _table(rows, left=1, left_from=2)
+
+
+def _span(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "none"
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+
+
+def _bytes(count: int) -> str:
+    return f"{_short(count, ('', 'k', 'M', 'G', 'T'))}B" if count else "0 B"
+
+
+def _short(count: int, units: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
+    """Three or four digits and a unit, in steps of a thousand."""
+    value, place = float(count), 0
+    while value >= 999.5 and place < len(units) - 1:
+        value, place = value / 1000, place + 1
+    return f"{value:.2f} {units[place]}" if place else str(count)
+
+
+def _table(rows: Sequence[Sequence[str]], left: int, left_from: int | None = None) -> str:
+    """Columns side by side; the first `left` ones and those from `left_from` are left-aligned, the others right."""
+    columns = max(len(row) for row in rows)
+    filled = [[*row, *[""] * (columns - len(row))] for row in rows]
+    widths = [max(len(row[column]) for row in filled) for column in range(columns)]
+    at_left = [column < left or (left_from is not None and column >= left_from) for column in range(columns)]
+    lines = [
+        "  ".join(f"{cell:<{w}}" if aligned else f"{cell:>{w}}" for cell, w, aligned in zip(row, widths, at_left))
+        for row in filled
+    ]
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,351 @@
+"""`--dry-run`: check a run, build its model without numbers, and say what each rank would hold.
+
+One process plays one rank of each pipeline stage after the other, over process groups that move nothing, and builds
+that rank's part of the model on torch's meta device. No GPU, no launcher and no weights are needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.random import initialize_rng_tracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import LlamaConfig
+
+from megatron_anymal import backend
+from megatron_anymal.checkpoint import store
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config.validation import check
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.dry_run.published_models import ENCODERS, assume_shapes
+from megatron_anymal.modalities import Modality, build_modality, load_plugins
+from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
+from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.model.build import assemble
+from megatron_anymal.model.llama import check_model, read_llama_config
+from megatron_anymal.model.meta_device import on_meta, without_weights
+from megatron_anymal.model.unsharded_weights import Weight, list_weights
+from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
+from megatron_anymal.train.auto_recompute import (
+    Choice,
+    choose,
+    configured,
+    judge,
+    memory_to_fit,
+    optimizer_bytes,
+    run_sizes,
+)
+from megatron_anymal.train.build import build_data, check_vocabulary, loaded_modalities
+
+_META = torch.device("meta")
+# Older weights, which transformers reads too.
+_PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# For what the data path asks of a rank.
+_ALONE = ParallelLayout(
+    _META,
+    rank=0,
+    world_size=1,
+    tensor_rank=0,
+    tensor_size=1,
+    pipeline_rank=0,
+    pipeline_size=1,
+    data_rank=0,
+    data_size=1,
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model part of one rank: a pipeline stage, or one of those that a virtual pipeline cuts it into."""
+
+    # Numbers of its layers, counted from 0 over the whole Llama.
+    layers: tuple[int, ...]
+    # What it holds besides: "embedding", "image encoder", "image projector", ..., "head".
+    besides: tuple[str, ...]
+    # Of this rank, replicated and padded ones included.
+    parameters: int
+    trainable: int
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What each rank of a pipeline stage holds; all of them hold as much.
+
+    Attributes:
+        ranks: the ranks of the job, over all replicas.
+        gradient_bytes: fp32 gradients.
+        optimizer_bytes: Adam's moments and, with bf16, the fp32 copy of what trains; this rank's share.
+    """
+
+    ranks: range
+    parts: tuple[Part, ...]
+    gradient_bytes: int
+    optimizer_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        """Of one rank."""
+        return sum(part.parameters for part in self.parts)
+
+    @property
+    def trainable(self) -> int:
+        """Of one rank."""
+        return sum(part.trainable for part in self.parts)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one rank."""
+        return sum(part.weight_bytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What the ranks hold in a step, activations included.
+
+    Attributes:
+        choice: the recompute, chosen or configured, and what each stage's ranks hold with it.
+        attention, on_cpu: what it was counted for.
+    """
+
+    choice: Choice
+    attention: str
+    on_cpu: bool
+
+
+@dataclass
+class DryRun:
+    """What a dry run found.
+
+    Attributes:
+        weights: of the whole model, by name: numbers in it, and whether it trains. Whatever the layout, each is there
+            once, and tied ones are one.
+        notes: what was assumed, and what this machine cannot do.
+        missing: key and path of what is not on this machine yet.
+        samples: of the data sets that are there, by the names of the split and of the data set.
+    """
+
+    config: AnyMALConfig
+    stages: list[Stage] = field(default_factory=list)
+    weights: dict[str, tuple[int, bool]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    missing: list[tuple[str, str]] = field(default_factory=list)
+    samples: dict[tuple[str, str], int] = field(default_factory=dict)
+    memory: Memory | None = None
+
+
+def examine(config: AnyMALConfig) -> DryRun:
+    """Check a run and build its model without numbers. Leaves no process group behind and writes nothing.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: what would stop the run too, naming the key, folder or sample and the
+            mend; and a model that is neither on this machine nor a published one.
+    """
+    check(config)
+    found = DryRun(config)
+    assumed, found.notes = assume_shapes(config)
+    load_plugins(config.model.plugins)
+    hf = _llama_shape(assumed)
+    limits = config.data.limits
+    modalities = {name: build_modality(name, section, limits) for name, section in assumed.model.modalities.items()}
+    try:
+        backend.check_backend(config)
+    except ConfigError as error:
+        found.notes.append(f"this machine cannot run it: {error}")
+    buildable = without_weights(assumed)
+    check_model(hf, buildable)
+    _look_around(found, hf, modalities)
+    for number, models in enumerate(_play_stages(buildable, hf, modalities)):
+        _enter_stage(found, number, models)
+    found.memory = _memory(found, assumed, hf, modalities)
+    return found
+
+
+def _memory(found: DryRun, config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
+    """What a step holds; of a run in bf16 or with model.memory_gb on a GPU, whether or not one is here.
+
+    Raises:
+        ConfigError: model.recompute_granularity=auto, and nothing fits.
+    """
+    here, model = torch.cuda.is_available(), config.model
+    planned = here or model.memory_gb > 0 or config.trainer.precision == "bf16"
+    sizes = run_sizes(config, hf, modalities, planned=planned)
+    known = here or not planned or model.memory_gb > 0
+    memory = memory_to_fit(config) if known else 0
+    if model.recompute_granularity == "auto" and known:
+        choice = choose(sizes, memory)
+    else:
+        choice = judge(sizes, configured(config), memory)
+        if model.recompute_granularity == "auto":
+            found.notes.append(
+                "model.recompute_granularity=auto: what is chosen depends on the card's memory, and this machine has "
+                "no card. Give it with model.memory_gb, for example 80. Shown is no recompute"
+            )
+    return Memory(choice, sizes.llama.attention, sizes.llama.on_cpu)
+
+
+def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight]]:
+    """The weights of the first rank of each pipeline stage, without numbers.
+
+    Args:
+        hf: the Llama's configuration; the run's own source of it is not looked at.
+
+    Raises:
+        ConfigError: sizes that do not divide, or an encoder whose shape is not known here.
+    """
+    assumed, _ = assume_shapes(config)
+    load_plugins(config.model.plugins)
+    limits = config.data.limits
+    modalities = {name: build_modality(name, section, limits) for name, section in assumed.model.modalities.items()}
+    buildable = without_weights(assumed)
+    check_model(hf, buildable)
+    return [
+        [weight for model in models for weight in list_weights(model)]
+        for models in _play_stages(buildable, hf, modalities)
+    ]
+
+
+def _play_stages(config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Iterator[list[AnyMALModel]]:
+    """The model parts of each stage's first rank; its process groups are there while they are looked at."""
+    for number in range(config.model.pipeline_model_parallel_size):
+        with _as_rank_of_stage(number, config):
+            with on_meta():
+                models = assemble(config, hf, modalities)
+            yield models
+
+
+def _llama_shape(config: AnyMALConfig) -> LlamaConfig:
+    lm = config.model.language_model
+    if lm.checkpoint:
+        return LlamaConfig.from_dict(store.read_manifest(store.resolve(lm.checkpoint)).llama)
+    return read_llama_config(lm)
+
+
+@contextmanager
+def _as_rank_of_stage(number: int, config: AnyMALConfig) -> Iterator[None]:
+    """Be the first rank of a pipeline stage of one replica, among processes that are not there."""
+    if dist.is_initialized():
+        raise RuntimeError("A dry run plays ranks of its own and cannot be one of a job.")
+    ranks = config.model_parallel_size
+    first = number * (ranks // config.model.pipeline_model_parallel_size)
+    dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=ranks)
+    try:
+        make_groups(config, cpu_groups=False)
+        # megatron-core draws initial values from a GPU's random states; this tracker has none.
+        initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+        yield
+    finally:
+        initialize_rng_tracker(force_reset=True)
+        shutdown()
+
+
+def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
+    """Count a stage's model parts."""
+    config, parts = found.config, []
+    for model in models:
+        weights = list_weights(model)
+        local = [weight.parameter for weight in weights]
+        decoder: Any = model.language_model.decoder
+        media = [f"{name} {half}" for name in model.projectors for half in ("encoder", "projector")]
+        parts.append(
+            Part(
+                layers=tuple(layer.layer_number - 1 for layer in decoder.layers),
+                besides=(*["embedding"] * model.pre_process, *media, *["head"] * model.post_process),
+                parameters=sum(p.numel() for p in local),
+                trainable=sum(p.numel() for p in local if p.requires_grad),
+                weight_bytes=sum(_bytes_of(weight, config) for weight in weights),
+            )
+        )
+        found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
+    ranks = config.world_size // config.model.pipeline_model_parallel_size
+    trainable = sum(part.trainable for part in parts)
+    found.stages.append(
+        Stage(range(number * ranks, (number + 1) * ranks), tuple(parts), 4 * trainable, _optimizer(config, trainable))
+    )
+
+
+def _bytes_of(weight: Weight, config: AnyMALConfig) -> int:
+    """Bytes of a rank's part of a weight."""
+    parameter = weight.parameter
+    in_layer = weight.name.startswith("language_model.decoder.layers.") and ".lora." not in weight.name
+    quantized = config.model.fp8_primary_weights and in_layer and parameter.dim() == 2
+    return parameter.numel() * (1 if quantized else parameter.element_size())
+
+
+def _optimizer(config: AnyMALConfig, trainable: int) -> int:
+    """Bytes of a rank's optimizer state."""
+    shares = config.data_parallel_size * config.model.context_parallel_size
+    return -(-optimizer_bytes(config) * trainable // (shares if config.model.ddp.use_distributed_optimizer else 1))
+
+
+def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:
+    """Check the tokenizer, weights and data that are there, count samples, and list what is not there."""
+    config = found.config
+    lm = config.model.language_model
+    if lm.path and lm.load_weights:
+        found.missing += [("model.language_model.path", path) for path in _missing_weights(lm.path)]
+    for name, section in config.model.modalities.items():
+        encoder = section.encoder
+        # What a plug-in's encoder keeps in its folder is its own affair.
+        if encoder.path and (encoder.type in ENCODERS or not Path(encoder.path).exists()):
+            missing = _missing_weights(encoder.path, _PICKLED if encoder.type in ARCHITECTURES else ())
+            found.missing += [(f"model.modalities.{name}.encoder.path", path) for path in missing]
+    if config.model.restore_from_path:
+        if Path(config.model.restore_from_path).exists():
+            store.resolve(config.model.restore_from_path)
+        else:
+            found.missing.append(("model.restore_from_path", config.model.restore_from_path))
+    tokenizer = None
+    if Path(config.data.tokenizer).exists():
+        tokenizer = Tokenizer(config.data.tokenizer)
+        check_vocabulary(tokenizer, hf.vocab_size, config)
+        loaded_modalities(config, tokenizer, modalities)
+    else:
+        found.missing.append(("data.tokenizer", config.data.tokenizer))
+    for split in ("train", "validation"):
+        _look_at_data(found, split, tokenizer, modalities)
+
+
+def _missing_weights(path: str, instead: Sequence[str] = ()) -> list[str]:
+    """The folder, or the files that it lacks of the weights in it.
+
+    Args:
+        instead: files of which one may stand for the safetensors.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        return [path]
+    if any((folder / name).is_file() for name in instead):
+        return []
+    index = read_json(folder, "model.safetensors.index.json")
+    names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+    return [str(folder / name) for name in names if not (folder / name).is_file()]
+
+
+def _look_at_data(found: DryRun, split: str, tokenizer: Tokenizer | None, modalities: dict[str, Modality]) -> None:
+    configured, there = getattr(found.config.data, split), {}
+    for name, dataset in configured.items():
+        if "://" in dataset.path:
+            found.notes.append(f"data.{split}.{name}.path={dataset.path} was not looked at: it is no local folder")
+        elif Path(dataset.path).exists():
+            there[name] = dataset
+        else:
+            found.missing.append((f"data.{split}.{name}.path", dataset.path))
+    if tokenizer is None:
+        indexes = [ShardIndex(dataset.path) for dataset in there.values()]
+    elif there or (split == "train" and not configured):
+        config = copy.deepcopy(found.config)
+        setattr(config.data, split, there)
+        indexes = build_data(config, _ALONE, tokenizer, modalities, split).planner.indexes
+    else:
+        return
+    found.samples.update({(split, name): len(index) for name, index in zip(there, indexes)})

@@ -1,0 +1,218 @@
+"""Answers from a training checkpoint.
+
+The whole prompt is run again for each new token: simple, the same under tensor and pipeline parallelism, and fast
+enough for answers of a line. An exported folder answers with a key-value cache (generation/export_generator.py).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+from torch import Tensor
+
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
+from megatron_anymal.checkpoint.state import load_media_parts
+from megatron_anymal.checkpoint.trust import config_of
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.data.chat_format import END_TURN
+from megatron_anymal.data.planner import length_multiple
+from megatron_anymal.data.prompt_encoder import PromptReader
+from megatron_anymal.data.records import DataError, MediaBatch, MicroBatch
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.generation.answers import Answer
+from megatron_anymal.generation.generator import Generator, Watch
+from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.sampling import Sampling, choose
+from megatron_anymal.modalities import Modality
+from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.model.build import build_models
+from megatron_anymal.parallel import ParallelLayout, initialize
+from megatron_anymal.train.build import build_inputs, check_vocabulary
+from megatron_anymal.train.device_prefetch import to_device
+
+
+@dataclass
+class _Running:
+    """A prompt being answered."""
+
+    prompt: list[int]
+    # Modality -> soft tokens [k, H]; on the first stage only.
+    soft: dict[str, Tensor]
+    answer: Answer
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.answer.tokens
+
+
+class NativeGenerator(Generator):
+    """A model of this trainer that answers, in one part and without context parallelism."""
+
+    def __init__(
+        self,
+        config: AnyMALConfig,
+        layout: ParallelLayout,
+        tokenizer: Tokenizer,
+        modalities: dict[str, Modality],
+        model: AnyMALModel,
+        max_positions: Optional[int] = None,
+    ):
+        """Answer with a model as it is; `model` must be in evaluation mode while it answers."""
+        self.layout, self.model = layout, model
+        self.reports, self.max_positions = layout.reports, max_positions
+        sections = config.model.modalities
+        self.kinds = [section.kind or name for name, section in sections.items()]
+        self._reader = PromptReader(tokenizer, sections, modalities)
+        self._placeholders = {
+            name: tokenizer.placeholder(section.placeholder, f"model.modalities.{name}.placeholder")
+            for name, section in sections.items()
+        }
+        # A conversation's answer ends with its turn.
+        self._ends = {tokenizer.end, tokenizer.hf.get_vocab().get(END_TURN, tokenizer.end)}
+        self._end, self._decode = tokenizer.end, tokenizer.decode
+        self._length_multiple = length_multiple(config)
+
+    @classmethod
+    def of_checkpoint(cls, config: AnyMALConfig, layout: ParallelLayout, checkpoint: Optional[Path]) -> NativeGenerator:
+        """Build the model; without a checkpoint its projectors have their initial values."""
+        config, hf = resolve_language_model(config)
+        tokenizer, modalities = build_inputs(config)
+        check_vocabulary(tokenizer, hf.vocab_size, config)
+        base = config.model.language_model.checkpoint
+        [model] = build_models(config, hf, layout, modalities, lambda models: load_base(base, models))
+        if checkpoint is not None:
+            load_media_parts([model], checkpoint)
+        model.eval().requires_grad_(False)
+        return cls(config, layout, tokenizer, modalities, model, hf.max_position_embeddings)
+
+    @classmethod
+    def of_run(
+        cls,
+        path: str,
+        tensor_size: Optional[int] = None,
+        stages: int = 1,
+        *,
+        untrained: bool = False,
+        trust_plugins: bool = False,
+    ) -> NativeGenerator:
+        """The model of a checkpoint's or a run's folder, over the processes that were started.
+
+        Args:
+            tensor_size: tensor-parallel size; None: what `stages` leaves of the processes.
+            stages: pipeline-parallel size.
+            untrained: leave the projectors' initial values.
+            trust_plugins: import the plug-ins that the checkpoint names.
+
+        Raises:
+            CheckpointError, ConfigError: no such checkpoint, plug-ins that are not trusted, or a layout that does not
+                fit it.
+        """
+        folder = store.resolve(path)
+        manifest = store.read_manifest(folder, verify=True)
+        config = config_of(manifest, folder, trust_plugins=trust_plugins)
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        config.trainer.num_nodes, config.trainer.devices = 1, world
+        config.model.pipeline_model_parallel_size = stages
+        config.model.tensor_model_parallel_size = tensor_size or max(1, world // stages)
+        config.model.sequence_parallel = False
+        # Answers come from the base as it is, whatever the training computed in.
+        config.model.fp8, config.model.fp8_recipe, config.model.fp8_primary_weights = "", "tensorwise", False
+        config.model.num_layers_in_first_pipeline_stage = config.model.num_layers_in_last_pipeline_stage = 0
+        config.model.context_parallel_size = config.model.virtual_pipeline_model_parallel_size = 1
+        if config.model.tensor_model_parallel_size * stages != world:
+            raise DataError(
+                f"{world} process(es) were started, but the tensor- and pipeline-parallel sizes make "
+                f"{config.model.tensor_model_parallel_size * stages}. Their product must be the number of processes."
+            )
+        return cls.of_checkpoint(config, initialize(config), None if untrained else folder)
+
+    @torch.no_grad()
+    def _answer(self, prompts: Sequence[Prompt], first: int, sampling: Sampling, watch: Watch) -> list[str]:
+        everyone = self._begin(prompts, first, sampling)
+        running = everyone
+        while running:
+            for one, token in zip(running, self._next_tokens(running, sampling)):
+                one.answer.add(token)
+                watch(one.answer)
+            running = [one for one in running if not one.answer.done]
+        return [one.answer.text for one in everyone]
+
+    def _begin(self, prompts: Sequence[Prompt], first: int, sampling: Sampling) -> list[_Running]:
+        running = []
+        for number, prompt in enumerate(prompts, start=first):
+            read = self._reader.read(prompt.parts, prompt.media)
+            room = self._room(number, len(read.tokens), sampling)
+            answer = Answer(number, self._decode, self._ends, sampling.stop, room)
+            running.append(_Running(read.tokens, self._encode(read.pieces), answer))
+        return running
+
+    def _encode(self, pieces: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Soft tokens of one prompt's media by modality."""
+        if not self.layout.is_first_stage:
+            return {}
+        media = {}
+        for name in dict.fromkeys(name for name, _ in pieces):
+            together = torch.cat([tensor for other, tensor in pieces if other == name])
+            media[name] = MediaBatch(together, ((len(together),),), torch.empty(0, dtype=torch.int64))
+        return self.model.soft_tokens(to_device(MicroBatch.unlabelled([], media), self.layout.device))
+
+    def _next_tokens(self, running: Sequence[_Running], sampling: Sampling) -> list[int]:
+        micro_batch = to_device(self._batch(running), self.layout.device)
+        # Later stages get their input from the one before.
+        names = list(micro_batch.media) if self.layout.is_first_stage else []
+        soft = {name: torch.cat([one.soft[name] for one in running if name in one.soft]) for name in names}
+        lasts = torch.tensor([len(one.tokens) for one in running], device=self.layout.device).cumsum(0) - 1
+
+        def forward_step(batches: Iterator[MicroBatch], model: AnyMALModel) -> tuple[Tensor, Any]:
+            return model(next(batches), soft=soft), lambda logits, non_loss_data: logits[0, lasts]
+
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter([micro_batch]),
+            model=self.model,
+            num_microbatches=1,
+            seq_length=micro_batch.tokens.size(1),
+            micro_batch_size=1,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        chosen = torch.zeros(len(running), dtype=torch.int64, device=self.layout.device)
+        if self.layout.is_last_stage:
+            logits = gather_from_tensor_model_parallel_region(outputs[0].float())[:, : self.model.vocab_size]
+            # A placeholder stands for a medium: as an answer it would be one without content.
+            logits[:, list(self._placeholders.values())] = float("-inf")
+            tokens = [
+                choose(row, sampling, one.tokens, one.answer.number, len(one.answer.tokens))
+                for row, one in zip(logits, running)
+            ]
+            chosen.copy_(torch.tensor(tokens))
+        last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast(chosen, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
+        return chosen.tolist()
+
+    def _batch(self, running: Sequence[_Running]) -> MicroBatch:
+        """The prompts and answers so far, and what sequence parallelism needs to divide them."""
+        documents = [one.tokens for one in running]
+        if missing := -sum(map(len, documents)) % self._length_multiple:
+            documents.append([self._end] * missing)
+        return MicroBatch.unlabelled(documents, self._media(running))
+
+    def _media(self, running: Sequence[_Running]) -> dict[str, MediaBatch]:
+        """Where the soft tokens go; the pieces are encoded already."""
+        tokens = torch.tensor([token for one in running for token in one.tokens])
+        media = {}
+        for name, placeholder in self._placeholders.items():
+            index = (tokens == placeholder).nonzero().flatten()
+            if len(index):
+                media[name] = MediaBatch(torch.empty(0), ((0,),), index)
+        return media

@@ -1,0 +1,177 @@
+"""`anymal evaluate`: exact answers on prepared samples.
+
+A sample's last text, or a conversation's last turn, is its answer; the model gets everything before it and answers,
+greedily if nothing else is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from megatron_anymal.data.chat_format import last_answer
+from megatron_anymal.data.global_order import permute
+from megatron_anymal.data.prompt_encoder import MediaFile
+from megatron_anymal.data.records import DataError, MediaPart, Part, Sample, TextPart
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.generation.generator import Generator
+from megatron_anymal.generation.loading import (
+    add_model_arguments,
+    add_sampling_arguments,
+    load_generator,
+    sampling_of,
+)
+from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class Question:
+    """A sample to be answered."""
+
+    key: str
+    prompt: Prompt
+    answer: str
+
+    @property
+    def modality(self) -> str:
+        """Kind of its first media item; "text" without media."""
+        return next((part.modality for part in self.prompt.parts if isinstance(part, MediaPart)), "text")
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well questions of one modality were answered."""
+
+    correct: int
+    samples: int
+    # Share of the most frequent answer: what guessing reaches.
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of exact answers."""
+        return self.correct / self.samples
+
+
+def read_questions(folder: str, limit: Optional[int] = None) -> list[Question]:
+    """Samples of a prepared folder as questions.
+
+    Raises:
+        DataError: no index, or a sample without one answer at its end.
+    """
+    index = ShardIndex(folder)
+    questions = []
+    for number in range(min(len(index), limit or len(index))):
+        asked, answer = _split(index.sample(number), f"sample {index.key(number)!r} of {folder!r}")
+        count = sum(isinstance(part, MediaPart) for part in asked)
+        media = [MediaFile(m.data, m.extension) for m in index.read_media(number, asked, range(count))]
+        questions.append(Question(index.key(number), Prompt(asked, media), answer.strip()))
+    return questions
+
+
+def _split(sample: Sample, where: str) -> tuple[list[Part], str]:
+    """What is asked, and the answer."""
+    if sample.kind == "preference":
+        raise DataError(f"{where} is a preference pair, which has no one answer. Name a folder of other samples.")
+    [document] = sample.documents
+    if sample.kind == "messages":
+        return last_answer(document)
+    *asked, last = document
+    if not isinstance(last, TextPart):
+        raise DataError(f"{where} does not end with a text, its answer.")
+    return asked, last.text
+
+
+def permute_media(questions: Sequence[Question], seed: int = 0) -> list[Question]:
+    """Give every question the media of another one with media of the same kinds.
+
+    What is still answered then was answered without looking.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for number, question in enumerate(questions):
+        kinds = tuple(p.modality for p in question.prompt.parts if isinstance(p, MediaPart))
+        groups.setdefault(kinds, []).append(number)
+    permuted = list(questions)
+    for kinds, members in groups.items():
+        if kinds and len(members) > 1:
+            order = [members[i] for i in permute(np.arange(len(members)), len(members), seed)]
+            for taker, giver in zip(order, [*order[1:], order[0]]):
+                permuted[taker] = _with_media(questions[taker], questions[giver])
+    return permuted
+
+
+def _with_media(question: Question, other: Question) -> Question:
+    borrowed = iter(part for part in other.prompt.parts if isinstance(part, MediaPart))
+    parts: list[Part] = [next(borrowed) if isinstance(part, MediaPart) else part for part in question.prompt.parts]
+    return Question(question.key, Prompt(parts, other.prompt.media), question.answer)
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Score]:
+    """Exact answers by modality."""
+    correct: Counter[str] = Counter()
+    expected: dict[str, list[str]] = {}
+    for question, answer in zip(questions, answers):
+        expected.setdefault(question.modality, []).append(question.answer)
+        correct[question.modality] += answer.strip() == question.answer
+    return {
+        name: Score(correct[name], len(given), Counter(given).most_common(1)[0][1] / len(given))
+        for name, given in expected.items()
+    }
+
+
+def evaluate(
+    generator: Generator, questions: Sequence[Question], sampling: Sampling, batch_size: int
+) -> tuple[dict[str, Score], list[dict[str, Any]]]:
+    """Answer and score. Collective.
+
+    Returns:
+        Scores by modality, and per question its key, modality, expected and given answer.
+    """
+    answers = generator.answer([question.prompt for question in questions], sampling, batch_size)
+    rows = [
+        {"key": q.key, "modality": q.modality, "expected": q.answer, "given": answer.strip()}
+        for q, answer in zip(questions, answers)
+    ]
+    return score(questions, answers), rows
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="anymal evaluate", description=__doc__)
+    parser.add_argument("--data", action="append", required=True, help="a prepared folder; may be repeated")
+    parser.add_argument("--limit", type=int, help="samples of each folder")
+    parser.add_argument("--permute-media", action="store_true", help="also with the media exchanged among the samples")
+    parser.add_argument("--untrained", action="store_true", help="also with the projectors' initial values")
+    parser.add_argument("--out", help="a .json file for scores and answers")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+    arguments = parser.parse_args(argv)
+    sampling = sampling_of(arguments)
+    questions = [question for folder in arguments.data for question in read_questions(folder, arguments.limit)]
+    runs = {"trained": (load_generator(arguments), questions)}
+    if arguments.permute_media:
+        runs["permuted"] = (runs["trained"][0], permute_media(questions))
+    if arguments.untrained:
+        runs["untrained"] = (load_generator(arguments, untrained=True), questions)
+    result: dict[str, Any] = {"scores": {}, "answers": {}}
+    for name, (generator, asked) in runs.items():
+        scores, rows = evaluate(generator, asked, sampling, arguments.batch_size)
+        result["answers"][name] = rows
+        result["scores"][name] = {
+            modality: {"accuracy": s.accuracy, "chance": s.chance, "samples": s.samples}
+            for modality, s in scores.items()
+        }
+        if generator.reports:
+            for modality, s in scores.items():
+                print(f"{name:10s} {modality:8s} {s.accuracy:7.1%} of {s.samples} exact (guessing: {s.chance:.1%})")
+    if arguments.out and runs["trained"][0].reports:
+        Path(arguments.out).write_text(json.dumps(result, indent=1, ensure_ascii=False))
+    return 0

@@ -1,0 +1,64 @@
+"""What a model in training answers to some validation samples: read, not only measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.generation.checkpoint_generator import NativeGenerator
+from megatron_anymal.generation.evaluation import Question, read_questions
+from megatron_anymal.generation.sampling import Sampling
+from megatron_anymal.telemetry import MetricsLogger
+from megatron_anymal.train.build import TrainState
+
+_SAMPLING = Sampling(max_new_tokens=64)
+
+
+class SampledAnswers:
+    """Greedy answers to the first samples of each validation set; answers.jsonl in the run folder, and the loggers."""
+
+    def __init__(self, state: TrainState, run_dir: Path, loggers: Sequence[MetricsLogger]):
+        """Read the questions: trainer.sampled_answers of them, as many of each set as of the others.
+
+        Raises:
+            DataError: a sample has no answer.
+        """
+        self._state, self._file, self._loggers = state, run_dir / "answers.jsonl", loggers
+        count, sets = state.config.trainer.sampled_answers, list(state.config.data.validation.items())
+        self._questions: list[tuple[str, Question]] = []
+        for number, (name, dataset) in enumerate(sets):
+            share = count * (number + 1) // len(sets) - count * number // len(sets)
+            if share:
+                self._questions += [(name, question) for question in read_questions(dataset.path, share)]
+
+    def __call__(self) -> None:
+        """Answer and write down. Collective."""
+        state = self._state
+        if not self._questions:
+            return
+        state.settle()
+        [model] = state.models
+        model.eval()
+        # No limit of positions: a long validation sample must not end a training run.
+        generator = NativeGenerator(state.config, state.layout, state.tokenizer, state.modalities, model)
+        answers = generator.answer([question.prompt for _, question in self._questions], _SAMPLING)
+        if not state.layout.reports:
+            return
+        with self._file.open("a") as file:
+            for (name, question), answer in zip(self._questions, answers):
+                sample = f"{name}/{question.key}"
+                row = {"step": state.step, "sample": sample, "expected": question.answer, "given": answer.strip()}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                for logger in self._loggers:
+                    _show(logger, sample, f"expected: {question.answer}\n\ngiven: {answer.strip()}", state.step)
+
+
+def _show(logger: MetricsLogger, sample: str, text: str, step: int) -> None:
+    """TensorBoard and W&B take text, each in its own way; other loggers take none."""
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_text"):
+        experiment.add_text(f"answers/{sample}", text, step)
+    elif hasattr(logger, "log_text"):
+        logger.log_text("answers", ["step", "sample", "text"], [[step, sample, text]])

@@ -1,0 +1,65 @@
+"""The sections of an export's configuration: all that rebuilds a modality where its encoder's folder is not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from megatron_anymal.config import EncoderConfig, ModalityConfig
+from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor, read_folder, transformers_config
+
+
+def export_sections(modalities: Mapping[str, ModalityConfig], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
+    """Each modality's section for `AnyMALConfig` and `AnyMALProcessor`, plain JSON.
+
+    Raises:
+        ConfigError, DataError: an encoder's folder that cannot be read; a placeholder that the tokenizer lacks.
+    """
+    return {name: _section(name, section, tokenizer) for name, section in modalities.items()}
+
+
+def _section(name: str, section: ModalityConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    projector = dataclasses.asdict(section.projector)
+    del projector["freeze"]
+    return copy.deepcopy(
+        {
+            "kind": section.kind or name,
+            "encoder": {
+                "type": section.encoder.type,
+                "config": _shape(section.encoder),
+                "preprocessor": dict(_preprocessor(section.encoder)),
+                "max_pieces_per_call": section.encoder.max_pieces_per_call,
+            },
+            "projector": projector,
+            "options": dict(section.options),
+            "placeholder": section.placeholder,
+            "placeholder_id": tokenizer.placeholder(section.placeholder, f"model.modalities.{name}.placeholder"),
+        }
+    )
+
+
+def _shape(encoder: EncoderConfig) -> dict[str, Any]:
+    """The encoder's shape, without what every configuration of transformers has."""
+    if encoder.type not in ARCHITECTURES:
+        if encoder.type != "imu2clip" or not encoder.path:
+            return dict(encoder.config)
+        found = read_folder(encoder, ("imu2clip",))
+        return {key: value for key, value in found.items() if key != "model_type"}
+    shape: Any = transformers_config(encoder)
+    common = {field.name for field in dataclasses.fields(PretrainedConfig)}
+    own = [field.name for field in dataclasses.fields(shape) if field.name not in common]
+    # Names with an underscore choose a backbone's outputs, which no encoder here has.
+    return {key: _plain(getattr(shape, key)) for key in own if not key.startswith("_")}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _preprocessor(encoder: EncoderConfig) -> dict[str, Any]:
+    return preprocessor(encoder, "feature_extractor" if encoder.type == "clap" else "image_processor")

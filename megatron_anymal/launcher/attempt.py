@@ -1,0 +1,271 @@
+"""One attempt at a run on one node: start the agent, watch the ranks, end them all where one dies or hangs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Optional
+
+from megatron_anymal.launcher import agent as agents
+from megatron_anymal.launcher.hang_detector import (
+    RankView,
+    catches,
+    diagnose,
+    dump_stacks,
+    hanging,
+    look,
+    process_state,
+)
+from megatron_anymal.launcher.job import Ending, Job, attempt_folder
+from megatron_anymal.launcher.rendezvous import Alone
+from megatron_anymal.launcher.stop_requests import Wishes
+from megatron_anymal.resilience import heartbeat
+from megatron_anymal.resilience.events import ATTEMPT, read, record
+from megatron_anymal.resilience.exit_codes import Exit
+
+GRACE = "ANYMAL_GRACE_SECONDS"
+# Seconds between looks at the ranks.
+_LOOK = 0.2
+# After a rank has failed, how long the others may take to say what they saw; after one ended with a verdict that all
+# ranks come to, how long the others may take to come to it; and after one stopped in order, to end in order.
+_LAST_WORDS, _AGREEING, _STOPPING = 3.0, 8.0, 60.0
+# How long the agent may take to tell how a rank ended, and to end once its ranks are gone.
+_AGENT = 5.0
+# What an agent would wait for its ranks before it kills them: longer than all of the above.
+_AGENT_PATIENCE = 120
+# Lines of a rank's standard error that are told where it told nothing itself.
+_LINES = 15
+
+
+class Attempt:
+    """See the module.
+
+    Args:
+        number: of the attempt, over all jobs that worked on the run.
+        wishes: what the user or the scheduler asked for.
+        say: tells the user.
+    """
+
+    def __init__(self, job: Job, number: int, meeting: Alone, wishes: Wishes, say: Callable[[str], None]) -> None:
+        self.job, self.number, self.meeting, self.wishes, self.say = job, number, meeting, wishes, say
+        self.logs = attempt_folder(job.run_dir, number)
+        # Rank -> process number, and when it was first seen, of all ranks seen.
+        self.workers: dict[int, int] = {}
+        self.begun: dict[int, float] = {}
+        # Rank -> exit code or minus a signal's number, in the order in which they failed by themselves.
+        self.failures: dict[int, int] = {}
+        self.hang: Optional[str] = None
+        self.step = -1
+        # When all ranks are to be killed; None: not at all.
+        self.kill_at: Optional[float] = None
+        self.gone: dict[int, float] = {}
+        self.told: set[tuple[int, int]] = set()
+
+    def run(self) -> Ending:
+        """Run until no process of the attempt is left."""
+        self.folder = Path(tempfile.mkdtemp(prefix="anymal_"))
+        self.agent = self._start()
+        try:
+            while self.agent.poll() is None:
+                time.sleep(_LOOK)
+                self._find_ranks()
+                self._pass_on()
+                self._look()
+                if self.kill_at is not None and time.monotonic() >= self.kill_at:
+                    self._kill()
+            self._find_ranks()
+            self._note_failures()
+            return self._ending()
+        finally:
+            self._kill()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        job = self.job
+        arguments = [
+            *(f"--nnodes={job.nodes}", f"--nproc-per-node={job.processes}", "--max-restarts=0"),
+            *("--rdzv-backend=c10d", f"--rdzv-id={job.identity}_{self.number}", *self.meeting.rendezvous),
+            *("--monitor-interval=0.5", *(["--ft-log-level=WARNING"] if job.launcher == "ft" else [])),
+            *job.program,
+        ]
+        environment = {
+            "PYTHONUNBUFFERED": "1",
+            # As torchrun sets it, with a warning.
+            **({"OMP_NUM_THREADS": "1"} if job.processes > 1 else {}),
+            "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
+            **os.environ,
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_AGENT_PATIENCE),
+            heartbeat.ENVIRONMENT: str(self.folder),
+            ATTEMPT: str(self.number),
+        }
+        if job.grace_seconds is not None:
+            environment[GRACE] = f"{job.grace_seconds:g}"
+        # A rank is known by it.
+        environment.pop("RANK", None)
+        words = [sys.executable, "-m", agents.__name__, job.launcher, str(self.folder), str(self.logs), *arguments]
+        # A session of its own: Ctrl-C is for the launcher to pass on.
+        return subprocess.Popen(words, env=environment, start_new_session=True)
+
+    def _find_ranks(self) -> None:
+        self.workers.update(agents.ranks_started(self.folder))
+        for rank in self.workers:
+            self.begun.setdefault(rank, time.monotonic())
+
+    def _pass_on(self) -> None:
+        """Hand a wish to stop to every rank that can take it."""
+        if self.wishes.now and self.kill_at is None:
+            self.kill_at = 0.0
+        number = self.wishes.stop
+        if number is None:
+            return
+        for rank, pid in self.workers.items():
+            if (rank, pid) not in self.told and process_state(pid) not in ("", "Z") and catches(pid, number):
+                self.told.add((rank, pid))
+                try:
+                    os.kill(pid, number)
+                except ProcessLookupError:
+                    continue
+
+    def _look(self) -> None:
+        alive = {rank: pid for rank, pid in self.workers.items() if process_state(pid) not in ("", "Z")}
+        views = look(alive, self.folder, self.begun)
+        self.step = max([self.step, *(view.position[0] for view in views)])
+        if self.kill_at is not None:
+            return
+        self._note_failures()
+        if self.failures:
+            self._end_all(min(map(_patience, self.failures.values())))
+            self.meeting.alarm()
+        elif self.meeting.alarmed():
+            self.say("the attempt has failed on another node: ending the ranks of this one")
+            if views and max(view.silent for view in views) > 0.8 * self.job.limits.hang_timeout > 0:
+                self._examine(views)
+            self._end_all(_LAST_WORDS)
+        elif views and hanging(views, self.job.limits):
+            self._examine(views)
+            self._end_all(0.0)
+            self.meeting.alarm()
+
+    def _note_failures(self) -> None:
+        """Find ranks that ended by themselves otherwise than well; what was killed from here is none."""
+        for rank, pid in self.workers.items():
+            if rank in self.failures or process_state(pid) not in ("", "Z"):
+                continue
+            code = agents.exit_code(self.folder, pid)
+            if code is None:
+                # The agent will tell, unless it is stuck; where it has ended, its own end tells.
+                first = self.gone.setdefault(rank, time.monotonic())
+                if time.monotonic() - first < _AGENT or self.agent.poll() is not None:
+                    continue
+                code = int(Exit.CRASH)
+            if code == 0 or (code < 0 and self.kill_at is not None):
+                continue
+            self.failures[rank] = code
+            if self.kill_at is None or code == Exit.CRASH:
+                self._record_death(rank, pid, code)
+
+    def _record_death(self, rank: int, pid: int, code: int) -> None:
+        beat = heartbeat.read(self.folder / f"rank_{rank:05d}")
+        step = beat.step if beat and beat.pid == pid else -1
+        text = _ended(code)
+        if not (code >= 0 and code != Exit.CRASH):
+            if self.kill_at is None:
+                self.say(f"rank {rank} {text}" + (f", in step {step}" if step >= 0 else "") + ": ending the others")
+            more = {"signal": -code} if code < 0 else {"exit_code": code, "output": self._last_words(rank)}
+            self._record("death", text, rank=rank, step=step, **more)
+
+    def _last_words(self, rank: int) -> str:
+        try:
+            lines = (self.logs / f"rank_{rank:05d}.err").read_text(errors="replace").splitlines()
+        except OSError:
+            return ""
+        return "\n".join(lines[-_LINES:])
+
+    def _examine(self, silent: Sequence[RankView]) -> None:
+        views, stacks = dump_stacks(silent, self.job.run_dir / "stacks")
+        found = diagnose(views, stacks)
+        self.hang = f"a hang ({found.cause}): {found.text}"
+        self.say(self.hang)
+        self._record(
+            "hang",
+            found.text,
+            rank=found.ranks[0] if found.ranks else -1,
+            step=found.step,
+            cause=found.cause,
+            ranks=list(found.ranks),
+            stacks={str(rank): path for rank, path in stacks.items()},
+            where={str(view.rank): list(view.stack) for view in views if view.rank in found.ranks},
+        )
+
+    def _end_all(self, patience: float) -> None:
+        self.kill_at = time.monotonic() + patience
+
+    def _kill(self) -> None:
+        """End all that is left, with what the ranks started; then the agent, where it does not end by itself."""
+        for pid in {**self.workers, **agents.ranks_below(self.agent.pid)}.values():
+            agents.end_rank(pid)
+        try:
+            self.agent.wait(_AGENT)
+        except subprocess.TimeoutExpired:
+            self.agent.kill()
+            self.agent.wait()
+
+    def _ending(self) -> Ending:
+        stop = self.wishes.stop is not None
+        if self.hang:
+            return Ending(Exit.HANG, self.hang, self.step, stop)
+        failed = {rank: code for rank, code in self.failures.items() if not (stop and code == -signal.SIGTERM)}
+        told = ", ".join(f"rank {rank} {_ended(code)}" for rank, code in failed.items())
+        if any(code < 0 for code in failed.values()):
+            return Ending(Exit.CRASH, told, self.step, stop, killed=True)
+        # All ranks agree on a stop: one that ends so beside a crash was ended because of it.
+        causes = [code for code in failed.values() if code != Exit.REQUEUE] or list(failed.values())
+        for code in causes:
+            if code in set(Exit) and not Exit(code).restarts:
+                return Ending(Exit(code), self._said_with(code) or Exit(code).meaning, self.step, stop)
+        if failed:
+            return Ending(Exit.CRASH, told, self.step, stop)
+        if self.agent.returncode == 0 and self.kill_at is None:
+            return Ending(Exit.DONE, Exit.DONE.meaning, self.step, stop)
+        return Ending(Exit.CRASH, self._agents_end(), self.step, stop, followed=self.kill_at is not None)
+
+    def _said_with(self, code: int) -> str:
+        """What the first rank that ended with a code told of it."""
+        for event in read(self.job.run_dir):
+            if event.get("attempt") == self.number and event.get("exit_code") == code:
+                return str(event["text"])
+        return ""
+
+    def _agents_end(self) -> str:
+        if self.kill_at is not None:
+            return "the ranks of this node were ended"
+        try:
+            return f"the agent failed: {(self.folder / agents.ERROR).read_text()}"
+        except OSError:
+            return f"the agent {_ended(self.agent.returncode)}"
+
+    def _record(self, kind: str, text: str, **more: object) -> None:
+        record(self.job.run_dir, kind, text, attempt=self.number, **more)
+
+
+def _patience(code: int) -> float:
+    """How long the other ranks may go on after one has ended so."""
+    if code == Exit.REQUEUE:
+        return _STOPPING
+    return _AGREEING if code in set(Exit) and code != Exit.CRASH else _LAST_WORDS
+
+
+def _ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        return f"was ended by {signal.Signals(-code).name} (signal {-code})"
+    except ValueError:
+        return f"was ended by signal {-code}"

@@ -1,0 +1,149 @@
+"""`anymal launch`: a job's processes on this node, watched, ended where one fails, and started again.
+
+On several nodes the same command runs on each, with its own --node-rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.config.validation import check
+from megatron_anymal.launcher.job import Job
+from megatron_anymal.launcher.supervisor import Supervisor
+
+_JOBS = ("pretrain", "sft", "dpo")
+_EPILOG = """examples:
+  anymal launch pretrain --config-name=pretrain_8b_image
+  anymal launch --node-rank=$SLURM_NODEID --rdzv-endpoint=$HEAD:29500 sft --config-name=sft_70b trainer.num_nodes=4
+
+The run is started again after a crash, a hang or the death of a process, from its newest checkpoint, as long as it gets
+on. SIGTERM, SIGUSR1 and Ctrl-C stop it with a checkpoint (exit code 75); Ctrl-C again ends it at once.
+What happened is written to report.md in the run's folder, what the ranks print to logs/."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a job to its end; return the exit code (exit_codes.py).
+
+    Raises:
+        ConfigError: a setting that cannot work; before any process is started.
+    """
+    _check_verb(argv)
+    options, unknown = _parser().parse_known_args(list(argv))
+    if unknown:
+        raise ConfigError(
+            f"`anymal launch` has no option {unknown[0]}. What is for the job comes after it: "
+            f"`anymal launch {options.verb} {unknown[0]} ...`."
+        )
+    config = _config(options.verb, options.arguments)
+    return Supervisor(_job(options, config)).run()
+
+
+def _check_verb(argv: Sequence[str]) -> None:
+    """argparse would only say that something is required."""
+    if not {*_JOBS, "-h", "--help"}.isdisjoint(argv):
+        return
+    near = [name for word in argv for name in difflib.get_close_matches(word, _JOBS, n=1)]
+    raise ConfigError(
+        f"`anymal launch` needs the job that it starts, before the job's own arguments: `anymal launch "
+        f"{near[0] if near else '|'.join(_JOBS)} --config-name=NAME [key=value ...]`."
+    )
+
+
+def _config(verb: str, arguments: Sequence[str]) -> AnyMALConfig:
+    parser = argparse.ArgumentParser(prog=f"anymal launch ... {verb}", allow_abbrev=False)
+    parser.add_argument("--config-name", "-cn", required=True)
+    parser.add_argument("--config-path", "-cp")
+    parser.add_argument("overrides", nargs="*")
+    options, unknown = parser.parse_known_intermixed_args(list(arguments))
+    if unknown:
+        raise ConfigError(f"{unknown[0]} is not for `anymal launch`. Give it to `anymal {verb}` without launch.")
+    folder = Path(options.config_path).expanduser().resolve() if options.config_path else default_config_dir()
+    if not folder.is_dir():
+        raise ConfigError(f"--config-path={options.config_path}: there is no folder {folder}.")
+    config = compose(options.config_name, folder, options.overrides).config
+    if config.job != verb:
+        raise ConfigError(
+            f"--config-name={options.config_name} is for the job {config.job!r}. Start it with "
+            f"`anymal launch ... {config.job}`, or set job={verb}."
+        )
+    check(config)
+    return config
+
+
+def _job(options: argparse.Namespace, config: AnyMALConfig) -> Job:
+    processes = options.nproc_per_node or config.trainer.devices
+    nodes = options.nnodes or config.trainer.num_nodes
+    for name, given, key, wanted in (
+        ("--nproc-per-node", processes, "trainer.devices", config.trainer.devices),
+        ("--nnodes", nodes, "trainer.num_nodes", config.trainer.num_nodes),
+    ):
+        if given != wanted:
+            raise ConfigError(f"{name}={given} but {key}={wanted}. Make them the same: {key}={given}.")
+    if nodes > 1:
+        _check_nodes(options, nodes)
+    if options.launcher == "ft" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        raise ConfigError(
+            "--launcher=ft needs the package nvidia-resiliency-ext, which is not installed. Install it with "
+            "`pip install nvidia-resiliency-ext==0.4.1`, or leave --launcher=ft away: torchrun's agent does the same "
+            "here."
+        )
+    return Job(
+        run_dir=config.run_dir,
+        limits=config.resilience,
+        program=["-m", "megatron_anymal", options.verb, *options.arguments],
+        processes=processes,
+        nodes=nodes,
+        node=options.node_rank or 0,
+        endpoint=options.rdzv_endpoint,
+        identity=options.rdzv_id,
+        rdzv_timeout=options.rdzv_timeout,
+        local_addr=options.local_addr,
+        launcher=options.launcher,
+        grace_seconds=options.grace_seconds,
+    )
+
+
+def _check_nodes(options: argparse.Namespace, nodes: int) -> None:
+    host, _, port = options.rdzv_endpoint.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"--nnodes={nodes} needs --rdzv-endpoint=HOST:PORT, an address of node 0 and a free port there, the same "
+            f"on all nodes; not {options.rdzv_endpoint!r}."
+        )
+    if options.node_rank is None or not 0 <= options.node_rank < nodes:
+        raise ConfigError(f"--nnodes={nodes} needs --node-rank, another one from 0 to {nodes - 1} on each node.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="anymal launch",
+        usage="anymal launch [options] {pretrain,sft,dpo} --config-name=NAME [key=value ...]",
+        description="Start a job's processes on this node, watch them, and start them again where that helps.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--nproc-per-node", type=int, help="processes on this node; default: trainer.devices")
+    parser.add_argument("--nnodes", type=int, help="nodes; default: trainer.num_nodes")
+    parser.add_argument("--node-rank", type=int, help="this node's number, from 0")
+    parser.add_argument("--rdzv-endpoint", default="", help="HOST:PORT of node 0; several nodes only")
+    parser.add_argument("--rdzv-id", default="anymal", help="name of the job at that port")
+    parser.add_argument(
+        "--rdzv-timeout", type=float, default=600.0, help="seconds to wait for the other nodes before giving up"
+    )
+    parser.add_argument("--local-addr", default="", help="address of this node for the others; default: its host name")
+    parser.add_argument(
+        "--grace-seconds", type=float, help="time between the scheduler's signal and its kill, for the ranks to know"
+    )
+    parser.add_argument(
+        "--launcher", choices=("torchrun", "ft"), default="torchrun", help="agent that starts the ranks"
+    )
+    parser.add_argument("verb", choices=_JOBS, help="the job")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as the job takes them")
+    return parser

@@ -1,0 +1,338 @@
+"""`python -m megatron_anymal.launcher.preflight.command`: are the nodes of a job fit for its run?
+
+Every process of the job runs it, as Slurm's tasks or under torchrun. Each looks at its node and tells the first one,
+which prints one table; all end with the same code: 0, 80 if another job has the run's folder, or 2 if something is
+wrong, with the node and the fix.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Optional
+
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.config.validation import check
+from megatron_anymal.launcher.preflight import node_checks as checks
+from megatron_anymal.launcher.preflight import table
+from megatron_anymal.launcher.preflight.network_checks import Reports, Traffic, Unreachable, all_reduce
+from megatron_anymal.launcher.preflight.node_checks import Problem
+from megatron_anymal.launcher.preflight.table import Row
+from megatron_anymal.log_filters import quiet_libraries
+from megatron_anymal.resilience.exit_codes import Exit
+
+if TYPE_CHECKING:
+    from megatron_anymal.checkpoint.run_lock import RunLock
+
+# Seconds that clocks may differ.
+_SKEW = 2.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a process stands in its job."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    per_node: int = 1
+    name: str = ""
+
+    @staticmethod
+    def of(environment: Mapping[str, str]) -> Place:
+        """torchrun's variables, else those of Slurm's tasks, else one process alone."""
+        here = environment.get("SLURMD_NODENAME", socket.gethostname())
+        if "RANK" in environment:
+            keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+            rank, world, local_rank, per_node = (int(environment[key]) for key in keys)
+            return Place(rank, world, local_rank, per_node, here)
+        if "SLURM_PROCID" in environment:
+            keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES")
+            rank, world, local_rank, nodes = (int(environment[key]) for key in keys)
+            return Place(rank, world, local_rank, world // nodes, here)
+        return Place(name=here)
+
+    @property
+    def leads(self) -> bool:
+        """It looks at the node for all processes there."""
+        return self.local_rank == 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check, print, and return the exit code."""
+    arguments = _parser().parse_intermixed_args(argv)
+    quiet_libraries()
+    try:
+        config = read_config(arguments)
+        if arguments.run_dir:
+            print(config.run_dir.absolute())
+            return Exit.DONE
+        names = [name for name in arguments.nodes.split(",") if name]
+        preflight = Preflight(config, Place.of(os.environ), names, arguments.timeout)
+        return preflight.run(arguments.address, arguments.port)
+    except (ConfigError, Unreachable) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return Exit.MISTAKE
+
+
+def read_config(arguments: argparse.Namespace) -> AnyMALConfig:
+    """The run's configuration.
+
+    Raises:
+        ConfigError: it is refused before any run.
+    """
+    folder = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
+    if not folder.is_dir():
+        raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {folder}.")
+    config = compose(arguments.config_name, folder, arguments.overrides).config
+    if config.job != arguments.job:
+        raise ConfigError(
+            f"--config-name={arguments.config_name} is for the job {config.job!r}, and {arguments.job!r} was started. "
+            f"Submit slurm/{config.job}_70b.sh, or set job={arguments.job}."
+        )
+    check(config)
+    return config
+
+
+class Preflight:
+    """All checks, as one process of the job sees them.
+
+    Args:
+        names: of all nodes in the order of ranks, where they are known.
+        seconds: time limit of the whole.
+    """
+
+    def __init__(self, config: AnyMALConfig, place: Place, names: Sequence[str], seconds: float) -> None:
+        self.config, self.place, self.seconds = config, place, seconds
+        self.names = list(names)
+        self.began = time.monotonic()
+        # The first process's, of the run's folder.
+        self.lock: Optional[RunLock] = None
+
+    def run(self, address: str, port: int) -> int:
+        """Collective. Returns the exit code, the same everywhere.
+
+        Raises:
+            Unreachable: the first process does not answer.
+        """
+        place = self.place
+        try:
+            self.reports = Reports(address, port, place.rank, self._left(1 / 3))
+        except Unreachable as error:
+            raise Unreachable(f"node {place.name}: {error}. Look at the network to the first node.") from None
+        if place.rank == 0:
+            # Told before anything else: the others wait for it.
+            self.reports.say("token", uuid.uuid4().hex)
+            self.reports.say("refused", self._take_folder())
+        if refused := self.reports.heard("refused", [0], time.monotonic() + self._left(1 / 2)).get(0):
+            return self._give_way(refused)
+        self.reports.say("node", self._look_around())
+        traffic = self._meet()
+        if place.rank == 0:
+            return self._judge(traffic)
+        verdict = self.reports.heard("verdict", [0], time.monotonic() + self._left(1) + 10)
+        self.reports.say("left", True)
+        return verdict.get(0, Exit.MISTAKE)
+
+    def _take_folder(self) -> str:
+        """The first process's: take the run's folder for the time of the checks. Returns why it is another job's.
+
+        Its lock lies where nodes leave their signs: two jobs there at once would each see the other's.
+        """
+        from megatron_anymal.checkpoint.run_lock import FolderInUse, RunLock, user_of
+
+        run_dir, patience = self.config.run_dir, self.config.exp_manager.lock_timeout_seconds
+        try:
+            # Jobs of other run folders and those that ended do not matter; one that trains holds a lock of its own.
+            user = user_of(run_dir, min(patience, self.seconds / 2))
+            if user is None:
+                self.lock = RunLock(run_dir / checks.SIGNS, min(patience, self.seconds / 6), lambda text: None)
+                return ""
+        except FolderInUse as error:
+            return str(error).replace(f"/{checks.SIGNS}'", "'", 1)
+        except OSError:
+            # Told of with the node, by the check of the run's folder.
+            return ""
+        return (
+            f"{str(run_dir.absolute())!r} is in use by {user}. Let it end or stop it, or give this run another folder "
+            "(exp_manager.explicit_log_dir)."
+        )
+
+    def _give_way(self, refused: str) -> int:
+        """All processes': end, since another job has the run's folder."""
+        if self.place.rank == 0:
+            print(f"error: {refused}", flush=True)
+            self.reports.heard("left", range(1, self.place.world), time.monotonic() + 10)
+        else:
+            self.reports.say("left", True)
+        return Exit.LOCKED
+
+    def _look_around(self) -> dict[str, Any]:
+        """This process's report: its card's and, of one process a node, the node's."""
+        place, config, seconds = self.place, self.config, self._left(1 / 3)
+        row: dict[str, Any] = {"node": place.name, "leads": place.leads, "disk": -1, "gpu": -1}
+        problems: list[Problem] = []
+
+        def look_at_card() -> list[Problem]:
+            row["gpu"], found = checks.gpu(place.local_rank)
+            return found
+
+        def look_at_disk() -> list[Problem]:
+            row["disk"], found = checks.disk(config.run_dir, needed)
+            return found
+
+        problems += checks.within(seconds, "GPU", look_at_card)
+        if place.leads:
+            token = self.reports.heard("token", [0], time.monotonic() + seconds).get(0, "")
+            problems += checks.within(seconds, "software", lambda: checks.software(config))
+            problems += checks.within(seconds, "files", lambda: checks.files(config))
+            problems += checks.within(
+                seconds, "run folder", lambda: checks.leave_sign(config.run_dir, place.name, token)
+            )
+            needed, found = self._needed(seconds)
+            problems += found + checks.within(seconds, "disk", look_at_disk)
+        return {**row, "problems": [vars(problem) for problem in problems]}
+
+    def _needed(self, seconds: float) -> tuple[int, list[Problem]]:
+        """Bytes that the run's checkpoints will take yet. Only the first process counts them: it is one disk."""
+        from megatron_anymal.dry_run.checkpoint_size import bytes_needed
+
+        counted: list[int] = []
+
+        def count() -> list[Problem]:
+            counted.append(bytes_needed(self.config))
+            return []
+
+        found = checks.in_time(seconds, "model", count) if self.place.rank == 0 else []
+        if found is None:
+            # The model is large and the machine slow: no reason to stop a run.
+            print(f"warning: the size of a checkpoint could not be counted within {seconds:.0f} s.", flush=True)
+        return counted[0] if counted else 0, found or []
+
+    def _meet(self) -> Optional[Traffic]:
+        """What needs all processes: each other's signs, and an all-reduce. None where not all have come."""
+        ranks = range(self.place.world)
+        if self.place.rank == 0:
+            self.here = self.reports.heard("node", ranks, time.monotonic() + self._left(2 / 3))
+            # A node that could write nothing is told of once.
+            silent = {
+                row["node"] for row in self.here.values() if any(p["check"] == "run folder" for p in row["problems"])
+            }
+            writing = sorted({row["node"] for row in self.here.values()} - silent)
+            self.reports.say("go", writing if len(self.here) == self.place.world else None)
+        nodes = self.reports.heard("go", [0], time.monotonic() + self._left(1)).get(0)
+        if nodes is None:
+            return None
+        if self.place.leads:
+            token = self.reports.heard("token", [0], time.monotonic() + 1).get(0, "")
+            seconds = self._left(1 / 2)
+            run_dir = self.config.run_dir
+            unseen = checks.within(seconds, "run folder", lambda: checks.look_for_signs(run_dir, nodes, token))
+            self.reports.say("signs", [vars(problem) for problem in unseen])
+        traffic = all_reduce(self.reports, self.place.world, self.place.local_rank, self._left(1 / 2))
+        self.reports.say("traffic", traffic.problem)
+        return traffic
+
+    def _judge(self, traffic: Optional[Traffic]) -> int:
+        """The first process's: put all reports together, print them and tell the others the code."""
+        rows = self._rows()
+        if traffic is not None:
+            leaders = [rank for rank, report in self.here.items() if report["leads"]]
+            self._add("signs", leaders, rows)
+            self._add_traffic(traffic, rows)
+        wrong = any(row.problems for row in rows.values())
+        seconds = time.monotonic() - self.began
+        print(table.format_table(list(rows.values()), traffic, self.place.world, seconds), flush=True)
+        code = Exit.MISTAKE if wrong else Exit.DONE
+        self.reports.say("verdict", int(code))
+        # The store ends with this process: the others first.
+        self.reports.heard("left", [rank for rank in self.here if rank], time.monotonic() + 5)
+        checks.remove_signs(self.config.run_dir)
+        if self.lock:
+            self.lock.release()
+        return code
+
+    def _rows(self) -> dict[str, Row]:
+        """What was reported, by node; nodes that are silent too."""
+        rows: dict[str, Row] = {}
+        for rank in range(self.place.world):
+            report = self.here.get(rank)
+            number = rank // self.place.per_node
+            name = report["node"] if report else self.names[number] if self.names else f"node {number}"
+            row = rows.setdefault(name, Row(name))
+            if report is None:
+                text = f"process {rank} did not report within {self.seconds:g} s"
+                row.problems.append(Problem("network", text, "see that the node is up and reaches the first one"))
+                continue
+            row.processes += 1
+            row.disk = max(row.disk, report["disk"])
+            row.gpu = report["gpu"] if row.gpu < 0 else min(row.gpu, report["gpu"])
+            row.problems += [Problem(**problem) for problem in report["problems"]]
+        return rows
+
+    def _add(self, what: str, ranks: Sequence[int], rows: dict[str, Row]) -> None:
+        said = self.reports.heard(what, ranks, time.monotonic() + self._left(1))
+        for rank, problems in said.items():
+            row = rows[self.here[rank]["node"]]
+            known = {problem.check for problem in row.problems}
+            row.problems += [Problem(**one) for one in problems if one["check"] not in known]
+
+    def _add_traffic(self, traffic: Traffic, rows: dict[str, Row]) -> None:
+        said = self.reports.heard("traffic", self.here, time.monotonic() + self._left(1))
+        mend = "look at the network of that node (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME)"
+        for rank, report in self.here.items():
+            problem = said.get(rank, "it did not come out of the all-reduce")
+            row = rows[report["node"]]
+            if problem and all(known.check != "network" for known in row.problems):
+                row.problems.append(Problem("network", problem, mend))
+        if traffic.offsets:
+            first = {report["node"]: traffic.offsets[rank] for rank, report in sorted(self.here.items(), reverse=True)}
+            for name, offset in first.items():
+                rows[name].clock = offset
+            for name, skew in checks.skewed(list(first.values()), list(first), _SKEW).items():
+                rows[name].problems.append(skew)
+
+    def _left(self, share: float) -> float:
+        """Seconds: a share of the time limit that is left, and a second at least."""
+        return max(1.0, share * (self.seconds - (time.monotonic() - self.began)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m megatron_anymal.launcher.preflight.command", description=__doc__)
+    parser.add_argument("job", choices=("pretrain", "sft", "dpo"))
+    parser.add_argument("--config-name", "-cn", required=True, help="YAML file of the configuration folder")
+    parser.add_argument("--config-path", "-cp", help="configuration folder; default: the shipped nemo_configs")
+    parser.add_argument(
+        "--run-dir", action="store_true", help="only check the configuration and print the run's folder"
+    )
+    parser.add_argument("--address", default="127.0.0.1", help="of the first node")
+    parser.add_argument("--port", type=int, default=0, help="a free one of the first node")
+    parser.add_argument("--nodes", default="", help="names of the nodes in the order of ranks: a,b,c")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the whole")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    return parser
+
+
+def _end_late(seconds: float) -> None:
+    print(f"error: the checks of {socket.gethostname()} did not end within {seconds:g} s.", file=sys.stderr, flush=True)
+    os._exit(Exit.MISTAKE)
+
+
+if __name__ == "__main__":
+    limit = _parser().parse_intermixed_args(sys.argv[1:]).timeout + 30
+    alarm = threading.Timer(limit, _end_late, [limit])
+    alarm.daemon = True
+    alarm.start()
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    # Threads that hang in a dead network or file system must not keep the process.
+    os._exit(code)

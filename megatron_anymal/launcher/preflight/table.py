@@ -1,0 +1,66 @@
+"""What a preflight prints: a line a node, the network, and every problem with its mend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Optional
+
+from megatron_anymal.launcher.preflight.network_checks import Traffic
+from megatron_anymal.launcher.preflight.node_checks import Problem
+
+
+@dataclass
+class Row:
+    """A node.
+
+    Attributes:
+        processes: how many reported.
+        disk: free bytes at the run's folder; -1: not known.
+        gpu: free bytes of its fullest card; -1: without CUDA.
+        clock: seconds before the first node's; None: not measured.
+    """
+
+    node: str
+    processes: int = 0
+    disk: int = -1
+    gpu: int = -1
+    clock: Optional[float] = None
+    problems: list[Problem] = field(default_factory=list)
+
+
+def format_table(rows: Sequence[Row], traffic: Optional[Traffic], world: int, seconds: float) -> str:
+    """The whole text."""
+    cells = [("node", "processes", "disk free", "GPU free", "clock", "state"), *(_cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+    lines.append(_network(traffic, world))
+    lines += [f"error: node {row.node}: {problem}" for row in rows for problem in row.problems]
+    wrong = sum(bool(row.problems) for row in rows)
+    verdict = f"{wrong} of {len(rows)} node(s) not fit: the run is not started" if wrong else f"{len(rows)} node(s) fit"
+    return "\n".join([*lines, f"preflight: {verdict} ({seconds:.1f} s)"])
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.node,
+        str(row.processes),
+        _gigabytes(row.disk),
+        _gigabytes(row.gpu),
+        "-" if row.clock is None else f"{row.clock:+.3f} s",
+        ", ".join(dict.fromkeys(problem.check for problem in row.problems)) or "ok",
+    )
+
+
+def _network(traffic: Optional[Traffic], world: int) -> str:
+    if traffic is None:
+        return f"all-reduce over {world} processes: not tried, since not all of them came"
+    if traffic.problem:
+        return f"all-reduce over {world} processes: {traffic.problem}"
+    size, milliseconds = traffic.bytes / 2**20, traffic.seconds * 1e3
+    measured = f"{size:g} MiB in {milliseconds:.1f} ms, {traffic.bandwidth(world) / 1e9:.2f} GB/s a link"
+    return f"all-reduce over {world} process(es): right" + (f"; {measured}" if world > 1 else "")
+
+
+def _gigabytes(count: int) -> str:
+    return "-" if count < 0 else f"{count / 1e9:,.1f} GB"

@@ -1,0 +1,242 @@
+"""How the launchers of several nodes agree: on an attempt's number, on trouble elsewhere, and on what follows.
+
+Node 0's launcher holds a store that outlives the attempts. All launchers, and the agents they start, are its clients;
+an agent's rendezvous has the attempt's number in its name, so that nothing of an earlier attempt is met. A launcher
+that was killed and started again meets the others in the next attempt: the one under way is lost with it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any, Optional
+
+from megatron_anymal.launcher.job import Decision, Ending, Job, combined
+from megatron_anymal.resilience.events import record
+from megatron_anymal.resilience.exit_codes import Exit
+
+# Seconds: between looks, between looks for trouble elsewhere, for one try to connect.
+_LOOK, _ALARM, _CONNECT = 0.2, 1.0, 5.0
+# How long node 0 keeps the store for the others to read the last decision, in seconds.
+_FAREWELL = 10.0
+
+
+class NodeLost(RuntimeError):
+    """A node is gone, or did not come."""
+
+
+class HeadLost(NodeLost):
+    """Node 0's launcher, which holds the store, is gone; it may be started again."""
+
+
+class Alone:
+    """The launcher of a run on one node: there is nobody to ask."""
+
+    # The agent holds the store itself, at a free port.
+    rendezvous: tuple[str, ...] = ("--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
+
+    def agree(self, number: Callable[[], int]) -> int:
+        """The number of the next attempt; `number` is called on node 0.
+
+        Raises:
+            NodeLost: not all nodes came in time.
+        """
+        return number()
+
+    def alarm(self) -> None:
+        """Tell the others that this attempt has failed."""
+
+    def alarmed(self) -> bool:
+        """Whether it has failed on another node."""
+        return False
+
+    def decide(self, ending: Ending, decide: Callable[[Ending], Decision]) -> Decision:
+        """What follows from how it ended on all nodes; `decide` is called on node 0.
+
+        Raises:
+            NodeLost: not all nodes told in time.
+        """
+        return decide(ending)
+
+    def leave(self) -> None:
+        """The last decision was made."""
+
+
+class Nodes(Alone):
+    """One of several launchers.
+
+    Args:
+        check: called while waiting; what it raises ends the wait.
+
+    Raises:
+        NodeLost: node 0's launcher cannot be reached within the job's rdzv_timeout.
+    """
+
+    def __init__(self, job: Job, check: Callable[[], None]) -> None:
+        self._job, self._check, self._round = job, check, 0
+        self._looked, self._failed = 0.0, False
+        self._store = self._connect()
+        self.rendezvous = (
+            f"--rdzv-endpoint={job.endpoint}",
+            f"--rdzv-conf=is_host=0,join_timeout={job.rdzv_timeout:.0f}",
+            *([f"--local-addr={job.local_addr}"] if job.local_addr else []),
+        )
+
+    def agree(self, number: Callable[[], int]) -> int:
+        self._round = self._next_round()
+        self._looked, self._failed = 0.0, False
+        self._set(f"here/{self._job.node}", "")
+        if self._job.node == 0:
+            self._await_all("here", "did not come")
+            self._set("number", str(number()))
+        return int(self._await("number", "node 0 did not begin the attempt"))
+
+    def alarm(self) -> None:
+        self._failed = True
+        try:
+            self._set("alarm", "")
+        except NodeLost as error:
+            # Said when it comes to the decision.
+            print(f"[launch] {error}", flush=True)
+
+    def alarmed(self) -> bool:
+        if not self._failed and time.monotonic() - self._looked > _ALARM:
+            self._looked = time.monotonic()
+            # Without node 0 no decision can come either.
+            try:
+                self._failed = self._there("alarm")
+            except NodeLost:
+                self._failed = True
+        return self._failed
+
+    def decide(self, ending: Ending, decide: Callable[[Ending], Decision]) -> Decision:
+        self._set(f"ending/{self._job.node}", json.dumps(asdict(ending)))
+        if self._job.node == 0:
+            endings = [_ending(text) for text in self._await_all("ending", "did not say how the attempt ended there")]
+            self._set("decision", json.dumps(asdict(decide(combined(endings)))))
+        said = json.loads(self._await("decision", "node 0 did not say what follows"))
+        self._set(f"seen/{self._job.node}", "")
+        return Decision(**{**said, "code": Exit(said["code"])})
+
+    def leave(self) -> None:
+        deadline = time.monotonic() + _FAREWELL
+        if self._job.node == 0:
+            while time.monotonic() < deadline and not all(self._there(f"seen/{n}") for n in range(self._job.nodes)):
+                time.sleep(_LOOK)
+
+    def _next_round(self) -> int:
+        if self._job.node == 0:
+            self._ask(lambda: self._store.set(self._rounds, str(self._round + 1)))
+            return self._round + 1
+        if self._round:
+            return self._round + 1
+        deadline = time.monotonic() + self._job.rdzv_timeout
+        while not self._ask(lambda: self._store.check([self._rounds])):
+            if time.monotonic() > deadline:
+                raise NodeLost(f"node 0 did not begin within {self._job.rdzv_timeout:g} s.")
+            self._pause("here")
+        self._round = int(self._ask(lambda: self._store.get(self._rounds)))
+        if not self._there(f"here/{self._job.node}"):
+            return self._round
+        # An earlier launcher of this node took part in it, and cannot say how it ended.
+        text = f"the launcher of node {self._job.node} was lost and started again"
+        attempt = int(self._get("number")) if self._there("number") else 0
+        record(self._job.run_dir, "death", text, attempt=attempt)
+        self.alarm()
+        self._set(f"ending/{self._job.node}", json.dumps(asdict(Ending(Exit.CRASH, text))))
+        return self._round + 1
+
+    @property
+    def _rounds(self) -> str:
+        """Where node 0 says which round it is."""
+        return f"anymal/{self._job.identity}/round"
+
+    def _connect(self) -> Any:
+        from torch.distributed import TCPStore
+
+        host, _, port = self._job.endpoint.rpartition(":")
+        deadline = time.monotonic() + self._job.rdzv_timeout
+        while True:
+            self._check()
+            try:
+                return TCPStore(
+                    host,
+                    int(port),
+                    is_master=self._job.node == 0,
+                    wait_for_workers=False,
+                    timeout=timedelta(seconds=_CONNECT),
+                )
+            except RuntimeError as error:
+                if self._job.node == 0:
+                    raise NodeLost(
+                        f"this launcher cannot listen at --rdzv-endpoint={self._job.endpoint} ({_first_line(error)})."
+                    ) from None
+                if time.monotonic() > deadline:
+                    raise NodeLost(
+                        f"node 0's launcher cannot be reached at --rdzv-endpoint={self._job.endpoint} within "
+                        f"--rdzv-timeout={self._job.rdzv_timeout:g} s ({_first_line(error)})."
+                    ) from None
+                time.sleep(_LOOK)
+
+    def _await_all(self, what: str, failed: str) -> list[str]:
+        deadline = time.monotonic() + self._job.rdzv_timeout
+        missing = list(range(self._job.nodes))
+        while missing:
+            missing = [node for node in missing if not self._there(f"{what}/{node}")]
+            if missing and time.monotonic() > deadline:
+                names = ", ".join(map(str, missing))
+                raise NodeLost(f"node {names} of {self._job.nodes} {failed} within {self._job.rdzv_timeout:g} s.")
+            if missing:
+                self._pause(what)
+        return [self._get(f"{what}/{node}") for node in range(self._job.nodes)]
+
+    def _await(self, what: str, failed: str) -> str:
+        # Node 0 itself waits for all nodes first.
+        deadline = time.monotonic() + 2 * self._job.rdzv_timeout
+        while not self._there(what):
+            if time.monotonic() > deadline:
+                raise NodeLost(f"{failed} within {2 * self._job.rdzv_timeout:g} s.")
+            self._pause(what)
+        return self._get(what)
+
+    def _pause(self, what: str) -> None:
+        # A wish to stop ends the wait for an attempt; how one ended is still agreed on.
+        if what in ("here", "number"):
+            self._check()
+        time.sleep(_LOOK)
+
+    def _key(self, what: str) -> str:
+        return f"anymal/{self._job.identity}/{self._round}/{what}"
+
+    def _set(self, what: str, value: str) -> None:
+        self._ask(lambda: self._store.set(self._key(what), value))
+
+    def _get(self, what: str) -> str:
+        value = self._ask(lambda: self._store.get(self._key(what)))
+        return bytes(value).decode()
+
+    def _there(self, what: str) -> bool:
+        return bool(self._ask(lambda: self._store.check([self._key(what)])))
+
+    def _ask(self, question: Callable[[], Any]) -> Any:
+        try:
+            return question()
+        except RuntimeError as error:
+            raise HeadLost(f"node 0's launcher is gone ({_first_line(error)}).") from None
+
+
+def meet(job: Job, check: Callable[[], None]) -> Alone:
+    """The way to agree that a job needs."""
+    return Nodes(job, check) if job.nodes > 1 else Alone()
+
+
+def _ending(text: str) -> Ending:
+    said = json.loads(text)
+    return Ending(**{**said, "code": Exit(said["code"])})
+
+
+def _first_line(error: BaseException) -> Optional[str]:
+    return next(iter(str(error).splitlines()), None)

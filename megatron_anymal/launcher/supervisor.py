@@ -1,0 +1,87 @@
+"""Attempts at a run, one after the other, until it is done, stopped, or does not get on."""
+
+from __future__ import annotations
+
+from megatron_anymal.launcher.attempt import Attempt
+from megatron_anymal.launcher.job import Decision, Ending, Job, Restarts, new_attempt
+from megatron_anymal.launcher.rendezvous import Alone, HeadLost, NodeLost, meet
+from megatron_anymal.launcher.report import write_report
+from megatron_anymal.launcher.stop_requests import Stopped, Wishes
+from megatron_anymal.resilience.events import record
+from megatron_anymal.resilience.exit_codes import Exit
+
+
+class Supervisor:
+    """Runs a job on this node, together with the supervisors of the others.
+
+    Raises:
+        ConfigError: the run's folder cannot be written.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.leads = job.node == 0
+        self.wishes = Wishes()
+        self.number = 0
+
+    def run(self) -> int:
+        """Run to the end; return the exit code."""
+        with self.wishes.heard():
+            try:
+                decision = self._attempts()
+            except Stopped:
+                decision = Decision(Exit.REQUEUE, "stopped on request, while no rank was running")
+            except NodeLost as error:
+                decision = Decision(Exit.CRASH, str(error))
+            self._end(decision)
+        return int(decision.code)
+
+    def _attempts(self) -> Decision:
+        meeting = meet(self.job, self.wishes.check)
+        restarts = Restarts(self.job.run_dir)
+        while True:
+            try:
+                decision = self._attempt(meeting, restarts)
+            except HeadLost as error:
+                self._say(f"{error} Waiting for it to be started again.")
+                meeting = meet(self.job, self.wishes.check)
+                continue
+            if decision.pause is None:
+                meeting.leave()
+                return decision
+            text = f"attempt {self.number}: {decision.text}. Starting again in {decision.pause:g} s"
+            self._say(text)
+            if self.leads:
+                record(self.job.run_dir, "restart", text, attempt=self.number, pause=decision.pause)
+            self.wishes.sleep(decision.pause)
+
+    def _attempt(self, meeting: Alone, restarts: Restarts) -> Decision:
+        self.number = meeting.agree(lambda: new_attempt(self.job.run_dir))
+        text = f"{self.job.nodes} x {self.job.processes} processes"
+        self._say(f"attempt {self.number}: {text}; logs in {self.job.run_dir}/logs/attempt_{self.number}")
+        if self.leads:
+            record(self.job.run_dir, "start", text, attempt=self.number, launcher=self.job.launcher)
+        ending: Ending = Attempt(self.job, self.number, meeting, self.wishes, self._say).run()
+        return meeting.decide(ending, restarts.decide)
+
+    def _end(self, decision: Decision) -> None:
+        """Tell the user, and write the report; not in a folder that is another job's."""
+        code = decision.code
+        self._say(
+            f"exit code {int(code)}, {code.meaning}" + (f": {decision.text}" if decision.text != code.meaning else "")
+        )
+        if not self.leads or code == Exit.LOCKED:
+            return
+        if code == Exit.CRASH_LOOP:
+            record(self.job.run_dir, "crash_loop", decision.text, attempt=self.number)
+        record(self.job.run_dir, "end", decision.text, attempt=self.number, exit_code=int(code))
+        try:
+            path = write_report(self.job.run_dir, code, decision.text)
+        except OSError as error:
+            self._say(f"warning: the report could not be written: {error}")
+        else:
+            self._say(f"report: {path}")
+
+    def _say(self, text: str) -> None:
+        node = f" node {self.job.node}" if self.job.nodes > 1 else ""
+        print(f"[launch{node}] {text}", flush=True)

@@ -1,0 +1,191 @@
+"""The kernels that attend within the documents of a pack.
+
+Each is made once per pass from the documents' lengths and then called in every layer. What a rank computes is a list of
+segments: some consecutive tokens of a document as queries, and the document up to their last one as keys. Without
+context parallelism a segment is a whole document; with it every document gives two (data/context_parallel.py).
+
+Shapes: T tokens of the pack, Q of them on this rank, n heads, g key/value groups, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Any, Optional, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_anymal.data.context_parallel import held_chunks
+
+
+class Kernel(Protocol):
+    """Attention within the documents of one pack."""
+
+    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None: ...
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
+        """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """`queries` tokens from `first_query` on (in this rank's order) see the `keys` tokens from `first_key` on (in the
+    pack's order) causally: the last query sees all of them."""
+
+    first_query: int
+    queries: int
+    first_key: int
+    keys: int
+
+
+def _segments(lengths: Sequence[int], context_rank: int, context_size: int) -> list[_Segment]:
+    found, query = [], 0
+    for length, first_key in zip(lengths, accumulate(lengths, initial=0)):
+        for start, stop in held_chunks(length, context_rank, context_size):
+            found.append(_Segment(query, stop - start, first_key, stop))
+            query += stop - start
+    return found
+
+
+class SdpaKernel:
+    """torch's scaled dot-product attention, everywhere.
+
+    Segments of similar size are gathered into a batch and padded at their end. Whole documents use `is_causal`, which
+    never lets a document's tokens see the padding behind them; chunks of documents get masks of their own size.
+    """
+
+    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
+        groups: dict[tuple[int, int], list[_Segment]] = {}
+        segments = _segments(lengths, context_rank, context_size)
+        for segment in segments:
+            size = ((segment.queries - 1).bit_length(), (segment.keys - 1).bit_length())
+            groups.setdefault(size, []).append(segment)
+        self._buckets = [_Bucket.of(group, device) for group in groups.values()]
+        places, offset = torch.empty(sum(s.queries for s in segments), dtype=torch.int64), 0
+        for group, bucket in zip(groups.values(), self._buckets):
+            width = bucket.queries.size(1)
+            for row, segment in enumerate(group):
+                first = offset + row * width
+                places[segment.first_query : segment.first_query + segment.queries] = torch.arange(
+                    first, first + segment.queries
+                )
+            offset += bucket.queries.numel()
+        # [Q]: where each of this rank's tokens lies in the buckets laid end to end.
+        self._from_buckets = places.to(device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
+        grouped = query.size(1) != key.size(1)
+        outputs = []
+        for bucket in self._buckets:
+            q = query[bucket.queries].transpose(1, 2)
+            k, v = (x[bucket.keys].transpose(1, 2) for x in (key, value))
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scale, enable_gqa=grouped
+            )
+            outputs.append(out.transpose(1, 2).flatten(0, 1))
+        together = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return together[self._from_buckets]
+
+
+@dataclass(frozen=True)
+class _Bucket:
+    """Segments side by side, each padded to the longest by repeating its last token."""
+
+    # [D, Lq] and [D, Lk] int64: the rank's query tokens, the pack's key tokens.
+    queries: Tensor
+    keys: Tensor
+    # [D, 1, Lq, Lk] bool: what a query sees; None where that is `is_causal`.
+    mask: Optional[Tensor]
+
+    @staticmethod
+    def of(segments: Sequence[_Segment], device: torch.device) -> _Bucket:
+        first_query, queries, first_key, keys = torch.tensor(
+            [(s.first_query, s.queries, s.first_key, s.keys) for s in segments]
+        ).T.unsqueeze(2)
+        query_place, key_place = torch.arange(int(queries.max())), torch.arange(int(keys.max()))
+        mask = None
+        if any(s.queries != s.keys for s in segments):
+            sees = (query_place + keys - queries)[:, :, None] >= key_place
+            mask = sees[:, None].to(device)
+        return _Bucket(
+            (first_query + query_place.minimum(queries - 1)).to(device),
+            (first_key + key_place.minimum(keys - 1)).to(device),
+            mask,
+        )
+
+
+class FlashKernel:
+    """flash-attn's varlen kernel: its causal mask is aligned to the last key, which is what a segment is."""
+
+    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
+        segments = _segments(lengths, context_rank, context_size)
+        self._cu_queries = _cumulative([s.queries for s in segments], device)
+        self._cu_keys = _cumulative([s.keys for s in segments], device)
+        self._longest = max(s.queries for s in segments), max(s.keys for s in segments)
+        # Whole documents are already laid end to end; chunks each need their document's beginning.
+        self._keys: Optional[Tensor] = None
+        if context_size > 1:
+            parts = [torch.arange(s.first_key, s.first_key + s.keys) for s in segments]
+            self._keys = torch.cat(parts).to(device)
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
+        from flash_attn import flash_attn_varlen_func
+
+        if self._keys is not None:
+            key, value = key[self._keys], value[self._keys]
+        return flash_attn_varlen_func(
+            query,
+            key,
+            value,
+            cu_seqlens_q=self._cu_queries,
+            cu_seqlens_k=self._cu_keys,
+            max_seqlen_q=self._longest[0],
+            max_seqlen_k=self._longest[1],
+            softmax_scale=scale,
+            causal=True,
+        )
+
+
+class FlexKernel:
+    """torch's flex attention: blocks of the pack that no document joins are skipped."""
+
+    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        segments = _segments(lengths, context_rank, context_size)
+        documents = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+        # The pack's place of each query: the last of a segment is its last key.
+        places = torch.cat([torch.arange(s.first_key + s.keys - s.queries, s.first_key + s.keys) for s in segments]).to(
+            device
+        )
+
+        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            place = places[query]
+            return (documents[place] == documents[key]) & (place >= key)
+
+        self._mask = create_block_mask(sees, None, None, len(places), len(documents), device=str(device))
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
+        out = _flex()(q, k, v, block_mask=self._mask, scale=scale, enable_gqa=query.size(1) != key.size(1))
+        return out.squeeze(0).transpose(0, 1)
+
+
+@cache
+def _flex() -> Any:
+    """Compiled: eager flex attention would make the whole matrix of scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _cumulative(sizes: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(accumulate(sizes, initial=0)), dtype=torch.int32, device=device)
+
+
+KERNELS: dict[str, type[Kernel]] = {"sdpa": SdpaKernel, "flash_attn": FlashKernel, "flex": FlexKernel}

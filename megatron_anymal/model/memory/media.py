@@ -1,0 +1,172 @@
+"""What encoders and projectors hold in memory: see memory.py.
+
+Encoders are whatever architecture their section names: theirs is counted on one built without numbers (meta.py).
+Shapes: n pieces, F features of width w per piece, T soft tokens per piece, h the projector's width, H the Llama's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from megatron_anymal.config import ModalityConfig, ProjectorConfig
+from megatron_anymal.modalities import Modality
+from megatron_anymal.model.build import seeded_encoder
+from megatron_anymal.model.memory.language_model import MediaBytes
+from megatron_anymal.model.meta_device import on_meta
+
+# Numbers per feature and its width that a frozen encoder has in use at once: a layer's input, its feed-forward's hidden
+# values before and after the activation, and what lies between.
+_ENCODER_WORKING = 12
+
+
+@dataclass(frozen=True)
+class EncoderSizes:
+    """One encoder.
+
+    Attributes:
+        features, width: F and w.
+        piece: numbers of a piece.
+        kept: bytes that a piece keeps for a backward pass through the encoder.
+    """
+
+    parameters: int
+    features: int
+    width: int
+    piece: int
+    kept: int
+
+
+def encoder_sizes(name: str, section: ModalityConfig, modality: Modality, dtype: torch.dtype) -> EncoderSizes:
+    """Build an encoder without numbers and count.
+
+    Args:
+        section: its encoder must not read weights.
+    """
+    with on_meta():
+        encoder = seeded_encoder(name, section.encoder, modality, 0).to(dtype)
+        kept = 0 if section.encoder.freeze else _kept(encoder, modality.piece_shape)
+    parameters = sum(p.numel() for p in encoder.parameters())
+    piece = math.prod(modality.piece_shape)
+    return EncoderSizes(parameters, encoder.feature_tokens, encoder.width, piece, kept)
+
+
+def _kept(encoder: nn.Module, piece_shape: Sequence[int]) -> int:
+    """Bytes that autograd keeps of one piece, weights apart."""
+    weights = {t.untyped_storage()._cdata for t in [*encoder.parameters(), *encoder.buffers()]}
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
+        encoder(torch.zeros(1, *piece_shape, device="meta"))
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
+    return sum(size for place, size in storages.items() if place not in weights)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device torch would take attention apart, and keep its probabilities."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what fused attention keeps: queries, keys, values, the result and sums of exponentials."""
+
+    @staticmethod
+    def forward(ctx, query, key, value):
+        out = query.new_empty(query.shape[:-1] + value.shape[-1:])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+
+def media_bytes(
+    sections: Sequence[tuple[ModalityConfig, EncoderSizes]],
+    hidden: int,
+    tokens: int,
+    tensor: int,
+    context: int,
+    number: int,
+) -> MediaBytes:
+    """What all modalities add to a rank of the first stage.
+
+    Micro-batches differ in their media; one counts whose tokens are all soft tokens of the costliest modality.
+
+    Args:
+        tokens: of a micro-batch, over all context-parallel ranks.
+        number: bytes of a number.
+    """
+    frozen, trainable, kept, working = 0, 0, [0], [0]
+    for section, encoder in sections:
+        projector = section.projector
+        of_projector = projector_parameters(projector, encoder.features, encoder.width, hidden, tensor)
+        frozen += section.encoder.freeze * encoder.parameters + projector.freeze * of_projector
+        trainable += (not section.encoder.freeze) * encoder.parameters + (not projector.freeze) * of_projector
+        pieces = -(-tokens // projector.num_tokens)
+        own, projected = -(-pieces // (tensor * context)), -(-pieces // context)
+        of_pieces = 0 if section.encoder.freeze else own * encoder.kept
+        if not (section.encoder.freeze and projector.freeze):
+            of_pieces += kept_by_projector(projector, projected, encoder, hidden, tensor, number)
+        kept.append(of_pieces)
+        call = min(own, section.encoder.max_pieces_per_call)
+        in_use = call * _ENCODER_WORKING * number * encoder.features * encoder.width
+        # fp32 pieces of two micro-batches, and all features.
+        working.append(in_use + 2 * 4 * own * encoder.piece + number * projected * encoder.features * encoder.width)
+    return MediaBytes(frozen, trainable, max(kept), max(working))
+
+
+def projector_parameters(config: ProjectorConfig, features: int, width: int, hidden: int, tensor: int) -> int:
+    """Numbers of a projector on one tensor-parallel rank."""
+    if config.type == "linear":
+        return (
+            sum((inputs + 1) * outputs // tensor for inputs, outputs in _linears(config, features, width, hidden)) + 1
+        )
+    h, up = config.hidden_size or width, config.ffn_multiplier * (config.hidden_size or width)
+    layer = 3 * 2 * h + 4 * h * h // tensor + (h + 1) * up // tensor + up * h // tensor + h
+    ends = 2 * width + (width + 1) * h // tensor + 2 * h + (h + 1) * hidden // tensor + 1
+    return ends + (features + config.num_tokens) * h + config.num_layers * layer
+
+
+def kept_by_projector(
+    config: ProjectorConfig, pieces: int, encoder: EncoderSizes, hidden: int, tensor: int, number: int
+) -> int:
+    """Bytes that a projector which trains keeps of n pieces for its backward pass, their features among them."""
+    features, width, latents = encoder.features, encoder.width, config.num_tokens
+    # Soft tokens before and after they are brought to one root mean square, in fp32.
+    kept = 4 * latents * (2 * hidden + 1)
+    if config.type == "linear":
+        first, *later = _linears(config, features, width, hidden)
+        groups = min(features, latents)
+        # The later ones' inputs before and after the activation.
+        return pieces * (kept + number * groups * (first[0] + sum(2 * inputs for inputs, _ in later)))
+    h, up = config.hidden_size or width, config.ffn_multiplier * (config.hidden_size or width) // tensor
+    both, own = features + latents, h // tensor
+    layer = [
+        # Inputs of the norms (the features' is shared) and of the linear layers.
+        latents * h + both * h + latents * h + latents * h,
+        # Attention's inputs and its result.
+        (2 * latents + 2 * both) * own,
+        # The feed-forward before and after its activation, and its norm's input.
+        2 * latents * up + latents * h,
+    ]
+    # The first layer's latents are a parameter.
+    once = 2 * features * width + features * h + latents * h
+    sums = 4 * latents * config.num_attention_heads // tensor + 2 * number * (2 * latents + features)
+    return pieces * (kept + number * (once + config.num_layers * sum(layer)) + config.num_layers * sums)
+
+
+def _linears(config: ProjectorConfig, features: int, width: int, hidden: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of a linear projector's layers (projectors.LinearProjector)."""
+    groups = min(features, config.num_tokens)
+    sizes = [width * -(-features // groups), *[config.hidden_size or width] * (config.num_layers - 1)]
+    return list(zip(sizes, [*sizes[1:], hidden * config.num_tokens // groups]))

@@ -1,0 +1,227 @@
+"""Every weight under its one unsharded name: how a rank's part relates to the whole.
+
+Initial values, HuggingFace weights, hashes and archives all speak of whole weights; a rank holds a slice of some of
+them. The names are those of the local layer specification with layers counted over the whole model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from megatron_anymal.model.fp8_weights import is_quantized, remember_source, source_of
+from megatron_anymal.safetensors_io import raw_bytes
+
+_CPU = torch.device("cpu")
+# Numbers in a weight from which on the device that holds it draws its initial values.
+_LARGE = 1 << 24
+# Transformer Engine keeps a norm's weight in the linear behind it.
+FUSED_NORMS = {
+    "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
+}
+_FUSED_IN_PROJECTORS = re.compile(r"(input|output|ffn)_(?:linear|up)\.layer_norm_(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter of this rank as part of the whole model."""
+
+    name: str
+    parameter: nn.Parameter
+    # Dimension that the tensor-parallel ranks share out; None where every rank holds all of it.
+    split_dim: Optional[int]
+    # 2 where gate and up projection lie one after the other and each is shared out by itself.
+    blocks: int
+    # Rows of the whole weight without the padding of the vocabulary; None where there is none.
+    rows: Optional[int]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the whole weight."""
+        shape = list(self.parameter.shape)
+        if self.split_dim is not None:
+            shape[self.split_dim] *= parallel_state.get_tensor_model_parallel_world_size()
+        if self.rows is not None:
+            shape[0] = self.rows
+        return tuple(shape)
+
+    def local_part(self, whole: Tensor) -> Tensor:
+        """This rank's slice of the whole weight."""
+        if tuple(whole.shape) != self.shape:
+            raise ValueError(f"{self.name} has shape {list(whole.shape)}; the model expects {list(self.shape)}.")
+        if self.split_dim is None:
+            return whole
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        rank = parallel_state.get_tensor_model_parallel_rank()
+        if self.rows is not None:
+            padding = self.parameter.size(0) * ranks - self.rows
+            whole = torch.cat([whole, whole.new_zeros(padding, *whole.shape[1:])])
+        blocks = whole.chunk(self.blocks, dim=self.split_dim)
+        return torch.cat([block.chunk(ranks, dim=self.split_dim)[rank] for block in blocks], dim=self.split_dim)
+
+    def set(self, whole: Tensor) -> None:
+        """Take the values of the whole weight."""
+        with torch.no_grad():
+            self.parameter.copy_(self.local_part(whole))
+        if is_quantized(self.parameter):
+            remember_source(self.parameter, hash_weight(self.name, whole.to(self.parameter.dtype)))
+
+    def gather(self, local: Optional[Tensor] = None) -> Tensor:
+        """The whole weight (or gradient, or any tensor of the parameter's shape) from the tensor-parallel ranks.
+
+        Collective over them.
+        """
+        local = (self.parameter if local is None else local).detach().contiguous()
+        if self.split_dim is None:
+            return local
+        ranks = parallel_state.get_tensor_model_parallel_world_size()
+        parts = [torch.empty_like(local) for _ in range(ranks)]
+        dist.all_gather(parts, local, group=parallel_state.get_tensor_model_parallel_group())
+        shares = [part.chunk(self.blocks, dim=self.split_dim) for part in parts]
+        whole = torch.cat([shares[r][b] for b in range(self.blocks) for r in range(ranks)], dim=self.split_dim)
+        return whole if self.rows is None else whole[: self.rows]
+
+
+def list_weights(model: nn.Module) -> list[Weight]:
+    """The weights of this rank's part of an AnyMALModel, in its order."""
+    vocab_size: Any = model.vocab_size
+    found = []
+    parameter: Any
+    for name, parameter in model.named_parameters():
+        split = getattr(parameter, "tensor_model_parallel", False)
+        vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        found.append(
+            Weight(
+                name=whole_name(model, name),
+                parameter=parameter,
+                split_dim=int(parameter.partition_dim) if split else None,
+                blocks=2 if name.endswith("mlp.linear_fc1.weight") and name.startswith("language_model.") else 1,
+                rows=vocab_size if vocabulary else None,
+            )
+        )
+    return found
+
+
+def whole_name(model: nn.Module, name: str) -> str:
+    """The name in the whole model of a parameter or module of this rank's part of an AnyMALModel."""
+    llama: Any = model.get_submodule("language_model")
+    first_layer = llama.decoder.layers[0].layer_number - 1 if len(llama.decoder.layers) else 0
+    if llama.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
+        return "language_model.embedding.word_embeddings.weight"
+    match = re.match(r"(language_model\.decoder\.layers\.)(\d+)\.(.*)", name)
+    if not match:
+        return _FUSED_IN_PROJECTORS.sub(r"\1_norm.\2", name)
+    rest = FUSED_NORMS.get(match[3], match[3])
+    return f"{match[1]}{int(match[2]) + first_layer}.{rest}"
+
+
+def set_initial_values(weights: Iterable[Weight], seed: int, default_std: float) -> None:
+    """Draw each weight by `initial_value`. A parameter's `init_std` overrides `default_std`; one-dimensional weights
+    keep what they were built with (norms 1, biases 0).
+    """
+    for weight in weights:
+        if weight.parameter.dim() < 2:
+            continue
+        std = getattr(weight.parameter, "init_std", default_std)
+        weight.set(initial_value(weight.name, weight.shape, seed, std, weight.parameter.device))
+
+
+def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, device: torch.device = _CPU) -> Tensor:
+    """A whole weight drawn from a normal distribution seeded by (seed, name): the same under every layout.
+
+    Args:
+        device: draws it if it is large (a random 70B would take a core twelve minutes); GPUs of one kind draw
+            alike.
+    """
+    key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    drawn_on = device if math.prod(shape) >= _LARGE else _CPU
+    generator = torch.Generator(drawn_on).manual_seed(int.from_bytes(key[:8], "little") >> 1)
+    return torch.randn(shape, generator=generator, device=drawn_on) * std
+
+
+def gather_weights(models: Iterable[nn.Module], prefix: str = "") -> Optional[dict[str, Tensor]]:
+    """All whole weights on rank 0 (None elsewhere), on the CPU, by name. Collective over all processes."""
+    mine = {}
+    for weight in _selected(models, prefix):
+        whole = weight.gather()
+        if _speaks_for_replica():
+            mine[weight.name] = whole.cpu()
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, dst=0)
+    if dist.get_rank() != 0:
+        return None
+    return {name: tensor for part in gathered for name, tensor in part.items()}
+
+
+def load_weights(models: Iterable[nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Set every weight of this rank from whole weights.
+
+    Raises:
+        ValueError: one is missing or has another shape.
+    """
+    for weight in _selected(models, ""):
+        if weight.name not in tensors:
+            raise ValueError(f"The weights lack {weight.name}.")
+        weight.set(tensors[weight.name])
+
+
+def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
+    """A hash of the whole weights under `prefix` except adapters: names, shapes, types and bytes; the same under every
+    layout.
+
+    Collective over all processes; every rank gets it.
+    """
+    digests: dict[str, str] = {}
+    for weight in _selected(models, prefix):
+        if ".lora." in weight.name:
+            continue
+        if is_quantized(weight.parameter):
+            digest = source_of(weight.parameter)
+        else:
+            whole = weight.gather()
+            digest = hash_weight(weight.name, whole) if _speaks_for_replica() else ""
+        if _speaks_for_replica():
+            digests[weight.name] = digest
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, digests)
+    return hash_together({name: digest for part in parts for name, digest in part.items()})
+
+
+def hash_weight(name: str, whole: Tensor) -> str:
+    """A hash of one whole weight: name, shape, type and bytes."""
+    head = f"{name} {tuple(whole.shape)} {whole.dtype}".encode()
+    digest = hashlib.sha256(head)
+    digest.update(raw_bytes(whole.cpu()))
+    return digest.hexdigest()
+
+
+def hash_together(digests: Mapping[str, str]) -> str:
+    """One hash of the hashes of many weights, whatever their order."""
+    body = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(body.encode()).hexdigest()
+
+
+def _selected(models: Iterable[nn.Module], prefix: str) -> Iterator[Weight]:
+    for model in models:
+        yield from (weight for weight in list_weights(model) if weight.name.startswith(prefix))
+
+
+def _speaks_for_replica() -> bool:
+    return (
+        parallel_state.get_tensor_model_parallel_rank() == 0
+        and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
+    )
+
+
+def leave_unset(weight: Tensor) -> None:
+    """megatron-core's `init_method` here: values are read, or drawn by name with `set_initial_values`."""

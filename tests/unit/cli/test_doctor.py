@@ -1,0 +1,167 @@
+"""`anymal doctor`: states, exit codes, and the unrelated package named apex."""
+
+import importlib
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_anymal import backend
+from megatron_anymal.cli import doctor
+from megatron_anymal.config import AnyMALConfig, ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+def finding(name: str) -> doctor.Finding:
+    (found,) = [found for found in doctor.examine() if found.part == name]
+    return found
+
+
+@pytest.fixture
+def site(tmp_path, monkeypatch):
+    """A folder that is searched for modules and distributions before all others."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.invalidate_caches()
+    return tmp_path
+
+
+def add_distribution(site: Path, name: str, version: str, *files: str) -> None:
+    for file in files:
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text("raise SystemExit('must not be imported')\n")
+    info = site / f"{name}-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    importlib.invalidate_caches()
+
+
+def test_foreign_apex_is_recognised_and_not_imported(site):
+    add_distribution(site, "apex", "0.9.10.dev0", "apex/__init__.py", "apex/models.py")
+    assert backend.apex_kind() == "foreign" and backend.capabilities().foreign_apex
+    assert not backend.capabilities().nvidia_apex
+    found = finding("apex")
+    assert (found.state, found.version) == (doctor.FOREIGN, "0.9.10.dev0")
+    assert found.mend.startswith("pip uninstall -y apex") and "-e '.[apex]'" in found.mend
+
+
+def test_nvidia_apex(site):
+    add_distribution(site, "apex", "0.1", "apex/__init__.py", "apex/optimizers/__init__.py")
+    assert backend.apex_kind() == "nvidia"
+    # The Python part without the kernels does not help.
+    assert not backend.capabilities().nvidia_apex and finding("apex").state == doctor.BROKEN
+    (site / "amp_C.py").write_text("")
+    importlib.invalidate_caches()
+    assert backend.capabilities().nvidia_apex and finding("apex").state == doctor.OK
+
+
+def test_version_out_of_range_and_exit_code(site, capsys):
+    assert doctor.main([]) == 0
+    assert "All required parts are there." in capsys.readouterr().out
+    add_distribution(site, "psutil", "1.0")
+    assert finding("psutil").state == doctor.OUT_OF_RANGE
+    assert doctor.main([]) == 1
+    shown = capsys.readouterr().out
+    assert "pip install 'psutil>=5.9'" in shown and "To mend first: psutil." in shown
+
+
+def test_missing_required_part(monkeypatch, capsys):
+    present, version = doctor._present, doctor._installed_version
+    monkeypatch.setattr(doctor, "_present", lambda module: module != "webdataset" and present(module))
+    monkeypatch.setattr(doctor, "_installed_version", lambda name: "" if name == "webdataset" else version(name))
+    assert finding("webdataset").state == doctor.MISSING
+    assert doctor.main(["--json"]) == 1
+    rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["webdataset"]["mend"] == "pip install 'webdataset>=1.0,<2'" and rows["webdataset"]["cost"]
+    assert rows["torch"]["state"] == "ok" and rows["torch"]["mend"] == ""
+    wanted = {"python", "CUDA", "transformer-engine", "flash-attn", "apex", "nvidia-resiliency-ext", "s3fs", "wandb"}
+    assert wanted <= set(rows)
+
+
+def test_missing_optional_part_does_not_fail(monkeypatch):
+    present = doctor._present
+    monkeypatch.setattr(doctor, "_present", lambda module: module != "s3fs" and present(module))
+    monkeypatch.setattr(doctor, "_installed_version", lambda name: "" if name == "s3fs" else "1")
+    found = finding("s3fs")
+    assert (found.state, found.required, found.mend) == (doctor.MISSING, False, "pip install -e '.[s3]'")
+
+
+def test_ranges_are_those_of_setup_py():
+    setup: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="not_main")
+    listed = [*setup["INSTALL_REQUIRES"], *(one for extra in setup["EXTRAS_REQUIRE"].values() for one in extra)]
+    ranges = {}
+    for requirement in listed:
+        name = requirement.split("@")[0].split("[")[0]
+        for operator in (">=", "==", "<="):
+            name = name.split(operator)[0]
+        ranges[name.strip()] = requirement.split("]")[-1].removeprefix(name)
+    # Lightning comes with nemo_toolkit, wandb with its logger; apex has no release to name.
+    for part in doctor.PARTS:
+        if part.distribution not in ("lightning", "wandb", "apex"):
+            assert ranges[part.distribution] == part.versions, part.distribution
+        if part.extra not in ("", "wandb"):
+            assert any(one.startswith(part.distribution) for one in setup["EXTRAS_REQUIRE"][part.extra])
+
+
+FAKE = backend.Capabilities(("H100",), (9, 0), "2.11.0", "", "", False, False, "", True, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "precision", "says"),
+    [
+        (
+            {"transformer_engine": "", "transformer_engine_problem": "it is not installed"},
+            {"fp8": "hybrid"},
+            "bf16",
+            "te",
+        ),
+        ({}, {"fp8": "hybrid", "transformer_impl": "local"}, "bf16", "no effect with model.transformer_impl=local"),
+        ({"fp8": False, "compute_capability": (8, 0)}, {"fp8": "hybrid"}, "bf16", "8.9.*here it is 8.0"),
+        ({}, {"fp8": "e4m3"}, "32", "trainer.precision=bf16"),
+        (
+            {"transformer_engine": "", "transformer_engine_problem": "it does not import"},
+            {"transformer_impl": "transformer_engine"},
+            "bf16",
+            "it does not import.*set model.transformer_impl=auto",
+        ),
+        ({"bf16": False, "compute_capability": (7, 0)}, {}, "bf16", "Set trainer.precision=32"),
+    ],
+)
+def test_check_backend_refuses(monkeypatch, changes, model, precision, says):
+    import dataclasses
+
+    monkeypatch.setattr(backend, "capabilities", lambda: dataclasses.replace(FAKE, **changes))
+    config = AnyMALConfig()
+    config.trainer.precision = precision
+    for key, value in model.items():
+        setattr(config.model, key, value)
+    with pytest.raises(ConfigError, match=says):
+        backend.check_backend(config)
+
+
+def test_check_backend_accepts(monkeypatch):
+    monkeypatch.setattr(backend, "capabilities", lambda: FAKE)
+    config = AnyMALConfig()
+    config.model.fp8 = "hybrid"
+    backend.check_backend(config)
+
+
+def test_fp8_is_refused_without_a_card():
+    if backend.capabilities().fp8:
+        pytest.skip("this machine has FP8")
+    config = AnyMALConfig()
+    config.model.fp8 = "hybrid"
+    with pytest.raises(ConfigError, match=r"model\.fp8=hybrid needs"):
+        backend.check_backend(config)
+
+
+def test_more_processes_than_cards(monkeypatch):
+    monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(backend.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert backend.device().index == 1 and backend.collectives_backend() == "nccl"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match="to 2 at most"):
+        backend.device()

@@ -1,0 +1,44 @@
+"""What may be wrong in a call of `anymal launch`: one line that names it and the mend, before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_anymal.config import ConfigError
+from megatron_anymal.launcher.command import main
+
+RUN = ["pretrain", "--config-name=quickstart"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "needs the job that it starts, before the job's own arguments: `anymal launch pretrain|sft|dpo --config"),
+        (["--config-name=quickstart"], "needs the job that it starts"),
+        (["pretain", "--config-name=quickstart"], "`anymal launch pretrain --config-name=NAME"),
+        (["--config-name=quickstart", "pretrain"], "comes after it: `anymal launch pretrain --config-name=quickstart"),
+        ([*RUN, "--dry-run"], "--dry-run is not for `anymal launch`. Give it to `anymal pretrain` without launch"),
+        (["sft", "--config-name=quickstart"], "is for the job 'pretrain'"),
+        ([*RUN, "trainer.max_step=4"], "unknown key trainer.max_step"),
+        ([*RUN, "resilience.faults=['explode:rank=1']"], "resilience.faults: 'explode:rank=1': unknown kind 'explode'"),
+        (["--nproc-per-node=3", *RUN], "trainer.devices=3"),
+        (["--nnodes=2", *RUN], "trainer.num_nodes=2"),
+        (["--nnodes=2", *RUN, "trainer.num_nodes=2"], "needs --rdzv-endpoint=HOST:PORT"),
+        (["--nnodes=2", "--rdzv-endpoint=n1:7", *RUN, "trainer.num_nodes=2"], "needs --node-rank"),
+        (["--config-path=nowhere", *RUN], "comes after it"),
+        ([*RUN, "--config-path=nowhere"], "--config-path=nowhere: there is no folder"),
+    ],
+)
+def test_what_cannot_be_started(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        main(words)
+    assert said in " ".join(str(error.value).split()), error.value
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    # Root may write everywhere, but not below a file.
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"file/run' cannot be written .*\(exp_manager\.explicit_log_dir\)"):
+        main([*RUN, f"exp_manager.explicit_log_dir={tmp_path}/file/run"])

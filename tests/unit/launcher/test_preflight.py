@@ -1,0 +1,277 @@
+"""The checks of nodes before a run, here between processes of this machine that play nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from engine import train
+from ranks import run_ranks
+from tiny import make_config
+
+from megatron_anymal.checkpoint.run_lock import RunLock
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.dry_run.simulate import checkpoint_size
+from megatron_anymal.launcher.preflight import command, network_checks, node_checks
+from megatron_anymal.launcher.preflight.command import Place, Preflight
+from megatron_anymal.launcher.preflight.node_checks import Problem
+from megatron_anymal.resilience.exit_codes import Exit
+
+GB = 10**9
+
+
+@pytest.fixture
+def config(text_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    return make_config(text_shards, tokenizer_folder, tmp_path / "run")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def play(
+    config: AnyMALConfig,
+    world: int = 4,
+    per_node: int = 2,
+    *,
+    present: int = 0,
+    seconds: float = 60,
+    spoil: Callable[[int, AnyMALConfig], None] = lambda rank, config: None,
+) -> tuple[set[int], str]:
+    """All processes' checks, or those of the first `present`; the codes, and what was printed."""
+    names = [f"n{number + 1}" for number in range(world // per_node)]
+    port = free_port()
+
+    def rank_of() -> tuple[int, str]:
+        import os
+
+        rank = int(os.environ["RANK"])
+        place = Place(rank, world, rank % per_node, per_node, names[rank // per_node])
+        spoil(rank, config)
+        # Counting a model's weights takes seconds; a test of its own does it.
+        checkpoint_size.bytes_needed = lambda config: 1000  # type: ignore[assignment]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            code = Preflight(config, place, names, seconds).run("127.0.0.1", port)
+        return int(code), said.getvalue()
+
+    answers = run_ranks(present or world, rank_of)
+    assert not any(said for _, said in answers[1:]), "only the first process prints"
+    return {code for code, _ in answers}, answers[0][1]
+
+
+def errors(said: str) -> list[str]:
+    return [line for line in said.splitlines() if line.startswith("error")]
+
+
+@pytest.mark.parametrize("place", [".", ".preflight"], ids=["trains", "is-checked"])
+def test_another_job_in_the_folder(config: AnyMALConfig, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as another task of a job array: it is named, and nothing of its is touched."""
+    for name, value in {"JOB_ID": "41", "ARRAY_JOB_ID": "36", "ARRAY_TASK_ID": "2"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    other = RunLock(config.run_dir / place, 20)
+    sign = config.run_dir / ".preflight" / "n1"
+    sign.parent.mkdir(exist_ok=True)
+    sign.write_text("the other's")
+    for name, value in {"JOB_ID": "42", "ARRAY_TASK_ID": "3"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    try:
+        codes, said = play(config)
+        assert codes == {Exit.LOCKED} and sign.read_text() == "the other's"
+        [line] = said.splitlines()
+        assert line.startswith(f"error: '{config.run_dir}' is in use by process {os.getpid()} on ")
+        assert "Slurm job 41, task 36_2" in line and "exp_manager.explicit_log_dir" in line
+        other.check()
+    finally:
+        other.release()
+    assert play(config)[0] == {Exit.DONE}
+    # Neither the folder of signs nor the lock of the checks stays.
+    assert not sign.parent.exists()
+
+
+def test_fit_nodes(config: AnyMALConfig) -> None:
+    codes, said = play(config)
+    assert codes == {0} and not errors(said), said
+    lines = said.splitlines()
+    assert [line.split()[:2] for line in lines[:3]] == [["node", "processes"], ["n1", "2"], ["n2", "2"]]
+    assert lines[1].endswith("ok") and lines[2].endswith("ok")
+    assert lines[3].startswith("all-reduce over 4 process(es): right; 4 MiB in ") and lines[3].endswith("GB/s a link")
+    assert "2 node(s) fit" in lines[4]
+    assert not (config.run_dir / node_checks.SIGNS).exists()
+
+
+def test_a_node_that_does_not_come(config: AnyMALConfig) -> None:
+    began = time.monotonic()
+    codes, said = play(config, 3, 1, present=2, seconds=6)
+    assert codes == {2} and time.monotonic() - began < 60
+    (line,) = errors(said)
+    assert line.startswith("error: node n3: network: process 2 did not report within 6 s. Mend: ")
+    assert "not tried" in said and "1 of 3 node(s) not fit" in said
+
+
+def test_unwritable_on_one_node(config: AnyMALConfig) -> None:
+    (config.run_dir / node_checks.SIGNS / "n2").mkdir(parents=True)
+    codes, said = play(config, 3, 1)
+    (line,) = errors(said)
+    assert codes == {2} and line.startswith(f"error: node n2: run folder: {str(config.run_dir)!r} cannot be written")
+
+
+def test_not_the_same_folder(config: AnyMALConfig, tmp_path: Path) -> None:
+    def spoil(rank: int, config: AnyMALConfig) -> None:
+        if rank == 1:
+            config.exp_manager.explicit_log_dir = str(tmp_path / "its own")
+
+    codes, said = play(config, 3, 1, spoil=spoil)
+    assert codes == {2}
+    assert [line.split()[2].rstrip(":") for line in errors(said)] == ["n1", "n2", "n3"]
+    assert "does not show what n2 wrote" in said and "does not show what n1, n3 wrote" in said
+
+
+def test_wrong_sums(config: AnyMALConfig) -> None:
+    def spoil(rank: int, config: AnyMALConfig) -> None:
+        real = torch.distributed.all_reduce
+
+        def wrong(tensor: torch.Tensor) -> None:
+            real(tensor)
+            tensor[77] += 1.0
+
+        if rank == 2:
+            torch.distributed.all_reduce = wrong
+
+    codes, said = play(config, spoil=spoil)
+    (line,) = errors(said)
+    assert codes == {2} and line.startswith("error: node n2: network: the all-reduce gave 3 wrong sums. Mend: ")
+
+
+def test_all_reduce_that_hangs(config: AnyMALConfig) -> None:
+    def spoil(rank: int, config: AnyMALConfig) -> None:
+        if rank == 1:
+            torch.distributed.all_reduce = lambda tensor: time.sleep(60)
+
+    codes, said = play(config, 2, 1, seconds=10, spoil=spoil)
+    assert codes == {2} and "error: node n2: network: the all-reduce was not done within" in said
+
+
+def test_skewed_clock(config: AnyMALConfig) -> None:
+    def spoil(rank: int, config: AnyMALConfig) -> None:
+        real = time.time
+        if rank == 1:
+            network_checks.time.time = lambda: real() + 7.0
+
+    codes, said = play(config, 3, 1, spoil=spoil)
+    (line,) = errors(said)
+    assert codes == {2} and line.startswith("error: node n2: clock: it is +7.0 s from the other nodes'. Mend: ")
+    assert float(said.splitlines()[2].split()[-3]) == pytest.approx(7.0, abs=0.5)
+
+
+def test_full_disk_and_missing_files(config: AnyMALConfig) -> None:
+    def spoil(rank: int, config: AnyMALConfig) -> None:
+        usage = node_checks.shutil.disk_usage("/")
+        node_checks.shutil.disk_usage = lambda path: usage._replace(free=999)
+        if rank == 1:
+            config.data.tokenizer = "/nowhere"
+
+    codes, said = play(config, 2, 1, spoil=spoil)
+    first, second = errors(said)
+    assert codes == {2} and first.startswith("error: node n1: disk: 0.00 GB free at ")
+    assert second.startswith("error: node n2: files: data.tokenizer='/nowhere' is not there. Mend: ")
+
+
+def test_nobody_to_report_to(config: AnyMALConfig) -> None:
+    with pytest.raises(network_checks.Unreachable, match=r"node n2: 127\.0\.0\.1:\d+ does not answer within"):
+        Preflight(config, Place(1, 2, 0, 1, "n2"), ["n1", "n2"], 3).run("127.0.0.1", free_port())
+
+
+def test_what_hangs_and_what_fails() -> None:
+    def late() -> list[Problem]:
+        time.sleep(30)
+        return []
+
+    def fails() -> list[Problem]:
+        raise OSError(5, "Input/output error")
+
+    (problem,) = node_checks.within(0.1, "run folder", late)
+    assert problem.check == "run folder" and "no answer within" in problem.text
+    (problem,) = node_checks.within(5, "disk", fails)
+    assert "Input/output error" in problem.text
+
+
+def test_software(config: AnyMALConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_anymal import backend
+    from megatron_anymal.cli import doctor
+
+    assert node_checks.software(config) == []
+    config.model.fp8 = "hybrid"
+    if not backend.capabilities().fp8:
+        (problem,) = node_checks.software(config)
+        assert "model.fp8=hybrid needs" in problem.text
+    missing = doctor.Finding("psutil", "-", doctor.MISSING, True, "cost", "pip install psutil")
+    optional = doctor.Finding("s3fs", "-", doctor.MISSING, False, "cost", "pip install s3fs")
+    monkeypatch.setattr(doctor, "examine", lambda: [missing, optional])
+    (problem,) = node_checks.software(config)
+    assert (problem.text, problem.mend) == ("psutil -: missing", "pip install psutil")
+
+
+def test_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    free = {"bytes": 79 * GB}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free["bytes"], 80 * GB))
+    assert node_checks.gpu(3) == (79 * GB, [])
+    free["bytes"] = 60 * GB
+    _, (problem,) = node_checks.gpu(3)
+    assert problem.text == "card 3 has 60.00 GB of 80.00 GB free" and "nvidia-smi" in problem.mend
+
+
+def test_place() -> None:
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"}
+    assert Place.of({**slurm, "SLURMD_NODENAME": "n2"}) == Place(5, 8, 1, 4, "n2")
+    torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert Place.of({**torchrun, **slurm}) == Place(3, 4, 1, 2, socket.gethostname())
+    assert Place.of({}) == Place(name=socket.gethostname())
+
+
+def test_size_of_checkpoints(config: AnyMALConfig) -> None:
+    # Large enough that the numbers outweigh what stands around them in the files.
+    projector = config.model.modalities["image"].projector
+    projector.num_layers, projector.hidden_size = 4, 128
+    config.exp_manager.checkpoint.every_n_train_steps = 3
+    config.exp_manager.checkpoint.keep_last = 3
+    before = checkpoint_size.bytes_needed(config)
+    run_ranks(1, train, config)
+    folder = config.run_dir / "checkpoints" / "step_00000006"
+    real = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # Three kept and one being written; in fp32 a number that trains takes 12 bytes.
+    assert 0.9 < before / 4 / real < 1.4
+    # Two are there.
+    assert checkpoint_size.bytes_needed(config) == pytest.approx(2 * real, rel=0.05)
+    config.exp_manager.checkpoint.keep_last = 1
+    assert checkpoint_size.bytes_needed(config) == pytest.approx(real, rel=0.05)
+
+
+def test_command(config: AnyMALConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values: dict[str, Any] = {"defaults": ["anymal", "_self_"], **config.to_dict()}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    given = [f"--config-path={tmp_path}", "--config-name=tiny"]
+    assert command.main(["--run-dir", "pretrain", *given]) == 0
+    assert capsys.readouterr().out == f"{config.run_dir}\n"
+    for wrong, says in (
+        (["pretrain", *given, "trainer.max_step=3"], "unknown key trainer.max_step"),
+        (["sft", *given], "is for the job 'pretrain', and 'sft' was started"),
+        (["pretrain", *given, "model.tensor_model_parallel_size=3"], "error: "),
+        (["pretrain", "--config-path=/nowhere", "--config-name=tiny"], "there is no folder /nowhere"),
+    ):
+        assert command.main(["--run-dir", *wrong]) == 2
+        said = capsys.readouterr()
+        assert said.out == "" and says in said.err and said.err.count("\n") == 1

@@ -1,0 +1,180 @@
+"""A base in FP8, with a stand-in for Transformer Engine's tensors: where there is no GPU they cannot be made."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import train
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from ranks import run_ranks
+from tiny import make_config
+from torch import nn
+
+from megatron_anymal.checkpoint.state import read_language_model
+from megatron_anymal.checkpoint.store import resolve
+from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.model.fp8_weights import drop_transposes
+from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights, load_weights
+from megatron_anymal.parallel import initialize
+from megatron_anymal.train.build import TrainState, build
+
+
+class Quantized(nn.Parameter):
+    """FP8 numbers, of which Transformer Engine's tensors hold a byte each and this a float; what the trainer asks of
+    such a tensor, and nothing else."""
+
+    transposed = False
+
+    def copy_(self, source: torch.Tensor, *args: Any) -> torch.Tensor:  # type: ignore[override]
+        assert source.shape == self.shape, "quantized whole: the scale is one for the tensor"
+        scale = 448 / source.abs().max().float()
+        self.data.copy_((source.float() * scale).to(torch.float8_e4m3fn).float() / scale)
+        return self
+
+    def update_usage(self, rowwise_usage: bool | None = None, columnwise_usage: bool | None = None) -> None:
+        self.transposed = bool(columnwise_usage)
+
+    def get_data_tensors(self, rowwise_data: bool, columnwise_data: bool) -> torch.Tensor:
+        assert rowwise_data and not columnwise_data
+        return self.data
+
+
+def quantize_layers(model: Any) -> list[Quantized]:
+    """Put stand-ins in the place of the layers' matrices."""
+    found = []
+    for module in model.language_model.decoder.layers.modules():
+        if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
+            weight = Quantized(module.weight.data.clone(), requires_grad=False)
+            weight.__dict__.update(vars(module.weight))
+            module.weight = weight
+            found.append(weight)
+    return found
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.trainer.max_steps = 2
+    return config
+
+
+def compare_hashes(config: AnyMALConfig, tp: int) -> list[str]:
+    """Hashes of the base: as it is, in FP8, and in FP8 with one byte changed."""
+    config.trainer.devices = config.model.tensor_model_parallel_size = tp
+    state = build(config, initialize(config))
+    whole: Any = [gather_weights(state.models)]
+    torch.distributed.broadcast_object_list(whole)
+    found = [hash_weights(state.models, "language_model.")]
+    quantized = quantize_layers(state.models[0])
+    load_weights(state.models, whole[0])
+    found.append(hash_weights(state.models, "language_model."))
+    held = {weight.name: weight.gather() for weight in list_weights(state.models[0])}
+    rounded = [name for name, tensor in whole[0].items() if not torch.equal(held[name], tensor)]
+    assert len(quantized) == len(rounded) == 16
+    quantized[5].data[3, 1] += 0.5
+    return [*found, hash_weights(state.models, "language_model.")]
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_its_hash_is_that_of_the_values_it_was_made_from(config: AnyMALConfig, tp: int) -> None:
+    for original, quantized, changed in run_ranks(tp, compare_hashes, config, tp):
+        assert original == quantized != changed
+
+
+def backward(config: AnyMALConfig) -> list[list[bool]]:
+    """Which weights have a transposed copy, layer by layer while the backward pass runs, and at the end."""
+    state = build(config, initialize(config))
+    model = state.models[0]
+    quantized = quantize_layers(model)
+    drop_transposes(model)
+    seen = []
+
+    def made(module: Any, gradients: Any) -> None:
+        # As Transformer Engine does when it needs it.
+        module.weight.transposed = True
+        seen.append([weight.transposed for weight in quantized])
+
+    for module in model.language_model.decoder.layers.modules():
+        if isinstance(getattr(module, "weight", None), Quantized):
+            module.register_full_backward_pre_hook(made)
+    plan = state.train_data.planner.plan(0)
+    read = state.train_data.reader[plan.of_replica(0)[0]]
+    state.wrapped[0](read, labels=read.labels).sum().backward()
+    return [*seen, [weight.transposed for weight in quantized]]
+
+
+def test_one_transposed_copy_at_a_time(config: AnyMALConfig) -> None:
+    *during, after = run_ranks(1, backward, config)[0]
+    assert len(during) == 16 and all(sum(one) == 1 for one in during) and not any(after)
+
+
+def read_back(config: AnyMALConfig, folder: Path, tp: int) -> dict[str, Any]:
+    """The weights of another random Llama after it took a checkpoint's."""
+    config.trainer.devices = config.model.tensor_model_parallel_size = tp
+    config.model.seed += 1
+    state = build(config, initialize(config))
+    read_language_model(list_weights(state.models[0]), resolve(str(folder)))
+    weights = gather_weights(state.models, "language_model.")
+    return {name: tensor.numpy() for name, tensor in (weights or {}).items()}
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_base_read_weight_by_weight(config: AnyMALConfig, tp: int) -> None:
+    config.model.language_model.freeze = False
+    # Not a multiple of two: other rows pad it under another layout.
+    config.model.language_model.config["vocab_size"] = 33
+    trained = run_ranks(1, train, copy.deepcopy(config))[0]["weights"]
+    found = run_ranks(tp, read_back, config, Path(config.exp_manager.explicit_log_dir), tp)[0]
+    assert found and all((trained[name] == weight).all() for name, weight in found.items())
+
+
+def scaled(linear: Any) -> None:
+    """Let a linear keep a scaling, as Transformer Engine's do, which changes with every use."""
+    linear.fp8_meta, linear.uses = {}, 0
+    linear.register_forward_hook(lambda module, *ignored: setattr(module, "uses", module.uses + 1))
+
+
+def run_scaled(config: AnyMALConfig) -> dict[str, int]:
+    """Train with stand-ins for scaled linears; what each holds at the end."""
+    import megatron_anymal.train.build as train_build
+
+    original = train_build.build_models
+
+    def build_models(*args: Any) -> Any:
+        models = original(*args)
+        for number, linear in enumerate(models[0].language_model.decoder.layers.modules()):
+            if isinstance(linear, (ColumnParallelLinear, RowParallelLinear)):
+                scaled(linear)
+                linear.uses = 1000 * number
+        return models
+
+    train_build.build_models = build_models
+    for kind in (ColumnParallelLinear, RowParallelLinear):
+        kind.get_extra_state = lambda self: torch.tensor(
+            list(int(getattr(self, "uses", 0)).to_bytes(8, "little")), dtype=torch.uint8
+        )
+        kind.set_extra_state = lambda self, state: (
+            setattr(self, "uses", int.from_bytes(bytes(state.tolist()), "little")) if state is not None else None
+        )
+
+    def look(state: TrainState) -> dict[str, int]:
+        modules = state.models[0].language_model.decoder.layers.named_modules()
+        return {name: module.uses for name, module in modules if hasattr(module, "uses")}
+
+    return train(config, look)["seen"]
+
+
+def test_its_scaling_continues_with_the_run(config: AnyMALConfig, tmp_path: Path) -> None:
+    whole = copy.deepcopy(config)
+    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
+    whole.trainer.max_steps = 4
+    undisturbed = run_ranks(1, run_scaled, whole)[0]
+    for steps in (2, 4):
+        config.trainer.max_steps, config.model.optim.sched.decay_steps = steps, 4
+        resumed = run_ranks(1, run_scaled, copy.deepcopy(config))[0]
+    assert len(undisturbed) == 16 and len(set(undisturbed.values())) == 16
+    assert resumed == undisturbed

@@ -1,0 +1,162 @@
+"""The recompute that is chosen: the cheapest that fits, the same on every rank, and without effect on any number."""
+
+from __future__ import annotations
+
+import copy
+import io
+from contextlib import redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from engine import train
+from ranks import run_ranks
+from tiny import make_config
+
+from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.model.llama import check_model, read_llama_config
+from megatron_anymal.model.memory.language_model import LlamaSizes, Pack, Part, Recompute, RunSizes, held
+from megatron_anymal.parallel import initialize
+from megatron_anymal.train import auto_recompute
+from megatron_anymal.train.auto_recompute import candidates, choose, fit_recompute, repeated_share, run_sizes
+from megatron_anymal.train.build import build_inputs
+
+# Llama-3 8B under two stages of two parts each.
+LLAMA_8B = LlamaSizes(
+    hidden=4096,
+    ffn=14336,
+    heads=32,
+    groups=8,
+    head_size=128,
+    vocabulary=128256,
+    tied=False,
+    tensor=1,
+    context=1,
+    sequence_parallel=False,
+    number=2,
+    trains=True,
+    attention="flash_attn",
+    on_cpu=False,
+    matrix_number=2,
+)
+STAGES = tuple(
+    tuple(Part(tuple(range(first, first + 8)), first == 0, first == 24) for first in (8 * stage, 16 + 8 * stage))
+    for stage in (0, 1)
+)
+RUN = RunSizes(LLAMA_8B, Pack(4096, 4096, 4096, 4096), STAGES, micro_batches=8, optimizer_bytes=12, sharers=8)
+
+
+def most(run: RunSizes, one: Recompute) -> int:
+    return max(held(run, stage, one).total for stage in range(len(run.stages)))
+
+
+def test_candidates_go_from_nothing_to_every_layer() -> None:
+    found = candidates(RUN)
+    shares = [repeated_share(RUN, one) for one in found]
+    assert found[0] == Recompute() and found[-1] == Recompute("full", (), "block", 8)
+    assert shares == sorted(shares) and shares[0] == 0 and shares[-1] == 1
+    assert {one.granularity for one in found} == {"", "selective", "full"}
+    assert found[1] == Recompute("selective", ("core_attn",))
+
+
+@pytest.mark.parametrize("attention", ["flash_attn", "transformer_engine", "sdpa"])
+def test_the_cheapest_that_fits_is_chosen(attention: str) -> None:
+    run = replace(RUN, llama=replace(LLAMA_8B, attention=attention))
+    totals = {one: most(run, one) for one in candidates(run)}
+    least = min(totals.values())
+    for memory in sorted({*totals.values(), *(total - 1 for total in totals.values() if total > least)}):
+        choice = choose(run, memory)
+        assert totals[choice.recompute] <= memory
+        # Nothing that repeats less would have fitted.
+        share = repeated_share(run, choice.recompute)
+        assert all(total > memory for one, total in totals.items() if repeated_share(run, one) < share)
+        assert choice.without == totals[Recompute()]
+    assert choose(run, max(totals.values())).recompute == Recompute()
+    assert choose(run, least).recompute == Recompute("full", (), "block", 8)
+
+
+def test_what_does_not_fit_is_refused_in_one_line() -> None:
+    memory = most(RUN, Recompute("full", (), "block", 8)) - 1
+    with pytest.raises(ConfigError) as refused:
+        choose(RUN, memory)
+    said = str(refused.value)
+    stage = max((0, 1), key=lambda stage: held(RUN, stage, Recompute("full", (), "block", 8)).total)
+    of = held(RUN, stage, Recompute("full", (), "block", 8))
+    assert "\n" not in said and f"pipeline stage {stage} holds {of.total / 1e9:.1f} GB" in said
+    for text in (f"weights {of.weights / 1e9:.1f}", f"optimizer {of.optimizer / 1e9:.1f}", "model.memory_gb"):
+        assert text in said
+    assert "data.seq_length" in said and "model.tensor_model_parallel_size" in said
+
+
+def test_a_method_that_megatron_core_cannot_run_is_refused() -> None:
+    config = AnyMALConfig()
+    config.model.recompute_granularity, config.model.recompute_num_layers = "full", 3
+    config.model.language_model.config = {"num_hidden_layers": 4}
+    with pytest.raises(ConfigError, match="recompute_num_layers=3 does not divide the 4 layers"):
+        check_model(read_llama_config(config.model.language_model), config)
+
+
+@pytest.fixture
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.trainer.max_steps = 2
+    return config
+
+
+def memory_for(config: AnyMALConfig, wanted: Recompute) -> float:
+    """GB in which a recompute fits, just."""
+    _, modalities = build_inputs(config)
+    sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
+    return (most(sizes, wanted) + 1) / 1e9
+
+
+def choose_with(config: AnyMALConfig, sizes: list[int]) -> Any:
+    layout = initialize(config)
+    auto_recompute.memory_to_fit = lambda config: sizes[layout.rank]
+    _, modalities = build_inputs(config)
+    chosen, said = fit_recompute(config, read_llama_config(config.model.language_model), modalities, layout)
+    return chosen.model.recompute_granularity, chosen.model.recompute_num_layers, said
+
+
+def test_the_smallest_card_decides_for_every_rank(config: AnyMALConfig) -> None:
+    config.trainer.devices = config.model.pipeline_model_parallel_size = 2
+    config.model.recompute_granularity = "auto"
+    tight = int(1e9 * memory_for(config, Recompute("full", (), "block", 2)))
+    first, second = run_ranks(2, choose_with, config, [10**12, tight])
+    assert first == second and first[:2] == ("full", 2)
+    assert "recompute full: block, 2 layer(s)" in first[2] and "GB without" in first[2]
+    assert run_ranks(2, choose_with, config, [10**12, 10**12])[1][0] == ""
+
+
+def train_and_listen(config: AnyMALConfig) -> dict[str, Any]:
+    """Train; with what is printed meanwhile."""
+    with redirect_stdout(io.StringIO()) as heard:
+        found = train(config)
+    return {**found, "said": heard.getvalue()}
+
+
+@pytest.mark.parametrize("trains", ["frozen", "trained", "lora"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_chosen_recompute_changes_no_bit(stages: int, trains: str, config: AnyMALConfig, tmp_path: Path) -> None:
+    config.trainer.devices = config.model.pipeline_model_parallel_size = stages
+    config.model.language_model.freeze = trains != "trained"
+    if trains == "lora":
+        config.model.lora.r, config.model.lora.dropout = 4, 0.1
+    without = run_ranks(stages, train, config)[0]
+    _, modalities = build_inputs(config)
+    sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
+    totals = {one: most(sizes, one) for one in candidates(sizes)}
+    # Those that are taken with the right memory: nothing cheaper holds as little.
+    taken = [one for one in totals if choose(sizes, totals[one]).recompute == one and one.granularity]
+    assert taken[-1].granularity == "full"
+    for one in taken[-2:]:
+        auto = copy.deepcopy(config)
+        auto.model.recompute_granularity, auto.model.memory_gb = "auto", memory_for(config, one)
+        auto.exp_manager.explicit_log_dir = str(tmp_path / str(one))
+        found = run_ranks(stages, train_and_listen, auto)[0]
+        assert found["losses"] == without["losses"]
+        for name, weight in without["weights"].items():
+            np.testing.assert_array_equal(found["weights"][name], weight)
+        assert f"recompute {one} (" in found["said"]
