@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from meters import surroundings
+from measuring import surroundings
 
 from examples.quickstart.media import Sizes
 from examples.quickstart.prepare import prepare_quickstart

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from meters import PeakMemory, ratio, surroundings, take_turns
-from sides import Sizes, make_config, write_data
+from anymal_side import Sizes, make_config, write_data
+from measuring import PeakMemory, ratio, surroundings, take_turns
 from torch import Tensor
 
 from megatron_anymal.config import AnyMALConfig

@@ -27,7 +27,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_anymal.data.prepare import main as prepare
+from megatron_anymal.cli.prepare import main as prepare
 
 
 def jpeg(seed: int, side: int = 64) -> bytes:

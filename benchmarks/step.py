@@ -23,9 +23,9 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from floor import Bare
-from meters import Turns, ratio, saved_for_backward, stored_bytes, surroundings, take_turns, timed
-from sides import Batches, Ours, Sizes, make_config, work_by_hand, write_data
+from anymal_side import Batches, Ours, Sizes, make_config, work_by_hand, write_data
+from bare_megatron import Bare
+from measuring import Turns, ratio, saved_for_backward, stored_bytes, surroundings, take_turns, timed
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_anymal.parallel import initialize, shutdown
@@ -124,7 +124,7 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         **around,
         "device": layout.device.type,
         "sizes": {**asdict(sizes), "tokens": sizes.tokens, "parameters": work_by_hand(sizes, True).parameters},
-        "floor": "a step of megatron-core's GPTModel alone: benchmarks/floor.py",
+        "floor": "a step of megatron-core's GPTModel alone: benchmarks/bare_megatron.py",
         "frozen_against_trained": compare_frozen(sizes, ours, turns, updates),
         "ours_against_bare": compare_bare(turns, bare),
         "outside_the_step": {

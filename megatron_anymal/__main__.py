@@ -25,8 +25,8 @@ VERBS = {
         "several processes of these, watched and started again: launch VERB ...",
     ),
     "generate": ("cli.generate:main", "answer prompts with media, from a checkpoint or an export"),
-    "evaluate": ("generation.evaluation:main", "score a checkpoint or an export on prepared data"),
-    "prepare": ("data.prepare:main", "make shards and their index"),
+    "evaluate": ("cli.evaluate:main", "score a checkpoint or an export on prepared data"),
+    "prepare": ("cli.prepare:main", "make shards and their index"),
     "inspect": ("cli.inspect:main", "check shards; show samples as the model sees them"),
     "doctor": ("cli.doctor:main", "what is installed, what is missing, what mends it"),
 }

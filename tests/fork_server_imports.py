@@ -11,7 +11,7 @@ for name in (
     "pytest",
     "torch",
     "transformers",
-    "megatron_anymal.generation.evaluation",
+    "megatron_anymal.cli.evaluate",
     "megatron_anymal.cli.generate",
     "megatron_anymal.train.loop",
     "checkpoint_tools.export_hf",

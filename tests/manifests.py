@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.sources.manifest import write_shards
+from megatron_anymal.data.manifest import write_shards
 
 
 def shards_of(folder: Path, tokenizer: str, lines: list[dict[str, Any]], files: dict[str, bytes]) -> str:

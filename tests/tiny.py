@@ -22,7 +22,7 @@ from megatron_anymal.config import (
 )
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.sources.manifest import write_shards
+from megatron_anymal.data.manifest import write_shards
 
 WORDS = [
     "zero",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from anymal_side import Ours
 from limits import measure_limits
 from measure import NO_ROOM, Options, Timed, summary, time_sides
 from profiling import profiled
@@ -15,7 +16,6 @@ from report import bars
 from runs import build_run, release
 from samples import write_data
 from shapes import Case, make_config
-from sides import Ours
 
 from megatron_anymal import backend
 from megatron_anymal.config import AnyMALConfig, ConfigError

@@ -15,7 +15,7 @@ from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from meters import storages
+from measuring import storages
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

@@ -11,9 +11,9 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
-from meters import Turns, ratio, take_turns
+from anymal_side import layer_parameters
+from measuring import Turns, ratio, take_turns
 from runs import Run, Side, build_run, release, set_recompute, start
-from sides import layer_parameters
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand

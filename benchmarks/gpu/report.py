@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any, Optional
 
 import torch
-from meters import surroundings
+from measuring import surroundings
 from shapes import Case
 
 from megatron_anymal import backend

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
-from floor import Bare
+from anymal_side import Ours
+from bare_megatron import Bare
 from huggingface import Batches, HuggingFace, PlainMedia
-from sides import Ours
 from torch import Tensor
 
 from megatron_anymal.config import AnyMALConfig

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from anymal_side import write_tokenizer
 from PIL import Image
 from shapes import SPECIAL, Case
-from sides import write_tokenizer
 
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.shard_index import ShardIndex
-from megatron_anymal.data.sources.manifest import write_shards
 
 # Different pictures; samples share them.
 PICTURES = 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sides import ATTENTION_BACKWARD, attention_by_hand, layer_parameters
+from anymal_side import ATTENTION_BACKWARD, attention_by_hand, layer_parameters
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ProjectorConfig

@@ -23,7 +23,7 @@ FOLDER = Path("runs/quickstart")
 EVALUATION = FOLDER / "evaluation.json"
 EXPORTED = FOLDER / "exported"
 
-PREPARE = ["prepare", "--quickstart", str(FOLDER)]
+PREPARE_TOOL = "examples.quickstart.prepare"
 # Configuration -> verb and what it does; each run takes two processes.
 TRAINING = {
     "quickstart_llama": ("pretrain", "the small Llama learns text (two replicas)"),
@@ -44,7 +44,7 @@ def main() -> int:
     parser.add_argument("--install-seconds", type=float, default=0.0, help="what the installation took, for the report")
     arguments = parser.parse_args()
     begun = time.monotonic()
-    _run("words, media, shards, tokenizer, image encoder", PREPARE, processes=1)
+    _run("words, media, shards, tokenizer, image encoder", [str(FOLDER)], module=PREPARE_TOOL)
     training = sum(_run(what, [verb, f"--config-name={name}"], processes=2) for name, (verb, what) in TRAINING.items())
     _run("held-out questions", evaluate("align_video", MODALITIES, EVALUATION, "--permute-media", "--untrained"))
     conversations = [f"instructions_{kind}" for kind in KINDS]

@@ -1,8 +1,14 @@
-"""The quickstart's inputs: media, words, tokenizer, image encoder and shards, all under one folder."""
+"""The quickstart's inputs, all under one folder: media, words, tokenizer, image encoder and shards.
+
+python -m examples.quickstart.prepare FOLDER
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +24,7 @@ from examples.quickstart.media import SPLITS, Sizes, write_media
 from examples.quickstart.vision import train_image_encoder
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.sources.manifest import write_shards
+from megatron_anymal.data.manifest import write_shards
 
 MODALITIES = ("image", "video", "audio", "imu")
 # Held-out questions of each kind of media, and held-out pairs: media enough for both.
@@ -87,3 +93,15 @@ def conversations(items: dict[str, list[dict[str, Any]]], split: str) -> dict[st
 
 def _read(manifest: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in manifest.read_text(encoding="utf-8").splitlines()]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Make the inputs in the folder that the arguments name; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m examples.quickstart.prepare", description=__doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    prepare_quickstart(parser.parse_args(argv).folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,16 +9,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_anymal.config import ConfigError
-from megatron_anymal.generation.answers import Stream
-from megatron_anymal.generation.chat import Chat, show
-from megatron_anymal.generation.generator import Generator
-from megatron_anymal.generation.loading import (
+from megatron_anymal.cli.model_arguments import (
     add_model_arguments,
     add_sampling_arguments,
     load_generator,
     sampling_of,
 )
+from megatron_anymal.config import ConfigError
+from megatron_anymal.generation.answers import Stream
+from megatron_anymal.generation.chat import Chat, show
+from megatron_anymal.generation.generator import Generator
 from megatron_anymal.generation.prompts import Prompt, prompt_of_files, read_prompts
 from megatron_anymal.generation.sampling import Sampling
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
 from megatron_anymal.config.parsing import Reader, entry_of, from_dict, hint_at, leaves
+from megatron_anymal.config.schema import AnyMALConfig, ConfigError
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override

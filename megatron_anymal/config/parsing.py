@@ -10,7 +10,7 @@ from dataclasses import is_dataclass
 from functools import cache
 from typing import Any
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config.schema import AnyMALConfig, ConfigError
 
 
 def from_dict(mapping: Mapping[str, Any], source: str = "") -> AnyMALConfig:

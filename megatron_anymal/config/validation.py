@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any, Optional
 
-from megatron_anymal.config import AnyMALConfig, CheckpointConfig, ConfigError, DpoConfig, ModelConfig
+from megatron_anymal.config.fault_grammar import check_faults
+from megatron_anymal.config.schema import AnyMALConfig, CheckpointConfig, ConfigError, DpoConfig, ModelConfig
 
 # The order is laid out in blocks with two places for the rarest data set: smaller shares would make them huge.
 SMALLEST_SHARE = 1e-5
@@ -345,11 +346,7 @@ def _check_resilience(config: AnyMALConfig) -> None:
     for name in config.resilience.allow_changes:
         if name not in CHANGES:
             raise ConfigError(f"resilience.allow_changes: {name!r} is not one of {', '.join(CHANGES)}.")
-    if config.resilience.faults:
-        # Late: it lies behind this module, and few runs have any.
-        from megatron_anymal.resilience import fault_injection
-
-        fault_injection.check(config)
+    check_faults(config)
 
 
 def max_time_seconds(config: AnyMALConfig) -> Optional[float]:

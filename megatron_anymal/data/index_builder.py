@@ -13,14 +13,14 @@ import fsspec
 import numpy as np
 
 from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.samples import is_sample, parse_sample, parse_text
 from megatron_anymal.data.shard_index import MEDIA, SAMPLE
-from megatron_anymal.data.sources.byte_source import ByteSource, open_bytes
-from megatron_anymal.data.sources.json_text import parse_json_text
-from megatron_anymal.data.sources.shard_samples import Group, MemberCounts, MemberRule, SampleError, groups
-from megatron_anymal.data.sources.tar_reader import TarError, TarMember, TarWalk
+from megatron_anymal.data.shard_samples import Group, MemberCounts, MemberRule, SampleError, groups
+from megatron_anymal.data.tar.byte_source import ByteSource, open_bytes
+from megatron_anymal.data.tar.reader import TarError, TarMember, TarWalk
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import MODALITIES, kind_for_extension
 from megatron_anymal.modalities.base import MediaError

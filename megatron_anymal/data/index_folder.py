@@ -19,7 +19,7 @@ from megatron_anymal.data.index_builder import IndexOptions, ShardRows, assemble
 from megatron_anymal.data.left_out import LEDGER, REFUSED_LEDGER, LeftOut, to_lines
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_index import INDEX_FOLDER, IndexHeader, write_index
-from megatron_anymal.data.sources.shard_samples import MemberCounts
+from megatron_anymal.data.shard_samples import MemberCounts
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import load_plugins
 from megatron_anymal.telemetry import Progress

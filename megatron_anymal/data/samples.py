@@ -22,8 +22,8 @@ from typing import Any
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.chat_format import parse_conversation
 from megatron_anymal.data.content_parts import parse_parts
+from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.records import DataError, Sample, TextPart
-from megatron_anymal.data.sources.json_text import parse_json_text
 
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _KEYS = ("parts", "messages", "chosen", "rejected")

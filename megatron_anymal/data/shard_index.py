@@ -29,10 +29,10 @@ import numpy as np
 
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.content_parts import name_modalities
+from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.samples import parse_sample, parse_text
-from megatron_anymal.data.sources.json_text import parse_json_text
 
 VERSION = 3
 # Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has

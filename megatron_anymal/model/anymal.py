@@ -28,7 +28,6 @@ from megatron_anymal.model.encoders import Encoder
 from megatron_anymal.model.lm_head import all_logits, label_losses
 from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.neftune import neftune_noise
-from megatron_anymal.model.no_gradient import without_gradient
 
 
 class AnyMALModel(MegatronModule):
@@ -261,3 +260,27 @@ def _own_tokens(whole: Tensor, micro_batch: MicroBatch) -> Tensor:
     if size == 1:
         return whole
     return whole[held_tokens(micro_batch.document_lengths, parallel_state.get_context_parallel_rank(), size)]
+
+
+def without_gradient(output: Tensor, given: Tensor) -> Tensor:
+    """The output of a stage, which hands zeros to what it was given in place of a backward pass.
+
+    What lies before still takes part: pipelines send gradients backwards whatever they are, and gradient buckets become
+    ready in one order on every rank.
+
+    Args:
+        output: computed from `given`, without a graph.
+    """
+    return _ZeroGradient.apply(output, given)
+
+
+class _ZeroGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, given: Tensor) -> Tensor:
+        ctx.given = given.shape, given.dtype, given.device
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        shape, dtype, device = ctx.given
+        return None, torch.zeros(shape, dtype=dtype, device=device)

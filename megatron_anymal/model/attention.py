@@ -1,7 +1,11 @@
-"""Packed documents: where they lie, and block-diagonal causal attention over them, also context-parallel.
+"""Packed documents: where they lie, their rotary position embeddings (RoPE), and block-diagonal causal attention.
+
+Positions restart with each document; the angles are computed once per pass, and every layer's core attention rotates
+its queries and keys by them, whichever kernel follows.
 
 Under context parallelism each rank has the queries of its own tokens, and the keys and values of the whole pack are
-gathered (the backward pass sums and scatters their gradients). No pack-sized mask is ever made: see kernels.py.
+gathered (the backward pass sums and scatters their gradients). No pack-sized mask is ever made: see
+attention_kernels.py.
 
 Shapes: T tokens of a pack, Q = T / context-parallel size of them on this rank, n heads, g key/value groups, d the size
 of a head.
@@ -11,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from megatron.core import parallel_state
@@ -24,7 +28,25 @@ from torch import Tensor
 from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.model.attention_kernels import KERNELS, Kernel
 from megatron_anymal.model.compiled_ops import turn
-from megatron_anymal.model.rope import Rotation, rotation
+
+
+class Rotation(NamedTuple):
+    """What turns the tokens that a rank holds: [Q, 1, d] each, fp32, the second half of d repeating the first."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotation(position_ids: Tensor, inv_freq: Tensor) -> Rotation:
+    """The rotation of tokens by their places in their documents.
+
+    Args:
+        position_ids: [Q] int64.
+        inv_freq: [d / 2], as transformers' LlamaRotaryEmbedding gives it (RoPE scaling included).
+    """
+    angles = torch.outer(position_ids.to(inv_freq.dtype), inv_freq.to(position_ids.device))
+    angles = torch.cat([angles, angles], dim=-1)[:, None]
+    return Rotation(angles.cos(), angles.sin())
 
 
 @dataclass
@@ -54,8 +76,8 @@ def document_pack(
     """Describe a pack whose documents have these lengths, in order; none is empty.
 
     Args:
-        inv_freq: [d / 2], see `rope.rotation`.
-        kernel: a name of `kernels.KERNELS`, or "transformer_engine", whose attention splits documents over
+        inv_freq: [d / 2], see `rotation`.
+        kernel: a name of `attention_kernels.KERNELS`, or "transformer_engine", whose attention splits documents over
             context-parallel ranks itself.
 
     Raises:

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_anymal import backend
-from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, ConfigError, LanguageModelConfig, ModelConfig
 from megatron_anymal.model.attention import PackedAttention
 from megatron_anymal.model.compiled_ops import rms_norm
 from megatron_anymal.model.fp8_weights import building, drop_transposes
@@ -163,11 +163,6 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         # The rest is the last stage's. Told both, megatron-core divides by the number of stages between them.
         last = 0
     dtype = backend.compute_dtype(config)
-    recompute: dict[str, Any] = {}
-    if m.recompute_granularity == "full":
-        recompute = {"recompute_method": m.recompute_method, "recompute_num_layers": m.recompute_num_layers}
-    elif m.recompute_granularity == "selective":
-        recompute = {"recompute_modules": list(m.recompute_modules)}
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -200,8 +195,6 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         # Delayed scaling's, as long as usual; without effect on the other.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
-        # "auto" that nobody has replaced: a model that only answers keeps nothing anyway.
-        recompute_granularity=None if m.recompute_granularity == "auto" else m.recompute_granularity or None,
         # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
         calculate_per_token_loss=True,
         init_method=leave_unset,
@@ -212,8 +205,21 @@ def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConf
         bias_activation_fusion=True,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
-        **recompute,
+        **_recompute_settings(m),
     )
+
+
+def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
+    """megatron-core's names for activation recompute."""
+    if model.recompute_granularity in ("", "auto"):
+        # "auto" that nobody has replaced: a model that only answers keeps no activations.
+        return {}
+    settings: dict[str, Any] = {"recompute_granularity": model.recompute_granularity}
+    if model.recompute_granularity == "full":
+        settings.update(recompute_method=model.recompute_method, recompute_num_layers=model.recompute_num_layers)
+    else:
+        settings.update(recompute_modules=list(model.recompute_modules))
+    return settings
 
 
 def build_gpt(

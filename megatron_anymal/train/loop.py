@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,19 +9,14 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_anymal import backend
-from megatron_anymal.checkpoint import state as checkpoint_state
-from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.async_writer import CheckpointWriter
-from megatron_anymal.checkpoint.compatibility import check_changes
-from megatron_anymal.checkpoint.finding import find_newest_valid
 from megatron_anymal.checkpoint.run_lock import held
-from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.config import ConfigError
 from megatron_anymal.config.validation import max_time_seconds
 from megatron_anymal.data.loader import steps, worker_died
 from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.data.records import MicroBatch
-from megatron_anymal.model.lora import keep_reference
 from megatron_anymal.model.unsharded_weights import hash_weights
 from megatron_anymal.resilience import fault_injection, heartbeat, stop_signals
 from megatron_anymal.resilience.events import record
@@ -32,9 +26,9 @@ from megatron_anymal.resilience.heartbeat import Phase
 from megatron_anymal.resilience.nonfinite import SkippedSteps
 from megatron_anymal.resilience.stragglers import look_for_stragglers
 from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
+from megatron_anymal.train import restore
 from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.optim import begin_state
-from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 from megatron_anymal.train.skipped_samples import SkippedSamples
 from megatron_anymal.train.step import stop_asked_for, train_step, validation_step
 from megatron_anymal.train.step_metrics import Window
@@ -61,10 +55,10 @@ def fit(
         CheckpointError: checkpoints exist and none is valid, or the last one could not be written.
     """
     with stop_signals.caught(), held(run_dir, state.config.exp_manager.lock_timeout_seconds) as check_lock:
-        return Run(state, run_dir, loggers, after_validation, check_lock).fit()
+        return Trainer(state, run_dir, loggers, after_validation, check_lock).fit()
 
 
-class Run:
+class Trainer:
     """One execution of a run in its folder."""
 
     def __init__(
@@ -165,37 +159,16 @@ class Run:
                 "warning: data.tokenizer joins the line breaks after a turn's header with the turn's content, so "
                 "answers are learned after other ids than those that ask for one. Llama 3's tokenizer keeps them apart."
             )
-        manager = self.config.exp_manager
         if self.config.job == "dpo":
-            self._read_reference()
-        folder, problems = find_newest_valid(self.checkpoints) if manager.resume_if_exists else (None, [])
-        self._clean()
-        for problem in problems:
-            self.log.say(f"warning: {problem} Going back to an older checkpoint.")
+            self.reference_hash = restore.read_reference(self.state, self.base_hash, self.run_dir, self.log.say)
+        folder = restore.find_checkpoint(self.checkpoints, self.config.exp_manager, self.state.layout, self.log.say)
         if folder is not None:
-            self._resume(folder)
+            restore.resume(self.state, folder, self._manifest(), self.log.say)
             self._record("resume", f"from {folder.name}")
-        elif manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
-            raise CheckpointError(
-                f"There is no checkpoint in {str(self.checkpoints)!r}, and exp_manager.resume_ignore_no_checkpoint is "
-                "false."
-            )
         elif self.config.model.restore_from_path and self.config.job != "dpo":
-            self._restore(self.config.model.restore_from_path)
+            restore.weights_of(self.state, self.config.model.restore_from_path, self.base_hash, self.log.say)
         for kept in (self.log, self.skipped_samples, self.skipped_steps):
             kept.rewind(self.state.step)
-
-    def _clean(self) -> None:
-        """Remove what an earlier job left half written or half deleted."""
-        if not self.state.layout.reports:
-            return
-        try:
-            left = store.clean(self.checkpoints)
-        except OSError as error:
-            self.log.say(f"warning: what a crash left in {self.checkpoints} cannot be removed ({error}).")
-            return
-        if left:
-            self.log.say(f"removed what an earlier job left in {self.checkpoints}: {', '.join(left)}")
 
     def _introduce(self) -> None:
         """Say what runs where: what is missing on a machine shows here first."""
@@ -212,43 +185,6 @@ class Run:
         )
         if self.state.recompute:
             self.log.say(self.state.recompute)
-
-    def _resume(self, folder: Path) -> None:
-        manifest = store.read_manifest(folder)
-        checkpoint_state.check_lora(self.config.model.lora, manifest, folder)
-        check_changes(manifest, self._manifest(), self.config.resilience.allow_changes, self.log.say)
-        if manifest.reference != self.reference_hash:
-            raise ConfigError(
-                f"{str(folder)!r} was held to another reference than model.restore_from_path="
-                f"{self.config.model.restore_from_path!r} gives now. Name the checkpoint that it began with, or start "
-                "a new run."
-            )
-        self.state.step = checkpoint_state.load(self.state, folder)
-        self.log.say(f"resumed from {folder} at step {self.state.step}")
-
-    def _restore(self, path: str) -> Manifest:
-        folder = store.resolve(path)
-        manifest = store.read_manifest(folder)
-        missing = checkpoint_state.restore(self.state, folder, self.base_hash, self.state.optimizer)
-        new = [name for name in missing if ".lora." not in name]
-        note = f"; not in it, so newly drawn: {', '.join(new[:3])} and others" if new else ""
-        note += "; the adapters are new" if len(new) < len(missing) else ""
-        self.log.say(f"weights from {folder}{note}")
-        return manifest
-
-    def _read_reference(self) -> None:
-        """The SFT model is where the policy starts, and what it is held to from then on, after every resume."""
-        manifest = self._restore(self.config.model.restore_from_path)
-        if not manifest.config["model"].get("lora", {}).get("r"):
-            raise ConfigError(
-                f"model.restore_from_path={self.config.model.restore_from_path!r} was trained without adapters, which "
-                "the job dpo continues. Name an SFT run with model.lora.r above 0."
-            )
-        self.reference_hash = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
-        keep_reference(self.state.models)
-        kept = self.run_dir / "reference" if self.config.model.dpo.reference == "cached" else None
-        identity = [self.reference_hash, manifest.base_hash, self.config.trainer.precision]
-        self.state.reference = ReferenceAnswers(kept, identity, self.state.layout.device)
 
     def _steps(
         self, data: DataSource, start: int, stop: int, before_read: Optional[Callable[[int, int], None]] = None

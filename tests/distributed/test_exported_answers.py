@@ -18,12 +18,11 @@ from tiny import CHAT, LLAMA, SPECIAL, flac, make_config, make_conversations, np
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, dynamic_module_utils
 
 from megatron_anymal.checkpoint.store import CheckpointError
-from megatron_anymal.cli import generate
+from megatron_anymal.cli import evaluate, generate
 from megatron_anymal.config import AnyMALConfig, ConfigError
 from megatron_anymal.data.prompt_encoder import MediaFile, open_parts
 from megatron_anymal.data.records import DataError, TextPart
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.generation import evaluation
 from megatron_anymal.generation.answers import Stream
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.evaluation import read_questions
@@ -269,7 +268,7 @@ def test_evaluate_takes_an_export(
     export: Path, mixed_shards: str, tmp_path: Path, exported: dict[str, list[str]]
 ) -> None:
     argv = [f"--checkpoint={export}", f"--data={mixed_shards}", "--max-new-tokens=12", f"--out={tmp_path}/scores.json"]
-    assert "trained" in said(evaluation.main, [*argv, "--permute-media"], tmp_path)
+    assert "trained" in said(evaluate.main, [*argv, "--permute-media"], tmp_path)
     result = json.loads((tmp_path / "scores.json").read_text())
     assert [row["given"] for row in result["answers"]["trained"]] == [a.strip() for a in exported["greedy"][:40]]
     assert set(result["scores"]) == {"trained", "permuted"}

@@ -14,13 +14,13 @@ from ranks import run_ranks
 from tiny import CHAT, LLAMA, SPECIAL, WORDS, make_config, make_conversations
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from megatron_anymal.cli import evaluate
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.data.chat_format import open_prompt, parse_messages
 from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.generation import evaluation
 from megatron_anymal.generation.chat import Chat
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.evaluation import Question, permute_media, read_questions
@@ -295,7 +295,7 @@ def test_a_checkpoint_can_be_talked_to(sft_dir: Path) -> None:
 
 
 def run_evaluate(argv: list[str]) -> int:
-    return evaluation.main(argv)
+    return evaluate.main(argv)
 
 
 def test_evaluate_counts_exact_answers(run_dir: Path, mixed_shards: str, tmp_path: Path) -> None:

@@ -6,9 +6,9 @@ import dataclasses
 import re
 from pathlib import Path
 
+from megatron_anymal.cli.prepare import _parser
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.left_out import CODES
-from megatron_anymal.data.prepare import _parser
 from megatron_anymal.modalities.imu_files import LONGEST_STEP, RATE_TOLERANCE, USUAL_RATES
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()

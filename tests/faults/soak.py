@@ -26,7 +26,7 @@ from typing import Any
 
 import psutil
 from launched import differences, launch, write_config
-from meters import surroundings
+from measuring import surroundings
 from test_sigkill import figures, kill, steps_of
 from tiny import make_shards, make_tokenizer
 

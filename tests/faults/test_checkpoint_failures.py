@@ -26,7 +26,7 @@ from tiny import make_config
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.async_writer import CheckpointWriter
-from megatron_anymal.checkpoint.finding import find_newest_valid
+from megatron_anymal.checkpoint.newest_valid import find_newest_valid
 from megatron_anymal.checkpoint.snapshot import Plan
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import AnyMALConfig

@@ -16,6 +16,7 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config.fault_grammar import KINDS
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import WorkerDied, worker_died
 from megatron_anymal.resilience import events, fault_injection, heartbeat
@@ -188,6 +189,6 @@ def test_who_is_slow() -> None:
 def test_each_kind_is_documented(config: AnyMALConfig) -> None:
     page = (Path(__file__).parents[2] / "docs" / "failures.md").read_text()
     examples = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
-    assert {example.partition(":")[0] for example in examples} == set(fault_injection.KINDS)
+    assert {example.partition(":")[0] for example in examples} == set(KINDS)
     config.trainer.devices, config.data.num_workers, config.resilience.faults = 4, 1, examples
     check(config)

@@ -63,7 +63,7 @@ def whole(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 # Where a signal comes: what is called there, and the step after which all must stop.
 PLACES: dict[str, tuple[Any, str, int]] = {
-    "start-up": (loop.Run, "_start", 0),
+    "start-up": (loop.Trainer, "_start", 0),
     "step": (loop, "train_step", 3),
     "validation": (loop, "validation_step", 2),
     "save": (CheckpointWriter, "start", 4),

@@ -24,9 +24,9 @@ from megatron_anymal.config import ConfigError
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.left_out import LeftOut
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_index import ShardIndex
-from megatron_anymal.data.sources.manifest import write_shards
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
 from megatron_anymal.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorFileError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_anymal.model import compiled_ops
-from megatron_anymal.model.rope import rotation
+from megatron_anymal.model.attention import rotation
 
 pytestmark = [
     pytest.mark.gpu,

@@ -30,7 +30,7 @@ import megatron_anymal.model.lora as lora
 import megatron_anymal.train.build as train_build
 import megatron_anymal.train.loop as train_loop
 import megatron_anymal.train.objective as objective
-from megatron_anymal.model.rope import rotation
+from megatron_anymal.model.attention import rotation
 from parity.layouts import Layout
 
 

@@ -20,10 +20,10 @@ from ranks import run_ranks
 import megatron_anymal.model.build as model_build
 from megatron_anymal.config import AnyMALConfig, LoraConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.model.unsharded_weights import gather_weights, list_weights
+from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
-from megatron_anymal.train.loop import Run
+from megatron_anymal.train.restore import read_reference
 from megatron_anymal.train.step import train_step
 from parity.layouts import Layout
 from parity.reference import Trace
@@ -107,7 +107,8 @@ def _run(config: AnyMALConfig, partial: bool, count: int, before: Callable[[], N
     state = build(config, initialize(config))
     if config.job == "dpo":
         with redirect_stdout(io.StringIO()):
-            Run(state, config.run_dir, ())._read_reference()
+            base_hash = hash_weights(state.models, "language_model.")
+            read_reference(state, base_hash, config.run_dir, print)
     start = gather_weights(state.models)
     names = _all_of({w.name for m in state.models for w in list_weights(m) if w.parameter.requires_grad})
     losses, gradients = [], []

@@ -64,10 +64,9 @@ def in_time(seconds: float, check: str, look: Callable[[], list[Problem]]) -> Op
 
 def software(config: AnyMALConfig) -> list[Problem]:
     """What the doctor finds missing, and what this machine cannot run of the configuration."""
-    from megatron_anymal import backend
-    from megatron_anymal.cli import doctor
+    from megatron_anymal import backend, environment
 
-    wrong = [finding for finding in doctor.examine() if finding.required and finding.state != doctor.OK]
+    wrong = [finding for finding in environment.examine() if finding.required and finding.state != environment.OK]
     if wrong:
         return [Problem("software", f"{one.part} {one.version}: {one.state}", one.mend) for one in wrong]
     try:

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from megatron_anymal import backend
+from megatron_anymal import backend, environment
 from megatron_anymal.cli import doctor
 from megatron_anymal.config import AnyMALConfig, ConfigError
 
 ROOT = Path(__file__).parents[3]
 
 
-def finding(name: str) -> doctor.Finding:
-    (found,) = [found for found in doctor.examine() if found.part == name]
+def finding(name: str) -> environment.Finding:
+    (found,) = [found for found in environment.examine() if found.part == name]
     return found
 
 
@@ -43,7 +43,7 @@ def test_foreign_apex_is_recognised_and_not_imported(site):
     assert backend.apex_kind() == "foreign" and backend.capabilities().foreign_apex
     assert not backend.capabilities().nvidia_apex
     found = finding("apex")
-    assert (found.state, found.version) == (doctor.FOREIGN, "0.9.10.dev0")
+    assert (found.state, found.version) == (environment.FOREIGN, "0.9.10.dev0")
     assert found.mend.startswith("pip uninstall -y apex") and "-e '.[apex]'" in found.mend
 
 
@@ -51,27 +51,27 @@ def test_nvidia_apex(site):
     add_distribution(site, "apex", "0.1", "apex/__init__.py", "apex/optimizers/__init__.py")
     assert backend.apex_kind() == "nvidia"
     # The Python part without the kernels does not help.
-    assert not backend.capabilities().nvidia_apex and finding("apex").state == doctor.BROKEN
+    assert not backend.capabilities().nvidia_apex and finding("apex").state == environment.BROKEN
     (site / "amp_C.py").write_text("")
     importlib.invalidate_caches()
-    assert backend.capabilities().nvidia_apex and finding("apex").state == doctor.OK
+    assert backend.capabilities().nvidia_apex and finding("apex").state == environment.OK
 
 
 def test_version_out_of_range_and_exit_code(site, capsys):
     assert doctor.main([]) == 0
     assert "All required parts are there." in capsys.readouterr().out
     add_distribution(site, "psutil", "1.0")
-    assert finding("psutil").state == doctor.OUT_OF_RANGE
+    assert finding("psutil").state == environment.OUT_OF_RANGE
     assert doctor.main([]) == 1
     shown = capsys.readouterr().out
     assert "pip install 'psutil>=5.9'" in shown and "To mend first: psutil." in shown
 
 
 def test_missing_required_part(monkeypatch, capsys):
-    present, version = doctor._present, doctor._installed_version
-    monkeypatch.setattr(doctor, "_present", lambda module: module != "webdataset" and present(module))
-    monkeypatch.setattr(doctor, "_installed_version", lambda name: "" if name == "webdataset" else version(name))
-    assert finding("webdataset").state == doctor.MISSING
+    present, version = environment._present, environment._installed_version
+    monkeypatch.setattr(environment, "_present", lambda module: module != "webdataset" and present(module))
+    monkeypatch.setattr(environment, "_installed_version", lambda name: "" if name == "webdataset" else version(name))
+    assert finding("webdataset").state == environment.MISSING
     assert doctor.main(["--json"]) == 1
     rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["webdataset"]["mend"] == "pip install 'webdataset>=1.0,<2'" and rows["webdataset"]["cost"]
@@ -81,11 +81,11 @@ def test_missing_required_part(monkeypatch, capsys):
 
 
 def test_missing_optional_part_does_not_fail(monkeypatch):
-    present = doctor._present
-    monkeypatch.setattr(doctor, "_present", lambda module: module != "s3fs" and present(module))
-    monkeypatch.setattr(doctor, "_installed_version", lambda name: "" if name == "s3fs" else "1")
+    present = environment._present
+    monkeypatch.setattr(environment, "_present", lambda module: module != "s3fs" and present(module))
+    monkeypatch.setattr(environment, "_installed_version", lambda name: "" if name == "s3fs" else "1")
     found = finding("s3fs")
-    assert (found.state, found.required, found.mend) == (doctor.MISSING, False, "pip install -e '.[s3]'")
+    assert (found.state, found.required, found.mend) == (environment.MISSING, False, "pip install -e '.[s3]'")
 
 
 def test_ranges_are_those_of_setup_py():
@@ -98,7 +98,7 @@ def test_ranges_are_those_of_setup_py():
             name = name.split(operator)[0]
         ranges[name.strip()] = requirement.split("]")[-1].removeprefix(name)
     # Lightning comes with nemo_toolkit, wandb with its logger; apex has no release to name.
-    for part in doctor.PARTS:
+    for part in environment.PARTS:
         if part.distribution not in ("lightning", "wandb", "apex"):
             assert ranges[part.distribution] == part.versions, part.distribution
         if part.extra not in ("", "wandb"):

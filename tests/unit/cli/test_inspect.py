@@ -83,7 +83,7 @@ def test_media_that_do_not_decode_are_found_though_their_checksums_hold(
 ) -> None:
     from megatron_anymal.data.index_builder import IndexOptions
     from megatron_anymal.data.index_folder import make_index
-    from megatron_anymal.data.sources.manifest import write_shards
+    from megatron_anymal.data.manifest import write_shards
 
     sound = flac(0)
     (tmp_path / "a.flac").write_bytes(sound)

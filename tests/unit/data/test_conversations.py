@@ -20,10 +20,10 @@ from tiny import CHAT, SPECIAL, flac, make_config, make_conversations, npy, png
 from megatron_anymal.cli.inspect import main
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import DataError, MediaPart, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
-from megatron_anymal.data.sources.manifest import write_shards
 from megatron_anymal.data.tokenizer import Tokenizer
 
 FILES = {"a.png": png(1), "b.flac": flac(2), "c.npy": npy(3)}

@@ -16,7 +16,7 @@ from tars import header_of, tar_bytes, write_tar
 from tiny import flac, npy, png
 
 from megatron_anymal.cli.inspect import main as inspect
-from megatron_anymal.data.prepare import main as prepare
+from megatron_anymal.cli.prepare import main as prepare
 from megatron_anymal.data.records import DataError, MediaPart, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 

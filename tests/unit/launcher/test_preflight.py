@@ -20,7 +20,7 @@ from tiny import make_config
 
 from megatron_anymal.checkpoint.run_lock import RunLock
 from megatron_anymal.config import AnyMALConfig
-from megatron_anymal.dry_run.simulate import checkpoint_size
+from megatron_anymal.dry_run import checkpoint_size
 from megatron_anymal.launcher.preflight import command, network_checks, node_checks
 from megatron_anymal.launcher.preflight.command import Place, Preflight
 from megatron_anymal.launcher.preflight.node_checks import Problem
@@ -208,17 +208,16 @@ def test_what_hangs_and_what_fails() -> None:
 
 
 def test_software(config: AnyMALConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_anymal import backend
-    from megatron_anymal.cli import doctor
+    from megatron_anymal import backend, environment
 
     assert node_checks.software(config) == []
     config.model.fp8 = "hybrid"
     if not backend.capabilities().fp8:
         (problem,) = node_checks.software(config)
         assert "model.fp8=hybrid needs" in problem.text
-    missing = doctor.Finding("psutil", "-", doctor.MISSING, True, "cost", "pip install psutil")
-    optional = doctor.Finding("s3fs", "-", doctor.MISSING, False, "cost", "pip install s3fs")
-    monkeypatch.setattr(doctor, "examine", lambda: [missing, optional])
+    missing = environment.Finding("psutil", "-", environment.MISSING, True, "cost", "pip install psutil")
+    optional = environment.Finding("s3fs", "-", environment.MISSING, False, "cost", "pip install s3fs")
+    monkeypatch.setattr(environment, "examine", lambda: [missing, optional])
     (problem,) = node_checks.software(config)
     assert (problem.text, problem.mend) == ("psutil -: missing", "pip install psutil")
 

@@ -20,8 +20,8 @@ from tiny import WORDS, make_config, png
 from megatron_anymal.config import AnyMALConfig
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.sources.manifest import write_shards
 
 
 @pytest.fixture(scope="module")

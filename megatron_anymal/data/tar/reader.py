@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Optional
 
-from megatron_anymal.data.sources.byte_source import ByteSource
-from megatron_anymal.data.sources.tar_headers import (
+from megatron_anymal.data.tar.byte_source import ByteSource
+from megatron_anymal.data.tar.headers import (
     BLOCK,
     GNU_LONG_LINK,
     GNU_LONG_NAME,

@@ -11,8 +11,8 @@ import fsspec
 import pytest
 from tars import BLOCK, changed_header, header_of, tar_bytes
 
-from megatron_anymal.data.sources.byte_source import open_bytes
-from megatron_anymal.data.sources.tar_reader import TarEntry, TarError, TarMember, TarPassed, TarProblem, TarWalk
+from megatron_anymal.data.tar.byte_source import open_bytes
+from megatron_anymal.data.tar.reader import TarEntry, TarError, TarMember, TarPassed, TarProblem, TarWalk
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 

@@ -7,14 +7,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.sources.manifest import write_shards
 from megatron_anymal.modalities import MODALITIES, load_plugins
 from megatron_anymal.modalities.base import nearest
 
@@ -22,11 +21,6 @@ from megatron_anymal.modalities.base import nearest
 def main(argv: Sequence[str]) -> int:
     """The verb. Returns the exit code."""
     arguments = _parser().parse_args(argv)
-    if arguments.quickstart:
-        from examples.quickstart.prepare import prepare_quickstart
-
-        prepare_quickstart(Path(arguments.quickstart))
-        return 0
     if not arguments.tokenizer:
         raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
     load_plugins(arguments.plugin)
@@ -55,7 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--manifest", help="a .jsonl or .csv of media paths and texts, to be packed into shards")
     source.add_argument("--index-only", metavar="FOLDER", help="a folder of WebDataset shards, to be indexed in place")
-    source.add_argument("--quickstart", metavar="FOLDER", help="make the built-in quickstart set")
     parser.add_argument("--out", help="with --manifest: the folder to make")
     parser.add_argument("--tokenizer", help="folder of the tokenizer that training will use")
     parser.add_argument("--samples-per-shard", type=int, default=2000)

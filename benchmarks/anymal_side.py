@@ -19,9 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from megatron_anymal.config import AnyMALConfig, DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.data.records import MicroBatch
-from megatron_anymal.data.sources.manifest import write_shards
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import StepResult, train_step
 

@@ -11,7 +11,7 @@ from typing import Optional
 
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.sources.tar_reader import TarMember, TarPassed, TarProblem, TarWalk
+from megatron_anymal.data.tar.reader import TarMember, TarPassed, TarProblem, TarWalk
 
 # Bytes of a key that an index can hold (its column key_length).
 MAX_KEY_BYTES = 65_535

@@ -13,14 +13,14 @@ import soundfile
 from PIL import Image
 from tiny import SPECIAL, flac, npy, png
 
+from megatron_anymal.cli.prepare import main
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.prepare import main
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.records import DataError, MediaPart, TextPart
 from megatron_anymal.data.samples import parse_parts
 from megatron_anymal.data.shard_index import ShardIndex
-from megatron_anymal.data.sources.manifest import write_shards
 from megatron_anymal.data.tokenizer import Tokenizer
 
 INTERLEAVED = [

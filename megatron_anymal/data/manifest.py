@@ -12,7 +12,7 @@ from typing import Any, Optional
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.samples import UTF16_MARKS, media_entries, parse_sample, read_lines, to_json
-from megatron_anymal.data.sources.shard_samples import MAX_KEY_BYTES
+from megatron_anymal.data.shard_samples import MAX_KEY_BYTES
 from megatron_anymal.telemetry import Progress
 
 _DELIMITERS = (",", ";", "\t")

@@ -1,0 +1,55 @@
+"""`anymal evaluate`: exact answers on prepared samples.
+
+A sample's last text, or a conversation's last turn, is its answer; the model gets everything before it and answers,
+greedily if nothing else is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.cli.model_arguments import (
+    add_model_arguments,
+    add_sampling_arguments,
+    load_generator,
+    sampling_of,
+)
+from megatron_anymal.generation.evaluation import evaluate, permute_media, read_questions
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="anymal evaluate", description=__doc__)
+    parser.add_argument("--data", action="append", required=True, help="a prepared folder; may be repeated")
+    parser.add_argument("--limit", type=int, help="samples of each folder")
+    parser.add_argument("--permute-media", action="store_true", help="also with the media exchanged among the samples")
+    parser.add_argument("--untrained", action="store_true", help="also with the projectors' initial values")
+    parser.add_argument("--out", help="a .json file for scores and answers")
+    add_model_arguments(parser)
+    add_sampling_arguments(parser)
+    arguments = parser.parse_args(argv)
+    sampling = sampling_of(arguments)
+    questions = [question for folder in arguments.data for question in read_questions(folder, arguments.limit)]
+    runs = {"trained": (load_generator(arguments), questions)}
+    if arguments.permute_media:
+        runs["permuted"] = (runs["trained"][0], permute_media(questions))
+    if arguments.untrained:
+        runs["untrained"] = (load_generator(arguments, untrained=True), questions)
+    result: dict[str, Any] = {"scores": {}, "answers": {}}
+    for name, (generator, asked) in runs.items():
+        scores, rows = evaluate(generator, asked, sampling, arguments.batch_size)
+        result["answers"][name] = rows
+        result["scores"][name] = {
+            modality: {"accuracy": s.accuracy, "chance": s.chance, "samples": s.samples}
+            for modality, s in scores.items()
+        }
+        if generator.reports:
+            for modality, s in scores.items():
+                print(f"{name:10s} {modality:8s} {s.accuracy:7.1%} of {s.samples} exact (guessing: {s.chance:.1%})")
+    if arguments.out and runs["trained"][0].reports:
+        Path(arguments.out).write_text(json.dumps(result, indent=1, ensure_ascii=False))
+    return 0

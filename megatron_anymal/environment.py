@@ -1,0 +1,204 @@
+"""`anymal doctor`: what is installed, what its lack costs, and the command that mends it.
+
+Needs nothing but the standard library, so that it also runs where the installation is broken.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import sys
+from dataclasses import dataclass
+
+OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN = "ok", "missing", "broken", "out of range", "not NVIDIA's"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A package the trainer uses.
+
+    Attributes:
+        distribution: its name for pip.
+        module: the module looked for.
+        versions: the range that works, as in setup.py; "" where any does.
+        extra: the extra that brings it; "" where it is always installed.
+        cost: what does not work without it.
+    """
+
+    distribution: str
+    module: str
+    versions: str
+    extra: str
+    cost: str
+
+    @property
+    def required(self) -> bool:
+        """Nothing runs without it."""
+        return not self.extra
+
+
+PARTS = (
+    Part("torch", "torch", ">=2.11,<2.14", "", "nothing runs"),
+    Part("megatron-core", "megatron.core", "==0.16.1", "", "nothing runs"),
+    Part("nemo_toolkit", "nemo", "==3.0.0", "", "`anymal pretrain` does not start"),
+    Part("lightning", "lightning", "<=2.4.0", "", "`anymal pretrain` does not start; nemo_toolkit brings it"),
+    Part("transformers", "transformers", ">=5.0,<6", "", "no encoders, no tokenizers"),
+    Part("psutil", "psutil", ">=5.9", "", "megatron-core's checkpoint writer dies and the rank hangs"),
+    Part("webdataset", "webdataset", ">=1.0,<2", "", "`anymal prepare` writes no shards"),
+    Part("av", "av", ">=15.0,<19", "", "video cannot be read"),
+    Part("soundfile", "soundfile", ">=0.12", "", "audio cannot be read"),
+    Part(
+        "transformer-engine",
+        "transformer_engine",
+        ">=2.11,<2.12",
+        "te",
+        "no FP8; slower bf16 on GPUs (AnyMAL reports 40 % more throughput with it)",
+    ),
+    Part("flash-attn", "flash_attn", ">=2.7,<3", "flash", "slower attention over packed documents on GPUs"),
+    Part("apex", "apex", "", "apex", "no fused AdamW on GPUs without Transformer Engine"),
+    Part(
+        "nvidia-resiliency-ext",
+        "nvidia_resiliency_ext",
+        ">=0.4.1,<0.5",
+        "resiliency",
+        "no in-job restart, no straggler detection",
+    ),
+    Part("s3fs", "s3fs", ">=2024.2", "s3", "shards on S3 cannot be read"),
+    Part("wandb", "wandb", "", "wandb", "exp_manager.create_wandb_logger=true fails"),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the table; `mend` is empty where nothing is wrong."""
+
+    part: str
+    version: str
+    state: str
+    required: bool
+    cost: str
+    mend: str
+
+
+def examine() -> list[Finding]:
+    """Look at everything, in the table's order."""
+    return [_python(), *(_package(part) for part in PARTS[:1]), _cuda(), *(_package(part) for part in PARTS[1:])]
+
+
+def _python() -> Finding:
+    fits = (3, 11) <= sys.version_info[:2] < (3, 13)
+    mend = "" if fits else "make a virtual environment with Python 3.11 or 3.12"
+    return Finding(
+        "python", platform.python_version(), OK if fits else OUT_OF_RANGE, True, "packages do not install", mend
+    )
+
+
+def _cuda() -> Finding:
+    cost = "training runs on the CPU over gloo: for tests and small models"
+    mend = "on a machine with NVIDIA cards: install the driver and a CUDA build of torch"
+    if not _present("torch"):
+        return Finding("CUDA", "-", MISSING, False, cost, mend)
+    try:
+        from megatron_anymal import backend
+
+        found = backend.capabilities()
+        import torch
+
+        version = str(torch.version.cuda or "-")
+    except Exception as error:  # A broken torch raises anything, and the doctor must go on.
+        return Finding("CUDA", "-", BROKEN, False, _short(error), "pip install --force-reinstall torch")
+    if not found.cuda_devices:
+        return Finding("CUDA", version, MISSING, False, cost, mend)
+    assert found.compute_capability is not None
+    capability = ".".join(str(number) for number in found.compute_capability)
+    formats = " and ".join([*(["bf16"] if found.bf16 else []), *(["FP8"] if found.fp8 else [])]) or "fp32 only"
+    shown = f"{version}, {len(found.cuda_devices)} x {found.cuda_devices[0]} (capability {capability}, {formats})"
+    return Finding("CUDA", shown, OK, False, cost, "")
+
+
+def _package(part: Part) -> Finding:
+    version, state, mend = _installed_version(part.distribution), OK, ""
+    if part.distribution == "apex":
+        state = _apex_state()
+        version = version if state == FOREIGN else (version or "-")
+    elif not _present(part.module):
+        # A distribution without its module is a broken installation.
+        state = BROKEN if version else MISSING
+    elif part.distribution == "transformer-engine":
+        state = _transformer_engine_state()
+    if state == OK and version and not _in_range(version, part.versions):
+        state = OUT_OF_RANGE
+    if state != OK:
+        mend = _mend(part, state)
+    return Finding(part.distribution, version or "-", state, part.required, part.cost, mend)
+
+
+def _apex_state() -> str:
+    if not _present("torch"):
+        return MISSING
+    from megatron_anymal import backend
+
+    kind = backend.apex_kind()
+    if kind == "foreign":
+        return FOREIGN
+    if kind == "":
+        return MISSING
+    return OK if _present("amp_C") else BROKEN
+
+
+def _transformer_engine_state() -> str:
+    try:
+        from megatron_anymal import backend
+
+        found = backend.capabilities()
+        # Without a card nothing can be said of it; the line on CUDA says what that costs.
+        return OK if found.transformer_engine or not found.cuda_devices else BROKEN
+    except Exception:  # A broken torch raises anything, and the doctor must go on.
+        return BROKEN
+
+
+def _mend(part: Part, state: str) -> str:
+    if part.distribution == "apex":
+        build = (
+            "NVCC_APPEND_FLAGS='--threads 4' APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
+            "pip install --no-build-isolation -e '.[apex]'"
+        )
+        if state == FOREIGN:
+            return f"pip uninstall -y apex (an unrelated authentication toolkit), then {build}"
+        return f"{'pip uninstall -y apex (built without its CUDA kernels), then ' if state == BROKEN else ''}{build}"
+    if part.extra == "wandb":
+        return "pip install wandb"
+    force = " --force-reinstall" if state == BROKEN else ""
+    if part.required:
+        return f"pip install{force} '{part.distribution}{part.versions}'"
+    isolation = " --no-build-isolation" if part.extra in ("te", "flash") else ""
+    return f"pip install{force}{isolation} -e '.[{part.extra}]'"
+
+
+def _present(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _installed_version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _in_range(version: str, versions: str) -> bool:
+    if not versions:
+        return True
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:
+        return True  # torch and transformers bring it; without them their own lines say what to do.
+    return SpecifierSet(versions, prereleases=True).contains(version.partition("+")[0])
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,0 +1,109 @@
+"""Where a run's weights come from: its own newest checkpoint, another run's, or the SFT run that DPO is held to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+from megatron_anymal.checkpoint import state as checkpoint_state
+from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.compatibility import check_changes
+from megatron_anymal.checkpoint.newest_valid import find_newest_valid
+from megatron_anymal.checkpoint.store import CheckpointError, Manifest
+from megatron_anymal.config import ConfigError, ExpManagerConfig
+from megatron_anymal.model.lora import keep_reference
+from megatron_anymal.parallel import ParallelLayout
+from megatron_anymal.train.build import TrainState
+from megatron_anymal.train.reference_logprobs import ReferenceAnswers
+
+Say = Callable[[str], None]
+
+
+def find_checkpoint(checkpoints: Path, manager: ExpManagerConfig, layout: ParallelLayout, say: Say) -> Optional[Path]:
+    """The newest valid checkpoint of a run; None if it begins. Removes what an earlier job left behind. Collective.
+
+    Raises:
+        CheckpointError: checkpoints exist and none is valid, or one must exist and none does.
+    """
+    folder, problems = find_newest_valid(checkpoints) if manager.resume_if_exists else (None, [])
+    if layout.reports:
+        _clean(checkpoints, say)
+    for problem in problems:
+        say(f"warning: {problem} Going back to an older checkpoint.")
+    if folder is None and manager.resume_if_exists and not manager.resume_ignore_no_checkpoint:
+        raise CheckpointError(
+            f"There is no checkpoint in {str(checkpoints)!r}, and exp_manager.resume_ignore_no_checkpoint is false."
+        )
+    return folder
+
+
+def _clean(checkpoints: Path, say: Say) -> None:
+    """Remove what an earlier job left half written or half deleted."""
+    try:
+        left = store.clean(checkpoints)
+    except OSError as error:
+        say(f"warning: what a crash left in {checkpoints} cannot be removed ({error}).")
+        return
+    if left:
+        say(f"removed what an earlier job left in {checkpoints}: {', '.join(left)}")
+
+
+def resume(state: TrainState, folder: Path, present: Manifest, say: Say) -> None:
+    """Load a checkpoint of this run into `state`. Collective.
+
+    Args:
+        present: the manifest that this run would write now; what differs must be allowed.
+
+    Raises:
+        ConfigError, CheckpointError: the checkpoint is another run's, or damaged.
+    """
+    manifest = store.read_manifest(folder)
+    checkpoint_state.check_lora(state.config.model.lora, manifest, folder)
+    check_changes(manifest, present, state.config.resilience.allow_changes, say)
+    if manifest.reference != present.reference:
+        raise ConfigError(
+            f"{str(folder)!r} was held to another reference than model.restore_from_path="
+            f"{state.config.model.restore_from_path!r} gives now. Name the checkpoint that it began with, or start "
+            "a new run."
+        )
+    state.step = checkpoint_state.load(state, folder)
+    say(f"resumed from {folder} at step {state.step}")
+
+
+def weights_of(state: TrainState, path: str, base_hash: str, say: Say) -> Manifest:
+    """Load the trained weights of another run's checkpoint; returns its manifest. Collective."""
+    folder = store.resolve(path)
+    manifest = store.read_manifest(folder)
+    missing = checkpoint_state.restore(state, folder, base_hash, state.optimizer)
+    new = [name for name in missing if ".lora." not in name]
+    note = f"; not in it, so newly drawn: {', '.join(new[:3])} and others" if new else ""
+    note += "; the adapters are new" if len(new) < len(missing) else ""
+    say(f"weights from {folder}{note}")
+    return manifest
+
+
+def read_reference(state: TrainState, base_hash: str, run_dir: Path, say: Say) -> str:
+    """Load the SFT model, where a DPO run's policy starts and what it is held to after every resume. Collective.
+
+    Returns:
+        A hash of the checkpoint.
+
+    Raises:
+        ConfigError: the checkpoint has no adapters.
+    """
+    config = state.config
+    manifest = weights_of(state, config.model.restore_from_path, base_hash, say)
+    if not manifest.config["model"].get("lora", {}).get("r"):
+        raise ConfigError(
+            f"model.restore_from_path={config.model.restore_from_path!r} was trained without adapters, which "
+            "the job dpo continues. Name an SFT run with model.lora.r above 0."
+        )
+    reference_hash = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
+    keep_reference(state.models)
+    kept = run_dir / "reference" if config.model.dpo.reference == "cached" else None
+    identity = [reference_hash, manifest.base_hash, config.trainer.precision]
+    state.reference = ReferenceAnswers(kept, identity, state.layout.device)
+    return reference_hash
