@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.config import DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig, RunConfig
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.manifest import write_shards
@@ -97,9 +97,9 @@ def write_data(folder: Path, sizes: Sizes) -> None:
     make_index(str(folder / "shards"), IndexOptions(str(folder / "tokenizer")))
 
 
-def make_config(folder: Path, sizes: Sizes, freeze: bool) -> AnyMALConfig:
+def make_config(folder: Path, sizes: Sizes, freeze: bool) -> RunConfig:
     """A run of this trainer with a frozen or a trained Llama."""
-    config = AnyMALConfig()
+    config = RunConfig()
     config.trainer.precision = "32"
     config.model.transformer_impl = "local"
     config.model.language_model.config = {

@@ -30,7 +30,7 @@ from examples.quickstart.prepare import prepare_quickstart
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.async_writer import CheckpointWriter
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.config import AnyMALConfig, CheckpointConfig
+from megatron_anymal.config import CheckpointConfig, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.parallel import ParallelLayout, initialize, shutdown
 from megatron_anymal.train.build import TrainState, build
@@ -55,7 +55,7 @@ class Round:
     end: float
 
 
-def configured(name: str) -> AnyMALConfig:
+def configured(name: str) -> RunConfig:
     """A quickstart configuration for one process."""
     one = ["trainer.devices=1", "model.tensor_model_parallel_size=1", "trainer.log_every_n_steps=1000000"]
     return compose(name, default_config_dir(), one).config

@@ -27,7 +27,7 @@ from anymal_side import Sizes, make_config, write_data
 from measuring import PeakMemory, ratio, surroundings, take_turns
 from torch import Tensor
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.model import lm_head
 from megatron_anymal.model.anymal import AnyMALModel
@@ -55,7 +55,7 @@ class Head:
     """A frozen head and the hidden states before it."""
 
     def __init__(self, sizes: HeadSizes, dtype: torch.dtype):
-        config = AnyMALConfig()
+        config = RunConfig()
         config.trainer.precision, config.data.tokenizer = "32", "unused"
         config.model.transformer_impl = "local"
         config.model.language_model.config = {

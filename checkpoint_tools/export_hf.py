@@ -30,7 +30,7 @@ from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.trust import FLAG, config_of
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.safetensors_io import TensorFileError
@@ -173,7 +173,7 @@ def _write(
     staging: Path,
     folder: Path,
     manifest: Manifest,
-    config: AnyMALConfig,
+    config: RunConfig,
     llama_only: bool,
 ) -> tuple[str, dict[str, str]]:
     """Everything but the card.

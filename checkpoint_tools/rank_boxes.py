@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.dry_run.simulate import weights_of_stages
 from megatron_anymal.model.hf_llama import checkpoint_place
 from megatron_anymal.model.unsharded_weights import Weight
@@ -18,7 +18,7 @@ from megatron_anymal.model.unsharded_weights import Weight
 Box = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
-def boxes_of_ranks(config: AnyMALConfig, manifest: Manifest, folder: Path) -> dict[str, list[Box]]:
+def boxes_of_ranks(config: RunConfig, manifest: Manifest, folder: Path) -> dict[str, list[Box]]:
     """File name of a rank -> what it holds; every value of the checkpoint is in one box of one rank.
 
     A weight that all tensor-parallel ranks hold is in the first one's file; a tied head in that of the embedding. The

@@ -17,7 +17,7 @@ from typing import Any
 from checkpoint_tools.disk import check_space, what_failed
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 
 _MB = 1_000_000
 
@@ -76,7 +76,7 @@ def _reshard(arguments: argparse.Namespace) -> None:
     print(f"{out}: {len(boxes)} files for tensor- and pipeline-parallel sizes {sizes[0]} and {sizes[1]}")
 
 
-def _laid_out(folder: Path, manifest: Manifest, tensor_size: int, stages: int, *, trust_plugins: bool) -> AnyMALConfig:
+def _laid_out(folder: Path, manifest: Manifest, tensor_size: int, stages: int, *, trust_plugins: bool) -> RunConfig:
     """The checkpoint's configuration with other sizes, and without what belonged to the old ones."""
     from megatron_anymal.checkpoint.trust import config_of
 

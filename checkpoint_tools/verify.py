@@ -23,11 +23,11 @@ from torch import Tensor
 from checkpoint_tools.verifying import exported_logits
 from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
 from checkpoint_tools.verifying.native_logits import NativeModel
-from checkpoint_tools.verifying.samples import Sample, choose_samples
+from checkpoint_tools.verifying.samples import VerificationSample, choose_samples
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.trust import FLAG, config_of
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.hf.remote_code import foreign_code
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def verify(folder: Path, config: AnyMALConfig, export: Path, samples: Sequence[Sample]) -> dict[str, Any]:
+def verify(folder: Path, config: RunConfig, export: Path, samples: Sequence[VerificationSample]) -> dict[str, Any]:
     """Compare an export with the checkpoint in `folder`, and print a line for each kind of samples.
 
     Returns:
@@ -124,7 +124,7 @@ def verify(folder: Path, config: AnyMALConfig, export: Path, samples: Sequence[S
     return {"transformers": version, "dtype": "fp32", "tolerance": TOLERANCE, "rows": rows}
 
 
-def _run_export(export: Path, samples: Sequence[Sample], out: Path) -> str:
+def _run_export(export: Path, samples: Sequence[VerificationSample], out: Path) -> str:
     """Let the exported folder compute all logits; returns transformers' version."""
     prompts = [sample.to_json(out / f"media_{number}") for number, sample in enumerate(samples)]
     (out / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
@@ -136,7 +136,7 @@ def _run_export(export: Path, samples: Sequence[Sample], out: Path) -> str:
     return (out / "transformers").read_text()
 
 
-def _compare(sample: Sample, here: dict[str, Any], there: dict[str, Any], group: _Group) -> None:
+def _compare(sample: VerificationSample, here: dict[str, Any], there: dict[str, Any], group: _Group) -> None:
     where = f"{sample.group}, sample {sample.key!r}"
     if here["tokens"].tolist() != there["tokens"].tolist():
         raise VerificationError(f"{where}: the exported processor makes other token ids.")

@@ -13,7 +13,7 @@ from typing import NoReturn
 from megatron_anymal import __version__
 from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
-from megatron_anymal.resilience.failure_record import leave
+from megatron_anymal.resilience.failure_record import exit_now
 
 # Verb -> module and its function that takes the arguments, does the work and returns the exit code; a line of help.
 VERBS = {
@@ -68,7 +68,7 @@ def command() -> NoReturn:
         # As a shell reports a death by Ctrl-C.
         code = 130 if isinstance(error, KeyboardInterrupt) else code_of(error)
     if code:
-        leave(code)
+        exit_now(code)
     sys.exit(0)
 
 

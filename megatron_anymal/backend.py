@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 
 # Compute capability from which a card multiplies in FP8 (Ada, Hopper) and in bf16 (Ampere).
 _FP8_CAPABILITY = (8, 9)
@@ -103,12 +103,12 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def compute_dtype(config: AnyMALConfig) -> torch.dtype:
+def compute_dtype(config: RunConfig) -> torch.dtype:
     """Number format of the forward and backward pass."""
     return torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
 
 
-def transformer_impl(config: AnyMALConfig) -> Literal["local", "transformer_engine"]:
+def transformer_impl(config: RunConfig) -> Literal["local", "transformer_engine"]:
     """Whose layers build the Llama; "auto" takes Transformer Engine where it can run."""
     wanted = config.model.transformer_impl
     if wanted == "auto":
@@ -117,7 +117,7 @@ def transformer_impl(config: AnyMALConfig) -> Literal["local", "transformer_engi
     return "transformer_engine" if wanted == "transformer_engine" else "local"
 
 
-def attention_kernel(config: AnyMALConfig) -> str:
+def attention_kernel(config: RunConfig) -> str:
     """What attends within the documents of a pack: transformer_engine, flash_attn, flex or sdpa.
 
     "auto" is scaled dot-product attention on CPUs, and on GPUs a kernel that needs no mask and no padding: Transformer
@@ -132,7 +132,7 @@ def attention_kernel(config: AnyMALConfig) -> str:
     return "flash_attn" if _version("flash-attn") and config.trainer.precision == "bf16" else "flex"
 
 
-def check_backend(config: AnyMALConfig) -> None:
+def check_backend(config: RunConfig) -> None:
     """Refuse what this machine cannot run.
 
     Raises:
@@ -171,7 +171,7 @@ def check_backend(config: AnyMALConfig) -> None:
         )
 
 
-def _check_attention(config: AnyMALConfig, found: Capabilities) -> None:
+def _check_attention(config: RunConfig, found: Capabilities) -> None:
     wanted = config.model.attention
     if wanted == "auto":
         return
@@ -189,7 +189,7 @@ def _check_attention(config: AnyMALConfig, found: Capabilities) -> None:
         raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, or model.attention=auto.")
 
 
-def _check_fp8(config: AnyMALConfig, found: Capabilities) -> None:
+def _check_fp8(config: RunConfig, found: Capabilities) -> None:
     key = f"model.fp8={config.model.fp8}"
     mend = "or set model.fp8=''"
     # Without Transformer Engine megatron-core ignores fp8 and says nothing.

@@ -15,7 +15,7 @@ OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN = "ok", "missing", "broken", "out of 
 
 
 @dataclass(frozen=True)
-class Part:
+class Requirement:
     """A package the trainer uses.
 
     Attributes:
@@ -38,34 +38,34 @@ class Part:
         return not self.extra
 
 
-PARTS = (
-    Part("torch", "torch", ">=2.11,<2.14", "", "nothing runs"),
-    Part("megatron-core", "megatron.core", "==0.16.1", "", "nothing runs"),
-    Part("nemo_toolkit", "nemo", "==3.0.0", "", "`anymal pretrain` does not start"),
-    Part("lightning", "lightning", "<=2.4.0", "", "`anymal pretrain` does not start; nemo_toolkit brings it"),
-    Part("transformers", "transformers", ">=5.0,<6", "", "no encoders, no tokenizers"),
-    Part("psutil", "psutil", ">=5.9", "", "megatron-core's checkpoint writer dies and the rank hangs"),
-    Part("webdataset", "webdataset", ">=1.0,<2", "", "`anymal prepare` writes no shards"),
-    Part("av", "av", ">=15.0,<19", "", "video cannot be read"),
-    Part("soundfile", "soundfile", ">=0.12", "", "audio cannot be read"),
-    Part(
+REQUIREMENTS = (
+    Requirement("torch", "torch", ">=2.11,<2.14", "", "nothing runs"),
+    Requirement("megatron-core", "megatron.core", "==0.16.1", "", "nothing runs"),
+    Requirement("nemo_toolkit", "nemo", "==3.0.0", "", "`anymal pretrain` does not start"),
+    Requirement("lightning", "lightning", "<=2.4.0", "", "`anymal pretrain` does not start; nemo_toolkit brings it"),
+    Requirement("transformers", "transformers", ">=5.0,<6", "", "no encoders, no tokenizers"),
+    Requirement("psutil", "psutil", ">=5.9", "", "megatron-core's checkpoint writer dies and the rank hangs"),
+    Requirement("webdataset", "webdataset", ">=1.0,<2", "", "`anymal prepare` writes no shards"),
+    Requirement("av", "av", ">=15.0,<19", "", "video cannot be read"),
+    Requirement("soundfile", "soundfile", ">=0.12", "", "audio cannot be read"),
+    Requirement(
         "transformer-engine",
         "transformer_engine",
         ">=2.11,<2.12",
         "te",
         "no FP8; slower bf16 on GPUs (AnyMAL reports 40 % more throughput with it)",
     ),
-    Part("flash-attn", "flash_attn", ">=2.7,<3", "flash", "slower attention over packed documents on GPUs"),
-    Part("apex", "apex", "", "apex", "no fused AdamW on GPUs without Transformer Engine"),
-    Part(
+    Requirement("flash-attn", "flash_attn", ">=2.7,<3", "flash", "slower attention over packed documents on GPUs"),
+    Requirement("apex", "apex", "", "apex", "no fused AdamW on GPUs without Transformer Engine"),
+    Requirement(
         "nvidia-resiliency-ext",
         "nvidia_resiliency_ext",
         ">=0.4.1,<0.5",
         "resiliency",
         "no in-job restart, no straggler detection",
     ),
-    Part("s3fs", "s3fs", ">=2024.2", "s3", "shards on S3 cannot be read"),
-    Part("wandb", "wandb", "", "wandb", "exp_manager.create_wandb_logger=true fails"),
+    Requirement("s3fs", "s3fs", ">=2024.2", "s3", "shards on S3 cannot be read"),
+    Requirement("wandb", "wandb", "", "wandb", "exp_manager.create_wandb_logger=true fails"),
 )
 
 
@@ -78,12 +78,17 @@ class Finding:
     state: str
     required: bool
     cost: str
-    mend: str
+    fix: str
 
 
 def examine() -> list[Finding]:
     """Look at everything, in the table's order."""
-    return [_python(), *(_package(part) for part in PARTS[:1]), _cuda(), *(_package(part) for part in PARTS[1:])]
+    return [
+        _python(),
+        *(_package(part) for part in REQUIREMENTS[:1]),
+        _cuda(),
+        *(_package(part) for part in REQUIREMENTS[1:]),
+    ]
 
 
 def _python() -> Finding:
@@ -117,7 +122,7 @@ def _cuda() -> Finding:
     return Finding("CUDA", shown, OK, False, cost, "")
 
 
-def _package(part: Part) -> Finding:
+def _package(part: Requirement) -> Finding:
     version, state, mend = _installed_version(part.distribution), OK, ""
     if part.distribution == "apex":
         state = _apex_state()
@@ -130,7 +135,7 @@ def _package(part: Part) -> Finding:
     if state == OK and version and not _in_range(version, part.versions):
         state = OUT_OF_RANGE
     if state != OK:
-        mend = _mend(part, state)
+        mend = _fix(part, state)
     return Finding(part.distribution, version or "-", state, part.required, part.cost, mend)
 
 
@@ -158,7 +163,7 @@ def _transformer_engine_state() -> str:
         return BROKEN
 
 
-def _mend(part: Part, state: str) -> str:
+def _fix(part: Requirement, state: str) -> str:
     if part.distribution == "apex":
         build = (
             "NVCC_APPEND_FLAGS='--threads 4' APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.validation import check
 
 # Long enough for a first read of 70B weights, short enough to notice a dead rank.
@@ -58,7 +58,7 @@ class ParallelLayout:
         return self.is_last_stage and self.tensor_rank == 0
 
 
-def initialize(config: AnyMALConfig) -> ParallelLayout:
+def initialize(config: RunConfig) -> ParallelLayout:
     """Check the configuration, join the job and make its process groups.
 
     Started by torchrun (or Slurm with the same variables) it joins that job; alone it is a job of one process.
@@ -100,7 +100,7 @@ def initialize(config: AnyMALConfig) -> ParallelLayout:
     )
 
 
-def make_groups(config: AnyMALConfig, *, cpu_groups: bool = True) -> None:
+def make_groups(config: RunConfig, *, cpu_groups: bool = True) -> None:
     """Make megatron-core's groups, in place of those there are, over the processes that have joined.
 
     Args:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.validation import check
 from megatron_anymal.model.unsharded_weights import gather_weights
@@ -17,7 +17,7 @@ from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.loop import fit
 
 
-def train(config: AnyMALConfig, look: Callable[[TrainState], Any] | None = None) -> dict[str, Any]:
+def train(config: RunConfig, look: Callable[[TrainState], Any] | None = None) -> dict[str, Any]:
     """Train in this rank; returns the step losses, the final weights (rank 0), and what `look` sees at the end."""
     state = build(config, initialize(config))
     run_dir = Path(config.exp_manager.explicit_log_dir)

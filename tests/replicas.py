@@ -6,13 +6,13 @@ import copy
 
 import torch
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import DataSource, build_data, build_inputs
 
 
 def replica_data(
-    config: AnyMALConfig,
+    config: RunConfig,
     size: int = 1,
     *,
     tensor_rank: int = 0,

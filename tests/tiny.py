@@ -14,11 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_anymal.config import (
-    AnyMALConfig,
     DatasetConfig,
     EncoderConfig,
     ModalityConfig,
     ProjectorConfig,
+    RunConfig,
 )
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
@@ -228,9 +228,9 @@ def modalities() -> dict[str, ModalityConfig]:
     }
 
 
-def make_config(data: str, tokenizer: str, run_dir: Path) -> AnyMALConfig:
+def make_config(data: str, tokenizer: str, run_dir: Path) -> RunConfig:
     """A run of three modalities in fp32 on one process."""
-    config = AnyMALConfig()
+    config = RunConfig()
     config.trainer.precision = "32"
     config.trainer.max_steps = 6
     config.trainer.log_every_n_steps = 1

@@ -18,7 +18,7 @@ from samples import write_data
 from shapes import Case, make_config
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.parallel import ParallelLayout, initialize
 
 # Steps of a profile, and of the loop that waits for the loader.
@@ -91,6 +91,6 @@ def _results(case: Case, timed: Timed, limits: dict[str, Any], left_out: dict[st
     return found
 
 
-def _profile(config: AnyMALConfig, layout: ParallelLayout, batches: int) -> dict[str, Any]:
+def _profile(config: RunConfig, layout: ParallelLayout, batches: int) -> dict[str, Any]:
     run = build_run(config, layout, batches)
     return profiled(Ours(run.state, run.batches).step, PROFILED_STEPS)

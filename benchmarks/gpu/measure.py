@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.parallel import ParallelLayout
@@ -70,7 +70,7 @@ class Timed:
     failed: bool = False
 
 
-def time_sides(config: AnyMALConfig, layout: ParallelLayout, options: Options) -> Timed:
+def time_sides(config: RunConfig, layout: ParallelLayout, options: Options) -> Timed:
     """Time all sides in turn where they fit together, and one by one those that did not.
 
     Transformers' side is not timed where its first loss and gradient norm are not this trainer's.
@@ -89,7 +89,7 @@ def time_sides(config: AnyMALConfig, layout: ParallelLayout, options: Options) -
 
 
 def _time_group(
-    group: Sequence[str], config: AnyMALConfig, layout: ParallelLayout, options: Options, timed: Timed
+    group: Sequence[str], config: RunConfig, layout: ParallelLayout, options: Options, timed: Timed
 ) -> list[str]:
     """Returns the sides that had no room."""
     started: dict[str, Side] = {}
@@ -117,7 +117,7 @@ def _time_group(
     return [name for name in group if name not in started and name not in timed.left_out]
 
 
-def _built(config: AnyMALConfig, layout: ParallelLayout, options: Options) -> Optional[Run]:
+def _built(config: RunConfig, layout: ParallelLayout, options: Options) -> Optional[Run]:
     """A run, or None where not even its weights have room."""
     try:
         return build_run(config, layout, options.batches)
@@ -125,7 +125,7 @@ def _built(config: AnyMALConfig, layout: ParallelLayout, options: Options) -> Op
         return None
 
 
-def _fitting(config: AnyMALConfig, layout: ParallelLayout, options: Options) -> tuple[Optional[Run], Optional[Side]]:
+def _fitting(config: RunConfig, layout: ParallelLayout, options: Options) -> tuple[Optional[Run], Optional[Side]]:
     """A run and this trainer's side with as little computed twice as fits; the layers are told when they are built.
 
     Where no step fits, the last try's run alone, or where that does not fit either, nothing.

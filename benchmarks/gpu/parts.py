@@ -209,7 +209,7 @@ def _rope(sizes: Sizes, random: Any, device: torch.device) -> Part:
         cosine, sine = both.cos(), both.sin()
         # It turns queries and keys together: here there are no keys.
         keys = x[:, :0]
-        return lambda x: compiled_ops.turn(x, keys, cosine, sine)[0]
+        return lambda x: compiled_ops.apply_rotary(x, keys, cosine, sine)[0]
 
     def transformer_engine(table: Tensor, borders: Tensor, **ignored: Any) -> Call:
         rotate = _module("transformer_engine.pytorch.attention.rope").apply_rotary_pos_emb

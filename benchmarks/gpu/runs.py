@@ -13,7 +13,7 @@ from bare_megatron import Bare
 from huggingface import Batches, HuggingFace, PlainMedia
 from torch import Tensor
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.model.lora import keep_reference
 from megatron_anymal.model.unsharded_weights import list_weights
@@ -42,7 +42,7 @@ class Run:
     build_peak: int
 
 
-def build_run(config: AnyMALConfig, layout: ParallelLayout, batches: int) -> Run:
+def build_run(config: RunConfig, layout: ParallelLayout, batches: int) -> Run:
     """The same weights and batches each time."""
     forget_peak()
     state = build(config, layout)
@@ -146,7 +146,7 @@ _MAKERS: dict[str, Callable[[Run, str], Any]] = {
 }
 
 
-def set_recompute(config: AnyMALConfig, recompute: str) -> None:
+def set_recompute(config: RunConfig, recompute: str) -> None:
     """Have a run compute one of RECOMPUTE twice."""
     config.model.recompute_granularity = RECOMPUTE[recompute]
     config.model.recompute_modules = ["mlp"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.config import DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig, RunConfig
 from megatron_anymal.dry_run.published_models import ENCODERS, LLAMAS, Published
 
 # Names of HuggingFace repositories that hold the shapes.
@@ -112,14 +112,14 @@ def _shape(folder: str, known: tuple[Published, ...]) -> dict[str, Any]:
     return copy.deepcopy(found.shape)
 
 
-def make_config(case: Case, folder: Path, mean_tokens: float) -> AnyMALConfig:
+def make_config(case: Case, folder: Path, mean_tokens: float) -> RunConfig:
     """A run of this trainer.
 
     Args:
         folder: where `samples.write_data` wrote.
         mean_tokens: LLM tokens of a sample.
     """
-    config = AnyMALConfig(job=case.job)
+    config = RunConfig(job=case.job)
     config.trainer.precision = "32" if case.precision == "32" else "bf16"
     config.trainer.max_steps = 1_000_000
     model = config.model

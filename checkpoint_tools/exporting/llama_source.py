@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import account, checkpoint_place, from_hf, to_hf, whole_names, whole_shape
 from megatron_anymal.model.unsharded_weights import hash_together, hash_weight, initial_value
@@ -26,7 +26,7 @@ class LlamaSource:
         own_keys: of the checkpoint's tensors those that are the Llama; empty where it was frozen.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, config: AnyMALConfig) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, config: RunConfig) -> None:
         """Find where the weights lie; nothing is read yet but headers.
 
         Raises:

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from checkpoint_tools.exporting.chat_template import chat_template
 from checkpoint_tools.exporting.weights import Entries
-from megatron_anymal.config import AnyMALConfig as RunConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.chat_format import CHAT_TOKENS, END_TURN
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer

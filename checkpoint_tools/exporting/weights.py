@@ -12,7 +12,7 @@ from checkpoint_tools.exporting.adapters import Adapters
 from checkpoint_tools.exporting.llama_source import LlamaSource
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.modalities import build_modality, load_plugins
 from megatron_anymal.model.build import seeded_encoder
 from megatron_anymal.model.hf_llama import whole_names
@@ -34,9 +34,7 @@ class ExportedWeights:
         left_out: the checkpoint's tensors that this export does not take, by part.
     """
 
-    def __init__(
-        self, folder: Path, manifest: Manifest, config: AnyMALConfig, *, llama_only: bool, merge: bool
-    ) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, config: RunConfig, *, llama_only: bool, merge: bool) -> None:
         """Plan the export; nothing large is read yet.
 
         Raises:

@@ -21,7 +21,7 @@ from checkpoint_tools.importing.workers import run_workers
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.checkpoint.tensor_stream import StoredFile, write_index
-from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig, RunConfig
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import account
 from megatron_anymal.model.llama import read_llama_config
@@ -240,10 +240,10 @@ def _commit(hf: LlamaConfig, folder: Path, staging: _Staging, out: Path) -> None
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _config(llama: dict[str, Any], folder: Path) -> AnyMALConfig:
+def _config(llama: dict[str, Any], folder: Path) -> RunConfig:
     """A run's configuration whose result this checkpoint could be: a Llama that trained, at step 0."""
     known = set(LlamaConfig().to_dict()) | {"rope_theta"}
-    config = AnyMALConfig()
+    config = RunConfig()
     config.model.language_model = LanguageModelConfig(
         config={key: value for key, value in llama.items() if key in known}, freeze=False
     )

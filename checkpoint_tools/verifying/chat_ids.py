@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.chat_format import CHAT_TOKENS, last_answer, lay_out, messages_of, open_prompt, parse_messages
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
@@ -30,7 +30,7 @@ class ChatIdsError(ValueError):
     """The exported template and training disagree; the message names the conversation and the first difference."""
 
 
-def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *, llama_only: bool) -> int:
+def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: RunConfig, *, llama_only: bool) -> int:
     """Compare made-up conversations and real ones of the run's prepared folders, whole and up to their last answer.
 
     Args:
@@ -74,7 +74,7 @@ def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: AnyMALConfig, *
     return count
 
 
-def _conversations(config: AnyMALConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _conversations(config: RunConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """A name for messages, and `messages` as in data/chat_format.py, the last one the assistant's."""
     media = [{"media": "x", "modality": kind} for kind in kinds]
     for number, said in enumerate(_SAYINGS):

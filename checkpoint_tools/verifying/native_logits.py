@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from checkpoint_tools.verifying.samples import Sample
+from checkpoint_tools.verifying.samples import VerificationSample
 from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
 from megatron_anymal.checkpoint.state import load_media_parts
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import AnyMALConfig, LanguageModelConfig
+from megatron_anymal.config import LanguageModelConfig, RunConfig
 from megatron_anymal.data.prompt_encoder import PromptReader
 from megatron_anymal.data.records import MediaBatch, MicroBatch
 from megatron_anymal.modalities import Modality
@@ -25,7 +25,7 @@ from megatron_anymal.train.device_prefetch import to_device
 class NativeModel:
     """A checkpoint's model in one process."""
 
-    def __init__(self, folder: Path, config: AnyMALConfig, *, llama_only: bool) -> None:
+    def __init__(self, folder: Path, config: RunConfig, *, llama_only: bool) -> None:
         """Build it.
 
         Args:
@@ -61,7 +61,7 @@ class NativeModel:
         self._model = model.float().eval().requires_grad_(False)
 
     @torch.no_grad()
-    def run(self, sample: Sample) -> dict[str, Any]:
+    def run(self, sample: VerificationSample) -> dict[str, Any]:
         """`tokens` [T], `media` (modality -> pieces) and `logits` [T, V] of a sample."""
         media: dict[str, Any] = {}
         tokens = sample.tokens
@@ -78,7 +78,7 @@ class NativeModel:
         return {"tokens": ids, "media": media, "logits": logits.float().cpu()}
 
 
-def _on_one_process(config: AnyMALConfig) -> AnyMALConfig:
+def _on_one_process(config: RunConfig) -> RunConfig:
     config = copy.deepcopy(config)
     config.trainer.num_nodes = config.trainer.devices = 1
     model = config.model

@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint.frozen_base import resolve_language_model
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.chat_format import last_answer, messages_of
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
@@ -23,7 +23,7 @@ _RANDOM_LENGTHS = (1, 7, 33, 128)
 
 
 @dataclass(frozen=True)
-class Sample:
+class VerificationSample:
     """A prompt with its media, or for a Llama alone token ids."""
 
     # Modality, "text", TOGETHER or RANDOM.
@@ -53,7 +53,7 @@ class Sample:
         return {"messages": [{"role": one.role, "content": [entry(part) for part in one.content]} for one in messages]}
 
 
-def choose_samples(config: AnyMALConfig, data: Sequence[str], count: int, llama_only: bool) -> list[Sample]:
+def choose_samples(config: RunConfig, data: Sequence[str], count: int, llama_only: bool) -> list[VerificationSample]:
     """`count` samples of every modality from prepared folders, one with all modalities, and of a Llama random tokens.
 
     Args:
@@ -69,7 +69,7 @@ def choose_samples(config: AnyMALConfig, data: Sequence[str], count: int, llama_
     sets = [*config.data.validation.values(), *config.data.train.values()]
     folders = list(data) or list(dict.fromkeys(dataset.path for dataset in sets))
     kinds = [section.kind or name for name, section in config.model.modalities.items()]
-    found: dict[str, list[Sample]] = {kind: [] for kind in [*kinds, "text"]}
+    found: dict[str, list[VerificationSample]] = {kind: [] for kind in [*kinds, "text"]}
     for folder in folders:
         _collect(folder, found, count)
         if all(len(found[kind]) >= count for kind in kinds):
@@ -86,7 +86,7 @@ def choose_samples(config: AnyMALConfig, data: Sequence[str], count: int, llama_
     return chosen
 
 
-def _collect(folder: str, found: dict[str, list[Sample]], count: int) -> None:
+def _collect(folder: str, found: dict[str, list[VerificationSample]], count: int) -> None:
     try:
         index = ShardIndex(folder)
     except DataError as error:
@@ -104,21 +104,23 @@ def _collect(folder: str, found: dict[str, list[Sample]], count: int) -> None:
             continue
         media = index.read_media(number, parts, range(sum(isinstance(part, MediaPart) for part in parts)))
         prompt = Prompt(parts, [MediaFile(item.data, item.extension) for item in media])
-        found[kind].append(Sample(kind, index.key(number), prompt))
+        found[kind].append(VerificationSample(kind, index.key(number), prompt))
 
 
-def _together(samples: Sequence[Sample]) -> Sample:
+def _together(samples: Sequence[VerificationSample]) -> VerificationSample:
     prompts = [sample.prompt for sample in samples if sample.prompt is not None]
     # One after the other, without the turns of conversations.
     parts = [part for prompt in prompts for part in prompt.parts if isinstance(part, MediaPart) or not part.control]
     media = [file for prompt in prompts for file in prompt.media]
-    return Sample(TOGETHER, "+".join(sample.key for sample in samples), Prompt(parts, media))
+    return VerificationSample(TOGETHER, "+".join(sample.key for sample in samples), Prompt(parts, media))
 
 
-def _random_tokens(hf: LlamaConfig) -> list[Sample]:
+def _random_tokens(hf: LlamaConfig) -> list[VerificationSample]:
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, hf.max_position_embeddings) for length in _RANDOM_LENGTHS]
     return [
-        Sample(RANDOM, str(length), tokens=torch.randint(hf.vocab_size, (length,), generator=generator).tolist())
+        VerificationSample(
+            RANDOM, str(length), tokens=torch.randint(hf.vocab_size, (length,), generator=generator).tolist()
+        )
         for length in lengths
     ]

@@ -260,7 +260,7 @@ class CheckpointWriter:
 
         def write() -> None:
             assert save.snapshot is not None
-            before_each = partial(fault_injection.at, "checkpoint", save.manifest.step)
+            before_each = partial(fault_injection.inject, "checkpoint", save.manifest.step)
             files.extend(save.snapshot.write(save.staging / f"__{self._rank}_0.distcp", before_each))
 
         failure = refused or save.failure or _attempt(write)

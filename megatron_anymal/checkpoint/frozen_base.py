@@ -11,11 +11,11 @@ from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.state import load_language_model
-from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig, RunConfig
 from megatron_anymal.model.llama import read_llama_config
 
 
-def resolve_language_model(config: AnyMALConfig) -> tuple[AnyMALConfig, LlamaConfig]:
+def resolve_language_model(config: RunConfig) -> tuple[RunConfig, LlamaConfig]:
     """Follow `model.language_model.checkpoint` to what holds the Llama's weights, and read the Llama's shape.
 
     A checkpoint of a run that kept the Llama frozen holds none of it: that run's own base is taken.

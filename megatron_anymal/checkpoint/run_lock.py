@@ -200,7 +200,7 @@ def user_of(run_dir: Path, timeout: float) -> Optional[Owner]:
 
 
 @contextmanager
-def held(run_dir: Path, timeout: float) -> Iterator[Callable[[], None]]:
+def run_lock(run_dir: Path, timeout: float) -> Iterator[Callable[[], None]]:
     """Hold a run's folder; rank 0 does it for all. Collective.
 
     Yields:

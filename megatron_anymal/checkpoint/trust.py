@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import from_dict
 
 # What the user says to import Python files that a checkpoint names.
 FLAG = "--trust-plugins"
 
 
-def config_of(manifest: Manifest, folder: Path, *, trust_plugins: bool) -> AnyMALConfig:
+def config_of(manifest: Manifest, folder: Path, *, trust_plugins: bool) -> RunConfig:
     """The configuration in a checkpoint's manifest, for whoever builds its model.
 
     Raises:
@@ -23,7 +23,7 @@ def config_of(manifest: Manifest, folder: Path, *, trust_plugins: bool) -> AnyMA
     return config
 
 
-def refuse_plugins(config: AnyMALConfig, origin: str, flag: str, *, trust_plugins: bool) -> None:
+def refuse_plugins(config: RunConfig, origin: str, flag: str, *, trust_plugins: bool) -> None:
     """Refuse the plug-ins of a configuration that is not the user's own, unless they are trusted.
 
     Raises:

@@ -30,8 +30,8 @@ def table(findings: Sequence[Finding]) -> str:
         lines.append(f"{finding.part:<{part_width}}  {finding.version:<{version_width}}  {need}  {finding.state}")
         if finding.state != OK:
             lines.append(f"{'':<{part_width}}    without it: {finding.cost}")
-            lines.append(f"{'':<{part_width}}    mend: {finding.mend}")
+            lines.append(f"{'':<{part_width}}    fix: {finding.fix}")
     wrong = [finding.part for finding in findings if finding.required and finding.state != OK]
-    lines += ["", f"To mend first: {', '.join(wrong)}." if wrong else "All required parts are there."]
+    lines += ["", f"Fix first: {', '.join(wrong)}." if wrong else "All required parts are there."]
     lines.append("Commands with -e are run in this project's folder.")
     return "\n".join(lines)

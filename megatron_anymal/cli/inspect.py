@@ -17,7 +17,7 @@ from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.left_out import grouped
@@ -48,10 +48,10 @@ _KIND_NAMES = {"messages": "conversations", "preference": "preference pairs"}
 
 
 @dataclass(frozen=True)
-class Run:
+class InspectedRun:
     """What a configuration adds."""
 
-    config: AnyMALConfig
+    config: RunConfig
     reading: Reading
     modalities: list[PlannedModality]
 
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _read_run(name: str, folder: Optional[str], overrides: Sequence[str]) -> Run:
+def _read_run(name: str, folder: Optional[str], overrides: Sequence[str]) -> InspectedRun:
     config = compose(name, Path(folder) if folder else default_config_dir(), overrides).config
     check(config)
     load_plugins(config.model.plugins)
@@ -108,10 +108,12 @@ def _read_run(name: str, folder: Optional[str], overrides: Sequence[str]) -> Run
         planned.append(PlannedModality(section, kind, modality, options.projector.num_tokens))
         placeholder = tokenizer.placeholder(options.placeholder, f"model.modalities.{section}.placeholder")
         loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder)
-    return Run(config, Reading(tokenizer, {k: e.modality for k, e in loaded.items()}, loaded), planned)
+    return InspectedRun(config, Reading(tokenizer, {k: e.modality for k, e in loaded.items()}, loaded), planned)
 
 
-def _inspect(index: ShardIndex, tokenizer_folder: str, run: Optional[Run], arguments: argparse.Namespace) -> int:
+def _inspect(
+    index: ShardIndex, tokenizer_folder: str, run: Optional[InspectedRun], arguments: argparse.Namespace
+) -> int:
     """Check one folder, or show samples of it; returns the number of problems."""
     tokenizer = (
         run.reading.tokenizer if run and run.config.data.tokenizer == tokenizer_folder else Tokenizer(tokenizer_folder)
@@ -143,7 +145,7 @@ def _inspect(index: ShardIndex, tokenizer_folder: str, run: Optional[Run], argum
     return len(wrong) + len(bad)
 
 
-def _refuse_unread(index: ShardIndex, run: Run) -> None:
+def _refuse_unread(index: ShardIndex, run: InspectedRun) -> None:
     missing = index.kinds_used() - set(run.reading.modalities)
     if missing:
         raise DataError(
@@ -281,7 +283,7 @@ def _media_at(document: Document, media: Sequence[MediaBytes]) -> dict[int, list
     return at
 
 
-def _packing(run: Run) -> int:
+def _packing(run: InspectedRun) -> int:
     """Print, for each dataset, what is too long, and how well the first steps' packs are filled."""
     config, problems = run.config, 0
     for split in ("train", "validation"):
@@ -309,7 +311,7 @@ def _packing(run: Run) -> int:
     return problems
 
 
-def _planner(run: Run, datasets: dict[str, DatasetConfig]) -> BatchPlanner:
+def _planner(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPlanner:
     config, tokenizer = run.config, run.reading.tokenizer
     return BatchPlanner(
         datasets,

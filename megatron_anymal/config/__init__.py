@@ -3,7 +3,6 @@
 from megatron_anymal.config.schema import (
     DEFAULT_LIMITS,
     FP8_MULTIPLE,
-    AnyMALConfig,
     CheckpointConfig,
     ConfigError,
     DataConfig,
@@ -21,12 +20,13 @@ from megatron_anymal.config.schema import (
     OptimConfig,
     ProjectorConfig,
     ResilienceConfig,
+    RunConfig,
     ScheduleConfig,
     TrainerConfig,
 )
 
 __all__ = [
-    "AnyMALConfig",
+    "RunConfig",
     "CheckpointConfig",
     "ConfigError",
     "DEFAULT_LIMITS",

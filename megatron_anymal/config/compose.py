@@ -1,4 +1,4 @@
-"""From YAML files and command-line overrides to an `AnyMALConfig`, with the origin of every value.
+"""From YAML files and command-line overrides to an `RunConfig`, with the origin of every value.
 
 Hydra composes; what a source may say is checked here first, so that a wrong key or type is reported in the words of
 our schema, with the file or override it stands in.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_anymal.config.parsing import Reader, entry_of, from_dict, hint_at, leaves
-from megatron_anymal.config.schema import AnyMALConfig, ConfigError
+from megatron_anymal.config.schema import ConfigError, RunConfig
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -37,7 +37,7 @@ class Composed:
             `model.modalities` or `data.train` is marked `++`, since Hydra knows no defaults there.
     """
 
-    config: AnyMALConfig
+    config: RunConfig
     origins: dict[str, str]
     hydra_overrides: list[str]
 
@@ -121,7 +121,7 @@ def register_schema() -> None:
     """
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store(name=SCHEMA_NAME, node=AnyMALConfig().to_dict())
+    ConfigStore.instance().store(name=SCHEMA_NAME, node=RunConfig().to_dict())
 
 
 def search_path_override(config_dir: Path) -> list[str]:
@@ -170,14 +170,14 @@ class _Sources:
         marked = text
         if entry is not None and not (override.is_add() or override.is_force_add()) and key != entry:
             if entry not in self.entries:
-                Reader(f"override '{text}'").read(_nested(key, override.value()), AnyMALConfig, "")
+                Reader(f"override '{text}'").read(_nested(key, override.value()), RunConfig, "")
                 raise ConfigError(self._no_such_entry(entry, text))
             marked = f"++{text}"
         self._add(_nested(key, override.value()), f"override '{text}'", "override")
         return marked
 
     def _add(self, values: Mapping[str, Any], source: str, origin: str) -> None:
-        Reader(source, interpolations=True).read(values, AnyMALConfig, "")
+        Reader(source, interpolations=True).read(values, RunConfig, "")
         for key, _ in leaves(values):
             self.origins[key] = origin
             entry = entry_of(key)

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_anymal.config.schema import AnyMALConfig, ConfigError
+from megatron_anymal.config.schema import ConfigError, RunConfig
 
 PLACES = ("start", "data", "compute", "update", "validation", "checkpoint")
 _ANYWHERE = ("rank", "step", "place", "write", "every")
@@ -106,7 +106,7 @@ def _value(key: str, value: str, where: str) -> Any:
     return number
 
 
-def check_faults(config: AnyMALConfig) -> None:
+def check_faults(config: RunConfig) -> None:
     """Refuse faults that cannot happen.
 
     Raises:

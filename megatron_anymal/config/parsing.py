@@ -10,20 +10,20 @@ from dataclasses import is_dataclass
 from functools import cache
 from typing import Any
 
-from megatron_anymal.config.schema import AnyMALConfig, ConfigError
+from megatron_anymal.config.schema import ConfigError, RunConfig
 
 
-def from_dict(mapping: Mapping[str, Any], source: str = "") -> AnyMALConfig:
+def from_dict(mapping: Mapping[str, Any], source: str = "") -> RunConfig:
     """Build the typed configuration from nested plain dicts and lists; what is absent takes its default.
 
     Args:
-        mapping: sections and values, such as `AnyMALConfig.to_dict` returns.
+        mapping: sections and values, such as `RunConfig.to_dict` returns.
         source: where the mapping came from, for messages.
 
     Raises:
         ConfigError: an unknown key (names the nearest known one) or a value of the wrong type.
     """
-    return Reader(source).read(mapping, AnyMALConfig, "")
+    return Reader(source).read(mapping, RunConfig, "")
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -101,7 +101,7 @@ class Reader:
 
 def entry_of(key: str) -> str | None:
     """The entry of a dict of sections that `key` is or lies in ("data.train.x.path" -> "data.train.x")."""
-    hint: Any = AnyMALConfig
+    hint: Any = RunConfig
     parts = key.split(".")
     for index, part in enumerate(parts):
         if _is_section(hint):
@@ -115,7 +115,7 @@ def entry_of(key: str) -> str | None:
 
 def hint_at(key: str) -> Any:
     """The type the schema gives a key; None for one that a free-form dict holds or that is unknown."""
-    hint: Any = AnyMALConfig
+    hint: Any = RunConfig
     for part in key.split("."):
         if _is_section(hint):
             hint = _fields(hint).get(part)
@@ -143,7 +143,7 @@ def _all_keys() -> tuple[str, ...]:
             if _is_section(hint):
                 yield from walk(hint, f"{prefix}{name}.")
 
-    return tuple(walk(AnyMALConfig, ""))
+    return tuple(walk(RunConfig, ""))
 
 
 def _suggestion(section: str, name: str, siblings: list[str]) -> str:

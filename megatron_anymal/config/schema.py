@@ -363,7 +363,7 @@ class ResilienceConfig:
 
 
 @dataclass
-class AnyMALConfig:
+class RunConfig:
     """A whole run."""
 
     # pretrain, sft or dpo: what the run learns from, and the verb that starts it.

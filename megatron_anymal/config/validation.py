@@ -6,7 +6,7 @@ import math
 from typing import Any, Optional
 
 from megatron_anymal.config.fault_grammar import check_faults
-from megatron_anymal.config.schema import AnyMALConfig, CheckpointConfig, ConfigError, DpoConfig, ModelConfig
+from megatron_anymal.config.schema import CheckpointConfig, ConfigError, DpoConfig, ModelConfig, RunConfig
 
 # The order is laid out in blocks with two places for the rarest data set: smaller shares would make them huge.
 SMALLEST_SHARE = 1e-5
@@ -84,7 +84,7 @@ AT_LEAST = {
 }
 
 
-def value_at(config: AnyMALConfig, key: str) -> Any:
+def value_at(config: RunConfig, key: str) -> Any:
     """The value behind a dotted key."""
     node: Any = config
     for part in key.split("."):
@@ -92,7 +92,7 @@ def value_at(config: AnyMALConfig, key: str) -> Any:
     return node
 
 
-def check(config: AnyMALConfig) -> None:
+def check(config: RunConfig) -> None:
     """Refuse what cannot work, before any process group or file is touched.
 
     Raises:
@@ -106,7 +106,7 @@ def check(config: AnyMALConfig) -> None:
     _check_resilience(config)
 
 
-def _check_values(config: AnyMALConfig) -> None:
+def _check_values(config: RunConfig) -> None:
     for key, choices in CHOICES.items():
         if value_at(config, key) not in choices:
             shown = ", ".join(repr(c) for c in choices)
@@ -119,7 +119,7 @@ def _check_values(config: AnyMALConfig) -> None:
     max_time_seconds(config)
 
 
-def _check_checkpoints(config: AnyMALConfig) -> None:
+def _check_checkpoints(config: RunConfig) -> None:
     rules, where = config.exp_manager.checkpoint, "exp_manager.checkpoint"
     every, kept = rules.every_n_train_steps, rules.keep_every_n_steps
     for name in ("keep_every_n_steps", "keep_best"):
@@ -136,7 +136,7 @@ def _check_checkpoints(config: AnyMALConfig) -> None:
         raise ConfigError(f"{where}.keep_best_metric and keep_best_mode have no effect with keep_best=0. Remove them.")
 
 
-def _check_best(config: AnyMALConfig, rules: CheckpointConfig) -> None:
+def _check_best(config: RunConfig, rules: CheckpointConfig) -> None:
     where, trainer = "exp_manager.checkpoint", config.trainer
     if not config.data.validation or not trainer.limit_val_batches or not trainer.val_check_interval:
         raise ConfigError(
@@ -155,7 +155,7 @@ def _check_best(config: AnyMALConfig, rules: CheckpointConfig) -> None:
         raise ConfigError(f"{where}.keep_best_metric={metric!r} is not one of {', '.join(known)}.")
 
 
-def _check_layout(config: AnyMALConfig) -> None:
+def _check_layout(config: RunConfig) -> None:
     m = config.model
     if config.world_size % config.model_parallel_size:
         raise ConfigError(
@@ -214,7 +214,7 @@ def _check_layout(config: AnyMALConfig) -> None:
         )
 
 
-def _check_model(config: AnyMALConfig) -> None:
+def _check_model(config: RunConfig) -> None:
     lm = config.model.language_model
     given = [name for name in ("path", "config", "checkpoint") if getattr(lm, name)]
     if len(given) != 1:
@@ -258,7 +258,7 @@ def _check_model(config: AnyMALConfig) -> None:
         kinds[kind] = name
 
 
-def _check_recompute(config: AnyMALConfig) -> None:
+def _check_recompute(config: RunConfig) -> None:
     model, defaults = config.model, ModelConfig()
     if model.recompute_granularity != "auto":
         return
@@ -270,7 +270,7 @@ def _check_recompute(config: AnyMALConfig) -> None:
             )
 
 
-def _check_lora(config: AnyMALConfig) -> None:
+def _check_lora(config: RunConfig) -> None:
     lora = config.model.lora
     if not lora.r:
         return
@@ -289,7 +289,7 @@ def _check_lora(config: AnyMALConfig) -> None:
         )
 
 
-def _check_fp8(config: AnyMALConfig) -> None:
+def _check_fp8(config: RunConfig) -> None:
     model = config.model
     if not model.fp8 and (model.fp8_primary_weights or model.fp8_recipe != ModelConfig().fp8_recipe):
         raise ConfigError(
@@ -303,7 +303,7 @@ def _check_fp8(config: AnyMALConfig) -> None:
         )
 
 
-def _check_dpo(config: AnyMALConfig) -> None:
+def _check_dpo(config: RunConfig) -> None:
     model, dpo = config.model, config.model.dpo
     if not dpo.beta > 0:
         raise ConfigError(f"model.dpo.beta={dpo.beta} must be above 0.")
@@ -324,7 +324,7 @@ def _check_dpo(config: AnyMALConfig) -> None:
             )
 
 
-def _check_data(config: AnyMALConfig) -> None:
+def _check_data(config: RunConfig) -> None:
     for split in ("train", "validation"):
         total = sum(dataset.weight for dataset in getattr(config.data, split).values())
         for name, dataset in getattr(config.data, split).items():
@@ -342,14 +342,14 @@ def _check_data(config: AnyMALConfig) -> None:
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
 
 
-def _check_resilience(config: AnyMALConfig) -> None:
+def _check_resilience(config: RunConfig) -> None:
     for name in config.resilience.allow_changes:
         if name not in CHANGES:
             raise ConfigError(f"resilience.allow_changes: {name!r} is not one of {', '.join(CHANGES)}.")
     check_faults(config)
 
 
-def max_time_seconds(config: AnyMALConfig) -> Optional[float]:
+def max_time_seconds(config: RunConfig) -> Optional[float]:
     """exp_manager.max_time_per_run in seconds; None where there is no limit.
 
     Raises:

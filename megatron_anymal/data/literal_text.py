@@ -24,7 +24,7 @@ _UNUSABLE = re.compile("[\ufdd0\ufdd1\ud800-\udfff]")
 Piece = Union[str, int]
 
 
-class Encoder(Protocol):
+class TextEncoder(Protocol):
     """Encodes texts, and texts between control tokens."""
 
     def encode(self, text: str) -> list[int]:
@@ -38,7 +38,7 @@ class Encoder(Protocol):
         """
 
 
-def build_encoder(hf: Any, control: Mapping[str, int]) -> Encoder:
+def build_encoder(hf: Any, control: Mapping[str, int]) -> TextEncoder:
     """The encoder for a tokenizer of transformers; `hf` itself is neither used to encode nor changed, if it is fast.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, DatasetConfig, LimitsConfig
+from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, RunConfig
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.packing import pack
@@ -57,7 +57,7 @@ class BatchLayout:
     micro_batches_multiple: int = 1
 
     @staticmethod
-    def of(config: AnyMALConfig) -> BatchLayout:
+    def of(config: RunConfig) -> BatchLayout:
         """The layout a configuration asks for."""
         model = config.model
         multiple = document_multiple(model.context_parallel_size)
@@ -72,7 +72,7 @@ class BatchLayout:
         )
 
 
-def length_multiple(config: AnyMALConfig) -> int:
+def length_multiple(config: RunConfig) -> int:
     """What a micro-batch's number of tokens must divide by: context and sequence parallelism split it evenly, and each
     part goes through FP8 matrix products in sixteens."""
     model = config.model

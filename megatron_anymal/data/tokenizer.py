@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_anymal.data.chat_format import BEGIN, CHAT_TOKENS, END_HEADER, START_HEADER
-from megatron_anymal.data.literal_text import Encoder, Piece, build_encoder
+from megatron_anymal.data.literal_text import Piece, TextEncoder, build_encoder
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 
 
@@ -137,7 +137,7 @@ class Tokenizer:
         return found
 
     @cached_property
-    def _encoder(self) -> Encoder:
+    def _encoder(self) -> TextEncoder:
         return build_encoder(self.hf, self.control)
 
     @cached_property

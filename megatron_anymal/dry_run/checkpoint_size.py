@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_anymal.checkpoint.store import committed
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 
 # Bytes for a number that trains: an fp32 weight, its bf16 copy at most, and Adam's two fp32 moments.
 _TRAINED, _CARRIED = 16, 4
 
 
-def bytes_needed(config: AnyMALConfig) -> int:
+def bytes_needed(config: RunConfig) -> int:
     """Bytes for all checkpoints kept at once and the one being written, less those that are there.
 
     Raises:
@@ -30,7 +30,7 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _estimate(config: AnyMALConfig) -> int:
+def _estimate(config: RunConfig) -> int:
     from megatron_anymal.dry_run.simulate import examine
 
     weights = examine(config).weights

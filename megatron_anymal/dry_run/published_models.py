@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ ENCODERS = {
 }
 
 
-def assume_shapes(config: AnyMALConfig) -> tuple[AnyMALConfig, list[str]]:
+def assume_shapes(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """Put the published shape in the place of every model folder that is not on this machine.
 
     Returns:

@@ -6,14 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
-from megatron_anymal.dry_run.simulate import DryRun, Part, Stage, examine
+from megatron_anymal.dry_run.simulate import ChunkSize, DryRun, Stage, examine
 from megatron_anymal.train.auto_recompute import configured
 
 
-def print_dry_run(config: AnyMALConfig) -> None:
+def print_dry_run(config: RunConfig) -> None:
     """Check a run and print what each rank would hold, without GPU, launcher or weights; start and write nothing.
 
     Raises:
@@ -42,7 +42,7 @@ def render(found: DryRun) -> str:
     return "\n\n".join(sections)
 
 
-def _job(config: AnyMALConfig) -> str:
+def _job(config: RunConfig) -> str:
     model, layout = config.model, BatchLayout.of(config)
     sizes = [
         f"tensor {model.tensor_model_parallel_size}",
@@ -69,7 +69,7 @@ def _job(config: AnyMALConfig) -> str:
     return _table(rows, left=2)
 
 
-def _quotient(config: AnyMALConfig) -> str:
+def _quotient(config: RunConfig) -> str:
     whole, rest = divmod(config.model.global_batch_size, config.data_parallel_size)
     return f"{whole:,} or {whole + 1:,}" if rest else f"{whole:,}"
 
@@ -124,7 +124,7 @@ def _stages(stages: Sequence[Stage]) -> str:
     return _table(rows, left=0, left_from=len(titles))
 
 
-def _part_row(place: int, part: Part) -> tuple[str, ...]:
+def _part_row(place: int, part: ChunkSize) -> tuple[str, ...]:
     numbers = (f"{part.parameters:,}", f"{part.trainable:,}", _bytes(part.weight_bytes))
     return (f"part {place}", "", *numbers, "", "", "", _span(part.layers), _besides(part.besides))
 

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
@@ -64,7 +64,7 @@ _ALONE = ParallelLayout(
 
 
 @dataclass(frozen=True)
-class Part:
+class ChunkSize:
     """A model part of one rank: a pipeline stage, or one of those that a virtual pipeline cuts it into."""
 
     # Numbers of its layers, counted from 0 over the whole Llama.
@@ -88,7 +88,7 @@ class Stage:
     """
 
     ranks: range
-    parts: tuple[Part, ...]
+    parts: tuple[ChunkSize, ...]
     gradient_bytes: int
     optimizer_bytes: int
 
@@ -134,7 +134,7 @@ class DryRun:
         samples: of the data sets that are there, by the names of the split and of the data set.
     """
 
-    config: AnyMALConfig
+    config: RunConfig
     stages: list[Stage] = field(default_factory=list)
     weights: dict[str, tuple[int, bool]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -143,7 +143,7 @@ class DryRun:
     memory: Memory | None = None
 
 
-def examine(config: AnyMALConfig) -> DryRun:
+def examine(config: RunConfig) -> DryRun:
     """Check a run and build its model without numbers. Leaves no process group behind and writes nothing.
 
     Raises:
@@ -170,7 +170,7 @@ def examine(config: AnyMALConfig) -> DryRun:
     return found
 
 
-def _memory(found: DryRun, config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
+def _memory(found: DryRun, config: RunConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
     """What a step holds; of a run in bf16 or with model.memory_gb on a GPU, whether or not one is here.
 
     Raises:
@@ -193,7 +193,7 @@ def _memory(found: DryRun, config: AnyMALConfig, hf: LlamaConfig, modalities: di
     return Memory(choice, sizes.llama.attention, sizes.llama.on_cpu)
 
 
-def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight]]:
+def weights_of_stages(config: RunConfig, hf: LlamaConfig) -> list[list[Weight]]:
     """The weights of the first rank of each pipeline stage, without numbers.
 
     Args:
@@ -214,7 +214,7 @@ def weights_of_stages(config: AnyMALConfig, hf: LlamaConfig) -> list[list[Weight
     ]
 
 
-def _play_stages(config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Iterator[list[AnyMALModel]]:
+def _play_stages(config: RunConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Iterator[list[AnyMALModel]]:
     """The model parts of each stage's first rank; its process groups are there while they are looked at."""
     for number in range(config.model.pipeline_model_parallel_size):
         with _as_rank_of_stage(number, config):
@@ -223,7 +223,7 @@ def _play_stages(config: AnyMALConfig, hf: LlamaConfig, modalities: dict[str, Mo
             yield models
 
 
-def _llama_shape(config: AnyMALConfig) -> LlamaConfig:
+def _llama_shape(config: RunConfig) -> LlamaConfig:
     lm = config.model.language_model
     if lm.checkpoint:
         return LlamaConfig.from_dict(store.read_manifest(store.resolve(lm.checkpoint)).llama)
@@ -231,7 +231,7 @@ def _llama_shape(config: AnyMALConfig) -> LlamaConfig:
 
 
 @contextmanager
-def _as_rank_of_stage(number: int, config: AnyMALConfig) -> Iterator[None]:
+def _as_rank_of_stage(number: int, config: RunConfig) -> Iterator[None]:
     """Be the first rank of a pipeline stage of one replica, among processes that are not there."""
     if dist.is_initialized():
         raise RuntimeError("A dry run plays ranks of its own and cannot be one of a job.")
@@ -257,7 +257,7 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
         decoder: Any = model.language_model.decoder
         media = [f"{name} {half}" for name in model.projectors for half in ("encoder", "projector")]
         parts.append(
-            Part(
+            ChunkSize(
                 layers=tuple(layer.layer_number - 1 for layer in decoder.layers),
                 besides=(*["embedding"] * model.pre_process, *media, *["head"] * model.post_process),
                 parameters=sum(p.numel() for p in local),
@@ -273,7 +273,7 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
     )
 
 
-def _bytes_of(weight: Weight, config: AnyMALConfig) -> int:
+def _bytes_of(weight: Weight, config: RunConfig) -> int:
     """Bytes of a rank's part of a weight."""
     parameter = weight.parameter
     in_layer = weight.name.startswith("language_model.decoder.layers.") and ".lora." not in weight.name
@@ -281,7 +281,7 @@ def _bytes_of(weight: Weight, config: AnyMALConfig) -> int:
     return parameter.numel() * (1 if quantized else parameter.element_size())
 
 
-def _optimizer(config: AnyMALConfig, trainable: int) -> int:
+def _optimizer(config: RunConfig, trainable: int) -> int:
     """Bytes of a rank's optimizer state."""
     shares = config.data_parallel_size * config.model.context_parallel_size
     return -(-optimizer_bytes(config) * trainable // (shares if config.model.ddp.use_distributed_optimizer else 1))

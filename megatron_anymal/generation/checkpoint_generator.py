@@ -23,7 +23,7 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
 from megatron_anymal.checkpoint.state import load_media_parts
 from megatron_anymal.checkpoint.trust import config_of
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.chat_format import END_TURN
 from megatron_anymal.data.planner import length_multiple
 from megatron_anymal.data.prompt_encoder import PromptReader
@@ -60,7 +60,7 @@ class NativeGenerator(Generator):
 
     def __init__(
         self,
-        config: AnyMALConfig,
+        config: RunConfig,
         layout: ParallelLayout,
         tokenizer: Tokenizer,
         modalities: dict[str, Modality],
@@ -83,7 +83,7 @@ class NativeGenerator(Generator):
         self._length_multiple = length_multiple(config)
 
     @classmethod
-    def of_checkpoint(cls, config: AnyMALConfig, layout: ParallelLayout, checkpoint: Optional[Path]) -> NativeGenerator:
+    def of_checkpoint(cls, config: RunConfig, layout: ParallelLayout, checkpoint: Optional[Path]) -> NativeGenerator:
         """Build the model; without a checkpoint its projectors have their initial values."""
         config, hf = resolve_language_model(config)
         tokenizer, modalities = build_inputs(config)

@@ -38,7 +38,7 @@ class SampledAnswers:
         state = self._state
         if not self._questions:
             return
-        state.settle()
+        state.wait_for_param_gather()
         [model] = state.models
         model.eval()
         # No limit of positions: a long validation sample must not end a training run.

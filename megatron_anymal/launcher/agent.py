@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Optional
 import psutil
 
 from megatron_anymal.resilience.exit_codes import Exit
-from megatron_anymal.resilience.failure_record import leave
+from megatron_anymal.resilience.failure_record import exit_now
 
 MODULES = {"torchrun": "torch.distributed.run", "ft": "nvidia_resiliency_ext.fault_tolerance.launcher"}
 # What the agent itself failed with, in the launcher's folder.
@@ -211,4 +211,4 @@ def _leave_it(number: int, frame: Optional[FrameType]) -> None:
 
 
 if __name__ == "__main__":
-    leave(main(sys.argv[1:]))
+    exit_now(main(sys.argv[1:]))

@@ -24,8 +24,8 @@ from megatron_anymal.launcher.hang_detector import (
     process_state,
 )
 from megatron_anymal.launcher.job import Ending, Job, attempt_folder
-from megatron_anymal.launcher.rendezvous import Alone
-from megatron_anymal.launcher.stop_requests import Wishes
+from megatron_anymal.launcher.rendezvous import SingleNode
+from megatron_anymal.launcher.stop_requests import StopRequests
 from megatron_anymal.resilience import heartbeat
 from megatron_anymal.resilience.events import ATTEMPT, read, record
 from megatron_anymal.resilience.exit_codes import Exit
@@ -49,12 +49,20 @@ class Attempt:
 
     Args:
         number: of the attempt, over all jobs that worked on the run.
-        wishes: what the user or the scheduler asked for.
+        stop_requests: what the user or the scheduler asked for.
         say: tells the user.
     """
 
-    def __init__(self, job: Job, number: int, meeting: Alone, wishes: Wishes, say: Callable[[str], None]) -> None:
-        self.job, self.number, self.meeting, self.wishes, self.say = job, number, meeting, wishes, say
+    def __init__(
+        self, job: Job, number: int, rendezvous: SingleNode, stop_requests: StopRequests, say: Callable[[str], None]
+    ) -> None:
+        self.job, self.number, self.rendezvous, self.stop_requests, self.say = (
+            job,
+            number,
+            rendezvous,
+            stop_requests,
+            say,
+        )
         self.logs = attempt_folder(job.run_dir, number)
         # Rank -> process number, and when it was first seen, of all ranks seen.
         self.workers: dict[int, int] = {}
@@ -91,7 +99,7 @@ class Attempt:
         job = self.job
         arguments = [
             *(f"--nnodes={job.nodes}", f"--nproc-per-node={job.processes}", "--max-restarts=0"),
-            *("--rdzv-backend=c10d", f"--rdzv-id={job.identity}_{self.number}", *self.meeting.rendezvous),
+            *("--rdzv-backend=c10d", f"--rdzv-id={job.identity}_{self.number}", *self.rendezvous.agent_arguments),
             *("--monitor-interval=0.5", *(["--ft-log-level=WARNING"] if job.launcher == "ft" else [])),
             *job.program,
         ]
@@ -120,9 +128,9 @@ class Attempt:
 
     def _pass_on(self) -> None:
         """Hand a wish to stop to every rank that can take it."""
-        if self.wishes.now and self.kill_at is None:
+        if self.stop_requests.now and self.kill_at is None:
             self.kill_at = 0.0
-        number = self.wishes.stop
+        number = self.stop_requests.stop
         if number is None:
             return
         for rank, pid in self.workers.items():
@@ -142,8 +150,8 @@ class Attempt:
         self._note_failures()
         if self.failures:
             self._end_all(min(map(_patience, self.failures.values())))
-            self.meeting.alarm()
-        elif self.meeting.alarmed():
+            self.rendezvous.alarm()
+        elif self.rendezvous.alarmed():
             self.say("the attempt has failed on another node: ending the ranks of this one")
             if views and max(view.silent for view in views) > 0.8 * self.job.limits.hang_timeout > 0:
                 self._examine(views)
@@ -151,7 +159,7 @@ class Attempt:
         elif views and hanging(views, self.job.limits):
             self._examine(views)
             self._end_all(0.0)
-            self.meeting.alarm()
+            self.rendezvous.alarm()
 
     def _note_failures(self) -> None:
         """Find ranks that ended by themselves otherwise than well; what was killed from here is none."""
@@ -218,7 +226,7 @@ class Attempt:
             self.agent.wait()
 
     def _ending(self) -> Ending:
-        stop = self.wishes.stop is not None
+        stop = self.stop_requests.stop is not None
         if self.hang:
             return Ending(Exit.HANG, self.hang, self.step, stop)
         failed = {rank: code for rank, code in self.failures.items() if not (stop and code == -signal.SIGTERM)}

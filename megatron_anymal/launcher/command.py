@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.job import Job
@@ -55,7 +55,7 @@ def _check_verb(argv: Sequence[str]) -> None:
     )
 
 
-def _config(verb: str, arguments: Sequence[str]) -> AnyMALConfig:
+def _config(verb: str, arguments: Sequence[str]) -> RunConfig:
     parser = argparse.ArgumentParser(prog=f"anymal launch ... {verb}", allow_abbrev=False)
     parser.add_argument("--config-name", "-cn", required=True)
     parser.add_argument("--config-path", "-cp")
@@ -76,7 +76,7 @@ def _config(verb: str, arguments: Sequence[str]) -> AnyMALConfig:
     return config
 
 
-def _job(options: argparse.Namespace, config: AnyMALConfig) -> Job:
+def _job(options: argparse.Namespace, config: RunConfig) -> Job:
     processes = options.nproc_per_node or config.trainer.devices
     nodes = options.nnodes or config.trainer.num_nodes
     for name, given, key, wanted in (

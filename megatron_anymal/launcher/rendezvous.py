@@ -32,11 +32,11 @@ class HeadLost(NodeLost):
     """Node 0's launcher, which holds the store, is gone; it may be started again."""
 
 
-class Alone:
+class SingleNode:
     """The launcher of a run on one node: there is nobody to ask."""
 
     # The agent holds the store itself, at a free port.
-    rendezvous: tuple[str, ...] = ("--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
+    agent_arguments: tuple[str, ...] = ("--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
 
     def agree(self, number: Callable[[], int]) -> int:
         """The number of the next attempt; `number` is called on node 0.
@@ -65,7 +65,7 @@ class Alone:
         """The last decision was made."""
 
 
-class Nodes(Alone):
+class MultiNode(SingleNode):
     """One of several launchers.
 
     Args:
@@ -79,7 +79,7 @@ class Nodes(Alone):
         self._job, self._check, self._round = job, check, 0
         self._looked, self._failed = 0.0, False
         self._store = self._connect()
-        self.rendezvous = (
+        self.agent_arguments = (
             f"--rdzv-endpoint={job.endpoint}",
             f"--rdzv-conf=is_host=0,join_timeout={job.rdzv_timeout:.0f}",
             *([f"--local-addr={job.local_addr}"] if job.local_addr else []),
@@ -228,9 +228,9 @@ class Nodes(Alone):
             raise HeadLost(f"node 0's launcher is gone ({_first_line(error)}).") from None
 
 
-def meet(job: Job, check: Callable[[], None]) -> Alone:
+def join_rendezvous(job: Job, check: Callable[[], None]) -> SingleNode:
     """The way to agree that a job needs."""
-    return Nodes(job, check) if job.nodes > 1 else Alone()
+    return MultiNode(job, check) if job.nodes > 1 else SingleNode()
 
 
 def _ending(text: str) -> Ending:

@@ -19,7 +19,7 @@ class Stopped(Exception):
     """A wish to stop came while nothing ran."""
 
 
-class Wishes:
+class StopRequests:
     """Signals that came."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Wishes:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Take signals for wishes while the block runs; in the main thread."""
+        """Take signals for stop_requests while the block runs; in the main thread."""
         before: dict[int, Any] = {number: signal.signal(number, self._note) for number in _STOPPING}
         try:
             yield

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from megatron_anymal.launcher.attempt import Attempt
 from megatron_anymal.launcher.job import Decision, Ending, Job, Restarts, new_attempt
-from megatron_anymal.launcher.rendezvous import Alone, HeadLost, NodeLost, meet
+from megatron_anymal.launcher.rendezvous import HeadLost, NodeLost, SingleNode, join_rendezvous
 from megatron_anymal.launcher.report import write_report
-from megatron_anymal.launcher.stop_requests import Stopped, Wishes
+from megatron_anymal.launcher.stop_requests import Stopped, StopRequests
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 
@@ -21,12 +21,12 @@ class Supervisor:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.leads = job.node == 0
-        self.wishes = Wishes()
+        self.stop_requests = StopRequests()
         self.number = 0
 
     def run(self) -> int:
         """Run to the end; return the exit code."""
-        with self.wishes.heard():
+        with self.stop_requests.heard():
             try:
                 decision = self._attempts()
             except Stopped:
@@ -37,32 +37,32 @@ class Supervisor:
         return int(decision.code)
 
     def _attempts(self) -> Decision:
-        meeting = meet(self.job, self.wishes.check)
+        rendezvous = join_rendezvous(self.job, self.stop_requests.check)
         restarts = Restarts(self.job.run_dir)
         while True:
             try:
-                decision = self._attempt(meeting, restarts)
+                decision = self._attempt(rendezvous, restarts)
             except HeadLost as error:
                 self._say(f"{error} Waiting for it to be started again.")
-                meeting = meet(self.job, self.wishes.check)
+                rendezvous = join_rendezvous(self.job, self.stop_requests.check)
                 continue
             if decision.pause is None:
-                meeting.leave()
+                rendezvous.leave()
                 return decision
             text = f"attempt {self.number}: {decision.text}. Starting again in {decision.pause:g} s"
             self._say(text)
             if self.leads:
                 record(self.job.run_dir, "restart", text, attempt=self.number, pause=decision.pause)
-            self.wishes.sleep(decision.pause)
+            self.stop_requests.sleep(decision.pause)
 
-    def _attempt(self, meeting: Alone, restarts: Restarts) -> Decision:
-        self.number = meeting.agree(lambda: new_attempt(self.job.run_dir))
+    def _attempt(self, rendezvous: SingleNode, restarts: Restarts) -> Decision:
+        self.number = rendezvous.agree(lambda: new_attempt(self.job.run_dir))
         text = f"{self.job.nodes} x {self.job.processes} processes"
         self._say(f"attempt {self.number}: {text}; logs in {self.job.run_dir}/logs/attempt_{self.number}")
         if self.leads:
             record(self.job.run_dir, "start", text, attempt=self.number, launcher=self.job.launcher)
-        ending: Ending = Attempt(self.job, self.number, meeting, self.wishes, self._say).run()
-        return meeting.decide(ending, restarts.decide)
+        ending: Ending = Attempt(self.job, self.number, rendezvous, self.stop_requests, self._say).run()
+        return rendezvous.decide(ending, restarts.decide)
 
     def _end(self, decision: Decision) -> None:
         """Tell the user, and write the report; not in a folder that is another job's."""

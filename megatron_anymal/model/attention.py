@@ -27,7 +27,7 @@ from torch import Tensor
 
 from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.model.attention_kernels import KERNELS, Kernel
-from megatron_anymal.model.compiled_ops import turn
+from megatron_anymal.model.compiled_ops import apply_rotary
 
 
 class Rotation(NamedTuple):
@@ -140,7 +140,7 @@ class PackedAttention(MegatronModule):
         """
         pack = packed_seq_params
         assert pack is not None and pack.kernel is not None and pack.rotation is not None
-        query, key = turn(query.squeeze(1), key.squeeze(1), *pack.rotation)
+        query, key = apply_rotary(query.squeeze(1), key.squeeze(1), *pack.rotation)
         value = value.squeeze(1)
         if pack.from_gathered is not None:
             key, value = _gather_keys(key, value, pack.from_gathered)

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig, EncoderConfig
+from megatron_anymal.config import EncoderConfig, RunConfig
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.encoder_sharding import share_gradients
@@ -29,7 +29,7 @@ from megatron_anymal.parallel import ParallelLayout
 
 
 def build_models(
-    config: AnyMALConfig,
+    config: RunConfig,
     hf: LlamaConfig,
     layout: ParallelLayout,
     modalities: Mapping[str, Modality],
@@ -62,7 +62,7 @@ def build_models(
     return models
 
 
-def assemble(config: AnyMALConfig, hf: LlamaConfig, modalities: Mapping[str, Modality]) -> list[AnyMALModel]:
+def assemble(config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality]) -> list[AnyMALModel]:
     """This rank's model parts as `build_models` returns them, but for the weights' values.
 
     Raises:
@@ -99,7 +99,7 @@ def assemble(config: AnyMALConfig, hf: LlamaConfig, modalities: Mapping[str, Mod
 
 
 def _media_parts(
-    config: AnyMALConfig, transformer: TransformerConfig, modalities: Mapping[str, Modality]
+    config: RunConfig, transformer: TransformerConfig, modalities: Mapping[str, Modality]
 ) -> tuple[dict[str, Encoder], dict[str, Any]]:
     parallel = ModelParallelConfig(
         tensor_model_parallel_size=transformer.tensor_model_parallel_size, params_dtype=transformer.params_dtype
@@ -144,7 +144,7 @@ def _set_gains(model: AnyMALModel) -> None:
             gain.fill_(rms.item())
 
 
-def _freeze(model: AnyMALModel, config: AnyMALConfig) -> None:
+def _freeze(model: AnyMALModel, config: RunConfig) -> None:
     def hold(module: nn.Module, frozen: bool) -> None:
         for parameter in module.parameters():
             parameter.requires_grad_(not frozen)

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_anymal import backend
-from megatron_anymal.config import FP8_MULTIPLE, AnyMALConfig, ConfigError, LanguageModelConfig, ModelConfig
+from megatron_anymal.config import FP8_MULTIPLE, ConfigError, LanguageModelConfig, ModelConfig, RunConfig
 from megatron_anymal.model.attention import PackedAttention
 from megatron_anymal.model.compiled_ops import rms_norm
 from megatron_anymal.model.fp8_weights import building, drop_transposes
@@ -72,7 +72,7 @@ def _check_rope(hf: LlamaConfig, where: str) -> None:
             raise ConfigError(f"{where!r}: {key} of the rotary embedding is {value!r}, not a number. Correct it.")
 
 
-def check_model(hf: LlamaConfig, config: AnyMALConfig) -> None:
+def check_model(hf: LlamaConfig, config: RunConfig) -> None:
     """Refuse what this Llama, or megatron-core, cannot do. Needs no process group.
 
     Raises:
@@ -86,7 +86,7 @@ def check_model(hf: LlamaConfig, config: AnyMALConfig) -> None:
         raise ConfigError(f"megatron-core refuses the model's settings: {error}.") from error
 
 
-def _check_sizes(hf: LlamaConfig, config: AnyMALConfig) -> None:
+def _check_sizes(hf: LlamaConfig, config: RunConfig) -> None:
     m = config.model
     ranks = m.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
@@ -128,7 +128,7 @@ def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
             )
 
 
-def layers_of_stages(hf: LlamaConfig, config: AnyMALConfig) -> list[int]:
+def layers_of_stages(hf: LlamaConfig, config: RunConfig) -> list[int]:
     """How many layers each pipeline stage holds.
 
     Raises:
@@ -149,7 +149,7 @@ def layers_of_stages(hf: LlamaConfig, config: AnyMALConfig) -> list[int]:
     return [edges[0] or even, *[even] * (stages - 2), edges[1] or even] if stages > 1 else [left]
 
 
-def transformer_config(hf: LlamaConfig, config: AnyMALConfig) -> TransformerConfig:
+def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
     """megatron-core's configuration of this Llama under this layout.
 
     Raises:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_anymal.config import AnyMALConfig, EncoderConfig
+from megatron_anymal.config import EncoderConfig, RunConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, read_folder, transformers_config
 
 _META = torch.device("meta")
 
 
-def without_weights(config: AnyMALConfig) -> AnyMALConfig:
+def without_weights(config: RunConfig) -> RunConfig:
     """The configuration with shapes for folders of encoders, and without what changes no shape but needs a GPU."""
     config = copy.deepcopy(config)
     model = config.model

@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_anymal.model.attention import DocumentPack
-from megatron_anymal.model.compiled_ops import turn
+from megatron_anymal.model.compiled_ops import apply_rotary
 from megatron_anymal.model.unsharded_weights import leave_unset
 
 
@@ -44,7 +44,7 @@ class TurnedAttention(TEDotProductAttention):
     ) -> Tensor:
         """query [Q, n, d], key and value [Q, g, d] of this rank's tokens -> [Q, n * d]."""
         assert packed_seq_params is not None and packed_seq_params.rotation is not None
-        query, key = turn(query, key, *packed_seq_params.rotation)
+        query, key = apply_rotary(query, key, *packed_seq_params.rotation)
         return super().forward(
             query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, **more
         )

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig, RunConfig
 from megatron_anymal.config.compose import from_dict
 from megatron_anymal.safetensors_io import SafetensorsFile, TensorFileError
 
@@ -82,7 +82,7 @@ def read(path: Path, folder: Path) -> tuple[str, SafetensorsFile]:
     return (folder / CONFIG_NAME).read_text(encoding="utf-8"), tensors
 
 
-def portable(config: AnyMALConfig, llama: Mapping[str, Any]) -> tuple[AnyMALConfig, dict[str, Path]]:
+def portable(config: RunConfig, llama: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Path]]:
     """The configuration with its folders pointing into the archive, and the folders to put there.
 
     Data folders and plug-in files stay where they are: they are not part of the model.
@@ -107,7 +107,7 @@ def portable(config: AnyMALConfig, llama: Mapping[str, Any]) -> tuple[AnyMALConf
     return result, folders
 
 
-def unpacked(config: AnyMALConfig, folder: Path) -> AnyMALConfig:
+def unpacked(config: RunConfig, folder: Path) -> RunConfig:
     """`portable`'s configuration with its paths leading to the unpacked `folder`."""
     result = from_dict(config.to_dict())
 

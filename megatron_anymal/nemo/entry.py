@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import (
     Composed,
     compose,
@@ -90,11 +90,11 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
         print_dry_run(composed.config)
         return 0
     # From here on, which is before anything slow is imported, a signal is a wish to stop.
-    with stop_signals.caught():
+    with stop_signals.handle_stop_signals():
         return int(_run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed))
 
 
-def run(config: AnyMALConfig) -> Exit:
+def run(config: RunConfig) -> Exit:
     """Train with the engine, under NeMo's run folder and loggers; called on every rank.
 
     Returns:
@@ -107,20 +107,20 @@ def run(config: AnyMALConfig) -> Exit:
         raise
 
 
-def _run(config: AnyMALConfig) -> Exit:
-    from megatron_anymal.checkpoint.run_lock import held
+def _run(config: RunConfig) -> Exit:
+    from megatron_anymal.checkpoint.run_lock import run_lock
     from megatron_anymal.nemo.model import MegatronAnyMALModel
     from megatron_anymal.parallel import initialize, shutdown
     from megatron_anymal.train.build import check_run
 
     _check_loggers(config)
     check_run(config)
-    with heartbeat.shown(config.run_dir):
+    with heartbeat.publish(config.run_dir):
         # Before the Trainer: Lightning would undo what the engine does to this process's torch.
         layout = initialize(config)
         trainer = unfitted_trainer(config)
         # Before exp_manager, which moves files of the run's folder.
-        with held(config.run_dir, config.exp_manager.lock_timeout_seconds):
+        with run_lock(config.run_dir, config.exp_manager.lock_timeout_seconds):
             manage_experiment(trainer, config, layout)
             outcome = MegatronAnyMALModel(config, trainer, layout=layout).fit()
         # Only after success: with a rank gone the others would wait for it here.
@@ -128,7 +128,7 @@ def _run(config: AnyMALConfig) -> Exit:
     return outcome
 
 
-def unfitted_trainer(config: AnyMALConfig) -> Trainer:
+def unfitted_trainer(config: RunConfig) -> Trainer:
     """A Lightning Trainer that carries the loggers and is never fitted.
 
     One CPU device and the plain environment, whatever the job's size: the processes and devices are the engine's, and
@@ -151,7 +151,7 @@ def unfitted_trainer(config: AnyMALConfig) -> Trainer:
         )
 
 
-def manage_experiment(trainer: Trainer, config: AnyMALConfig, layout: ParallelLayout) -> None:
+def manage_experiment(trainer: Trainer, config: RunConfig, layout: ParallelLayout) -> None:
     """Let NeMo's exp_manager make the run folder and, on the reporting rank, the loggers.
 
     The other keys of the section are the engine's: max_time_per_run, resume_if_exists, resume_ignore_no_checkpoint and
@@ -208,7 +208,7 @@ def _move_only_nemos_files() -> None:
     module.move = move  # type: ignore[attr-defined]
 
 
-def _check_loggers(config: AnyMALConfig) -> None:
+def _check_loggers(config: RunConfig) -> None:
     section = config.exp_manager
     if not section.create_wandb_logger:
         if section.wandb_logger_kwargs:
@@ -260,7 +260,7 @@ def _run_under_hydra(config_name: str, config_dir: Path, composed: Composed) -> 
     return outcomes[0]
 
 
-def _typed(values: Any) -> AnyMALConfig:
+def _typed(values: Any) -> RunConfig:
     assert isinstance(values, dict)
     return from_dict({key: value for key, value in values.items() if key != "hydra"})
 

@@ -13,7 +13,7 @@ from nemo.core.classes import ModelPT
 from omegaconf import DictConfig, OmegaConf
 
 from megatron_anymal.checkpoint.trust import refuse_plugins
-from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig
+from megatron_anymal.config import ConfigError, DatasetConfig, RunConfig
 from megatron_anymal.config.compose import from_dict
 from megatron_anymal.nemo import archive
 from megatron_anymal.resilience.exit_codes import Exit
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 RUN_KEY = "run"
 
 
-def to_cfg(config: AnyMALConfig) -> DictConfig:
+def to_cfg(config: RunConfig) -> DictConfig:
     """The configuration as ModelPT keeps it and as it stands in an archive: `{"run": {trainer, exp_manager, ...}}`."""
     return OmegaConf.create({RUN_KEY: config.to_dict()})
 
 
-def from_cfg(cfg: DictConfig) -> AnyMALConfig:
+def from_cfg(cfg: DictConfig) -> RunConfig:
     """The configuration that `to_cfg` packed.
 
     Raises:
@@ -39,7 +39,7 @@ def from_cfg(cfg: DictConfig) -> AnyMALConfig:
     """
     if RUN_KEY not in cfg:
         raise ConfigError(
-            f"the configuration has no section `{RUN_KEY}`. Pass an AnyMALConfig, or what restore_from(..., "
+            f"the configuration has no section `{RUN_KEY}`. Pass an RunConfig, or what restore_from(..., "
             "return_config=True) returns."
         )
     values = OmegaConf.to_container(cfg[RUN_KEY], resolve=True)
@@ -60,9 +60,9 @@ class MegatronAnyMALModel(ModelPT):
     """
 
     def __init__(
-        self, cfg: AnyMALConfig | DictConfig, trainer: Trainer | None = None, layout: ParallelLayout | None = None
+        self, cfg: RunConfig | DictConfig, trainer: Trainer | None = None, layout: ParallelLayout | None = None
     ) -> None:
-        config = cfg if isinstance(cfg, AnyMALConfig) else from_cfg(cfg)
+        config = cfg if isinstance(cfg, RunConfig) else from_cfg(cfg)
         super().__init__(cfg=to_cfg(config), trainer=trainer)
         self.config = config
         self.layout = layout
@@ -173,7 +173,7 @@ class MegatronAnyMALModel(ModelPT):
     def restore_from(
         cls,
         restore_path: str | Path,
-        override_config_path: AnyMALConfig | DictConfig | str | Path | None = None,
+        override_config_path: RunConfig | DictConfig | str | Path | None = None,
         trainer: Trainer | None = None,
         return_config: bool = False,
         layout: ParallelLayout | None = None,

@@ -27,7 +27,7 @@ def record_failure(run_dir: Path, error: BaseException, step: int = -1) -> None:
     record(run_dir, kind, text, step=step, exit_code=int(code), traceback=lines)
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End the process at once: the destructors of process groups would wait for ranks that are gone."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

@@ -15,7 +15,7 @@ from typing import Optional
 
 from megatron_anymal.config.fault_grammar import Fault, parse
 
-# Kinds that do not happen in `at`.
+# Kinds that do not happen in `inject`.
 _ELSEWHERE = ("nan", "loader_hang", "loader_kill")
 
 
@@ -24,7 +24,7 @@ class InjectedFault(RuntimeError):
 
 
 @dataclass
-class _Armed:
+class _Scheduled:
     """This rank's faults, and where their marks are kept."""
 
     faults: tuple[Fault, ...] = ()
@@ -33,18 +33,18 @@ class _Armed:
     reached: Optional[dict[tuple[int, int], int]] = None
 
 
-_armed = _Armed()
+_scheduled = _Scheduled()
 
 
-def arm(entries: Sequence[str], rank: int, run_dir: Path) -> None:
+def schedule(entries: Sequence[str], rank: int, run_dir: Path) -> None:
     """Take up this rank's faults; those of before are forgotten."""
-    global _armed
-    _armed = _Armed(tuple(f for f in map(parse, entries) if f.rank == rank), run_dir, {})
+    global _scheduled
+    _scheduled = _Scheduled(tuple(f for f in map(parse, entries) if f.rank == rank), run_dir, {})
 
 
-def at(place: str, step: int) -> None:
+def inject(place: str, step: int) -> None:
     """Let happen what is to happen here. Once a chunk for the place `checkpoint`."""
-    for fault in _armed.faults:
+    for fault in _scheduled.faults:
         here = fault.place == place and fault.kind not in _ELSEWHERE
         if here and _counted(fault, step) and _due(fault, step):
             _ACTIONS[fault.kind](fault)
@@ -52,12 +52,12 @@ def at(place: str, step: int) -> None:
 
 def spoils_gradient(step: int) -> bool:
     """Whether this rank's gradient is to become not a number."""
-    return any(fault.kind == "nan" and _due(fault, step) for fault in _armed.faults)
+    return any(fault.kind == "nan" and _due(fault, step) for fault in _scheduled.faults)
 
 
 def in_loader(worker: int, planned: int) -> None:
-    """As `at`, in a loader process that begins to read for a step of the plan, which counts from 0."""
-    for fault in _armed.faults:
+    """As `inject`, in a loader process that begins to read for a step of the plan, which counts from 0."""
+    for fault in _scheduled.faults:
         if fault.kind.startswith("loader_") and fault.worker == worker and _due(fault, planned + 1):
             _ACTIONS[fault.kind.removeprefix("loader_")](fault)
 
@@ -66,10 +66,10 @@ def _counted(fault: Fault, step: int) -> bool:
     """Whether this is the write that the fault names."""
     if fault.place != "checkpoint":
         return True
-    assert _armed.reached is not None
+    assert _scheduled.reached is not None
     key = (id(fault), step)
-    _armed.reached[key] = _armed.reached.get(key, 0) + 1
-    return _armed.reached[key] == fault.write
+    _scheduled.reached[key] = _scheduled.reached.get(key, 0) + 1
+    return _scheduled.reached[key] == fault.write
 
 
 def _due(fault: Fault, step: int) -> bool:
@@ -77,7 +77,7 @@ def _due(fault: Fault, step: int) -> bool:
         return False
     if fault.every:
         return True
-    mark = _armed.run_dir / "faults" / re.sub(r"[^\w.=,-]", "_", fault.text)
+    mark = _scheduled.run_dir / "faults" / re.sub(r"[^\w.=,-]", "_", fault.text)
     mark.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = os.open(mark, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
@@ -127,7 +127,7 @@ def _disk_fails(fault: Fault) -> None:
 
 
 def _corrupt(fault: Fault) -> None:
-    folders: Iterable[Path] = (_armed.run_dir / "checkpoints").glob("step_*")
+    folders: Iterable[Path] = (_scheduled.run_dir / "checkpoints").glob("step_*")
     newest = max(folders, default=None)
     if newest is None:
         return

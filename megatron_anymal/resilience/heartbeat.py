@@ -140,7 +140,7 @@ def beat(phase: Optional[Phase] = None, step: Optional[int] = None, *, settled: 
 
 
 @contextmanager
-def shown(run_dir: Path) -> Iterator[None]:
+def publish(run_dir: Path) -> Iterator[None]:
     """Let this rank beat while the block runs, and write all threads' stacks to RUN/stacks/ at a SIGUSR2.
 
     An orderly end leaves the phase END.

@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, Optional
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# What asks for a stop, in the order of `wishes`.
+# What asks for a stop, in the order of `stop_flags`.
 REASONS = ("SIGTERM", "SIGUSR1", "exp_manager.max_time_per_run")
 
 _caught: set[int] = set()
@@ -24,7 +24,7 @@ _active = False
 
 
 @contextmanager
-def caught() -> Iterator[None]:
+def handle_stop_signals() -> Iterator[None]:
     """Take SIGTERM and SIGUSR1 for wishes to stop while the block runs. Within such a block it changes nothing."""
     global _active, _deadline
     if _active or threading.current_thread() is not threading.main_thread():
@@ -47,7 +47,7 @@ def stop_after(seconds: Optional[float]) -> None:
     _deadline = None if seconds is None else time.monotonic() + seconds
 
 
-def wishes() -> list[float]:
+def stop_flags() -> list[float]:
     """1.0 for each of REASONS that asks this rank to stop, else 0.0."""
     late = _deadline is not None and time.monotonic() >= _deadline
     return [*(float(number in _caught) for number in SIGNALS), float(late)]

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.llama import layers_of_stages, transformer_config
 from megatron_anymal.model.lora import adapted_projections
-from megatron_anymal.model.memory.language_model import Held, LlamaSizes, Pack, Part, Recompute, RunSizes, held
+from megatron_anymal.model.memory.language_model import Held, LlamaSizes, Pack, PipelineChunk, Recompute, RunSizes, held
 from megatron_anymal.model.memory.media import encoder_sizes, media_bytes
 from megatron_anymal.model.meta_device import without_weights
 from megatron_anymal.parallel import ParallelLayout
@@ -61,7 +61,7 @@ class Choice:
             why += f"; {self.without / _GB:.1f} GB without"
         return f"{self.recompute} ({why})"
 
-    def applied(self, config: AnyMALConfig) -> AnyMALConfig:
+    def applied(self, config: RunConfig) -> RunConfig:
         """A copy of the configuration with the choice in the place of auto."""
         config = copy.deepcopy(config)
         model, chosen = config.model, self.recompute
@@ -70,7 +70,7 @@ class Choice:
         return config
 
 
-def configured(config: AnyMALConfig) -> Recompute:
+def configured(config: RunConfig) -> Recompute:
     """The recompute that a configuration names; auto counts as none."""
     model = config.model
     if model.recompute_granularity == "selective":
@@ -81,8 +81,8 @@ def configured(config: AnyMALConfig) -> Recompute:
 
 
 def fit_recompute(
-    config: AnyMALConfig, hf: LlamaConfig, modalities: Mapping[str, Modality], layout: ParallelLayout
-) -> tuple[AnyMALConfig, str]:
+    config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality], layout: ParallelLayout
+) -> tuple[RunConfig, str]:
     """Put the choice in the place of auto. Collective where there is one to make: the smallest card of the job decides.
 
     Returns:
@@ -99,7 +99,7 @@ def fit_recompute(
     return choice.applied(config), f"recompute {choice}"
 
 
-def memory_to_fit(config: AnyMALConfig) -> int:
+def memory_to_fit(config: RunConfig) -> int:
     """Bytes that one process may hold: model.memory_gb, or what its card has less MARGIN, or its share of what the
     machine has free."""
     if config.model.memory_gb:
@@ -166,7 +166,7 @@ def _held(run: RunSizes, recompute: Recompute) -> tuple[Held, ...]:
 
 
 def run_sizes(
-    config: AnyMALConfig, hf: LlamaConfig, modalities: Mapping[str, Modality], *, planned: bool = False
+    config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality], *, planned: bool = False
 ) -> RunSizes:
     """What memory.py must know of a run.
 
@@ -205,12 +205,12 @@ def run_sizes(
     )
 
 
-def optimizer_bytes(config: AnyMALConfig) -> int:
+def optimizer_bytes(config: RunConfig) -> int:
     """Of each number that trains: two fp32 moments, and where the weights are bf16 their fp32 originals."""
     return 12 if backend.compute_dtype(config) == torch.bfloat16 else 8
 
 
-def _llama_sizes(config: AnyMALConfig, hf: LlamaConfig, planned: bool) -> LlamaSizes:
+def _llama_sizes(config: RunConfig, hf: LlamaConfig, planned: bool) -> LlamaSizes:
     model = config.model
     ranks = model.tensor_model_parallel_size
     on_card = planned or torch.cuda.is_available()
@@ -242,15 +242,15 @@ def _llama_sizes(config: AnyMALConfig, hf: LlamaConfig, planned: bool) -> LlamaS
     )
 
 
-def _stages(hf: LlamaConfig, config: AnyMALConfig) -> tuple[tuple[Part, ...], ...]:
+def _stages(hf: LlamaConfig, config: RunConfig) -> tuple[tuple[PipelineChunk, ...], ...]:
     """The model parts of each stage: a virtual pipeline runs through all stages once for each of its parts."""
     parts = config.model.virtual_pipeline_model_parallel_size
     counts = [layers // parts for layers in layers_of_stages(hf, config)]
-    stages: list[list[Part]] = [[] for _ in counts]
+    stages: list[list[PipelineChunk]] = [[] for _ in counts]
     first = 0
     for part in range(parts):
         for stage, count in enumerate(counts):
             at_end = part == parts - 1 and stage == len(counts) - 1
-            stages[stage].append(Part(tuple(range(first, first + count)), not part and not stage, at_end))
+            stages[stage].append(PipelineChunk(tuple(range(first, first + count)), not part and not stage, at_end))
             first += count
     return tuple(map(tuple, stages))

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import LoadedModality, MicroBatchReader, RankNeeds
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModality
@@ -42,7 +42,7 @@ class DataSource:
 class TrainState:
     """A run in memory."""
 
-    config: AnyMALConfig
+    config: RunConfig
     llama: LlamaConfig
     layout: ParallelLayout
     tokenizer: Tokenizer
@@ -66,7 +66,7 @@ class TrainState:
     # Updates made so far.
     step: int = 0
 
-    def settle(self) -> None:
+    def wait_for_param_gather(self) -> None:
         """See that every rank's weights are the updated ones; with overlapped gathering they arrive during the next
         step's forward pass. Collective."""
         if self.config.model.ddp.overlap_param_gather:
@@ -74,7 +74,7 @@ class TrainState:
                 wrapped.start_param_sync(force_sync=True)
 
 
-def check_run(config: AnyMALConfig) -> None:
+def check_run(config: RunConfig) -> None:
     """Refuse what cannot work before any process group is made: settings, this machine, the Llama's sizes.
 
     Raises:
@@ -86,7 +86,7 @@ def check_run(config: AnyMALConfig) -> None:
     check_model(hf, resolved)
 
 
-def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
+def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     """Build data, model and optimizer; cheap checks come before anything large is made.
 
     Raises:
@@ -121,7 +121,7 @@ def build(config: AnyMALConfig, layout: ParallelLayout) -> TrainState:
     )
 
 
-def build_inputs(config: AnyMALConfig) -> tuple[Tokenizer, dict[str, Modality]]:
+def build_inputs(config: RunConfig) -> tuple[Tokenizer, dict[str, Modality]]:
     """The tokenizer and the modalities, without encoders' weights."""
     load_plugins(config.model.plugins)
     tokenizer = Tokenizer(config.data.tokenizer)
@@ -131,7 +131,7 @@ def build_inputs(config: AnyMALConfig) -> tuple[Tokenizer, dict[str, Modality]]:
 
 
 def loaded_modalities(
-    config: AnyMALConfig, tokenizer: Tokenizer, modalities: dict[str, Modality]
+    config: RunConfig, tokenizer: Tokenizer, modalities: dict[str, Modality]
 ) -> dict[str, LoadedModality]:
     """What reading must know of each modality."""
     return {
@@ -157,7 +157,7 @@ def rank_needs(layout: ParallelLayout) -> RankNeeds:
 
 
 def build_data(
-    config: AnyMALConfig, layout: ParallelLayout, tokenizer: Tokenizer, modalities: dict[str, Modality], split: str
+    config: RunConfig, layout: ParallelLayout, tokenizer: Tokenizer, modalities: dict[str, Modality], split: str
 ) -> DataSource:
     """The mixture of data.train or data.validation.
 
@@ -184,7 +184,7 @@ def build_data(
     return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: AnyMALConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: RunConfig) -> None:
     """Refuse a tokenizer with ids that the Llama does not have."""
     largest = max(tokenizer.hf.get_vocab().values())
     if largest >= vocab_size:
@@ -194,7 +194,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: AnyMALConfig
         )
 
 
-def _wrap(config: AnyMALConfig, model: AnyMALModel, *, first: bool) -> DistributedDataParallel:
+def _wrap(config: RunConfig, model: AnyMALModel, *, first: bool) -> DistributedDataParallel:
     ddp = config.model.ddp
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -207,7 +207,7 @@ def _wrap(config: AnyMALConfig, model: AnyMALModel, *, first: bool) -> Distribut
     return DistributedDataParallel(model.config, settings, model, disable_bucketing=not first)
 
 
-def _connect(config: AnyMALConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+def _connect(config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Tell megatron-core's schedules how to finish a step."""
     settings: Any = wrapped[0].config
     settings.grad_scale_func = optimizer.scale_loss

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_anymal.data.records import MicroBatch
 
 
-class Lane(Protocol):
+class HostToDevice(Protocol):
     """Carries micro-batches to where they are computed."""
 
     def start(self, micro_batch: MicroBatch) -> Any:
@@ -36,7 +36,7 @@ class SideStream:
         self._device, self._side = device, torch.cuda.Stream(device)
 
     def start(self, micro_batch: MicroBatch) -> MicroBatch:
-        """See Lane. Only from pinned memory does the host not wait for the copy."""
+        """See HostToDevice. Only from pinned memory does the host not wait for the copy."""
         copies: list[tuple[Tensor, Tensor]] = []
 
         def place(source: Tensor) -> Tensor:
@@ -51,20 +51,20 @@ class SideStream:
         return copy
 
     def finish(self, started: MicroBatch) -> MicroBatch:
-        """See Lane."""
+        """See HostToDevice."""
         torch.cuda.current_stream(self._device).wait_stream(self._side)
         return started
 
 
-class NoLane:
+class NoCopy:
     """On a CPU they are there already."""
 
     def start(self, micro_batch: MicroBatch) -> MicroBatch:
-        """See Lane."""
+        """See HostToDevice."""
         return micro_batch
 
     def finish(self, started: MicroBatch) -> MicroBatch:
-        """See Lane."""
+        """See HostToDevice."""
         return started
 
 
@@ -76,11 +76,11 @@ def on_device(
     Args:
         media: whether this model part encodes them; without, they stay where they are.
     """
-    lane: Lane = NoLane() if device.type == "cpu" else SideStream(device)
-    return one_ahead((m if media else dataclasses.replace(m, media={}) for m in micro_batches), lane)
+    copies: HostToDevice = NoCopy() if device.type == "cpu" else SideStream(device)
+    return one_ahead((m if media else dataclasses.replace(m, media={}) for m in micro_batches), copies)
 
 
-def one_ahead(micro_batches: Iterable[MicroBatch], lane: Lane) -> Generator[MicroBatch, None, None]:
+def one_ahead(micro_batches: Iterable[MicroBatch], copies: HostToDevice) -> Generator[MicroBatch, None, None]:
     """Every micro-batch once, in its order; when one is handed out, the next one's copy has begun, and no other's.
 
     The one handed out is not held here: of two at a time the memory is taken. Ended early (`close`), what is under way
@@ -89,15 +89,15 @@ def one_ahead(micro_batches: Iterable[MicroBatch], lane: Lane) -> Generator[Micr
     waiting: list[Any] = []
     try:
         for micro_batch in micro_batches:
-            ready = [lane.finish(waiting.pop())] if waiting else []
-            waiting.append(lane.start(micro_batch))
+            ready = [copies.finish(waiting.pop())] if waiting else []
+            waiting.append(copies.start(micro_batch))
             if ready:
                 yield ready.pop()
         if waiting:
-            yield lane.finish(waiting.pop())
+            yield copies.finish(waiting.pop())
     finally:
         if waiting:
-            lane.finish(waiting.pop())
+            copies.finish(waiting.pop())
 
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:

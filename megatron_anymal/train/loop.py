@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint.async_writer import CheckpointWriter
-from megatron_anymal.checkpoint.run_lock import held
+from megatron_anymal.checkpoint.run_lock import run_lock
 from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.config import ConfigError
 from megatron_anymal.config.validation import max_time_seconds
@@ -31,7 +31,7 @@ from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.skipped_samples import SkippedSamples
 from megatron_anymal.train.step import stop_asked_for, train_step, validation_step
-from megatron_anymal.train.step_metrics import Window
+from megatron_anymal.train.step_metrics import MetricsWindow
 
 
 def fit(
@@ -54,7 +54,10 @@ def fit(
         DataError: more of a step's samples are unreadable than data.max_bad_share allows.
         CheckpointError: checkpoints exist and none is valid, or the last one could not be written.
     """
-    with stop_signals.caught(), held(run_dir, state.config.exp_manager.lock_timeout_seconds) as check_lock:
+    with (
+        stop_signals.handle_stop_signals(),
+        run_lock(run_dir, state.config.exp_manager.lock_timeout_seconds) as check_lock,
+    ):
         return Trainer(state, run_dir, loggers, after_validation, check_lock).fit()
 
 
@@ -86,16 +89,16 @@ class Trainer:
         # The step under way, counted from 1; 0 before the first.
         self.under_way = 0
         stop_signals.stop_after(max_time_seconds(self.config))
-        fault_injection.arm(self.config.resilience.faults, state.layout.rank, run_dir)
+        fault_injection.schedule(self.config.resilience.faults, state.layout.rank, run_dir)
         self.base_hash = self._hash_base()
         # DPO: of the checkpoint that the reference was read from.
         self.reference_hash = ""
-        self.window = Window()
+        self.window = MetricsWindow()
 
     def fit(self) -> Exit:
         """See the function of this name."""
         self._record("start", f"{self.state.layout.world_size} process(es)")
-        fault_injection.at("start", 0)
+        fault_injection.inject("start", 0)
         heartbeat.beat(Phase.LOADING)
         self._start()
         try:
@@ -131,7 +134,7 @@ class Trainer:
             self.under_way = self.state.step + 1
             heartbeat.beat(Phase.DATA, self.under_way)
             begun = time.monotonic()
-            fault_injection.at("data", self.under_way)
+            fault_injection.inject("data", self.under_way)
             plan, micro_batches = next(batches)
             waited = time.monotonic() - begun
             result = train_step(self.state, plan, micro_batches)
@@ -238,12 +241,12 @@ class Trainer:
         data, batches = self.state.validation_data, self.config.trainer.limit_val_batches
         if data is None or batches == 0:
             return
-        self.state.settle()
+        self.state.wait_for_param_gather()
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
         measures: list[dict[str, float]] = []
         for plan, micro_batches in self._steps(data, 0, batches):
-            fault_injection.at("validation", self.state.step)
+            fault_injection.inject("validation", self.state.step)
             result = validation_step(self.state, plan, micro_batches)
             self._note_stop(result.stop)
             measures.append(result.measures)
@@ -271,7 +274,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.log.save()
-        self.state.settle()
+        self.state.wait_for_param_gather()
         begin_state(self.state.optimizer)
         self.writer.start(self.state, self._manifest())
 

@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_anymal.config import AnyMALConfig, DpoConfig
+from megatron_anymal.config import DpoConfig, RunConfig
 from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.train.losses import (
@@ -88,7 +88,7 @@ class Objective(Protocol):
         ...
 
 
-def build_objective(config: AnyMALConfig) -> Objective:
+def build_objective(config: RunConfig) -> Objective:
     """The objective of the configuration's job."""
     if config.job == "dpo":
         return PreferenceObjective(config.model.dpo)

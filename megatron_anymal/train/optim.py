@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 
 
-def learning_rate(config: AnyMALConfig, step: int) -> float:
+def learning_rate(config: RunConfig, step: int) -> float:
     """The rate of the update that step number `step` (from 0) makes: a pure function, so that resuming needs no state.
 
     Linear warm-up over `warmup_steps` (its last step has the full rate), then the schedule down to
@@ -33,7 +33,7 @@ def learning_rate(config: AnyMALConfig, step: int) -> float:
     return optim.lr * (sched.min_lr_ratio + (1.0 - sched.min_lr_ratio) * left)
 
 
-def build_optimizer(config: AnyMALConfig, models: Sequence[nn.Module]) -> MegatronOptimizer:
+def build_optimizer(config: RunConfig, models: Sequence[nn.Module]) -> MegatronOptimizer:
     """megatron-core's optimizer over what trains in this rank's wrapped models."""
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         _use_adamw()

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_anymal import step_lines
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.planner import BatchPlanner, StepPlan
 from megatron_anymal.data.records import DataError
 
@@ -19,7 +19,7 @@ class SkippedSamples:
         say: tells the user.
     """
 
-    def __init__(self, run_dir: Path, config: AnyMALConfig, active: bool, say: Callable[[str], None]) -> None:
+    def __init__(self, run_dir: Path, config: RunConfig, active: bool, say: Callable[[str], None]) -> None:
         self._path, self._config, self._active, self._say = run_dir / "skipped_samples.jsonl", config, active, say
         # Of the whole run, on the rank that writes.
         self.count = 0

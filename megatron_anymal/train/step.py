@@ -66,7 +66,7 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     number = state.step + 1
     heartbeat.beat(Phase.COMPUTE, number)
     with state.own_time.counted():
-        fault_injection.at("compute", number)
+        fault_injection.inject("compute", number)
     bad, batch = _begin(state, state.train_data.planner, plan, micro_batches)
     rate = learning_rate(state.config, state.step)
     set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
@@ -76,7 +76,7 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     state.optimizer.zero_grad()
     reduced = _pass(state, plan, micro_batches, bad, batch, forward_only=False)
     heartbeat.beat(Phase.UPDATE)
-    fault_injection.at("update", number)
+    fault_injection.inject("update", number)
     grad_norm: Any = math.inf
     if reduced.finite:
         _, grad_norm, _ = state.optimizer.step()
@@ -105,7 +105,7 @@ def stop_asked_for(state: TrainState) -> str:
     The time limit does not count: each start makes a step, so that runs whose limit is too short end some day.
     """
     count = len(stop_signals.SIGNALS)
-    sums = torch.tensor(stop_signals.wishes()[:count], dtype=torch.float64, device=state.layout.device)
+    sums = torch.tensor(stop_signals.stop_flags()[:count], dtype=torch.float64, device=state.layout.device)
     dist.all_reduce(sums)
     return stop_signals.agreed(sums.cpu().tolist())
 
@@ -136,7 +136,7 @@ def _reference_pass(
     batch: GlobalBatch,
 ) -> Tensor:
     """[global batch, 2] float64: the reference's log-probabilities of both answers, on every rank. Collective."""
-    state.settle()
+    state.wait_for_param_gather()
     for wrapped in state.wrapped:
         wrapped.eval()
     found = torch.zeros(len(plan.targets), 2, dtype=torch.float64, device=state.layout.device)
@@ -178,7 +178,7 @@ def _pass(
         if fault_injection.spoils_gradient(state.step + 1):
             _spoil_gradient(state)
         sums[size] = nonfinite.squared_norm(state.wrapped, state.layout.device)
-    sums[size + 1 :] = torch.tensor(stop_signals.wishes(), dtype=torch.float64)
+    sums[size + 1 :] = torch.tensor(stop_signals.stop_flags(), dtype=torch.float64)
     dist.all_reduce(sums)
     found = sums.cpu().tolist()
     finite = nonfinite.all_finite(found[:size], found[size])

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_anymal.train.step import StepResult
 
 
-class Window:
+class MetricsWindow:
     """Collects steps."""
 
     def __init__(self) -> None:

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from ranks import run_ranks
 from tiny import make_config
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 
 
-def losses_and_gradients(config: AnyMALConfig, packed: bool) -> dict[int, tuple[float, dict[str, np.ndarray]]]:
+def losses_and_gradients(config: RunConfig, packed: bool) -> dict[int, tuple[float, dict[str, np.ndarray]]]:
     """Per sample of the first step: the sum of its losses, and the gradient of that sum by parameter."""
     state = build(config, initialize(config))
     found = {}

@@ -12,15 +12,15 @@ from ranks import run_ranks
 from tiny import make_config
 
 from checkpoint_tools.inspect import main as inspect_checkpoint
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
 
 
-def stopped_and_continued(config: AnyMALConfig, first: dict[str, int], second: dict[str, int]) -> list[float]:
+def stopped_and_continued(config: RunConfig, first: dict[str, int], second: dict[str, int]) -> list[float]:
     """Train 3 steps under one layout and 3 more under another; returns all six losses."""
     for steps, layout in ((3, first), (6, second)):
         part = copy.deepcopy(config)
@@ -40,7 +40,7 @@ def stopped_and_continued(config: AnyMALConfig, first: dict[str, int], second: d
     [("32", False, {"world": 2, "pp": 2}), ("bf16", False, {"world": 2}), ("bf16", True, {"world": 2})],
 )
 def test_resume_of_every_optimizer_is_bit_identical(
-    config: AnyMALConfig, tmp_path: Path, precision: str, distributed: bool, layout: dict[str, int]
+    config: RunConfig, tmp_path: Path, precision: str, distributed: bool, layout: dict[str, int]
 ) -> None:
     config.trainer.precision, config.model.ddp.use_distributed_optimizer = precision, distributed
     whole = copy.deepcopy(config)
@@ -51,7 +51,7 @@ def test_resume_of_every_optimizer_is_bit_identical(
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path, freeze: bool) -> None:
+def test_resume_is_bit_identical(config: RunConfig, tmp_path: Path, freeze: bool) -> None:
     config.model.language_model.freeze = freeze
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
@@ -59,7 +59,7 @@ def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path, freeze: b
     assert stopped_and_continued(config, {}, {}) == undisturbed
 
 
-def test_resume_with_several_buckets_is_bit_identical(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_resume_with_several_buckets_is_bit_identical(config: RunConfig, tmp_path: Path) -> None:
     # Buckets are padded: the optimizer's state must not be cut by the padded places.
     config.model.ddp.overlap_grad_reduce, config.model.ddp.bucket_size = True, 1000
     config.model.language_model.freeze = False
@@ -69,7 +69,7 @@ def test_resume_with_several_buckets_is_bit_identical(config: AnyMALConfig, tmp_
     assert stopped_and_continued(config, {"world": 2}, {"world": 2}) == undisturbed
 
 
-def test_a_tied_trainable_head_is_the_same_over_pipeline_stages(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_a_tied_trainable_head_is_the_same_over_pipeline_stages(config: RunConfig, tmp_path: Path) -> None:
     config.model.language_model.config["tie_word_embeddings"] = True
     config.model.language_model.freeze = False
     whole = copy.deepcopy(config)
@@ -91,7 +91,7 @@ def test_a_tied_trainable_head_is_the_same_over_pipeline_stages(config: AnyMALCo
 )
 @pytest.mark.parametrize("freeze", [True, False])
 def test_resume_under_another_layout(
-    config: AnyMALConfig, tmp_path: Path, first: dict[str, int], second: dict[str, int], freeze: bool
+    config: RunConfig, tmp_path: Path, first: dict[str, int], second: dict[str, int], freeze: bool
 ) -> None:
     config.model.language_model.freeze = freeze
     whole = copy.deepcopy(config)
@@ -100,7 +100,7 @@ def test_resume_under_another_layout(
     np.testing.assert_allclose(stopped_and_continued(config, first, second), undisturbed, rtol=1e-5)
 
 
-def test_another_seed_is_refused_at_resume(config: AnyMALConfig) -> None:
+def test_another_seed_is_refused_at_resume(config: RunConfig) -> None:
     config.trainer.max_steps = 3
     run_ranks(1, train, config)
     config.trainer.max_steps, config.model.seed = 6, 99
@@ -113,9 +113,7 @@ def test_another_seed_is_refused_at_resume(config: AnyMALConfig) -> None:
     assert "repeat or lose samples" in run_ranks(1, resume)[0]
 
 
-def test_a_llama_trained_here_is_the_base_of_the_next_run(
-    config: AnyMALConfig, text_shards: str, tmp_path: Path
-) -> None:
+def test_a_llama_trained_here_is_the_base_of_the_next_run(config: RunConfig, text_shards: str, tmp_path: Path) -> None:
     text = copy.deepcopy(config)
     text.model.modalities = {}
     text.model.language_model.freeze = False
@@ -132,14 +130,12 @@ def test_a_llama_trained_here_is_the_base_of_the_next_run(
         np.testing.assert_array_equal(aligned[name], trained[name])
 
 
-def laid_out_tp2(config: AnyMALConfig) -> AnyMALConfig:
+def laid_out_tp2(config: RunConfig) -> RunConfig:
     config.trainer.devices = config.model.tensor_model_parallel_size = 2
     return config
 
 
-def test_inspect_tells_what_is_held_and_what_is_damaged(
-    config: AnyMALConfig, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_tells_what_is_held_and_what_is_damaged(config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
     config.trainer.max_steps = 1
     run_ranks(1, train, config)
     run = Path(config.exp_manager.explicit_log_dir)

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from checkpoint_tools import export_hf, verify
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
-from megatron_anymal.config import AnyMALConfig, LoraConfig
+from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.data.chat_format import open_prompt, parse_messages
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.generation.export_generator import ExportedGenerator
@@ -40,7 +40,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, base: Path) -> AnyMALConfig:
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, base: Path) -> RunConfig:
     """An SFT run over two tensor-parallel ranks: adapters, three projectors and an encoder learn."""
     folder = tmp_path_factory.mktemp("export")
     make_conversations(folder / "data", tokenizer_folder, 24)
@@ -56,20 +56,20 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, base: P
     return config
 
 
-def export(run: AnyMALConfig, out: Path, *further: str) -> int:
+def export(run: RunConfig, out: Path, *further: str) -> int:
     """In a process of its own: the trainer's model joins a job of one."""
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--out", str(out), *further]
     return run_ranks(1, export_hf.main, arguments)[0]
 
 
 @pytest.fixture(scope="module")
-def exported(run: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("exported") / "model"
     assert export(run, out, "--max-shard-gib", "0.00006") == 0
     return out
 
 
-def test_the_export_is_verified_and_says_so(run: AnyMALConfig, exported: Path, capfd: pytest.CaptureFixture) -> None:
+def test_the_export_is_verified_and_says_so(run: RunConfig, exported: Path, capfd: pytest.CaptureFixture) -> None:
     index = json.loads((exported / "model.safetensors.index.json").read_text())
     files = {name for name in index["weight_map"].values()}
     assert len(files) > 1
@@ -97,7 +97,7 @@ def test_the_export_is_verified_and_says_so(run: AnyMALConfig, exported: Path, c
     ],
 )
 def test_one_wrong_tensor_is_found(
-    run: AnyMALConfig, exported: Path, name: str, tmp_path: Path, capfd: pytest.CaptureFixture
+    run: RunConfig, exported: Path, name: str, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     wrong = tmp_path / "wrong"
     shutil.copytree(exported, wrong)
@@ -112,7 +112,7 @@ def test_one_wrong_tensor_is_found(
 
 @pytest.mark.slow
 def test_another_preparation_of_media_is_found(
-    run: AnyMALConfig, exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    run: RunConfig, exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     wrong = tmp_path / "wrong"
     shutil.copytree(exported, wrong)
@@ -124,7 +124,7 @@ def test_another_preparation_of_media_is_found(
     assert "prepares 'image' in another way" in capfd.readouterr().err
 
 
-def test_the_adapter_for_peft_equals_the_merged_weights(run: AnyMALConfig, tmp_path: Path) -> None:
+def test_the_adapter_for_peft_equals_the_merged_weights(run: RunConfig, tmp_path: Path) -> None:
     assert export(run, tmp_path / "merged", "--llama-only") == 0
     assert export(run, tmp_path / "apart", "--llama-only", "--adapter", "separate") == 0
     merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
@@ -138,7 +138,7 @@ def test_the_adapter_for_peft_equals_the_merged_weights(run: AnyMALConfig, tmp_p
 
 
 @pytest.fixture(scope="module")
-def apart(run: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def apart(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole model, its adapters beside it."""
     out = tmp_path_factory.mktemp("apart") / "model"
     assert export(run, out, "--adapter", "separate") == 0
@@ -187,7 +187,7 @@ def test_damaged_adapters_are_refused(apart: Path, tmp_path: Path) -> None:
     assert f"'{file.parent}' cannot be loaded" in run_ranks(1, refused_answers, str(damaged))[0]
 
 
-def test_a_wrong_adapter_is_found(run: AnyMALConfig, apart: Path, tmp_path: Path, capfd: Any) -> None:
+def test_a_wrong_adapter_is_found(run: RunConfig, apart: Path, tmp_path: Path, capfd: Any) -> None:
     wrong = tmp_path / "wrong"
     shutil.copytree(apart, wrong)
     file = wrong / "adapter" / "adapter_model.safetensors"
@@ -200,7 +200,7 @@ def test_a_wrong_adapter_is_found(run: AnyMALConfig, apart: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-def test_the_base_without_adapters_keeps_its_bytes(run: AnyMALConfig, base: Path, tmp_path: Path) -> None:
+def test_the_base_without_adapters_keeps_its_bytes(run: RunConfig, base: Path, tmp_path: Path) -> None:
     assert export(run, tmp_path / "apart", "--llama-only", "--adapter", "separate", "--no-verify") == 0
     source = {name: t for file in base.glob("*.safetensors") for name, t in load_file(file).items()}
     found = load_file(tmp_path / "apart" / "model.safetensors")
@@ -208,7 +208,7 @@ def test_the_base_without_adapters_keeps_its_bytes(run: AnyMALConfig, base: Path
     assert all(torch.equal(found[name], tensor) for name, tensor in source.items())
 
 
-def test_the_chat_template_is_the_layout_of_training(run: AnyMALConfig, exported: Path) -> None:
+def test_the_chat_template_is_the_layout_of_training(run: RunConfig, exported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
     content = [{"text": " what is"}, {"media": "x", "modality": "image"}, {"text": " this "}]
     messages = [{"role": "system", "content": " a sound "}, {"role": "user", "content": content}]
@@ -222,7 +222,7 @@ def test_the_chat_template_is_the_layout_of_training(run: AnyMALConfig, exported
 
 
 def test_another_chat_template_than_trained_with_is_found(
-    run: AnyMALConfig, exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture
+    run: RunConfig, exported: Path, tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
     wrong = tmp_path / "wrong"
     shutil.copytree(exported, wrong)
@@ -233,7 +233,7 @@ def test_another_chat_template_than_trained_with_is_found(
     assert "training makes" in capfd.readouterr().err
 
 
-def test_an_export_never_replaces_without_being_told(run: AnyMALConfig, exported: Path, capfd: Any) -> None:
+def test_an_export_never_replaces_without_being_told(run: RunConfig, exported: Path, capfd: Any) -> None:
     before = sorted(exported.iterdir())
     assert export(run, exported) == 2
     assert "--overwrite" in capfd.readouterr().err
@@ -241,7 +241,7 @@ def test_an_export_never_replaces_without_being_told(run: AnyMALConfig, exported
 
 
 @pytest.fixture
-def another_base(run: AnyMALConfig, base: Path) -> Iterator[None]:
+def another_base(run: RunConfig, base: Path) -> Iterator[None]:
     """The Llama's folder with one value changed, for a while."""
     [file] = [f for f in base.glob("*.safetensors") if "model.norm.weight" in load_file(f)]
     kept, tensors = file.read_bytes(), load_file(file)
@@ -252,7 +252,7 @@ def another_base(run: AnyMALConfig, base: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("another_base")
-def test_another_base_than_the_runs_is_refused(run: AnyMALConfig, base: Path, tmp_path: Path, capfd: Any) -> None:
+def test_another_base_than_the_runs_is_refused(run: RunConfig, base: Path, tmp_path: Path, capfd: Any) -> None:
     assert export(run, tmp_path / "out") == 2
     assert f"The Llama in {str(base)!r} has other weights" in capfd.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -276,7 +276,7 @@ def full_disk(arguments: list[str]) -> int:
 
 
 @pytest.mark.slow
-def test_a_full_disk_leaves_nothing(run: AnyMALConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_a_full_disk_leaves_nothing(run: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--out", str(tmp_path / "out")]
     assert run_ranks(1, full_disk, arguments) == [2]
     assert f"the disk of --out='{tmp_path / 'out'}' is full" in capfd.readouterr().err
@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_nothing(run: AnyMALConfig, tmp_path: Path, capfd: py
 
 
 @pytest.mark.slow
-def test_tensors_that_belong_nowhere_are_named(run: AnyMALConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+def test_tensors_that_belong_nowhere_are_named(run: RunConfig, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     folder = store.resolve(run.exp_manager.explicit_log_dir)
     copy = tmp_path / "checkpoint"
     shutil.copytree(folder, copy)

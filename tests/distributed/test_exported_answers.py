@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.cli import evaluate, generate
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.data.prompt_encoder import MediaFile, open_parts
 from megatron_anymal.data.records import DataError, TextPart
 from megatron_anymal.data.tokenizer import Tokenizer
@@ -52,7 +52,7 @@ RUNS: dict[str, tuple[Sampling, int]] = {
 
 
 @pytest.fixture(scope="module")
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A model with every modality and a Llama with weights large enough for varied answers."""
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(5)
@@ -62,7 +62,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
     return config
 
 
-def write_export(config: AnyMALConfig, folder: Path) -> None:
+def write_export(config: RunConfig, folder: Path) -> None:
     """In a rank: the model of the configuration, with its initial values, as an exported folder."""
     native = NativeGenerator.of_checkpoint(config, initialize(config), None)
     path = config.model.language_model.path
@@ -94,7 +94,7 @@ def as_transformers_does(source: Path, prompts: list[Prompt], penalty: float) ->
 
 
 @pytest.fixture(scope="module")
-def export(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def export(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as an exported folder."""
     folder = tmp_path_factory.mktemp("exported") / "hf"
     run_ranks(1, write_export, config, folder)
@@ -113,22 +113,22 @@ def prompts(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.T
     return [*asked, Prompt(parts, files)]
 
 
-def load(source: AnyMALConfig | Path) -> Generator:
+def load(source: RunConfig | Path) -> Generator:
     """In a rank: the model, native or exported."""
-    if isinstance(source, AnyMALConfig):
+    if isinstance(source, RunConfig):
         return NativeGenerator.of_checkpoint(source, initialize(source), None)
     config = json.loads((source / "config.json").read_text())
     return ExportedGenerator.of_folder(str(source), config, "cpu", "auto", trust_remote_code=False)
 
 
-def answer(source: AnyMALConfig | Path, prompts: list[Prompt], runs: dict[str, Any]) -> dict[str, list[str]]:
+def answer(source: RunConfig | Path, prompts: list[Prompt], runs: dict[str, Any]) -> dict[str, list[str]]:
     """In a rank: answers of every run."""
     generator = load(source)
     return {name: generator.answer(prompts, sampling, batch) for name, (sampling, batch) in runs.items()}
 
 
 @pytest.fixture(scope="module")
-def native(config: AnyMALConfig, prompts: list[Prompt]) -> dict[str, list[str]]:
+def native(config: RunConfig, prompts: list[Prompt]) -> dict[str, list[str]]:
     """The checkpoint's answers."""
     return run_ranks(1, answer, config, prompts, RUNS)[0]
 
@@ -178,7 +178,7 @@ def test_media_are_seen(export: Path, prompts: list[Prompt], exported: dict[str,
     assert sum(changed) > 10
 
 
-def stream(source: AnyMALConfig | Path, prompts: list[Prompt], sampling: Sampling) -> list[tuple[str, list[str]]]:
+def stream(source: RunConfig | Path, prompts: list[Prompt], sampling: Sampling) -> list[tuple[str, list[str]]]:
     """In a rank: each answer, and the pieces that came while it grew."""
     generator, found = load(source), []
     for prompt in prompts:
@@ -190,7 +190,7 @@ def stream(source: AnyMALConfig | Path, prompts: list[Prompt], sampling: Samplin
 
 @pytest.mark.parametrize("kind", ["native", "exported"])
 def test_what_is_streamed_is_what_is_answered(
-    kind: str, config: AnyMALConfig, export: Path, prompts: list[Prompt]
+    kind: str, config: RunConfig, export: Path, prompts: list[Prompt]
 ) -> None:
     source: Any = config if kind == "native" else export
     found = run_ranks(1, stream, source, prompts[:10], Sampling(12, temperature=1.0, stop=("seven",)))[0]
@@ -198,7 +198,7 @@ def test_what_is_streamed_is_what_is_answered(
     assert max(len(pieces) for _, pieces in found) > 4
 
 
-def length_limit(source: AnyMALConfig | Path) -> tuple[int, str]:
+def length_limit(source: RunConfig | Path) -> tuple[int, str]:
     """In a rank: words of an answer where three positions are left, and what a prompt without room is told."""
     generator = load(source)
     limit = generator.max_positions
@@ -211,12 +211,12 @@ def length_limit(source: AnyMALConfig | Path) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", ["native", "exported"])
-def test_answers_end_where_the_positions_end(kind: str, config: AnyMALConfig, export: Path) -> None:
+def test_answers_end_where_the_positions_end(kind: str, config: RunConfig, export: Path) -> None:
     words, told = run_ranks(1, length_limit, config if kind == "native" else export)[0]
     assert words <= 3 and "512 tokens" in told and "512 positions" in told
 
 
-def mistake(source: AnyMALConfig | Path, prompt: Prompt) -> str:
+def mistake(source: RunConfig | Path, prompt: Prompt) -> str:
     """In a rank: what is said of a prompt that cannot be answered."""
     generator = load(source)
     with pytest.raises(ValueError) as told:
@@ -229,7 +229,7 @@ BROKEN = Prompt(
 )
 
 
-def test_both_refuse_a_broken_file_by_its_name(config: AnyMALConfig, export: Path) -> None:
+def test_both_refuse_a_broken_file_by_its_name(config: RunConfig, export: Path) -> None:
     told = [run_ranks(1, mistake, source, BROKEN)[0] for source in (config, export)]
     assert told[0] == told[1] and "'x/y.npy'" in told[0]
 

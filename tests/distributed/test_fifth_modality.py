@@ -11,12 +11,12 @@ from ranks import run_ranks
 from tiny import SPECIAL, make_config
 
 from megatron_anymal.__main__ import main
-from megatron_anymal.config import AnyMALConfig, EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig, RunConfig
 
 PLUGIN = str(Path(__file__).parents[2] / "examples" / "thermal_modality.py")
 
 
-def thermal_config(data: str, tokenizer: str, run_dir: Path) -> AnyMALConfig:
+def thermal_config(data: str, tokenizer: str, run_dir: Path) -> RunConfig:
     config = make_config(data, tokenizer, run_dir)
     config.model.plugins = [PLUGIN]
     config.model.modalities = {

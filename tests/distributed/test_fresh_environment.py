@@ -16,7 +16,7 @@ from tiny import make_config, make_conversations, png
 
 from checkpoint_tools import export_hf
 from checkpoint_tools.verifying.samples import choose_samples
-from megatron_anymal.config import AnyMALConfig, LoraConfig
+from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.prompts import prompt_of_files, read_prompts
 from megatron_anymal.generation.sampling import Sampling
@@ -55,7 +55,7 @@ print(json.dumps({
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> AnyMALConfig:
+def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> RunConfig:
     """An SFT run on four kinds of samples."""
     folder = tmp_path_factory.mktemp("fresh")
     make_conversations(folder / "data", tokenizer_folder, 24)
@@ -67,7 +67,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> AnyM
     return config
 
 
-def exported_and_asked(run: AnyMALConfig, folder: Path) -> list[str]:
+def exported_and_asked(run: RunConfig, folder: Path) -> list[str]:
     """Two exports under `folder`, prompts beside them, and the trainer's own answers."""
     source = run.exp_manager.explicit_log_dir
     plain = ["--checkpoint", source, "--out", str(folder / "apart"), "--adapter", "separate"]
@@ -84,7 +84,7 @@ def exported_and_asked(run: AnyMALConfig, folder: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("wanted", ["4.57.6", "5.*"])
-def test_an_export_answers_as_the_trainer_does(run: AnyMALConfig, wanted: str, tmp_path: Path) -> None:
+def test_an_export_answers_as_the_trainer_does(run: RunConfig, wanted: str, tmp_path: Path) -> None:
     python = environment(tmp_path / "venv", wanted)
     [[*expected, chat, plain]] = run_ranks(1, exported_and_asked, run, tmp_path, timeout=300)
     arguments = [tmp_path / "merged", tmp_path / "apart", tmp_path / "prompts.jsonl"]

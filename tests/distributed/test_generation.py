@@ -15,7 +15,7 @@ from tiny import CHAT, LLAMA, SPECIAL, WORDS, make_config, make_conversations
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from megatron_anymal.cli import evaluate
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.chat_format import open_prompt, parse_messages
 from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
@@ -182,7 +182,7 @@ def hf_folder(tmp_path: Path) -> str:
     return str(tmp_path / "hf")
 
 
-def answer_prompts(config: AnyMALConfig, prompts: list[list[Part]], sampling: Sampling) -> list[str]:
+def answer_prompts(config: RunConfig, prompts: list[list[Part]], sampling: Sampling) -> list[str]:
     """In a rank: a Llama's answers to texts and conversations."""
     generator = NativeGenerator.of_checkpoint(config, initialize(config), None)
     return generator.answer([Prompt(parts, []) for parts in prompts], sampling)

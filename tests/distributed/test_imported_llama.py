@@ -19,7 +19,7 @@ from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_m
 from megatron_anymal.checkpoint.sharding import METADATA, sharded_weights
 from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.config.compose import from_dict
 from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
 from megatron_anymal.hf_weights import HFWeights
@@ -130,9 +130,9 @@ def tokens_of(vocab_size: int) -> torch.Tensor:
     return torch.randint(0, vocab_size, (1, LENGTH), generator=torch.Generator().manual_seed(0))
 
 
-def build_from(checkpoint: Path, tp: int, pp: int, first: int) -> tuple[AnyMALConfig, LlamaConfig, AnyMALModel]:
+def build_from(checkpoint: Path, tp: int, pp: int, first: int) -> tuple[RunConfig, LlamaConfig, AnyMALModel]:
     """The model with the checkpoint as its base, in a rank."""
-    config = AnyMALConfig()
+    config = RunConfig()
     config.trainer.precision, config.trainer.devices = "32", tp * pp
     config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size = tp, pp
     config.model.num_layers_in_first_pipeline_stage = first

@@ -15,7 +15,7 @@ from tiny import make_config, make_conversations
 
 import megatron_anymal.train.step as train_step
 from megatron_anymal.checkpoint.store import CheckpointError
-from megatron_anymal.config import AnyMALConfig, ConfigError, LoraConfig
+from megatron_anymal.config import ConfigError, LoraConfig, RunConfig
 from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.model.unsharded_weights import gather_weights
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> P
 
 
 @pytest.fixture(scope="module")
-def sft(folder: Path, tokenizer_folder: str) -> AnyMALConfig:
+def sft(folder: Path, tokenizer_folder: str) -> RunConfig:
     """An SFT run of six steps, with all that is drawn at random."""
     config = make_config(str(folder / "conversations"), tokenizer_folder, folder / "sft")
     config.job, config.data.seq_length = "sft", 96
@@ -48,13 +48,13 @@ def sft(folder: Path, tokenizer_folder: str) -> AnyMALConfig:
 
 
 @pytest.fixture(scope="module")
-def sft_run(sft: AnyMALConfig) -> dict[str, Any]:
+def sft_run(sft: RunConfig) -> dict[str, Any]:
     """What it did."""
     return run_ranks(1, train, sft)[0]
 
 
 @pytest.fixture(scope="module")
-def dpo(sft: AnyMALConfig, sft_run: dict[str, Any], folder: Path) -> AnyMALConfig:
+def dpo(sft: RunConfig, sft_run: dict[str, Any], folder: Path) -> RunConfig:
     """A DPO run that continues it."""
     config = copy.deepcopy(sft)
     config.job, config.model.restore_from_path = "dpo", sft.exp_manager.explicit_log_dir
@@ -66,12 +66,12 @@ def dpo(sft: AnyMALConfig, sft_run: dict[str, Any], folder: Path) -> AnyMALConfi
 
 
 @pytest.fixture(scope="module")
-def dpo_run(dpo: AnyMALConfig) -> dict[str, Any]:
+def dpo_run(dpo: RunConfig) -> dict[str, Any]:
     """What it did."""
     return run_ranks(1, train_and_count, dpo)[0]
 
 
-def train_and_count(config: AnyMALConfig) -> dict[str, Any]:
+def train_and_count(config: RunConfig) -> dict[str, Any]:
     """In a rank: train, and count how often the reference model ran, as "asked"."""
     asked, run_reference = [], train_step._reference_pass
 
@@ -83,7 +83,7 @@ def train_and_count(config: AnyMALConfig) -> dict[str, Any]:
     return {**train(config), "asked": len(asked)}
 
 
-def changed(config: AnyMALConfig, run_dir: Path, steps: int = 6, **settings: Any) -> AnyMALConfig:
+def changed(config: RunConfig, run_dir: Path, steps: int = 6, **settings: Any) -> RunConfig:
     """A copy in another folder, of so many steps, with settings of the model."""
     config = copy.deepcopy(config)
     config.exp_manager.explicit_log_dir, config.trainer.max_steps = str(run_dir), steps
@@ -92,7 +92,7 @@ def changed(config: AnyMALConfig, run_dir: Path, steps: int = 6, **settings: Any
     return config
 
 
-def continued(config: AnyMALConfig, run_dir: Path, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+def continued(config: RunConfig, run_dir: Path, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
     """Three steps under one layout, then three under another; returns what the second part did, and all losses."""
     for steps, layout in ((3, first), (6, second)):
         part = changed(config, run_dir, steps, **layout)
@@ -113,18 +113,18 @@ def assert_close(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     np.testing.assert_allclose(found["losses"], wanted["losses"], rtol=1e-5)
 
 
-def test_sft_continues_as_if_it_had_not_stopped(sft: AnyMALConfig, sft_run: dict[str, Any], tmp_path: Path) -> None:
+def test_sft_continues_as_if_it_had_not_stopped(sft: RunConfig, sft_run: dict[str, Any], tmp_path: Path) -> None:
     assert_identical(continued(sft, tmp_path / "run", ONE, ONE), sft_run)
 
 
-def test_dpo_continues_as_if_it_had_not_stopped(dpo: AnyMALConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
+def test_dpo_continues_as_if_it_had_not_stopped(dpo: RunConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
     found = continued(dpo, tmp_path / "run", ONE, ONE)
     assert_identical(found, dpo_run)
     # Its second part read all answers from the first one's file.
     assert found["asked"] == 0
 
 
-def test_a_recomputed_reference_is_the_cached_one(dpo: AnyMALConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
+def test_a_recomputed_reference_is_the_cached_one(dpo: RunConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
     dpo = copy.deepcopy(dpo)
     dpo.model.dpo.reference = "recomputed"
     whole = run_ranks(1, train_and_count, changed(dpo, tmp_path / "whole"))[0]
@@ -148,7 +148,7 @@ def test_continued_under_another_layout(
     assert job == "sft" or found["asked"] == 0
 
 
-def test_another_reference_is_asked_anew(dpo: AnyMALConfig, dpo_run: dict[str, Any], folder: Path) -> None:
+def test_another_reference_is_asked_anew(dpo: RunConfig, dpo_run: dict[str, Any], folder: Path) -> None:
     earlier = str(folder / "sft" / "checkpoints" / "step_00000003")
     again = changed(dpo, folder / "another", 1, restore_from_path=earlier)
     (folder / "another").mkdir()
@@ -176,37 +176,37 @@ def test_a_dpo_checkpoint_holds_the_frozen_projectors(
         assert any((saved[name] != drawn[name]).any() for name in saved if name.startswith(part)), part
 
 
-def other_rank(config: AnyMALConfig) -> None:
+def other_rank(config: RunConfig) -> None:
     config.model.lora.r = 2
 
 
-def other_alpha(config: AnyMALConfig) -> None:
+def other_alpha(config: RunConfig) -> None:
     config.model.lora.alpha = 16.0
 
 
-def fewer_targets(config: AnyMALConfig) -> None:
+def fewer_targets(config: RunConfig) -> None:
     config.model.lora.targets = ["q_proj"]
 
 
-def no_adapters(config: AnyMALConfig) -> None:
+def no_adapters(config: RunConfig) -> None:
     config.model.lora.r = 0
 
 
-def other_llama(config: AnyMALConfig) -> None:
+def other_llama(config: RunConfig) -> None:
     config.model.seed = 99
 
 
-def data_of(name: str) -> Callable[[AnyMALConfig], None]:
+def data_of(name: str) -> Callable[[RunConfig], None]:
     """Reads the data of another job."""
 
-    def change(config: AnyMALConfig) -> None:
+    def change(config: RunConfig) -> None:
         path = Path(config.data.train["mix"].path)
         config.data.train["mix"].path = str(path.with_name(name))
 
     return change
 
 
-def refused(config: AnyMALConfig) -> tuple[str, str]:
+def refused(config: RunConfig) -> tuple[str, str]:
     """In a rank: the kind and the text of the error that a run ends with."""
     with pytest.raises((ConfigError, CheckpointError, DataError)) as error:
         check_run(config)
@@ -234,12 +234,12 @@ def test_what_does_not_go_on_from_an_sft_run_is_refused(
     sft_run: dict[str, Any],
     tmp_path: Path,
     job: str,
-    change: Callable[[AnyMALConfig], None],
+    change: Callable[[RunConfig], None],
     kind: str,
     words: tuple[str, ...],
 ) -> None:
-    base: AnyMALConfig = request.getfixturevalue(job)
-    sft: AnyMALConfig = request.getfixturevalue("sft")
+    base: RunConfig = request.getfixturevalue(job)
+    sft: RunConfig = request.getfixturevalue("sft")
     config = changed(base, tmp_path / "run", 1, restore_from_path=sft.exp_manager.explicit_log_dir)
     change(config)
     found, text = run_ranks(1, refused, config)[0]
@@ -247,7 +247,7 @@ def test_what_does_not_go_on_from_an_sft_run_is_refused(
 
 
 @pytest.fixture(scope="module")
-def images_only(sft: AnyMALConfig, folder: Path, tokenizer_folder: str) -> str:
+def images_only(sft: RunConfig, folder: Path, tokenizer_folder: str) -> str:
     """The folder of an SFT run of the projector for images, without adapters."""
     config = changed(sft, folder / "images", 1, lora=LoraConfig())
     config.data.train["mix"].path = make_conversations(folder / "about_images", tokenizer_folder, 16, ("image",))
@@ -256,7 +256,7 @@ def images_only(sft: AnyMALConfig, folder: Path, tokenizer_folder: str) -> str:
     return str(folder / "images")
 
 
-def test_dpo_from_a_run_without_adapters_is_refused(images_only: str, dpo: AnyMALConfig, tmp_path: Path) -> None:
+def test_dpo_from_a_run_without_adapters_is_refused(images_only: str, dpo: RunConfig, tmp_path: Path) -> None:
     config = changed(dpo, tmp_path / "run", 1, restore_from_path=images_only)
     del config.model.modalities["audio"], config.model.modalities["imu"]
     config.data.train["mix"].path = make_conversations(
@@ -266,9 +266,7 @@ def test_dpo_from_a_run_without_adapters_is_refused(images_only: str, dpo: AnyMA
     assert kind == "ConfigError" and "without adapters" in text and "Name an SFT run" in text
 
 
-def test_a_frozen_projector_that_nothing_trained_is_refused(
-    images_only: str, sft: AnyMALConfig, tmp_path: Path
-) -> None:
+def test_a_frozen_projector_that_nothing_trained_is_refused(images_only: str, sft: RunConfig, tmp_path: Path) -> None:
     config = changed(sft, tmp_path / "run", 1, restore_from_path=images_only)
     config.model.modalities["audio"].projector.freeze = True
     kind, text = run_ranks(1, refused, config)[0]
@@ -277,7 +275,7 @@ def test_a_frozen_projector_that_nothing_trained_is_refused(
 
 @pytest.mark.parametrize("change", [other_rank, other_alpha, fewer_targets, no_adapters])
 def test_a_run_does_not_go_on_with_other_adapters(
-    sft: AnyMALConfig, sft_run: dict[str, Any], change: Callable[[AnyMALConfig], None]
+    sft: RunConfig, sft_run: dict[str, Any], change: Callable[[RunConfig], None]
 ) -> None:
     config = copy.deepcopy(sft)
     config.trainer.max_steps = 7
@@ -286,9 +284,7 @@ def test_a_run_does_not_go_on_with_other_adapters(
     assert kind == "CheckpointError" and "Set model.lora as that run had it" in text
 
 
-def test_a_dpo_run_does_not_go_on_with_another_reference(
-    dpo: AnyMALConfig, dpo_run: dict[str, Any], folder: Path
-) -> None:
+def test_a_dpo_run_does_not_go_on_with_another_reference(dpo: RunConfig, dpo_run: dict[str, Any], folder: Path) -> None:
     earlier = str(folder / "sft" / "checkpoints" / "step_00000003")
     kind, text = run_ranks(1, refused, changed(dpo, folder / "dpo", 7, restore_from_path=earlier))[0]
     assert kind == "ConfigError" and "another reference" in text

@@ -14,12 +14,12 @@ from tiny import make_config
 from checkpoint_tools.reshard import main as reshard
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import AnyMALConfig, LoraConfig
+from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.safetensors_io import raw_bytes
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     """An odd vocabulary, and the Llama trains."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.model.language_model.config["vocab_size"] = 33
@@ -29,7 +29,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALCo
     return config
 
 
-def run(config: AnyMALConfig, tp: int, pp: int, world: int) -> None:
+def run(config: RunConfig, tp: int, pp: int, world: int) -> None:
     config = copy.deepcopy(config)
     config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size = tp, pp
     config.trainer.devices = world
@@ -62,7 +62,7 @@ def boxes(folder: Path) -> dict[str, set[tuple[tuple[int, ...], tuple[int, ...]]
     return {n: {(c.offset, c.size) for c in t.chunks} for n, t in StreamReader(folder).tensors.items()}
 
 
-def test_cut_as_that_layout_cuts(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_cut_as_that_layout_cuts(config: RunConfig, tmp_path: Path) -> None:
     run(config, 1, 1, 1)
     source, out = newest(tmp_path / "run"), tmp_path / "out"
     assert reshard(arguments(source, out, 2, 2)) == 0
@@ -87,7 +87,7 @@ def test_cut_as_that_layout_cuts(config: AnyMALConfig, tmp_path: Path) -> None:
     [("32", False, (2, 1), (1, 2)), ("bf16", True, (1, 2), (2, 1)), ("bf16", False, (1, 1), (2, 1))],
 )
 def test_a_run_goes_on_from_it(
-    config: AnyMALConfig,
+    config: RunConfig,
     tmp_path: Path,
     precision: str,
     distributed: bool,
@@ -108,7 +108,7 @@ def test_a_run_goes_on_from_it(
     np.testing.assert_array_equal(losses(later), losses(tmp_path / "run")[2:])
 
 
-def test_adapters_and_a_frozen_llama(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_adapters_and_a_frozen_llama(config: RunConfig, tmp_path: Path) -> None:
     config.model.language_model.freeze = True
     config.model.lora = LoraConfig(r=2, alpha=4, targets=["*"])
     run(config, 1, 2, 2)
@@ -118,7 +118,7 @@ def test_adapters_and_a_frozen_llama(config: AnyMALConfig, tmp_path: Path) -> No
     assert any(".lora." in name and len(box) == 2 for name, box in boxes(out).items())
 
 
-def test_what_cannot_be_done(config: AnyMALConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_done(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(config, 1, 1, 1)
     source, out = newest(tmp_path / "run"), tmp_path / "out"
 

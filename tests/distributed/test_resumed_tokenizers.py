@@ -11,14 +11,14 @@ from engine import losses
 from ranks import run_ranks
 from tiny import LLAMA, make_config, make_conversations, make_shards
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig, LoraConfig
+from megatron_anymal.config import DatasetConfig, LoraConfig, RunConfig
 from megatron_anymal.generation.validation_answers import SampledAnswers
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
 from megatron_anymal.train.loop import fit
 
 
-def go_on(config: AnyMALConfig) -> None:
+def go_on(config: RunConfig) -> None:
     """Train as `anymal` does, with sampled answers if the run has any."""
     state, run_dir = build(config, initialize(config)), Path(config.exp_manager.explicit_log_dir)
     fit(state, run_dir, [], SampledAnswers(state, run_dir, []) if config.trainer.sampled_answers else None)

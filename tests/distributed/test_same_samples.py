@@ -17,7 +17,7 @@ from ranks import run_ranks
 from replicas import replica_data
 from tiny import SPECIAL, make_config, make_shards
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.records import MediaPart, MicroBatch
@@ -44,7 +44,7 @@ def hash_of(tensor: torch.Tensor) -> str:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> AnyMALConfig:
+def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> RunConfig:
     """Two weighted datasets of images (one or several pieces), IMU, text, and mixed samples."""
     folder = tmp_path_factory.mktemp("same")
     first = make_shards(folder / "first", tokenizer_folder, 61, ("image", "imu", "text"))
@@ -59,7 +59,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> A
 
 
 @pytest.fixture(scope="module")
-def expected(config: AnyMALConfig) -> list[list[Content]]:
+def expected(config: RunConfig) -> list[list[Content]]:
     """Per step what each place of the global batch must hold: straight from the order, the index and the media."""
     data = replica_data(config)
     planner, reader = data.planner, data.reader
@@ -73,7 +73,7 @@ def expected(config: AnyMALConfig) -> list[list[Content]]:
     return [places[start : start + BATCH] for start in range(0, len(places), BATCH)]
 
 
-def content_of(config: AnyMALConfig, data: DataSource, dataset: int, sample: int) -> Content:
+def content_of(config: RunConfig, data: DataSource, dataset: int, sample: int) -> Content:
     index = data.planner.indexes[dataset]
     parts = index.parts(sample)
     media_parts = [part for part in parts if isinstance(part, MediaPart)]
@@ -112,7 +112,7 @@ def contents(data: DataSource, batches: list[MicroBatch]) -> Iterator[tuple[int,
 
 
 def global_batches(
-    config: AnyMALConfig, layout: tuple[int, int, int], start: int, stop: int
+    config: RunConfig, layout: tuple[int, int, int], start: int, stop: int
 ) -> list[list[tuple[int, Content]]]:
     """What all replicas of a run read, by step; each replica with a planner of its own, as in a job."""
     replicas, seq_length, workers = layout
@@ -141,14 +141,14 @@ def global_batches(
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "dp{}-seq{}-workers{}".format(*layout))
 def test_every_layout_reads_the_planned_samples(
-    layout: tuple[int, int, int], config: AnyMALConfig, expected: list[list[Content]]
+    layout: tuple[int, int, int], config: RunConfig, expected: list[list[Content]]
 ) -> None:
     for step, (found, wanted) in enumerate(zip(global_batches(config, layout, 0, STEPS), expected, strict=True)):
         assert found == list(enumerate(wanted)), f"step {step}"
 
 
 def test_twenty_restarts_in_other_layouts_lose_and_repeat_nothing(
-    config: AnyMALConfig, expected: list[list[Content]]
+    config: RunConfig, expected: list[list[Content]]
 ) -> None:
     rng = np.random.default_rng(7)
     restarts = np.sort(rng.choice(np.arange(1, STEPS), size=20, replace=False)).tolist()
@@ -162,7 +162,7 @@ def test_twenty_restarts_in_other_layouts_lose_and_repeat_nothing(
     assert found == [list(enumerate(batch)) for batch in expected]
 
 
-def test_pack_lengths_differ(config: AnyMALConfig) -> None:
+def test_pack_lengths_differ(config: RunConfig) -> None:
     # Otherwise the tests above compare one layout with itself.
     plans = []
     for seq_length in SEQ_LENGTHS:
@@ -172,7 +172,7 @@ def test_pack_lengths_differ(config: AnyMALConfig) -> None:
     assert plans[0] != plans[1]
 
 
-def losses_under(config: AnyMALConfig, run_dir: Path, layout: tuple[int, int, int]) -> list[float]:
+def losses_under(config: RunConfig, run_dir: Path, layout: tuple[int, int, int]) -> list[float]:
     config = copy.deepcopy(config)
     config.trainer.devices, config.data.seq_length, config.data.num_workers = layout
     config.exp_manager.explicit_log_dir = str(run_dir)
@@ -181,7 +181,7 @@ def losses_under(config: AnyMALConfig, run_dir: Path, layout: tuple[int, int, in
 
 
 @pytest.fixture(scope="module")
-def one_process(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[AnyMALConfig, list[float]]:
+def one_process(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[float]]:
     """A short run of one process, and its losses."""
     config = copy.deepcopy(config)
     config.trainer.max_steps = 4
@@ -193,7 +193,7 @@ def one_process(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.mark.parametrize("layout", [(1, 26, 3), (2, 64, 1), (3, 26, 0), (4, 64, 0)])
 def test_the_loss_of_a_step_is_the_same(
-    layout: tuple[int, int, int], one_process: tuple[AnyMALConfig, list[float]], tmp_path: Path
+    layout: tuple[int, int, int], one_process: tuple[RunConfig, list[float]], tmp_path: Path
 ) -> None:
     config, wanted = one_process
     assert len(wanted) == 4 and len(set(wanted)) == 4

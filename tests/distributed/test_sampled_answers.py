@@ -10,7 +10,7 @@ from typing import Any
 from ranks import run_ranks
 from tiny import make_config, make_conversations
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig, LoraConfig
+from megatron_anymal.config import DatasetConfig, LoraConfig, RunConfig
 from megatron_anymal.generation.validation_answers import SampledAnswers
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
@@ -32,7 +32,7 @@ class Board:
         self.texts.append((tag, text, step))
 
 
-def answer(config: AnyMALConfig) -> tuple[str, list[tuple[str, str, int]]] | None:
+def answer(config: RunConfig) -> tuple[str, list[tuple[str, str, int]]] | None:
     state, run_dir, board = build(config, initialize(config)), Path(config.exp_manager.explicit_log_dir), Board()
     fit(state, run_dir, [board], SampledAnswers(state, run_dir, [board]))
     return ((run_dir / "answers.jsonl").read_text(), board.texts) if state.layout.reports else None

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from tiny import make_config, make_shards
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
@@ -29,7 +29,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def config(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+def config(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     folder = tmp_path_factory.mktemp("text_only")
     shards = make_shards(folder / "shards", tokenizer_folder, 48, ("image", "text", "text", "text", "text", "imu"))
     config = make_config(shards, tokenizer_folder, folder / "run")
@@ -41,7 +41,7 @@ def config(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> A
     return config
 
 
-def run(config: AnyMALConfig, layout: str, skips: bool, folder: Path) -> tuple[dict[str, Any], list[bool]]:
+def run(config: RunConfig, layout: str, skips: bool, folder: Path) -> tuple[dict[str, Any], list[bool]]:
     """Train in this rank, with or without skipping; whether each micro-batch could teach something."""
     processes, settings = LAYOUTS[layout]
     config.trainer.devices = processes
@@ -60,7 +60,7 @@ def run(config: AnyMALConfig, layout: str, skips: bool, folder: Path) -> tuple[d
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_changes(config: AnyMALConfig, layout: str, tmp_path: Path) -> None:
+def test_nothing_changes(config: RunConfig, layout: str, tmp_path: Path) -> None:
     processes, _ = LAYOUTS[layout]
     (skipped, seen), *_ = run_ranks(processes, run, config, layout, True, tmp_path)
     (whole, _), *_ = run_ranks(processes, run, config, layout, False, tmp_path)
@@ -71,7 +71,7 @@ def test_nothing_changes(config: AnyMALConfig, layout: str, tmp_path: Path) -> N
         np.testing.assert_array_equal(skipped["weights"][name], weight, err_msg=name)
 
 
-def products(config: AnyMALConfig, trains: bool) -> dict[bool, float]:
+def products(config: RunConfig, trains: bool) -> dict[bool, float]:
     """Matrix products of a micro-batch for each of the Llama's parameters and tokens: by whether it has media."""
     config.model.language_model.freeze = not trains
     state = build(config, initialize(config))
@@ -92,7 +92,7 @@ def products(config: AnyMALConfig, trains: bool) -> dict[bool, float]:
     return found
 
 
-def test_the_backward_pass_is_not_made(config: AnyMALConfig) -> None:
+def test_the_backward_pass_is_not_made(config: RunConfig) -> None:
     # 2 forward, 2 for the gradient of the input. (What lies before the decoder is counted to its backward pass.)
     frozen = run_ranks(1, products, config, False)[0]
     assert frozen[False] == 2.0 and frozen[True] == pytest.approx(4.0, rel=0.03)
@@ -101,12 +101,12 @@ def test_the_backward_pass_is_not_made(config: AnyMALConfig) -> None:
     assert trained[False] == pytest.approx(6.0, rel=0.03) == trained[True]
 
 
-def test_a_step_of_text_alone(config: AnyMALConfig, text_shards: str) -> None:
+def test_a_step_of_text_alone(config: RunConfig, text_shards: str) -> None:
     config.data.train["mix"].path = text_shards
     assert run_ranks(1, one_step, config)[0] == 0.0
 
 
-def one_step(config: AnyMALConfig) -> float:
+def one_step(config: RunConfig) -> float:
     """The gradient's norm."""
     state = build(config, initialize(config))
     plan = state.train_data.planner.plan(0)

@@ -25,7 +25,7 @@ from checkpoint_tools import export_hf, inspect, reshard, verify
 from megatron_anymal.__main__ import main
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.safe_loading import read_metadata
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import from_dict
 from megatron_anymal.hf.remote_code import CONFIG_AUTO_MAP, foreign_code, write_code
 from megatron_anymal.nemo import archive
@@ -174,7 +174,7 @@ def test_plugins_of_an_archive_need_the_argument(run: Path, tmp_path: Path) -> N
     assert MegatronAnyMALModel.restore_from(tmp_path / "a.nemo", override_config_path=config)
 
 
-def _yaml(config: AnyMALConfig) -> str:
+def _yaml(config: RunConfig) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(to_cfg(config).run)

@@ -29,7 +29,7 @@ from megatron_anymal.checkpoint.async_writer import CheckpointWriter
 from megatron_anymal.checkpoint.newest_valid import find_newest_valid
 from megatron_anymal.checkpoint.snapshot import Plan
 from megatron_anymal.checkpoint.store import CheckpointError
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.safetensors_io import HashedFile
 from megatron_anymal.train import loop
 
@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     """Nine steps, a checkpoint every three, the two newest kept."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.max_steps, config.exp_manager.checkpoint.keep_last = 9, 2
@@ -48,7 +48,7 @@ def saved(run: Path) -> list[int]:
     return [store.step_of(folder) for folder in reversed(store.committed(run / "checkpoints"))]
 
 
-def train_and_tell(config: AnyMALConfig, disturb: Callable[[Path], None] = lambda folder: None) -> tuple[str, str]:
+def train_and_tell(config: RunConfig, disturb: Callable[[Path], None] = lambda folder: None) -> tuple[str, str]:
     """In a rank: what a run said, and the error it ended with."""
     disturb(Path(config.exp_manager.explicit_log_dir) / "checkpoints")
     said, error = io.StringIO(), ""
@@ -92,7 +92,7 @@ SLOW_FAULTS = ("no-space-in-the-manifest", "no-folder", "bad-disk-on-the-other-r
 @pytest.mark.parametrize(
     "fault", [pytest.param(fault, marks=[pytest.mark.slow] if fault in SLOW_FAULTS else []) for fault in FAULTS]
 )
-def test_training_goes_on_and_tries_again(config: AnyMALConfig, fault: str, tmp_path: Path) -> None:
+def test_training_goes_on_and_tries_again(config: RunConfig, fault: str, tmp_path: Path) -> None:
     rank, code, kind, name = FAULTS[fault]
     # Of four, the second replica's ranks have nothing to write.
     processes = 4 if "four" in fault else 1 + rank
@@ -113,7 +113,7 @@ def test_training_goes_on_and_tries_again(config: AnyMALConfig, fault: str, tmp_
 
 
 @pytest.mark.slow
-def test_older_ones_stay_while_newer_ones_fail(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_older_ones_stay_while_newer_ones_fail(config: RunConfig, tmp_path: Path) -> None:
     config.exp_manager.checkpoint.keep_last = 1
     said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.ENOSPC, "write", (6, 9)))[0]
     assert said.count("could not be written") == 2 and "step 9/9" in said
@@ -130,14 +130,14 @@ def test_older_ones_stay_while_newer_ones_fail(config: AnyMALConfig, tmp_path: P
 
 
 @pytest.mark.slow
-def test_old_checkpoints_that_cannot_be_deleted_stay(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_old_checkpoints_that_cannot_be_deleted_stay(config: RunConfig, tmp_path: Path) -> None:
     config.exp_manager.checkpoint.keep_last = 1
     said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.EIO, "rename", (3,), "step_00000003"))[0]
     assert not error and "old checkpoints could not be deleted" in said and "saved" in said
     assert saved(tmp_path / "run") == [3, 9]
 
 
-def killed_writer(config: AnyMALConfig, rank: int) -> tuple[str, str]:
+def killed_writer(config: RunConfig, rank: int) -> tuple[str, str]:
     """A rank whose writer ends without a word in the second checkpoint."""
     close = HashedFile.close
 
@@ -151,14 +151,14 @@ def killed_writer(config: AnyMALConfig, rank: int) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_the_background_writer_ends(config: AnyMALConfig, rank: int, tmp_path: Path) -> None:
+def test_the_background_writer_ends(config: RunConfig, rank: int, tmp_path: Path) -> None:
     config.trainer.devices, config.model.tensor_model_parallel_size = 4, 2
     ended = run_ranks(4, killed_writer, config, rank)
     assert [error for _, error in ended] == [""] * 4
     assert f"rank {rank}: SystemExit" in ended[0][0] and saved(tmp_path / "run") == [3, 9]
 
 
-def too_little_memory(config: AnyMALConfig, rank: int) -> tuple[str, str]:
+def too_little_memory(config: RunConfig, rank: int) -> tuple[str, str]:
     copied = Plan.copy
 
     def copy_of(plan: Plan) -> Any:
@@ -171,7 +171,7 @@ def too_little_memory(config: AnyMALConfig, rank: int) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-def test_too_little_memory_for_the_copy_on_one_rank(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_too_little_memory_for_the_copy_on_one_rank(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices = config.model.tensor_model_parallel_size = 2
     ended = run_ranks(2, too_little_memory, config, 1)
     assert [error for _, error in ended] == ["", ""]
@@ -179,7 +179,7 @@ def test_too_little_memory_for_the_copy_on_one_rank(config: AnyMALConfig, tmp_pa
     assert saved(tmp_path / "run") == [3, 9]
 
 
-def failing_step(config: AnyMALConfig, rank: int) -> bool:
+def failing_step(config: RunConfig, rank: int) -> bool:
     """A rank whose writing is slow, and of which one fails a step after the save began."""
     close, step = HashedFile.close, loop.train_step
 
@@ -200,14 +200,14 @@ def failing_step(config: AnyMALConfig, rank: int) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_fails_waits_for_the_save_under_way(config: AnyMALConfig, rank: int, tmp_path: Path) -> None:
+def test_a_rank_that_fails_waits_for_the_save_under_way(config: RunConfig, rank: int, tmp_path: Path) -> None:
     # The other rank is left in a collective of the next step, or finds its peer gone.
     config.trainer.devices = config.model.tensor_model_parallel_size = 2
     assert run_ranks(2, failing_step, config, rank)[rank]
     assert store.newest_valid(tmp_path / "run" / "checkpoints")[0] is not None
 
 
-def slow_disk(config: AnyMALConfig) -> tuple[str, str]:
+def slow_disk(config: RunConfig) -> tuple[str, str]:
     """A rank whose disk is done with a checkpoint only when the next one, or the run's end, waits for it."""
     close, start, finish = HashedFile.close, CheckpointWriter.start, CheckpointWriter.finish
     wanted = 0
@@ -235,7 +235,7 @@ def slow_disk(config: AnyMALConfig) -> tuple[str, str]:
     return train_and_tell(config)
 
 
-def test_training_goes_on_meanwhile_and_a_newer_save_waits(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_training_goes_on_meanwhile_and_a_newer_save_waits(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices = 2
     said, error = run_ranks(2, slow_disk, config)[0]
     assert not error and saved(tmp_path / "run") == [6, 9]
@@ -244,7 +244,7 @@ def test_training_goes_on_meanwhile_and_a_newer_save_waits(config: AnyMALConfig,
     assert said.count("waiting for") == 3 and said.count("saved ") == 3
 
 
-def test_in_the_background_or_not_the_files_are_the_same(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_in_the_background_or_not_the_files_are_the_same(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices, config.trainer.max_steps = 2, 6
     config.model.pipeline_model_parallel_size = 2
     config.trainer.precision, config.exp_manager.checkpoint.keep_last = "bf16", 0
@@ -274,7 +274,7 @@ def planned_twice(state: Any) -> bool:
     return all(same) and (first.objects, first.common) == (later.objects, later.common)
 
 
-def test_a_later_checkpoint_is_planned_as_the_first_one(config: AnyMALConfig) -> None:
+def test_a_later_checkpoint_is_planned_as_the_first_one(config: RunConfig) -> None:
     config.trainer.devices, config.model.tensor_model_parallel_size, config.trainer.max_steps = 4, 2, 1
     assert [rank["seen"] for rank in run_ranks(4, train, config, planned_twice)] == [True] * 4
 
@@ -300,7 +300,7 @@ def find(runs: list[Path]) -> list[tuple[Path | None, list[str]]]:
     return [find_newest_valid(run / "checkpoints") for run in runs]
 
 
-def test_what_is_damaged_is_named_and_an_older_one_taken(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_what_is_damaged_is_named_and_an_older_one_taken(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices, config.model.tensor_model_parallel_size = 4, 2
     config.exp_manager.checkpoint.keep_last = 0
     run_ranks(4, train, config)
@@ -330,7 +330,7 @@ def test_what_is_damaged_is_named_and_an_older_one_taken(config: AnyMALConfig, t
 
 
 @pytest.mark.slow
-def test_none_left_ends_the_command_with_an_error(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_none_left_ends_the_command_with_an_error(config: RunConfig, tmp_path: Path) -> None:
     run_ranks(1, train, config)
     for folder in store.committed(tmp_path / "run" / "checkpoints"):
         flip(folder / "__0_0.distcp")

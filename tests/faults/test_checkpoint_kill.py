@@ -23,13 +23,13 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.async_writer import CheckpointWriter, Save
 from megatron_anymal.checkpoint.snapshot import Plan, Snapshot
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.safetensors_io import HashedFile
 from megatron_anymal.train import loop
 
 
 @pytest.fixture(scope="module")
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Nine steps of two replicas' work, a checkpoint every three, the newest one kept."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("kill") / "run")
     config.trainer.max_steps = 9
@@ -37,14 +37,14 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
     return config
 
 
-def of(config: AnyMALConfig, run: Path, processes: int = 1) -> AnyMALConfig:
+def of(config: RunConfig, run: Path, processes: int = 1) -> RunConfig:
     config = copy.deepcopy(config)
     config.exp_manager.explicit_log_dir, config.trainer.devices = str(run), processes
     return config
 
 
 @pytest.fixture(scope="module")
-def whole(config: AnyMALConfig) -> Path:
+def whole(config: RunConfig) -> Path:
     """The run without disturbance."""
     run = Path(config.exp_manager.explicit_log_dir)
     run_ranks(1, train, config)
@@ -111,7 +111,7 @@ def kill_in_forks(base: Path, snapshot: Snapshot, manifest: Manifest, rules: Any
     return operations
 
 
-def kill_at(config: AnyMALConfig, base: Path, chosen: Any) -> list[Operation]:
+def kill_at(config: RunConfig, base: Path, chosen: Any) -> list[Operation]:
     """A rank that trains to its second checkpoint and has it written and killed in forks."""
     seen: list[Operation] = []
 
@@ -151,7 +151,7 @@ def all_of_them(operations: Sequence[Operation]) -> list[Operation]:
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("chosen", [few, pytest.param(all_of_them, marks=pytest.mark.slow)])
 def test_killed_at_every_write_sync_and_rename(
-    config: AnyMALConfig, whole: Path, tmp_path: Path, chosen: Callable[[Sequence[Operation]], list[Operation]]
+    config: RunConfig, whole: Path, tmp_path: Path, chosen: Callable[[Sequence[Operation]], list[Operation]]
 ) -> None:
     operations = run_ranks(1, kill_at, config, tmp_path, chosen, timeout=1000)[0]
     kinds = Counter(one.kind for one in operations)
@@ -175,7 +175,7 @@ def test_killed_at_every_write_sync_and_rename(
         assert [p.name for p in (tmp_path / f"cut{at}" / "checkpoints").iterdir()] == ["step_00000009"]
 
 
-def killed_on_rank(config: AnyMALConfig, rank: int, step: int, kind: str, count: int) -> None:
+def killed_on_rank(config: RunConfig, rank: int, step: int, kind: str, count: int) -> None:
     """A rank of a job; one of them dies at the count-th operation of a kind in a step's checkpoint."""
     if int(os.environ["RANK"]) == rank:
         folder = Path(config.exp_manager.explicit_log_dir) / "checkpoints"
@@ -196,14 +196,14 @@ CUTS = [(0, "write", 40), (0, "fsync", 3), (0, "rename", 1), (1, "write", 40), (
 
 
 @pytest.fixture(scope="module")
-def whole_of_four(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole_of_four(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of four ranks without disturbance."""
     run = tmp_path_factory.mktemp("four")
     run_ranks(4, train, of_four(config, run))
     return run
 
 
-def of_four(config: AnyMALConfig, run: Path) -> AnyMALConfig:
+def of_four(config: RunConfig, run: Path) -> RunConfig:
     config = of(config, run, 4)
     config.model.tensor_model_parallel_size = 2
     return config
@@ -212,7 +212,7 @@ def of_four(config: AnyMALConfig, run: Path) -> AnyMALConfig:
 @pytest.mark.slow
 @pytest.mark.parametrize(("rank", "kind", "count"), CUTS)
 def test_a_job_of_four_ranks_killed_in_a_save(
-    config: AnyMALConfig, whole_of_four: Path, tmp_path: Path, rank: int, kind: str, count: int
+    config: RunConfig, whole_of_four: Path, tmp_path: Path, rank: int, kind: str, count: int
 ) -> None:
     run = of_four(config, tmp_path / "run")
     run_until_killed(4, killed_on_rank, run, rank, 6, kind, count)
@@ -223,7 +223,7 @@ def test_a_job_of_four_ranks_killed_in_a_save(
     assert figures(tmp_path / "run") == figures(whole_of_four)
 
 
-def killed_while_writing(config: AnyMALConfig) -> None:
+def killed_while_writing(config: RunConfig) -> None:
     """A rank whose second checkpoint takes long to write, killed a step later."""
     close, step = HashedFile.close, loop.train_step
 
@@ -242,7 +242,7 @@ def killed_while_writing(config: AnyMALConfig) -> None:
     train(config)
 
 
-def test_killed_a_step_after_a_save_began(config: AnyMALConfig, whole: Path, tmp_path: Path) -> None:
+def test_killed_a_step_after_a_save_began(config: RunConfig, whole: Path, tmp_path: Path) -> None:
     run = of(config, tmp_path / "run")
     run_until_killed(1, killed_while_writing, run)
     checkpoints = tmp_path / "run" / "checkpoints"

@@ -16,17 +16,17 @@ from tiny import make_config
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.run_lock import LOCK, Owner
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.max_steps, config.exp_manager.checkpoint.every_n_train_steps = 100_000, 2
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **config.to_dict()}))
     words = [sys.executable, "-m", "megatron_anymal", "pretrain", f"--config-path={tmp_path}", "--config-name=tiny"]
@@ -53,13 +53,13 @@ def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: Any
     assert not (tmp_path / "run" / LOCK).exists()
 
 
-def refused(config: AnyMALConfig) -> str:
+def refused(config: RunConfig) -> str:
     with pytest.raises(ConfigError) as error:
         train(config)
     return str(error.value)
 
 
-def test_every_rank_is_refused_and_a_crashed_machines_lock_taken_over(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_every_rank_is_refused_and_a_crashed_machines_lock_taken_over(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices, config.trainer.max_steps = 2, 1
     owner = Owner.here()
     lock = tmp_path / "run" / LOCK
@@ -73,7 +73,7 @@ def test_every_rank_is_refused_and_a_crashed_machines_lock_taken_over(config: An
     assert not lock.exists() and len(store.committed(tmp_path / "run" / "checkpoints")) == 1
 
 
-def taken_over(config: AnyMALConfig) -> str:
+def taken_over(config: RunConfig) -> str:
     """A rank of a job whose folder is taken over by another one while it trains."""
     from megatron_anymal.checkpoint.store import CheckpointError
     from megatron_anymal.train import loop
@@ -94,7 +94,7 @@ def taken_over(config: AnyMALConfig) -> str:
 
 
 @pytest.mark.slow
-def test_a_job_that_was_taken_over_stops_on_every_rank(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_a_job_that_was_taken_over_stops_on_every_rank(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices, config.trainer.max_steps = 2, 100
     told = run_ranks(2, taken_over, config)
     assert told[0] == told[1] and "taken over by process" in told[0] and "node7" in told[0]

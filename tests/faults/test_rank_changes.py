@@ -15,18 +15,18 @@ from tiny import make_config
 
 from megatron_anymal.checkpoint.compatibility import check_changes
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.validation import check
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.model.optim.sched.name = "constant"
     return config
 
 
-def manifest(config: AnyMALConfig, **more: Any) -> Manifest:
+def manifest(config: RunConfig, **more: Any) -> Manifest:
     values: dict[str, Any] = {
         "step": 3,
         "consumed_samples": 24,
@@ -41,7 +41,7 @@ def manifest(config: AnyMALConfig, **more: Any) -> Manifest:
     return Manifest(**values)
 
 
-def differences(config: AnyMALConfig, change: Callable[[AnyMALConfig], None], *allowed: str, **more: Any) -> list[str]:
+def differences(config: RunConfig, change: Callable[[RunConfig], None], *allowed: str, **more: Any) -> list[str]:
     """What is told of a change of the configuration or the manifest."""
     other, told = copy.deepcopy(config), []
     change(other)
@@ -49,11 +49,11 @@ def differences(config: AnyMALConfig, change: Callable[[AnyMALConfig], None], *a
     return told
 
 
-def nothing(config: AnyMALConfig) -> None: ...
+def nothing(config: RunConfig) -> None: ...
 
 
-def set_to(key: str, value: Any) -> Callable[[AnyMALConfig], None]:
-    def change(config: AnyMALConfig) -> None:
+def set_to(key: str, value: Any) -> Callable[[RunConfig], None]:
+    def change(config: RunConfig) -> None:
         *path, last = key.split(".")
         node: Any = config
         for part in path:
@@ -80,7 +80,7 @@ def set_to(key: str, value: Any) -> Callable[[AnyMALConfig], None]:
         ("trainer.precision", "bf16", "trainer.precision '32' -> 'bf16'"),
     ],
 )
-def test_what_changes_the_learning_is_refused(config: AnyMALConfig, key: str, value: Any, shown: str) -> None:
+def test_what_changes_the_learning_is_refused(config: RunConfig, key: str, value: Any, shown: str) -> None:
     with pytest.raises(ConfigError) as error:
         differences(config, set_to(key, value))
     assert shown in str(error.value) and "resilience.allow_changes=[config]" in str(error.value)
@@ -105,16 +105,16 @@ def test_what_changes_the_learning_is_refused(config: AnyMALConfig, key: str, va
         ("resilience.hang_timeout", 5.0),
     ],
 )
-def test_layout_is_only_told(config: AnyMALConfig, key: str, value: Any) -> None:
+def test_layout_is_only_told(config: RunConfig, key: str, value: Any) -> None:
     [told] = differences(config, set_to(key, value))
     assert f"{key} " in told and f"-> {value!r}" in told and "without effect" in told
 
 
-def test_nothing_changed_is_not_mentioned(config: AnyMALConfig) -> None:
+def test_nothing_changed_is_not_mentioned(config: RunConfig) -> None:
     assert differences(config, nothing) == []
 
 
-def test_a_longer_run_has_another_schedule(config: AnyMALConfig) -> None:
+def test_a_longer_run_has_another_schedule(config: RunConfig) -> None:
     config.model.optim.sched.name = "cosine"
     with pytest.raises(ConfigError, match=r"schedule's end .* 6 -> 9"):
         differences(config, set_to("trainer.max_steps", 9))
@@ -123,14 +123,14 @@ def test_a_longer_run_has_another_schedule(config: AnyMALConfig) -> None:
     assert "trainer.max_steps 6 -> 9" in differences(config, set_to("trainer.max_steps", 9))[0]
 
 
-def test_samples_that_would_be_left_out(config: AnyMALConfig) -> None:
+def test_samples_that_would_be_left_out(config: RunConfig) -> None:
     config.data.too_long = "drop"
     with pytest.raises(ConfigError, match=r"data\.seq_length 64 -> 32"):
         differences(config, set_to("data.seq_length", 32))
 
 
-def test_another_modality(config: AnyMALConfig) -> None:
-    def remove(other: AnyMALConfig) -> None:
+def test_another_modality(config: RunConfig) -> None:
+    def remove(other: RunConfig) -> None:
         del other.model.modalities["imu"]
 
     with pytest.raises(ConfigError, match=r"model\.modalities\.imu\.placeholder .* -> 'none'"):
@@ -146,28 +146,28 @@ def test_another_modality(config: AnyMALConfig) -> None:
         ("data", {"data_fingerprint": "eeee"}, "dddd -> eeee, so that resuming would repeat or lose samples"),
     ],
 )
-def test_what_is_no_setting(config: AnyMALConfig, kind: str, more: dict[str, Any], shown: str) -> None:
+def test_what_is_no_setting(config: RunConfig, kind: str, more: dict[str, Any], shown: str) -> None:
     with pytest.raises(ConfigError) as error:
         differences(config, nothing, "config", **more)
     assert shown in str(error.value) and f"allow_changes=[{kind}]" in str(error.value)
     assert shown in differences(config, nothing, kind, **more)[0]
 
 
-def test_a_library_that_wrote_its_version_is_no_change(config: AnyMALConfig) -> None:
+def test_a_library_that_wrote_its_version_is_no_change(config: RunConfig) -> None:
     assert differences(config, nothing, llama={"rope_theta": 1e4, "transformers_version": "6"}) == []
 
 
-def test_a_checkpoint_without_the_tokenizers_hash(config: AnyMALConfig) -> None:
+def test_a_checkpoint_without_the_tokenizers_hash(config: RunConfig) -> None:
     check_changes(manifest(config, tokenizer=""), manifest(config), [], pytest.fail)
 
 
-def test_names_of_allow_changes_are_checked(config: AnyMALConfig) -> None:
+def test_names_of_allow_changes_are_checked(config: RunConfig) -> None:
     config.resilience.allow_changes = ["weights"]
     with pytest.raises(ConfigError, match=r"resilience\.allow_changes: 'weights' is not one of config, tokenizer"):
         check(config)
 
 
-def test_in_a_run(config: AnyMALConfig) -> None:
+def test_in_a_run(config: RunConfig) -> None:
     config.trainer.max_steps = 1
     run_ranks(1, train, config)
     # The random Llama's weights come from the seed too.

@@ -15,7 +15,7 @@ from engine import train
 from ranks import run_ranks
 from tiny import make_config
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.fault_grammar import KINDS
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import WorkerDied, worker_died
@@ -26,7 +26,7 @@ from megatron_anymal.resilience.stragglers import stragglers
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.max_steps = 4
     return config
@@ -52,7 +52,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALCo
         ("loader_hang:step=2", "data.num_workers=0"),
     ],
 )
-def test_what_cannot_happen_is_refused(config: AnyMALConfig, text: str, said: str) -> None:
+def test_what_cannot_happen_is_refused(config: RunConfig, text: str, said: str) -> None:
     config.resilience.faults = ["kill:step=3", text]
     with pytest.raises(ConfigError) as error:
         check(config)
@@ -62,27 +62,27 @@ def test_what_cannot_happen_is_refused(config: AnyMALConfig, text: str, said: st
 def test_each_happens_once_where_it_is_due(tmp_path: Path) -> None:
     entries = ["exception:step=2,place=data", "eio:step=2,write=2", "exception:rank=1", "exception:step=3,every=1"]
     for start in range(2):
-        fault_injection.arm(entries, 0, tmp_path)
-        fault_injection.at("data", 1)
-        fault_injection.at("compute", 2)
+        fault_injection.schedule(entries, 0, tmp_path)
+        fault_injection.inject("data", 1)
+        fault_injection.inject("compute", 2)
         if start == 0:
             with pytest.raises(fault_injection.InjectedFault, match="step=2,place=data"):
-                fault_injection.at("data", 2)
-        fault_injection.at("data", 2)
-        fault_injection.at("checkpoint", 2)
+                fault_injection.inject("data", 2)
+        fault_injection.inject("data", 2)
+        fault_injection.inject("checkpoint", 2)
         if start == 0:
             with pytest.raises(OSError) as error:
-                fault_injection.at("checkpoint", 2)
+                fault_injection.inject("checkpoint", 2)
             assert error.value.errno == errno.EIO
-        fault_injection.at("checkpoint", 2)
+        fault_injection.inject("checkpoint", 2)
         for _ in range(2):
             with pytest.raises(fault_injection.InjectedFault, match="every=1"):
-                fault_injection.at("compute", 3)
-    fault_injection.arm(entries, 1, tmp_path)
+                fault_injection.inject("compute", 3)
+    fault_injection.schedule(entries, 1, tmp_path)
     with pytest.raises(fault_injection.InjectedFault, match="rank=1"):
-        fault_injection.at("compute", 9)
-    fault_injection.arm([], 0, tmp_path)
-    fault_injection.at("compute", 3)
+        fault_injection.inject("compute", 9)
+    fault_injection.schedule([], 0, tmp_path)
+    fault_injection.inject("compute", 3)
 
 
 def test_one_bit_of_the_newest_checkpoint(tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_one_bit_of_the_newest_checkpoint(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "__0_0.distcp").write_bytes(content)
         (folder / "common.pt").write_bytes(content * 2)
-    fault_injection.arm(["corrupt:step=13"], 0, tmp_path)
-    fault_injection.at("compute", 13)
-    fault_injection.arm([], 0, tmp_path)
+    fault_injection.schedule(["corrupt:step=13"], 0, tmp_path)
+    fault_injection.inject("compute", 13)
+    fault_injection.schedule([], 0, tmp_path)
     changed = {
         path: sum(a != b for a, b in zip(path.read_bytes(), content))
         for path in tmp_path.rglob("*.*")
@@ -103,14 +103,14 @@ def test_one_bit_of_the_newest_checkpoint(tmp_path: Path) -> None:
     assert {path.parent.name: count for path, count in changed.items()} == {"step_00000003": 0, "step_00000012": 1}
 
 
-def lose_a_worker(config: AnyMALConfig) -> str:
+def lose_a_worker(config: RunConfig) -> str:
     with pytest.raises(WorkerDied) as error:
         train(config)
     assert code_of(error.value) is Exit.CRASH
     return str(error.value)
 
 
-def test_a_loader_process_that_is_killed_is_named(config: AnyMALConfig) -> None:
+def test_a_loader_process_that_is_killed_is_named(config: RunConfig) -> None:
     config.data.num_workers, config.resilience.faults = 2, ["loader_kill:step=3,worker=1"]
     said = run_ranks(1, lose_a_worker, config, timeout=60)[0]
     assert said.startswith("The loader process ") and "of rank 0" in said and "killed by a signal" in said
@@ -126,7 +126,7 @@ def test_torchs_words_for_it() -> None:
     assert worker_died(RuntimeError("something else")) is None
 
 
-def get_stuck(config: AnyMALConfig, folder: Path) -> tuple[heartbeat.Beat, heartbeat.Beat]:
+def get_stuck(config: RunConfig, folder: Path) -> tuple[heartbeat.Beat, heartbeat.Beat]:
     """Train with a loader process that hangs; two looks at the rank's beats, after which that process is killed."""
     os.environ[heartbeat.ENVIRONMENT] = str(folder)
     seen = []
@@ -146,7 +146,7 @@ def get_stuck(config: AnyMALConfig, folder: Path) -> tuple[heartbeat.Beat, heart
 
     watcher = threading.Thread(target=look)
     watcher.start()
-    with pytest.raises(WorkerDied), heartbeat.shown(Path(config.exp_manager.explicit_log_dir)):
+    with pytest.raises(WorkerDied), heartbeat.publish(Path(config.exp_manager.explicit_log_dir)):
         train(config)
     watcher.join()
     first, second = seen
@@ -154,7 +154,7 @@ def get_stuck(config: AnyMALConfig, folder: Path) -> tuple[heartbeat.Beat, heart
     return first, second
 
 
-def test_a_loader_process_that_hangs_shows_as_data_without_progress(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_a_loader_process_that_hangs_shows_as_data_without_progress(config: RunConfig, tmp_path: Path) -> None:
     config.data.num_workers, config.resilience.faults = 1, ["loader_hang:step=3"]
     first, second = run_ranks(1, get_stuck, config, tmp_path, timeout=90)[0]
     assert first.phase is second.phase is Phase.DATA and first.settled
@@ -163,7 +163,7 @@ def test_a_loader_process_that_hangs_shows_as_data_without_progress(config: AnyM
     assert second.alive_ns > first.alive_ns
 
 
-def test_a_full_disk_and_a_slow_rank(config: AnyMALConfig) -> None:
+def test_a_full_disk_and_a_slow_rank(config: RunConfig) -> None:
     config.trainer.devices, config.exp_manager.checkpoint.every_n_train_steps = 2, 2
     config.resilience.faults = ["enospc:rank=0,step=2,write=2", "slow:rank=1,step=3,seconds=4"]
     run_ranks(2, train, config)
@@ -186,7 +186,7 @@ def test_who_is_slow() -> None:
     assert stragglers([1.0], [0], 2.0) == {}
 
 
-def test_each_kind_is_documented(config: AnyMALConfig) -> None:
+def test_each_kind_is_documented(config: RunConfig) -> None:
     page = (Path(__file__).parents[2] / "docs" / "failures.md").read_text()
     examples = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert {example.partition(":")[0] for example in examples} == set(KINDS)

@@ -35,11 +35,11 @@ from megatron_anymal.resilience import heartbeat
 from megatron_anymal.resilience import fault_injection
 from megatron_anymal.resilience.heartbeat import Phase
 run_dir, fault = Path(sys.argv[1]), sys.argv[2]
-fault_injection.arm([fault], 3, run_dir)
-with heartbeat.shown(run_dir):
+fault_injection.schedule([fault], 3, run_dir)
+with heartbeat.publish(run_dir):
     for step in range(1, 10):
         heartbeat.beat(Phase.COMPUTE, step)
-        fault_injection.at("compute", step)
+        fault_injection.inject("compute", step)
         heartbeat.beat(settled=True)
 """
 
@@ -171,7 +171,7 @@ def test_what_stands_still_shows(tmp_path: Path, fault: str, runs: bool) -> None
 def test_without_the_launcher_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(heartbeat.ENVIRONMENT, raising=False)
     before = signal.getsignal(signal.SIGUSR2)
-    with heartbeat.shown(tmp_path / "run"):
+    with heartbeat.publish(tmp_path / "run"):
         heartbeat.beat(Phase.DATA, 1)
     signal.signal(signal.SIGUSR2, before)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -12,7 +12,7 @@ from engine import losses
 from ranks import run_ranks
 from tiny import make_config
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.parallel import initialize
 from megatron_anymal.resilience import events
 from megatron_anymal.resilience.exit_codes import Exit
@@ -23,13 +23,13 @@ STEPS = 6
 
 
 @pytest.fixture(scope="module")
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("layouts") / "run")
     config.trainer.max_steps = STEPS
     return config
 
 
-def taken(config: AnyMALConfig) -> tuple[int, dict[int, set[str]]]:
+def taken(config: RunConfig) -> tuple[int, dict[int, set[str]]]:
     """In a rank: train; the exit code, and the samples that this rank read, by step."""
     state = build(config, initialize(config))
     step, found = loop.train_step, {}
@@ -44,7 +44,7 @@ def taken(config: AnyMALConfig) -> tuple[int, dict[int, set[str]]]:
     return int(loop.fit(state, Path(config.exp_manager.explicit_log_dir))), found
 
 
-def run(config: AnyMALConfig, layout: dict[str, int]) -> tuple[set[int], dict[int, set[str]]]:
+def run(config: RunConfig, layout: dict[str, int]) -> tuple[set[int], dict[int, set[str]]]:
     """All ranks' exit codes, and the samples of each step, of all replicas."""
     config = copy.deepcopy(config)
     config.trainer.devices = layout.get("world", 1)
@@ -56,7 +56,7 @@ def run(config: AnyMALConfig, layout: dict[str, int]) -> tuple[set[int], dict[in
 
 
 @pytest.fixture(scope="module")
-def whole(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[int, set[str]]]:
+def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], dict[int, set[str]]]:
     config = copy.deepcopy(config)
     config.exp_manager.explicit_log_dir = str(tmp_path_factory.mktemp("whole"))
     codes, samples = run(config, {})
@@ -78,7 +78,7 @@ def whole(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> tup
     ids=["tp2-one", "pp2-one", "dp2-dp4", "dp2tp2-pp2", "dp2tp2-dp4", "dp2pp2-dp2tp2"],
 )
 def test_continued_on_other_processes(
-    config: AnyMALConfig,
+    config: RunConfig,
     whole: tuple[list[float], dict[int, set[str]]],
     tmp_path: Path,
     first: dict[str, int],

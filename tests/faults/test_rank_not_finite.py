@@ -13,7 +13,7 @@ from engine import losses, train
 from ranks import run_ranks
 from tiny import make_config
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.parallel import initialize
 from megatron_anymal.resilience import events
 from megatron_anymal.resilience.exit_codes import Exit, code_of
@@ -25,7 +25,7 @@ BAD = 2
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.max_steps, config.trainer.devices = 3, 2
     config.exp_manager.checkpoint.every_n_train_steps = 0
@@ -49,7 +49,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
     )
 
 
-def watched(config: AnyMALConfig) -> dict[str, Any]:
+def watched(config: RunConfig) -> dict[str, Any]:
     """In a rank: train; per step whether it was skipped, and whether anything of weights and optimizer changed."""
     state = build(config, initialize(config))
     step, skipped, unchanged = loop.train_step, [], []
@@ -57,7 +57,7 @@ def watched(config: AnyMALConfig) -> dict[str, Any]:
     def look(*args: Any) -> Any:
         before = content(state)
         result = step(*args)
-        state.settle()
+        state.wait_for_param_gather()
         skipped.append(result.skipped)
         unchanged.append(same(before, content(state)))
         return result
@@ -75,12 +75,12 @@ def watched(config: AnyMALConfig) -> dict[str, Any]:
     return {"skipped": skipped, "unchanged": unchanged, "failure": failure, "keys": keys}
 
 
-def listed(config: AnyMALConfig) -> list[dict[str, Any]]:
+def listed(config: RunConfig) -> list[dict[str, Any]]:
     path = Path(config.exp_manager.explicit_log_dir) / "skipped_steps.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def skips_on_all_ranks(config: AnyMALConfig, by: int) -> None:
+def skips_on_all_ranks(config: RunConfig, by: int) -> None:
     config.resilience.faults = [f"nan:rank={by},step={BAD}"]
     for seen in run_ranks(config.trainer.devices, watched, config):
         assert seen["skipped"] == [False, True, False] and not seen["failure"]
@@ -95,7 +95,7 @@ def skips_on_all_ranks(config: AnyMALConfig, by: int) -> None:
     assert len(losses(run_dir)) == 3 and all(map(math.isfinite, losses(run_dir)))
 
 
-def test_one_replica(config: AnyMALConfig) -> None:
+def test_one_replica(config: RunConfig) -> None:
     skips_on_all_ranks(config, by=1)
 
 
@@ -103,7 +103,7 @@ def test_one_replica(config: AnyMALConfig) -> None:
 @pytest.mark.parametrize("layout", ["dp", "tp", "pp", "dp2tp2"])
 @pytest.mark.parametrize("distributed", [True, False])
 @pytest.mark.parametrize("by", [0, 1])
-def test_every_layout(config: AnyMALConfig, layout: str, distributed: bool, by: int) -> None:
+def test_every_layout(config: RunConfig, layout: str, distributed: bool, by: int) -> None:
     config.model.ddp.use_distributed_optimizer = distributed
     config.trainer.devices = 4 if layout == "dp2tp2" else 2
     config.model.tensor_model_parallel_size = 2 if "tp" in layout else 1
@@ -114,13 +114,13 @@ def test_every_layout(config: AnyMALConfig, layout: str, distributed: bool, by: 
 
 
 @pytest.mark.slow
-def test_bf16_with_overlapped_gathering(config: AnyMALConfig) -> None:
+def test_bf16_with_overlapped_gathering(config: RunConfig) -> None:
     config.trainer.precision = "bf16"
     config.model.ddp.overlap_grad_reduce = config.model.ddp.overlap_param_gather = True
     skips_on_all_ranks(config, by=0)
 
 
-def test_the_run_stops_where_they_do_not_cease(config: AnyMALConfig) -> None:
+def test_the_run_stops_where_they_do_not_cease(config: RunConfig) -> None:
     config.resilience.faults, config.resilience.max_skipped_steps = ["nan:rank=1,every=1"], 2
     for seen in run_ranks(2, watched, config):
         assert seen["skipped"] == [True, True] and seen["unchanged"] == [True, True]
@@ -133,7 +133,7 @@ def test_the_run_stops_where_they_do_not_cease(config: AnyMALConfig) -> None:
 
 
 @pytest.mark.slow
-def test_resumed_after_a_skipped_step(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_resumed_after_a_skipped_step(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.max_steps, config.resilience.max_skipped_steps = 4, 4
     config.resilience.faults = ["nan:step=2,every=1", "nan:step=3,every=1"]
     whole = copy.deepcopy(config)
@@ -150,7 +150,7 @@ def test_resumed_after_a_skipped_step(config: AnyMALConfig, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", [True, False])
-def test_they_are_counted_over_a_restart(config: AnyMALConfig, distributed: bool) -> None:
+def test_they_are_counted_over_a_restart(config: RunConfig, distributed: bool) -> None:
     # With a checkpoint before the first update.
     config.model.ddp.use_distributed_optimizer = distributed
     config.resilience.faults, config.resilience.max_skipped_steps = ["nan:every=1"], 2

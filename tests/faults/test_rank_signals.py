@@ -22,7 +22,7 @@ from tiny import make_config
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.async_writer import CheckpointWriter
-from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.parallel import initialize
 from megatron_anymal.resilience import events, stop_signals
 from megatron_anymal.resilience.exit_codes import Exit
@@ -37,7 +37,7 @@ GRACE = 20.0
 @pytest.fixture(scope="module")
 def config(
     mixed_shards: str, text_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
-) -> AnyMALConfig:
+) -> RunConfig:
     """Five steps of two replicas of two ranks, a validation after the second and fourth, a save after the third."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("signals") / "run")
     config.trainer.max_steps, config.trainer.devices = STEPS, 4
@@ -48,14 +48,14 @@ def config(
     return config
 
 
-def in_folder(config: AnyMALConfig, folder: Path) -> AnyMALConfig:
+def in_folder(config: RunConfig, folder: Path) -> RunConfig:
     config = copy.deepcopy(config)
     config.exp_manager.explicit_log_dir = str(folder)
     return config
 
 
 @pytest.fixture(scope="module")
-def whole(config: AnyMALConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A run that nothing disturbs: its folder, and what its first rank returned."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run_ranks(4, train, in_folder(config, folder))[0]
@@ -70,7 +70,7 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 }
 
 
-def stopped(config: AnyMALConfig, place: str, number: int, by: int) -> tuple[int, int, list[str], float]:
+def stopped(config: RunConfig, place: str, number: int, by: int) -> tuple[int, int, list[str], float]:
     """In a rank: train; rank `by` gets a signal at that place. Returns exit code, step, committed checkpoints, and the
     seconds from the signal to the end."""
     state = build(config, initialize(config))
@@ -95,7 +95,7 @@ def stopped(config: AnyMALConfig, place: str, number: int, by: int) -> tuple[int
 
 
 def stop_and_go_on(
-    config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], folder: Path, place: str, number: int, by: int
+    config: RunConfig, whole: tuple[Path, dict[str, Any]], folder: Path, place: str, number: int, by: int
 ) -> None:
     config = in_folder(config, folder)
     at = PLACES[place][2]
@@ -114,7 +114,7 @@ def stop_and_go_on(
         assert (continued["weights"][name] == weight).all(), name
 
 
-def test_a_signal_in_a_step(config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_signal_in_a_step(config: RunConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     stop_and_go_on(config, whole, tmp_path / "run", "step", signal.SIGTERM, by=3)
 
 
@@ -132,31 +132,31 @@ def test_a_signal_in_a_step(config: AnyMALConfig, whole: tuple[Path, dict[str, A
     ],
 )
 def test_a_signal_elsewhere(
-    config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path, place: str, number: int, by: int
+    config: RunConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path, place: str, number: int, by: int
 ) -> None:
     stop_and_go_on(config, whole, tmp_path / "run", place, number, by)
 
 
 def test_wishes_are_named_and_forgotten() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with stop_signals.caught():
-        assert stop_signals.agreed(stop_signals.wishes()) == ""
+    with stop_signals.handle_stop_signals():
+        assert stop_signals.agreed(stop_signals.stop_flags()) == ""
         os.kill(os.getpid(), signal.SIGUSR1)
         stop_signals.stop_after(0)
         # Of two ranks, one of which wants nothing.
-        assert stop_signals.agreed([a + b for a, b in zip(stop_signals.wishes(), [0.0, 0.0, 0.0])]) == (
+        assert stop_signals.agreed([a + b for a, b in zip(stop_signals.stop_flags(), [0.0, 0.0, 0.0])]) == (
             "SIGUSR1 and exp_manager.max_time_per_run"
         )
-        with stop_signals.caught():
+        with stop_signals.handle_stop_signals():
             pass
-        assert stop_signals.agreed(stop_signals.wishes())
-    assert stop_signals.agreed(stop_signals.wishes()) == "" and signal.getsignal(signal.SIGUSR1) == before
+        assert stop_signals.agreed(stop_signals.stop_flags())
+    assert stop_signals.agreed(stop_signals.stop_flags()) == "" and signal.getsignal(signal.SIGUSR1) == before
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_the_command_ends_with_75_and_goes_on(
-    config: AnyMALConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+    config: RunConfig, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     alone = in_folder(config, tmp_path / "run")
     alone.trainer.devices, alone.trainer.max_steps, alone.data.num_workers = 1, 400, 1

@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tiny import make_config
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.config.compose import compose
 
 ROOT = Path(__file__).parents[2]
@@ -156,11 +156,11 @@ def test_killed_in_the_middle(folder: Path, processes: int) -> None:
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
 
 
-def test_run_in_slices_of_time_is_bit_identical(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_run_in_slices_of_time_is_bit_identical(config: RunConfig, tmp_path: Path) -> None:
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
     undisturbed = run_ranks(2, train, two_replicas(whole))[0]["losses"]
@@ -172,12 +172,12 @@ def test_run_in_slices_of_time_is_bit_identical(config: AnyMALConfig, tmp_path: 
         assert (tmp_path / "run" / "checkpoints" / f"step_{started:08d}").is_dir()
 
 
-def two_replicas(config: AnyMALConfig) -> AnyMALConfig:
+def two_replicas(config: RunConfig) -> RunConfig:
     config.trainer.devices = 2
     return config
 
 
-def test_time_limit_stops_with_a_checkpoint(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_time_limit_stops_with_a_checkpoint(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.max_steps = 100_000
     config.exp_manager.checkpoint.every_n_train_steps = 0
     config.exp_manager.max_time_per_run = "00:00:00:02"

@@ -13,13 +13,13 @@ from ranks import run_ranks
 from test_sigkill import figures, finish, kill, start, steps_of
 from tiny import make_config, make_conversations
 
-from megatron_anymal.config import AnyMALConfig, LoraConfig
+from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.config.compose import compose
 
 STEPS, EVERY = 10, 3
 
 
-def tuned(job: str, tokenizer: str, folder: Path) -> AnyMALConfig:
+def tuned(job: str, tokenizer: str, folder: Path) -> RunConfig:
     """A run of ten steps with a checkpoint every three; DPO continues an SFT run of three steps."""
     data = make_conversations(folder / job, tokenizer, 40, pairs=job == "dpo")
     config = make_config(data, tokenizer, folder / f"{job}_run")

@@ -14,7 +14,7 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.model.fp8_weights import is_quantized
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
@@ -35,7 +35,7 @@ WAYS = [
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     """A frozen Llama of the quickstart's sizes, its feed-forward rounded to a multiple of 16."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.precision = "bf16"
@@ -46,7 +46,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALCo
     return config
 
 
-def in_fp8(config: AnyMALConfig, form: str, recipe: str, held: bool) -> AnyMALConfig:
+def in_fp8(config: RunConfig, form: str, recipe: str, held: bool) -> RunConfig:
     changed = copy.deepcopy(config)
     changed.model.fp8, changed.model.fp8_recipe, changed.model.fp8_primary_weights = form, recipe, held
     changed.exp_manager.explicit_log_dir += f"_{form}_{recipe}_{held}"
@@ -54,14 +54,14 @@ def in_fp8(config: AnyMALConfig, form: str, recipe: str, held: bool) -> AnyMALCo
 
 
 @pytest.mark.parametrize(("form", "recipe", "held"), WAYS)
-def test_follows_bf16_for_200_steps(config: AnyMALConfig, form: str, recipe: str, held: bool) -> None:
+def test_follows_bf16_for_200_steps(config: RunConfig, form: str, recipe: str, held: bool) -> None:
     config.trainer.max_steps = 200
     plain = run_ranks(1, train, config, timeout=280)[0]["losses"]
     found = run_ranks(1, train, in_fp8(config, form, recipe, held), timeout=280)[0]["losses"]
     assert np.mean(found[-20:]) == pytest.approx(np.mean(plain[-20:]), rel=5e-3)
 
 
-def gradient(config: AnyMALConfig) -> np.ndarray:
+def gradient(config: RunConfig) -> np.ndarray:
     """The projectors' gradient of the first batch."""
     state = build(config, initialize(config))
     wrapped = state.wrapped[0].train()
@@ -89,14 +89,14 @@ def gradient(config: AnyMALConfig) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("form", "recipe", "held"), WAYS)
-def test_gradients_of_projectors_point_the_same_way(config: AnyMALConfig, form: str, recipe: str, held: bool) -> None:
+def test_gradients_of_projectors_point_the_same_way(config: RunConfig, form: str, recipe: str, held: bool) -> None:
     plain = run_ranks(1, gradient, config)[0]
     found = run_ranks(1, gradient, in_fp8(config, form, recipe, held))[0]
     assert plain @ found / np.linalg.norm(plain) / np.linalg.norm(found) > 0.99
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
-def test_resume_is_bit_identical(config: AnyMALConfig, recipe: str, tmp_path: Path) -> None:
+def test_resume_is_bit_identical(config: RunConfig, recipe: str, tmp_path: Path) -> None:
     config = in_fp8(config, "hybrid", recipe, True)
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
@@ -107,7 +107,7 @@ def test_resume_is_bit_identical(config: AnyMALConfig, recipe: str, tmp_path: Pa
     assert losses(Path(config.exp_manager.explicit_log_dir)) == undisturbed
 
 
-def bytes_held(config: AnyMALConfig) -> tuple[int, int]:
+def bytes_held(config: RunConfig) -> tuple[int, int]:
     """Bytes on the card after a step, and numbers in quantized weights."""
     config.trainer.max_steps = 1
 
@@ -118,7 +118,7 @@ def bytes_held(config: AnyMALConfig) -> tuple[int, int]:
     return train(config, look)["seen"]
 
 
-def test_held_in_fp8_alone(config: AnyMALConfig) -> None:
+def test_held_in_fp8_alone(config: RunConfig) -> None:
     config.model.language_model.config |= {"hidden_size": 1024, "intermediate_size": 4096}
     (plain, none), (held, quantized) = (
         run_ranks(1, bytes_held, in_fp8(config, "hybrid", "tensorwise", held))[0] for held in (False, True)

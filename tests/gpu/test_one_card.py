@@ -15,7 +15,7 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,13 +24,13 @@ pytestmark = [
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.precision = "bf16"
     return config
 
 
-def test_resume_is_bit_identical(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_resume_is_bit_identical(config: RunConfig, tmp_path: Path) -> None:
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
     undisturbed = run_ranks(1, train, whole)[0]["losses"]
@@ -50,7 +50,7 @@ def test_one_card_gives_the_numbers_of_plain_torch(layout: Layout, tmp_path: Pat
 @pytest.mark.skipif(
     not backend.capabilities().transformer_engine, reason="needs Transformer Engine: pip install -e '.[te]'"
 )
-def test_transformer_engine_equals_local_layers(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_transformer_engine_equals_local_layers(config: RunConfig, tmp_path: Path) -> None:
     found = {}
     for implementation in ("local", "transformer_engine"):
         one = copy.deepcopy(config)

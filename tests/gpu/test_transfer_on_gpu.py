@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 from tiny import make_config
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.parallel import initialize
@@ -29,7 +29,7 @@ def tensors_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
     return found
 
 
-def read_and_send(config: AnyMALConfig) -> dict[str, bool]:
+def read_and_send(config: RunConfig) -> dict[str, bool]:
     """Send two steps' micro-batches while the card is kept busy, and compare."""
     layout = initialize(config)
     data = build(config, layout).train_data

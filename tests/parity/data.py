@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tiny import LLAMA, SPECIAL, flac, make_config, make_conversations, make_shards, modalities, npy, png
 
-from megatron_anymal.config import AnyMALConfig, EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig, RunConfig
 from parity.layouts import LAYERS
 
 # Kinds of the samples, in turn.
@@ -59,7 +59,7 @@ def make_parity_shards(folder: Path, tokenizer: str, job: str, media: str) -> st
     return make_conversations(folder, tokenizer, count, MEDIA[media], pairs=job == "dpo", makers=_MAKERS)
 
 
-def parity_config(shards: str, tokenizer: str, job: str, media: str) -> AnyMALConfig:
+def parity_config(shards: str, tokenizer: str, job: str, media: str) -> RunConfig:
     """One process, fp32, over a Llama of LAYERS layers with the modalities that the data have."""
     config = make_config(shards, tokenizer, Path("unused"))
     config.job = job

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from megatron_anymal.config import AnyMALConfig, NeftuneConfig
+from megatron_anymal.config import NeftuneConfig, RunConfig
 
 MOST_PROCESSES = 8
 # Of parity.data.
@@ -122,7 +122,7 @@ class Layout:
             and (self.trains == "lora" or self.job != "dpo")
         )
 
-    def applied(self, base: AnyMALConfig) -> AnyMALConfig:
+    def applied(self, base: RunConfig) -> RunConfig:
         """The configuration of a run under this layout."""
         config = copy.deepcopy(base)
         config.trainer.devices = self.processes

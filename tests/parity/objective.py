@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from megatron_anymal.config import AnyMALConfig, DpoConfig
+from megatron_anymal.config import DpoConfig, RunConfig
 from parity.samples import Sample
 
 
-def backward(model: nn.Module, config: AnyMALConfig, batch: Sequence[Sample], reference: nn.Module | None) -> float:
+def backward(model: nn.Module, config: RunConfig, batch: Sequence[Sample], reference: nn.Module | None) -> float:
     """Set the gradients of a batch's loss; returns the loss.
 
     Args:

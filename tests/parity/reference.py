@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_anymal.config import AnyMALConfig, ProjectorConfig
+from megatron_anymal.config import ProjectorConfig, RunConfig
 from megatron_anymal.modalities import build_modality, load_plugins
 from megatron_anymal.model.encoders import build_encoder
 from megatron_anymal.model.neftune import neftune_noise
@@ -48,7 +48,7 @@ class Trace:
 
 
 def run_reference(
-    config: AnyMALConfig,
+    config: RunConfig,
     weights: Mapping[str, Any],
     trainable: Collection[str],
     steps: int,
@@ -81,7 +81,7 @@ class Reference(nn.Module):
 
     def __init__(
         self,
-        config: AnyMALConfig,
+        config: RunConfig,
         hf: LlamaConfig,
         weights: Mapping[str, Any],
         trainable: Collection[str] = (),
@@ -260,7 +260,7 @@ class AdamW:
     As in megatron-core, weights of one dimension and biases do not decay.
     """
 
-    def __init__(self, config: AnyMALConfig, parameters: Mapping[str, nn.Parameter]):
+    def __init__(self, config: RunConfig, parameters: Mapping[str, nn.Parameter]):
         self.parameters = dict(parameters)
         self._optim, self._max_norm = config.model.optim, config.trainer.gradient_clip_val
         self._first = {name: torch.zeros_like(p) for name, p in self.parameters.items()}

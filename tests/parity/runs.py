@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from ranks import run_ranks
 
 import megatron_anymal.model.build as model_build
-from megatron_anymal.config import AnyMALConfig, LoraConfig
+from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights
 from megatron_anymal.parallel import initialize
@@ -75,7 +75,7 @@ class Difference:
 
 
 def run_layout(
-    base: AnyMALConfig, layout: Layout, count: int, before: Callable[[], None] | None = None, timeout: float = 240.0
+    base: RunConfig, layout: Layout, count: int, before: Callable[[], None] | None = None, timeout: float = 240.0
 ) -> EngineRun:
     """Train `count` steps under a layout, in processes of their own.
 
@@ -87,7 +87,7 @@ def run_layout(
         return run_ranks(layout.processes, _run, config, layout.trains == "partial", count, before, timeout=timeout)[0]
 
 
-def configured(base: AnyMALConfig, layout: Layout) -> AnyMALConfig:
+def configured(base: RunConfig, layout: Layout) -> RunConfig:
     """The configuration of a run under a layout, with what it trains."""
     config = layout.applied(base)
     config.model.language_model.freeze = layout.trains != "full"
@@ -99,7 +99,7 @@ def configured(base: AnyMALConfig, layout: Layout) -> AnyMALConfig:
     return config
 
 
-def _run(config: AnyMALConfig, partial: bool, count: int, before: Callable[[], None] | None) -> EngineRun | None:
+def _run(config: RunConfig, partial: bool, count: int, before: Callable[[], None] | None) -> EngineRun | None:
     if partial:
         _train_a_part()
     if before is not None:
@@ -120,7 +120,7 @@ def _run(config: AnyMALConfig, partial: bool, count: int, before: Callable[[], N
         data.planner, data.reader, replica=replica, start=0, stop=count, num_workers=0, prefetch_steps=1
     ):
         losses.append(train_step(state, plan, batches).loss)
-    state.settle()
+    state.wait_for_param_gather()
     end = gather_weights(state.models)
     if start is None or end is None:
         return None
@@ -132,7 +132,7 @@ def _train_a_part() -> None:
     """Let the queries, keys and values and the norms before them train, as an adapter method would."""
     freeze = model_build._freeze
 
-    def freeze_most(model: Any, config: AnyMALConfig) -> None:
+    def freeze_most(model: Any, config: RunConfig) -> None:
         freeze(model, config)
         for name, parameter in model.language_model.named_parameters():
             if "linear_qkv" in name or "input_layernorm" in name:

@@ -10,7 +10,7 @@ from replicas import replica_data
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.records import PlannedMicroBatch
 
 
@@ -33,7 +33,7 @@ class Sample:
     document: int = 0
 
 
-def read_steps(config: AnyMALConfig, steps: int) -> Iterator[list[Sample]]:
+def read_steps(config: RunConfig, steps: int) -> Iterator[list[Sample]]:
     """The global batches of the steps [0, steps) of a run, whatever its layout; of a pair first the chosen document.
 
     Raises:
@@ -60,7 +60,7 @@ def read_steps(config: AnyMALConfig, steps: int) -> Iterator[list[Sample]]:
         yield batch
 
 
-def _one_process(config: AnyMALConfig) -> AnyMALConfig:
+def _one_process(config: RunConfig) -> RunConfig:
     config = copy.deepcopy(config)
     config.trainer.num_nodes = config.trainer.devices = 1
     model = config.model

@@ -11,7 +11,7 @@ from engine import train
 from ranks import run_ranks
 from tiny import make_tokenizer
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from parity.data import make_parity_shards, parity_config
 from parity.layouts import Layout
 from parity.planted import Bug
@@ -26,7 +26,7 @@ class Suite:
         """Keep data in `folder`."""
         self.folder, self.steps = folder, steps
         self._tokenizer = make_tokenizer(folder / "tokenizer")
-        self._data: dict[tuple[str, str], AnyMALConfig] = {}
+        self._data: dict[tuple[str, str], RunConfig] = {}
         self._clean: dict[Layout, Difference] = {}
         self._references: dict[Layout, tuple[EngineRun, Trace]] = {}
 
@@ -55,7 +55,7 @@ class Suite:
             self._references[alone] = one, run_reference(wanted, one.start, one.trainable, self.steps)
         return self._references[alone]
 
-    def _config(self, layout: Layout) -> AnyMALConfig:
+    def _config(self, layout: Layout) -> RunConfig:
         """What a layout reads, and what it starts from."""
         key = layout.job, layout.media
         if key not in self._data:
@@ -77,6 +77,6 @@ class Suite:
         return str(folder)
 
 
-def _train_quietly(config: AnyMALConfig) -> None:
+def _train_quietly(config: RunConfig) -> None:
     with redirect_stdout(io.StringIO()):
         train(config)

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from tiny import make_config, make_shards
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.model.hf_llama import from_hf
 from megatron_anymal.model.unsharded_weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize
@@ -64,7 +64,7 @@ def test_its_llama_is_that_of_transformers(name: str) -> None:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     names = [n for n in ours_of(hf) if not (hf.tie_word_embeddings and "output_layer" in n)]
     weights = {n: from_hf(n, hf, theirs.get_parameter) for n in names}
-    ours = Reference(AnyMALConfig(), hf, weights, names, torch.float64)
+    ours = Reference(RunConfig(), hf, weights, names, torch.float64)
 
     tokens = torch.randint(0, hf.vocab_size, (40,))
     labels, mask = tokens.roll(-1), (torch.rand(40) < 0.7).float()
@@ -75,7 +75,7 @@ def test_its_llama_is_that_of_transformers(name: str) -> None:
     assert relative(ours(sample).detach().numpy(), logits.detach().numpy()) < 1e-6
     wanted = torch.nn.functional.cross_entropy(logits, torch.where(mask > 0, labels, -100))
     wanted.backward()
-    assert backward(ours, AnyMALConfig(), [sample], None) == pytest.approx(wanted.item(), rel=1e-6)
+    assert backward(ours, RunConfig(), [sample], None) == pytest.approx(wanted.item(), rel=1e-6)
     gradients: dict[str, Any] = {n: p.grad for n, p in theirs.named_parameters()}
     for n, parameter in ours.named_parameters():
         assert parameter.grad is not None
@@ -92,7 +92,7 @@ def ours_of(hf: LlamaConfig) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> AnyMALConfig:
+def base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> RunConfig:
     """Images, sounds, motion, an image with a sound, and text alone."""
     folder = tmp_path_factory.mktemp("reference")
     shards = make_shards(folder / "shards", tokenizer_folder, 40, ("image", "audio", "imu", "mixed", "text"))
@@ -106,30 +106,30 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> Any
     return config
 
 
-def trained_llama(config: AnyMALConfig) -> None:
+def trained_llama(config: RunConfig) -> None:
     config.model.language_model.freeze = False
 
 
-def tied_head(config: AnyMALConfig) -> None:
+def tied_head(config: RunConfig) -> None:
     trained_llama(config)
     config.model.language_model.config["tie_word_embeddings"] = True
 
 
-def weight_decay(config: AnyMALConfig) -> None:
+def weight_decay(config: RunConfig) -> None:
     trained_llama(config)
     config.model.optim.weight_decay = 0.3
 
 
-def no_clipping(config: AnyMALConfig) -> None:
+def no_clipping(config: RunConfig) -> None:
     trained_llama(config)
     config.trainer.gradient_clip_val = 0.0
 
 
-def batches_without_some_modalities(config: AnyMALConfig) -> None:
+def batches_without_some_modalities(config: RunConfig) -> None:
     config.model.global_batch_size = 2
 
 
-CASES: dict[str, Callable[[AnyMALConfig], None]] = {
+CASES: dict[str, Callable[[RunConfig], None]] = {
     "frozen": lambda config: None,
     "trained": trained_llama,
     "tied-head": tied_head,
@@ -146,7 +146,7 @@ def whole(state: TrainState) -> dict[str, np.ndarray]:
     return {name: w.numpy().copy() for name, w in weights.items()}
 
 
-def run_engine(config: AnyMALConfig) -> tuple[dict[str, np.ndarray], Trace]:
+def run_engine(config: RunConfig) -> tuple[dict[str, np.ndarray], Trace]:
     """In a rank: all whole weights at the start, and what the engine did."""
     state = build(config, initialize(config))
     start, losses = whole(state), []
@@ -170,7 +170,7 @@ def run_engine(config: AnyMALConfig) -> tuple[dict[str, np.ndarray], Trace]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_engine_on_one_process_is_the_reference(base: AnyMALConfig, case: str) -> None:
+def test_the_engine_on_one_process_is_the_reference(base: RunConfig, case: str) -> None:
     config = copy.deepcopy(base)
     CASES[case](config)
     start, engine = run_ranks(1, run_engine, config)[0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_anymal import backend
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 
 H100 = backend.Capabilities(("H100",), (9, 0), "", "it is not installed", "2.8", False, False, "", True, True)
 CPU = dataclasses.replace(H100, cuda_devices=(), compute_capability=None, fp8=False)
@@ -23,9 +23,9 @@ def machine(monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities) -> Non
     monkeypatch.setattr(backend, "_version", lambda name: found.flash_attn if name == "flash-attn" else "")
 
 
-def config_with(**model: Any) -> AnyMALConfig:
+def config_with(**model: Any) -> RunConfig:
     """The defaults but for some of `model`."""
-    config = AnyMALConfig()
+    config = RunConfig()
     config.trainer.precision = model.pop("precision", "bf16")
     for key, value in model.items():
         setattr(config.model, key, value)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.preflight import node_checks as checks
@@ -38,7 +38,7 @@ _SKEW = 2.0
 
 
 @dataclass(frozen=True)
-class Place:
+class JobPosition:
     """Where a process stands in its job."""
 
     rank: int = 0
@@ -48,18 +48,18 @@ class Place:
     name: str = ""
 
     @staticmethod
-    def of(environment: Mapping[str, str]) -> Place:
+    def of(environment: Mapping[str, str]) -> JobPosition:
         """torchrun's variables, else those of Slurm's tasks, else one process alone."""
         here = environment.get("SLURMD_NODENAME", socket.gethostname())
         if "RANK" in environment:
             keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
             rank, world, local_rank, per_node = (int(environment[key]) for key in keys)
-            return Place(rank, world, local_rank, per_node, here)
+            return JobPosition(rank, world, local_rank, per_node, here)
         if "SLURM_PROCID" in environment:
             keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES")
             rank, world, local_rank, nodes = (int(environment[key]) for key in keys)
-            return Place(rank, world, local_rank, world // nodes, here)
-        return Place(name=here)
+            return JobPosition(rank, world, local_rank, world // nodes, here)
+        return JobPosition(name=here)
 
     @property
     def leads(self) -> bool:
@@ -77,14 +77,14 @@ def main(argv: Sequence[str]) -> int:
             print(config.run_dir.absolute())
             return Exit.DONE
         names = [name for name in arguments.nodes.split(",") if name]
-        preflight = Preflight(config, Place.of(os.environ), names, arguments.timeout)
+        preflight = Preflight(config, JobPosition.of(os.environ), names, arguments.timeout)
         return preflight.run(arguments.address, arguments.port)
     except (ConfigError, Unreachable) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         return Exit.MISTAKE
 
 
-def read_config(arguments: argparse.Namespace) -> AnyMALConfig:
+def read_config(arguments: argparse.Namespace) -> RunConfig:
     """The run's configuration.
 
     Raises:
@@ -111,7 +111,7 @@ class Preflight:
         seconds: time limit of the whole.
     """
 
-    def __init__(self, config: AnyMALConfig, place: Place, names: Sequence[str], seconds: float) -> None:
+    def __init__(self, config: RunConfig, place: JobPosition, names: Sequence[str], seconds: float) -> None:
         self.config, self.place, self.seconds = config, place, seconds
         self.names = list(names)
         self.began = time.monotonic()

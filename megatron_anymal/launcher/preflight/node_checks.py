@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.resilience.exit_codes import is_users
 
 # Each node writes one file into it, named after itself.
@@ -26,10 +26,10 @@ class Problem:
     # software, files, run folder, disk, GPU, network or clock.
     check: str
     text: str
-    mend: str
+    fix: str
 
     def __str__(self) -> str:
-        return f"{self.check}: {self.text}. Mend: {self.mend}"
+        return f"{self.check}: {self.text}. Mend: {self.fix}"
 
 
 def within(seconds: float, check: str, look: Callable[[], list[Problem]]) -> list[Problem]:
@@ -62,13 +62,13 @@ def in_time(seconds: float, check: str, look: Callable[[], list[Problem]]) -> Op
     return found[0] if found else None
 
 
-def software(config: AnyMALConfig) -> list[Problem]:
+def software(config: RunConfig) -> list[Problem]:
     """What the doctor finds missing, and what this machine cannot run of the configuration."""
     from megatron_anymal import backend, environment
 
     wrong = [finding for finding in environment.examine() if finding.required and finding.state != environment.OK]
     if wrong:
-        return [Problem("software", f"{one.part} {one.version}: {one.state}", one.mend) for one in wrong]
+        return [Problem("software", f"{one.part} {one.version}: {one.state}", one.fix) for one in wrong]
     try:
         backend.check_backend(config)
     except ConfigError as error:
@@ -80,7 +80,7 @@ def software(config: AnyMALConfig) -> list[Problem]:
     return []
 
 
-def files(config: AnyMALConfig) -> list[Problem]:
+def files(config: RunConfig) -> list[Problem]:
     """Folders of the configuration that cannot be read here. Addresses such as s3://... are left to the run."""
     found = []
     for key, path in _inputs(config):
@@ -91,7 +91,7 @@ def files(config: AnyMALConfig) -> list[Problem]:
     return found
 
 
-def _inputs(config: AnyMALConfig) -> Iterator[tuple[str, str]]:
+def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
     model, data = config.model, config.data
     yield "model.language_model.path", model.language_model.path
     yield "model.language_model.checkpoint", model.language_model.checkpoint

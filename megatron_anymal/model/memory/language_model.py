@@ -287,7 +287,7 @@ def peak(stage: int, stages: int, micro_batches: int, parts: Sequence[int]) -> t
 
 
 @dataclass(frozen=True)
-class Part:
+class PipelineChunk:
     """A model part of a rank.
 
     Attributes:
@@ -300,7 +300,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class MediaBytes:
+class MediaMemory:
     """What encoders and projectors add on the first stage (media_memory.py).
 
     Attributes:
@@ -329,11 +329,11 @@ class RunSizes:
 
     llama: LlamaSizes
     pack: Pack
-    stages: tuple[tuple[Part, ...], ...]
+    stages: tuple[tuple[PipelineChunk, ...], ...]
     micro_batches: int
     optimizer_bytes: int
     sharers: int
-    media: MediaBytes = field(default_factory=MediaBytes)
+    media: MediaMemory = field(default_factory=MediaMemory)
     reference: bool = False
 
 

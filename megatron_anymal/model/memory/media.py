@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from megatron_anymal.config import ModalityConfig, ProjectorConfig
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.build import seeded_encoder
-from megatron_anymal.model.memory.language_model import MediaBytes
+from megatron_anymal.model.memory.language_model import MediaMemory
 from megatron_anymal.model.meta_device import on_meta
 
 # Numbers per feature and its width that a frozen encoder has in use at once: a layer's input, its feed-forward's hidden
@@ -97,7 +97,7 @@ def media_bytes(
     tensor: int,
     context: int,
     number: int,
-) -> MediaBytes:
+) -> MediaMemory:
     """What all modalities add to a rank of the first stage.
 
     Micro-batches differ in their media; one counts whose tokens are all soft tokens of the costliest modality.
@@ -122,7 +122,7 @@ def media_bytes(
         in_use = call * _ENCODER_WORKING * number * encoder.features * encoder.width
         # fp32 pieces of two micro-batches, and all features.
         working.append(in_use + 2 * 4 * own * encoder.piece + number * projected * encoder.features * encoder.width)
-    return MediaBytes(frozen, trainable, max(kept), max(working))
+    return MediaMemory(frozen, trainable, max(kept), max(working))
 
 
 def projector_parameters(config: ProjectorConfig, features: int, width: int, hidden: int, tensor: int) -> int:

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig, ModalityConfig
+from megatron_anymal.config import ConfigError, DatasetConfig, ModalityConfig, RunConfig
 from megatron_anymal.config.validation import check
 
 
-def with_rules(**rules: Any) -> AnyMALConfig:
-    config = AnyMALConfig()
+def with_rules(**rules: Any) -> RunConfig:
+    config = RunConfig()
     config.model.language_model.config = {"hidden_size": 64}
     config.model.modalities = {"image": ModalityConfig(placeholder="<a>")}
     config.model.modalities["image"].encoder.type = "clip"

@@ -15,7 +15,7 @@ from checkpoint_tools.exporting import model_files
 from checkpoint_tools.exporting.model_files import write_llama_files
 from checkpoint_tools.importing import llama as importing
 from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.tokenizer import Tokenizer
 
 TEXTS = ["What is <s>this</s>?\n\n  A cat, 1234.", "<|eot_id|> é 日本", "one two"]
@@ -25,7 +25,7 @@ def exported(tokenizer: str, out: Path) -> Path:
     """What an export of a Llama holds beside its weights."""
     import torch
 
-    config = AnyMALConfig()
+    config = RunConfig()
     config.data.tokenizer = tokenizer
     out.mkdir()
     write_llama_files(out, config, LlamaConfig(**LLAMA), {"w": (torch.bfloat16, (1,))})
@@ -44,7 +44,7 @@ def test_a_tokenizer_of_any_files_is_written_whole(name: str, tmp_path: Path) ->
         assert found.encode(text) == run.encode(text)
     assert json.loads((out / "generation_config.json").read_text())["bos_token_id"] == run.begin
     if name != "dropout":
-        config = AnyMALConfig()
+        config = RunConfig()
         assert compare_chat_ids(out, run, config, llama_only=True) == 5
 
 
@@ -96,7 +96,7 @@ def test_another_template_than_training_s_is_refused(
     monkeypatch.setattr(model_files, "chat_template", changed)
     out = exported(source, tmp_path / "out")
     with pytest.raises(ChatIdsError, match=r"the export's own: training makes .* the exported chat template"):
-        compare_chat_ids(out, Tokenizer(source), AnyMALConfig(), llama_only=True)
+        compare_chat_ids(out, Tokenizer(source), RunConfig(), llama_only=True)
 
 
 def test_real_conversations_are_compared(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_anymal import backend, environment
 from megatron_anymal.cli import doctor
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,7 +44,7 @@ def test_foreign_apex_is_recognised_and_not_imported(site):
     assert not backend.capabilities().nvidia_apex
     found = finding("apex")
     assert (found.state, found.version) == (environment.FOREIGN, "0.9.10.dev0")
-    assert found.mend.startswith("pip uninstall -y apex") and "-e '.[apex]'" in found.mend
+    assert found.fix.startswith("pip uninstall -y apex") and "-e '.[apex]'" in found.fix
 
 
 def test_nvidia_apex(site):
@@ -74,8 +74,8 @@ def test_missing_required_part(monkeypatch, capsys):
     assert finding("webdataset").state == environment.MISSING
     assert doctor.main(["--json"]) == 1
     rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["webdataset"]["mend"] == "pip install 'webdataset>=1.0,<2'" and rows["webdataset"]["cost"]
-    assert rows["torch"]["state"] == "ok" and rows["torch"]["mend"] == ""
+    assert rows["webdataset"]["fix"] == "pip install 'webdataset>=1.0,<2'" and rows["webdataset"]["cost"]
+    assert rows["torch"]["state"] == "ok" and rows["torch"]["fix"] == ""
     wanted = {"python", "CUDA", "transformer-engine", "flash-attn", "apex", "nvidia-resiliency-ext", "s3fs", "wandb"}
     assert wanted <= set(rows)
 
@@ -85,7 +85,7 @@ def test_missing_optional_part_does_not_fail(monkeypatch):
     monkeypatch.setattr(environment, "_present", lambda module: module != "s3fs" and present(module))
     monkeypatch.setattr(environment, "_installed_version", lambda name: "" if name == "s3fs" else "1")
     found = finding("s3fs")
-    assert (found.state, found.required, found.mend) == (environment.MISSING, False, "pip install -e '.[s3]'")
+    assert (found.state, found.required, found.fix) == (environment.MISSING, False, "pip install -e '.[s3]'")
 
 
 def test_ranges_are_those_of_setup_py():
@@ -98,7 +98,7 @@ def test_ranges_are_those_of_setup_py():
             name = name.split(operator)[0]
         ranges[name.strip()] = requirement.split("]")[-1].removeprefix(name)
     # Lightning comes with nemo_toolkit, wandb with its logger; apex has no release to name.
-    for part in environment.PARTS:
+    for part in environment.REQUIREMENTS:
         if part.distribution not in ("lightning", "wandb", "apex"):
             assert ranges[part.distribution] == part.versions, part.distribution
         if part.extra not in ("", "wandb"):
@@ -133,7 +133,7 @@ def test_check_backend_refuses(monkeypatch, changes, model, precision, says):
     import dataclasses
 
     monkeypatch.setattr(backend, "capabilities", lambda: dataclasses.replace(FAKE, **changes))
-    config = AnyMALConfig()
+    config = RunConfig()
     config.trainer.precision = precision
     for key, value in model.items():
         setattr(config.model, key, value)
@@ -143,7 +143,7 @@ def test_check_backend_refuses(monkeypatch, changes, model, precision, says):
 
 def test_check_backend_accepts(monkeypatch):
     monkeypatch.setattr(backend, "capabilities", lambda: FAKE)
-    config = AnyMALConfig()
+    config = RunConfig()
     config.model.fp8 = "hybrid"
     backend.check_backend(config)
 
@@ -151,7 +151,7 @@ def test_check_backend_accepts(monkeypatch):
 def test_fp8_is_refused_without_a_card():
     if backend.capabilities().fp8:
         pytest.skip("this machine has FP8")
-    config = AnyMALConfig()
+    config = RunConfig()
     config.model.fp8 = "hybrid"
     with pytest.raises(ConfigError, match=r"model\.fp8=hybrid needs"):
         backend.check_backend(config)

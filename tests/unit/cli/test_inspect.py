@@ -13,7 +13,7 @@ from tiny import SPECIAL, flac, make_config, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from megatron_anymal.cli.inspect import main
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError, MediaPart
 from megatron_anymal.data.shard_index import ShardIndex
@@ -151,7 +151,7 @@ def lengths_and_fill(run_folder: Path, steps: int) -> tuple[np.ndarray, float]:
     """What the engine's own plan says."""
     from megatron_anymal.config.compose import compose
 
-    config: AnyMALConfig = compose("tiny", run_folder, []).config
+    config: RunConfig = compose("tiny", run_folder, []).config
     tokenizer, modalities = build_inputs(config)
     layout = ParallelLayout(None, 0, 1, 0, 1, 0, 1, 0, 1)  # type: ignore[arg-type]
     planner: BatchPlanner = build_data(config, layout, tokenizer, modalities, "train").planner

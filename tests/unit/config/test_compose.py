@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from ranks import run_ranks
 
 from megatron_anymal.__main__ import main
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir, format_config, from_dict, register_schema
 
 SHIPPED = sorted(path.stem for path in default_config_dir().glob("*.yaml"))
@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
 def test_from_dict_is_the_inverse_of_to_dict(folder):
     config = compose("base", folder, []).config
     assert from_dict(config.to_dict()) == config
-    assert from_dict({}) == AnyMALConfig()
+    assert from_dict({}) == RunConfig()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_user_error_is_one_line_and_exit_code_2(folder, argument, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
-def composed_by_hydra_runner(name: str, overrides: list[str]) -> AnyMALConfig:
+def composed_by_hydra_runner(name: str, overrides: list[str]) -> RunConfig:
     """In a process of its own: what NeMo's hydra_runner hands to its task."""
     register_schema()
     sys.argv = ["x", *overrides]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig, ModalityConfig
+from megatron_anymal.config import ConfigError, DatasetConfig, ModalityConfig, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir, from_dict
 from megatron_anymal.config.validation import check, max_time_seconds
 
@@ -38,7 +38,7 @@ TUNING = {
 }
 
 
-def valid() -> AnyMALConfig:
+def valid() -> RunConfig:
     return from_dict(
         {
             "model": {
@@ -178,7 +178,7 @@ def test_valid_config_passes():
     check(valid())
 
 
-def set_value(config: AnyMALConfig, key: str, value: object) -> None:
+def set_value(config: RunConfig, key: str, value: object) -> None:
     *parents, last = key.split(".")
     node = config
     for part in parents:

@@ -15,7 +15,7 @@ from PIL import Image
 from replicas import replica_data
 from tiny import CHAT, SPECIAL, WORDS, make_config, make_shards, make_tokenizer, png
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.data.loader import share_out, steps
 from megatron_anymal.data.records import DataError, MicroBatch, TextPart
@@ -23,7 +23,7 @@ from megatron_anymal.train.build import DataSource
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
 
 
@@ -46,7 +46,7 @@ def by_position(batches: list[MicroBatch]) -> dict[int, tuple[torch.Tensor, torc
     return found
 
 
-def test_labels_are_the_next_token_and_only_answers_are_targets(config: AnyMALConfig) -> None:
+def test_labels_are_the_next_token_and_only_answers_are_targets(config: RunConfig) -> None:
     data = replica_data(config)
     placeholders = {SPECIAL.index(s.placeholder) for s in config.model.modalities.values()}
     targets = 0
@@ -73,7 +73,7 @@ def test_labels_are_the_next_token_and_only_answers_are_targets(config: AnyMALCo
         assert sum(float(p.sum()) for p in padding) == 0
 
 
-def test_documents_lie_one_after_the_other_and_padding_is_a_document(config: AnyMALConfig) -> None:
+def test_documents_lie_one_after_the_other_and_padding_is_a_document(config: RunConfig) -> None:
     config.model.tensor_model_parallel_size, config.model.sequence_parallel = 2, True
     config.trainer.devices = 2
     data = replica_data(config, tensor_size=2)
@@ -92,7 +92,7 @@ def test_documents_lie_one_after_the_other_and_padding_is_a_document(config: Any
             np.testing.assert_array_equal(m.sample_positions[0], owners)
 
 
-def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: AnyMALConfig) -> None:
+def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: RunConfig) -> None:
     data = replica_data(config)
     found = 0
     for m in micro_batches(data, 0) + micro_batches(data, 1):
@@ -123,7 +123,7 @@ def test_soft_tokens_go_to_the_placeholders_in_the_order_of_the_pieces(config: A
 
 
 @pytest.mark.parametrize(("tensor_size", "context_size"), [(3, 1), (1, 2), (2, 4)])
-def test_ranks_share_the_encoding(config: AnyMALConfig, tensor_size: int, context_size: int) -> None:
+def test_ranks_share_the_encoding(config: RunConfig, tensor_size: int, context_size: int) -> None:
     sizes = {"tensor_size": tensor_size, "context_size": context_size}
     plans = replica_data(config, **sizes).planner.plan(0).of_replica(0)
     alone = replica_data(config).reader
@@ -140,7 +140,7 @@ def test_ranks_share_the_encoding(config: AnyMALConfig, tensor_size: int, contex
 
 
 @pytest.mark.parametrize("context_size", [2, 4])
-def test_context_parallel_ranks_hold_all_of_a_pack_once(config: AnyMALConfig, context_size: int) -> None:
+def test_context_parallel_ranks_hold_all_of_a_pack_once(config: RunConfig, context_size: int) -> None:
     plan = replica_data(config, context_size=context_size).planner.plan(0).of_replica(0)[0]
     one = replica_data(config).reader[plan]
     assert all(length % (2 * context_size) == 0 for length in one.document_lengths)
@@ -165,7 +165,7 @@ def test_share_out_is_even(ranks: int, pieces: int) -> None:
     assert len(shares) == ranks and sum(shares) == pieces and max(shares) - min(shares) <= 1
 
 
-def test_a_text_only_micro_batch(text_shards: str, config: AnyMALConfig) -> None:
+def test_a_text_only_micro_batch(text_shards: str, config: RunConfig) -> None:
     config.data.train["mix"].path = text_shards
     data = replica_data(config)
     for m in micro_batches(data, 0):
@@ -255,13 +255,13 @@ def test_unreadable_samples_leave_the_others_as_they_are(tmp_path: Path, tokeniz
             assert int(mask.sum()) == plan.targets[position] == 3
 
 
-def test_a_kind_without_a_modality(config: AnyMALConfig) -> None:
+def test_a_kind_without_a_modality(config: RunConfig) -> None:
     del config.model.modalities["audio"]
     with pytest.raises(DataError, match=r"holds audio.*imu.*model\.modalities\.audio"):
         replica_data(config)
 
 
-def test_another_tokenizer(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_another_tokenizer(config: RunConfig, tmp_path: Path) -> None:
     config.data.tokenizer = make_tokenizer(tmp_path / "copy")
     replica_data(config)
     file = tmp_path / "copy" / "tokenizer.json"
@@ -275,7 +275,7 @@ def test_another_tokenizer(config: AnyMALConfig, tmp_path: Path) -> None:
         replica_data(config)
 
 
-def test_unusable_tokenizers_and_placeholders(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_unusable_tokenizers_and_placeholders(config: RunConfig, tmp_path: Path) -> None:
     config.data.tokenizer = str(tmp_path / "none")
     with pytest.raises(DataError, match="no folder"):
         replica_data(config)
@@ -286,19 +286,19 @@ def test_unusable_tokenizers_and_placeholders(config: AnyMALConfig, tmp_path: Pa
 
 
 @pytest.mark.parametrize("token", ["<|no_such_token|>", SPECIAL[0], SPECIAL[1], *CHAT])
-def test_a_placeholder_must_be_a_reserved_token(config: AnyMALConfig, token: str) -> None:
+def test_a_placeholder_must_be_a_reserved_token(config: RunConfig, token: str) -> None:
     config.model.modalities["image"].placeholder = token
     with pytest.raises(DataError, match=r"model\.modalities\.image\.placeholder"):
         replica_data(config)
 
 
-def test_no_dataset(config: AnyMALConfig) -> None:
+def test_no_dataset(config: RunConfig) -> None:
     config.data.train = {}
     with pytest.raises(DataError, match=r"data\.train\.NAME\.path"):
         replica_data(config)
 
 
-def test_datasets_mix_by_weight(config: AnyMALConfig, text_shards: str) -> None:
+def test_datasets_mix_by_weight(config: RunConfig, text_shards: str) -> None:
     config.data.train["text"] = DatasetConfig(path=text_shards, weight=3.0)
     planner = replica_data(config).planner
     dataset = np.concatenate([planner.plan(step).dataset for step in range(128)])
@@ -306,7 +306,7 @@ def test_datasets_mix_by_weight(config: AnyMALConfig, text_shards: str) -> None:
     assert planner.key(1, 0) == "text/text-00000"
 
 
-def test_fingerprint_changes_with_what_decides_the_samples(config: AnyMALConfig, text_shards: str) -> None:
+def test_fingerprint_changes_with_what_decides_the_samples(config: RunConfig, text_shards: str) -> None:
     def fingerprint(**changes: Any) -> str:
         for name, value in changes.items():
             setattr(config.model, name, value)
@@ -322,7 +322,7 @@ def test_fingerprint_changes_with_what_decides_the_samples(config: AnyMALConfig,
     assert fingerprint() == prints[-1] == replica_data(config, 3).planner.fingerprint()
 
 
-def test_no_steps(config: AnyMALConfig) -> None:
+def test_no_steps(config: RunConfig) -> None:
     data = replica_data(config)
     assert list(steps(data.planner, data.reader, replica=0, start=3, stop=3, num_workers=0, prefetch_steps=1)) == []
 

@@ -14,12 +14,12 @@ from replicas import replica_data
 from tiny import make_config
 
 from megatron_anymal.checkpoint.run_lock import RunLock
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.safetensors_io import HashedFile
 
 
-def read(config: AnyMALConfig, workers: int) -> list[torch.Tensor]:
+def read(config: RunConfig, workers: int) -> list[torch.Tensor]:
     """All tokens and media of four steps."""
     data = replica_data(config)
     found = []
@@ -31,7 +31,7 @@ def read(config: AnyMALConfig, workers: int) -> list[torch.Tensor]:
     return found
 
 
-def read_beside_threads(config: AnyMALConfig, folder: Path) -> bool:
+def read_beside_threads(config: RunConfig, folder: Path) -> bool:
     """In a rank: whether workers that start again and again read what this process reads."""
     torch.set_num_threads(4)
     large = torch.ones(512, 512)

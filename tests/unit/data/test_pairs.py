@@ -14,7 +14,7 @@ from replicas import replica_data
 from tiny import SPECIAL, make_config, make_conversations, make_shards, png
 from torch import Tensor
 
-from megatron_anymal.config import AnyMALConfig, DatasetConfig
+from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.loader import steps
@@ -43,7 +43,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> 
 
 
 @pytest.fixture
-def config(folders: dict[str, str], tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(folders: dict[str, str], tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     """Pairs alone."""
     config = make_config(folders["preference"], tokenizer_folder, tmp_path / "run")
     config.data.seq_length = 192
@@ -51,7 +51,7 @@ def config(folders: dict[str, str], tokenizer_folder: str, tmp_path: Path) -> An
 
 
 @pytest.fixture
-def mixed(folders: dict[str, str], config: AnyMALConfig) -> AnyMALConfig:
+def mixed(folders: dict[str, str], config: RunConfig) -> RunConfig:
     """All kinds, so that pairs and other samples lie in one pack."""
     config.data.train = {name: DatasetConfig(path=path) for name, path in folders.items()}
     return config
@@ -65,7 +65,7 @@ def micro_batches(data: DataSource, count: int) -> Iterator[MicroBatch]:
             yield batch
 
 
-def expected(config: AnyMALConfig, data: DataSource, sample: PlannedSample) -> list[tuple[list[int], list[bool]]]:
+def expected(config: RunConfig, data: DataSource, sample: PlannedSample) -> list[tuple[list[int], list[bool]]]:
     """Tokens and targets of each of a sample's documents, straight from its text."""
     placeholders = {name: SPECIAL.index(section.placeholder) for name, section in config.model.modalities.items()}
     soft = [m.pieces * config.model.modalities[m.modality].projector.num_tokens for m in sample.media]
@@ -78,7 +78,7 @@ def expected(config: AnyMALConfig, data: DataSource, sample: PlannedSample) -> l
     return documents
 
 
-def test_documents_of_a_pair_lie_side_by_side(mixed: AnyMALConfig) -> None:
+def test_documents_of_a_pair_lie_side_by_side(mixed: RunConfig) -> None:
     data = replica_data(mixed)
     together = 0
     for batch in micro_batches(data, 6):
@@ -120,7 +120,7 @@ def places(batch: MicroBatch, name: str, placeholder: int, per_piece: int) -> tu
     return where, which
 
 
-def test_media_of_a_pair_are_encoded_once_for_both_documents(mixed: AnyMALConfig) -> None:
+def test_media_of_a_pair_are_encoded_once_for_both_documents(mixed: RunConfig) -> None:
     data = replica_data(mixed)
     shared = 0
     for batch in micro_batches(data, 6):
@@ -140,7 +140,7 @@ def test_media_of_a_pair_are_encoded_once_for_both_documents(mixed: AnyMALConfig
     assert shared > 5
 
 
-def test_the_pieces_are_those_of_the_media(config: AnyMALConfig) -> None:
+def test_the_pieces_are_those_of_the_media(config: RunConfig) -> None:
     data = replica_data(config)
     found = 0
     for batch in micro_batches(data, 2):
@@ -159,7 +159,7 @@ def test_the_pieces_are_those_of_the_media(config: AnyMALConfig) -> None:
 
 
 @pytest.mark.parametrize("context_size", [2, 4])
-def test_context_parallel_ranks_share_pairs(mixed: AnyMALConfig, context_size: int) -> None:
+def test_context_parallel_ranks_share_pairs(mixed: RunConfig, context_size: int) -> None:
     readers = [replica_data(mixed, context_rank=rank, context_size=context_size) for rank in range(context_size)]
     alone, multiple = replica_data(mixed).reader, 2 * context_size
     for plan in readers[0].planner.plan(0).of_replica(0):
@@ -185,7 +185,7 @@ def test_context_parallel_ranks_share_pairs(mixed: AnyMALConfig, context_size: i
                 assert sorted(soft[name]) == list(zip(*wanted))
 
 
-def test_a_gradient_reaches_the_one_encoding_from_both_documents(config: AnyMALConfig) -> None:
+def test_a_gradient_reaches_the_one_encoding_from_both_documents(config: RunConfig) -> None:
     from megatron_anymal.model.embedding_merge import merge
 
     [plan, *_] = replica_data(config).planner.plan(0).of_replica(0)
@@ -221,7 +221,7 @@ def contents(data: DataSource, step: int, replicas: int) -> dict[int, tuple[Any,
     return found
 
 
-def test_layouts_read_the_same_pairs(config: AnyMALConfig) -> None:
+def test_layouts_read_the_same_pairs(config: RunConfig) -> None:
     one = replica_data(config)
     longest = max(int(one.planner.plan(step).length.max()) for step in range(3))
     config.data.seq_length = longest
@@ -236,7 +236,7 @@ def test_layouts_read_the_same_pairs(config: AnyMALConfig) -> None:
         assert plans[1].padded_length <= longest
 
 
-def test_workers_hand_pairs_on(config: AnyMALConfig) -> None:
+def test_workers_hand_pairs_on(config: RunConfig) -> None:
     data = replica_data(config)
     runs = [
         list(steps(data.planner, data.reader, replica=0, start=0, stop=2, num_workers=workers, prefetch_steps=1))

@@ -23,7 +23,7 @@ from tiny import LLAMA, make_config
 from transformers import CLIPVisionConfig
 
 from megatron_anymal.__main__ import main
-from megatron_anymal.config import AnyMALConfig, ConfigError, DatasetConfig
+from megatron_anymal.config import ConfigError, DatasetConfig, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.data.records import DataError
 from megatron_anymal.dry_run.report import render
@@ -35,12 +35,12 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def tiny(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def tiny(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     """Three modalities on a Llama of four layers; the IMU encoder and the projectors train."""
     return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
 
 
-def laid_out(config: AnyMALConfig, world: int, **options: Any) -> AnyMALConfig:
+def laid_out(config: RunConfig, world: int, **options: Any) -> RunConfig:
     config = copy.deepcopy(config)
     config.trainer.devices = world
     for name, value in options.items():
@@ -86,7 +86,7 @@ def counts(stage: Stage) -> list[tuple[tuple[int, ...], int, int]]:
     return [(part.layers, part.parameters, part.trainable) for part in stage.parts]
 
 
-def test_one_process(tiny: AnyMALConfig) -> None:
+def test_one_process(tiny: RunConfig) -> None:
     found = examine(tiny)
     (stage,) = found.stages
     (part,) = stage.parts
@@ -102,7 +102,7 @@ def test_one_process(tiny: AnyMALConfig) -> None:
     assert found.notes == [] and found.missing == []
 
 
-def test_tensor_parallel_with_a_padded_vocabulary(tiny: AnyMALConfig) -> None:
+def test_tensor_parallel_with_a_padded_vocabulary(tiny: RunConfig) -> None:
     tiny.model.language_model.config["vocab_size"] = 33
     found = examine(laid_out(tiny, 4, tensor_model_parallel_size=2, sequence_parallel=True))
     everything, trains = media(2)
@@ -116,7 +116,7 @@ def test_tensor_parallel_with_a_padded_vocabulary(tiny: AnyMALConfig) -> None:
     assert found.stages[0].optimizer_bytes == 8 * trains // 2
 
 
-def test_uneven_stages(tiny: AnyMALConfig) -> None:
+def test_uneven_stages(tiny: RunConfig) -> None:
     layout = {"pipeline_model_parallel_size": 2, "num_layers_in_first_pipeline_stage": 1}
     first, second = examine(laid_out(tiny, 6, **layout)).stages
     everything, trains = media(1)
@@ -127,7 +127,7 @@ def test_uneven_stages(tiny: AnyMALConfig) -> None:
     assert second.parts[0].besides == ("head",)
 
 
-def test_virtual_stages_and_context(tiny: AnyMALConfig) -> None:
+def test_virtual_stages_and_context(tiny: RunConfig) -> None:
     layout = {
         "pipeline_model_parallel_size": 2,
         "virtual_pipeline_model_parallel_size": 2,
@@ -145,12 +145,12 @@ def test_virtual_stages_and_context(tiny: AnyMALConfig) -> None:
     assert (first.ranks, second.ranks) == (range(0, 2), range(2, 4))
 
 
-def test_without_the_distributed_optimizer_every_rank_holds_all(tiny: AnyMALConfig) -> None:
+def test_without_the_distributed_optimizer_every_rank_holds_all(tiny: RunConfig) -> None:
     tiny.model.ddp.use_distributed_optimizer = False
     assert examine(laid_out(tiny, 2)).stages[0].optimizer_bytes == 8 * media(1)[1]
 
 
-def test_a_tied_head_counts_once(tiny: AnyMALConfig) -> None:
+def test_a_tied_head_counts_once(tiny: RunConfig) -> None:
     tiny.model.language_model.config["tie_word_embeddings"] = True
     tiny.model.language_model.freeze = False
     whole = llama_layers(4, 1) + table(32, 1) + 32 + media(1)[0]
@@ -162,7 +162,7 @@ def test_a_tied_head_counts_once(tiny: AnyMALConfig) -> None:
     assert two.weights == one.weights
 
 
-def held(config: AnyMALConfig) -> dict[str, Any]:
+def held(config: RunConfig) -> dict[str, Any]:
     """In a rank: what a really built run holds, after one step."""
     layout: ParallelLayout = initialize(config)
     state: TrainState = build(config, layout)
@@ -203,7 +203,7 @@ BUILT: dict[str, tuple[int, str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", BUILT)
-def test_a_built_run_holds_what_was_said(name: str, tiny: AnyMALConfig) -> None:
+def test_a_built_run_holds_what_was_said(name: str, tiny: RunConfig) -> None:
     world, precision, options = BUILT[name]
     tiny.trainer.precision = precision
     config = laid_out(tiny, world, **options)
@@ -233,7 +233,7 @@ def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *overrides: str) -
 
 
 @pytest.fixture
-def folder(tiny: AnyMALConfig, tmp_path: Path) -> Path:
+def folder(tiny: RunConfig, tmp_path: Path) -> Path:
     """A configuration folder with tiny.yaml, as the command line reads it."""
     folder = tmp_path / "configs"
     folder.mkdir()
@@ -298,7 +298,7 @@ def test_what_cannot_work_is_refused(name: str, folder: Path, capsys: pytest.Cap
 
 
 def test_nothing_is_left_behind_or_written(
-    folder: Path, tiny: AnyMALConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+    folder: Path, tiny: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
@@ -313,7 +313,7 @@ def test_nothing_is_left_behind_or_written(
     assert not list((tmp_path / "here").iterdir()) and not Path(tiny.exp_manager.explicit_log_dir).exists()
 
 
-def test_a_failed_build_leaves_nothing_behind(tiny: AnyMALConfig) -> None:
+def test_a_failed_build_leaves_nothing_behind(tiny: RunConfig) -> None:
     tiny.model.modalities["image"].projector.num_attention_heads = 3
     with pytest.raises(ConfigError, match="num_attention_heads=3"):
         examine(tiny)
@@ -321,7 +321,7 @@ def test_a_failed_build_leaves_nothing_behind(tiny: AnyMALConfig) -> None:
     assert len(examine(make_config("data", "tokenizer", Path("run"))).stages) == 1
 
 
-def test_it_plays_no_rank_of_a_real_job(tiny: AnyMALConfig) -> None:
+def test_it_plays_no_rank_of_a_real_job(tiny: RunConfig) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(RuntimeError, match="cannot be one of a job"):
@@ -339,7 +339,7 @@ def test_one_process_of_a_launcher_speaks(
     assert capsys.readouterr().out == ""
 
 
-def test_a_machine_with_cuda_is_left_alone(tiny: AnyMALConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_with_cuda_is_left_alone(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     here = examine(tiny)
     # This build of torch refuses every real call into CUDA.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -353,7 +353,7 @@ def test_a_machine_with_cuda_is_left_alone(tiny: AnyMALConfig, monkeypatch: pyte
     assert there.weights == here.weights
 
 
-def test_what_this_machine_lacks_is_a_note(tiny: AnyMALConfig) -> None:
+def test_what_this_machine_lacks_is_a_note(tiny: RunConfig) -> None:
     tiny.trainer.precision = "bf16"
     plain = examine(tiny)
     tiny.model.fp8, tiny.model.transformer_impl = "hybrid", "transformer_engine"
@@ -364,7 +364,7 @@ def test_what_this_machine_lacks_is_a_note(tiny: AnyMALConfig) -> None:
     assert note in render(found)
 
 
-def test_what_is_not_there_is_listed(tiny: AnyMALConfig, tmp_path: Path, text_shards: str) -> None:
+def test_what_is_not_there_is_listed(tiny: RunConfig, tmp_path: Path, text_shards: str) -> None:
     tiny.data.tokenizer = "nowhere/tokenizer"
     tiny.data.train = {"mix": DatasetConfig("nowhere/mix"), "text": DatasetConfig(text_shards)}
     tiny.data.validation = {"far": DatasetConfig("s3://bucket/far")}
@@ -380,7 +380,7 @@ def test_what_is_not_there_is_listed(tiny: AnyMALConfig, tmp_path: Path, text_sh
     assert "s3://bucket/far was not looked at" in note
 
 
-def test_data_that_is_there_is_checked_and_counted(tiny: AnyMALConfig, tmp_path: Path, text_shards: str) -> None:
+def test_data_that_is_there_is_checked_and_counted(tiny: RunConfig, tmp_path: Path, text_shards: str) -> None:
     tiny.data.train["text"] = DatasetConfig(text_shards, weight=3.0)
     tiny.data.validation = {"text": DatasetConfig(text_shards)}
     found = examine(tiny)
@@ -396,13 +396,13 @@ def test_data_that_is_there_is_checked_and_counted(tiny: AnyMALConfig, tmp_path:
         examine(tiny)
 
 
-def test_no_data_set_at_all_is_refused(tiny: AnyMALConfig) -> None:
+def test_no_data_set_at_all_is_refused(tiny: RunConfig) -> None:
     tiny.data.train = {}
     with pytest.raises(DataError, match="No dataset is configured"):
         examine(tiny)
 
 
-def test_folders_give_their_shape_without_their_weights(tiny: AnyMALConfig, tmp_path: Path) -> None:
+def test_folders_give_their_shape_without_their_weights(tiny: RunConfig, tmp_path: Path) -> None:
     plain = examine(tiny)
     lm, encoder = tiny.model.language_model, tiny.model.modalities["image"].encoder
     (tmp_path / "llama").mkdir()
@@ -448,7 +448,7 @@ class Bands(Encoder):
 """
 
 
-def test_an_encoder_of_a_plug_in(tiny: AnyMALConfig, tmp_path: Path) -> None:
+def test_an_encoder_of_a_plug_in(tiny: RunConfig, tmp_path: Path) -> None:
     (tmp_path / "bands.py").write_text(PLUG_IN)
     (tmp_path / "weights").mkdir()
     tiny.model.plugins = [str(tmp_path / "bands.py")]
@@ -460,7 +460,7 @@ def test_an_encoder_of_a_plug_in(tiny: AnyMALConfig, tmp_path: Path) -> None:
     assert examine(tiny).missing == [("model.modalities.audio.encoder.path", "nowhere/weights")]
 
 
-def test_a_checkpoint_gives_the_llamas_shape(tiny: AnyMALConfig, tmp_path: Path, text_shards: str) -> None:
+def test_a_checkpoint_gives_the_llamas_shape(tiny: RunConfig, tmp_path: Path, text_shards: str) -> None:
     first = copy.deepcopy(tiny)
     first.model.modalities, first.data.train = {}, {"text": DatasetConfig(text_shards)}
     first.model.language_model.freeze = False
@@ -512,7 +512,7 @@ def test_70b_in_an_empty_folder(tmp_path: Path) -> None:
     assert said.endswith("[]\n") and not list(tmp_path.iterdir())
 
 
-def test_a_step_is_shown_for_a_card_that_is_not_here(tiny: AnyMALConfig) -> None:
+def test_a_step_is_shown_for_a_card_that_is_not_here(tiny: RunConfig) -> None:
     tiny.trainer.precision, tiny.model.recompute_granularity = "bf16", "auto"
     unknown = examine(tiny)
     assert any("Give it with model.memory_gb" in note for note in unknown.notes)
@@ -532,7 +532,7 @@ def test_a_step_is_shown_for_a_card_that_is_not_here(tiny: AnyMALConfig) -> None
         examine(tiny)
 
 
-def test_a_named_recompute_is_judged(tiny: AnyMALConfig) -> None:
+def test_a_named_recompute_is_judged(tiny: RunConfig) -> None:
     tiny.model.recompute_granularity, tiny.model.memory_gb = "full", 1e-6
     said = render(examine(tiny))
     assert "recompute full: uniform, 1 layer(s):" in said and "does NOT fit in" in said

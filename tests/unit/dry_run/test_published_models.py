@@ -12,7 +12,7 @@ from torch import nn
 from transformers import ClapConfig, ClapModel, LlamaForCausalLM
 
 import megatron_anymal.model.encoders.imu as imu
-from megatron_anymal.config import AnyMALConfig, ConfigError, EncoderConfig, ModalityConfig
+from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig, RunConfig
 from megatron_anymal.dry_run.published_models import ENCODERS, LLAMAS, assume_shapes
 from megatron_anymal.modalities.architecture import ARCHITECTURES, transformers_config
 from megatron_anymal.model.llama import read_llama_config
@@ -51,14 +51,14 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assumed_llama(folder: str) -> AnyMALConfig:
-    config = AnyMALConfig()
+def assumed_llama(folder: str) -> RunConfig:
+    config = RunConfig()
     config.model.language_model.path = f"nowhere/{folder}"
     return assume_shapes(config)[0]
 
 
 def assumed_encoder(kind: str, folder: str) -> EncoderConfig:
-    config = AnyMALConfig()
+    config = RunConfig()
     config.model.modalities["media"] = ModalityConfig(encoder=EncoderConfig(type=kind, path=f"nowhere/{folder}"))
     return assume_shapes(config)[0].model.modalities["media"].encoder
 
@@ -104,7 +104,7 @@ def test_every_encoder_is_measured() -> None:
 def test_only_folders_that_are_not_there_are_replaced(tmp_path: Path) -> None:
     there = tmp_path / "clip-vit-large-patch14"
     there.mkdir()
-    config = AnyMALConfig()
+    config = RunConfig()
     config.model.language_model.path = "checkpoints/meta-llama-3-8b-INSTRUCT/"
     for name, kind, path in (
         ("image", "clip", str(there)),

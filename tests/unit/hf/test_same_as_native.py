@@ -13,7 +13,7 @@ from tiny import make_config as make_run
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.records import MediaBatch, MicroBatch
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
@@ -23,7 +23,7 @@ from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build_inputs
 
 
-def native(config: AnyMALConfig, rows: list[list[int]], media: dict[str, Tensor]) -> dict[str, Any]:
+def native(config: RunConfig, rows: list[list[int]], media: dict[str, Tensor]) -> dict[str, Any]:
     """In a rank: logits of documents, and the weights of encoders and projectors."""
     layout = initialize(config)
     _, modalities = build_inputs(config)

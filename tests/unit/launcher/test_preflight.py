@@ -19,10 +19,10 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal.checkpoint.run_lock import RunLock
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.dry_run import checkpoint_size
 from megatron_anymal.launcher.preflight import command, network_checks, node_checks
-from megatron_anymal.launcher.preflight.command import Place, Preflight
+from megatron_anymal.launcher.preflight.command import JobPosition, Preflight
 from megatron_anymal.launcher.preflight.node_checks import Problem
 from megatron_anymal.resilience.exit_codes import Exit
 
@@ -30,7 +30,7 @@ GB = 10**9
 
 
 @pytest.fixture
-def config(text_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(text_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     return make_config(text_shards, tokenizer_folder, tmp_path / "run")
 
 
@@ -41,13 +41,13 @@ def free_port() -> int:
 
 
 def play(
-    config: AnyMALConfig,
+    config: RunConfig,
     world: int = 4,
     per_node: int = 2,
     *,
     present: int = 0,
     seconds: float = 60,
-    spoil: Callable[[int, AnyMALConfig], None] = lambda rank, config: None,
+    spoil: Callable[[int, RunConfig], None] = lambda rank, config: None,
 ) -> tuple[set[int], str]:
     """All processes' checks, or those of the first `present`; the codes, and what was printed."""
     names = [f"n{number + 1}" for number in range(world // per_node)]
@@ -57,7 +57,7 @@ def play(
         import os
 
         rank = int(os.environ["RANK"])
-        place = Place(rank, world, rank % per_node, per_node, names[rank // per_node])
+        place = JobPosition(rank, world, rank % per_node, per_node, names[rank // per_node])
         spoil(rank, config)
         # Counting a model's weights takes seconds; a test of its own does it.
         checkpoint_size.bytes_needed = lambda config: 1000  # type: ignore[assignment]
@@ -76,7 +76,7 @@ def errors(said: str) -> list[str]:
 
 
 @pytest.mark.parametrize("place", [".", ".preflight"], ids=["trains", "is-checked"])
-def test_another_job_in_the_folder(config: AnyMALConfig, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_job_in_the_folder(config: RunConfig, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as another task of a job array: it is named, and nothing of its is touched."""
     for name, value in {"JOB_ID": "41", "ARRAY_JOB_ID": "36", "ARRAY_TASK_ID": "2"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -100,7 +100,7 @@ def test_another_job_in_the_folder(config: AnyMALConfig, place: str, monkeypatch
     assert not sign.parent.exists()
 
 
-def test_fit_nodes(config: AnyMALConfig) -> None:
+def test_fit_nodes(config: RunConfig) -> None:
     codes, said = play(config)
     assert codes == {0} and not errors(said), said
     lines = said.splitlines()
@@ -111,7 +111,7 @@ def test_fit_nodes(config: AnyMALConfig) -> None:
     assert not (config.run_dir / node_checks.SIGNS).exists()
 
 
-def test_a_node_that_does_not_come(config: AnyMALConfig) -> None:
+def test_a_node_that_does_not_come(config: RunConfig) -> None:
     began = time.monotonic()
     codes, said = play(config, 3, 1, present=2, seconds=6)
     assert codes == {2} and time.monotonic() - began < 60
@@ -120,15 +120,15 @@ def test_a_node_that_does_not_come(config: AnyMALConfig) -> None:
     assert "not tried" in said and "1 of 3 node(s) not fit" in said
 
 
-def test_unwritable_on_one_node(config: AnyMALConfig) -> None:
+def test_unwritable_on_one_node(config: RunConfig) -> None:
     (config.run_dir / node_checks.SIGNS / "n2").mkdir(parents=True)
     codes, said = play(config, 3, 1)
     (line,) = errors(said)
     assert codes == {2} and line.startswith(f"error: node n2: run folder: {str(config.run_dir)!r} cannot be written")
 
 
-def test_not_the_same_folder(config: AnyMALConfig, tmp_path: Path) -> None:
-    def spoil(rank: int, config: AnyMALConfig) -> None:
+def test_not_the_same_folder(config: RunConfig, tmp_path: Path) -> None:
+    def spoil(rank: int, config: RunConfig) -> None:
         if rank == 1:
             config.exp_manager.explicit_log_dir = str(tmp_path / "its own")
 
@@ -138,8 +138,8 @@ def test_not_the_same_folder(config: AnyMALConfig, tmp_path: Path) -> None:
     assert "does not show what n2 wrote" in said and "does not show what n1, n3 wrote" in said
 
 
-def test_wrong_sums(config: AnyMALConfig) -> None:
-    def spoil(rank: int, config: AnyMALConfig) -> None:
+def test_wrong_sums(config: RunConfig) -> None:
+    def spoil(rank: int, config: RunConfig) -> None:
         real = torch.distributed.all_reduce
 
         def wrong(tensor: torch.Tensor) -> None:
@@ -154,8 +154,8 @@ def test_wrong_sums(config: AnyMALConfig) -> None:
     assert codes == {2} and line.startswith("error: node n2: network: the all-reduce gave 3 wrong sums. Mend: ")
 
 
-def test_all_reduce_that_hangs(config: AnyMALConfig) -> None:
-    def spoil(rank: int, config: AnyMALConfig) -> None:
+def test_all_reduce_that_hangs(config: RunConfig) -> None:
+    def spoil(rank: int, config: RunConfig) -> None:
         if rank == 1:
             torch.distributed.all_reduce = lambda tensor: time.sleep(60)
 
@@ -163,8 +163,8 @@ def test_all_reduce_that_hangs(config: AnyMALConfig) -> None:
     assert codes == {2} and "error: node n2: network: the all-reduce was not done within" in said
 
 
-def test_skewed_clock(config: AnyMALConfig) -> None:
-    def spoil(rank: int, config: AnyMALConfig) -> None:
+def test_skewed_clock(config: RunConfig) -> None:
+    def spoil(rank: int, config: RunConfig) -> None:
         real = time.time
         if rank == 1:
             network_checks.time.time = lambda: real() + 7.0
@@ -175,8 +175,8 @@ def test_skewed_clock(config: AnyMALConfig) -> None:
     assert float(said.splitlines()[2].split()[-3]) == pytest.approx(7.0, abs=0.5)
 
 
-def test_full_disk_and_missing_files(config: AnyMALConfig) -> None:
-    def spoil(rank: int, config: AnyMALConfig) -> None:
+def test_full_disk_and_missing_files(config: RunConfig) -> None:
+    def spoil(rank: int, config: RunConfig) -> None:
         usage = node_checks.shutil.disk_usage("/")
         node_checks.shutil.disk_usage = lambda path: usage._replace(free=999)
         if rank == 1:
@@ -188,9 +188,9 @@ def test_full_disk_and_missing_files(config: AnyMALConfig) -> None:
     assert second.startswith("error: node n2: files: data.tokenizer='/nowhere' is not there. Mend: ")
 
 
-def test_nobody_to_report_to(config: AnyMALConfig) -> None:
+def test_nobody_to_report_to(config: RunConfig) -> None:
     with pytest.raises(network_checks.Unreachable, match=r"node n2: 127\.0\.0\.1:\d+ does not answer within"):
-        Preflight(config, Place(1, 2, 0, 1, "n2"), ["n1", "n2"], 3).run("127.0.0.1", free_port())
+        Preflight(config, JobPosition(1, 2, 0, 1, "n2"), ["n1", "n2"], 3).run("127.0.0.1", free_port())
 
 
 def test_what_hangs_and_what_fails() -> None:
@@ -207,7 +207,7 @@ def test_what_hangs_and_what_fails() -> None:
     assert "Input/output error" in problem.text
 
 
-def test_software(config: AnyMALConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_software(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_anymal import backend, environment
 
     assert node_checks.software(config) == []
@@ -219,7 +219,7 @@ def test_software(config: AnyMALConfig, monkeypatch: pytest.MonkeyPatch) -> None
     optional = environment.Finding("s3fs", "-", environment.MISSING, False, "cost", "pip install s3fs")
     monkeypatch.setattr(environment, "examine", lambda: [missing, optional])
     (problem,) = node_checks.software(config)
-    assert (problem.text, problem.mend) == ("psutil -: missing", "pip install psutil")
+    assert (problem.text, problem.fix) == ("psutil -: missing", "pip install psutil")
 
 
 def test_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,18 +230,18 @@ def test_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert node_checks.gpu(3) == (79 * GB, [])
     free["bytes"] = 60 * GB
     _, (problem,) = node_checks.gpu(3)
-    assert problem.text == "card 3 has 60.00 GB of 80.00 GB free" and "nvidia-smi" in problem.mend
+    assert problem.text == "card 3 has 60.00 GB of 80.00 GB free" and "nvidia-smi" in problem.fix
 
 
 def test_place() -> None:
     slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_NODES": "2"}
-    assert Place.of({**slurm, "SLURMD_NODENAME": "n2"}) == Place(5, 8, 1, 4, "n2")
+    assert JobPosition.of({**slurm, "SLURMD_NODENAME": "n2"}) == JobPosition(5, 8, 1, 4, "n2")
     torchrun = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert Place.of({**torchrun, **slurm}) == Place(3, 4, 1, 2, socket.gethostname())
-    assert Place.of({}) == Place(name=socket.gethostname())
+    assert JobPosition.of({**torchrun, **slurm}) == JobPosition(3, 4, 1, 2, socket.gethostname())
+    assert JobPosition.of({}) == JobPosition(name=socket.gethostname())
 
 
-def test_size_of_checkpoints(config: AnyMALConfig) -> None:
+def test_size_of_checkpoints(config: RunConfig) -> None:
     # Large enough that the numbers outweigh what stands around them in the files.
     projector = config.model.modalities["image"].projector
     projector.num_layers, projector.hidden_size = 4, 128
@@ -259,7 +259,7 @@ def test_size_of_checkpoints(config: AnyMALConfig) -> None:
     assert checkpoint_size.bytes_needed(config) == pytest.approx(real, rel=0.05)
 
 
-def test_command(config: AnyMALConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values: dict[str, Any] = {"defaults": ["anymal", "_self_"], **config.to_dict()}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
     given = [f"--config-path={tmp_path}", "--config-name=tiny"]

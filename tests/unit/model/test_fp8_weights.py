@@ -16,7 +16,7 @@ from torch import nn
 
 from megatron_anymal.checkpoint.state import read_language_model
 from megatron_anymal.checkpoint.store import resolve
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.model.fp8_weights import drop_transposes
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights, load_weights
 from megatron_anymal.parallel import initialize
@@ -56,13 +56,13 @@ def quantize_layers(model: Any) -> list[Quantized]:
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.max_steps = 2
     return config
 
 
-def compare_hashes(config: AnyMALConfig, tp: int) -> list[str]:
+def compare_hashes(config: RunConfig, tp: int) -> list[str]:
     """Hashes of the base: as it is, in FP8, and in FP8 with one byte changed."""
     config.trainer.devices = config.model.tensor_model_parallel_size = tp
     state = build(config, initialize(config))
@@ -80,12 +80,12 @@ def compare_hashes(config: AnyMALConfig, tp: int) -> list[str]:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_its_hash_is_that_of_the_values_it_was_made_from(config: AnyMALConfig, tp: int) -> None:
+def test_its_hash_is_that_of_the_values_it_was_made_from(config: RunConfig, tp: int) -> None:
     for original, quantized, changed in run_ranks(tp, compare_hashes, config, tp):
         assert original == quantized != changed
 
 
-def backward(config: AnyMALConfig) -> list[list[bool]]:
+def backward(config: RunConfig) -> list[list[bool]]:
     """Which weights have a transposed copy, layer by layer while the backward pass runs, and at the end."""
     state = build(config, initialize(config))
     model = state.models[0]
@@ -107,12 +107,12 @@ def backward(config: AnyMALConfig) -> list[list[bool]]:
     return [*seen, [weight.transposed for weight in quantized]]
 
 
-def test_one_transposed_copy_at_a_time(config: AnyMALConfig) -> None:
+def test_one_transposed_copy_at_a_time(config: RunConfig) -> None:
     *during, after = run_ranks(1, backward, config)[0]
     assert len(during) == 16 and all(sum(one) == 1 for one in during) and not any(after)
 
 
-def read_back(config: AnyMALConfig, folder: Path, tp: int) -> dict[str, Any]:
+def read_back(config: RunConfig, folder: Path, tp: int) -> dict[str, Any]:
     """The weights of another random Llama after it took a checkpoint's."""
     config.trainer.devices = config.model.tensor_model_parallel_size = tp
     config.model.seed += 1
@@ -123,7 +123,7 @@ def read_back(config: AnyMALConfig, folder: Path, tp: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_base_read_weight_by_weight(config: AnyMALConfig, tp: int) -> None:
+def test_a_base_read_weight_by_weight(config: RunConfig, tp: int) -> None:
     config.model.language_model.freeze = False
     # Not a multiple of two: other rows pad it under another layout.
     config.model.language_model.config["vocab_size"] = 33
@@ -138,7 +138,7 @@ def scaled(linear: Any) -> None:
     linear.register_forward_hook(lambda module, *ignored: setattr(module, "uses", module.uses + 1))
 
 
-def run_scaled(config: AnyMALConfig) -> dict[str, int]:
+def run_scaled(config: RunConfig) -> dict[str, int]:
     """Train with stand-ins for scaled linears; what each holds at the end."""
     import megatron_anymal.train.build as train_build
 
@@ -168,7 +168,7 @@ def run_scaled(config: AnyMALConfig) -> dict[str, int]:
     return train(config, look)["seen"]
 
 
-def test_its_scaling_continues_with_the_run(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_its_scaling_continues_with_the_run(config: RunConfig, tmp_path: Path) -> None:
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
     whole.trainer.max_steps = 4

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from benchmarks.meters import copies, saved_for_backward, storages, stored_bytes
 from ranks import run_ranks
 from tiny import make_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.meters import copies, saved_for_backward, storages, stored_bytes
-from megatron_anymal.config import AnyMALConfig, ProjectorConfig
+from megatron_anymal.config import ProjectorConfig, RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.records import MediaBatch, MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.attention import document_pack
@@ -68,18 +68,18 @@ def sizes_by_hand(tp: int) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("frozen"))
     config.model.language_model.config["vocab_size"] = VOCAB
     return config
 
 
-def after_steps(config: AnyMALConfig, layout: str, cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+def after_steps(config: RunConfig, layout: str, cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
     """What `after_a_step` finds in each case, one after the other."""
     return [after_a_step(config, layout, *case) for case in cases]
 
 
-def after_a_step(config: AnyMALConfig, layout: str, trains: str, precision: str) -> dict[str, Any]:
+def after_a_step(config: RunConfig, layout: str, trains: str, precision: str) -> dict[str, Any]:
     """Train one step; the bytes of all that this rank stores then."""
     processes, tp, distributed = LAYOUTS[layout]
     config.trainer.devices, config.trainer.precision = processes, precision
@@ -146,7 +146,7 @@ def bytes_by_hand(trainable: Sequence[int], frozen: int, layout: str, precision:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bytes_of_a_rank(config: AnyMALConfig, layout: str) -> None:
+def test_bytes_of_a_rank(config: RunConfig, layout: str) -> None:
     processes, tp, _ = LAYOUTS[layout]
     cases = [(trains, precision) for trains in TRAINABLE for precision in ("32", "bf16")]
     by_hand = sizes_by_hand(tp)
@@ -201,14 +201,14 @@ def layer_by_hand(case: LayerCase) -> dict[str, int]:
     return kept
 
 
-def run_layers(config: AnyMALConfig, cases: Sequence[LayerCase]) -> list[dict[str, Any]]:
+def run_layers(config: RunConfig, cases: Sequence[LayerCase]) -> list[dict[str, Any]]:
     """The bytes that each layer keeps, and the linears whose input is among them."""
     config.model.language_model.config.update(num_hidden_layers=1, num_attention_heads=HEADS, head_dim=D)
     config.model.language_model.config.update(num_key_value_heads=GROUPS)
     return [run_layer(config, case) for case in cases]
 
 
-def run_layer(config: AnyMALConfig, case: LayerCase) -> dict[str, Any]:
+def run_layer(config: RunConfig, case: LayerCase) -> dict[str, Any]:
     config.trainer.devices = config.model.tensor_model_parallel_size = case.tp
     config.model.sequence_parallel = case.sequence_parallel
     layout = initialize(config)
@@ -256,7 +256,7 @@ LAYER_CASES = [
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_layer_keeps_what_its_input_gradient_needs(config: AnyMALConfig, tp: int) -> None:
+def test_a_layer_keeps_what_its_input_gradient_needs(config: RunConfig, tp: int) -> None:
     cases = [case for case in LAYER_CASES if case.tp == tp]
     for rank in run_ranks(tp, run_layers, config, cases):
         for case, found in zip(cases, rank, strict=True):
@@ -268,7 +268,7 @@ def test_a_layer_keeps_what_its_input_gradient_needs(config: AnyMALConfig, tp: i
             assert found["keep their input"] == (set() if case.frozen else {"qkv", "proj", "fc1", "fc2"}), case
 
 
-def soft_token_bytes(config: AnyMALConfig, depths: Sequence[int], freeze: bool) -> list[int]:
+def soft_token_bytes(config: RunConfig, depths: Sequence[int], freeze: bool) -> list[int]:
     """The bytes that encoding and projecting seven pictures keeps, by the encoder's depth."""
     found = []
     for depth in depths:
@@ -291,7 +291,7 @@ def soft_token_bytes(config: AnyMALConfig, depths: Sequence[int], freeze: bool) 
     return found
 
 
-def test_a_frozen_encoder_keeps_nothing(config: AnyMALConfig) -> None:
+def test_a_frozen_encoder_keeps_nothing(config: RunConfig) -> None:
     # Features of 4 patches; of each soft token its 1 / rms, and its value before and after the division (for the gain).
     projector = 7 * 4 * 16 + 7 * 2 + 2 * 7 * 2 * H
     assert run_ranks(1, soft_token_bytes, config, (1, 3), True) == [[4 * projector] * 2]

@@ -17,7 +17,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_anymal.config import AnyMALConfig, ConfigError, LanguageModelConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig, RunConfig
 from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
@@ -96,8 +96,8 @@ def theirs(folders: dict[str, str]) -> dict[str, tuple[np.ndarray, list[float]]]
     return found
 
 
-def config_of(folder: str, tp: int, pp: int) -> AnyMALConfig:
-    config = AnyMALConfig()
+def config_of(folder: str, tp: int, pp: int) -> RunConfig:
+    config = RunConfig()
     config.trainer.precision, config.trainer.devices = "32", tp * pp
     config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size = tp, pp
     config.model.language_model.path = folder
@@ -276,8 +276,8 @@ def test_layers_that_do_not_divide(layers: int, stages: int, first: int, last: i
         check_model(LlamaConfig(num_hidden_layers=layers), config)
 
 
-def staged(stages: int, first: int, last: int) -> AnyMALConfig:
-    config = AnyMALConfig()
+def staged(stages: int, first: int, last: int) -> RunConfig:
+    config = RunConfig()
     config.model.pipeline_model_parallel_size = stages
     config.model.num_layers_in_first_pipeline_stage = first
     config.model.num_layers_in_last_pipeline_stage = last

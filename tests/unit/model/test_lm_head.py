@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 from ranks import run_ranks
 from torch import Tensor
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.model import lm_head
 from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config
 from megatron_anymal.model.lm_head import label_losses
@@ -50,7 +50,7 @@ def expected(vocabulary: int, where: list[int]) -> list[np.ndarray]:
 def run(case: tuple[int, bool, bool, bool], tp: int) -> list[Any]:
     """What `label_losses` gives in a rank, for all places and two sizes of chunks; the weight's gradient is whole."""
     vocabulary, tied, trains, sp = case
-    config = AnyMALConfig()
+    config = RunConfig()
     config.trainer.precision, config.trainer.devices = "32", tp
     config.model.tensor_model_parallel_size, config.model.sequence_parallel = tp, sp
     config.model.language_model.config = {

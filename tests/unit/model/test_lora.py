@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from megatron_anymal.config import AnyMALConfig, ConfigError, LoraConfig
+from megatron_anymal.config import ConfigError, LoraConfig, RunConfig
 from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
@@ -185,7 +185,7 @@ def peft_answer(folder: str, targets: Any, dropout: bool = False) -> dict[str, A
 
 
 def built(folder: str, tp: int = 1, sp: bool = False, pp: int = 1, recompute: tuple[str, ...] = ()) -> AnyMALModel:
-    config = AnyMALConfig()
+    config = RunConfig()
     config.trainer.precision, config.trainer.devices = "32", tp * pp
     config.model.tensor_model_parallel_size, config.model.sequence_parallel = tp, sp
     config.model.pipeline_model_parallel_size = pp

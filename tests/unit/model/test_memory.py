@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from benchmarks.meters import saved_for_backward
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from benchmarks.meters import saved_for_backward
-from megatron_anymal.config import AnyMALConfig, EncoderConfig, LoraConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.config import EncoderConfig, LoraConfig, ModalityConfig, ProjectorConfig, RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.records import MediaBatch, MicroBatch
 from megatron_anymal.dry_run.simulate import examine
@@ -73,8 +73,8 @@ class Case:
     context: int = 1
 
 
-def make_config(case: Case) -> AnyMALConfig:
-    config = AnyMALConfig()
+def make_config(case: Case) -> RunConfig:
+    config = RunConfig()
     config.trainer.precision, config.trainer.devices = case.precision, case.tensor * case.context
     model = config.model
     model.language_model.config, model.language_model.freeze = dict(LLAMAS[case.llama]), case.trains != "trained"
@@ -239,7 +239,7 @@ def test_a_frozen_projector_keeps_nothing() -> None:
     assert media_bytes([(section, sizes)], 64, 64, 1, 1, 4).kept == 0
 
 
-def in_flight_of_a_step(config: AnyMALConfig) -> dict[str, Any]:
+def in_flight_of_a_step(config: RunConfig) -> dict[str, Any]:
     """How many micro-batches this rank's parts really hold in a training step: the most of all, and of each."""
     state = build(config, initialize(config))
     alive, most = [0] * len(state.models), [0] * (len(state.models) + 1)

@@ -15,7 +15,7 @@ from megatron.core.model_parallel_config import ModelParallelConfig
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from ranks import run_ranks
 
-from megatron_anymal.config import AnyMALConfig, ConfigError, ProjectorConfig
+from megatron_anymal.config import ConfigError, ProjectorConfig, RunConfig
 from megatron_anymal.model.projectors import build_projector
 from megatron_anymal.model.unsharded_weights import Weight, leave_unset, whole_name
 from megatron_anymal.parallel import initialize
@@ -36,7 +36,7 @@ IMPLEMENTATIONS = ("local", "transformer_engine")
 
 def setting(tp: int) -> ModelParallelConfig:
     """Join the job and give the projectors' sizes."""
-    config = AnyMALConfig()
+    config = RunConfig()
     config.trainer.precision, config.trainer.devices = "32", tp
     config.model.tensor_model_parallel_size = tp
     config.model.language_model.config = {"vocab_size": 8}

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from tiny import make_config
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights, load_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
@@ -20,14 +20,14 @@ LAYOUTS = {"one": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 
 
 @pytest.fixture(scope="module")
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """A vocabulary that two ranks do not share out evenly."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("weights"))
     config.model.language_model.config["vocab_size"] = 33
     return config
 
 
-def built(config: AnyMALConfig, tp: int, pp: int) -> TrainState:
+def built(config: RunConfig, tp: int, pp: int) -> TrainState:
     config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size = tp, pp
     config.trainer.devices = tp * pp
     return build(config, initialize(config))
@@ -40,7 +40,7 @@ def everywhere(tensors: Any) -> Any:
     return found[0]
 
 
-def explore(config: AnyMALConfig, layouts: list[str]) -> dict[str, dict[str, Any]]:
+def explore(config: RunConfig, layouts: list[str]) -> dict[str, dict[str, Any]]:
     """Build under each layout; look at whole weights, round trips and hashes."""
     found = {}
     for name in layouts:
@@ -87,7 +87,7 @@ def _error(state: TrainState, tensors: dict[str, torch.Tensor]) -> str:
 
 
 @pytest.fixture(scope="module")
-def explored(config: AnyMALConfig) -> dict[str, list[dict[str, Any]]]:
+def explored(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
     """Per layout what every rank saw."""
     one = run_ranks(1, explore, config, ["one"])
     two = run_ranks(2, explore, config, ["tp2", "pp2"])

@@ -11,7 +11,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import LLAMA, make_config, make_shards, make_tokenizer
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.nemo import archive
 from megatron_anymal.nemo.model import MegatronAnyMALModel, from_cfg
@@ -78,7 +78,7 @@ def gathered(model: MegatronAnyMALModel) -> dict[str, torch.Tensor] | None:
     return None if tensors is None else {name: tensor.contiguous() for name, tensor in tensors.items()}
 
 
-def save(folder: Path, config: AnyMALConfig) -> None:
+def save(folder: Path, config: RunConfig) -> None:
     """In a rank: train, and write an archive and, beside it, what it must hold."""
     model = MegatronAnyMALModel(config)
     model.fit()

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tiny import make_config, make_shards, make_tokenizer
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 
 ROOT = Path(__file__).parents[3]
 
@@ -76,7 +76,7 @@ def test_two_processes_leave_one_run_folder_with_tensorboard(folder):
 def test_wandb_settings_are_checked_before_anything_starts(changes, says):
     from megatron_anymal.nemo.entry import run
 
-    config = AnyMALConfig()
+    config = RunConfig()
     for key, value in changes.items():
         setattr(config.exp_manager, key, value)
     with pytest.raises(ConfigError, match=says):

@@ -15,9 +15,9 @@ from engine import train
 from ranks import run_ranks
 from tiny import make_config
 
-from megatron_anymal.config import AnyMALConfig, ConfigError
+from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.model.llama import check_model, read_llama_config
-from megatron_anymal.model.memory.language_model import LlamaSizes, Pack, Part, Recompute, RunSizes, held
+from megatron_anymal.model.memory.language_model import LlamaSizes, Pack, PipelineChunk, Recompute, RunSizes, held
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train import auto_recompute
 from megatron_anymal.train.auto_recompute import candidates, choose, fit_recompute, repeated_share, run_sizes
@@ -42,7 +42,9 @@ LLAMA_8B = LlamaSizes(
     matrix_number=2,
 )
 STAGES = tuple(
-    tuple(Part(tuple(range(first, first + 8)), first == 0, first == 24) for first in (8 * stage, 16 + 8 * stage))
+    tuple(
+        PipelineChunk(tuple(range(first, first + 8)), first == 0, first == 24) for first in (8 * stage, 16 + 8 * stage)
+    )
     for stage in (0, 1)
 )
 RUN = RunSizes(LLAMA_8B, Pack(4096, 4096, 4096, 4096), STAGES, micro_batches=8, optimizer_bytes=12, sharers=8)
@@ -91,7 +93,7 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
 
 
 def test_a_method_that_megatron_core_cannot_run_is_refused() -> None:
-    config = AnyMALConfig()
+    config = RunConfig()
     config.model.recompute_granularity, config.model.recompute_num_layers = "full", 3
     config.model.language_model.config = {"num_hidden_layers": 4}
     with pytest.raises(ConfigError, match="recompute_num_layers=3 does not divide the 4 layers"):
@@ -99,20 +101,20 @@ def test_a_method_that_megatron_core_cannot_run_is_refused() -> None:
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> AnyMALConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.max_steps = 2
     return config
 
 
-def memory_for(config: AnyMALConfig, wanted: Recompute) -> float:
+def memory_for(config: RunConfig, wanted: Recompute) -> float:
     """GB in which a recompute fits, just."""
     _, modalities = build_inputs(config)
     sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
     return (most(sizes, wanted) + 1) / 1e9
 
 
-def choose_with(config: AnyMALConfig, sizes: list[int]) -> Any:
+def choose_with(config: RunConfig, sizes: list[int]) -> Any:
     layout = initialize(config)
     auto_recompute.memory_to_fit = lambda config: sizes[layout.rank]
     _, modalities = build_inputs(config)
@@ -120,7 +122,7 @@ def choose_with(config: AnyMALConfig, sizes: list[int]) -> Any:
     return chosen.model.recompute_granularity, chosen.model.recompute_num_layers, said
 
 
-def test_the_smallest_card_decides_for_every_rank(config: AnyMALConfig) -> None:
+def test_the_smallest_card_decides_for_every_rank(config: RunConfig) -> None:
     config.trainer.devices = config.model.pipeline_model_parallel_size = 2
     config.model.recompute_granularity = "auto"
     tight = int(1e9 * memory_for(config, Recompute("full", (), "block", 2)))
@@ -130,7 +132,7 @@ def test_the_smallest_card_decides_for_every_rank(config: AnyMALConfig) -> None:
     assert run_ranks(2, choose_with, config, [10**12, 10**12])[1][0] == ""
 
 
-def train_and_listen(config: AnyMALConfig) -> dict[str, Any]:
+def train_and_listen(config: RunConfig) -> dict[str, Any]:
     """Train; with what is printed meanwhile."""
     with redirect_stdout(io.StringIO()) as heard:
         found = train(config)
@@ -139,7 +141,7 @@ def train_and_listen(config: AnyMALConfig) -> dict[str, Any]:
 
 @pytest.mark.parametrize("trains", ["frozen", "trained", "lora"])
 @pytest.mark.parametrize("stages", [1, 2])
-def test_a_chosen_recompute_changes_no_bit(stages: int, trains: str, config: AnyMALConfig, tmp_path: Path) -> None:
+def test_a_chosen_recompute_changes_no_bit(stages: int, trains: str, config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices = config.model.pipeline_model_parallel_size = stages
     config.model.language_model.freeze = trains != "trained"
     if trains == "lora":

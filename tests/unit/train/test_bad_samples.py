@@ -17,7 +17,7 @@ from PIL import Image
 from ranks import run_ranks
 from tiny import WORDS, make_config, png
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.manifest import write_shards
@@ -25,7 +25,7 @@ from megatron_anymal.data.records import DataError
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> AnyMALConfig:
+def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> RunConfig:
     """Sixteen samples. The fifth's picture has a good header and cut-off pixels; its text is the longest."""
     source = tmp_path_factory.mktemp("bad")
     out = io.BytesIO()
@@ -50,7 +50,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> A
     return config
 
 
-def run_in(folder: Path, config: AnyMALConfig, **data: Any) -> AnyMALConfig:
+def run_in(folder: Path, config: RunConfig, **data: Any) -> RunConfig:
     config = copy.deepcopy(config)
     config.exp_manager.explicit_log_dir = str(folder)
     for name, value in data.items():
@@ -66,13 +66,13 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def refused(config: AnyMALConfig) -> str:
+def refused(config: RunConfig) -> str:
     with pytest.raises(DataError) as error:
         train(config)
     return str(error.value)
 
 
-def test_a_bad_sample_is_masked_as_if_it_had_been_left_out(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_a_bad_sample_is_masked_as_if_it_had_been_left_out(config: RunConfig, tmp_path: Path) -> None:
     masked, dropped, two = (tmp_path / name for name in ("masked", "dropped", "two"))
     run_ranks(1, train, run_in(masked, config))
     # The same sample left out by another way: it is the only one longer than this.
@@ -95,7 +95,7 @@ def test_a_bad_sample_is_masked_as_if_it_had_been_left_out(config: AnyMALConfig,
     assert counts == [21 if row["step"] in steps else 24 for row in metrics(masked)]
 
 
-def test_more_than_the_allowed_share_stops_the_run(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_more_than_the_allowed_share_stops_the_run(config: RunConfig, tmp_path: Path) -> None:
     strict = run_in(tmp_path / "run", config, max_bad_share=0.12)
     strict.trainer.devices = 2
     for said in run_ranks(2, refused, strict):
@@ -104,7 +104,7 @@ def test_more_than_the_allowed_share_stops_the_run(config: AnyMALConfig, tmp_pat
     assert line["sample"] == "mix/s5"
 
 
-def test_steps_made_again_are_listed_once(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_steps_made_again_are_listed_once(config: RunConfig, tmp_path: Path) -> None:
     twice = run_in(tmp_path / "run", config)
     twice.exp_manager.checkpoint.every_n_train_steps = 1
     twice.exp_manager.checkpoint.keep_last = 0
@@ -120,7 +120,7 @@ def test_steps_made_again_are_listed_once(config: AnyMALConfig, tmp_path: Path) 
     assert metrics(tmp_path / "run")[-1]["skipped_samples"] == last["skipped_samples"] == 2
 
 
-def test_a_list_that_cannot_be_written_ends_no_run(config: AnyMALConfig, tmp_path: Path) -> None:
+def test_a_list_that_cannot_be_written_ends_no_run(config: RunConfig, tmp_path: Path) -> None:
     run = run_in(tmp_path / "run", config)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "skipped_samples.jsonl").symlink_to("/dev/full")
@@ -129,7 +129,7 @@ def test_a_list_that_cannot_be_written_ends_no_run(config: AnyMALConfig, tmp_pat
     assert said.count("could not be written down") == 2 and said.count("skipped mix/s5") == 2
 
 
-def said_in_training(config: AnyMALConfig) -> str:
+def said_in_training(config: RunConfig) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         train(config)
     return out.getvalue()

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from megatron_anymal.config import AnyMALConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.train.optim import AdamW, learning_rate
 
 
-def config_of(name: str, warmup: int = 0, decay: int = 0, ratio: float = 0.1, steps: int = 100) -> AnyMALConfig:
-    config = AnyMALConfig()
+def config_of(name: str, warmup: int = 0, decay: int = 0, ratio: float = 0.1, steps: int = 100) -> RunConfig:
+    config = RunConfig()
     config.trainer.max_steps, config.model.optim.lr = steps, 2.0
     sched = config.model.optim.sched
     sched.name, sched.warmup_steps, sched.decay_steps, sched.min_lr_ratio = name, warmup, decay, ratio
