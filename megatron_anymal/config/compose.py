@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_anymal.config.explain import explain
 from megatron_anymal.config.parsing import Reader, entry_of, from_dict, hint_at, leaves
 from megatron_anymal.config.schema import ConfigError, RunConfig
 
@@ -108,9 +109,9 @@ def format_config(composed: Composed) -> str:
     return "\n".join(f"{key:<{key_width}}  {value:<{value_width}}  {origin}" for key, value, origin in rows)
 
 
-def print_config(composed: Composed) -> None:
-    """Print every value and its origin."""
-    print(format_config(composed))
+def print_config(composed: Composed, *, explained: bool = False) -> None:
+    """Print every value and its origin; if `explained`, also what its key means."""
+    print(explain(composed.config.to_dict(), composed.origins) if explained else format_config(composed))
 
 
 def register_schema() -> None:

@@ -1,7 +1,8 @@
-"""The configuration of a run: every option and its default.
+"""The configuration of a run: every option, its default and what it means.
 
-Plain dataclasses, so that the engine, the tests and the benchmarks need no configuration library. `config_io`
-composes YAML files and overrides into this schema; `config_checks` refuses what cannot work.
+Plain dataclasses, so that the engine, tests and benchmarks need no configuration library. `config.compose` builds this
+schema from YAML files and overrides; `config.validation` rejects combinations that cannot work. The string below each
+field is its documentation: `help()`, `--print-config --explain` and docs/reference/configuration.md show it.
 """
 
 from __future__ import annotations
@@ -10,192 +11,212 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# What the sizes of FP8 matrix products must divide by.
+from megatron_anymal.config.field_docs import add_field_docs
+
+# FP8 matrix dimensions must be multiples of this (Transformer Engine).
 FP8_MULTIPLE = 16
 
 
 class ConfigError(ValueError):
-    """A setting that cannot work. The message names the key and the mend."""
+    """A setting that cannot work. The message names the key and the fix."""
 
 
 @dataclass
 class TrainerConfig:
-    """Size of the job and its clock. Key names follow NeMo's `trainer:` section."""
+    """Job size, step count and logging. Key names follow NeMo's `trainer:` section."""
 
     num_nodes: int = 1
-    # Processes (one a GPU) on each node.
+    """Number of nodes."""
     devices: int = 1
-    # "32" (everything fp32) or "bf16" (bf16 compute, fp32 main weights and gradients).
+    """Processes per node, one per GPU."""
     precision: str = "bf16"
-    # Optimizer steps of the whole run.
+    """`bf16` (bf16 compute, fp32 main weights and gradients) or `32` (fp32 throughout)."""
     max_steps: int = 1000
+    """Optimizer steps of the whole run, including those before a resume."""
     log_every_n_steps: int = 10
-    # Steps between validations; 0 validates only after the last step.
+    """Steps between log lines."""
     val_check_interval: int = 500
-    # Global batches per validation.
+    """Steps between validations. 0 validates only after the last step."""
     limit_val_batches: int = 8
-    # Validation samples that are answered with each validation, to be read: answers.jsonl and TensorBoard.
+    """Global batches per validation."""
     sampled_answers: int = 0
-    # Largest global gradient norm; 0 switches clipping off.
+    """Validation samples that the model answers at each validation, for reading: answers.jsonl and TensorBoard."""
     gradient_clip_val: float = 1.0
+    """Maximum global L2 norm of the gradient. 0 disables clipping."""
 
 
 @dataclass
 class CheckpointConfig:
-    """When a checkpoint is written and how many are kept."""
+    """When checkpoints are written and how many are kept."""
 
-    # Steps between checkpoints; 0 writes one only after the last step.
     every_n_train_steps: int = 500
-    # Write and commit while training goes on: a step waits only for the copy to host memory, which must be free. A
-    # newer checkpoint waits for the one under way, and so does the run's end.
+    """Steps between checkpoints. 0 writes one only after the last step."""
     async_save: bool = True
-    # Newest checkpoints kept; older ones go after a newer one is committed. 0 keeps all.
+    """Write and commit in a background thread: training waits only for the copy to host memory, which must have room
+    for it. The next checkpoint, and the end of the run, wait for the one in progress."""
     keep_last: int = 3
-    # Kept besides: those whose step divides by this; 0: none.
+    """Number of newest checkpoints to keep; older ones are deleted after a newer one is committed. 0 keeps all."""
     keep_every_n_steps: int = 0
-    # Kept besides: so many of the best, by what the validation of the same step measured; 0: none.
+    """Also keep checkpoints whose step is a multiple of this. 0 disables the rule."""
     keep_best: int = 0
-    # val_loss, val_loss/NAME of a modality or text, or for the job dpo another of its validation's, such as
-    # val_rewards/accuracy.
+    """Also keep this many of the best checkpoints, ranked by the validation at the same step. 0 disables the rule."""
     keep_best_metric: str = "val_loss"
-    # min or max: which of them is best.
+    """Metric that ranks them: val_loss, val_loss/NAME of a modality or text, or in DPO another metric of its
+    validation such as val_rewards/accuracy."""
     keep_best_mode: str = "min"
+    """`min` or `max`: which end of the metric is best."""
 
 
 @dataclass
 class ExpManagerConfig:
-    """Run folder and loggers. Key names follow NeMo's `exp_manager:` section."""
+    """Run folder, loggers and resume. Key names follow NeMo's `exp_manager:` section."""
 
-    # The run's folder. Empty: exp_dir/name.
     explicit_log_dir: str = ""
+    """The run's folder. Empty: exp_dir/name."""
     exp_dir: str = "runs"
+    """Parent folder of runs; used if explicit_log_dir is empty."""
     name: str = "anymal"
+    """Name of the run; used if explicit_log_dir is empty."""
     create_tensorboard_logger: bool = True
+    """Write TensorBoard event files into the run's folder."""
     create_wandb_logger: bool = False
-    # Passed to the W&B logger as they are (project, name, ...).
+    """Log to Weights & Biases; needs the package wandb."""
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
-    # Stop with a checkpoint after this time, "DD:HH:MM:SS". Empty: no limit.
+    """Arguments of Lightning's WandbLogger (project, name, ...), passed unchanged."""
     max_time_per_run: str = ""
-    # Continue from the newest valid checkpoint in the run's folder.
+    """Stop with a checkpoint after this time, `DD:HH:MM:SS`. Empty: no limit."""
     resume_if_exists: bool = True
-    # Start afresh when there is none; false makes that an error.
+    """Continue from the newest valid checkpoint in the run's folder."""
     resume_ignore_no_checkpoint: bool = True
-    # A job on another machine that holds the run's folder counts as gone after so long without a sign of life.
+    """Start from step 0 if there is no checkpoint; false makes that an error."""
     lock_timeout_seconds: float = 120.0
+    """Seconds without a sign of life after which a job on another node no longer holds the run's folder."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When checkpoints are written and how many are kept."""
 
 
 @dataclass
 class EncoderConfig:
-    """One modality's encoder: an architecture, and weights or a small random shape."""
+    """Encoder of one modality: its architecture, and pre-trained weights or a small random shape."""
 
-    # clip, dinov2, videomae, clap (transformers), imu2clip, identity, or one a plug-in registers.
     type: str = ""
-    # A local HuggingFace folder (config.json and weights). Empty: random weights from `config`.
+    """clip, dinov2, videomae, clap (transformers), imu2clip, identity, or a type that a plug-in registers."""
     path: str = ""
-    # Keys of the architecture's own configuration; with `path` they must stay empty.
+    """Local HuggingFace folder (config.json and weights). Empty: random weights of the shape in `config`."""
     config: dict[str, Any] = field(default_factory=dict)
-    # How media are prepared for it, as a preprocessor_config.json says it. Empty: as the folder's own does.
+    """Keys of the architecture's own configuration. Must be empty if `path` is set."""
     preprocessor: dict[str, Any] = field(default_factory=dict)
+    """Preprocessing, as in a preprocessor_config.json. Empty: the one in the encoder's folder."""
     freeze: bool = True
-    # Pieces run through the encoder at once; bounds its activation memory.
+    """Keep the encoder's weights fixed (AnyMAL section 3.1)."""
     max_pieces_per_call: int = 64
+    """Pieces (image tiles, video clips, audio or IMU windows) per encoder call; bounds activation memory."""
 
 
 @dataclass
 class ProjectorConfig:
-    """One modality's projector (AnyMAL Table 11: a resampler for vision, linear for the rest)."""
+    """Projector of one modality (AnyMAL table 11: a Perceiver resampler for vision, linear layers otherwise)."""
 
-    # resampler or linear.
     type: str = "resampler"
+    """`resampler` or `linear`."""
     num_layers: int = 6
-    # Soft tokens per media piece.
+    """Number of layers."""
     num_tokens: int = 64
-    # Width of the resampler, or of a deeper linear projector's hidden layers. 0: the encoder's width.
+    """Soft tokens per piece."""
     hidden_size: int = 0
-    # Resampler only.
+    """Width of the resampler, or of the hidden layers of a deeper linear projector. 0: the encoder's width."""
     num_attention_heads: int = 16
+    """Attention heads of a resampler."""
     ffn_multiplier: int = 4
+    """Feed-forward width of a resampler, as a multiple of its width."""
     freeze: bool = False
+    """Keep the projector's weights fixed."""
 
 
 @dataclass
 class ModalityConfig:
-    """What turns one kind of media into soft tokens."""
+    """How one kind of media becomes soft tokens."""
 
-    # Class that loads the media: image, video, audio, imu, or one a plug-in registers. Empty: the section's name.
     kind: str = ""
+    """Loader of the media: image, video, audio, imu, or one that a plug-in registers. Empty: the section's name."""
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Encoder of the pieces."""
     projector: ProjectorConfig = field(default_factory=ProjectorConfig)
-    # The modality's own options (grid size, clip length, ...); see megatron_anymal/modalities/.
+    """Maps encoder features to soft tokens."""
     options: dict[str, Any] = field(default_factory=dict)
-    # Reserved token of the vocabulary that stands for one soft token of this modality.
+    """Options of the modality itself (max_grid, clip_seconds, ...); see the data guide and
+    megatron_anymal/modalities/."""
     placeholder: str = ""
+    """Reserved vocabulary token that stands for one soft token of this modality."""
 
 
 @dataclass
 class LanguageModelConfig:
     """The Llama."""
 
-    # A local HuggingFace folder: config.json, and weights where load_weights is true.
     path: str = ""
-    # Keys of a transformers LlamaConfig, instead of `path`: random weights of that shape.
+    """Local HuggingFace folder: config.json, and weights if load_weights is true."""
     config: dict[str, Any] = field(default_factory=dict)
+    """Keys of a transformers LlamaConfig, instead of `path`: random weights of that shape."""
     load_weights: bool = True
-    # A checkpoint of this trainer whose Llama is taken as the base (it brings its own shape).
+    """Load the weights in `path`; false starts from random weights of its shape."""
     checkpoint: str = ""
+    """A checkpoint of this trainer (e.g. from import_hf) whose Llama is the base; it defines the shape, too."""
     freeze: bool = True
+    """Keep the Llama's weights fixed. LoRA adapters train regardless."""
 
 
 @dataclass
 class LoraConfig:
-    """Low-rank adapters on the frozen Llama (AnyMAL: r 8, alpha 32, all linear layers)."""
+    """Low-rank adapters on the frozen Llama (AnyMAL section 4: r 8, alpha 32, all linear layers)."""
 
-    # Rank of each adapter; 0: none.
     r: int = 0
-    # What an adapter gives is scaled by alpha / r.
+    """Rank of each adapter. 0: no adapters."""
     alpha: float = 32.0
-    # Share of an adapter's input dropped in training.
+    """The adapter's output is scaled by alpha / r."""
     dropout: float = 0.0
-    # Which projections get one: patterns over q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and down_proj, or over
-    # their whole names such as layers.3.self_attn.q_proj.
+    """Dropout probability on the adapter's input during training."""
     targets: list[str] = field(default_factory=lambda: ["*"])
+    """Which linear layers get an adapter: patterns over q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and
+    down_proj, or over full names such as layers.3.self_attn.q_proj."""
 
 
 @dataclass
 class NeftuneConfig:
-    """Noise on the Llama's input embeddings, in training only (NEFTune; AnyMAL: alpha 10 in SFT and DPO)."""
+    """Uniform noise on the Llama's input embeddings during training (NEFTune; AnyMAL uses alpha 10 in SFT and DPO)."""
 
-    # Uniform noise within alpha / sqrt(document's tokens x hidden size); 0: none.
     alpha: float = 0.0
-    # all: text and soft tokens alike, as in NEFTune's algorithm; text: soft tokens stay clean, as in implementations
-    # that hook the table of word embeddings.
+    """Noise magnitude: values are uniform within alpha / sqrt(document length x hidden size). 0: no noise."""
     embeddings: str = "all"
+    """`all` adds noise to text and soft tokens alike, as in NEFTune's algorithm 1; `text` leaves soft tokens clean,
+    like implementations that hook the word embedding."""
 
 
 @dataclass
 class DpoConfig:
-    """Conservative DPO (AnyMAL eq. 5; Mitchell 2023). Only for the job dpo."""
+    """Conservative DPO (AnyMAL equation 5; Mitchell 2023). Used by `anymal dpo` only."""
 
-    # How strongly the policy is held to the reference. The paper does not say.
     beta: float = 0.1
-    # Share of preferences taken to be the wrong way round.
+    """Strength of the KL constraint to the reference model. The paper states no value; 0.1 is DPO's usual one."""
     label_smoothing: float = 0.05
-    # cached: the reference's log-probabilities are kept in the run folder; recomputed: in every step.
+    """Assumed probability that a preference label is flipped."""
     reference: str = "cached"
+    """`cached` keeps the reference's log-probabilities in the run's folder; `recomputed` computes them in every step.
+"""
 
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over the steps: linear warm-up, then `name`."""
+    """Learning-rate schedule: linear warm-up, then `name`."""
 
-    # cosine, linear or constant.
     name: str = "cosine"
+    """`cosine`, `linear` or `constant`."""
     warmup_steps: int = 0
-    # The rate at the end, as a share of optim.lr.
+    """Steps of linear warm-up from 0."""
     min_lr_ratio: float = 0.1
-    # Step at which the end is reached. 0: trainer.max_steps.
+    """Final learning rate as a fraction of optim.lr."""
     decay_steps: int = 0
+    """Step at which the final learning rate is reached. 0: trainer.max_steps."""
 
 
 @dataclass
@@ -203,118 +224,144 @@ class OptimConfig:
     """AdamW."""
 
     lr: float = 2.0e-4
+    """Peak learning rate."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the first and second moment."""
     eps: float = 1.0e-8
+    """Term added to the denominator."""
     weight_decay: float = 0.0
+    """Decoupled weight decay; never applied to biases and norm weights."""
     sched: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning-rate schedule."""
 
 
 @dataclass
 class DistributedDataParallelConfig:
-    """How gradients and parameters travel between data-parallel replicas."""
+    """Gradient and parameter communication between data-parallel replicas."""
 
     use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks (ZeRO stage 1)."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
-    # Parameters per gradient bucket; 0 lets megatron-core choose.
+    """Gather updated parameters while the next forward pass runs; needs the distributed optimizer."""
     bucket_size: int = 0
+    """Parameters per gradient bucket. 0: megatron-core's default."""
 
 
 @dataclass
 class ModelConfig:
-    """The model, its layout over processes, and its optimizer."""
+    """The model, its parallel layout, and its optimizer."""
 
     language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    """The Llama."""
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    """Encoder and projector of each modality, by a name of your choice."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
     neftune: NeftuneConfig = field(default_factory=NeftuneConfig)
+    """Embedding noise."""
     dpo: DpoConfig = field(default_factory=DpoConfig)
-    # What every target counts the same of: token (the mean over the batch's target tokens), or sample (the mean over
-    # samples of each one's mean, so that short answers count as much as long ones). Not for the job dpo.
+    """Preference optimization."""
     loss_normalization: str = "token"
-    # Files of Python code to import first: each registers a modality or an encoder.
+    """`token` averages the loss over the batch's target tokens; `sample` averages over samples of each sample's mean,
+    so that short answers count as much as long ones. Not used by DPO."""
     plugins: list[str] = field(default_factory=list)
+    """Python files to import first; each registers a modality or an encoder. Their code runs: see the trust guide."""
 
     tensor_model_parallel_size: int = 1
+    """Tensor-parallel ranks."""
     sequence_parallel: bool = False
+    """Shard activations of norms and residuals over the tensor-parallel ranks."""
     pipeline_model_parallel_size: int = 1
-    # Layers of the first and last stage, where they should hold fewer than the others. 0: an even split.
+    """Pipeline stages."""
     num_layers_in_first_pipeline_stage: int = 0
+    """Transformer layers of the first stage, if it should hold fewer than the others (it also runs encoders). 0: an
+    even split."""
     num_layers_in_last_pipeline_stage: int = 0
-    # Parts that each stage is cut into, so that stages wait less for each other (interleaved 1F1B).
+    """The same for the last stage, which also computes the logits."""
     virtual_pipeline_model_parallel_size: int = 1
-    # Virtual pipelines only: send and receive while computing.
+    """Model chunks per stage (interleaved 1F1B), to shrink the pipeline bubble."""
     overlap_p2p_comm: bool = True
+    """Overlap pipeline sends and receives with compute; interleaved schedules only."""
     context_parallel_size: int = 1
+    """Context-parallel ranks: each holds a zig-zag share of every document's tokens."""
 
-    # Packs that one forward pass of one replica takes.
     micro_batch_size: int = 1
-    # Samples per optimizer step.
+    """Packs per forward pass and replica."""
     global_batch_size: int = 128
+    """Samples per optimizer step, over all replicas."""
 
-    # "", full, selective, or auto: the cheapest of them that fits in memory (train/auto_recompute.py).
     recompute_granularity: str = ""
-    # uniform or block; with full only.
+    """Activation recomputation: `""` (none), `full`, `selective`, or `auto` (the cheapest setting that fits in
+    memory)."""
     recompute_method: str = "uniform"
+    """`uniform` or `block`; full recomputation only."""
     recompute_num_layers: int = 1
-    # Parts that selective recompute repeats.
+    """Layers per recomputed group (uniform) or recomputed layers per stage (block); full recomputation only."""
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
-    # Memory of one process that auto fits in, in GB (1e9 bytes), all of it. 0: a tenth less than its card has; on CPUs
-    # its share of what the machine has free.
+    """Modules that selective recomputation repeats."""
     memory_gb: float = 0.0
+    """Memory budget per process for recompute_granularity=auto, in GB (1e9 bytes). 0: 90 % of the GPU's memory, or on
+    CPUs this process's share of the free memory."""
 
-    # auto (Transformer Engine where it can run), local or transformer_engine.
     transformer_impl: str = "auto"
-    # Where Transformer Engine's attention is not used: auto (the fastest that can run), flash_attn, flex or sdpa.
+    """`auto` (Transformer Engine if it can run), `local` or `transformer_engine`."""
     attention: str = "auto"
-    # "", hybrid or e4m3; needs Transformer Engine and a card with FP8.
+    """Attention kernel of local layers: `auto` (the fastest that can run), `flash_attn`, `flex` or `sdpa`."""
     fp8: str = ""
-    # How FP8 numbers are scaled: tensorwise (by the tensor at hand: "current scaling") or delayed (by those before it,
-    # whose history then is part of a checkpoint).
+    """`""` (off), `hybrid` or `e4m3`; needs Transformer Engine and a GPU with FP8."""
     fp8_recipe: str = "tensorwise"
-    # Hold the frozen Llama's matrices in FP8 alone, one byte a number.
+    """FP8 scaling: `tensorwise` (current scaling) or `delayed` (from an amax history, which checkpoints then hold)."""
     fp8_primary_weights: bool = False
+    """Store the frozen Llama's matrices in FP8 only, one byte per parameter."""
 
     seed: int = 1234
-    # A checkpoint whose trainable weights this run starts from (not its step or optimizer).
+    """Seed of initialization, data order, dropout and noise."""
     restore_from_path: str = ""
+    """Checkpoint whose trained weights this run starts from (without its step and optimizer state). DPO: the SFT run.
+"""
     optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
     ddp: DistributedDataParallelConfig = field(default_factory=DistributedDataParallelConfig)
+    """Data parallelism."""
 
 
 @dataclass
 class DatasetConfig:
-    """One prepared folder of shards and its index."""
+    """One folder of shards with its index, made by `anymal prepare`."""
 
     path: str = ""
-    # Share of the mix, relative to the other datasets' weights.
+    """The folder."""
     weight: float = 1.0
+    """Sampling weight relative to the other datasets of the mixture."""
 
 
 @dataclass
 class LimitsConfig:
-    """Largest inputs that are accepted. What exceeds one is refused by name: left out of an index, skipped in training.
+    """Largest accepted inputs. Anything larger is rejected by name: left out of an index, or skipped in training.
 
-    The defaults bound what the worst accepted sample costs a loader process to 512 MiB.
+    With the defaults, the worst accepted sample adds at most 512 MiB to a loader process.
     """
 
-    # Bytes of a media file and of what its decoder takes, by estimate: pixels x bytes a pixel of a picture's format;
-    # for a video, the frames that its codec and level let a decoder hold.
     max_load_bytes: int = 512 * 2**20
-    # Width x height of a picture.
+    """Size of a media file plus an estimate of what decoding it takes, in bytes: pixels x bytes per pixel of a
+    picture's format; for a video, the frames that its codec and level let a decoder hold."""
     max_pixels: int = 30_000_000
-    # Width x height of a video's frames: 4096 x 2160.
+    """Width x height of a picture."""
     max_frame_pixels: int = 8_900_000
-    # Length of a video, a recording or an IMU signal: 4 hours. They are read block by block, so this bounds time.
+    """Width x height of a video's frames; the default admits 4096 x 2160."""
     max_seconds: float = 14_400.0
-    # Numbers in an IMU file (rows x columns), samples of a recording (frames x channels): 4 hours of stereo at 48 kHz.
+    """Length of a video, a recording or an IMU signal: 4 hours. They are read block by block, so this bounds time."""
     max_values: int = 1_500_000_000
-    # Bytes of one member of a shard, or of one media file of a manifest.
+    """Numbers in an IMU file (rows x columns), or samples of a recording (frames x channels): 4 hours of 48 kHz
+    stereo."""
     max_member_bytes: int = 256 * 2**20
-    # Bytes of a sample's .txt or .json, or of one line of a manifest.
+    """Size of one member of a shard, or of one media file of a manifest, in bytes."""
     max_text_bytes: int = 2**20
-    # Objects and lists inside each other in a sample's .json.
+    """Size of a sample's .txt or .json, or of one line of a manifest, in bytes."""
     max_json_depth: int = 32
+    """Nesting depth of a sample's .json."""
 
 
 DEFAULT_LIMITS = LimitsConfig()
@@ -322,57 +369,65 @@ DEFAULT_LIMITS = LimitsConfig()
 
 @dataclass
 class DataConfig:
-    """What is read, in which order, and how it is packed."""
+    """Datasets, tokenizer, packing and loading."""
 
     train: dict[str, DatasetConfig] = field(default_factory=dict)
+    """Training datasets by name; a weighted mixture."""
     validation: dict[str, DatasetConfig] = field(default_factory=dict)
-    # A local folder with a HuggingFace tokenizer.
+    """Validation datasets by name."""
     tokenizer: str = ""
-    # Longest document and longest pack, in tokens.
+    """Local folder of a HuggingFace tokenizer; the one that the indexes were made with."""
     seq_length: int = 4096
-    # A sample longer than seq_length: "refuse" stops before training; "drop" leaves its place empty and counts it.
+    """Longest document and longest pack, in tokens."""
     too_long: str = "refuse"
-    # Share of a step's samples that may be unreadable (they are skipped, counted and named) before the run stops.
+    """Samples longer than seq_length: `refuse` stops before training; `drop` leaves them out and counts them."""
     max_bad_share: float = 0.01
-    # Loader processes per training process; 0 reads in the training process itself.
+    """Fraction of a step's samples that may be unreadable (skipped, counted and named) before the run stops."""
     num_workers: int = 2
-    # Steps that the loader may be ahead.
+    """Loader processes per training process. 0 loads in the training process."""
     prefetch_steps: int = 2
+    """Steps that the loader may run ahead."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    """Largest accepted inputs."""
 
 
 @dataclass
 class ResilienceConfig:
-    """What a run does about hangs, signals and numbers that are none, and what it may find changed at a resume."""
+    """Hangs, stragglers, non-finite gradients, fault rehearsals, and what may change at a resume."""
 
-    # Seconds without progress in a step, its data or a validation, or of a stopped process anywhere, until the launcher
-    # ends all processes; 0: never.
     hang_timeout: float = 600.0
-    # The same from the start to the end of the first step.
+    """Seconds without progress in a step, its data or a validation, or of a stopped process anywhere, after which the
+    launcher ends all processes. 0: never."""
     startup_timeout: float = 1800.0
-    # The same while a checkpoint is waited for.
+    """The same from the start to the end of the first step."""
     checkpoint_timeout: float = 1800.0
-    # Steps in a row without a finite gradient (they change no weight) after which the run stops.
+    """The same while waiting for a checkpoint."""
     max_skipped_steps: int = 3
-    # A rank whose own compute time is above this multiple of the median of its pipeline stage is named.
+    """Consecutive steps with a non-finite gradient (they change no weights) after which the run stops."""
     straggler_ratio: float = 2.0
-    # Rehearsals, such as "kill:rank=1,step=7"; see resilience/fault_injection.py.
+    """A rank is reported as slow if its own compute time exceeds this multiple of its pipeline stage's median."""
     faults: list[str] = field(default_factory=list)
-    # What may differ from the checkpoint that a run continues from: config, tokenizer, base, data.
+    """Faults to rehearse, such as `kill:rank=1,step=7`; see config/fault_grammar.py."""
     allow_changes: list[str] = field(default_factory=list)
+    """What may differ from the checkpoint that a run continues from: config, tokenizer, base, data."""
 
 
 @dataclass
 class RunConfig:
     """A whole run."""
 
-    # pretrain, sft or dpo: what the run learns from, and the verb that starts it.
     job: str = "pretrain"
+    """`pretrain`, `sft` or `dpo`; set by the command that starts the run."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """Job size and step count."""
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
+    """Run folder, loggers and checkpoints."""
     model: ModelConfig = field(default_factory=ModelConfig)
+    """Model, layout and optimizer."""
     data: DataConfig = field(default_factory=DataConfig)
+    """Datasets and loading."""
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    """Behaviour on faults and at a resume."""
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain dicts and lists."""
@@ -399,3 +454,6 @@ class RunConfig:
     def data_parallel_size(self) -> int:
         """Replicas of the model."""
         return self.world_size // self.model_parallel_size
+
+
+add_field_docs(__name__)

@@ -75,8 +75,10 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
         raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {config_dir}.")
     composed = compose(arguments.config_name, config_dir, arguments.overrides)
     if arguments.print_config:
-        print_config(composed)
+        print_config(composed, explained=arguments.explain)
         return 0
+    if arguments.explain:
+        raise ConfigError("--explain describes what --print-config prints. Add --print-config.")
     if composed.config.job != job:
         raise ConfigError(
             f"--config-name={arguments.config_name} is for the job {composed.config.job!r}. Start it with "
@@ -275,6 +277,7 @@ def _parser(job: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--config-name", "-cn", required=True, help="YAML file of the configuration folder")
     parser.add_argument("--config-path", "-cp", help="configuration folder; default: the shipped nemo_configs")
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, then stop")
+    parser.add_argument("--explain", action="store_true", help="with --print-config: also what each key means")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print what each rank would hold, then stop; no GPU"
     )

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.meters import copies, saved_for_backward, storages, stored_bytes
 from ranks import run_ranks
 from tiny import make_config
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measuring import copies, saved_for_backward, storages, stored_bytes
 from megatron_anymal.config import ProjectorConfig, RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.records import MediaBatch, MicroBatch, PlannedMicroBatch

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from benchmarks.meters import saved_for_backward
 from ranks import run_ranks
 from torch import Tensor, nn
 
+from benchmarks.measuring import saved_for_backward
 from megatron_anymal.config import EncoderConfig, LoraConfig, ModalityConfig, ProjectorConfig, RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.records import MediaBatch, MicroBatch
