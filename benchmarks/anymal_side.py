@@ -1,6 +1,6 @@
-"""This trainer's side of benchmarks/step.py: sizes, data, configuration, its step, and that step's work by hand.
+"""This trainer's side of benchmarks/step.py: sizes, data, configuration, its step, and the step's analytic FLOPs.
 
-benchmarks/gpu shares the tokenizer, the step and the arithmetic of the work.
+benchmarks/gpu shares the tokenizer, the step and the FLOP arithmetic.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import StepResult, train_step
 
-# A document: begin, soft tokens, text, end.
+# Soft tokens of a document, which consists of begin token, soft tokens, text and end token.
 SOFT_TOKENS = 2
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>"]
-# An IMU piece: channels, samples.
+# An IMU window: channels, samples.
 PIECE = (6, 50)
 
 
@@ -42,31 +42,31 @@ class Sizes:
     key_value_heads: int = 4
     ffn: int = 1408
     vocabulary: int = 8192
-    # Of a step, all of one length, in so many packs (micro-batches).
+    # Documents of a step, all of one length, in `packs` packs (micro-batches).
     documents: int = 8
     document_tokens: int = 128
     packs: int = 2
-    # Different batches, used in turn.
+    # Number of different batches, used in turn.
     batches: int = 4
     warm_up: int = 2
     rounds: int = 20
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step."""
+        """Tokens per step."""
         return self.documents * self.document_tokens
 
     @property
     def targets(self) -> int:
-        """Those with a label: the words and the end."""
+        """Tokens with a label per step: the words and the end token."""
         return self.documents * (self.document_tokens - SOFT_TOKENS - 1)
 
 
 def write_tokenizer(folder: Path, special: Sequence[str], vocabulary: int) -> list[str]:
-    """A word-level tokenizer with this many ids; returns its words.
+    """Write a word-level tokenizer with `vocabulary` ids; return its words.
 
     Args:
-        special: the tokens that begin and end a document, then others.
+        special: begin token, end token, then other special tokens.
     """
     words = [f"w{number}" for number in range(vocabulary - len(special) - 1)]
     numbers = {token: number for number, token in enumerate([*special, "<unk>", *words])}
@@ -79,7 +79,7 @@ def write_tokenizer(folder: Path, special: Sequence[str], vocabulary: int) -> li
 
 
 def write_data(folder: Path, sizes: Sizes) -> None:
-    """A word-level tokenizer, and shards of IMU recordings with random words."""
+    """Write a word-level tokenizer and shards of IMU recordings with random words."""
     words = write_tokenizer(folder / "tokenizer", SPECIAL, sizes.vocabulary)
     rng = np.random.default_rng(0)
     (folder / "source").mkdir()
@@ -98,7 +98,7 @@ def write_data(folder: Path, sizes: Sizes) -> None:
 
 
 def make_config(folder: Path, sizes: Sizes, freeze: bool) -> RunConfig:
-    """A run of this trainer with a frozen or a trained Llama."""
+    """Configuration of this trainer with a frozen or a trained Llama."""
     config = RunConfig()
     config.trainer.precision = "32"
     config.model.transformer_impl = "local"
@@ -127,7 +127,7 @@ def make_config(folder: Path, sizes: Sizes, freeze: bool) -> RunConfig:
 
 
 class Batches(list[tuple[StepPlan, list[MicroBatch]]]):
-    """The first steps of a run, planned and read, and the seconds that each took."""
+    """The first steps of a run, planned and read, with the seconds that planning and reading took."""
 
     def __init__(self, state: TrainState, count: int):
         super().__init__()
@@ -149,7 +149,7 @@ class Ours:
     def __init__(self, state: TrainState, batches: Sequence[tuple[StepPlan, list[MicroBatch]]]):
         """
         Args:
-            batches: used in turn.
+            batches: batches to use in turn.
         """
         self.state, self.batches = state, batches
 
@@ -160,30 +160,30 @@ class Ours:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of a step, two a multiply-add, by hand."""
+    """Analytic floating-point operations of a step, two per multiply-add."""
 
-    # Parameters of the Llama that are in matrix products: layers and head, not the embedding.
+    # Parameters of the Llama used in matrix products: layers and output layer, not the embedding.
     parameters: int
-    # For each of them and token: 2 forward, 2 for the gradient of the input, and where it trains 2 for its own.
+    # Per parameter and token: 2 forward, 2 for the input's gradient, and 2 for the weight's gradient if it trains.
     products: float
-    # Scores and sums of values within documents: 2 n d L^2 forward (half of the square is masked), 2.5 times that
-    # backward.
+    # Scores and weighted sums of values within documents: 2 n d L^2 forward (half of the square is masked), 2.5 times
+    # that backward.
     attention: float
-    # Like a trained weight's: megatron-core's linear makes the gradient of its input though features need none.
+    # As for a trained weight: megatron-core's linear computes its input's gradient although the features need none.
     projector: float
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Total."""
         return self.products + self.attention + self.projector
 
 
-# Backward over forward of attention, whose kernels compute the scores once more.
+# Ratio of backward to forward in attention, whose backward kernels recompute the scores.
 ATTENTION_BACKWARD = 2.5
 
 
 def layer_parameters(hidden: int, heads: int, key_value_heads: int, head_size: int, ffn: int) -> int:
-    """Parameters in the matrix products of one layer of a Llama."""
+    """Parameters used in the matrix products of one Llama layer."""
     return 2 * hidden * head_size * (heads + key_value_heads) + 3 * hidden * ffn
 
 
@@ -191,20 +191,20 @@ def attention_by_hand(heads: int, head_size: int, layers: int, squares: int) -> 
     """Floating-point operations of causal attention's forward pass.
 
     Args:
-        squares: the squared lengths of the documents, added up.
+        squares: sum of the documents' squared lengths.
     """
     return 2.0 * heads * head_size * squares * layers
 
 
 def work_by_hand(sizes: Sizes, freeze: bool) -> Work:
-    """What a step of this trainer computes, optimizer aside."""
+    """Analytic FLOPs of a step of this trainer, without the optimizer."""
     width = sizes.hidden // sizes.heads
     layer = layer_parameters(sizes.hidden, sizes.heads, sizes.key_value_heads, width, sizes.ffn)
     parameters = sizes.layers * layer + sizes.vocabulary * sizes.hidden
     attention = attention_by_hand(sizes.heads, width, sizes.layers, sizes.document_tokens**2 * sizes.documents)
     return Work(
         parameters=parameters,
-        # The head runs on targets alone; where it trains, its logits are made once more in the backward pass.
+        # The output layer runs on targets only; if it trains, the backward pass recomputes its logits.
         products=(4.0 if freeze else 6.0) * sizes.layers * layer * sizes.tokens
         + (4.0 if freeze else 8.0) * sizes.vocabulary * sizes.hidden * sizes.targets,
         attention=(1 + ATTENTION_BACKWARD) * attention,

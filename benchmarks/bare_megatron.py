@@ -1,9 +1,9 @@
 """The floor of benchmarks/step.py and benchmarks/gpu: a step of megatron-core alone.
 
 A GPTModel with the same configuration, layers, weights, documents, data-parallel wrapper and optimizer as one of this
-trainer's runs, driven by megatron-core's own schedule with tensors that lie ready: its packs' descriptions are made
-beforehand, and its loss is one sum. It has no media and no adapters: where the Llama is frozen, the output of its text
-embedding asks for a gradient, so that the same backward pass runs.
+trainer's runs, driven by megatron-core's own schedule on prepared tensors: packing descriptors are built beforehand,
+and the loss is one sum. It has no media and no adapters; if the Llama is frozen, the output of the text embedding
+requires a gradient, so that the same backward pass runs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_anymal.train.optim import build_optimizer
 
 @dataclass(frozen=True)
 class ReadyMicroBatch:
-    """A micro-batch as the bare model takes it."""
+    """A micro-batch as input of the bare model."""
 
     tokens: Tensor
     labels: Tensor
@@ -39,7 +39,7 @@ class ReadyMicroBatch:
 
 @dataclass(frozen=True)
 class ReadyBatch:
-    """A step's micro-batches."""
+    """The micro-batches of a step."""
 
     targets: int
     padded_length: int
@@ -47,10 +47,10 @@ class ReadyBatch:
 
 
 class Bare:
-    """megatron-core's model, wrapper and optimizer, and batches for them."""
+    """megatron-core's model, wrapper and optimizer, with prepared batches."""
 
     def __init__(self, state: TrainState, batches: Sequence[tuple[StepPlan, list[MicroBatch]]]):
-        """Take the Llama of a run (where it trains or has adapters: a copy, as it is now) and lay out its batches."""
+        """Take the Llama of a run (a copy of it if it trains or has adapters) and prepare its batches."""
         self.frozen = state.config.model.language_model.freeze
         self.gpt = state.models[0].language_model
         if not self.frozen or state.config.model.lora.r:
@@ -67,12 +67,12 @@ class Bare:
             grad_reduce_in_fp32=True,
             use_distributed_optimizer=state.config.model.ddp.use_distributed_optimizer,
         )
-        # The run's own says how the run finishes a step.
+        # A copy: the run's own config holds the run's hooks for finishing a step.
         transformer: Any = copy.copy(self.gpt.config)
         wrapped = DistributedDataParallel(transformer, settings, self.gpt)
         optimizer = build_optimizer(state.config, [wrapped])
         transformer.grad_scale_func = optimizer.scale_loss
-        # The loss is divided by the number of targets already.
+        # The loss is already divided by the number of targets.
         transformer.finalize_model_grads_func = lambda models, tokens=None, **more: finalize_model_grads(
             models, None, **more
         )
@@ -92,7 +92,7 @@ class Bare:
         return ReadyBatch(int(plan.targets.sum()), plan.padded_length, ready)
 
     def step(self, number: int) -> None:
-        """Train on one of the batches, used in turn."""
+        """Train on one of the batches, which are used in turn."""
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         self._run(self.batches[number % len(self.batches)], forward_only=False)
@@ -100,7 +100,7 @@ class Bare:
 
     @torch.no_grad()
     def forward(self, number: int) -> None:
-        """Only the forward pass."""
+        """Run only the forward pass."""
         self._run(self.batches[number % len(self.batches)], forward_only=True)
 
     def _run(self, batch: ReadyBatch, *, forward_only: bool) -> None:

@@ -1,11 +1,11 @@
-"""How fast, and in what memory, a HuggingFace Llama is imported and exported, beside a copy of its bytes on this disk.
+"""Measure speed and memory of importing and exporting a HuggingFace Llama, relative to copying its files on this disk.
 
     python benchmarks/conversion.py --out benchmarks/results/conversion.json
 
-A Llama of random bf16 weights is made on the spot, tensor by tensor, and removed afterwards; three times its size must
-be free. A copy reads each file, writes it elsewhere and syncs it. Copies, imports and exports take turns, each with its
-source out of the page cache; a conversion is compared with the copies around it, because a shared disk's rate drifts.
-An export ends before the comparison of logits (`--no-verify`).
+A Llama with random bf16 weights is written tensor by tensor and removed afterwards; three times its size must be free.
+A copy reads each file, writes it elsewhere and syncs it. Copies, imports and exports alternate, each with its source
+evicted from the page cache; a conversion is compared with the copies before and after it, because the rate of a shared
+disk drifts. Exports skip the comparison of logits (`--no-verify`).
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ _PEAKS = re.compile(r"memory beyond the start: ([\d,. ]+) MB")
 
 @dataclass(frozen=True)
 class Conversion:
-    """One import or export, as it says of itself, and the whole command."""
+    """One import or export: its own measurements, and the duration of the whole command."""
 
-    # Seconds of work, and those of the command with Python's start.
+    # Seconds of the conversion, and of the whole command including Python's startup.
     seconds: float
     with_start: float
-    # Per process, beyond what it held at its start, in bytes.
+    # Per process: peak memory beyond its memory at start, in bytes.
     peak_memory: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Rounds of copy, import, export, and a last copy."""
+    """Rounds of copy, import and export, and a final copy."""
 
     bytes: int
     largest_tensor: int
@@ -65,13 +65,13 @@ class Measured:
     exports: tuple[Conversion, ...]
 
     def ratios(self, conversions: tuple[Conversion, ...]) -> list[float]:
-        """Of each round: the rate beside the mean of the copies before and after it."""
+        """Per round: the rate relative to the mean of the copies before and after it."""
         around = zip(self.copy_seconds, self.copy_seconds[1:])
         return [(before + after) / 2 / one.seconds for (before, after), one in zip(around, conversions, strict=True)]
 
 
 def llama_of(gigabytes: float, hidden: int) -> LlamaConfig:
-    """A Llama shaped like the 8B one, with as many layers as make the size."""
+    """A Llama with the proportions of the 8B model and enough layers to reach the size."""
     hf = LlamaConfig(
         vocab_size=8 * hidden,
         hidden_size=hidden,
@@ -82,14 +82,14 @@ def llama_of(gigabytes: float, hidden: int) -> LlamaConfig:
         tie_word_embeddings=False,
         dtype="bfloat16",
     )
-    one = 2 * sum(math.prod(shape) for shape in expected_tensors(hf).values())
+    with_one_layer = 2 * sum(math.prod(shape) for shape in expected_tensors(hf).values())
     layer = 2 * sum(math.prod(shape) for name, shape in expected_tensors(hf).items() if ".layers." in name)
-    hf.num_hidden_layers = 1 + max(0, math.ceil((gigabytes * 1e9 - one) / layer))
+    hf.num_hidden_layers = 1 + max(0, math.ceil((gigabytes * 1e9 - with_one_layer) / layer))
     return hf
 
 
 def make(folder: Path, hf: LlamaConfig) -> int:
-    """Write the Llama's folder with random weights, in files of about a gigabyte; returns their bytes."""
+    """Write the Llama's folder with random weights, in files of about 1 GB; return their total size in bytes."""
     folder.mkdir()
     hf.save_pretrained(folder)
     shards: list[dict[str, tuple[int, ...]]] = [{}]
@@ -102,7 +102,7 @@ def make(folder: Path, hf: LlamaConfig) -> int:
         shards[-1][name] = shape
         filled += size
     generator = torch.Generator().manual_seed(0)
-    places = {}
+    weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with SafetensorsWriter(
@@ -110,13 +110,13 @@ def make(folder: Path, hf: LlamaConfig) -> int:
         ) as writer:
             for name, shape in shard.items():
                 writer.append(name, torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.1, 0.1, generator=generator))
-                places[name] = file
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+                weight_map[name] = file
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def forget(folder: Path) -> None:
-    """Drop a folder's files from the page cache, where the system does so."""
+    """Evict a folder's files from the page cache, if the system allows it."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -125,7 +125,7 @@ def forget(folder: Path) -> None:
 
 
 def copy_seconds(source: Path, target: Path) -> float:
-    """Copy the weights, each file synced."""
+    """Copy the weight files, syncing each; return the seconds."""
     forget(source)
     target.mkdir()
     begun = time.perf_counter()
@@ -139,7 +139,7 @@ def copy_seconds(source: Path, target: Path) -> float:
 
 
 def convert(source: Path, tool: str, *arguments: str) -> Conversion:
-    """Run one of the tools as a user does."""
+    """Run one of the tools as a user would."""
     forget(source)
     begun = time.perf_counter()
     command = [sys.executable, "-W", "ignore", "-m", f"checkpoint_tools.{tool}", *arguments]
@@ -153,7 +153,7 @@ def convert(source: Path, tool: str, *arguments: str) -> Conversion:
 
 
 def measure(root: Path, hf: LlamaConfig, processes: int, rounds: int) -> Measured:
-    """Make a Llama; copy, import and export it in turns; compare what came back with it."""
+    """Create a Llama, then copy, import and export it in each round; the first import is verified."""
     source, imported, exported = root / "llama", root / "imported", root / "exported"
     size = make(source, hf)
     copies, imports, exports = [], [], []
@@ -174,22 +174,22 @@ def measure(root: Path, hf: LlamaConfig, processes: int, rounds: int) -> Measure
 
 
 def say(found: Measured) -> dict[str, Any]:
-    """Print what was found; returns the ratios for the record."""
+    """Print the results; return the ratios."""
     rates = [found.bytes / 1e6 / seconds for seconds in found.copy_seconds]
     print(f"{found.bytes / 1e9:.2f} GB copied at {', '.join(f'{rate:.0f}' for rate in rates)} MB/s")
     ratios = {}
     for name, conversions in (("import", found.imports), ("export", found.exports)):
         ratios[name] = found.ratios(conversions)
         print(
-            f"{name}: {', '.join(f'{found.bytes / 1e6 / one.seconds:.0f}' for one in conversions)} MB/s; of the copies "
-            f"around it {statistics.median(ratios[name]):.2f} (median; {min(ratios[name]):.2f} to "
+            f"{name}: {', '.join(f'{found.bytes / 1e6 / one.seconds:.0f}' for one in conversions)} MB/s; relative to "
+            f"the adjacent copies {statistics.median(ratios[name]):.2f} (median; {min(ratios[name]):.2f} to "
             f"{max(ratios[name]):.2f}; bar {BAR})"
         )
         start = statistics.median(one.with_start - one.seconds for one in conversions)
         most = max(peak for one in conversions for peak in one.peak_memory)
         print(
             f"  memory per process: {most / 1e6:.0f} MB, {most / found.largest_tensor:.2f} of the largest tensor (bar "
-            f"2); {start:.1f} s of Python's start before it, not counted"
+            f"2); excludes {start:.1f} s of Python startup"
         )
     return ratios
 
@@ -198,11 +198,11 @@ def main() -> None:
     """Measure and print; with `--out` also write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0, help="size of the Llama")
-    parser.add_argument("--hidden", type=int, default=4096, help="its width")
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="of the import")
+    parser.add_argument("--hidden", type=int, default=4096, help="hidden size of the Llama")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="workers of the import")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", default=".", help="a folder on the disk to measure")
-    parser.add_argument("--out", type=Path, help="where the numbers go as JSON")
+    parser.add_argument("--folder", default=".", help="folder on the disk to measure")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix=".conversion-") as root:
         hf = llama_of(arguments.gigabytes, arguments.hidden)
@@ -212,7 +212,7 @@ def main() -> None:
         body = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": " ".join(["python", *sys.argv]),
-            # Load averages of 1, 5 and 15 minutes: what else the machine did.
+            # Load averages over 1, 5 and 15 minutes, to show other load on the machine.
             "machine": {
                 "processor": platform.machine(),
                 "cores": os.cpu_count(),

@@ -1,18 +1,18 @@
-"""What readers of WebDataset shards lose without a word: the same damaged shards through each of them.
+"""Count the samples that readers of WebDataset shards lose silently, reading the same damaged shards with each.
 
     PYTHONPATH=.:tests python benchmarks/damaged_shards.py --energon-python /path/to/venv/bin/python
 
-Each shard holds 20 samples, a picture and its text, and one damage: flipped or missing bytes, holes of zeros, changed
-header fields, members that are moved, doubled, missing or links, two archives joined. A sample is lost if it does not
-arrive with both members. It is lost in silence if the reader did not tell: an exception, a warning or an error in its
-log counts for all samples of the shard; of this trainer's index, only a line of its ledger that names the sample or the
-place.
+Each shard contains 20 samples of an image and its text, and one kind of damage: flipped or missing bytes, ranges of
+zeros, changed header fields, members that are moved, duplicated, missing or links, two concatenated archives. A sample
+is lost if it does not arrive with both members. It is lost silently if the reader did not report it: an exception, a
+warning or a logged error counts for all samples of the shard; for this trainer's index, only a ledger entry that names
+the sample or the position counts.
 
-webdataset is the installed one. megatron-energon wants an environment of its own:
+webdataset is the installed version. megatron-energon needs an environment of its own:
 
     python -m venv energon && energon/bin/pip install torch megatron-energon==7.4.1
 
-Shards whose last members were replaced by zeros are left out: no reader of tar can tell them from shorter ones.
+Shards whose last members were replaced by zeros are excluded: no tar reader can distinguish them from shorter shards.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ SAMPLES = 20
 
 
 def write_damaged(folder: Path, count: int, seed: int) -> list[str]:
-    """Write `count` damaged shards, each in a folder of its own; returns what is wrong with each."""
+    """Write `count` damaged shards, each in a folder of its own; return a description of each damage."""
     from fuzz.corpus import plain_members
     from fuzz.mutations import damage_shard
 
     rng, members = random.Random(seed), plain_members(SAMPLES)
-    how: list[str] = []
-    while len(how) < count:
+    damages: list[str] = []
+    while len(damages) < count:
         damaged = damage_shard(rng, members)
         if damaged.data and not damaged.zeroes_the_end(members):
-            place = folder / f"{len(how):05d}"
-            place.mkdir()
-            (place / "0.tar").write_bytes(damaged.data)
-            how.append(damaged.how)
-    return how
+            shard_folder = folder / f"{len(damages):05d}"
+            shard_folder.mkdir()
+            (shard_folder / "0.tar").write_bytes(damaged.data)
+            damages.append(damaged.how)
+    return damages
 
 
-# What a reader answers of one shard: sample -> number of its members, and whether it told of a problem.
+# Result of reading one shard: sample -> number of its members, and whether the reader reported a problem.
 Answer = tuple[dict[str, int], bool]
 
 
@@ -61,16 +61,16 @@ def with_webdataset(folder: Path) -> Answer:
     """Iterate over a shard's samples."""
     import webdataset
 
-    found: dict[str, int] = {}
-    with warnings.catch_warnings(record=True) as told:
+    member_counts: dict[str, int] = {}
+    with warnings.catch_warnings(record=True) as reported:
         warnings.simplefilter("always")
         try:
             for sample in webdataset.WebDataset([str(folder / "0.tar")], shardshuffle=False, empty_check=False):
-                found[sample["__key__"]] = sum(not name.startswith("__") for name in sample)
+                member_counts[sample["__key__"]] = sum(not name.startswith("__") for name in sample)
         except Exception:
-            return found, True
-    # That a file was not closed says nothing of its content.
-    return found, any(warning.category is not ResourceWarning for warning in told)
+            return member_counts, True
+    # A warning about an unclosed file does not concern the content.
+    return member_counts, any(warning.category is not ResourceWarning for warning in reported)
 
 
 class _Heard(logging.Handler):
@@ -81,12 +81,12 @@ class _Heard(logging.Handler):
         self.count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Count one."""
+        """Count the record."""
         self.count += 1
 
 
 def with_energon(folder: Path) -> Answer:
-    """Prepare a shard as a data set of its own and iterate over it once."""
+    """Prepare a shard as its own data set and iterate over it once."""
     from megatron.energon import (
         Cooker,
         DefaultTaskEncoder,
@@ -117,7 +117,7 @@ def with_energon(folder: Path) -> Answer:
         def encode_batch(self, batch: Any) -> Any:
             return batch
 
-    heard, found = _Heard(), {}
+    heard, member_counts = _Heard(), {}
     logging.getLogger().addHandler(heard)
     errors = io.StringIO()
     try:
@@ -133,17 +133,17 @@ def with_energon(folder: Path) -> Answer:
                 folder, split_part="train", worker_config=configuration, batch_size=1, task_encoder=Encoder()
             )
             for batch in get_loader(data):
-                found.update({sample.__key__: sample.count for sample in batch})
-    # Its preparation ends the process over some shards.
+                member_counts.update({sample.__key__: sample.count for sample in batch})
+    # Its preparation exits the process for some shards.
     except (Exception, SystemExit):
-        return found, True
+        return member_counts, True
     finally:
         logging.getLogger().removeHandler(heard)
-    return found, heard.count > 0 or "rror" in errors.getvalue()
+    return member_counts, heard.count > 0 or "rror" in errors.getvalue()
 
 
 def with_anymal(folder: Path, tokenizer: str) -> tuple[dict[str, int], set[str] | None]:
-    """Index a shard; returns its samples, and those that the ledger names (None: all, the shard was refused)."""
+    """Index a shard; return its samples, and those named by the ledger (None: all, the shard was refused)."""
     from megatron_anymal.data.index_builder import IndexOptions
     from megatron_anymal.data.index_folder import make_index
     from megatron_anymal.data.records import DataError
@@ -155,13 +155,13 @@ def with_anymal(folder: Path, tokenizer: str) -> tuple[dict[str, int], set[str] 
     except DataError:
         return {}, None
     index = ShardIndex(str(folder))
-    found = {index.key(n): int(index.samples["media_count"][n]) + 1 for n in range(len(index))}
+    member_counts = {index.key(n): int(index.samples["media_count"][n]) + 1 for n in range(len(index))}
     ledger = index.left_out()
-    return found, None if any(not entry.key for entry in ledger) else {entry.key for entry in ledger}
+    return member_counts, None if any(not entry.key for entry in ledger) else {entry.key for entry in ledger}
 
 
 def summary(lost: list[set[str]], told: list[Callable[[str], bool]]) -> dict[str, int]:
-    """Shards and samples lost, and lost in silence."""
+    """Count lost samples, and samples and shards with silent loss."""
     silent = [{key for key in keys if not was_told(key)} for keys, was_told in zip(lost, told)]
     return {
         "samples_lost": sum(map(len, lost)),
@@ -171,12 +171,12 @@ def summary(lost: list[set[str]], told: list[Callable[[str], bool]]) -> dict[str
 
 
 def missing(found: dict[str, int]) -> set[str]:
-    """Samples that did not arrive with both members."""
+    """Keys of samples that did not arrive with both members."""
     return {key for key in (f"{n:04d}" for n in range(SAMPLES)) if found.get(key) != 2}
 
 
 def read_with_peer(python: str, peer: str, folder: Path, count: int) -> dict[str, Any]:
-    """Run a peer in a process of its own, in its own environment."""
+    """Run a peer in a separate process with its own Python environment."""
     command = [python, "-W", "ignore", __file__, "--read-with", peer, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3000)
     if done.returncode:
@@ -184,26 +184,26 @@ def read_with_peer(python: str, peer: str, folder: Path, count: int) -> dict[str
     answers = json.loads(done.stdout.splitlines()[-1])
     assert len(answers["shards"]) == count
     lost = [missing(found) for found, _ in answers["shards"]]
-    told: list[Callable[[str], bool]] = [lambda key, was=was: was for _, was in answers["shards"]]
-    return {"version": answers["version"], "seconds": answers["seconds"], **summary(lost, told)}
+    reported: list[Callable[[str], bool]] = [lambda key, was=was: was for _, was in answers["shards"]]
+    return {"version": answers["version"], "seconds": answers["seconds"], **summary(lost, reported)}
 
 
 def serve_peer(peer: str, folder: Path) -> None:
-    """In the peer's process: read every shard and print what was found as JSON."""
+    """Run in the peer's process: read every shard and print the results as JSON."""
     read = {"webdataset": with_webdataset, "energon": with_energon}[peer]
     begun = time.perf_counter()
-    shards = [read(place) for place in sorted(folder.iterdir())]
+    shards = [read(shard_folder) for shard_folder in sorted(folder.iterdir())]
     version = importlib.metadata.version({"energon": "megatron-energon"}.get(peer, peer))
     print(json.dumps({"version": version, "seconds": round(time.perf_counter() - begun, 1), "shards": shards}))
 
 
 def main() -> None:
-    """Print a table in Markdown."""
+    """Run the benchmark and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--energon-python", help="a Python that has megatron-energon")
-    parser.add_argument("--out", help="a .json file for the raw numbers")
+    parser.add_argument("--energon-python", help="Python executable with megatron-energon installed")
+    parser.add_argument("--out", help="JSON file for the raw numbers")
     parser.add_argument("--read-with", nargs=2, metavar=("PEER", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read_with:
@@ -217,8 +217,8 @@ def main() -> None:
         write_damaged(folder, arguments.shards, arguments.seed)
         begun = time.perf_counter()
         answers = [with_anymal(place, tokenizer) for place in sorted(folder.iterdir())]
-        told: list[Callable[[str], bool]] = [lambda key, keys=keys: keys is None or key in keys for _, keys in answers]
-        ours = summary([missing(found) for found, _ in answers], told)
+        named: list[Callable[[str], bool]] = [lambda key, keys=keys: keys is None or key in keys for _, keys in answers]
+        ours = summary([missing(found) for found, _ in answers], named)
         seconds = round(time.perf_counter() - begun, 1)
         version = importlib.metadata.version("megatron-anymal")
         results = {"megatron_anymal": {"version": version, "seconds": seconds, **ours}}
@@ -226,7 +226,7 @@ def main() -> None:
         if arguments.energon_python:
             results["megatron-energon"] = read_with_peer(arguments.energon_python, "energon", folder, arguments.shards)
         else:
-            print("megatron-energon was left out: name a Python that has it with --energon-python (see --help)")
+            print("megatron-energon was skipped: pass a Python that has it with --energon-python (see --help)")
     print(f"{arguments.shards} damaged shards of {SAMPLES} samples, seed {arguments.seed}\n")
     columns = ("version", "samples_lost", "shards_with_silent_loss", "samples_lost_in_silence", "seconds")
     print(f"| reader | {' | '.join(name.replace('_', ' ') for name in columns)} |\n{'|---' * (len(columns) + 1)}|")

@@ -1,11 +1,11 @@
-"""What a frozen Llama's pack saves: the head on labelled positions only, its logits in chunks, no backward for text.
+"""Measure savings with a frozen Llama: output layer on labelled positions only, chunked logits, no backward for text.
 
     python benchmarks/head.py --out results.json
 
-The floor is megatron-core's own head: logits of every position, kept whole for its vocabulary-parallel cross-entropy.
-First each way's losses and gradients are compared with torch's cross-entropy of all logits, in fp64 (megatron-core's
-rounds to fp32); then they take turns in fp32, and the most memory that each holds at once is counted. The backward pass
-of a text-only pack is compared in a run of this trainer (sides.py).
+The floor is megatron-core's own output layer: logits of every position, kept for its vocabulary-parallel cross-entropy.
+First, losses and gradients of each variant are compared with torch's cross-entropy of all logits in fp64 (megatron-core
+rounds to fp32); then the variants alternate in fp32, and the peak memory of each is measured. The backward pass of a
+text-only pack is measured in a run of this trainer (anymal_side.py).
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class HeadSizes:
     hidden: int = 512
     vocabulary: int = 32_768
     tokens: int = 2048
-    # One position in so many has a label: soft tokens, prompts and padding have none.
+    # One position in `label_every` has a label: soft tokens, prompts and padding have none.
     label_every: int = 4
-    # Logits at once, of the chunked way.
+    # Number of logits per chunk in the chunked variant.
     chunk: int = 1 << 22
     warm_up: int = 1
     rounds: int = 7
 
 
 class Head:
-    """A frozen head and the hidden states before it."""
+    """A frozen output layer and its input hidden states."""
 
     def __init__(self, sizes: HeadSizes, dtype: torch.dtype):
         config = RunConfig()
@@ -78,21 +78,21 @@ class Head:
         self.vocabulary, self.chunk = sizes.vocabulary, sizes.chunk
 
     def plain(self) -> Tensor:
-        """torch's cross-entropy of all logits."""
+        """Compute torch's cross-entropy of all logits."""
         logits = self.hidden[:, 0] @ self.gpt.output_layer.weight.T
         return self._learn(F.cross_entropy(logits, self.labels[0], reduction="none")[None])
 
     def floor(self) -> Tensor:
-        """megatron-core's head and loss."""
+        """Compute megatron-core's output layer and loss."""
         logits, _ = self.gpt.output_layer(self.hidden)
         return self._learn(self.gpt.compute_language_model_loss(self.labels, logits))
 
     def labelled(self) -> Tensor:
-        """Positions with a label only, their logits whole."""
+        """Compute labelled positions only, with all logits at once."""
         return self._ours(1 << 62)
 
     def chunked(self) -> Tensor:
-        """Positions with a label only, their logits in chunks."""
+        """Compute labelled positions only, with logits in chunks."""
         return self._ours(self.chunk)
 
     def _ours(self, chunk: int) -> Tensor:
@@ -105,22 +105,22 @@ class Head:
         return losses.detach()[0, self.where]
 
     def ways(self) -> dict[str, Callable[[], Tensor]]:
-        """The floor first."""
+        """All variants, the floor first."""
         return {"megatron-core": self.floor, "labels only": self.labelled, "labels only, chunked": self.chunked}
 
 
 def compare_heads(sizes: HeadSizes) -> dict[str, Any]:
-    """Differences in fp64, seconds and peak bytes in fp32, of each way."""
+    """Compare the variants: differences in fp64, seconds and peak bytes in fp32."""
     exact = Head(sizes, torch.float64)
     truth = exact.plain(), exact.hidden.grad
     answers = {name: (way(), exact.hidden.grad) for name, way in exact.ways().items()}
     fast = Head(sizes, torch.float32)
     turns = take_turns({n: lambda _, way=w: way() for n, w in fast.ways().items()}, sizes.rounds, sizes.warm_up)
-    found = {}
+    results = {}
     for name, way in fast.ways().items():
         with PeakMemory() as memory:
             way()
-        found[name] = {
+        results[name] = {
             "loss_difference": apart(answers[name][0], truth[0]),
             "gradient_difference": apart(answers[name][1], truth[1]),
             "seconds": statistics.median(turns[name].wall),
@@ -128,17 +128,17 @@ def compare_heads(sizes: HeadSizes) -> dict[str, Any]:
             "cpu_over_floor": asdict(ratio(turns[name].cpu, turns["megatron-core"].cpu)),
             "peak_bytes": memory.peak,
         }
-    return found
+    return results
 
 
 def apart(mine: Any, other: Any) -> float:
-    """The largest difference, relative to the largest value."""
+    """Largest absolute difference, relative to the largest value."""
     return float((mine - other).abs().max() / other.abs().max())
 
 
 @contextmanager
 def always_backward() -> Any:
-    """As if every pack could teach something."""
+    """Run the backward pass for every pack, even if it has no gradient."""
     original = AnyMALModel._teaches
     AnyMALModel._teaches = lambda self, micro_batch: True  # type: ignore[method-assign]
     try:
@@ -148,7 +148,7 @@ def always_backward() -> Any:
 
 
 def text_only(state: TrainState) -> MicroBatch:
-    """A pack of the run with its media forgotten."""
+    """A pack of the run with its media removed."""
     planned = state.train_data.planner.plan(0).of_replica(0)[0]
     read = state.train_data.reader[planned]
     samples = tuple(replace(sample, media=()) for sample in planned.samples)
@@ -156,7 +156,7 @@ def text_only(state: TrainState) -> MicroBatch:
 
 
 def compare_backward(sizes: HeadSizes) -> dict[str, Any]:
-    """A text-only pack under a frozen Llama, with and without its backward pass."""
+    """Compare a text-only pack under a frozen Llama with and without its backward pass."""
     with tempfile.TemporaryDirectory() as folder:
         shapes = Sizes(hidden=sizes.hidden)
         write_data(Path(folder), shapes)
@@ -193,13 +193,13 @@ def compare_backward(sizes: HeadSizes) -> dict[str, Any]:
 
 
 def report(found: dict[str, Any]) -> str:
-    """What a person reads."""
+    """Format the results as text."""
     sizes, heads, backward = found["sizes"], found["heads"], found["backward"]
     floor = heads["megatron-core"]
     lines = [
         f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
         f"{sizes['tokens']} positions of width {sizes['hidden']}, one in {sizes['label_every']} with a label; "
-        f"vocabulary {sizes['vocabulary']}; the head is frozen; forward and backward; differences in fp64",
+        f"vocabulary {sizes['vocabulary']}; frozen output layer; forward and backward; differences in fp64",
         "",
         f"{'':<24}{'loss':>12}{'gradient':>12}{'seconds':>10}{'of floor':>10}{'CPU':>8}{'peak MiB':>10}{'of floor':>9}",
     ]
@@ -210,12 +210,12 @@ def report(found: dict[str, Any]) -> str:
             f"{way['peak_bytes'] / 2**20:>10.1f}{way['peak_bytes'] / floor['peak_bytes']:>10.2f}"
         )
     peak = backward["peak_bytes"]
-    equal = "equal bit by bit" if backward["losses_equal"] and backward["gradients_equal"] else "NOT EQUAL"
+    equal = "bitwise equal" if backward["losses_equal"] and backward["gradients_equal"] else "NOT EQUAL"
     return "\n".join(
         [
             *lines,
             "",
-            f"text-only pack: losses and gradients {equal} with and without its backward pass; without it "
+            f"text-only pack: losses and gradients {equal} with and without its backward pass; skipping it takes "
             f"{backward['skipped_over_made']['median']:.2f} of the time "
             f"({backward['cpu_skipped_over_made']['median']:.2f} in CPU time) and "
             f"{peak['skipped'] / peak['made']:.2f} of the memory",
@@ -224,17 +224,17 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns the exit code."""
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="a JSON file for the numbers")
+    parser.add_argument("--out", help="JSON file for the results")
     for field in fields(HeadSizes):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
     arguments = vars(parser.parse_args(argv))
     out = arguments.pop("out")
     if arguments["rounds"] < 2:
-        parser.error("--rounds must be at least 2: quartiles need them.")
+        parser.error("--rounds must be at least 2, to compute quartiles.")
     sizes = HeadSizes(**arguments)
-    found = {
+    results = {
         "command": " ".join(["python benchmarks/head.py", *argv]),
         **surroundings(),
         "sizes": asdict(sizes),
@@ -242,9 +242,9 @@ def main(argv: Sequence[str]) -> int:
         "backward": compare_backward(sizes),
     }
     shutdown()
-    print(report(found))
+    print(report(results))
     if out:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(out).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -1,9 +1,9 @@
-"""How fast shards are indexed, beside what reading them costs at least.
+"""Measure how fast shards are indexed, relative to just reading them.
 
     python benchmarks/indexing.py
 
-Two floors are timed in turn with `anymal prepare --index-only` (one process, its start not counted): Python's `tarfile`
-reading every member, and webdataset's reader grouping them into samples. Both lose samples of damaged shards in silence
+Two floors alternate with `anymal prepare --index-only` (one process, startup excluded): Python's `tarfile` reading all
+members, and webdataset's reader grouping members into samples. Both silently lose samples of damaged shards
 (benchmarks/damaged_shards.py); the index accounts for every byte, probes the media and counts the text's tokens.
 """
 
@@ -31,7 +31,7 @@ from megatron_anymal.cli.prepare import main as prepare
 
 
 def jpeg(seed: int, side: int = 64) -> bytes:
-    """A small picture."""
+    """A small random JPEG image."""
     out = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(out, "JPEG")
@@ -39,7 +39,7 @@ def jpeg(seed: int, side: int = 64) -> bytes:
 
 
 def write_shards(folder: Path, shards: int, samples: int) -> None:
-    """Shards as img2dataset writes them: a picture, its caption, and metadata."""
+    """Write shards like img2dataset's: an image, its caption, and metadata per sample."""
     folder.mkdir(parents=True)
     pictures = [jpeg(seed) for seed in range(64)]
     for shard in range(shards):
@@ -55,7 +55,7 @@ def write_shards(folder: Path, shards: int, samples: int) -> None:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A word-level tokenizer."""
+    """Write a word-level tokenizer."""
     words = ["<|begin_of_text|>", "<|end_of_text|>", "<unk>", "a", "cat", "on", "sofa"]
     tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -63,7 +63,7 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def with_tarfile(folder: Path) -> int:
-    """Read every member and its checksum; returns the number of members."""
+    """Read every member and compute its checksum; return the number of members."""
     count = 0
     for path in sorted(folder.glob("*.tar")):
         with tarfile.open(path) as tar:
@@ -76,13 +76,13 @@ def with_tarfile(folder: Path) -> int:
 
 
 def with_webdataset(folder: Path) -> int:
-    """Read every sample; returns the number of samples."""
+    """Read every sample; return the number of samples."""
     paths = [str(path) for path in sorted(folder.glob("*.tar"))]
     return sum(1 for _ in webdataset.WebDataset(paths, shardshuffle=False))
 
 
 def with_anymal(folder: Path, tokenizer: Path) -> int:
-    """Index the folder; returns the number of samples."""
+    """Index the folder; return the number of samples."""
     options = ["--index-only", str(folder), "--tokenizer", str(tokenizer), "--workers", "1"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert prepare(options) == 0
@@ -90,19 +90,19 @@ def with_anymal(folder: Path, tokenizer: Path) -> int:
 
 
 def seconds_of(call: Callable[[], int], expected: int) -> float:
-    """Processor seconds of a call that must return `expected`."""
+    """CPU seconds of a call that must return `expected`."""
     begun = time.process_time()
     assert call() == expected
     return time.process_time() - begun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Time all three in turns and print microseconds per sample."""
+    """Time all three alternately and print microseconds per sample."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--samples", type=int, default=1000, help="per shard")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", help="a .json file for the raw numbers")
+    parser.add_argument("--out", help="JSON file for the raw numbers")
     arguments = parser.parse_args(argv)
     count = arguments.shards * arguments.samples
     with tempfile.TemporaryDirectory() as temporary:
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         middle = statistics.median(turns)
         ratio = middle / statistics.median(rounds["tarfile"])
         spread = f"{min(turns):.1f} to {max(turns):.1f}"
-        print(f"{name:<12} {middle:8.1f} us a sample ({spread}), {ratio:.2f} of tarfile")
+        print(f"{name:<12} {middle:8.1f} us per sample ({spread}), {ratio:.2f} x tarfile")
     if arguments.out:
         Path(arguments.out).write_text(json.dumps({"samples": count, "microseconds_per_sample": rounds}, indent=1))
 

@@ -1,4 +1,4 @@
-"""What benchmarks measure with: time taken in turns, bytes stored and kept, and the machine they ran on."""
+"""Measurement tools of the benchmarks: alternating timings, memory usage, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from torch.utils._pytree import tree_flatten
 
 @dataclass(frozen=True)
 class Turns:
-    """One side's seconds, one of each round."""
+    """Seconds of one side, one entry per round."""
 
     wall: list[float]
-    # Of this process on all its cores: other processes add less to it than to the wall clock.
+    # CPU time of this process on all cores, which other processes disturb less than the wall clock.
     cpu: list[float]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """One side's seconds over another's."""
+    """Ratio of one side's seconds to another's."""
 
     # Median and quartiles over the rounds.
     median: float
     lower: float
     upper: float
-    # Of the fastest round of each: other work on the machine only ever adds.
+    # Ratio of the fastest rounds, since other load on the machine only adds time.
     fastest: float
 
 
 def take_turns(sides: Mapping[str, Callable[[int], None]], rounds: int, warm_up: int) -> dict[str, Turns]:
-    """Time all sides in every round, in their order and in the next round backwards.
+    """Time all sides in every round, in order in even rounds and in reverse order in odd ones.
 
     Args:
-        sides: called with the round's number.
-        warm_up: rounds before, that do not count.
+        sides: functions to time; called with the round's number.
+        warm_up: preceding rounds that are not counted.
     """
     turns = {name: Turns([], []) for name in sides}
     for number in range(warm_up + rounds):
@@ -63,13 +63,13 @@ def take_turns(sides: Mapping[str, Callable[[int], None]], rounds: int, warm_up:
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> Ratio:
-    """How the rounds of one side compare with those of another (two or more)."""
+    """Compare the rounds of one side with those of another (two rounds or more)."""
     lower, median, upper = statistics.quantiles((a / b for a, b in zip(over, under, strict=True)), n=4)
     return Ratio(median, lower, upper, min(over) / min(under))
 
 
 def timed(owner: Any, method: str) -> list[float]:
-    """Have an object's method note the seconds of each call in the list that is returned."""
+    """Wrap an object's method to append the seconds of each call to the returned list."""
     seconds: list[float] = []
     call = getattr(owner, method)
 
@@ -85,20 +85,21 @@ def timed(owner: Any, method: str) -> list[float]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address -> bytes of what the tensors lie in."""
-    found = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+    """Address -> size in bytes of the tensors' storages."""
+    untyped = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in untyped if storage.nbytes()}
 
 
 def stored_bytes(model: nn.Module, wrapped: Any, optimizer: Any) -> dict[str, int]:
-    """The bytes that a model in training holds between two steps, by kind.
+    """Memory of a model in training between two steps, in bytes by kind.
 
     Args:
         wrapped: megatron-core's data-parallel wrapper around the model.
-        optimizer: megatron-core's.
+        optimizer: megatron-core's optimizer.
 
     Returns:
-        weights, gradients, moments, and what else hangs on parameters (fp32 values, gradients outside the buffers).
+        "weights", "gradients", "moments", and "others": further tensors attached to parameters (fp32 values, gradients
+        outside the buffers).
     """
     optimizers = getattr(optimizer, "chained_optimizers", [optimizer])
     inner = [o.optimizer for o in optimizers if o.optimizer is not None]
@@ -106,40 +107,40 @@ def stored_bytes(model: nn.Module, wrapped: Any, optimizer: Any) -> dict[str, in
     moments = [value for o in inner for state in o.state.values() for value in state.values()]
     weights = storages(model.parameters())
     gradients = storages(b.grad_data for b in [*wrapped.buffers, *wrapped.expert_parallel_buffers])
-    hung = storages([*main, *(copy for p in [*main, *model.parameters()] for copy in copies(p))])
+    attached = storages([*main, *(copy for p in [*main, *model.parameters()] for copy in copies(p))])
     return {
         "weights": sum(weights.values()),
         "gradients": sum(gradients.values()),
         "moments": sum(storages(value for value in moments if isinstance(value, Tensor)).values()),
-        "others": sum(size for place, size in hung.items() if place not in {**weights, **gradients}),
+        "others": sum(size for address, size in attached.items() if address not in {**weights, **gradients}),
     }
 
 
 def copies(parameter: Any) -> list[Tensor]:
-    """The gradients and the fp32 value that megatron-core hangs on a parameter."""
-    found = (getattr(parameter, name, None) for name in ("grad", "main_grad", "main_param"))
-    return [tensor for tensor in found if tensor is not None]
+    """Gradients and fp32 value that megatron-core attaches to a parameter."""
+    attached = (getattr(parameter, name, None) for name in ("grad", "main_grad", "main_param"))
+    return [tensor for tensor in attached if tensor is not None]
 
 
 def saved_for_backward(forward: Callable[[], Any], left_out: Iterable[Tensor]) -> tuple[dict[int, int], Any]:
-    """Address -> bytes of what autograd keeps of a forward pass, apart from tensors that are there anyway; and what the
-    pass returns."""
+    """Storages (address -> bytes) that autograd saves in a forward pass, except those of `left_out`; and the pass's
+    return value."""
     known, kept = storages(left_out), []
 
     def keep(tensor: Tensor) -> Tensor:
-        # Held until the end, so that no address comes twice.
+        # Keep a reference until the end, so that no address is reused.
         kept.append(tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         returned = forward()
-    return {place: size for place, size in storages(kept).items() if place not in known}, returned
+    return {address: size for address, size in storages(kept).items() if address not in known}, returned
 
 
 class PeakMemory(TorchDispatchMode):
-    """Within it: the most bytes that tensors made by torch's operations held at once, in `peak`.
+    """Context that records in `peak` the maximum total bytes of live tensors created by torch operations in it.
 
-    What was there before does not count, and neither does what an operation needs inside.
+    Tensors that existed before and temporary memory inside operations do not count.
     """
 
     def __init__(self) -> None:
@@ -160,7 +161,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def surroundings() -> dict[str, Any]:
-    """The date, the machine, and the versions that matter."""
+    """Date, machine, and relevant package versions."""
     cpu = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     memory = round(psutil.virtual_memory().total / 2**30)
@@ -168,7 +169,7 @@ def surroundings() -> dict[str, Any]:
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores ({cpu[0] if cpu else platform.machine()}), {memory} GiB, {gpu}",
         "threads": torch.get_num_threads(),
-        # Processes that wanted a core in the last minute, before this one began: above 0 other work ran.
+        # Load average over the minute before the benchmark: above 0 if other work ran.
         "load": os.getloadavg()[0],
         "versions": {
             "python": platform.python_version(),

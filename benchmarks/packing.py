@@ -1,9 +1,10 @@
-"""How full packs are, and how long planning takes.
+"""Measure how full packs are and how long packing takes.
 
     python benchmarks/packing.py
 
-The mix is long-tailed, as image, video and audio captions with some long documents are: most samples hold one piece of
-64 soft tokens and a short caption, a tenth holds several pieces, one in fifty thousands of tokens of text.
+The mix is long-tailed, like image, video and audio captions with some long documents: most samples have one encoder
+input of 64 soft tokens and a short caption, one in ten has several inputs, one in fifty has up to thousands of text
+tokens.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ CAPACITY = 8192
 
 @dataclass(frozen=True)
 class Measured:
-    """One batch, packed."""
+    """Statistics of one packed batch."""
 
     samples: int
     multiple: int
     packs: int
-    # ceil(tokens / capacity): no packing needs fewer.
+    # Lower bound: ceil(tokens / capacity).
     fewest: int
-    # Real tokens among those computed: all packs are padded to the longest one.
+    # Share of real tokens among those computed: all packs are padded to the longest one.
     share: float
-    # Real tokens among the packs' capacity.
+    # Share of real tokens in the packs' capacity.
     share_of_capacity: float
     seconds: float
 
 
 def long_tailed_mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths in LLM tokens and encoder costs (in pieces) of `count` samples."""
+    """Draw lengths in LLM tokens and encoder costs (in encoder inputs) of `count` samples."""
     rng = np.random.default_rng(seed)
     pieces = np.ones(count, np.int64)
     several = rng.uniform(size=count) < 0.1
@@ -49,7 +50,7 @@ def long_tailed_mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def measure(lengths: np.ndarray, costs: np.ndarray, multiple: int) -> Measured:
-    """Pack a batch once."""
+    """Pack a batch once and measure it."""
     begun = time.perf_counter()
     packs = pack(lengths, costs, CAPACITY, multiple)
     seconds = time.perf_counter() - begun
@@ -67,7 +68,7 @@ def measure(lengths: np.ndarray, costs: np.ndarray, multiple: int) -> Measured:
 
 
 def main() -> None:
-    """Print the mixes, one JSON line each."""
+    """Measure all mixes and print one JSON line per mix."""
     for count, multiple in ((1024, 1), (1024, 4), (26_880, 1), (26_880, 64)):
         print(json.dumps(asdict(measure(*long_tailed_mix(count), multiple))))
 

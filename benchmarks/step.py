@@ -1,12 +1,12 @@
-"""What a training step costs: a frozen Llama against a trained one, and this trainer against bare megatron-core.
+"""Measure a training step: a frozen Llama against a trained one, and this trainer against bare megatron-core.
 
     python benchmarks/step.py --out results.json
 
-Both comparisons run in one process, in fp32, on the same batches; what is compared takes turns step by step, so that
-whatever else the machine does meets both alike. Planning and reading batches is timed apart.
+Both comparisons run in one process, in fp32, on the same batches; the sides alternate step by step, so that other load
+on the machine affects them equally. Planning and reading batches is timed separately.
 
-The floor is in floor.py: a GPTModel of megatron-core with the same configuration, layers, weights, documents and
-optimizer, and no media. This trainer's runs have an identity encoder and one linear projector besides.
+The floor is in bare_megatron.py: a GPTModel of megatron-core with the same configuration, layers, weights, documents
+and optimizer, and no media. This trainer's runs additionally have an identity encoder and one linear projector.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_anymal.parallel import initialize, shutdown
 from megatron_anymal.train.build import build
 
-# The largest overhead over bare megatron-core that is accepted.
+# Largest acceptable overhead over bare megatron-core.
 BAR = 0.05
 KINDS = {"frozen": True, "trained": False}
 
 
 def counted_products(side: Ours | Bare) -> int:
-    """Floating-point operations of the matrix products of a step, attention aside, as torch counts them."""
+    """FLOPs of the matrix products of a step, without attention, as counted by torch."""
     with FlopCounterMode(display=False) as counter:
         side.step(0)
     return int(sum(counter.get_flop_counts()["Global"].values()))
 
 
 def saved_bytes(ours: Ours) -> int:
-    """What the forward pass of one micro-batch keeps for its backward, apart from weights."""
+    """Bytes that the forward pass of one micro-batch saves for the backward pass, without weights."""
     wrapped, micro_batch = ours.state.wrapped[0], ours.batches[0][1][0]
     kept, _ = saved_for_backward(lambda: wrapped(micro_batch, labels=micro_batch.labels), wrapped.parameters())
     return sum(kept.values())
@@ -53,18 +53,18 @@ def saved_bytes(ours: Ours) -> int:
 def compare_frozen(
     sizes: Sizes, ours: dict[str, Ours], turns: dict[str, Turns], updates: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """A frozen Llama against a trained one.
+    """Compare a frozen Llama with a trained one.
 
     Args:
-        updates: seconds of the optimizer in each of the rounds.
+        updates: optimizer seconds in each round.
     """
     walls = {kind: turns[f"ours, {kind}"].wall for kind in KINDS}
     without = {kind: [a - b for a, b in zip(walls[kind], updates[kind], strict=True)] for kind in KINDS}
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for kind, freeze in KINDS.items():
         state, work = ours[kind].state, work_by_hand(sizes, freeze)
         stored = stored_bytes(state.models[0], state.wrapped[0], state.optimizer)
-        found[kind] = {
+        results[kind] = {
             "seconds": statistics.median(walls[kind]),
             "optimizer_seconds": statistics.median(updates[kind]),
             "seconds_without_optimizer": statistics.median(without[kind]),
@@ -75,9 +75,9 @@ def compare_frozen(
             "stored_bytes": stored,
             "saved_bytes": saved_bytes(ours[kind]),
         }
-    frozen, trained = found["frozen"], found["trained"]
+    frozen, trained = results["frozen"], results["trained"]
     by_flops = trained["flops"] / frozen["flops"]
-    found["ratio"] = {
+    results["ratio"] = {
         "seconds": asdict(ratio(walls["trained"], walls["frozen"])),
         "cpu_seconds": asdict(ratio(turns["ours, trained"].cpu, turns["ours, frozen"].cpu)),
         "without_optimizer": asdict(ratio(without["trained"], without["frozen"])),
@@ -85,27 +85,27 @@ def compare_frozen(
         "by_flops_and_optimizer": (by_flops * frozen["seconds_without_optimizer"] + trained["optimizer_seconds"])
         / (frozen["seconds_without_optimizer"] + frozen["optimizer_seconds"]),
     }
-    return found
+    return results
 
 
 def compare_bare(turns: dict[str, Turns], bare: dict[str, Bare]) -> dict[str, Any]:
-    """This trainer against the floor."""
-    found = {}
+    """Compare this trainer with the floor."""
+    results = {}
     for kind in KINDS:
         ours, floor = turns[f"ours, {kind}"], turns[f"bare, {kind}"]
-        found[kind] = {
+        results[kind] = {
             "seconds": statistics.median(ours.wall),
             "bare_seconds": statistics.median(floor.wall),
             "ratio": asdict(ratio(ours.wall, floor.wall)),
             "cpu_ratio": asdict(ratio(ours.cpu, floor.cpu)),
             "bare_products_counted": counted_products(bare[kind]),
         }
-    return found
+    return results
 
 
 def measure(sizes: Sizes) -> dict[str, Any]:
-    """Everything, raw seconds included."""
-    around = surroundings()
+    """Run all measurements; returns the results with raw seconds."""
+    environment = surroundings()
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), sizes)
         configs = {kind: make_config(Path(folder), sizes, freeze) for kind, freeze in KINDS.items()}
@@ -120,8 +120,8 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         sides |= {f"ours, {kind}": ours[kind].step, f"bare, {kind}": bare[kind].step}
     turns = take_turns(sides, sizes.rounds, sizes.warm_up)
     updates = {kind: seconds[sizes.warm_up :] for kind, seconds in updates.items()}
-    found = {
-        **around,
+    results = {
+        **environment,
         "device": layout.device.type,
         "sizes": {**asdict(sizes), "tokens": sizes.tokens, "parameters": work_by_hand(sizes, True).parameters},
         "floor": "a step of megatron-core's GPTModel alone: benchmarks/bare_megatron.py",
@@ -134,11 +134,11 @@ def measure(sizes: Sizes) -> dict[str, Any]:
         "rounds": {name: asdict(turn) for name, turn in turns.items()},
     }
     shutdown()
-    return found
+    return results
 
 
 def row(name: str, left: float, right: float, measured: float | dict[str, float]) -> str:
-    """A line of the first table; a measured ratio comes with its quartiles, and that of the fastest rounds."""
+    """Row of the first table; a measured ratio is followed by its quartiles and the ratio of the fastest rounds."""
     if isinstance(measured, dict):
         middle = measured["median"]
         spread = f"  {measured['lower']:.3f} to {measured['upper']:.3f}, {measured['fastest']:.3f}"
@@ -148,7 +148,7 @@ def row(name: str, left: float, right: float, measured: float | dict[str, float]
 
 
 def frozen_table(frozen: dict[str, Any]) -> list[str]:
-    """A frozen Llama against a trained one."""
+    """Format the comparison of a frozen with a trained Llama."""
     ratios = frozen["ratio"]
 
     def both(scale: float, *keys: str) -> tuple[float, float]:
@@ -161,8 +161,8 @@ def frozen_table(frozen: dict[str, Any]) -> list[str]:
         row("step, s", *both(1, "seconds"), ratios["seconds"]),
         f"{'  in CPU time':<64}{ratios['cpu_seconds']['median']:>8.3f}",
         row("step without the optimizer, s", *both(1, "seconds_without_optimizer"), ratios["without_optimizer"]),
-        row("  predicted: 4N and 6N a token, attention, G", *both(1e9, "flops"), ratios["by_flops"]),
-        row("  matrix products counted by torch, G", *counted, counted[1] / counted[0]),
+        row("  predicted: 4N, 6N/token + attention, GFLOP", *both(1e9, "flops"), ratios["by_flops"]),
+        row("  matrix products counted by torch, GFLOP", *counted, counted[1] / counted[0]),
         f"{'step predicted, with the measured optimizer':<64}{ratios['by_flops_and_optimizer']:>8.3f}",
     ]
     for kind in ("weights", "gradients", "moments"):
@@ -171,19 +171,19 @@ def frozen_table(frozen: dict[str, Any]) -> list[str]:
     stored = both(2**20, "stored")
     return [
         *lines,
-        row("stored in all, MiB", *stored, stored[1] / stored[0]),
-        row("kept for the backward of one pack, MiB", *kept, kept[1] / kept[0]),
+        row("stored in total, MiB", *stored, stored[1] / stored[0]),
+        row("saved for backward of one pack, MiB", *kept, kept[1] / kept[0]),
     ]
 
 
 def overhead(measured: dict[str, float]) -> str:
-    """A ratio less one, with its quartiles and that of the fastest rounds."""
+    """A ratio minus one, with its quartiles and the ratio of the fastest rounds."""
     lower, middle, upper, fastest = (f"{measured[of] - 1:.2%}" for of in ("lower", "median", "upper", "fastest"))
     return f"{middle:>8}  {lower} to {upper}, {fastest}"
 
 
 def bare_table(against: dict[str, Any]) -> list[str]:
-    """This trainer against the floor."""
+    """Format the comparison of this trainer with the floor."""
     lines = [
         f"{'This trainer against bare megatron-core':<44}{'bare':>10}{'ours':>10}{'over':>8}  quartiles, fastest rounds"
     ]
@@ -195,24 +195,24 @@ def bare_table(against: dict[str, Any]) -> list[str]:
 
 
 def verdict(against: dict[str, Any]) -> str:
-    """Whether the overhead is within the bar; by CPU time where other work disturbed the wall clock too much."""
+    """Whether the overhead is within the bar; by CPU time if other load disturbed the wall clock too much."""
     for clock, ratio_of in (("wall clock", "ratio"), ("CPU time", "cpu_ratio")):
         measured = [side[ratio_of] for side in against.values()]
         if all(of["upper"] - of["lower"] <= BAR for of in measured):
             within = all(of["median"] <= 1 + BAR for of in measured)
             return f"{'within' if within else 'ABOVE'} the bar of {BAR:.0%} by {clock}"
-    return f"no verdict: quartiles lie further apart than the bar of {BAR:.0%}. Run it again when nothing else runs."
+    return f"no verdict: the quartiles are further apart than the bar of {BAR:.0%}. Run it again on an idle machine."
 
 
 def report(found: dict[str, Any]) -> str:
-    """What a person reads."""
+    """Format the results as text."""
     sizes, outside = found["sizes"], found["outside_the_step"]
     return "\n".join(
         [
             f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
             ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
             f"fp32; {sizes['layers']} layers of width {sizes['hidden']}, {sizes['parameters'] / 1e6:.1f} M parameters "
-            f"in matrix products; {sizes['tokens']} tokens a step in {sizes['packs']} packs; {sizes['rounds']} rounds",
+            f"in matrix products; {sizes['tokens']} tokens/step in {sizes['packs']} packs; {sizes['rounds']} rounds",
             f"floor: {found['floor']}",
             "",
             *frozen_table(found["frozen_against_trained"]),
@@ -226,21 +226,21 @@ def report(found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns the exit code."""
+    """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", help="a JSON file for the numbers, raw ones included")
+    parser.add_argument("--out", help="JSON file for the results, including raw numbers")
     for field in fields(Sizes):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
     arguments = vars(parser.parse_args(argv))
     out = arguments.pop("out")
     if arguments["rounds"] < 2:
-        parser.error("--rounds must be at least 2: quartiles need them.")
+        parser.error("--rounds must be at least 2, to compute quartiles.")
     if out and not Path(out).resolve().parent.is_dir():
         parser.error(f"--out: there is no folder {str(Path(out).parent)!r}.")
-    found = {"command": " ".join(["python benchmarks/step.py", *argv]), **measure(Sizes(**arguments))}
-    print(report(found))
+    results = {"command": " ".join(["python benchmarks/step.py", *argv]), **measure(Sizes(**arguments))}
+    print(report(results))
     if out:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(out).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The disk that a conversion writes to: whether there is room, and what is said where it fails."""
+"""Disk-space checks and disk error messages for conversions."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from megatron_anymal.config import ConfigError
 
 
 def check_space(out: Path, needed: int) -> None:
-    """Refuse to begin where there is no room.
+    """Check that the disk has enough free space for an output.
 
     Args:
-        out: what will be written; the folder it will lie in exists.
+        out: path to be written; its parent folder exists.
         needed: bytes.
 
     Raises:
-        ConfigError: naming the disk, what is needed and what is free.
+        ConfigError: not enough space; names the disk, the bytes needed and the bytes free.
     """
     free = shutil.disk_usage(out.parent).free
     if needed > free:
         raise ConfigError(
             f"--out needs {needed / 1e9:.2f} GB on the disk of {str(out.parent)!r}, which has {free / 1e9:.2f} GB free."
-            " Free space, or name another place."
+            " Free up space, or choose another location."
         )
 
 
 def what_failed(error: OSError, out: Path, then: str) -> str:
-    """An error of the system as a line for the user.
+    """Format an OSError as one line for the user.
 
     Args:
-        out: what was being written.
-        then: what the user can do where the disk is full.
+        out: path that was being written.
+        then: advice to add if the disk is full.
     """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk of --out={str(out)!r} is full. {then}"

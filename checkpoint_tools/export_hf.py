@@ -1,8 +1,8 @@
-"""`python -m checkpoint_tools.export_hf --checkpoint CHECKPOINT --out FOLDER`: a checkpoint as a HuggingFace folder.
+"""`python -m checkpoint_tools.export_hf --checkpoint CHECKPOINT --out FOLDER`: export a HuggingFace folder.
 
-It loads with transformers alone: AutoModelForCausalLM and AutoProcessor with trust_remote_code=True, or with
-`--llama-only` (or for a checkpoint without modalities) as a plain LlamaForCausalLM. Before the folder appears, its
-logits are compared with the trainer's own (checkpoint_tools.verify).
+The folder loads with transformers alone: AutoModelForCausalLM and AutoProcessor with trust_remote_code=True or, with
+`--llama-only` (or for a checkpoint without modalities), as a plain LlamaForCausalLM. Before the folder is published,
+its logits are compared with the trainer's own (checkpoint_tools.verify).
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.safetensors_io import TensorFileError
 
 _GIB = 1 << 30
-# Beside the weights: tokenizer and code, with room to spare.
+# Allowance for the tokenizer and code, on top of the weights.
 _SPARE = 64 << 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export; return the exit code (2: something cannot be exported; nothing is left behind)."""
+    """Run the export; return the exit code (2: the export failed and nothing was written)."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.export_hf", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint's folder, or its run's folder")
-    parser.add_argument("--out", required=True, help="the folder to make")
-    parser.add_argument("--llama-only", action="store_true", help="the Llama alone, a plain LlamaForCausalLM")
-    parser.add_argument("--adapter", choices=("merged", "separate"), default="merged", help="what becomes of LoRA")
-    parser.add_argument("--max-shard-gib", type=float, default=5.0, help="largest file of weights")
-    parser.add_argument("--overwrite", action="store_true", help="replace FOLDER")
-    parser.add_argument("--no-verify", action="store_true", help="do not compare logits")
-    parser.add_argument("--data", action="append", default=[], help="prepared folders to verify on; default: the run's")
-    parser.add_argument("--samples", type=int, default=2, help="samples of each modality to verify on")
-    parser.add_argument(FLAG, action="store_true", help="run plug-ins that the checkpoint names")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder for the newest one")
+    parser.add_argument("--out", required=True, help="folder to create")
+    parser.add_argument("--llama-only", action="store_true", help="export only the Llama, as a plain LlamaForCausalLM")
+    parser.add_argument("--adapter", choices=("merged", "separate"), default="merged", help="how to export adapters")
+    parser.add_argument("--max-shard-gib", type=float, default=5.0, help="maximum size of a weight file")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing FOLDER")
+    parser.add_argument("--no-verify", action="store_true", help="skip the comparison of logits")
+    parser.add_argument("--data", action="append", default=[], help="prepared folder to verify on; default: the run's")
+    parser.add_argument("--samples", type=int, default=2, help="number of samples per modality to verify on")
+    parser.add_argument(FLAG, action="store_true", help="run plug-ins named by the checkpoint")
     arguments = parser.parse_args(argv)
     try:
         _export(arguments)
@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (VerificationError, ChatIdsError) as error:
         message = f"{error} Nothing was written."
     except OSError as error:
-        message = what_failed(error, Path(arguments.out), "Free space, or name another place. Nothing was left there.")
+        message = what_failed(
+            error, Path(arguments.out), "Free up space, or choose another location. Nothing was kept."
+        )
     else:
         return 0
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -92,7 +94,7 @@ def _export(arguments: argparse.Namespace) -> None:
         if (staging / TOKENIZER_SETTINGS).is_file():
             tokenizer = Tokenizer(config.data.tokenizer)
             count = compare_chat_ids(staging, tokenizer, config, llama_only=llama_only)
-            print(f"chat template: {count} conversation(s) have the ids of training")
+            print(f"chat template: {count} conversation(s) produce the token ids of training")
         verification = None if samples is None else verify(folder, config, staging, samples)
         if verification:
             (staging / "verification.json").write_text(json.dumps(verification, indent=1) + "\n")
@@ -112,31 +114,30 @@ def _export(arguments: argparse.Namespace) -> None:
     moved = sum((out / name).stat().st_size for name in files)
     print(f"memory beyond the start: {memory / 1e6:,.0f} MB")
     print(
-        f"{out} is written: {len(files)} file(s) of weights{', adapters ' + adapter if adapter else ''}, "
+        f"{out} written: {len(files)} weight file(s){', adapters ' + adapter if adapter else ''}, "
         f"{moved / 1e9:.2f} GB in {seconds:.1f} s, {moved / 1e6 / seconds:,.0f} MB/s"
     )
 
 
 def _check_arguments(arguments: argparse.Namespace, out: Path) -> None:
     if arguments.max_shard_gib <= 0:
-        raise ConfigError(f"--max-shard-gib={arguments.max_shard_gib:g} must be more than 0.")
+        raise ConfigError(f"--max-shard-gib={arguments.max_shard_gib:g} must be greater than 0.")
     if arguments.samples < 1:
-        raise ConfigError(f"--samples={arguments.samples} must be at least 1. (--no-verify compares nothing.)")
+        raise ConfigError(f"--samples={arguments.samples} must be at least 1. To skip verification, use --no-verify.")
     if not out.exists():
         return
     if not arguments.overwrite:
-        raise ConfigError(f"--out={str(out)!r} exists. Name another folder, or add --overwrite.")
+        raise ConfigError(f"--out={str(out)!r} exists. Choose another folder, or add --overwrite.")
     if not ((out / "config.json").is_file() and any(out.glob("model*.safetensors"))):
-        raise ConfigError(f"--out={str(out)!r} exists and is no model's folder: it is not replaced. Name another one.")
+        raise ConfigError(f"--out={str(out)!r} is not an exported model and is not replaced. Choose another folder.")
 
 
 @contextlib.contextmanager
 def _checksums_compared(folder: Path, manifest: Manifest) -> Iterator[None]:
-    """Compare a checkpoint's files with their checksums: the small ones before the block, those with the weights beside
-    it.
+    """Verify the checksums of a checkpoint's files: small files before the block, weight files in parallel with it.
 
     Raises:
-        CheckpointError: at either end of the block; a file is missing or changed.
+        CheckpointError: on entry or exit, if a file is missing or was changed.
     """
     large = [name for name in manifest.files if name.endswith((".distcp", ".safetensors"))]
     for name in sorted(manifest.files.keys() - set(large)):
@@ -148,8 +149,8 @@ def _checksums_compared(folder: Path, manifest: Manifest) -> Iterator[None]:
             if not failed.is_set():
                 store.verify_file(folder, name, manifest.files[name])
 
-    with ThreadPoolExecutor(1) as aside:
-        compared = aside.submit(compare)
+    with ThreadPoolExecutor(1) as executor:
+        compared = executor.submit(compare)
         try:
             yield
         except BaseException:
@@ -159,7 +160,7 @@ def _checksums_compared(folder: Path, manifest: Manifest) -> Iterator[None]:
 
 
 def _put_in_place(staging: Path, out: Path) -> None:
-    """Rename a finished folder; what it replaces goes last, so that a kill never leaves a part of a folder there."""
+    """Rename a finished folder into place; the old one is deleted last, so a kill never leaves a partial folder."""
     old = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
@@ -176,10 +177,10 @@ def _write(
     config: RunConfig,
     llama_only: bool,
 ) -> tuple[str, dict[str, str]]:
-    """Everything but the card.
+    """Write everything except the model card.
 
     Returns:
-        What became of the adapters ("" without), and the files of weights with their hashes.
+        How adapters were exported ("" if there are none), and weight file -> SHA-256.
     """
     separate = arguments.adapter == "separate"
     weights = ExportedWeights(folder, manifest, config, llama_only=llama_only, merge=not separate)
@@ -201,7 +202,7 @@ def _write(
 
 
 def _last_results(folder: Path, step: int) -> dict[str, float]:
-    """The last validation at or before a step, from the metrics of the checkpoint's run."""
+    """Return the last validation metrics at or before a step, from the metrics of the checkpoint's run."""
     metrics = folder.parent.parent / "metrics.jsonl"
     if not metrics.is_file():
         return {}

@@ -1,7 +1,7 @@
-"""`python -m checkpoint_tools.import_hf --hf FOLDER --out CHECKPOINT`: HuggingFace Llama weights as a checkpoint.
+"""`python -m checkpoint_tools.import_hf --hf FOLDER --out CHECKPOINT`: import HuggingFace Llama weights.
 
-The result stands for the Llama in `model.language_model.checkpoint` under any parallel layout, and holds the weights
-bit by bit as they were. An import that was interrupted goes on where it was when the command is given again.
+The result can be used as `model.language_model.checkpoint` under any parallel layout and preserves the weights bit for
+bit. To resume an interrupted import, run the same command again.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ from megatron_anymal.safetensors_io import TensorFileError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Import; return the exit code (2: it cannot be imported, CHECKPOINT is what it was before)."""
+    """Run the import; return the exit code (2: the import failed and CHECKPOINT is unchanged)."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.import_hf", description=__doc__)
-    parser.add_argument("--hf", required=True, type=Path, help="a HuggingFace folder with a Llama as safetensors")
-    parser.add_argument("--out", required=True, type=Path, help="the checkpoint's folder to make")
+    parser.add_argument("--hf", required=True, type=Path, help="HuggingFace folder with a Llama as safetensors")
+    parser.add_argument("--out", required=True, type=Path, help="checkpoint folder to create")
     parser.add_argument(
-        "--encoder", action="append", default=[], metavar="NAME=FOLDER", help="also copy this modality's encoder"
+        "--encoder", action="append", default=[], metavar="NAME=FOLDER", help="also copy the encoder of modality NAME"
     )
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="default: cores, at most 4")
-    parser.add_argument("--overwrite", action="store_true", help="replace CHECKPOINT")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="default: cores, up to 4")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing CHECKPOINT")
     arguments = parser.parse_args(argv)
     from checkpoint_tools.importing.llama import import_llama
     from checkpoint_tools.importing.workers import WorkerError
 
     try:
-        encoders = dict(_named(given) for given in arguments.encoder)
+        encoders = dict(_named(option) for option in arguments.encoder)
         import_llama(arguments.hf, arguments.out, encoders, arguments.processes, overwrite=arguments.overwrite)
     except (CheckpointError, ConfigError, TensorFileError, WorkerError) as error:
         message = " ".join(str(error).replace("model.language_model.path", "--hf").split())
     except OSError as error:
-        message = what_failed(error, arguments.out, "Free space and start again to go on.")
+        message = what_failed(error, arguments.out, "Free up space and run the command again to resume.")
     else:
         return 0
     print(f"error: {message}", file=sys.stderr)

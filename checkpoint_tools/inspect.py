@@ -1,4 +1,4 @@
-"""`python -m checkpoint_tools.inspect CHECKPOINT`: what a checkpoint holds, and whether its files are unchanged."""
+"""`python -m checkpoint_tools.inspect CHECKPOINT`: print a checkpoint's contents and verify its files."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _OPTIMIZER = "optimizer."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print step, data, base and parts; return the exit code (2: no such checkpoint, or a damaged one)."""
+    """Print step, data, base and components; return the exit code (2: no such checkpoint, or it is damaged)."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.inspect", description=__doc__)
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or its run's folder for the newest valid one")
+    parser.add_argument("checkpoint", help="checkpoint folder, or run folder for its newest valid checkpoint")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     arguments = parser.parse_args(argv)
     try:
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     size = sum((folder / name).stat().st_size for name in manifest.files)
     print(f"{folder}\nstep {manifest.step}, {manifest.consumed_samples:,} samples consumed")
-    print(f"{len(manifest.files)} files, {_megabytes(size)}, all checksums hold")
+    print(f"{len(manifest.files)} files, {_megabytes(size)}, all checksums match")
     print(f"base: {_base(folder, manifest)}")
     print(f"data: {manifest.data_fingerprint or 'none'}")
     _print_parts(tensors)
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _base(folder: Path, manifest: Manifest) -> str:
-    """Where the Llama's weights are."""
+    """Describe where the Llama's weights come from."""
     if not manifest.base_hash:
         source = folder / "source.json"
         if source.is_file():
@@ -54,19 +54,19 @@ def _base(folder: Path, manifest: Manifest) -> str:
             return f"none, the checkpoint holds the Llama imported from {came_from}"
         return "none, the checkpoint holds the Llama"
     lm = manifest.config["model"]["language_model"]
-    where = lm.get("path") or lm.get("checkpoint") or "drawn from model.language_model.config and model.seed"
+    where = lm.get("path") or lm.get("checkpoint") or "initialized from model.language_model.config and model.seed"
     return f"frozen Llama {manifest.base_hash}, {where}"
 
 
 def _print_parts(tensors: dict[str, Stored]) -> None:
-    """Counts and bytes by part, and those of the optimizer."""
+    """Print tensor counts and sizes per component, and those of the optimizer."""
     parts: dict[str, list[Stored]] = {}
     for name, stored in tensors.items():
         parts.setdefault(_part(name), []).append(stored)
-    for part, found in sorted(parts.items(), key=lambda item: (item[0] == "optimizer", item[0])):
-        count, size = sum(math.prod(s.shape) for s in found), sum(s.size for s in found)
+    for part, members in sorted(parts.items(), key=lambda item: (item[0] == "optimizer", item[0])):
+        count, size = sum(math.prod(s.shape) for s in members), sum(s.size for s in members)
         what = "values" if part == "optimizer" else "parameters"
-        print(f"  {part:24s} {len(found):6d} tensors {count:>16,} {what:10s} {_megabytes(size):>14s}")
+        print(f"  {part:24s} {len(members):6d} tensors {count:>16,} {what:10s} {_megabytes(size):>14s}")
 
 
 def _part(name: str) -> str:
@@ -80,16 +80,16 @@ def _part(name: str) -> str:
 
 
 def _encoder_folders(folder: Path, manifest: Manifest) -> list[str]:
-    """A line per encoder that was imported beside the Llama."""
-    found: dict[str, list[str]] = {}
+    """One line per encoder that was imported along with the Llama."""
+    files_by_encoder: dict[str, list[str]] = {}
     for name in manifest.files:
         first, _, rest = name.partition("/")
         if first == "encoders" and rest:
-            found.setdefault(rest.split("/")[0], []).append(name)
+            files_by_encoder.setdefault(rest.split("/")[0], []).append(name)
     return [
         f"  encoder folder {folder / 'encoders' / name}: {len(files)} files, "
         f"{_megabytes(sum((folder / file).stat().st_size for file in files))}"
-        for name, files in sorted(found.items())
+        for name, files in sorted(files_by_encoder.items())
     ]
 
 

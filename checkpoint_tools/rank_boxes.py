@@ -1,4 +1,4 @@
-"""Which box of which tensor each rank of a layout reads of a checkpoint."""
+"""Boxes (slices) of a checkpoint's tensors that each rank of a layout reads."""
 
 from __future__ import annotations
 
@@ -14,52 +14,52 @@ from megatron_anymal.dry_run.simulate import weights_of_stages
 from megatron_anymal.model.hf_llama import checkpoint_place
 from megatron_anymal.model.unsharded_weights import Weight
 
-# Key, first place and size in every dimension.
+# Key, then offset and size in every dimension.
 Box = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
 def boxes_of_ranks(config: RunConfig, manifest: Manifest, folder: Path) -> dict[str, list[Box]]:
-    """File name of a rank -> what it holds; every value of the checkpoint is in one box of one rank.
+    """Map each rank's file name to its boxes; every value of the checkpoint is in exactly one box of one rank.
 
-    A weight that all tensor-parallel ranks hold is in the first one's file; a tied head in that of the embedding. The
-    optimizer's state of a weight lies beside it.
+    A weight replicated over the tensor-parallel ranks is stored in the first rank's file, a tied output layer in the
+    file of the embedding. The optimizer state of a weight is stored in the same file as the weight.
 
     Args:
-        config: of the layout.
+        config: configuration with the new layout.
 
     Raises:
-        ConfigError: sizes that do not divide.
-        CheckpointError: a tensor has another shape than the configuration makes it.
+        ConfigError: the parallel sizes do not divide the model.
+        CheckpointError: the shape of a tensor does not match the configuration.
     """
     tensor_size = config.model.tensor_model_parallel_size
-    found: dict[str, list[Box]] = {}
+    boxes: dict[str, list[Box]] = {}
     cut: dict[str, list[tuple[int, int, Weight]]] = {}
     seen: set[str] = set()
     for stage, weights in enumerate(weights_of_stages(config, LlamaConfig.from_dict(manifest.llama))):
         for rank in range(tensor_size):
-            found[_file(stage, rank)] = []
+            boxes[_file(stage, rank)] = []
         for weight in weights:
             if weight.name not in seen:
                 seen.add(weight.name)
                 key, layer = checkpoint_place(weight.name)
                 cut.setdefault(key, []).append((stage, -1 if layer is None else layer, weight))
     for key, stored in StreamReader(folder).tensors.items():
-        of_weight = _weight_key(key, cut)
-        if of_weight is None:
-            found[_file(0, 0)].append((key, (0,) * len(stored.shape), stored.shape))
+        weight_key = _weight_key(key, cut)
+        if weight_key is None:
+            boxes[_file(0, 0)].append((key, (0,) * len(stored.shape), stored.shape))
             continue
-        for stage, layer, weight in cut[of_weight]:
+        for stage, layer, weight in cut[weight_key]:
             stacked = layer >= 0
             shape = stored.shape[1:] if stacked else stored.shape
             if not _fits(weight, shape, tensor_size):
                 raise CheckpointError(
-                    f"{str(folder)!r} holds {key!r} with the shape {list(stored.shape)}, which is not what its "
-                    "configuration makes it."
+                    f"{str(folder)!r} holds {key!r} with the shape {list(stored.shape)}, which does not match its "
+                    "configuration."
                 )
             for rank, offset, size in _parts(weight, shape, tensor_size):
-                before, one = ((layer,), (1,)) if stacked else ((), ())
-                found[_file(stage, rank)].append((key, (*before, *offset), (*one, *size)))
-    return found
+                layer_offset, layer_size = ((layer,), (1,)) if stacked else ((), ())
+                boxes[_file(stage, rank)].append((key, (*layer_offset, *offset), (*layer_size, *size)))
+    return boxes
 
 
 def _file(stage: int, rank: int) -> str:
@@ -76,7 +76,7 @@ def _weight_key(key: str, cut: dict[str, list[tuple[int, int, Weight]]]) -> str 
 
 
 def _fits(weight: Weight, shape: tuple[int, ...], tensor_size: int) -> bool:
-    """Whether a stored shape is the weight's; vocabularies are padded as the writing layout needed it."""
+    """Whether a stored shape matches the weight; vocabulary padding depends on the layout that wrote it."""
     whole = _padded(weight, tensor_size)
     if weight.rows is None:
         return shape == whole
@@ -93,7 +93,7 @@ def _padded(weight: Weight, tensor_size: int) -> tuple[int, ...]:
 def _parts(
     weight: Weight, shape: tuple[int, ...], tensor_size: int
 ) -> Iterator[tuple[int, tuple[int, ...], tuple[int, ...]]]:
-    """(rank, offset, size) of each piece of a stored weight."""
+    """Yield (rank, offset, size) for each slice of a stored weight."""
     if weight.split_dim is None:
         yield 0, (0,) * len(shape), shape
         return
@@ -103,7 +103,7 @@ def _parts(
     for rank in range(tensor_size):
         for number in range(weight.blocks):
             begin = number * block + rank * share
-            # Rows that pad the vocabulary may be more or fewer here: the last rank has what the file has.
+            # Vocabulary padding may differ between the layouts: the last rank takes all remaining stored rows.
             end = shape[dim] if weight.rows is not None and rank == tensor_size - 1 else begin + share
             begin, end = min(begin, shape[dim]), min(end, shape[dim])
             if begin < end:

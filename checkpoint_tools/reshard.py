@@ -1,7 +1,7 @@
-"""`python -m checkpoint_tools.reshard --checkpoint C --out D ...`: a checkpoint cut for the ranks of another layout.
+"""`python -m checkpoint_tools.reshard --checkpoint C --out D ...`: split a checkpoint for the ranks of another layout.
 
-Every checkpoint loads under every layout as it is; this makes each rank read only its own file. To continue a run from
-the result, name its folder as the run would: RUN/checkpoints/step_00000500.
+Any checkpoint loads under any layout as it is; after resharding, each rank reads only its own file. To continue a run
+from the result, write it where the run looks for checkpoints: --out RUN/checkpoints/step_00000500.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ _MB = 1_000_000
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Reshard; return the exit code (2: it cannot be done, nothing was changed)."""
+    """Reshard; return the exit code (2: resharding failed and nothing was changed)."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.reshard", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint's folder, or its run's folder")
-    parser.add_argument("--out", required=True, type=Path, help="the checkpoint's folder to make")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder for the newest one")
+    parser.add_argument("--out", required=True, type=Path, help="checkpoint folder to create")
     parser.add_argument("--tensor-model-parallel-size", required=True, type=int, metavar="T")
     parser.add_argument("--pipeline-model-parallel-size", required=True, type=int, metavar="P")
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --out")
-    parser.add_argument("--trust-plugins", action="store_true", help="run plug-ins that the checkpoint names")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing checkpoint in --out")
+    parser.add_argument("--trust-plugins", action="store_true", help="run plug-ins named by the checkpoint")
     arguments = parser.parse_args(argv)
     try:
         _reshard(arguments)
     except (CheckpointError, ConfigError) as error:
         message = str(error)
     except OSError as error:
-        message = what_failed(error, arguments.out, "Free space, or name another place. Nothing was left there.")
+        message = what_failed(error, arguments.out, "Free up space, or choose another location. Nothing was kept.")
     else:
         return 0
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
@@ -51,14 +51,14 @@ def _reshard(arguments: argparse.Namespace) -> None:
     out: Path = arguments.out.absolute()
     sizes = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
     if min(sizes) < 1:
-        raise ConfigError(f"The sizes {sizes} must be at least 1.")
+        raise ConfigError(f"The parallel sizes {sizes} must be at least 1.")
     if out.exists() and not (arguments.overwrite and (out / store.MANIFEST).is_file()):
-        raise ConfigError(f"--out={str(out)!r} exists. Name another folder, or replace a checkpoint with --overwrite.")
+        raise ConfigError(f"--out={str(out)!r} exists. Choose another folder, or add --overwrite for a checkpoint.")
     folder = store.resolve(arguments.checkpoint)
     if folder.absolute() == out:
-        raise ConfigError("--out is the checkpoint itself. Name another folder.")
+        raise ConfigError("--out is the checkpoint itself. Choose another folder.")
     manifest = store.read_manifest(folder, verify=True)
-    # They are copied as they are.
+    # Pickle files are copied unchanged.
     check_pickles(folder)
     config = _laid_out(folder, manifest, *sizes, trust_plugins=arguments.trust_plugins)
     boxes = boxes_of_ranks(config, manifest, folder)
@@ -77,7 +77,7 @@ def _reshard(arguments: argparse.Namespace) -> None:
 
 
 def _laid_out(folder: Path, manifest: Manifest, tensor_size: int, stages: int, *, trust_plugins: bool) -> RunConfig:
-    """The checkpoint's configuration with other sizes, and without what belonged to the old ones."""
+    """The checkpoint's configuration with new parallel sizes and without settings specific to the old ones."""
     from megatron_anymal.checkpoint.trust import config_of
 
     config = config_of(manifest, folder, trust_plugins=trust_plugins)
@@ -93,14 +93,14 @@ def _laid_out(folder: Path, manifest: Manifest, tensor_size: int, stages: int, *
 
 
 def _write(folder: Path, manifest: Manifest, boxes: dict[str, list[Any]], staging: Path) -> dict[str, str]:
-    """Write a file per rank and what lies beside the tensors; returns the digests of what was hashed meanwhile."""
+    """Write one file per rank and copy the other files; return the digests of files hashed while writing."""
     from megatron_anymal.checkpoint.safe_loading import COMMON, FORMAT, METADATA
     from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
     from megatron_anymal.telemetry import Progress
 
     reader = StreamReader(folder)
     progress = Progress("resharding", sum(stored.size for stored in reader.tensors.values()) // _MB, "MB")
-    written = told = 0
+    written = reported = 0
     files = []
     for number, (name, parts) in enumerate(boxes.items()):
         file = StreamWriter(staging / name)
@@ -110,9 +110,9 @@ def _write(folder: Path, manifest: Manifest, boxes: dict[str, list[Any]], stagin
                 file.add(key, reader.tensors[key].shape, offset, tensor)
                 written += tensor.nbytes
                 del tensor
-                if written // _MB > told:
-                    progress.advance(written // _MB - told)
-                    told = written // _MB
+                if written // _MB > reported:
+                    progress.advance(written // _MB - reported)
+                    reported = written // _MB
             for key in reader.objects if number == 0 else ():
                 file.add_object(key, reader.read_object(key))
         except BaseException:

@@ -1,8 +1,8 @@
-"""`python -m checkpoint_tools.verify --checkpoint CHECKPOINT --export FOLDER`: an export beside the model it came from.
+"""`python -m checkpoint_tools.verify --checkpoint CHECKPOINT --export FOLDER`: compare an export with its checkpoint.
 
 The trainer's own model and the exported folder, loaded by its own code in a process that cannot import the trainer,
-are given the same samples of every modality, and one with all of them together. Token ids and encoder inputs must be
-the same, logits the same within rounding. Both compute in fp32 on the weights as the run had them.
+run on the same samples of every modality and on one sample that combines all of them. Token ids and encoder inputs must
+be identical, logits equal up to rounding. Both compute in fp32 on the weights as the run had them.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.hf.remote_code import foreign_code
 
-# Largest difference of two logits, as a share of the largest logit (and of 1 where logits are small).
+# Largest allowed difference between two logits, relative to the largest logit, or to 1 if that is smaller.
 TOLERANCE = 1e-5
 
 
 class VerificationError(Exception):
-    """The export does not compute what the trainer's model does. The message says where."""
+    """The export and the trainer's model disagree; the message names the sample."""
 
 
 @dataclass
 class _Group:
-    """Samples of one kind, compared."""
+    """Comparison results for one group of samples."""
 
     count: int = 0
     tokens: int = 0
@@ -52,24 +52,24 @@ class _Group:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare and print; return the exit code (1: they differ, 2: it could not be done)."""
+    """Compare and print the results; return the exit code (1: they differ, 2: they cannot be compared)."""
     parser = argparse.ArgumentParser(prog="python -m checkpoint_tools.verify", description=__doc__)
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint's folder, or its run's folder")
-    parser.add_argument("--export", required=True, help="what checkpoint_tools.export_hf made of it")
-    parser.add_argument("--data", action="append", default=[], help="prepared folders; default: the run's")
-    parser.add_argument("--samples", type=int, default=2, help="samples of each modality")
-    parser.add_argument(FLAG, action="store_true", help="import plug-ins that the checkpoint names")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the export's code, whatever it is")
+    parser.add_argument("--checkpoint", required=True, help="checkpoint folder, or run folder for the newest one")
+    parser.add_argument("--export", required=True, help="folder that checkpoint_tools.export_hf wrote for it")
+    parser.add_argument("--data", action="append", default=[], help="prepared folder (repeatable); default: the run's")
+    parser.add_argument("--samples", type=int, default=2, help="number of samples per modality")
+    parser.add_argument(FLAG, action="store_true", help="run plug-ins named by the checkpoint")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the export's code even if it is unknown")
     arguments = parser.parse_args(argv)
     try:
         folder, export = store.resolve(arguments.checkpoint), Path(arguments.export)
         if not (export / "config.json").is_file():
-            raise ConfigError(f"--export={str(export)!r} holds no config.json. Name a folder made by export_hf.")
+            raise ConfigError(f"--export={str(export)!r} has no config.json. Pass a folder written by export_hf.")
         config = config_of(store.read_manifest(folder, verify=True), folder, trust_plugins=arguments.trust_plugins)
         if not arguments.trust_remote_code and (foreign := foreign_code(export)):
             raise ConfigError(
-                f"--export={str(export)!r}: {foreign[0]} is not this installation's code, and would run. Export again, "
-                "or read it and allow it with --trust-remote-code."
+                f"--export={str(export)!r}: {foreign[0]} differs from this installation's code and would be executed. "
+                "Export again, or review the file and allow it with --trust-remote-code."
             )
         llama_only = json.loads((export / "config.json").read_text())["model_type"] == "llama"
         samples = choose_samples(config, arguments.data, arguments.samples, llama_only)
@@ -86,14 +86,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def verify(folder: Path, config: RunConfig, export: Path, samples: Sequence[VerificationSample]) -> dict[str, Any]:
-    """Compare an export with the checkpoint in `folder`, and print a line for each kind of samples.
+    """Compare an export with the checkpoint in `folder`, and print one line per group of samples.
 
     Returns:
-        For the model card and verification.json: transformers' version, the type that was computed in, a row for each
-        kind of samples.
+        Contents of verification.json and of the model card's section: transformers' version, compute dtype, and one row
+        per group of samples.
 
     Raises:
-        VerificationError: the exported folder cannot be loaded, or differs.
+        VerificationError: the exported folder cannot be loaded, or its outputs differ.
     """
     with tempfile.TemporaryDirectory(prefix="anymal_verify_") as scratch:
         out = Path(scratch)
@@ -101,9 +101,9 @@ def verify(folder: Path, config: RunConfig, export: Path, samples: Sequence[Veri
         native = NativeModel(folder, config, llama_only=all(sample.prompt is None for sample in samples))
         groups: dict[str, _Group] = {}
         for number, sample in enumerate(samples):
-            here = native.run(sample)
-            there = torch.load(out / f"{number}.pt", weights_only=True)
-            _compare(sample, here, there, groups.setdefault(sample.group, _Group()))
+            native_output = native.run(sample)
+            export_output = torch.load(out / f"{number}.pt", weights_only=True)
+            _compare(sample, native_output, export_output, groups.setdefault(sample.group, _Group()))
     rows = [
         {
             "samples": name,
@@ -117,33 +117,33 @@ def verify(folder: Path, config: RunConfig, export: Path, samples: Sequence[Veri
     ]
     for row in rows:
         print(
-            f"verified {row['samples']}: {row['count']} sample(s), {row['tokens']} tokens, largest difference "
-            f"{row['max_difference']:.1e} of logits up to {row['largest_logit']:.1f}, same likeliest token "
+            f"verified {row['samples']}: {row['count']} sample(s), {row['tokens']} tokens, logits differ by at most "
+            f"{row['max_difference']:.1e} (largest logit {row['largest_logit']:.1f}), top-1 agreement "
             f"{row['same_choice']:.1%}"
         )
     return {"transformers": version, "dtype": "fp32", "tolerance": TOLERANCE, "rows": rows}
 
 
 def _run_export(export: Path, samples: Sequence[VerificationSample], out: Path) -> str:
-    """Let the exported folder compute all logits; returns transformers' version."""
+    """Compute all logits with the exported folder's own code; return transformers' version."""
     prompts = [sample.to_json(out / f"media_{number}") for number, sample in enumerate(samples)]
     (out / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     command = [sys.executable, "-I", exported_logits.__file__, str(export), str(out / "prompts.json"), str(out)]
     done = subprocess.run([*command, "float32"], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or "no message").splitlines()[-1]
-        raise VerificationError(f"the exported folder cannot be run by its own code: {last}")
+        raise VerificationError(f"the exported folder cannot be run with its own code: {last}")
     return (out / "transformers").read_text()
 
 
 def _compare(sample: VerificationSample, here: dict[str, Any], there: dict[str, Any], group: _Group) -> None:
     where = f"{sample.group}, sample {sample.key!r}"
     if here["tokens"].tolist() != there["tokens"].tolist():
-        raise VerificationError(f"{where}: the exported processor makes other token ids.")
+        raise VerificationError(f"{where}: the exported processor produces different token ids.")
     _same_media(where, here["media"], there["media"])
     ours, theirs = here["logits"], there["logits"]
     difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
-    # Written so that a logit that is no number fails.
+    # `not <=` rather than `>`, so that NaN logits fail.
     if not difference <= TOLERANCE * max(1.0, largest):
         raise VerificationError(
             f"{where}: logits differ by up to {difference:.2e} (largest logit {largest:.2f}, allowed "
@@ -158,10 +158,10 @@ def _compare(sample: VerificationSample, here: dict[str, Any], there: dict[str, 
 
 def _same_media(where: str, here: dict[str, Tensor], there: dict[str, Tensor]) -> None:
     if here.keys() != there.keys():
-        raise VerificationError(f"{where}: the exported processor finds the media {sorted(there)}, not {sorted(here)}.")
+        raise VerificationError(f"{where}: the exported processor returns media {sorted(there)}, not {sorted(here)}.")
     for name, pieces in here.items():
         if not torch.equal(pieces, there[name]):
-            raise VerificationError(f"{where}: the exported processor prepares {name!r} in another way.")
+            raise VerificationError(f"{where}: the exported processor preprocesses {name!r} differently.")
 
 
 if __name__ == "__main__":

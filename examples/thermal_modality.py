@@ -1,7 +1,7 @@
-"""A fifth modality in one file: thermal images, with an encoder of their own.
+"""A fifth modality in one file: thermal images with their own encoder.
 
-A thermal camera's picture is one float per pixel, in degrees Celsius, stored as an npy array [height, width] in a
-file named `KEY.thermal.npy`. Nothing in the package changes. Switch it on with
+A thermal image has one float per pixel, in degrees Celsius, and is stored as an npy array [height, width] in a file
+named `KEY.thermal.npy`. The package itself is unchanged. Enable the modality with
 
     model.plugins=[examples/thermal_modality.py]
 
@@ -39,16 +39,16 @@ from megatron_anymal.model.encoders import Encoder, load_weights, register_encod
 class ThermalOptions:
     """Options of the thermal modality."""
 
-    # Side of the square picture that the encoder sees, in pixels.
+    # Side of the encoder's square input image, in pixels.
     resolution: int = 64
-    # Degrees Celsius that become 0 and 1.
+    # Degrees Celsius mapped to 0 and 1.
     coldest: float = -20.0
     hottest: float = 60.0
 
 
 @register("thermal")
 class ThermalModality(Modality):
-    """One thermal picture as one piece [1, R, R]."""
+    """Each thermal image is one encoder input (piece) [1, R, R]."""
 
     extensions: ClassVar[tuple[str, ...]] = ("thermal.npy",)
     Options: ClassVar[type] = ThermalOptions
@@ -59,13 +59,13 @@ class ThermalModality(Modality):
 
     @staticmethod
     def read(data: bytes) -> np.ndarray:
-        """Degrees Celsius, [height, width] float32."""
+        """Read an image in degrees Celsius, [height, width] float32."""
         try:
             picture = np.load(io.BytesIO(data), allow_pickle=False)
         except (ValueError, EOFError, OSError) as error:
             raise MediaError(f"cannot be read as an npy array: {error}") from error
         if picture.ndim != 2 or picture.size == 0 or picture.dtype.kind not in "fiu":
-            raise MediaError(f"is a {picture.dtype} array of shape {list(picture.shape)}, not numbers [height, width]")
+            raise MediaError(f"is a {picture.dtype} array of shape {list(picture.shape)}, not numeric [height, width]")
         return picture.astype(np.float32)
 
     @classmethod
@@ -79,7 +79,7 @@ class ThermalModality(Modality):
         return float(width), float(height)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """One piece a picture."""
+        """One piece per image."""
         return np.ones(len(sizes), dtype=np.int64)
 
     @property
@@ -88,7 +88,7 @@ class ThermalModality(Modality):
         return (1, self.options.resolution, self.options.resolution)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> Tensor:
-        """The picture, resized and scaled to 0..1, [1, 1, R, R]."""
+        """Return the image resized and scaled to 0..1, [1, 1, R, R]."""
         picture = torch.from_numpy(self.read(data))[None, None]
         scaled = (picture - self.options.coldest) / (self.options.hottest - self.options.coldest)
         size = (self.options.resolution, self.options.resolution)
@@ -105,14 +105,14 @@ class ThermalShape:
 
 @register_encoder("thermal_patches")
 class ThermalEncoder(Encoder):
-    """Patches through a convolution and a two-layer perceptron: [1, R, R] to (R / patch)^2 features."""
+    """Patch convolution and two-layer perceptron: [1, R, R] to (R / patch)^2 features."""
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
         super().__init__(config, piece_shape)
         shape: ThermalShape = parse_options(ThermalShape, config.config, "encoder.config")
         require_above(shape, "encoder.config", width=0, patch_size=0)
         if piece_shape[0] != 1 or piece_shape[1] % shape.patch_size:
-            raise ConfigError(f"encoder.config.patch_size={shape.patch_size} does not divide pieces {piece_shape}.")
+            raise ConfigError(f"encoder.config.patch_size={shape.patch_size} does not divide the input {piece_shape}.")
         self.width = shape.width
         self.feature_tokens = (piece_shape[1] // shape.patch_size) ** 2
         self.patches = nn.Conv2d(1, shape.width, shape.patch_size, stride=shape.patch_size)

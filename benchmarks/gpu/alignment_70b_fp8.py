@@ -1,5 +1,5 @@
-"""Image alignment of a frozen Llama-3 70B, all 80 layers, on one card (random weights made on it): the Llama's weights
-are held in FP8 alone, CLIP ViT-G, a resampler of 12 layers; against megatron-core alone. Does it fit, and how fast?
+"""Image alignment of a frozen Llama-3 70B, all 80 layers, on one GPU (with random weights): Llama weights in FP8 only,
+CLIP ViT-G, a resampler of 12 layers; compared with megatron-core alone. Measures whether it fits, and its speed.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ BENCHMARK = Benchmark(
     packs=2,
     recompute=("mlp", "full"),
     sides=("ours", "bare", "media"),
-    left_out=(("huggingface", "its weights need 141 GB in bf16: no card holds them and a step's activations"),),
+    left_out=(("huggingface", "its weights need 141 GB in bf16: with a step's activations, they fit on no GPU"),),
 )
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns the exit code."""
+    """Run the benchmark; return the exit code."""
     return run(BENCHMARK, __doc__, argv)
 
 

@@ -1,6 +1,5 @@
-"""Image alignment of a frozen Llama-3 8B (random weights made on the card): CLIP ViT-L and ViT-G, resamplers of 6 and
-12 layers with 64 tokens, packs of 4096 and 8192 tokens, bf16 and FP8; against transformers and against megatron-core
-alone.
+"""Image alignment of a frozen Llama-3 8B (random weights): CLIP ViT-L and ViT-G, resamplers of 6 and 12 layers with 64
+tokens, packs of 4096 and 8192 tokens, bf16 and FP8; compared with transformers and with megatron-core alone.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ BENCHMARK = Benchmark(
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns the exit code."""
+    """Run the benchmark; return the exit code."""
     return run(BENCHMARK, __doc__, argv)
 
 

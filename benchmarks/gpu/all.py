@@ -1,6 +1,6 @@
-"""All GPU benchmarks, each in a process of its own: a JSON file each, with date, card, versions and command.
+"""Run all GPU benchmarks, each in its own process, with one JSON file each: date, GPU, versions, command and results.
 
-A benchmark that fails does not keep the others from running. A dry run runs two at a time; its numbers mean nothing.
+If a benchmark fails, the others still run. A dry run runs two at a time; its numbers are meaningless.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 
 
 def run(name: str, folder: Path, dry_run: bool) -> int:
-    """One benchmark; what it prints goes beside its JSON, too."""
+    """Run one benchmark and also save its output as text next to its JSON file."""
     words = [sys.executable, str(HERE / f"{name}.py"), "--out", str(folder / f"{name}.json")]
     begun = time.monotonic()
     done = subprocess.run(
@@ -31,10 +31,10 @@ def run(name: str, folder: Path, dry_run: bool) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns the exit code: 1 where a benchmark failed."""
+    """Run the benchmarks; return the exit code (1 if one failed)."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="made if it is not there")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, through the same code")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="output folder, created if missing")
+    parser.add_argument("--dry-run", action="store_true", help="run the same code with tiny sizes on the CPU")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     arguments = parser.parse_args(argv)
     folder = Path(arguments.out)

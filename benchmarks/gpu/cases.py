@@ -1,4 +1,4 @@
-"""A benchmark's cases: shared data and limits, then one case after the other."""
+"""Cases of a benchmark: prepare shared data and limits, then measure one case after the other."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from megatron_anymal import backend
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.parallel import ParallelLayout, initialize
 
-# Steps of a profile, and of the loop that waits for the loader.
+# Steps of a profile, and of the loop that measures waiting for the loader.
 PROFILED_STEPS, LOADER_STEPS, DRY_LOADER_STEPS = 3, 12, 2
-# Samples that are made.
+# Number of generated samples.
 SAMPLES, DRY_SAMPLES = 1024, 64
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all cases of a benchmark share."""
+    """Data and limits shared by all cases of a benchmark."""
 
     folder: Path
-    # LLM tokens of a sample.
+    # Mean LLM tokens per sample.
     mean_tokens: float
     limits: dict[str, Any]
 
 
 def prepare(folder: Path, case: Case) -> Prepared:
-    """Write data for cases like this one and measure the card's limits."""
+    """Write data for cases like this one and measure the GPU's limits."""
     mean = write_data(folder, case, DRY_SAMPLES if case.dry_run else SAMPLES)
     return Prepared(folder, mean, measure_limits(backend.device(), dry_run=case.dry_run))
 
 
 def measure_case(case: Case, arguments: argparse.Namespace, data: Prepared, left_out: dict[str, str]) -> dict[str, Any]:
-    """Results of a case, or under left_out the reason why there are none.
+    """Return the results of a case, or the reason why it was skipped under "left_out".
 
     Args:
-        left_out: side -> why the benchmark has none of it.
+        left_out: side -> why the benchmark does not include it.
     """
     config = make_config(case, data.folder, data.mean_tokens)
     try:
@@ -65,30 +65,30 @@ def measure_case(case: Case, arguments: argparse.Namespace, data: Prepared, left
         loader_steps=DRY_LOADER_STEPS if case.dry_run else LOADER_STEPS,
         count=case.dry_run,
     )
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     try:
         timed = time_sides(config, layout, options)
-        found = _results(case, timed, data.limits, left_out)
-        missed = any(row["met"] is False for row in found.get("bars", ()))
+        results = _results(case, timed, data.limits, left_out)
+        missed = any(row["met"] is False for row in results.get("bars", ()))
         if "ours" in timed.sides and (arguments.profile or missed):
-            found["profile"] = _profile(config, layout, options.batches)
+            results["profile"] = _profile(config, layout, options.batches)
     except Exception as error:
-        # Time on a card is dear: what was measured is kept, and the other cases are measured all the same.
+        # GPU time is expensive: keep the results so far and continue with the other cases.
         traceback.print_exc()
-        found = {**(found or {"left_out": f"it failed ({type(error).__name__}: {error})"}), "failed": True}
+        results = {**(results or {"left_out": f"it failed ({type(error).__name__}: {error})"}), "failed": True}
     release()
-    return found
+    return results
 
 
 def _results(case: Case, timed: Timed, limits: dict[str, Any], left_out: dict[str, str]) -> dict[str, Any]:
     if not timed.sides:
-        why = "; ".join(f"{name}: {reason}" for name, reason in timed.left_out.items())
-        return {"left_out": why, "failed": timed.failed}
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in timed.left_out.items())
+        return {"left_out": reasons, "failed": timed.failed}
     timed.left_out |= left_out
-    found = summary(timed, limits)
-    found["bars"], found["failed"] = bars(case, found), timed.failed
-    found["fits"] = "ours" in timed.sides or (False if timed.left_out.get("ours") == NO_ROOM else None)
-    return found
+    results = summary(timed, limits)
+    results["bars"], results["failed"] = bars(case, results), timed.failed
+    results["fits"] = "ours" in timed.sides or (False if timed.left_out.get("ours") == NO_ROOM else None)
+    return results
 
 
 def _profile(config: RunConfig, layout: ParallelLayout, batches: int) -> dict[str, Any]:

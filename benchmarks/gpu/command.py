@@ -1,4 +1,4 @@
-"""The command line of the benchmarks of a model: arguments, refusals, cases one after the other, JSON."""
+"""Command line of the model benchmarks: arguments and their checks, the loop over cases, JSON output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, Optional
 
 import torch
 
-# What the benchmarks of all kinds share lies one folder up.
+# Modules shared with the CPU benchmarks are one folder up.
 sys.path.append(str(Path(__file__).parents[1]))
 
 from shapes import ENCODER, PRECISIONS, Case
@@ -22,18 +22,18 @@ from shapes import ENCODER, PRECISIONS, Case
 from megatron_anymal.log_filters import quiet_libraries
 
 FORMULA = """\
-FLOPs of a step, two a multiply-add, of real (not padding) tokens:
+FLOPs of a step, two per multiply-add, for real tokens (no padding):
   4 x parameters of the frozen Llama's layers x tokens      (forward; gradient of the input)
-  4 x hidden size x vocabulary x targets                    (the head, where there is a label)
-  6 x parameters of the adapters x tokens                   (SFT and DPO: and their own gradient)
-  2 x the above's parameters x tokens                       (DPO: the reference's forward pass)
+  4 x hidden size x vocabulary x targets                    (output layer, labelled positions)
+  6 x parameters of the adapters x tokens                   (SFT and DPO: including their own gradient)
+  2 x all of the above parameters x tokens                  (DPO: forward pass of the reference)
   3.5 x 2 x heads x head size x layers x sum of L^2         (causal attention within documents of L tokens)
-  2 x the encoder's parameters x its tokens + attention     (forward alone)
-  6 x the projector's parameters x its tokens + attention   (2 x in DPO, where it is frozen)
-A trained Llama would count 6 where the frozen one counts 4. Recomputed activations do not count.
-MFU = these / seconds / the rate of a large matrix product measured in the same run."""
+  2 x the encoder's parameters x its tokens + attention     (forward only)
+  6 x the projector's parameters x its tokens + attention   (2 x in DPO, which freezes it)
+A trained Llama would count 6 instead of 4. Recomputed activations do not count.
+MFU = FLOPs / seconds / rate of a large matrix product measured in the same run."""
 
-# What a case is a combination of.
+# Dimensions of a case and their choices.
 CHOICES: dict[str, list[Any]] = {
     "encoder": list(ENCODER),
     "resampler_layers": [6, 12],
@@ -41,31 +41,31 @@ CHOICES: dict[str, list[Any]] = {
     "precision": list(PRECISIONS),
 }
 
-# Quartiles need two rounds.
+# Smallest valid values; quartiles need two rounds.
 LEAST = {"packs": 1, "batches": 1, "rounds": 2, "workers": 0}
 
 NO_CARD = (
-    "{name} needs a CUDA device, and torch sees none here. Add --dry-run to run it through on the CPU with tiny sizes; "
-    "its numbers then mean nothing."
+    "{name} needs a CUDA device, and torch finds none. Add --dry-run to run it on the CPU with tiny sizes; its numbers "
+    "are then meaningless."
 )
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One command."""
+    """One benchmark command."""
 
-    # Its file's name, without the ending.
+    # File name without the extension.
     name: str
     job: str
     # A key of shapes.LLAMA.
     llama: str
-    # Its cases, where the arguments of these names do not say otherwise: every combination.
+    # Default cases: all combinations of these values; arguments of the same names override them.
     encoder: tuple[str, ...]
     resampler_layers: tuple[int, ...]
     seq_length: tuple[int, ...]
     precision: tuple[str, ...]
     packs: int
-    # What of runs.RECOMPUTE to try, in this order: each try that does not fit costs a build of the model.
+    # Values of runs.RECOMPUTE to try, in this order; each one that does not fit costs a build of the model.
     recompute: tuple[str, ...] = ("none", "mlp", "full")
     sides: tuple[str, ...] = ("ours", "bare", "media", "huggingface")
     # Side -> why it is not in `sides`.
@@ -73,15 +73,15 @@ class Benchmark:
 
 
 def base_parser(document: Optional[str]) -> argparse.ArgumentParser:
-    """The arguments of every benchmark here."""
+    """Arguments common to all GPU benchmarks."""
     parser = argparse.ArgumentParser(description=document, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", metavar="FILE.json", help="where the numbers go, raw ones included")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU, through the same code")
+    parser.add_argument("--out", metavar="FILE.json", help="JSON file for the results, including raw numbers")
+    parser.add_argument("--dry-run", action="store_true", help="run the same code with tiny sizes on the CPU")
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> argparse.Namespace:
-    """Read the arguments, and end the program where they, or this machine, will not do."""
+    """Parse the arguments; exit if they are invalid or this machine is unsuitable."""
     arguments = parser.parse_args(argv)
     if arguments.out and not Path(arguments.out).resolve().parent.is_dir():
         parser.error(f"--out: there is no folder {str(Path(arguments.out).parent)!r}.")
@@ -89,7 +89,7 @@ def parse(parser: argparse.ArgumentParser, name: str, argv: Sequence[str]) -> ar
         print(NO_CARD.format(name=name), file=sys.stderr)
         raise SystemExit(2)
     if arguments.dry_run and torch.cuda.is_available():
-        parser.error("--dry-run is for machines without a card. Hide this one's: CUDA_VISIBLE_DEVICES= python ...")
+        parser.error("--dry-run is for machines without a GPU. Hide the GPU: CUDA_VISIBLE_DEVICES= python ...")
     quiet_libraries()
     return arguments
 
@@ -103,26 +103,26 @@ def _parser(benchmark: Benchmark, document: Optional[str]) -> argparse.ArgumentP
         parser.add_argument(
             f"--{name.replace('_', '-')}", nargs="+", type=type(values[0]), choices=choices, help=default
         )
-    parser.add_argument("--sides", nargs="+", choices=b.sides, default=b.sides, help="what takes turns")
+    parser.add_argument("--sides", nargs="+", choices=b.sides, default=b.sides, help="sides to measure in turn")
     for name, what, default, dry in _numbers(b):
-        parser.add_argument(f"--{name}", type=int, help=f"{what}; default: {default}, of a dry run {dry}")
+        parser.add_argument(f"--{name}", type=int, help=f"{what}; default: {default}, in a dry run {dry}")
     parser.add_argument(
         "--recompute",
         nargs="+",
         choices=["none", "mlp", "full"],
         default=b.recompute,
-        help=f"what is computed twice to save memory, the first that fits; default: {' '.join(b.recompute)}",
+        help=f"activation recomputation, the first that fits; default: {' '.join(b.recompute)}",
     )
-    parser.add_argument("--apart", action="store_true", help="one side after the other instead of in turn")
+    parser.add_argument("--apart", action="store_true", help="measure each side alone instead of in turn")
     parser.add_argument("--profile", action="store_true", help="profile every case, not only those that miss a bar")
     return parser
 
 
 def _numbers(benchmark: Benchmark) -> list[tuple[str, str, int, int]]:
-    """Arguments that are numbers: name, what it is, default, default of a dry run."""
+    """Numeric arguments: name, description, default, default in a dry run."""
     return [
-        ("packs", "packs a step, about", benchmark.packs, 2),
-        ("batches", "different batches, used in turn", 4, 2),
+        ("packs", "approximate packs per step", benchmark.packs, 2),
+        ("batches", "number of different batches, used in turn", 4, 2),
         ("rounds", "timed rounds of all sides", 12, 2),
         ("workers", "loader processes", 8, 1),
     ]
@@ -147,27 +147,27 @@ def _arguments(benchmark: Benchmark, document: Optional[str], argv: Sequence[str
 
 
 def run(benchmark: Benchmark, document: Optional[str], argv: Sequence[str]) -> int:
-    """The command. Returns the exit code: 1 where something failed, nothing was measured, or losses differ."""
+    """Run the benchmark; return the exit code (1 if a side failed, nothing was measured, or losses differ)."""
     arguments = _arguments(benchmark, document, argv)
-    # What takes seconds to import comes behind the refusals.
+    # Slow imports come after the argument checks.
     from cases import measure_case, prepare
     from report import card, heading, table
 
     command = " ".join(["python", f"benchmarks/gpu/{benchmark.name}.py", *argv])
-    found: dict[str, Any] = {"command": command, **card(), "dry_run": arguments.dry_run, "formula": FORMULA}
+    results: dict[str, Any] = {"command": command, **card(), "dry_run": arguments.dry_run, "formula": FORMULA}
     cases = list(_cases(benchmark, arguments))
     out = Path(arguments.out) if arguments.out else None
     with tempfile.TemporaryDirectory() as folder:
         data = prepare(Path(folder), cases[0])
-        found["limits"], found["cases"] = data.limits, []
-        print(heading(found), flush=True)
+        results["limits"], results["cases"] = data.limits, []
+        print(heading(results), flush=True)
         for case in cases:
             measured = measure_case(case, arguments, data, dict(benchmark.left_out))
             result = {**asdict(case), "name": case.name, **measured}
-            found["cases"].append(result)
+            results["cases"].append(result)
             print(table(result), flush=True)
-            _save(found, result, out)
-    return _exit_code(found["cases"])
+            _save(results, result, out)
+    return _exit_code(results["cases"])
 
 
 def _cases(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[Case]:
@@ -183,13 +183,13 @@ def _cases(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[Case
 
 
 def _save(found: dict[str, Any], result: dict[str, Any], out: Optional[Path]) -> None:
-    """After every case, so that a run that is cut leaves what it has; profiles lie beside."""
+    """Save after every case, so that an interrupted run keeps its results; profiles get separate files."""
     if out is None:
         return
     out.write_text(json.dumps(found, indent=1) + "\n")
     if result.get("profile"):
-        beside = out.with_name(f"{out.stem}.{result['name']}.profile.json")
-        beside.write_text(json.dumps(result["profile"], indent=1) + "\n")
+        profile_file = out.with_name(f"{out.stem}.{result['name']}.profile.json")
+        profile_file.write_text(json.dumps(result["profile"], indent=1) + "\n")
 
 
 def _exit_code(cases: Sequence[dict[str, Any]]) -> int:

@@ -1,6 +1,6 @@
-"""Conservative DPO of a Llama-3 8B with images (random weights made on the card): LoRA of rank 8 on all linear layers
-goes on, a frozen copy of it is the reference, run in every step; against transformers with peft, and against
-megatron-core's frozen Llama without adapters, which runs forward once more for the reference.
+"""Conservative DPO of a Llama-3 8B with images (random weights): continues LoRA of rank 8 on all linear layers, with a
+frozen copy as the reference, run in every step; compared with transformers and peft, and with megatron-core's frozen
+Llama without adapters, which runs an additional forward pass for the reference.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BENCHMARK = Benchmark(
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns the exit code."""
+    """Run the benchmark; return the exit code."""
     return run(BENCHMARK, __doc__, argv)
 
 

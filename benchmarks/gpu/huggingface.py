@@ -1,10 +1,10 @@
-"""The same work in HuggingFace transformers, as its users run it: the baseline.
+"""Baseline: the same work in HuggingFace transformers, as its users would run it.
 
-LlamaForCausalLM with its own loss, peft's LoRA, the same encoder (this trainer's is transformers' own), the resampler
-in plain torch, torch's fused AdamW. Weights are this trainer's; frozen ones share its memory where their layout
-allows. Attention is flash-attn's for packed documents, where that is not installed torch's flex attention, on CPUs
-scaled dot-product attention with a mask. Autograd computes no gradient that nothing asks for, and what trains is held
-in the computing type alone, which is cheaper than this trainer's fp32 main weights.
+LlamaForCausalLM with its own loss, peft's LoRA, the same encoder (this trainer uses transformers' encoder), the
+resampler in plain torch, torch's fused AdamW. Weights are copied from this trainer; frozen ones share its memory if
+their layout allows. Attention is flash-attn for packed documents, torch's flex attention if flash-attn is not
+installed, and scaled dot-product attention with a mask on CPUs. Autograd skips gradients that are not required, and
+trained parameters exist in the compute dtype only, which is cheaper than this trainer's fp32 main weights.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.device_prefetch import to_device
 
 Batches = Sequence[tuple[StepPlan, list[MicroBatch]]]
-# HuggingFace's place in a layer of each projection that adapters are named after.
+# Projection with an adapter -> its HuggingFace module within a layer.
 _PLACES = {
     **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
     **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
@@ -40,12 +40,12 @@ _IGNORED = -100
 
 
 class PlainMedia:
-    """The encoder and the projector alone, forward and (where the projector trains) backward, and its update."""
+    """Encoder and projector alone: forward and, if the projector trains, backward and optimizer step."""
 
     def __init__(self, state: TrainState, weights: Mapping[str, Tensor], batches: Batches):
         """
         Args:
-            weights: values of the run's projector and adapters, by their whole names.
+            weights: values of the run's projector and adapters, by full name.
         """
         self.config, self.batches, self.device = state.config, batches, state.layout.device
         section = state.config.model.modalities["image"].projector
@@ -61,7 +61,7 @@ class PlainMedia:
         self._prepare()
 
     def modules(self) -> list[nn.Module]:
-        """What it holds."""
+        """The modules of this side."""
         return [self.encoder, self.projector]
 
     def _prepare(self) -> None:
@@ -74,7 +74,7 @@ class PlainMedia:
             )
 
     def step(self, number: int) -> tuple[Tensor, Tensor]:
-        """Train on one of the batches, used in turn; the loss and the gradient's norm before clipping."""
+        """Train on one of the batches, used in turn; return the loss and the gradient norm before clipping."""
         plan, micro_batches = self.batches[number % len(self.batches)]
         if self.optimizer is not None:
             self.optimizer.zero_grad()
@@ -91,11 +91,11 @@ class PlainMedia:
         return total, norm
 
     def loss(self, plan: StepPlan, micro_batch: MicroBatch) -> Tensor:
-        """Something to go back from."""
+        """A scalar to run the backward pass from."""
         return self.soft_tokens(micro_batch).float().mean()
 
     def soft_tokens(self, micro_batch: MicroBatch) -> Tensor:
-        """[places, hidden size] in the order of the placeholders."""
+        """Soft tokens [positions, hidden size] in the order of the placeholders."""
         media = micro_batch.media["image"]
         with torch.no_grad():
             features = self.encoder(media.pieces)
@@ -103,7 +103,7 @@ class PlainMedia:
         return soft if media.soft_index is None else soft[media.soft_index]
 
     def stored(self) -> int:
-        """Bytes that it holds between two steps, shared weights included."""
+        """Bytes held between two steps, including shared weights."""
         parameters = [p for module in self.modules() for p in module.parameters()]
         gradients = [p.grad for p in parameters if p.grad is not None]
         states = self.optimizer.state.values() if self.optimizer is not None else ()
@@ -112,7 +112,7 @@ class PlainMedia:
 
 
 class HuggingFace(PlainMedia):
-    """A run's step with transformers."""
+    """A training step of the run with transformers."""
 
     def __init__(
         self,
@@ -127,10 +127,10 @@ class HuggingFace(PlainMedia):
         Args:
             weights: see PlainMedia.
             reference: values of DPO's reference adapters.
-            checkpointing: keep one activation a layer and compute the others twice.
+            checkpointing: keep one activation per layer and recompute the others.
 
         Raises:
-            ModuleNotFoundError: peft is needed and not installed.
+            ModuleNotFoundError: peft is needed but not installed.
         """
         self.attention = _attention(state.layout.device)
         self.llama: Any = _llama(state, self.attention)
@@ -142,11 +142,11 @@ class HuggingFace(PlainMedia):
         super().__init__(state, weights, batches)
 
     def modules(self) -> list[nn.Module]:
-        """What it holds."""
+        """The modules of this side."""
         return [*super().modules(), self.llama]
 
     def loss(self, plan: StepPlan, micro_batch: MicroBatch) -> Tensor:
-        """A micro-batch's part of the batch's mean loss."""
+        """Contribution of a micro-batch to the batch's mean loss."""
         inputs = self._inputs(micro_batch)
         labels = micro_batch.labels.masked_fill(micro_batch.loss_mask == 0, _IGNORED)
         if self.config.job == "dpo":
@@ -157,17 +157,17 @@ class HuggingFace(PlainMedia):
         return found.loss
 
     def _inputs(self, micro_batch: MicroBatch) -> dict[str, Any]:
-        """Embeddings with soft tokens in their places, and where documents begin."""
+        """Embeddings with soft tokens inserted, position ids, and document boundaries."""
         embedded = self.llama.get_input_embeddings()(micro_batch.tokens)
         soft = self.soft_tokens(micro_batch).to(embedded.dtype)
-        places = torch.zeros_like(micro_batch.tokens, dtype=torch.bool)
-        places[0, micro_batch.media["image"].token_index] = True
-        embedded = embedded.masked_scatter(places.unsqueeze(-1), soft)
+        is_placeholder = torch.zeros_like(micro_batch.tokens, dtype=torch.bool)
+        is_placeholder[0, micro_batch.media["image"].token_index] = True
+        embedded = embedded.masked_scatter(is_placeholder.unsqueeze(-1), soft)
         lengths = micro_batch.document_lengths
         positions = torch.cat([torch.arange(length) for length in lengths]).unsqueeze(0).to(self.device)
         inputs: dict[str, Any] = {"inputs_embeds": embedded, "position_ids": positions}
         if self.attention == "flash_attention_2":
-            # Given, so that no layer looks for them in the positions.
+            # Pass the boundaries, so that layers need not derive them from the positions.
             borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(self.device)
             inputs |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
             inputs |= {"max_length_q": max(lengths), "max_length_k": max(lengths)}
@@ -176,7 +176,7 @@ class HuggingFace(PlainMedia):
     def _preferences(
         self, plan: StepPlan, micro_batch: MicroBatch, inputs: Mapping[str, Any], labels: Tensor
     ) -> Tensor:
-        """Conservative DPO (Mitchell 2023), as trl computes it."""
+        """Conservative DPO loss (Mitchell 2023), as in trl."""
         with torch.no_grad():
             self.llama.set_adapter(REFERENCE)
             reference = self._answers(micro_batch, inputs, labels)
@@ -189,17 +189,17 @@ class HuggingFace(PlainMedia):
         return losses.sum() / int((plan.targets > 0).sum())
 
     def _answers(self, micro_batch: MicroBatch, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
-        """[pairs, 2]: log-probabilities of the chosen and the rejected answers."""
+        """Log-probabilities of the chosen and the rejected answers, [pairs, 2]."""
         logits = self.llama(**inputs, use_cache=False).logits[0].float()
         losses = F.cross_entropy(logits, labels[0], ignore_index=_IGNORED, reduction="none")
-        places = [sample.position for sample in micro_batch.plan.samples]
-        number = torch.zeros(max(places) + 1, dtype=torch.int64, device=self.device)
-        number[places] = torch.arange(len(places), device=self.device)
+        pair_positions = [sample.position for sample in micro_batch.plan.samples]
+        number = torch.zeros(max(pair_positions) + 1, dtype=torch.int64, device=self.device)
+        number[pair_positions] = torch.arange(len(pair_positions), device=self.device)
         assert micro_batch.branch is not None
         owners, branch = micro_batch.sample_positions[0], micro_batch.branch[0]
         documents = (2 * number[owners.clamp(min=0)] + branch.clamp(min=0)).where(owners >= 0, 0)
-        # Padding has no labels, and so no loss, wherever it is counted.
-        return -torch.zeros(2 * len(places), device=self.device).index_add(0, documents, losses).view(-1, 2)
+        # Padding has no labels and thus no loss, so it does not matter which document it is added to.
+        return -torch.zeros(2 * len(pair_positions), device=self.device).index_add(0, documents, losses).view(-1, 2)
 
 
 def _attention(device: torch.device) -> str:
@@ -221,7 +221,7 @@ def _llama(state: TrainState, attention: str) -> Any:
             plain = whole.dequantize() if is_quantized(whole) else whole
             tensors |= to_hf(weight.name, state.llama, plain)
     model.load_state_dict(tensors, assign=True)
-    # The frequencies are computed, not stored.
+    # The rotary frequencies are computed, not stored.
     model.model.rotary_emb = LlamaRotaryEmbedding(config=state.llama).to(state.layout.device)
     return model.requires_grad_(False)
 
@@ -242,8 +242,8 @@ def _with_adapters(
             if ".lora." in name:
                 _, _, rest = name.partition(".layers.")
                 layer, projection, part = rest.split(".")[0], *name.split(".")[-2:]
-                place = f"base_model.model.model.layers.{layer}.{_PLACES[projection]}.lora_{part}.{adapter}.weight"
+                module = f"base_model.model.model.layers.{layer}.{_PLACES[projection]}.lora_{part}.{adapter}.weight"
                 with torch.no_grad():
-                    model.get_parameter(place).copy_(value)
+                    model.get_parameter(module).copy_(value)
     model.set_adapter(POLICY)
     return model

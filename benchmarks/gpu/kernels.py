@@ -1,10 +1,10 @@
-"""The parts of a Llama's layer and head by everything that is installed: RMSNorm, SwiGLU, RoPE, attention within packed
-documents and cross-entropy, from eager torch, torch.compile, flex attention, Transformer Engine, flash-attn and apex.
+"""Kernels of a Llama's layer and output layer from all installed libraries: RMSNorm, SwiGLU, RoPE, attention within
+packed documents and cross-entropy, in eager torch, torch.compile, flex attention, Transformer Engine, flash-attn, apex.
 
-Milliseconds forward, and forward with backward; bytes or operations that the part cannot do without, over these, beside
-the card's limits. Bytes: RMSNorm 2 x its input forward, 5 x with backward; SwiGLU 1.5 x and 4 x; RoPE 2 x and 4 x;
+Reports milliseconds of forward and of forward with backward, and the minimum bytes or operations per second relative to
+the GPU's limits. Bytes: RMSNorm 2 x its input forward, 5 x with backward; SwiGLU 1.5 x and 4 x; RoPE 2 x and 4 x;
 cross-entropy 1 x and 3 x. Operations of attention: 2 x heads x head size x sum of L^2 over documents of L tokens, 3.5 x
-with backward. Each is first compared with eager torch, output and gradients.
+with backward. The output and gradients of each kernel are first compared with eager torch.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from megatron_anymal import backend
 # Documents of a pack of 8192 tokens: images with captions, and a few longer ones.
 DOCUMENTS = (84, 264, 120, 176, 700, 150, 210, 98, 114, 132) * 4
 DRY_SIZES = Sizes((5, 9, 2, 16), 32, 48, 4, 2, 8, 64)
-# How far from eager torch, by the norm: two roundings in bf16.
+# Largest relative distance (in norm) from eager torch: two roundings in bf16.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 def measure_part(part: Part, limits: dict[str, Any], dtype: torch.dtype, *, dry_run: bool) -> dict[str, Any]:
-    """Every candidate's times, or why it has none."""
-    found: dict[str, Any] = {}
+    """Measure every candidate, or record why it cannot be measured."""
+    rows: dict[str, Any] = {}
     expected: Optional[list[Tensor]] = None
     for name, make in part.candidates.items():
         inputs = [tensor.clone().requires_grad_() for tensor in part.inputs]
@@ -42,21 +42,21 @@ def measure_part(part: Part, limits: dict[str, Any], dtype: torch.dtype, *, dry_
             expected = expected or results
             apart = [_distance(a, b) for a, b in zip(results, expected)]
             del results
-            found[name] = {
+            rows[name] = {
                 "apart": max(apart),
                 "equal": max(apart) <= TOLERANCE[dtype],
                 **_times(part, call, inputs, limits, dry_run=dry_run),
             }
         except ImportError as error:
-            found[name] = {"absent": str(error)}
+            rows[name] = {"absent": str(error)}
         except Exception as error:
-            # Whatever a library built for another torch does: the others are measured all the same.
-            found[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
-    return found
+            # A library built for another torch may fail in any way: still measure the others.
+            rows[name] = {"failed": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    return rows
 
 
 def _results(call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Output, and gradients of its sum weighted by a fixed pattern."""
+    """Return the output, and the gradients of its sum weighted by a fixed pattern."""
     out = call(*inputs)
     out.backward(_gradient(out))
     gradients = [tensor.grad for tensor in inputs]
@@ -87,15 +87,15 @@ def _times(
         call(*inputs).backward(gradient)
 
     limit = limits["bf16"] if part.counts == "operations" else limits["copy"]
-    found: dict[str, Any] = {}
+    times: dict[str, Any] = {}
     for name, timed, amount in (("forward", forward, part.forward), ("forward_and_backward", both, part.both)):
         seconds = seconds_of(timed, inputs[0].device, dry_run=dry_run)
-        found[name] = {"seconds": seconds, "per_second": amount / seconds, "share_of_limit": amount / seconds / limit}
-    return found
+        times[name] = {"seconds": seconds, "per_second": amount / seconds, "share_of_limit": amount / seconds / limit}
+    return times
 
 
 def table(name: str, part: Part, found: dict[str, Any]) -> str:
-    """What a person reads of one part."""
+    """Format the results of one part as text."""
     unit = "TFLOP/s" if part.counts == "operations" else "GB/s"
     scale = 1e12 if part.counts == "operations" else 1e9
     lines = ["", f"{name:<24}{'forward ms':>12}{unit:>10}{'limit':>8}{'with bwd ms':>14}{unit:>10}{'limit':>8}"]
@@ -112,30 +112,30 @@ def table(name: str, part: Part, found: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns the exit code: 1 where a candidate computes something else."""
+    """Run the benchmark; return the exit code (1 if a candidate's results differ)."""
     arguments = parse(base_parser(__doc__), "kernels.py", argv)
     dry_run = arguments.dry_run
-    # What takes seconds to import comes behind the refusals.
+    # Slow imports come after the argument checks.
     from report import card, heading
 
     if dry_run:
         torch.compiler.set_stance("force_eager")
     device, dtype = backend.device(), torch.float32 if dry_run else torch.bfloat16
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/gpu/kernels.py", *argv]),
         **card(),
         "dry_run": dry_run,
         "limits": measure_limits(device, dry_run=dry_run),
         "parts": {},
     }
-    print(heading(found), flush=True)
+    print(heading(results), flush=True)
     sizes = DRY_SIZES if dry_run else Sizes(DOCUMENTS)
     for name, part in make_parts(sizes, device, dtype).items():
-        found["parts"][name] = measure_part(part, found["limits"], dtype, dry_run=dry_run)
-        print(table(name, part, found["parts"][name]), flush=True)
+        results["parts"][name] = measure_part(part, results["limits"], dtype, dry_run=dry_run)
+        print(table(name, part, results["parts"][name]), flush=True)
         if arguments.out:
-            Path(arguments.out).write_text(json.dumps(found, indent=1) + "\n")
-    rows = [row for part in found["parts"].values() for row in part.values()]
+            Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
+    rows = [row for part in results["parts"].values() for row in part.values()]
     return 0 if all(row.get("equal", True) for row in rows) else 1
 
 

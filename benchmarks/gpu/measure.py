@@ -1,4 +1,4 @@
-"""One case measured: all sides from the same weights, in turn."""
+"""Measure one case: all sides start from the same weights and are timed in turn."""
 
 from __future__ import annotations
 
@@ -25,55 +25,55 @@ from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import train_step
 
-# How far loss and gradient norm of the two implementations may lie apart, by precision.
+# Relative tolerance of loss and gradient norm between the two implementations, by precision.
 TOLERANCE = {"32": (1e-4, 1e-3), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1), "fp8_primary": (2e-2, 2e-1)}
-NO_ROOM = "it does not fit the card's memory"
+NO_ROOM = "it does not fit in GPU memory"
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure."""
+    """Measurement options."""
 
-    # Of runs.SIDES.
+    # Names from runs.SIDES.
     sides: tuple[str, ...]
-    # Of shapes.PRECISIONS.
+    # One of shapes.PRECISIONS.
     precision: str
     batches: int
     rounds: int
-    # Of runs.RECOMPUTE: the first that fits is taken.
+    # Names from runs.RECOMPUTE; the first that fits is used.
     recompute: tuple[str, ...]
-    # One side after the other, each alone on the card.
+    # Time one side after the other, each alone on the GPU.
     apart: bool
-    # Steps of the loop that waits for the loader.
+    # Steps of the loop that measures waiting for the loader.
     loader_steps: int
-    # Count each side's products once with torch's counter, which knows the kernels of CPUs.
+    # Count the matrix products of each side once with torch's counter, which supports CPU kernels.
     count: bool
 
 
 @dataclass
 class Timed:
-    """What came of a case's sides."""
+    """Results of timing the sides of a case."""
 
     sides: dict[str, Side]
     turns: dict[str, Turns]
     # Side -> why it was not timed.
     left_out: dict[str, str]
-    # The useful work of each batch, and its plan.
+    # Useful work and plan of each batch.
     work: list[Work]
     plans: list[StepPlan]
     counted: dict[str, dict[str, float]]
     data_wait: Optional[dict[str, Any]] = None
     equality: Optional[dict[str, Any]] = None
-    # Bytes while this trainer's run was built; 0 on CPUs.
+    # Peak bytes while this trainer's run was built; 0 on CPUs.
     build_peak: int = 0
-    # A side failed, which is no want of room.
+    # A side failed for a reason other than memory.
     failed: bool = False
 
 
 def time_sides(config: RunConfig, layout: ParallelLayout, options: Options) -> Timed:
-    """Time all sides in turn where they fit together, and one by one those that did not.
+    """Time in turn all sides that fit in memory together, and the others one by one.
 
-    Transformers' side is not timed where its first loss and gradient norm are not this trainer's.
+    The transformers side is not timed if its first loss and gradient norm differ from this trainer's.
     """
     timed = Timed({}, {}, {}, [], [], {})
     set_recompute(config, options.recompute[0])
@@ -91,7 +91,7 @@ def time_sides(config: RunConfig, layout: ParallelLayout, options: Options) -> T
 def _time_group(
     group: Sequence[str], config: RunConfig, layout: ParallelLayout, options: Options, timed: Timed
 ) -> list[str]:
-    """Returns the sides that had no room."""
+    """Time a group of sides together; return those that did not fit."""
     started: dict[str, Side] = {}
     run, side = _fitting(config, layout, options) if "ours" in group else (_built(config, layout, options), None)
     if run is None:
@@ -99,7 +99,7 @@ def _time_group(
     if side is not None:
         started["ours"] = side
     else:
-        # Nothing of it is stepped: only its weights and batches are used.
+        # This run takes no steps: only its weights and batches are used.
         run.state.optimizer, run.state.wrapped = None, []  # type: ignore[assignment]
     for name in (name for name in group if name != "ours"):
         for recompute in _of_transformers(options.recompute) if name == "huggingface" else (run.recompute,):
@@ -111,14 +111,14 @@ def _time_group(
             release()
     timed.equality = timed.equality or equality(timed.sides | started, options.precision)
     if timed.equality and not timed.equality["equal"] and started.pop("huggingface", None):
-        timed.left_out["huggingface"] = "its loss or gradient is not this trainer's: see equality"
+        timed.left_out["huggingface"] = "its loss or gradient differs from this trainer's: see equality"
     timed.turns |= take_turns({name: side.step for name, side in started.items()}, options.rounds, 0)
     _note(timed, run, started, options)
     return [name for name in group if name not in started and name not in timed.left_out]
 
 
 def _built(config: RunConfig, layout: ParallelLayout, options: Options) -> Optional[Run]:
-    """A run, or None where not even its weights have room."""
+    """Build a run; None if not even its weights fit."""
     try:
         return build_run(config, layout, options.batches)
     except torch.OutOfMemoryError:
@@ -126,9 +126,10 @@ def _built(config: RunConfig, layout: ParallelLayout, options: Options) -> Optio
 
 
 def _fitting(config: RunConfig, layout: ParallelLayout, options: Options) -> tuple[Optional[Run], Optional[Side]]:
-    """A run and this trainer's side with as little computed twice as fits; the layers are told when they are built.
+    """Build a run and this trainer's side with the least activation recomputation that fits.
 
-    Where no step fits, the last try's run alone, or where that does not fit either, nothing.
+    Recomputation is fixed when the layers are built. If no step fits, only the run of the last try is returned, or None
+    if that does not fit either.
     """
     run: Optional[Run] = None
     for recompute in options.recompute:
@@ -145,12 +146,12 @@ def _fitting(config: RunConfig, layout: ParallelLayout, options: Options) -> tup
 
 
 def _of_transformers(recompute: Sequence[str]) -> list[str]:
-    """What of it transformers can do: none or full."""
+    """The modes as transformers supports them: none or full."""
     return list(dict.fromkeys("none" if one == "none" else "full" for one in recompute))
 
 
 def _attempt(name: str, run: Run, recompute: str, timed: Timed) -> Optional[Side]:
-    """A side; without it and a reason in `timed` it has no room."""
+    """Start a side; None without a reason in `timed` means that it does not fit."""
     try:
         return start(name, run, recompute)
     except torch.OutOfMemoryError:
@@ -158,38 +159,38 @@ def _attempt(name: str, run: Run, recompute: str, timed: Timed) -> Optional[Side
     except ModuleNotFoundError as error:
         timed.left_out[name] = f"{error.name} is not installed"
     except Exception as error:
-        # Another library's fault must not cost this trainer's numbers.
+        # A failure in another library must not discard this trainer's results.
         traceback.print_exc()
         timed.left_out[name], timed.failed = f"it failed ({type(error).__name__}: {error})", True
     return None
 
 
 def _note(timed: Timed, run: Run, started: dict[str, Side], options: Options) -> None:
-    """What must be learned while the sides are there."""
+    """Record everything that needs the live sides, then release them."""
     plans = [plan for plan, _ in run.batches]
     timed.plans, timed.work = plans, [useful_work(run.state, plan) for plan in plans]
     if options.count:
         timed.counted |= {
             name: _counted(name, side, run)
             for name, side in started.items()
-            # How much of a layer torch's checkpointing leaves out at its end is no matter of ours.
+            # Not with torch's checkpointing, which skips an unspecified part of the recomputation.
             if name != "huggingface" or side.recompute == "none"
         }
     if "ours" in started:
         timed.data_wait = data_wait(run.state, options.loader_steps)
         timed.build_peak = run.build_peak
     for name, side in started.items():
-        # The steps hold the memory.
+        # The step closures hold the memory.
         side.step = _gone
         timed.sides[name] = side
 
 
 def _gone(number: int) -> None:
-    raise RuntimeError("this side's memory was given back")
+    raise RuntimeError("this side's memory was released")
 
 
 def useful_work(state: TrainState, plan: StepPlan) -> Work:
-    """What a step must compute: nothing for padding, and the head for targets alone."""
+    """Work that a step must do: nothing for padding, and the output layer for targets only."""
     amounts = Amounts(
         tokens=int(plan.documents.sum()),
         head_rows=int(plan.targets.sum()),
@@ -211,10 +212,10 @@ def _work(state: TrainState, amounts: Amounts, adapters: float, encodings: int) 
 
 
 def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
-    """The matrix products of a side's step, attention aside: as torch counts them, and by hand.
+    """FLOPs of the matrix products of a side's step, without attention: as counted by torch, and analytically.
 
-    By hand are those that the side computes, padding and what it computes twice included; every side but this trainer's
-    runs its head everywhere.
+    The analytic number includes padding and recomputation as the side does it; all sides except this trainer's run the
+    output layer at every position.
     """
     with FlopCounterMode(display=False) as counter:
         side.step(0)
@@ -224,7 +225,7 @@ def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     amounts = Amounts(padded, head_rows, 0, _pieces(plan))
     r = state.config.model.lora.r
     adapters = adapter_parameters(state.llama, r, joined=name == "ours")
-    # This trainer encodes once more for DPO's reference.
+    # This trainer runs the encoder again for the DPO reference.
     work = _work(state, amounts, adapters, encodings=2 if name == "ours" and state.config.job == "dpo" else 1)
     by_hand = {"media": work.media.products, "bare": work.layers + work.head}.get(name, work.products)
     if name in ("ours", "bare"):
@@ -235,7 +236,7 @@ def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
 
 
 def computed_twice(hf: LlamaConfig, recompute: str) -> float:
-    """Of a token, by megatron-core without adapters."""
+    """Recomputed FLOPs per token in megatron-core, without adapters."""
     mlp = 3 * hf.hidden_size * hf.intermediate_size
     layer = layer_parameters(
         hf.hidden_size, hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim, hf.intermediate_size
@@ -244,15 +245,15 @@ def computed_twice(hf: LlamaConfig, recompute: str) -> float:
 
 
 def first_input_gradient(state: TrainState, tokens: int) -> float:
-    """What transformers need not compute where nothing before the Llama learns: the gradient of the first layer's input
-    through query, key, value and their adapters."""
+    """FLOPs that transformers saves if nothing before the Llama trains: the gradient of the first layer's input through
+    query, key, value and their adapters."""
     hf, r = state.llama, state.config.model.lora.r
     outputs = (hf.num_attention_heads + 2 * hf.num_key_value_heads) * hf.head_dim
     return 2.0 * tokens * hf.hidden_size * (outputs + 3 * r)
 
 
 def data_wait(state: TrainState, count: int) -> dict[str, Any]:
-    """The share of time that training waits for its loader, with worker processes as in a run."""
+    """Measure the share of time that training waits for its loader, with worker processes as in a run."""
     data, settings = state.train_data, state.config.data
     batches = steps(
         data.planner,
@@ -263,27 +264,27 @@ def data_wait(state: TrainState, count: int) -> dict[str, Any]:
         num_workers=settings.num_workers,
         prefetch_steps=settings.prefetch_steps,
     )
-    # The workers' start is no part of it.
+    # Exclude the startup of the workers.
     train_step(state, *next(batches))
-    waited, all_of_it = [], []
+    waited, total = [], []
     for _ in range(count):
         begun = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - begun)
         train_step(state, *batch)
         torch.cuda.synchronize()
-        all_of_it.append(time.perf_counter() - begun)
+        total.append(time.perf_counter() - begun)
     return {
         "workers": settings.num_workers,
         "steps": count,
         "waited_seconds": waited,
-        "seconds": all_of_it,
-        "share": sum(waited) / sum(all_of_it),
+        "seconds": total,
+        "share": sum(waited) / sum(total),
     }
 
 
 def summary(timed: Timed, limits: dict[str, Any]) -> dict[str, Any]:
-    """A case's results: sizes, each side's numbers, ratios between them."""
+    """Results of a case: sizes, numbers of each side, and ratios between sides."""
     tokens = [int(plan.documents.sum()) for plan in timed.plans]
     operations = [work.total for work in timed.work]
     sides = {name: _side(name, timed, tokens, operations, limits) for name in timed.sides}
@@ -316,45 +317,45 @@ def _side(
 ) -> dict[str, Any]:
     seconds, side = timed.turns[name].wall, timed.sides[name]
     lower, median, upper = statistics.quantiles(seconds, n=4, method="inclusive")
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "seconds": {"median": median, "lower": lower, "upper": upper, "raw": seconds},
         "recompute": side.recompute,
         "peak_memory_bytes": side.peak,
     }
     if name == "ours":
-        found["build_peak_memory_bytes"] = timed.build_peak or None
+        row["build_peak_memory_bytes"] = timed.build_peak or None
     if name in ("ours", "huggingface"):
         rate = _per_second(operations, seconds)
-        found["tokens_per_second"] = _per_second(tokens, seconds)
-        found["operations_per_second"] = rate
-        found["share_of_bf16_rate"] = rate / limits["bf16"]
-        found["share_of_fp8_rate"] = rate / limits["fp8"] if limits["fp8"] else None
-    return found
+        row["tokens_per_second"] = _per_second(tokens, seconds)
+        row["operations_per_second"] = rate
+        row["share_of_bf16_rate"] = rate / limits["bf16"]
+        row["share_of_fp8_rate"] = rate / limits["fp8"] if limits["fp8"] else None
+    return row
 
 
 def _per_second(amounts: Sequence[float], seconds: Sequence[float]) -> float:
-    """The median over the rounds; round number n took batch n, and batches differ a little."""
+    """Median rate over the rounds; round n used batch n (modulo their number), and batches differ slightly."""
     return statistics.median(amounts[number % len(amounts)] / one for number, one in enumerate(seconds))
 
 
 def _ratios(turns: dict[str, Turns]) -> dict[str, Any]:
-    """How seconds compare: transformers' over ours, ours over the floor, and over the floor with the media's work."""
-    found: dict[str, Any] = {}
+    """Ratios of seconds: transformers to ours, ours to the floor, and ours to the floor plus the media work."""
+    ratios: dict[str, Any] = {}
     if "ours" not in turns:
-        return found
+        return ratios
     ours = turns["ours"].wall
     if "huggingface" in turns:
-        found["huggingface_over_ours"] = asdict(ratio(turns["huggingface"].wall, ours))
+        ratios["huggingface_over_ours"] = asdict(ratio(turns["huggingface"].wall, ours))
     if "bare" in turns:
-        found["ours_over_bare"] = asdict(ratio(ours, turns["bare"].wall))
+        ratios["ours_over_bare"] = asdict(ratio(ours, turns["bare"].wall))
     if {"bare", "media"} <= turns.keys():
         floor = [a + b for a, b in zip(turns["bare"].wall, turns["media"].wall)]
-        found["ours_over_bare_and_media"] = asdict(ratio(ours, floor))
-    return found
+        ratios["ours_over_bare_and_media"] = asdict(ratio(ours, floor))
+    return ratios
 
 
 def equality(sides: dict[str, Side], precision: str) -> Optional[dict[str, Any]]:
-    """Loss and gradient norm of this trainer and transformers for the first batch, and whether they are the same."""
+    """Compare loss and gradient norm of this trainer and transformers for the first batch."""
     if not {"ours", "huggingface"} <= sides.keys():
         return None
     ours, theirs = sides["ours"].first, sides["huggingface"].first

@@ -1,7 +1,7 @@
-"""The parts of a Llama's layer and head, each by every library that has it.
+"""Parts of a Llama's layer and output layer, each implemented by every library that has it.
 
-A candidate is made from its part's inputs and then called with those that need gradients. Those that a machine does not
-have say why when they are made.
+A candidate is built from its part's settings and then called with the inputs that need gradients. Building a candidate
+that the machine does not support raises an error with the reason.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Call = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the inputs: a pack through a layer of Llama-3 8B."""
+    """Input sizes: a pack through a layer of Llama-3 8B."""
 
     documents: tuple[int, ...]
     hidden: int = 4096
@@ -37,7 +37,7 @@ class Sizes:
 
     @property
     def tokens(self) -> int:
-        """Of the pack."""
+        """Tokens of the pack."""
         return sum(self.documents)
 
 
@@ -45,21 +45,21 @@ class Sizes:
 class Part:
     """One part and its inputs."""
 
-    # What gets gradients, in the order of a call.
+    # Inputs that need gradients, in call order.
     inputs: tuple[Tensor, ...]
-    # What candidates are made from besides.
+    # Further settings to build candidates from.
     given: Mapping[str, Any]
-    # Operations or bytes that it cannot do without, forward, and forward and backward together.
+    # Minimum operations or bytes of forward, and of forward and backward together.
     forward: float
     both: float
-    # What these two count: "operations" or "bytes".
+    # Unit of `forward` and `both`: "operations" or "bytes".
     counts: str
-    # Candidate's name -> what makes it; "eager torch" comes first and is what the others must equal.
+    # Candidate name -> its builder; "eager torch" comes first and is the reference for the others.
     candidates: Mapping[str, Callable[..., Call]]
 
 
 def make_parts(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Part]:
-    """All parts, with random inputs."""
+    """Build all parts with random inputs."""
     generator = torch.Generator(device).manual_seed(0)
     random = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     return {
@@ -76,10 +76,10 @@ def _compiled(make: Callable[..., Call]) -> Callable[..., Call]:
 
 
 def _module(name: str) -> Any:
-    """An optional package's module.
+    """Import a module of an optional package.
 
     Raises:
-        ImportError: it is not there, or does not work here.
+        ImportError: it is not installed, or does not work on this machine.
     """
     return importlib.import_module(name)
 
@@ -117,7 +117,7 @@ def _rms_norm(sizes: Sizes, random: Any) -> Part:
     return Part(
         inputs=(x,),
         given={"weight": weight},
-        # Read and write; backward reads x and the gradient and writes another.
+        # Forward reads and writes x; backward reads x and the gradient and writes a gradient.
         forward=2 * bytes_of_x,
         both=5 * bytes_of_x,
         counts="bytes",
@@ -139,7 +139,7 @@ def _with_weight(module: Any, weight: Tensor) -> Call:
     return module
 
 
-# SwiGLU: gate and up side by side [T, 2 F] -> [T, F].
+# SwiGLU: gate and up concatenated [T, 2 F] -> [T, F].
 
 
 def _swiglu(sizes: Sizes, random: Any) -> Part:
@@ -164,12 +164,12 @@ def _swiglu(sizes: Sizes, random: Any) -> Part:
         return lambda x: swiglu(*x.chunk(2, dim=-1))
 
     def apex() -> Call:
-        raise ImportError("apex has none")
+        raise ImportError("apex has no such kernel")
 
     return Part(
         inputs=(x,),
         given={},
-        # Reads two halves and writes one; backward reads both and the gradient and writes two.
+        # Forward reads two halves and writes one; backward reads both and the gradient and writes two.
         forward=1.5 * x.nbytes,
         both=4.0 * x.nbytes,
         counts="bytes",
@@ -191,7 +191,7 @@ def _rope(sizes: Sizes, random: Any, device: torch.device) -> Part:
     x = random(sizes.tokens, sizes.heads, sizes.head_size)
     longest = max(sizes.documents)
     inverse = 500000.0 ** -(torch.arange(0, sizes.head_size, 2, device=device).float() / sizes.head_size)
-    # Angles of every place in a document, and of every token.
+    # Angles of every position in a document, and of every token.
     table = torch.outer(torch.arange(longest, device=device).float(), inverse)
     angles = torch.cat([table[:length] for length in sizes.documents])
 
@@ -207,7 +207,7 @@ def _rope(sizes: Sizes, random: Any, device: torch.device) -> Part:
     def this_trainer(angles: Tensor, **ignored: Any) -> Call:
         both = torch.cat([angles, angles], dim=-1).unsqueeze(1)
         cosine, sine = both.cos(), both.sin()
-        # It turns queries and keys together: here there are no keys.
+        # The kernel rotates queries and keys together: pass empty keys.
         keys = x[:, :0]
         return lambda x: compiled_ops.apply_rotary(x, keys, cosine, sine)[0]
 
@@ -256,7 +256,7 @@ def _attention(sizes: Sizes, random: Any, device: torch.device) -> Part:
     operations = 2.0 * sizes.heads * sizes.head_size * sum(length**2 for length in sizes.documents)
 
     def eager(documents: tuple[int, ...]) -> Call:
-        """A mask of the whole pack."""
+        """Attention with a mask over the whole pack."""
         number = torch.repeat_interleave(torch.tensor(documents)).to(device)
         mask = (number[:, None] == number).tril()
 
@@ -271,7 +271,7 @@ def _attention(sizes: Sizes, random: Any, device: torch.device) -> Part:
         if name == "flash_attn":
             _module("flash_attn")
         if name == "flex" and device.type == "cpu":
-            raise ImportError("on CPUs it has no backward pass")
+            raise ImportError("no backward pass on CPUs")
         made = KERNELS[name](documents, 0, 1, device)
         return lambda query, key, value: made(query, key, value, None)
 
@@ -310,7 +310,7 @@ def _attention(sizes: Sizes, random: Any, device: torch.device) -> Part:
 
 def _cross_entropy(sizes: Sizes, random: Any, generator: torch.Generator) -> Part:
     logits = random(sizes.tokens, sizes.vocabulary)
-    # Not 0, which apex takes for padding.
+    # Not 0, which apex treats as padding.
     labels = torch.randint(1, sizes.vocabulary, (sizes.tokens,), generator=generator, device=logits.device)
 
     def eager(labels: Tensor) -> Call:
@@ -331,7 +331,7 @@ def _cross_entropy(sizes: Sizes, random: Any, generator: torch.Generator) -> Par
     return Part(
         inputs=(logits,),
         given={"labels": labels},
-        # Reads the logits; backward reads them once more and writes their gradient.
+        # Forward reads the logits; backward reads them again and writes their gradient.
         forward=float(logits.nbytes),
         both=3.0 * logits.nbytes,
         counts="bytes",

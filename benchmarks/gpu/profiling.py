@@ -1,4 +1,4 @@
-"""Where the time of some steps goes: the kernels that take most of it, and how long the card does nothing."""
+"""Profile of a few steps: the most expensive kernels, and the share of time that the GPU is idle."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-# Kernels that are listed.
+# Number of kernels listed.
 TOP = 25
 
 
 def profiled(step: Callable[[int], Any], steps: int) -> dict[str, Any]:
-    """Profile some steps, after one that does not count. On CPUs operators take the place of kernels."""
+    """Profile some steps after one warm-up step. On CPUs, operators are listed instead of kernels."""
     on_card = torch.cuda.is_available()
     step(0)
     torch.cuda.synchronize()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_card else [])]
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as profiler:
         for number in range(1, steps + 1):
             step(number)
         torch.cuda.synchronize()
     wanted = DeviceType.CUDA if on_card else DeviceType.CPU
-    events: list[Any] = [event for event in found.events() or [] if event.device_type == wanted]
+    events: list[Any] = [event for event in profiler.events() or [] if event.device_type == wanted]
     seconds: dict[str, float] = defaultdict(float)
     calls: dict[str, int] = defaultdict(int)
     for event in events:
-        # Of operators within operators only their own time.
+        # For nested operators, count only their own time.
         seconds[event.name] += (event.time_range.elapsed_us() if on_card else event.self_cpu_time_total) / 1e6
         calls[event.name] += 1
     total = sum(seconds.values())
@@ -47,7 +47,7 @@ def profiled(step: Callable[[int], Any], steps: int) -> dict[str, Any]:
 
 
 def idle_share(spans: Iterable[tuple[float, float]]) -> float:
-    """Of the time from the first span's beginning to the last one's end, the share that no span covers."""
+    """Share of the time from the start of the first span to the end of the last that no span covers."""
     ordered = sorted(spans)
     if not ordered:
         return 1.0

@@ -1,4 +1,4 @@
-"""What people read of the results, and whether they meet the bars."""
+"""Text report of the results, and whether they meet the bars."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from shapes import Case
 
 from megatron_anymal import backend
 
-# Of the 8B alignment.
+# Bars for the 8B alignment.
 MFU_BAR, BASELINE_BAR, FLOOR_BAR = 0.55, 1.3, 0.05
-# Of every job.
+# Bar for every job.
 WAIT_BAR = 0.01
 
-NOT_MEANINGFUL = "DRY RUN: tiny sizes on a CPU. None of these numbers means anything."
+NOT_MEANINGFUL = "DRY RUN: tiny sizes on a CPU. These numbers are meaningless."
 TITLES = {
     "ours": "megatron_anymal",
     "bare": "bare megatron-core",
@@ -27,21 +27,21 @@ TITLES = {
 
 
 def card() -> dict[str, Any]:
-    """The date, the machine, its card and the packages that matter."""
-    around = surroundings()
-    found = backend.capabilities()
+    """Date, machine, GPU, and relevant package versions."""
+    environment = surroundings()
+    features = backend.capabilities()
     for package in ("peft", "transformer-engine", "flash-attn", "apex"):
-        around["versions"][package] = _version(package)
-    around["versions"]["transformer-engine"] = found.transformer_engine or found.transformer_engine_problem
-    properties: Any = torch.cuda.get_device_properties(0) if found.cuda_devices else None
-    around["card"] = {
-        "name": found.cuda_devices[0] if found.cuda_devices else "no GPU",
-        "compute_capability": found.compute_capability,
+        environment["versions"][package] = _version(package)
+    environment["versions"]["transformer-engine"] = features.transformer_engine or features.transformer_engine_problem
+    properties: Any = torch.cuda.get_device_properties(0) if features.cuda_devices else None
+    environment["card"] = {
+        "name": features.cuda_devices[0] if features.cuda_devices else "no GPU",
+        "compute_capability": features.compute_capability,
         "memory_bytes": properties.total_memory if properties else None,
         "multiprocessors": properties.multi_processor_count if properties else None,
         "cuda": torch.version.cuda,
     }
-    return around
+    return environment
 
 
 def _version(package: str) -> str:
@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 
 
 def bars(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The bars of a case: what was measured, what is wanted, and whether it is met (None: there is no verdict)."""
+    """Bars of a case: measured value, required value, and whether it is met (None: no verdict)."""
     ratios, sides = found["ratios"], found["sides"]
     rows = []
     if case.job == "pretrain" and case.llama == "8b":
@@ -83,7 +83,7 @@ def _bar(name: str, value: Optional[float], bar: float, at_least: bool) -> dict[
 
 
 def heading(found: dict[str, Any]) -> str:
-    """Where and with what it was measured, and the card's limits."""
+    """Format machine, versions and GPU limits."""
     limits = found["limits"]
     fp8 = f"{limits['fp8'] / 1e12:.1f} TFLOP/s" if limits["fp8"] else limits["fp8_left_out"]
     lines = [
@@ -96,7 +96,7 @@ def heading(found: dict[str, Any]) -> str:
 
 
 def table(found: dict[str, Any]) -> str:
-    """One case."""
+    """Format the results of one case."""
     lines = ["", found["name"]]
     if "left_out" in found:
         return "\n".join([*lines, f"  left out: {found['left_out']}"])
@@ -136,7 +136,7 @@ def _or_dash(value: Optional[float], form: str) -> str:
 
 
 def gibibytes(count: Optional[int]) -> str:
-    """Bytes for people."""
+    """Format a number of bytes in GiB."""
     return "-" if count is None else f"{count / 2**30:.1f} GiB"
 
 
@@ -145,7 +145,7 @@ def _memory(found: dict[str, Any]) -> list[str]:
     if ours is None or ours["peak_memory_bytes"] is None:
         return []
     peak, building = (gibibytes(ours[name]) for name in ("peak_memory_bytes", "build_peak_memory_bytes"))
-    return [f"it fits the card: peak memory {peak} in a step, {building} while built"]
+    return [f"it fits on the GPU: peak memory {peak} in a step, {building} during build"]
 
 
 def _equality(found: dict[str, Any]) -> list[str]:
@@ -155,13 +155,13 @@ def _equality(found: dict[str, Any]) -> list[str]:
     loss, norm = same["loss"], same["gradient_norm"]
     return [
         f"first loss {loss['ours']:.6f} and transformers' {loss['huggingface']:.6f}, gradient norm {norm['ours']:.5f} "
-        f"and {norm['huggingface']:.5f}: {'the same work' if same['equal'] else 'NOT THE SAME'}"
+        f"and {norm['huggingface']:.5f}: {'equal' if same['equal'] else 'NOT EQUAL'}"
     ]
 
 
 def _counted(found: dict[str, Any]) -> list[str]:
     return [
-        f"products of {TITLES[name]}: {row['counted']:.6g} counted by torch, {row['by_hand']:.6g} by hand"
+        f"FLOPs of {TITLES[name]}: {row['counted']:.6g} counted by torch, {row['by_hand']:.6g} analytic"
         for name, row in found["counted"].items()
     ]
 
@@ -173,7 +173,7 @@ def _verdict(row: dict[str, Any]) -> str:
 
 
 def _profile(found: dict[str, Any]) -> list[str]:
-    idle = "" if found["idle_share"] is None else f"; the card was idle {found['idle_share']:.1%} of the time"
+    idle = "" if found["idle_share"] is None else f"; the GPU was idle {found['idle_share']:.1%} of the time"
     lines = [f"  profile of {found['steps']} steps ({found['kind']}){idle}"]
     return lines + [
         f"    {row['share']:>6.1%} {row['seconds']:>9.4f} s {row['calls']:>7} x {row['name'][:90]}"

@@ -1,4 +1,4 @@
-"""A run of this trainer with weights made on its device, and what it is timed against, from the same weights."""
+"""A run of this trainer with weights initialized on its device, and its competitors built from the same weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 
-# What is timed: this trainer; megatron-core's GPTModel alone; the encoder and projector alone; transformers.
+# Timed sides: this trainer; megatron-core's GPTModel alone; the encoder and projector alone; transformers.
 SIDES = ("ours", "bare", "media", "huggingface")
-# What of a layer is computed twice to save memory, the fastest first, and megatron-core's name for it.
+# Activation recomputation modes, the fastest first, and megatron-core's names for them.
 RECOMPUTE = {"none": "", "mlp": "selective", "full": "full"}
 
 
@@ -33,17 +33,17 @@ class Run:
 
     state: TrainState
     batches: Batches
-    # Values of its projectors and adapters, by their whole names, and of DPO's reference adapters.
+    # Values of its projectors and adapters, by full name, and of the DPO reference's adapters.
     weights: dict[str, Tensor]
     reference: dict[str, Tensor]
-    # What it computes twice.
+    # Recomputation mode.
     recompute: str
-    # The most bytes there were while it was built.
+    # Peak bytes while it was built.
     build_peak: int
 
 
 def build_run(config: RunConfig, layout: ParallelLayout, batches: int) -> Run:
-    """The same weights and batches each time."""
+    """Build a run; weights and batches are the same each time."""
     forget_peak()
     state = build(config, layout)
     build_peak = peak_bytes()
@@ -54,7 +54,7 @@ def build_run(config: RunConfig, layout: ParallelLayout, batches: int) -> Run:
             keep_reference(state.models)
             reference = _values(state)
             state.reference = ReferenceAnswers(None, [], layout.device)
-            # A policy that has moved: as the reference itself it would have the same loss whatever the weights.
+            # Change the policy: if it equaled the reference, the loss would not depend on the weights.
             _draw_adapters(state, 2)
         state.optimizer.reload_model_params()
     data = state.train_data
@@ -65,7 +65,7 @@ def build_run(config: RunConfig, layout: ParallelLayout, batches: int) -> Run:
 
 @torch.no_grad()
 def _draw_adapters(state: TrainState, seed: int) -> None:
-    """Adapters that change something: a new one's B is zero."""
+    """Initialize adapters randomly, since a new adapter has B = 0 and no effect."""
     generator = torch.Generator(state.layout.device).manual_seed(seed)
     for weight in list_weights(state.models[0]):
         if ".lora." in weight.name and weight.name.endswith(".B"):
@@ -73,7 +73,7 @@ def _draw_adapters(state: TrainState, seed: int) -> None:
 
 
 def _values(state: TrainState) -> dict[str, Tensor]:
-    """Copies in host memory, so that no side's memory holds them."""
+    """Copies in host memory, so that they do not count towards any side's memory."""
     return {
         weight.name: weight.parameter.detach().to("cpu", copy=True)
         for weight in list_weights(state.models[0])
@@ -83,14 +83,14 @@ def _values(state: TrainState) -> dict[str, Tensor]:
 
 @dataclass
 class Side:
-    """Something that is timed."""
+    """A side that is timed."""
 
     step: Callable[[int], Any]
-    # Loss, and norm of the gradient before clipping, of the first batch with the weights as they began.
+    # Loss and gradient norm before clipping for the first batch with the initial weights.
     first: Optional[tuple[float, float]]
-    # What is computed twice.
+    # Recomputation mode.
     recompute: str
-    # Bytes at a step's peak as if it were alone, shared weights included; None on CPUs, and where it was not measured.
+    # Peak bytes of a step as if the side were alone, including shared weights; None on CPUs and if not measured.
     peak: Optional[int]
 
 
@@ -98,24 +98,24 @@ def start(name: str, run: Run, recompute: str) -> Side:
     """Build a side and run every batch once.
 
     Args:
-        name: of SIDES; "ours" is the first on its card.
-        recompute: of RECOMPUTE; this trainer's and the floor's is the run's, transformers knows none and full.
+        name: one of SIDES; "ours" is the first on its GPU.
+        recompute: one of RECOMPUTE; this trainer and the floor use the run's mode, transformers supports none and full.
 
     Raises:
         torch.OutOfMemoryError: it does not fit.
-        ModuleNotFoundError: it needs a package that is not here.
+        ModuleNotFoundError: it needs a package that is not installed.
     """
-    made = _MAKERS[name](run, recompute)
-    step: Callable[[int], Any] = made.step
+    built = _MAKERS[name](run, recompute)
+    step: Callable[[int], Any] = built.step
     if name == "bare" and run.state.config.job == "dpo":
-        step = _with_reference(made)
+        step = _with_reference(built)
     forget_peak()
     first = step(0)
     for number in range(1, len(run.batches)):
         step(number)
     peak = None
     if torch.cuda.is_available() and name in ("ours", "huggingface"):
-        others = torch.cuda.memory_allocated() - made.stored() if name == "huggingface" else 0
+        others = torch.cuda.memory_allocated() - built.stored() if name == "huggingface" else 0
         peak = peak_bytes() - others
     return Side(step, _loss_and_norm(first), recompute, peak)
 
@@ -147,23 +147,23 @@ _MAKERS: dict[str, Callable[[Run, str], Any]] = {
 
 
 def set_recompute(config: RunConfig, recompute: str) -> None:
-    """Have a run compute one of RECOMPUTE twice."""
+    """Set a run's recomputation mode to one of RECOMPUTE."""
     config.model.recompute_granularity = RECOMPUTE[recompute]
     config.model.recompute_modules = ["mlp"]
 
 
 def release() -> None:
-    """Give back the memory of what nothing refers to any more."""
+    """Release the memory of unreferenced objects."""
     gc.collect()
     torch.cuda.empty_cache()
 
 
 def peak_bytes() -> int:
-    """The most bytes of tensors there were on the card since `forget_peak`; 0 on a CPU."""
+    """Peak bytes of tensors on the GPU since `forget_peak`; 0 on a CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
 
 
 def forget_peak() -> None:
-    """Begin to look for a peak anew."""
+    """Reset the peak memory statistics."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

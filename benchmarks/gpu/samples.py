@@ -1,7 +1,7 @@
-"""Data made on the spot: photographs of a usual size, and texts of realistic lengths with random words.
+"""Generated data: images of the usual size of photographs, and texts of realistic lengths with random words.
 
 Lengths in tokens, uniform: captions 20 to 200, one in twenty 300 to 1200; instructions 10 to 60 with answers of 20 to
-200, one in four asked twice; preference pairs 10 to 60 with two answers of 30 to 250.
+200, one in four with two turns; preference pairs 10 to 60 with two answers of 30 to 250.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.shard_index import ShardIndex
 
-# Different pictures; samples share them.
+# Number of different images, shared by the samples.
 PICTURES = 64
-# Words that texts draw from. The Llama's own vocabulary is larger.
+# Number of words that texts are drawn from; the Llama's own vocabulary is larger.
 WORDS = 4096
 
 
 def write_data(folder: Path, case: Case, count: int) -> float:
-    """A tokenizer, and shards with `count` samples of the case's job.
+    """Write a tokenizer and shards with `count` samples for the case's job.
 
     Returns:
-        LLM tokens of a sample, the mean: of a preference pair both answers'.
+        Mean LLM tokens per sample, counting both answers of a preference pair.
     """
     rng = np.random.default_rng(0)
     vocabulary = min(WORDS, case.llama_shape["vocab_size"])
@@ -60,7 +60,7 @@ def write_data(folder: Path, case: Case, count: int) -> float:
 
 
 def _picture(rng: np.random.Generator, case: Case) -> Image.Image:
-    """Soft shapes with some grain: noise alone would take a decoder longer than a photograph does."""
+    """Soft shapes with some grain: pure noise would take longer to decode than a photograph."""
     size = (32, 24) if case.dry_run else (640, 480)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16)
@@ -88,7 +88,7 @@ def _conversation(rng: np.random.Generator, media: dict[str, Any], text: Text) -
 
 
 def _pair(rng: np.random.Generator, media: dict[str, Any], text: Text) -> dict[str, Any]:
-    # Words at their ends make them two, however short a dry run's are.
+    # Distinct last words keep the two answers different, however short they are in a dry run.
     return {
         "messages": [_question(media, text)],
         "chosen": f"{text(30, 250)} w1",

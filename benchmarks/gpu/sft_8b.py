@@ -1,5 +1,5 @@
-"""Instruction tuning of a Llama-3 8B with images (random weights made on the card): LoRA of rank 8 on all linear layers
-and the resampler train; against transformers with peft, and against megatron-core's frozen Llama without adapters.
+"""Instruction tuning of a Llama-3 8B with images (random weights), training LoRA of rank 8 on all linear layers and the
+resampler; compared with transformers and peft, and with megatron-core's frozen Llama without adapters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BENCHMARK = Benchmark(
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command. Returns the exit code."""
+    """Run the benchmark; return the exit code."""
     return run(BENCHMARK, __doc__, argv)
 
 

@@ -1,6 +1,6 @@
-"""What is measured on a card: models, pack lengths and types, as configurations of this trainer.
+"""Cases to measure on a GPU: models, pack lengths and precisions, as configurations of this trainer.
 
-A dry run divides every size until a CPU runs it in a moment; nothing else differs.
+A dry run only divides every size, so that a CPU runs it in moments.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any
 from megatron_anymal.config import DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig, RunConfig
 from megatron_anymal.dry_run.published_models import ENCODERS, LLAMAS, Published
 
-# Names of HuggingFace repositories that hold the shapes.
+# HuggingFace repositories with these shapes.
 LLAMA = {"8b": "Meta-Llama-3-8B", "70b": "Meta-Llama-3-70B"}
 ENCODER = {"vit_l": "clip-vit-large-patch14-336", "vit_g": "CLIP-ViT-bigG-14"}
-# 32: only for dry runs, where both implementations must give the same loss to many digits. fp8: the products of the
-# Llama's layers in FP8; fp8_primary: and its frozen weights held in nothing else.
+# 32: only for dry runs, in which both implementations must agree on the loss to many digits. fp8: matrix products of
+# the Llama's layers in FP8; fp8_primary: additionally, its frozen weights are stored only in FP8.
 PRECISIONS = ("32", "bf16", "fp8", "fp8_primary")
 
 PLACEHOLDER = "<|reserved_special_token_0|>"
@@ -49,7 +49,7 @@ _DRY_PIXELS = {"image_size": 16, "patch_size": 8}
 
 @dataclass(frozen=True)
 class Scale:
-    """By what a dry run divides; 1 on a card."""
+    """Divisors of a dry run; 1 on a GPU."""
 
     resampler_layers: int = 1
     soft_tokens: int = 1
@@ -62,7 +62,7 @@ DRY_SCALE = Scale(resampler_layers=6, soft_tokens=16, tokens=32, resampler_heads
 
 @dataclass(frozen=True)
 class Case:
-    """One thing that is measured."""
+    """One case to measure."""
 
     # pretrain, sft or dpo.
     job: str
@@ -73,7 +73,7 @@ class Case:
     seq_length: int
     # One of PRECISIONS.
     precision: str
-    # Packs of seq_length tokens that a step takes, about.
+    # Approximate number of packs of seq_length tokens per step.
     packs: int
     # Loader processes.
     workers: int
@@ -81,17 +81,17 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For people and files."""
+        """Name for output and file names."""
         return f"{self.job}-{self.llama}-{self.encoder}-r{self.resampler_layers}-{self.seq_length}-{self.precision}"
 
     @property
     def scale(self) -> Scale:
-        """By what sizes are divided."""
+        """Divisors of the sizes."""
         return DRY_SCALE if self.dry_run else Scale()
 
     @property
     def soft_tokens(self) -> int:
-        """Of an image."""
+        """Soft tokens per image."""
         return 64 // self.scale.soft_tokens
 
     @property
@@ -113,11 +113,11 @@ def _shape(folder: str, known: tuple[Published, ...]) -> dict[str, Any]:
 
 
 def make_config(case: Case, folder: Path, mean_tokens: float) -> RunConfig:
-    """A run of this trainer.
+    """Build the configuration of a run of this trainer.
 
     Args:
-        folder: where `samples.write_data` wrote.
-        mean_tokens: LLM tokens of a sample.
+        folder: folder written by `samples.write_data`.
+        mean_tokens: mean LLM tokens per sample.
     """
     config = RunConfig(job=case.job)
     config.trainer.precision = "32" if case.precision == "32" else "bf16"
@@ -143,11 +143,11 @@ def make_config(case: Case, folder: Path, mean_tokens: float) -> RunConfig:
         model.lora.r, model.lora.alpha = 8, 32.0
     if case.job == "dpo":
         model.dpo.reference = "recomputed"
-        # Asked for by a check; the adapters of the SFT run are drawn, too.
+        # Required by validation only; the adapters of the SFT run are random, too.
         model.restore_from_path = "drawn"
     model.optim.lr, model.optim.sched.name = 1e-5, "constant"
     config.data.seq_length = case.seq_length // case.scale.tokens
-    # A little room: packs are filled to 97 % and more.
+    # Leave some slack: packs are at least 97 % full.
     model.global_batch_size = max(2, int(0.97 * case.packs * config.data.seq_length / mean_tokens))
     config.data.train = {case.job: DatasetConfig(path=str(folder / case.job))}
     config.data.tokenizer = str(folder / "tokenizer")

@@ -1,4 +1,4 @@
-"""Floating-point operations of a step, by hand."""
+"""Analytic floating-point operations of a step."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from megatron_anymal.model.encoders.base import attention_flops
 
 @dataclass(frozen=True)
 class Amounts:
-    """What a step computes on."""
+    """Amounts of data that a step processes."""
 
-    # Through the Llama's layers, and through its head.
+    # Tokens through the Llama's layers, and rows through its output layer.
     tokens: int
     head_rows: int
-    # The documents' squared lengths, added up.
+    # Sum of the documents' squared lengths.
     squares: int
-    # Through the encoder and the projector.
+    # Encoder inputs (tiles) through the encoder and the projector.
     pieces: int
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Times that each parameter multiplies a token: 1 forward, 1 for the gradient of the input, 1 for its own."""
+    """Multiplications of each parameter per token: 1 forward, 1 for the input's gradient, 1 for its own gradient."""
 
     llama: int
     adapters: int
     projector: int
-    # Forward passes of the Llama in which nothing learns: DPO's reference.
+    # Forward passes of the Llama without training: the DPO reference.
     reference: int = 0
-    # Times that the encoder, and a projector that does not learn, run forward.
+    # Forward passes of the encoder, and of a frozen projector.
     encodings: int = 1
 
 
 def passes_of(job: str, encodings: int) -> Passes:
-    """Of a job with a frozen Llama."""
+    """Passes of a job with a frozen Llama."""
     if job == "dpo":
         return Passes(llama=2, adapters=3, projector=1, reference=1, encodings=encodings)
     return Passes(llama=2, adapters=3, projector=3, encodings=encodings)
@@ -48,12 +48,12 @@ def passes_of(job: str, encodings: int) -> Passes:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, two a multiply-add."""
+    """Floating-point operations, two per multiply-add."""
 
     layers: float
     head: float
     adapters: float
-    # Of the Llama, within documents.
+    # The Llama's attention within documents.
     attention: float
     encoder: float
     encoder_attention: float
@@ -62,25 +62,25 @@ class Work:
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Total."""
         return float(sum(asdict(self).values()))
 
     @property
     def products(self) -> float:
-        """All of it but attention, which torch does not count on CPUs."""
+        """Total without attention, which torch does not count on CPUs."""
         return self.total - self.attention - self.encoder_attention - self.projector_attention
 
     @property
     def media(self) -> Work:
-        """The encoder's and the projector's alone."""
+        """Work of the encoder and the projector alone."""
         return Work(0, 0, 0, 0, self.encoder, self.encoder_attention, self.projector, self.projector_attention)
 
 
 def adapter_parameters(hf: LlamaConfig, r: int, *, joined: bool = False) -> int:
-    """Of low-rank adapters on all linear layers of the Llama.
+    """Parameters of low-rank adapters on all linear layers of the Llama.
 
     Args:
-        joined: as this trainer multiplies them: the Bs of a layer's projections as one block matrix, zeros included.
+        joined: count as this trainer multiplies: the Bs of fused projections as one block matrix, including zeros.
     """
     hidden, inner = hf.hidden_size, hf.intermediate_size
     heads, groups = hf.num_attention_heads * hf.head_dim, hf.num_key_value_heads * hf.head_dim
@@ -97,7 +97,7 @@ def adapter_parameters(hf: LlamaConfig, r: int, *, joined: bool = False) -> int:
 
 
 def projector_parameters(section: ProjectorConfig, features: int, width: int, hidden: int) -> tuple[float, float]:
-    """What a resampler multiplies for one piece: parameter x token pairs, and attention's forward operations."""
+    """Work of a resampler per encoder input: parameter x token pairs, and attention's forward operations."""
     h = section.hidden_size or width
     latents, both = section.num_tokens, section.num_tokens + features
     layer = (2 * latents + 2 * both) * h * h + 2 * section.ffn_multiplier * latents * h * h
@@ -113,11 +113,11 @@ def work_by_hand(
     passes: Passes,
     adapters: float,
 ) -> Work:
-    """What a step computes, optimizer, norms and activations aside.
+    """Analytic work of a step, without optimizer, norms and activation functions.
 
     Args:
-        encoder: a VisionTransformer.
-        adapters: parameters of the Llama's adapters.
+        encoder: a VisionTransformer encoder.
+        adapters: number of parameters of the Llama's adapters.
     """
     layer = layer_parameters(
         hf.hidden_size, hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim, hf.intermediate_size
@@ -141,7 +141,7 @@ def work_by_hand(
 
 
 def encoder_attention(encoder: Encoder) -> float:
-    """Forward operations of a vision transformer's attention for one piece."""
+    """Forward operations of a vision transformer's attention per encoder input."""
     settings = encoder.model.config
     tokens = encoder.patches + 1
     return encoder.frames * settings.num_hidden_layers * attention_flops(tokens, tokens, encoder.width)

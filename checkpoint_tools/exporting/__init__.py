@@ -1,1 +1,1 @@
-"""What export_hf consists of."""
+"""Implementation of export_hf."""

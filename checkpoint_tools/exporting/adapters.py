@@ -1,4 +1,4 @@
-"""A run's adapters in an export: added to the weights they stand beside, or written for peft."""
+"""LoRA adapters of an export: merged into the weights, or written separately for peft."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PLACES = {"self_attention": "self_attn", "mlp": "mlp"}
 
 @dataclass(frozen=True)
 class Adapters:
-    """Every adapter of a checkpoint by the Llama's HuggingFace module that it stands beside.
+    """Adapters of a checkpoint, keyed by the HuggingFace module of the Llama that they adapt.
 
     Attributes:
-        pairs: module such as "model.layers.0.self_attn.q_proj" -> the checkpoint's names of A [r, in] and B [out, r].
+        pairs: module such as "model.layers.0.self_attn.q_proj" -> checkpoint keys of A [r, in] and B [out, r].
     """
 
     lora: LoraConfig
@@ -32,28 +32,30 @@ class Adapters:
 
     @classmethod
     def find(cls, names: Iterable[str], lora: LoraConfig) -> Adapters:
-        """The adapters among a checkpoint's names.
+        """Find the adapters among a checkpoint's keys.
 
         Raises:
-            CheckpointError: an A without its B, or the other way round.
+            CheckpointError: an A without its B, or vice versa.
         """
-        found: dict[str, dict[str, str]] = {}
+        pairs: dict[str, dict[str, str]] = {}
         for name in names:
             if match := _NAME.fullmatch(name):
-                layer, place, projection, part = match.groups()
-                found.setdefault(f"model.layers.{layer}.{_PLACES[place]}.{projection}", {})[part] = name
-        for parts in found.values():
-            if len(parts) != 2:
-                raise CheckpointError(f"The checkpoint holds {next(iter(parts.values()))!r} without its other half.")
-        return cls(lora, {module: (found[module]["A"], found[module]["B"]) for module in sorted(found)})
+                layer, block, projection, side = match.groups()
+                pairs.setdefault(f"model.layers.{layer}.{_PLACES[block]}.{projection}", {})[side] = name
+        for pair in pairs.values():
+            if len(pair) != 2:
+                raise CheckpointError(
+                    f"The checkpoint contains {next(iter(pair.values()))!r} but not its A or B counterpart."
+                )
+        return cls(lora, {module: (pairs[module]["A"], pairs[module]["B"]) for module in sorted(pairs)})
 
     @property
     def names(self) -> set[str]:
-        """The checkpoint's names of all of them."""
+        """Checkpoint keys of all adapters."""
         return {name for pair in self.pairs.values() for name in pair}
 
     def merged(self, module: str, weight: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """A module's weight [out, in] with its adapter added, summed in fp32 at least, in the weight's type."""
+        """Return a module's weight [out, in] with its adapter merged: at least fp32 sums, the weight's dtype."""
         if module not in self.pairs:
             return weight
         wide = torch.promote_types(weight.dtype, torch.float32)
@@ -70,8 +72,8 @@ class Adapters:
         """Write adapter_config.json and adapter_model.safetensors as peft reads them.
 
         Args:
-            prefix: what stands before a module's name in the exported model.
-            entry, read: give type and shape, and the tensor, of the checkpoint's name.
+            prefix: prefix of module names in the exported model.
+            entry, read: return dtype and shape, and the tensor, of a checkpoint key.
 
         Returns:
             File name -> SHA-256.
@@ -90,14 +92,14 @@ class Adapters:
         config = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
-            # The folder above this one, wherever it lies.
+            # The parent folder: relative, so that the export can be moved.
             "base_model_name_or_path": "..",
             "r": self.lora.r,
             "lora_alpha": self.lora.alpha,
             "lora_dropout": self.lora.dropout,
             "bias": "none",
             "inference_mode": True,
-            # Whole names: encoders have projections of the same names.
+            # Full names, since encoders have projections with the same short names.
             "target_modules": modules,
         }
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

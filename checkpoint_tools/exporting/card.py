@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how to use it, what it was trained on, and what shows that it is right."""
+"""Model card of an export: description, usage, training data, results and verification."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ print(processor.answers(model.generate(**inputs), inputs)[0])
 ```
 """
 _USE_PIPELINE = """
-For pictures transformers' pipeline does the same: `pipeline("image-text-to-text", model="FOLDER",
-trust_remote_code=True)`. The processor takes `text=` with `images=`, `audio=`, `videos=` or `media=`. A string that
-`processor.apply_chat_template(messages, tokenize=False)` made is read as the conversation it is; any other text is
-literal, control tokens in it too.
+For images, transformers' pipeline does the same: `pipeline("image-text-to-text", model="FOLDER",
+trust_remote_code=True)`. The processor takes `text=` with `images=`, `audio=`, `videos=` or `media=`. A string returned
+by `processor.apply_chat_template(messages, tokenize=False)` is parsed as a conversation; any other text is taken
+literally, including control tokens in it.
 """
 _USE_LLAMA = """\
 ```python
@@ -40,7 +40,7 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 print(tokenizer.decode(model.generate(**tokenizer("Once", return_tensors="pt"))[0]))
 ```
 """
-# What decides what was learned, whatever the layout.
+# Settings that determine the training result, independent of the parallel layout.
 _SHOWN = (
     "trainer.max_steps",
     "trainer.precision",
@@ -70,14 +70,14 @@ def write_card(
     """Write FOLDER/README.md.
 
     Args:
-        adapter: "merged", "separate", or "" without adapters.
+        adapter: "merged", "separate", or "" if there are none.
         files: weight file -> SHA-256.
         results: the run's last validation, by metric.
-        verification: what checkpoint_tools.verify found; None where it was told not to run.
+        verification: result of checkpoint_tools.verify; None if verification was skipped.
     """
     config = manifest.config
     title = (
-        "A Llama" if llama_only else f"AnyMAL: a Llama that takes {', '.join(sorted(config['model']['modalities']))}"
+        "A Llama" if llama_only else f"AnyMAL: a Llama with {', '.join(sorted(config['model']['modalities']))} input"
     )
     sections = [
         _front_matter([] if llama_only else _kinds(config)),
@@ -115,7 +115,7 @@ def _of_adapter(adapter: str) -> str:
     if adapter == "merged":
         return " Its LoRA adapters are merged into the weights."
     if adapter == "separate":
-        return " Its LoRA adapters lie in `adapter/`: `PeftModel.from_pretrained(model, FOLDER + '/adapter')`."
+        return " Its LoRA adapters are in `adapter/`: `PeftModel.from_pretrained(model, FOLDER + '/adapter')`."
     return ""
 
 
@@ -125,7 +125,7 @@ def _modalities(modalities: Mapping[str, Any]) -> str:
         f"{section['projector']['num_layers']} layer(s) | {section['projector']['num_tokens']} |"
         for name, section in modalities.items()
     ]
-    head = "| modality | encoder | projector | soft tokens a piece |\n|---|---|---|---|"
+    head = "| modality | encoder | projector | soft tokens per encoder input |\n|---|---|---|---|"
     return "## Modalities\n\n" + "\n".join([head, *rows])
 
 
@@ -164,17 +164,15 @@ def _verified(verification: Mapping[str, Any] | None) -> str:
         f"{row['largest_logit']:.2f} | {row['same_choice']:.1%} |"
         for row in verification["rows"]
     ]
-    head = (
-        "| samples | number | tokens | largest difference | largest logit | same likeliest token |\n" + "|---" * 6 + "|"
-    )
+    head = "| samples | number | tokens | largest difference | largest logit | top-1 agreement |\n" + "|---" * 6 + "|"
     return (
-        "## Verification\n\nLogits of the trainer's own model beside those of this folder's, loaded by transformers "
+        "## Verification\n\nLogits of the trainer's own model compared with this folder's, loaded by transformers "
         f"{verification['transformers']} without the trainer, in {verification['dtype']}. Token ids and encoder inputs "
-        "are the same.\n\n" + "\n".join([head, *rows])
+        "are identical.\n\n" + "\n".join([head, *rows])
     )
 
 
 def _hashes(manifest: Manifest, files: Mapping[str, str]) -> str:
     rows = [f"| `{name}` | `{digest}` |" for name, digest in files.items()]
-    base = f"The frozen Llama's weights: `{manifest.base_hash}`.\n\n" if manifest.base_hash else ""
+    base = f"Hash of the frozen Llama's weights: `{manifest.base_hash}`.\n\n" if manifest.base_hash else ""
     return f"## Hashes\n\n{base}" + "\n".join(["| file | SHA-256 |\n|---|---|", *rows])

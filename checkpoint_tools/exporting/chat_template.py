@@ -1,8 +1,8 @@
-"""The chat template of an export's tokenizer: Llama 3's format, as in training (data/chat_format.py).
+"""Chat template of an export's tokenizer: Llama 3's format, as in training (data/chat_format.py).
 
-A media item becomes its modality's placeholder once; the processor, which knows how many soft tokens an item takes,
-repeats it. In training a control token that somebody wrote is text, which no rendered string can say: such a content is
-refused here, and served by the processor.
+A media item is rendered as its modality's placeholder once; the processor, which knows how many soft tokens an item
+takes, repeats it. In training, a control token typed by a user is plain text, which a rendered string cannot express:
+the template refuses such content, while the processor accepts it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
   {%- if message.role not in ['system', 'user', 'assistant'] -%}
-    {{- raise_exception('A message has the role ' ~ message.role ~ '; known are system, user and assistant.') -}}
+    {{- raise_exception('A message has the role ' ~ message.role ~ '; known roles are system, user and assistant.') -}}
   {%- endif -%}
   {%- set turn = namespace(text='', said='') -%}
   {%- if message.content is string -%}
@@ -41,7 +41,7 @@ _TEMPLATE = """\
   {%- endif -%}
   {%- for token in control -%}
     {%- if token in turn.said -%}
-      {{- raise_exception('A message holds ' ~ token ~ ' as text. The processor takes it as text; a string cannot.') -}}
+      {{- raise_exception('A message contains ' ~ token ~ ' as plain text, which only the processor supports.') -}}
     {%- endif -%}
   {%- endfor -%}
   {{- 'START' ~ message.role ~ 'END_HEADER\n\n' ~ turn.text | trim ~ 'END_TURN' -}}
@@ -57,7 +57,7 @@ def chat_template(placeholders: Mapping[str, str], control: Iterable[str]) -> st
 
     Args:
         placeholders: kind of media -> its placeholder token.
-        control: the tokens that no text makes (`Tokenizer.control`).
+        control: tokens that plain text never produces (`Tokenizer.control`).
     """
     return (
         _TEMPLATE.replace("START", START_HEADER)

@@ -1,4 +1,4 @@
-"""The Llama of a checkpoint, whole weight by whole weight, wherever its values lie."""
+"""Whole (unsharded) weights of a checkpoint's Llama, read from wherever they are stored."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from megatron_anymal.model.unsharded_weights import hash_together, hash_weight, 
 
 
 class LlamaSource:
-    """The Llama that a run ended with, but for its adapters.
+    """The Llama at the end of a run, without its adapters.
 
     Attributes:
         hf: its HuggingFace configuration.
-        own_keys: of the checkpoint's tensors those that are the Llama; empty where it was frozen.
+        own_keys: checkpoint keys of the Llama's weights; empty if it was frozen.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, config: RunConfig) -> None:
-        """Find where the weights lie; nothing is read yet but headers.
+        """Locate the weights; only headers are read.
 
         Raises:
-            CheckpointError, ConfigError, TensorFileError: the frozen base is not where the run's configuration says, or
-                is not complete.
+            CheckpointError, ConfigError, TensorFileError: the frozen base is missing from the path in the run's
+                configuration, or is incomplete.
         """
         self._manifest, self._digests = manifest, dict[str, str]()
         run_type = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
@@ -58,41 +58,41 @@ class LlamaSource:
             self._dtype = lambda name: run_type
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """A whole weight as HuggingFace's tensors, in the type that the run computed with (or, of a checkpoint that
-        holds its Llama itself, in the stored one)."""
+        """Return a whole weight as HuggingFace tensors, in the run's dtype, or in the stored dtype if the checkpoint
+        contains the Llama itself."""
         whole = self._read(name).to(self._dtype(name))
-        # A padded vocabulary is longer than the Llama's.
+        # Drop vocabulary padding.
         whole = whole[: whole_shape(name, self.hf)[0]]
         if self._manifest.base_hash:
             self._digests[name] = hash_weight(name, whole)
         return to_hf(name, self.hf, whole)
 
     def entries(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Name, type and shape of what `tensors` gives, without reading it."""
+        """Name, dtype and shape of the tensors that `tensors` returns, without reading them."""
         whole = torch.empty(whole_shape(name, self.hf), dtype=self._dtype(name), device="meta")
         return {to: (tensor.dtype, tuple(tensor.shape)) for to, tensor in to_hf(name, self.hf, whole).items()}
 
     def check_base(self) -> None:
-        """Refuse a frozen base that is not the one the run was trained beside; after all of it was read.
+        """Verify that the frozen base is the one used in training; call it after all weights were read.
 
         Raises:
-            CheckpointError: its hash is another one.
+            CheckpointError: the hashes differ.
         """
         if self._manifest.base_hash and hash_together(self._digests) != self._manifest.base_hash:
             raise CheckpointError(
-                f"The Llama in {self._where!r} has other weights than the one that this checkpoint was trained beside "
-                f"(hash {self._manifest.base_hash[:16]}). Put that one back."
+                f"The Llama in {self._where!r} does not have the weights that this checkpoint was trained with "
+                f"(hash {self._manifest.base_hash[:16]}). Restore the original Llama."
             )
 
     def _open_checkpoint(self, folder: Path, dtype: torch.dtype | None) -> None:
         reader = StreamReader(folder)
         for name in whole_names(self.hf):
             if checkpoint_place(name)[0] not in reader.tensors:
-                raise CheckpointError(f"{str(folder)!r} lacks {name!r} of the Llama.")
+                raise CheckpointError(f"{str(folder)!r} is missing {name!r} of the Llama.")
         self._read = lambda name: reader.read(*checkpoint_place(name))
         self._dtype = lambda name: dtype or reader.tensors[checkpoint_place(name)[0]].dtype
 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:
-    """A weight of a Llama that was never loaded, as the run drew it."""
+    """A weight as the run initialized it, for a Llama that was not loaded from files."""
     return initial_value(name, shape, seed, std) if len(shape) > 1 else torch.ones(shape)

@@ -1,4 +1,4 @@
-"""What an export holds beside its weights: configuration, code, processor, tokenizer and generation settings."""
+"""Files of an export other than weights: configuration, code, processor, tokenizer and generation settings."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modality_configs import export_sections
 from megatron_anymal.hf.remote_code import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
 
-# transformers reads it in front of what tokenizer_config.json says.
+# Takes precedence over a template in tokenizer_config.json.
 _TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
 def write_model_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
-    """Everything but weights and card of an AnyMALForConditionalGeneration.
+    """Write all files of an AnyMALForConditionalGeneration except weights and model card.
 
     Raises:
-        ConfigError, DataError: the tokenizer or an encoder's folder is missing or is not what the run had.
+        ConfigError, DataError: the tokenizer or an encoder's folder is missing or differs from the run's.
     """
     tokenizer = Tokenizer(config.data.tokenizer)
     sections = export_sections(config.model.modalities, tokenizer)
@@ -52,8 +52,8 @@ def write_model_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries:
 
 
 def write_llama_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
-    """Everything but weights and card of a LlamaForCausalLM; without a tokenizer if the run's is not there."""
-    # As it is written for transformers 4 and 5 alike.
+    """Write all files of a LlamaForCausalLM except weights and model card; no tokenizer if the run's is missing."""
+    # AnyMALConfig writes a form that both transformers 4 and 5 read.
     exported: dict[str, Any] = AnyMALConfig(text_config=hf.to_dict()).to_dict()["text_config"]
     exported |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": _main_type(entries)}
     _write_json(folder / "config.json", exported)
@@ -66,7 +66,7 @@ def write_llama_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries:
 
 
 def _of_run(config: RunConfig) -> Tokenizer | None:
-    """The run's tokenizer, if it has one that can be used; says so if not."""
+    """Return the run's tokenizer, or print why it cannot be used and return None."""
     if not config.data.tokenizer:
         print("left out: a tokenizer; the checkpoint's run or import had none")
         return None
@@ -78,8 +78,7 @@ def _of_run(config: RunConfig) -> Tokenizer | None:
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, placeholders: dict[str, str]) -> None:
-    """The tokenizer as it was loaded, whatever files it came from, with the chat format that training used if it has
-    the format's tokens."""
+    """Write the tokenizer as it was loaded, with the chat template of training if it has the format's tokens."""
     tokenizer.hf.save_pretrained(folder)
     settings = json.loads((folder / TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
     _write_json(folder / TOKENIZER_SETTINGS, _of_both_versions(settings))
@@ -89,7 +88,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer, placeholders: dict[str,
 
 
 def _of_both_versions(settings: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer's settings with transformers 4's names for what transformers 5 reads under these names too."""
+    """Rename a tokenizer's settings to transformers 4's names, which transformers 5 also reads."""
     settings = dict(settings)
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -99,7 +98,7 @@ def _of_both_versions(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_generation_config(folder: Path, tokenizer: Tokenizer, ends: list[int], hidden: Iterable[int]) -> None:
-    """Greedy; a placeholder stands for a medium, so the model never answers one."""
+    """Write greedy settings that suppress placeholder tokens: they represent media and never belong in an answer."""
     GenerationConfig(
         **_tokens(tokenizer, ends), max_new_tokens=64, do_sample=False, suppress_tokens=list(hidden) or None
     ).save_pretrained(folder)
@@ -119,7 +118,7 @@ def _tokens(tokenizer: Tokenizer, ends: list[int]) -> dict[str, Any]:
 
 
 def _main_type(entries: Entries) -> str:
-    """The type of most tensors."""
+    """Most common floating-point dtype of the tensors."""
     [(dtype, _)] = Counter(dtype for dtype, _ in entries.values() if dtype.is_floating_point).most_common(1)
     return str(dtype).removeprefix(f"{torch.__name__}.")
 

@@ -1,4 +1,4 @@
-"""Weights as HuggingFace's sharded safetensors with their index, tensor by tensor."""
+"""Writer for HuggingFace's sharded safetensors and their index, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ def write_shards(
     tensors: Iterable[tuple[str, Tensor]],
     max_bytes: int,
 ) -> dict[str, str]:
-    """Write model.safetensors, or model-00001-of-N.safetensors and their index where that would be too large.
+    """Write model.safetensors, or model-00001-of-N.safetensors and an index if one file would be too large.
 
     Args:
-        entries: name -> type and shape of every tensor, in their order.
-        tensors: the same names with their values.
-        max_bytes: of one file; a larger tensor has one of its own.
+        entries: name -> dtype and shape of every tensor, in order.
+        tensors: names and values, in the same order.
+        max_bytes: maximum size of a file; a larger tensor gets a file of its own.
 
     Returns:
         File name -> SHA-256.
 
     Raises:
         OSError: the disk is full.
-        TensorFileError: the tensors are not those of `entries`.
+        TensorFileError: the tensors do not match `entries`.
     """
     shards = _cut(entries, max_bytes)
     names = [SINGLE] if len(shards) == 1 else [_shard_name(number, len(shards)) for number in range(1, len(shards) + 1)]
@@ -54,28 +54,28 @@ def write_shards(
                     writer.append(tensor_name, tensor)
                     moved += tensor.nbytes
                     progress.advance(moved // _MB - (moved - tensor.nbytes) // _MB)
-                    # Before the next but one is read: three of them would be in memory.
+                    # Release it now, or three tensors would be in memory during the next read-ahead.
                     del tensor
             digests[name] = writer.digest
-        # The source may still have something to say at its end.
+        # Exhaust the source: its final check may raise.
         assert next(source, None) is None
     progress.finish()
     if len(shards) > 1:
-        places = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+        weight_map = {tensor: name for name, shard in zip(names, shards) for tensor in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     return digests
 
 
 def _one_ahead(tensors: Iterable[tuple[str, Tensor]]) -> Generator[tuple[str, Tensor], None, None]:
-    """The same; a thread reads the next one while one is written."""
+    """Yield the same items; a thread reads the next one while the current one is written."""
     source = iter(tensors)
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(next, source, None)
-        while (found := coming.result()) is not None:
+        while (item := coming.result()) is not None:
             coming = reader.submit(next, source, None)
-            yield found
-            del found
+            yield item
+            del item
 
 
 def _cut(entries: Entries, max_bytes: int) -> list[dict[str, tuple[torch.dtype, tuple[int, ...]]]]:

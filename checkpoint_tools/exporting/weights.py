@@ -1,4 +1,4 @@
-"""Every tensor of an export and where it comes from: each of the checkpoint's tensors goes somewhere, once."""
+"""Tensors of an export and their sources; each checkpoint tensor is accounted for exactly once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_anymal.modalities import build_modality, load_plugins
 from megatron_anymal.model.build import seeded_encoder
 from megatron_anymal.model.hf_llama import whole_names
 
-# What stands before the Llama's names in an AnyMALForConditionalGeneration.
+# Prefix of the Llama's names in an AnyMALForConditionalGeneration.
 LLAMA = "language_model."
 _MEDIA = ("encoders.", "projectors.")
 
@@ -29,17 +29,17 @@ class ExportedWeights:
 
     Attributes:
         llama: the Llama without its adapters.
-        adapters: the checkpoint's.
-        entries: exported name -> type and shape.
-        left_out: the checkpoint's tensors that this export does not take, by part.
+        adapters: the checkpoint's adapters.
+        entries: exported name -> dtype and shape.
+        left_out: component -> number of checkpoint tensors that are not exported.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, config: RunConfig, *, llama_only: bool, merge: bool) -> None:
-        """Plan the export; nothing large is read yet.
+        """Plan the export; the Llama's weights are not read yet.
 
         Raises:
-            CheckpointError, ConfigError, TensorFileError: the base or an encoder is missing or not complete, or a
-                tensor of the checkpoint belongs nowhere.
+            CheckpointError, ConfigError, TensorFileError: the base or an encoder is missing or incomplete, or a tensor
+                of the checkpoint is unknown.
         """
         self._reader = StreamReader(folder)
         self._config, self._merge = config, merge
@@ -62,18 +62,18 @@ class ExportedWeights:
         self.entries |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._media.items()}
 
     def read(self, name: str) -> Tensor:
-        """One of the checkpoint's own tensors."""
+        """Read one of the checkpoint's own tensors."""
         return self._reader.read(name)
 
     def entry(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        """Its type and shape."""
+        """Dtype and shape of one of the checkpoint's own tensors."""
         return self._reader.tensors[name].dtype, self._reader.tensors[name].shape
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Exported name and tensor, in the order of `entries`.
+        """Yield exported name and tensor, in the order of `entries`.
 
         Raises:
-            CheckpointError: the frozen base turns out to be another one than the run's.
+            CheckpointError: the frozen base is not the one of the run.
         """
         for name in whole_names(self.llama.hf):
             for to, tensor in self.llama.tensors(name).items():
@@ -84,28 +84,28 @@ class ExportedWeights:
         yield from self._media.items()
 
     def _media_parts(self, names: list[str]) -> dict[str, Tensor]:
-        """Encoders and projectors in the run's type: what the checkpoint holds, the rest as the run loaded it."""
+        """Encoders and projectors in the run's dtype: from the checkpoint if present, else as the run loaded them."""
         load_plugins(self._config.model.plugins)
         dtype = torch.bfloat16 if self._config.trainer.precision == "bf16" else torch.float32
-        found: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, section in self._config.model.modalities.items():
             encoder = seeded_encoder(name, section.encoder, build_modality(name, section), self._config.model.seed)
-            found |= {f"encoders.{name}.{key}": value for key, value in encoder.to(dtype).state_dict().items()}
+            tensors |= {f"encoders.{name}.{key}": value for key, value in encoder.to(dtype).state_dict().items()}
         for name in names:
-            if name.startswith("encoders.") and name not in found:
-                raise CheckpointError(f"The checkpoint's tensor {name!r} is none of its configuration's encoders'.")
-            if name in found and found[name].shape != self._reader.tensors[name].shape:
+            if name.startswith("encoders.") and name not in tensors:
+                raise CheckpointError(f"The checkpoint's tensor {name!r} belongs to no encoder of its configuration.")
+            if name in tensors and tensors[name].shape != self._reader.tensors[name].shape:
                 raise CheckpointError(
-                    f"The checkpoint's tensor {name!r} has the shape {list(self._reader.tensors[name].shape)}; its "
-                    f"configuration's encoder {list(found[name].shape)}."
+                    f"The checkpoint's tensor {name!r} has the shape {list(self._reader.tensors[name].shape)}; the "
+                    f"encoder of its configuration has {list(tensors[name].shape)}."
                 )
-            found[name] = self.read(name)
-        return found
+            tensors[name] = self.read(name)
+        return tensors
 
     @staticmethod
     def _check_known(names: set[str]) -> None:
         if names:
             raise CheckpointError(
-                f"The checkpoint holds {len(names)} tensors that belong nowhere in an export, such as {min(names)!r}. "
-                "It was written by another version, or is not what its configuration says."
+                f"The checkpoint contains {len(names)} tensors unknown to the export, such as {min(names)!r}. "
+                "It was written by another version, or does not match its configuration."
             )

@@ -1,1 +1,1 @@
-"""What import_hf consists of."""
+"""Implementation of import_hf."""

@@ -1,7 +1,7 @@
-"""Encoders beside an imported Llama: each as a HuggingFace folder of its own inside the checkpoint.
+"""Encoders imported along with a Llama: each one becomes a HuggingFace folder inside the checkpoint.
 
-An encoder is never split, so its folder loads under any layout: `model.modalities.NAME.encoder.path` names it. Of a
-two-tower model the tower that the trainer uses is kept. Names, types and bytes of its tensors stay what they were.
+An encoder is never sharded, so its folder loads under any layout; refer to it in `model.modalities.NAME.encoder.path`.
+For a two-tower model, only the tower that the trainer uses is copied. Tensor names, dtypes and bytes are preserved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
 from megatron_anymal.model.encoders.base import COMPUTED, read_transformers
 from megatron_anymal.safetensors_io import SafetensorsWriter
 
-# First parts of the names of what else a folder with an encoder may hold.
+# Name prefixes of other components that a folder with an encoder may contain.
 _OTHER_PARTS = {
     "text_model",
     "text_projection",
@@ -40,16 +40,16 @@ def import_encoder(name: str, source: Path, target: Path) -> list[str]:
     """Copy an encoder's tower, its configuration and its preprocessing.
 
     Args:
-        name: the modality's, for messages.
-        source: a HuggingFace folder with an architecture that the trainer knows.
-        target: a new folder.
+        name: modality name, for messages.
+        source: HuggingFace folder with an architecture that the trainer supports.
+        target: folder to create.
 
     Returns:
-        Lines that say what was copied and what was left out.
+        Report lines: the tensors that were copied and those that were left out.
 
     Raises:
-        ConfigError, TensorFileError: the folder is of another architecture, lacks a tensor, holds one in another shape
-            or one that belongs nowhere.
+        ConfigError, TensorFileError: the architecture is not supported, or a tensor is missing, unknown or of the wrong
+            shape.
     """
     section = EncoderConfig(type=_type_of(name, source), path=str(source))
     weights = HFWeights(source)
@@ -62,7 +62,7 @@ def import_encoder(name: str, source: Path, target: Path) -> list[str]:
     with SafetensorsWriter(target / SINGLE, entries, {"format": "pt"}) as writer:
         for tensor in entries:
             writer.append(tensor, weights[tensor])
-    # As a run will load it.
+    # Check that a run can load it.
     read_transformers(EncoderConfig(type=section.type, path=str(target)), attention="eager")
     lines = [f"encoder {name}: {section.type}, {len(kept)} tensors"]
     lines += [f"encoder {name}: left out {variant}, a variant in another type" for variant in weights.variants]
@@ -77,21 +77,21 @@ def _type_of(name: str, source: Path) -> str:
             return encoder_type
     known = ", ".join(sorted(t for a in ARCHITECTURES.values() for t in a.model_types))
     raise ConfigError(
-        f"--encoder {name}={str(source)!r} holds the architecture {model_type!r}. Known are: {known}. An encoder of a "
-        "plug-in is named in model.modalities.NAME.encoder.path as it is."
+        f"--encoder {name}={str(source)!r} has the unknown architecture {model_type!r}. Known are: {known}. For an "
+        "encoder of a plug-in, set model.modalities.NAME.encoder.path to its own folder."
     )
 
 
 def _tower(section: EncoderConfig, weights: HFWeights) -> tuple[list[str], Counter[str]]:
-    """The source's names of the tower's tensors, and how many tensors of each other part are left out.
+    """Return the source names of the tower's tensors, and the number of tensors left out per other component.
 
-    transformers decides: names in files are not always those of its modules.
+    transformers decides which tensors are unused, since names in files do not always match its module names.
     """
     _, unused = read_transformers(section, attention="eager")
     kept, left_out = [], Counter[str]()
     for tensor in weights:
         part, _, rest = tensor.partition(".")
-        # Where the tower is a part of the folder's model, transformers names it without that part.
+        # If the tower is a submodule of the folder's model, transformers reports names without its prefix.
         is_unused = tensor in unused or rest in unused
         if part in _OTHER_PARTS:
             left_out[part] += 1
@@ -99,8 +99,8 @@ def _tower(section: EncoderConfig, weights: HFWeights) -> tuple[list[str], Count
             left_out["computed tensors"] += 1
         elif is_unused:
             raise ConfigError(
-                f"{section.path!r}: the tensor {tensor!r} in {weights.file_of(tensor)!r} belongs to no part of a "
-                f"{section.type} model that is known. Remove it, or use the published folder."
+                f"{section.path!r}: the tensor {tensor!r} in {weights.file_of(tensor)!r} belongs to no known "
+                f"component of a {section.type} model. Remove it, or use the published folder."
             )
         else:
             kept.append(tensor)

@@ -1,4 +1,4 @@
-"""The import of a HuggingFace Llama: staged beside the target, resumable file by file, committed whole."""
+"""Import of a HuggingFace Llama: staged next to the target, resumable file by file, committed atomically."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from megatron_anymal.safetensors_io import TensorFileError
 from megatron_anymal.telemetry import Progress
 
 SOURCE = "source.json"
-# Beside the weights: what the units' files and the index add, with room to spare.
+# Allowance for file headers and the index, on top of the weights.
 _SPARE = 64 << 20
 _MB = 1_000_000
-# Any of them is a tokenizer: of the tokenizers library, of sentencepiece, of byte-pair merges.
+# Tokenizer files of the tokenizers library, of SentencePiece, and of BPE with a vocabulary file.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True)
 class _Staging:
-    """Where an import is written: `checkpoint` becomes the result; a record per finished file lies beside it."""
+    """Staging directory of an import: `checkpoint` becomes the result, `records` has one record per finished file."""
 
     root: Path
 
@@ -47,54 +47,54 @@ class _Staging:
         return self.root / "checkpoint"
 
     def begin(self, source: dict[str, Any]) -> list[StoredFile]:
-        """Take up what an import of the same source left, or start afresh.
+        """Resume an interrupted import of the same source, or start afresh.
 
         Returns:
-            The files that are finished.
+            The finished files.
         """
-        stated = self.root / SOURCE
+        source_file = self.root / SOURCE
         try:
-            same = json.loads(stated.read_text()) == source
+            same = json.loads(source_file.read_text()) == source
         except (OSError, ValueError):
             same = False
         if not same:
-            if stated.exists():
-                print("The source changed since the import was begun: starting afresh.", flush=True)
+            if source_file.exists():
+                print("The source changed since the import began: starting afresh.", flush=True)
             for path in (self.root / "records", self.checkpoint):
                 shutil.rmtree(path, ignore_errors=True)
         (self.root / "records").mkdir(parents=True, exist_ok=True)
         self.checkpoint.mkdir(exist_ok=True)
-        _write_whole(stated, source)
-        found = []
+        _write_whole(source_file, source)
+        finished = []
         for record in sorted((self.root / "records").glob("*.json")):
             body = json.loads(record.read_text())
             path = self.checkpoint / body["name"]
             if path.is_file() and path.stat().st_size == body["bytes"]:
-                found.append(StoredFile.from_dict(body))
-        return found
+                finished.append(StoredFile.from_dict(body))
+        return finished
 
     def record(self, file: StoredFile) -> None:
-        """Note that a file is finished."""
+        """Record that a file is finished."""
         size = (self.checkpoint / file.name).stat().st_size
         _write_whole(self.root / "records" / f"{file.name}.json", {**file.to_dict(), "bytes": size})
 
 
 def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: int, *, overwrite: bool) -> None:
-    """Write a checkpoint folder out of a HuggingFace folder, or go on with what was begun.
+    """Import a HuggingFace folder as a checkpoint folder, or resume an interrupted import.
 
     Args:
-        encoders: modality -> HuggingFace folder, copied beside the Llama.
-        processes: how many share the work.
-        overwrite: replace a checkpoint at `out`, once the new one is whole.
+        encoders: modality -> HuggingFace folder, copied into the checkpoint.
+        processes: number of worker processes.
+        overwrite: replace a checkpoint at `out` once the new one is complete.
 
     Raises:
-        ConfigError, CheckpointError, TensorFileError, WorkerError, OSError: each a line for the user.
+        ConfigError, CheckpointError, TensorFileError, WorkerError, OSError: the message is one line for the user.
     """
     out = out.absolute()
     _check_out(out, overwrite)
     if processes < 1:
         raise ConfigError(f"--processes={processes} must be at least 1.")
-    # Processes are forked from this one: none may have threads at work in it.
+    # Workers are forked from this process, so it must not have running threads.
     torch.set_num_threads(1)
     begun = time.monotonic()
     hf = _read_config(folder)
@@ -103,7 +103,7 @@ def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: 
         print(note)
     for config in (folder / "adapter_config.json", folder / "adapter" / "adapter_config.json"):
         if config.is_file():
-            print(f"left out: the adapters of {config}. Merge them before the import if they are to come along.")
+            print(f"left out: the adapters of {config}. To include them, merge them before the import.")
     staging = _Staging(out.parent / f".{out.name}.importing")
     staging.root.mkdir(parents=True, exist_ok=True)
     with open(staging.root / "lock", "w") as lock:
@@ -112,7 +112,7 @@ def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: 
         done = staging.begin(source)
         left = _left(units_of(hf), done)
         if done:
-            print(f"Going on with {len(done)} of {len(done) + len(left)} files that are finished.", flush=True)
+            print(f"Resuming: {len(done)} of {len(done) + len(left)} files are finished.", flush=True)
         check_space(out, sum(unit.size(hf, weights) for unit in left) + _SPARE)
         moved = _write(processes, left, hf, weights, staging)
         lines = _copy_encoders(encoders, staging.checkpoint / "encoders")
@@ -131,9 +131,9 @@ def _check_out(out: Path, overwrite: bool) -> None:
     if not out.exists():
         return
     if not overwrite:
-        raise ConfigError(f"--out={str(out)!r} exists. Name another folder, or add --overwrite.")
+        raise ConfigError(f"--out={str(out)!r} exists. Choose another folder, or add --overwrite.")
     if not (out / store.MANIFEST).is_file():
-        raise ConfigError(f"--out={str(out)!r} exists and is no checkpoint: it is not replaced. Name another folder.")
+        raise ConfigError(f"--out={str(out)!r} exists and is not a checkpoint: it is not replaced.")
 
 
 def _read_config(folder: Path) -> LlamaConfig:
@@ -146,18 +146,18 @@ def _read_config(folder: Path) -> LlamaConfig:
 
 
 def _take(lock: Any, root: Path) -> None:
-    """The lock of a staging folder; workers of a killed import hold it for a moment longer."""
+    """Lock a staging directory; retries, since workers of a killed import hold the lock for a moment longer."""
     for _ in range(20):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
             time.sleep(0.1)
-    raise ConfigError(f"Another import is writing to {str(root)!r}. Wait for it, or name another --out.")
+    raise ConfigError(f"Another import is writing to {str(root)!r}. Wait for it to finish, or choose another --out.")
 
 
 def _fingerprint(folder: Path, encoders: dict[str, Path]) -> dict[str, Any]:
-    """What the source's files are, by name, size and time of change."""
+    """Name, size and modification time of every source file."""
 
     def of(folder: Path) -> dict[str, Any]:
         files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors"})
@@ -175,7 +175,7 @@ def _left(units: list[Unit], done: list[StoredFile]) -> list[Unit]:
 
 
 def _write(processes: int, left: list[Unit], hf: LlamaConfig, weights: HFWeights, staging: _Staging) -> int:
-    """Write the units that are left; returns their bytes."""
+    """Write the remaining units; return their size in bytes."""
     moved = sum(unit.size(hf, weights) for unit in left)
     progress = Progress("importing", moved // _MB, "MB")
     seen = 0
@@ -214,7 +214,7 @@ def _copy_encoders(encoders: dict[str, Path], target: Path) -> list[str]:
 
 
 def _commit(hf: LlamaConfig, folder: Path, staging: _Staging, out: Path) -> None:
-    """Make the finished files a checkpoint and put it in its place."""
+    """Turn the finished files into a checkpoint and move it into place."""
     records = [json.loads(path.read_text()) for path in (staging.root / "records").glob("*.json")]
     files = [StoredFile.from_dict(record) for record in records]
     common = {"step": 0, "content_metadata": {}}
@@ -229,19 +229,19 @@ def _commit(hf: LlamaConfig, folder: Path, staging: _Staging, out: Path) -> None
         data_fingerprint="",
         files={},
     )
-    # Left where an import was interrupted just here.
+    # Present if an earlier import was interrupted right here.
     (staging.checkpoint / store.MANIFEST).unlink(missing_ok=True)
     old = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(old, ignore_errors=True)
     if out.exists():
-        # Deleting takes time; a kill meanwhile must not leave half of it under the name.
+        # Rename first: deletion takes time, and a kill must not leave a half-deleted folder under this name.
         out.rename(old)
     store.commit(staging.checkpoint, out, manifest, known)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def _config(llama: dict[str, Any], folder: Path) -> RunConfig:
-    """A run's configuration whose result this checkpoint could be: a Llama that trained, at step 0."""
+    """Configuration of a run that would produce this checkpoint: an unfrozen Llama at step 0."""
     known = set(LlamaConfig().to_dict()) | {"rope_theta"}
     config = RunConfig()
     config.model.language_model = LanguageModelConfig(
@@ -253,7 +253,7 @@ def _config(llama: dict[str, Any], folder: Path) -> RunConfig:
 
 
 def _write_whole(path: Path, body: Any) -> None:
-    """JSON that is there whole or not at all."""
+    """Write JSON atomically."""
     unfinished = path.with_name(f".{path.name}.part")
     with unfinished.open("w") as file:
         json.dump(body, file)

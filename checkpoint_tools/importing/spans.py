@@ -1,6 +1,6 @@
-"""Where the bytes of our weights lie in HuggingFace's files, and how they are read: in small parts, ahead of their use.
+"""Byte ranges of the trainer's weights in HuggingFace files, and a reader that prefetches them in small parts.
 
-Every weight of ours is made of whole rows of HuggingFace's, so that an import only moves bytes.
+Every weight of the trainer consists of whole rows of HuggingFace tensors, so an import only moves bytes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from transformers import LlamaConfig
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import hf_names
 
-# Bytes read at a time; two such parts are in memory.
+# Bytes per read; two such parts are in memory.
 _PART = 1 << 23
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes behind one another in a HuggingFace tensor."""
+    """Contiguous bytes of a HuggingFace tensor."""
 
     name: str
     begin: int
@@ -28,15 +28,15 @@ class Span:
 
 
 def chunks_of(name: str, hf: LlamaConfig, source: HFWeights) -> list[tuple[int, list[Span]]]:
-    """One of our whole weights as a checkpoint's chunks: the first row of each, and where its bytes are, in order.
+    """Checkpoint chunks of one of the trainer's whole weights: the first row of each, and its byte spans in order.
 
-    They are those of `megatron_anymal.model.hf_llama.chunks_from_hf`.
+    The chunks match those of `megatron_anymal.model.hf_llama.chunks_from_hf`.
     """
     names = hf_names(name, hf)
     if name.endswith("linear_qkv.weight"):
         groups = hf.num_key_value_heads
         sizes = [source.entry(part).size // groups for part in names]
-        # Of each group its query heads, its key head and its value head.
+        # Per group: query heads, key head, value head.
         return [
             (0, [Span(part, group * size, size) for group in range(groups) for part, size in zip(names, sizes)]),
         ]
@@ -49,7 +49,7 @@ def chunks_of(name: str, hf: LlamaConfig, source: HFWeights) -> list[tuple[int, 
 
 
 def parts_of(spans: Sequence[Span]) -> list[Span]:
-    """The same bytes in parts that are read at once."""
+    """Split spans into parts of at most `_PART` bytes."""
     return [
         Span(span.name, begin, min(_PART, span.begin + span.size - begin))
         for span in spans
@@ -58,7 +58,7 @@ def parts_of(spans: Sequence[Span]) -> list[Span]:
 
 
 def read_ahead(parts: Sequence[Span], source: HFWeights) -> Generator[memoryview, None, None]:
-    """The bytes of each part; while one is used, a thread reads the next. A part lasts until the next is asked for.
+    """Yield the bytes of each part while a thread reads the next; a buffer is valid until the next is requested.
 
     Raises:
         TensorFileError: a file is damaged or cannot be read.
@@ -73,9 +73,9 @@ def read_ahead(parts: Sequence[Span], source: HFWeights) -> Generator[memoryview
         return target
 
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, 0) if parts else None
+        pending = reader.submit(read, 0) if parts else None
         for number in range(len(parts)):
-            assert coming is not None
-            values = coming.result()
-            coming = reader.submit(read, number + 1) if number + 1 < len(parts) else None
+            assert pending is not None
+            values = pending.result()
+            pending = reader.submit(read, number + 1) if number + 1 < len(parts) else None
             yield values

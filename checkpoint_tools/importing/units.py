@@ -1,4 +1,4 @@
-"""What an import writes: one file per layer, one for the embedding, one for the final norm and the head."""
+"""Files that an import writes: one per layer, one for the embedding, one for the final norm and the output layer."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from megatron_anymal.safetensors_io import TensorFileError
 
 @dataclass(frozen=True)
 class Unit:
-    """A file of the checkpoint and the whole weights in it."""
+    """A checkpoint file and the names of the whole weights in it."""
 
     file: str
     names: tuple[str, ...]
 
     def size(self, hf: LlamaConfig, source: HFWeights) -> int:
-        """Bytes of its weights."""
+        """Size of its weights in bytes."""
         return sum(source.entry(hf_name).size for name in self.names for hf_name in hf_names(name, hf))
 
 
 def units_of(hf: LlamaConfig) -> list[Unit]:
-    """All units, the largest first where they are not alike: they are shared out in this order."""
+    """All units in the order in which workers take them: the large embedding and output layer first."""
     layers = [
         Unit(f"layer_{number:05d}.distcp", tuple(whole_names(hf, [number]))) for number in range(hf.num_hidden_layers)
     ]
@@ -49,29 +49,29 @@ def units_of(hf: LlamaConfig) -> list[Unit]:
 def write_unit(
     unit: Unit, hf: LlamaConfig, source: HFWeights, folder: Path, advance: Callable[[int], None]
 ) -> StoredFile:
-    """Write a unit's file; memory holds some megabytes of it at a time.
+    """Write a unit's file, with only a few megabytes of it in memory at a time.
 
     Args:
-        advance: told the bytes of each part written.
+        advance: called with the size of each part written, in bytes.
 
     Raises:
         OSError: the disk is full.
-        TensorFileError: a tensor cannot be read, or holds values that are not finite.
+        TensorFileError: a tensor cannot be read, or contains non-finite values.
     """
     chunks = [(name, first, parts_of(spans)) for name in unit.names for first, spans in chunks_of(name, hf, source)]
     file = StreamWriter(folder / unit.file)
-    # One reader for the whole file, so that it never waits for a chunk's end.
+    # One reader for the whole file, so that it also reads ahead across chunk boundaries.
     with closing(read_ahead([part for *_, parts in chunks for part in parts], source)) as values:
         try:
             for name, first, parts in chunks:
                 key, layer = checkpoint_place(name)
                 shape, dtype = whole_shape(name, hf), source.entry(parts[0].name).dtype
                 row = math.prod(shape[1:]) * dtype.itemsize
-                place = (first, *[0] * (len(shape) - 1))
+                offset = (first, *[0] * (len(shape) - 1))
                 size = (sum(part.size for part in parts) // row, *shape[1:])
                 if layer is not None:
-                    shape, place, size = (hf.num_hidden_layers, *shape), (layer, *place), (1, *size)
-                file.add_values(key, dtype, shape, place, size, _checked(values, parts, source, advance))
+                    shape, offset, size = (hf.num_hidden_layers, *shape), (layer, *offset), (1, *size)
+                file.add_values(key, dtype, shape, offset, size, _checked(values, parts, source, advance))
         except BaseException:
             file.abandon()
             raise
@@ -81,7 +81,7 @@ def write_unit(
 def _checked(
     values: Iterator[memoryview], parts: list[Span], source: HFWeights, advance: Callable[[int], None]
 ) -> Iterator[memoryview]:
-    """The next values, as many as a chunk has parts."""
+    """Yield the values of one chunk's parts, checked to be finite."""
     for part, value in zip(parts, values):
         if not all_finite(torch.frombuffer(value, dtype=source.entry(part.name).dtype)):
             raise TensorFileError(
@@ -93,5 +93,5 @@ def _checked(
 
 
 def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite; of a NaN both ends are one."""
+    """Whether no value is NaN or infinite; aminmax returns NaN for both ends if any value is NaN."""
     return all(bool(torch.isfinite(end)) for end in values.aminmax())

@@ -1,4 +1,4 @@
-"""Work shared out over processes that die with the one that started them."""
+"""Worker processes that share a list of jobs and end with their parent."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def run_workers(
     work: Callable[[Any, Callable[[int], None]], None],
     advance: Callable[[int], None],
 ) -> list[int]:
-    """Do all jobs, each on one of some forked processes.
+    """Run all jobs on forked worker processes.
 
     Args:
-        processes: how many; never more than jobs.
-        work: does one job; its second argument takes progress.
-        advance: told the progress of all.
+        processes: maximum number of workers; never more than jobs are started.
+        work: runs one job; its second argument is a progress callback.
+        advance: called with the progress of all workers.
 
     Returns:
-        Per process the most memory that it held beyond what it started with, in bytes.
+        For each worker, its peak memory beyond its memory at start, in bytes.
 
     Raises:
         WorkerError, OSError: a job failed; the others are stopped.
     """
     context = multiprocessing.get_context("fork")
     todo: Any = context.SimpleQueue()
-    told: Any = context.Queue()
+    reports: Any = context.Queue()
     for job in [*jobs, *[None] * processes]:
         todo.put(job)
     workers = [
-        context.Process(target=_work, args=(todo, told, work), daemon=True) for _ in range(min(processes, len(jobs)))
+        context.Process(target=_work, args=(todo, reports, work), daemon=True) for _ in range(min(processes, len(jobs)))
     ]
     for worker in workers:
         worker.start()
@@ -48,7 +48,7 @@ def run_workers(
     try:
         while len(peaks) < len(workers):
             try:
-                kind, value = told.get(timeout=0.5)
+                kind, value = reports.get(timeout=0.5)
             except queue.Empty:
                 _check_alive(workers, len(peaks))
                 continue
@@ -72,7 +72,7 @@ def _check_alive(workers: Sequence[Any], finished: int) -> None:
     killed = [worker.exitcode for worker in workers if worker.exitcode]
     if killed:
         reason = f"signal {-killed[0]}" if killed[0] < 0 else f"exit code {killed[0]}"
-        raise WorkerError(f"a worker process ended by {reason} (out of memory?). Start again to go on.")
+        raise WorkerError(f"a worker process ended with {reason} (out of memory?). Run the command again to resume.")
 
 
 def _work(todo: Any, told: Any, work: Callable[[Any, Callable[[int], None]], None]) -> None:
@@ -83,10 +83,10 @@ def _work(todo: Any, told: Any, work: Callable[[Any, Callable[[int], None]], Non
             work(job, lambda count: told.put(("done", count)))
         told.put(("peak", peak_memory() - before))
     except OSError as error:
-        # Without a number it is a library's own message.
+        # An OSError without an errno carries a library's own message.
         told.put(("disk", (error.errno, error.strerror, error.filename)) if error.errno else ("failed", str(error)))
     except ValueError as error:
-        # The package's own errors are of this kind, each a line for the user.
+        # The package's own errors derive from ValueError; each message is one line for the user.
         told.put(("failed", str(error)))
     except BaseException as error:
         told.put(("failed", f"{type(error).__name__}: {error}"))

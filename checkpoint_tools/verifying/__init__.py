@@ -1,1 +1,1 @@
-"""What verify consists of."""
+"""Implementation of verify."""

@@ -1,4 +1,4 @@
-"""Whether the exported tokenizer's chat template gives conversations the ids that training gave them."""
+"""Check that the exported tokenizer's chat template produces the token ids of training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
 
-# Conversations of each prepared folder that are compared.
+# Conversations compared per prepared folder.
 _PER_FOLDER = 64
 _SAYINGS = (
     "What is this?",
@@ -31,19 +31,19 @@ class ChatIdsError(ValueError):
 
 
 def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: RunConfig, *, llama_only: bool) -> int:
-    """Compare made-up conversations and real ones of the run's prepared folders, whole and up to their last answer.
+    """Compare built-in conversations and ones from the run's prepared folders, whole and up to their last answer.
 
     Args:
-        folder: holds the exported tokenizer.
-        tokenizer: the run's.
-        config: the run's.
-        llama_only: the export takes no media; conversations with media are passed over.
+        folder: folder with the exported tokenizer.
+        tokenizer: the run's tokenizer.
+        config: the run's configuration.
+        llama_only: the export takes no media; conversations with media are skipped.
 
     Returns:
-        How many conversations were compared; 0 if the tokenizer lacks the chat format's tokens.
+        Number of conversations compared; 0 if the tokenizer lacks the chat format's tokens.
 
     Raises:
-        ChatIdsError: ids differ.
+        ChatIdsError: token ids differ.
     """
     if not tokenizer.control.keys() >= set(CHAT_TOKENS):
         return 0
@@ -57,35 +57,35 @@ def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: RunConfig, *, l
         if any(part.get("modality", "") not in placeholders for part in contents if "media" in part):
             continue
         if any(token in part.get("text", "") for part in contents for token in tokenizer.control):
-            # A string cannot quote them; the template says so.
+            # A string cannot express control tokens as plain text; the template refuses them.
             continue
         parsed = parse_messages(messages, where)
         theirs = [{**message, "content": [_theirs(part) for part in message["content"]]} for message in messages]
-        for parts, given, ask in ((open_prompt(parsed[:-1]), theirs[:-1], True), (lay_out(parsed), theirs, False)):
+        for parts, chat, ask in ((open_prompt(parsed[:-1]), theirs[:-1], True), (lay_out(parsed), theirs, False)):
             media = sum(isinstance(part, MediaPart) for part in parts)
             expected = tokenizer.document(parts, [1] * media, numbers, closed=False).tokens
             try:
-                found = exported.apply_chat_template(given, add_generation_prompt=ask, return_dict=False)
+                rendered = exported.apply_chat_template(chat, add_generation_prompt=ask, return_dict=False)
             except TemplateError as error:
-                raise ChatIdsError(f"{where}: the exported chat template refuses it: {error}") from error
-            if list(found) != expected:
-                raise ChatIdsError(_difference(where, tokenizer, expected, list(found)))
+                raise ChatIdsError(f"{where}: the exported chat template rejects it: {error}") from error
+            if list(rendered) != expected:
+                raise ChatIdsError(_difference(where, tokenizer, expected, list(rendered)))
         count += 1
     return count
 
 
 def _conversations(config: RunConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """A name for messages, and `messages` as in data/chat_format.py, the last one the assistant's."""
+    """Yield a label and `messages` as in data/chat_format.py, ending with an assistant message."""
     media = [{"media": "x", "modality": kind} for kind in kinds]
-    for number, said in enumerate(_SAYINGS):
+    for number, text in enumerate(_SAYINGS):
         other, third = [{"text": _SAYINGS[number - 1]}], [{"text": _SAYINGS[number - 2]}]
         yield (
-            f"conversation {number} of the export's own",
+            f"built-in conversation {number}",
             [
                 *[{"role": "system", "content": third}] * (number % 2),
-                {"role": "user", "content": [*media, {"text": said}, *media, *other, *media[:1]]},
+                {"role": "user", "content": [*media, {"text": text}, *media, *other, *media[:1]]},
                 {"role": "assistant", "content": other},
-                {"role": "user", "content": [{"text": said}]},
+                {"role": "user", "content": [{"text": text}]},
                 {"role": "assistant", "content": third},
             ],
         )
@@ -94,18 +94,18 @@ def _conversations(config: RunConfig, kinds: Sequence[str]) -> Iterator[tuple[st
         try:
             index = ShardIndex(folder)
         except DataError:
-            # Moved since; verify asks for it where it needs it.
+            # The folder was moved; verify reports it if its samples are needed.
             continue
         for number in range(min(len(index), _PER_FOLDER)):
             sample = index.sample(number)
             if not sample.closed:
                 opened, answer = last_answer(sample.documents[0])
-                said_so_far = [
+                history = [
                     {"role": one.role, "content": [_ours(part) for part in one.content]}
                     for one in messages_of(opened) or ()
                 ]
-                told = {"role": "assistant", "content": [{"text": answer}]}
-                yield f"{folder}, sample {index.key(number)!r}", [*said_so_far, told]
+                final = {"role": "assistant", "content": [{"text": answer}]}
+                yield f"{folder}, sample {index.key(number)!r}", [*history, final]
 
 
 def _ours(part: Part) -> dict[str, Any]:
@@ -117,9 +117,9 @@ def _theirs(part: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _difference(where: str, tokenizer: Tokenizer, expected: list[int], found: list[int]) -> str:
-    place = next((n for n, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
-    names = [tokenizer.hf.convert_ids_to_tokens(ids[place : place + 3]) for ids in (expected, found)]
+    position = next((n for n, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
+    names = [tokenizer.hf.convert_ids_to_tokens(ids[position : position + 3]) for ids in (expected, found)]
     return (
-        f"{where}: training makes {names[0]} of place {place}, the exported chat template {names[1]}. The export would "
-        "answer other conversations than were learned."
+        f"{where}: training produces {names[0]} at position {position}, the exported chat template {names[1]}. The "
+        "export would see prompts in a format it was not trained on."
     )

@@ -1,10 +1,10 @@
-"""Logits of an exported folder by its own code: run in a process of its own, where the trainer cannot be imported.
+"""Compute logits with an exported folder's own code, in a separate process that cannot import the trainer.
 
     python -I exported_logits.py FOLDER PROMPTS.json OUT DTYPE
 
-PROMPTS.json lists prompts as `anymal generate --prompts` takes them, or {"tokens": [ids]} for a plain Llama. Writes
-OUT/NUMBER.pt with `tokens` [T], `media` (modality -> pieces) and `logits` [T, V] in fp32, one prompt after the other.
-Adapters that lie beside the weights are added to them, as peft merges them: peft need not be here.
+PROMPTS.json lists prompts in the format of `anymal generate --prompts`, or {"tokens": [ids]} for a plain Llama. Each
+prompt's `tokens` [T], `media` (modality -> encoder inputs) and `logits` [T, V] in fp32 are written to OUT/NUMBER.pt.
+Separate adapters are merged into the weights as peft would do it, so that peft need not be installed.
 """
 
 import importlib.abc
@@ -20,12 +20,12 @@ TRAINER = ("megatron_anymal", "megatron", "checkpoint_tools", "nemo", "lightning
 
 
 class WithoutTrainer(importlib.abc.MetaPathFinder):
-    """Refuses the trainer's packages, as on a machine where they are not installed."""
+    """Hides the trainer's packages, as if they were not installed."""
 
     def find_spec(self, name, path=None, target=None):
-        """Called for every import."""
+        """Refuse imports of the trainer's packages."""
         if name.split(".")[0] in TRAINER:
-            raise ModuleNotFoundError(f"No module named {name!r} (hidden: an export must do without it)", name=name)
+            raise ModuleNotFoundError(f"No module named {name!r} (hidden: an export must work without it)", name=name)
 
 
 @torch.no_grad()
@@ -46,13 +46,13 @@ def main(folder: str, prompts: str, out: str, dtype: str) -> None:
                 processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
             inputs = dict(processor(prompt))
         logits = model(**inputs).logits[0].float()
-        found = {"tokens": inputs["input_ids"][0], "media": inputs.get("media") or {}, "logits": logits}
-        torch.save(found, Path(out) / f"{number}.pt")
+        outputs = {"tokens": inputs["input_ids"][0], "media": inputs.get("media") or {}, "logits": logits}
+        torch.save(outputs, Path(out) / f"{number}.pt")
     (Path(out) / "transformers").write_text(transformers.__version__)
 
 
 def add_adapters(model, folder):
-    """W [out, in] + B A lora_alpha / r, for each A [r, in] and B [out, r] of a folder written for peft."""
+    """Merge a peft folder into the model: W [out, in] += B A lora_alpha / r for each A [r, in] and B [out, r]."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     for module in config["target_modules"]:

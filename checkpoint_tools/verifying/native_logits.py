@@ -26,19 +26,19 @@ class NativeModel:
     """A checkpoint's model in one process."""
 
     def __init__(self, folder: Path, config: RunConfig, *, llama_only: bool) -> None:
-        """Build it.
+        """Build the model.
 
         Args:
-            folder: the checkpoint.
-            config: its run's.
-            llama_only: leave encoders and projectors out.
+            folder: checkpoint folder.
+            config: configuration of its run.
+            llama_only: leave out encoders and projectors.
         """
         config = _on_one_process(config)
         if not config.model.language_model.freeze:
             config.model.language_model = LanguageModelConfig(checkpoint=str(folder), freeze=False)
         if llama_only:
             config.model.modalities = {}
-            # A Llama that the checkpoint holds itself is exported as stored: not rounded to the run's type.
+            # A Llama stored in the checkpoint itself is exported in its stored dtype, not rounded to the run's.
             config.trainer.precision = config.trainer.precision if config.model.language_model.freeze else "32"
         self._layout = initialize(config)
         config, hf = resolve_language_model(config)
@@ -53,16 +53,16 @@ class NativeModel:
         base = config.model.language_model.checkpoint
         [model] = build_models(config, hf, self._layout, modalities, lambda models: load_base(base, models))
         saved = [name for name in StreamReader(folder).tensors if not name.startswith("optimizer.")]
-        # Of a frozen Llama without adapters, alone, the checkpoint holds nothing.
+        # For a frozen Llama alone, without adapters, the checkpoint contains no weights.
         media = () if llama_only else ("projectors.", "encoders.")
         if any(name.startswith(media) or ".lora." in name for name in saved):
             load_media_parts([model], folder)
-        # Encoders and base were rounded to the run's type above; what follows is exact enough to compare.
+        # Encoders and base were rounded to the run's dtype above; the comparison itself runs in fp32.
         self._model = model.float().eval().requires_grad_(False)
 
     @torch.no_grad()
     def run(self, sample: VerificationSample) -> dict[str, Any]:
-        """`tokens` [T], `media` (modality -> pieces) and `logits` [T, V] of a sample."""
+        """Return `tokens` [T], `media` (modality -> encoder inputs) and `logits` [T, V] of a sample."""
         media: dict[str, Any] = {}
         tokens = sample.tokens
         if sample.prompt is not None:
@@ -71,8 +71,8 @@ class NativeModel:
             for name in dict.fromkeys(name for name, _ in read.pieces):
                 media[name] = torch.cat([pieces for other, pieces in read.pieces if other == name])
         ids = torch.tensor(tokens)
-        places = {name: (ids == self._placeholders[name]).nonzero().flatten() for name in media}
-        batches = {name: MediaBatch(pieces, ((len(pieces),),), places[name]) for name, pieces in media.items()}
+        positions = {name: (ids == self._placeholders[name]).nonzero().flatten() for name in media}
+        batches = {name: MediaBatch(pieces, ((len(pieces),),), positions[name]) for name, pieces in media.items()}
         micro_batch = to_device(MicroBatch.unlabelled([tokens], batches), self._layout.device)
         logits = self._model(micro_batch)[0, :, : self._model.vocab_size]
         return {"tokens": ids, "media": media, "logits": logits.float().cpu()}

@@ -1,4 +1,4 @@
-"""What an export is verified on: real samples of every modality, and one prompt with all of them."""
+"""Samples for verifying an export: real ones of every modality, and one prompt that combines all modalities."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RANDOM_LENGTHS = (1, 7, 33, 128)
 
 @dataclass(frozen=True)
 class VerificationSample:
-    """A prompt with its media, or for a Llama alone token ids."""
+    """A prompt with its media, or token ids for a plain Llama."""
 
     # Modality, "text", TOGETHER or RANDOM.
     group: str
@@ -33,7 +33,7 @@ class VerificationSample:
     tokens: list[int] = field(default_factory=list)
 
     def to_json(self, folder: Path) -> dict[str, Any]:
-        """As `anymal generate --prompts` takes it; media are written into `folder`, a new one."""
+        """Return the sample in the format of `anymal generate --prompts`; media are written into a new `folder`."""
         if self.prompt is None:
             return {"tokens": self.tokens}
         folder.mkdir()
@@ -54,13 +54,13 @@ class VerificationSample:
 
 
 def choose_samples(config: RunConfig, data: Sequence[str], count: int, llama_only: bool) -> list[VerificationSample]:
-    """`count` samples of every modality from prepared folders, one with all modalities, and of a Llama random tokens.
+    """Choose `count` samples per modality and one with all modalities, or random tokens for a plain Llama.
 
     Args:
-        data: the folders; empty takes the run's validation sets and training sets.
+        data: prepared folders; if empty, those of the run's validation and training sets.
 
     Raises:
-        DataError: a modality has no sample there, or there is no folder.
+        DataError: a modality has no sample there, or a folder is missing.
     """
     if llama_only:
         return _random_tokens(resolve_language_model(config)[1])
@@ -69,20 +69,20 @@ def choose_samples(config: RunConfig, data: Sequence[str], count: int, llama_onl
     sets = [*config.data.validation.values(), *config.data.train.values()]
     folders = list(data) or list(dict.fromkeys(dataset.path for dataset in sets))
     kinds = [section.kind or name for name, section in config.model.modalities.items()]
-    found: dict[str, list[VerificationSample]] = {kind: [] for kind in [*kinds, "text"]}
+    by_kind: dict[str, list[VerificationSample]] = {kind: [] for kind in [*kinds, "text"]}
     for folder in folders:
-        _collect(folder, found, count)
-        if all(len(found[kind]) >= count for kind in kinds):
+        _collect(folder, by_kind, count)
+        if all(len(by_kind[kind]) >= count for kind in kinds):
             break
     for kind in kinds:
-        if not found[kind]:
+        if not by_kind[kind]:
             raise DataError(
-                f"There is no sample with the modality {kind!r} to verify the export on, in: {', '.join(folders)}. "
-                "Name a prepared folder with --data, or give --no-verify."
+                f"No sample with the modality {kind!r} to verify the export on was found in: {', '.join(folders)}. "
+                "Name a prepared folder with --data, or use --no-verify."
             )
-    chosen = [sample for samples in found.values() for sample in samples]
+    chosen = [sample for samples in by_kind.values() for sample in samples]
     if len(kinds) > 1:
-        chosen.append(_together([found[kind][0] for kind in kinds]))
+        chosen.append(_together([by_kind[kind][0] for kind in kinds]))
     return chosen
 
 
@@ -90,13 +90,13 @@ def _collect(folder: str, found: dict[str, list[VerificationSample]], count: int
     try:
         index = ShardIndex(folder)
     except DataError as error:
-        raise DataError(f"{error} It is wanted to verify the export: name another folder with --data.") from None
+        raise DataError(f"{error} It is needed to verify the export: name another folder with --data.") from None
     for number in range(len(index)):
         sample = index.sample(number)
-        # A conversation as it is asked: up to its last answer.
+        # A conversation is cut before its last answer.
         parts = list(sample.documents[0] if sample.closed else last_answer(sample.documents[0])[0])
         kinds = {part.modality for part in parts if isinstance(part, MediaPart)} or {"text"}
-        # Of a sample with several modalities the rarest counts.
+        # A sample with several modalities counts for the one with the fewest samples so far.
         kind = min(kinds, key=lambda one: len(found.get(one, ())))
         if kind not in found or len(found[kind]) >= count:
             if all(len(samples) >= count for samples in found.values()):
@@ -109,7 +109,7 @@ def _collect(folder: str, found: dict[str, list[VerificationSample]], count: int
 
 def _together(samples: Sequence[VerificationSample]) -> VerificationSample:
     prompts = [sample.prompt for sample in samples if sample.prompt is not None]
-    # One after the other, without the turns of conversations.
+    # Concatenate the prompts without the control tokens of conversation turns.
     parts = [part for prompt in prompts for part in prompt.parts if isinstance(part, MediaPart) or not part.control]
     media = [file for prompt in prompts for file in prompt.media]
     return VerificationSample(TOGETHER, "+".join(sample.key for sample in samples), Prompt(parts, media))

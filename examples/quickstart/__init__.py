@@ -1,1 +1,1 @@
-"""The quickstart: real and simulated media, a small Llama and a small image encoder, all made in minutes on a CPU."""
+"""The quickstart: real and simulated media, a small Llama and a small image encoder, all built in minutes on a CPU."""

@@ -1,7 +1,7 @@
-"""`make quickstart`: from nothing to a small Llama that answers about images, videos, sounds and motion.
+"""`make quickstart`: train a small Llama from scratch to answer questions about images, videos, sounds and motion.
 
-Runs the same commands that a user would, one after the other, each printed first; started again, it goes on where it
-was. Ends with report.json and report.html.
+Prints and runs the commands that a user would run, one after the other, and finally writes report.json and report.html.
+If interrupted, run it again to resume.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ EVALUATION = FOLDER / "evaluation.json"
 EXPORTED = FOLDER / "exported"
 
 PREPARE_TOOL = "examples.quickstart.prepare"
-# Configuration -> verb and what it does; each run takes two processes.
+# Configuration -> verb and stage title; each run uses two processes.
 TRAINING = {
-    "quickstart_llama": ("pretrain", "the small Llama learns text (two replicas)"),
-    "quickstart": ("pretrain", "image, audio and IMU are aligned to it (tensor parallel)"),
-    "quickstart_video": ("pretrain", "video joins them (pipeline parallel)"),
-    "quickstart_sft": ("sft", "adapters learn to answer in the form that is asked for (sequence parallel)"),
-    "quickstart_dpo": ("dpo", "and to leave the polite opening away (context parallel)"),
+    "quickstart_llama": ("pretrain", "train the small Llama on text (two replicas)"),
+    "quickstart": ("pretrain", "align image, audio and IMU to the Llama (tensor parallel)"),
+    "quickstart_video": ("pretrain", "add video to the alignment (pipeline parallel)"),
+    "quickstart_sft": ("sft", "tune adapters to answer in the requested form (sequence parallel)"),
+    "quickstart_dpo": ("dpo", "train the preference for answers without a polite opening (context parallel)"),
 }
 
 
@@ -41,17 +41,17 @@ EXPORT = ["--checkpoint", str(FOLDER / "dpo"), "--out", str(EXPORTED), "--overwr
 def main() -> int:
     """Run every stage; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=__doc__)
-    parser.add_argument("--install-seconds", type=float, default=0.0, help="what the installation took, for the report")
+    parser.add_argument("--install-seconds", type=float, default=0.0, help="duration of the installation to report")
     arguments = parser.parse_args()
     begun = time.monotonic()
-    _run("words, media, shards, tokenizer, image encoder", [str(FOLDER)], module=PREPARE_TOOL)
+    _run("prepare text, media, shards, tokenizer and image encoder", [str(FOLDER)], module=PREPARE_TOOL)
     training = sum(_run(what, [verb, f"--config-name={name}"], processes=2) for name, (verb, what) in TRAINING.items())
     _run("held-out questions", evaluate("align_video", MODALITIES, EVALUATION, "--permute-media", "--untrained"))
     conversations = [f"instructions_{kind}" for kind in KINDS]
     for run, what in STAGES.items():
         _run(f"held-out conversations {what}", evaluate(run, conversations, answers_file(FOLDER, run)))
-    _run("the result as a HuggingFace folder, compared with the trainer's own model", EXPORT, module=EXPORT_TOOL)
-    _run("an answer from that folder", ask(EXPORTED))
+    _run("export a HuggingFace folder and compare it with the trainer's own model", EXPORT, module=EXPORT_TOOL)
+    _run("answer a question with the exported folder", ask(EXPORTED))
     seconds = {
         "install": arguments.install_seconds,
         "train": training,
@@ -59,32 +59,32 @@ def main() -> int:
     }
     report = write_report(FOLDER, EVALUATION, seconds)
     print(json.dumps({name: report[name] for name in ("modalities", "sft", "dpo")}, indent=1))
-    print(f"{FOLDER / 'report.json'} and {FOLDER / 'report.html'} are written, after {seconds['total']:.0f} s")
+    print(f"{FOLDER / 'report.json'} and {FOLDER / 'report.html'} written after {seconds['total']:.0f} s")
     return 0
 
 
 def evaluate(run: str, data: Sequence[str], out: Path, *further: str) -> list[str]:
-    """The verb's arguments for held-out data of these names."""
+    """Arguments of `anymal evaluate` for the held-out data sets with these names."""
     folders = [argument for name in data for argument in ("--data", str(FOLDER / "data" / f"{name}_held_out"))]
     fixed = ["--checkpoint", str(FOLDER / run), "--max-new-tokens", "20", "--batch-size", "128", "--out", str(out)]
     return ["evaluate", *fixed, *folders, *further]
 
 
 def ask(model: Path) -> list[str]:
-    """The verb's arguments for a question about the first held-out picture."""
+    """Arguments of `anymal generate` for a question about the first held-out image."""
     picture = FOLDER / "media" / "image_held_out" / "image-held_out-000000.png"
     question = ["--chat", "--media", str(picture), "--text", "what is in the picture? answer in capitals."]
     return ["generate", "--checkpoint", str(model), *question, "--max-new-tokens", "20"]
 
 
 def _run(what: str, arguments: list[str], *, processes: int = 1, module: str = "megatron_anymal") -> float:
-    """Run a verb, or another module; returns the seconds it took. A failure ends the quickstart with its exit code."""
+    """Run a verb or another module and return the seconds it took; if it fails, exit with its exit code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *launcher, "-m", module, *arguments]
     shown = ["torchrun", *command[4:]] if processes > 1 else ["python", *command[1:]]
     print(f"\n== {what}\n$ {' '.join(shown)}", flush=True)
     begun = time.monotonic()
-    # One thread a process: the models are too small for more, and two processes share two cores.
+    # One thread per process: the models are too small for more, and two processes share two cores.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment)
     if done.returncode:

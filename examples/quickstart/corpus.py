@@ -1,7 +1,7 @@
-"""The quickstart's words: what is said of each kind of media, the text that the small Llama learns, its tokenizer.
+"""The quickstart's text: descriptions of each kind of media, the small Llama's training corpus and its tokenizer.
 
-The Llama reads `{paraphrase}. question: ... answer: ...`. Aligned, soft tokens take the paraphrase's place, so the
-projectors have to learn only what stands there, and the Llama stays as it is.
+The Llama is trained on `{paraphrase}. question: ... answer: ...`. In alignment, soft tokens replace the paraphrase, so
+the projectors only have to learn its content, and the Llama stays frozen.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ SOUNDS = ("siren", "beep", "whistle", "drum", "hum", "noise")
 ACTIVITIES = ("walking", "running", "cycling", "resting")
 
 END = "<|end_of_text|>"
-# Words, numbers, punctuation and line breaks apart. Line breaks never join what follows them, so that a turn's header
-# has the same ids before every content.
+# Separates words, numbers, punctuation and line breaks. Line breaks are never merged with the text after them, so a
+# turn's header has the same ids for any content.
 _SPLIT = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 RESERVED = tuple(f"<|reserved_special_token_{number}|>" for number in range(8))
 
@@ -73,14 +73,14 @@ _CAPTIONS = {
     "audio": "the sound of a {0}",
     "imu": "a person {0}",
 }
-# Questions about a part of the caption: modality -> (question, fact that answers it).
+# Questions about one fact of the caption: modality -> (question, index of the fact that answers it).
 _PART_QUESTIONS = {
     "image": (("which digit is it?", 0),),
     "video": (("which digit moves?", 0), ("which way does it move?", 1)),
     "audio": (("which sound is it?", 0),),
     "imu": (("which activity is it?", 0),),
 }
-# Questions that only the text corpus answers: modality -> (question, word for a fact, fact).
+# Questions that only the text corpus answers: modality -> (question, fact -> answer).
 _EVEN = {digit: "odd" if place % 2 else "even" for place, digit in enumerate(DIGITS)}
 _STILL = {activity: "no" if activity == "resting" else "yes" for activity in ACTIVITIES}
 _KNOWLEDGE_QUESTIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
@@ -95,30 +95,30 @@ _KNOWLEDGE_QUESTIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
 class Turn:
     """A question about media and its answer."""
 
-    # "caption" tells all facts, "part" one of them, "knowledge" what follows from them.
+    # "caption" states all facts, "part" one of them, "knowledge" something that follows from them.
     kind: str
     question: str
     answer: str
 
     def parts(self) -> list[dict[str, Any]]:
-        """The text parts of a manifest line that follow the media; only the answer is a target."""
+        """Text content parts of a manifest line that follow the media; only the answer is a target."""
         return [{"text": f" question: {self.question} answer:", "loss": False}, {"text": f" {self.answer}"}]
 
 
 def turns(modality: str, facts: Sequence[str]) -> list[Turn]:
-    """All that can be asked about a media item of "image", "video", "audio" or "imu".
+    """All questions about a media item of "image", "video", "audio" or "imu".
 
     Args:
         facts: the digit; for video the digit and its direction; the sound; the activity.
     """
-    found = [Turn("caption", question, caption(modality, facts)) for question in caption_questions(modality)]
-    found += [Turn("part", question, facts[fact]) for question, fact in _PART_QUESTIONS[modality]]
-    found += [Turn("knowledge", question, words[facts[0]]) for question, words in _KNOWLEDGE_QUESTIONS[modality]]
-    return found
+    all_turns = [Turn("caption", question, caption(modality, facts)) for question in caption_questions(modality)]
+    all_turns += [Turn("part", question, facts[fact]) for question, fact in _PART_QUESTIONS[modality]]
+    all_turns += [Turn("knowledge", question, words[facts[0]]) for question, words in _KNOWLEDGE_QUESTIONS[modality]]
+    return all_turns
 
 
 def caption(modality: str, facts: Sequence[str]) -> str:
-    """All facts of a media item in words."""
+    """All facts of a media item as text."""
     return _CAPTIONS[modality].format(*facts)
 
 
@@ -128,21 +128,21 @@ def caption_questions(modality: str) -> tuple[str, ...]:
 
 
 def paraphrase(modality: str, facts: Sequence[str], rng: np.random.Generator) -> str:
-    """The facts in other words, for the place of the media."""
+    """A random rewording of the facts, used instead of the media."""
     return pick(_PARAPHRASES[modality], rng).format(*facts)
 
 
 def all_facts(modality: str) -> list[tuple[str, ...]]:
-    """Every combination of facts of a modality; their number is that of its different captions."""
+    """Every combination of facts of a modality; each has one distinct caption."""
     first = {"image": DIGITS, "video": DIGITS, "audio": SOUNDS, "imu": ACTIVITIES}[modality]
     return list(product(first, DIRECTIONS)) if modality == "video" else [(fact,) for fact in first]
 
 
 def text_lines(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Manifest lines of text alone, where a paraphrase takes the place of the media. Only the answer is a target.
+    """Text-only manifest lines with a paraphrase instead of media; only the answer is a target.
 
-    With the whole text as target the same answers take twice the steps. The modalities take turns, video (which has
-    most to learn) twice.
+    With the whole text as target, learning the same answers takes twice as many steps. The modalities alternate; video,
+    which is the hardest, comes twice per cycle.
     """
     rng = np.random.default_rng(seed)
     cycle = ("image", "video", "audio", "video", "imu")
@@ -155,7 +155,7 @@ def text_lines(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def pick(choices: Sequence[Any], rng: np.random.Generator) -> Any:
-    """One of them, each as likely as the others."""
+    """Pick one of the choices uniformly at random."""
     return choices[int(rng.integers(len(choices)))]
 
 
@@ -169,12 +169,12 @@ def write_lines(path: str | Path, lines: Iterable[dict[str, Any]]) -> Path:
 
 
 def train_tokenizer(manifests: Sequence[str | Path], folder: str | Path, vocab_size: int = 768) -> int:
-    """Train a byte-level byte-pair tokenizer on manifests' texts and save it as a HuggingFace folder.
+    """Train a byte-level BPE tokenizer on the texts of manifests and save it as a HuggingFace folder.
 
-    Every text survives encoding and decoding; it adds no token of its own.
+    Encoding and decoding preserves any text; the tokenizer adds no special tokens on its own.
 
     Returns:
-        Its vocabulary's size: at most `vocab_size`, less where the corpus has too few different words.
+        The vocabulary size: at most `vocab_size`, less if the corpus has too few different words.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -194,7 +194,7 @@ def train_tokenizer(manifests: Sequence[str | Path], folder: str | Path, vocab_s
         show_progress=False,
     )
     tokenizer.train_from_iterator((*ROLES, *(text for path in manifests for text in _texts(Path(path)))), trainer)
-    # Padding and unknown tokens do not occur: documents are packed, and bytes cover every text.
+    # No padding or unknown token is needed: documents are packed, and bytes cover every text.
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=BEGIN, eos_token=END, clean_up_tokenization_spaces=False
     )

@@ -1,8 +1,8 @@
-"""The quickstart's conversations: a question about media and the form that its answer shall have; and preferences.
+"""The quickstart's conversations (a question about media and a requested form of the answer) and preference pairs.
 
-Instruction data shows each answer with and without a polite opening, equally often. Preferences are for the answer
-without it. The words of all forms are known to the small Llama from text (`writing_lines`), chats without requests too
-(`chat_lines`); what a request in a chat asks for is left to the instruction tuning.
+Instruction data contains answers with and without a polite opening, equally often. Preference pairs prefer the answer
+without it. The small Llama already knows all forms from text (`writing_lines`), and chats without requests
+(`chat_lines`); following a request in a chat is left to the instruction tuning.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from examples.quickstart.corpus import DIGITS, all_facts, caption, caption_questions, paraphrase, pick
 
-# Form -> what an answer of this form looks like, whatever it says.
+# Form -> pattern of an answer in this form, whatever its content.
 _PATTERNS = {
     "word": r"[a-z]+",
     "capitals": r"[A-Z]+",
@@ -25,7 +25,7 @@ _PATTERNS = {
     "twice": r"([a-z]+) \1",
 }
 FORMS = tuple(_PATTERNS)
-# Form -> how it is named.
+# Form -> its names in requests.
 _NAMES = {
     "word": ("in one word", "in a single word"),
     "capitals": ("in capitals", "in capital letters"),
@@ -34,11 +34,11 @@ _NAMES = {
     "sentence": ("in a full sentence", "as a sentence"),
     "twice": ("twice", "two times"),
 }
-# Requests that are trained on, and further ones that only held-out questions make.
+# Requests used in training, and further ones used only in held-out questions.
 REQUESTS = ("answer {0}.", "{0}, please.", "write it {0}.", "reply only {0}.", "i want the answer {0}.")
 NEW_REQUESTS = ("please answer {0}.", "{0}.", "i want it {0}, please.")
 OPENING = "sure:\n"
-# What conversations are about.
+# Subjects of conversations.
 KINDS = ("image", "video", "audio", "imu", "text")
 
 _SENTENCES = {
@@ -47,54 +47,54 @@ _SENTENCES = {
     "audio": "The sound is a {0}.",
     "imu": "The person is {0}.",
 }
-# Questions whose answer is the first fact, beside those for the caption.
+# Questions whose answer is the first fact, in addition to those for the caption.
 _FACT_QUESTIONS = {
     "image": ("which digit is it?",),
     "video": ("which digit moves?",),
     "audio": ("which sound is it?",),
     "imu": ("which activity is it?",),
 }
-# Share of the conversations that go on with a request for another form.
+# Share of conversations that continue with a request for another form.
 LONGER = 0.2
 
 
 def follows(form: str, answer: str) -> bool:
-    """Whether an answer has exactly the requested form, be it true or not; a polite opening may precede it."""
+    """Whether an answer has exactly the requested form, correct or not; a polite opening may precede it."""
     return re.fullmatch(_PATTERNS[form], without_opening(answer)) is not None
 
 
 def without_opening(answer: str) -> str:
-    """An answer less its polite opening."""
+    """An answer without its polite opening."""
     return answer.removeprefix(OPENING)
 
 
 def score(lines: Sequence[Mapping[str, Any]], given: Mapping[str, str]) -> dict[str, float]:
-    """How held-out questions were answered.
+    """Score the answers to held-out questions.
 
     Args:
-        lines: their manifest lines.
+        lines: manifest lines of the questions.
         given: answers by key.
 
     Returns:
-        Shares: "followed" (the requested form), "accuracy" (the right words in this form; a polite opening counts as
-        no mistake in both), "opening" (answers that begin with it), "followed_new_words" (followed, of the requests in
-        words that were not trained on); and the number of "questions".
+        Shares: "followed" (requested form), "accuracy" (correct content in this form; a polite opening is not a mistake
+        in either), "opening" (answers that begin with it), "followed_new_words" ("followed" among requests in words not
+        used in training); and the number of "questions".
     """
     answers = [given[line["key"]] for line in lines]
     followed = [follows(line["form"], answer) for line, answer in zip(lines, answers)]
     right = [without_opening(answer) == line["messages"][-1]["content"] for line, answer in zip(lines, answers)]
-    of_new_words = [done for line, done in zip(lines, followed) if line["words"] == "new"]
+    followed_new = [done for line, done in zip(lines, followed) if line["words"] == "new"]
     return {
         "followed": sum(followed) / len(lines),
         "accuracy": sum(right) / len(lines),
         "opening": sum(answer.startswith(OPENING) for answer in answers) / len(lines),
-        "followed_new_words": sum(of_new_words) / len(of_new_words),
+        "followed_new_words": sum(followed_new) / len(followed_new),
         "questions": len(lines),
     }
 
 
 def write_in(form: str, modality: str, fact: str) -> str:
-    """What a media item shows (a digit, a sound, an activity), in a form of `forms_of`."""
+    """The content of a media item (a digit, a sound, an activity), written in a form of `forms_of`."""
     if form == "numeral":
         return str(DIGITS.index(fact))
     return {
@@ -107,7 +107,7 @@ def write_in(form: str, modality: str, fact: str) -> str:
 
 
 def forms_of(modality: str) -> tuple[str, ...]:
-    """Forms that can be asked for: only digits are written as numerals."""
+    """Forms that can be requested; only digits can be written as numerals."""
     return FORMS if modality in ("image", "video") else tuple(form for form in FORMS if form != "numeral")
 
 
@@ -115,21 +115,21 @@ def forms_of(modality: str) -> tuple[str, ...]:
 
 
 def writing_lines(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Manifest lines of text that show each word in each form; only that is a target."""
+    """Manifest lines of text that show words in all forms; only the word in the form is a target."""
     rng = np.random.default_rng([seed, 1])
     for number in range(count):
         modality = pick(("image", "video", "audio", "imu"), rng)
         facts = pick(all_facts(modality), rng)
         form = pick(forms_of(modality), rng)
-        said = pick((caption(modality, facts), paraphrase(modality, facts, rng)), rng)
+        description = pick((caption(modality, facts), paraphrase(modality, facts, rng)), rng)
         request = pick(REQUESTS, rng).format(pick(_NAMES[form], rng))
         # As in a chat, no space precedes the answer.
-        subject = {"text": f" {said}. {request}\n\n", "loss": False}
+        subject = {"text": f" {description}. {request}\n\n", "loss": False}
         yield {"key": f"writing-{number:06d}", "parts": [subject, {"text": write_in(form, modality, facts[0])}]}
 
 
 def chat_lines(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Manifest lines of conversations in text alone, with a paraphrase in the media's place and no form requested."""
+    """Manifest lines of text-only conversations, with a paraphrase instead of media and no requested form."""
     rng = np.random.default_rng([seed, 2])
     for number in range(count):
         modality = pick(("image", "video", "audio", "imu"), rng)
@@ -144,14 +144,14 @@ def chat_lines(count: int, seed: int = 0) -> Iterator[dict[str, Any]]:
 
 
 def instruction_lines(items: Sequence[Mapping[str, Any]], split: str, seed: int = 0) -> list[dict[str, Any]]:
-    """A conversation about each media item.
+    """Create one conversation per media item.
 
     Args:
-        items: manifest lines of media, all of one modality; `facts` tells what they show.
-        split: "held_out" answers without an opening; half of its requests are in words that are not trained on.
+        items: manifest lines of media, all of one modality; `facts` describes their content.
+        split: "held_out" has answers without an opening and, in half of them, requests in words not used in training.
 
     Returns:
-        Manifest lines; `form` (of the last answer) and `words` ("seen", "new") say what is asked for.
+        Manifest lines with the requested `form` (of the last answer) and the request's `words` ("seen", "new").
     """
     rng = np.random.default_rng([seed, 3, split == "held_out"])
     lines = []
@@ -165,7 +165,7 @@ def instruction_lines(items: Sequence[Mapping[str, Any]], split: str, seed: int 
 
 
 def text_instruction_lines(count: int, split: str, seed: int = 0) -> list[dict[str, Any]]:
-    """Conversations without media: what to write is said. Otherwise as `instruction_lines`."""
+    """Create conversations without media, where the question states the content; otherwise as `instruction_lines`."""
     rng = np.random.default_rng([seed, 4, split == "held_out"])
     lines = []
     for number in range(count):
@@ -177,8 +177,8 @@ def text_instruction_lines(count: int, split: str, seed: int = 0) -> list[dict[s
 
 
 def pairs_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Conversations as preference pairs of two true answers in the requested form: chosen the one without the opening,
-    rejected the one with it.
+    """Turn conversations into preference pairs of two correct answers in the requested form: the chosen one without the
+    opening, the rejected one with it.
     """
     pairs = []
     for line in lines:
@@ -191,10 +191,10 @@ def pairs_of(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _line(
     key: str, modality: str, fact: str, asked: Sequence[Any], turns: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-    """A conversation of some turns, each with a request for another form.
+    """Create a conversation of `turns` turns, each requesting another form.
 
     Args:
-        asked: a text, and perhaps a media part; the first request stands behind the text.
+        asked: a text, optionally followed by a media part; the first request is appended to the text.
     """
     held_out = "-held_out-" in key
     words = "new" if held_out and rng.random() < 0.5 else "seen"

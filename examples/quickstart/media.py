@@ -1,7 +1,7 @@
 """The quickstart's media files and their manifests.
 
-Images are scikit-learn's scanned handwritten digits: real data. Videos are made from them (a digit moves), sounds and
-motion signals are simulated. The digits are split into train and held-out before anything is made of them.
+Images are scikit-learn's scanned handwritten digits: real data. Videos are generated from them (a digit moves), sounds
+and motion signals are simulated. The digits are split into train and held-out before anything is generated from them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Writer = Callable[[Path, np.random.Generator], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Samples to make; images are always all of scikit-learn's, held_out_images of them held out."""
+    """Numbers of samples; all of scikit-learn's images are used, held_out_images of them held out."""
 
     held_out_images: int = 397
     train_videos: int = 2000
@@ -42,7 +42,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Item:
-    """A media file to write and what it shows."""
+    """A media file to write and its facts."""
 
     file: str
     facts: tuple[str, ...]
@@ -52,10 +52,10 @@ class Item:
 def write_media(folder: str | Path, seed: int = 1234, sizes: Sizes | None = None) -> dict[str, dict[str, Path]]:
     """Write all media and manifests; the same seed gives the same files.
 
-    Held-out lines ask for the caption. Training lines ask for the caption or a part of it.
+    Held-out lines ask for the caption, training lines for the caption or one of its facts.
 
     Returns:
-        Modality -> split ("train", "held_out") -> path of the JSONL manifest, which lies beside its media.
+        Modality -> split ("train", "held_out") -> path of the JSONL manifest, next to its media.
     """
     folder = Path(folder)
     makers = {"image": _images, "video": _videos, "audio": _audio, "imu": _imu}
@@ -63,15 +63,15 @@ def write_media(folder: str | Path, seed: int = 1234, sizes: Sizes | None = None
     splits = split_digits(seed, (sizes or Sizes()).held_out_images)
     for number, (modality, make) in enumerate(makers.items()):
         manifests[modality] = {}
-        for place, split in enumerate(SPLITS):
-            rng = np.random.default_rng([seed, number, place])
+        for split_number, split in enumerate(SPLITS):
+            rng = np.random.default_rng([seed, number, split_number])
             items = make(splits[split], split, sizes or Sizes(), rng)
             manifests[modality][split] = _write_split(folder, modality, split, items, rng)
     return manifests
 
 
 def split_digits(seed: int, held_out: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """scikit-learn's digits, shuffled within each class and split so that both parts are balanced.
+    """scikit-learn's digits, shuffled within each class and split so that both splits are balanced.
 
     Returns:
         split -> (pictures [n, 8, 8] uint8, labels [n] int64).
@@ -82,11 +82,11 @@ def split_digits(seed: int, held_out: int) -> dict[str, tuple[np.ndarray, np.nda
     pictures = np.round(digits.images * (255.0 / 16.0)).astype(np.uint8)
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(pictures))
-    # Rank within the class first: the first places then hold the same number of each class.
+    # Sort by rank within the class, so that any prefix has the same number of images per class.
     rank = np.zeros(len(order), dtype=np.int64)
     for label in range(10):
-        mine = digits.target[order] == label
-        rank[mine] = np.arange(mine.sum())
+        in_class = digits.target[order] == label
+        rank[in_class] = np.arange(in_class.sum())
     order = order[np.argsort(rank, kind="stable")]
     parts = {"held_out": np.sort(order[:held_out]), "train": np.sort(order[held_out:])}
     return {name: (pictures[rows], digits.target[rows]) for name, rows in parts.items()}
@@ -109,7 +109,7 @@ def _write_split(folder: Path, modality: str, split: str, items: Iterator[Item],
 
 
 def _balanced(count: int, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """`count` class numbers, every class equally often as far as it divides, in random order."""
+    """`count` class numbers in random order, every class equally often (up to the remainder)."""
     return rng.permutation(np.arange(count) % classes)
 
 
@@ -129,7 +129,7 @@ def _images(
 
 
 def enlarge(picture: np.ndarray, side: int) -> Image.Image:
-    """A scan [8, 8] uint8 as a picture of `side` x `side` pixels."""
+    """Resize a scan [8, 8] uint8 to `side` x `side` pixels."""
     return Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
 
 
@@ -158,7 +158,7 @@ def _moving(picture: np.ndarray, direction: int, rng: np.random.Generator) -> np
     """Frames [FRAMES, side, side] uint8 of a digit that crosses the frame."""
     room = FRAME_SIDE - DIGIT_SIDE
     digit = np.asarray(enlarge(picture, DIGIT_SIDE))
-    # Start and length of the way vary, so that no single frame gives the direction away.
+    # Start and length of the path vary, so that no single frame gives the direction away.
     length = rng.uniform(0.6, 1.0) * room
     along = rng.uniform(0.0, room - length) + length * np.linspace(0.0, 1.0, FRAMES)
     along = along[::-1] if DIRECTIONS[direction] in ("left", "up") else along
@@ -205,7 +205,7 @@ def _audio(digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng:
 
 
 def synthesise(sound: str, rng: np.random.Generator) -> np.ndarray:
-    """A second of one of `SOUNDS`, [AUDIO_SECONDS x AUDIO_RATE] float32 in -1 to 1; pitch, level and noise vary."""
+    """Synthesise one of `SOUNDS`, [AUDIO_SECONDS x AUDIO_RATE] float32 in -1 to 1; pitch, level and noise vary."""
     t = np.arange(int(AUDIO_SECONDS * AUDIO_RATE)) / AUDIO_RATE
     low, high = rng.uniform(350, 700), rng.uniform(1200, 1900)
     phase = rng.uniform(0, 2 * np.pi)
@@ -250,7 +250,7 @@ def _imu(digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: n
         yield Item("npy", (ACTIVITIES[number],), write(ACTIVITIES[number]))
 
 
-# Steps or turns per second, size of the acceleration (m/s^2), of the rotation (rad/s), share of higher harmonics.
+# Steps or turns per second, amplitude of acceleration (m/s^2) and rotation (rad/s), share of higher harmonics.
 _MOTION = {
     "walking": ((1.5, 2.0), 2.5, 0.6, 0.3),
     "running": ((2.6, 3.2), 9.0, 1.8, 0.5),
@@ -260,9 +260,9 @@ _MOTION = {
 
 
 def simulate(activity: str, rng: np.random.Generator) -> np.ndarray:
-    """A motion signal, [IMU_SECONDS x IMU_RATE, 6] float32: acceleration in m/s^2, then rotation in rad/s.
+    """Simulate a motion signal, [IMU_SECONDS x IMU_RATE, 6] float32: acceleration in m/s^2, then rotation in rad/s.
 
-    Frequency, strength, phase, how the sensor lies, and noise vary.
+    Frequency, strength, phase, sensor orientation and noise vary.
     """
     (low, high), push, turn, harmonics = _MOTION[activity]
     t = np.arange(int(IMU_SECONDS * IMU_RATE)) / IMU_RATE
@@ -270,7 +270,7 @@ def simulate(activity: str, rng: np.random.Generator) -> np.ndarray:
     gain = rng.uniform(0.7, 1.3)
     up = np.sin(cycle) + harmonics * np.sin(2 * cycle + rng.uniform(0, 2 * np.pi))
     ahead = 0.5 * np.sin(cycle + rng.uniform(0, 2 * np.pi))
-    # The sideways sway has half the steps' frequency: left, right.
+    # The sideways sway has half the step frequency: left, right.
     sway = 0.4 * np.sin(cycle / 2 + rng.uniform(0, 2 * np.pi))
     body = push * gain * np.stack([ahead, sway, up], axis=1) + np.array([0.0, 0.0, 9.81])
     spin = turn * gain * np.stack([np.sin(cycle / 2), np.sin(cycle + rng.uniform(0, 2 * np.pi)), 0.3 * ahead], axis=1)

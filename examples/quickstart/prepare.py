@@ -1,4 +1,4 @@
-"""The quickstart's inputs, all under one folder: media, words, tokenizer, image encoder and shards.
+"""Prepare the quickstart's inputs under one folder: media, text, tokenizer, image encoder and shards.
 
 python -m examples.quickstart.prepare FOLDER
 """
@@ -27,25 +27,25 @@ from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.manifest import write_shards
 
 MODALITIES = ("image", "video", "audio", "imu")
-# Held-out questions of each kind of media, and held-out pairs: media enough for both.
+# Held-out questions and held-out preference pairs per modality; the held-out media suffice for both.
 HELD_OUT = 80
 HELD_OUT_PAIRS = 32
-# Conversations without media to train on.
+# Training conversations without media.
 TEXTS = 600
 
 
 def prepare_quickstart(folder: Path, sizes: Sizes | None = None, encoder_steps: int = 500) -> None:
-    """Make everything the quickstart's configurations name, unless it is there already.
+    """Create everything that the quickstart's configurations refer to, unless it exists already.
 
     FOLDER/media          files and manifests
     FOLDER/tokenizer      a small byte-pair tokenizer, trained on the texts
     FOLDER/image_encoder  a small CLIP vision tower, trained contrastively on the training images
-    FOLDER/data/NAME      shards with an index: the texts text, writing and chats; each modality's train and held_out;
-                          instructions_MODALITY and preferences_MODALITY of both ("text": those without media)
+    FOLDER/data/NAME      shards with an index: corpora text, writing and chats; MODALITY_train, MODALITY_held_out;
+                          instructions_MODALITY and preferences_MODALITY of both ("text": without media)
     """
     finished = folder / "prepared"
     if finished.is_file():
-        print(f"{folder} is prepared already; delete it to start over")
+        print(f"{folder} is already prepared; delete it to start over")
         return
     media = folder / "media"
     manifests = write_media(media, sizes=sizes)
@@ -73,7 +73,7 @@ def conversations(items: dict[str, list[dict[str, Any]]], split: str) -> dict[st
     """Manifest lines of instructions_MODALITY and preferences_MODALITY about a split's media.
 
     Args:
-        items: manifest lines of the media by modality; conversations without media are named "text".
+        items: manifest lines of the media by modality; conversations without media are returned as "text".
     """
     trained = split == "train"
     asked: dict[str, list[dict[str, Any]]] = {
@@ -81,7 +81,7 @@ def conversations(items: dict[str, list[dict[str, Any]]], split: str) -> dict[st
     }
     compared = {"text": text_instruction_lines(TEXTS if trained else HELD_OUT_PAIRS, split, seed=1)}
     for name, lines in items.items():
-        # Pictures are few, and those of a digit differ much.
+        # There are few images, and those of one digit vary a lot.
         often = 2 if name == "image" and trained else 1
         asked[name] = instruction_lines(lines * often if trained else lines[:HELD_OUT], split)
         compared[name] = instruction_lines(lines[::2] if trained else lines[-HELD_OUT_PAIRS:], split, seed=1)
@@ -96,7 +96,7 @@ def _read(manifest: Path) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Make the inputs in the folder that the arguments name; returns the exit code."""
+    """Prepare the inputs in the folder given by the arguments; return the exit code."""
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart.prepare", description=__doc__)
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     prepare_quickstart(parser.parse_args(argv).folder)

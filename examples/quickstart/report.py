@@ -17,7 +17,7 @@ from examples.quickstart.prepare import MODALITIES
 from megatron_anymal.data.records import TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 
-# Run -> what its curves show.
+# Run -> title of its curves.
 RUNS = {
     "llama": "Llama on text",
     "align": "Alignment, tensor parallel",
@@ -25,8 +25,8 @@ RUNS = {
     "sft": "Instruction tuning, sequence parallel",
     "dpo": "Preferences, context parallel",
 }
-# Run that is asked the held-out conversations -> when that is.
-STAGES = {"align_video": "before instruction tuning", "sft": "after it", "dpo": "after preferences"}
+# Run evaluated on the held-out conversations -> its stage.
+STAGES = {"align_video": "before instruction tuning", "sft": "after instruction tuning", "dpo": "after DPO"}
 EXAMPLES = 6
 _COLOURS = ("#1f618d", "#b9770e", "#196f3d", "#922b21", "#6c3483", "#5f6a6a")
 
@@ -41,9 +41,9 @@ def write_report(folder: Path, evaluation: Path, seconds: Mapping[str, float]) -
     """Write FOLDER/report.json and FOLDER/report.html.
 
     Args:
-        evaluation: what `anymal evaluate --permute-media --untrained --out` wrote. What it wrote of the conversations
-            lies in FOLDER, see `answers_file`.
-        seconds: install, train, total.
+        evaluation: output file of `anymal evaluate --permute-media --untrained --out`. Its output files for the
+            conversations are in FOLDER, see `answers_file`.
+        seconds: durations of install, train and total.
 
     Returns:
         The content of report.json.
@@ -91,7 +91,7 @@ def write_report(folder: Path, evaluation: Path, seconds: Mapping[str, float]) -
 
 
 def answers_file(folder: Path, run: str) -> Path:
-    """What `anymal evaluate --out` writes of a run's answers to the held-out conversations."""
+    """Output file of `anymal evaluate --out` with a run's answers to the held-out conversations."""
     return folder / f"conversations_{run}.json"
 
 
@@ -138,11 +138,11 @@ def _summary(report: Mapping[str, Any]) -> str:
         for modality, row in report["modalities"].items()
     ]
     hashes = report["language_model_hash"]
-    same = "are the same" if hashes["before"] == hashes["after"] else "DIFFER"
+    same = "are identical" if hashes["before"] == hashes["after"] else "DIFFER"
     return (
-        "<p>Exact greedy answers on samples that were never trained on: after alignment, before it, and with the media "
-        "exchanged among the samples.</p><table><tr><th></th><th>after</th><th>before</th><th>media exchanged</th>"
-        f"<th>guessing</th><th>samples</th></tr>{''.join(rows)}</table>"
+        "<p>Exact-match accuracy of greedy answers on held-out samples: after alignment, before it, and with the media "
+        "swapped between samples.</p><table><tr><th></th><th>after</th><th>before</th><th>media swapped</th>"
+        f"<th>chance</th><th>samples</th></tr>{''.join(rows)}</table>"
         f"<p>The Llama's weights before and after {same} (<code>{hashes['after'][:16]}</code>). "
         f"Training took {report['seconds']['train']:.0f} s of {report['seconds']['total']:.0f} s.</p>"
         f"{_of_chats(report)}"
@@ -152,12 +152,12 @@ def _summary(report: Mapping[str, Any]) -> str:
 def _of_chats(report: Mapping[str, Any]) -> str:
     sft, dpo = report["sft"], report["dpo"]
     return (
-        f"<p>Of {sft['questions']} held-out conversations {sft['followed_before']:.1%} were answered in the requested "
-        f"form before instruction tuning, {sft['followed_after']:.1%} after it (requests in new words: "
-        f"{sft['followed_after_new_words']:.1%}); right in form and content {sft['accuracy_before']:.1%} and "
-        f"{sft['accuracy_after']:.1%}.</p><p>Preferences: {dpo['preference_accuracy']:.1%} of held-out pairs are "
-        f"preferred as they should; {dpo['opening_before']:.1%} of the answers begin with a polite opening before, "
-        f"{dpo['opening_after']:.1%} after; {dpo['accuracy_after']:.1%} are right in form and content.</p>"
+        f"<p>In {sft['questions']} held-out conversations, {sft['followed_before']:.1%} of the answers had the "
+        f"requested form before instruction tuning and {sft['followed_after']:.1%} after it (requests in new words: "
+        f"{sft['followed_after_new_words']:.1%}). Form and content were correct in {sft['accuracy_before']:.1%} before "
+        f"and {sft['accuracy_after']:.1%} after.</p><p>Preferences: {dpo['preference_accuracy']:.1%} of held-out pairs "
+        f"are ranked correctly. {dpo['opening_before']:.1%} of the answers begin with a polite opening before DPO, "
+        f"{dpo['opening_after']:.1%} after it; {dpo['accuracy_after']:.1%} are correct in form and content.</p>"
     )
 
 
@@ -165,7 +165,7 @@ def _cards(folder: Path, name: str, answers: Sequence[Mapping[str, str]]) -> str
     index = ShardIndex(str(folder / "data" / f"{name}_held_out"))
     by_key = {row["key"]: row for row in answers if row["modality"] == name}
     cards = []
-    # Spread over the set, which may be ordered.
+    # Spread the examples over the data set, which may be ordered.
     for number in range(0, len(index), max(1, len(index) // EXAMPLES))[:EXAMPLES]:
         parts = index.parts(number)
         [media] = index.read_media(number, parts, [0])
@@ -181,7 +181,7 @@ def _cards(folder: Path, name: str, answers: Sequence[Mapping[str, str]]) -> str
 
 
 def _conversations(folder: Path, lines: Sequence[Mapping[str, Any]], given: Mapping[str, Mapping[str, str]]) -> str:
-    """One of each form, of different media as far as these reach."""
+    """One example card per form, from different modalities as far as possible."""
     cards = []
     for number, form in enumerate(FORMS):
         fitting = [line for line in lines if line["form"] == form]
@@ -221,7 +221,7 @@ def _media(modality: str, data: bytes, extension: str) -> str:
 
 
 def _curve(metrics: Path, title: str, what: str = "loss") -> str:
-    """Curves of all metrics named `what`/..., and their last values."""
+    """Plot all metrics named `what`/..., with their last values."""
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     names = sorted({key for row in rows for key in row if key.startswith(f"{what}/")})
     series = [[row[name] for row in rows if name in row] for name in names]
@@ -237,7 +237,7 @@ def _curve(metrics: Path, title: str, what: str = "loss") -> str:
 
 
 def _lines(series: Sequence[Sequence[float]], width: int, height: int, low: float | None = None) -> str:
-    """Curves as an inline picture, all on one scale that starts at `low` (or their smallest value)."""
+    """Curves as an inline SVG, all on one scale that starts at `low` (default: their smallest value)."""
     low = min(min(s) for s in series) if low is None else low
     high = max(max(s) for s in series)
     drawn = []

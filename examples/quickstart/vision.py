@@ -14,7 +14,7 @@ from torch import Tensor
 
 from examples.quickstart.corpus import DIGITS, turns
 
-# Channel statistics on the scale 0 to 1 of the enlarged scans, rounded.
+# Channel statistics of the enlarged scans on a scale of 0 to 1, rounded.
 IMAGE_MEAN, IMAGE_STD = 0.3, 0.35
 VISION_SHAPE = {
     "image_size": 32,
@@ -31,11 +31,11 @@ TEXT_SHAPE = {
     "num_attention_heads": 2,
     "max_position_embeddings": 16,
 }
-# Patches of a digit look alike wherever they lie: places must be as loud as contents from the start.
+# Patches of a digit look alike at any position: position embeddings must be as large as content from the start.
 POSITION_STD = 0.5
-# Smallest size of a digit in a training picture, as a share of its side.
+# Smallest size of a digit in a training image, relative to the image's side.
 SMALLEST = 0.7
-# Largest turn and slant, in radians.
+# Largest rotation and slant, in radians.
 LARGEST_TURN = 0.15
 
 
@@ -50,16 +50,16 @@ def train_image_encoder(
 ) -> dict[str, Any]:
     """Train a CLIP on a manifest's images and save its vision tower for `CLIPVisionModel.from_pretrained`.
 
-    The digits are shown at different sizes and places, as they are in the videos' frames.
+    The digits are augmented to different sizes and positions, as in the frames of the videos.
 
     Args:
-        manifest: of the training images; its answers name the digits.
-        tokenizer: folder of the tokenizer.
-        folder: gets config.json, model.safetensors and preprocessor_config.json.
+        manifest: manifest of the training images; its answers name the digits.
+        tokenizer: tokenizer folder.
+        folder: output folder for config.json, model.safetensors and preprocessor_config.json.
 
     Returns:
-        The losses of all steps ("losses") and how many of the training images are closest to their own caption
-        ("accuracy").
+        "losses": the loss of every step; "accuracy": the share of training images that are closest to their own
+        caption.
     """
     from transformers import AutoTokenizer
 
@@ -76,7 +76,7 @@ def train_image_encoder(
         for _ in range(steps):
             rows = torch.from_numpy(rng.choice(len(pictures), batch_size, replace=False))
             pixels = _normalise(_scatter(pictures[rows], rng))
-            # The ten captions are encoded once, then repeated for the pictures they belong to.
+            # The ten captions are encoded once, then repeated for the images that they belong to.
             logits = model(input_ids=captions, pixel_values=pixels).logits_per_image
             loss = _contrastive_loss(logits[:, labels[rows]], labels[rows])
             optimizer.zero_grad(set_to_none=True)
@@ -90,7 +90,7 @@ def train_image_encoder(
 
 
 def _caption_tokens(words: Any) -> Tensor:
-    """[10, tokens]: what a picture of each digit is called."""
+    """Token ids of the caption of each digit, [10, tokens]."""
     captions = [turns("image", (digit,))[0].answer for digit in DIGITS]
     rows = [
         [words.bos_token_id, *words.encode(" " + c, add_special_tokens=False), words.eos_token_id] for c in captions
@@ -100,7 +100,7 @@ def _caption_tokens(words: Any) -> Tensor:
 
 
 def _read_images(manifest: Path) -> tuple[Tensor, Tensor]:
-    """Pictures [n, 1, side, side] in 0 to 1 and the digits that the answers name [n]."""
+    """Images [n, 1, side, side] in 0 to 1, and the digits [n] named in their answers."""
     pictures, labels = [], []
     for line in manifest.read_text(encoding="utf-8").splitlines():
         parts = json.loads(line)["parts"]
@@ -114,7 +114,7 @@ def _read_images(manifest: Path) -> tuple[Tensor, Tensor]:
 def _build(vocab_size: int, begin: int, end: int) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
-    # CLIP reads a caption's summary where its end token stands.
+    # CLIP takes the caption's features at the position of the end token.
     text = {**TEXT_SHAPE, "vocab_size": vocab_size, "bos_token_id": begin, "eos_token_id": end, "pad_token_id": end}
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=VISION_SHAPE, projection_dim=32))
     torch.nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=POSITION_STD)
@@ -122,13 +122,13 @@ def _build(vocab_size: int, begin: int, end: int) -> Any:
 
 
 def _scatter(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Show each picture [n, 1, side, side] smaller, somewhere in its frame, a little turned and slanted."""
+    """Randomly shrink, shift, rotate and slant each image [n, 1, side, side] within its frame."""
     n = len(pictures)
     scale = rng.uniform(SMALLEST, 1.0, n)
-    # In grid_sample's coordinates the frame spans -1 to 1: room on either side of the centre.
+    # In grid_sample's coordinates the frame spans -1 to 1: free space on either side of the centre.
     shift = rng.uniform(-1, 1, (n, 2)) * (1 - scale)[:, None]
     angle, slant = rng.uniform(-LARGEST_TURN, LARGEST_TURN, (2, n))
-    # Maps places of the new picture to places of the old one: move back, then enlarge, turn and slant.
+    # Maps positions in the new image to positions in the old one: shift back, then enlarge, rotate and slant.
     turn = np.array([[np.cos(angle), np.sin(angle) + slant], [-np.sin(angle), np.cos(angle)]]) / scale
     theta = np.zeros((n, 2, 3), dtype=np.float32)
     theta[:, :, :2] = turn.transpose(2, 0, 1)
@@ -138,12 +138,12 @@ def _scatter(pictures: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def _normalise(pictures: Tensor) -> Tensor:
-    """Grey pictures in 0 to 1 as the three normalised channels that the saved preprocessor makes."""
+    """Convert grey images in 0 to 1 to three normalised channels, as the saved preprocessor does."""
     return ((pictures - IMAGE_MEAN) / IMAGE_STD).expand(-1, 3, -1, -1)
 
 
 def _contrastive_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """CLIP's loss with every picture of the same digit as a match of a caption (Yang et al., 2022, UniCL)."""
+    """CLIP's loss in which every image of a digit matches the digit's caption (Yang et al., 2022, UniCL)."""
     match = (labels[:, None] == labels[None, :]).float()
     target = match / match.sum(dim=1, keepdim=True)
     return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target))

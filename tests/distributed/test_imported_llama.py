@@ -243,7 +243,7 @@ def test_an_imported_llama_is_not_replaced_unasked(
     assert import_hf(["--hf", str(folder), "--out", str(out)]) == 2
     assert "exists" in capsys.readouterr().err
     assert import_hf(["--hf", str(folder), "--out", str(folder), "--overwrite"]) == 2
-    assert "is no checkpoint: it is not replaced" in capsys.readouterr().err
+    assert "is not a checkpoint: it is not replaced" in capsys.readouterr().err
     assert import_hf(["--hf", str(folder), "--out", str(out), "--overwrite"]) == 0
     after = {path.name: path.read_bytes() for path in out.iterdir()}
     assert after == before

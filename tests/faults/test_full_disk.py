@@ -80,14 +80,17 @@ def test_an_import_goes_on_once_there_is_room(
 ) -> None:
     out = small / "out"
     assert import_hf(["--hf", str(llama), "--out", str(out), "--processes", "2"]) == 2
-    assert f"error: the disk of --out='{out}' is full. Free space and start again to go on." in capsys.readouterr().err
+    assert (
+        f"error: the disk of --out='{out}' is full. Free up space and run the command again to resume."
+        in capsys.readouterr().err
+    )
     assert [path.name for path in small.iterdir()] == [".out.importing"]
     with pytest.raises(store.CheckpointError):
         store.resolve(str(small))
     mount("-o", "remount,size=64m", str(small))
     done = len(list((small / ".out.importing" / "records").glob("*.json")))
     assert import_hf(["--hf", str(llama), "--out", str(out)]) == 0
-    assert 0 < done < 8 and f"Going on with {done} of 8 files" in capsys.readouterr().out
+    assert 0 < done < 8 and f"Resuming: {done} of 8 files" in capsys.readouterr().out
     assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in checkpoint.iterdir()}
     assert [path.name for path in small.iterdir()] == ["out"]
 
@@ -105,7 +108,7 @@ def test_an_export_and_a_resharding_leave_nothing(
     assert tool(arguments(checkpoint, out)) == 2
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert line == (
-        f"error: the disk of --out='{out}' is full. Free space, or name another place. Nothing was left there."
+        f"error: the disk of --out='{out}' is full. Free up space, or choose another location. Nothing was kept."
     )
     assert list(small.iterdir()) == []
     mount("-o", "remount,size=64m", str(small))

@@ -102,7 +102,7 @@ def test_killed_and_started_again_it_goes_on(source: Path, tmp_path: Path, capsy
     kept = {path: path.stat().st_mtime_ns for path in (staging / "checkpoint").glob("*.distcp")}
     done = {path.stem for path in (staging / "records").glob("*.json")}
     assert import_hf(["--hf", str(source), "--out", str(out), "--processes", "2"]) == 0
-    assert f"Going on with {len(done)} of 8 files" in capsys.readouterr().out
+    assert f"Resuming: {len(done)} of 8 files" in capsys.readouterr().out
     for path, changed in kept.items():
         assert ((out / path.name).stat().st_mtime_ns == changed) == (path.name in done), path.name
     assert import_hf(["--hf", str(source), "--out", str(undisturbed), "--processes", "1"]) == 0
@@ -304,11 +304,11 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
     monkeypatch.setattr(safetensors_io, "io", types.SimpleNamespace(FileIO=FullDisk))
     assert import_hf(["--hf", str(source), "--out", str(out), "--processes", "1"]) == 2
     said = capsys.readouterr().err
-    assert f"the disk of --out='{out}' is full. Free space and start again to go on." in said
+    assert f"the disk of --out='{out}' is full. Free up space and run the command again to resume." in said
     assert not out.exists()
     monkeypatch.undo()
     assert import_hf(["--hf", str(source), "--out", str(out)]) == 0
-    assert "Going on with 4 of 8 files" in capsys.readouterr().out
+    assert "Resuming: 4 of 8 files" in capsys.readouterr().out
     store.read_manifest(out, verify=True)
 
 
@@ -317,5 +317,5 @@ def test_a_worker_that_is_killed(
 ) -> None:
     monkeypatch.setattr(import_llama, "write_unit", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     assert import_hf(["--hf", str(source), "--out", str(tmp_path / "out")]) == 2
-    assert "a worker process ended by signal 9" in capsys.readouterr().err
+    assert "a worker process ended with signal 9" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -35,6 +35,6 @@ def test_it_measures_rates_and_memory(tmp_path: Path) -> None:
         [one] = found[f"{name}s"]
         assert 0 < one["seconds"] < one["with_start"]
         assert found["ratios"][name] == [(before + after) / 2 / one["seconds"]]
-        assert f"of the copies around it {found['ratios'][name][0]:.2f} (median" in done.stdout
+        assert f"relative to the adjacent copies {found['ratios'][name][0]:.2f} (median" in done.stdout
     assert len(found["imports"][0]["peak_memory"]) == 2 and len(found["exports"][0]["peak_memory"]) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]

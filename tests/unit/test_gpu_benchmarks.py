@@ -282,7 +282,7 @@ def test_as_little_as_fits_is_computed_twice(modules: Any, monkeypatch: pytest.M
 def test_what_never_fits_is_named(modules: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     card = Card(lambda name, recompute, held: name != "ours")
     timed = card.time(modules, monkeypatch, "ours", "bare")
-    assert list(timed.sides) == ["bare"] and timed.left_out == {"ours": "it does not fit the card's memory"}
+    assert list(timed.sides) == ["bare"] and timed.left_out == {"ours": "it does not fit in GPU memory"}
 
 
 def test_idle_share(modules: Any) -> None:

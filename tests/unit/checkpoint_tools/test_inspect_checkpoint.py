@@ -49,7 +49,7 @@ def test_parts_and_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     folder = checkpoint(tmp_path, "abc")
     lines = told(capsys, str(folder))
     assert lines[0] == str(folder) and lines[1] == "step 7, 56 samples consumed"
-    assert lines[2].startswith("5 files, 2.5 MB") and "all checksums hold" in lines[2]
+    assert lines[2].startswith("5 files, 2.5 MB") and "all checksums match" in lines[2]
     assert lines[3:5] == ["base: frozen Llama abc, llamas/8b", "data: mix"]
     assert lines[5:] == [
         "Llama 1 tensors 6,144 parameters 0.0 MB",
