@@ -192,7 +192,7 @@ def _short(count: int, units: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], left: int, left_from: int | None = None) -> str:
-    """Format rows as columns; the first `left` ones and those from `left_from` on are left-aligned, the others right."""
+    """Format rows as columns; the first `left` and those from `left_from` on are left-aligned, the others right."""
     columns = max(len(row) for row in rows)
     filled = [[*row, *[""] * (columns - len(row))] for row in rows]
     widths = [max(len(row[column]) for row in filled) for column in range(columns)]

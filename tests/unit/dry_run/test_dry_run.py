@@ -284,7 +284,7 @@ REFUSALS = {
         ["model.modalities.imu.placeholder=nothing", "data.train.mix.path=nowhere"],
         "model.modalities.imu.placeholder='nothing'",
     ),
-    "vocabulary": (["model.language_model.config.vocab_size=8"], "the Llama's vocabulary only 8 entries"),
+    "vocabulary": (["model.language_model.config.vocab_size=8"], "the Llama's vocabulary has only 8 entries"),
     "initial-weights": (["model.restore_from_path=/usr"], "no checkpoint in '/usr'"),
     "long-samples": (["data.seq_length=8"], "longer than data.seq_length=8"),
     "loggers": (["exp_manager.create_wandb_logger=true"], "exp_manager.wandb_logger_kwargs.name"),
