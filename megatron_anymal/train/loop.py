@@ -177,8 +177,8 @@ class Trainer:
         """Log the layout, precision and kernels, which also reveals what a machine lacks."""
         layout = self.state.layout
         split = ", sequence parallel" if self.config.model.sequence_parallel else ""
-        parts = self.config.model.virtual_pipeline_model_parallel_size
-        stages = f"{layout.pipeline_size}" + (f" ({parts} virtual chunks each)" if parts > 1 else "")
+        chunks = self.config.model.virtual_pipeline_model_parallel_size
+        stages = f"{layout.pipeline_size}" + (f" ({chunks} virtual chunks each)" if chunks > 1 else "")
         trainable = sum(p.numel() for model in self.state.models for p in model.parameters() if p.requires_grad)
         self.log.say(
             f"{layout.world_size} process(es) on {layout.device.type}: tensor {layout.tensor_size} x pipeline "
