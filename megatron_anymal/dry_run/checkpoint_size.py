@@ -1,4 +1,4 @@
-"""How much disk a run's checkpoints will take yet."""
+"""Estimate the disk space that a run's checkpoints still need."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from pathlib import Path
 from megatron_anymal.checkpoint.store import committed
 from megatron_anymal.config import RunConfig
 
-# Bytes for a number that trains: an fp32 weight, its bf16 copy at most, and Adam's two fp32 moments.
+# Bytes per trainable parameter (an fp32 weight, possibly a bf16 copy, Adam's two fp32 moments), and per frozen one.
 _TRAINED, _CARRIED = 16, 4
 
 
 def bytes_needed(config: RunConfig) -> int:
-    """Bytes for all checkpoints kept at once and the one being written, less those that are there.
+    """Return the bytes for all checkpoints kept at once and the one being written, less the existing ones.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what would stop the run too.
+        ConfigError, DataError, CheckpointError: errors that would also stop the run.
     """
-    there = committed(config.run_dir / "checkpoints")
+    existing = committed(config.run_dir / "checkpoints")
     rules = config.exp_manager.checkpoint
-    # 0 keeps all: nobody can tell how many; two let it begin.
+    # keep_last=0 keeps all, an unknown number: two are enough to start.
     kept = (rules.keep_last + rules.keep_best if rules.keep_last else 2) + 1
-    one = _size(there[0]) if there else _estimate(config)
-    # One more is always needed: it is written before an old one goes.
-    return one * max(1, kept - len(there))
+    checkpoint_bytes = _size(existing[0]) if existing else _estimate(config)
+    # Space for one more is always needed: it is written before an old one is deleted.
+    return checkpoint_bytes * max(1, kept - len(existing))
 
 
 def _size(folder: Path) -> int:

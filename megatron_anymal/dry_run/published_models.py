@@ -1,7 +1,7 @@
 """Shapes of published models, by the name of their HuggingFace folder.
 
-They let a run be checked where its models have not been downloaded yet. A run itself never uses them: it reads the
-folders.
+A dry run uses them to check a run whose models have not been downloaded yet. A run itself never uses them: it reads the
+model folders.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Published:
     """A published model.
 
     Attributes:
-        title: as people call it.
+        title: display name.
         folders: names of the HuggingFace repositories that hold this shape, without their owner.
         shape: keys of a LlamaConfig, or of the encoder type's own configuration, that differ from its defaults.
     """
@@ -103,7 +103,7 @@ def _vit(hidden: int, layers: int, heads: int, **rest: Any) -> dict[str, Any]:
 
 _CLIP_L14 = _vit(1024, 24, 16, intermediate_size=4096, patch_size=14, projection_dim=768)
 
-# By encoder.type. Of two-tower models the vision or audio tower.
+# By encoder.type; two-tower models are represented by their vision or audio tower.
 ENCODERS = {
     "clip": (
         Published("CLIP ViT-L/14", ("clip-vit-large-patch14",), _CLIP_L14),
@@ -111,7 +111,7 @@ ENCODERS = {
         Published(
             "OpenCLIP ViT-bigG/14",
             ("CLIP-ViT-bigG-14", "CLIP-ViT-bigG-14-laion2B-39B-b160k"),
-            # The act is GELU here, in OpenAI's CLIP its quick approximation.
+            # The activation is GELU; OpenAI's CLIP uses the quick_gelu approximation.
             _vit(1664, 48, 16, intermediate_size=8192, patch_size=14, projection_dim=1280, hidden_act="gelu"),
         ),
     ),
@@ -148,28 +148,28 @@ ENCODERS = {
 
 
 def assume_shapes(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Put the published shape in the place of every model folder that is not on this machine.
+    """Substitute the published shape for every model folder that is not on this machine.
 
     Returns:
         A copy of the configuration, and a line for each folder that was replaced.
 
     Raises:
-        ConfigError: a folder that is not there and whose name says nothing.
+        ConfigError: a folder is missing and its name is not that of a published model.
     """
     config = copy.deepcopy(config)
     notes = []
     lm = config.model.language_model
     if lm.path and not Path(lm.path).exists():
-        found = _named(lm.path, LLAMAS, "model.language_model.path")
-        notes.append(_note(lm.path, found))
-        lm.path, lm.config, lm.load_weights = "", copy.deepcopy(found.shape), False
+        published = _named(lm.path, LLAMAS, "model.language_model.path")
+        notes.append(_note(lm.path, published))
+        lm.path, lm.config, lm.load_weights = "", copy.deepcopy(published.shape), False
     for name, section in config.model.modalities.items():
         encoder = section.encoder
-        # A plug-in's encoder reads its own folder.
+        # A plug-in's encoder reads its folder itself.
         if encoder.path and not Path(encoder.path).exists() and encoder.type in ENCODERS:
-            found = _named(encoder.path, ENCODERS[encoder.type], f"model.modalities.{name}.encoder.path")
-            notes.append(_note(encoder.path, found))
-            encoder.path, encoder.config = "", copy.deepcopy(found.shape)
+            published = _named(encoder.path, ENCODERS[encoder.type], f"model.modalities.{name}.encoder.path")
+            notes.append(_note(encoder.path, published))
+            encoder.path, encoder.config = "", copy.deepcopy(published.shape)
     return config, notes
 
 
@@ -183,8 +183,8 @@ def _named(path: str, known: Sequence[Published], key: str) -> Published:
     hint = f"Did you mean {names[near[0]]}? " if near else ""
     listed = ", ".join(model.folders[0] for model in known)
     raise ConfigError(
-        f"{key}={path!r} is not on this machine. A dry run needs at least the folder's config.json, or the name of a "
-        f"published model as the folder's. {hint}Known: {listed}, and their variants."
+        f"{key}={path!r} is not on this machine. A dry run needs at least the folder's config.json, or a folder named "
+        f"like a published model. {hint}Known: {listed}, and their variants."
     )
 
 

@@ -1,4 +1,4 @@
-"""What a dry run prints."""
+"""Format the report of a dry run."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from megatron_anymal.train.auto_recompute import configured
 
 
 def print_dry_run(config: RunConfig) -> None:
-    """Check a run and print what each rank would hold, without GPU, launcher or weights; start and write nothing.
+    """Check a run and print the memory use of each rank, without GPU, launcher or weights; start and write nothing.
 
     Raises:
         ConfigError, DataError, CheckpointError: see `examine`.
     """
-    # A launcher's other processes would say the same.
+    # A launcher's other processes would print the same.
     if os.environ.get("RANK", "0") == "0":
         print(render(examine(config)))
 
 
 def render(found: DryRun) -> str:
-    """The whole report."""
+    """Return the whole report."""
     sections = [
         _job(found.config),
-        "A rank of each pipeline stage (activations come on top):\n" + _stages(found.stages),
+        "Per rank of each pipeline stage, without activations:\n" + _stages(found.stages),
         _memory(found),
-        "The whole model, each weight once:\n" + _components(found),
+        "Whole model, each weight counted once:\n" + _components(found),
     ]
     if found.samples:
         sections.append("Data:\n" + _data(found))
     if found.missing:
         rows = [(f"  {key}", path) for key, path in found.missing]
-        sections.append(f"Not on this machine yet (looked for from {Path.cwd()}):\n" + _table(rows, left=2))
+        sections.append(f"Not on this machine yet (paths relative to {Path.cwd()}):\n" + _table(rows, left=2))
     if found.notes:
         sections.append("Notes:\n" + "\n".join(f"  {note}" for note in found.notes))
     return "\n\n".join(sections)
@@ -52,16 +52,16 @@ def _job(config: RunConfig) -> str:
     ]
     extra = ", sequence parallel" if model.sequence_parallel else ""
     if model.virtual_pipeline_model_parallel_size > 1:
-        extra += f", {model.virtual_pipeline_model_parallel_size} virtual parts a stage"
+        extra += f", {model.virtual_pipeline_model_parallel_size} virtual chunks per stage"
     multiple = layout.data_parallel_size * layout.micro_batch_size * layout.micro_batches_multiple
     longest = padded(layout.seq_length, layout.length_multiple)
     rows = [
         ("processes", f"{config.world_size:,} = {config.trainer.num_nodes} node(s) x {config.trainer.devices}"),
         ("layout", " x ".join(sizes) + extra),
-        ("batch", f"{model.global_batch_size:,} samples a step, {_quotient(config)} a replica"),
+        ("batch", f"{model.global_batch_size:,} samples per step, {_quotient(config)} per replica"),
         (
             "packs",
-            f"at most {longest:,} tokens; {layout.micro_batch_size} to a micro-batch, a multiple of {multiple} a step",
+            f"at most {longest:,} tokens; {layout.micro_batch_size} per micro-batch, a multiple of {multiple} per step",
         ),
         ("precision", config.trainer.precision + (f", FP8 {model.fp8}" if model.fp8 else "")),
         ("recompute", "auto" if model.recompute_granularity == "auto" else str(configured(config))),
@@ -75,19 +75,19 @@ def _quotient(config: RunConfig) -> str:
 
 
 def _memory(found: DryRun) -> str:
-    """What is held during a step, and which recompute makes it so."""
+    """Format the memory use during a step, and the activation recomputation that it assumes."""
     memory = found.memory
     assert memory is not None
     choice = memory.choice
     auto = found.config.model.recompute_granularity == "auto"
     title = (
-        f"A rank in a step on a {'CPU' if memory.on_cpu else 'GPU'} (attention by {memory.attention}), packs full of "
+        f"Per rank during a step on a {'CPU' if memory.on_cpu else 'GPU'} ({memory.attention} attention), with packs "
     )
-    title += f"labels and media; recompute {choice.recompute}"
+    title += f"full of labels and media; recompute {choice.recompute}"
     if auto and choice.memory:
         title += ", chosen: the cheapest that fits"
     rows: list[tuple[str, ...]] = [
-        ("stage", "stored", "activations", "in use for a while", "together", "micro-batches held, by model part")
+        ("stage", "stored", "activations", "temporary", "total", "micro-batches in flight per model chunk")
     ]
     for number, held in enumerate(choice.held):
         stored = held.weights + held.gradients + held.optimizer
@@ -103,11 +103,11 @@ def _memory(found: DryRun) -> str:
 
 
 def _stages(stages: Sequence[Stage]) -> str:
-    titles = ("stage", "ranks", "parameters", "trainable", "weights", "gradients", "optimizer", "together")
-    rows: list[tuple[str, ...]] = [(*titles, "layers", "besides")]
+    titles = ("stage", "ranks", "parameters", "trainable", "weights", "gradients", "optimizer", "total")
+    rows: list[tuple[str, ...]] = [(*titles, "layers", "other modules")]
     for number, stage in enumerate(stages):
-        together = stage.weight_bytes + stage.gradient_bytes + stage.optimizer_bytes
-        sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, together)
+        total = stage.weight_bytes + stage.gradient_bytes + stage.optimizer_bytes
+        sizes = (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes, total)
         rows.append(
             (
                 str(number),
@@ -115,18 +115,18 @@ def _stages(stages: Sequence[Stage]) -> str:
                 f"{stage.parameters:,}",
                 f"{stage.trainable:,}",
                 *(_bytes(size) for size in sizes),
-                ", ".join(_span(part.layers) for part in stage.parts),
-                _besides([name for part in stage.parts for name in part.besides]),
+                ", ".join(_span(chunk.layers) for chunk in stage.parts),
+                _besides([name for chunk in stage.parts for name in chunk.besides]),
             )
         )
         if len(stage.parts) > 1:
-            rows += [_part_row(place, part) for place, part in enumerate(stage.parts)]
+            rows += [_part_row(position, chunk) for position, chunk in enumerate(stage.parts)]
     return _table(rows, left=0, left_from=len(titles))
 
 
 def _part_row(place: int, part: ChunkSize) -> tuple[str, ...]:
     numbers = (f"{part.parameters:,}", f"{part.trainable:,}", _bytes(part.weight_bytes))
-    return (f"part {place}", "", *numbers, "", "", "", _span(part.layers), _besides(part.besides))
+    return (f"chunk {place}", "", *numbers, "", "", "", _span(part.layers), _besides(part.besides))
 
 
 def _besides(names: Sequence[str]) -> str:
@@ -146,7 +146,7 @@ def _components(found: DryRun) -> str:
         component = _component(name)
         before = counts.get(component, (0, 0))
         counts[component] = (before[0] + numbers, before[1] + numbers * trains)
-    counts["together"] = (sum(c[0] for c in counts.values()), sum(c[1] for c in counts.values()))
+    counts["total"] = (sum(c[0] for c in counts.values()), sum(c[1] for c in counts.values()))
     rows = [("", "parameters", "", "trainable", "")]
     rows += [(name, f"{a:,}", _short(a), f"{b:,}", _short(b)) for name, (a, b) in counts.items()]
     return _table(rows, left=1)
@@ -168,7 +168,7 @@ def _data(found: DryRun) -> str:
         if split == "train":
             share = config.data.train[name].weight / sum(dataset.weight for dataset in config.data.train.values())
             steps = count / (share * config.model.global_batch_size)
-            row = (*row, f"once through in {steps:,.1f} steps ({share:.0%} of the mix)")
+            row = (*row, f"one epoch in {steps:,.1f} steps ({share:.0%} of the mix)")
         rows.append(row)
     return _table(rows, left=1, left_from=2)
 
@@ -184,15 +184,15 @@ def _bytes(count: int) -> str:
 
 
 def _short(count: int, units: Sequence[str] = ("", "k", "M", "B", "T")) -> str:
-    """Three or four digits and a unit, in steps of a thousand."""
-    value, place = float(count), 0
-    while value >= 999.5 and place < len(units) - 1:
-        value, place = value / 1000, place + 1
-    return f"{value:.2f} {units[place]}" if place else str(count)
+    """Format a number with two decimals and an SI unit."""
+    value, power = float(count), 0
+    while value >= 999.5 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.2f} {units[power]}" if power else str(count)
 
 
 def _table(rows: Sequence[Sequence[str]], left: int, left_from: int | None = None) -> str:
-    """Columns side by side; the first `left` ones and those from `left_from` are left-aligned, the others right."""
+    """Format rows as columns; the first `left` and those from `left_from` on are left-aligned, the others right."""
     columns = max(len(row) for row in rows)
     filled = [[*row, *[""] * (columns - len(row))] for row in rows]
     widths = [max(len(row[column]) for row in filled) for column in range(columns)]

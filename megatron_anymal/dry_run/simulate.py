@@ -1,7 +1,7 @@
-"""`--dry-run`: check a run, build its model without numbers, and say what each rank would hold.
+"""`--dry-run`: check a run, build its model without weight data, and report the memory use of each rank.
 
-One process plays one rank of each pipeline stage after the other, over process groups that move nothing, and builds
-that rank's part of the model on torch's meta device. No GPU, no launcher and no weights are needed.
+One process simulates one rank of each pipeline stage in turn, over fake process groups, and builds that rank's part of
+the model on torch's meta device. No GPU, launcher or weights are needed.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from megatron_anymal.train.auto_recompute import (
 from megatron_anymal.train.build import build_data, check_vocabulary, loaded_modalities
 
 _META = torch.device("meta")
-# Older weights, which transformers reads too.
+# The older weight format, which transformers also reads.
 _PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-# For what the data path asks of a rank.
+# Layout of a single process, for the data pipeline.
 _ALONE = ParallelLayout(
     _META,
     rank=0,
@@ -65,13 +65,13 @@ _ALONE = ParallelLayout(
 
 @dataclass(frozen=True)
 class ChunkSize:
-    """A model part of one rank: a pipeline stage, or one of those that a virtual pipeline cuts it into."""
+    """A model chunk of one rank: a pipeline stage, or one of its virtual pipeline chunks."""
 
-    # Numbers of its layers, counted from 0 over the whole Llama.
+    # Indices of its layers, counted from 0 over the whole Llama.
     layers: tuple[int, ...]
-    # What it holds besides: "embedding", "image encoder", "image projector", ..., "head".
+    # Other modules: "embedding", "image encoder", "image projector", ..., "head".
     besides: tuple[str, ...]
-    # Of this rank, replicated and padded ones included.
+    # On this rank, including replicated and padding parameters.
     parameters: int
     trainable: int
     weight_bytes: int
@@ -79,12 +79,12 @@ class ChunkSize:
 
 @dataclass(frozen=True)
 class Stage:
-    """What each rank of a pipeline stage holds; all of them hold as much.
+    """Sizes per rank of a pipeline stage, equal for all of its ranks.
 
     Attributes:
-        ranks: the ranks of the job, over all replicas.
+        ranks: the stage's ranks in the job, over all replicas.
         gradient_bytes: fp32 gradients.
-        optimizer_bytes: Adam's moments and, with bf16, the fp32 copy of what trains; this rank's share.
+        optimizer_bytes: one rank's share of Adam's moments and, with bf16, of the fp32 main weights.
     """
 
     ranks: range
@@ -94,27 +94,27 @@ class Stage:
 
     @property
     def parameters(self) -> int:
-        """Of one rank."""
+        """Parameters per rank."""
         return sum(part.parameters for part in self.parts)
 
     @property
     def trainable(self) -> int:
-        """Of one rank."""
+        """Trainable parameters per rank."""
         return sum(part.trainable for part in self.parts)
 
     @property
     def weight_bytes(self) -> int:
-        """Of one rank."""
+        """Weight bytes per rank."""
         return sum(part.weight_bytes for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What the ranks hold in a step, activations included.
+    """Memory use of the ranks during a step, including activations.
 
     Attributes:
-        choice: the recompute, chosen or configured, and what each stage's ranks hold with it.
-        attention, on_cpu: what it was counted for.
+        choice: the recomputation, chosen or configured, and each stage's memory use with it.
+        attention, on_cpu: the attention kernel and device type that the estimate assumes.
     """
 
     choice: Choice
@@ -124,14 +124,14 @@ class Memory:
 
 @dataclass
 class DryRun:
-    """What a dry run found.
+    """Results of a dry run.
 
     Attributes:
-        weights: of the whole model, by name: numbers in it, and whether it trains. Whatever the layout, each is there
-            once, and tied ones are one.
-        notes: what was assumed, and what this machine cannot do.
-        missing: key and path of what is not on this machine yet.
-        samples: of the data sets that are there, by the names of the split and of the data set.
+        weights: the whole model's weights by name: number of elements, and whether they train. Under every layout, each
+            weight appears once, and tied weights are one.
+        notes: assumptions, and limitations of this machine.
+        missing: key and path of everything that is not on this machine yet.
+        samples: number of samples of the existing data sets, by the names of the split and of the data set.
     """
 
     config: RunConfig
@@ -144,15 +144,15 @@ class DryRun:
 
 
 def examine(config: RunConfig) -> DryRun:
-    """Check a run and build its model without numbers. Leaves no process group behind and writes nothing.
+    """Check a run and build its model without weight data. Leaves no process group behind and writes nothing.
 
     Raises:
-        ConfigError, DataError, CheckpointError: what would stop the run too, naming the key, folder or sample and the
-            mend; and a model that is neither on this machine nor a published one.
+        ConfigError, DataError, CheckpointError: anything that would also stop the run, naming the key, folder or sample
+            and the fix; or a model that is neither on this machine nor a published one.
     """
     check(config)
-    found = DryRun(config)
-    assumed, found.notes = assume_shapes(config)
+    result = DryRun(config)
+    assumed, result.notes = assume_shapes(config)
     load_plugins(config.model.plugins)
     hf = _llama_shape(assumed)
     limits = config.data.limits
@@ -160,26 +160,26 @@ def examine(config: RunConfig) -> DryRun:
     try:
         backend.check_backend(config)
     except ConfigError as error:
-        found.notes.append(f"this machine cannot run it: {error}")
+        result.notes.append(f"this machine cannot run it: {error}")
     buildable = without_weights(assumed)
     check_model(hf, buildable)
-    _look_around(found, hf, modalities)
+    _look_around(result, hf, modalities)
     for number, models in enumerate(_play_stages(buildable, hf, modalities)):
-        _enter_stage(found, number, models)
-    found.memory = _memory(found, assumed, hf, modalities)
-    return found
+        _enter_stage(result, number, models)
+    result.memory = _memory(result, assumed, hf, modalities)
+    return result
 
 
 def _memory(found: DryRun, config: RunConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
-    """What a step holds; of a run in bf16 or with model.memory_gb on a GPU, whether or not one is here.
+    """Estimate the memory use of a step; for a run in bf16 or with model.memory_gb, on a GPU, even if there is none.
 
     Raises:
         ConfigError: model.recompute_granularity=auto, and nothing fits.
     """
-    here, model = torch.cuda.is_available(), config.model
-    planned = here or model.memory_gb > 0 or config.trainer.precision == "bf16"
+    has_gpu, model = torch.cuda.is_available(), config.model
+    planned = has_gpu or model.memory_gb > 0 or config.trainer.precision == "bf16"
     sizes = run_sizes(config, hf, modalities, planned=planned)
-    known = here or not planned or model.memory_gb > 0
+    known = has_gpu or not planned or model.memory_gb > 0
     memory = memory_to_fit(config) if known else 0
     if model.recompute_granularity == "auto" and known:
         choice = choose(sizes, memory)
@@ -187,20 +187,20 @@ def _memory(found: DryRun, config: RunConfig, hf: LlamaConfig, modalities: dict[
         choice = judge(sizes, configured(config), memory)
         if model.recompute_granularity == "auto":
             found.notes.append(
-                "model.recompute_granularity=auto: what is chosen depends on the card's memory, and this machine has "
-                "no card. Give it with model.memory_gb, for example 80. Shown is no recompute"
+                "model.recompute_granularity=auto: the choice depends on the GPU's memory, and this machine has no "
+                "GPU. Give it with model.memory_gb, for example 80. The figures shown are without recomputation"
             )
     return Memory(choice, sizes.llama.attention, sizes.llama.on_cpu)
 
 
 def weights_of_stages(config: RunConfig, hf: LlamaConfig) -> list[list[Weight]]:
-    """The weights of the first rank of each pipeline stage, without numbers.
+    """Return the weights of the first rank of each pipeline stage, without their data.
 
     Args:
-        hf: the Llama's configuration; the run's own source of it is not looked at.
+        hf: the Llama's configuration; the run's own source of it is ignored.
 
     Raises:
-        ConfigError: sizes that do not divide, or an encoder whose shape is not known here.
+        ConfigError: sizes do not divide, or an encoder's shape is unknown.
     """
     assumed, _ = assume_shapes(config)
     load_plugins(config.model.plugins)
@@ -215,7 +215,7 @@ def weights_of_stages(config: RunConfig, hf: LlamaConfig) -> list[list[Weight]]:
 
 
 def _play_stages(config: RunConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Iterator[list[AnyMALModel]]:
-    """The model parts of each stage's first rank; its process groups are there while they are looked at."""
+    """Yield the model chunks of each stage's first rank, whose process groups exist until the next iteration."""
     for number in range(config.model.pipeline_model_parallel_size):
         with _as_rank_of_stage(number, config):
             with on_meta():
@@ -232,15 +232,15 @@ def _llama_shape(config: RunConfig) -> LlamaConfig:
 
 @contextmanager
 def _as_rank_of_stage(number: int, config: RunConfig) -> Iterator[None]:
-    """Be the first rank of a pipeline stage of one replica, among processes that are not there."""
+    """Simulate the first rank of a pipeline stage of one replica, without the other processes."""
     if dist.is_initialized():
-        raise RuntimeError("A dry run plays ranks of its own and cannot be one of a job.")
+        raise RuntimeError("A dry run simulates ranks itself and cannot be a rank of a job.")
     ranks = config.model_parallel_size
     first = number * (ranks // config.model.pipeline_model_parallel_size)
     dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=ranks)
     try:
         make_groups(config, cpu_groups=False)
-        # megatron-core draws initial values from a GPU's random states; this tracker has none.
+        # megatron-core initializes weights under a GPU RNG state; this tracker keeps none.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
         yield
     finally:
@@ -249,14 +249,14 @@ def _as_rank_of_stage(number: int, config: RunConfig) -> Iterator[None]:
 
 
 def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
-    """Count a stage's model parts."""
-    config, parts = found.config, []
+    """Add the sizes of a stage's model chunks."""
+    config, chunks = found.config, []
     for model in models:
         weights = list_weights(model)
         local = [weight.parameter for weight in weights]
         decoder: Any = model.language_model.decoder
         media = [f"{name} {half}" for name in model.projectors for half in ("encoder", "projector")]
-        parts.append(
+        chunks.append(
             ChunkSize(
                 layers=tuple(layer.layer_number - 1 for layer in decoder.layers),
                 besides=(*["embedding"] * model.pre_process, *media, *["head"] * model.post_process),
@@ -267,14 +267,14 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
         )
         found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
     ranks = config.world_size // config.model.pipeline_model_parallel_size
-    trainable = sum(part.trainable for part in parts)
+    trainable = sum(chunk.trainable for chunk in chunks)
     found.stages.append(
-        Stage(range(number * ranks, (number + 1) * ranks), tuple(parts), 4 * trainable, _optimizer(config, trainable))
+        Stage(range(number * ranks, (number + 1) * ranks), tuple(chunks), 4 * trainable, _optimizer(config, trainable))
     )
 
 
 def _bytes_of(weight: Weight, config: RunConfig) -> int:
-    """Bytes of a rank's part of a weight."""
+    """Bytes of a rank's shard of a weight."""
     parameter = weight.parameter
     in_layer = weight.name.startswith("language_model.decoder.layers.") and ".lora." not in weight.name
     quantized = config.model.fp8_primary_weights and in_layer and parameter.dim() == 2
@@ -288,14 +288,14 @@ def _optimizer(config: RunConfig, trainable: int) -> int:
 
 
 def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:
-    """Check the tokenizer, weights and data that are there, count samples, and list what is not there."""
+    """Check the existing tokenizer, weights and data, count samples, and list everything that is missing."""
     config = found.config
     lm = config.model.language_model
     if lm.path and lm.load_weights:
         found.missing += [("model.language_model.path", path) for path in _missing_weights(lm.path)]
     for name, section in config.model.modalities.items():
         encoder = section.encoder
-        # What a plug-in's encoder keeps in its folder is its own affair.
+        # The files in a plug-in encoder's folder are unknown here.
         if encoder.path and (encoder.type in ENCODERS or not Path(encoder.path).exists()):
             missing = _missing_weights(encoder.path, _PICKLED if encoder.type in ARCHITECTURES else ())
             found.missing += [(f"model.modalities.{name}.encoder.path", path) for path in missing]
@@ -316,10 +316,10 @@ def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]
 
 
 def _missing_weights(path: str, instead: Sequence[str] = ()) -> list[str]:
-    """The folder, or the files that it lacks of the weights in it.
+    """Return the folder if it is missing, or else the weight files missing from it.
 
     Args:
-        instead: files of which one may stand for the safetensors.
+        instead: files any of which may replace the safetensors.
     """
     folder = Path(path)
     if not folder.exists():
@@ -332,20 +332,20 @@ def _missing_weights(path: str, instead: Sequence[str] = ()) -> list[str]:
 
 
 def _look_at_data(found: DryRun, split: str, tokenizer: Tokenizer | None, modalities: dict[str, Modality]) -> None:
-    configured, there = getattr(found.config.data, split), {}
+    configured, existing = getattr(found.config.data, split), {}
     for name, dataset in configured.items():
         if "://" in dataset.path:
-            found.notes.append(f"data.{split}.{name}.path={dataset.path} was not looked at: it is no local folder")
+            found.notes.append(f"data.{split}.{name}.path={dataset.path} was not checked: it is not a local folder")
         elif Path(dataset.path).exists():
-            there[name] = dataset
+            existing[name] = dataset
         else:
             found.missing.append((f"data.{split}.{name}.path", dataset.path))
     if tokenizer is None:
-        indexes = [ShardIndex(dataset.path) for dataset in there.values()]
-    elif there or (split == "train" and not configured):
+        indexes = [ShardIndex(dataset.path) for dataset in existing.values()]
+    elif existing or (split == "train" and not configured):
         config = copy.deepcopy(found.config)
-        setattr(config.data, split, there)
+        setattr(config.data, split, existing)
         indexes = build_data(config, _ALONE, tokenizer, modalities, split).planner.indexes
     else:
         return
-    found.samples.update({(split, name): len(index) for name, index in zip(there, indexes)})
+    found.samples.update({(split, name): len(index) for name, index in zip(existing, indexes)})

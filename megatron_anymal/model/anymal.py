@@ -1,7 +1,7 @@
 """AnyMAL: encoders and projectors on the first pipeline stage, then the Llama.
 
-Shapes: T tokens of a micro-batch that this rank holds (all of them, or a context-parallel rank's part), H the Llama's
-hidden size.
+Shapes: T tokens of a micro-batch on this rank (all of them, or a context-parallel rank's share), H the Llama's hidden
+size.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from megatron_anymal.model.neftune import neftune_noise
 
 
 class AnyMALModel(MegatronModule):
-    """One pipeline stage of the whole model, or one of the parts that a virtual pipeline cuts a stage into.
+    """One pipeline stage of the whole model, or one virtual pipeline chunk of a stage.
 
-    Encoders and projectors are there only where `pre_process` is true. Encoders stay in evaluation mode: they drop
-    nothing at random, so a piece always gives the same features.
+    Encoders and projectors exist only if `pre_process` is true. Encoders stay in evaluation mode: without dropout, a
+    piece always gives the same features.
     """
 
     def __init__(
@@ -51,22 +51,22 @@ class AnyMALModel(MegatronModule):
         trainable_modalities: Collection[str],
         llama_trains: bool,
     ):
-        """Put the parts together.
+        """Assemble the components.
 
         Args:
-            trainable_modalities: those whose encoder or projector trains, on whichever stage they are.
-            llama_trains: whether the Llama trains, on any stage; adapters that are added later set it.
+            trainable_modalities: modalities whose encoder or projector trains, on whichever stage they are.
+            llama_trains: whether the Llama trains on any stage; adding adapters later sets it.
         """
         super().__init__(config=config)
         self.language_model = language_model
         self.encoders = nn.ModuleDict(encoders)
         self.projectors = nn.ModuleDict(projectors)
         self.vocab_size = vocab_size
-        # Told of each micro-batch's tokens, where adapters drop some of their input.
+        # Gets each micro-batch's tokens if the adapters use dropout.
         self.lora_dropout: Optional[LoraDropout] = None
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
-        # megatron-core's schedules ask for it.
+        # Required by megatron-core's schedules.
         self.model_type = ModelType.encoder_or_decoder
         self._pieces_per_call = pieces_per_call
         self._attention = attention
@@ -75,11 +75,11 @@ class AnyMALModel(MegatronModule):
 
     @property
     def _scaling_is_agreed_on(self) -> bool:
-        """Delayed FP8 scaling: every backward pass of every replica takes part in a reduction."""
+        """Whether FP8 scaling is delayed, so that every backward pass of every replica takes part in a reduction."""
         return bool(self.config.fp8) and self.config.fp8_recipe == "delayed"
 
     def train(self, mode: bool = True) -> AnyMALModel:
-        """As torch's, except for the encoders."""
+        """Set the mode of everything except the encoders, which stay in evaluation mode."""
         super().train(mode)
         self.encoders.eval()
         return self
@@ -89,7 +89,7 @@ class AnyMALModel(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """The embedding that a tied head shares (called when gradients are finalised)."""
+        """Return the embedding that a tied head shares (called when gradients are finalized)."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def forward(
@@ -103,26 +103,26 @@ class AnyMALModel(MegatronModule):
         Args:
             micro_batch: on this model's device.
             labels: [1, T]; the last stage then returns losses instead of logits.
-            soft: what `soft_tokens` returned before, to encode nothing again.
+            soft: an earlier result of `soft_tokens`, to skip encoding.
 
         Returns:
-            [1, T] fp32 cross-entropy (0 where the loss mask is), or [1, T, V / tensor-parallel size] logits on the last
-            stage; else the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
+            On the last stage [1, T] fp32 cross-entropy (0 where the loss mask is), or [1, T, V / tensor-parallel size]
+            logits; else the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
         """
         if self.lora_dropout is not None:
             self.lora_dropout.set_tokens(self._seed, micro_batch.plan.step, *_name_tokens(micro_batch))
         if self.pre_process:
-            given = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
+            stage_input = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
         else:
-            given = self.language_model.decoder.input_tensor
+            stage_input = self.language_model.decoder.input_tensor
         if not torch.is_grad_enabled() or self._teaches(micro_batch):
-            return self._run_llama(given, micro_batch, labels)
+            return self._run_llama(stage_input, micro_batch, labels)
         with torch.no_grad():
-            output = self._run_llama(given, micro_batch, labels)
-        return without_gradient(output, given)
+            output = self._run_llama(stage_input, micro_batch, labels)
+        return without_gradient(output, stage_input)
 
     def _run_llama(self, given: Tensor, micro_batch: MicroBatch, labels: Optional[Tensor]) -> Tensor:
-        """This stage's layers, and on the last one the head."""
+        """Run this stage's layers and, on the last stage, the head."""
         llama = self.language_model
         hidden = llama.decoder(
             hidden_states=given if self.pre_process else None,
@@ -137,9 +137,9 @@ class AnyMALModel(MegatronModule):
         return label_losses(llama, hidden, labels, micro_batch.label_index, self.vocab_size)
 
     def _teaches(self, micro_batch: MicroBatch) -> bool:
-        """Whether the micro-batch's loss can have a gradient other than zero: the same on every rank of the replica.
+        """Whether the micro-batch's loss can have a nonzero gradient; the same on every rank of the replica.
 
-        Under a Llama that is frozen on every stage all that trains lies before it, and is reached through media alone.
+        If the Llama is frozen on every stage, all trainable weights come before it and are reached only through media.
         """
         if self.llama_trains or self._scaling_is_agreed_on:
             return True
@@ -150,7 +150,7 @@ class AnyMALModel(MegatronModule):
         """Encode and project a micro-batch's media.
 
         Returns:
-            Per modality [pieces x soft tokens, H]; of a modality that trains also where there are no pieces.
+            Per modality [pieces x soft tokens, H]; trainable modalities are included even without pieces.
         """
         device = micro_batch.tokens.device
         return {
@@ -165,33 +165,33 @@ class AnyMALModel(MegatronModule):
         encoded, features = self._encode(name, media, device)
         if len(own) > 1 and any(own):
             features = gather_features(features, own)
-        # Where there is nothing, a piece of zeros goes through and is cut off again: what trains takes part all the
-        # same.
+        # Without pieces, a dummy piece of zeros goes through and is cut off again, so that trainable weights still take
+        # part in the backward pass.
         used = features if len(features) else encoded
         soft = self.projectors[name](used.to(self.config.params_dtype))[: len(features)]
         if len(shares) > 1:
-            soft = gather_soft_tokens(soft, [sum(of_rank) for of_rank in shares])
+            soft = gather_soft_tokens(soft, [sum(rank_shares) for rank_shares in shares])
         return soft.flatten(0, 1)
 
     def embed(self, micro_batch: MicroBatch, soft: Mapping[str, Tensor]) -> Tensor:
-        """The Llama's input [T, 1, H] (this rank's part of T under sequence parallelism)."""
+        """Return the Llama's input [T, 1, H] (this rank's share of T under sequence parallelism)."""
         text = self.language_model.embedding(input_ids=micro_batch.tokens, position_ids=None)
         nowhere = torch.empty(0, dtype=torch.int64, device=micro_batch.tokens.device)
-        tokens, places = [], []
+        tokens, positions = [], []
         for name, tensor in soft.items():
             media = micro_batch.media.get(name)
             tokens.append(tensor if media is None or media.soft_index is None else tensor[media.soft_index])
-            places.append(nowhere if media is None else media.token_index)
-        merged = merge(text, tokens, places)
+            positions.append(nowhere if media is None else media.token_index)
+        merged = merge(text, tokens, positions)
         if self.training and self._neftune.alpha:
-            merged = merged + self._noise(micro_batch, places).unsqueeze(1)
+            merged = merged + self._noise(micro_batch, positions).unsqueeze(1)
         if torch.is_grad_enabled() and not merged.requires_grad:
-            # Nothing trainable lies before the Llama: the pipeline still sends gradients backwards.
+            # Nothing before the Llama trains, but the pipeline still sends gradients backwards.
             merged.requires_grad_()
         return scatter_to_sequence_parallel_region(merged) if self.config.sequence_parallel else merged
 
     def _noise(self, micro_batch: MicroBatch, soft_places: Sequence[Tensor]) -> Tensor:
-        """NEFTune's noise [T, H]; none where soft tokens go, if the configuration says so."""
+        """Return NEFTune's noise [T, H]; zero at the soft tokens' positions if the configuration says so."""
         documents, positions = _name_tokens(micro_batch)
         where = None
         if self._neftune.embeddings == "text":
@@ -214,10 +214,11 @@ class AnyMALModel(MegatronModule):
         return any(p.requires_grad for module in modules for p in module.parameters())
 
     def _encode(self, name: str, media: Optional[MediaBatch], device: torch.device) -> tuple[Tensor, Tensor]:
-        """This rank's share of the pieces through the encoder, in calls of bounded size.
+        """Encode this rank's share of the pieces, in calls of bounded size.
 
         Returns:
-            Features [at least 1, F, w], and of them those of pieces [n, F, w]: one piece of zeros stands in for none.
+            Features [at least 1, F, w] (of a dummy piece of zeros if there are none), and those of real pieces
+            [n, F, w].
         """
         encoder: Any = self.encoders[name]
         frozen = not any(p.requires_grad for p in encoder.parameters())
@@ -242,11 +243,11 @@ class AnyMALModel(MegatronModule):
 
 
 def _name_tokens(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-    """What numbers drawn for a token depend on, the same under every layout.
+    """Identify tokens independently of the layout, as keys for random numbers.
 
     Returns:
-        [T] int64 each: its document in the global batch (twice the sample's place, and 1 for a pair's rejected answer;
-        -1 for padding), and its place in it.
+        [T] int64 each: the token's document in the global batch (twice the sample's position, plus 1 for a pair's
+        rejected answer; -1 for padding), and its position in the document.
     """
     owners, branch = micro_batch.sample_positions[0], micro_batch.branch
     documents = 2 * owners if branch is None else 2 * owners + branch[0]
@@ -255,7 +256,7 @@ def _name_tokens(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
 
 
 def _own_tokens(whole: Tensor, micro_batch: MicroBatch) -> Tensor:
-    """Of a pack's [T of all context-parallel ranks] this rank's."""
+    """Select this rank's tokens of a pack's [T over all context-parallel ranks]."""
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return whole
@@ -263,10 +264,10 @@ def _own_tokens(whole: Tensor, micro_batch: MicroBatch) -> Tensor:
 
 
 def without_gradient(output: Tensor, given: Tensor) -> Tensor:
-    """The output of a stage, which hands zeros to what it was given in place of a backward pass.
+    """Return a stage's output, with a backward pass that just passes a zero gradient to the stage's input.
 
-    What lies before still takes part: pipelines send gradients backwards whatever they are, and gradient buckets become
-    ready in one order on every rank.
+    Earlier stages still take part: pipelines send gradients backwards in any case, and gradient buckets become ready in
+    the same order on every rank.
 
     Args:
         output: computed from `given`, without a graph.

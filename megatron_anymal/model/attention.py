@@ -1,14 +1,14 @@
-"""Packed documents: where they lie, their rotary position embeddings (RoPE), and block-diagonal causal attention.
+"""Sequence packing: document boundaries, rotary position embeddings (RoPE), and block-diagonal causal attention.
 
 Positions restart with each document; the angles are computed once per pass, and every layer's core attention rotates
 its queries and keys by them, whichever kernel follows.
 
 Under context parallelism each rank has the queries of its own tokens, and the keys and values of the whole pack are
-gathered (the backward pass sums and scatters their gradients). No pack-sized mask is ever made: see
+gathered (the backward pass sums and scatters their gradients). No pack-sized mask is ever materialized: see
 attention_kernels.py.
 
-Shapes: T tokens of a pack, Q = T / context-parallel size of them on this rank, n heads, g key/value groups, d the size
-of a head.
+Shapes: T tokens of a pack, Q = T / context-parallel size of them on this rank, n heads, g key/value groups, d head
+size.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from megatron_anymal.model.compiled_ops import apply_rotary
 
 
 class Rotation(NamedTuple):
-    """What turns the tokens that a rank holds: [Q, 1, d] each, fp32, the second half of d repeating the first."""
+    """RoPE rotation of a rank's tokens: [Q, 1, d] each, fp32, the second half of d repeating the first."""
 
     cos: Tensor
     sin: Tensor
 
 
 def rotation(position_ids: Tensor, inv_freq: Tensor) -> Rotation:
-    """The rotation of tokens by their places in their documents.
+    """Compute the rotation of tokens from their positions in their documents.
 
     Args:
         position_ids: [Q] int64.
-        inv_freq: [d / 2], as transformers' LlamaRotaryEmbedding gives it (RoPE scaling included).
+        inv_freq: [d / 2], from transformers' LlamaRotaryEmbedding (including RoPE scaling).
     """
     angles = torch.outer(position_ids.to(inv_freq.dtype), inv_freq.to(position_ids.device))
     angles = torch.cat([angles, angles], dim=-1)[:, None]
@@ -51,17 +51,17 @@ def rotation(position_ids: Tensor, inv_freq: Tensor) -> Rotation:
 
 @dataclass
 class DocumentPack(PackedSeqParams):
-    """Where a pack's documents lie. It rides through megatron-core's layers in the place of its own class.
+    """Layout of a pack's documents, passed through megatron-core's layers in place of its own PackedSeqParams.
 
     Without Transformer Engine `qkv_format` stays "sbhd": the pack is one sequence for everything except the core
     attention, which reads the fields below.
     """
 
-    # Turns this rank's queries and keys.
+    # Rotation of this rank's queries and keys.
     rotation: Optional[Rotation] = None
-    # How the chosen kernel attends within these documents; None where Transformer Engine attends.
+    # Attention kernel for these documents; None if Transformer Engine computes attention.
     kernel: Optional[Kernel] = None
-    # [T] int64: where each token of the pack lies among the gathered ones; None without context parallelism.
+    # [T] int64: index of each token of the pack among the gathered ones; None without context parallelism.
     from_gathered: Optional[Tensor] = None
 
 
@@ -73,11 +73,11 @@ def document_pack(
     context_rank: int = 0,
     context_size: int = 1,
 ) -> DocumentPack:
-    """Describe a pack whose documents have these lengths, in order; none is empty.
+    """Describe a pack of documents with these lengths, in order; no document is empty.
 
     Args:
         inv_freq: [d / 2], see `rotation`.
-        kernel: a name of `attention_kernels.KERNELS`, or "transformer_engine", whose attention splits documents over
+        kernel: a key of `attention_kernels.KERNELS`, or "transformer_engine", whose attention splits documents over
             context-parallel ranks itself.
 
     Raises:
@@ -90,7 +90,7 @@ def document_pack(
         from_gathered = torch.empty_like(gathered)
         from_gathered[gathered] = torch.arange(len(gathered))
         positions = positions[held_tokens(lengths, context_rank, context_size)]
-    turned = rotation(positions.to(device), inv_freq)
+    rotated = rotation(positions.to(device), inv_freq)
     if kernel == "transformer_engine":
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
         return DocumentPack(
@@ -99,13 +99,13 @@ def document_pack(
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=max(lengths),
             max_seqlen_kv=max(lengths),
-            rotation=turned,
+            rotation=rotated,
         )
     return DocumentPack(
         qkv_format="sbhd",
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        rotation=turned,
+        rotation=rotated,
         kernel=KERNELS[kernel](lengths, context_rank, context_size, device),
         from_gathered=None if from_gathered is None else from_gathered.to(device),
     )
@@ -117,7 +117,7 @@ class PackedAttention(MegatronModule):
     def __init__(
         self, config: TransformerConfig, layer_number: int, softmax_scale: Optional[float] = None, **ignored: Any
     ):
-        # megatron-core hands every core attention the same arguments; masks and dropout do not apply here.
+        # megatron-core passes the same arguments to every core attention; masks and dropout do not apply here.
         super().__init__(config=config)
         self.scale = softmax_scale
 
@@ -148,7 +148,7 @@ class PackedAttention(MegatronModule):
 
 
 def _gather_keys(key: Tensor, value: Tensor, from_gathered: Tensor) -> tuple[Tensor, Tensor]:
-    """The whole pack's keys and values, in its order, from [Q, g, d] of every context-parallel rank."""
+    """Gather the whole pack's keys and values, in pack order, from [Q, g, d] of every context-parallel rank."""
     both = torch.cat([key, value], dim=-1)
     everything = gather_from_sequence_parallel_region(both, group=parallel_state.get_context_parallel_group())
     key, value = everything[from_gathered].chunk(2, dim=-1)

@@ -1,8 +1,8 @@
-"""The kernels that attend within the documents of a pack.
+"""Attention kernels for packed sequences: each document attends only to itself.
 
-Each is made once per pass from the documents' lengths and then called in every layer. What a rank computes is a list of
-segments: some consecutive tokens of a document as queries, and the document up to their last one as keys. Without
-context parallelism a segment is a whole document; with it every document gives two (data/context_parallel.py).
+A kernel is built once per pass from the documents' lengths and then called in every layer. A rank computes a list of
+segments, each with some consecutive tokens of a document as queries and the document up to the last of them as keys.
+Without context parallelism a segment is a whole document; with it every document has two (data/context_parallel.py).
 
 Shapes: T tokens of the pack, Q of them on this rank, n heads, g key/value groups, d head size.
 """
@@ -34,8 +34,8 @@ class Kernel(Protocol):
 
 @dataclass(frozen=True)
 class _Segment:
-    """`queries` tokens from `first_query` on (in this rank's order) see the `keys` tokens from `first_key` on (in the
-    pack's order) causally: the last query sees all of them."""
+    """`queries` tokens from `first_query` on (in this rank's order) attend causally to `keys` tokens from `first_key`
+    on (in pack order): the last query attends to all of them."""
 
     first_query: int
     queries: int
@@ -44,19 +44,19 @@ class _Segment:
 
 
 def _segments(lengths: Sequence[int], context_rank: int, context_size: int) -> list[_Segment]:
-    found, query = [], 0
+    segments, query = [], 0
     for length, first_key in zip(lengths, accumulate(lengths, initial=0)):
         for start, stop in held_chunks(length, context_rank, context_size):
-            found.append(_Segment(query, stop - start, first_key, stop))
+            segments.append(_Segment(query, stop - start, first_key, stop))
             query += stop - start
-    return found
+    return segments
 
 
 class SdpaKernel:
-    """torch's scaled dot-product attention, everywhere.
+    """torch's scaled dot-product attention, which runs on every device.
 
-    Segments of similar size are gathered into a batch and padded at their end. Whole documents use `is_causal`, which
-    never lets a document's tokens see the padding behind them; chunks of documents get masks of their own size.
+    Segments of similar size are gathered into a batch and padded at the end. Whole documents use `is_causal`, under
+    which a document's tokens never attend to the padding after them; chunks of documents get masks of their own size.
     """
 
     def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
@@ -75,7 +75,7 @@ class SdpaKernel:
                     first, first + segment.queries
                 )
             offset += bucket.queries.numel()
-        # [Q]: where each of this rank's tokens lies in the buckets laid end to end.
+        # [Q]: index of each of this rank's tokens in the concatenated buckets.
         self._from_buckets = places.to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
@@ -88,18 +88,18 @@ class SdpaKernel:
                 q, k, v, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scale, enable_gqa=grouped
             )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
-        together = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        return together[self._from_buckets]
+        concatenated = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        return concatenated[self._from_buckets]
 
 
 @dataclass(frozen=True)
 class _Bucket:
-    """Segments side by side, each padded to the longest by repeating its last token."""
+    """A batch of segments, each padded to the longest by repeating its last token."""
 
-    # [D, Lq] and [D, Lk] int64: the rank's query tokens, the pack's key tokens.
+    # [D, Lq] and [D, Lk] int64: indices of the rank's query tokens and of the pack's key tokens.
     queries: Tensor
     keys: Tensor
-    # [D, 1, Lq, Lk] bool: what a query sees; None where that is `is_causal`.
+    # [D, 1, Lq, Lk] bool: the keys that each query attends to; None for `is_causal`.
     mask: Optional[Tensor]
 
     @staticmethod
@@ -107,27 +107,27 @@ class _Bucket:
         first_query, queries, first_key, keys = torch.tensor(
             [(s.first_query, s.queries, s.first_key, s.keys) for s in segments]
         ).T.unsqueeze(2)
-        query_place, key_place = torch.arange(int(queries.max())), torch.arange(int(keys.max()))
+        query_offsets, key_offsets = torch.arange(int(queries.max())), torch.arange(int(keys.max()))
         mask = None
         if any(s.queries != s.keys for s in segments):
-            sees = (query_place + keys - queries)[:, :, None] >= key_place
+            sees = (query_offsets + keys - queries)[:, :, None] >= key_offsets
             mask = sees[:, None].to(device)
         return _Bucket(
-            (first_query + query_place.minimum(queries - 1)).to(device),
-            (first_key + key_place.minimum(keys - 1)).to(device),
+            (first_query + query_offsets.minimum(queries - 1)).to(device),
+            (first_key + key_offsets.minimum(keys - 1)).to(device),
             mask,
         )
 
 
 class FlashKernel:
-    """flash-attn's varlen kernel: its causal mask is aligned to the last key, which is what a segment is."""
+    """flash-attn's varlen kernel, whose causal mask is aligned to the last key, just like a segment."""
 
     def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
         segments = _segments(lengths, context_rank, context_size)
         self._cu_queries = _cumulative([s.queries for s in segments], device)
         self._cu_keys = _cumulative([s.keys for s in segments], device)
         self._longest = max(s.queries for s in segments), max(s.keys for s in segments)
-        # Whole documents are already laid end to end; chunks each need their document's beginning.
+        # Whole documents are already contiguous; a chunk also needs the keys from its document's beginning.
         self._keys: Optional[Tensor] = None
         if context_size > 1:
             parts = [torch.arange(s.first_key, s.first_key + s.keys) for s in segments]
@@ -152,14 +152,14 @@ class FlashKernel:
 
 
 class FlexKernel:
-    """torch's flex attention: blocks of the pack that no document joins are skipped."""
+    """torch's flex attention, which skips blocks of the pack without any document in common."""
 
     def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
         from torch.nn.attention.flex_attention import create_block_mask
 
         segments = _segments(lengths, context_rank, context_size)
         documents = torch.repeat_interleave(torch.tensor(lengths)).to(device)
-        # The pack's place of each query: the last of a segment is its last key.
+        # Position of each query in the pack: a segment's last query is its last key.
         places = torch.cat([torch.arange(s.first_key + s.keys - s.queries, s.first_key + s.keys) for s in segments]).to(
             device
         )
@@ -178,7 +178,7 @@ class FlexKernel:
 
 @cache
 def _flex() -> Any:
-    """Compiled: eager flex attention would make the whole matrix of scores."""
+    """Return flex attention compiled, because the eager version would materialize the whole score matrix."""
     from torch.nn.attention.flex_attention import flex_attention
 
     return torch.compile(flex_attention)

@@ -1,4 +1,4 @@
-"""From the configuration to this rank's part of the model, with its weights."""
+"""Build this rank's part of the model from the configuration, with its weights."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ def build_models(
     modalities: Mapping[str, Modality],
     load_base: Callable[[Sequence[AnyMALModel]], None],
 ) -> list[AnyMALModel]:
-    """This rank's pipeline stage (in the parts that a virtual pipeline cuts it into), weights set, frozen parts marked.
+    """Build this rank's pipeline stage (one model per virtual pipeline chunk), with weights set and frozen ones marked.
 
     Args:
         hf: the Llama's HuggingFace configuration.
         modalities: by their name in the configuration.
-        load_base: sets the Llama's weights where `model.language_model.checkpoint` names one.
+        load_base: sets the Llama's weights if `model.language_model.checkpoint` is set.
 
     Raises:
-        ConfigError: sizes that do not fit, or a folder that is missing or of the wrong kind.
+        ConfigError: sizes do not match, or a folder is missing or of the wrong kind.
     """
     models = [model.to(layout.device) for model in assemble(config, hf, modalities)]
     lm = config.model.language_model
@@ -63,16 +63,16 @@ def build_models(
 
 
 def assemble(config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality]) -> list[AnyMALModel]:
-    """This rank's model parts as `build_models` returns them, but for the weights' values.
+    """Build the models that `build_models` returns, without setting the weights' values.
 
     Raises:
-        ConfigError: sizes that do not fit.
+        ConfigError: sizes do not match.
     """
     transformer = transformer_config(hf, config)
     pieces_per_call = {name: m.encoder.max_pieces_per_call for name, m in config.model.modalities.items()}
-    parts = config.model.virtual_pipeline_model_parallel_size
+    chunks = config.model.virtual_pipeline_model_parallel_size
     models = []
-    for vp_stage in range(parts) if parts > 1 else [None]:
+    for vp_stage in range(chunks) if chunks > 1 else [None]:
         gpt = build_gpt(hf, transformer, backend.transformer_impl(config), vp_stage)
         encoders, projectors = _media_parts(config, transformer, modalities) if gpt.pre_process else ({}, {})
         attention = backend.attention_kernel(config)
@@ -123,7 +123,7 @@ def _media_parts(
 
 
 def seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: int) -> Encoder:
-    """An encoder whose random values, where it has any, depend on the seed and its name alone."""
+    """Build an encoder whose random initial values, if any, depend only on the seed and its name."""
     key = hashlib.sha256(f"{seed}/encoders.{name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
@@ -131,7 +131,7 @@ def seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: 
 
 
 def _set_gains(model: AnyMALModel) -> None:
-    """Start the projectors' gains at the root mean square of the text embeddings."""
+    """Initialize the projectors' gains to the root mean square of the text embeddings."""
     if not model.projectors:
         return
     table = model.language_model.embedding.word_embeddings.weight.detach()

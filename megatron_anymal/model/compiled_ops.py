@@ -1,6 +1,6 @@
-"""The parts of a layer between its matrix products: on a GPU one kernel each, through torch.compile.
+"""Operations between a layer's matrix products, each compiled to one kernel on a GPU by torch.compile.
 
-On CPUs the same functions run as they are written.
+On CPUs the same functions run eagerly.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_anymal import backend
 
 
 def fused_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile a function of tensors for its calls with CUDA tensors; its first argument decides."""
+    """Compile a function of tensors for calls whose first argument is a CUDA tensor."""
 
     @functools.cache
     def compiled() -> Callable[..., Any]:
@@ -33,7 +33,7 @@ def fused_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def can_compile() -> bool:
-    """Whether torch can generate GPU kernels here: it needs Triton."""
+    """Whether torch can generate GPU kernels, which requires Triton."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -43,7 +43,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension; NVIDIA's apex where torch cannot compile and apex is there."""
+    """RMSNorm over the last dimension; uses NVIDIA apex if it is installed and torch cannot compile."""
     if x.is_cuda and not can_compile() and backend.apex_kind() == "nvidia":
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
@@ -53,7 +53,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @fused_on_gpu
 def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding: turn each head's halves by its token's angles, in the heads' type as transformers' Llama does.
+    """Apply the rotary embedding to each head, in the heads' dtype, like transformers' Llama.
 
     Args:
         query, key: [Q, n, d], [Q, g, d].

@@ -1,4 +1,4 @@
-"""The merge: soft tokens take the places of their placeholders among the text embeddings."""
+"""Merge soft tokens into the text embeddings, in place of their placeholder tokens."""
 
 from __future__ import annotations
 
@@ -9,20 +9,19 @@ from torch import Tensor
 
 
 def merge(text: Tensor, soft_tokens: Sequence[Tensor], token_indexes: Sequence[Tensor]) -> Tensor:
-    """Put soft tokens into a pack.
+    """Insert soft tokens into a pack.
 
-    A modality may come with none of them: its tensor then still takes part in the backward pass, with a gradient of
-    no rows. So every trainable parameter of every rank takes part in every backward pass, in the same order: a
-    text-only micro-batch, or a rank without media, leaves no gradient reduction waiting, mixes none up, and adds
-    exactly nothing.
+    A modality may have no soft tokens: its tensor then still takes part in the backward pass, with an empty gradient.
+    So every trainable parameter of every rank takes part in every backward pass, in the same order: a text-only
+    micro-batch, or a rank without media, neither stalls nor reorders gradient reductions, and contributes exactly zero.
 
     Args:
-        text: [T, 1, H] embeddings of all token ids, placeholders among them.
+        text: [T, 1, H] embeddings of all token ids, including placeholders.
         soft_tokens: per modality [k, H].
-        token_indexes: per modality [k]: where in the pack each goes.
+        token_indexes: per modality [k]: position of each in the pack.
 
     Returns:
-        [T, 1, H]; its gradient reaches the soft tokens, and the text embeddings everywhere else.
+        [T, 1, H]; its gradient reaches the soft tokens and, at all other positions, the text embeddings.
     """
     if not soft_tokens:
         return text

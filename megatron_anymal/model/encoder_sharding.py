@@ -1,7 +1,7 @@
-"""What the ranks of a replica's first stage encode for each other.
+"""Share the encoder work among the ranks of a replica's first pipeline stage.
 
-Each media piece is encoded by one rank. The features of the tensor-parallel ranks are put together before the
-projector, which they run as one; the soft tokens of the context-parallel ranks after it.
+Each media piece is encoded by one rank. The tensor-parallel ranks gather features before the projector, whose weights
+they share; the context-parallel ranks gather soft tokens after it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 def gather_features(mine: Tensor, shares: Sequence[int]) -> Tensor:
-    """The features of all tensor-parallel ranks.
+    """Gather the features of all tensor-parallel ranks.
 
-    The projector's backward pass gives every rank the whole gradient, so that each takes its own part of it. That is
-    scaled by the number of ranks, because megatron-core takes the mean over them of the encoder's gradients
+    The projector's backward pass gives every rank the whole gradient, of which each takes its own slice. The slice is
+    scaled by the number of ranks, because megatron-core averages the encoder's gradients over them
     (`share_gradients`).
 
     Args:
@@ -33,15 +33,15 @@ def gather_features(mine: Tensor, shares: Sequence[int]) -> Tensor:
 
 
 def share_gradients(encoder: torch.nn.Module) -> None:
-    """Tell megatron-core that the tensor-parallel ranks each have a part of a trainable encoder's gradients."""
+    """Make megatron-core average a trainable encoder's gradients over the tensor-parallel ranks."""
     parameter: Any
     for parameter in encoder.parameters():
         parameter.average_gradients_across_tp_domain = True
 
 
 def gather_soft_tokens(mine: Tensor, shares: Sequence[int]) -> Tensor:
-    """The soft tokens of all context-parallel ranks; in the backward pass each gets the sum of what all ranks' tokens
-    say of its own.
+    """Gather the soft tokens of all context-parallel ranks; the backward pass sums the gradients of all ranks and
+    scatters them.
 
     Args:
         mine: [shares[rank], k, H].
@@ -52,7 +52,7 @@ def gather_soft_tokens(mine: Tensor, shares: Sequence[int]) -> Tensor:
     longest = max(shares)
     padded = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
     everything = gather_from_sequence_parallel_region(padded, group=parallel_state.get_context_parallel_group())
-    return torch.cat([part[:share] for part, share in zip(everything.split(longest), shares)])
+    return torch.cat([chunk[:share] for chunk, share in zip(everything.split(longest), shares)])
 
 
 class _GatherFeatures(torch.autograd.Function):
@@ -61,9 +61,9 @@ class _GatherFeatures(torch.autograd.Function):
         ctx.shares = shares
         padded = mine.new_zeros(max(shares), *mine.shape[1:])
         padded[: len(mine)] = mine
-        parts = [torch.empty_like(padded) for _ in shares]
-        dist.all_gather(parts, padded, group=parallel_state.get_tensor_model_parallel_group())
-        return torch.cat([part[:share] for part, share in zip(parts, shares)])
+        gathered = [torch.empty_like(padded) for _ in shares]
+        dist.all_gather(gathered, padded, group=parallel_state.get_tensor_model_parallel_group())
+        return torch.cat([part[:share] for part, share in zip(gathered, shares)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:

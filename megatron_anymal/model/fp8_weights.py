@@ -1,9 +1,9 @@
-"""A frozen base that is held in FP8 alone: Transformer Engine's quantized weights, without a bf16 copy.
+"""A frozen base model held only in FP8: Transformer Engine's quantized weights, without a bf16 copy.
 
-They take one byte a number. The gradient of a linear's input needs the weight transposed; on Hopper that is a second
-copy, made when it is needed and dropped right after, so that one layer has it at a time.
+They take one byte per element. The input gradient of a linear layer needs the transposed weight; on Hopper that is a
+second copy, created on demand and dropped right after, so that only one layer has it at a time.
 
-Hashes are those of the values that were quantized, so that a run in FP8 and one in bf16 stand on the same base.
+Hashes are computed from the values before quantization, so a run in FP8 and one in bf16 have the same base hash.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ def is_quantized(parameter: Any) -> bool:
 
 
 def building(transformer: TransformerConfig) -> AbstractContextManager[Any]:
-    """What a model is built under.
+    """Context manager for building a model.
 
-    With gradients on, Transformer Engine would keep the unquantized initial values, and a transposed copy of every
+    With gradients enabled, Transformer Engine would keep the unquantized initial values, and a transposed copy of every
     weight from the start.
     """
     return torch.no_grad() if transformer.fp8_param else nullcontext()
 
 
 def drop_transposes(model: nn.Module) -> None:
-    """Free each quantized weight's transposed copy after the backward pass of its linear."""
+    """Free each quantized weight's transposed copy after the backward pass of its linear layer."""
     for module in model.modules():
         held = [p for p in module.parameters(recurse=False) if is_quantized(p)]
         if held:
@@ -49,26 +49,26 @@ class _Drop:
 
 
 def remember_source(parameter: Any, digest: str) -> None:
-    """Note what a quantized parameter's present values were made from.
+    """Record the hash of the weight that a quantized parameter's current values were quantized from.
 
     Args:
-        digest: `weights.hash_weight` of the whole unquantized weight.
+        digest: `unsharded_weights.hash_weight` of the whole unquantized weight.
     """
     parameter.source = digest, _checksum(parameter)
 
 
 def source_of(parameter: Any) -> str:
-    """The hash noted by `remember_source`; another one where the parameter was changed since."""
+    """Return the hash recorded by `remember_source`, or a different string if the parameter has changed since."""
     digest, checksum = parameter.source
     return digest if _checksum(parameter) == checksum else f"changed since {digest}"
 
 
 def _checksum(parameter: Any, chunk: int = 1 << 24) -> int:
-    """A sum over the quantized bytes in which each place has its own odd factor; on their device."""
+    """Sum the quantized bytes, each with an odd factor of its own, on their device."""
     stored: Tensor = parameter.get_data_tensors(rowwise_data=True, columnwise_data=False).detach().flatten()
     total = torch.zeros((), dtype=torch.int64, device=stored.device)
     for first in range(0, stored.numel(), chunk):
         part = stored[first : first + chunk].view(torch.uint8).long()
-        places = torch.arange(first, first + part.numel(), device=part.device)
-        total += (part * (2 * places + 1)).sum()
+        positions = torch.arange(first, first + part.numel(), device=part.device)
+        total += (part * (2 * positions + 1)).sum()
     return int(total)

@@ -1,8 +1,7 @@
-"""HuggingFace Llama weights, ours, and a checkpoint's: the same tensors under other names and, for attention and MLP,
-joined.
+"""Map Llama weights between HuggingFace, our model and our checkpoints: other names, and fused attention and MLP.
 
-Ours joins q, k and v by key/value group (the group's query heads, its key head, its value head) and gate and up
-projection one after the other. A checkpoint stacks the layers, and keeps the norms where Transformer Engine does.
+Our model fuses q, k and v by key/value group (the group's query heads, its key head, its value head), and concatenates
+the gate and up projections. A checkpoint stacks the layers and names the norms as Transformer Engine does.
 """
 
 from __future__ import annotations
@@ -51,8 +50,8 @@ def load_hf_llama(folder: str, hf: LlamaConfig, weights: Iterable[Weight]) -> No
     """Set this rank's Llama weights from a HuggingFace folder, one tensor at a time.
 
     Raises:
-        ConfigError: the folder lacks weights or a tensor, a file is damaged, or a tensor is not the Llama's or has
-            another shape than its config.json says.
+        ConfigError: the folder lacks weights or a tensor, a file is damaged, or a tensor does not belong to the Llama
+            or has another shape than its config.json implies.
     """
     try:
         files = HFWeights(folder)
@@ -62,30 +61,30 @@ def load_hf_llama(folder: str, hf: LlamaConfig, weights: Iterable[Weight]) -> No
                 weight.set(from_hf(weight.name, hf, files.__getitem__))
     except TensorFileError as error:
         raise ConfigError(
-            f"model.language_model.path: {error} (model.language_model.load_weights=false takes random ones.)"
+            f"model.language_model.path: {error} (To use random weights, set model.language_model.load_weights=false.)"
         ) from None
     except ConfigError as error:
-        raise ConfigError(f"model.language_model.path={folder!r} does not fit its config.json: {error}") from None
+        raise ConfigError(f"model.language_model.path={folder!r} does not match its config.json: {error}") from None
 
 
 def whole_names(hf: LlamaConfig, layers: Optional[Iterable[int]] = None) -> list[str]:
-    """Our names of the Llama's whole weights, in the model's order.
+    """Return our names of the Llama's whole weights, in the model's order.
 
     Args:
-        layers: numbers of the layers wanted, and nothing but those; None for the whole model.
+        layers: return only the weights of these layers; None for the whole model.
     """
-    found = [
+    names = [
         f"{_LAYER}{number}.{rest}"
         for number in (range(hf.num_hidden_layers) if layers is None else layers)
         for rest in _IN_LAYER
     ]
     if layers is not None:
-        return found
-    return [EMBEDDING, *found, _FINAL_NORM, *([] if hf.tie_word_embeddings else [HEAD])]
+        return names
+    return [EMBEDDING, *names, _FINAL_NORM, *([] if hf.tie_word_embeddings else [HEAD])]
 
 
 def whole_shape(name: str, hf: LlamaConfig) -> tuple[int, ...]:
-    """The shape of one of our whole weights of the Llama."""
+    """Return the shape of one of our whole weights of the Llama."""
     if name in (EMBEDDING, HEAD):
         return (hf.vocab_size, hf.hidden_size)
     rest = _in_layer(name)[1]
@@ -99,9 +98,9 @@ def whole_shape(name: str, hf: LlamaConfig) -> tuple[int, ...]:
 
 
 def checkpoint_place(name: str) -> tuple[str, Optional[int]]:
-    """Where a checkpoint keeps one of our whole weights: its key and, where the layers are stacked, the layer.
+    """Return where a checkpoint keeps one of our whole weights: its key and, if the layers are stacked, the layer.
 
-    Weights that are no plain part of the Llama (adapters, projectors, encoders) stand under their own name.
+    Weights outside the plain Llama (adapters, projectors, encoders) are stored under their own name.
     """
     number, rest = _in_layer(name)
     if number is None or ".lora." in name:
@@ -110,10 +109,10 @@ def checkpoint_place(name: str) -> tuple[str, Optional[int]]:
 
 
 def chunks_from_hf(name: str, hf: LlamaConfig, read: Callable[[str], Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """One of our whole weights out of HuggingFace's, in pieces that need no copy where there is none to be made.
+    """Yield one of our whole weights from HuggingFace's, in chunks of rows, without copies if possible.
 
     Args:
-        read: gives a HuggingFace tensor by its name.
+        read: reads a HuggingFace tensor by name.
 
     Returns:
         (first row, rows), in order.
@@ -124,42 +123,42 @@ def chunks_from_hf(name: str, hf: LlamaConfig, read: Callable[[str], Tensor]) ->
         return
     row = 0
     for hf_name in names:
-        piece = read(hf_name)
-        yield row, piece
-        row += len(piece)
+        rows = read(hf_name)
+        yield row, rows
+        row += len(rows)
 
 
 def _join_heads(names: list[str], hf: LlamaConfig, read: Callable[[str], Tensor]) -> Tensor:
-    """q, k and v of each group behind each other; in memory are the result and one of the three."""
+    """Concatenate q, k and v of each group; holds the result and one of the three in memory."""
     groups = hf.num_key_value_heads
     queries = hf.num_attention_heads // groups
     heads, first = None, 0
     for name, count in zip(names, (queries, 1, 1)):
-        part = read(name).unflatten(0, (groups, count, -1))
+        projection = read(name).unflatten(0, (groups, count, -1))
         if heads is None:
-            heads = part.new_empty(groups, queries + 2, *part.shape[2:])
-        heads[:, first : first + count] = part
+            heads = projection.new_empty(groups, queries + 2, *projection.shape[2:])
+        heads[:, first : first + count] = projection
         first += count
-        del part
+        del projection
     assert heads is not None
     return heads.flatten(0, 2)
 
 
 def from_hf(name: str, hf: LlamaConfig, read: Callable[[str], Tensor]) -> Tensor:
-    """One of our whole weights out of HuggingFace's.
+    """Build one of our whole weights from HuggingFace's.
 
     Args:
-        read: gives a HuggingFace tensor by its name.
+        read: reads a HuggingFace tensor by name.
     """
-    pieces = [piece for _, piece in chunks_from_hf(name, hf, read)]
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    chunks = [chunk for _, chunk in chunks_from_hf(name, hf, read)]
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
 
 
 def to_hf(name: str, hf: LlamaConfig, whole: Tensor) -> dict[str, Tensor]:
-    """HuggingFace's tensors out of one of our whole weights: what `from_hf` was made of, bit for bit.
+    """Split one of our whole weights into HuggingFace's tensors; the exact inverse of `from_hf`.
 
     Args:
-        whole: as `from_hf` returns it; rows that pad the vocabulary may follow.
+        whole: the result of `from_hf`, possibly followed by rows that pad the vocabulary.
     """
     names = hf_names(name, hf)
     if name in (EMBEDDING, HEAD):
@@ -175,7 +174,7 @@ def to_hf(name: str, hf: LlamaConfig, whole: Tensor) -> dict[str, Tensor]:
 
 
 def hf_names(name: str, hf: LlamaConfig) -> list[str]:
-    """The HuggingFace tensors that one of our whole weights is made of."""
+    """Return the names of the HuggingFace tensors that one of our whole weights consists of."""
     if name in _PLAIN:
         return [_PLAIN[name]]
     number, rest = _in_layer(name)
@@ -189,24 +188,24 @@ def hf_names(name: str, hf: LlamaConfig) -> list[str]:
 
 
 def expected_tensors(hf: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a HuggingFace Llama of this configuration has."""
+    """Return name and shape of every tensor of a HuggingFace Llama of this configuration."""
     heads, groups = hf.num_attention_heads * hf.head_dim, hf.num_key_value_heads * hf.head_dim
-    found = {}
+    shapes = {}
     for name in whole_names(hf):
         rows, *rest = whole_shape(name, hf)
         parts = {_QKV: (heads, groups, groups), _FC1: (rows // 2, rows // 2)}.get(_in_layer(name)[1], (rows,))
-        found.update({n: (part, *rest) for n, part in zip(hf_names(name, hf), parts)})
-    return found
+        shapes.update({n: (part, *rest) for n, part in zip(hf_names(name, hf), parts)})
+    return shapes
 
 
 def account(hf: LlamaConfig, weights: HFWeights) -> list[str]:
-    """Check that the tensors are the Llama's, each used exactly once. Reads headers, and data of what is left unused.
+    """Check that the tensors are exactly the Llama's. Reads the headers, and the data of unused tensors.
 
     Returns:
-        What is there and not used, and why that is right: a line each.
+        A line per unused tensor, with the reason why it may be left out.
 
     Raises:
-        ConfigError: a tensor is missing, is not the Llama's, or has another shape; it names the tensor and its file.
+        ConfigError: a tensor is missing, does not belong to the Llama, or has another shape; names tensor and file.
     """
     expected = expected_tensors(hf)
     notes = [f"left out: {name}, a variant of the weights in another type." for name in weights.variants]
@@ -215,24 +214,24 @@ def account(hf: LlamaConfig, weights: HFWeights) -> list[str]:
             notes.append(_check_unused(name, hf, weights))
     for name, shape in expected.items():
         if name not in weights:
-            raise ConfigError(f"{str(weights.folder)!r} lacks the tensor {name!r}, which config.json calls for.")
+            raise ConfigError(f"{str(weights.folder)!r} lacks the tensor {name!r}, which config.json requires.")
         entry = weights.entry(name)
         if entry.shape != shape:
             raise ConfigError(
-                f"The tensor {name!r} in {_file(name, weights)} has shape {list(entry.shape)}; config.json makes it "
+                f"The tensor {name!r} in {_file(name, weights)} has shape {list(entry.shape)}, but config.json implies "
                 f"{list(shape)}."
             )
         if not entry.dtype.is_floating_point or entry.dtype.itemsize < 2:
             raise ConfigError(
                 f"The tensor {name!r} in {_file(name, weights)} is of type {entry.dtype}: quantized weights cannot be "
-                "used. Take the model's unquantized folder."
+                "used. Use the folder of the unquantized model."
             )
     _check_types(hf, weights)
     return notes
 
 
 def _check_types(hf: LlamaConfig, weights: HFWeights) -> None:
-    """What is joined or stacked must be of one type."""
+    """Check that all tensors that are fused or stacked together have the same dtype."""
     first: dict[str, str] = {}
     for name in whole_names(hf):
         key = checkpoint_place(name)[0]
@@ -241,34 +240,34 @@ def _check_types(hf: LlamaConfig, weights: HFWeights) -> None:
             if weights.entry(hf_name).dtype != weights.entry(other).dtype:
                 raise ConfigError(
                     f"The tensor {hf_name!r} in {_file(hf_name, weights)} is of type {weights.entry(hf_name).dtype}, "
-                    f"{other!r} of {weights.entry(other).dtype}: of one kind of weight all must be alike. Save the "
-                    "model in one type."
+                    f"but {other!r} is of type {weights.entry(other).dtype}: all weights of one kind must have the "
+                    "same type. Save the model in one type."
                 )
 
 
 def _check_unused(name: str, hf: LlamaConfig, weights: HFWeights) -> str:
-    """Why a tensor that is not a weight may be left out."""
+    """Return why a tensor that is not a weight may be left out."""
     if name == _PLAIN[HEAD] and hf.tie_word_embeddings:
         embedding = _PLAIN[EMBEDDING]
         if embedding in weights and not _same_bits(name, embedding, weights):
             raise ConfigError(
-                f"The tensor {name!r} in {_file(name, weights)} differs from {embedding!r}, and config.json says "
+                f"The tensor {name!r} in {_file(name, weights)} differs from {embedding!r}, but config.json has "
                 "tie_word_embeddings=true. Correct config.json, or download the weights again."
             )
-        return f"{name} is the embedding once more (tied): kept once."
+        return f"{name} is the tied embedding: stored only once."
     if name.endswith("rotary_emb.inv_freq"):
         expected = LlamaRotaryEmbedding(config=hf).inv_freq.double()
         found = weights[name]
         tolerance = 1e-6 if found.dtype.itemsize >= 4 else 2.0**-7
         if found.shape != expected.shape or not torch.allclose(found.double(), expected, rtol=tolerance, atol=0):
             raise ConfigError(
-                f"The buffer {name!r} in {_file(name, weights)} holds other RoPE frequencies than config.json says. "
+                f"The buffer {name!r} in {_file(name, weights)} has RoPE frequencies that differ from config.json. "
                 "Correct rope_theta or rope_scaling in config.json."
             )
-        return f"{name} is what config.json says: computed, not stored."
+        return f"{name} agrees with config.json: computed, not stored."
     raise ConfigError(
-        f"The tensor {name!r} in {_file(name, weights)} belongs to no Llama of this config.json: it would be lost. "
-        "Name the folder of a plain Llama, or correct its config.json."
+        f"The tensor {name!r} in {_file(name, weights)} does not belong to a Llama with this config.json and would be "
+        "lost. Name the folder of a plain Llama, or correct its config.json."
     )
 
 
@@ -287,6 +286,6 @@ def _file(name: str, weights: HFWeights) -> str:
 
 
 def _in_layer(name: str) -> tuple[Optional[int], str]:
-    """Number of the decoder layer that a weight lies in, and its name there; (None, name) outside of them."""
+    """Return a weight's decoder layer and its name within the layer; (None, name) outside the layers."""
     number, _, rest = name.removeprefix(_LAYER).partition(".")
     return (int(number), rest) if name.startswith(_LAYER) and number.isdigit() else (None, name)

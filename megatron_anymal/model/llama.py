@@ -1,4 +1,4 @@
-"""The Llama on megatron-core: the one place that builds GPTModel."""
+"""The Llama on megatron-core; the only module that builds a GPTModel."""
 
 from __future__ import annotations
 
@@ -30,35 +30,37 @@ _ROPE_TYPES = ("default", "llama3", "linear")
 
 
 def read_llama_config(language_model: LanguageModelConfig) -> LlamaConfig:
-    """The HuggingFace configuration of the Llama, from its folder or from given keys.
+    """Read the HuggingFace configuration of the Llama, from its folder or from the configured keys.
 
     Raises:
-        ConfigError: the folder is missing, or holds another architecture; a key has a value of another type.
+        ConfigError: the folder is missing or holds another architecture, or a value has the wrong type.
     """
     if language_model.path:
         where = str(Path(language_model.path) / "config.json")
         if not Path(where).is_file():
-            raise ConfigError(f"model.language_model.path={language_model.path!r} holds no config.json.")
+            raise ConfigError(f"model.language_model.path={language_model.path!r} has no config.json.")
         try:
-            found = json.loads(Path(where).read_text(encoding="utf-8"))
+            keys = json.loads(Path(where).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ConfigError(f"{where!r} is damaged ({error}). Download it again.") from None
-        kind = found.get("model_type") if isinstance(found, dict) else None
+        kind = keys.get("model_type") if isinstance(keys, dict) else None
         if kind != "llama":
             raise ConfigError(f"model.language_model.path={language_model.path!r} holds a {kind!r} model, not a Llama.")
     else:
-        where, found = "model.language_model.config", language_model.config
+        where, keys = "model.language_model.config", language_model.config
         known = set(LlamaConfig().to_dict()) | {"rope_theta"}
-        for key in found:
+        for key in keys:
             if key not in known:
-                raise ConfigError(f"model.language_model.config.{key} is no key of a transformers LlamaConfig.")
+                raise ConfigError(f"model.language_model.config.{key} is not a key of a transformers LlamaConfig.")
     try:
-        hf = LlamaConfig.from_pretrained(language_model.path) if language_model.path else LlamaConfig(**found)
+        hf = LlamaConfig.from_pretrained(language_model.path) if language_model.path else LlamaConfig(**keys)
     except StrictDataclassError as error:
         raise ConfigError(f"{where!r}: {' '.join(str(error).split())}. Correct it.") from None
     _check_rope(hf, where)
     if hf.attention_bias or hf.mlp_bias or hf.hidden_act != "silu":
-        raise ConfigError("The Llama's configuration has biases or an activation other than silu: not supported.")
+        raise ConfigError(
+            "The Llama's configuration has biases or an activation other than silu; neither is supported."
+        )
     return hf
 
 
@@ -66,17 +68,17 @@ def _check_rope(hf: LlamaConfig, where: str) -> None:
     rope = hf.rope_parameters.get("rope_type", "default")
     if rope not in _ROPE_TYPES:
         raise ConfigError(f"The Llama's RoPE type {rope!r} is not supported; supported are {', '.join(_ROPE_TYPES)}.")
-    # transformers takes any value, and fails where it computes with it.
+    # transformers accepts any value and fails only when it computes with it.
     for key, value in hf.rope_parameters.items():
         if key not in ("rope_type", "type") and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise ConfigError(f"{where!r}: {key} of the rotary embedding is {value!r}, not a number. Correct it.")
 
 
 def check_model(hf: LlamaConfig, config: RunConfig) -> None:
-    """Refuse what this Llama, or megatron-core, cannot do. Needs no process group.
+    """Reject settings that this Llama or megatron-core cannot support. Needs no process group.
 
     Raises:
-        ConfigError: naming the sizes that do not divide, or what megatron-core says.
+        ConfigError: naming the sizes that do not divide, or with megatron-core's message.
     """
     try:
         transformer_config(hf, config)
@@ -96,19 +98,19 @@ def _check_sizes(hf: LlamaConfig, config: RunConfig) -> None:
             )
     if m.fp8:
         _check_fp8_sizes(hf, ranks)
-    stages, parts = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
+    stages, chunks = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
     for number, layers in enumerate(layers_of_stages(hf, config)):
-        if layers % parts:
+        if layers % chunks:
             raise ConfigError(
-                f"model.virtual_pipeline_model_parallel_size={parts} does not divide the {layers} layers of pipeline "
+                f"model.virtual_pipeline_model_parallel_size={chunks} does not divide the {layers} layers of pipeline "
                 f"stage {number} of {stages}."
             )
         uniform = m.recompute_granularity == "full" and m.recompute_method == "uniform"
-        if uniform and layers // parts % m.recompute_num_layers:
+        if uniform and layers // chunks % m.recompute_num_layers:
             raise ConfigError(
-                f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // parts} layers of "
-                f"a model part on pipeline stage {number}, as model.recompute_method=uniform needs. Change it, or take "
-                "the method block."
+                f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // chunks} layers of "
+                f"a model chunk on pipeline stage {number}, as model.recompute_method=uniform requires. Change it, or "
+                "set model.recompute_method=block."
             )
 
 
@@ -123,13 +125,14 @@ def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
     for name, size in sizes.items():
         if size % FP8_MULTIPLE:
             raise ConfigError(
-                f"model.fp8: the Llama's {name} is {size} on each of {ranks} tensor-parallel rank(s); FP8 products "
-                f"need a multiple of {FP8_MULTIPLE}. Lower model.tensor_model_parallel_size, or set model.fp8=''."
+                f"model.fp8: the Llama's {name} is {size} on each of {ranks} tensor-parallel rank(s), but FP8 matrix "
+                f"products need a multiple of {FP8_MULTIPLE}. Lower model.tensor_model_parallel_size, or set "
+                "model.fp8=''."
             )
 
 
 def layers_of_stages(hf: LlamaConfig, config: RunConfig) -> list[int]:
-    """How many layers each pipeline stage holds.
+    """Return the number of layers per pipeline stage.
 
     Raises:
         ConfigError: the layers do not divide.
@@ -150,7 +153,7 @@ def layers_of_stages(hf: LlamaConfig, config: RunConfig) -> list[int]:
 
 
 def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
-    """megatron-core's configuration of this Llama under this layout.
+    """Build megatron-core's configuration of this Llama under this layout.
 
     Raises:
         ConfigError: the Llama's sizes do not divide.
@@ -160,7 +163,7 @@ def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
     interleaved = m.virtual_pipeline_model_parallel_size > 1
     first, last = m.num_layers_in_first_pipeline_stage, m.num_layers_in_last_pipeline_stage
     if first and m.pipeline_model_parallel_size == 2:
-        # The rest is the last stage's. Told both, megatron-core divides by the number of stages between them.
+        # The last stage gets the rest. Given both, megatron-core divides by the number of stages between them, 0.
         last = 0
     dtype = backend.compute_dtype(config)
     return TransformerConfig(
@@ -192,7 +195,7 @@ def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
         fp8=m.fp8 or None,
         fp8_recipe=m.fp8_recipe,
         fp8_param=m.fp8_primary_weights,
-        # Delayed scaling's, as long as usual; without effect on the other.
+        # The usual history of delayed scaling; other recipes ignore it.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
         # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
@@ -201,7 +204,7 @@ def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
         output_layer_init_method=leave_unset,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        # SwiGLU as one kernel on a GPU; everywhere it keeps nothing but its input for the backward pass.
+        # SwiGLU as one kernel on a GPU; on every device it saves only its input for the backward pass.
         bias_activation_fusion=True,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
@@ -210,9 +213,9 @@ def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
 
 
 def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
-    """megatron-core's names for activation recompute."""
+    """Return megatron-core's settings for activation recomputation."""
     if model.recompute_granularity in ("", "auto"):
-        # "auto" that nobody has replaced: a model that only answers keeps no activations.
+        # "auto" is left unresolved only for inference, which keeps no activations.
         return {}
     settings: dict[str, Any] = {"recompute_granularity": model.recompute_granularity}
     if model.recompute_granularity == "full":
@@ -225,15 +228,15 @@ def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
 def build_gpt(
     hf: LlamaConfig, transformer: TransformerConfig, implementation: str, vp_stage: Optional[int] = None
 ) -> GPTModel:
-    """This pipeline stage's part of the Llama, its weights not yet set.
+    """Build this pipeline stage's part of the Llama, with its weights not yet set.
 
-    Its attribute `inv_freq` holds the frequencies of its rotary embedding, which its core attention applies.
+    The attribute `inv_freq` holds the rotary embedding's frequencies, which the core attention applies.
 
     Args:
         implementation: "local" or "transformer_engine".
-        vp_stage: which of the parts that a virtual pipeline cuts the stage into.
+        vp_stage: index of the virtual pipeline chunk; None without a virtual pipeline.
     """
-    place: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
+    virtual: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
     ranks = transformer.tensor_model_parallel_size
     with building(transformer):
         model = GPTModel(
@@ -241,17 +244,17 @@ def build_gpt(
             _layer_specs(transformer, implementation, vp_stage),
             vocab_size=-(-hf.vocab_size // ranks) * ranks,
             max_sequence_length=hf.max_position_embeddings,
-            pre_process=parallel_state.is_pipeline_first_stage(**place),
-            post_process=parallel_state.is_pipeline_last_stage(**place),
+            pre_process=parallel_state.is_pipeline_first_stage(**virtual),
+            post_process=parallel_state.is_pipeline_last_stage(**virtual),
             vp_stage=vp_stage,
             parallel_output=True,
             share_embeddings_and_output_weights=hf.tie_word_embeddings,
             position_embedding_type="none",
-            # The merge puts soft tokens in before it splits the sequence.
+            # The sequence is split after soft tokens are merged in.
             scatter_embedding_sequence_parallel=False,
         )
     drop_transposes(model)
-    # No buffer: casting the model to bf16 would round it.
+    # Not a buffer, which would be rounded when the model is cast to bf16.
     model.inv_freq = LlamaRotaryEmbedding(config=hf).inv_freq.float()
     return model
 
@@ -277,7 +280,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         weight: Any = nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=torch.device("cuda")))
-        # Tells megatron-core to sum its gradient over the ranks that share the sequence.
+        # Makes megatron-core sum its gradient over the ranks that share the sequence.
         weight.sequence_parallel = config.sequence_parallel
         self.weight = weight
 

@@ -1,12 +1,11 @@
-"""The head: logits, and the loss of the positions that have a label.
+"""The language model head: logits, and the loss at the positions that have a label.
 
 A frozen Llama's head is the widest matrix product of the model, and most positions of a multimodal pack (soft tokens,
-prompts, padding) have no label: only the others go through it. Their logits exist one chunk of rows at a time. Where
-the head is frozen the gradient of its input is made together with the loss, so that a chunk is multiplied twice (4N
-operations for each parameter and row, as in any frozen layer); where it trains, the backward pass makes the logits
-again.
+prompts, padding) have no label, so only the others go through it. Their logits exist one chunk of rows at a time. If
+the head is frozen, the gradient of its input is computed together with the loss, so that a chunk takes two products (4N
+operations per row for N parameters, as in any frozen layer); if it trains, the backward pass recomputes the logits.
 
-Shapes: T tokens of a micro-batch that this rank holds, L of them with a label, H hidden size, V this rank's rows of the
+Shapes: T tokens of a micro-batch on this rank, L of them with a label, H hidden size, V this rank's rows of the
 (padded) vocabulary.
 """
 
@@ -25,16 +24,16 @@ from megatron.core.tensor_parallel import (
 )
 from torch import Tensor
 
-# Logits in memory at once: 256 MiB in fp32.
+# Logits in memory at a time: 256 MiB in fp32.
 CHUNK_ELEMENTS = 1 << 26
 
 
 def all_logits(gpt: GPTModel, hidden: Tensor, vocab_size: int) -> Tensor:
-    """Logits of every position.
+    """Compute the logits of every position.
 
     Args:
         hidden: [T (or T / tensor-parallel size under sequence parallelism), 1, H].
-        vocab_size: without what pads it.
+        vocab_size: without padding.
 
     Returns:
         [1, T, V]; minus infinity in the rows that pad the vocabulary.
@@ -44,16 +43,17 @@ def all_logits(gpt: GPTModel, hidden: Tensor, vocab_size: int) -> Tensor:
 
 
 def label_losses(gpt: GPTModel, hidden: Tensor, labels: Tensor, label_index: Tensor, vocab_size: int) -> Tensor:
-    """Cross-entropy of the positions that have a label; 0 elsewhere. Collective over the tensor-parallel ranks.
+    """Compute the cross-entropy at the positions that have a label; 0 elsewhere. Collective over the tensor-parallel
+    ranks.
 
     Args:
-        hidden: as of `all_logits`.
+        hidden: see `all_logits`.
         labels: [1, T] int64.
-        label_index: [L] int64, at least one: the positions wanted, each once.
-        vocab_size: without what pads it.
+        label_index: [L] int64, at least one: the positions with a label, each once.
+        vocab_size: without padding.
 
     Returns:
-        [1, T] fp32 (fp64 where the model is).
+        [1, T] fp32 (fp64 if the model is).
     """
     if gpt.config.sequence_parallel:
         rows = gather_from_sequence_parallel_region(hidden)[:, 0].index_select(0, label_index)
@@ -70,7 +70,7 @@ def _tied_weight(gpt: GPTModel) -> Optional[Tensor]:
 
 
 def _hide_padding(logits: Tensor, vocab_size: int) -> Tensor:
-    """Logits [..., V] with the rows that pad the vocabulary kept out of the softmax."""
+    """Exclude the rows that pad the vocabulary from the softmax of logits [..., V]."""
     real = vocab_size - parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
     if real >= logits.size(-1):
         return logits
@@ -107,7 +107,7 @@ class _HeadLoss(torch.autograd.Function):
             return (gradients * scale[:, None]).to(gradients.dtype), None, None, None
         rows, weight, labels, sums = ctx.saved_tensors
         of_rows = torch.empty_like(rows)
-        # Several chunks add up in fp32: in bf16 each sum would be rounded.
+        # Chunks are accumulated in fp32: in bf16 every addition would be rounded.
         of_weight = torch.zeros_like(weight, dtype=sums.dtype)
         for part in _chunks(len(rows), len(weight)):
             logits = _logits(rows[part], weight, ctx.vocab_size)
@@ -124,14 +124,14 @@ def _chunks(rows: int, vocabulary: int) -> Iterator[slice]:
 
 
 def _logits(rows: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
-    """[l, V] in fp32 at least."""
+    """Compute logits [l, V], at least in fp32."""
     logits = rows @ weight.T
     return _hide_padding(logits if logits.dtype == torch.float64 else logits.float(), vocab_size)
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[l] losses and logarithms of the sums of exponentials, over the whole vocabulary, and [l, V] the softmax, which
-    takes the logits' memory. Collective."""
+    """Return losses [l] and log-sum-exps [l] over the whole vocabulary, and the softmax [l, V], which reuses the
+    logits' memory. Collective."""
     top = logits.amax(-1)
     _all_reduce(top, dist.ReduceOp.MAX)
     mine, index = _own_labels(logits, labels)
@@ -144,13 +144,13 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def _less_label(softmax: Tensor, labels: Tensor) -> Tensor:
-    """[l, V] the losses' gradient, in the softmax's memory."""
+    """Turn the softmax into the losses' gradient [l, V], in place."""
     mine, index = _own_labels(softmax, labels)
     return softmax.scatter_add_(1, index[:, None], -mine[:, None].to(softmax.dtype))
 
 
 def _own_labels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """[l] whether a label lies in this rank's part of the vocabulary, and its column there (0 where it does not)."""
+    """Return [l] whether each label is in this rank's shard of the vocabulary, and [l] its column there (else 0)."""
     index = labels - parallel_state.get_tensor_model_parallel_rank() * logits.size(-1)
     mine = (index >= 0) & (index < logits.size(-1))
     return mine, index.where(mine, 0)

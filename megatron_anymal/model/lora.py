@@ -1,17 +1,17 @@
-"""LoRA for the Llama (Hu et al. 2021): beside a frozen linear layer, x -> W x + alpha / r B A dropout(x).
+"""LoRA for the Llama (Hu et al. 2021): adapters of frozen linear layers, x -> W x + alpha / r B A dropout(x).
 
-megatron-core joins q, k and v projection in one linear layer, gate and up projection in another. The adapters keep
-HuggingFace's projections apart: `<linear>.lora.<projection>.A` and `.B` are, put together from the ranks, peft's
-`lora_A.weight` [r, in] and `lora_B.weight` [out, r]. In the forward pass they are joined as the layers are: the As one
-below the other, [R, in] with R = r x projections; the Bs each in its own columns and in the rows of its outputs,
-[out, R]. One product with each is all that touches the tokens.
+megatron-core fuses the q, k and v projections into one linear layer, the gate and up projections into another. The
+adapters keep HuggingFace's projections separate: gathered from the ranks, `<linear>.lora.<projection>.A` and `.B` are
+peft's `lora_A.weight` [r, in] and `lora_B.weight` [out, r]. In the forward pass they are fused like the layers: the As
+are stacked, [R, in] with R = r x projections; each B occupies its own columns and the rows of its outputs, [out, R]. So
+only one matrix product with each is applied to the tokens.
 
-Under tensor parallelism they follow the layer they stand beside:
+Under tensor parallelism adapters are split like their layer:
 
     column-parallel (qkv, fc1)  A whole on every rank, B split by rows. Under sequence parallelism A x, which is small,
-                                is gathered, and a rank's gradient of A is that of its own tokens.
+                                is gathered, and a rank's gradient of A comes from its own tokens.
     row-parallel (proj, fc2)    A split by columns, B whole on every rank. A x is summed over the ranks; under sequence
-                                parallelism each keeps its own tokens, and its gradient of B is that of these.
+                                parallelism each keeps its own tokens, from which its gradient of B comes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from megatron_anymal.data.global_order import mix64
 from megatron_anymal.model.neftune import GOLDEN, scramble, signed
 from megatron_anymal.model.unsharded_weights import list_weights
 
-# Linear layer of a megatron-core layer -> HuggingFace's projections in it, in the order of its outputs.
+# Linear layer of a megatron-core layer -> the HuggingFace projections that it fuses, in the order of its outputs.
 _PROJECTIONS = {
     "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "self_attention.linear_proj": ("self_attn.o_proj",),
@@ -53,16 +53,16 @@ _COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1")
 
 
 def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDropout]:
-    """Freeze the Llama and put adapters beside its layers, all of them zero (`initialise_lora` gives them values).
+    """Freeze the Llama and add adapters to its layers, all of them zero (`initialise_lora` sets their values).
 
     Args:
         models: this rank's AnyMALModels.
 
     Returns:
-        What must be told of each micro-batch's tokens before its forward pass; None without dropout.
+        The dropout, whose `set_tokens` must be called before each micro-batch's forward pass; None without dropout.
 
     Raises:
-        ConfigError: a pattern fits no projection.
+        ConfigError: a pattern matches no projection.
     """
     dropout = LoraDropout(lora.dropout) if lora.dropout else None
     for model in models:
@@ -72,11 +72,11 @@ def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDrop
         whole: Any = model
         whole.llama_trains = True
         for layer in llama.decoder.layers:
-            for place, inside in _PROJECTIONS.items():
+            for path, inside in _PROJECTIONS.items():
                 names = [f"layers.{layer.layer_number - 1}.{name}" for name in inside]
                 if any(_is_target(name, lora.targets) for name in names):
-                    linear = layer.get_submodule(place)
-                    linear.lora = LoraAdapter(names, place, linear.weight, llama.config, lora, dropout)
+                    linear = layer.get_submodule(path)
+                    linear.lora = LoraAdapter(names, path, linear.weight, llama.config, lora, dropout)
                     linear.lora.hook = linear.register_forward_hook(_add_output)
         if dropout is not None:
             llama.decoder.register_forward_hook(dropout.follow)
@@ -88,8 +88,8 @@ def _check_targets(targets: Sequence[str], layers: int) -> None:
     for pattern in targets:
         if not any(_is_target(name, [pattern]) for name in names):
             raise ConfigError(
-                f"model.lora.targets: {pattern!r} fits no projection of the Llama's {layers} layers. They are named "
-                f"like {names[0]!r}, or {_short(names[0])!r} for that of every layer."
+                f"model.lora.targets: {pattern!r} matches no projection of the Llama's {layers} layers. Use names like "
+                f"{names[0]!r}, or {_short(names[0])!r} for every layer."
             )
 
 
@@ -98,14 +98,14 @@ def _is_target(name: str, targets: Sequence[str]) -> bool:
 
 
 def adapted_projections(layer: int, lora: LoraConfig) -> dict[str, tuple[str, ...]]:
-    """Which projections of a layer get an adapter, by the linear layer they are in: {"qkv": ("q", "v"), "fc2": ...}."""
-    found = {
-        place.rpartition("_")[2]: tuple(
+    """Return which projections of a layer get an adapter, by their linear layer: {"qkv": ("q", "v"), "fc2": ...}."""
+    adapted = {
+        path.rpartition("_")[2]: tuple(
             _short(name).removesuffix("_proj") for name in inside if _is_target(f"layers.{layer}.{name}", lora.targets)
         )
-        for place, inside in _PROJECTIONS.items()
+        for path, inside in _PROJECTIONS.items()
     }
-    return {linear: names for linear, names in found.items() if names}
+    return {linear: names for linear, names in adapted.items() if names}
 
 
 def _short(name: str) -> str:
@@ -113,8 +113,8 @@ def _short(name: str) -> str:
 
 
 def initialise_lora(models: Iterable[nn.Module], seed: int) -> None:
-    """Draw every A by (seed, name), the same under every layout, from the distribution peft draws it from (uniform
-    within 1 / sqrt(in) of 0); set every B to zero.
+    """Draw every A by (seed, name), the same under every layout, from peft's distribution (uniform within 1 / sqrt(in)
+    of 0); set every B to zero.
     """
     for weight in (w for model in models for w in list_weights(model) if ".lora." in w.name):
         whole = torch.zeros(weight.shape)
@@ -129,8 +129,8 @@ def initialise_lora(models: Iterable[nn.Module], seed: int) -> None:
 
 @torch.no_grad()
 def merged_weights(models: Iterable[nn.Module], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Name and value of each whole weight of this rank under `prefix`, one at a time, adapters added to the weights
-    they stand beside and not listed themselves. Collective over the tensor-parallel ranks.
+    """Yield name and value of each whole weight of this rank under `prefix`, with adapters merged into their weights
+    and not listed themselves. Collective over the tensor-parallel ranks.
     """
     for model in models:
         adapters = {linear.weight: linear.lora for linear in _adapted(model)}
@@ -143,7 +143,7 @@ def merged_weights(models: Iterable[nn.Module], prefix: str = "") -> Iterator[tu
 
 @torch.no_grad()
 def merge_lora(models: Iterable[nn.Module]) -> None:
-    """Add the adapters to the weights they stand beside and take them away: what is left is a plain Llama."""
+    """Merge the adapters into their weights and remove them, which leaves a plain Llama."""
     for model in models:
         for linear in _adapted(model):
             linear.weight.copy_(linear.lora.merged(linear.weight))
@@ -152,9 +152,9 @@ def merge_lora(models: Iterable[nn.Module]) -> None:
 
 
 def keep_reference(models: Iterable[nn.Module]) -> None:
-    """Keep a frozen copy of the adapters as they are now: the reference that a policy is held to (AnyMAL section E.3).
+    """Keep a frozen copy of the current adapters as the reference of a DPO policy (AnyMAL section E.3).
 
-    The base is shared; adapters switched off would be the base model, which is another one.
+    The base is shared. Disabling the adapters instead would give the base model, which is not the reference.
     """
     for projection in _projections(models):
         projection.kept = projection.A.detach().clone(), projection.B.detach().clone()
@@ -162,7 +162,7 @@ def keep_reference(models: Iterable[nn.Module]) -> None:
 
 @contextmanager
 def as_reference(models: Iterable[nn.Module]) -> Iterator[None]:
-    """Run the models with the adapters that `keep_reference` kept."""
+    """Run the models with the adapters saved by `keep_reference`."""
     projections = _projections(models)
     for projection in projections:
         projection.gives_kept = True
@@ -182,16 +182,16 @@ def _adapted(model: nn.Module) -> list[Any]:
 
 
 def _add_output(linear: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-    """The forward hook of a linear layer with an adapter."""
+    """Forward hook of a linear layer with adapters."""
     x = inputs[0]
     if hasattr(linear, "layer_norm_weight"):
-        # Transformer Engine's layer normalises x itself and does not hand the result out.
+        # Transformer Engine's layer normalizes x itself and does not return the result.
         x = F.rms_norm(x, (x.size(-1),), linear.layer_norm_weight, linear.eps)
     return linear.lora(x, output[0]), output[1]
 
 
 class LoraAdapter(nn.ModuleDict):
-    """The adapters of one linear layer: its child `lora`, whose children are named after the projections."""
+    """The adapters of one linear layer: its submodule `lora`, whose children are named after the projections."""
 
     def __init__(
         self,
@@ -204,9 +204,9 @@ class LoraAdapter(nn.ModuleDict):
     ):
         """
         Args:
-            names: of all the layer's projections.
-            place: the layer's own name in its Transformer layer.
-            weight: the layer's, this rank's part, [out, in].
+            names: all of the layer's projections.
+            place: the layer's name in its Transformer layer.
+            weight: this rank's shard of the layer's weight, [out, in].
         """
         super().__init__()
         self.hook: Any = None
@@ -214,19 +214,19 @@ class LoraAdapter(nn.ModuleDict):
         self._r, self._dropout = lora.r, dropout
         self._column_parallel, self._sequence_parallel = place in _COLUMN_PARALLEL, config.sequence_parallel
         self._groups, rows = _output_rows(place, weight.size(0), config)
-        # Every projection of the layer and how many of the rows are its outputs, also where it has no adapter.
+        # Number of output rows of every projection of the layer, including those without an adapter.
         self._rows = dict(zip(map(_short, names), rows))
         self._streams = {_short(name): _stream(name) for name in names if _is_target(name, lora.targets)}
         for name in self._streams:
             self[name] = _Projection(lora.r, self._rows[name], weight, self._column_parallel, self._sequence_parallel)
 
     def forward(self, x: Tensor, output: Tensor) -> Tensor:
-        """Add what the adapters give to what the layer gives.
+        """Add the adapters' output to the layer's output.
 
         Args:
-            x: [tokens, 1, in], the layer's input (normalised).
-            output: [tokens, 1, out], the layer's output. Under sequence parallelism a column-parallel layer has
-                gathered more tokens than it was given, a row-parallel one has kept fewer.
+            x: [tokens, 1, in], the layer's (normalized) input.
+            output: [tokens, 1, out], the layer's output. Under sequence parallelism it has more tokens than x for a
+                column-parallel layer, which gathers them, and fewer for a row-parallel one.
         """
         scaling = self.scaling
         if self.training and self._dropout is not None:
@@ -239,17 +239,17 @@ class LoraAdapter(nn.ModuleDict):
         return torch.addmm(output.flatten(0, 1), inner.flatten(0, 1), self._up().t(), alpha=scaling).view_as(output)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """The layer's weight with the adapters added, this rank's part [out, in]; summed in fp32 at least."""
+        """Return this rank's shard [out, in] of the layer's weight with the adapters added; summed at least in fp32."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         change = self._up().to(wide) @ self._down().to(wide)
         return (weight.to(wide) + self.scaling * change).to(weight.dtype)
 
     def _down(self) -> Tensor:
-        """The As, [R, in]."""
+        """Stack the As, [R, in]."""
         return torch.cat([self._weights(name)[0] for name in self._streams])
 
     def _up(self) -> Tensor:
-        """The Bs, [out, R]: each in its own columns, rows where the layer has the projection's outputs."""
+        """Assemble the Bs, [out, R]: each in its own columns and in the rows of its projection's outputs."""
         like = next(self.parameters())
         width, column, blocks = self._r * len(self._streams), 0, []
         for name, rows in self._rows.items():
@@ -261,7 +261,7 @@ class LoraAdapter(nn.ModuleDict):
         return torch.cat([block.unflatten(0, (self._groups, -1)) for block in blocks], dim=1).flatten(0, 1)
 
     def _exchange(self, inner: Tensor) -> Tensor:
-        """A x of every token that the layer's output on this rank has, [tokens, 1, R]."""
+        """Exchange A x so that it covers the tokens of the layer's output on this rank, [tokens, 1, R]."""
         if self._column_parallel:
             if self._sequence_parallel:
                 return gather_from_sequence_parallel_region(inner)
@@ -273,13 +273,13 @@ class LoraAdapter(nn.ModuleDict):
     def _drop(self, x: Tensor, name: str) -> Tensor:
         assert self._dropout is not None
         rank = parallel_state.get_tensor_model_parallel_rank()
-        # A row-parallel layer has its share of the channels, a column-parallel one may have its share of the tokens.
+        # A row-parallel layer's input is split by channels; a column-parallel one's may be split by tokens.
         part = (0, 1)
         if self._column_parallel and self._sequence_parallel:
             part = (rank, parallel_state.get_tensor_model_parallel_world_size())
         first_channel = 0 if self._column_parallel else rank * x.size(-1)
         mask = self._dropout.dropped(self._streams[name], part, first_channel, x.size(-1))
-        assert len(mask) == len(x), "the tokens named are not those of this micro-batch"
+        assert len(mask) == len(x), "set_tokens was called for another micro-batch"
         return x.masked_fill(mask.unsqueeze(1), 0.0)
 
     def _weights(self, name: str) -> tuple[Tensor, Tensor]:
@@ -287,7 +287,7 @@ class LoraAdapter(nn.ModuleDict):
 
 
 class _Projection(nn.Module):
-    """One projection's A and B, this rank's parts."""
+    """This rank's shards of one projection's A and B."""
 
     def __init__(self, r: int, rows: int, weight: Tensor, column_parallel: bool, sequence_parallel: bool):
         super().__init__()
@@ -295,24 +295,25 @@ class _Projection(nn.Module):
         b: Any = nn.Parameter(weight.new_zeros(rows, r))
         split, whole, dim = (b, a, 0) if column_parallel else (a, b, 1)
         set_tensor_model_parallel_attributes(split, True, dim, 1)
-        # Tells megatron-core to sum its gradient over the ranks that share the sequence.
+        # Makes megatron-core sum its gradient over the ranks that share the sequence.
         whole.sequence_parallel = sequence_parallel
         self.A, self.B = a, b
-        # What A and B were when they were kept as a reference, and whether they are asked for now.
+        # A and B as saved for the reference, and whether forward returns them instead of the current ones.
         self.kept: Optional[tuple[Tensor, Tensor]] = None
         self.gives_kept = False
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """A and B. Always asked for by this call: it is where megatron-core waits for weights that are under way."""
+        """Return A and B. Always access them through this call, before which megatron-core waits for the parameter
+        all-gather."""
         if self.gives_kept:
-            assert self.kept is not None, "keep_reference comes first"
+            assert self.kept is not None, "call keep_reference first"
             return self.kept
         return self.A, self.B
 
 
 def _output_rows(place: str, rows: int, config: TransformerConfig) -> tuple[int, list[int]]:
-    """How a rank's rows of a linear layer's weight are shared out: the number of groups one after the other, and how
-    many rows each projection has in all of them together (in each group the projections lie in order).
+    """Return how the projections divide a rank's rows of a linear layer's weight: the number of consecutive groups, and
+    each projection's number of rows over all groups (within a group the projections are in order).
     """
     if place == "self_attention.linear_qkv":
         assert config.num_query_groups is not None and config.kv_channels is not None
@@ -324,31 +325,31 @@ def _output_rows(place: str, rows: int, config: TransformerConfig) -> tuple[int,
 
 
 class LoraDropout:
-    """What of the adapters' inputs is dropped: a hash of (seed, step, projection, sample, token, channel).
+    """Dropout of the adapters' inputs by a hash of (seed, step, projection, sample, token, channel).
 
-    The same under every layout, and the same again when a layer is recomputed, without any random state. One hash gives
-    the 16-bit numbers of four channels: the share is rounded to 1 / 65536.
+    It is the same under every layout and when a layer is recomputed, without any RNG state. One hash gives the 16-bit
+    numbers of four channels, so the dropout rate is rounded to a multiple of 1 / 65536.
     """
 
     def __init__(self, share: float):
         self._threshold = min(round(share * 2**16), 2**16 - 1) - 2**15
-        # What is left of an input, on average.
+        # Expected share of an input that is kept.
         self.kept = 1 - (self._threshold + 2**15) / 2**16
         self._tokens: Optional[Tensor] = None
 
     def set_tokens(self, seed: int, step: int, sample_ids: Tensor, positions: Tensor) -> None:
-        """Name the tokens of the micro-batch whose forward pass follows in this model part.
+        """Set the tokens of the micro-batch whose forward pass through this model chunk comes next.
 
         Args:
-            sample_ids: [T] int64 on the model's device, each token's sample as its place in the global batch; T counts
+            sample_ids: [T] int64 on the model's device, position of each token's sample in the global batch; T counts
                 the tokens of all the tensor-parallel ranks that share a sequence.
-            positions: [T] int64, its place in its document.
+            positions: [T] int64, each token's position in its document.
         """
         self._tokens = scramble(scramble(sample_ids + signed(mix64(seed, step))) + positions)
 
     def follow(self, decoder: nn.Module, inputs: Any, output: Tensor) -> None:
-        """The decoder's forward hook: when a micro-batch's backward pass reaches it, that one's tokens are named again
-        (a pipeline has named others in between), for the layers that it recomputes.
+        """Forward hook of the decoder: when a micro-batch's backward pass reaches it, restore that micro-batch's tokens
+        for recomputed layers (a pipeline has set others in the meantime).
         """
         if output.requires_grad:
             output.register_hook(partial(self._resume, self._tokens))
@@ -357,18 +358,18 @@ class LoraDropout:
         self._tokens = tokens
 
     def dropped(self, stream: int, part: tuple[int, int], first_channel: int, channels: int) -> Tensor:
-        """Which elements are dropped, [tokens, channels].
+        """Return which elements are dropped, [tokens, channels].
 
         Args:
-            stream: another number for each projection.
+            stream: a number unique to the projection.
             part: (n, m) for the n-th of m equal parts of the tokens.
         """
-        assert self._tokens is not None, "set_tokens comes before the forward pass"
+        assert self._tokens is not None, "call set_tokens before the forward pass"
         number, parts = part
         keys = scramble(self._tokens.unflatten(0, (parts, -1))[number] ^ stream)
         first = first_channel // 4
-        places = torch.arange(first, -(-(first_channel + channels) // 4), device=keys.device)
-        numbers = scramble(torch.add(keys[:, None], places, alpha=GOLDEN)).view(torch.int16)
+        groups = torch.arange(first, -(-(first_channel + channels) // 4), device=keys.device)
+        numbers = scramble(torch.add(keys[:, None], groups, alpha=GOLDEN)).view(torch.int16)
         return numbers[:, first_channel - 4 * first :][:, :channels] < self._threshold
 
 

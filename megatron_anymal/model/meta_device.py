@@ -1,4 +1,4 @@
-"""Models without numbers: built on torch's meta device, from shapes alone."""
+"""Build models without weight data, on torch's meta device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _META = torch.device("meta")
 
 
 def without_weights(config: RunConfig) -> RunConfig:
-    """The configuration with shapes for folders of encoders, and without what changes no shape but needs a GPU."""
+    """Replace encoder folders by their shapes, and drop settings that need a GPU but do not affect shapes."""
     config = copy.deepcopy(config)
     model = config.model
     model.transformer_impl, model.fp8, model.fp8_recipe, model.fp8_primary_weights = "local", "", "tensorwise", False
@@ -31,7 +31,7 @@ def without_weights(config: RunConfig) -> RunConfig:
 
 
 def _encoder_shape(encoder: EncoderConfig) -> dict[str, Any]:
-    """The keys of an encoder's shape, from its folder; none for a plug-in's encoder."""
+    """Read the keys of an encoder's shape from its folder; empty for a plug-in's encoder."""
     if encoder.type in ARCHITECTURES:
         shape = transformers_config(encoder)
         keys = {key.name for key in dataclasses.fields(shape)}
@@ -43,7 +43,7 @@ def _encoder_shape(encoder: EncoderConfig) -> dict[str, Any]:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Make every tensor without numbers and without memory; touch no CUDA device."""
+    """Create all tensors on the meta device, without data or memory; use no CUDA device."""
     cuda: Any = torch.cuda
     real = cuda.current_device
     cuda.current_device = lambda: _META
@@ -55,9 +55,9 @@ def on_meta() -> Iterator[None]:
 
 
 class _ToMeta(TorchFunctionMode):
-    """Sends to the meta device what code asks for on another one.
+    """Redirects tensors that are requested on another device to the meta device.
 
-    Except on "cpu": libraries that can build on the meta device name it where they need the numbers themselves.
+    Except for "cpu", which libraries that support the meta device request when they need actual values.
     """
 
     def __torch_function__(
@@ -70,6 +70,6 @@ class _ToMeta(TorchFunctionMode):
         if func is torch.Tensor.cuda:
             return args[0]
         if func is torch.where and len(args) == 1 and args[0].is_meta:
-            # Where CLAP fuses: nowhere, as for the zeros that it was given.
+            # CLAP looks for samples to fuse: there are none, because `is_longer` is all zeros.
             return tuple(torch.empty(0, dtype=torch.int64, device=_META) for _ in range(args[0].dim()))
         return func(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Random numbers without random state: a hash of what they are for.
+"""Counter-based random numbers (without RNG state), and NEFTune's noise.
 
-A number depends on integers that name its use (seed, step, sample, token, channel), never on what was drawn before.
-So it is the same under every layout and packing, on CPU and GPU, after a resume, and when a layer is recomputed.
+A number is a hash of integers that identify its use (seed, step, sample, token, channel); it never depends on earlier
+draws. So it is the same under every layout and packing, on CPU and GPU, after a resume, and when a layer is recomputed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron_anymal.data.global_order import mix64
 
-# Hashed at a time: 8 bytes each, about three times.
+# Elements hashed at a time; each takes about three times 8 bytes.
 _CHUNK = 2**22
-# Keeps NEFTune's numbers apart from whatever else is drawn for a seed and a step.
+# Separates NEFTune's numbers from others drawn for the same seed and step.
 _NEFTUNE = int.from_bytes(b"NEFTune", "big")
 
 
@@ -30,39 +30,38 @@ def neftune_noise(
     dtype: torch.dtype,
     where: Optional[Tensor] = None,
 ) -> Tensor:
-    """What NEFTune adds to the language model's input embeddings in training: uniform(-1, 1) times
+    """Compute NEFTune's noise for the language model's input embeddings in training: uniform(-1, 1) times
     alpha / sqrt(L d), with L the document's length and d the hidden size (Jain et al. 2023, Algorithm 1).
 
     AnyMAL applies it "to the language model" (section E.3), which can be read in two ways. Algorithm 1 adds noise to
-    the whole embedded sequence, which here is text and soft tokens alike: the default. Implementations hook the
-    table of word embeddings, so that soft tokens put in afterwards stay clean: `where` then leaves these out. L is the
-    length of the whole document under both.
+    the whole embedded sequence, which here comprises text and soft tokens: the default. Existing implementations hook
+    the word embedding table, so that soft tokens inserted later stay clean: `where` then excludes them. L is the length
+    of the whole document in both cases.
 
-    L counts the document's own tokens. Implementations that pad documents to one length take the padded length;
-    a document's noise would then depend on which others it is batched with.
+    L counts the document's own tokens. Implementations that pad documents to one length use the padded length, which
+    makes a document's noise depend on the others in its batch.
 
-    The two answers of a preference pair are two documents, and their noise is drawn apart, as DPO trainers do, which
-    run them as two rows of one batch: give them different ids. With one id they would share the numbers wherever they
-    have a token at the same place (but not their scale, which follows each one's own L). The reference model is not
-    trained: it gets none.
+    The two answers of a preference pair are two documents with independent noise, as in DPO trainers, which run them as
+    two rows of one batch: give them different ids. With the same id they would share the numbers at equal positions
+    (but not the scale, which depends on each document's L). The reference model is not trained and gets no noise.
 
     Args:
-        seed, step: of the run; another step draws other noise.
-        sample_ids: [T] int64, each token's sample as its place in the global batch; < 0 for padding, which gets 0.
-        positions: [T] int64, each token's place in its document.
-        document_lengths: [T] int64, tokens of each token's document, padding not counted; anything for padding.
+        seed, step: of the run; every step draws different noise.
+        sample_ids: [T] int64, position of each token's sample in the global batch; < 0 for padding, which gets 0.
+        positions: [T] int64, each token's position in its document.
+        document_lengths: [T] int64, length of each token's document without padding; arbitrary for padding tokens.
         alpha: NEFTune's scale (AnyMAL: 10).
         hidden_size: d, and the width of the result.
-        where: [T] bool, which tokens get noise; None: all but the padding.
+        where: [T] bool, tokens that get noise; None for all except padding.
 
     Returns:
-        [T, d]. A token's row depends on its own entries alone, so a rank may ask for the tokens that it holds. Besides
-        the result, memory is needed for a fixed number of elements at a time.
+        [T, d]. A token's row depends only on its own entries, so a rank may pass just the tokens that it holds. Working
+        memory beyond the result is bounded by a fixed number of elements.
     """
     noisy = sample_ids >= 0
     if where is not None:
         noisy = noisy & where
-    # In double precision, so that rounding to single leaves nothing to how a device takes roots.
+    # In double precision, so that rounding to single hides device differences in the square root.
     scale = alpha / (document_lengths * hidden_size).double().sqrt()
     scale = torch.where(noisy, scale, 0.0).float().unsqueeze(1)
     channels = torch.arange(hidden_size, device=sample_ids.device)
@@ -77,20 +76,20 @@ def neftune_noise(
 
 
 def uniform(seed: int, *counters: Tensor) -> Tensor:
-    """Uniform on [-1, 1): multiples of 2^-23, each exact in single precision.
+    """Draw uniformly from [-1, 1): multiples of 2^-23, each exact in single precision.
 
     Args:
-        counters: int64, broadcast together; later ones may be wider at no cost for those before.
+        counters: int64, broadcast together; narrow ones come first, since each is hashed at the width reached so far.
 
     Returns:
-        float32 of the counters' common shape.
+        float32 of the counters' broadcast shape.
     """
     return hash64(seed, *counters).bitwise_right_shift_(40).to(torch.float32).mul_(2.0**-23)
 
 
 def hash64(seed: int, *counters: Tensor) -> Tensor:
-    """`mix64(seed, *counters)` of every element of the counters (int64, at least one, broadcast together): the same
-    64 bits, as int64.
+    """Compute `mix64(seed, *counters)` elementwise over the counters (int64, at least one, broadcast together); the
+    same 64 bits, as int64.
     """
     state: Any = signed(mix64(seed))
     for counter in counters:
@@ -100,7 +99,7 @@ def hash64(seed: int, *counters: Tensor) -> Tensor:
 
 
 def signed(number: int) -> int:
-    """The same 64 bits as torch's int64 holds them."""
+    """Reinterpret an unsigned 64-bit integer as torch's int64."""
     return number - 2**64 if number >= 2**63 else number
 
 
@@ -108,8 +107,8 @@ GOLDEN, _FIRST, _SECOND = map(signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0
 
 
 def scramble(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser of each int64; products wrap around."""
+    """Apply SplitMix64's finalizer to each int64; products wrap around."""
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
-        # torch shifts the sign in: the mask takes it out again.
+        # torch shifts arithmetically: the mask removes the sign bits.
         state = (state >> shift).bitwise_and_(2 ** (64 - shift) - 1).bitwise_xor_(state).mul_(factor)
     return (state >> 31).bitwise_and_(2**33 - 1).bitwise_xor_(state)

@@ -1,8 +1,8 @@
-"""Projectors: an encoder's features become soft tokens in the language model's embedding space (AnyMAL section 3.1).
+"""Projectors map an encoder's features to soft tokens in the language model's embedding space (AnyMAL section 3.1).
 
-Built from megatron-core's parallel linears, so that their weights are split over the tensor-parallel ranks; where
-Transformer Engine runs, a normalisation and the linear behind it are one module of its. Both projectors end alike: soft
-tokens are brought to one root mean square, a learned gain that starts at that of the text embeddings.
+They are built from megatron-core's parallel linear layers, with weights split over the tensor-parallel ranks; with
+Transformer Engine, a norm and the following linear layer are one fused module. Both projectors end with an RMS norm of
+the soft tokens whose single learned gain is initialized to the root mean square of the text embeddings.
 
 Shapes: n pieces, F features of width w per piece, T soft tokens per piece, h the projector's width, H the language
 model's.
@@ -39,7 +39,7 @@ def build_projector(
     width: int,
     hidden_size: int,
 ) -> MegatronModule:
-    """The projector of one modality.
+    """Build the projector of one modality.
 
     Args:
         name: the modality's name in the configuration, for messages.
@@ -49,7 +49,7 @@ def build_projector(
         hidden_size: the language model's.
 
     Raises:
-        ConfigError: its sizes do not fit the encoder or the tensor-parallel size.
+        ConfigError: the sizes do not match the encoder or the tensor-parallel size.
     """
     where = f"model.modalities.{name}.projector"
     if config.type == "resampler":
@@ -60,8 +60,8 @@ def build_projector(
 class PerceiverResampler(MegatronModule):
     """Learned latents read a piece's features through cross-attention (Perceiver Resampler, Flamingo section 3.1.1).
 
-    Every layer: the latents attend to the features and to themselves, then a feed-forward. A learned embedding tells
-    the features' places apart (for video also their time, since frames lie one after the other).
+    In every layer the latents attend to the features and to themselves, followed by a feed-forward block. A learned
+    position embedding distinguishes the features (for video also their time, since frames are concatenated).
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class PerceiverResampler(MegatronModule):
                 f"model.tensor_model_parallel_size={ranks}."
             )
         self.input_norm, self.input_linear = _norm_and_column(width, h, parallel, implementation)
-        # As loud as the normalised features, nearly: places (and times) are told apart from the first step on.
+        # Almost the scale of the normalized features, so that positions are distinguishable from the first step.
         self.position_embedding = _parameter((features, h), 0.5, parallel)
         self.latents = _parameter((config.num_tokens, h), 1.0, parallel)
         self.layers = nn.ModuleList(
@@ -107,10 +107,10 @@ class _ResamplerLayer(MegatronModule):
     def __init__(self, h: int, heads: int, ffn_multiplier: int, parallel: ModelParallelConfig, implementation: str):
         super().__init__(config=parallel)
         self.head_size, self.local_heads = h // heads, heads // parallel.tensor_model_parallel_size
-        # Two linears read what these give: neither can be a part of one.
+        # Each output feeds two linear layers, so neither norm can be fused with one.
         self.latent_norm = _layer_norm(h, parallel)
         self.feature_norm = _layer_norm(h, parallel)
-        # Without biases, as in Flamingo: a key's would only shift all scores alike.
+        # Without biases, as in Flamingo: a key bias would only shift all scores equally.
         self.query = _column(h, h, parallel, bias=False)
         self.key = _column(h, h, parallel, bias=False)
         self.value = _column(h, h, parallel, bias=False)
@@ -135,10 +135,10 @@ class _ResamplerLayer(MegatronModule):
 
 
 class LinearProjector(MegatronModule):
-    """One linear layer (or several, with GELU between) from features to soft tokens.
+    """One linear layer (or several, with GELU in between) from features to soft tokens.
 
-    Where there are more features than soft tokens, neighbouring features are joined (the last ones filled up with
-    zeros); where there are fewer, each feature makes several soft tokens. One set of weights serves all places.
+    If there are more features than soft tokens, neighboring features are concatenated (the last group is padded with
+    zeros); if there are fewer, each feature yields several soft tokens. All positions share the same weights.
     """
 
     def __init__(
@@ -154,14 +154,14 @@ class LinearProjector(MegatronModule):
         self.tokens, self.hidden_size = config.num_tokens, hidden_size
         if features < self.tokens and self.tokens % features:
             raise ConfigError(
-                f"{where}.num_tokens={self.tokens} is not a multiple of the {features} features that the encoder gives "
-                "per piece, so that not every feature could make as many soft tokens."
+                f"{where}.num_tokens={self.tokens} is not a multiple of the encoder's {features} features per piece, "
+                "but each feature must yield the same number of soft tokens."
             )
         self.groups = min(features, self.tokens)
-        joined = -(-features // self.groups)
-        self.fill = joined * self.groups - features
+        group_size = -(-features // self.groups)
+        self.fill = group_size * self.groups - features
         inner = config.hidden_size or width
-        sizes = [width * joined, *[inner] * (config.num_layers - 1)]
+        sizes = [width * group_size, *[inner] * (config.num_layers - 1)]
         out_size = hidden_size * self.tokens // self.groups
         self.linears = nn.ModuleList(
             _column(a, b, parallel, gather_output=True) for a, b in zip(sizes, [*sizes[1:], out_size])
@@ -191,7 +191,7 @@ def _parameter(shape: tuple[int, ...], std: float, parallel: ModelParallelConfig
 
 
 def _gain(parallel: ModelParallelConfig) -> nn.Parameter:
-    # Set to the text embeddings' root mean square once these are there (model.build).
+    # Set to the text embeddings' root mean square once those have their values (model.build).
     return nn.Parameter(torch.ones(1, dtype=parallel.params_dtype, device=_device()))
 
 
@@ -202,7 +202,7 @@ def _layer_norm(size: int, parallel: ModelParallelConfig) -> nn.LayerNorm:
 def _norm_and_column(
     inputs: int, outputs: int, parallel: ModelParallelConfig, implementation: str
 ) -> tuple[nn.Module, Any]:
-    """A normalisation and the linear behind it; of Transformer Engine the linear does both."""
+    """Build a norm and the following linear layer; with Transformer Engine, the linear layer does both."""
     if implementation != "transformer_engine":
         return _layer_norm(inputs, parallel), _column(inputs, outputs, parallel)
     from megatron_anymal.model.transformer_engine import NormLinear

@@ -1,7 +1,8 @@
-"""Transformer Engine's modules for the Llama and the projectors; imported where Transformer Engine can run.
+"""Transformer Engine modules for the Llama and the projectors; imported only if Transformer Engine can run.
 
-The Llama's layers are megatron-core's specification (norm and linear in one, fused attention) with one change: the
-rotary embedding is ours, one kernel for the whole pack, where megatron-core's loops over the documents in every layer.
+The Llama's layers follow megatron-core's specification (fused norm and linear, fused attention) with one change: the
+rotary embedding is our own single kernel for the whole pack, whereas megatron-core's loops over the documents in every
+layer.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from megatron_anymal.model.unsharded_weights import leave_unset
 
 
 def layer_spec() -> ModuleSpec:
-    """A Llama's layer of Transformer Engine's modules."""
+    """Return the specification of a Llama layer with Transformer Engine modules."""
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.submodules.core_attention = TurnedAttention
     return spec
 
 
 class TurnedAttention(TEDotProductAttention):
-    """Transformer Engine's attention within packed documents ("thd"), which also splits them over context-parallel
-    ranks, on turned queries and keys."""
+    """Transformer Engine's attention for packed documents ("thd"), which also splits them over context-parallel ranks;
+    applies the rotary embedding first."""
 
     def forward(
         self,
@@ -51,8 +52,8 @@ class TurnedAttention(TEDotProductAttention):
 
 
 class NormLinear(TELayerNormColumnParallelLinear):
-    """LayerNorm and a column-parallel linear as one module. Outside the Llama's layers, so that it never computes in
-    FP8."""
+    """LayerNorm and a column-parallel linear layer as one module. Not part of the Llama's layers, so it never computes
+    in FP8."""
 
     def __init__(self, inputs: int, outputs: int, parallel: ModelParallelConfig):
         ranks = parallel.tensor_model_parallel_size
@@ -77,5 +78,5 @@ class NormLinear(TELayerNormColumnParallelLinear):
 
     def forward(self, x: Tensor) -> Any:
         """[..., inputs] -> [..., this rank's outputs], and None."""
-        # Features may be a view of what an encoder gave; the base takes only what lies in one piece.
+        # Features may be a view of an encoder's output; the base class requires a contiguous tensor.
         return super().forward(x.contiguous())

@@ -1,7 +1,7 @@
-"""Every weight under its one unsharded name: how a rank's part relates to the whole.
+"""Unsharded names and values of weights, and the mapping between a rank's shard and the whole weight.
 
-Initial values, HuggingFace weights, hashes and archives all speak of whole weights; a rank holds a slice of some of
-them. The names are those of the local layer specification with layers counted over the whole model.
+Initial values, HuggingFace weights, hashes and archives all use whole weights, of some of which a rank holds a shard.
+The names are those of the local layer specification, with layers numbered over the whole model.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from megatron_anymal.model.fp8_weights import is_quantized, remember_source, sou
 from megatron_anymal.safetensors_io import raw_bytes
 
 _CPU = torch.device("cpu")
-# Numbers in a weight from which on the device that holds it draws its initial values.
+# Weights with at least this many elements are initialized on the device that holds them.
 _LARGE = 1 << 24
-# Transformer Engine keeps a norm's weight in the linear behind it.
+# Transformer Engine keeps a norm's weight in the following linear layer.
 FUSED_NORMS = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
     "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",
@@ -34,15 +34,15 @@ _FUSED_IN_PROJECTORS = re.compile(r"(input|output|ffn)_(?:linear|up)\.layer_norm
 
 @dataclass(frozen=True)
 class Weight:
-    """A parameter of this rank as part of the whole model."""
+    """A parameter of this rank in relation to the whole model."""
 
     name: str
     parameter: nn.Parameter
-    # Dimension that the tensor-parallel ranks share out; None where every rank holds all of it.
+    # Dimension that is split over the tensor-parallel ranks; None if every rank holds the whole weight.
     split_dim: Optional[int]
-    # 2 where gate and up projection lie one after the other and each is shared out by itself.
+    # 2 if gate and up projection are concatenated and split separately.
     blocks: int
-    # Rows of the whole weight without the padding of the vocabulary; None where there is none.
+    # Rows of the whole weight without vocabulary padding; None if the weight has no vocabulary dimension.
     rows: Optional[int]
 
     @property
@@ -70,14 +70,14 @@ class Weight:
         return torch.cat([block.chunk(ranks, dim=self.split_dim)[rank] for block in blocks], dim=self.split_dim)
 
     def set(self, whole: Tensor) -> None:
-        """Take the values of the whole weight."""
+        """Set this rank's slice from the whole weight."""
         with torch.no_grad():
             self.parameter.copy_(self.local_part(whole))
         if is_quantized(self.parameter):
             remember_source(self.parameter, hash_weight(self.name, whole.to(self.parameter.dtype)))
 
     def gather(self, local: Optional[Tensor] = None) -> Tensor:
-        """The whole weight (or gradient, or any tensor of the parameter's shape) from the tensor-parallel ranks.
+        """Gather the whole weight (or gradient, or any tensor of the parameter's shape) from the tensor-parallel ranks.
 
         Collective over them.
         """
@@ -85,22 +85,22 @@ class Weight:
         if self.split_dim is None:
             return local
         ranks = parallel_state.get_tensor_model_parallel_world_size()
-        parts = [torch.empty_like(local) for _ in range(ranks)]
-        dist.all_gather(parts, local, group=parallel_state.get_tensor_model_parallel_group())
-        shares = [part.chunk(self.blocks, dim=self.split_dim) for part in parts]
+        shards = [torch.empty_like(local) for _ in range(ranks)]
+        dist.all_gather(shards, local, group=parallel_state.get_tensor_model_parallel_group())
+        shares = [shard.chunk(self.blocks, dim=self.split_dim) for shard in shards]
         whole = torch.cat([shares[r][b] for b in range(self.blocks) for r in range(ranks)], dim=self.split_dim)
         return whole if self.rows is None else whole[: self.rows]
 
 
 def list_weights(model: nn.Module) -> list[Weight]:
-    """The weights of this rank's part of an AnyMALModel, in its order."""
+    """List the weights of this rank's part of an AnyMALModel, in its order."""
     vocab_size: Any = model.vocab_size
-    found = []
+    weights = []
     parameter: Any
     for name, parameter in model.named_parameters():
         split = getattr(parameter, "tensor_model_parallel", False)
         vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
-        found.append(
+        weights.append(
             Weight(
                 name=whole_name(model, name),
                 parameter=parameter,
@@ -109,11 +109,11 @@ def list_weights(model: nn.Module) -> list[Weight]:
                 rows=vocab_size if vocabulary else None,
             )
         )
-    return found
+    return weights
 
 
 def whole_name(model: nn.Module, name: str) -> str:
-    """The name in the whole model of a parameter or module of this rank's part of an AnyMALModel."""
+    """Return the name in the whole model of a parameter or module of this rank's part of an AnyMALModel."""
     llama: Any = model.get_submodule("language_model")
     first_layer = llama.decoder.layers[0].layer_number - 1 if len(llama.decoder.layers) else 0
     if llama.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
@@ -127,7 +127,7 @@ def whole_name(model: nn.Module, name: str) -> str:
 
 def set_initial_values(weights: Iterable[Weight], seed: int, default_std: float) -> None:
     """Draw each weight by `initial_value`. A parameter's `init_std` overrides `default_std`; one-dimensional weights
-    keep what they were built with (norms 1, biases 0).
+    keep the values they were built with (norms 1, biases 0).
     """
     for weight in weights:
         if weight.parameter.dim() < 2:
@@ -137,11 +137,11 @@ def set_initial_values(weights: Iterable[Weight], seed: int, default_std: float)
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, device: torch.device = _CPU) -> Tensor:
-    """A whole weight drawn from a normal distribution seeded by (seed, name): the same under every layout.
+    """Draw a whole weight from a normal distribution seeded by (seed, name); the same under every layout.
 
     Args:
-        device: draws it if it is large (a random 70B would take a core twelve minutes); GPUs of one kind draw
-            alike.
+        device: draws large weights (a random 70B would take one CPU core twelve minutes); GPUs of the same model draw
+            the same values.
     """
     key = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     drawn_on = device if math.prod(shape) >= _LARGE else _CPU
@@ -150,7 +150,7 @@ def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, devi
 
 
 def gather_weights(models: Iterable[nn.Module], prefix: str = "") -> Optional[dict[str, Tensor]]:
-    """All whole weights on rank 0 (None elsewhere), on the CPU, by name. Collective over all processes."""
+    """Gather all whole weights on rank 0 (None elsewhere), on the CPU, by name. Collective over all processes."""
     mine = {}
     for weight in _selected(models, prefix):
         whole = weight.gather()
@@ -160,7 +160,7 @@ def gather_weights(models: Iterable[nn.Module], prefix: str = "") -> Optional[di
     dist.gather_object(mine, gathered if dist.get_rank() == 0 else None, dst=0)
     if dist.get_rank() != 0:
         return None
-    return {name: tensor for part in gathered for name, tensor in part.items()}
+    return {name: tensor for rank_weights in gathered for name, tensor in rank_weights.items()}
 
 
 def load_weights(models: Iterable[nn.Module], tensors: Mapping[str, Tensor]) -> None:
@@ -176,10 +176,10 @@ def load_weights(models: Iterable[nn.Module], tensors: Mapping[str, Tensor]) -> 
 
 
 def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
-    """A hash of the whole weights under `prefix` except adapters: names, shapes, types and bytes; the same under every
+    """Hash the whole weights under `prefix` except adapters: names, shapes, dtypes and bytes; the same under every
     layout.
 
-    Collective over all processes; every rank gets it.
+    Collective over all processes; every rank gets the hash.
     """
     digests: dict[str, str] = {}
     for weight in _selected(models, prefix):
@@ -192,13 +192,13 @@ def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
             digest = hash_weight(weight.name, whole) if _speaks_for_replica() else ""
         if _speaks_for_replica():
             digests[weight.name] = digest
-    parts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, digests)
-    return hash_together({name: digest for part in parts for name, digest in part.items()})
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, digests)
+    return hash_together({name: digest for rank_digests in gathered for name, digest in rank_digests.items()})
 
 
 def hash_weight(name: str, whole: Tensor) -> str:
-    """A hash of one whole weight: name, shape, type and bytes."""
+    """Hash one whole weight: name, shape, dtype and bytes."""
     head = f"{name} {tuple(whole.shape)} {whole.dtype}".encode()
     digest = hashlib.sha256(head)
     digest.update(raw_bytes(whole.cpu()))
@@ -206,7 +206,7 @@ def hash_weight(name: str, whole: Tensor) -> str:
 
 
 def hash_together(digests: Mapping[str, str]) -> str:
-    """One hash of the hashes of many weights, whatever their order."""
+    """Combine the hashes of many weights into one, independently of their order."""
     body = "\n".join(f"{name} {digest}" for name, digest in sorted(digests.items()))
     return hashlib.sha256(body.encode()).hexdigest()
 
@@ -224,4 +224,4 @@ def _speaks_for_replica() -> bool:
 
 
 def leave_unset(weight: Tensor) -> None:
-    """megatron-core's `init_method` here: values are read, or drawn by name with `set_initial_values`."""
+    """No-op `init_method` for megatron-core: values are loaded, or drawn by name with `set_initial_values`."""

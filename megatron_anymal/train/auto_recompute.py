@@ -1,7 +1,7 @@
-"""Which recompute a run takes where model.recompute_granularity=auto: the cheapest that fits in memory.
+"""Choose the activation recomputation for model.recompute_granularity=auto: the cheapest that fits in memory.
 
-One choice holds for the whole job. megatron-core reads it on each rank, so that stages could differ; but a pipeline
-goes at the pace of its slowest stage, the one that repeats most, and fewer repetitions on the others would only make
+One choice holds for the whole job. megatron-core reads the setting on each rank, so stages could differ; but a pipeline
+runs at the pace of its slowest stage, the one that recomputes most, and recomputing less on the others would only make
 them wait longer.
 """
 
@@ -29,19 +29,19 @@ from megatron_anymal.model.memory.media import encoder_sizes, media_bytes
 from megatron_anymal.model.meta_device import without_weights
 from megatron_anymal.parallel import ParallelLayout
 
-# Share of a card that is not counted on: CUDA's and NCCL's own memory, and gaps between tensors.
+# Share of GPU memory that is reserved for CUDA, NCCL and fragmentation.
 MARGIN = 0.1
 _GB = 1e9
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The recompute of a run and what it leads to.
+    """The activation recomputation of a run and the resulting memory use.
 
     Attributes:
-        held: by a rank of each pipeline stage.
-        memory: bytes to fit in; 0: not asked.
-        without: what the worst rank would hold without recompute, in bytes.
+        held: memory use of a rank, per pipeline stage.
+        memory: available bytes; 0 if unknown.
+        without: bytes that the worst rank would hold without recomputation.
     """
 
     recompute: Recompute
@@ -51,7 +51,7 @@ class Choice:
 
     @property
     def worst(self) -> int:
-        """The stage whose ranks hold most."""
+        """The stage whose ranks need the most memory."""
         return max(range(len(self.held)), key=lambda stage: self.held[stage].total)
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Choice:
         return f"{self.recompute} ({why})"
 
     def applied(self, config: RunConfig) -> RunConfig:
-        """A copy of the configuration with the choice in the place of auto."""
+        """Return a copy of the configuration with `auto` replaced by the choice."""
         config = copy.deepcopy(config)
         model, chosen = config.model, self.recompute
         model.recompute_granularity, model.recompute_modules = chosen.granularity, list(chosen.modules)
@@ -71,7 +71,7 @@ class Choice:
 
 
 def configured(config: RunConfig) -> Recompute:
-    """The recompute that a configuration names; auto counts as none."""
+    """Return the recomputation that a configuration sets; auto counts as none."""
     model = config.model
     if model.recompute_granularity == "selective":
         return Recompute("selective", tuple(model.recompute_modules))
@@ -83,10 +83,10 @@ def configured(config: RunConfig) -> Recompute:
 def fit_recompute(
     config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality], layout: ParallelLayout
 ) -> tuple[RunConfig, str]:
-    """Put the choice in the place of auto. Collective where there is one to make: the smallest card of the job decides.
+    """Replace `auto` by a choice that fits the job's smallest GPU. Collective if the setting is `auto`.
 
     Returns:
-        The configuration to build the model from, and a line for the log ("" without auto).
+        The configuration to build the model from, and a log line ("" without auto).
 
     Raises:
         ConfigError: nothing fits.
@@ -100,8 +100,8 @@ def fit_recompute(
 
 
 def memory_to_fit(config: RunConfig) -> int:
-    """Bytes that one process may hold: model.memory_gb, or what its card has less MARGIN, or its share of what the
-    machine has free."""
+    """Bytes available to one process: model.memory_gb, or its GPU's memory less MARGIN, or its share of the machine's
+    free memory."""
     if config.model.memory_gb:
         return int(config.model.memory_gb * _GB)
     if torch.cuda.is_available():
@@ -111,53 +111,53 @@ def memory_to_fit(config: RunConfig) -> int:
 
 
 def choose(run: RunSizes, memory: int) -> Choice:
-    """The recompute that repeats least of those with which every rank fits.
+    """Return the recomputation with the least extra work with which every rank fits.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: nothing fits.
     """
     for recompute in candidates(run):
-        found = judge(run, recompute, memory)
-        if found.held[found.worst].total <= memory:
-            return found
-    # The last one repeats everything.
-    most = found.held[found.worst]
-    parts = ("weights", "gradients", "optimizer", "activations", "working")
-    listed = ", ".join(f"{name} {getattr(most, name) / _GB:.1f}" for name in parts)
+        choice = judge(run, recompute, memory)
+        if choice.held[choice.worst].total <= memory:
+            return choice
+    # The last candidate recomputes everything.
+    most = choice.held[choice.worst]
+    kinds = ("weights", "gradients", "optimizer", "activations", "working")
+    listed = ", ".join(f"{name} {getattr(most, name) / _GB:.1f}" for name in kinds)
     raise ConfigError(
-        f"model.recompute_granularity=auto: nothing fits. A rank of pipeline stage {found.worst} holds "
-        f"{most.total / _GB:.1f} GB even with every layer recomputed ({listed}), and {memory / _GB:.1f} GB fit "
-        "(model.memory_gb). Lower data.seq_length or model.micro_batch_size, or raise "
+        f"model.recompute_granularity=auto: nothing fits. A rank of pipeline stage {choice.worst} holds "
+        f"{most.total / _GB:.1f} GB even with every layer recomputed ({listed}), but only {memory / _GB:.1f} GB are "
+        "available (model.memory_gb). Lower data.seq_length or model.micro_batch_size, or raise "
         "model.tensor_model_parallel_size or model.pipeline_model_parallel_size."
     )
 
 
 def judge(run: RunSizes, recompute: Recompute, memory: int) -> Choice:
-    """What a given recompute leads to."""
+    """Return the memory use of a given recomputation."""
     return Choice(recompute, _held(run, recompute), memory, max(of.total for of in _held(run, Recompute())))
 
 
 def candidates(run: RunSizes) -> list[Recompute]:
-    """What megatron-core can repeat, from the least work to the most (every layer)."""
-    longest = max(len(part.layers) for parts in run.stages for part in parts)
-    found = [Recompute(), Recompute("selective", ("core_attn",)), Recompute("selective", ("core_attn", "mlp"))]
-    found += [Recompute("full", (), "block", layers) for layers in range(1, longest + 1)]
-    return sorted(found, key=lambda recompute: repeated_share(run, recompute))
+    """Return the recomputations that megatron-core supports, from the least extra work to the most (every layer)."""
+    longest = max(len(chunk.layers) for chunks in run.stages for chunk in chunks)
+    options = [Recompute(), Recompute("selective", ("core_attn",)), Recompute("selective", ("core_attn", "mlp"))]
+    options += [Recompute("full", (), "block", layers) for layers in range(1, longest + 1)]
+    return sorted(options, key=lambda recompute: repeated_share(run, recompute))
 
 
 def repeated_share(run: RunSizes, recompute: Recompute) -> float:
-    """How much of a forward pass through the layers is done twice, on the stage that does most."""
+    """Return the share of the layers' forward pass that is computed twice, on the stage with the largest share."""
     llama, tokens = run.llama, run.pack.tokens
-    # Multiply-adds of a token in one layer; attention over one document as long as the pack, half of it masked.
+    # Multiply-adds per token and layer; attention over one document as long as the pack, half of it masked.
     attention = llama.queries * tokens * llama.context
     mlp = 3 * llama.hidden * llama.ffn // llama.tensor
     whole = attention + mlp + llama.hidden * 2 * (llama.queries + llama.keys)
     if recompute.granularity == "selective":
         return sum({"core_attn": attention, "mlp": mlp}.get(name, 0) for name in recompute.modules) / whole
     shares = []
-    for parts in run.stages:
-        layers = sum(len(part.layers) for part in parts)
-        shares.append(sum(recompute.repeated(len(part.layers)) for part in parts) / max(1, layers))
+    for chunks in run.stages:
+        layers = sum(len(chunk.layers) for chunk in chunks)
+        shares.append(sum(recompute.repeated(len(chunk.layers)) for chunk in chunks) / max(1, layers))
     return max(shares)
 
 
@@ -168,17 +168,17 @@ def _held(run: RunSizes, recompute: Recompute) -> tuple[Held, ...]:
 def run_sizes(
     config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality], *, planned: bool = False
 ) -> RunSizes:
-    """What memory.py must know of a run.
+    """Return the sizes from which model/memory computes a run's memory use.
 
     Args:
-        planned: count for a card where this machine has none.
+        planned: assume a GPU even if this machine has none.
     """
     model, layout = config.model, BatchLayout.of(config)
     llama = _llama_sizes(config, hf, planned)
     everywhere = padded(layout.seq_length * layout.micro_batch_size, layout.length_multiple)
     tokens = everywhere // model.context_parallel_size
-    # Padding of scaled dot-product attention may double a pack; with context parallelism, chunks need their documents'
-    # beginnings.
+    # Padding for scaled dot-product attention may double a pack; under context parallelism, every chunk of a document
+    # needs the keys of the document's beginning.
     keys = everywhere * (2 * model.context_parallel_size + 1) // (2 * model.context_parallel_size)
     doubled = 2 if llama.attention == "sdpa" else 1
     pack = Pack(tokens, tokens, doubled * tokens, doubled * (keys if model.context_parallel_size > 1 else tokens))
@@ -206,14 +206,14 @@ def run_sizes(
 
 
 def optimizer_bytes(config: RunConfig) -> int:
-    """Of each number that trains: two fp32 moments, and where the weights are bf16 their fp32 originals."""
+    """Optimizer bytes per trainable parameter: two fp32 moments, and the fp32 main weight if the model is bf16."""
     return 12 if backend.compute_dtype(config) == torch.bfloat16 else 8
 
 
 def _llama_sizes(config: RunConfig, hf: LlamaConfig, planned: bool) -> LlamaSizes:
     model = config.model
     ranks = model.tensor_model_parallel_size
-    on_card = planned or torch.cuda.is_available()
+    on_gpu = planned or torch.cuda.is_available()
     attention = backend.attention_kernel(config)
     if planned and not torch.cuda.is_available():
         attention = "transformer_engine" if model.transformer_impl != "local" else "flash_attn"
@@ -234,7 +234,7 @@ def _llama_sizes(config: RunConfig, hf: LlamaConfig, planned: bool) -> LlamaSize
         matrix_number=1 if model.fp8_primary_weights else number + (2 if model.fp8 else 0),
         trains=not model.language_model.freeze,
         attention=attention,
-        on_cpu=not on_card,
+        on_cpu=not on_gpu,
         fused_swiglu=transformer_config(hf, without_weights(config)).bias_activation_fusion,
         lora_r=model.lora.r,
         lora_dropout=model.lora.dropout > 0,
@@ -243,14 +243,14 @@ def _llama_sizes(config: RunConfig, hf: LlamaConfig, planned: bool) -> LlamaSize
 
 
 def _stages(hf: LlamaConfig, config: RunConfig) -> tuple[tuple[PipelineChunk, ...], ...]:
-    """The model parts of each stage: a virtual pipeline runs through all stages once for each of its parts."""
-    parts = config.model.virtual_pipeline_model_parallel_size
-    counts = [layers // parts for layers in layers_of_stages(hf, config)]
+    """Return the model chunks of each stage: a virtual pipeline passes through all stages once per chunk."""
+    chunks = config.model.virtual_pipeline_model_parallel_size
+    counts = [layers // chunks for layers in layers_of_stages(hf, config)]
     stages: list[list[PipelineChunk]] = [[] for _ in counts]
     first = 0
-    for part in range(parts):
+    for chunk in range(chunks):
         for stage, count in enumerate(counts):
-            at_end = part == parts - 1 and stage == len(counts) - 1
-            stages[stage].append(PipelineChunk(tuple(range(first, first + count)), not part and not stage, at_end))
+            at_end = chunk == chunks - 1 and stage == len(counts) - 1
+            stages[stage].append(PipelineChunk(tuple(range(first, first + count)), not chunk and not stage, at_end))
             first += count
     return tuple(map(tuple, stages))

@@ -1,4 +1,4 @@
-"""From the configuration to everything a run needs, in order."""
+"""Build everything a run needs from its configuration."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 
 @dataclass
 class DataSource:
-    """One mixture: its plan and how this rank reads it."""
+    """A data mixture: its batch planner and this rank's reader."""
 
     planner: BatchPlanner
     reader: MicroBatchReader
@@ -40,34 +40,34 @@ class DataSource:
 
 @dataclass
 class TrainState:
-    """A run in memory."""
+    """In-memory state of a run."""
 
     config: RunConfig
     llama: LlamaConfig
     layout: ParallelLayout
     tokenizer: Tokenizer
     modalities: dict[str, Modality]
-    # This rank's model parts: one, or those that a virtual pipeline cuts its stage into.
+    # This rank's model chunks: one, or several under a virtual pipeline.
     models: list[AnyMALModel]
-    # The same as megatron-core's data parallelism wraps them.
+    # The same chunks, wrapped for megatron-core's data parallelism.
     wrapped: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     train_data: DataSource
     validation_data: Optional[DataSource]
     objective: Objective
-    # Of this rank's forward passes in training and validation.
+    # Time spent in this rank's own forward passes, in training and validation.
     own_time: OwnTime
-    # Which recompute was chosen and why; "" where the configuration names it.
+    # Which activation recomputation was chosen and why; "" if the configuration sets it.
     recompute: str = ""
-    # DPO only, once the run has read its reference.
+    # DPO only, once the reference is loaded.
     reference: Optional[ReferenceAnswers] = None
-    # Whole names of frozen encoders' weights that came from another run: nothing else holds them.
+    # Full names of frozen encoder weights that were restored from another run and must be saved with this one's.
     carried: set[str] = field(default_factory=set)
     # Updates made so far.
     step: int = 0
 
     def wait_for_param_gather(self) -> None:
-        """See that every rank's weights are the updated ones; with overlapped gathering they arrive during the next
+        """Wait until every rank holds the updated weights; with overlapped gathering they only arrive during the next
         step's forward pass. Collective."""
         if self.config.model.ddp.overlap_param_gather:
             for wrapped in self.wrapped:
@@ -75,10 +75,10 @@ class TrainState:
 
 
 def check_run(config: RunConfig) -> None:
-    """Refuse what cannot work before any process group is made: settings, this machine, the Llama's sizes.
+    """Reject settings, machines and Llama sizes that cannot work, before any process group is created.
 
     Raises:
-        ConfigError, CheckpointError: naming the key or folder and the mend.
+        ConfigError, CheckpointError: naming the key or folder and the fix.
     """
     check(config)
     backend.check_backend(config)
@@ -87,10 +87,10 @@ def check_run(config: RunConfig) -> None:
 
 
 def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
-    """Build data, model and optimizer; cheap checks come before anything large is made.
+    """Build data, model and optimizer; cheap checks come before anything large is allocated.
 
     Raises:
-        ConfigError, DataError: naming the key, folder or sample and the mend.
+        ConfigError, DataError: naming the key, folder or sample and the fix.
     """
     config, hf = resolve_language_model(config)
     tokenizer, modalities = build_inputs(config)
@@ -122,7 +122,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
 
 
 def build_inputs(config: RunConfig) -> tuple[Tokenizer, dict[str, Modality]]:
-    """The tokenizer and the modalities, without encoders' weights."""
+    """Build the tokenizer and the modalities, without encoder weights."""
     load_plugins(config.model.plugins)
     tokenizer = Tokenizer(config.data.tokenizer)
     limits = config.data.limits
@@ -133,7 +133,7 @@ def build_inputs(config: RunConfig) -> tuple[Tokenizer, dict[str, Modality]]:
 def loaded_modalities(
     config: RunConfig, tokenizer: Tokenizer, modalities: dict[str, Modality]
 ) -> dict[str, LoadedModality]:
-    """What reading must know of each modality."""
+    """Return what the reader needs of each modality."""
     return {
         name: LoadedModality(
             modality=modalities[name],
@@ -145,7 +145,7 @@ def loaded_modalities(
 
 
 def rank_needs(layout: ParallelLayout) -> RankNeeds:
-    """What this rank reads: the first stage tokens and media, the last one labels, those between only lengths."""
+    """Return what this rank reads: the first stage tokens and media, the last stage labels, the others only lengths."""
     return RankNeeds(
         text=layout.is_first_stage or layout.is_last_stage,
         media=layout.is_first_stage,
@@ -159,7 +159,7 @@ def rank_needs(layout: ParallelLayout) -> RankNeeds:
 def build_data(
     config: RunConfig, layout: ParallelLayout, tokenizer: Tokenizer, modalities: dict[str, Modality], split: str
 ) -> DataSource:
-    """The mixture of data.train or data.validation.
+    """Build the mixture of data.train or data.validation.
 
     Raises:
         DataError: see BatchPlanner.
@@ -185,12 +185,12 @@ def build_data(
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: RunConfig) -> None:
-    """Refuse a tokenizer with ids that the Llama does not have."""
+    """Reject a tokenizer with ids outside the Llama's vocabulary."""
     largest = max(tokenizer.hf.get_vocab().values())
     if largest >= vocab_size:
         raise DataError(
-            f"data.tokenizer={config.data.tokenizer!r} has ids up to {largest}, the Llama's vocabulary only "
-            f"{vocab_size} entries. Name the tokenizer that belongs to the Llama."
+            f"data.tokenizer={config.data.tokenizer!r} has ids up to {largest}, but the Llama's vocabulary has only "
+            f"{vocab_size} entries. Set it to the tokenizer that belongs to the Llama."
         )
 
 
@@ -203,19 +203,19 @@ def _wrap(config: RunConfig, model: AnyMALModel, *, first: bool) -> DistributedD
         overlap_param_gather=ddp.overlap_param_gather,
         bucket_size=ddp.bucket_size or None,
     )
-    # Of a virtual pipeline's parts only the first ends its backward pass with nothing left to hide a reduction behind.
+    # Only the first virtual chunk needs buckets: its backward pass runs last, with nothing after it to overlap with.
     return DistributedDataParallel(model.config, settings, model, disable_bucketing=not first)
 
 
 def _connect(config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """Tell megatron-core's schedules how to finish a step."""
+    """Set the hooks with which megatron-core's schedules finish a step."""
     settings: Any = wrapped[0].config
     settings.grad_scale_func = optimizer.scale_loss
     settings.finalize_model_grads_func = _finalize
     if config.model.ddp.overlap_grad_reduce:
-        settings.no_sync_func = [part.no_sync for part in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
+        settings.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
 
 
 def _finalize(models: list[Any], num_tokens: Any = None, **settings: Any) -> None:
-    """Reduce gradients; they are already those of the batch's mean loss, so no token count divides them."""
+    """Reduce gradients; they already belong to the batch's mean loss, so they are not divided by a token count."""
     finalize_model_grads(models, None, **settings)

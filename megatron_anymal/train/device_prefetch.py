@@ -1,4 +1,4 @@
-"""Micro-batches on their way to the card: the next one is copied while one is computed."""
+"""Copy micro-batches to the GPU, the next one while the current one is computed."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from megatron_anymal.data.records import MicroBatch
 
 
 class HostToDevice(Protocol):
-    """Carries micro-batches to where they are computed."""
+    """Copies micro-batches to the device that computes them."""
 
     def start(self, micro_batch: MicroBatch) -> Any:
-        """Begin to copy. Returns what `finish` takes."""
+        """Start a copy. Returns the argument for `finish`."""
         ...
 
     def finish(self, started: Any) -> MicroBatch:
-        """What was copied; whatever is computed from here on sees it whole."""
+        """Return the copy; work enqueued from here on sees it complete."""
         ...
 
 
 class SideStream:
-    """Copies on a stream of its own, beside the computation on the current one.
+    """Copies on a side stream, overlapping the computation on the current stream.
 
-    Memory is taken from, and goes back to, the current stream's pool, and the copy waits for what that stream was given
-    so far. So a copy lands in the memory of an earlier micro-batch once that one is computed, however far the host is
-    ahead of the card, and nothing has to be recorded for the allocator.
+    Memory is allocated from, and returned to, the current stream's pool, and a copy waits for the work enqueued on that
+    stream so far. So a copy may reuse the memory of an earlier micro-batch only after that one is computed, however far
+    the host runs ahead of the GPU, and no `record_stream` is needed.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._side = device, torch.cuda.Stream(device)
 
     def start(self, micro_batch: MicroBatch) -> MicroBatch:
-        """See HostToDevice. Only from pinned memory does the host not wait for the copy."""
+        """See HostToDevice. The host does not wait for the copy, provided that the source is pinned."""
         copies: list[tuple[Tensor, Tensor]] = []
 
         def place(source: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class SideStream:
 
 
 class NoCopy:
-    """On a CPU they are there already."""
+    """On a CPU there is nothing to copy."""
 
     def start(self, micro_batch: MicroBatch) -> MicroBatch:
         """See HostToDevice."""
@@ -71,20 +71,20 @@ class NoCopy:
 def on_device(
     micro_batches: Iterable[MicroBatch], device: torch.device, *, media: bool = True
 ) -> Generator[MicroBatch, None, None]:
-    """A step's micro-batches on the device, each copied while the one before it is computed.
+    """Yield a step's micro-batches on the device, each copied while the previous one is computed.
 
     Args:
-        media: whether this model part encodes them; without, they stay where they are.
+        media: whether this model chunk encodes media; if not, they are dropped instead of copied.
     """
     copies: HostToDevice = NoCopy() if device.type == "cpu" else SideStream(device)
     return one_ahead((m if media else dataclasses.replace(m, media={}) for m in micro_batches), copies)
 
 
 def one_ahead(micro_batches: Iterable[MicroBatch], copies: HostToDevice) -> Generator[MicroBatch, None, None]:
-    """Every micro-batch once, in its order; when one is handed out, the next one's copy has begun, and no other's.
+    """Yield every micro-batch once, in order; when one is yielded, the copy of exactly the next one has started.
 
-    The one handed out is not held here: of two at a time the memory is taken. Ended early (`close`), what is under way
-    is waited for before it is let go.
+    No reference to the yielded one is kept, so at most two occupy device memory. If the generator is closed early, it
+    waits for the pending copy before releasing it.
     """
     waiting: list[Any] = []
     try:
@@ -101,5 +101,5 @@ def one_ahead(micro_batches: Iterable[MicroBatch], copies: HostToDevice) -> Gene
 
 
 def to_device(micro_batch: MicroBatch, device: torch.device) -> MicroBatch:
-    """The micro-batch with its tensors on the device."""
+    """Return the micro-batch with its tensors on the device."""
     return micro_batch.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))

@@ -1,4 +1,4 @@
-"""The loop: resume, step, log, validate, save, stop. The engine's step is the only clock."""
+"""The training loop: resume, step, log, validate, save, stop. Everything is scheduled by the step count."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def fit(
     loggers: Sequence[MetricsLogger] = (),
     after_validation: Optional[Callable[[], None]] = None,
 ) -> Exit:
-    """Train until trainer.max_steps; or until SIGTERM, SIGUSR1 or exp_manager.max_time_per_run, with a checkpoint.
+    """Train until trainer.max_steps, or checkpoint and stop on SIGTERM, SIGUSR1 or exp_manager.max_time_per_run.
 
     Args:
         after_validation: called on all ranks after each validation.
 
     Returns:
-        DONE, or REQUEUE where it was stopped before the last step.
+        DONE, or REQUEUE if the run was stopped before the last step.
 
     Raises:
-        ConfigError: another job works in the run's folder, or its checkpoint belongs to another run.
-        NotFinite: resilience.max_skipped_steps in a row had no finite gradient.
+        ConfigError: another job is using the run folder, or its checkpoint belongs to another run.
+        NotFinite: the gradient was not finite in resilience.max_skipped_steps consecutive steps.
         DataError: more of a step's samples are unreadable than data.max_bad_share allows.
         CheckpointError: checkpoints exist and none is valid, or the last one could not be written.
     """
@@ -62,7 +62,7 @@ def fit(
 
 
 class Trainer:
-    """One execution of a run in its folder."""
+    """One execution of a run in its run folder."""
 
     def __init__(
         self,
@@ -80,23 +80,23 @@ class Trainer:
         self.writer = CheckpointWriter(
             self.checkpoints, self.config.exp_manager.checkpoint, self.log.say, guard=check_lock
         )
-        # The last validation's step, and what it measured.
+        # Step and metrics of the last validation.
         self.validated: tuple[int, dict[str, float]] = (-1, {})
         self.skipped_steps = SkippedSteps(run_dir, self.config.resilience.max_skipped_steps, state.layout.reports)
         self.skipped_samples = SkippedSamples(run_dir, self.config, state.layout.reports, self.log.say)
-        # Why to stop before the last step.
+        # Why to stop before the last step; "" to continue.
         self.stop = ""
-        # The step under way, counted from 1; 0 before the first.
+        # The step in progress, counted from 1; 0 before the first.
         self.under_way = 0
         stop_signals.stop_after(max_time_seconds(self.config))
         fault_injection.schedule(self.config.resilience.faults, state.layout.rank, run_dir)
         self.base_hash = self._hash_base()
-        # DPO: of the checkpoint that the reference was read from.
+        # DPO: hash of the checkpoint that the reference was loaded from.
         self.reference_hash = ""
         self.window = MetricsWindow()
 
     def fit(self) -> Exit:
-        """See the function of this name."""
+        """See the module-level `fit`."""
         self._record("start", f"{self.state.layout.world_size} process(es)")
         fault_injection.inject("start", 0)
         heartbeat.beat(Phase.LOADING)
@@ -106,9 +106,9 @@ class Trainer:
         except BaseException as error:
             worker = worker_died(error)
             if worker is not None:
-                # Recorded with its traceback.
+                # So that the record contains its traceback.
                 worker.__cause__ = error
-            # Before the wait for others, who may be gone.
+            # Before waiting for other ranks, which may be gone.
             record_failure(self.run_dir, worker or error, self.under_way)
             self.writer.abandon()
             if worker is None:
@@ -127,7 +127,7 @@ class Trainer:
 
     def _train(self) -> None:
         first, last = self.state.step, self.config.trainer.max_steps
-        # What was asked for while the run was being set up: there is nothing new to save.
+        # Stop requests received during setup: there is nothing new to save.
         self._note_stop(stop_asked_for(self.state))
         batches = self._steps(self.state.train_data, first, last, fault_injection.in_loader)
         while self.state.step < last and not self.stop:
@@ -152,15 +152,15 @@ class Trainer:
                 self._save()
             if result.skipped:
                 self.log.say(f"warning: step {self.state.step}: the gradient is not finite; no weight was changed")
-                # Last, so that a run that it ends has saved and logged what it should.
+                # Last, because it may end the run, which must have logged and saved by then.
                 self.skipped_steps.note(self.state.step, self._samples(plan))
 
     def _start(self) -> None:
         self._introduce()
         if self.config.job != "pretrain" and self.state.tokenizer.joins_headers:
             self.log.say(
-                "warning: data.tokenizer joins the line breaks after a turn's header with the turn's content, so "
-                "answers are learned after other ids than those that ask for one. Llama 3's tokenizer keeps them apart."
+                "warning: data.tokenizer merges the line breaks after a turn's header with the turn's content, so "
+                "the ids before an answer differ between training and generation. Llama 3's tokenizer keeps them apart."
             )
         if self.config.job == "dpo":
             self.reference_hash = restore.read_reference(self.state, self.base_hash, self.run_dir, self.log.say)
@@ -174,17 +174,17 @@ class Trainer:
             kept.rewind(self.state.step)
 
     def _introduce(self) -> None:
-        """Say what runs where: what is missing on a machine shows here first."""
+        """Log the layout, precision and kernels, which also reveals what a machine lacks."""
         layout = self.state.layout
         split = ", sequence parallel" if self.config.model.sequence_parallel else ""
-        parts = self.config.model.virtual_pipeline_model_parallel_size
-        stages = f"{layout.pipeline_size}" + (f" (each in {parts} parts)" if parts > 1 else "")
+        chunks = self.config.model.virtual_pipeline_model_parallel_size
+        stages = f"{layout.pipeline_size}" + (f" ({chunks} virtual chunks each)" if chunks > 1 else "")
         trainable = sum(p.numel() for model in self.state.models for p in model.parameters() if p.requires_grad)
         self.log.say(
             f"{layout.world_size} process(es) on {layout.device.type}: tensor {layout.tensor_size} x pipeline "
             f"{stages} x context {layout.context_size} x data {layout.data_size}{split}; "
-            f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers, attention "
-            f"by {backend.attention_kernel(self.config)}; rank 0 trains {trainable:,} parameters"
+            f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers, "
+            f"{backend.attention_kernel(self.config)} attention; rank 0 trains {trainable:,} parameters"
         )
         if self.state.recompute:
             self.log.say(self.state.recompute)
@@ -209,7 +209,7 @@ class Trainer:
         return at_end or (interval > 0 and self.state.step % interval == 0)
 
     def _record(self, kind: str, text: str, **more: Any) -> None:
-        """An event that one rank tells for all."""
+        """Record an event, on one rank for all."""
         if self.state.layout.reports:
             record(self.run_dir, kind, text, step=self.state.step, **more)
 
@@ -219,7 +219,7 @@ class Trainer:
             self._record("stop_requested", reason)
 
     def _samples(self, plan: StepPlan) -> list[str]:
-        """Names of all of a step's samples."""
+        """Return the names of all samples of a step."""
         key = self.state.train_data.planner.key
         return [key(int(dataset), int(sample)) for dataset, sample in zip(plan.dataset, plan.sample)]
 
@@ -235,7 +235,7 @@ class Trainer:
             own, self.state.step, self.state.layout, self.config.resilience.straggler_ratio, self.run_dir
         )
         if slow:
-            self.log.say(f"warning: step {self.state.step}: slow, in own seconds a step: {slow}")
+            self.log.say(f"warning: step {self.state.step}: slow ranks, in seconds of own work per step: {slow}")
 
     def _validate(self) -> None:
         data, batches = self.state.validation_data, self.config.trainer.limit_val_batches
@@ -253,7 +253,7 @@ class Trainer:
             for name, count in result.counts_by_modality.items():
                 sums[name] = sums.get(name, 0.0) + result.loss_by_modality[name] * count
                 counts[name] = counts.get(name, 0) + count
-        # Only training is looked at for slow ranks.
+        # Discarded: stragglers are detected in training only.
         self.state.own_time.take()
         if not counts:
             return
@@ -266,8 +266,8 @@ class Trainer:
         rules = self.config.exp_manager.checkpoint
         if rules.keep_best and rules.keep_best_metric not in metrics:
             raise ConfigError(
-                f"exp_manager.checkpoint.keep_best_metric={rules.keep_best_metric!r} was not measured by the "
-                f"validation, which gave {', '.join(metrics)}."
+                f"exp_manager.checkpoint.keep_best_metric={rules.keep_best_metric!r} is not a validation metric; "
+                f"the validation measured {', '.join(metrics)}."
             )
         if self.after_validation is not None:
             self.after_validation()
@@ -279,7 +279,7 @@ class Trainer:
         self.writer.start(self.state, self._manifest())
 
     def _manifest(self) -> Manifest:
-        """What a checkpoint of this step says of itself, but for its files."""
+        """Build the manifest of a checkpoint of this step, without its files."""
         validated_at, metrics = self.validated
         return Manifest(
             step=self.state.step,
@@ -295,10 +295,10 @@ class Trainer:
         )
 
     def _check_base(self) -> None:
-        """Write down that the frozen Llama is still what it was."""
+        """Verify that the frozen Llama is unchanged, and record its hash."""
         after = self._hash_base()
         if after != self.base_hash:
-            raise RuntimeError("The frozen Llama's weights changed during the run: its checkpoints are not to be used.")
+            raise RuntimeError("The frozen Llama's weights changed during the run. Do not use its checkpoints.")
         if self.state.layout.reports and after:
             (self.run_dir / "language_model.json").write_text(json.dumps({"before": self.base_hash, "after": after}))
 

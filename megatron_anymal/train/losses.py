@@ -1,7 +1,7 @@
-"""What is minimised, and how it is counted.
+"""Losses and their sums and means.
 
 Conservative DPO, step by step: a micro-batch's log-probabilities of the next token [1, T], under the policy and under
-the reference -> `sequence_sums`, one number per answer -> `sum_over_context` -> `dpo_loss`, one number per pair ->
+the reference -> `sequence_sums`, one value per answer -> `sum_over_context` -> `dpo_loss`, one value per pair ->
 `batch_mean` over the pairs of the global batch.
 """
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
-# What `dpo_metrics` gives, in its order.
+# Names of the values of `dpo_metrics`, in order.
 DPO_METRICS = (
     "pairs",
     "chosen_reward",
@@ -28,13 +28,13 @@ DPO_METRICS = (
 
 
 def batch_mean(losses: Tensor, loss_mask: Tensor, batch_targets: int) -> Tensor:
-    """A micro-batch's part of the batch's mean loss (AnyMAL eq. 1: the likelihood of the text given the media).
+    """A micro-batch's contribution to the batch's mean loss (AnyMAL eq. 1: likelihood of the text given the media).
 
-    Dividing by the targets of the whole global batch makes the sum over micro-batches and replicas the mean over
+    Dividing by the target tokens of the whole global batch makes the sum over micro-batches and replicas the mean over
     target tokens, however the samples were packed.
 
-    Other means are taken with another mask and count: over samples with `sample_weights` and the number of samples,
-    over preference pairs with a loss and a 1 for each and the number of pairs.
+    Other means use another mask and count: over samples, `sample_weights` and the number of samples; over preference
+    pairs, one loss and a mask of 1 per pair and the number of pairs.
 
     Args:
         losses, loss_mask: [1, T].
@@ -47,15 +47,15 @@ def batch_mean(losses: Tensor, loss_mask: Tensor, batch_targets: int) -> Tensor:
 
 
 def sample_weights(loss_mask: Tensor, samples: Tensor, targets: Tensor) -> Tensor:
-    """`batch_mean`'s mask for a loss in which every sample counts the same, however long its answer.
+    """Mask for `batch_mean` that weights every sample equally, however long its answer.
 
-    The loss is then the mean over samples of each one's mean over its targets: divide by the number of samples with
-    targets in place of that of targets.
+    The loss is then the mean over samples of each sample's mean over its target tokens: divide by the number of samples
+    that have targets instead of the number of targets.
 
     Args:
         loss_mask: [1, T].
         samples: [1, T] int64, each token's sample; -1 for padding.
-        targets: [N] int64, target tokens of each sample, wherever they are held.
+        targets: [N] int64, target tokens of each sample, on whichever ranks they are.
 
     Returns:
         [1, T] fp32.
@@ -68,7 +68,7 @@ def sums_by_group(losses: Tensor, loss_mask: Tensor, groups: Tensor, count: int)
 
     Args:
         losses, loss_mask: [1, T].
-        groups: [1, T] int64 in [0, count), or -1 for tokens of no group.
+        groups: [1, T] int64 in [0, count), or -1 for tokens without a group.
 
     Returns:
         [2, count] float64: sums of losses, numbers of targets.
@@ -82,38 +82,38 @@ def sums_by_group(losses: Tensor, loss_mask: Tensor, groups: Tensor, count: int)
 
 
 def sequence_sums(values: Tensor, mask: Tensor, documents: Tensor, count: int) -> Tensor:
-    """Sums per document of what a rank has of each: of log-probabilities, those of the answers.
+    """Sum values per document over this rank's tokens; log-probabilities become those of the answers.
 
     Args:
         values: [1, T].
-        mask: [1, T]: 1 where the value counts. Other values may be anything, NaN too.
-        documents: [1, T] int64 in [0, count), or -1 for tokens of none: padding, pairs that are left out.
-        count: documents; may be 0, and the (empty) sums still take part in the backward pass.
+        mask: [1, T]: 1 where the value counts. Other values may be anything, including NaN.
+        documents: [1, T] int64 in [0, count), or -1 for tokens without one: padding, pairs that are left out.
+        count: number of documents; may be 0, and the (empty) sums still take part in the backward pass.
 
     Returns:
-        [count] float64, so that the order of the sums is lost in rounding; differentiable.
+        [count] float64, so that rounding hides the order of summation; differentiable.
     """
-    # The first sum takes what belongs to no document.
+    # The first sum collects tokens without a document.
     index = torch.where(mask > 0, documents, -1) + 1
     sums = torch.zeros(count + 1, dtype=torch.float64, device=values.device)
     return sums.index_add(0, index.flatten(), values.flatten().double())[1:]
 
 
 def sum_over_context(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The sums over a context-parallel group of what each rank has, on every rank.
+    """All-reduce each rank's sums over a context-parallel group.
 
     Every rank of the group then computes the same loss L(s) from s = s_1 + ... + s_n and back-propagates it. The
-    backward pass hands the gradient on as it is: rank r gets dL/ds for s_r and contributes dL/ds ds_r/dw to a weight,
-    and the sum over the data x context group that the engine takes is dL/dw, each pair counted once. (The adjoint of
-    the sum, another all-reduce, would be right for n losses that are added up: n dL/dw.)
+    backward pass is the identity: rank r gets dL/ds for s_r and contributes dL/ds ds_r/dw to a weight, and
+    megatron-core's sum over the data x context group is dL/dw, with each pair counted once. (The adjoint of the sum,
+    another all-reduce, would be right if the n losses were added up: n dL/dw.)
 
-    What is reported of such a loss must likewise be counted on one rank of the group.
+    Metrics of such a loss must likewise be reported on only one rank of the group.
 
     Args:
         parts: any shape, the same on all ranks.
         group: this rank's context-parallel group.
     """
-    # megatron-core sums in place, and only what lies in one piece.
+    # megatron-core reduces in place and needs a contiguous tensor.
     return reduce_from_tensor_model_parallel_region(parts.clone(memory_format=torch.contiguous_format), group)
 
 
@@ -125,11 +125,11 @@ def dpo_loss(
     beta: float,
     label_smoothing: float,
 ) -> Tensor:
-    """Conservative DPO (Mitchell 2023), with label_smoothing = 0 DPO (Rafailov et al. 2023; AnyMAL eq. 5):
+    """Conservative DPO (Mitchell 2023); with label_smoothing = 0, DPO (Rafailov et al. 2023; AnyMAL eq. 5):
 
         -(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h),  h = (pi_c - ref_c) - (pi_r - ref_r)
 
-    It assumes that a preference is the wrong way round with probability eps, and is least at
+    It assumes that a preference label is flipped with probability eps, and has its minimum at
     beta h = log((1 - eps) / eps).
 
     Args:
@@ -152,19 +152,19 @@ def dpo_metrics(
     beta: float,
     tokens: Tensor,
 ) -> Tensor:
-    """What is reported of pairs, as sums: add them up over micro-batches and replicas, then divide rewards, margin and
-    accuracy by `pairs`, drifts by tokens.
+    """Metrics of preference pairs, as sums: add them up over micro-batches and replicas, then divide rewards, margin
+    and accuracy by `pairs`, drifts by tokens.
 
     Args:
-        policy_*, reference_*, beta: as of `dpo_loss`.
+        policy_*, reference_*, beta: see `dpo_loss`.
         tokens: [2, P] answer tokens, chosen and rejected.
 
     Returns:
         [len(DPO_METRICS)] float64. The reward of an answer is beta (log pi - log ref); margin is chosen less rejected;
-        accuracy counts the pairs in which the chosen one has more. A drift is log ref - log pi summed over an answer's
-        tokens: where answers were drawn from the reference, drift over tokens estimates KL(reference || policy) in nats
-        per token (k1 of Schulman 2020, "Approximating KL Divergence"). Preference data come from other models: read it
-        as a measure of how far the policy went.
+        accuracy counts the pairs whose chosen answer has the higher reward. A drift is log ref - log pi summed over an
+        answer's tokens: for answers sampled from the reference, drift over tokens estimates KL(reference || policy) in
+        nats per token (k1 of Schulman 2020, "Approximating KL Divergence"). Preference data usually come from other
+        models, so read it as a measure of how far the policy has moved.
     """
     chosen = beta * (policy_chosen - reference_chosen).detach().double()
     rejected = beta * (policy_rejected - reference_rejected).detach().double()

@@ -1,6 +1,6 @@
-"""What a step minimises and reports: the loss of tokens (pre-training, SFT), or of preference pairs (DPO).
+"""Training objectives: the loss over tokens (pre-training, SFT) or over preference pairs (DPO), and its metrics.
 
-Both are means over the whole global batch, so that packing and layout change them by rounding alone.
+Both losses are means over the whole global batch, so packing and layout change them only by rounding.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from megatron_anymal.train.losses import (
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What is known of a step's samples before it runs, by the sample's place in the global batch; on the device."""
+    """Facts about a step's samples before it runs, by position in the global batch; on the device."""
 
-    # [n] int64: targets; 0 for samples that are left out.
+    # [n] int64: target tokens; 0 for samples that are left out.
     targets: Tensor
-    # [n] int64: the number of the name that its loss is reported under.
+    # [n] int64: index in `names` of the name that the sample's loss is reported under.
     groups: Tensor
-    # Those names.
+    # Names to report losses under.
     names: tuple[str, ...]
-    # [n, 2] float64, DPO only: the reference's log-probability of the chosen and of the rejected answer.
+    # [n, 2] float64, DPO only: reference log-probability of the chosen and of the rejected answer.
     reference: Optional[Tensor] = None
 
     @staticmethod
@@ -50,8 +50,8 @@ class GlobalBatch:
         device: torch.device,
         reference: Optional[Tensor] = None,
     ) -> GlobalBatch:
-        """Read a plan; a sample is reported under its first media item's modality, or under "text"."""
-        targets = np.where([place in bad for place in range(len(plan.targets))], 0, plan.targets)
+        """Build from a plan; a sample is reported under its first media item's modality, or under "text"."""
+        targets = np.where([position in bad for position in range(len(plan.targets))], 0, plan.targets)
         groups = [names.index(media[0].modality) if media else names.index("text") for media in plan.media]
         return GlobalBatch(
             torch.from_numpy(targets).to(device), torch.tensor(groups, device=device), tuple(names), reference
@@ -59,37 +59,37 @@ class GlobalBatch:
 
 
 class Objective(Protocol):
-    """A loss and what is reported of it."""
+    """A loss and its metrics."""
 
-    # Kinds of samples that it learns from (data.types.SAMPLE_KINDS).
+    # Kinds of samples that it can train on (data.records.SAMPLE_KINDS).
     sample_kinds: tuple[str, ...]
-    # What a report holds behind the losses and counts by name.
+    # Names of the values that follow a report's losses and counts.
     extras: tuple[str, ...]
 
     def count(self, batch: GlobalBatch) -> int:
-        """What the loss is a mean over: target tokens, samples or pairs of the global batch."""
+        """Denominator of the mean loss: target tokens, samples or pairs of the global batch."""
         ...
 
     def measures(self, extras: Sequence[float]) -> dict[str, float]:
-        """What is logged of the summed extras."""
+        """Compute the metrics to log from the summed extras."""
         ...
 
     def loss(self, losses: Tensor, mask: Tensor, micro_batch: MicroBatch, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """A micro-batch's part of the mean, and its report.
+        """Compute a micro-batch's contribution to the mean loss, and its report.
 
         Args:
             losses: [1, T] cross-entropy of each label (this rank's tokens).
             mask: [1, T]: 1 where the label counts.
 
         Returns:
-            A scalar, and [2 x names + extras] float64: sums of losses by name, how much each sums, the extras. Reports
-            of ranks that hold different tokens are added up.
+            A scalar, and [2 x names + extras] float64: sums of losses by name, the count behind each sum, the extras.
+            Reports of ranks that hold different tokens are added up.
         """
         ...
 
 
 def build_objective(config: RunConfig) -> Objective:
-    """The objective of the configuration's job."""
+    """Build the objective of the configuration's job."""
     if config.job == "dpo":
         return PreferenceObjective(config.model.dpo)
     return TokenObjective(config.model.loss_normalization)
@@ -105,7 +105,7 @@ class TokenObjective:
         self._by_sample = normalization == "sample"
 
     def count(self, batch: GlobalBatch) -> int:
-        """Target tokens, or samples that have some."""
+        """Target tokens, or samples that have any."""
         return int((batch.targets > 0).sum() if self._by_sample else batch.targets.sum())
 
     def measures(self, extras: Sequence[float]) -> dict[str, float]:
@@ -161,7 +161,7 @@ class PreferenceObjective:
         extras = dpo_metrics(*answers, beta=self._dpo.beta, tokens=tokens.T)
         report = torch.cat([report.flatten(), extras])
         if parallel_state.get_context_parallel_rank():
-            # Every rank of the group has the same pairs.
+            # Every rank of the group has the same pairs: only the first reports them.
             report = torch.zeros_like(report)
         return batch_mean(of_pairs, ones, self.count(batch)), report
 
@@ -169,22 +169,24 @@ class PreferenceObjective:
     def answers(
         losses: Tensor, mask: Tensor, micro_batch: MicroBatch, batch: GlobalBatch
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Log-probabilities of a micro-batch's answers. Collective over the context-parallel ranks.
+        """Sum the log-probabilities of a micro-batch's answers. Collective over the context-parallel ranks.
 
         Returns:
-            [P] the pairs' places in the global batch; [P, 2] log-probability and number of tokens of the chosen and the
-            rejected answer, float64.
+            [P] the pairs' positions in the global batch; [P, 2] each, log-probability and number of tokens of the
+            chosen and the rejected answer, float64.
         """
         assert micro_batch.branch is not None
         planned = [sample.position for sample in micro_batch.plan.samples]
-        places = torch.tensor(planned, dtype=torch.int64, device=losses.device)
-        places = places[batch.targets[places] > 0]
+        positions = torch.tensor(planned, dtype=torch.int64, device=losses.device)
+        positions = positions[batch.targets[positions] > 0]
         number = torch.full_like(batch.targets, -1)
-        number[places] = torch.arange(len(places), device=losses.device)
+        number[positions] = torch.arange(len(positions), device=losses.device)
         owners = micro_batch.sample_positions
         pairs = torch.where(owners >= 0, number[owners.clamp(min=0)], -1)
         documents = torch.where(pairs >= 0, 2 * pairs + micro_batch.branch, -1)
-        sums = [sequence_sums(values, mask, documents, 2 * len(places)) for values in (-losses, torch.ones_like(mask))]
+        sums = [
+            sequence_sums(values, mask, documents, 2 * len(positions)) for values in (-losses, torch.ones_like(mask))
+        ]
         group = parallel_state.get_context_parallel_group()
         logs, tokens = (sum_over_context(part, group).view(-1, 2) for part in sums)
-        return places, (logs, tokens)
+        return positions, (logs, tokens)

@@ -17,7 +17,7 @@ from megatron_anymal.config import RunConfig
 
 
 def learning_rate(config: RunConfig, step: int) -> float:
-    """The rate of the update that step number `step` (from 0) makes: a pure function, so that resuming needs no state.
+    """Return the learning rate of step `step` (from 0): a pure function, so resuming needs no scheduler state.
 
     Linear warm-up over `warmup_steps` (its last step has the full rate), then the schedule down to
     `lr x min_lr_ratio` at `decay_steps`.
@@ -34,7 +34,7 @@ def learning_rate(config: RunConfig, step: int) -> float:
 
 
 def build_optimizer(config: RunConfig, models: Sequence[nn.Module]) -> MegatronOptimizer:
-    """megatron-core's optimizer over what trains in this rank's wrapped models."""
+    """Build megatron-core's optimizer over the trainable parameters of this rank's wrapped models."""
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         _use_adamw()
     optim = config.model.optim
@@ -56,10 +56,10 @@ def build_optimizer(config: RunConfig, models: Sequence[nn.Module]) -> MegatronO
 
 
 def set_rates(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:
-    """Use this learning rate and weight decay from now on.
+    """Set the learning rate and weight decay from now on.
 
-    megatron-core groups biases and weights of one dimension apart to keep them from decaying, and leaves it to the
-    caller to do so.
+    megatron-core puts biases and one-dimensional weights in groups of their own, to exempt them from weight decay, but
+    leaves it to the caller to apply `wd_mult`.
     """
     for group in optimizer.param_groups:
         group["lr"] = rate
@@ -67,15 +67,15 @@ def set_rates(optimizer: MegatronOptimizer, rate: float, weight_decay: float) ->
 
 
 def begin_state(optimizer: MegatronOptimizer) -> None:
-    """Give an optimizer that has made no update yet the state that it begins with, so that it can be saved.
+    """Create the initial state of an optimizer that has not updated yet, so that it can be saved.
 
-    It makes it with its first update, which may be skipped.
+    The optimizer itself creates it with its first update, which may have been skipped.
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        inner = part.optimizer
+    for component in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = component.optimizer
         if inner is None or inner.state:
             continue
-        part.init_state_fn(inner, part.config)
+        component.init_state_fn(inner, component.config)
         for group in inner.param_groups:
             group.setdefault("step", 0)
 
@@ -83,7 +83,7 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
 class AdamW(torch.optim.Optimizer):
     """torch's AdamW with the step count in the parameter group, where megatron-core's checkpoints look for it.
 
-    Stands in for the fused Adam of Transformer Engine and NVIDIA's apex where neither is installed.
+    Replaces the fused Adam of Transformer Engine or NVIDIA apex if neither is installed.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def _use_adamw() -> None:
-    """Tell megatron-core to build `AdamW` where it looks for a fused Adam."""
+    """Make megatron-core build `AdamW` in place of a fused Adam."""
     optimizer: Any = mcore_optimizer
     distributed: Any = distrib_optimizer
     optimizer.Adam = distributed.Adam = AdamW

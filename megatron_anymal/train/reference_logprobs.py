@@ -1,4 +1,4 @@
-"""The reference's log-probabilities of preference pairs: asked for once, and kept in the run folder."""
+"""Reference log-probabilities of preference pairs: computed once and cached in the run folder."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch import Tensor
 
 
 class ReferenceAnswers:
-    """Log-probabilities of chosen and rejected answers by the pair's name, the same on every rank.
+    """Log-probabilities of chosen and rejected answers by pair name, the same on every rank.
 
-    The file's name is a hash of all that they depend on: another reference, base or precision is another file.
+    The file name is a hash of everything they depend on: another reference, base or precision gets another file.
     """
 
     def __init__(self, folder: Optional[Path], identity: Sequence[Any], device: torch.device):
-        """Read what an earlier run left. Collective.
+        """Read the cache of an earlier execution. Collective.
 
         Args:
-            folder: where they are kept; None to ask anew every time.
-            identity: what they depend on.
+            folder: the cache; None to recompute every time.
+            identity: everything that the values depend on.
         """
         self._device = device
         self._known: dict[str, tuple[float, float]] = {}
@@ -36,17 +36,17 @@ class ReferenceAnswers:
             self._known = read[0]
 
     def log_probabilities(self, names: Sequence[Optional[str]], ask: Callable[[], Tensor]) -> Tensor:
-        """[n, 2] float64 on the device, of pairs by name; zeros for None.
+        """Return the log-probabilities of the named pairs, [n, 2] float64 on the device; zeros for None.
 
         Args:
-            ask: computes [n, 2] for all of them; called on all ranks together, or on none.
+            ask: computes [n, 2] for all pairs; called on all ranks together, or on none.
         """
         if self._file is None:
             return ask()
         wanted = [name for name in names if name is not None]
         if not all(name in self._known for name in wanted):
-            found = ask().cpu().tolist()
-            new = {name: (row[0], row[1]) for name, row in zip(names, found) if name is not None}
+            computed = ask().cpu().tolist()
+            new = {name: (row[0], row[1]) for name, row in zip(names, computed) if name is not None}
             new = {name: row for name, row in new.items() if name not in self._known}
             self._known.update(new)
             if dist.get_rank() == 0:
@@ -58,9 +58,9 @@ class ReferenceAnswers:
 def _read(file: Path) -> dict[str, tuple[float, float]]:
     if not file.is_file():
         return {}
-    whole, _, half = file.read_bytes().rpartition(b"\n")
-    if half:
-        # A run that was killed left half a line.
+    whole, _, partial = file.read_bytes().rpartition(b"\n")
+    if partial:
+        # A run was killed while writing this line.
         with file.open("r+b") as out:
             out.truncate(len(whole) + 1 if whole else 0)
     rows = [json.loads(line) for line in whole.splitlines()]

@@ -1,4 +1,4 @@
-"""Where a run's weights come from: its own newest checkpoint, another run's, or the SFT run that DPO is held to."""
+"""Load a run's weights: from its own newest checkpoint, another run's, or the SFT run that is DPO's reference."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ Say = Callable[[str], None]
 
 
 def find_checkpoint(checkpoints: Path, manager: ExpManagerConfig, layout: ParallelLayout, say: Say) -> Optional[Path]:
-    """The newest valid checkpoint of a run; None if it begins. Removes what an earlier job left behind. Collective.
+    """Return the newest valid checkpoint of a run; None for a new run. Cleans up after earlier jobs. Collective.
 
     Raises:
-        CheckpointError: checkpoints exist and none is valid, or one must exist and none does.
+        CheckpointError: checkpoints exist but none is valid, or one is required and none exists.
     """
     folder, problems = find_newest_valid(checkpoints) if manager.resume_if_exists else (None, [])
     if layout.reports:
@@ -41,52 +41,52 @@ def find_checkpoint(checkpoints: Path, manager: ExpManagerConfig, layout: Parall
 
 
 def _clean(checkpoints: Path, say: Say) -> None:
-    """Remove what an earlier job left half written or half deleted."""
+    """Remove checkpoints that an earlier job left half written or half deleted."""
     try:
-        left = store.clean(checkpoints)
+        leftovers = store.clean(checkpoints)
     except OSError as error:
-        say(f"warning: what a crash left in {checkpoints} cannot be removed ({error}).")
+        say(f"warning: cannot remove the leftovers of an earlier job from {checkpoints} ({error}).")
         return
-    if left:
-        say(f"removed what an earlier job left in {checkpoints}: {', '.join(left)}")
+    if leftovers:
+        say(f"removed the leftovers of an earlier job from {checkpoints}: {', '.join(leftovers)}")
 
 
 def resume(state: TrainState, folder: Path, present: Manifest, say: Say) -> None:
     """Load a checkpoint of this run into `state`. Collective.
 
     Args:
-        present: the manifest that this run would write now; what differs must be allowed.
+        present: the manifest that this run would write now; any difference must be allowed.
 
     Raises:
-        ConfigError, CheckpointError: the checkpoint is another run's, or damaged.
+        ConfigError, CheckpointError: the checkpoint belongs to another run, or is damaged.
     """
     manifest = store.read_manifest(folder)
     checkpoint_state.check_lora(state.config.model.lora, manifest, folder)
     check_changes(manifest, present, state.config.resilience.allow_changes, say)
     if manifest.reference != present.reference:
         raise ConfigError(
-            f"{str(folder)!r} was held to another reference than model.restore_from_path="
-            f"{state.config.model.restore_from_path!r} gives now. Name the checkpoint that it began with, or start "
-            "a new run."
+            f"{str(folder)!r} was trained against another reference than model.restore_from_path="
+            f"{state.config.model.restore_from_path!r} gives now. Name the checkpoint that the run started from, or "
+            "start a new run."
         )
     state.step = checkpoint_state.load(state, folder)
     say(f"resumed from {folder} at step {state.step}")
 
 
 def weights_of(state: TrainState, path: str, base_hash: str, say: Say) -> Manifest:
-    """Load the trained weights of another run's checkpoint; returns its manifest. Collective."""
+    """Load the trained weights of another run's checkpoint and return its manifest. Collective."""
     folder = store.resolve(path)
     manifest = store.read_manifest(folder)
     missing = checkpoint_state.restore(state, folder, base_hash, state.optimizer)
     new = [name for name in missing if ".lora." not in name]
-    note = f"; not in it, so newly drawn: {', '.join(new[:3])} and others" if new else ""
-    note += "; the adapters are new" if len(new) < len(missing) else ""
+    note = f"; not in it, so newly initialized: {', '.join(new[:3])} and others" if new else ""
+    note += "; the adapters are newly initialized" if len(new) < len(missing) else ""
     say(f"weights from {folder}{note}")
     return manifest
 
 
 def read_reference(state: TrainState, base_hash: str, run_dir: Path, say: Say) -> str:
-    """Load the SFT model, where a DPO run's policy starts and what it is held to after every resume. Collective.
+    """Load the SFT model that is a DPO run's initial policy and, also after a resume, its reference. Collective.
 
     Returns:
         A hash of the checkpoint.
@@ -98,8 +98,8 @@ def read_reference(state: TrainState, base_hash: str, run_dir: Path, say: Say) -
     manifest = weights_of(state, config.model.restore_from_path, base_hash, say)
     if not manifest.config["model"].get("lora", {}).get("r"):
         raise ConfigError(
-            f"model.restore_from_path={config.model.restore_from_path!r} was trained without adapters, which "
-            "the job dpo continues. Name an SFT run with model.lora.r above 0."
+            f"model.restore_from_path={config.model.restore_from_path!r} was trained without adapters, but job=dpo "
+            "continues an SFT run's adapters. Name an SFT run with model.lora.r above 0."
         )
     reference_hash = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
     keep_reference(state.models)

@@ -1,4 +1,4 @@
-"""Samples that a step left out: named, counted, written down, and the run's end where there are too many."""
+"""Record samples that a step left out, and end the run if there are too many."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from megatron_anymal.data.records import DataError
 
 
 class SkippedSamples:
-    """Keeps RUN/skipped_samples.jsonl.
+    """Log of left-out samples, RUN/skipped_samples.jsonl.
 
     Args:
-        active: this rank writes it.
-        say: tells the user.
+        active: whether this rank writes it.
+        say: prints a message for the user.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, active: bool, say: Callable[[str], None]) -> None:
         self._path, self._config, self._active, self._say = run_dir / "skipped_samples.jsonl", config, active, say
-        # Of the whole run, on the rank that writes.
+        # Total over the whole run, on the rank that writes.
         self.count = 0
 
     def rewind(self, step: int) -> None:
-        """Forget steps after `step`, which are made again."""
+        """Drop records of steps after `step`, which will run again."""
         if self._active:
             self.count = len(step_lines.rewind(self._path, step))
 
     def note(self, step: int, plan: StepPlan, planner: BatchPlanner, bad: Mapping[str, str]) -> None:
-        """Account for a step.
+        """Record a step's left-out samples.
 
         Args:
             bad: name -> why it cannot be used, over all ranks.
 
         Raises:
-            DataError: more of its samples are unusable than data.max_bad_share allows, on all ranks.
+            DataError: more of the step's samples, over all ranks, are unusable than data.max_bad_share allows.
         """
-        too_long = [planner.key(int(plan.dataset[place]), int(plan.sample[place])) for place in plan.dropped]
+        too_long = [planner.key(int(plan.dataset[position]), int(plan.sample[position])) for position in plan.dropped]
         left_out = [*bad.items(), *((name, "longer than data.seq_length") for name in too_long)]
         if not left_out:
             return
@@ -50,14 +50,14 @@ class SkippedSamples:
         size, allowed = self._config.model.global_batch_size, self._config.data.max_bad_share
         if len(bad) / size > allowed:
             raise DataError(
-                f"step {step}: {len(bad)} of {size} samples cannot be read, above data.max_bad_share={allowed}. They "
-                f"are listed in {self._path}."
+                f"step {step}: {len(bad)} of {size} samples cannot be read, which is above data.max_bad_share="
+                f"{allowed}. They are listed in {self._path}."
             )
 
     def _write(self, step: int, left_out: list[tuple[str, str]]) -> None:
         rows = [{"step": step, "sample": name, "reason": why} for name, why in left_out]
-        # A full disk must not end the run; what cannot be read is told on the console too.
+        # A full disk must not end the run; unreadable samples are also reported on the console.
         try:
             step_lines.append(self._path, rows)
         except OSError as error:
-            self._say(f"warning: the samples left out in step {step} could not be written down: {error}.")
+            self._say(f"warning: the samples left out in step {step} could not be recorded: {error}.")

@@ -1,4 +1,4 @@
-"""One training step, and one validation batch: the same forward pass."""
+"""One training step and one validation batch, which share the same forward pass."""
 
 from __future__ import annotations
 
@@ -28,32 +28,33 @@ from megatron_anymal.train.optim import learning_rate, set_rates
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did; the same on every rank."""
+    """Result of a step; identical on every rank."""
 
     # Mean over the batch's target tokens (or samples, or pairs).
     loss: float
-    # By modality of the sample (that of its first media item; "text" without media), and what each is a mean over.
+    # Mean loss per modality of the sample (that of its first media item; "text" without media), and the number of
+    # targets, samples or pairs that each mean is over.
     loss_by_modality: dict[str, float]
     counts_by_modality: dict[str, float]
-    # Further measures of the objective, as means.
+    # The objective's additional metrics, as means.
     measures: dict[str, float]
-    # LLM tokens that are not padding, all replicas.
+    # LLM tokens over all replicas, without padding.
     tokens: int
-    # Tokens computed, padding included.
+    # LLM tokens computed, including padding.
     padded_tokens: int
-    # sample name -> why it was skipped.
+    # Sample name -> why it was skipped.
     bad: dict[str, str]
     grad_norm: float = 0.0
     lr: float = 0.0
-    # Nothing was updated: a gradient or loss was not finite somewhere.
+    # Nothing was updated: a gradient or loss was not finite on some rank.
     skipped: bool = False
-    # Why a rank asks for a stop after this step; empty: none does.
+    # Why a rank asks to stop after this step; empty if none does.
     stop: str = ""
 
 
 @dataclass(frozen=True)
 class Reduced:
-    """What a pass gave, added up over all processes."""
+    """Result of a pass, summed over all processes."""
 
     # The objective's report.
     report: list[float]
@@ -62,7 +63,7 @@ class Reduced:
 
 
 def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """Forward, backward, reduce, update; no update on any rank where a gradient is not finite on one."""
+    """Forward, backward, reduce, update; no rank updates if a gradient is not finite on any rank."""
     number = state.step + 1
     heartbeat.beat(Phase.COMPUTE, number)
     with state.own_time.counted():
@@ -80,7 +81,7 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     grad_norm: Any = math.inf
     if reduced.finite:
         _, grad_norm, _ = state.optimizer.step()
-    # A step without an update is one all the same: its samples are not seen again.
+    # A skipped update still counts as a step: its samples are not seen again.
     state.step += 1
     heartbeat.beat(settled=True)
     result = _result(state, state.train_data.planner, plan, bad, batch, reduced)
@@ -89,7 +90,7 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
 
 @torch.no_grad()
 def validation_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """The loss of a validation batch."""
+    """Compute the loss of a validation batch."""
     assert state.validation_data is not None
     planner = state.validation_data.planner
     bad, batch = _begin(state, planner, plan, micro_batches)
@@ -100,9 +101,10 @@ def validation_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[M
 
 
 def stop_asked_for(state: TrainState) -> str:
-    """Whether a signal came at any rank before the first step; why. Collective.
+    """Return why to stop before the first step: a signal that any rank received; "" if none. Collective.
 
-    The time limit does not count: each start makes a step, so that runs whose limit is too short end some day.
+    The time limit is ignored here: every start takes at least one step, so a run with too short a limit still finishes
+    eventually.
     """
     count = len(stop_signals.SIGNALS)
     sums = torch.tensor(stop_signals.stop_flags()[:count], dtype=torch.float64, device=state.layout.device)
@@ -113,7 +115,7 @@ def stop_asked_for(state: TrainState) -> str:
 def _begin(
     state: TrainState, planner: BatchPlanner, plan: StepPlan, micro_batches: Sequence[MicroBatch]
 ) -> tuple[dict[int, str], GlobalBatch]:
-    """What must be known before the passes: unreadable samples, counts, and what the reference says. Collective."""
+    """Gather what the passes need: unreadable samples, counts and reference log-probabilities. Collective."""
     bad = _agree_on_bad(plan, micro_batches, state.layout.device)
     batch = GlobalBatch.of(plan, bad, ["text", *state.modalities], state.layout.device)
     if state.reference is not None:
@@ -135,22 +137,22 @@ def _reference_pass(
     bad: Mapping[int, str],
     batch: GlobalBatch,
 ) -> Tensor:
-    """[global batch, 2] float64: the reference's log-probabilities of both answers, on every rank. Collective."""
+    """Return the reference log-probabilities of both answers, [global batch, 2] float64, on every rank. Collective."""
     state.wait_for_param_gather()
     for wrapped in state.wrapped:
         wrapped.eval()
-    found = torch.zeros(len(plan.targets), 2, dtype=torch.float64, device=state.layout.device)
+    log_probabilities = torch.zeros(len(plan.targets), 2, dtype=torch.float64, device=state.layout.device)
 
     def collect(losses: Tensor, mask: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        places, (logs, _) = PreferenceObjective.answers(losses, mask, micro_batch, batch)
+        positions, (logs, _) = PreferenceObjective.answers(losses, mask, micro_batch, batch)
         if state.layout.counts_loss and state.layout.context_rank == 0:
-            found[places] = logs
+            log_probabilities[positions] = logs
         return losses.sum(), torch.zeros(1, dtype=torch.float64, device=losses.device)
 
     with as_reference(state.models):
         _run_schedule(state, plan, micro_batches, bad, collect, forward_only=True)
-    dist.all_reduce(found)
-    return found
+    dist.all_reduce(log_probabilities)
+    return log_probabilities
 
 
 def _pass(
@@ -170,7 +172,7 @@ def _pass(
 
     reports = _run_schedule(state, plan, micro_batches, bad, loss_of, forward_only=forward_only)
     size = 2 * len(batch.names) + len(objective.extras)
-    # Behind the report: the squared norm of the gradient, and who asks for a stop. All ranks learn of both at once.
+    # The squared gradient norm and the stop requests follow the report, so that one all-reduce carries everything.
     sums = torch.zeros(size + 1 + len(stop_signals.REASONS), dtype=torch.float64, device=state.layout.device)
     if state.layout.counts_loss:
         sums[:size] = torch.stack(reports).sum(0)
@@ -180,13 +182,13 @@ def _pass(
         sums[size] = nonfinite.squared_norm(state.wrapped, state.layout.device)
     sums[size + 1 :] = torch.tensor(stop_signals.stop_flags(), dtype=torch.float64)
     dist.all_reduce(sums)
-    found = sums.cpu().tolist()
-    finite = nonfinite.all_finite(found[:size], found[size])
-    return Reduced(found[:size], finite, stop_signals.agreed(found[size + 1 :]))
+    totals = sums.cpu().tolist()
+    finite = nonfinite.all_finite(totals[:size], totals[size])
+    return Reduced(totals[:size], finite, stop_signals.agreed(totals[size + 1 :]))
 
 
 def _spoil_gradient(state: TrainState) -> None:
-    """For a rehearsal: as if this rank's arithmetic had failed."""
+    """Fill this rank's gradients with NaN (fault injection)."""
     for wrapped in state.wrapped:
         for buffer in wrapped.buffers:
             buffer.grad_data.fill_(math.nan)
@@ -201,10 +203,10 @@ def _run_schedule(
     *,
     forward_only: bool,
 ) -> list[Tensor]:
-    """megatron-core's schedule over the micro-batches; returns the reports on the last stage."""
+    """Run megatron-core's schedule over the micro-batches; returns the reports on the last stage."""
     several = len(state.wrapped) > 1
     with ExitStack() as stack:
-        # Each part of a virtual pipeline runs every micro-batch; only the first takes its media.
+        # Every virtual pipeline chunk runs every micro-batch; only the first one needs the media.
         batches = [
             stack.enter_context(closing(on_device(micro_batches, state.layout.device, media=model.pre_process)))
             for model in state.models
@@ -227,12 +229,12 @@ def _forward_step(
     micro_batches: Iterator[MicroBatch],
     model: Any,
 ) -> tuple[Tensor, Any]:
-    """What megatron-core's schedules call for each micro-batch."""
+    """Forward step that megatron-core's schedules call for each micro-batch."""
     heartbeat.beat()
     micro_batch = next(micro_batches)
     mask = micro_batch.loss_mask
-    for place in bad:
-        mask = mask.masked_fill(micro_batch.sample_positions == place, 0.0)
+    for position in bad:
+        mask = mask.masked_fill(micro_batch.sample_positions == position, 0.0)
     with state.own_time.counted():
         output = model(micro_batch, labels=micro_batch.labels)
 
@@ -251,8 +253,8 @@ def _result(
     batch: GlobalBatch,
     reduced: Reduced,
 ) -> StepResult:
-    names, found = batch.names, reduced.report
-    losses, counts = found[: len(names)], found[len(names) : 2 * len(names)]
+    names, report = batch.names, reduced.report
+    losses, counts = report[: len(names)], report[len(names) : 2 * len(names)]
     total = state.objective.count(batch)
     assert round(sum(counts)) == total, f"counted {sum(counts)}, planned {total}"
     dropped = set(plan.dropped)
@@ -260,8 +262,8 @@ def _result(
         loss=sum(losses) / max(1, total),
         loss_by_modality={n: loss / count for n, loss, count in zip(names, losses, counts) if count},
         counts_by_modality={n: count for n, count in zip(names, counts) if count},
-        measures=state.objective.measures(found[2 * len(names) :]),
-        tokens=sum(int(n) for place, n in enumerate(plan.length) if place not in dropped),
+        measures=state.objective.measures(report[2 * len(names) :]),
+        tokens=sum(int(n) for position, n in enumerate(plan.length) if position not in dropped),
         padded_tokens=plan.padded_length * sum(len(replica) for replica in plan.micro_batches),
         bad=_name_bad(planner, plan, bad),
         stop=reduced.stop,
@@ -269,20 +271,26 @@ def _result(
 
 
 def _agree_on_bad(plan: StepPlan, micro_batches: Sequence[MicroBatch], device: torch.device) -> dict[int, str]:
-    """Places that any rank could not read, with the reason (empty where only another rank knows it). Collective."""
-    mine = {place: why for m in micro_batches for place, why in m.bad.items()}
+    """Return the batch positions that any rank could not read, with the reason ("" if only another rank knows it).
+
+    Collective.
+    """
+    mine = {position: why for m in micro_batches for position, why in m.bad.items()}
     flags = torch.zeros(len(plan.targets), dtype=torch.uint8, device=device)
     if mine:
         flags[list(mine)] = 1
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return {int(place): mine.get(int(place), "") for place in flags.cpu().nonzero().flatten()}
+    return {int(position): mine.get(int(position), "") for position in flags.cpu().nonzero().flatten()}
 
 
 def _name_bad(planner: BatchPlanner, plan: StepPlan, bad: Mapping[int, str]) -> dict[str, str]:
-    """Sample name -> reason, the same on every rank. Collective only where there is something bad."""
+    """Map sample names to reasons, the same on every rank. Collective only if there are bad samples."""
     if not bad:
         return {}
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, {place: why for place, why in bad.items() if why})
-    reasons = {place: why for part in reversed(found) for place, why in part.items()}
-    return {planner.key(int(plan.dataset[place]), int(plan.sample[place])): reasons[place] for place in sorted(bad)}
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, {position: why for position, why in bad.items() if why})
+    reasons = {position: why for rank_reasons in reversed(gathered) for position, why in rank_reasons.items()}
+    return {
+        planner.key(int(plan.dataset[position]), int(plan.sample[position])): reasons[position]
+        for position in sorted(bad)
+    }

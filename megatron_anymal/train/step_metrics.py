@@ -1,4 +1,4 @@
-"""The steps since the last log line: what they took and counted, as the figures of a line."""
+"""Metrics of the steps since the last log line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ from megatron_anymal.train.step import StepResult
 
 
 class MetricsWindow:
-    """Collects steps."""
+    """Collects the steps of a log interval."""
 
     def __init__(self) -> None:
-        # Seconds of a step and, of them, waited for data.
+        # Per step: its seconds, those spent waiting for data, and its result.
         self._steps: list[tuple[float, float, StepResult]] = []
 
     def add(self, seconds: float, waited: float, result: StepResult) -> None:
-        """One step more."""
+        """Add a step."""
         self._steps.append((seconds, waited, result))
 
     def take(self) -> tuple[int, dict[str, Any]]:
-        """How many steps there were, at least one, and their figures: the last one's losses, the mean of times and
-        rates. Starts anew."""
+        """Return the number of steps (at least one) and their metrics, and start a new interval.
+
+        Losses are those of the last step; times and rates are means.
+        """
         steps, self._steps = self._steps, []
         seconds = sum(taken for taken, _, _ in steps)
         tokens = sum(result.tokens for _, _, result in steps)

@@ -243,7 +243,7 @@ def mixed_types(folder: Path) -> str:
         tensors[name] = tensors[name].half()
 
     rewrite(second(folder), halve)
-    return "must be alike"
+    return "must have the same type"
 
 
 FAULTS = [

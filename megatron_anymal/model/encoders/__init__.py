@@ -1,4 +1,4 @@
-"""Encoders: media pieces to features. Architectures come from transformers; IMU2CLIP's kind is written here."""
+"""Encoders from media pieces to features. Architectures come from transformers, except IMU2CLIP's."""
 
 from megatron_anymal.model.encoders.base import (
     ENCODERS,
@@ -8,7 +8,7 @@ from megatron_anymal.model.encoders.base import (
     register_encoder,
 )
 
-# Each registers itself.
+# Importing an encoder registers it.
 from megatron_anymal.model.encoders.audio import CLAPEncoder  # isort: skip
 from megatron_anymal.model.encoders.identity import IdentityEncoder  # isort: skip
 from megatron_anymal.model.encoders.imu import IMU2CLIPEncoder  # isort: skip

@@ -23,13 +23,13 @@ from megatron_anymal.model.encoders.base import (
 class CLAPEncoder(Encoder):
     """CLAP's HTSAT (Wu et al., 2023), from a folder of ClapAudioModel or of a whole ClapModel.
 
-    Features are the last stage's, [n, width, bands, times] read as bands x times tokens. A piece is never longer than
-    the encoder's window, so a fusing CLAP takes its single-view path.
+    Features are those of the last stage, [n, width, bands, times] read as bands x times tokens. An audio window is
+    never longer than the encoder's input, so a CLAP with fusion takes its single-view path.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
         super().__init__(config, piece_shape)
-        # transformers implements CLAP's windowed attention, with its position bias, in the plain form only.
+        # transformers implements CLAP's windowed attention, with its position bias, only in eager mode.
         self.model = load_transformers(config, attention="eager")
         shape = self.model.config
         self.fuses = bool(shape.enable_fusion)
@@ -42,8 +42,8 @@ class CLAPEncoder(Encoder):
             )
         if piece_shape[1] > frames_limit:
             raise ConfigError(
-                f"A piece has {piece_shape[1]} frames but the clap encoder takes {frames_limit} at most. Shorten "
-                "options.piece_seconds or lengthen options.hop_length."
+                f"A piece has {piece_shape[1]} frames but the clap encoder takes {frames_limit} at most. Lower "
+                "options.piece_seconds or raise options.hop_length."
             )
         self.width = self.encoder.num_features
         self.feature_tokens = math.prod(self._stage_sizes()[-1])
@@ -54,7 +54,7 @@ class CLAPEncoder(Encoder):
         return self.model.audio_encoder
 
     def _stage_sizes(self) -> list[tuple[int, int]]:
-        """Height and width in tokens that each stage takes, and last those of the features."""
+        """Input height and width of each stage in tokens, followed by those of the features."""
         sizes = [tuple(self.encoder.patch_embed.grid_size)]
         for stage in self.encoder.layers:
             height, width = sizes[-1]
@@ -72,15 +72,15 @@ class CLAPEncoder(Encoder):
         return self._last_stage(pieces.to(self.dtype)).contiguous()
 
     def flops_per_piece(self) -> float:
-        """Patch embedding + per stage (2 n x linear weights + 4 n window^2 width per layer) + merging of patches.
+        """Patch embedding + per stage (2 n x linear weights + 4 n window^2 width per layer) + patch merging.
 
-        n halves along both sides from stage to stage; merging runs on the tokens that it leaves.
+        n halves along both sides from stage to stage; patch merging runs on its output tokens.
         """
         sizes = self._stage_sizes()
         total = convolution_flops(self.encoder.patch_embed.proj, math.prod(sizes[0]))
         for stage, (height, width), merged in zip(self.encoder.layers, sizes, sizes[1:]):
             tokens = height * width
-            # A stage smaller than the window attends to all it has.
+            # A stage smaller than the window attends to all of its tokens.
             window = min(self.model.config.window_size, height, width)
             blocks: nn.ModuleList = stage.blocks
             total += linear_flops(blocks, tokens) + len(blocks) * attention_flops(tokens, window**2, stage.dim)

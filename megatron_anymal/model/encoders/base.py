@@ -1,4 +1,4 @@
-"""What every encoder offers, the registry, and loading from a local folder."""
+"""Encoder base class, registry, and loading from a local folder."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_anymal.config import ConfigError, EncoderConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, transformers_config
 from megatron_anymal.modalities.base import nearest
 
-# Tensors that a module computes for itself: a folder that lacks them is complete.
+# Tensors that a module computes itself: a folder is complete without them.
 COMPUTED = ("relative_position_index", "position_ids", "num_batches_tracked")
 
 
 class Encoder(nn.Module):
-    """Turns media pieces into features: g(X) of AnyMAL's equation 2.
+    """Encodes media pieces into features: g(X) of AnyMAL's equation 2.
 
     A subclass is registered with `register_encoder(type)` and built from the encoder's section and the shape of one
-    piece. It draws random weights from torch's global generator and freezes nothing.
+    piece. It draws random weights from torch's global generator and does not freeze them.
 
     Attributes:
         width: size of one feature vector.
@@ -40,17 +40,17 @@ class Encoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the weights (or, without weights, the buffers) have now."""
+        """Current dtype of the weights (or, without weights, of the buffers)."""
         tensors = itertools.chain(self.parameters(), self.buffers())
         return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
     @abstractmethod
     def forward(self, pieces: Tensor) -> Tensor:
-        """[n, *piece_shape] of any floating type to [n, feature_tokens, width] in the weights' type."""
+        """[n, *piece_shape] of any floating dtype to [n, feature_tokens, width] in the weights' dtype."""
 
     @abstractmethod
     def flops_per_piece(self) -> float:
-        """Floating-point operations of one piece's forward pass: two a multiply-add, matrix products only."""
+        """Floating-point operations of one piece's forward pass: two per multiply-add, matrix products only."""
 
 
 ENCODERS: dict[str, type[Encoder]] = {}
@@ -67,8 +67,8 @@ def register_encoder(type_name: str) -> Callable[[type[Encoder]], type[Encoder]]
         other = ENCODERS.get(type_name)
         if other is not None and other is not cls:
             raise ConfigError(
-                f"The encoder {type_name!r} is already {other.__module__}.{other.__qualname__}; "
-                f"{cls.__module__}.{cls.__qualname__} needs another name."
+                f"The encoder {type_name!r} is already registered by {other.__module__}.{other.__qualname__}. "
+                f"Use another name for {cls.__module__}.{cls.__qualname__}."
             )
         ENCODERS[type_name] = cls
         return cls
@@ -77,26 +77,27 @@ def register_encoder(type_name: str) -> Callable[[type[Encoder]], type[Encoder]]
 
 
 def build_encoder(config: EncoderConfig, piece_shape: tuple[int, ...]) -> Encoder:
-    """The encoder of a section, its weights from `config.path` or random in the shape `config.config`.
+    """Build the encoder of a section, with weights from `config.path` or random ones in the shape `config.config`.
 
-    It comes in evaluation mode: without dropout, and with CLAP's batch norm on its stored statistics.
+    It is in evaluation mode: without dropout, and with CLAP's batch norm using its stored statistics.
 
     Args:
-        piece_shape: shape of one piece, without the batch dimension, as `Modality.piece_shape` gives it.
+        piece_shape: shape of one piece without the batch dimension; see `Modality.piece_shape`.
 
     Raises:
-        ConfigError: an unknown type, a folder of the wrong kind or incomplete, or pieces that do not fit the encoder.
+        ConfigError: the type is unknown, the folder is incomplete or of the wrong kind, or pieces do not fit the
+            encoder.
     """
     if config.type not in ENCODERS:
         raise ConfigError(
-            f"encoder.type={config.type!r} does not exist. {nearest(config.type, ENCODERS)} An encoder of your own is "
-            "added with model.plugins."
+            f"encoder.type={config.type!r} does not exist. {nearest(config.type, ENCODERS)} Add your own encoders with "
+            "model.plugins."
         )
     return ENCODERS[config.type](config, tuple(piece_shape)).eval()
 
 
 def require_shape(config: EncoderConfig, piece_shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    """Refuse pieces that an encoder cannot take.
+    """Reject pieces of the wrong shape.
 
     Raises:
         ConfigError: naming both shapes.
@@ -110,7 +111,7 @@ def require_shape(config: EncoderConfig, piece_shape: tuple[int, ...], wanted: t
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Keep progress bars and reports of unused weights out of the run's log; what matters is checked here."""
+    """Keep progress bars and reports of unused weights out of the run's log; missing weights are checked here."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -125,10 +126,10 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def load_transformers(config: EncoderConfig, attention: str = "sdpa") -> Any:
-    """The transformers model of an encoder section, float32.
+    """Build or load the transformers model of an encoder section, in float32.
 
     Raises:
-        ConfigError: a folder that is missing, of the wrong kind, or lacks weights.
+        ConfigError: the folder is missing, of the wrong kind, or lacks weights.
     """
     import transformers
 
@@ -139,17 +140,17 @@ def load_transformers(config: EncoderConfig, attention: str = "sdpa") -> Any:
 
 
 def read_transformers(config: EncoderConfig, attention: str) -> tuple[Any, set[str]]:
-    """The transformers model in `config.path`, float32, and the names in its files that the model did not use.
+    """Load the transformers model in `config.path`, in float32, and return it with the names of its unused tensors.
 
     Raises:
-        ConfigError: a folder that is missing, of the wrong kind, or lacks weights.
+        ConfigError: the folder is missing, of the wrong kind, or lacks weights.
     """
     import transformers
 
     shape, model_class = transformers_config(config), getattr(transformers, ARCHITECTURES[config.type].model)
     try:
         with _quiet_transformers():
-            model, found = model_class.from_pretrained(
+            model, info = model_class.from_pretrained(
                 config.path,
                 config=shape,
                 attn_implementation=attention,
@@ -165,13 +166,13 @@ def read_transformers(config: EncoderConfig, attention: str) -> tuple[Any, set[s
         raise ConfigError(
             f"The weights in encoder.path={config.path!r} cannot be loaded as {config.type}: {error}"
         ) from error
-    other_shape = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
-    refuse_missing(config, [*found["missing_keys"], *other_shape])
-    return model, set(found["unexpected_keys"])
+    other_shape = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
+    refuse_missing(config, [*info["missing_keys"], *other_shape])
+    return model, set(info["unexpected_keys"])
 
 
 def refuse_missing(config: EncoderConfig, names: list[str]) -> None:
-    """Refuse a folder that left weights random.
+    """Reject a folder that does not set all weights.
 
     Raises:
         ConfigError: naming the weights.
@@ -186,7 +187,7 @@ def refuse_missing(config: EncoderConfig, names: list[str]) -> None:
 
 
 def load_weights(module: nn.Module, config: EncoderConfig) -> None:
-    """Fill a module of this package from `config.path`/model.safetensors, whose names must be the module's own.
+    """Load a module of this package from `config.path`/model.safetensors, whose names must match the module's.
 
     Raises:
         ConfigError: the file is missing or damaged, or its names or shapes differ.
@@ -196,33 +197,33 @@ def load_weights(module: nn.Module, config: EncoderConfig) -> None:
 
     file = Path(config.path) / "model.safetensors"
     try:
-        found = load_file(file)
+        tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"encoder.path={config.path!r} has no readable model.safetensors: {error}") from error
     own = module.state_dict()
-    refuse_missing(config, [name for name in own if name not in found or found[name].shape != own[name].shape])
-    unknown = sorted(set(found) - set(own))
+    refuse_missing(config, [name for name in own if name not in tensors or tensors[name].shape != own[name].shape])
+    unknown = sorted(set(tensors) - set(own))
     if unknown:
         raise ConfigError(f"encoder.path={config.path!r} holds weights unknown to the encoder: {', '.join(unknown)}.")
-    module.load_state_dict(found)
+    module.load_state_dict(tensors)
 
 
 def linear_flops(module: nn.Module, tokens: float) -> float:
-    """2 x tokens x the weights of every linear layer inside `module`."""
+    """Operations of every linear layer inside `module`: 2 x tokens x weights."""
     return sum(2.0 * tokens * layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def convolution_flops(layer: nn.Module, positions: float) -> float:
-    """2 x output positions x the weights of a convolution."""
+    """Operations of a convolution: 2 x output positions x weights."""
     weight: Any = layer.weight
     return 2.0 * positions * weight.numel()
 
 
 def attention_flops(tokens: float, keys: float, width: int) -> float:
-    """Scores and weighted sum of one full attention: 2 x 2 x tokens x keys x width."""
+    """Operations of one full attention, scores and weighted sum: 2 x 2 x tokens x keys x width."""
     return 4.0 * tokens * keys * width
 
 
 def side_lengths(value: Any) -> tuple[int, int]:
-    """A size that a configuration gives as one number or as two."""
+    """Return (height, width) of a size that is configured as one number or as two."""
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))

@@ -1,4 +1,4 @@
-"""No encoder: the modality's pieces are the features."""
+"""Identity encoder: the modality's pieces are the features."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from megatron_anymal.model.encoders.base import Encoder, register_encoder
 
 @register_encoder("identity")
 class IdentityEncoder(Encoder):
-    """Passes a piece [..., width] on as features: its last dimension is their width, the others are its tokens."""
+    """Returns a piece [..., width] as features: the last dimension is their width, the others are flattened."""
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
         super().__init__(config, piece_shape)
         if config.path or config.config:
-            raise ConfigError("The identity encoder has neither weights nor a shape. Empty encoder.path and config.")
+            raise ConfigError(
+                "The identity encoder has neither weights nor a shape. Leave encoder.path and encoder.config empty."
+            )
         if len(piece_shape) < 2:
             raise ConfigError(f"The identity encoder needs pieces of two dimensions or more, not {tuple(piece_shape)}.")
         self.width = piece_shape[-1]
         self.feature_tokens = math.prod(piece_shape[:-1])
-        # Without weights, this is what `.to(dtype)` changes.
+        # Without weights, this buffer records the dtype set by `.to(dtype)`.
         self.register_buffer("marker", torch.empty(0), persistent=False)
 
     def forward(self, pieces: Tensor) -> Tensor:
@@ -31,5 +33,5 @@ class IdentityEncoder(Encoder):
         return pieces.to(self.dtype).reshape(pieces.shape[0], self.feature_tokens, self.width)
 
     def flops_per_piece(self) -> float:
-        """Nothing is multiplied."""
+        """0: there are no matrix products."""
         return 0.0

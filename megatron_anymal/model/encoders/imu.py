@@ -1,4 +1,4 @@
-"""An IMU encoder of IMU2CLIP's kind: 1-D convolutions, then a GRU."""
+"""An IMU encoder like IMU2CLIP's: 1-D convolutions, then a GRU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_anymal.modalities.architecture import read_folder
 from megatron_anymal.modalities.base import parse_options, require_above
 from megatron_anymal.model.encoders.base import Encoder, convolution_flops, load_weights, register_encoder
 
-# Groups of the normalisation before the GRU; the input's has one for the accelerometer, one for the gyroscope.
+# Groups of the norm before the GRU; that of the input has one group each for accelerometer and gyroscope.
 GROUPS_BEFORE_GRU = 4
 
 
@@ -20,7 +20,7 @@ GROUPS_BEFORE_GRU = 4
 class IMU2CLIPShape:
     """Keys of `encoder.config`; the defaults are IMU2CLIP's."""
 
-    # Input channels; an even number, whose halves (accelerometer, gyroscope) are normalised separately.
+    # Input channels; an even number, whose halves (accelerometer, gyroscope) are normalized separately.
     channels: int = 6
     # Channels of the convolutions; a multiple of 4.
     conv_width: int = 32
@@ -28,10 +28,10 @@ class IMU2CLIPShape:
     kernel_sizes: list[int] = field(default_factory=lambda: [10, 5, 5])
     dilation: int = 2
     pool: int = 3
-    # Width of the GRU: the features' width.
+    # Width of the GRU and of the features.
     hidden_size: int = 512
     num_layers: int = 1
-    # 1: the GRU's last state. More: its outputs averaged over that many stretches of time.
+    # 1: the GRU's last state; more: its outputs averaged over that many time intervals.
     feature_tokens: int = 1
 
 
@@ -39,8 +39,8 @@ class IMU2CLIPShape:
 class IMU2CLIPEncoder(Encoder):
     """Group norm, dilated convolutions with max-pooling, group norm, GRU over time (Moon et al., 2022).
 
-    Takes [6, samples]. Differs from the published code in one thing: there the GRU steps over the convolutions'
-    channels, here over time; with the default sizes both have 32 steps of width 32.
+    Takes [6, samples]. There is one difference from the published code, in which the GRU steps over the convolutions'
+    channels; here it steps over time. With the default sizes both have 32 steps of width 32.
     A folder holds config.json (`model_type` "imu2clip" and the keys of `IMU2CLIPShape`) and model.safetensors.
     """
 
@@ -55,8 +55,8 @@ class IMU2CLIPEncoder(Encoder):
             )
         self.steps = self._steps(piece_shape[1])
         layers: list[nn.Module] = [nn.GroupNorm(2, shape.channels)]
-        for place, kernel in enumerate(shape.kernel_sizes):
-            channels = shape.channels if place == 0 else shape.conv_width
+        for index, kernel in enumerate(shape.kernel_sizes):
+            channels = shape.channels if index == 0 else shape.conv_width
             layers.append(nn.Conv1d(channels, shape.conv_width, kernel, dilation=shape.dilation, bias=False))
             layers.append(nn.MaxPool1d(shape.pool))
         layers.append(nn.GroupNorm(GROUPS_BEFORE_GRU, shape.conv_width))
@@ -77,7 +77,7 @@ class IMU2CLIPEncoder(Encoder):
         shape: IMU2CLIPShape = parse_options(IMU2CLIPShape, keys, "encoder.config")
         require_above(shape, "encoder.config", **{name: 0 for name in asdict(shape) if name != "kernel_sizes"})
         if not shape.kernel_sizes or min(shape.kernel_sizes) < 1:
-            raise ConfigError(f"encoder.config.kernel_sizes={shape.kernel_sizes} must hold numbers of at least 1.")
+            raise ConfigError(f"encoder.config.kernel_sizes={shape.kernel_sizes} must contain numbers of at least 1.")
         if shape.channels % 2 or shape.conv_width % GROUPS_BEFORE_GRU:
             raise ConfigError(
                 f"encoder.config: channels={shape.channels} must be even and conv_width={shape.conv_width} a multiple "
@@ -86,7 +86,7 @@ class IMU2CLIPEncoder(Encoder):
         return shape
 
     def _steps(self, samples: int) -> list[int]:
-        """Outputs of each convolution along time, before pooling, and last the GRU's steps."""
+        """Output length of each convolution along time, before pooling, followed by the GRU's steps."""
         lengths = []
         length = samples
         for kernel in self.shape.kernel_sizes:
@@ -95,9 +95,9 @@ class IMU2CLIPEncoder(Encoder):
             length = max(length, 0) // self.shape.pool
         if length < self.shape.feature_tokens:
             raise ConfigError(
-                f"A piece of {samples} samples leaves {length} steps after the imu2clip convolutions, less than "
-                f"feature_tokens={self.shape.feature_tokens}. Lengthen options.piece_seconds, raise options.rate, or "
-                "use fewer or smaller encoder.config.kernel_sizes."
+                f"A piece of {samples} samples leaves {length} steps after the imu2clip convolutions, fewer than "
+                f"feature_tokens={self.shape.feature_tokens}. Raise options.piece_seconds or options.rate, or use "
+                "fewer or smaller encoder.config.kernel_sizes."
             )
         return [*lengths, length]
 

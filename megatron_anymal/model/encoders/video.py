@@ -21,7 +21,7 @@ from megatron_anymal.model.encoders.base import (
 class VideoMAEEncoder(Encoder):
     """VideoMAE (Tong et al., 2022), the architecture InternVideo builds on.
 
-    Features are the last hidden state: frames / tubelet size x patches of a frame, in order of time.
+    Features are the last hidden state: frames / tubelet size x patches per frame, in temporal order.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:

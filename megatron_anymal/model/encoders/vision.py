@@ -20,8 +20,8 @@ from megatron_anymal.model.encoders.base import (
 class VisionTransformer(Encoder):
     """A ViT with a class token over images [3, R, R], or over the frames of a video [T, 3, R, R] one by one.
 
-    Features are the patch tokens of the last hidden state, without the class token; a video's frames follow each
-    other, T x patches features.
+    Features are the patch tokens of the last hidden state, without the class token; a video's frames are concatenated
+    to T x patches features.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
@@ -41,14 +41,14 @@ class VisionTransformer(Encoder):
         self._drop_unused()
 
     def _patches(self, config: EncoderConfig, image: tuple[int, ...]) -> int:
-        """Patches of one image, after checking that it fits."""
+        """Check the image shape and return the number of patches per image."""
         height, width = side_lengths(self.model.config.image_size)
         require_shape(config, image, (self.model.config.num_channels, height, width))
         patch = side_lengths(self.model.config.patch_size)
         return (height // patch[0]) * (width // patch[1])
 
     def _drop_unused(self) -> None:
-        """Remove the weights that patch features do not depend on: trained, they would never get a gradient."""
+        """Remove the weights that patch features do not depend on, which would never get a gradient in training."""
         raise NotImplementedError
 
     def forward(self, pieces: Tensor) -> Tensor:

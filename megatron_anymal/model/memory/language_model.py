@@ -1,11 +1,11 @@
-"""What a rank of a run holds in memory, by arithmetic: sizes in, bytes out. Builds nothing and asks no machine.
+"""Compute a rank's memory use from sizes alone, without building a model or querying a machine.
 
-What the Llama keeps of a forward pass for its backward is counted tensor by tensor; tests compare it with what autograd
-keeps. media_memory.py does the same for encoders and projectors. A pack counts as full: of seq_length tokens, each with
-a label.
+The activations that the Llama saves for its backward pass are counted tensor by tensor; tests compare the result with
+what autograd saves. media.py does the same for encoders and projectors. A pack is assumed to be full: seq_length
+tokens, each with a label.
 
-Names in formulas: h hidden size, e bytes of a number, q this rank's tokens of a pack (all but for context parallelism),
-own those of them outside attention and feed-forward (fewer under sequence parallelism).
+Names in formulas: h hidden size, e bytes per element, q this rank's tokens of a pack (all of them without context
+parallelism), own those tokens outside attention and feed-forward (fewer under sequence parallelism).
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-# Elements of the logits that the head holds at once, and bytes of each: product, fp32, their gradient.
+# Logits that the head holds at a time, and bytes of each: matrix product, fp32 copy, gradient.
 HEAD_CHUNK, HEAD_BYTES = 1 << 26, 10
 
 
 @dataclass(frozen=True)
 class Recompute:
-    """What of a forward pass is done again in the backward pass, in megatron-core's terms.
+    """Activation recomputation settings, in megatron-core's terms.
 
     Attributes:
         granularity: "" (nothing), selective or full.
-        modules: selective: core_attn, mlp.
-        method, layers: full: block repeats the first `layers` layers of each model part, uniform all of them in chunks
-            of `layers`.
+        modules: for selective: core_attn, mlp.
+        method, layers: for full: block recomputes the first `layers` layers of each model chunk, uniform all of them in
+            groups of `layers`.
     """
 
     granularity: str = ""
@@ -34,7 +34,7 @@ class Recompute:
     layers: int = 1
 
     def repeated(self, layers: int) -> int:
-        """How many of a model part's layers are repeated whole."""
+        """Return how many of a model chunk's layers are fully recomputed."""
         if self.granularity != "full":
             return 0
         return layers if self.method == "uniform" else min(self.layers, layers)
@@ -53,8 +53,8 @@ class Pack:
 
     Attributes:
         tokens: on this rank.
-        labels: of them with a label.
-        queries, keys: tokens that scaled dot-product attention sees with its padding, where it is used.
+        labels: number of these tokens that have a label.
+        queries, keys: tokens that scaled dot-product attention processes, including its padding, if it is used.
     """
 
     tokens: int
@@ -65,17 +65,17 @@ class Pack:
 
 @dataclass(frozen=True)
 class LlamaSizes:
-    """A Llama on one rank.
+    """Sizes of a Llama on one rank.
 
     Attributes:
-        hidden, ffn, heads, groups, head_size, vocabulary: of the whole Llama, the vocabulary padded.
-        number: bytes of a number.
-        matrix_number: bytes of a number of the layers' matrices, with the copies that FP8 products make of them.
-        adapted: with LoRA, per layer: linear layer -> which projections have an adapter. Linear layers are qkv, proj,
-            fc1 and fc2; projections are named by their outputs: q, k, v, o, gate, up, down.
+        hidden, ffn, heads, groups, head_size, vocabulary: of the whole Llama, with the vocabulary padded.
+        number: bytes per element.
+        matrix_number: bytes per element of the layers' matrices, including copies made for FP8 products.
+        adapted: with LoRA, per layer: linear layer -> projections with an adapter. Linear layers are qkv, proj, fc1 and
+            fc2; projections are named by their outputs: q, k, v, o, gate, up, down.
         attention: transformer_engine, flash_attn, flex or sdpa.
-        on_cpu: where norms keep fp32 copies, and each layer its cosines and sines in 16 bits.
-        fused_swiglu: it keeps its input alone.
+        on_cpu: on a CPU, norms save fp32 copies, and each layer its cosines and sines in 16 bits.
+        fused_swiglu: whether SwiGLU saves only its input.
     """
 
     hidden: int
@@ -105,7 +105,7 @@ class LlamaSizes:
 
     @property
     def keys(self) -> int:
-        """Channels of this rank's keys, and of its values."""
+        """Channels of this rank's keys; its values have as many."""
         return self.groups * self.head_size // self.tensor
 
     def own(self, tokens: int) -> int:
@@ -113,11 +113,11 @@ class LlamaSizes:
         return tokens // self.tensor if self.sequence_parallel else tokens
 
     def inputs(self, linear: str) -> int:
-        """Channels that a linear layer of this rank takes."""
+        """Input channels of a linear layer on this rank."""
         return {"qkv": self.hidden, "proj": self.queries, "fc1": self.hidden, "fc2": self.ffn // self.tensor}[linear]
 
     def outputs(self, linear: str) -> dict[str, int]:
-        """Channels that it gives, by projection."""
+        """Output channels of a linear layer on this rank, by projection."""
         ffn = self.ffn // self.tensor
         return {
             "qkv": {"q": self.queries, "k": self.keys, "v": self.keys},
@@ -131,12 +131,12 @@ LINEARS = ("qkv", "proj", "fc1", "fc2")
 
 
 def matrix_parameters(llama: LlamaSizes) -> int:
-    """Numbers of one layer's matrices on this rank, without adapters; two norms come on top."""
+    """Parameters of one layer's matrices on this rank, without adapters and the two norms."""
     return sum(llama.inputs(linear) * sum(llama.outputs(linear).values()) for linear in LINEARS)
 
 
 def adapter_parameters(llama: LlamaSizes, layer: int) -> int:
-    """Numbers of a layer's adapters on this rank."""
+    """Parameters of a layer's adapters on this rank."""
     if not llama.lora_r:
         return 0
     return llama.lora_r * sum(
@@ -147,24 +147,24 @@ def adapter_parameters(llama: LlamaSizes, layer: int) -> int:
 
 
 def vocabulary_parameters(llama: LlamaSizes) -> int:
-    """Numbers of the embedding, or of the head, on this rank."""
+    """Parameters of the embedding, or of the head, on this rank."""
     return llama.vocabulary // llama.tensor * llama.hidden
 
 
 def kept_by_layer(llama: LlamaSizes, pack: Pack, layer: int, repeated: Sequence[str] = ()) -> dict[str, int]:
-    """Bytes that one layer keeps for its backward pass, by what they are.
+    """Bytes that one layer saves for its backward pass, by category.
 
     Args:
-        layer: its number in the whole Llama.
-        repeated: modules that selective recompute does again.
+        layer: its index in the whole Llama.
+        repeated: modules that selective recomputation recomputes.
     """
     e, h, q, own = llama.number, llama.hidden, pack.tokens, llama.own(pack.tokens)
     adapters = _adapters(llama, q, layer)
     kept = {"norms": 2 * _norm(llama, own)}
-    # What a linear layer's own gradient, or its adapter's, needs: the layer's input.
+    # The weight gradient of a linear layer, or of its adapter, needs the layer's input.
     kept["input of qkv"] = e * own * h if llama.trains else 0
     kept |= {"attention": _attention(llama, pack, "core_attn" in repeated)}
-    # Attention on GPUs gives out what it keeps; else its result is kept by itself, in the pack's order.
+    # Attention on GPUs saves its output anyway; otherwise the output is saved separately, in pack order.
     copied = llama.attention == "sdpa" or "core_attn" in repeated
     kept["input of proj"] = e * q * llama.queries if llama.trains and copied else 0
     if adapters["proj"] and not copied and not llama.lora_dropout:
@@ -172,7 +172,7 @@ def kept_by_layer(llama: LlamaSizes, pack: Pack, layer: int, repeated: Sequence[
     if "mlp" in repeated:
         kept["input of the feed-forward"] = e * own * h
         if llama.attention == "transformer_engine":
-            # Its norm is a part of the feed-forward's first linear layer.
+            # The norm is fused into the feed-forward's first linear layer.
             kept["norms"] //= 2
         adapters["fc1"] = adapters["fc2"] = 0
     else:
@@ -187,49 +187,50 @@ def kept_by_layer(llama: LlamaSizes, pack: Pack, layer: int, repeated: Sequence[
 def _norm(llama: LlamaSizes, own: int) -> int:
     if not llama.on_cpu:
         return own * (llama.number * llama.hidden + 4)
-    # In fp32, and once more normalised where its gain trains.
+    # In fp32, and also the normalized input if the norm weights train.
     return 4 * own * (llama.hidden * (2 if llama.trains else 1) + 1)
 
 
 def _attention(llama: LlamaSizes, pack: Pack, repeated: bool) -> int:
     e, q, k, heads = llama.number, llama.queries, llama.keys, llama.heads // llama.tensor
     if repeated:
-        # Keys and values hold all that the linear layer gave; queries are a part of it, or a copy in another order.
+        # Keys and values are views that hold the linear layer's whole output; queries are a view too, or a reordered
+        # copy.
         copied = llama.heads > llama.groups > llama.tensor
         return e * pack.tokens * ((q if copied else 0) + q + 2 * k)
     if llama.attention == "sdpa":
-        turned = 4 * pack.tokens * llama.head_size * e if llama.on_cpu and e < 4 else 0
-        return e * (2 * pack.queries * q + 2 * pack.keys * k) + 4 * pack.queries * heads + turned
+        rotary = 4 * pack.tokens * llama.head_size * e if llama.on_cpu and e < 4 else 0
+        return e * (2 * pack.queries * q + 2 * pack.keys * k) + 4 * pack.queries * heads + rotary
     kept = e * pack.tokens * 2 * q + 4 * pack.tokens * heads
     if llama.attention == "transformer_engine":
         return kept + e * pack.tokens * 2 * k
     if llama.context > 1:
         return kept + e * pack.keys * 2 * k
-    # Turned keys; the values lie in what the linear layer gave, which is held whole.
+    # Rotated keys; the values are views of the linear layer's output, which is held as a whole.
     return kept + e * pack.tokens * (k + q + 2 * k)
 
 
 def _adapters(llama: LlamaSizes, tokens: int, layer: int) -> dict[str, int]:
-    """Bytes that the adapters of each linear layer keep: their inputs, what lies between A and B, A and B joined."""
+    """Bytes that the adapters of each linear layer save: their inputs, the output of A, and A and B fused."""
     kept = dict.fromkeys(LINEARS, 0)
     if not llama.lora_r:
         return kept
     e, own = llama.number, llama.own(tokens)
     for linear, names in llama.adapted[layer].items():
         column = linear in ("qkv", "fc1")
-        taken, given = (own, tokens) if column else (tokens, own)
+        tokens_in, tokens_out = (own, tokens) if column else (tokens, own)
         inputs, width = llama.inputs(linear), llama.lora_r * len(names)
         if llama.lora_dropout:
-            # For each projection what is left of the input, and a byte for what is not.
-            kept[linear] = len(names) * taken * inputs * (e + 1)
+            # Per projection the input after dropout, and a mask of one byte per element.
+            kept[linear] = len(names) * tokens_in * inputs * (e + 1)
         else:
-            kept[linear] = e * (taken * inputs + inputs * width)
-        kept[linear] += e * width * (given + sum(llama.outputs(linear).values()))
+            kept[linear] = e * (tokens_in * inputs + inputs * width)
+        kept[linear] += e * width * (tokens_out + sum(llama.outputs(linear).values()))
     return kept
 
 
 def kept_by_layers(llama: LlamaSizes, pack: Pack, layers: Sequence[int], recompute: Recompute) -> int:
-    """Bytes that the layers of one model part keep of one micro-batch."""
+    """Bytes that the layers of one model chunk save per micro-batch."""
     modules = recompute.modules if recompute.granularity == "selective" else ()
     whole = recompute.repeated(len(layers))
     chunks = -(-whole // recompute.layers) if recompute.method == "uniform" else whole
@@ -238,60 +239,63 @@ def kept_by_layers(llama: LlamaSizes, pack: Pack, layers: Sequence[int], recompu
 
 
 def kept_by_head(llama: LlamaSizes, pack: Pack) -> int:
-    """Bytes that the last norm and the loss keep: rows of labelled positions, or where the head is frozen their
-    gradients; indices, and sums of exponentials."""
+    """Bytes that the last norm and the loss save: the hidden states of labeled positions (their gradients if the head
+    is frozen), indices and log-sum-exps."""
     rows = pack.labels * (llama.number * llama.hidden + 8)
     return _norm(llama, llama.own(pack.tokens)) + rows + (pack.labels * 12 if llama.trains else 0)
 
 
 def working(llama: LlamaSizes, pack: Pack, layers: Sequence[int], recompute: Recompute, last: bool) -> int:
-    """Bytes in use for a while in the backward pass: what one unit makes again, and its gradients; or the head's."""
+    """Temporary bytes of the backward pass: one unit's recomputed activations and gradients, or those of the head."""
     e, ffn = llama.number, llama.ffn // llama.tensor
-    again = 0
+    recomputed = 0
     if layers and recompute.granularity == "full":
         number = recompute.layers if recompute.method == "uniform" else 1
-        again = number * sum(kept_by_layer(llama, pack, layers[0]).values())
+        recomputed = number * sum(kept_by_layer(llama, pack, layers[0]).values())
     elif layers and recompute.modules:
-        parts = [kept_by_layer(llama, pack, layers[0], modules) for modules in ((), recompute.modules)]
-        again = max(0, sum(parts[0].values()) - sum(parts[1].values()))
+        kept = [kept_by_layer(llama, pack, layers[0], modules) for modules in ((), recompute.modules)]
+        recomputed = max(0, sum(kept[0].values()) - sum(kept[1].values()))
     gradients = e * pack.tokens * (3 * ffn + 2 * llama.hidden)
     vocabulary = llama.vocabulary // llama.tensor
     head = HEAD_BYTES * min(HEAD_CHUNK, pack.labels * vocabulary) if last else 0
     head += 4 * vocabulary * llama.hidden if last and llama.trains else 0
-    return max(again + gradients, head)
+    return max(recomputed + gradients, head)
 
 
 def peak(stage: int, stages: int, micro_batches: int, parts: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """The most that one rank holds of its micro-batches at once, in megatron-core's 1F1B schedules.
+    """Peak activation memory of a rank under megatron-core's 1F1B schedules.
 
     Args:
-        parts: what each of its model parts holds of one micro-batch.
+        parts: bytes that each of its model chunks holds per micro-batch.
 
     Returns:
-        The sum, and how many micro-batches each part has then.
+        The peak, and the number of micro-batches in flight per chunk at that point.
     """
     if len(parts) == 1:
         number = min(micro_batches, stages - stage)
         return number * parts[0], (number,)
     groups = range(0, micro_batches, stages)
-    order = [part for first in groups for part in range(len(parts)) for _ in range(min(stages, micro_batches - first))]
+    order = [
+        chunk for first in groups for chunk in range(len(parts)) for _ in range(min(stages, micro_batches - first))
+    ]
     warm_up = min(len(order), 2 * (stages - stage - 1) + (len(parts) - 1) * stages)
-    alive, found = [0] * len(parts), (0, (0,) * len(parts))
-    for number, part in enumerate(order):
-        alive[part] += 1
+    alive, highest = [0] * len(parts), (0, (0,) * len(parts))
+    for number, chunk in enumerate(order):
+        alive[chunk] += 1
         held = sum(count * size for count, size in zip(alive, parts))
-        found = max(found, (held, tuple(alive)))
+        highest = max(highest, (held, tuple(alive)))
         if number >= warm_up:
             alive[len(parts) - 1 - order[number - warm_up]] -= 1
-    return found
+    return highest
 
 
 @dataclass(frozen=True)
 class PipelineChunk:
-    """A model part of a rank.
+    """A model chunk of a rank.
 
     Attributes:
-        layers: their numbers in the whole Llama.
+        layers: their indices in the whole Llama.
+        first, last: whether the chunk holds the embedding and the media modules, and whether it holds the head.
     """
 
     layers: tuple[int, ...]
@@ -301,12 +305,12 @@ class PipelineChunk:
 
 @dataclass(frozen=True)
 class MediaMemory:
-    """What encoders and projectors add on the first stage (media_memory.py).
+    """Memory of encoders and projectors on the first stage (see media.py).
 
     Attributes:
-        frozen, trainable: numbers.
-        kept: bytes of a micro-batch for its backward pass.
-        working: bytes in use for a while, and of media on their way.
+        frozen, trainable: numbers of parameters.
+        kept: bytes that a micro-batch saves for its backward pass.
+        working: temporary bytes, including media being copied.
     """
 
     frozen: int = 0
@@ -317,14 +321,14 @@ class MediaMemory:
 
 @dataclass(frozen=True)
 class RunSizes:
-    """All that counts.
+    """All sizes of a run that affect its memory use.
 
     Attributes:
-        stages: the parts of a rank of each pipeline stage.
-        micro_batches: of a step and replica, at most.
-        optimizer_bytes: of each number that trains, over all ranks that share them.
-        sharers: how many those are.
-        reference: a frozen copy of the adapters is held (DPO).
+        stages: a rank's model chunks, per pipeline stage.
+        micro_batches: maximum per step and replica.
+        optimizer_bytes: per trainable parameter, over all ranks that share the optimizer state.
+        sharers: number of those ranks.
+        reference: whether a frozen copy of the adapters is held (DPO).
     """
 
     llama: LlamaSizes
@@ -339,44 +343,45 @@ class RunSizes:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes of one rank."""
+    """Memory use of one rank, in bytes."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
     working: int
-    # Micro-batches that each model part holds activations of.
+    # Micro-batches whose activations each model chunk holds.
     in_flight: tuple[int, ...]
 
     @property
     def total(self) -> int:
-        """All together."""
+        """Sum of all categories."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
 def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
-    """What a rank of a pipeline stage holds."""
-    llama, pack, parts = run.llama, run.pack, run.stages[stage]
-    frozen, trainable, copies, matrices, in_parts = 0, 0, 0, 0, []
-    for part in parts:
-        of_layers = len(part.layers) * matrix_parameters(llama)
-        matrices += of_layers
-        base = of_layers + len(part.layers) * 2 * llama.hidden
-        tied = llama.tied and part.first and part.last
-        base += (part.first + part.last - tied) * vocabulary_parameters(llama) + part.last * llama.hidden
-        adapters = sum(adapter_parameters(llama, layer) for layer in part.layers)
-        frozen += (0 if llama.trains else base) + part.first * run.media.frozen
-        trainable += (base if llama.trains else 0) + adapters + part.first * run.media.trainable
+    """Compute the memory use of a rank of a pipeline stage."""
+    llama, pack, chunks = run.llama, run.pack, run.stages[stage]
+    frozen, trainable, copies, matrices, kept_by_chunk = 0, 0, 0, 0, []
+    for chunk in chunks:
+        layer_matrices = len(chunk.layers) * matrix_parameters(llama)
+        matrices += layer_matrices
+        base = layer_matrices + len(chunk.layers) * 2 * llama.hidden
+        tied = llama.tied and chunk.first and chunk.last
+        base += (chunk.first + chunk.last - tied) * vocabulary_parameters(llama) + chunk.last * llama.hidden
+        adapters = sum(adapter_parameters(llama, layer) for layer in chunk.layers)
+        frozen += (0 if llama.trains else base) + chunk.first * run.media.frozen
+        trainable += (base if llama.trains else 0) + adapters + chunk.first * run.media.trainable
         copies += adapters if run.reference else 0
-        kept = kept_by_layers(llama, pack, part.layers, recompute)
-        kept += part.first * run.media.kept
-        # What a part sends on is held until its backward pass.
-        kept += kept_by_head(llama, pack) if part.last else llama.number * llama.own(pack.tokens) * llama.hidden
-        in_parts.append(kept)
-    activations, in_flight = peak(stage, len(run.stages), run.micro_batches, in_parts)
+        kept = kept_by_layers(llama, pack, chunk.layers, recompute)
+        kept += chunk.first * run.media.kept
+        # A chunk's output is held until its backward pass.
+        kept += kept_by_head(llama, pack) if chunk.last else llama.number * llama.own(pack.tokens) * llama.hidden
+        kept_by_chunk.append(kept)
+    activations, in_flight = peak(stage, len(run.stages), run.micro_batches, kept_by_chunk)
     in_use = [
-        max(working(llama, pack, part.layers, recompute, part.last), part.first * run.media.working) for part in parts
+        max(working(llama, pack, chunk.layers, recompute, chunk.last), chunk.first * run.media.working)
+        for chunk in chunks
     ]
     return Held(
         weights=llama.number * (frozen + trainable + copies) + (llama.matrix_number - llama.number) * matrices,

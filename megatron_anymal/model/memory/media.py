@@ -1,6 +1,6 @@
-"""What encoders and projectors hold in memory: see memory.py.
+"""Compute the memory use of encoders and projectors; see language_model.py.
 
-Encoders are whatever architecture their section names: theirs is counted on one built without numbers (meta.py).
+Encoders can have any architecture, so theirs is measured on one built without weight data (meta_device.py).
 Shapes: n pieces, F features of width w per piece, T soft tokens per piece, h the projector's width, H the Llama's.
 """
 
@@ -20,19 +20,19 @@ from megatron_anymal.model.build import seeded_encoder
 from megatron_anymal.model.memory.language_model import MediaMemory
 from megatron_anymal.model.meta_device import on_meta
 
-# Numbers per feature and its width that a frozen encoder has in use at once: a layer's input, its feed-forward's hidden
-# values before and after the activation, and what lies between.
+# Elements per feature and unit of its width that a frozen encoder holds at a time: a layer's input, its feed-forward's
+# hidden values before and after the activation, and intermediates.
 _ENCODER_WORKING = 12
 
 
 @dataclass(frozen=True)
 class EncoderSizes:
-    """One encoder.
+    """Sizes of one encoder.
 
     Attributes:
         features, width: F and w.
-        piece: numbers of a piece.
-        kept: bytes that a piece keeps for a backward pass through the encoder.
+        piece: elements per piece.
+        kept: bytes saved per piece for a backward pass through the encoder.
     """
 
     parameters: int
@@ -43,10 +43,10 @@ class EncoderSizes:
 
 
 def encoder_sizes(name: str, section: ModalityConfig, modality: Modality, dtype: torch.dtype) -> EncoderSizes:
-    """Build an encoder without numbers and count.
+    """Build an encoder without weight data and measure its sizes.
 
     Args:
-        section: its encoder must not read weights.
+        section: its encoder must not load weights.
     """
     with on_meta():
         encoder = seeded_encoder(name, section.encoder, modality, 0).to(dtype)
@@ -57,7 +57,7 @@ def encoder_sizes(name: str, section: ModalityConfig, modality: Modality, dtype:
 
 
 def _kept(encoder: nn.Module, piece_shape: Sequence[int]) -> int:
-    """Bytes that autograd keeps of one piece, weights apart."""
+    """Bytes that autograd saves for one piece, excluding weights."""
     weights = {t.untyped_storage()._cdata for t in [*encoder.parameters(), *encoder.buffers()]}
     kept: list[Tensor] = []
 
@@ -68,11 +68,11 @@ def _kept(encoder: nn.Module, piece_shape: Sequence[int]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
         encoder(torch.zeros(1, *piece_shape, device="meta"))
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
-    return sum(size for place, size in storages.items() if place not in weights)
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device torch would take attention apart, and keep its probabilities."""
+    """Replaces torch's attention, which on the meta device would be decomposed and save its probabilities."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -81,7 +81,7 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps what fused attention keeps: queries, keys, values, the result and sums of exponentials."""
+    """Saves the same tensors as fused attention: queries, keys, values, output and log-sum-exps."""
 
     @staticmethod
     def forward(ctx, query, key, value):
@@ -98,13 +98,14 @@ def media_bytes(
     context: int,
     number: int,
 ) -> MediaMemory:
-    """What all modalities add to a rank of the first stage.
+    """Compute the memory that all modalities add to a rank of the first stage.
 
-    Micro-batches differ in their media; one counts whose tokens are all soft tokens of the costliest modality.
+    Micro-batches differ in their media; the worst case is assumed, in which all tokens are soft tokens of the costliest
+    modality.
 
     Args:
         tokens: of a micro-batch, over all context-parallel ranks.
-        number: bytes of a number.
+        number: bytes per element.
     """
     frozen, trainable, kept, working = 0, 0, [0], [0]
     for section, encoder in sections:
@@ -126,7 +127,7 @@ def media_bytes(
 
 
 def projector_parameters(config: ProjectorConfig, features: int, width: int, hidden: int, tensor: int) -> int:
-    """Numbers of a projector on one tensor-parallel rank."""
+    """Parameters of a projector on one tensor-parallel rank."""
     if config.type == "linear":
         return (
             sum((inputs + 1) * outputs // tensor for inputs, outputs in _linears(config, features, width, hidden)) + 1
@@ -140,23 +141,23 @@ def projector_parameters(config: ProjectorConfig, features: int, width: int, hid
 def kept_by_projector(
     config: ProjectorConfig, pieces: int, encoder: EncoderSizes, hidden: int, tensor: int, number: int
 ) -> int:
-    """Bytes that a projector which trains keeps of n pieces for its backward pass, their features among them."""
+    """Bytes that a trainable projector saves for its backward pass over n pieces, including their features."""
     features, width, latents = encoder.features, encoder.width, config.num_tokens
-    # Soft tokens before and after they are brought to one root mean square, in fp32.
+    # Soft tokens before and after the RMS norm, in fp32.
     kept = 4 * latents * (2 * hidden + 1)
     if config.type == "linear":
         first, *later = _linears(config, features, width, hidden)
         groups = min(features, latents)
-        # The later ones' inputs before and after the activation.
+        # The later layers' inputs before and after the activation.
         return pieces * (kept + number * groups * (first[0] + sum(2 * inputs for inputs, _ in later)))
     h, up = config.hidden_size or width, config.ffn_multiplier * (config.hidden_size or width) // tensor
     both, own = features + latents, h // tensor
     layer = [
-        # Inputs of the norms (the features' is shared) and of the linear layers.
+        # Inputs of the norms (that of the features is shared) and of the linear layers.
         latents * h + both * h + latents * h + latents * h,
-        # Attention's inputs and its result.
+        # Inputs and output of attention.
         (2 * latents + 2 * both) * own,
-        # The feed-forward before and after its activation, and its norm's input.
+        # Feed-forward before and after its activation, and its norm's input.
         2 * latents * up + latents * h,
     ]
     # The first layer's latents are a parameter.
@@ -166,7 +167,7 @@ def kept_by_projector(
 
 
 def _linears(config: ProjectorConfig, features: int, width: int, hidden: int) -> list[tuple[int, int]]:
-    """Inputs and outputs of a linear projector's layers (projectors.LinearProjector)."""
+    """Input and output sizes of a linear projector's layers (projectors.LinearProjector)."""
     groups = min(features, config.num_tokens)
     sizes = [width * -(-features // groups), *[config.hidden_size or width] * (config.num_layers - 1)]
     return list(zip(sizes, [*sizes[1:], hidden * config.num_tokens // groups]))

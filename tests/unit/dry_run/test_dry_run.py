@@ -284,7 +284,7 @@ REFUSALS = {
         ["model.modalities.imu.placeholder=nothing", "data.train.mix.path=nowhere"],
         "model.modalities.imu.placeholder='nothing'",
     ),
-    "vocabulary": (["model.language_model.config.vocab_size=8"], "the Llama's vocabulary only 8 entries"),
+    "vocabulary": (["model.language_model.config.vocab_size=8"], "the Llama's vocabulary has only 8 entries"),
     "initial-weights": (["model.restore_from_path=/usr"], "no checkpoint in '/usr'"),
     "long-samples": (["data.seq_length=8"], "longer than data.seq_length=8"),
     "loggers": (["exp_manager.create_wandb_logger=true"], "exp_manager.wandb_logger_kwargs.name"),
@@ -324,7 +324,7 @@ def test_a_failed_build_leaves_nothing_behind(tiny: RunConfig) -> None:
 def test_it_plays_no_rank_of_a_real_job(tiny: RunConfig) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        with pytest.raises(RuntimeError, match="cannot be one of a job"):
+        with pytest.raises(RuntimeError, match="cannot be a rank of a job"):
             examine(tiny)
         assert dist.get_backend() == "gloo"
     finally:
@@ -377,7 +377,7 @@ def test_what_is_not_there_is_listed(tiny: RunConfig, tmp_path: Path, text_shard
     ]
     assert found.samples == {("train", "text"): 24}
     (note,) = found.notes
-    assert "s3://bucket/far was not looked at" in note
+    assert "s3://bucket/far was not checked" in note
 
 
 def test_data_that_is_there_is_checked_and_counted(tiny: RunConfig, tmp_path: Path, text_shards: str) -> None:
@@ -387,8 +387,8 @@ def test_data_that_is_there_is_checked_and_counted(tiny: RunConfig, tmp_path: Pa
     assert found.samples == {("train", "mix"): 40, ("train", "text"): 24, ("validation", "text"): 24}
     said = render(found)
     # 8 samples a step, 2 of them from the mix.
-    assert re.search(r"data\.train\.mix +40 samples +once through in 20\.0 steps \(25% of the mix\)", said)
-    assert re.search(r"data\.train\.text +24 samples +once through in 4\.0 steps \(75% of the mix\)", said)
+    assert re.search(r"data\.train\.mix +40 samples +one epoch in 20\.0 steps \(25% of the mix\)", said)
+    assert re.search(r"data\.train\.text +24 samples +one epoch in 4\.0 steps \(75% of the mix\)", said)
     # Media of a kind that no modality reads, also where another data set is missing.
     del tiny.model.modalities["audio"]
     tiny.data.train["missing"] = DatasetConfig("nowhere")
@@ -499,7 +499,7 @@ def test_70b_in_an_empty_folder(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     said = done.stdout
     # The Llama's published size; what one of eight tensor-parallel ranks holds of all; the paper's batch.
-    assert "26,880 samples a step, 840 a replica" in said
+    assert "26,880 samples per step, 840 per replica" in said
     assert re.search(r"language model +70,553,706,496 +70\.55 B +0 +0\n", said)
     assert re.search(
         r"\n +0 +0-255 +10,715,721,681 +52,580,305 +21\.43 GB .* 0-79 +embedding, image enc.*, head\n", said

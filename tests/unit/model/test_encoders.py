@@ -239,7 +239,7 @@ def test_missing_folder_weights_and_keys_are_refused(tmp_path: Path) -> None:
         ("clap", CLAP, (60, 32), r"\(1, frames, 32\)"),
         ("clap", CLAP, (1, 500, 32), "takes 128 at most"),
         ("imu2clip", IMU, (3, 60), r"\(6, samples\)"),
-        ("imu2clip", {}, (6, 60), "Lengthen"),
+        ("imu2clip", {}, (6, 60), r"Raise options\.piece_seconds"),
         ("imu2clip", {**IMU, "conv_width": 6}, (6, 60), "multiple of 4"),
         ("imu2clip", {**IMU, "kernel_sizes": []}, (6, 60), "kernel_sizes"),
         ("imu2clip", {**IMU, "hidden": 6}, (6, 60), r"encoder\.config\.hidden .*'hidden_size'"),

@@ -220,7 +220,7 @@ def test_folders_that_cannot_be_used(folders: dict[str, str], tmp_path: Path) ->
     save_file(tensors, file)
     wanted["no-tensor"] = ["'model.layers.1.mlp.up_proj.weight'"]
     change(copy("other-size"), vocab_size=99)
-    wanted["other-size"] = ["does not fit its config.json", "embed_tokens"]
+    wanted["other-size"] = ["does not match its config.json", "embed_tokens"]
     next(copy("no-part", "gqa").glob("model-00002*")).unlink()
     wanted["no-part"] = ["model-00002"]
     (copy("cut-off") / "model.safetensors").write_bytes(b"12345")

@@ -126,7 +126,7 @@ def test_a_list_that_cannot_be_written_ends_no_run(config: RunConfig, tmp_path: 
     (tmp_path / "run" / "skipped_samples.jsonl").symlink_to("/dev/full")
     [said] = run_ranks(1, said_in_training, run)
     assert len(losses(tmp_path / "run")) == 4
-    assert said.count("could not be written down") == 2 and said.count("skipped mix/s5") == 2
+    assert said.count("could not be recorded") == 2 and said.count("skipped mix/s5") == 2
 
 
 def said_in_training(config: RunConfig) -> str:
