@@ -262,13 +262,13 @@ meaning() {
     case $1 in
         0) echo "the run is complete" ;;
         1) echo "it failed; see $logs" ;;
-        2) echo "a mistake: starting again will not help" ;;
-        75) echo "stopped with a checkpoint; submit the job again to go on" ;;
+        2) echo "a setting, data or a checkpoint cannot be used; restarting will not help" ;;
+        75) echo "stopped with a checkpoint; submit the job again to continue" ;;
         76) echo "a process made no progress" ;;
         77) echo "too many steps in a row without a finite gradient" ;;
-        78) echo "there are checkpoints and none is valid" ;;
-        79) echo "started again several times without progress" ;;
-        80) echo "another job works in the run's folder" ;;
+        78) echo "there are checkpoints, but none is valid" ;;
+        79) echo "restarted several times without progress" ;;
+        80) echo "another job is using the run's folder" ;;
         81) echo "the last checkpoint could not be written" ;;
         *) echo "$( (( $1 > 128 )) && echo "signal $(( $1 - 128 ))" || echo "unknown"); see $logs" ;;
     esac
