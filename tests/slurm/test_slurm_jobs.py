@@ -212,7 +212,7 @@ def test_five_stops_change_nothing(cluster: Cluster, folder: Path, whole: Path) 
         cluster.run("scancel", "--batch", "--signal=USR1", str(run.number))
         run.restarted(times)
     assert run.end(1500) == 0, run.said()
-    assert run.summary.count("back into the queue") == 5 and run.summary.count("asked to stop") == 5
+    assert run.summary.count("requeueing the job") == 5 and run.summary.count("asked to stop") == 5
     assert_same(run.run_dir, whole)
 
 
