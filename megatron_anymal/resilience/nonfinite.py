@@ -17,7 +17,7 @@ from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 
 SKIPPED = "skipped_steps.jsonl"
-# A larger norm does not fit in fp32.
+# A larger squared norm does not fit in fp32.
 _LARGEST = float(torch.finfo(torch.float32).max)
 
 
