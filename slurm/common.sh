@@ -1,40 +1,40 @@
 # shellcheck shell=bash
-# shellcheck disable=SC2154  # VERB, CONFIG and ANYMAL_HOME are set by the script that reads this file.
+# shellcheck disable=SC2154  # VERB, CONFIG and ANYMAL_HOME are set by the script that sources this file.
 #
-# What pretrain_70b.sh, sft_70b.sh and dpo_70b.sh share.
+# Shared code of pretrain_70b.sh, sft_70b.sh and dpo_70b.sh.
 #
-# A job checks every node (megatron_anymal.launcher.preflight.command), starts `anymal launch` on each and waits. Before its
-# time is over, Slurm sends USR1 to this script, which passes it on: the ranks write a checkpoint and end with code 75.
-# Then the job is put back into the queue, and goes on from that checkpoint when it starts again. A job of which a
-# node fails is put back too, by Slurm or from here. Every other code ends the job with that code.
+# A job checks every node (megatron_anymal.launcher.preflight.command), starts `anymal launch` on each and waits. Before
+# the time limit, Slurm sends USR1 to this script, which forwards it: the ranks write a checkpoint and exit with 75.
+# The job is then requeued, and resumes from that checkpoint when it starts again. If a node fails, the job is requeued
+# as well, by Slurm or by this script. With any other exit code, the job ends with that code.
 #
-# Read from the environment:
-#   ANYMAL_CONTAINER       an image: for pyxis (image.sqsh or registry/name:tag) where srun has it, else for apptainer
-#   ANYMAL_MOUNTS          folders that the image sees, as A:A,B:B. Default: those of the submission and the repository
-#   ANYMAL_VENV            without an image: the virtual environment. Default: the repository's .venv
-#   ANYMAL_HOME            the repository. Default: the folder of the submission; relative paths count from that one
-#   ANYMAL_PROCS_PER_NODE  processes on a node. Default: its GPUs. For a rehearsal without any:
+# Environment variables:
+#   ANYMAL_CONTAINER       container image: for pyxis (image.sqsh or registry/name:tag) if srun has it, else apptainer
+#   ANYMAL_MOUNTS          folders to mount into the container, as A:A,B:B. Default: submission folder and repository
+#   ANYMAL_VENV            virtual environment, if no container is used. Default: .venv in the repository
+#   ANYMAL_HOME            the repository. Default: the submission folder. Relative paths start at the submission folder
+#   ANYMAL_PROCS_PER_NODE  processes per node. Default: the number of its GPUs. To rehearse without GPUs:
 #                          ANYMAL_PROCS_PER_NODE=2 sbatch --nodes=2 --gpus-per-node=0 slurm/pretrain_70b.sh ...
-#   ANYMAL_GRACE_SECONDS   how long a stop may take before the job is put back all the same. Default: 270, a little less
-#                          than --signal gives
-# Another configuration than the script's: --config-name=NAME --config-path=FOLDER after the script's name.
+#   ANYMAL_GRACE_SECONDS   how long a stop may take before the job is requeued regardless. Default: 270, a little less
+#                          than the lead time of --signal
+# To use another configuration than the script's, add --config-name=NAME --config-path=FOLDER after the script's name.
 #
-# To stop a job with a checkpoint and queue it again: scancel --batch --signal=USR1 JOB. To end it: scancel JOB.
-# Tasks of a job array (sbatch --array=0-3) need a run folder each; of two in one folder the second ends with code 80.
-# A job's time limit must be longer than what --signal gives: else it ends at once, with code 2.
-# In the run's folder, slurm.log says what became of every job, and logs/slurm_JOB/NODE.log has what its nodes wrote.
+# To stop a job with a checkpoint and requeue it: scancel --batch --signal=USR1 JOB. To end it: scancel JOB.
+# Each task of a job array (sbatch --array=0-3) needs its own run folder; a second one in the same folder exits with 80.
+# A job's time limit must be longer than the lead time of --signal; otherwise it exits at once with code 2.
+# In the run's folder, slurm.log has the history of all jobs, and logs/slurm_JOB/NODE.log the output of each node.
 
 set -o pipefail
 
-# The job step under way, and since when; whether it can be asked to stop; who asks it.
+# The current job step, its start time, whether it can be asked to stop, and the process that asks it.
 step="" step_began=0 launched="" asker=""
 stop_requested="" terminated="" requeued=""
 run_dir="" logs="" summary=/dev/null
 
 run_job() {
-    # What is said here goes to the job's own output, also where a step's goes to a file.
+    # Messages go to the job's own output, even while a step's output is redirected to a file.
     exec 3>&1
-    # Slurm takes the number of an array's first task for the whole array.
+    # For a job array, use ARRAY_TASK: Slurm takes the job ID of one of its tasks for the whole array.
     job=$SLURM_JOB_ID
     [[ ! ${SLURM_ARRAY_TASK_ID:-} ]] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     trap on_stop_request USR1
@@ -52,8 +52,8 @@ run_job() {
     launch
 }
 
-# Refuses a job that Slurm asks to stop as soon as it starts. Sets time_limit (seconds; empty: unlimited or unknown).
-# Slurm tells a job its time limit, but not its --signal: that is taken to come half a minute before the grace.
+# Refuses a job that Slurm would ask to stop as soon as it starts. Sets time_limit (seconds; empty: unlimited or
+# unknown). A job can query its time limit but not its --signal, which is assumed to be the grace period plus 30 s.
 check_time() {
     local shown lead=$(( ANYMAL_GRACE_SECONDS + 30 ))
     time_limit=""
@@ -61,27 +61,27 @@ check_time() {
     [[ $shown =~ TimeLimit=([0-9]+-)?([0-9]+):([0-9]+):([0-9]+) ]] || return 0
     local days=${BASH_REMATCH[1]%-}
     time_limit=$(( ((10#${days:-0} * 24 + 10#${BASH_REMATCH[2]}) * 60 + 10#${BASH_REMATCH[3]}) * 60 + 10#${BASH_REMATCH[4]} ))
-    (( time_limit > lead )) || mistake "the job's time limit is $time_limit s, and Slurm asks it to stop $lead s before its end (--signal=B:USR1@$lead): it would stop before it trains. Give more time, as in sbatch --time=1:00:00, or ask later: --signal=B:USR1@60 with ANYMAL_GRACE_SECONDS=30."
+    (( time_limit > lead )) || mistake "the job's time limit is $time_limit s, and Slurm asks it to stop $lead s before its end (--signal=B:USR1@$lead): it would stop before it trains. Raise the time limit, as in sbatch --time=1:00:00, or have it asked later: --signal=B:USR1@60 with ANYMAL_GRACE_SECONDS=30."
 }
 
-# Sets python (the command) and container (srun's options).
+# Sets python (the command) and container (options of srun).
 choose_python() {
     local mounts=${ANYMAL_MOUNTS:-$PWD:$PWD,$ANYMAL_HOME:$ANYMAL_HOME}
     container=()
     if [[ ! ${ANYMAL_CONTAINER:-} ]]; then
         python=("${ANYMAL_VENV:-$ANYMAL_HOME/.venv}/bin/python")
-        [[ -x ${python[0]} ]] || mistake "there is no ${python[0]}. Make it with \`make venv\`, or set ANYMAL_VENV or ANYMAL_CONTAINER."
+        [[ -x ${python[0]} ]] || mistake "there is no ${python[0]}. Create it with \`make venv\`, or set ANYMAL_VENV or ANYMAL_CONTAINER."
     elif [[ $(srun --help) == *--container-image* ]]; then
         container=("--container-image=$ANYMAL_CONTAINER" "--container-mounts=$mounts" "--container-workdir=$PWD")
         python=(python)
     elif command -v apptainer > /dev/null; then
         python=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$ANYMAL_CONTAINER" python)
     else
-        mistake "ANYMAL_CONTAINER is set, and this cluster has neither pyxis (srun --container-image) nor apptainer. Use ANYMAL_VENV."
+        mistake "ANYMAL_CONTAINER is set, but this cluster has neither pyxis (srun --container-image) nor apptainer. Use ANYMAL_VENV."
     fi
 }
 
-# Sets nodes, processes (of each node) and size (the overrides that say so, where they are not given).
+# Sets nodes, processes (per node) and size (the overrides for both, unless they are given).
 choose_size() {
     local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE##*:}}
     local given_nodes given_processes
@@ -89,14 +89,14 @@ choose_size() {
     given_processes=$(given trainer.devices "$@")
     nodes=$SLURM_JOB_NUM_NODES
     processes=${given_processes:-${ANYMAL_PROCS_PER_NODE:-${gpus:-0}}}
-    (( processes > 0 )) || mistake "the nodes have no GPUs here. Ask for some (sbatch --gpus-per-node=8), or set ANYMAL_PROCS_PER_NODE."
+    (( processes > 0 )) || mistake "the job has no GPUs on its nodes. Request some (sbatch --gpus-per-node=8), or set ANYMAL_PROCS_PER_NODE."
     (( ${given_nodes:-$nodes} == nodes )) || mistake "trainer.num_nodes=$given_nodes, but the job has $nodes node(s). Leave it out, or give sbatch --nodes=$given_nodes."
     size=()
     [[ $given_nodes ]] || size+=("trainer.num_nodes=$nodes")
     [[ $given_processes ]] || size+=("trainer.devices=$processes")
 }
 
-# The value of an override among the arguments, the last one's; nothing where there is none.
+# Prints the value of an override among the arguments; the last one wins. Empty if it is not given.
 given() {
     local key=$1 value="" word
     for word in "${@:2}"; do
@@ -105,7 +105,7 @@ given() {
     echo "$value"
 }
 
-# Sets run_dir and, in it, logs and summary. Also where a wrong setting ends the job, before anything is started.
+# Sets run_dir and, in it, logs and summary. An invalid setting ends the job here, before anything is started.
 find_run_dir() {
     local answer
     answer=$(mktemp)
@@ -115,7 +115,7 @@ find_run_dir() {
     rm -f "$answer"
     (( code == 0 )) || end "$code"
     logs=$run_dir/logs/slurm_$SLURM_JOB_ID
-    mkdir -p "$logs" || mistake "the run's folder $run_dir cannot be written on $SLURMD_NODENAME. Name another (exp_manager.explicit_log_dir)."
+    mkdir -p "$logs" || mistake "the run's folder $run_dir cannot be written on $SLURMD_NODENAME. Choose another one (exp_manager.explicit_log_dir)."
     summary=$run_dir/slurm.log
     say "start ${SLURM_RESTART_COUNT:-0} on $nodes node(s) ($SLURM_JOB_NODELIST) x $processes process(es):$(printf ' %q' "${arguments[@]}")"
 }
@@ -132,13 +132,13 @@ check_nodes() {
 }
 
 launch() {
-    # Slurm sends a signal to every process of a step: those that do not handle USR1 must not die of it.
+    # Slurm signals every process of a step: those that do not handle USR1 must ignore it.
     # shellcheck disable=SC2016  # expands on the node
     local on_node='trap "" USR1; exec >> "$1/$SLURMD_NODENAME.log" 2>&1; shift
         echo "--- start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURMD_NODENAME"
         exec "${@/#--node-rank=/--node-rank=$SLURM_NODEID}"'
     launched=1
-    # A node that ends gives the others time to end in order.
+    # After one node has ended, the others get time to shut down cleanly.
     in_step --ntasks-per-node=1 --wait="$ANYMAL_GRACE_SECONDS" bash -c "$on_node" launch "$logs" \
         "${python[@]}" -m megatron_anymal launch --nproc-per-node="$processes" --nnodes="$nodes" --node-rank= \
         --rdzv-endpoint="$(head_address):$(port 0)" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
@@ -146,7 +146,7 @@ launch() {
     end $?
 }
 
-# Run a job step and return its code; signals that come meanwhile are handled at once.
+# Runs a job step and returns its exit code; signals that arrive in the meantime are handled at once.
 in_step() {
     local code
     srun "${container[@]}" --cpu-bind=none "$@" &
@@ -155,7 +155,7 @@ in_step() {
     while :; do
         wait "$step"
         code=$?
-        # A signal that is handled here interrupts `wait`, not the step.
+        # A signal handled by this script interrupts `wait`, not the step.
         if (( code <= 128 )) || ! kill -0 "$step" 2> /dev/null; then break; fi
     done
     wait "$step"
@@ -167,46 +167,46 @@ in_step() {
 on_stop_request() {
     [[ ! $stop_requested ]] || return
     stop_requested=1
-    say "asked to stop: passed on, to end with a checkpoint within $ANYMAL_GRACE_SECONDS s"
+    say "asked to stop: the ranks have $ANYMAL_GRACE_SECONDS s to write a checkpoint"
     ask_to_stop
 }
 
-# Before the launcher there is nothing to be saved: the job ends after the step under way.
+# Before the launch there is nothing to save: the job ends after the current step.
 ask_to_stop() {
     [[ $launched && $step && ! $asker ]] || return
     keep_asking "$step" $(( SECONDS - step_began )) &
     asker=$!
 }
 
-# Asked again and again, since a process that is just starting does not hear it.
+# Repeats the request, since a process that is just starting misses it.
 keep_asking() {
     local step=$1 age=$2 waited
-    # srun itself would die of a signal that comes before it has started its tasks.
+    # A signal that arrives before srun has started its tasks would kill srun itself.
     (( age > 5 )) || sleep 5
     for (( waited = 0; waited < ANYMAL_GRACE_SECONDS; waited += 10 )); do
         kill -USR1 "$step" 2> /dev/null || return
         sleep 10
     done
-    say "no end within $ANYMAL_GRACE_SECONDS s: back into the queue, to go on from the last checkpoint"
+    say "did not stop within $ANYMAL_GRACE_SECONDS s: requeueing the job, to resume from the last checkpoint"
     scontrol requeue "$job"
 }
 
-# scancel, the end of the time, preemption, a failed node: Slurm decides what becomes of the job, and tells its steps too.
+# scancel, time limit, preemption or a failed node: Slurm decides what happens to the job, and signals its steps too.
 on_termination() {
     [[ ! $terminated && ! $requeued ]] || return
     terminated=1
-    say "ended from outside (scancel, the end of its time, preemption or a failed node)"
+    say "terminated from outside (scancel, the time limit, preemption or a failed node)"
     if [[ ! $stop_requested && $time_limit ]] && (( SECONDS >= time_limit - 30 )); then
-        say "its time is over, and no USR1 came before, to end with a checkpoint: submit with --signal=B:USR1@$(( ANYMAL_GRACE_SECONDS + 30 ))"
+        say "the time limit was reached without a USR1 in time to write a checkpoint: submit with --signal=B:USR1@$(( ANYMAL_GRACE_SECONDS + 30 ))"
     fi
     [[ ! $step ]] || kill -TERM "$step" 2> /dev/null
 }
 
-# Leave with a code, or into the queue.
+# Exits with a code, or requeues the job.
 end() {
     local code=$1 why lost=""
     [[ ! $asker ]] || kill "$asker" 2> /dev/null
-    # A node that fails takes its processes along, and that may be seen here before Slurm has noticed.
+    # A failed node takes its processes with it, which may be visible here before Slurm notices the failure.
     if (( code == 1 || code > 128 )); then lost=$(lost_node); fi
     if [[ ! $terminated && ( $code == 75 || $lost ) ]]; then
         if progressed; then requeue "$lost"; else code=79; fi
@@ -216,7 +216,7 @@ end() {
     exit "$code"
 }
 
-# A node of the job that does not answer or is out of service; nothing where all are well.
+# Prints a node of the job that does not respond or is out of service; empty if all are healthy.
 lost_node() {
     sinfo --noheader --Node --nodes="$SLURM_JOB_NODELIST" --format="%N %T" |
         awk '$2 ~ /\*|down|fail|drain|error/ { print "node " $1 " is " $2; exit }'
@@ -224,17 +224,17 @@ lost_node() {
 
 requeue() {
     requeued=1
-    say "${1:-stopped} at $(newest_checkpoint): back into the queue"
+    say "${1:-stopped} at $(newest_checkpoint): requeueing the job"
     if scontrol requeue "$job"; then
-        # Slurm ends this script.
+        # Slurm kills this script while it waits.
         sleep 60 &
         wait $!
         exit 75
     fi
-    say "scontrol requeue failed: submit the job again to go on"
+    say "scontrol requeue failed: submit the job again to continue"
 }
 
-# Whether one of the last three stops of this job came later in the run than the others.
+# Whether the run made progress between the last three stops of this job.
 progressed() {
     [[ $run_dir ]] || return 0
     echo "$SLURM_JOB_ID $(newest_checkpoint)" >> "$run_dir/logs/stops"
@@ -249,7 +249,7 @@ newest_checkpoint() {
     echo "$newest"
 }
 
-# Of this start, from the nodes' logs.
+# Prints the last error of this start from the nodes' logs.
 last_error() {
     local log
     for log in "$logs"/*.log; do
@@ -257,18 +257,18 @@ last_error() {
     done | tail -n 1
 }
 
-# As megatron_anymal/resilience/exit_codes.py has them.
+# Meanings of the exit codes in megatron_anymal/resilience/exit_codes.py.
 meaning() {
     case $1 in
         0) echo "the run is complete" ;;
         1) echo "it failed; see $logs" ;;
-        2) echo "a mistake: starting again will not help" ;;
-        75) echo "stopped with a checkpoint; submit the job again to go on" ;;
+        2) echo "a setting, data or a checkpoint cannot be used; restarting will not help" ;;
+        75) echo "stopped with a checkpoint; submit the job again to continue" ;;
         76) echo "a process made no progress" ;;
         77) echo "too many steps in a row without a finite gradient" ;;
-        78) echo "there are checkpoints and none is valid" ;;
-        79) echo "started again several times without progress" ;;
-        80) echo "another job works in the run's folder" ;;
+        78) echo "there are checkpoints, but none is valid" ;;
+        79) echo "restarted several times without progress" ;;
+        80) echo "another job is using the run's folder" ;;
         81) echo "the last checkpoint could not be written" ;;
         *) echo "$( (( $1 > 128 )) && echo "signal $(( $1 - 128 ))" || echo "unknown"); see $logs" ;;
     esac
@@ -279,7 +279,7 @@ mistake() {
     end 2
 }
 
-# The address by which Slurm itself reaches the first node: names of nodes need not be names of hosts.
+# Prints the address by which Slurm itself reaches the first node, since node names need not be hostnames.
 head_address() {
     local first node
     first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -287,7 +287,7 @@ head_address() {
     [[ $node =~ NodeAddr=([^ ]+) ]] && echo "${BASH_REMATCH[1]}" || echo "$first"
 }
 
-# Two ports of a job, below those that systems give out by themselves: 0 for the launcher, 1 for the checks.
+# Prints one of the job's two ports, which lie below the ephemeral range: 0 for the launcher, 1 for the checks.
 port() {
     echo $(( 10000 + SLURM_JOB_ID % 10000 * 2 + $1 ))
 }

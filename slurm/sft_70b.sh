@@ -1,8 +1,8 @@
 #!/bin/bash
 # Instruction tuning of the 70B image model:
 #   sbatch slurm/sft_70b.sh [key=value ...]
-# sbatch's own options go before the script's name and win over those below: sbatch --nodes=8 --time=12:00:00 slurm/...
-# What to set in the environment, and what happens to a stopped job, is said in common.sh.
+# Options of sbatch go before the script's name and override those below: sbatch --nodes=8 --time=12:00:00 slurm/...
+# common.sh documents the environment variables and what happens when a job is stopped.
 #SBATCH --job-name=sft_70b
 #SBATCH --nodes=4
 #SBATCH --gpus-per-node=8
@@ -17,7 +17,7 @@
 VERB=sft
 CONFIG=sft_70b
 
-# Slurm runs a copy of this file: what it shares is found from the folder of the submission.
+# Slurm runs a copy of this file, so common.sh is located relative to the submission folder.
 # shellcheck source=slurm/common.sh
 source "${ANYMAL_HOME:=$SLURM_SUBMIT_DIR}/slurm/common.sh" || {
     echo "error: $ANYMAL_HOME has no slurm/common.sh. Submit from the repository's folder, or set ANYMAL_HOME to it." >&2

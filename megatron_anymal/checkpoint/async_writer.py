@@ -1,12 +1,13 @@
-"""Checkpoints written while training goes on: copy, write, commit, delete old ones.
+"""Asynchronous checkpoint writing: copy, write, commit, delete old checkpoints.
 
-The main threads of all ranks plan a checkpoint together and copy their parts to host memory. From there on a thread of
-each rank goes on: it writes the rank's file, and rank 0's commits once every rank's is on disk. They agree through a
-`Channel`, so that no rank can leave another waiting: what rank 0 says of a save, its verdict, is what all ranks take
-for true.
+The main threads of all ranks plan a checkpoint together and copy their shards to host memory. From there a background
+thread on each rank takes over: it writes the rank's file, and rank 0's thread commits once every rank's file is on
+disk. The threads coordinate through a `Channel`, so that no rank can leave another waiting: rank 0 posts the verdict on
+a save, and all ranks act on it.
 
-Threads and not processes: they end with the run, so that nothing of a killed one writes on into the folder of the next,
-nothing is forked beside CUDA, and the copy needs no shared memory. Writing, hashing and syncing hold no Python lock.
+Threads rather than processes: they end with the run, so no leftover of a killed run keeps writing into the folder of
+the next one, nothing is forked from a process that uses CUDA, and the copy needs no shared memory. Writing, hashing and
+syncing release the GIL.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from megatron_anymal.resilience import fault_injection
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 
-# How long rank 0 waits for the others once its own part is done, and they for its verdict, in seconds.
+# How long rank 0 waits for the other ranks once its own file is written, in seconds.
 PATIENCE = 1800.0
+# How long the other ranks wait for rank 0's messages, in seconds.
 _LONG_PATIENCE = 6 * PATIENCE
-# How long a run that fails waits for the checkpoint under way, in seconds.
+# How long a failing run waits for the checkpoint in progress, in seconds.
 _LAST_PATIENCE = 300.0
-# Saves of this process, so that each has its own messages.
+# Numbers the saves of this process, so that each has its own message keys.
 _numbers = itertools.count()
 
 
@@ -52,36 +54,36 @@ class SaveFailed(CheckpointError):
 
 
 class FolderLost(CheckpointError):
-    """Another job has taken the run's folder over."""
+    """Another job has taken over the run's folder."""
 
     exit_code = Exit.LOCKED
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a save; the same on every rank."""
+    """Outcome of a save; the same on every rank."""
 
-    # Why it failed; empty where it is committed.
+    # Why it failed; empty if it was committed.
     error: str = ""
-    # The run must not go on.
+    # The run must not continue.
     fatal: bool = False
-    # What went wrong without harm to it.
+    # A problem that did not affect the checkpoint itself.
     warning: str = ""
 
 
 @dataclass
 class Save:
-    """One checkpoint on its way to disk, as one rank sees it."""
+    """One checkpoint being written, as seen by one rank."""
 
     number: int
     manifest: Manifest
     staging: Path
     final: Path
-    # None where this rank could not copy its part: `failure` says why.
+    # None if this rank could not copy its shards; `failure` holds the reason.
     snapshot: Optional[Snapshot]
     failure: str
     begun: float
-    # Seconds that the main thread was held up.
+    # Seconds the main thread was blocked.
     stalled: float = 0.0
     # Seconds until the verdict.
     seconds: float = 0.0
@@ -93,10 +95,10 @@ class CheckpointWriter:
     """Writes a run's checkpoints, one at a time.
 
     Args:
-        checkpoints: the run's folder of them.
-        rules: which of them stay, and whether training goes on while one is written.
-        say: tells the user; only rank 0's is heard.
-        guard: called on rank 0 before it commits; raises LockLost where the folder is no longer this run's.
+        checkpoints: the run's checkpoints folder.
+        rules: retention settings, and whether to save asynchronously.
+        say: prints a message to the user; only rank 0's output is shown.
+        guard: called on rank 0 before each commit; raises LockLost if the folder no longer belongs to this run.
     """
 
     def __init__(
@@ -106,24 +108,24 @@ class CheckpointWriter:
         self._say, self._guard = say, guard
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._save: Optional[Save] = None
-        # The last save's; those before it were told to the user.
+        # Verdict on the last save; earlier ones were already reported to the user.
         self._last = Verdict()
-        # What was committed last.
+        # The checkpoint committed last.
         self._newest: Optional[Path] = None
-        # The ranks' shards were compared.
+        # Whether the ranks' shards have been validated against each other.
         self._checked = False
 
     def start(self, state: Any, manifest: Manifest) -> None:
-        """Begin a checkpoint; returns once the state is copied, and without `async_save` once it is committed.
+        """Start a save; return once the state is copied or, without `async_save`, once it is committed. Collective.
 
-        A failure to write is told and no more: the run goes on, and its next checkpoint is another attempt. Collective.
+        A write failure is only reported: the run continues, and the next checkpoint tries again.
 
         Args:
             state: a TrainState.
-            manifest: with all but the files.
+            manifest: complete except for the files.
 
         Raises:
-            CheckpointError: the run's folder is no longer its own.
+            CheckpointError: the folder no longer belongs to this run.
         """
         begun = time.monotonic()
         self._settle()
@@ -134,7 +136,7 @@ class CheckpointWriter:
         try:
             snapshot = plan.copy()
         except (MemoryError, RuntimeError) as error:
-            failure = f"its part could not be copied to host memory ({_reason(error)})"
+            failure = f"its shards could not be copied to host memory ({_reason(error)})"
         self._save = save = Save(
             number=next(_numbers),
             manifest=manifest,
@@ -144,7 +146,7 @@ class CheckpointWriter:
             failure=failure,
             begun=begun,
         )
-        # Not waited for at the interpreter's end: whoever cares calls `finish`.
+        # Daemon: the interpreter does not wait for it at exit. Call `finish` to wait for the save.
         save.thread = threading.Thread(target=self._work, args=(save,), name="checkpoint", daemon=True)
         save.thread.start()
         save.stalled = time.monotonic() - begun
@@ -152,7 +154,7 @@ class CheckpointWriter:
             self._settle()
 
     def report(self) -> None:
-        """Tell the user of a save that has ended meanwhile. Waits for nothing."""
+        """Report a save that has ended in the meantime. Does not block."""
         if self._save is not None and not self._save.thread.is_alive():
             self._settle()
 
@@ -160,25 +162,25 @@ class CheckpointWriter:
         """Wait for the last save. Collective.
 
         Raises:
-            CheckpointError: it failed; on all ranks.
+            CheckpointError: the save failed; raised on all ranks.
         """
         self._settle()
-        # Rank 0 may keep the store of messages: it must not leave before all have read.
+        # Rank 0 may host the key-value store: it must not exit before all ranks have read the verdict.
         dist.barrier()
         self._stop_where_lost()
         if self._last.error:
-            newest = f"The newest one of this run is {self._newest}." if self._newest else "It wrote no other one."
+            newest = f"Its newest checkpoint is {self._newest}." if self._newest else "It wrote no other checkpoint."
             raise SaveFailed(
-                f"The run's last checkpoint could not be written: {self._last.error}. {newest} Mend the cause and "
-                "start the run again: it continues from the newest valid one."
+                f"The run's last checkpoint could not be written: {self._last.error}. {newest} Fix the cause and "
+                "start the run again: it continues from the newest valid checkpoint."
             )
 
     def abandon(self) -> None:
-        """Wait for a save that is under way while this rank fails, so that it is not lost. Raises nothing."""
+        """Wait for a save in progress when this rank fails, so that the checkpoint is not lost. Never raises."""
         self._settle(_LAST_PATIENCE)
 
     def _settle(self, patience: Optional[float] = None) -> None:
-        """Wait until no save is under way, and tell the user what became of it."""
+        """Wait for the save in progress, if any, and report its outcome."""
         save, self._save = self._save, None
         if save is None:
             return
@@ -187,7 +189,9 @@ class CheckpointWriter:
         waited = time.monotonic()
         save.thread.join(patience)
         save.stalled += time.monotonic() - waited
-        self._last = verdict = save.verdict or Verdict(f"it was not done in {time.monotonic() - save.begun:.0f} s")
+        self._last = verdict = save.verdict or Verdict(
+            f"it did not finish within {time.monotonic() - save.begun:.0f} s"
+        )
         if verdict.error:
             self._say(
                 f"warning: {save.final} could not be written: {verdict.error}. Nothing older was deleted; the next "
@@ -206,19 +210,19 @@ class CheckpointWriter:
             record(self.checkpoints.parent, kind, text, step=save.manifest.step, seconds=round(save.seconds, 3))
 
     def _stop_where_lost(self) -> None:
-        """On all ranks at once, since all know the verdict here."""
+        """Raise FolderLost if another job took over the folder; on all ranks, since all have the verdict by now."""
         if self._last.fatal:
             raise FolderLost(self._last.error)
 
     def _work(self, save: Save) -> None:
-        """A rank's thread."""
+        """Body of a rank's background thread."""
         channel = Channel(f"checkpoint/{save.number}")
         try:
             if self._rank == 0:
                 self._lead(save, channel)
             else:
                 self._follow(save, channel)
-        # Whatever it is, SystemExit too: a thread that fails in silence would be taken for one at work.
+        # Any exception, even SystemExit: a thread that died silently would look like one still writing.
         except BaseException as error:
             save.verdict = Verdict(f"the ranks could not agree ({_reason(error)})")
         save.snapshot = None
@@ -235,7 +239,7 @@ class CheckpointWriter:
         channel.post("ready", refused)
         names = [f"rank {rank}" for rank in range(1, self._world)]
         reports = [self._report(save, refused)]
-        # Its memory is needed for the next one.
+        # Free the memory for the next snapshot.
         common = save.snapshot.common if save.snapshot else b""
         save.snapshot = None
         try:
@@ -255,7 +259,7 @@ class CheckpointWriter:
         staging.mkdir(parents=True)
 
     def _report(self, save: Save, refused: str) -> str:
-        """Write this rank's file; returns its contents' places and checksum, or why it failed, as JSON."""
+        """Write this rank's file; return its chunk offsets and checksum, or the error, as JSON."""
         files: list[StoredFile] = []
 
         def write() -> None:
@@ -269,10 +273,10 @@ class CheckpointWriter:
         return json.dumps({"error": error, "files": [file.to_dict() for file in files]})
 
     def _judge(self, save: Save, reports: list[dict[str, Any]], common: bytes) -> Verdict:
-        """Rank 0, with the reports of all: commit, or say why not."""
+        """On rank 0, with the reports of all ranks: commit, or return the reason for not committing."""
         errors = [report["error"] for report in reports if report["error"]]
         if errors:
-            # With no folder to write to they all say the same.
+            # If the staging directory could not be created, all ranks report the same error.
             return Verdict("; ".join(dict.fromkeys(errors)))
         try:
             self._guard()
@@ -286,13 +290,13 @@ class CheckpointWriter:
         )
         if failure:
             return Verdict(failure)
-        # The files are committed whatever becomes of older ones.
-        kept = _attempt(lambda: retain(self.checkpoints, self.rules, save.manifest.step))
-        return Verdict(warning=f"old checkpoints could not be deleted: {kept}. They stay." if kept else "")
+        # The checkpoint is committed even if older ones cannot be deleted.
+        error_text = _attempt(lambda: retain(self.checkpoints, self.rules, save.manifest.step))
+        return Verdict(warning=f"old checkpoints could not be deleted and stay: {error_text}" if error_text else "")
 
 
 def _attempt(do: Callable[[], Any]) -> str:
-    """Why it failed; empty where it did not."""
+    """Call `do`; return the reason if it failed, else an empty string."""
     try:
         do()
     except BaseException as error:
@@ -302,7 +306,7 @@ def _attempt(do: Callable[[], Any]) -> str:
 
 def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{error.strerror}"
+        file = f"{error.filename}: " if error.filename else ""
+        return f"{file}{error.strerror}"
     first = str(error).splitlines()[0].rstrip(".") if str(error) else ""
     return f"{type(error).__name__}: {first}" if first else type(error).__name__

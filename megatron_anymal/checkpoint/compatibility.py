@@ -1,6 +1,6 @@
-"""What differs between a checkpoint's run and the one that continues it: harmless, or refused unless allowed.
+"""Compare a checkpoint's run with the run that continues it: differences are harmless, or refused unless allowed.
 
-All of the configuration counts as changing what is learned, but for what is listed here.
+Every configuration key counts as affecting training results, except those listed here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_anymal.config import ConfigError
 from megatron_anymal.config.parsing import leaves
 from megatron_anymal.config.validation import CHANGES
 
-# Layout, clock, logs, files. Data and tokenizer are compared by their content, not by their place.
+# Layout, run length, logging and file locations. Data and tokenizer are compared by content, not by path.
 HARMLESS = (
     "trainer.num_nodes",
     "trainer.devices",
@@ -50,34 +50,36 @@ HARMLESS = (
     "data.num_workers",
     "data.prefetch_steps",
 )
-# Notes of transformers about itself, in a Llama's configuration.
+# Keys of a Llama's configuration that do not describe the model.
 _NOTES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
 def check_changes(there: Manifest, here: Manifest, allowed: Collection[str], say: Callable[[str], None]) -> None:
-    """Compare a checkpoint with what this run would write now.
+    """Compare a checkpoint's manifest with the one this run would write now.
 
     Args:
-        allowed: of config_checks.CHANGES.
-        say: is told what differs and does not matter, or is allowed.
+        there: the checkpoint's manifest.
+        here: this run's manifest.
+        allowed: members of config.validation.CHANGES that may differ.
+        say: prints the differences that are harmless or allowed.
 
     Raises:
-        ConfigError: something differs that changes what is learned; names every key, old -> new.
+        ConfigError: there is a difference that affects training results; names every key, old -> new.
     """
-    found = {kind: "; ".join(_of_kind(kind, there, here)) for kind in CHANGES}
+    differences = {kind: "; ".join(_of_kind(kind, there, here)) for kind in CHANGES}
     harmless = [line for key, line in _config_lines(there.config, here.config) if _is_harmless(key, here.config)]
     if harmless:
-        say(f"changed since the checkpoint, without effect on what is learned: {'; '.join(harmless)}")
+        say(f"changed since the checkpoint, without effect on training results: {'; '.join(harmless)}")
     for kind in CHANGES:
-        if found[kind] and kind in allowed:
-            say(f"warning: changed since the checkpoint, allowed by resilience.allow_changes: {found[kind]}")
-    refused = [kind for kind in CHANGES if found[kind] and kind not in allowed]
+        if differences[kind] and kind in allowed:
+            say(f"warning: changed since the checkpoint, allowed by resilience.allow_changes: {differences[kind]}")
+    refused = [kind for kind in CHANGES if differences[kind] and kind not in allowed]
     if refused:
-        lines = "; ".join(found[kind] for kind in refused)
+        lines = "; ".join(differences[kind] for kind in refused)
         raise ConfigError(
-            f"The checkpoint of step {there.step} belongs to a run that differs in what is learned: {lines}. Restore "
-            "that, start a new run in another folder (model.restore_from_path), or allow it with "
-            f"resilience.allow_changes=[{','.join(refused)}]."
+            f"The checkpoint of step {there.step} belongs to a run with different settings that affect training "
+            f"results: {lines}. Revert these changes, start a new run in another folder (model.restore_from_path), or "
+            f"allow them with resilience.allow_changes=[{','.join(refused)}]."
         )
 
 
@@ -87,7 +89,7 @@ def _of_kind(kind: str, there: Manifest, here: Manifest) -> list[str]:
         learned = [line for key, line in lines if not _is_harmless(key, here.config)]
         return learned + _schedule(there.config, here.config)
     if kind == "tokenizer":
-        # Checkpoints of before have no such note.
+        # Older checkpoints have no tokenizer hash.
         return _hashes("data.tokenizer (its content)", there.tokenizer, here.tokenizer) if there.tokenizer else []
     if kind == "base":
         return _hashes("the Llama's weights", there.base_hash, here.base_hash) + _llama(there.llama, here.llama)
@@ -101,7 +103,7 @@ def _hashes(name: str, there: str, here: str) -> list[str]:
 
 
 def _config_lines(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Dotted key, "key old -> new" of all that differs; keys that a run of before had not yet are left out."""
+    """(dotted key, "key old -> new") for every difference; keys missing from older configurations are left out."""
     old, new = dict(leaves(there)), dict(leaves(here))
     lines = []
     for key in sorted(old.keys() | new.keys()):
@@ -115,16 +117,16 @@ def _config_lines(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tup
 
 def _is_harmless(key: str, here: Mapping[str, Any]) -> bool:
     if key == "data.seq_length":
-        # It decides which samples are left out, or only how long packs are.
+        # With "refuse" it only sets the length of packs; otherwise it also decides which samples are dropped.
         return bool(here["data"]["too_long"] == "refuse")
     if key == "model.optim.sched.decay_steps":
-        # See _schedule.
+        # Checked by _schedule.
         return True
     return any(fnmatchcase(key, pattern) for pattern in HARMLESS)
 
 
 def _schedule(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """The schedule's end follows trainer.max_steps unless it has its own."""
+    """Compare where the schedules end: at decay_steps or, if that is not set, at trainer.max_steps."""
     ends = []
     for config in (there, here):
         sched = config["model"]["optim"]["sched"]

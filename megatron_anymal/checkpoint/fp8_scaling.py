@@ -1,6 +1,6 @@
-"""FP8 scaling in checkpoints: delayed scaling's histories of largest values and the factors made from them.
+"""FP8 scaling state in checkpoints: the amax histories of delayed scaling and the scales derived from them.
 
-A run that continues without them would scale its first steps otherwise, and would not be the same run. Current scaling
+Without them, a resumed run would scale its first steps differently and diverge from the original run. Current scaling
 has no such state.
 """
 
@@ -17,13 +17,15 @@ from megatron_anymal.model.unsharded_weights import whole_name
 
 
 def sharded_scaling(models: Sequence[nn.Module]) -> dict[str, ShardedObject]:
-    """The state of each of Transformer Engine's modules under its name in the whole model. Transformer Engine agrees on
-    it over tensor-, context- and data-parallel ranks, so that any of them speaks for all."""
+    """State of each Transformer Engine module, by its name in the whole model.
+
+    Transformer Engine keeps it the same on all tensor-, context- and data-parallel ranks, so any of them can save it.
+    """
     return {name: _shard(name, module.get_extra_state()) for name, module in _scaled(models)}
 
 
 def set_scaling(models: Sequence[nn.Module], loaded: Mapping[str, Any]) -> None:
-    """Give the modules what a checkpoint held."""
+    """Set the modules' scaling state from a checkpoint."""
     for name, module in _scaled(models):
         if name in loaded:
             module.set_extra_state(loaded[name])
@@ -32,7 +34,7 @@ def set_scaling(models: Sequence[nn.Module], loaded: Mapping[str, Any]) -> None:
 def _scaled(models: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:
     for model in models:
         for name, module in model.named_modules():
-            # What Transformer Engine's modules keep their scaling in.
+            # Transformer Engine modules keep their scaling state in fp8_meta.
             if name.startswith("language_model.") and hasattr(module, "fp8_meta"):
                 yield f"{whole_name(model, name)}.fp8_scaling", module
 

@@ -1,4 +1,4 @@
-"""The frozen base: where a Llama's weights come from when a checkpoint of this trainer stands for it."""
+"""Resolve the source of a Llama's weights if it is a checkpoint of this trainer."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_anymal.model.llama import read_llama_config
 
 
 def resolve_language_model(config: RunConfig) -> tuple[RunConfig, LlamaConfig]:
-    """Follow `model.language_model.checkpoint` to what holds the Llama's weights, and read the Llama's shape.
+    """Follow `model.language_model.checkpoint` to the source of the Llama's weights, and read the Llama's shape.
 
-    A checkpoint of a run that kept the Llama frozen holds none of it: that run's own base is taken.
+    A checkpoint of a run that kept the Llama frozen does not contain it; the base of that run is used instead.
 
     Returns:
-        The configuration with the source made plain, and the Llama's HuggingFace configuration.
+        The configuration with the source resolved, and the Llama's HuggingFace configuration.
 
     Raises:
-        CheckpointError: there is no such checkpoint.
+        CheckpointError: the checkpoint does not exist.
         ConfigError: the Llama's folder or keys cannot be used.
     """
     config = copy.deepcopy(config)
@@ -38,8 +38,8 @@ def resolve_language_model(config: RunConfig) -> tuple[RunConfig, LlamaConfig]:
             return config, LlamaConfig.from_dict(manifest.llama)
         if manifest.config["model"].get("lora", {}).get("r"):
             raise ConfigError(
-                f"model.language_model.checkpoint={str(folder)!r} holds adapters beside a frozen Llama, which would be "
-                "lost. Continue them with model.restore_from_path."
+                f"model.language_model.checkpoint={str(folder)!r} holds adapters of a frozen Llama, which would be "
+                "lost. Continue training them with model.restore_from_path."
             )
         config.model.language_model = lm = LanguageModelConfig(**{**inner, "freeze": lm.freeze})
     return config, read_llama_config(lm)

@@ -1,4 +1,4 @@
-"""The checkpoint that a run continues from: every file of it read and compared, by all ranks together."""
+"""Find the checkpoint a run resumes from; all ranks share the work of verifying its files."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from megatron_anymal.checkpoint.store import CheckpointError
 
 
 def find_newest_valid(checkpoints: Path) -> tuple[Optional[Path], list[str]]:
-    """As `store.newest_valid`, the files of a checkpoint shared among the ranks; the same on every rank. Collective."""
-    found: list[Any] = [store.committed(checkpoints) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, src=0)
+    """As `store.newest_valid`, with the files of each checkpoint divided among the ranks. Collective.
+
+    The result is the same on every rank.
+    """
+    folders: list[Any] = [store.committed(checkpoints) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(folders, src=0)
     problems: list[str] = []
-    for folder in found[0]:
-        wrong: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(wrong, _problem(folder))
-        # Those who cannot read the manifest all say the same.
-        of_folder = list(dict.fromkeys(problem for problem in wrong if problem))
-        if not of_folder:
+    for folder in folders[0]:
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, _problem(folder))
+        # If the manifest cannot be read, all ranks report the same problem.
+        folder_problems = list(dict.fromkeys(problem for problem in gathered if problem))
+        if not folder_problems:
             return folder, problems
-        problems += of_folder
-    if found[0]:
+        problems += folder_problems
+    if folders[0]:
         raise store.none_left(problems)
     return None, problems
 
 
 def _problem(folder: Path) -> str:
-    """What is wrong with this rank's share of a checkpoint's files; empty where nothing is."""
+    """First problem with this rank's share of a checkpoint's files; empty if there is none."""
     try:
         files = sorted(store.read_manifest(folder).files.items())
         for name, expected in files[dist.get_rank() :: dist.get_world_size()]:

@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Retention of checkpoints."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from megatron_anymal.config import CheckpointConfig
 
 
 def retain(checkpoints: Path, rules: CheckpointConfig, newest: int) -> list[Path]:
-    """Delete what the rules do not keep.
+    """Delete the checkpoints that the rules do not keep.
 
     Args:
-        newest: step of the checkpoint that was committed last. It stays, whatever else lies there; and so do folders of
-            later steps, which a run that went back to an older checkpoint will replace.
+        newest: step of the checkpoint committed last. It is always kept. So are checkpoints of later steps, which a run
+            that went back to an older checkpoint will replace.
 
     Returns:
-        What was deleted.
+        The deleted folders.
 
     Raises:
-        OSError: one could not be deleted; the others are.
+        OSError: one could not be deleted; the others were.
     """
     if not rules.keep_last:
         return []
     folders = {store.step_of(folder): folder for folder in store.committed(checkpoints)}
     readable = {}
     for step, folder in folders.items():
-        # A folder whose manifest is damaged counts for nothing: it must not push a good one out.
+        # A folder with a damaged manifest does not count, so that it cannot displace a good one.
         if step <= newest and (manifest := _manifest(folder)) is not None:
             readable[step] = manifest
     stay = kept_steps(readable, rules) | {newest}
@@ -46,7 +46,11 @@ def retain(checkpoints: Path, rules: CheckpointConfig, newest: int) -> list[Path
 
 
 def kept_steps(found: Mapping[int, Manifest], rules: CheckpointConfig) -> set[int]:
-    """The steps among those found that the rules keep."""
+    """Return the steps that the rules keep.
+
+    Args:
+        found: step -> manifest of all readable checkpoints.
+    """
     stay = set(sorted(found)[-rules.keep_last :])
     if rules.keep_every_n_steps:
         stay |= {step for step in found if step % rules.keep_every_n_steps == 0}
@@ -56,7 +60,7 @@ def kept_steps(found: Mapping[int, Manifest], rules: CheckpointConfig) -> set[in
         if rules.keep_best_metric in manifest.metrics
     }
     sign = 1 if rules.keep_best_mode == "min" else -1
-    # Of equal ones the later is better; one that is no number (NaN) is never better.
+    # NaN sorts last; among equal values the later step is better.
     order = sorted(measured, key=lambda step: (measured[step] != measured[step], sign * measured[step], -step))
     return stay | set(order[: rules.keep_best])
 

@@ -1,15 +1,16 @@
-"""One job at a time in a run's folder.
+"""Lock that allows one job at a time in a run's folder.
 
-RUN/run.lock says who works there; that job touches it every few seconds. Who finds it there decides:
+RUN/run.lock names its owner, the job that works in the folder, which touches the file every few seconds. A job that
+finds the lock checks the owner:
 
-- The owner is a process of this machine, or an earlier start of the same Slurm job: gone, and the lock is taken over at
-  once, or alive, and the job is refused.
-- The owner is elsewhere: its process cannot be seen from here, but its touches can. One that comes within
-  exp_manager.lock_timeout_seconds shows that the owner lives: the job is refused. Without any, its machine has crashed:
-  the lock is taken over. No clocks are compared. (flock would not do: on several cluster file systems it is local to a
-  machine, or not there.)
+- The owner is a process on this machine, or an earlier start of the same Slurm job. If it has ended, the lock is taken
+  over at once; if it is alive, the new job is refused.
+- The owner runs on another machine. Its process cannot be checked from here, but its touches are visible. If one comes
+  within exp_manager.lock_timeout_seconds, the owner is alive and the new job is refused; otherwise its machine is taken
+  to have crashed, and the lock is taken over. No clocks are compared. (flock does not work here: on several cluster
+  file systems it is local to a machine or not supported.)
 
-An owner that was taken over, since it was cut off for that long, finds out before it commits a checkpoint, and stops.
+An owner that lost the lock because it was cut off for that long notices before it commits a checkpoint, and stops.
 """
 
 from __future__ import annotations
@@ -35,43 +36,43 @@ from megatron_anymal.config import ConfigError
 from megatron_anymal.resilience.exit_codes import Exit
 
 LOCK = "run.lock"
-# Touches within the timeout.
+# Number of touches within the timeout.
 _BEATS = 8
 
 
 class LockLost(RuntimeError):
-    """The run's folder belongs to another job now."""
+    """The run's folder now belongs to another job."""
 
 
 class FolderInUse(ConfigError):
-    """The run's folder belongs to another job that lives."""
+    """The run's folder belongs to another job that is still running."""
 
     exit_code = Exit.LOCKED
 
 
 @dataclass(frozen=True)
 class Owner:
-    """Who works in a run's folder."""
+    """Process that works in a run's folder."""
 
     host: str
-    # Of the machine's last start, and of the container: where these differ a process number says nothing.
+    # Identifies the machine's boot and the PID namespace; process IDs are only comparable if it matches.
     boot: str
     pid: int
-    # When the process began, in seconds since 1970: process numbers are used again.
+    # Start time of the process in seconds since the epoch, since process IDs are reused.
     began: float
     user: str
-    # Slurm's, and how often it was started anew; "" and 0 without Slurm.
+    # Slurm job ID and restart count; "" and 0 without Slurm.
     job: str
     restart: int
-    # When the folder was taken.
+    # When the lock was taken.
     since: str
     token: str
-    # Slurm's name of a task of a job array, as 36_2: each has a job number of its own. "" elsewhere.
+    # Slurm job array task such as 36_2, since each task has its own job ID; "" outside job arrays.
     array: str = ""
 
     @staticmethod
     def here() -> Owner:
-        """This process."""
+        """Owner record of this process."""
         return Owner(
             host=socket.gethostname(),
             boot=_boot(),
@@ -91,9 +92,9 @@ class Owner:
         return f"process {self.pid} on {self.host} (user {self.user}{job}, since {self.since})"
 
     def alive(self, seen_by: Owner) -> Optional[bool]:
-        """Whether it still runs; None where that cannot be seen from there."""
+        """Whether this process is still running; None if `seen_by` cannot determine it."""
         if self.job and self.job == seen_by.job and self.restart < seen_by.restart:
-            # Slurm starts a job anew only when nothing of it is left.
+            # Slurm restarts a job only once all its processes are gone.
             return False
         if (self.host, self.boot) != (seen_by.host, seen_by.boot):
             return None
@@ -105,14 +106,14 @@ class Owner:
 
 
 class RunLock:
-    """A run's folder, taken by this process until `release`.
+    """Lock on a run's folder, held by this process until `release`.
 
     Args:
-        timeout: seconds without a touch after which an owner elsewhere counts as gone.
-        say: tells the user what is waited for and taken over.
+        timeout: seconds without a touch after which an owner on another machine counts as gone.
+        say: prints to the user what is being waited for and what was taken over.
 
     Raises:
-        FolderInUse: another job works there; names it.
+        FolderInUse: another job works in the folder; the message names it.
         OSError: the folder cannot be written.
     """
 
@@ -127,137 +128,139 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """See that the folder is still this process's.
+        """Verify that this process still holds the lock.
 
         Raises:
-            LockLost: it is not.
-            OSError: that cannot be seen.
+            LockLost: it does not.
+            OSError: the lock file cannot be read.
         """
-        there = _look(self.path)
-        # Deleted by hand, perhaps: taken again, unless somebody else was quicker.
-        if there is None and _create(self.path, self._owner):
+        seen = _look(self.path)
+        # The file may have been deleted by hand: take the lock again unless another job was faster.
+        if seen is None and _create(self.path, self._owner):
             return
-        if there is None or there.owner is None or there.owner.token != self._owner.token:
-            new = there.owner if there else None
+        if seen is None or seen.owner is None or seen.owner.token != self._owner.token:
+            new = seen.owner if seen else None
             raise LockLost(
-                f"{str(self.path.parent)!r} was taken over by {new or 'another job'}, since this one gave no sign of "
+                f"{str(self.path.parent)!r} was taken over by {new or 'another job'}, because this job gave no sign of "
                 f"life for exp_manager.lock_timeout_seconds={self._timeout:g}"
             )
 
     def release(self) -> None:
-        """Give the folder up, if it is still this process's."""
+        """Release the lock, if this process still holds it."""
         self._stop.set()
         self._thread.join()
-        there = _look(self.path)
-        if there and there.owner and there.owner.token == self._owner.token:
+        seen = _look(self.path)
+        if seen and seen.owner and seen.owner.token == self._owner.token:
             self.path.unlink()
 
     def _make_way(self) -> None:
-        """Return once the lock that lies there is worth another try."""
-        there = _look(self.path)
-        if there is None:
+        """Check the existing lock; remove it if its owner is gone. The caller then tries to create it again."""
+        seen = _look(self.path)
+        if seen is None:
             return
-        who = there.owner or "an unknown job (the file is damaged)"
-        alive = there.owner.alive(self._owner) if there.owner else None
+        who = seen.owner or "an unknown job (the file is damaged)"
+        alive = seen.owner.alive(self._owner) if seen.owner else None
         why = "which has ended"
         if alive is None:
             self._say(f"{self.path} names {who}: waiting up to {self._timeout:g} s for a sign of life")
-            alive = _shows_life(self.path, there, self._timeout)
+            alive = _shows_life(self.path, seen, self._timeout)
             why = f"which gave no sign of life for {self._timeout:g} s"
         if alive:
             raise FolderInUse(
-                f"{str(self.path.parent)!r} is in use by {who}. Let it end or stop it, or give this run another folder "
-                "(exp_manager.explicit_log_dir)."
+                f"{str(self.path.parent)!r} is in use by {who}. Wait for it to end, stop it, or give this run another "
+                "folder (exp_manager.explicit_log_dir)."
             )
-        if _take_away(self.path, there):
+        if _take_away(self.path, seen):
             self._say(f"taking over {self.path} from {who}, {why}")
 
     def _beat(self) -> None:
         while not self._stop.wait(self._timeout / _BEATS):
             try:
-                there = _look(self.path)
-                if there and there.owner and there.owner.token == self._owner.token:
+                seen = _look(self.path)
+                if seen and seen.owner and seen.owner.token == self._owner.token:
                     os.utime(self.path)
             except OSError:
-                # The file system may be back at the next beat.
+                # The file system may be available again at the next beat.
                 continue
 
 
 def user_of(run_dir: Path, timeout: float) -> Optional[Owner]:
-    """The job that works in a run's folder, if it shows that within two touches; takes nothing.
+    """Return the owner of a run's folder if it is alive, without taking the lock.
+
+    An owner on another machine counts as alive if it touches the lock within two touch intervals.
 
     Args:
         timeout: the run's exp_manager.lock_timeout_seconds.
     """
     path = run_dir / LOCK
-    there = _look(path)
-    if there is None or there.owner is None:
+    seen = _look(path)
+    if seen is None or seen.owner is None:
         return None
-    alive = there.owner.alive(Owner.here())
+    alive = seen.owner.alive(Owner.here())
     if alive is None:
-        alive = _shows_life(path, there, 2 * timeout / _BEATS)
-    return there.owner if alive else None
+        alive = _shows_life(path, seen, 2 * timeout / _BEATS)
+    return seen.owner if alive else None
 
 
 @contextmanager
 def run_lock(run_dir: Path, timeout: float) -> Iterator[Callable[[], None]]:
-    """Hold a run's folder; rank 0 does it for all. Collective.
+    """Hold the lock on a run's folder; rank 0 holds it for all ranks. Collective.
 
     Yields:
-        What raises LockLost once the folder is no longer the run's (on rank 0; elsewhere it does nothing).
+        Function that raises LockLost once the folder no longer belongs to the run (a no-op on ranks other than 0).
 
     Raises:
-        ConfigError: another job works there, or nothing can be written there; on all ranks.
+        ConfigError: another job works in the folder, or it cannot be written; raised on all ranks.
     """
-    place = run_dir.absolute()
-    if place in _held:
-        # The command holds it around the loop, which holds it where there is no command.
-        yield _held[place]
+    folder = run_dir.absolute()
+    if folder in _held:
+        # Re-entrant: the command takes the lock around the training loop, which takes it itself if called directly.
+        yield _held[folder]
         return
     lock: Optional[RunLock] = None
     refused: list[Optional[ConfigError]] = [None]
     if dist.get_rank() == 0:
         try:
-            lock = RunLock(place, timeout, lambda text: print(text, flush=True))
+            lock = RunLock(folder, timeout, lambda text: print(text, flush=True))
         except ConfigError as error:
             refused = [error]
         except OSError as error:
             refused = [
                 ConfigError(
-                    f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder "
+                    f"{str(run_dir)!r} cannot be written ({error.strerror}). Choose another run folder "
                     "(exp_manager.explicit_log_dir)."
                 )
             ]
     dist.broadcast_object_list(refused, src=0)
     if refused[0] is not None:
         raise refused[0]
-    _held[place] = lock.check if lock else lambda: None
+    _held[folder] = lock.check if lock else lambda: None
     try:
-        yield _held[place]
+        yield _held[folder]
     finally:
-        del _held[place]
+        del _held[folder]
         if lock:
             lock.release()
 
 
-# What this process holds: folder -> its check.
+# Locks held by this process: folder -> check function.
 _held: dict[Path, Callable[[], None]] = {}
 
 
 @dataclass(frozen=True)
 class _Sight:
-    """What is seen of a lock; it changes with every touch."""
+    """Observed state of a lock file; it changes with every touch."""
 
-    # None: the file is damaged, or not yet written.
+    # None if the file is damaged or not yet written.
     owner: Optional[Owner]
     touched: int
     inode: int
 
 
 def _look(path: Path) -> Optional[_Sight]:
-    """None where there is no lock."""
+    """Read the lock file; None if there is none."""
     try:
-        # Opened, and not only asked about: that makes NFS look at the server.
+        # Opened rather than only stat'ed: opening makes NFS revalidate its cache with the server.
         with path.open() as file:
             status = os.fstat(file.fileno())
             text = file.read()
@@ -273,7 +276,7 @@ def _look(path: Path) -> Optional[_Sight]:
 
 
 def _shows_life(path: Path, before: _Sight, seconds: float) -> bool:
-    """Whether a lock is touched within so many seconds."""
+    """Whether a lock is touched within the given number of seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         time.sleep(min(1.0, seconds / 20))
@@ -286,7 +289,7 @@ def _shows_life(path: Path, before: _Sight, seconds: float) -> bool:
 
 
 def _create(path: Path, owner: Owner) -> bool:
-    """Make the lock file; False where there is one."""
+    """Create the lock file; False if one exists already."""
     try:
         with path.open("x") as file:
             file.write(json.dumps(asdict(owner), indent=1))
@@ -298,7 +301,7 @@ def _create(path: Path, owner: Owner) -> bool:
 
 
 def _take_away(path: Path, seen: _Sight) -> bool:
-    """Remove a dead owner's lock; False where another job was quicker."""
+    """Remove a dead owner's lock; False if another job was faster."""
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.rename(aside)
@@ -307,7 +310,7 @@ def _take_away(path: Path, seen: _Sight) -> bool:
     taken = _look(aside)
     ours = taken is not None and taken.inode == seen.inode and taken.owner == seen.owner
     if not ours:
-        # That of a job that has just taken it over itself: back with it, unless a third one came.
+        # It belongs to another job that has just taken over itself: put it back, unless a third job holds one now.
         with suppress(OSError):
             os.link(aside, path)
     aside.unlink(missing_ok=True)
@@ -329,5 +332,5 @@ def _user() -> str:
     try:
         return getpass.getuser()
     except (KeyError, OSError):
-        # A container may run a number without a name.
+        # In a container the user ID may have no name.
         return str(os.getuid())

@@ -1,8 +1,8 @@
-"""Loading a checkpoint without running code that its files may hold.
+"""Load a checkpoint without running code that its files may contain.
 
 megatron-core and torch read `.metadata` and entries that are not tensors with an unrestricted unpickler, which calls
-whatever the file names. So every pickle of a checkpoint is read here first, by an unpickler that knows only what a
-checkpoint consists of; what passes names nothing else, and is then safe for their readers too.
+anything the file names. Every pickle of a checkpoint is therefore first read here, by an unpickler that only allows the
+classes a checkpoint consists of. A pickle that passes refers to nothing else and is safe for their readers too.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from megatron_anymal.checkpoint.store import CheckpointError
 
 METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
-# Other formats of megatron-core's have readers of their own, with other pickles.
+# megatron-core's other formats have their own readers, with other pickles.
 BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
 
 _CHECKPOINT = "torch.distributed.checkpoint"
-# All that a `.metadata` refers to, beside torch's dtypes.
+# Everything a `.metadata` file may refer to, besides torch dtypes.
 _ALLOWED = {
     *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata")),
     *((f"{_CHECKPOINT}.metadata", name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata")),
     *((f"{_CHECKPOINT}.metadata", name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")),
     (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-    # megatron-core keeps the plans that it wrote by.
+    # megatron-core stores its save plans.
     *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
     ("torch", "Size"),
     ("torch.serialization", "_get_layout"),
-    # A checkpoint that torch itself wrote keeps the name of its folder.
+    # A checkpoint written by torch itself stores the name of its folder.
     ("pathlib", "PosixPath"),
 }
 
@@ -47,11 +47,11 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """A checkpoint's `.metadata`.
+    """Read a checkpoint's `.metadata`.
 
     Raises:
-        CheckpointError: it is missing or damaged, refers to anything that is not part of a checkpoint's description, or
-            to files outside of the folder.
+        CheckpointError: it is missing or damaged, or refers to anything that is not part of a checkpoint's description,
+            or to files outside the folder.
     """
     path = folder / METADATA
     try:
@@ -61,17 +61,17 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{str(path)!r} cannot be read ({error}).") from None
     except Exception as error:
         # A damaged pickle may raise anything.
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}). Nothing of it was run.") from None
+        raise CheckpointError(f"{str(path)!r} cannot be read ({error}). No code in it was run.") from None
     if not isinstance(metadata, Metadata):
         raise CheckpointError(f"{str(path)!r} cannot be read (it holds a {type(metadata).__name__}).")
     for info in metadata.storage_data.values():
         if PurePath(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{str(path)!r} refers to {info.relative_path!r}, a file outside of the checkpoint.")
+            raise CheckpointError(f"{str(path)!r} refers to {info.relative_path!r}, a file outside the checkpoint.")
     return metadata
 
 
 def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`megatron.core.dist_checkpointing.load` of a checkpoint whose pickles hold data only. Collective.
+    """`megatron.core.dist_checkpointing.load`, preceded by `check_pickles`. Collective.
 
     Args:
         wanted: a sharded state dict.
@@ -89,8 +89,8 @@ def check_pickles(folder: Path) -> None:
     """Refuse a checkpoint with a pickle that could run code: `.metadata`, common.pt, entries that are not tensors.
 
     Raises:
-        CheckpointError: naming the file and what it refers to; or a file is missing or damaged, or the format is not
-            torch_dist.
+        CheckpointError: there is such a pickle (the message names the file and the object it refers to), a file is
+            missing or damaged, or the format is not torch_dist.
     """
     _check_format(folder)
     metadata = read_metadata(folder)
@@ -103,12 +103,12 @@ def check_pickles(folder: Path) -> None:
 
 def _check_format(folder: Path) -> None:
     try:
-        found = json.loads((folder / FORMAT).read_text())
-        stated = {key: found[key] for key in BACKENDS}
+        content = json.loads((folder / FORMAT).read_text())
+        stated = {key: content[key] for key in BACKENDS}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{str(folder / FORMAT)!r} cannot be read ({error}).") from None
     if stated != BACKENDS:
-        raise CheckpointError(f"{str(folder / FORMAT)!r} says that the format is {stated}; only {BACKENDS} is read.")
+        raise CheckpointError(f"{str(folder / FORMAT)!r}: the format is {stated}; only {BACKENDS} is supported.")
 
 
 def _check_data(path: Path, start: int, length: int | None, name: str) -> None:
@@ -121,9 +121,9 @@ def _check_data(path: Path, start: int, length: int | None, name: str) -> None:
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        # torch wraps its unpickler's error in advice to trust the file.
-        said = str(error.__context__ or error)
-        reason = said.splitlines()[0].partition(" Please use ")[0].rstrip(".") if said else type(error).__name__
+        # torch wraps its unpickler's error in advice on how to trust the file.
+        text = str(error.__context__ or error)
+        reason = text.splitlines()[0].partition(" Please use ")[0].rstrip(".") if text else type(error).__name__
         raise CheckpointError(
-            f"{str(path)!r}: {name!r} is damaged, or holds more than data ({reason}). Nothing of it was run."
+            f"{str(path)!r}: {name!r} is damaged, or holds more than data ({reason}). No code in it was run."
         ) from None

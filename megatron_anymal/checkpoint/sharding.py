@@ -1,4 +1,4 @@
-"""Trainable weights and the optimizer's state as shards that load under any layout."""
+"""Sharded model weights and optimizer state that load under any parallel layout."""
 
 from __future__ import annotations
 
@@ -14,43 +14,43 @@ from torch import nn
 
 from megatron_anymal.model.unsharded_weights import list_weights
 
-# Optimizer state that loads under any layout.
+# Makes optimizer state loadable under any layout.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def sharded_weights(models: Iterable[nn.Module], wanted: Callable[[str, bool], bool]) -> dict[str, Any]:
-    """Shards of some of this rank's weights: number of the model part -> local parameter name -> shard.
+    """Shards of selected weights of this rank: index of the virtual pipeline chunk -> local parameter name -> shard.
 
     Args:
-        wanted: says of a weight, by its whole name and whether it trains, if it is one of them.
+        wanted: selects weights by their name in the whole model and whether they are trainable.
     """
     return {str(number): _shards_of(model, wanted) for number, model in enumerate(models)}
 
 
 def _shards_of(model: nn.Module, wanted: Callable[[str, bool], bool]) -> dict[str, Any]:
     llama: Any = model.get_submodule("language_model")
-    found: dict[str, Any] = {}
-    of_llama: dict[str, Any] = {}
+    shards: dict[str, Any] = {}
+    llama_shards: dict[str, Any] = {}
     for weight, (name, parameter) in zip(list_weights(model), model.named_parameters()):
         if not wanted(weight.name, parameter.requires_grad):
             continue
-        # megatron-core's layers would take the adapters in them for replicated.
+        # megatron-core's layers would treat the adapters inside them as replicated.
         if not name.startswith("language_model.") or ".lora." in name:
-            found[name] = _shard(weight.name, parameter, weight.split_dim)
+            shards[name] = _shard(weight.name, parameter, weight.split_dim)
             continue
-        if not of_llama:
-            of_llama = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
-        if name in of_llama:
-            found[name] = of_llama[name]
-    return found
+        if not llama_shards:
+            llama_shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
+        if name in llama_shards:
+            shards[name] = llama_shards[name]
+    return shards
 
 
 def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-    """megatron-core's optimizer state, in the form that loads under any layout.
+    """megatron-core's optimizer state, in a form that loads under any layout.
 
     Args:
         optimizer: a MegatronOptimizer.
-        weights: what `sharded_weights` returned, all that trains among them.
+        weights: the result of `sharded_weights`; must include all trainable weights.
     """
     with _places_without_padding(optimizer), _no_old_garbage():
         return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(METADATA))
@@ -58,9 +58,9 @@ def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bo
 
 @contextmanager
 def _no_old_garbage() -> Iterator[None]:
-    """Let Python's garbage collector pass over all that is there now.
+    """Exclude all existing objects from Python's garbage collection.
 
-    megatron-core calls it, and it would go through every object of the process while training waits.
+    megatron-core triggers a collection, which would traverse every object of the process while training waits.
     """
     gc.freeze()
     try:
@@ -71,11 +71,11 @@ def _no_old_garbage() -> Iterator[None]:
 
 @contextmanager
 def _places_without_padding(optimizer: Any) -> Iterator[None]:
-    """Let the distributed optimizer look parameters up where they lie once the buckets' padding is gone.
+    """Make the distributed optimizer use parameter offsets that do not count the padding of its buckets.
 
-    megatron-core 0.16.1 gathers its buckets without the padding at their ends, then cuts the parameters out by their
-    places with it: from the second bucket on (overlapped reduction, or a tied head under pipeline parallelism) every
-    parameter's saved state is shifted.
+    megatron-core 0.16.1 gathers its buckets without the padding at their ends, but slices out the parameters at offsets
+    that include it: from the second bucket on (overlapped reduction, or tied embeddings under pipeline parallelism),
+    the saved state of every parameter is shifted.
     """
     buffers = [
         b for part in getattr(optimizer, "chained_optimizers", [optimizer]) for b in getattr(part, "buffers", [])
@@ -91,8 +91,8 @@ def _places_without_padding(optimizer: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        for buffer, places in zip(buffers, kept):
-            buffer.param_index_map = places
+        for buffer, index_map in zip(buffers, kept):
+            buffer.param_index_map = index_map
 
 
 def _shard(name: str, parameter: nn.Parameter, split_dim: Optional[int]) -> ShardedTensor:

@@ -1,4 +1,4 @@
-"""One rank's part of a checkpoint: planned by megatron-core, copied to host memory, written to a file."""
+"""One rank's shards of a checkpoint: planned by megatron-core, copied to host memory, written to a file."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from megatron_anymal.checkpoint.tensor_stream import StoredFile, StreamWriter
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a rank writes; nothing in it changes while training goes on."""
+    """Host copy of everything a rank writes; unaffected by further training."""
 
-    # Name, shape of the whole tensor, where the chunk begins in it, the chunk.
+    # Name, shape of the whole tensor, offset of the chunk in it, the chunk.
     chunks: list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]
     # Name, bytes.
     objects: list[tuple[str, bytes]]
-    # What is not sharded, as bytes.
+    # Serialized state that is not sharded.
     common: bytes
 
     def write(self, path: Path, before_each: Callable[[], None] = lambda: None) -> list[StoredFile]:
-        """Write this rank's file of chunks, if there is anything to write, and put it on disk.
+        """Write and sync this rank's file of chunks, if there is anything to write.
 
         Args:
             before_each: called before each chunk.
 
         Raises:
-            OSError: it could not be written.
+            OSError: the file could not be written.
         """
         if not self.chunks and not self.objects:
             return []
@@ -60,15 +60,15 @@ class Snapshot:
 
 
 class Plan:
-    """What each rank writes of a TrainState, each shard once. Collective.
+    """Plan of which rank writes which shard of a TrainState; each shard is written once. Collective.
+
+    Only the plan is left to megatron-core, because its own save functions are not fault tolerant. They write some files
+    on one rank between two collectives, so a full disk leaves the other ranks waiting. They fork writer processes: a
+    killed one is waited for forever, and those of a killed run keep writing into the folder of the next run.
 
     Args:
-        check: compare all ranks' shards: none may be missing or doubled. It takes as long as all else, and what a run's
-            first checkpoint was found to be, the later ones are too: shards follow from the layout.
-
-    megatron-core decides that, and nothing more: its own saving does not survive faults. It writes some files on one
-    rank between two collectives, where a full disk leaves the others waiting; its writers are forked, and one that is
-    killed is waited for without end, while those of a run that was killed write on into the folder of the next.
+        check: compare the shards of all ranks; none may be missing or duplicated. This takes as long as all the rest,
+            and checking a run's first checkpoint is enough, since the shards depend only on the layout.
     """
 
     def __init__(self, state: Any, step: int, *, check: bool = True) -> None:
@@ -80,26 +80,26 @@ class Plan:
         self._items = self._planner.create_local_plan().items
 
     def copy(self) -> Snapshot:
-        """Copy this rank's part to host memory.
+        """Copy this rank's shards to host memory.
 
         Raises:
-            MemoryError, RuntimeError: there is not enough.
+            MemoryError, RuntimeError: there is not enough memory.
         """
         chunks, objects = [], []
         for item in self._items:
-            data, where = self._planner.resolve_data(item), item.tensor_data
-            if where is None:
+            data, tensor_data = self._planner.resolve_data(item), item.tensor_data
+            if tensor_data is None:
                 objects.append((item.index.fqn, data.getvalue()))
                 continue
-            # On a CPU too: the next step changes it in place.
-            tensor = data.detach().to("cpu", copy=True).view(where.chunk.sizes)
-            chunks.append((item.index.fqn, tuple(where.size), tuple(where.chunk.offsets), tensor))
+            # Copy even on a CPU: the next step changes the tensor in place.
+            tensor = data.detach().to("cpu", copy=True).view(tensor_data.chunk.sizes)
+            chunks.append((item.index.fqn, tuple(tensor_data.size), tuple(tensor_data.chunk.offsets), tensor))
         common = io.BytesIO()
         torch.save(self._common, common)
         return Snapshot(chunks, objects, common.getvalue())
 
 
 def _without_empty(content: dict[str, Any]) -> dict[str, Any]:
-    """A stage that trains nothing has empty sections; megatron-core would report that the ranks disagree."""
+    """Drop empty sections: a stage that trains nothing has them, and megatron-core would report a rank mismatch."""
     kept = {key: _without_empty(value) if isinstance(value, dict) else value for key, value in content.items()}
     return {key: value for key, value in kept.items() if value != {}}

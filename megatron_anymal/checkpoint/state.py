@@ -1,4 +1,4 @@
-"""What a checkpoint holds: trainable weights, optimizer and step, in megatron-core's dist_checkpointing format."""
+"""Contents of a checkpoint in megatron-core's dist_checkpointing format: trainable weights, optimizer state, step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
 
 def content(state: Any, step: int, *, is_loading: bool) -> dict[str, Any]:
-    """What this rank saves of a TrainState, or asks a checkpoint for, as megatron-core's shards. Collective."""
+    """Sharded state dict that this rank saves from, or loads into, a TrainState. Collective."""
     weights = sharded_weights(state.models, partial(_is_saved, state.carried))
     return {
         "model": weights,
@@ -35,19 +35,19 @@ def content(state: Any, step: int, *, is_loading: bool) -> dict[str, Any]:
 
 
 def load(state: Any, folder: Path) -> int:
-    """Load weights and optimizer into a TrainState, whatever layout wrote them. Collective.
+    """Load weights and optimizer state into a TrainState; the checkpoint's layout may differ. Collective.
 
     Returns:
-        The step it was saved at.
+        The step at which the checkpoint was saved.
     """
     saved = StreamReader(folder)
     state.carried = {name for name in saved.tensors if name.startswith("encoders.")}
     wanted = content(state, 0, is_loading=True)
-    # A run that now scales otherwise than the one that saved begins its scaling anew.
-    there = saved.objects
-    wanted["fp8_scaling"] = {name: s for name, s in wanted["fp8_scaling"].items() if s.unique_key in there}
+    # If the FP8 recipe differs from the one that was saved, scaling starts from its initial state.
+    objects = saved.objects
+    wanted["fp8_scaling"] = {name: s for name, s in wanted["fp8_scaling"].items() if s.unique_key in objects}
     loaded = safe_loading.load(wanted, folder)
-    # A stage may have saved no weights, or no optimizer's state.
+    # A stage may have saved no weights or no optimizer state.
     _set(state.models, loaded.get("model", {}))
     set_scaling(state.models, loaded.get("fp8_scaling", {}))
     if any(parameter.requires_grad for model in state.models for parameter in model.parameters()):
@@ -57,18 +57,18 @@ def load(state: Any, folder: Path) -> int:
 
 
 def restore(state: Any, folder: Path, base_hash: str, optimizer: Any) -> list[str]:
-    """Start a TrainState from another run's weights: projectors, adapters, what else it trained or carried. Collective.
+    """Initialize a TrainState from another run's weights: projectors, adapters, all else it saved. Collective.
 
     Args:
-        base_hash: of this run's frozen Llama.
-        optimizer: told to copy its main weights from the new ones.
+        base_hash: hash of this run's frozen Llama.
+        optimizer: copies its main weights from the loaded ones.
 
     Returns:
-        Names of weights that train here and were not in the checkpoint.
+        Names of trainable weights that were not in the checkpoint.
 
     Raises:
-        CheckpointError: it holds none of them, weights of other shapes, or adapters that do not belong here, or it
-            lacks a projector that is frozen here.
+        CheckpointError: the checkpoint holds none of the weights, weights of other shapes, or adapters that do not fit
+            this run, or it lacks a projector that is frozen in this run.
     """
     saved = StreamReader(folder).tensors
     _check_adapters(state.config.model.lora, saved, folder, base_hash)
@@ -80,42 +80,43 @@ def restore(state: Any, folder: Path, base_hash: str, optimizer: Any) -> list[st
 
 
 def load_media_parts(models: Sequence[nn.Module], folder: Path) -> list[str]:
-    """Set what a checkpoint holds of encoders, projectors, adapters and all that trains; others keep their values.
-    Collective.
+    """Load the encoders, projectors and trainable weights that a checkpoint contains. Collective.
+
+    Weights that it does not contain keep their values.
 
     Returns:
-        Names of weights that train here and were not in the checkpoint.
+        Names of trainable weights that were not in the checkpoint.
 
     Raises:
-        CheckpointError: it holds none of them, or one of another shape.
+        CheckpointError: the checkpoint holds none of these weights, or one has another shape.
     """
     return _load_some(models, sharded_weights(models, _is_media_part), folder)
 
 
 def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
-    """Set all of the Llama's weights from a checkpoint that trained them. Collective.
+    """Load all of the Llama's weights from a checkpoint of a run that trained them. Collective.
 
     Raises:
-        CheckpointError: one is not in it.
+        CheckpointError: a weight is missing from the checkpoint.
     """
     weights = [weight for model in models for weight in list_weights(model)]
     if any(is_quantized(weight.parameter) for weight in weights):
-        # megatron-core would load into FP8 tensors as they are; whole weights can be quantized one at a time.
+        # megatron-core would copy straight into the FP8 tensors; whole weights can be quantized one at a time.
         read_language_model(weights, folder)
         return
     shards = sharded_weights(models, lambda name, trains: name.startswith("language_model.") and ".lora." not in name)
     _load_some(models, shards, folder)
     saved = StreamReader(folder).tensors
-    missing = [name for of_part in shards.values() for name, shard in of_part.items() if shard.key not in saved]
+    missing = [name for chunk in shards.values() for name, shard in chunk.items() if shard.key not in saved]
     if missing:
-        raise CheckpointError(f"{str(folder)!r} lacks {missing[0]!r} of the Llama.")
+        raise CheckpointError(f"{str(folder)!r} lacks the Llama weight {missing[0]!r}.")
 
 
 def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
-    """The same weight by weight, each read whole.
+    """Load the Llama's weights one by one, reading each of them whole.
 
     Raises:
-        CheckpointError: one is not in it, or has another shape.
+        CheckpointError: a weight is missing from the checkpoint, or has another shape.
     """
     reader = StreamReader(folder)
     for weight in weights:
@@ -123,17 +124,17 @@ def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
             continue
         key, layer = checkpoint_place(weight.name)
         if key not in reader.tensors:
-            raise CheckpointError(f"{str(folder)!r} lacks {key!r} of the Llama.")
-        # Without the rows that padded the vocabulary for the layout that saved it.
+            raise CheckpointError(f"{str(folder)!r} lacks the Llama weight {key!r}.")
+        # Drop the rows that padded the vocabulary for the layout that saved it.
         whole = reader.read(key, layer)[: weight.shape[0]]
         try:
             weight.set(whole)
         except ValueError as error:
-            raise CheckpointError(f"{str(folder)!r} holds another Llama: {error}") from None
+            raise CheckpointError(f"{str(folder)!r} holds a different Llama: {error}") from None
 
 
 def _is_saved(carried: Collection[str], name: str, trains: bool) -> bool:
-    # A projector that is frozen now was trained before, and is nowhere else.
+    # A frozen projector was trained earlier, and its weights are stored nowhere else.
     return trains or name.startswith("projectors.") or name in carried
 
 
@@ -142,41 +143,41 @@ def _is_media_part(name: str, trains: bool) -> bool:
 
 
 def _check_adapters(lora: LoraConfig, saved: Collection[str], folder: Path, base_hash: str) -> None:
-    """Refuse a checkpoint's adapters where they would be lost, mean another model, or stand beside another Llama."""
+    """Refuse a checkpoint's adapters if this run would drop them, use them differently, or has another Llama."""
     if not any(".lora." in name for name in saved):
         return
     manifest = store.read_manifest(folder)
     check_lora(lora, manifest, folder)
     if manifest.base_hash != base_hash:
         raise CheckpointError(
-            f"The adapters in {str(folder)!r} were trained beside a Llama with other weights than this one. Name that "
-            "run's Llama in model.language_model."
+            f"The adapters in {str(folder)!r} were trained with a Llama whose weights differ from this one. Set "
+            "model.language_model to that run's Llama."
         )
 
 
 def check_lora(lora: LoraConfig, manifest: Manifest, folder: Path) -> None:
-    """Refuse other adapters than a checkpoint's.
+    """Refuse LoRA settings that differ from a checkpoint's.
 
     Raises:
-        CheckpointError: naming the key and its value there.
+        CheckpointError: a key differs; the message names it and the checkpoint's value.
     """
-    there = manifest.config["model"].get("lora", {"r": 0})
-    for key in ("r", "alpha", "targets") if lora.r or there["r"] else ():
-        here = getattr(lora, key)
-        if there.get(key) != here:
+    saved = manifest.config["model"].get("lora", {"r": 0})
+    for key in ("r", "alpha", "targets") if lora.r or saved["r"] else ():
+        value = getattr(lora, key)
+        if saved.get(key) != value:
             raise CheckpointError(
-                f"{str(folder)!r} was trained with model.lora.{key}={there.get(key)!r}; with {here!r} its adapters "
-                "would be lost, or make another model. Set model.lora as that run had it."
+                f"{str(folder)!r} was trained with model.lora.{key}={saved.get(key)!r}; with {value!r} its adapters "
+                "would be lost, or give a different model. Set model.lora as in that run."
             )
 
 
 def _check_projectors(modalities: Mapping[str, ModalityConfig], saved: Collection[str], folder: Path) -> None:
-    """Refuse a frozen projector that the checkpoint lacks: it would stay as it was drawn."""
+    """Refuse a frozen projector that the checkpoint lacks: it would keep its random initialization."""
     for name, section in modalities.items():
         if section.projector.freeze and not any(key.startswith(f"projectors.{name}.") for key in saved):
             raise CheckpointError(
                 f"{str(folder)!r} has no projector for {name!r}, and model.modalities.{name}.projector.freeze=true "
-                f"would leave a random one. Remove model.modalities.{name}, or name a run that trained it."
+                f"would leave it random. Remove model.modalities.{name}, or use a checkpoint of a run that trained it."
             )
 
 
@@ -185,35 +186,35 @@ def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path
     vocab_size = store.read_manifest(folder).llama.get("vocab_size")
     same_vocabulary = all(model.vocab_size == vocab_size for model in models)
     wanted = {
-        part: {name: shard for name, shard in of_part.items() if shard.key in saved} for part, of_part in shards.items()
+        index: {name: shard for name, shard in chunk.items() if shard.key in saved} for index, chunk in shards.items()
     }
-    for shard in (shard for of_part in wanted.values() for shard in of_part.values()):
+    for shard in (shard for chunk in wanted.values() for shard in chunk.values()):
         if not isinstance(shard, ShardedTensor):
-            # A weight of two halves, which megatron-core takes apart when it loads; it checks their shapes itself.
+            # A fused weight of two halves, which megatron-core splits when it loads; it checks their shapes itself.
             continue
-        there, here = tuple(saved[shard.key].shape), tuple(shard.global_shape)
+        saved_shape, shape = tuple(saved[shard.key].shape), tuple(shard.global_shape)
         if shard.allow_shape_mismatch and same_vocabulary:
-            # Its rows differ by what pads the vocabulary for each tensor-parallel size.
-            there, here = there[1:], here[1:]
-        if there != here:
+            # The number of rows depends on the vocabulary padding, which depends on the tensor-parallel size.
+            saved_shape, shape = saved_shape[1:], shape[1:]
+        if saved_shape != shape:
             raise CheckpointError(
-                f"{str(folder)!r} holds {shard.key!r} with the shape {list(there)}; this run's configuration makes it "
-                f"{list(here)}. Give the model the sizes it was trained with."
+                f"{str(folder)!r} holds {shard.key!r} with the shape {list(saved_shape)}; with this run's "
+                f"configuration it is {list(shape)}. Configure the model with the sizes it was trained with."
             )
-    found = torch.tensor([sum(map(len, wanted.values()))], device=torch.device("cuda"))
-    dist.all_reduce(found)
-    if not int(found):
-        raise CheckpointError(f"{str(folder)!r} holds none of the weights that this model asks it for.")
+    count = torch.tensor([sum(map(len, wanted.values()))], device=torch.device("cuda"))
+    dist.all_reduce(count)
+    if not int(count):
+        raise CheckpointError(f"{str(folder)!r} holds none of the weights that this model would load from it.")
     _set(models, safe_loading.load({"model": wanted}, folder).get("model", {}))
     trains = {name for model in models for name, parameter in model.named_parameters() if parameter.requires_grad}
     return sorted(
-        name for part, of_part in shards.items() for name in of_part.keys() - wanted[part].keys() if name in trains
+        name for index, chunk in shards.items() for name in chunk.keys() - wanted[index].keys() if name in trains
     )
 
 
 def _set(models: Sequence[nn.Module], tensors: dict[str, Any]) -> None:
     with torch.no_grad():
-        for part, of_part in tensors.items():
-            parameters = dict(models[int(part)].named_parameters())
-            for name, tensor in of_part.items():
+        for index, chunk in tensors.items():
+            parameters = dict(models[int(index)].named_parameters())
+            for name, tensor in chunk.items():
                 parameters[name].copy_(tensor)

@@ -1,8 +1,8 @@
-"""Checkpoint folders: written aside, checksummed, then renamed; found again by their manifests.
+"""Checkpoint folders: written to a staging directory, checksummed, then atomically renamed.
 
 RUN/checkpoints/step_00000500/      committed: manifest.json has the SHA-256 of every file and of itself
-RUN/checkpoints/.staging_00000500/  being written, or left by a crash; never read
-RUN/checkpoints/.deleting_00000500/ being deleted, or left by a crash; never read
+RUN/checkpoints/.staging_00000500/  being written, or left behind by a crash; never read
+RUN/checkpoints/.deleting_00000500/ being deleted, or left behind by a crash; never read
 """
 
 from __future__ import annotations
@@ -23,68 +23,68 @@ _PREFIX, _STAGING, _DELETING = "step_", ".staging_", ".deleting_"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used. The message names the folder or file and the mend."""
+    """A checkpoint that cannot be used. The message names the folder or file and the fix."""
 
 
 class NoneLeft(CheckpointError):
-    """A run has checkpoints, and none of them is valid."""
+    """A run has checkpoints, but none of them is valid."""
 
     exit_code = Exit.NO_CHECKPOINT
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """Description of a checkpoint, stored with it as manifest.json."""
 
     step: int
     consumed_samples: int
-    # The run's whole configuration.
+    # The run's full configuration.
     config: dict[str, Any]
     # The Llama's HuggingFace configuration.
     llama: dict[str, Any]
-    # A hash of the frozen Llama's weights; empty where the checkpoint holds the Llama itself.
+    # Hash of the frozen Llama's weights; empty if the checkpoint holds the Llama itself.
     base_hash: str
-    # A hash of all that decides which samples a step takes.
+    # Hash of everything that determines which samples a step consumes.
     data_fingerprint: str
     # File name -> SHA-256.
     files: dict[str, str]
-    # DPO: a hash of the checkpoint that its reference was read from.
+    # DPO: hash of the checkpoint that the reference model was loaded from.
     reference: str = ""
-    # What the validation after this step measured; empty where there was none.
+    # Validation metrics after this step; empty if there was no validation.
     metrics: dict[str, float] = field(default_factory=dict)
-    # A hash of the tokenizer; empty where it was not noted.
+    # Hash of the tokenizer; empty if it was not recorded.
     tokenizer: str = ""
 
 
 def staging_folder(checkpoints: Path, step: int) -> Path:
-    """Where a checkpoint of this step is written before it is committed."""
+    """Staging directory in which the checkpoint of this step is written before it is committed."""
     return checkpoints / f"{_STAGING}{step:08d}"
 
 
 def committed_folder(checkpoints: Path, step: int) -> Path:
-    """Where a committed checkpoint of this step lies."""
+    """Folder of the committed checkpoint of this step."""
     return checkpoints / f"{_PREFIX}{step:08d}"
 
 
 def committed(checkpoints: Path) -> list[Path]:
-    """Committed checkpoints, damaged ones too, newest first."""
-    found = [p for p in checkpoints.glob(f"{_PREFIX}*") if p.is_dir() and p.name.removeprefix(_PREFIX).isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    """Committed checkpoints, including damaged ones, newest first."""
+    folders = [p for p in checkpoints.glob(f"{_PREFIX}*") if p.is_dir() and p.name.removeprefix(_PREFIX).isdigit()]
+    return sorted(folders, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The step in a committed checkpoint's name."""
+    """Step number from the name of a committed checkpoint."""
     return int(folder.name.removeprefix(_PREFIX))
 
 
 def commit(staging: Path, final: Path, manifest: Manifest, digests: Optional[Mapping[str, str]] = None) -> None:
-    """Checksum and sync every file of `staging`, add the manifest, and rename it to `final`.
+    """Checksum and fsync every file in `staging`, add the manifest, and rename the folder to `final`.
 
     Args:
-        digests: file name -> SHA-256 of files that are known, and synced, already.
+        digests: file name -> SHA-256 of files that are already hashed and synced.
 
     Raises:
-        OSError: it could not be committed; nothing at `final` was lost.
+        OSError: the checkpoint could not be committed; an existing checkpoint at `final` is not lost.
     """
     digests = digests or {}
     files = {}
@@ -93,7 +93,7 @@ def commit(staging: Path, final: Path, manifest: Manifest, digests: Optional[Map
         files[name] = digests[name] if name in digests else _sync_and_hash(path)
     if lost := digests.keys() - files.keys():
         raise FileNotFoundError(f"{str(staging / min(lost))!r} was written and is gone.")
-    # As it will be read: JSON has no tuples and no keys but strings.
+    # Round-trip first, so that the checksum covers what a reader sees: JSON has no tuples and only string keys.
     body = json.loads(json.dumps({**asdict(manifest), "files": files}))
     with (staging / MANIFEST).open("w") as file:
         file.write(json.dumps({**body, "checksum": _checksum(body)}, indent=1))
@@ -109,17 +109,17 @@ def commit(staging: Path, final: Path, manifest: Manifest, digests: Optional[Map
 
 
 def delete(folder: Path) -> None:
-    """Delete a committed checkpoint: whatever happens meanwhile, it is never seen in part."""
+    """Delete a committed checkpoint atomically: no reader ever sees a partially deleted one."""
     aside = _set_aside(folder)
     _sync_folder(folder.parent)
     _remove(aside)
 
 
 def clean(checkpoints: Path) -> list[str]:
-    """Remove what crashes left, half written or half deleted. Not while a checkpoint is being written.
+    """Remove half-written and half-deleted checkpoints left by crashes. Must not run during a save.
 
     Returns:
-        The names of what was removed.
+        Names of the removed folders.
     """
     left = sorted([*checkpoints.glob(f"{_STAGING}*"), *checkpoints.glob(f"{_DELETING}*")])
     for path in left:
@@ -128,39 +128,39 @@ def clean(checkpoints: Path) -> list[str]:
 
 
 def newest_valid(checkpoints: Path) -> tuple[Optional[Path], list[str]]:
-    """The newest checkpoint whose files are all there and unchanged.
+    """Find the newest checkpoint whose files are all present and unchanged.
 
     Returns:
-        Its folder (None without any), and what was wrong with newer ones.
+        Its folder (None if there are no checkpoints), and the problems of newer ones.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is valid.
+        CheckpointError: there are checkpoints, but none is valid.
     """
     problems: list[str] = []
-    found = committed(checkpoints)
-    for folder in found:
+    folders = committed(checkpoints)
+    for folder in folders:
         try:
             read_manifest(folder, verify=True)
             return folder, problems
         except CheckpointError as error:
             problems.append(str(error))
-    if found:
+    if folders:
         raise none_left(problems)
     return None, problems
 
 
 def none_left(problems: Iterable[str]) -> NoneLeft:
-    """The error where every checkpoint of a run is damaged."""
+    """Error for a run whose checkpoints are all damaged."""
     return NoneLeft(
-        f"No valid checkpoint is left: {' '.join(problems)} Restore one from a copy, or start anew in another folder."
+        f"No valid checkpoint is left: {' '.join(problems)} Restore one from a backup, or start over in another folder."
     )
 
 
 def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
-    """What a checkpoint says of itself; with `verify`, every file is read and compared with its checksum.
+    """Read a checkpoint's manifest; with `verify`, also read every file and compare it with its checksum.
 
     Raises:
-        CheckpointError: no manifest, or a file that is missing or changed.
+        CheckpointError: the manifest is missing or damaged; with `verify`, also if a file is missing or changed.
     """
     path = folder / MANIFEST
     try:
@@ -169,11 +169,11 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
             raise ValueError("its checksum differs")
         manifest = Manifest(**body)
         if outside := [name for name in manifest.files if PurePath(name).is_absolute() or ".." in PurePath(name).parts]:
-            raise ValueError(f"it names {outside[0]!r}, a file outside of the checkpoint")
+            raise ValueError(f"it names {outside[0]!r}, a file outside the checkpoint")
     except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{str(folder)!r} is no checkpoint: it has no {MANIFEST}.") from None
+        raise CheckpointError(f"{str(folder)!r} is not a checkpoint: it has no {MANIFEST}.") from None
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        # Damage may leave anything: no text, no JSON, no object, other keys.
+        # A damaged manifest may be anything: not text, not JSON, not an object, or with other keys.
         raise CheckpointError(f"{str(path)!r} is damaged ({error}).") from None
     if verify:
         for name, expected in manifest.files.items():
@@ -182,40 +182,42 @@ def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
 
 
 def verify_file(folder: Path, name: str, expected: str) -> None:
-    """Read a checkpoint's file and compare it with its checksum.
+    """Read one file of a checkpoint and compare it with its checksum.
 
     Raises:
-        CheckpointError: it is missing, changed, or cannot be read.
+        CheckpointError: the file is missing, changed or unreadable.
     """
     file = folder / name
     try:
-        found = _hash(file)
+        actual = _hash(file)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise CheckpointError(f"{str(folder)!r}: the file {name!r} is missing.") from None
     except OSError as error:
         raise CheckpointError(f"{str(folder)!r}: the file {name!r} cannot be read ({error.strerror}).") from None
-    if found != expected:
+    if actual != expected:
         raise CheckpointError(f"{str(folder)!r}: the file {name!r} is damaged (its checksum differs).")
 
 
 def resolve(folder: str) -> Path:
-    """A checkpoint's folder from a path to it, to its run's folder, or to the run's checkpoints: the newest valid one.
+    """Resolve the path of a checkpoint, of a run, or of a run's checkpoints folder to a checkpoint.
+
+    For the latter two it is the newest valid one.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no valid checkpoint.
     """
     path = Path(folder)
     if (path / MANIFEST).is_file():
         return path
     for candidate in (path / "checkpoints", path):
-        found = newest_valid(candidate)[0] if candidate.is_dir() else None
-        if found:
-            return found
-    raise CheckpointError(f"There is no checkpoint in {folder!r}. Name a checkpoint's folder or its run's folder.")
+        newest = newest_valid(candidate)[0] if candidate.is_dir() else None
+        if newest:
+            return newest
+    raise CheckpointError(f"There is no checkpoint in {folder!r}. Give the folder of a checkpoint or of a run.")
 
 
 def sync_tree(folder: Path) -> None:
-    """Put every file under a folder, and the folders' own entries, on disk."""
+    """Fsync every file and directory under a folder, and the folder itself."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
             _sync_folder(path)
@@ -226,7 +228,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def _checksum(body: dict[str, Any]) -> str:
-    """Of a manifest's content."""
+    """Checksum of a manifest's content."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -250,7 +252,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _set_aside(path: Path) -> Path:
-    """Rename a committed checkpoint, or a file in its place, to a name that is never read."""
+    """Rename a committed checkpoint, or a file of that name, to a name that is never read."""
     aside = path.parent / f"{_DELETING}{path.name.removeprefix(_PREFIX)}"
     _remove(aside)
     return path.rename(aside)

@@ -1,12 +1,11 @@
-"""Checkpoints in megatron-core's "torch_dist" format read and written one tensor at a time, without processes, process
-groups or a model.
+"""Read and write megatron-core's "torch_dist" checkpoints one tensor at a time, without process groups or a model.
 
 Such a checkpoint is a folder with
-    *.distcp       chunks of tensors one behind the other, each as torch.save writes it
-    .metadata      a pickle: tensor -> type, whole shape, chunks; chunk -> file, place, length
-    common.pt      what is not sharded (step, the optimizer's settings)
-    metadata.json  the format's name
-megatron-core keeps a Llama's layers stacked: one entry per kind of weight, the layer its first dimension.
+    *.distcp       concatenated chunks of tensors, each as torch.save writes it
+    .metadata      a pickle: tensor -> type, global shape, chunks; chunk -> file, offset, length
+    common.pt      state that is not sharded (step, optimizer settings)
+    metadata.json  name of the format
+megatron-core stacks a Llama's layers: one entry per kind of weight, with the layer as its first dimension.
 """
 
 from __future__ import annotations
@@ -42,35 +41,35 @@ _FORMAT = {**BACKENDS, "sharded_backend_version": 1, "common_backend_version": 1
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box cut out of a tensor, and where it is stored."""
+    """A rectangular slice of a tensor, and its position in a file."""
 
     name: str
-    # Of the tensor: its type ("bfloat16") and whole shape. Empty for an entry that is no tensor.
+    # Type ("bfloat16") and shape of the whole tensor. Empty for an entry that is not a tensor.
     dtype: str
     shape: tuple[int, ...]
-    # Of the box: its first place in every dimension, and its sizes.
+    # Offset and size of the chunk in every dimension of the tensor.
     offset: tuple[int, ...]
     size: tuple[int, ...]
-    # Of its bytes in the file.
+    # Byte offset and length in the file.
     place: int
     length: int
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """A file of chunks that is whole and on disk."""
+    """A complete file of chunks that is synced to disk."""
 
     name: str
     sha256: str
     chunks: tuple[Chunk, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON."""
+        """Convert to JSON types."""
         return asdict(self)
 
     @staticmethod
     def from_dict(raw: Mapping[str, Any]) -> StoredFile:
-        """From `to_dict`, read back from JSON."""
+        """Inverse of `to_dict`, after a round trip through JSON."""
         chunks: list[dict[str, Any]] = [
             {key: tuple(value) if isinstance(value, list) else value for key, value in chunk.items()}
             for chunk in raw["chunks"]
@@ -79,16 +78,15 @@ class StoredFile:
 
 
 class StreamWriter:
-    """Writes one file of chunks; `write_index` makes a checkpoint of such files.
+    """Writes one file of chunks; `write_index` turns a folder of such files into a checkpoint.
 
-    Every process of a conversion writes files of its own. As a context manager it leaves an unfinished file where the
-    block failed.
+    Each process of a conversion writes its own files.
 
     Args:
-        path: the file, its name ending in .distcp.
+        path: the file; its name must end in .distcp.
 
     Raises:
-        OSError: from any method, where the disk is full or the file cannot be written.
+        OSError: from any method, if the disk is full or the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,9 +98,9 @@ class StreamWriter:
         """Append a chunk.
 
         Args:
-            name: of the tensor it belongs to.
-            shape: of that whole tensor.
-            offset: where the chunk begins in it.
+            name: name of the tensor it belongs to.
+            shape: shape of the whole tensor.
+            offset: offset of the chunk in it.
             tensor: the chunk.
         """
         self.add_values(name, tensor.dtype, shape, offset, tensor.shape, [raw_bytes(tensor)])
@@ -116,34 +114,34 @@ class StreamWriter:
         size: Sequence[int],
         values: Iterable[memoryview],
     ) -> None:
-        """Append a chunk of which no more than a part is in memory.
+        """Append a chunk without holding all of it in memory.
 
         Args:
-            size: of the chunk, in every dimension.
-            values: its bytes, row by row, in parts; a part is done with when the next one is asked for.
+            size: size of the chunk in every dimension.
+            values: its bytes in row-major order, in blocks; a block may be reused once the next one is requested.
         """
         assert len(shape) == len(offset) == len(size), (name, shape, offset, size)
         before, after = saved_around(dtype, tuple(size))
-        place = self._file.tell()
+        begin = self._file.tell()
         self._file.write(before)
-        for part in values:
-            self._file.write(part)
-        assert self._file.tell() - place - len(before) == math.prod(size) * dtype.itemsize, name
+        for block in values:
+            self._file.write(block)
+        assert self._file.tell() - begin - len(before) == math.prod(size) * dtype.itemsize, name
         self._file.write(after)
-        self._note(name, str(dtype).removeprefix("torch."), shape, offset, size, place)
+        self._note(name, str(dtype).removeprefix("torch."), shape, offset, size, begin)
 
     def add_object(self, name: str, data: bytes) -> None:
-        """Append an entry that is no tensor, as `StreamReader.read_object` returned it."""
-        place = self._file.tell()
+        """Append an entry that is not a tensor, as returned by `StreamReader.read_object`."""
+        begin = self._file.tell()
         self._file.write(data)
-        self._note(name, "", (), (), (), place)
+        self._note(name, "", (), (), (), begin)
 
     def close(self) -> StoredFile:
-        """Put the file on disk."""
+        """Finish the file and sync it to disk."""
         return StoredFile(self.path.name, self._file.close(), tuple(self._chunks))
 
     def abandon(self) -> None:
-        """Close the file unfinished."""
+        """Close the file without finishing it."""
         self._file.abandon()
 
     def _note(self, name: str, dtype: str, shape: Any, offset: Any, size: Any, place: int) -> None:
@@ -152,26 +150,26 @@ class StreamWriter:
 
 
 def write_index(folder: Path, files: Iterable[StoredFile], common: Mapping[str, Any] | bytes) -> dict[str, str]:
-    """Make a folder of finished files a checkpoint that megatron-core loads.
+    """Write the index files that turn a folder of finished files into a checkpoint that megatron-core can load.
 
     Args:
-        common: what is not sharded; or the bytes of another checkpoint's common.pt.
+        common: state that is not sharded, or the bytes of another checkpoint's common.pt.
 
     Returns:
-        File name -> SHA-256, of all files.
+        File name -> SHA-256 of every file.
 
     Raises:
-        CheckpointError: chunks disagree about a tensor, or do not fill it.
+        CheckpointError: the chunks of a tensor are inconsistent, or do not fill it.
     """
     files = sorted(files, key=lambda file: file.name)
     entries: dict[str, Any] = {}
-    places: dict[MetadataIndex, _StorageInfo] = {}
+    locations: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:
         for chunk in file.chunks:
             index = MetadataIndex(chunk.name, torch.Size(chunk.offset) if chunk.dtype else None)
-            if index in places:
-                raise CheckpointError(f"{str(folder)!r}: the chunk of {chunk.name!r} at {chunk.offset} is doubled.")
-            places[index] = _StorageInfo(file.name, chunk.place, chunk.length)
+            if index in locations:
+                raise CheckpointError(f"{str(folder)!r}: the chunk of {chunk.name!r} at {chunk.offset} is duplicated.")
+            locations[index] = _StorageInfo(file.name, chunk.place, chunk.length)
             _add_entry(entries, chunk)
     for name, entry in entries.items():
         if isinstance(entry, TensorStorageMetadata):
@@ -182,7 +180,7 @@ def write_index(folder: Path, files: Iterable[StoredFile], common: Mapping[str, 
         buffer = io.BytesIO()
         torch.save(dict(common), buffer)
         common = buffer.getvalue()
-    metadata = Metadata(entries, storage_data=places, version=CURRENT_DCP_VERSION)
+    metadata = Metadata(entries, storage_data=locations, version=CURRENT_DCP_VERSION)
     small = {METADATA: pickle.dumps(metadata), COMMON: common, FORMAT: json.dumps(_FORMAT).encode()}
     digests = {file.name: file.sha256 for file in files}
     for name, data in small.items():
@@ -201,13 +199,13 @@ def _add_entry(entries: dict[str, Any], chunk: Chunk) -> None:
         entries[chunk.name] = TensorStorageMetadata(TensorProperties(dtype), torch.Size(chunk.shape), [])
     entry = entries[chunk.name]
     if entry.size != torch.Size(chunk.shape) or entry.properties.dtype != dtype:
-        raise CheckpointError(f"The chunks of {chunk.name!r} disagree about its shape or type.")
+        raise CheckpointError(f"The chunks of {chunk.name!r} disagree on its shape or type.")
     entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)))
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a checkpoint says of a tensor."""
+    """Description of a tensor in a checkpoint."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -217,27 +215,27 @@ class Stored:
 
     @property
     def size(self) -> int:
-        """Bytes of its values."""
+        """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class StreamReader:
     """Reads a checkpoint's tensors by name.
 
-    Opening reads `.metadata` only.
+    The constructor reads only `.metadata`.
 
     Attributes:
-        tensors: name -> what is known of it without its data.
-        objects: names of entries that are no tensors.
+        tensors: name -> description of the tensor.
+        objects: names of entries that are not tensors.
 
     Raises:
-        CheckpointError: it is no such checkpoint, or a file is missing or cut off.
+        CheckpointError: the folder is not such a checkpoint, or a file is missing or truncated.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         metadata = read_metadata(folder)
-        # torch's own look-up ignores `index`, as this does: a chunk is known by its tensor and its first place.
+        # Like torch's own lookup, this ignores `index`: a chunk is identified by its tensor and offset.
         self._stored: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
         self.tensors: dict[str, Stored] = {}
         self.objects: list[str] = []
@@ -248,20 +246,20 @@ class StreamReader:
                 self.objects.append(name)
 
     def read(self, name: str, layer: Optional[int] = None) -> Tensor:
-        """A whole tensor, or one slice of its first dimension; only the chunks it needs are read.
+        """Read a whole tensor, or one slice of its first dimension; only the chunks needed are read.
 
-        Peak memory is the result and one chunk, or the one chunk that is the result.
+        Peak memory is the result plus one chunk, or just the result if it is exactly one chunk.
         """
         stored = self.tensors[name]
         shape = stored.shape
         if layer is None:
             return self.read_box(name, (0,) * len(shape), shape)
         if not 0 <= layer < shape[0]:
-            raise CheckpointError(f"{str(self.folder)!r}: {name!r} has {shape[0]} layers, no number {layer}.")
+            raise CheckpointError(f"{str(self.folder)!r}: {name!r} has {shape[0]} layers, but no layer {layer}.")
         return self.read_box(name, (layer, *[0] * (len(shape) - 1)), (1, *shape[1:]))[0]
 
     def read_box(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        """A box cut out of a tensor: first places and sizes in every dimension."""
+        """Read a rectangular slice of a tensor, given by its offset and size in every dimension."""
         stored = self.tensors[name]
         needed = []
         for chunk, file in zip(stored.chunks, stored.files):
@@ -274,27 +272,27 @@ class StreamReader:
         for chunk, file in needed:
             both = _overlap(offset, size, chunk.offset, chunk.size)
             assert both is not None
-            here = tuple(slice(a - o, b - o) for (a, b), o in zip(both, offset))
-            there = tuple(slice(a - o, b - o) for (a, b), o in zip(both, chunk.offset))
-            target = result[here]
-            # A chunk that is a part of the result, row by row, needs no memory of its own.
+            in_result = tuple(slice(a - o, b - o) for (a, b), o in zip(both, offset))
+            in_chunk = tuple(slice(a - o, b - o) for (a, b), o in zip(both, chunk.offset))
+            target = result[in_result]
+            # A chunk that is a contiguous part of the result is read straight into it.
             is_whole = target.is_contiguous() and tuple(target.shape) == chunk.size
-            found = self._load(name, chunk, file, target if is_whole else None)
-            if found is not target:
-                target.copy_(found[there])
-            del found
+            loaded = self._load(name, chunk, file, target if is_whole else None)
+            if loaded is not target:
+                target.copy_(loaded[in_chunk])
+            del loaded
             filled += math.prod(b - a for a, b in both)
         if filled != result.numel():
-            raise CheckpointError(f"{str(self.folder)!r} lacks {result.numel() - filled} values of {name!r}.")
+            raise CheckpointError(f"{str(self.folder)!r}: {result.numel() - filled} values of {name!r} are missing.")
         return result
 
     def read_object(self, name: str) -> bytes:
-        """The bytes of an entry that is no tensor."""
+        """Bytes of an entry that is not a tensor."""
         info = self._stored[MetadataIndex(name)]
         return self._bytes(name, info.relative_path, info.offset, info.length)
 
     def common_bytes(self) -> bytes:
-        """The contents of common.pt."""
+        """Contents of common.pt."""
         return (self.folder / COMMON).read_bytes()
 
     def _tensor(self, name: str, entry: TensorStorageMetadata) -> Stored:
@@ -303,7 +301,7 @@ class StreamReader:
         for box in entry.chunks:
             info = self._stored[MetadataIndex(name, box.offsets)]
             if info.transform_descriptors:
-                raise CheckpointError(f"{str(self.folder)!r}: {name!r} is stored compressed, which is not supported.")
+                raise CheckpointError(f"{str(self.folder)!r}: {name!r} is compressed, which is not supported.")
             kind = str(dtype).removeprefix("torch.")
             sizes = tuple(entry.size), tuple(box.offsets), tuple(box.sizes)
             chunks.append(Chunk(name, kind, *sizes, info.offset, info.length))
@@ -316,7 +314,7 @@ class StreamReader:
                 return read_saved(FilePart(raw, chunk.place, chunk.length), chunk.dtype, chunk.size, into)
         except OSError as error:
             raise CheckpointError(f"{str(self.folder / file)!r} cannot be read ({error.strerror}).") from None
-        # torch's unpickler fails on damaged bytes with whatever its next operation raises.
+        # On damaged bytes, torch's unpickler may raise any exception.
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{str(self.folder / file)!r} is damaged at {name!r} ({reason}).") from None
@@ -336,6 +334,6 @@ class StreamReader:
 def _overlap(
     offset: Sequence[int], size: Sequence[int], other_offset: Sequence[int], other_size: Sequence[int]
 ) -> Optional[list[tuple[int, int]]]:
-    """Where two boxes meet, as (begin, end) in every dimension; None where they do not."""
+    """Intersection of two boxes as (begin, end) in every dimension; None if they do not overlap."""
     both = [(max(a, c), min(a + b, c + d)) for a, b, c, d in zip(offset, size, other_offset, other_size, strict=True)]
     return both if all(begin < end for begin, end in both) else None

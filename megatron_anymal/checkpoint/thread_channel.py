@@ -1,7 +1,7 @@
-"""How background threads of different ranks tell each other things.
+"""Messages between the background threads of different ranks.
 
-Through the job's key-value store, which torch.distributed keeps anyway, and not by collectives: those belong to the
-main threads, whose order no background thread may disturb, and a rank that failed elsewhere would leave the others
+They go through the job's key-value store, which torch.distributed keeps anyway, rather than through collectives. Those
+belong to the main threads, whose order a background thread must not disturb, and a failed rank would leave the others
 waiting in them.
 """
 
@@ -13,36 +13,36 @@ from collections.abc import Sequence
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store
 
-# Seconds between two looks, at first and at most.
+# First and longest interval between two polls, in seconds.
 _FIRST_LOOK, _LAST_LOOK = 0.002, 0.5
 
 
 class Channel:
-    """Messages under names; all ranks see them. One rank writes a name once.
+    """Named messages that all ranks can read; each name is written once, by one rank.
 
     Args:
-        prefix: of the names.
+        prefix: prefix of the names.
     """
 
     def __init__(self, prefix: str) -> None:
         self._store: Store = PrefixStore(f"megatron_anymal/{prefix}", _get_default_store())
 
     def post(self, name: str, message: str) -> None:
-        """Leave a message."""
+        """Post a message."""
         self._store.set(name, message)
 
     def wait(self, names: Sequence[str], seconds: float) -> list[bytes]:
-        """Messages of these names, once all are there.
+        """Wait for the messages with these names and return them.
 
         Raises:
-            TimeoutError: naming those that are missing.
+            TimeoutError: some did not arrive in time; the message names them.
         """
         deadline, pause = time.monotonic() + seconds, _FIRST_LOOK
-        # Its own way of waiting would lock this process's connection meanwhile, which the main thread needs.
+        # Poll: the store's own wait would block this process's connection, which the main thread needs.
         while not self._store.check(list(names)):
             if time.monotonic() > deadline:
                 missing = [name for name in names if not self._store.check([name])]
-                raise TimeoutError(f"no word of {', '.join(missing[:5])} in {seconds:.0f} s")
+                raise TimeoutError(f"no message from {', '.join(missing[:5])} in {seconds:.0f} s")
             time.sleep(pause)
             pause = min(2 * pause, _LAST_LOOK)
         return [self._store.get(name) for name in names]

@@ -1,4 +1,4 @@
-"""A tensor as torch.save writes it, without holding it: what stands around its values, and how to read them back."""
+"""Write and read tensors in torch.save's format without holding a second copy in memory."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from torch import Tensor
 
 @functools.lru_cache(maxsize=256)
 def saved_around(dtype: torch.dtype, size: tuple[int, ...]) -> tuple[bytes, bytes]:
-    """What torch.save writes before and behind the values of a contiguous tensor: type and shape decide it alone.
+    """Bytes that torch.save writes before and after the values of a contiguous tensor.
 
-    The zip's own sums are left out: a manifest has a SHA-256 of the whole file, and torch.load does not look at them.
+    They depend only on its type and shape. The zip format's CRC32 checksums are omitted: the manifest has a SHA-256 of
+    the whole file, and torch.load does not verify them.
     """
-    # Memory that nobody touches costs none.
+    # Memory that is never touched is never allocated.
     tensor = torch.empty(size, dtype=dtype)
     around = _Around(tensor)
-    with_sums = torch.serialization.get_crc32_options()
+    crc32_before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
         torch.save(tensor, cast(IO[bytes], around))
     finally:
-        torch.serialization.set_crc32_options(with_sums)
+        torch.serialization.set_crc32_options(crc32_before)
     assert around.is_complete, (dtype, size)
     return bytes(around.before), bytes(around.after)
 
 
 class _Around:
-    """Takes what is written but for one tensor's values."""
+    """File object that keeps everything written to it except one tensor's values."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.before, self.after = bytearray(), bytearray()
         self._values = (tensor.data_ptr(), tensor.nbytes)
-        # A tensor without values has none to be left out.
+        # An empty tensor has no values to skip.
         self.is_complete = not tensor.nbytes
 
     def write(self, data: Any) -> int:
@@ -49,11 +50,11 @@ class _Around:
         return written.nbytes
 
     def flush(self) -> None:
-        """torch.save asks for it."""
+        """Do nothing; torch.save requires the method."""
 
 
 class FilePart(io.RawIOBase):
-    """A part of a file as a file of its own."""
+    """A byte range of a file, presented as a file."""
 
     def __init__(self, file: Any, begin: int, length: int) -> None:
         self._file, self._begin, self._length = file, begin, length
@@ -82,25 +83,25 @@ class FilePart(io.RawIOBase):
 
 
 def read_saved(part: FilePart, dtype: str, size: tuple[int, ...], into: Optional[Tensor] = None) -> Tensor:
-    """A tensor that torch.save wrote: its description by torch.load, its bytes straight into memory.
+    """Read a tensor written by torch.save: its description through torch.load, its values straight into memory.
 
-    torch.load would also sum up the bytes, at a fraction of the disk's speed.
+    torch.load would also checksum the bytes, at a fraction of the disk's speed.
 
     Args:
-        into: contiguous memory for it, used where its values are stored in their order; fresh memory otherwise.
+        into: contiguous tensor to read into; used only if the values are stored contiguously.
 
     Returns:
         `into`, or a new tensor.
     """
     kind = torch.load(cast(IO[bytes], part), map_location="meta", weights_only=True)
     if not isinstance(kind, Tensor) or (tuple(kind.shape), str(kind.dtype)) != (size, f"torch.{dtype}"):
-        raise ValueError(f"it is no {dtype} tensor of shape {list(size)}")
+        raise ValueError(f"it is not a {dtype} tensor of shape {list(size)}")
     length = kind.untyped_storage().nbytes()
     if length != kind.nbytes or not kind.is_contiguous():
         into = None
     data = torch.empty(length, dtype=torch.uint8) if into is None else into.view(-1).view(torch.uint8)
     if length:
-        # It takes the file to begin where it stands.
+        # PyTorchFileReader takes the current position as the start of the file.
         part.seek(0)
         archive: Any = torch._C.PyTorchFileReader(cast(IO[bytes], part))
         part.seek(archive.get_record_offset("data/0"))
@@ -108,6 +109,6 @@ def read_saved(part: FilePart, dtype: str, size: tuple[int, ...], into: Optional
     while len(left):
         count = part.readinto(left)
         if not count:
-            raise EOFError("it is cut off")
+            raise EOFError("it is truncated")
         left = left[count:]
     return data.view(kind.dtype).as_strided(kind.shape, kind.stride(), kind.storage_offset()) if into is None else into

@@ -1,9 +1,9 @@
-"""The process between a launcher and its ranks, for one attempt: torchrun's elastic agent, or nvidia-resiliency-ext's.
+"""Process between a launcher and its ranks for one attempt: torchrun's or nvidia-resiliency-ext's elastic agent.
 
-A process of its own: the launcher stays small and outlives whatever happens here. It tells the launcher which ranks
-it started and how each ended, as soon as it does: FOLDER/started_RANK holds the process number, FOLDER/exit_PID the
-exit code, or minus the signal's number. It ends its ranks where the launcher is gone. Signals that ask a run to stop
-are the launcher's to pass on: the agent would end the ranks.
+It is a separate process, so that the launcher stays small and survives any failure in it. It reports the start and end
+of each rank to the launcher at once: FOLDER/started_RANK holds the process ID, FOLDER/exit_PID the exit code or the
+negative signal number. It ends its ranks if the launcher is gone. Stop signals are ignored here, because the elastic
+agent would end the ranks; the launcher forwards them.
 """
 
 from __future__ import annotations
@@ -29,47 +29,47 @@ from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.failure_record import exit_now
 
 MODULES = {"torchrun": "torch.distributed.run", "ft": "nvidia_resiliency_ext.fault_tolerance.launcher"}
-# What the agent itself failed with, in the launcher's folder.
+# File in the launcher's folder with the error of a failed agent.
 ERROR = "agent_error"
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Seconds between looks for the launcher.
+# Polling interval for the launcher, in seconds.
 _LOOK = 0.05
 
 
 def exit_code(folder: Path, pid: int) -> Optional[int]:
-    """How a rank ended: its exit code, or minus the signal's number; None while it runs or where it was not seen."""
+    """Exit code of a rank, or its negative signal number; None if it is still running or its end was not seen."""
     with suppress(OSError, ValueError):
         return int((folder / f"exit_{pid}").read_text())
     return None
 
 
 def ranks_started(folder: Path) -> dict[int, int]:
-    """Rank -> process number, of all ranks that the agent of a folder has started, those that have ended too."""
-    found = {}
+    """Rank -> process ID of all ranks that the agent of a folder has started, including those that have ended."""
+    pids = {}
     for path in folder.glob("started_*"):
         with suppress(OSError, ValueError):
-            found[int(path.name.removeprefix("started_"))] = int(path.read_text())
-    return found
+            pids[int(path.name.removeprefix("started_"))] = int(path.read_text())
+    return pids
 
 
 def ranks_below(pid: int) -> dict[int, int]:
-    """Rank -> process number, of an agent's children that have a rank and run."""
-    found = {}
+    """Rank -> process ID of an agent's running children that have a rank."""
+    pids = {}
     for child in _children(pid):
-        # Between its fork and the start of its program a child still has the agent's environment, without a rank.
+        # Between fork and exec, a child still has the agent's environment, without a rank.
         with suppress(OSError, ValueError):
             for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
                 if entry.startswith(b"RANK="):
-                    found[int(entry.removeprefix(b"RANK="))] = child
-    return found
+                    pids[int(entry.removeprefix(b"RANK="))] = child
+    return pids
 
 
 def _children(pid: int) -> list[int]:
-    """A process's children, without a look at all processes of the machine where the kernel lists them."""
+    """Child processes of a process; avoids scanning all processes of the machine if the kernel lists the children."""
     try:
         lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
     except OSError:
-        # A thread that ended meanwhile.
+        # A thread ended in the meantime.
         lists = []
     if lists:
         return [int(child) for listed in lists for child in listed.split()]
@@ -79,7 +79,7 @@ def _children(pid: int) -> list[int]:
 
 
 def end_rank(pid: int) -> None:
-    """End a rank and what it started, at once: each rank leads a process group."""
+    """Kill a rank and its child processes; each rank leads a process group."""
     for end in (os.killpg, os.kill):
         with suppress(ProcessLookupError, PermissionError):
             end(pid, signal.SIGKILL)
@@ -89,14 +89,14 @@ def main(arguments: Sequence[str]) -> int:
     """Run one attempt.
 
     Args:
-        arguments: which agent, the launcher's folder, the folder for logs, then the agent's own arguments.
+        arguments: name of the agent, the launcher's folder, the log folder, then the agent's own arguments.
     """
     launcher, folder, logs, *rest = arguments
-    # Before an agent takes it.
+    # Must be replaced before an agent imports it.
     _Spawned.folder = Path(folder)
     subprocess.Popen = _Spawned  # type: ignore[misc]
     for number in _STOPPING:
-        # A handler, unlike SIG_IGN, is not handed on to the ranks.
+        # A handler, unlike SIG_IGN, is not inherited by the ranks.
         signal.signal(number, _leave_it)
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_failure)
@@ -104,12 +104,12 @@ def main(arguments: Sequence[str]) -> int:
     options = module.parse_args(rest)
     config, command, command_arguments = module.config_from_args(options)
     config.logs_specs = RankLogs(Path(logs))
-    # Never all of _STOPPING, whatever the user's shell says.
+    # The agent must not handle _STOPPING, even if the user's environment asks for it.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle = "SIGQUIT"
     try:
         module.elastic_launch(config=config, entrypoint=command)(*command_arguments)
     except Exception as error:
-        # ChildFailedError; each agent has a class of that name of its own.
+        # ChildFailedError, of which each agent has its own class.
         failures = getattr(error, "failures", None)
         if failures is None:
             _write(Path(folder) / ERROR, f"{type(error).__name__}: {error}")
@@ -123,23 +123,23 @@ def main(arguments: Sequence[str]) -> int:
 
 
 class RankLogs:
-    """What ranks print: to rank_00003.out and rank_00003.err, and to the console.
+    """Sends the output of ranks to files such as rank_00003.out and rank_00003.err, and to the console.
 
-    Stands in for torch.distributed.elastic.multiprocessing.LogsSpecs.
+    Replaces torch.distributed.elastic.multiprocessing.LogsSpecs.
     """
 
     def __init__(self, folder: Path) -> None:
         self.root_log_dir = str(folder)
 
     def reify(self, envs: Mapping[int, Mapping[str, str]]) -> Any:
-        """Local rank -> files, as an agent takes them."""
+        """Log destinations of each local rank, in the form that agents expect."""
         from torch.distributed.elastic.multiprocessing.api import LogsDest
 
         folder = Path(self.root_log_dir)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            print(f"warning: no logs of the ranks: {error}. They print to the console only.", file=sys.stderr)
+            print(f"warning: no log files for the ranks: {error}. They print to the console only.", file=sys.stderr)
             nothing = dict.fromkeys(envs, "")
             return LogsDest(nothing, nothing, {}, {}, nothing)
         out = {local: self.file(env["RANK"], "out") for local, env in envs.items()}
@@ -147,12 +147,12 @@ class RankLogs:
         return LogsDest(out, err, dict(out), dict(err), dict.fromkeys(envs, os.devnull))
 
     def file(self, rank: str, stream: str) -> str:
-        """Where a rank's `out` or `err` goes."""
+        """Path of a rank's log file; `stream` is `out` or `err`."""
         return f"{self.root_log_dir}/rank_{int(rank):05d}.{stream}"
 
 
 def _watch(launcher: int) -> None:
-    """End every rank where the launcher is gone."""
+    """End every rank once the launcher is gone."""
     while os.getppid() == launcher:
         time.sleep(_LOOK)
     for pid in {*_Spawned.ranks, *ranks_below(os.getpid()).values()}:
@@ -161,10 +161,10 @@ def _watch(launcher: int) -> None:
 
 
 class _Spawned(subprocess.Popen):
-    """A child of the agent. A rank is noted as it starts: one that ends at once is seen by no later look."""
+    """Child process of the agent. A rank is recorded as it starts, since polling would miss one that ends at once."""
 
     folder: ClassVar[Path]
-    # Process number -> a rank's process; how it ended can be asked for also where the agent itself saw it first.
+    # Process ID -> process of a rank; holds the exit code even if the agent collected it first.
     ranks: ClassVar[dict[int, subprocess.Popen[Any]]] = {}
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
@@ -179,12 +179,12 @@ class _Spawned(subprocess.Popen):
 def _note_end(folder: Path, pid: int) -> None:
     code: Optional[int] = None
     try:
-        # WNOWAIT: the agent still finds it.
+        # WNOWAIT leaves the exit status for the agent to collect.
         ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         if ended is not None:
             code = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
     except ChildProcessError:
-        # The agent was quicker: it knows, or will in a moment. Without its word the launcher would take it for a crash.
+        # The agent was faster and has the code, or will in a moment. Without it the launcher would assume a crash.
         deadline = time.monotonic() + 1.0
         while code is None and time.monotonic() < deadline:
             code = _Spawned.ranks[pid].returncode
@@ -202,7 +202,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _is_failure(record: logging.LogRecord) -> bool:
-    """Whether a message of torchrun's is shown: it calls each exit code but 0 a failure, a stop on request too."""
+    """Log filter that hides torchrun's failure message for a stop on request, which it reports as a failure."""
     return not record.getMessage().startswith(f"failed (exitcode: {int(Exit.REQUEUE)})")
 
 

@@ -1,4 +1,4 @@
-"""One attempt at a run on one node: start the agent, watch the ranks, end them all where one dies or hangs."""
+"""One attempt at a run on one node: start the agent, monitor the ranks, end them all if one dies or hangs."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ from megatron_anymal.resilience.events import ATTEMPT, read, record
 from megatron_anymal.resilience.exit_codes import Exit
 
 GRACE = "ANYMAL_GRACE_SECONDS"
-# Seconds between looks at the ranks.
+# Polling interval for the ranks, in seconds.
 _LOOK = 0.2
-# After a rank has failed, how long the others may take to say what they saw; after one ended with a verdict that all
-# ranks come to, how long the others may take to come to it; and after one stopped in order, to end in order.
+# Seconds the other ranks get before they are killed: to report what they saw after one has failed, to reach the same
+# verdict after one has ended with an exit code that all ranks agree on, and to shut down after one has stopped cleanly.
 _LAST_WORDS, _AGREEING, _STOPPING = 3.0, 8.0, 60.0
-# How long the agent may take to tell how a rank ended, and to end once its ranks are gone.
+# Seconds the agent may take to report how a rank ended, and to exit once its ranks are gone.
 _AGENT = 5.0
-# What an agent would wait for its ranks before it kills them: longer than all of the above.
+# Seconds an agent waits for its ranks before it kills them: longer than all of the above.
 _AGENT_PATIENCE = 120
-# Lines of a rank's standard error that are told where it told nothing itself.
+# Lines of a rank's standard error to record with its death.
 _LINES = 15
 
 
 class Attempt:
-    """See the module.
+    """One attempt at a run on this node.
 
     Args:
-        number: of the attempt, over all jobs that worked on the run.
-        stop_requests: what the user or the scheduler asked for.
-        say: tells the user.
+        number: number of the attempt, counted over all jobs of the run.
+        stop_requests: stop requests of the user or the scheduler.
+        say: prints a message to the user.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class Attempt:
             say,
         )
         self.logs = attempt_folder(job.run_dir, number)
-        # Rank -> process number, and when it was first seen, of all ranks seen.
+        # All ranks seen so far: rank -> process ID, and rank -> time when it was first seen.
         self.workers: dict[int, int] = {}
         self.begun: dict[int, float] = {}
-        # Rank -> exit code or minus a signal's number, in the order in which they failed by themselves.
+        # Rank -> exit code or negative signal number of ranks that failed by themselves, in order.
         self.failures: dict[int, int] = {}
         self.hang: Optional[str] = None
         self.step = -1
-        # When all ranks are to be killed; None: not at all.
+        # When to kill all ranks; None means never.
         self.kill_at: Optional[float] = None
         self.gone: dict[int, float] = {}
         self.told: set[tuple[int, int]] = set()
@@ -105,7 +105,7 @@ class Attempt:
         ]
         environment = {
             "PYTHONUNBUFFERED": "1",
-            # As torchrun sets it, with a warning.
+            # torchrun would set the same, but with a warning.
             **({"OMP_NUM_THREADS": "1"} if job.processes > 1 else {}),
             "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
             **os.environ,
@@ -115,11 +115,11 @@ class Attempt:
         }
         if job.grace_seconds is not None:
             environment[GRACE] = f"{job.grace_seconds:g}"
-        # A rank is known by it.
+        # Processes with RANK in their environment are taken for ranks.
         environment.pop("RANK", None)
-        words = [sys.executable, "-m", agents.__name__, job.launcher, str(self.folder), str(self.logs), *arguments]
-        # A session of its own: Ctrl-C is for the launcher to pass on.
-        return subprocess.Popen(words, env=environment, start_new_session=True)
+        command = [sys.executable, "-m", agents.__name__, job.launcher, str(self.folder), str(self.logs), *arguments]
+        # In its own session, so that only the launcher receives Ctrl-C; it forwards the request.
+        return subprocess.Popen(command, env=environment, start_new_session=True)
 
     def _find_ranks(self) -> None:
         self.workers.update(agents.ranks_started(self.folder))
@@ -127,7 +127,7 @@ class Attempt:
             self.begun.setdefault(rank, time.monotonic())
 
     def _pass_on(self) -> None:
-        """Hand a wish to stop to every rank that can take it."""
+        """Forward a stop request to every rank that handles the signal."""
         if self.stop_requests.now and self.kill_at is None:
             self.kill_at = 0.0
         number = self.stop_requests.stop
@@ -152,7 +152,7 @@ class Attempt:
             self._end_all(min(map(_patience, self.failures.values())))
             self.rendezvous.alarm()
         elif self.rendezvous.alarmed():
-            self.say("the attempt has failed on another node: ending the ranks of this one")
+            self.say("the attempt failed on another node: ending the ranks of this one")
             if views and max(view.silent for view in views) > 0.8 * self.job.limits.hang_timeout > 0:
                 self._examine(views)
             self._end_all(_LAST_WORDS)
@@ -162,15 +162,15 @@ class Attempt:
             self.rendezvous.alarm()
 
     def _note_failures(self) -> None:
-        """Find ranks that ended by themselves otherwise than well; what was killed from here is none."""
+        """Record ranks that failed by themselves; ranks killed by this launcher do not count."""
         for rank, pid in self.workers.items():
             if rank in self.failures or process_state(pid) not in ("", "Z"):
                 continue
             code = agents.exit_code(self.folder, pid)
             if code is None:
-                # The agent will tell, unless it is stuck; where it has ended, its own end tells.
-                first = self.gone.setdefault(rank, time.monotonic())
-                if time.monotonic() - first < _AGENT or self.agent.poll() is not None:
+                # Wait for the agent to report the code, unless it is stuck. If it has ended, its own exit code counts.
+                since = self.gone.setdefault(rank, time.monotonic())
+                if time.monotonic() - since < _AGENT or self.agent.poll() is not None:
                     continue
                 code = int(Exit.CRASH)
             if code == 0 or (code < 0 and self.kill_at is not None):
@@ -198,25 +198,25 @@ class Attempt:
 
     def _examine(self, silent: Sequence[RankView]) -> None:
         views, stacks = dump_stacks(silent, self.job.run_dir / "stacks")
-        found = diagnose(views, stacks)
-        self.hang = f"a hang ({found.cause}): {found.text}"
+        hang = diagnose(views, stacks)
+        self.hang = f"a hang ({hang.cause}): {hang.text}"
         self.say(self.hang)
         self._record(
             "hang",
-            found.text,
-            rank=found.ranks[0] if found.ranks else -1,
-            step=found.step,
-            cause=found.cause,
-            ranks=list(found.ranks),
+            hang.text,
+            rank=hang.ranks[0] if hang.ranks else -1,
+            step=hang.step,
+            cause=hang.cause,
+            ranks=list(hang.ranks),
             stacks={str(rank): path for rank, path in stacks.items()},
-            where={str(view.rank): list(view.stack) for view in views if view.rank in found.ranks},
+            where={str(view.rank): list(view.stack) for view in views if view.rank in hang.ranks},
         )
 
     def _end_all(self, patience: float) -> None:
         self.kill_at = time.monotonic() + patience
 
     def _kill(self) -> None:
-        """End all that is left, with what the ranks started; then the agent, where it does not end by itself."""
+        """Kill all remaining ranks with their child processes, then the agent if it does not exit by itself."""
         for pid in {**self.workers, **agents.ranks_below(self.agent.pid)}.values():
             agents.end_rank(pid)
         try:
@@ -230,22 +230,22 @@ class Attempt:
         if self.hang:
             return Ending(Exit.HANG, self.hang, self.step, stop)
         failed = {rank: code for rank, code in self.failures.items() if not (stop and code == -signal.SIGTERM)}
-        told = ", ".join(f"rank {rank} {_ended(code)}" for rank, code in failed.items())
+        text = ", ".join(f"rank {rank} {_ended(code)}" for rank, code in failed.items())
         if any(code < 0 for code in failed.values()):
-            return Ending(Exit.CRASH, told, self.step, stop, killed=True)
-        # All ranks agree on a stop: one that ends so beside a crash was ended because of it.
+            return Ending(Exit.CRASH, text, self.step, stop, killed=True)
+        # Ranks stop on request together, so if another rank crashed, REQUEUE is only a consequence of the crash.
         causes = [code for code in failed.values() if code != Exit.REQUEUE] or list(failed.values())
         for code in causes:
             if code in set(Exit) and not Exit(code).restarts:
                 return Ending(Exit(code), self._said_with(code) or Exit(code).meaning, self.step, stop)
         if failed:
-            return Ending(Exit.CRASH, told, self.step, stop)
+            return Ending(Exit.CRASH, text, self.step, stop)
         if self.agent.returncode == 0 and self.kill_at is None:
             return Ending(Exit.DONE, Exit.DONE.meaning, self.step, stop)
         return Ending(Exit.CRASH, self._agents_end(), self.step, stop, followed=self.kill_at is not None)
 
     def _said_with(self, code: int) -> str:
-        """What the first rank that ended with a code told of it."""
+        """Text of the first event that a rank recorded with this exit code."""
         for event in read(self.job.run_dir):
             if event.get("attempt") == self.number and event.get("exit_code") == code:
                 return str(event["text"])
@@ -264,7 +264,7 @@ class Attempt:
 
 
 def _patience(code: int) -> float:
-    """How long the other ranks may go on after one has ended so."""
+    """How long the other ranks may continue after one has ended with this code, in seconds."""
     if code == Exit.REQUEUE:
         return _STOPPING
     return _AGREEING if code in set(Exit) and code != Exit.CRASH else _LAST_WORDS

@@ -1,6 +1,6 @@
-"""`anymal launch`: a job's processes on this node, watched, ended where one fails, and started again.
+"""`anymal launch`: start a job's processes on this node, monitor them, and restart them after failures.
 
-On several nodes the same command runs on each, with its own --node-rank.
+For several nodes, run the same command on each, with its own --node-rank.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ _EPILOG = """examples:
   anymal launch pretrain --config-name=pretrain_8b_image
   anymal launch --node-rank=$SLURM_NODEID --rdzv-endpoint=$HEAD:29500 sft --config-name=sft_70b trainer.num_nodes=4
 
-The run is started again after a crash, a hang or the death of a process, from its newest checkpoint, as long as it gets
-on. SIGTERM, SIGUSR1 and Ctrl-C stop it with a checkpoint (exit code 75); Ctrl-C again ends it at once.
-What happened is written to report.md in the run's folder, what the ranks print to logs/."""
+After a crash, a hang or the death of a process, the run is restarted from its newest checkpoint, as long as it makes
+progress. SIGTERM, SIGUSR1 and Ctrl-C stop it with a checkpoint (exit code 75); a second Ctrl-C ends it at once.
+A report is written to report.md in the run's folder, and the output of the ranks to logs/."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run a job to its end; return the exit code (exit_codes.py).
 
     Raises:
-        ConfigError: a setting that cannot work; before any process is started.
+        ConfigError: a setting cannot work; raised before any process is started.
     """
     _check_verb(argv)
     options, unknown = _parser().parse_known_args(list(argv))
     if unknown:
         raise ConfigError(
-            f"`anymal launch` has no option {unknown[0]}. What is for the job comes after it: "
+            f"`anymal launch` has no option {unknown[0]}. Options of the job come after the job's name: "
             f"`anymal launch {options.verb} {unknown[0]} ...`."
         )
     config = _config(options.verb, options.arguments)
@@ -45,12 +45,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _check_verb(argv: Sequence[str]) -> None:
-    """argparse would only say that something is required."""
+    """Check that a job is named, with a clearer message than argparse's."""
     if not {*_JOBS, "-h", "--help"}.isdisjoint(argv):
         return
     near = [name for word in argv for name in difflib.get_close_matches(word, _JOBS, n=1)]
     raise ConfigError(
-        f"`anymal launch` needs the job that it starts, before the job's own arguments: `anymal launch "
+        f"`anymal launch` needs the job to start, before the job's own arguments: `anymal launch "
         f"{near[0] if near else '|'.join(_JOBS)} --config-name=NAME [key=value ...]`."
     )
 
@@ -62,7 +62,7 @@ def _config(verb: str, arguments: Sequence[str]) -> RunConfig:
     parser.add_argument("overrides", nargs="*")
     options, unknown = parser.parse_known_intermixed_args(list(arguments))
     if unknown:
-        raise ConfigError(f"{unknown[0]} is not for `anymal launch`. Give it to `anymal {verb}` without launch.")
+        raise ConfigError(f"{unknown[0]} cannot be used with `anymal launch`. Use it with `anymal {verb}` directly.")
     folder = Path(options.config_path).expanduser().resolve() if options.config_path else default_config_dir()
     if not folder.is_dir():
         raise ConfigError(f"--config-path={options.config_path}: there is no folder {folder}.")
@@ -84,14 +84,13 @@ def _job(options: argparse.Namespace, config: RunConfig) -> Job:
         ("--nnodes", nodes, "trainer.num_nodes", config.trainer.num_nodes),
     ):
         if given != wanted:
-            raise ConfigError(f"{name}={given} but {key}={wanted}. Make them the same: {key}={given}.")
+            raise ConfigError(f"{name}={given}, but {key}={wanted}. Set both to the same value: {key}={given}.")
     if nodes > 1:
         _check_nodes(options, nodes)
     if options.launcher == "ft" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
         raise ConfigError(
             "--launcher=ft needs the package nvidia-resiliency-ext, which is not installed. Install it with "
-            "`pip install nvidia-resiliency-ext==0.4.1`, or leave --launcher=ft away: torchrun's agent does the same "
-            "here."
+            "`pip install nvidia-resiliency-ext==0.4.1`, or omit --launcher=ft: torchrun's agent does the same here."
         )
     return Job(
         run_dir=config.run_dir,
@@ -113,37 +112,37 @@ def _check_nodes(options: argparse.Namespace, nodes: int) -> None:
     host, _, port = options.rdzv_endpoint.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(
-            f"--nnodes={nodes} needs --rdzv-endpoint=HOST:PORT, an address of node 0 and a free port there, the same "
-            f"on all nodes; not {options.rdzv_endpoint!r}."
+            f"--nnodes={nodes} needs --rdzv-endpoint=HOST:PORT, an address of node 0 and a free port on it, the same "
+            f"on all nodes; it is {options.rdzv_endpoint!r}."
         )
     if options.node_rank is None or not 0 <= options.node_rank < nodes:
-        raise ConfigError(f"--nnodes={nodes} needs --node-rank, another one from 0 to {nodes - 1} on each node.")
+        raise ConfigError(f"--nnodes={nodes} needs --node-rank, a different one from 0 to {nodes - 1} on each node.")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="anymal launch",
         usage="anymal launch [options] {pretrain,sft,dpo} --config-name=NAME [key=value ...]",
-        description="Start a job's processes on this node, watch them, and start them again where that helps.",
+        description="Start a job's processes on this node, monitor them, and restart them when that can help.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--nproc-per-node", type=int, help="processes on this node; default: trainer.devices")
     parser.add_argument("--nnodes", type=int, help="nodes; default: trainer.num_nodes")
-    parser.add_argument("--node-rank", type=int, help="this node's number, from 0")
-    parser.add_argument("--rdzv-endpoint", default="", help="HOST:PORT of node 0; several nodes only")
-    parser.add_argument("--rdzv-id", default="anymal", help="name of the job at that port")
+    parser.add_argument("--node-rank", type=int, help="rank of this node, from 0")
+    parser.add_argument("--rdzv-endpoint", default="", help="HOST:PORT of node 0; only for several nodes")
+    parser.add_argument("--rdzv-id", default="anymal", help="name of the job at that endpoint")
     parser.add_argument(
         "--rdzv-timeout", type=float, default=600.0, help="seconds to wait for the other nodes before giving up"
     )
-    parser.add_argument("--local-addr", default="", help="address of this node for the others; default: its host name")
+    parser.add_argument("--local-addr", default="", help="address of this node for the others; default: its hostname")
     parser.add_argument(
-        "--grace-seconds", type=float, help="time between the scheduler's signal and its kill, for the ranks to know"
+        "--grace-seconds", type=float, help="time between the scheduler's stop signal and its kill, passed to the ranks"
     )
     parser.add_argument(
         "--launcher", choices=("torchrun", "ft"), default="torchrun", help="agent that starts the ranks"
     )
     parser.add_argument("verb", choices=_JOBS, help="the job")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="as the job takes them")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the job")
     return parser

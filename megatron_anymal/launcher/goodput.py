@@ -1,4 +1,4 @@
-"""How much of a run's time went into steps that count."""
+"""Goodput: the share of a run's wall time that went into steps that were kept."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Effective:
-    """Seconds of a run since its first start."""
+    """Wall and productive time of a run since its first start, in seconds."""
 
     wall: float
     productive: float
-    # Steps that count.
+    # Number of productive steps.
     steps: int
 
     @property
     def ratio(self) -> float:
-        """Productive / wall; 0 without any time."""
+        """Productive / wall; 0 if no time has passed."""
         return self.productive / self.wall if self.wall else 0.0
 
 
 def effective_time(run_dir: Path, events: Sequence[Mapping[str, Any]], *, complete: bool, kept: int) -> Effective:
-    """The productive seconds of a run and those that went by.
+    """Compute the wall time of a run and its productive share.
 
     Args:
-        complete: whether the run is done; else only steps up to the last good checkpoint survive.
-        kept: that checkpoint's step; 0 without any.
+        complete: whether the run is done; if not, only steps up to the last good checkpoint count.
+        kept: step of that checkpoint; 0 if there is none.
     """
     starts = [float(event["time"]) for event in events if event["kind"] == "start"]
     ends = [float(event["time"]) for event in events if event["kind"] == "end"]
     if not starts:
         return Effective(0.0, 0.0, 0)
-    # An earlier job's end says nothing of one that still runs.
+    # An end event of an earlier job does not apply if a later one is still running.
     end = max(ends) if ends and max(ends) > max(starts) else time.time()
     productive, done = 0.0, 0
     for step, seconds in _step_seconds(run_dir / "metrics.jsonl"):
         if not complete and step > kept:
-            # Of the line that the checkpoint lies within, the part before it.
+            # If the checkpoint lies between two log lines, count only the steps before it.
             step = kept
         if step > done:
             productive += seconds * (step - done)
@@ -50,8 +50,8 @@ def effective_time(run_dir: Path, events: Sequence[Mapping[str, Any]], *, comple
 
 
 def _step_seconds(path: Path) -> list[tuple[int, float]]:
-    """Step and mean seconds of the steps since the line before, in order; a resumed run writes lost lines anew."""
-    found: dict[int, float] = {}
+    """(step, mean seconds per step since the previous line), in order; for repeated steps the last line counts."""
+    by_step: dict[int, float] = {}
     try:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
@@ -59,8 +59,8 @@ def _step_seconds(path: Path) -> list[tuple[int, float]]:
     for line in lines:
         try:
             row = json.loads(line)
-            found[int(row["step"])] = float(row["step_seconds"])
+            by_step[int(row["step"])] = float(row["step_seconds"])
         except (ValueError, KeyError, TypeError):
-            # Half a line, or a validation's.
+            # A partial line, or one of a validation.
             continue
-    return sorted(found.items())
+    return sorted(by_step.items())

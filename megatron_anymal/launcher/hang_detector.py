@@ -1,8 +1,8 @@
-"""Which rank hangs, and in what: told from heartbeats, the state of processes, and stacks.
+"""Find out which rank hangs and why, from heartbeats, process states and stacks.
 
-A rank that waits for another one is silent too. So it is a rank's silence that is noticed, but the rank that the others
-wait for that is named: the one furthest behind, or, where all are at the same place, the one whose main thread is not
-inside a collective operation.
+A rank that waits for another one is silent too. Silence is therefore what triggers the check, but the rank to blame is
+the one the others wait for: the one furthest behind or, if all are in the same phase of the same step, the one whose
+main thread is not inside a collective operation.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from megatron_anymal.config import ResilienceConfig
 from megatron_anymal.resilience.heartbeat import Beat, Phase
 from megatron_anymal.resilience.heartbeat import read as read_beat
 
-# Seconds that a rank is given to write its stacks.
+# Seconds a rank gets to write its stacks.
 _DUMP_SECONDS = 2.0
-# The daemon thread beats every 0.5 s; a machine with too few cores may delay it.
+# The daemon thread beats every 0.5 s, but may be delayed on a machine with too few cores.
 _HELD_SECONDS = 1.5
-# Phases in the order in which a step goes through them.
+# Phases in the order in which a run and its steps go through them.
 _ORDER = {
     Phase.START: 0,
     Phase.LOADING: 1,
@@ -43,51 +43,51 @@ _CAUSES = {
     Phase.CHECKPOINT: "checkpoint",
     Phase.END: "checkpoint",
 }
-# Files in whose functions a thread waits for other ranks.
+# Files whose functions wait for other ranks.
 _WAITING = re.compile(
     r"/torch/distributed/|/megatron/core/distributed/|/megatron/core/pipeline_parallel/p2p|/checkpoint/thread_channel\.py"
 )
 _READING = re.compile(r"/torch/utils/data/|/multiprocessing/queues\.py|/megatron_anymal/data/")
 _FRAME = re.compile(r'^  File "(?P<file>[^"]*)", line (?P<line>\d+) in (?P<function>.*)$')
-# Innermost frames of a thread that tell what it is doing.
+# Number of innermost frames that are examined to see what a thread is doing.
 _INNERMOST = 12
 
 
 @dataclass(frozen=True)
 class RankView:
-    """What is seen of one rank from outside."""
+    """State of one rank as observed from outside."""
 
     rank: int
     pid: int
-    # None: it has not given one yet.
+    # None if there has been no beat yet.
     beat: Optional[Beat]
-    # Seconds since the main thread's last beat; since the rank's start without one.
+    # Seconds since the main thread's last beat, or since the rank's start if there was none.
     silent: float
-    # Seconds since the daemon thread's last beat: long where the GIL is held or the process is stopped.
+    # Seconds since the daemon thread's last beat: long if the GIL is held or the process is stopped.
     held: float
-    # The letter of /proc (R, S, D, T, t, Z); empty where the process is gone.
+    # State letter from /proc (R, S, D, T, t, Z); empty if the process is gone.
     state: str
-    # Main thread, innermost frame first, "FILE:LINE in FUNCTION"; empty where it is not known.
+    # Stack of the main thread, innermost frame first, as "FILE:LINE in FUNCTION"; empty if unknown.
     stack: tuple[str, ...] = ()
 
     @property
     def phase(self) -> Phase:
-        """Where it is."""
+        """Phase of the last beat."""
         return Phase(self.beat.phase) if self.beat else Phase.START
 
     @property
     def position(self) -> tuple[int, int]:
-        """How far it is; comparable between ranks."""
+        """Progress as (step, order of the phase); comparable between ranks."""
         return (self.beat.step if self.beat else -1, _ORDER[self.phase])
 
     @property
     def stopped(self) -> bool:
-        """Whether it is held by a signal or a debugger."""
+        """Whether the process is stopped by a signal or a debugger."""
         return self.state in ("T", "t")
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether its main thread is inside a collective operation, as far as the stack tells."""
+        """Whether the main thread's stack shows it inside a collective operation."""
         return any(_WAITING.search(frame) for frame in self.stack[:_INNERMOST])
 
     def __str__(self) -> str:
@@ -97,11 +97,11 @@ class RankView:
 
 @dataclass(frozen=True)
 class Hang:
-    """Ranks that no longer get on."""
+    """Diagnosis of a hang."""
 
     # data, collective, checkpoint, stopped, gil or startup.
     cause: str
-    # Those that hold up the others; empty where none of this machine can be told from the ones that wait.
+    # Ranks that hold up the others; empty if all ranks of this machine seem to be waiting.
     ranks: tuple[int, ...]
     step: int
     text: str
@@ -110,7 +110,7 @@ class Hang:
 
 
 def allowed_silence(view: RankView, limits: ResilienceConfig) -> float:
-    """Seconds that a rank may be silent where it is."""
+    """Seconds a rank may be silent in its current phase."""
     if view.phase in (Phase.CHECKPOINT, Phase.END):
         return limits.checkpoint_timeout
     settled = view.beat is not None and view.beat.settled
@@ -120,9 +120,9 @@ def allowed_silence(view: RankView, limits: ResilienceConfig) -> float:
 
 
 def hanging(views: Sequence[RankView], limits: ResilienceConfig) -> bool:
-    """Whether a rank is silent for too long, and does not just wait for one that is behind and still has time.
+    """Whether a rank has been silent for too long without waiting for one that is behind it and still within its limit.
 
-    A stopped process has hang_timeout wherever it is: it does nothing that could take longer.
+    For a stopped process hang_timeout applies in every phase, since it does nothing that could take longer.
     """
     if limits.hang_timeout <= 0:
         return False
@@ -134,10 +134,10 @@ def hanging(views: Sequence[RankView], limits: ResilienceConfig) -> bool:
 
 
 def diagnose(views: Sequence[RankView], stacks: Mapping[int, str]) -> Hang:
-    """Name the cause of a hang and the ranks that hold up the others.
+    """Determine the cause of a hang and the ranks that hold up the others.
 
     Args:
-        views: of all ranks of this machine, at least one.
+        views: all ranks of this machine, at least one.
         stacks: rank -> file with its stacks.
     """
     stopped = [view for view in views if view.stopped]
@@ -146,32 +146,32 @@ def diagnose(views: Sequence[RankView], stacks: Mapping[int, str]) -> Hang:
     if stopped:
         return _hang("stopped", stopped, "stopped by a signal or a debugger (state T)", stacks)
     if missing:
-        return _hang("startup", missing, "without a sign of life since the start", stacks)
+        return _hang("startup", missing, "without a heartbeat since the start", stacks)
     if held:
-        return _hang("gil", held, "holding Python's lock inside a call that does not return", stacks)
+        return _hang("gil", held, "holding the GIL inside a call that does not return", stacks)
     behind = _behind(views)
     if not behind:
         step = max(view.position[0] for view in views)
-        text = "every rank of this machine waits in a collective operation for one that does not come"
+        text = "every rank on this machine is waiting in a collective operation for a rank that does not join"
         return Hang("collective", (), step, f"{text}: {'; '.join(map(str, views))}", stacks)
     first = behind[0]
     cause = _CAUSES.get(first.phase, "collective")
     if cause == "collective" and any(_READING.search(frame) for frame in first.stack[:_INNERMOST]):
         cause = "data"
-    told = {
-        "data": "waiting for data that do not come",
-        "checkpoint": "not getting on with a checkpoint",
-        "startup": "not getting on with the start",
-        "collective": "not coming to a collective operation",
+    texts = {
+        "data": "waiting for data that does not arrive",
+        "checkpoint": "making no progress on a checkpoint",
+        "startup": "making no progress during startup",
+        "collective": "not reaching a collective operation",
     }
-    return _hang(cause, behind, told[cause], stacks)
+    return _hang(cause, behind, texts[cause], stacks)
 
 
 def _behind(views: Sequence[RankView]) -> list[RankView]:
-    """The ranks that the others wait for; empty where all wait."""
+    """Ranks that the others wait for; empty if all are waiting."""
     least = min(view.position for view in views)
     last = [view for view in views if view.position == least]
-    # Where a stack could not be had, nothing speaks against the rank but its place.
+    # A rank without a stack can only be judged by its position, so it counts as busy.
     busy = [view for view in last if not view.waits_for_others]
     if busy:
         return busy
@@ -181,24 +181,24 @@ def _behind(views: Sequence[RankView]) -> list[RankView]:
 
 def _hang(cause: str, ranks: Sequence[RankView], text: str, stacks: Mapping[int, str]) -> Hang:
     ranks = sorted(ranks, key=lambda view: view.rank)
-    where = f", state {ranks[0].state}" if ranks[0].state == "D" else ""
+    state = f", state {ranks[0].state}" if ranks[0].state == "D" else ""
     top = f", at {ranks[0].stack[0]}" if ranks[0].stack else ""
     return Hang(
         cause,
         tuple(view.rank for view in ranks),
         max(view.position[0] for view in ranks),
-        f"{', '.join(map(str, ranks))} {text}{where}{top}",
+        f"{', '.join(map(str, ranks))} {text}{state}{top}",
         stacks,
     )
 
 
 def look(workers: Mapping[int, int], heartbeats: Path, begun: Mapping[int, float]) -> list[RankView]:
-    """See how the ranks of this machine are.
+    """Observe the ranks of this machine.
 
     Args:
-        workers: rank -> process number.
-        heartbeats: the folder with their heartbeats.
-        begun: rank -> time.monotonic() of its start.
+        workers: rank -> process ID.
+        heartbeats: folder with the ranks' heartbeat files.
+        begun: rank -> time.monotonic() at its start.
     """
     views = []
     for rank, pid in sorted(workers.items()):
@@ -213,20 +213,20 @@ def look(workers: Mapping[int, int], heartbeats: Path, begun: Mapping[int, float
 
 
 def process_state(pid: int) -> str:
-    """The letter of /proc; empty where there is no such process."""
+    """State letter of a process from /proc; empty if there is no such process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return ""
-    # The name before it stands in brackets and may hold any character.
+    # The state follows the command name, which is in parentheses and may contain any character.
     return text[text.rfind(")") + 2 :][:1]
 
 
 def dump_stacks(views: Sequence[RankView], folder: Path) -> tuple[list[RankView], dict[int, str]]:
-    """Have every rank that can write down the stacks of its threads.
+    """Make every rank that can do so dump the stacks of its threads.
 
     Returns:
-        The ranks with the main thread's stack, and rank -> file.
+        The ranks, with the main thread's stack filled in, and rank -> file.
     """
     files = {view.rank: folder / f"rank_{view.rank:05d}_{view.pid}.txt" for view in views}
     before = {rank: _size(path) for rank, path in files.items()}
@@ -242,17 +242,17 @@ def dump_stacks(views: Sequence[RankView], folder: Path) -> tuple[list[RankView]
         if seen == sizes and all(seen[rank] > before[rank] for rank in seen):
             break
         sizes = seen
-    found, written = [], {}
+    with_stacks, written = [], {}
     for view in views:
         text = _tail(files[view.rank], before[view.rank])
-        found.append(replace(view, stack=main_stack(text)))
+        with_stacks.append(replace(view, stack=main_stack(text)))
         if text:
             written[view.rank] = str(files[view.rank])
-    return found, written
+    return with_stacks, written
 
 
 def main_stack(dump: str) -> tuple[str, ...]:
-    """The main thread's frames in what faulthandler wrote, innermost first: it is the last thread of a dump."""
+    """Extract the main thread's frames from a faulthandler dump, innermost first; it is the last thread of a dump."""
     frames: list[str] = []
     for line in dump.splitlines():
         if match := _FRAME.match(line):
@@ -263,7 +263,7 @@ def main_stack(dump: str) -> tuple[str, ...]:
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether a process has a handler for a signal: one without would be ended by it."""
+    """Whether a process has a handler for a signal; without one, the signal would end it."""
     with suppress(OSError, ValueError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):

@@ -1,4 +1,4 @@
-"""What a launcher is asked to run, how an attempt at it ended, and what follows from that."""
+"""A launcher's job, the outcome of an attempt at it, and the decision whether to restart."""
 
 from __future__ import annotations
 
@@ -11,52 +11,53 @@ from megatron_anymal.checkpoint.store import committed, step_of
 from megatron_anymal.config import ConfigError, ResilienceConfig
 from megatron_anymal.resilience.exit_codes import Exit
 
-# Restarts in a row without progress after which a run is given up, and the longest pause before one, in seconds.
+# Number of restarts in a row without progress after which the launcher gives up.
 MOST_FRUITLESS = 3
+# Longest pause before a restart, in seconds.
 _LONGEST_PAUSE = 60.0
 
 
 @dataclass(frozen=True)
 class Job:
-    """A run on this machine, and the machine's place among the others."""
+    """A run on this node, and the node's position among the others."""
 
     run_dir: Path
     limits: ResilienceConfig
-    # What every rank runs, as torchrun takes it: -m MODULE ... or SCRIPT ...
+    # Program of every rank, in torchrun's form: -m MODULE ... or SCRIPT ...
     program: list[str]
     processes: int
     nodes: int = 1
     node: int = 0
-    # HOST:PORT that node 0's launcher listens at; not used by one node alone.
+    # HOST:PORT at which node 0's launcher listens; not used for a single node.
     endpoint: str = ""
     identity: str = "anymal"
     rdzv_timeout: float = 600.0
     local_addr: str = ""
     launcher: str = "torchrun"
-    # Between a signal and the end that the scheduler then makes.
+    # Seconds between the scheduler's stop signal and its kill.
     grace_seconds: Optional[float] = None
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended."""
+    """Outcome of an attempt."""
 
     code: Exit
-    # Why, for a person.
+    # Human-readable reason.
     text: str
-    # The furthest step that a rank was at; -1 without any.
+    # The furthest step reached by a rank; -1 if there is none.
     step: int = -1
     # A signal asked the launcher to stop.
     stop: bool = False
-    # Only since another node's failed.
+    # It only failed because another node's attempt failed.
     followed: bool = False
-    # A rank died of a signal, which none gets for another one's failure.
+    # A rank was killed by a signal, which is never a consequence of another rank's failure.
     killed: bool = False
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What follows: another attempt after `pause` seconds, or (None) the end with `code`."""
+    """What to do next: another attempt after `pause` seconds, or exit with `code` if that is None."""
 
     code: Exit
     text: str
@@ -64,9 +65,10 @@ class Decision:
 
 
 def combined(endings: list[Ending]) -> Ending:
-    """One ending of all nodes': a verdict of the ranks goes before a hang, that before a crash, that before done.
+    """Combine the endings of all nodes into one.
 
-    Of crashes, that of a rank which was killed: the others lost their connections to it.
+    A verdict of the ranks takes precedence over a hang, a hang over a crash, and a crash over success. Among crashes,
+    that of a killed rank comes first, since the other ranks crashed when they lost their connection to it.
     """
 
     def weight(ending: Ending) -> float:
@@ -86,22 +88,22 @@ def combined(endings: list[Ending]) -> Ending:
 
 @dataclass
 class Restarts:
-    """Whether a run is started again: as long as it gets on."""
+    """Decides whether to restart a run: as long as it makes progress."""
 
     run_dir: Path
     checkpoint: int = field(init=False)
     step: int = -1
     attempts: int = 0
-    # Restarts in a row that brought neither a newer checkpoint nor a later step.
+    # Restarts in a row that led to neither a newer checkpoint nor a later step.
     fruitless: int = 0
 
     def __post_init__(self) -> None:
         self.checkpoint = newest_checkpoint(self.run_dir)
 
     def decide(self, ending: Ending) -> Decision:
-        """What follows from an attempt's end."""
+        """Decide what to do after an attempt."""
         if ending.stop and ending.code.restarts:
-            return Decision(Exit.REQUEUE, f"stopped on request, but not in order: {ending.text}")
+            return Decision(Exit.REQUEUE, f"stopped on request, but not cleanly: {ending.text}")
         if not ending.code.restarts:
             return Decision(ending.code, ending.text)
         checkpoint = newest_checkpoint(self.run_dir)
@@ -115,18 +117,18 @@ class Restarts:
 
 
 def newest_checkpoint(run_dir: Path) -> int:
-    """Step of the newest committed checkpoint; -1 without any."""
-    found = committed(run_dir / "checkpoints")
-    return step_of(found[0]) if found else -1
+    """Step of the newest committed checkpoint; -1 if there is none."""
+    folders = committed(run_dir / "checkpoints")
+    return step_of(folders[0]) if folders else -1
 
 
 def attempt_folder(run_dir: Path, number: int) -> Path:
-    """Where the logs of an attempt lie."""
+    """Folder for the logs of an attempt."""
     return run_dir / "logs" / f"attempt_{number}"
 
 
 def new_attempt(run_dir: Path) -> int:
-    """The number of a new attempt, from 1; its folder is made.
+    """Create the folder of a new attempt and return its number, counted from 1.
 
     Raises:
         ConfigError: the run's folder cannot be written.
@@ -141,10 +143,10 @@ def new_attempt(run_dir: Path) -> int:
                 attempt_folder(run_dir, number).mkdir()
                 return number
             except FileExistsError:
-                # Another launcher's; the run's lock decides between the two.
+                # Created by another launcher; the run lock decides between the two.
                 continue
     except OSError as error:
         raise ConfigError(
-            f"{str(run_dir)!r} cannot be written ({error.strerror}). Name another run folder "
+            f"{str(run_dir)!r} cannot be written ({error.strerror}). Choose another run folder "
             "(exp_manager.explicit_log_dir)."
         ) from None

@@ -1,8 +1,8 @@
-"""How the launchers of several nodes agree: on an attempt's number, on trouble elsewhere, and on what follows.
+"""Rendezvous of the launchers of several nodes: they agree on attempt numbers, on failures, and on what to do next.
 
-Node 0's launcher holds a store that outlives the attempts. All launchers, and the agents they start, are its clients;
-an agent's rendezvous has the attempt's number in its name, so that nothing of an earlier attempt is met. A launcher
-that was killed and started again meets the others in the next attempt: the one under way is lost with it.
+Node 0's launcher hosts a key-value store that outlives the attempts. All launchers, and the agents they start, are its
+clients. An agent's rendezvous ID contains the attempt number, so that it never meets agents of an earlier attempt. A
+launcher that was killed and started again joins the next attempt; the one in progress is lost.
 """
 
 from __future__ import annotations
@@ -18,58 +18,58 @@ from megatron_anymal.launcher.job import Decision, Ending, Job, combined
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 
-# Seconds: between looks, between looks for trouble elsewhere, for one try to connect.
+# Polling interval, polling interval for alarms of other nodes, and timeout of a connection attempt, in seconds.
 _LOOK, _ALARM, _CONNECT = 0.2, 1.0, 5.0
-# How long node 0 keeps the store for the others to read the last decision, in seconds.
+# How long node 0 keeps the store open for the others to read the last decision, in seconds.
 _FAREWELL = 10.0
 
 
 class NodeLost(RuntimeError):
-    """A node is gone, or did not come."""
+    """A node is gone, or did not join in time."""
 
 
 class HeadLost(NodeLost):
-    """Node 0's launcher, which holds the store, is gone; it may be started again."""
+    """Node 0's launcher, which hosts the store, is gone; it may be started again."""
 
 
 class SingleNode:
-    """The launcher of a run on one node: there is nobody to ask."""
+    """Rendezvous of a run on one node, which has no one to agree with."""
 
-    # The agent holds the store itself, at a free port.
+    # The agent hosts the store itself, at a free port.
     agent_arguments: tuple[str, ...] = ("--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
 
     def agree(self, number: Callable[[], int]) -> int:
-        """The number of the next attempt; `number` is called on node 0.
+        """Agree on the number of the next attempt; `number` is called on node 0.
 
         Raises:
-            NodeLost: not all nodes came in time.
+            NodeLost: not all nodes joined in time.
         """
         return number()
 
     def alarm(self) -> None:
-        """Tell the others that this attempt has failed."""
+        """Notify the other nodes that this attempt has failed."""
 
     def alarmed(self) -> bool:
-        """Whether it has failed on another node."""
+        """Whether the attempt has failed on another node."""
         return False
 
     def decide(self, ending: Ending, decide: Callable[[Ending], Decision]) -> Decision:
-        """What follows from how it ended on all nodes; `decide` is called on node 0.
+        """Agree on what to do after an attempt has ended on all nodes; `decide` is called on node 0.
 
         Raises:
-            NodeLost: not all nodes told in time.
+            NodeLost: not all nodes reported in time.
         """
         return decide(ending)
 
     def leave(self) -> None:
-        """The last decision was made."""
+        """Leave the rendezvous after the last decision."""
 
 
 class MultiNode(SingleNode):
-    """One of several launchers.
+    """Rendezvous of one of several launchers.
 
     Args:
-        check: called while waiting; what it raises ends the wait.
+        check: called while waiting; may raise to end the wait.
 
     Raises:
         NodeLost: node 0's launcher cannot be reached within the job's rdzv_timeout.
@@ -90,22 +90,22 @@ class MultiNode(SingleNode):
         self._looked, self._failed = 0.0, False
         self._set(f"here/{self._job.node}", "")
         if self._job.node == 0:
-            self._await_all("here", "did not come")
+            self._await_all("here", "did not join")
             self._set("number", str(number()))
-        return int(self._await("number", "node 0 did not begin the attempt"))
+        return int(self._await("number", "node 0 did not start the attempt"))
 
     def alarm(self) -> None:
         self._failed = True
         try:
             self._set("alarm", "")
         except NodeLost as error:
-            # Said when it comes to the decision.
+            # Only print it here; the decision that follows will raise it.
             print(f"[launch] {error}", flush=True)
 
     def alarmed(self) -> bool:
         if not self._failed and time.monotonic() - self._looked > _ALARM:
             self._looked = time.monotonic()
-            # Without node 0 no decision can come either.
+            # Without node 0 there can be no decision either.
             try:
                 self._failed = self._there("alarm")
             except NodeLost:
@@ -115,11 +115,11 @@ class MultiNode(SingleNode):
     def decide(self, ending: Ending, decide: Callable[[Ending], Decision]) -> Decision:
         self._set(f"ending/{self._job.node}", json.dumps(asdict(ending)))
         if self._job.node == 0:
-            endings = [_ending(text) for text in self._await_all("ending", "did not say how the attempt ended there")]
+            endings = [_ending(text) for text in self._await_all("ending", "did not report the end of the attempt")]
             self._set("decision", json.dumps(asdict(decide(combined(endings)))))
-        said = json.loads(self._await("decision", "node 0 did not say what follows"))
+        decision = json.loads(self._await("decision", "node 0 did not post a decision"))
         self._set(f"seen/{self._job.node}", "")
-        return Decision(**{**said, "code": Exit(said["code"])})
+        return Decision(**{**decision, "code": Exit(decision["code"])})
 
     def leave(self) -> None:
         deadline = time.monotonic() + _FAREWELL
@@ -136,12 +136,12 @@ class MultiNode(SingleNode):
         deadline = time.monotonic() + self._job.rdzv_timeout
         while not self._ask(lambda: self._store.check([self._rounds])):
             if time.monotonic() > deadline:
-                raise NodeLost(f"node 0 did not begin within {self._job.rdzv_timeout:g} s.")
+                raise NodeLost(f"node 0 did not start within {self._job.rdzv_timeout:g} s.")
             self._pause("here")
         self._round = int(self._ask(lambda: self._store.get(self._rounds)))
         if not self._there(f"here/{self._job.node}"):
             return self._round
-        # An earlier launcher of this node took part in it, and cannot say how it ended.
+        # An earlier launcher of this node took part in this round and can no longer report its ending.
         text = f"the launcher of node {self._job.node} was lost and started again"
         attempt = int(self._get("number")) if self._there("number") else 0
         record(self._job.run_dir, "death", text, attempt=attempt)
@@ -151,7 +151,7 @@ class MultiNode(SingleNode):
 
     @property
     def _rounds(self) -> str:
-        """Where node 0 says which round it is."""
+        """Key under which node 0 posts the number of the round."""
         return f"anymal/{self._job.identity}/round"
 
     def _connect(self) -> Any:
@@ -194,7 +194,7 @@ class MultiNode(SingleNode):
         return [self._get(f"{what}/{node}") for node in range(self._job.nodes)]
 
     def _await(self, what: str, failed: str) -> str:
-        # Node 0 itself waits for all nodes first.
+        # Twice the timeout, since node 0 itself waits for all nodes first.
         deadline = time.monotonic() + 2 * self._job.rdzv_timeout
         while not self._there(what):
             if time.monotonic() > deadline:
@@ -203,7 +203,7 @@ class MultiNode(SingleNode):
         return self._get(what)
 
     def _pause(self, what: str) -> None:
-        # A wish to stop ends the wait for an attempt; how one ended is still agreed on.
+        # A stop request ends the wait for an attempt, but not the agreement on how one ended.
         if what in ("here", "number"):
             self._check()
         time.sleep(_LOOK)
@@ -229,13 +229,13 @@ class MultiNode(SingleNode):
 
 
 def join_rendezvous(job: Job, check: Callable[[], None]) -> SingleNode:
-    """The way to agree that a job needs."""
+    """Join the rendezvous that a job needs."""
     return MultiNode(job, check) if job.nodes > 1 else SingleNode()
 
 
 def _ending(text: str) -> Ending:
-    said = json.loads(text)
-    return Ending(**{**said, "code": Exit(said["code"])})
+    fields = json.loads(text)
+    return Ending(**{**fields, "code": Exit(fields["code"])})
 
 
 def _first_line(error: BaseException) -> Optional[str]:

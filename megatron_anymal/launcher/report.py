@@ -1,4 +1,4 @@
-"""RUN/report.md: what happened to a run, for a person who comes to it afterwards."""
+"""RUN/report.md: human-readable report on the course and outcome of a run."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.telemetry import duration
 
 REPORT = "report.md"
-# What is shown of long lists: the newest.
+# Number of newest entries shown of long lists.
 _EVENTS, _FAILURES, _SAMPLES = 100, 10, 50
 
 NEXT = {
     Exit.DONE: "Nothing: the run is complete.",
-    Exit.CRASH: "Mend the cause above, or start the same command again: it goes on from the last good checkpoint.",
-    Exit.MISTAKE: "Mend what the message above names, then start the same command again.",
-    Exit.REQUEUE: "Start the same command again (a scheduler may do so): it goes on from the last good checkpoint.",
-    Exit.HANG: "Look at the stacks named above, then start the same command again.",
+    Exit.CRASH: "Fix the cause (see below), or start the same command again: it resumes from the last good checkpoint.",
+    Exit.MISTAKE: "Fix the problem named in the message above, then start the same command again.",
+    Exit.REQUEUE: "Start the same command again (a scheduler may do so): it resumes from the last good checkpoint.",
+    Exit.HANG: "Check the stacks named below, then start the same command again.",
     Exit.NOT_FINITE: (
-        "Look at the samples of the skipped steps below and at the losses before them. Lower model.optim.lr or "
-        "trainer.gradient_clip_val, or mend the data, then start again."
+        "Check the samples of the skipped steps below and the losses before them. Lower model.optim.lr or "
+        "trainer.gradient_clip_val, or fix the data, then start again."
     ),
-    Exit.NO_CHECKPOINT: "Restore a checkpoint from a copy, or start anew in another folder.",
-    Exit.CRASH_LOOP: "Starting again would fail again: mend the first cause above, then start the same command.",
-    Exit.LOCKED: "Let the other job end or stop it, or name another folder (exp_manager.explicit_log_dir).",
+    Exit.NO_CHECKPOINT: "Restore a checkpoint from a backup, or start over in another folder.",
+    Exit.CRASH_LOOP: "Restarting would fail again: fix the first cause (see below), then start the same command.",
+    Exit.LOCKED: "Wait for the other job to end, stop it, or use another folder (exp_manager.explicit_log_dir).",
     Exit.SAVE_FAILED: (
-        "Make room or mend the file system of the checkpoints, then start the same command again: it goes on from the "
-        "last good checkpoint."
+        "Free disk space or fix the file system of the checkpoints, then start the same command again: it resumes from "
+        "the last good checkpoint."
     ),
 }
 
 
 def write_report(run_dir: Path, code: Exit, text: str) -> Path:
-    """Write the report of a run that has just ended; returns its path.
+    """Write the report of a run that has just ended, and return its path.
 
     Args:
-        code: how it ended.
-        text: why.
+        code: the run's exit code.
+        text: the reason for it.
 
     Raises:
-        OSError: it could not be written.
+        OSError: the report could not be written.
     """
     path = run_dir / REPORT
-    part = run_dir / f".{REPORT}.{os.getpid()}"
+    temporary = run_dir / f".{REPORT}.{os.getpid()}"
     try:
-        part.write_text(compose_report(run_dir, code, text))
-        part.replace(path)
+        temporary.write_text(compose_report(run_dir, code, text))
+        temporary.replace(path)
     finally:
-        part.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return path
 
 
 def compose_report(run_dir: Path, code: Exit, text: str) -> str:
-    """The report as text."""
+    """Compose the text of the report."""
     events = read(run_dir)
     last = _last_good(run_dir)
     effective = effective_time(run_dir, events, complete=code == Exit.DONE, kept=step_of(last) if last else 0)
@@ -90,9 +90,9 @@ def _summary(
         f"- **Exit code {int(code)}**: {code.meaning}.",
         *([f"- Why: {_one_line(text)}"] if text and text != code.meaning else []),
         f"- Attempts: {len(attempts)}; last good checkpoint: {f'step {step_of(last)}' if last else 'none'}; furthest "
-        f"step told of: {reached if reached >= 0 else 'none'}.",
+        f"step recorded: {reached if reached >= 0 else 'none'}.",
         f"- Effective training time: {ratio} (see Time).",
-        f"- All events: {EVENTS}; what the ranks printed: logs/.",
+        f"- All events: {EVENTS}; output of the ranks: logs/.",
         "",
     ]
     return "\n".join(lines)
@@ -108,7 +108,7 @@ def _told_failures(found: list[Failure]) -> list[str]:
         lines += [f"### Attempt {failure.attempt}: {_place(failure.first)}", "", _one_line(failure.first["text"]), ""]
         lines += _evidence(failure.first)
         if failure.others:
-            lines += ["After it, and probably because of it:", ""]
+            lines += ["Afterwards, and probably as a consequence:", ""]
             lines += [f"- {_place(event)}: {_one_line(event['text'])}" for event in failure.others]
             lines.append("")
     return lines
@@ -122,7 +122,7 @@ def _evidence(event: Mapping[str, Any]) -> list[str]:
             lines += ["```", str(event[name]).rstrip(), "```", ""]
     for rank, frames in (event.get("where") or {}).items():
         if frames:
-            lines += [f"Where rank {rank} was, innermost first:", "", "```", *frames[:12], "```", ""]
+            lines += [f"Main thread of rank {rank}, innermost frame first:", "", "```", *frames[:12], "```", ""]
     if event.get("stacks"):
         lines += [f"Stacks of all threads: {', '.join(str(path) for path in event['stacks'].values())}", ""]
     return lines
@@ -146,19 +146,19 @@ def _skipped(run_dir: Path, events: list[dict[str, Any]]) -> list[str]:
     for row in rows[-_SAMPLES:]:
         samples = [str(sample) for sample in row.get("samples") or []]
         more = f" and {len(samples) - _SAMPLES} more" if len(samples) > _SAMPLES else ""
-        lines.append(f"- step {row.get('step')}: {', '.join(samples[:_SAMPLES]) or 'samples not told'}{more}")
+        lines.append(f"- step {row.get('step')}: {', '.join(samples[:_SAMPLES]) or 'samples unknown'}{more}")
     unread = len(_rows(run_dir / "skipped_samples.jsonl"))
     if unread:
-        lines += ["", f"Samples left out of their steps: {unread}, listed in skipped_samples.jsonl."]
+        lines += ["", f"Samples left out of steps: {unread}, listed in skipped_samples.jsonl."]
     return lines
 
 
 def _checkpoints(last: Optional[Path], events: list[dict[str, Any]]) -> list[str]:
-    told = (
-        f"Last good one: {last} (its manifest is whole; the files are verified when it is read)." if last else "None."
+    newest = (
+        f"Last good checkpoint: {last} (its manifest is valid; its files are verified on load)." if last else "None."
     )
     failed = [f"- step {e.get('step')}: {_one_line(e['text'])}" for e in events if e["kind"] == "save_failed"]
-    return [told, "", *(["Saves that failed:", "", *failed] if failed else ["No save failed."])]
+    return [newest, "", *(["Failed saves:", "", *failed] if failed else ["No save failed."])]
 
 
 def _stragglers(events: list[dict[str, Any]]) -> list[str]:
@@ -168,23 +168,24 @@ def _stragglers(events: list[dict[str, Any]]) -> list[str]:
         for rank in ranks:
             times.setdefault(f"rank {rank}", []).append(int(event.get("step", -1)))
     return [
-        f"- {rank}: slow in {len(steps)} log lines, the first at step {min(steps)}, the last at step {max(steps)}"
+        f"- {rank}: slow in {len(steps)} log lines, first at step {min(steps)}, last at step {max(steps)}"
         for rank, steps in sorted(times.items())
     ]
 
 
 def _told_time(effective: Effective) -> list[str]:
     if not effective.wall:
-        return ["No start was told of."]
+        return ["No start was recorded."]
     return [
         f"- Wall time since the first start: {duration(effective.wall)} ({effective.wall:.1f} s)",
         f"- Productive: {duration(effective.productive)} ({effective.productive:.1f} s) in {effective.steps} steps",
         f"- Effective-training-time ratio: {effective.ratio:.4f}",
         "",
-        "Formula: productive seconds / wall seconds since the run's first start. Productive are the seconds of the "
-        "steps that survived: for each line of metrics.jsonl its step_seconds times the steps since the line before. "
-        "Steps that were lost and made again count once; where the run is not complete, only those up to the last good "
-        "checkpoint. Start-up, validation, waits for saves, lost steps and time between jobs are not productive.",
+        "Formula: productive seconds / wall seconds since the run's first start. Productive time is that of the steps "
+        "that survived: for each line of metrics.jsonl, its step_seconds times the number of steps since the previous "
+        "line. Steps that were lost and repeated count once; if the run is not complete, only steps up to the last "
+        "good checkpoint count. Startup, validation, waits for saves, lost steps and time between jobs are not "
+        "productive.",
     ]
 
 
@@ -217,12 +218,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(errors="replace").splitlines()
     except OSError:
         return []
-    found = []
+    rows = []
     for line in lines:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(row, dict):
-            found.append(row)
-    return found
+            rows.append(row)
+    return rows

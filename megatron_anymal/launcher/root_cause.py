@@ -1,4 +1,4 @@
-"""Which failure of an attempt came first, and which ones followed from it."""
+"""Separate the first failure of an attempt from the failures it caused."""
 
 from __future__ import annotations
 
@@ -8,36 +8,36 @@ from dataclasses import dataclass
 from typing import Any
 
 _KINDS = ("death", "hang", "exception")
-# A death by a signal is noticed from outside, a moment later than an exception that it caused in another rank.
+# Seconds. A death by a signal is only noticed by the launcher, after an exception it may have caused in another rank.
 _NOTICED_LATE = 2.0
-# Signals that a process gets, or sends itself, because another one has failed.
+# Signals that a process receives, or sends to itself, because another one has failed.
 _FOLLOWING = (signal.SIGABRT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What failed in one attempt."""
+    """Failure of one attempt."""
 
     attempt: int
-    # The event of what came first.
+    # Event of the first failure.
     first: Mapping[str, Any]
-    # Those of what followed, in order.
+    # Events of the failures that followed, in order.
     others: tuple[Mapping[str, Any], ...]
 
 
 def failures(events: Sequence[Mapping[str, Any]]) -> list[Failure]:
-    """The failures among a run's events, in order, one an attempt."""
-    of_attempt: dict[int, list[Mapping[str, Any]]] = {}
+    """Failures among a run's events, one per failed attempt, in order."""
+    by_attempt: dict[int, list[Mapping[str, Any]]] = {}
     for event in events:
         if event["kind"] in _KINDS:
-            of_attempt.setdefault(int(event.get("attempt", 0)), []).append(event)
-    return [_sorted(attempt, found) for attempt, found in sorted(of_attempt.items())]
+            by_attempt.setdefault(int(event.get("attempt", 0)), []).append(event)
+    return [_sorted(attempt, failed) for attempt, failed in sorted(by_attempt.items())]
 
 
 def _sorted(attempt: int, found: list[Mapping[str, Any]]) -> Failure:
-    told = {event.get("rank") for event in found if event["kind"] == "exception"}
-    # What a rank says of its own end says more than its exit code.
-    found = [e for e in found if not (e["kind"] == "death" and "signal" not in e and e.get("rank") in told)]
+    raised = {event.get("rank") for event in found if event["kind"] == "exception"}
+    # The exception that a rank recorded is more informative than its exit code.
+    found = [e for e in found if not (e["kind"] == "death" and "signal" not in e and e.get("rank") in raised)]
     ordered = sorted(found, key=_when)
     return Failure(attempt, ordered[0], tuple(ordered[1:]))
 
@@ -48,6 +48,6 @@ def _when(event: Mapping[str, Any]) -> float:
         return at - _NOTICED_LATE
     if event["kind"] != "hang" or not event.get("ranks"):
         return at
-    # Of several nodes that see the same hang, the one that has the rank that causes it: what is seen of a stopped
-    # process is certain, a rank that does not come to a collective operation may wait for one of another node.
+    # If several nodes report the same hang, the one with the rank that causes it comes first. A stopped process is
+    # certain evidence; a rank that does not reach a collective operation may be waiting for one on another node.
     return at - _NOTICED_LATE * (1 if event.get("cause") == "collective" else 2)

@@ -1,4 +1,4 @@
-"""What the user or the scheduler asks a launcher for, by signals."""
+"""Stop requests that the user or the scheduler sends to a launcher as signals."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Optional
 
-# Passed on to the ranks, which stop with a checkpoint; Ctrl-C goes to them as a SIGTERM.
+# Forwarded to the ranks, which stop with a checkpoint; Ctrl-C is forwarded as SIGTERM.
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Seconds after which a second Ctrl-C is not taken for the first one pressed twice.
+# A second Ctrl-C within this many seconds is taken for an accidental repeat.
 _TWICE = 0.5
 
 
 class Stopped(Exception):
-    """A wish to stop came while nothing ran."""
+    """A stop was requested while no rank was running."""
 
 
 class StopRequests:
-    """Signals that came."""
+    """Stop requests received so far."""
 
     def __init__(self) -> None:
-        # What to pass on to the ranks; None: nothing.
+        # Signal to forward to the ranks; None if no stop was requested.
         self.stop: Optional[signal.Signals] = None
-        # End at once, without a checkpoint.
+        # Whether to end at once, without a checkpoint.
         self.now = False
         self._interrupted = 0.0
 
     def check(self) -> None:
-        """Raise Stopped where a stop is wished for."""
+        """Raise Stopped if a stop was requested."""
         if self.stop is not None:
             raise Stopped
 
     def sleep(self, seconds: float) -> None:
-        """Wait; raise Stopped as soon as a stop is wished for."""
+        """Wait; raise Stopped as soon as a stop is requested."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             self.check()
@@ -44,7 +44,7 @@ class StopRequests:
 
     @contextmanager
     def heard(self) -> Iterator[None]:
-        """Take signals for stop_requests while the block runs; in the main thread."""
+        """Treat signals as stop requests while the block runs. Must be called in the main thread."""
         before: dict[int, Any] = {number: signal.signal(number, self._note) for number in _STOPPING}
         try:
             yield

@@ -1,4 +1,4 @@
-"""Attempts at a run, one after the other, until it is done, stopped, or does not get on."""
+"""Run a job in successive attempts until it is done, is stopped, or stops making progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_anymal.resilience.exit_codes import Exit
 
 
 class Supervisor:
-    """Runs a job on this node, together with the supervisors of the others.
+    """Runs a job on this node, in coordination with the supervisors of the other nodes.
 
     Raises:
         ConfigError: the run's folder cannot be written.
@@ -65,7 +65,7 @@ class Supervisor:
         return rendezvous.decide(ending, restarts.decide)
 
     def _end(self, decision: Decision) -> None:
-        """Tell the user, and write the report; not in a folder that is another job's."""
+        """Print the outcome and write the report, unless the folder belongs to another job."""
         code = decision.code
         self._say(
             f"exit code {int(code)}, {code.meaning}" + (f": {decision.text}" if decision.text != code.meaning else "")

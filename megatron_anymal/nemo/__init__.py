@@ -1,1 +1,1 @@
-"""NeMo around the engine: launch, run folder, loggers, model classes. The only place that imports NeMo or Lightning."""
+"""NeMo integration: launch, run folder, loggers, model class. The only package that imports NeMo or Lightning."""

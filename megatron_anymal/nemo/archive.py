@@ -1,9 +1,9 @@
-"""`.nemo` archives that stand alone: configuration, all weights, and the folders the configuration names.
+"""Self-contained `.nemo` archives: the configuration, all weights, and the folders named in the configuration.
 
-An uncompressed tar with
-    model_config.yaml            the configuration; the Llama's shape in it, paths into the archive begin with "nemo:"
-    model_weights.safetensors    every weight, gathered, frozen parts too
-    encoders/NAME/               each encoder's folder, where one was given: its preprocessing belongs to the model
+An archive is an uncompressed tar with
+    model_config.yaml            configuration, including the Llama's; paths into the archive begin with "nemo:"
+    model_weights.safetensors    all weights, unsharded, including frozen ones
+    encoders/NAME/               folder of each encoder that has one, since its preprocessing is part of the model
     tokenizer/
 """
 
@@ -25,19 +25,19 @@ from megatron_anymal.safetensors_io import SafetensorsFile, TensorFileError
 
 CONFIG_NAME = "model_config.yaml"
 WEIGHTS_NAME = "model_weights.safetensors"
-# A path into the archive.
+# Marks a path into the archive.
 PREFIX = "nemo:"
-# Other libraries' copies of weights that a HuggingFace folder may hold beside the ones read.
+# Weights in the formats of other libraries, and documentation, which a HuggingFace folder may also contain.
 _UNUSED_SUFFIXES = {".h5", ".msgpack", ".ot", ".onnx", ".md"}
 
 
 def write(path: Path, config_yaml: str, folders: Mapping[str, Path], tensors: Mapping[str, Tensor]) -> None:
-    """Write an archive: under another name first, so that no half of one is ever found under `path`.
+    """Write an archive atomically: to a staging directory first, then renamed to `path`.
 
     Args:
         config_yaml: contents of model_config.yaml.
-        folders: place in the archive -> folder (or single file) to copy.
-        tensors: every weight.
+        folders: path in the archive -> folder (or single file) to copy.
+        tensors: all weights.
     """
     from safetensors.torch import save_file
 
@@ -46,8 +46,8 @@ def write(path: Path, config_yaml: str, folders: Mapping[str, Path], tensors: Ma
         root = Path(staging) / "archive"
         root.mkdir()
         (root / CONFIG_NAME).write_text(config_yaml, encoding="utf-8")
-        for place, source in folders.items():
-            _copy(source, root / place)
+        for name, source in folders.items():
+            _copy(source, root / name)
         save_file(_unshared(tensors), root / WEIGHTS_NAME, metadata={"format": "pt"})
         packed = Path(staging) / path.name
         with tarfile.open(packed, "w:") as tar:
@@ -57,13 +57,16 @@ def write(path: Path, config_yaml: str, folders: Mapping[str, Path], tensors: Ma
 
 
 def read(path: Path, folder: Path) -> tuple[str, SafetensorsFile]:
-    """Open an archive: its configuration's text and its weights; everything but the weights is unpacked to `folder`.
+    """Open an archive and unpack everything except the weights to `folder`.
+
+    Returns:
+        The text of its configuration, and its weights.
 
     Raises:
         ConfigError: there is no such file, or it is not an archive written by `write`.
     """
     if not path.is_file():
-        raise ConfigError(f"there is no file {path}. Name a .nemo archive made by save_to.")
+        raise ConfigError(f"there is no file {path}. Give the path of a .nemo archive written by save_to.")
     try:
         with tarfile.open(path, "r:") as tar:
             members = {member.name.removeprefix("./"): member for member in tar.getmembers()}
@@ -83,13 +86,16 @@ def read(path: Path, folder: Path) -> tuple[str, SafetensorsFile]:
 
 
 def portable(config: RunConfig, llama: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Path]]:
-    """The configuration with its folders pointing into the archive, and the folders to put there.
+    """Point the folders of a configuration into the archive.
 
-    Data folders and plug-in files stay where they are: they are not part of the model.
+    Paths of data folders and plug-in files are kept, since they are not part of the model.
 
     Args:
         config: the run's configuration.
-        llama: the shape of its Llama, as keys of a transformers LlamaConfig.
+        llama: configuration of its Llama, as keys of a transformers LlamaConfig.
+
+    Returns:
+        The changed configuration, and the folders to copy: path in the archive -> source.
     """
     result = from_dict(config.to_dict())
     folders: dict[str, Path] = {}
@@ -102,13 +108,13 @@ def portable(config: RunConfig, llama: Mapping[str, Any]) -> tuple[RunConfig, di
     if result.data.tokenizer:
         folders["tokenizer"] = Path(result.data.tokenizer)
         result.data.tokenizer = f"{PREFIX}tokenizer"
-    # The archive's weights are what this would have loaded.
+    # The archive's weights already include what this would load.
     result.model.restore_from_path = ""
     return result, folders
 
 
 def unpacked(config: RunConfig, folder: Path) -> RunConfig:
-    """`portable`'s configuration with its paths leading to the unpacked `folder`."""
+    """Point the paths of a configuration from `portable` to the unpacked `folder`."""
     result = from_dict(config.to_dict())
 
     def local(path: str) -> str:
@@ -132,7 +138,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, no two in one memory (a tied head), as safetensors wants them."""
+    """Copy tensors to the CPU, contiguous and without shared memory (tied weights), as safetensors requires."""
     result: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
-"""`anymal pretrain`, `sft` and `dpo`: hydra_runner -> engine set-up -> unfitted Trainer -> exp_manager -> the loop.
+"""`anymal pretrain`, `sft` and `dpo`: hydra_runner -> engine setup -> unfitted Trainer -> exp_manager -> training loop.
 
-Lightning's loop does not drive the training: the engine's step is the only clock, so that checkpoints, resume, signals
-and the logged step agree. NeMo gives the command line, the run folder and the loggers.
+Lightning's loop is not used for training. The engine keeps the only step counter, so that checkpoints, resume, signals
+and logs agree on the step. NeMo provides the command line, the run folder and the loggers.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from megatron_anymal.parallel import ParallelLayout
 
-# What exp_manager writes into the run folder at every start.
+# Files that exp_manager writes into the run folder at every start.
 _NEMO_FILES = {"cmd-args.log", "git-info.log", "nemo_error_log.txt", "lightning_logs.txt"}
 
 _EPILOG = """overrides:
@@ -53,7 +53,7 @@ def pretrain(argv: Sequence[str]) -> int:
     """Run alignment pre-training; return the exit code.
 
     Raises:
-        ConfigError: a setting that cannot work; before any process group or file is touched.
+        ConfigError: a setting cannot work; raised before any process group or file is created.
     """
     return _main("pretrain", "Align modalities to a frozen Llama.", argv)
 
@@ -91,16 +91,16 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
         _check_loggers(composed.config)
         print_dry_run(composed.config)
         return 0
-    # From here on, which is before anything slow is imported, a signal is a wish to stop.
+    # From here on, which is before the slow imports, a signal is a stop request.
     with stop_signals.handle_stop_signals():
         return int(_run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed))
 
 
 def run(config: RunConfig) -> Exit:
-    """Train with the engine, under NeMo's run folder and loggers; called on every rank.
+    """Train with the engine, using NeMo's run folder and loggers. Called on every rank.
 
     Returns:
-        DONE, or REQUEUE where the run was asked to stop before its end.
+        DONE, or REQUEUE if the run was asked to stop before its end.
     """
     try:
         return _run(config)
@@ -118,23 +118,23 @@ def _run(config: RunConfig) -> Exit:
     _check_loggers(config)
     check_run(config)
     with heartbeat.publish(config.run_dir):
-        # Before the Trainer: Lightning would undo what the engine does to this process's torch.
+        # Must precede the Trainer: after it, Lightning would undo the engine's setup of torch.
         layout = initialize(config)
         trainer = unfitted_trainer(config)
-        # Before exp_manager, which moves files of the run's folder.
+        # Must precede exp_manager, which moves files in the run's folder.
         with run_lock(config.run_dir, config.exp_manager.lock_timeout_seconds):
             manage_experiment(trainer, config, layout)
             outcome = MegatronAnyMALModel(config, trainer, layout=layout).fit()
-        # Only after success: with a rank gone the others would wait for it here.
+        # Only after success: if a rank has failed, the others would wait for it here.
         shutdown()
     return outcome
 
 
 def unfitted_trainer(config: RunConfig) -> Trainer:
-    """A Lightning Trainer that carries the loggers and is never fitted.
+    """Create a Lightning Trainer that only holds the loggers and is never fitted.
 
-    One CPU device and the plain environment, whatever the job's size: the processes and devices are the engine's, and
-    Lightning's own checks of a torchrun or Slurm environment would refuse jobs that the engine runs.
+    It always gets one CPU device and the plain environment: the engine manages processes and devices, and Lightning's
+    own checks of a torchrun or Slurm environment would refuse jobs that the engine can run.
     """
     from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.pytorch import Trainer
@@ -154,10 +154,10 @@ def unfitted_trainer(config: RunConfig) -> Trainer:
 
 
 def manage_experiment(trainer: Trainer, config: RunConfig, layout: ParallelLayout) -> None:
-    """Let NeMo's exp_manager make the run folder and, on the reporting rank, the loggers.
+    """Create the run folder and, on the reporting rank, the loggers with NeMo's exp_manager.
 
-    The other keys of the section are the engine's: max_time_per_run, resume_if_exists, resume_ignore_no_checkpoint and
-    checkpoint.
+    The other keys of the section are handled by the engine: max_time_per_run, resume_if_exists,
+    resume_ignore_no_checkpoint and checkpoint.
     """
     import logging
 
@@ -166,14 +166,14 @@ def manage_experiment(trainer: Trainer, config: RunConfig, layout: ParallelLayou
 
     section = config.exp_manager
     previous = nemo_logging.getEffectiveLevel()
-    # At INFO it prints its whole schema.
+    # At INFO, exp_manager prints its whole schema.
     nemo_logging.setLevel(logging.WARNING)
     try:
         _move_only_nemos_files()
         exp_manager(
             trainer,
             {
-                # One folder for all runs of a job: with exp_dir, a resumed run would open another version's.
+                # All starts of a run share one folder; with exp_dir, a resumed run would open another version's folder.
                 "explicit_log_dir": str(config.run_dir),
                 "create_tensorboard_logger": section.create_tensorboard_logger and layout.reports,
                 "create_wandb_logger": section.create_wandb_logger and layout.reports,
@@ -189,16 +189,17 @@ def manage_experiment(trainer: Trainer, config: RunConfig, layout: ParallelLayou
     finally:
         nemo_logging.setLevel(previous)
     if layout.reports:
-        # Made also where there is no file of its own to move, as at a run's first start.
+        # exp_manager creates these even if it has no file to move, as at the first start of a run.
         for folder in config.run_dir.glob("run_[0-9]*"):
             with suppress(OSError):
                 folder.rmdir()
 
 
 def _move_only_nemos_files() -> None:
-    """Where a run is started again, exp_manager moves every file of its folder to run_N/: only its own may go.
+    """Restrict exp_manager to moving its own files.
 
-    The engine continues its metrics and its list of skipped samples where the run was cut off.
+    When a run is restarted, exp_manager moves every file in its folder to run_N/. The engine, however, continues its
+    metrics and its list of skipped samples where the run was interrupted.
     """
     module = importlib.import_module("nemo.utils.exp_manager")
 
@@ -216,7 +217,7 @@ def _check_loggers(config: RunConfig) -> None:
         if section.wandb_logger_kwargs:
             raise ConfigError(
                 "exp_manager.wandb_logger_kwargs is set but exp_manager.create_wandb_logger is false. Set it to true, "
-                "or empty the arguments."
+                "or remove the arguments."
             )
         return
     missing = [name for name in ("name", "project") if name not in section.wandb_logger_kwargs]
@@ -238,25 +239,25 @@ def _run_under_hydra(config_name: str, config_dir: Path, composed: Composed) -> 
 
     failures: list[Exception] = []
     outcomes: list[Exit] = []
-    given = sys.argv
+    original_argv = sys.argv
 
     def task(cfg: DictConfig) -> None:
         from omegaconf import OmegaConf
 
-        # exp_manager writes the command into the run folder: the user's.
-        sys.argv = given
-        # Hydra would print its own abridged traceback and exit with 1 for a user's mistake too.
+        # exp_manager writes the command into the run folder; it must be the user's.
+        sys.argv = original_argv
+        # Hydra would print its own abridged traceback and exit with 1 even for user errors.
         try:
             outcomes.append(run(_typed(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))))
         except Exception as error:
             failures.append(error)
 
     overrides = [*search_path_override(config_dir), *composed.hydra_overrides]
-    sys.argv = [given[0], *overrides]
+    sys.argv = [original_argv[0], *overrides]
     try:
         hydra_runner(config_path=str(config_dir), config_name=config_name)(task)()
     finally:
-        sys.argv = given
+        sys.argv = original_argv
     if failures:
         raise failures[0]
     return outcomes[0]
@@ -279,7 +280,7 @@ def _parser(job: str, description: str) -> argparse.ArgumentParser:
     parser.add_argument("--print-config", action="store_true", help="print every value and its origin, then stop")
     parser.add_argument("--explain", action="store_true", help="with --print-config: also what each key means")
     parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print what each rank would hold, then stop; no GPU"
+        "--dry-run", action="store_true", help="check everything, print the plan for each rank, then stop; needs no GPU"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="see below")
     return parser

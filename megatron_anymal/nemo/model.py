@@ -1,4 +1,4 @@
-"""The NeMo model class: configuration and construction; the engine's own loop trains it."""
+"""NeMo model class for configuration and construction; the engine's own loop trains it."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from megatron_anymal.parallel import ParallelLayout
     from megatron_anymal.safetensors_io import SafetensorsFile
 
-# ModelPT keeps one configuration and refuses a key `model` in it: the whole run's stands one level down.
+# ModelPT keeps one configuration and refuses a key `model` in it, so the run's configuration is nested under this key.
 RUN_KEY = "run"
 
 
 def to_cfg(config: RunConfig) -> DictConfig:
-    """The configuration as ModelPT keeps it and as it stands in an archive: `{"run": {trainer, exp_manager, ...}}`."""
+    """Pack a configuration in the form used by ModelPT and in archives: `{"run": {trainer, exp_manager, ...}}`."""
     return OmegaConf.create({RUN_KEY: config.to_dict()})
 
 
 def from_cfg(cfg: DictConfig) -> RunConfig:
-    """The configuration that `to_cfg` packed.
+    """Unpack a configuration packed by `to_cfg`.
 
     Raises:
-        ConfigError: `cfg` has no section `run`, or an unknown key or a wrong type in it.
+        ConfigError: `cfg` has no section `run`, or the section has an unknown key or a value of the wrong type.
     """
     if RUN_KEY not in cfg:
         raise ConfigError(
-            f"the configuration has no section `{RUN_KEY}`. Pass an RunConfig, or what restore_from(..., "
-            "return_config=True) returns."
+            f"the configuration has no section `{RUN_KEY}`. Pass a RunConfig, or the result of restore_from(..., "
+            "return_config=True)."
         )
     values = OmegaConf.to_container(cfg[RUN_KEY], resolve=True)
     assert isinstance(values, dict)
@@ -50,13 +50,13 @@ def from_cfg(cfg: DictConfig) -> RunConfig:
 class MegatronAnyMALModel(ModelPT):
     """AnyMAL on Megatron-Core: `MegatronAnyMALModel(config, trainer).fit()`.
 
-    The parameters live in megatron-core's sharded modules (`state.models`), built at the first use of `state`, not in
-    this LightningModule: Lightning neither moves, wraps, counts nor saves them.
+    The parameters are held by megatron-core's sharded modules (`state.models`), built at the first use of `state`, not
+    by this LightningModule: Lightning neither moves, wraps, counts nor saves them.
 
     Args:
-        cfg: the run's configuration, or what `to_cfg` makes of it.
+        cfg: the run's configuration, or the result of `to_cfg`.
         trainer: an unfitted Lightning Trainer; `fit` uses its loggers. None logs to the run folder only.
-        layout: this process's place in the job, where the engine is already set up; None sets it up at first use.
+        layout: this process's parallel layout if the engine is already set up; None sets it up at first use.
     """
 
     def __init__(
@@ -67,22 +67,22 @@ class MegatronAnyMALModel(ModelPT):
         self.config = config
         self.layout = layout
         self._state: Any = None
-        # Weights of an archive, loaded once the model is built, and the folder its files were unpacked to.
+        # Weights of an archive, loaded when the model is built, and the folder with its other files.
         self._archived: SafetensorsFile | None = None
         self._unpacked: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def state(self) -> Any:
-        """The engine's state (models, optimizer, data); built at first use, on all ranks together.
+        """The engine's state (models, optimizer, data), built at first use. Collective.
 
         Raises:
-            ConfigError: something that cannot be built here.
+            ConfigError: the configuration cannot be built in this environment.
         """
         if self._state is None:
             try:
                 self._build()
             except AttributeError as error:
-                # torch would say of it only that there is no attribute "state".
+                # torch would hide the error behind a message that there is no attribute "state".
                 raise RuntimeError(f"The model could not be built: {error}.") from error
         return self._state
 
@@ -97,15 +97,15 @@ class MegatronAnyMALModel(ModelPT):
             from megatron_anymal.model.unsharded_weights import load_weights
 
             load_weights(self._state.models, self._archived)
-            # It keeps fp32 copies of what it trains.
+            # The optimizer keeps fp32 copies of the weights it trains.
             self._state.optimizer.reload_model_params()
             self._archived = None
 
     def fit(self) -> Exit:
-        """Train to trainer.max_steps in the engine's loop, continuing from the run folder's newest checkpoint.
+        """Train to trainer.max_steps in the engine's loop, resuming from the run folder's newest checkpoint.
 
         Returns:
-            DONE, or REQUEUE where the run was asked to stop before its end.
+            DONE, or REQUEUE if the run was asked to stop before its end.
         """
         from megatron_anymal.generation.validation_answers import SampledAnswers
         from megatron_anymal.train.loop import fit
@@ -117,19 +117,19 @@ class MegatronAnyMALModel(ModelPT):
         return fit(self.state, self.config.run_dir, loggers, answers)
 
     def setup_training_data(self, train_data_config: DictConfig | Mapping[str, Any]) -> None:
-        """Replace the training data; before the first use of `state`.
+        """Replace the training data. Must be called before the first use of `state`.
 
         Args:
-            train_data_config: as the section `data.train`: name -> {"path": folder, "weight": share}.
+            train_data_config: in the form of the section `data.train`: name -> {"path": folder, "weight": share}.
         """
         self.config.data.train = self._datasets("train", train_data_config)
         self._cfg = to_cfg(self.config)
 
     def setup_validation_data(self, val_data_config: DictConfig | Mapping[str, Any]) -> None:
-        """Replace the validation data; before the first use of `state`.
+        """Replace the validation data. Must be called before the first use of `state`.
 
         Args:
-            val_data_config: as the section `data.validation`: name -> {"path": folder, "weight": share}.
+            val_data_config: in the form of the section `data.validation`: name -> {"path": folder, "weight": share}.
         """
         self.config.data.validation = self._datasets("validation", val_data_config)
         self._cfg = to_cfg(self.config)
@@ -141,13 +141,13 @@ class MegatronAnyMALModel(ModelPT):
         return getattr(from_dict({"data": {split: plain}}, f"setup of data.{split}").data, split)
 
     def save_to(self, save_path: str | Path) -> None:
-        """Write a `.nemo` archive that stands alone: all weights, frozen ones too, gathered over the ranks.
+        """Write a self-contained `.nemo` archive with all weights, gathered over the ranks, including frozen ones.
 
-        Called on all ranks together; rank 0 needs memory for the whole model and writes the file. Returns when the
-        file is there.
+        Collective. Rank 0 needs memory for the whole model and writes the file. Returns on all ranks once the file is
+        written.
 
         Raises:
-            OSError: the file could not be written; on every rank.
+            OSError: the file could not be written; raised on every rank.
         """
         from megatron_anymal.model.unsharded_weights import gather_weights
 
@@ -166,7 +166,7 @@ class MegatronAnyMALModel(ModelPT):
             raise OSError(failure[0])
 
     def _llama_keys(self) -> dict[str, Any]:
-        """The Llama's shape: what differs from transformers' defaults."""
+        """Keys of the Llama's configuration that differ from transformers' defaults."""
         return dict(self.state.llama.to_diff_dict())
 
     @classmethod
@@ -179,18 +179,18 @@ class MegatronAnyMALModel(ModelPT):
         layout: ParallelLayout | None = None,
         trust_plugins: bool = False,
     ) -> MegatronAnyMALModel | DictConfig:
-        """The model of a `.nemo` archive; its weights are read, sharded as configured, when `state` is first used.
+        """Create the model from a `.nemo` archive; the weights are loaded, sharded, at the first use of `state`.
 
         Args:
             restore_path: the archive.
-            override_config_path: used instead of the archive's configuration, for another layout or other data: a
-                configuration, or a YAML file of the archive's form. Its "nemo:" paths lead into the archive.
-            return_config: return the archive's configuration only.
-            trust_plugins: import the plug-ins that the archive's configuration names.
+            override_config_path: replaces the archive's configuration, for another layout or other data: a
+                configuration, or a YAML file in the archive's format. Its "nemo:" paths point into the archive.
+            return_config: only return the archive's configuration.
+            trust_plugins: import the plug-ins named in the archive's configuration.
 
         Raises:
-            ConfigError: no such archive, a configuration that is not one of this model, or plug-ins that are not
-                trusted.
+            ConfigError: the archive does not exist, the configuration is not one of this model, or it names plug-ins
+                that are not trusted.
         """
         folder = tempfile.TemporaryDirectory(prefix="nemo-")
         text, tensors = archive.read(Path(restore_path).expanduser().resolve(), Path(folder.name))
@@ -214,7 +214,7 @@ class MegatronAnyMALModel(ModelPT):
 
     @classmethod
     def list_available_models(cls) -> None:
-        """None: no trained model is offered for download."""
+        """Return None: there are no trained models to download."""
         return None
 
     def setup(self, stage: str | None = None) -> NoReturn:
@@ -224,8 +224,8 @@ class MegatronAnyMALModel(ModelPT):
             RuntimeError: always.
         """
         raise RuntimeError(
-            f"trainer.{stage or 'fit'}(model) does not train this model: its loop, checkpoints and step counter are "
-            "the engine's. Call model.fit()."
+            f"trainer.{stage or 'fit'}(model) does not work for this model, because the engine has its own loop, "
+            "checkpoints and step counter. Call model.fit()."
         )
 
     def training_step(self, *args: Any, **kwargs: Any) -> NoReturn:

@@ -1,7 +1,7 @@
-"""What happened to a run, in order: RUN/events.jsonl, one JSON object a line, written by every process.
+"""Event log of a run: RUN/events.jsonl, one JSON object per line, written by every process.
 
-Each line is one write to a file opened for appending, so that lines of several processes do not mix on one machine.
-What a reader cannot parse (half a line of a machine that crashed) is left out.
+Each line is a single write to a file opened for appending, so that lines of processes on one machine do not interleave.
+Readers skip lines they cannot parse, such as a partial line left by a machine that crashed.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 EVENTS = "events.jsonl"
-# Numbers the starts of a run, over all jobs that worked on it; set by the launcher.
+# Number of the attempt, counted over all jobs of the run; set by the launcher.
 ATTEMPT = "ANYMAL_ATTEMPT"
 
 
 def record(run_dir: Path | str, kind: str, text: str, **more: Any) -> None:
-    """Add an event. A failure to write is told on standard error and no more: no event may stop a run.
+    """Append an event. A write failure is only reported on standard error, since it must not stop the run.
 
     Args:
         kind: start, resume, saved, save_failed, skipped_step, stop_requested, stopped, exception, death, hang,
             straggler, restart, crash_loop, locked or end.
-        text: for a person, without the kind.
-        more: further values, or other ones for `rank`, `attempt` and `step` (-1: none of them).
+        text: human-readable description, without the kind.
+        more: further values, or values that replace `rank`, `attempt` or `step` (-1 if there is none).
     """
     event = {
         "time": time.time(),
@@ -52,20 +52,20 @@ def record(run_dir: Path | str, kind: str, text: str, **more: Any) -> None:
 
 
 def read(run_dir: Path | str) -> list[dict[str, Any]]:
-    """The events of a run, in the order of their times; empty without any."""
+    """Events of a run, sorted by time; empty if there are none."""
     try:
         lines = (Path(run_dir) / EVENTS).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
-    found = []
+    events = []
     for line in lines:
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
             continue
         if isinstance(event, dict) and isinstance(event.get("time"), (int, float)) and "kind" in event:
-            found.append(event)
-    return sorted(found, key=lambda event: float(event["time"]))
+            events.append(event)
+    return sorted(events, key=lambda event: float(event["time"]))
 
 
 def _number(variable: str, without: int) -> int:

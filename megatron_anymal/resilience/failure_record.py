@@ -1,4 +1,4 @@
-"""What a process leaves behind when it fails: an event with the traceback; and its end, which waits for nothing."""
+"""Record a process's failure as an event with its traceback, and exit without waiting for other ranks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _told: list[BaseException] = []
 
 
 def record_failure(run_dir: Path, error: BaseException, step: int = -1) -> None:
-    """Add an exception to the run's events, once; not where there is no run folder yet."""
-    if any(error is told for told in _told) or not run_dir.is_dir():
+    """Add an exception to the run's events, once; do nothing if the run folder does not exist yet."""
+    if any(error is recorded for recorded in _told) or not run_dir.is_dir():
         return
     _told.append(error)
     code = code_of(error)
@@ -28,12 +28,12 @@ def record_failure(run_dir: Path, error: BaseException, step: int = -1) -> None:
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process at once: the destructors of process groups would wait for ranks that are gone."""
+    """Exit the process at once; destructors of process groups would wait for ranks that are gone."""
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
-            # The reader of a pipe has left.
+            # The reader of a pipe may be gone.
             continue
     os._exit(code)

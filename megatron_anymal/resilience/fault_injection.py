@@ -1,4 +1,4 @@
-"""Faults on purpose, to rehearse what a run does about them: `resilience.faults` (config/fault_grammar.py)."""
+"""Fault injection, to rehearse recovery from failures: `resilience.faults` (config/fault_grammar.py)."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from typing import Optional
 
 from megatron_anymal.config.fault_grammar import Fault, parse
 
-# Kinds that do not happen in `inject`.
+# Kinds that are not triggered by `inject`.
 _ELSEWHERE = ("nan", "loader_hang", "loader_kill")
 
 
 class InjectedFault(RuntimeError):
-    """What the kind `exception` raises."""
+    """Raised by faults of kind `exception`."""
 
 
 @dataclass
 class _Scheduled:
-    """This rank's faults, and where their marks are kept."""
+    """This rank's faults, and the run folder in which they leave marks."""
 
     faults: tuple[Fault, ...] = ()
     run_dir: Path = Path()
-    # How often each fault's place was reached in a step: (number, step) -> times.
+    # How often each fault's injection point was reached in a step: (id of the fault, step) -> count.
     reached: Optional[dict[tuple[int, int], int]] = None
 
 
@@ -37,33 +37,33 @@ _scheduled = _Scheduled()
 
 
 def schedule(entries: Sequence[str], rank: int, run_dir: Path) -> None:
-    """Take up this rank's faults; those of before are forgotten."""
+    """Schedule this rank's faults, replacing those scheduled earlier."""
     global _scheduled
     _scheduled = _Scheduled(tuple(f for f in map(parse, entries) if f.rank == rank), run_dir, {})
 
 
 def inject(place: str, step: int) -> None:
-    """Let happen what is to happen here. Once a chunk for the place `checkpoint`."""
+    """Trigger any fault scheduled at this point of a step; `checkpoint` is reached once per written chunk."""
     for fault in _scheduled.faults:
-        here = fault.place == place and fault.kind not in _ELSEWHERE
-        if here and _counted(fault, step) and _due(fault, step):
+        matches = fault.place == place and fault.kind not in _ELSEWHERE
+        if matches and _counted(fault, step) and _due(fault, step):
             _ACTIONS[fault.kind](fault)
 
 
 def spoils_gradient(step: int) -> bool:
-    """Whether this rank's gradient is to become not a number."""
+    """Whether this rank's gradient is to be set to NaN."""
     return any(fault.kind == "nan" and _due(fault, step) for fault in _scheduled.faults)
 
 
 def in_loader(worker: int, planned: int) -> None:
-    """As `inject`, in a loader process that begins to read for a step of the plan, which counts from 0."""
+    """As `inject`, in a loader process that starts to read a step of the plan; `planned` counts from 0."""
     for fault in _scheduled.faults:
         if fault.kind.startswith("loader_") and fault.worker == worker and _due(fault, planned + 1):
             _ACTIONS[fault.kind.removeprefix("loader_")](fault)
 
 
 def _counted(fault: Fault, step: int) -> bool:
-    """Whether this is the write that the fault names."""
+    """Whether this is the write at which the fault is scheduled."""
     if fault.place != "checkpoint":
         return True
     assert _scheduled.reached is not None
@@ -93,7 +93,7 @@ def _kill(fault: Fault) -> None:
 
 
 def _raise(fault: Fault) -> None:
-    raise InjectedFault(f"asked for by resilience.faults: {fault.text}")
+    raise InjectedFault(f"injected by resilience.faults: {fault.text}")
 
 
 def _stop(fault: Fault) -> None:
@@ -109,8 +109,8 @@ class _Time(ctypes.Structure):
 
 
 def _hold_gil(fault: Fault) -> None:
-    """Wait in C for a mutex that this thread holds itself: unlike a sleep, no signal ends that."""
-    # PyDLL, unlike CDLL, keeps the lock during a call.
+    """Wait in C for a mutex that this thread already holds; unlike a sleep, no signal interrupts this."""
+    # PyDLL, unlike CDLL, keeps the GIL during a call.
     c = ctypes.PyDLL(None)
     mutex = ctypes.create_string_buffer(128)
     c.pthread_mutex_lock(mutex)

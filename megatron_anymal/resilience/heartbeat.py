@@ -1,8 +1,8 @@
-"""Signs of life: what a rank is doing, in 128 bytes of shared memory that a monitor on the same machine reads.
+"""Heartbeats: a rank's phase and step, in 128 bytes of shared memory read by a monitor on the same machine.
 
 Without the environment variable ANYMAL_HEARTBEATS (a folder, set by the launcher) nothing is written, and a beat costs
-one comparison. Besides its beats, a thread notes twice a second that it runs: it stands still where the process is
-stopped or where something holds Python's global lock.
+one comparison. In addition, a background thread writes the time twice per second; it stalls while the process is
+stopped or something holds the GIL.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ ENVIRONMENT = "ANYMAL_HEARTBEATS"
 SIZE = 128
 ALIVE_EVERY = 0.5
 _MAGIC = b"anymal1\0"
-# Magic, process, rank, step, phase, settled, progress, the last beat, the thread's last beat.
+# Magic, process ID, rank, step, phase, settled, progress, time of the last beat, time of the thread's last beat.
 _FORMAT = struct.Struct("<8sIIqIIqqq")
 _ALIVE = struct.Struct("<q")
 _ALIVE_PLACE = _FORMAT.size - _ALIVE.size
-# All but the thread's own field, which only the thread writes.
+# Everything except the thread's field, which only the thread writes.
 _BODY = struct.Struct("<8sIIqIIqq")
 
 
 class Phase(IntEnum):
-    """What a rank is doing."""
+    """Current activity of a rank."""
 
     START = 0
     DATA = 1
@@ -48,51 +48,51 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank said last."""
+    """Last heartbeat of a rank."""
 
     pid: int
     rank: int
-    # The step under way, counted from 1 as in the log; -1 before the first.
+    # Step in progress, counted from 1 as in the log; -1 before the first step.
     step: int
     phase: Phase
-    # It has finished a step since it started.
+    # The rank has finished a step since it started.
     settled: bool
-    # Grows with every beat.
+    # Incremented with every beat.
     progress: int
-    # time.monotonic_ns() of the main thread's last beat, and of the thread's.
+    # time.monotonic_ns() of the last beat of the main thread and of the background thread.
     beat_ns: int
     alive_ns: int
 
 
 class Heartbeat:
-    """A rank's file of beats.
+    """Heartbeat file of a rank.
 
     Args:
-        path: made anew; it is never seen in part.
+        path: the file; created atomically, replacing an existing one.
     """
 
     def __init__(self, path: Path, rank: int) -> None:
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        part.write_bytes(bytes(SIZE))
-        with part.open("r+b") as file:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_bytes(bytes(SIZE))
+        with temporary.open("r+b") as file:
             self._map = mmap.mmap(file.fileno(), SIZE)
         self._pid, self._rank = os.getpid(), rank
         self._step, self._phase, self._settled, self._progress = -1, Phase.START, False, 0
         self._note_alive()
         self.beat(Phase.START)
-        part.rename(path)
+        temporary.rename(path)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
 
     def beat(self, phase: Optional[Phase] = None, step: Optional[int] = None, *, settled: bool = False) -> None:
-        """Say that there is progress; what is not given stays."""
+        """Report progress; arguments that are not given keep their last value."""
         self._phase = self._phase if phase is None else phase
         self._step = self._step if step is None else step
         self._settled = self._settled or settled
         self._progress += 1
-        # Packed apart and copied at once: pack_into clears the place first, and a monitor that looked just then saw a
-        # rank whose last beat was at time 0. Fields lie at multiples of their sizes, so that each is seen old or new.
+        # Pack first, then copy at once: pack_into zeroes its target first, so a monitor could read a last beat at
+        # time 0. Fields are aligned to their size, so a reader sees each one either old or new.
         self._map[: _BODY.size] = _BODY.pack(
             _MAGIC,
             self._pid,
@@ -105,7 +105,7 @@ class Heartbeat:
         )
 
     def close(self) -> None:
-        """End the thread; the file stays as it is."""
+        """Stop the thread; the file keeps its content."""
         self._stop.set()
         self._thread.join()
         self._map.close()
@@ -119,7 +119,7 @@ class Heartbeat:
 
 
 def read(path: Path) -> Optional[Beat]:
-    """A rank's last beat; None where there is none (yet)."""
+    """Last beat of a rank; None if there is none (yet)."""
     try:
         data = path.read_bytes()
         magic, pid, rank, step, phase, settled, progress, beat_ns, alive_ns = _FORMAT.unpack_from(data)
@@ -134,16 +134,16 @@ _current: Optional[Heartbeat] = None
 
 
 def beat(phase: Optional[Phase] = None, step: Optional[int] = None, *, settled: bool = False) -> None:
-    """As `Heartbeat.beat`, for this process's; nothing where it has none."""
+    """As `Heartbeat.beat`, for this process's heartbeat; does nothing if it has none."""
     if _current is not None:
         _current.beat(phase, step, settled=settled)
 
 
 @contextmanager
 def publish(run_dir: Path) -> Iterator[None]:
-    """Let this rank beat while the block runs, and write all threads' stacks to RUN/stacks/ at a SIGUSR2.
+    """Publish this rank's heartbeat while the block runs, and dump all threads' stacks to RUN/stacks/ on SIGUSR2.
 
-    An orderly end leaves the phase END.
+    The phase is set to END if the block ends without an exception.
     """
     global _current
     rank, folder = int(os.environ.get("RANK", "0")), os.environ.get(ENVIRONMENT)
@@ -163,12 +163,12 @@ def publish(run_dir: Path) -> Iterator[None]:
 def _stacks_at_signal(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        # It works in C: also while the main thread holds Python's lock.
+        # The handler runs in C, so it also works while the main thread holds the GIL.
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=True, chain=False)
         try:
             yield
         finally:
-            # From here on a late signal must not end the process.
+            # From here on, a late signal must not end the process.
             faulthandler.unregister(signal.SIGUSR2)
             signal.signal(signal.SIGUSR2, signal.SIG_IGN)
     if not path.stat().st_size:

@@ -1,7 +1,7 @@
-"""Stopping on request: a signal at any rank, or the time limit, stops all ranks after the same step.
+"""Stop on request: a signal to any rank, or the time limit, stops all ranks after the same step.
 
-A signal only raises a flag. Each training step and each validation batch adds up the flags of all ranks in the
-reduction of its losses, so all learn of it in the same place.
+A signal only sets a flag. Each training step and each validation batch sums the flags of all ranks along with its
+losses, so all ranks see the request at the same point.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any, Optional
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# What asks for a stop, in the order of `stop_flags`.
+# Possible reasons to stop, in the order of `stop_flags`.
 REASONS = ("SIGTERM", "SIGUSR1", "exp_manager.max_time_per_run")
 
 _caught: set[int] = set()
@@ -25,7 +25,7 @@ _active = False
 
 @contextmanager
 def handle_stop_signals() -> Iterator[None]:
-    """Take SIGTERM and SIGUSR1 for wishes to stop while the block runs. Within such a block it changes nothing."""
+    """Treat SIGTERM and SIGUSR1 as stop requests while the block runs. Nested uses have no effect."""
     global _active, _deadline
     if _active or threading.current_thread() is not threading.main_thread():
         yield
@@ -42,19 +42,19 @@ def handle_stop_signals() -> Iterator[None]:
 
 
 def stop_after(seconds: Optional[float]) -> None:
-    """Wish to stop so many seconds from now; None: never."""
+    """Request a stop after the given number of seconds; None means never."""
     global _deadline
     _deadline = None if seconds is None else time.monotonic() + seconds
 
 
 def stop_flags() -> list[float]:
-    """1.0 for each of REASONS that asks this rank to stop, else 0.0."""
+    """1.0 for each of REASONS for which this rank is to stop, else 0.0."""
     late = _deadline is not None and time.monotonic() >= _deadline
     return [*(float(number in _caught) for number in SIGNALS), float(late)]
 
 
 def agreed(sums: Sequence[float]) -> str:
-    """Why to stop, from the wishes of all ranks added up; empty: go on."""
+    """Reasons to stop, from the sums of all ranks' stop flags; empty if the run continues."""
     return " and ".join(reason for reason, count in zip(REASONS, sums) if count)
 
 

@@ -1,4 +1,4 @@
-"""Which rank is slow: each one's own time in a step, without waiting for data and, where it can be told, for others."""
+"""Find slow ranks by their own time per step, without waits for data and, as far as possible, for other ranks."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ RANK_SECONDS = "rank_seconds.jsonl"
 
 
 class OwnTime:
-    """Adds up the time of marked parts of a step: on a GPU that of its work, else the clock's.
+    """Sums the time of marked sections of a step: GPU time on a GPU, else wall time.
 
-    The forward passes are marked: pipeline stages and replicas wait for each other outside of them. Tensor- and
-    context-parallel ranks wait for each other inside, so that a slow one makes all of its group look slow.
+    The forward passes are marked, since pipeline stages and replicas wait for each other outside of them. Tensor- and
+    context-parallel ranks wait for each other inside, so a slow one makes its whole group look slow.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class OwnTime:
 
     @contextmanager
     def counted(self) -> Iterator[None]:
-        """Count what happens in the block."""
+        """Count the time spent in the block."""
         if not self._on_gpu:
             begun = time.perf_counter()
             yield
@@ -45,7 +45,7 @@ class OwnTime:
         self._events.append((begin, end))
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds counted since the last call."""
         if self._events:
             self._events[-1][1].synchronize()
         seconds = self._seconds + sum(begin.elapsed_time(end) for begin, end in self._events) / 1000
@@ -55,23 +55,23 @@ class OwnTime:
 
 
 def look_for_stragglers(own: float, step: int, layout: ParallelLayout, ratio: float, run_dir: Path) -> str:
-    """Gather every rank's own seconds, write them to RUN/rank_seconds.jsonl, and say who is slow. Collective.
+    """Gather every rank's own seconds, write them to RUN/rank_seconds.jsonl, and report slow ranks. Collective.
 
     Args:
-        own: this rank's seconds a step.
+        own: this rank's seconds per step.
         ratio: as for `stragglers`.
 
     Returns:
-        The slow ranks and their times, on the reporting rank; empty without any.
+        The slow ranks and their times, on the reporting rank; empty if there are none.
     """
     mine = torch.tensor([own, layout.pipeline_rank], dtype=torch.float64, device=layout.device)
-    found = [torch.zeros_like(mine) for _ in range(layout.world_size)]
-    dist.all_gather(found, mine)
+    gathered = [torch.zeros_like(mine) for _ in range(layout.world_size)]
+    dist.all_gather(gathered, mine)
     if not layout.reports:
         return ""
-    every = torch.stack(found).cpu()
+    every = torch.stack(gathered).cpu()
     seconds, stages = every[:, 0].tolist(), every[:, 1].int().tolist()
-    # A full disk must not end the run; the log of metrics warns of it in the same step.
+    # A full disk must not end the run; the metrics log warns about it in the same step.
     with suppress(OSError), (run_dir / RANK_SECONDS).open("a") as file:
         file.write(json.dumps({"step": step, "seconds": [round(s, 6) for s in seconds]}) + "\n")
     slow = stragglers(seconds, stages, ratio)
@@ -83,15 +83,15 @@ def look_for_stragglers(own: float, step: int, layout: ParallelLayout, ratio: fl
 
 
 def stragglers(seconds: Sequence[float], stages: Sequence[int], ratio: float) -> dict[int, tuple[float, float]]:
-    """Ranks above `ratio` times the median of their like: rank -> its seconds, the median.
+    """Ranks slower than `ratio` times the median of their pipeline stage: rank -> (its seconds, the median).
 
     Args:
-        seconds: of every rank.
-        stages: the pipeline stage of every rank; only ranks of one stage do alike work.
+        seconds: seconds per step of every rank.
+        stages: pipeline stage of every rank; only ranks of the same stage do comparable work.
     """
-    found = {}
+    slow = {}
     for rank, own in enumerate(seconds):
         median = statistics.median_low([s for s, stage in zip(seconds, stages) if stage == stages[rank]])
         if own > ratio * median:
-            found[rank] = (own, median)
-    return found
+            slow[rank] = (own, median)
+    return slow

@@ -220,11 +220,11 @@ def refused(config: RunConfig) -> tuple[str, str]:
         ("dpo", other_rank, "CheckpointError", ("model.lora.r=4", "2")),
         ("dpo", other_alpha, "CheckpointError", ("model.lora.alpha=8.0", "16.0")),
         ("dpo", fewer_targets, "CheckpointError", ("model.lora.targets=['*']", "['q_proj']")),
-        ("dpo", other_llama, "CheckpointError", ("Llama with other weights", "model.language_model")),
+        ("dpo", other_llama, "CheckpointError", ("Llama whose weights differ", "model.language_model")),
         ("dpo", data_of("conversations"), "DataError", ("samples with `messages`", "`chosen` and `rejected`")),
         ("sft", other_rank, "CheckpointError", ("model.lora.r=4", "2")),
         ("sft", no_adapters, "CheckpointError", ("model.lora.r=4", "would be lost")),
-        ("sft", other_llama, "CheckpointError", ("Llama with other weights", "model.language_model")),
+        ("sft", other_llama, "CheckpointError", ("Llama whose weights differ", "model.language_model")),
         ("sft", data_of("pairs"), "DataError", ("samples with `chosen` and `rejected`", "`parts` or `messages`")),
     ],
     ids=lambda value: value.__name__ if callable(value) else None,
@@ -281,7 +281,7 @@ def test_a_run_does_not_go_on_with_other_adapters(
     config.trainer.max_steps = 7
     change(config)
     kind, text = run_ranks(1, refused, config)[0]
-    assert kind == "CheckpointError" and "Set model.lora as that run had it" in text
+    assert kind == "CheckpointError" and "Set model.lora as in that run" in text
 
 
 def test_a_dpo_run_does_not_go_on_with_another_reference(dpo: RunConfig, dpo_run: dict[str, Any], folder: Path) -> None:

@@ -175,7 +175,7 @@ def test_too_little_memory_for_the_copy_on_one_rank(config: RunConfig, tmp_path:
     config.trainer.devices = config.model.tensor_model_parallel_size = 2
     ended = run_ranks(2, too_little_memory, config, 1)
     assert [error for _, error in ended] == ["", ""]
-    assert "rank 1: its part could not be copied to host memory (MemoryError)" in ended[0][0]
+    assert "rank 1: its shards could not be copied to host memory (MemoryError)" in ended[0][0]
     assert saved(tmp_path / "run") == [3, 9]
 
 

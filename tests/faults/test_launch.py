@@ -102,7 +102,7 @@ def test_each_hang_is_found_in_time_and_blamed_on_its_rank(tmp_path: Path) -> No
         assert TIMEOUT <= since < TIMEOUT + 5, hang
     # Of a stopped process there are no stacks; of one that holds Python's lock there are.
     assert set(hangs[0]["stacks"]) == {"0"} and "fail" in hangs[1]["where"]["0"][0]
-    assert nothing_left(run) and "holding Python's lock" in report(run)
+    assert nothing_left(run) and "holding the GIL" in report(run)
 
 
 @pytest.mark.timeout(200)
@@ -222,7 +222,7 @@ def test_two_nodes_start_again_together(tmp_path: Path) -> None:
 def test_a_node_that_does_not_come_is_named(tmp_path: Path) -> None:
     node = start_node(0, free_port(), 2, tmp_path / "run", "8")
     said = node.communicate(timeout=100)[0]
-    assert node.returncode == Exit.CRASH and "node 1 of 2 did not come within 2 s" in said
+    assert node.returncode == Exit.CRASH and "node 1 of 2 did not join within 2 s" in said
     node = start_node(1, free_port(), 2, tmp_path / "run", "8")
     said = node.communicate(timeout=100)[0]
     assert node.returncode == Exit.CRASH and "node 0's launcher cannot be reached" in said

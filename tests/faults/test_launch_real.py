@@ -104,7 +104,7 @@ def test_each_hang_and_failure_is_blamed_and_leaves_no_trace(folder: Path, whole
     assert stopped.startswith("Attempt 1: rank 1, step 3, hang (stopped)")
     # What came first is told first, with its traceback.
     assert raised.startswith("Attempt 5: rank 2, step 11, exception") and "InjectedFault" in raised
-    assert raised.index("Traceback") < raised.index("After it, and probably because of it")
+    assert raised.index("Traceback") < raised.index("Afterwards, and probably as a consequence")
     assert lost.startswith("Attempt 6: rank 1") and "killed by a signal" in lost
     [died] = [event for event in told(run, "exception") if "WorkerDied" in event["text"]]
     assert died["time"] - happened[-1] < 5

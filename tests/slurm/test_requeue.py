@@ -61,7 +61,7 @@ def test_stopped_twice(cluster: Cluster, tmp_path: Path) -> None:
     await_start(cluster, number, run, 2)
     await_end(cluster, number, "COMPLETED")
     said = (run / "slurm.log").read_text()
-    assert said.count("asked to stop") == 2 and "stopped at step_00000001: back into the queue" in said
+    assert said.count("asked to stop") == 2 and "stopped at step_00000001: requeueing the job" in said
     assert "ended with code 0: the run is complete" in said
     nodes = (run / "logs" / f"slurm_{number}" / "n2.log").read_text()
     assert [line.split(" of ")[0] for line in nodes.splitlines()] == [f"--- start {start}" for start in range(3)]
@@ -72,7 +72,7 @@ def test_cancelled(cluster: Cluster, tmp_path: Path) -> None:
     await_start(cluster, number, run, 0)
     cluster.run("scancel", str(number))
     await_end(cluster, number, "CANCELLED")
-    assert "ended from outside" in (run / "slurm.log").read_text()
+    assert "terminated from outside" in (run / "slurm.log").read_text()
     assert cluster.job(number)["Restarts"] == "0"
 
 

@@ -157,7 +157,7 @@ def test_from_start_to_end(cluster: Cluster, folder: Path) -> None:
     run = Run(cluster, folder, "a whole run", "trainer.max_steps=4", "model.tensor_model_parallel_size=2", processes=2)
     assert run.end(500) == 0, run.said()
     assert steps_of(run.run_dir) == [1, 2, 3, 4]
-    assert "2 node(s) fit" in run.summary and "all-reduce over 4 process(es): right" in run.summary
+    assert "2 node(s) ok" in run.summary and "all-reduce over 4 process(es): correct" in run.summary
     assert "ended with code 0: the run is complete" in run.summary
     logs = run.run_dir / "logs" / f"slurm_{run.number}"
     assert {path.name for path in logs.iterdir()} == {"n1.log", "n2.log", "preflight.log"}
@@ -198,9 +198,9 @@ def test_unwritable_folder_on_one_node(cluster: Cluster, folder: Path) -> None:
     run = Run(cluster, folder, "unwritable")
     assert run.end() == 2, run.said()
     lines = [line for line in run.log.read_text().splitlines() if line.startswith("error: node")]
-    named = [line for line in lines if f"{str(run_dir)!r} cannot be written (Is a directory). Mend: " in line]
+    named = [line for line in lines if f"{str(run_dir)!r} cannot be written (Is a directory). Fix: " in line]
     assert len(named) == 1 and named[0].startswith("error: node n2: run folder:"), run.said()
-    assert "1 of 2 node(s) not fit: the run is not started" in run.summary
+    assert "1 of 2 node(s) failed: the run is not started" in run.summary
     assert not (run_dir / "metrics.jsonl").exists()
 
 
@@ -212,7 +212,7 @@ def test_five_stops_change_nothing(cluster: Cluster, folder: Path, whole: Path) 
         cluster.run("scancel", "--batch", "--signal=USR1", str(run.number))
         run.restarted(times)
     assert run.end(1500) == 0, run.said()
-    assert run.summary.count("back into the queue") == 5 and run.summary.count("asked to stop") == 5
+    assert run.summary.count("requeueing the job") == 5 and run.summary.count("asked to stop") == 5
     assert_same(run.run_dir, whole)
 
 

@@ -1,8 +1,8 @@
-"""`python -m megatron_anymal.launcher.preflight.command`: are the nodes of a job fit for its run?
+"""`python -m megatron_anymal.launcher.preflight.command`: check that the nodes of a job are ready for its run.
 
-Every process of the job runs it, as Slurm's tasks or under torchrun. Each looks at its node and tells the first one,
-which prints one table; all end with the same code: 0, 80 if another job has the run's folder, or 2 if something is
-wrong, with the node and the fix.
+Every process of the job runs it, as a Slurm task or under torchrun. Each checks its node and reports to the first
+process, which prints a table with every problem, its node and its fix. All exit with the same code: 0, 80 if another
+job is using the run's folder, or 2 if there is a problem.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from megatron_anymal.resilience.exit_codes import Exit
 if TYPE_CHECKING:
     from megatron_anymal.checkpoint.run_lock import RunLock
 
-# Seconds that clocks may differ.
+# Largest allowed difference between clocks, in seconds.
 _SKEW = 2.0
 
 
 @dataclass(frozen=True)
 class JobPosition:
-    """Where a process stands in its job."""
+    """Position of a process in its job."""
 
     rank: int = 0
     world: int = 1
@@ -49,26 +49,26 @@ class JobPosition:
 
     @staticmethod
     def of(environment: Mapping[str, str]) -> JobPosition:
-        """torchrun's variables, else those of Slurm's tasks, else one process alone."""
-        here = environment.get("SLURMD_NODENAME", socket.gethostname())
+        """Position from torchrun's variables, else from those of Slurm's tasks, else that of a single process."""
+        node = environment.get("SLURMD_NODENAME", socket.gethostname())
         if "RANK" in environment:
             keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
             rank, world, local_rank, per_node = (int(environment[key]) for key in keys)
-            return JobPosition(rank, world, local_rank, per_node, here)
+            return JobPosition(rank, world, local_rank, per_node, node)
         if "SLURM_PROCID" in environment:
             keys = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_NUM_NODES")
             rank, world, local_rank, nodes = (int(environment[key]) for key in keys)
-            return JobPosition(rank, world, local_rank, world // nodes, here)
-        return JobPosition(name=here)
+            return JobPosition(rank, world, local_rank, world // nodes, node)
+        return JobPosition(name=node)
 
     @property
     def leads(self) -> bool:
-        """It looks at the node for all processes there."""
+        """Whether this process checks the node on behalf of all processes on it."""
         return self.local_rank == 0
 
 
 def main(argv: Sequence[str]) -> int:
-    """Check, print, and return the exit code."""
+    """Run the checks, print the result, and return the exit code."""
     arguments = _parser().parse_intermixed_args(argv)
     quiet_libraries()
     try:
@@ -85,10 +85,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def read_config(arguments: argparse.Namespace) -> RunConfig:
-    """The run's configuration.
+    """Compose and check the run's configuration.
 
     Raises:
-        ConfigError: it is refused before any run.
+        ConfigError: the configuration is invalid.
     """
     folder = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
     if not folder.is_dir():
@@ -96,7 +96,7 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     config = compose(arguments.config_name, folder, arguments.overrides).config
     if config.job != arguments.job:
         raise ConfigError(
-            f"--config-name={arguments.config_name} is for the job {config.job!r}, and {arguments.job!r} was started. "
+            f"--config-name={arguments.config_name} is for the job {config.job!r}, but {arguments.job!r} was started. "
             f"Submit slurm/{config.job}_70b.sh, or set job={arguments.job}."
         )
     check(config)
@@ -104,22 +104,22 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
 
 
 class Preflight:
-    """All checks, as one process of the job sees them.
+    """All checks, as run by one process of the job.
 
     Args:
-        names: of all nodes in the order of ranks, where they are known.
-        seconds: time limit of the whole.
+        names: names of all nodes in the order of ranks; empty if unknown.
+        seconds: time limit for all checks together.
     """
 
     def __init__(self, config: RunConfig, place: JobPosition, names: Sequence[str], seconds: float) -> None:
         self.config, self.place, self.seconds = config, place, seconds
         self.names = list(names)
         self.began = time.monotonic()
-        # The first process's, of the run's folder.
+        # Lock on the run's folder; only held by the first process.
         self.lock: Optional[RunLock] = None
 
     def run(self, address: str, port: int) -> int:
-        """Collective. Returns the exit code, the same everywhere.
+        """Run all checks and return the exit code, which is the same on all processes. Collective.
 
         Raises:
             Unreachable: the first process does not answer.
@@ -128,9 +128,9 @@ class Preflight:
         try:
             self.reports = Reports(address, port, place.rank, self._left(1 / 3))
         except Unreachable as error:
-            raise Unreachable(f"node {place.name}: {error}. Look at the network to the first node.") from None
+            raise Unreachable(f"node {place.name}: {error}. Check the network to the first node.") from None
         if place.rank == 0:
-            # Told before anything else: the others wait for it.
+            # Post these before anything else, since the others wait for them.
             self.reports.say("token", uuid.uuid4().hex)
             self.reports.say("refused", self._take_folder())
         if refused := self.reports.heard("refused", [0], time.monotonic() + self._left(1 / 2)).get(0):
@@ -144,15 +144,16 @@ class Preflight:
         return verdict.get(0, Exit.MISTAKE)
 
     def _take_folder(self) -> str:
-        """The first process's: take the run's folder for the time of the checks. Returns why it is another job's.
+        """On the first process: lock the run's folder during the checks; return the reason if another job uses it.
 
-        Its lock lies where nodes leave their signs: two jobs there at once would each see the other's.
+        The lock is in the subfolder into which the nodes write their files, since two jobs checking the same run folder
+        at once would see each other's files.
         """
         from megatron_anymal.checkpoint.run_lock import FolderInUse, RunLock, user_of
 
         run_dir, patience = self.config.run_dir, self.config.exp_manager.lock_timeout_seconds
         try:
-            # Jobs of other run folders and those that ended do not matter; one that trains holds a lock of its own.
+            # A job that is training holds its own lock on the run's folder.
             user = user_of(run_dir, min(patience, self.seconds / 2))
             if user is None:
                 self.lock = RunLock(run_dir / checks.SIGNS, min(patience, self.seconds / 6), lambda text: None)
@@ -160,15 +161,15 @@ class Preflight:
         except FolderInUse as error:
             return str(error).replace(f"/{checks.SIGNS}'", "'", 1)
         except OSError:
-            # Told of with the node, by the check of the run's folder.
+            # Reported together with the node by the check of the run's folder.
             return ""
         return (
-            f"{str(run_dir.absolute())!r} is in use by {user}. Let it end or stop it, or give this run another folder "
-            "(exp_manager.explicit_log_dir)."
+            f"{str(run_dir.absolute())!r} is in use by {user}. Wait for it to end, stop it, or give this run another "
+            "folder (exp_manager.explicit_log_dir)."
         )
 
     def _give_way(self, refused: str) -> int:
-        """All processes': end, since another job has the run's folder."""
+        """On all processes: exit, since another job is using the run's folder."""
         if self.place.rank == 0:
             print(f"error: {refused}", flush=True)
             self.reports.heard("left", range(1, self.place.world), time.monotonic() + 10)
@@ -177,18 +178,18 @@ class Preflight:
         return Exit.LOCKED
 
     def _look_around(self) -> dict[str, Any]:
-        """This process's report: its card's and, of one process a node, the node's."""
+        """Report of this process: its GPU and, for one process per node, the node."""
         place, config, seconds = self.place, self.config, self._left(1 / 3)
         row: dict[str, Any] = {"node": place.name, "leads": place.leads, "disk": -1, "gpu": -1}
         problems: list[Problem] = []
 
         def look_at_card() -> list[Problem]:
-            row["gpu"], found = checks.gpu(place.local_rank)
-            return found
+            row["gpu"], gpu_problems = checks.gpu(place.local_rank)
+            return gpu_problems
 
         def look_at_disk() -> list[Problem]:
-            row["disk"], found = checks.disk(config.run_dir, needed)
-            return found
+            row["disk"], disk_problems = checks.disk(config.run_dir, needed)
+            return disk_problems
 
         problems += checks.within(seconds, "GPU", look_at_card)
         if place.leads:
@@ -198,12 +199,12 @@ class Preflight:
             problems += checks.within(
                 seconds, "run folder", lambda: checks.leave_sign(config.run_dir, place.name, token)
             )
-            needed, found = self._needed(seconds)
-            problems += found + checks.within(seconds, "disk", look_at_disk)
+            needed, size_problems = self._needed(seconds)
+            problems += size_problems + checks.within(seconds, "disk", look_at_disk)
         return {**row, "problems": [vars(problem) for problem in problems]}
 
     def _needed(self, seconds: float) -> tuple[int, list[Problem]]:
-        """Bytes that the run's checkpoints will take yet. Only the first process counts them: it is one disk."""
+        """Bytes the run's checkpoints will still need; only computed on the first process, since there is one disk."""
         from megatron_anymal.dry_run.checkpoint_size import bytes_needed
 
         counted: list[int] = []
@@ -212,18 +213,22 @@ class Preflight:
             counted.append(bytes_needed(self.config))
             return []
 
-        found = checks.in_time(seconds, "model", count) if self.place.rank == 0 else []
-        if found is None:
-            # The model is large and the machine slow: no reason to stop a run.
-            print(f"warning: the size of a checkpoint could not be counted within {seconds:.0f} s.", flush=True)
-        return counted[0] if counted else 0, found or []
+        problems = checks.in_time(seconds, "model", count) if self.place.rank == 0 else []
+        if problems is None:
+            # A large model on a slow machine is no reason to stop the run.
+            print(f"warning: the size of a checkpoint could not be computed within {seconds:.0f} s.", flush=True)
+        return counted[0] if counted else 0, problems or []
 
     def _meet(self) -> Optional[Traffic]:
-        """What needs all processes: each other's signs, and an all-reduce. None where not all have come."""
+        """Checks that need all processes: visibility of each other's files, and an all-reduce.
+
+        Returns:
+            None if not all processes reported.
+        """
         ranks = range(self.place.world)
         if self.place.rank == 0:
             self.here = self.reports.heard("node", ranks, time.monotonic() + self._left(2 / 3))
-            # A node that could write nothing is told of once.
+            # A node that could not write is only reported once.
             silent = {
                 row["node"] for row in self.here.values() if any(p["check"] == "run folder" for p in row["problems"])
             }
@@ -243,7 +248,7 @@ class Preflight:
         return traffic
 
     def _judge(self, traffic: Optional[Traffic]) -> int:
-        """The first process's: put all reports together, print them and tell the others the code."""
+        """On the first process: combine all reports, print them, and send the exit code to the others."""
         rows = self._rows()
         if traffic is not None:
             leaders = [rank for rank, report in self.here.items() if report["leads"]]
@@ -254,7 +259,7 @@ class Preflight:
         print(table.format_table(list(rows.values()), traffic, self.place.world, seconds), flush=True)
         code = Exit.MISTAKE if wrong else Exit.DONE
         self.reports.say("verdict", int(code))
-        # The store ends with this process: the others first.
+        # The store ends with this process, so let the others leave first.
         self.reports.heard("left", [rank for rank in self.here if rank], time.monotonic() + 5)
         checks.remove_signs(self.config.run_dir)
         if self.lock:
@@ -262,7 +267,7 @@ class Preflight:
         return code
 
     def _rows(self) -> dict[str, Row]:
-        """What was reported, by node; nodes that are silent too."""
+        """Reports by node, including nodes that did not report."""
         rows: dict[str, Row] = {}
         for rank in range(self.place.world):
             report = self.here.get(rank)
@@ -271,7 +276,7 @@ class Preflight:
             row = rows.setdefault(name, Row(name))
             if report is None:
                 text = f"process {rank} did not report within {self.seconds:g} s"
-                row.problems.append(Problem("network", text, "see that the node is up and reaches the first one"))
+                row.problems.append(Problem("network", text, "check that the node is up and can reach the first one"))
                 continue
             row.processes += 1
             row.disk = max(row.disk, report["disk"])
@@ -280,20 +285,20 @@ class Preflight:
         return rows
 
     def _add(self, what: str, ranks: Sequence[int], rows: dict[str, Row]) -> None:
-        said = self.reports.heard(what, ranks, time.monotonic() + self._left(1))
-        for rank, problems in said.items():
+        reported = self.reports.heard(what, ranks, time.monotonic() + self._left(1))
+        for rank, problems in reported.items():
             row = rows[self.here[rank]["node"]]
             known = {problem.check for problem in row.problems}
             row.problems += [Problem(**one) for one in problems if one["check"] not in known]
 
     def _add_traffic(self, traffic: Traffic, rows: dict[str, Row]) -> None:
-        said = self.reports.heard("traffic", self.here, time.monotonic() + self._left(1))
-        mend = "look at the network of that node (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME)"
+        reported = self.reports.heard("traffic", self.here, time.monotonic() + self._left(1))
+        fix = "check the network of that node (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME)"
         for rank, report in self.here.items():
-            problem = said.get(rank, "it did not come out of the all-reduce")
+            problem = reported.get(rank, "it did not return from the all-reduce")
             row = rows[report["node"]]
             if problem and all(known.check != "network" for known in row.problems):
-                row.problems.append(Problem("network", problem, mend))
+                row.problems.append(Problem("network", problem, fix))
         if traffic.offsets:
             first = {report["node"]: traffic.offsets[rank] for rank, report in sorted(self.here.items(), reverse=True)}
             for name, offset in first.items():
@@ -302,7 +307,7 @@ class Preflight:
                 rows[name].problems.append(skew)
 
     def _left(self, share: float) -> float:
-        """Seconds: a share of the time limit that is left, and a second at least."""
+        """The given share of the remaining time, at least one second."""
         return max(1.0, share * (self.seconds - (time.monotonic() - self.began)))
 
 
@@ -314,16 +319,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run-dir", action="store_true", help="only check the configuration and print the run's folder"
     )
-    parser.add_argument("--address", default="127.0.0.1", help="of the first node")
-    parser.add_argument("--port", type=int, default=0, help="a free one of the first node")
+    parser.add_argument("--address", default="127.0.0.1", help="address of the first node")
+    parser.add_argument("--port", type=int, default=0, help="free port of the first node")
     parser.add_argument("--nodes", default="", help="names of the nodes in the order of ranks: a,b,c")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for the whole")
+    parser.add_argument("--timeout", type=float, default=300.0, help="time limit for all checks, in seconds")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser
 
 
 def _end_late(seconds: float) -> None:
-    print(f"error: the checks of {socket.gethostname()} did not end within {seconds:g} s.", file=sys.stderr, flush=True)
+    print(f"error: the checks on {socket.gethostname()} did not end within {seconds:g} s.", file=sys.stderr, flush=True)
     os._exit(Exit.MISTAKE)
 
 
@@ -334,5 +339,5 @@ if __name__ == "__main__":
     alarm.start()
     code = main(sys.argv[1:])
     sys.stdout.flush()
-    # Threads that hang in a dead network or file system must not keep the process.
+    # Threads that hang in a dead network or file system must not keep the process alive.
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Between the nodes before a run: a store for reports, and an all-reduce over all processes."""
+"""Checks between the nodes before a run: a store for reports, and an all-reduce over all processes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Unreachable(RuntimeError):
 
 
 class Reports:
-    """Reports of all processes, kept by the first one.
+    """Reports of all processes, hosted by the first one.
 
-    A process reads and never waits inside the store: one that does not come must not hold up the others.
+    A process polls and never waits inside the store, so that one which does not report cannot hold up the others.
 
     Raises:
-        Unreachable: no answer from the first process in time.
+        Unreachable: the first process did not answer in time.
     """
 
     def __init__(self, address: str, port: int, rank: int, seconds: float) -> None:
@@ -39,39 +39,39 @@ class Reports:
                 address, port, is_master=rank == 0, wait_for_workers=False, timeout=timedelta(seconds=max(seconds, 1))
             )
         except RuntimeError as error:
-            said = next(iter(str(error).splitlines()), "")[:200]
-            raise Unreachable(f"{address}:{port} does not answer within {seconds:.0f} s ({said})") from error
+            reason = next(iter(str(error).splitlines()), "")[:200]
+            raise Unreachable(f"{address}:{port} does not answer within {seconds:.0f} s ({reason})") from error
         self.port = self._store.port
 
     def say(self, what: str, value: Any) -> None:
-        """Say something as this process."""
+        """Post a report of this process."""
         self._store.set(f"{what}/{self.rank}", json.dumps(value))
 
     def heard(self, what: str, ranks: Iterable[int], deadline: float) -> dict[int, Any]:
-        """What processes said, by rank; without those that said nothing until `deadline` (of time.monotonic)."""
-        found: dict[int, Any] = {}
+        """Reports by rank; without those that did not arrive before `deadline` (of time.monotonic)."""
+        reports: dict[int, Any] = {}
         waiting = list(ranks)
         while waiting:
             late = time.monotonic() >= deadline
             for rank in [rank for rank in waiting if self._store.check([f"{what}/{rank}"])]:
-                found[rank] = json.loads(self._store.get(f"{what}/{rank}"))
+                reports[rank] = json.loads(self._store.get(f"{what}/{rank}"))
                 waiting.remove(rank)
             if late:
                 break
             if waiting:
                 time.sleep(_POLL)
-        return found
+        return reports
 
 
 @dataclass
 class Traffic:
-    """What an all-reduce over all processes showed.
+    """Result of an all-reduce over all processes.
 
     Attributes:
-        problem: empty where every process got the right sums.
-        bytes: size of what was summed.
-        seconds: of the quickest round.
-        offsets: of every rank's clock against this one's, in seconds; exact to about the time of a barrier.
+        problem: empty if every process got the correct sums.
+        bytes: size of the tensor.
+        seconds: time of the fastest round.
+        offsets: offset of every rank's clock from this one's, in seconds; accurate to about the time of a barrier.
     """
 
     problem: str = ""
@@ -80,24 +80,24 @@ class Traffic:
     offsets: tuple[float, ...] = ()
 
     def bandwidth(self, world: int) -> float:
-        """Bytes a second over a link, as NCCL's tests count them: 2 (n - 1) / n times the size, by the time."""
+        """Bus bandwidth in bytes per second, as defined by nccl-tests: 2 (n - 1) / n times the size, over the time."""
         return 2 * (world - 1) / world * self.bytes / self.seconds if self.seconds else 0.0
 
 
 def all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) -> Traffic:
-    """Sum numbers over all processes, over the wires that the run will use. Collective; never longer than `seconds`."""
+    """All-reduce over all processes with the backend the run will use. Collective; takes at most `seconds`."""
     found: list[Traffic] = []
 
     def work() -> None:
         try:
             found.append(_all_reduce(reports, world, local_rank, seconds))
-        except Exception as error:  # NCCL and gloo raise many kinds.
+        except Exception as error:  # NCCL and gloo raise many types.
             found.append(Traffic(problem=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
 
     worker = threading.Thread(target=work, name="preflight all-reduce", daemon=True)
     worker.start()
     worker.join(seconds)
-    return found[0] if found else Traffic(problem=f"the all-reduce was not done within {seconds:.0f} s")
+    return found[0] if found else Traffic(problem=f"the all-reduce did not finish within {seconds:.0f} s")
 
 
 def _all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) -> Traffic:
@@ -105,7 +105,7 @@ def _all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) -
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    # A connection of its own: this thread waits inside the store.
+    # A separate connection, since this thread does wait inside the store.
     store = dist.TCPStore(
         reports.address, reports.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds)
     )
@@ -123,7 +123,7 @@ def _all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) -
 
 
 def _measure(world: int, device: torch.device) -> Traffic:
-    # 64 MiB for cards, 4 MiB for CPUs. Whole numbers that fp32 adds without rounding, differing by place and by rank.
+    # 64 MiB on GPUs, 4 MiB on CPUs. Integers that fp32 sums exactly, different in every position and on every rank.
     numbers = (torch.arange(2**24 if device.type == "cuda" else 2**20, device=device) % 1024).float()
     expected = world * numbers + world * (world + 1) // 2
     best: Optional[float] = None
@@ -142,7 +142,7 @@ def _measure(world: int, device: torch.device) -> Traffic:
 
 
 def _clocks(world: int, device: torch.device) -> tuple[float, ...]:
-    """Offsets of all clocks; of several looks the smallest, since a late process looks like a wrong clock."""
+    """Offsets of all clocks; the smallest of several rounds, since a delayed process looks like a wrong clock."""
     offsets = torch.full((world,), torch.inf, dtype=torch.float64)
     for _ in range(_ROUNDS):
         dist.barrier()

@@ -1,4 +1,4 @@
-"""What can be seen on one node before a run: software, files, the run's folder, free disk, free GPU memory."""
+"""Checks of a single node before a run: software, files, the run's folder, free disk space, free GPU memory."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Optional
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.resilience.exit_codes import is_users
 
-# Each node writes one file into it, named after itself.
+# Subfolder of the run's folder; each node writes a file with its name into it.
 SIGNS = ".preflight"
-# A card of which another process holds more than the rest is refused: a CUDA context of one's own takes about 2 %.
+# A GPU with a smaller share of free memory is in use by another process; this process's CUDA context takes about 2 %.
 _FREE_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What would stop a run, or spoil it."""
+    """Something that would stop a run or corrupt its results."""
 
     # software, files, run folder, disk, GPU, network or clock.
     check: str
@@ -29,33 +29,33 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.check}: {self.text}. Mend: {self.fix}"
+        return f"{self.check}: {self.text}. Fix: {self.fix}"
 
 
 def within(seconds: float, check: str, look: Callable[[], list[Problem]]) -> list[Problem]:
-    """What `look` finds; a problem of its own where it fails or is not done in time, as on a file system that hangs."""
-    found = in_time(seconds, check, look)
-    if found is None:
-        mend = "look for a file system or a device that hangs there"
-        return [Problem(check, f"no answer within {seconds:.0f} s", mend)]
-    return found
+    """Problems found by `look`, or a timeout problem if it does not finish in time, as on a hanging file system."""
+    problems = in_time(seconds, check, look)
+    if problems is None:
+        fix = "look for a hanging file system or device on that node"
+        return [Problem(check, f"no answer within {seconds:.0f} s", fix)]
+    return problems
 
 
 def in_time(seconds: float, check: str, look: Callable[[], list[Problem]]) -> Optional[list[Problem]]:
-    """What `look` finds, or a problem where it fails; None where it is not done in time."""
+    """Problems found by `look`, or a problem with its error if it raises; None if it does not finish in time."""
     found: list[list[Problem]] = []
 
     def work() -> None:
         try:
             found.append(look())
-        except Exception as error:  # Whatever it is, the table has to say it and the other checks go on.
+        except Exception as error:  # Show any error in the table and continue with the other checks.
             text = " ".join(str(error).split())[:500]
             if is_users(error):
-                found.append([Problem(check, text.rstrip("."), "as it says")])
+                found.append([Problem(check, text.rstrip("."), "see the message")])
             else:
-                found.append([Problem(check, f"{type(error).__name__}: {text}", "the check itself failed with that")])
+                found.append([Problem(check, f"{type(error).__name__}: {text}", "the check itself raised this error")])
 
-    # Not a pool: one that hangs in the kernel must not keep the process from ending.
+    # A daemon thread rather than a pool: one that hangs in the kernel must not keep the process from exiting.
     worker = threading.Thread(target=work, name=f"preflight {check}", daemon=True)
     worker.start()
     worker.join(seconds)
@@ -63,7 +63,7 @@ def in_time(seconds: float, check: str, look: Callable[[], list[Problem]]) -> Op
 
 
 def software(config: RunConfig) -> list[Problem]:
-    """What the doctor finds missing, and what this machine cannot run of the configuration."""
+    """Missing software as found by `anymal doctor`, and settings that this machine cannot run."""
     from megatron_anymal import backend, environment
 
     wrong = [finding for finding in environment.examine() if finding.required and finding.state != environment.OK]
@@ -72,23 +72,25 @@ def software(config: RunConfig) -> list[Problem]:
     try:
         backend.check_backend(config)
     except ConfigError as error:
-        return [Problem("software", str(error).rstrip("."), "as it says, or run `anymal doctor` there")]
+        return [Problem("software", str(error).rstrip("."), "see the message, or run `anymal doctor` on that node")]
     devices = len(backend.capabilities().cuda_devices)
     if 0 < devices < config.trainer.devices:
-        text = f"trainer.devices={config.trainer.devices}, and {devices} CUDA device(s) are seen"
-        return [Problem("software", text, "ask Slurm for as many (--gpus-per-node), or look at nvidia-smi there")]
+        text = f"trainer.devices={config.trainer.devices}, but only {devices} CUDA device(s) are visible"
+        return [
+            Problem("software", text, "request more from Slurm (--gpus-per-node), or check nvidia-smi on that node")
+        ]
     return []
 
 
 def files(config: RunConfig) -> list[Problem]:
-    """Folders of the configuration that cannot be read here. Addresses such as s3://... are left to the run."""
-    found = []
+    """Input folders of the configuration that this node cannot read. URLs such as s3://... are not checked."""
+    problems = []
     for key, path in _inputs(config):
         if path and "://" not in path and not os.access(path, os.R_OK):
-            what = "cannot be read" if os.path.exists(path) else "is not there"
-            mend = f"put it on storage that all nodes share, or set {key}"
-            found.append(Problem("files", f"{key}={path!r} {what}", mend))
-    return found
+            state = "cannot be read" if os.path.exists(path) else "does not exist"
+            fix = f"put it on storage that all nodes share, or set {key}"
+            problems.append(Problem("files", f"{key}={path!r} {state}", fix))
+    return problems
 
 
 def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
@@ -105,7 +107,7 @@ def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def leave_sign(run_dir: Path, node: str, token: str) -> list[Problem]:
-    """Write this node's file into the run's folder, for the others to find."""
+    """Write this node's file into the run's folder, where the other nodes look for it."""
     path = run_dir / SIGNS / node
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,18 +117,18 @@ def leave_sign(run_dir: Path, node: str, token: str) -> list[Problem]:
             os.fsync(file.fileno())
     except OSError as error:
         text = f"{str(run_dir)!r} cannot be written ({error.strerror})"
-        mend = "mount it writable there, or name another folder (exp_manager.explicit_log_dir)"
-        return [Problem("run folder", text, mend)]
+        fix = "mount it writable on that node, or choose another folder (exp_manager.explicit_log_dir)"
+        return [Problem("run folder", text, fix)]
     return []
 
 
 def look_for_signs(run_dir: Path, nodes: Iterable[str], token: str) -> list[Problem]:
-    """That what the other nodes wrote into the run's folder is there."""
+    """Check that the files which the other nodes wrote into the run's folder are visible."""
     unseen = [node for node in nodes if _read(run_dir / SIGNS / node) != token]
     if not unseen:
         return []
     text = f"{str(run_dir)!r} does not show what {', '.join(unseen)} wrote into it"
-    return [Problem("run folder", text, "it must be the same folder on all nodes: name one on shared storage")]
+    return [Problem("run folder", text, "it must be the same folder on all nodes: choose one on shared storage")]
 
 
 def _read(path: Path) -> str:
@@ -137,25 +139,25 @@ def _read(path: Path) -> str:
 
 
 def remove_signs(run_dir: Path) -> None:
-    """After all have looked."""
+    """Remove the files again, after all nodes have looked for them."""
     shutil.rmtree(run_dir / SIGNS, ignore_errors=True)
 
 
 def disk(run_dir: Path, needed: int) -> tuple[int, list[Problem]]:
-    """Free bytes where the run's folder is, or will be, and what is wrong with them."""
-    there = run_dir.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    """Free bytes on the disk of the run's folder, which may not exist yet, and a problem if they are too few."""
+    folder = run_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if free >= needed:
         return free, []
-    text = f"{_gigabytes(free)} free at {str(run_dir)!r}, and its checkpoints need {_gigabytes(needed)} more"
-    mend = "free some, name another folder (exp_manager.explicit_log_dir), or lower exp_manager.checkpoint.keep_last"
-    return free, [Problem("disk", text, mend)]
+    text = f"{_gigabytes(free)} free at {str(run_dir)!r}, but its checkpoints need another {_gigabytes(needed)}"
+    fix = "free space, choose another folder (exp_manager.explicit_log_dir), or lower exp_manager.checkpoint.keep_last"
+    return free, [Problem("disk", text, fix)]
 
 
 def gpu(local_rank: int) -> tuple[int, list[Problem]]:
-    """Free bytes of this process's card, and what is wrong with them; -1 without CUDA."""
+    """Free bytes of this process's GPU, -1 without CUDA, and a problem if they are too few."""
     import torch
 
     if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
@@ -163,18 +165,18 @@ def gpu(local_rank: int) -> tuple[int, list[Problem]]:
     free, total = torch.cuda.mem_get_info(local_rank)
     if free >= _FREE_SHARE * total:
         return free, []
-    text = f"card {local_rank} has {_gigabytes(free)} of {_gigabytes(total)} free"
-    return free, [Problem("GPU", text, "nvidia-smi there names the processes that hold the rest: end them")]
+    text = f"GPU {local_rank} has {_gigabytes(free)} of {_gigabytes(total)} free"
+    return free, [Problem("GPU", text, "end the processes that use the rest; nvidia-smi on that node lists them")]
 
 
 def skewed(offsets: Sequence[float], nodes: Sequence[str], limit: float) -> dict[str, Problem]:
-    """The nodes whose clocks are more than `limit` seconds from the middle one. One offset a node, in seconds."""
-    middle = sorted(offsets)[len(offsets) // 2]
-    mend = "start chronyd or ntpd there: times of logs and files would mislead"
+    """Nodes whose clocks differ from the median by more than `limit` seconds; `offsets` has one value per node."""
+    median = sorted(offsets)[len(offsets) // 2]
+    fix = "start chronyd or ntpd on that node; otherwise the times of logs and files are misleading"
     return {
-        node: Problem("clock", f"it is {offset - middle:+.1f} s from the other nodes'", mend)
+        node: Problem("clock", f"it is {offset - median:+.1f} s off from the other nodes", fix)
         for node, offset in zip(nodes, offsets)
-        if abs(offset - middle) > limit
+        if abs(offset - median) > limit
     }
 
 

@@ -1,4 +1,4 @@
-"""What a preflight prints: a line a node, the network, and every problem with its mend."""
+"""Output of a preflight: one line per node, the network, and every problem with its fix."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from megatron_anymal.launcher.preflight.node_checks import Problem
 
 @dataclass
 class Row:
-    """A node.
+    """Table row of a node.
 
     Attributes:
-        processes: how many reported.
-        disk: free bytes at the run's folder; -1: not known.
-        gpu: free bytes of its fullest card; -1: without CUDA.
-        clock: seconds before the first node's; None: not measured.
+        processes: number of processes that reported.
+        disk: free bytes at the run's folder; -1 if unknown.
+        gpu: free bytes of its fullest GPU; -1 without CUDA.
+        clock: seconds ahead of the first node's clock; None if not measured.
     """
 
     node: str
@@ -30,14 +30,14 @@ class Row:
 
 
 def format_table(rows: Sequence[Row], traffic: Optional[Traffic], world: int, seconds: float) -> str:
-    """The whole text."""
+    """Format the table, the problems and the verdict."""
     cells = [("node", "processes", "disk free", "GPU free", "clock", "state"), *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
     lines.append(_network(traffic, world))
     lines += [f"error: node {row.node}: {problem}" for row in rows for problem in row.problems]
     wrong = sum(bool(row.problems) for row in rows)
-    verdict = f"{wrong} of {len(rows)} node(s) not fit: the run is not started" if wrong else f"{len(rows)} node(s) fit"
+    verdict = f"{wrong} of {len(rows)} node(s) failed: the run is not started" if wrong else f"{len(rows)} node(s) ok"
     return "\n".join([*lines, f"preflight: {verdict} ({seconds:.1f} s)"])
 
 
@@ -54,12 +54,12 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _network(traffic: Optional[Traffic], world: int) -> str:
     if traffic is None:
-        return f"all-reduce over {world} processes: not tried, since not all of them came"
+        return f"all-reduce over {world} processes: not tried, because some processes did not report"
     if traffic.problem:
         return f"all-reduce over {world} processes: {traffic.problem}"
     size, milliseconds = traffic.bytes / 2**20, traffic.seconds * 1e3
-    measured = f"{size:g} MiB in {milliseconds:.1f} ms, {traffic.bandwidth(world) / 1e9:.2f} GB/s a link"
-    return f"all-reduce over {world} process(es): right" + (f"; {measured}" if world > 1 else "")
+    measured = f"{size:g} MiB in {milliseconds:.1f} ms, {traffic.bandwidth(world) / 1e9:.2f} GB/s per link"
+    return f"all-reduce over {world} process(es): correct" + (f"; {measured}" if world > 1 else "")
 
 
 def _gigabytes(count: int) -> str:

@@ -73,7 +73,7 @@ def test_reads_wholes_layers_and_boxes(tmp_path: Path) -> None:
     for layer in range(3):
         assert torch.equal(reader.read(STACKED, layer=layer), whole[STACKED][layer])
     assert torch.equal(reader.read_box(STACKED, (1, 2, 3), (2, 5, 3)), whole[STACKED][1:, 2:7, 3:])
-    with pytest.raises(CheckpointError, match="has 3 layers, no number 3"):
+    with pytest.raises(CheckpointError, match="has 3 layers, but no layer 3"):
         reader.read(STACKED, layer=3)
 
 
@@ -116,7 +116,7 @@ def test_chunks_that_do_not_make_a_tensor_are_refused(tmp_path: Path) -> None:
     one = torch.zeros(1, 3)
     with pytest.raises(CheckpointError, match="3 of 6 values of 'w' exist"):
         index(((2, 3), (0, 0), one))
-    with pytest.raises(CheckpointError, match=r"'w' at .* is doubled"):
+    with pytest.raises(CheckpointError, match=r"'w' at .* is duplicated"):
         index(((2, 3), (0, 0), one), ((2, 3), (0, 0), one))
     with pytest.raises(CheckpointError, match="disagree"):
         index(((2, 3), (0, 0), one), ((3, 3), (1, 0), one))

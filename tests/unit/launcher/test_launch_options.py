@@ -15,11 +15,14 @@ RUN = ["pretrain", "--config-name=quickstart"]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "needs the job that it starts, before the job's own arguments: `anymal launch pretrain|sft|dpo --config"),
-        (["--config-name=quickstart"], "needs the job that it starts"),
+        ([], "needs the job to start, before the job's own arguments: `anymal launch pretrain|sft|dpo --config"),
+        (["--config-name=quickstart"], "needs the job to start"),
         (["pretain", "--config-name=quickstart"], "`anymal launch pretrain --config-name=NAME"),
-        (["--config-name=quickstart", "pretrain"], "comes after it: `anymal launch pretrain --config-name=quickstart"),
-        ([*RUN, "--dry-run"], "--dry-run is not for `anymal launch`. Give it to `anymal pretrain` without launch"),
+        (
+            ["--config-name=quickstart", "pretrain"],
+            "the job's name: `anymal launch pretrain --config-name=quickstart",
+        ),
+        ([*RUN, "--dry-run"], "--dry-run cannot be used with `anymal launch`. Use it with `anymal pretrain` directly"),
         (["sft", "--config-name=quickstart"], "is for the job 'pretrain'"),
         ([*RUN, "trainer.max_step=4"], "unknown key trainer.max_step"),
         ([*RUN, "resilience.faults=['explode:rank=1']"], "resilience.faults: 'explode:rank=1': unknown kind 'explode'"),
@@ -27,7 +30,7 @@ RUN = ["pretrain", "--config-name=quickstart"]
         (["--nnodes=2", *RUN], "trainer.num_nodes=2"),
         (["--nnodes=2", *RUN, "trainer.num_nodes=2"], "needs --rdzv-endpoint=HOST:PORT"),
         (["--nnodes=2", "--rdzv-endpoint=n1:7", *RUN, "trainer.num_nodes=2"], "needs --node-rank"),
-        (["--config-path=nowhere", *RUN], "comes after it"),
+        (["--config-path=nowhere", *RUN], "come after the job's name"),
         ([*RUN, "--config-path=nowhere"], "--config-path=nowhere: there is no folder"),
     ],
 )

@@ -106,8 +106,10 @@ def test_fit_nodes(config: RunConfig) -> None:
     lines = said.splitlines()
     assert [line.split()[:2] for line in lines[:3]] == [["node", "processes"], ["n1", "2"], ["n2", "2"]]
     assert lines[1].endswith("ok") and lines[2].endswith("ok")
-    assert lines[3].startswith("all-reduce over 4 process(es): right; 4 MiB in ") and lines[3].endswith("GB/s a link")
-    assert "2 node(s) fit" in lines[4]
+    assert lines[3].startswith("all-reduce over 4 process(es): correct; 4 MiB in ") and lines[3].endswith(
+        "GB/s per link"
+    )
+    assert "2 node(s) ok" in lines[4]
     assert not (config.run_dir / node_checks.SIGNS).exists()
 
 
@@ -116,8 +118,8 @@ def test_a_node_that_does_not_come(config: RunConfig) -> None:
     codes, said = play(config, 3, 1, present=2, seconds=6)
     assert codes == {2} and time.monotonic() - began < 60
     (line,) = errors(said)
-    assert line.startswith("error: node n3: network: process 2 did not report within 6 s. Mend: ")
-    assert "not tried" in said and "1 of 3 node(s) not fit" in said
+    assert line.startswith("error: node n3: network: process 2 did not report within 6 s. Fix: ")
+    assert "not tried" in said and "1 of 3 node(s) failed" in said
 
 
 def test_unwritable_on_one_node(config: RunConfig) -> None:
@@ -151,7 +153,7 @@ def test_wrong_sums(config: RunConfig) -> None:
 
     codes, said = play(config, spoil=spoil)
     (line,) = errors(said)
-    assert codes == {2} and line.startswith("error: node n2: network: the all-reduce gave 3 wrong sums. Mend: ")
+    assert codes == {2} and line.startswith("error: node n2: network: the all-reduce gave 3 wrong sums. Fix: ")
 
 
 def test_all_reduce_that_hangs(config: RunConfig) -> None:
@@ -160,7 +162,7 @@ def test_all_reduce_that_hangs(config: RunConfig) -> None:
             torch.distributed.all_reduce = lambda tensor: time.sleep(60)
 
     codes, said = play(config, 2, 1, seconds=10, spoil=spoil)
-    assert codes == {2} and "error: node n2: network: the all-reduce was not done within" in said
+    assert codes == {2} and "error: node n2: network: the all-reduce did not finish within" in said
 
 
 def test_skewed_clock(config: RunConfig) -> None:
@@ -171,7 +173,7 @@ def test_skewed_clock(config: RunConfig) -> None:
 
     codes, said = play(config, 3, 1, spoil=spoil)
     (line,) = errors(said)
-    assert codes == {2} and line.startswith("error: node n2: clock: it is +7.0 s from the other nodes'. Mend: ")
+    assert codes == {2} and line.startswith("error: node n2: clock: it is +7.0 s off from the other nodes. Fix: ")
     assert float(said.splitlines()[2].split()[-3]) == pytest.approx(7.0, abs=0.5)
 
 
@@ -185,7 +187,7 @@ def test_full_disk_and_missing_files(config: RunConfig) -> None:
     codes, said = play(config, 2, 1, spoil=spoil)
     first, second = errors(said)
     assert codes == {2} and first.startswith("error: node n1: disk: 0.00 GB free at ")
-    assert second.startswith("error: node n2: files: data.tokenizer='/nowhere' is not there. Mend: ")
+    assert second.startswith("error: node n2: files: data.tokenizer='/nowhere' does not exist. Fix: ")
 
 
 def test_nobody_to_report_to(config: RunConfig) -> None:
@@ -230,7 +232,7 @@ def test_gpu_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert node_checks.gpu(3) == (79 * GB, [])
     free["bytes"] = 60 * GB
     _, (problem,) = node_checks.gpu(3)
-    assert problem.text == "card 3 has 60.00 GB of 80.00 GB free" and "nvidia-smi" in problem.fix
+    assert problem.text == "GPU 3 has 60.00 GB of 80.00 GB free" and "nvidia-smi" in problem.fix
 
 
 def test_place() -> None:
@@ -267,7 +269,7 @@ def test_command(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == f"{config.run_dir}\n"
     for wrong, says in (
         (["pretrain", *given, "trainer.max_step=3"], "unknown key trainer.max_step"),
-        (["sft", *given], "is for the job 'pretrain', and 'sft' was started"),
+        (["sft", *given], "is for the job 'pretrain', but 'sft' was started"),
         (["pretrain", *given, "model.tensor_model_parallel_size=3"], "error: "),
         (["pretrain", "--config-path=/nowhere", "--config-name=tiny"], "there is no folder /nowhere"),
     ):

@@ -50,7 +50,7 @@ def run_dir(tmp_path: Path) -> Path:
     tell(
         60,
         "hang",
-        "rank 1 (step 9, data, silent for 10.1 s) waiting for data that do not come",
+        "rank 1 (step 9, data, silent for 10.1 s) waiting for data that does not arrive",
         3,
         1,
         step=9,
@@ -79,7 +79,7 @@ def test_a_person_finds_what_they_look_for(run_dir: Path) -> None:
     assert path == run_dir / "report.md" and not list(run_dir.glob(".report*"))
     head = text.split("\n## ")[0]
     assert head.startswith("# Run run7: crash loop") and "79" in head and "step 8" in head and "Attempts: 3" in head
-    assert "mend the first cause" in section(text, "What to do next")
+    assert "fix the first cause" in section(text, "What to do next")
     failed = section(text, "What failed")
     first, second, third = failed.split("### ")[1:]
     assert first.startswith("Attempt 1: rank 1, step 5, exception")

@@ -52,7 +52,7 @@ def test_only_crashes_and_hangs_are_tried_again(tmp_path: Path, code: Exit) -> N
 
 def test_nothing_is_started_after_a_wish_to_stop(tmp_path: Path) -> None:
     ended = Restarts(tmp_path).decide(Ending(Exit.HANG, "so", 3, stop=True))
-    assert ended == Decision(Exit.REQUEUE, "stopped on request, but not in order: so")
+    assert ended == Decision(Exit.REQUEUE, "stopped on request, but not cleanly: so")
     assert Restarts(tmp_path).decide(Ending(Exit.MISTAKE, "so", stop=True)).code == Exit.MISTAKE
 
 

@@ -285,9 +285,9 @@ def test_a_job_array_requeues_its_own_task_alone(job: Job) -> None:
 def test_a_missing_signal_is_said(job: Job) -> None:
     """At the end of its time, without a word before."""
     _, said = job.signalled("launch", signal.SIGTERM, STUB_TIME="00:00:30", ANYMAL_GRACE_SECONDS="-5")
-    assert "no USR1 came before" in said and "--signal=B:USR1@25" in said
+    assert "without a USR1" in said and "--signal=B:USR1@25" in said
     _, said = job.signalled("launch", signal.SIGTERM)
-    assert "no USR1 came before" not in said
+    assert "without a USR1" not in said
 
 
 def test_unfit_nodes_end_it(job: Job) -> None:
@@ -317,7 +317,7 @@ def test_code_75_goes_back_into_the_queue(job: Job) -> None:
     (job.run_dir / "checkpoints" / "step_00000040").mkdir(parents=True)
     (job.run_dir / "checkpoints" / ".staging_00000050").mkdir()
     assert job.run(STUB_LAUNCH="75")[0] == 75
-    assert job.requeued == 1 and "stopped at step_00000040: back into the queue" in job.summary
+    assert job.requeued == 1 and "stopped at step_00000040: requeueing the job" in job.summary
 
 
 @pytest.mark.parametrize(
@@ -358,12 +358,12 @@ def test_usr1_before_the_launcher(job: Job, part: str) -> None:
 def test_a_stop_that_takes_too_long(job: Job) -> None:
     code, said = job.signalled("launch", signal.SIGUSR1, STUB_DEAF="1", ANYMAL_GRACE_SECONDS="30")
     # The launcher goes on until Slurm ends it: here by itself, with code 0.
-    assert job.requeued == 1 and "no end within 30 s" in job.summary, (code, said)
+    assert job.requeued == 1 and "did not stop within 30 s" in job.summary, (code, said)
 
 
 def test_cancelled_jobs_stay_away(job: Job) -> None:
     code, said = job.signalled("launch", signal.SIGTERM)
-    assert code == 75 and not job.requeued and "ended from outside" in job.summary, said
+    assert code == 75 and not job.requeued and "terminated from outside" in job.summary, said
 
 
 def test_pyxis_and_apptainer(job: Job) -> None:
