@@ -22,7 +22,7 @@ class TextPart:
     text: str
     # Whether its tokens are loss targets.
     loss: bool = True
-    # Whether control tokens in the text are parsed as such. Only for text of the chat format; all other text is literal.
+    # Whether control tokens in the text are parsed as such; true only for the chat format's own text.
     control: bool = False
 
 
