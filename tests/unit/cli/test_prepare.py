@@ -258,7 +258,7 @@ def wav_without_samples() -> bytes:
 BAD = {
     "broken.jpg": (_jpeg()[:20], {}, "image"),
     "silent.wav": (wav_without_samples(), {}, "0 samples"),
-    "nan.npy": (_nan(), {"rate": 50}, "row 7 holds NaN"),
+    "nan.npy": (_nan(), {"rate": 50}, "row 7 contains NaN"),
     "unrated.npy": (npy(1), {}, "sampling rate"),
     "empty.png": (b"", {}, "0 bytes"),
     "strange.xyz": (b"abc", {}, "xyz"),
