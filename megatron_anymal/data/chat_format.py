@@ -191,8 +191,8 @@ def _trimmed(parts: Sequence[Part]) -> tuple[Part, ...]:
     """Join adjacent texts and strip white space from both ends."""
     joined: list[Part] = []
     for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
-        some = list(group)
-        joined += [TextPart("".join(part.text for part in some if isinstance(part, TextPart)))] if is_text else some
+        run = list(group)
+        joined += [TextPart("".join(part.text for part in run if isinstance(part, TextPart)))] if is_text else run
     if joined and isinstance(joined[0], TextPart):
         joined[0] = TextPart(joined[0].text.lstrip())
     if joined and isinstance(joined[-1], TextPart):

@@ -201,12 +201,12 @@ def _key(line: _Line) -> str:
     Raises:
         DataError: the key is neither a string nor an integer, is too long, or has control characters.
     """
-    given: Optional[Any] = line.value.get("key")
-    if given is None or given == "":
+    stated: Optional[Any] = line.value.get("key")
+    if stated is None or stated == "":
         return f"{line.number:09d}"
-    if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise DataError(f"{line.where}: the key {given!r} must be a string or an integer.")
-    key = str(given).replace(".", "_")
+    if isinstance(stated, bool) or not isinstance(stated, (str, int)):
+        raise DataError(f"{line.where}: the key {stated!r} must be a string or an integer.")
+    key = str(stated).replace(".", "_")
     if not key.isprintable() or key.rpartition("/")[2] == "":
         raise DataError(f"{line.where}: the key {key[:80]!r} contains characters that a file name cannot have.")
     if len(key.encode()) > MAX_KEY_BYTES:

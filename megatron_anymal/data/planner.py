@@ -173,7 +173,7 @@ class BatchPlanner:
                 stored in each index.
 
         Raises:
-            DataError: there are no datasets; an index is missing, empty, built for another tokenizer, or contains
+            DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
                 samples of another kind or media without a configured modality; with too_long="refuse", a sample is
                 longer than seq_length.
         """

@@ -242,7 +242,7 @@ def _csv_blocks(data: bytes, attributes: Mapping[str, Any], limits: LimitsConfig
             try:
                 if len(row) != len(first):
                     raise ValueError
-                numbers.extend([_number(row[place]) for place in wanted])
+                numbers.extend([_number(row[column]) for column in wanted])
             except ValueError:
                 raise MediaError(f"row {number} is not {len(first)} numbers: {','.join(row)[:80]!r}") from None
             number += 1

@@ -191,7 +191,7 @@ def flat_and_upright(picture: Image.Image, orientation: int = 1, bits: int = 8) 
 
 
 def _source_box(orientation: int, width: int, height: int, upper: int, lower: int) -> tuple[int, int, int, int]:
-    """The box of a picture as stored that holds the rows from `upper` to `lower` of it upright, width x height."""
+    """The box in the stored image that contains the rows `upper` to `lower` of the upright image (width x height)."""
     first, last = (upper, lower) if orientation in (1, 2, 5, 6) else (height - lower, height - upper)
     return (first, 0, last, width) if orientation in SWAPS_SIDES else (0, first, width, last)
 
