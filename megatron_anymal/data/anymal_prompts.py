@@ -1,9 +1,9 @@
 # ruff: noqa: RUF001  (the paper's quotation marks)
-"""AnyMAL's prompts (section E.1), as the paper prints them, its slips included.
+"""AnyMAL's prompts (section E.1), as printed in the paper, including its typos.
 
-What the paper writes `\\n` is a line break. `{media}` is where the media go: `<audio>`, `<video>` and `<IMU>` in the
-paper, the end of the sentence that announces the image elsewhere. `{question}` and the like are the task's own texts;
-the paper's `[options]` is one of them. The answer's format ("in one word") is part of the prompt.
+`\\n` in the paper is a line break. `{media}` marks the position of the media: `<audio>`, `<video>` and `<IMU>` in the
+paper, or the end of the sentence that announces the image. `{question}` and the like are texts of the task, including
+the paper's `[options]`. The answer format ("in one word") is part of the prompt.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _FIELD = re.compile(r"\{(\w+)\}")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The system and the user message of a kind of task."""
+    """The system and user messages for a kind of task."""
 
-    # The benchmarks that are asked so.
+    # The benchmarks that use this prompt.
     tasks: tuple[str, ...]
     modality: str
     system: str
@@ -30,7 +30,7 @@ class PromptTemplate:
 
     @property
     def fields(self) -> set[str]:
-        """The texts that a task must give."""
+        """Names of the texts that a task must provide."""
         return set(_FIELD.findall(self.system + self.user)) - {"media"}
 
 
@@ -108,21 +108,21 @@ BY_TASK = {task: prompt for prompt in PROMPTS for task in prompt.tasks}
 
 
 def messages_from_prompt(task: str, media: Sequence[dict[str, Any]], **texts: str) -> list[dict[str, Any]]:
-    """A task's question as the `messages` of a sample, up to the user turn; add the answer, or `chosen` and `rejected`.
+    """Build the `messages` of a sample up to the user turn; add the answer, or `chosen` and `rejected`.
 
     Args:
         task: a key of BY_TASK.
-        media: the media parts, for example {"media": "cat.jpg"}; without a `modality` they get the prompt's.
-        texts: `question` and whatever else the prompt's `fields` name.
+        media: the media parts, for example {"media": "cat.jpg"}; `modality` defaults to that of the prompt.
+        texts: the texts named by the prompt's `fields`, such as `question`.
 
     Raises:
-        DataError: an unknown task; no media; a text that is missing, or that the prompt has no place for.
+        DataError: the task is unknown, there are no media, or a text is missing or not a field of the prompt.
     """
     if task not in BY_TASK:
-        raise DataError(f"There is no prompt for the task {task!r}. Name one of {', '.join(BY_TASK)}.")
+        raise DataError(f"There is no prompt for the task {task!r}. Use one of {', '.join(BY_TASK)}.")
     prompt = BY_TASK[task]
     if not media:
-        raise DataError(f"The prompt of {task!r} needs media. Give at least one part, for example {{'media': NAME}}.")
+        raise DataError(f"The prompt of {task!r} needs media. Add at least one part, for example {{'media': NAME}}.")
     if set(texts) != prompt.fields:
         wanted, given = (", ".join(sorted(names)) or "none" for names in (prompt.fields, set(texts)))
         raise DataError(f"The prompt of {task!r} takes these texts: {wanted}; given: {given}.")

@@ -1,19 +1,20 @@
-"""Conversations: messages as JSON become documents in Llama 3's chat format.
+"""Conversations: converts JSON messages to documents in Llama 3's chat format.
 
-A conversation is `{"messages": [{"role": "system" | "user" | "assistant", "content": TEXT or [parts]}, ...]}`; parts
-are those of data/content_parts.py without `loss`, media only in system and user turns. A preference pair adds
-`"chosen"` and `"rejected"`, two answers to messages that end with a user turn, each TEXT, parts of text, or one
-assistant message.
+A conversation is `{"messages": [{"role": "system" | "user" | "assistant", "content": TEXT or [parts]}, ...]}`. The
+parts are those of data/content_parts.py without `loss`; media are allowed in system and user turns only. A preference
+pair adds `"chosen"` and `"rejected"`, two answers to messages that end with a user turn. Each answer is TEXT, a list of
+text parts, or an assistant message.
 
 A document is `<|begin_of_text|>`, then for each message
 
     <|start_header_id|>ROLE<|end_header_id|>\\n\\nCONTENT<|eot_id|>
 
-as Llama 3's published template lays it out, with white space cut off both ends of the content. White space inside,
-beside media, stays. Control tokens written in a content stay plain text. The ids are those of the whole as one string,
-so they are transformers' own for the published template. Targets of the loss are the contents of assistant turns and
-their `<|eot_id|>`, never a header; of a pair, those of the two answers alone. Should a tokenizer join the header's line
-breaks with the content (Llama 3's never does), the joint token counts as the content's.
+as in Llama 3's published template, with white space stripped from both ends of the content. White space inside the
+content, next to media, is kept. Control tokens written in the content stay plain text. The document is tokenized as one
+string, so the ids equal those that transformers produces with the published template. Loss targets are the contents of
+assistant turns and their `<|eot_id|>`, never a header; in a preference pair, only those of the two answers. If a
+tokenizer merges the header's line breaks with the content (Llama 3's never does), the merged token belongs to the
+content.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any
 from megatron_anymal.data.content_parts import parse_part
 from megatron_anymal.data.records import DataError, MediaPart, Part, Sample, TextPart
 
-# The template's tokens; the document's first one is the tokenizer's begin token.
+# The template's control tokens; the first one must be the tokenizer's begin token.
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 BEGIN, START_HEADER, END_HEADER, END_TURN = CHAT_TOKENS
 ROLES = ("system", "user", "assistant")
@@ -34,17 +35,17 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; an assistant's content is one text."""
+    """One turn; the content of an assistant turn is a single text."""
 
     role: str
     content: tuple[Part, ...]
 
 
 def parse_conversation(value: dict[str, Any], where: str) -> Sample:
-    """Read a sample with `messages`, and perhaps `chosen` and `rejected`.
+    """Read a sample with `messages` and, for a preference pair, `chosen` and `rejected`.
 
     Raises:
-        DataError: naming `where` (sample or line), the message, what is wrong with it and the mend.
+        DataError: naming `where` (sample or line), the message, what is wrong with it and the fix.
     """
     messages = parse_messages(value["messages"], where)
     if "chosen" in value or "rejected" in value:
@@ -53,8 +54,8 @@ def parse_conversation(value: dict[str, Any], where: str) -> Sample:
         raise DataError(f"{where}: `messages` has no assistant turn, so there is nothing to learn from it. Add one.")
     if messages[-1].role != "assistant":
         raise DataError(
-            f"{where}: `messages` ends with a {messages[-1].role} turn, which nothing answers. Remove it, or add the "
-            "assistant's."
+            f"{where}: `messages` ends with a {messages[-1].role} turn, which has no answer. Remove it, or add an "
+            "assistant turn."
         )
     return Sample("messages", (lay_out(messages),))
 
@@ -63,7 +64,9 @@ def _parse_pair(messages: Sequence[Message], value: dict[str, Any], where: str) 
     answers = []
     for name in ("chosen", "rejected"):
         if name not in value:
-            raise DataError(f"{where}: a preference pair needs `chosen` and `rejected`; it has no `{name}`. Add it.")
+            raise DataError(
+                f"{where}: a preference pair needs `chosen` and `rejected`, but `{name}` is missing. Add it."
+            )
         answer = value[name]
         if isinstance(answer, dict):
             message = _parse_message(answer, f"{where}: `{name}`")
@@ -74,19 +77,19 @@ def _parse_pair(messages: Sequence[Message], value: dict[str, Any], where: str) 
             answers.append(Message("assistant", _content(answer, "assistant", f"{where}: `{name}`")))
     if messages[-1].role != "user":
         raise DataError(
-            f"{where}: `messages` of a preference pair must end with the user turn that is answered; they end with a "
+            f"{where}: `messages` of a preference pair must end with the user turn to be answered, not with a "
             f"{messages[-1].role} turn."
         )
     if answers[0] == answers[1]:
         raise DataError(
-            f"{where}: `chosen` and `rejected` are the same answer, which prefers nothing. Remove the pair."
+            f"{where}: `chosen` and `rejected` are the same answer, so there is no preference. Remove the pair."
         )
     prompt = _turns(messages, learned=False)
     return Sample("preference", tuple([*prompt, *_turns([answer], learned=True)] for answer in answers))
 
 
 def parse_messages(value: Any, where: str) -> list[Message]:
-    """Read `messages`.
+    """Parse `messages`.
 
     Raises:
         DataError: naming `where`, the message and what is wrong with it.
@@ -104,17 +107,18 @@ def parse_messages(value: Any, where: str) -> list[Message]:
 
 
 def lay_out(messages: Sequence[Message]) -> list[Part]:
-    """The parts of a whole conversation: the answers and their ends are targets."""
+    """The parts of a complete conversation. Assistant answers and their end tokens are targets."""
     return _turns(messages, learned=True)
 
 
 def open_prompt(messages: Sequence[Message]) -> list[Part]:
-    """The parts of a conversation up to where the assistant answers: a document to be left open."""
+    """The parts of a conversation up to and including the assistant's header: an open document for generation."""
     return [*_turns(messages, learned=False), _header("assistant")]
 
 
 def messages_of(opened: Sequence[Part]) -> list[Message] | None:
-    """What `open_prompt` laid out, or `last_answer` took apart; None of parts that are no open conversation."""
+    """Recover the messages from the parts of `open_prompt` or `last_answer`; None if they are not an open
+    conversation."""
     if not opened or _role_of(opened[0]) is None or _role_of(opened[-1]) != "assistant":
         return None
     messages: list[Message] = []
@@ -123,13 +127,13 @@ def messages_of(opened: Sequence[Part]) -> list[Message] | None:
         if role is not None:
             messages.append(Message(role, ()))
         elif not _marks(part, END_TURN):
-            said = TextPart(part.text) if isinstance(part, TextPart) else part
-            messages[-1] = Message(messages[-1].role, (*messages[-1].content, said))
+            content = TextPart(part.text) if isinstance(part, TextPart) else part
+            messages[-1] = Message(messages[-1].role, (*messages[-1].content, content))
     return messages
 
 
 def last_answer(document: Sequence[Part]) -> tuple[list[Part], str]:
-    """A conversation's document as the open one before its last answer, and that answer."""
+    """Split a conversation's document into the open document before its last answer, and that answer."""
     *opened, answer, _ = document
     assert isinstance(answer, TextPart)
     return opened, answer.text
@@ -150,18 +154,18 @@ def _header(role: str) -> TextPart:
 
 
 def _role_of(part: Part) -> str | None:
-    """Whose header a part is."""
+    """The role whose header this part is; None if it is not a header."""
     return next((role for role in ROLES if _marks(part, _header(role).text)), None)
 
 
 def _marks(part: Part, text: str) -> bool:
-    """Whether a part is this text of the layout, and nobody's words."""
+    """Whether a part is this text of the chat template, rather than message content."""
     return isinstance(part, TextPart) and part.control and part.text == text
 
 
 def _parse_message(entry: Any, at: str) -> Message:
     if not isinstance(entry, dict) or set(entry) != {"role", "content"}:
-        raise DataError(f"{at} must be an object with `role` and `content`, no more.")
+        raise DataError(f"{at} must be an object with `role` and `content` and no other keys.")
     if entry["role"] not in ROLES:
         raise DataError(f"{at} has the unknown role {entry['role']!r}. Name one of {', '.join(ROLES)}.")
     return Message(entry["role"], _content(entry["content"], entry["role"], at))
@@ -171,24 +175,24 @@ def _content(value: Any, role: str, at: str) -> tuple[Part, ...]:
     if isinstance(value, str):
         value = [{"text": value}]
     if not isinstance(value, list):
-        raise DataError(f"{at}: `content` must be a text or a list of text and media parts.")
+        raise DataError(f"{at}: `content` must be a string or a list of text and media parts.")
     parts = [parse_part(entry, f"{at}, part {number}") for number, entry in enumerate(value)]
     if any("loss" in entry for entry in value):
         raise DataError(f"{at}: a part has `loss`, but in a conversation the role decides it. Remove `loss`.")
     if role == "assistant" and any(isinstance(part, MediaPart) for part in parts):
-        raise DataError(f"{at} is an assistant turn with media, which cannot be learned. Move them to a user turn.")
+        raise DataError(f"{at} is an assistant turn with media, which cannot be targets. Move them to a user turn.")
     content = _trimmed(parts)
     if not content:
-        raise DataError(f"{at} has an empty content. Remove the message, or give it a text.")
+        raise DataError(f"{at} has empty content. Remove the message, or add text.")
     return content
 
 
 def _trimmed(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Neighbouring texts joined, white space cut off both ends."""
+    """Join adjacent texts and strip white space from both ends."""
     joined: list[Part] = []
     for is_text, group in groupby(parts, lambda part: isinstance(part, TextPart)):
-        some = list(group)
-        joined += [TextPart("".join(part.text for part in some if isinstance(part, TextPart)))] if is_text else some
+        run = list(group)
+        joined += [TextPart("".join(part.text for part in run if isinstance(part, TextPart)))] if is_text else run
     if joined and isinstance(joined[0], TextPart):
         joined[0] = TextPart(joined[0].text.lstrip())
     if joined and isinstance(joined[-1], TextPart):

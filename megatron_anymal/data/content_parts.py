@@ -1,4 +1,4 @@
-"""Text and media parts as JSON: what samples and the turns of conversations consist of."""
+"""Parsing of text and media parts, the JSON building blocks of samples and conversation turns."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 
 
 def parse_part(entry: Any, at: str) -> Part:
-    """Read one part.
+    """Parse one part.
 
     Raises:
-        DataError: naming `at` (the part's place) and what is wrong with it.
+        DataError: naming `at` (the location of the part) and what is wrong with it.
     """
     if not isinstance(entry, dict) or ("text" in entry) == ("media" in entry):
         raise DataError(f"{at} must be an object with either `text` or `media`.")
     if "text" in entry:
         unknown = set(entry) - {"text", "loss"}
         if unknown or not isinstance(entry["text"], str) or not isinstance(entry.get("loss", True), bool):
-            raise DataError(f"{at}: a text part has a string `text` and may have a boolean `loss`, no more.")
+            raise DataError(f"{at}: a text part has a string `text`, optionally a boolean `loss`, and no other keys.")
         return TextPart(entry["text"], entry.get("loss", True))
     attributes = {key: item for key, item in entry.items() if key not in ("media", "modality")}
     if not isinstance(entry["media"], str) or not isinstance(entry.get("modality", ""), str):
@@ -28,7 +28,7 @@ def parse_part(entry: Any, at: str) -> Part:
 
 
 def parse_parts(value: Any, where: str) -> list[Part]:
-    """Read the `parts` of a sample.
+    """Parse the `parts` of a sample.
 
     Raises:
         DataError: naming `where` (sample or line), the part and what is wrong with it.
@@ -42,7 +42,7 @@ def parse_parts(value: Any, where: str) -> list[Part]:
 
 
 def name_modalities(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
-    """The parts with their media items' modalities, in order, named so."""
+    """Set the modalities of the media parts to `names`, in order."""
     remaining = iter(names)
     return [
         MediaPart(part.media, next(remaining), part.attributes) if isinstance(part, MediaPart) else part

@@ -1,7 +1,7 @@
-"""Which tokens of a pack a context-parallel rank holds.
+"""Distribution of a pack's tokens over context-parallel ranks.
 
-Every document is cut into 2 x size equal chunks and rank r holds chunks r and 2 x size - 1 - r: with causal attention
-each rank then has the same work (Transformer Engine's and megatron-core's order for packed sequences).
+Each document is cut into 2 x size equal chunks and rank r holds chunks r and 2 x size - 1 - r, which balances the work
+of causal attention (the order of Transformer Engine and Megatron-Core for packed sequences).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from megatron_anymal.data.records import DataError, PlannedMicroBatch
 
 
 def document_multiple(context_size: int) -> int:
-    """What every document's length in a pack must be a multiple of."""
+    """The number that each document's length in a pack must be a multiple of."""
     return 2 * context_size if context_size > 1 else 1
 
 
 def padded(length: Any, multiple: int) -> Any:
-    """The next multiple of a length, or of each of an array of lengths."""
+    """Round a length, or an array of lengths, up to a multiple."""
     return -(-length // multiple) * multiple
 
 
 def held_chunks(length: int, context_rank: int, context_size: int) -> list[tuple[int, int]]:
-    """[start, stop) of the chunks of one document that a rank holds, in their order there.
+    """[start, stop) of the chunks of one document that a rank holds, in their order on the rank.
 
     Raises:
         DataError: the document is not padded for this many ranks.
@@ -36,7 +36,7 @@ def held_chunks(length: int, context_rank: int, context_size: int) -> list[tuple
     chunk, rest = divmod(length, document_multiple(context_size))
     if rest:
         raise DataError(
-            f"A document of {length} tokens cannot be shared by {context_size} context-parallel ranks: its length in "
+            f"A document of {length} tokens cannot be split over {context_size} context-parallel ranks: its length in "
             f"the pack must be a multiple of {document_multiple(context_size)}. Pad it, or set "
             "model.context_parallel_size=1."
         )
@@ -44,22 +44,21 @@ def held_chunks(length: int, context_rank: int, context_size: int) -> list[tuple
 
 
 def held_tokens(lengths: Sequence[int], context_rank: int, context_size: int) -> Tensor:
-    """[T / size] int64: the pack's tokens that a rank holds, in their order there.
+    """[T / size] int64: indices of the pack's tokens that a rank holds, in their order on the rank.
 
     Raises:
         DataError: a document is not padded for this many ranks.
     """
-    parts, offset = [], 0
+    chunks, offset = [], 0
     for length in lengths:
         for start, stop in held_chunks(length, context_rank, context_size):
-            parts.append(torch.arange(offset + start, offset + stop))
+            chunks.append(torch.arange(offset + start, offset + stop))
         offset += length
-    return torch.cat(parts)
+    return torch.cat(chunks)
 
 
 def token_lengths(plan: PlannedMicroBatch) -> Tensor:
-    """[T] int64 for the tokens of a whole pack: the length of each one's document without the padding; 0 for the
-    padding behind the last one."""
+    """[T] int64: for each token of a whole pack, the unpadded length of its document; 0 for the padding at the end."""
     own = [length for sample in plan.samples for length in sample.documents]
     in_pack = [padded(length, plan.document_multiple) for length in own]
     own.append(0)

@@ -1,11 +1,11 @@
-"""The global order: which sample stands at which place of the run, computed from the place alone.
+"""Global sample order: the sample at each position of a run, computed from the position alone.
 
-Two pieces of arithmetic make it a pure function that needs no list in memory:
+The order is a pure function that needs no list in memory:
 
-- `permute` shuffles [0, n) by a Feistel network walked until it lands inside the range, so that any element of the
-  shuffled order can be asked for by itself;
-- `GlobalOrder` interleaves datasets in blocks. In each block every dataset gets its share of places (rounded so that
-  the shares stay exact over the run) and the places are shuffled, so the mix holds over any stretch of the run.
+- `permute` shuffles [0, n) with a Feistel network and cycle walking, which gives random access to any element of the
+  shuffled order;
+- `GlobalOrder` interleaves datasets in blocks. In each block, every dataset gets its share of the positions (rounded so
+  that the shares stay exact over the run) and the positions are shuffled, so the mix holds over any part of the run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MASK64 = (1 << 64) - 1
 
 
 def mix64(*numbers: int) -> int:
-    """A 64-bit hash of whole numbers (SplitMix64's finaliser, chained)."""
+    """64-bit hash of integers (chained SplitMix64 finaliser)."""
     state = 0x9E3779B97F4A7C15
     for number in numbers:
         state = (state ^ (number & _MASK64)) & _MASK64
@@ -41,12 +41,12 @@ def _scramble(values: np.ndarray, key: int) -> np.ndarray:
 
 
 def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
-    """The elements at `places` of the permutation of [0, n) that `key` names.
+    """The elements at positions `places` of the pseudorandom permutation of [0, n) selected by `key`.
 
     Args:
         places: [k] integers in [0, n).
         n: size of the range.
-        key: any integer; another key is another permutation.
+        key: any integer; each key selects a different permutation.
 
     Returns:
         [k] int64.
@@ -68,7 +68,7 @@ def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GlobalOrder:
-    """An endless order over weighted datasets; each dataset is shuffled anew in every epoch of its own."""
+    """An infinite order over weighted datasets; each dataset is reshuffled in each of its epochs."""
 
     sizes: tuple[int, ...]
     weights: tuple[float, ...]
@@ -78,10 +78,10 @@ class GlobalOrder:
         assert len(self.sizes) == len(self.weights) and min(self.sizes) > 0 and min(self.weights) > 0
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Who stands at the places [start, stop).
+        """The samples at positions [start, stop).
 
         Returns:
-            dataset [stop - start] and sample within it [stop - start], both int64.
+            Dataset [stop - start] and sample within the dataset [stop - start], both int64.
         """
         block = self._block_size()
         datasets, samples = [], []
@@ -94,11 +94,11 @@ class GlobalOrder:
 
     def _block_size(self) -> int:
         smallest = min(self.weights) / sum(self.weights)
-        # At least two places for the rarest dataset, so that no rounded share is ever negative.
+        # At least two positions for the rarest dataset, so that no rounded share is ever negative.
         return max(256, int(2 / smallest) + 1)
 
     def in_block(self, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """All places of block `k`: dataset and sample of each."""
+        """Dataset and sample at every position of block `k`."""
         before, after = self._bounds(k * block), self._bounds((k + 1) * block)
         drawn = [b1 - b0 for b0, b1 in pairwise(before)]
         shares = [a1 - a0 - d for a0, a1, d in zip(after, after[1:], drawn)]
@@ -110,7 +110,7 @@ class GlobalOrder:
         return dataset, sample
 
     def _bounds(self, places: int) -> list[int]:
-        """Cumulative shares of the datasets among the first `places` places, rounded."""
+        """Rounded cumulative shares of the datasets among the first `places` positions."""
         weights = [Fraction(w) for w in self.weights]
         total, running, bounds = sum(weights), Fraction(0), [0]
         for weight in weights:
@@ -129,5 +129,5 @@ class GlobalOrder:
 
 @lru_cache(maxsize=8)
 def _block(order: GlobalOrder, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Neighbouring steps share a block."""
+    """Cached block; neighbouring steps share one."""
     return order.in_block(k, block)

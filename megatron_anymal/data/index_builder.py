@@ -1,4 +1,5 @@
-"""Reading WebDataset shards once, to index them. What cannot be used is named; the sums are checked for every shard."""
+"""Indexing of WebDataset shards in one pass. Everything that cannot be used is named, and the counts of each shard are
+checked."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import MODALITIES, kind_for_extension
 from megatron_anymal.modalities.base import MediaError
 
-# What the column media_count can hold.
+# Largest value of the column media_count.
 MAX_MEDIA = 65_535
-# The columns of SAMPLE and MEDIA that a shard alone decides, in the order in which rows are made here.
+# Columns of SAMPLE and MEDIA that depend on the shard alone, in the order of the rows built here.
 _SAMPLE_COLUMNS = (
     *("text_offset", "text_length", "text_crc", "text_is_json", "kind"),
     *("tokens", "targets", "rejected_tokens", "rejected_targets", "media_count"),
@@ -37,22 +38,22 @@ _MEDIA_COLUMNS = ("offset", "length", "crc", "kind", "extension", "size")
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """How samples are understood."""
+    """Settings for reading samples from shards."""
 
     tokenizer: str
-    # File ending -> kind, for endings that do not tell by themselves.
+    # File extension -> kind, for extensions that do not identify the kind.
     kinds: Mapping[str, str] = field(default_factory=dict)
     plugins: Sequence[str] = ()
-    # Patterns over the endings that count; empty: the rule of MemberRule.
+    # Patterns of the file endings to use; empty: the default rule of MemberRule.
     members: Sequence[str] = ()
-    # Kind -> attributes of all its media, such as {"imu": {"rate": 200}}; a sample's own come first.
+    # Kind -> default attributes of its media, such as {"imu": {"rate": 200}}; those of a sample take precedence.
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-    # Keep samples without media beside samples with media, if no JSON says which media they have.
+    # Keep samples that have only a .txt even if other such samples have media.
     text_only: bool = False
 
     def rule(self) -> MemberRule:
-        """Which members of a sample count."""
+        """The rule that selects the members of a sample."""
         known = frozenset(ending for kind in MODALITIES.values() for ending in kind.extensions)
         return MemberRule(tuple(self.members), known, frozenset(self.kinds))
 
@@ -60,24 +61,24 @@ class IndexOptions:
         """The modality kind of a media item.
 
         Raises:
-            MediaError: nothing known reads it.
+            MediaError: no registered modality reads it.
         """
         # "0.thermal.npy", the first media item of a sample, is looked up as "thermal.npy".
         ending = re.sub(r"^\d+\.", "", part.media.lower())
         kind = part.modality or self.kinds.get(extension) or kind_for_extension(ending, MODALITIES)
         if kind not in MODALITIES:
-            raise MediaError(f"its modality {kind!r} is not known; known are {', '.join(sorted(MODALITIES))}")
+            raise MediaError(f"has the unknown modality {kind!r}; known: {', '.join(sorted(MODALITIES))}")
         return kind
 
 
 @dataclass
 class ShardRows:
-    """What one shard adds to the index, and what it does not."""
+    """The rows that one shard adds to the index, and the entries that it leaves out."""
 
     name: str
     size: int
-    # Rows of SAMPLE and MEDIA; media_start and key_offset count from the shard's first, kinds and extensions by the
-    # lists below.
+    # Rows of SAMPLE and MEDIA; media_start and key_offset are relative to the shard, kinds and extensions are positions
+    # in the lists below.
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
     media: np.ndarray = field(default_factory=lambda: np.zeros(0, MEDIA))
     keys: bytes = b""
@@ -89,12 +90,12 @@ class ShardRows:
     damaged_bytes: int = 0
 
     def key(self, number: int) -> str:
-        """A sample's key."""
+        """Key of a sample."""
         start = int(self.samples["key_offset"][number])
         return self.keys[start : start + int(self.samples["key_length"][number])].decode()
 
     def without(self, numbers: Sequence[int], code: str, reason: str) -> ShardRows:
-        """The rows without some samples, which must have no media; they go to `left_out`."""
+        """Move some samples, which must have no media, from the rows to `left_out`."""
         kept = np.ones(len(self.samples), bool)
         kept[list(numbers)] = False
         assert not self.samples["media_count"][~kept].any()
@@ -118,7 +119,7 @@ class ShardRows:
 
 @dataclass
 class _Row:
-    """A usable sample of a shard."""
+    """The rows of one usable sample."""
 
     group: Group
     sample: tuple[int, ...]
@@ -128,7 +129,7 @@ class _Row:
 
 
 def index_shard(folder: str, name: str, tokenizer: Tokenizer, options: IndexOptions) -> ShardRows:
-    """Read one shard and describe its samples. A shard that cannot be read at all has none, and says why."""
+    """Index one shard. A shard that cannot be read at all yields no rows and one ledger entry with the reason."""
     fs, root = fsspec.core.url_to_fs(folder)
     rows = ShardRows(name, 0)
     try:
@@ -136,8 +137,8 @@ def index_shard(folder: str, name: str, tokenizer: Tokenizer, options: IndexOpti
         with open_bytes(fs, f"{root}/{name}") as source:
             _Indexer(source, rows, tokenizer, options).run()
     except (TarError, OSError) as error:
-        why = str(error) if isinstance(error, TarError) else f"cannot be read ({error})"
-        return ShardRows(name, rows.size, left_out=[LeftOut(name, "unreadable", why)], damaged_bytes=rows.size)
+        reason = str(error) if isinstance(error, TarError) else f"cannot be read ({error})"
+        return ShardRows(name, rows.size, left_out=[LeftOut(name, "unreadable", reason)], damaged_bytes=rows.size)
     return rows
 
 
@@ -163,9 +164,9 @@ class _Indexer:
         recurring = {key for key, count in seen.items() if count > 1}
         for row in good:
             if row.group.key in recurring:
-                places = f"its key occurs in {seen[row.group.key]} places of the shard"
-                fix = "Members of a sample must follow each other, and keys must differ."
-                self._leave_out(row.group, "duplicate_key", f"{places}. {fix}")
+                occurrences = f"its key occurs in {seen[row.group.key]} places of the shard"
+                fix = "Members of a sample must be consecutive, and keys must be unique."
+                self._leave_out(row.group, "duplicate_key", f"{occurrences}. {fix}")
                 continue
             rows.members.used += row.used
             rows.members.ignored.update(row.ignored)
@@ -178,10 +179,10 @@ class _Indexer:
         self._rows.left_out.append(LeftOut(self._rows.name, code, reason, group.offset, group.key))
 
     def _row(self, group: Group) -> _Row:
-        """Read a sample.
+        """Index one sample.
 
         Raises:
-            SampleError: it cannot be used.
+            SampleError: the sample cannot be used.
         """
         if group.wrong:
             raise group.wrong
@@ -200,11 +201,11 @@ class _Indexer:
         unused = [ending for ending, member in group.members.items() if member.offset not in is_used]
         for ending in unused:
             if is_json and ending in members and self._rule.is_media(ending):
-                fix = "Name it there, or name the endings that count with --members."
+                fix = "Name it there, or select the endings to use with --members."
                 raise SampleError("unused_media", f"its JSON does not name its member {ending!r}. {fix}")
         counts = self._counts(sample)
         if len(media) > MAX_MEDIA:
-            raise SampleError("limit", f"it has {len(media)} media items; an index holds {MAX_MEDIA} for a sample.")
+            raise SampleError("limit", f"it has {len(media)} media items, above the index's maximum of {MAX_MEDIA}.")
         row = (text.offset, text.size, zlib.crc32(data), is_json, SAMPLE_KINDS.index(sample.kind), *counts, len(media))
         return _Row(group, row, media, len(is_used), [f".{ending}" for ending in unused])
 
@@ -218,7 +219,7 @@ class _Indexer:
                 if is_sample(value):
                     return document, data, True, parse_sample(value, "its .json")
             if group.torn:
-                raise SampleError("torn", f"it is possibly incomplete: {group.torn}.")
+                raise SampleError("torn", f"it may be incomplete: {group.torn}.")
             if text is None:
                 raise SampleError("text", "it has neither a .txt nor a .json with `parts` or `messages`.")
             data = self._text(text)
@@ -249,9 +250,9 @@ class _Indexer:
             attributes = {**self._options.attributes.get(kind, {}), **part.attributes}
             size = MODALITIES[kind].probe(data, extension, attributes, self._options.limits)
         except MediaError as error:
-            fix = "" if part.modality else " If it is not media, name the endings that count with --members."
+            fix = "" if part.modality else " If it is not media, select the endings to use with --members."
             raise SampleError("media", f"its member {part.media!r} {error}.{fix}") from None
-        # A plug-in's reader may raise anything; one sample must not end the whole indexing.
+        # A plug-in may raise anything, and a single sample must not abort the indexing.
         except Exception as error:
             raise SampleError("media", f"its member {part.media!r} cannot be read: {error!r}.") from error
         rows = self._rows
@@ -265,26 +266,26 @@ class _Indexer:
         )
 
     def _counts(self, sample: Sample) -> tuple[int, int, int, int]:
-        """Tokens and targets of the first document, and of the second."""
+        """Tokens and targets of the first document, then those of the second (0 if there is none)."""
         try:
             counts = [self._tokenizer.count(parts, closed=sample.closed) for parts in sample.documents]
         except DataError as error:
             raise SampleError("text", str(error)) from None
         if not all(targets for _, targets in counts):
-            raise SampleError("text", "no token of it enters the loss. Give a text part `loss`: true.")
+            raise SampleError("text", "none of its tokens is a target. Set `loss`: true in a text part.")
         (tokens, targets), (rejected_tokens, rejected_targets) = (*counts, (0, 0))[:2]
         return tokens, targets, rejected_tokens, rejected_targets
 
 
 def _number(names: list[str], name: str) -> int:
-    """The place of a name in a list, which it is added to if it is new."""
+    """Position of a name in a list; a new name is appended."""
     if name not in names:
         names.append(name)
     return names.index(name)
 
 
 def _fill(rows: ShardRows, good: Sequence[_Row]) -> None:
-    """Turn the rows into arrays."""
+    """Convert the rows to arrays."""
     rows.samples = np.zeros(len(good), SAMPLE)
     for name, column in zip(_SAMPLE_COLUMNS, zip(*(row.sample for row in good))):
         rows.samples[name] = column
@@ -300,13 +301,13 @@ def _fill(rows: ShardRows, good: Sequence[_Row]) -> None:
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each of several neighbours begins."""
+    """Start offsets of consecutive ranges."""
     return np.cumsum(lengths, dtype=np.int64) - lengths
 
 
 @dataclass(frozen=True)
 class IndexTables:
-    """The index of all shards together."""
+    """The combined index tables of all shards."""
 
     samples: np.ndarray
     media: np.ndarray
@@ -316,7 +317,7 @@ class IndexTables:
 
 
 def assemble(shards: Sequence[ShardRows]) -> IndexTables:
-    """Put the shards' rows together, in their order."""
+    """Concatenate the rows of all shards, in order."""
     kinds = sorted({kind for shard in shards for kind in shard.kinds})
     extensions = sorted({extension for shard in shards for extension in shard.extensions})
     samples = np.concatenate([np.zeros(0, SAMPLE), *(shard.samples for shard in shards)])

@@ -1,4 +1,4 @@
-"""A folder of shards becomes an index: every shard is read once, by several processes, and the sums are told."""
+"""Indexing of a folder of shards: several processes read each shard once, and a summary is printed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from megatron_anymal.modalities import load_plugins
 from megatron_anymal.telemetry import Progress
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.Z")
-# Lines of the ledger that are shown; all are in the file.
+# Maximum number of ledger lines that are printed; the file contains all of them.
 _SHOWN = 20
 
 # Loaded once in each indexing process.
@@ -33,11 +33,11 @@ _tokenizers: dict[str, Tokenizer] = {}
 
 
 def find_shards(folder: str) -> list[str]:
-    """The .tar files of a folder, in order.
+    """The .tar files of a folder, sorted.
 
     Raises:
-        DataError: there is no such folder, no shard in it, or one that is not read: compressed, in a folder inside, or
-            with an ending in capitals.
+        DataError: the folder does not exist or contains no shards, or some of its shards could not be read: compressed
+            ones, ones in subfolders, or ones whose extension is in capitals.
     """
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
     if not fs.isdir(root):
@@ -48,20 +48,22 @@ def find_shards(folder: str) -> list[str]:
     compressed = [name for name in files if name.lower().endswith(_COMPRESSED)]
     if compressed:
         raise DataError(
-            f"{folder!r} holds {len(compressed)} compressed shard(s), the first {compressed[0]!r}. Samples are read by "
-            "byte range: decompress them (gunzip, zstd -d), or move them to another folder."
+            f"{folder!r} contains {len(compressed)} compressed shard(s), the first {compressed[0]!r}. Samples are read "
+            "by byte range: decompress them (gunzip, zstd -d), or move them to another folder."
         )
     spelled = [name for name in files if name.lower().endswith(".tar") and name not in shards]
     if spelled:
-        raise DataError(f"{folder!r} holds {spelled[0]!r}, which is not read as a shard. Rename it to end with .tar.")
+        raise DataError(
+            f"{folder!r} contains {spelled[0]!r}, which is not read as a shard. Rename it to end with .tar."
+        )
     inside = [name for name, kind in sorted(entries.items()) if kind == "directory" and _holds_shards(fs, root, name)]
     if inside:
         raise DataError(
-            f"{folder!r} holds shards in the folder(s) {', '.join(inside[:5])}, which an index does not reach. Index "
-            "each folder by itself, or move the shards up."
+            f"{folder!r} contains shards in the subfolder(s) {', '.join(inside[:5])}, which the index does not cover. "
+            "Index each folder separately, or move the shards up."
         )
     if not shards:
-        raise DataError(f"{folder!r} holds no .tar shard.")
+        raise DataError(f"{folder!r} contains no .tar shard.")
     return shards
 
 
@@ -73,10 +75,10 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
     """Index every shard of a folder.
 
     Args:
-        max_bad_share: largest share of samples that may be left out, and of bytes that may be unreadable.
+        max_bad_share: maximum share of samples that may be left out, and of bytes that may be unreadable.
 
     Raises:
-        DataError: no shard, or more left out than allowed. The ledger is written in that case, too.
+        DataError: there are no shards, or more is left out than allowed. The ledger is written in the latter case, too.
     """
     names = find_shards(folder)
     progress = Progress("indexing shards", len(names))
@@ -112,11 +114,11 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
 
 
 def _without_lost_media(shards: Sequence[ShardRows]) -> list[ShardRows]:
-    """Leave out samples that have a .txt alone, if others have media beside theirs: their media are missing."""
+    """Leave out samples that have only a .txt if others have media as well: their media are probably missing."""
     plain = [shard.samples["text_is_json"] == 0 for shard in shards]
     if not any((shard.samples["media_count"][mine] > 0).any() for shard, mine in zip(shards, plain)):
         return list(shards)
-    reason = "it has no media although others have. If text alone is meant, add --text-only."
+    reason = "it has no media although other samples do. If text-only samples are intended, add --text-only."
     return [
         shard.without(np.flatnonzero(mine & (shard.samples["media_count"] == 0)).tolist(), "no_media", reason)
         for shard, mine in zip(shards, plain)
@@ -124,21 +126,21 @@ def _without_lost_media(shards: Sequence[ShardRows]) -> list[ShardRows]:
 
 
 def _repeated_keys(shards: Sequence[ShardRows]) -> list[LeftOut]:
-    """Notes of keys that occur in several shards."""
+    """Ledger notes for keys that occur in several shards."""
     hashes = [np.frombuffer(b"".join(_key_hashes(shard)), "<u8") for shard in shards]
     together = np.concatenate([np.zeros(0, "<u8"), *hashes])
     values, counts = np.unique(together, return_counts=True)
     if (counts == 1).all():
         return []
-    places = np.flatnonzero(np.isin(together, values[counts > 1]))
+    rows = np.flatnonzero(np.isin(together, values[counts > 1]))
     starts = np.cumsum([0, *(len(own) for own in hashes)])
-    found: dict[str, list[str]] = {}
-    for place in places:
-        number = int(np.searchsorted(starts, place, "right")) - 1
-        found.setdefault(shards[number].key(int(place - starts[number])), []).append(shards[number].name)
+    shards_by_key: dict[str, list[str]] = {}
+    for row in rows:
+        number = int(np.searchsorted(starts, row, "right")) - 1
+        shards_by_key.setdefault(shards[number].key(int(row - starts[number])), []).append(shards[number].name)
     return [
         LeftOut(names[0], "repeated_key", f"the key occurs in {len(names)} shards: {', '.join(names[:4])}", key=key)
-        for key, names in found.items()
+        for key, names in shards_by_key.items()
         if len(names) > 1
     ]
 
@@ -168,7 +170,7 @@ def _check_share(folder: str, shards: Sequence[ShardRows], bad: Sequence[LeftOut
 
 
 def _accounting(members: MemberCounts, left_out: Sequence[LeftOut], options: IndexOptions) -> dict[str, Any]:
-    """What index.json says of all that is not in the index, and of the limits it was made with."""
+    """The entries of index.json about everything that is not in the index, and the limits it was built with."""
     return {
         "members": {
             "seen": members.seen,
@@ -186,7 +188,7 @@ def _summary(folder: str, samples: int, media: int, bad: int, shards: int, membe
     kinds = ", ".join(f"{what} {count}" for what, count in members.ignored.most_common(6))
     return (
         f"{folder}: {samples} samples, {media} media items, {bad} left out, {shards} shards; {members.seen} members = "
-        f"{members.used} used + {members.bad} of what is left out + {ignored} ignored{f' ({kinds})' if kinds else ''}"
+        f"{members.used} used + {members.bad} left out + {ignored} ignored{f' ({kinds})' if kinds else ''}"
     )
 
 
@@ -199,7 +201,7 @@ def _write_ledger(folder: str, name: str, entries: Sequence[LeftOut]) -> None:
 
 
 def _rename_ledger(folder: str, name: str) -> None:
-    """Give the ledger just written its name; one of a refused indexing goes once an index is made."""
+    """Rename the ledger to its final name. Once an index is built, the ledger of a refused attempt is removed."""
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
     inside = f"{root}/{INDEX_FOLDER}"
     if name == LEDGER and fs.exists(f"{inside}/{REFUSED_LEDGER}"):

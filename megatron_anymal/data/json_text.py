@@ -1,4 +1,4 @@
-"""JSON of unknown origin: what Python's parser accepts in silence, or fails on, is refused by name."""
+"""Strict parsing of untrusted JSON: rejects input that Python's parser silently accepts or crashes on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def parse_json_text(data: bytes, where: str, limits: LimitsConfig) -> Any:
     """Parse one JSON document.
 
     Args:
-        data: UTF-8, a byte order mark allowed.
-        where: the file, line or sample, for messages.
-        limits: max_text_bytes and max_json_depth.
+        data: UTF-8, optionally with a byte order mark.
+        where: the file, line or sample, for error messages.
+        limits: max_text_bytes and max_json_depth apply.
 
     Raises:
-        DataError: too long, nested too deeply, not UTF-8, not JSON, an object with the same key twice, a number too
-            long to read, or half of a surrogate pair (which no text file can hold).
+        DataError: the text is too long, nested too deeply, not UTF-8 or not JSON, or contains a duplicate key, a number
+            with too many digits, or half of a surrogate pair (which cannot be encoded as UTF-8).
     """
     if len(data) > limits.max_text_bytes:
         raise DataError(f"{where}: {len(data)} bytes, above data.limits.max_text_bytes={limits.max_text_bytes}.")
@@ -38,7 +38,7 @@ def parse_json_text(data: bytes, where: str, limits: LimitsConfig) -> Any:
         raise DataError(f"{where}: not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}).") from None
     except UnicodeEncodeError:
         raise DataError(f"{where}: an escape such as \\ud83d is half of a surrogate pair, not a character.") from None
-    # A number of more digits than Python converts is a plain ValueError.
+    # ValueError instead of JSONDecodeError: Python raises it for numbers with too many digits.
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}).") from None
     return value
@@ -53,7 +53,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(data: bytes) -> int:
-    """How deeply objects and lists are nested, brackets inside strings aside."""
+    """Nesting depth of objects and lists, ignoring brackets in strings."""
     depth = deepest = 0
     for bracket in re.findall(rb"[\[\]{}]", _STRING.sub(b"", data)):
         depth += 1 if bracket in b"[{" else -1

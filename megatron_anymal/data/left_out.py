@@ -1,7 +1,7 @@
-"""The ledger beside an index, `left_out.jsonl`: every sample and member that was not taken, and why.
+"""The ledger of an index, `left_out.jsonl`: every sample and member that was left out, and why.
 
-One JSON object per line, in the order of the shards: `shard`, `offset` (bytes from the shard's start), `key` and
-`member` if they are known, `code` (CODES) and `reason`.
+One JSON object per line, in the order of the shards: `shard`, `offset` (bytes from the start of the shard), `key` and
+`member` if known, `code` (CODES) and `reason`.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 LEDGER = "left_out.jsonl"
-# The ledger of an indexing that was refused, so that it does not stand beside an older index as if it were its own.
+# The ledger of a refused indexing has its own name, so that it cannot be mistaken for that of an older index.
 REFUSED_LEDGER = "left_out.refused.jsonl"
 
 CODES = {
     "unreadable": "shards that cannot be read at all: compressed, empty, not tar, or an error of the file system",
-    "damaged": "bytes of a shard between members that are no valid tar header",
-    "truncated": "members that the shard ends within",
+    "damaged": "bytes between members that are not a valid tar header",
+    "truncated": "members cut off by the end of the shard",
     "no_end": "shards without end-of-archive blocks",
     "bad_header": "members whose extension header is damaged",
-    "torn": "samples beside a damaged place, possibly incomplete",
+    "torn": "samples next to damaged bytes, possibly incomplete",
     "not_a_file": "samples with links, sparse files or devices instead of files",
     "name": "members whose name is empty, not UTF-8 or too long",
-    "duplicate_member": "samples with two members of the same ending",
+    "duplicate_member": "samples with two members that have the same ending",
     "duplicate_key": "samples whose key occurs again in the same shard",
-    "limit": "samples above one of data.limits",
+    "limit": "samples that exceed one of data.limits",
     "text": "samples whose text or JSON cannot be used",
     "media": "samples whose media cannot be used",
-    "missing_media": "samples whose JSON names media that the shard does not hold",
-    "unused_media": "samples whose JSON leaves media unnamed",
+    "missing_media": "samples whose JSON names media that are not in the shard",
+    "unused_media": "samples with media that their JSON does not name",
     "no_media": "samples without media among samples with media",
     "joined": "places where one archive follows another in the same file (both are read)",
     "long_end": "shards that end with many zeros, as if their last members had been overwritten",
     "repeated_key": "keys that occur in several shards (all their samples are used)",
 }
-# These are worth knowing, but nothing is left out for them.
+# Informational: nothing is left out.
 NOTES = ("joined", "long_end", "repeated_key")
 
 
@@ -48,42 +48,42 @@ class LeftOut:
     shard: str
     code: str
     reason: str
-    # Bytes from the start of the shard; -1: the whole shard.
+    # Bytes from the start of the shard; -1 for the whole shard.
     offset: int = -1
     key: str = ""
     member: str = ""
 
     @property
     def is_note(self) -> bool:
-        """Whether it leaves nothing out."""
+        """Whether the entry is informational and leaves nothing out."""
         return self.code in NOTES
 
     def __str__(self) -> str:
-        """One line for people: the sample, member or place, then the reason."""
+        """Human-readable line: the sample, member or shard, then the reason."""
         what = f"sample {self.key!r} of " if self.key else ""
         member = f", member {self.member!r}" if self.member else ""
         return f"{what}shard {self.shard!r}{member}: {self.reason}"
 
 
 def to_lines(entries: Iterable[LeftOut]) -> Iterator[bytes]:
-    """The ledger's file, line by line."""
+    """The lines of the ledger file."""
     for entry in entries:
         yield json.dumps({k: v for k, v in asdict(entry).items() if v != ""}).encode() + b"\n"
 
 
 def read_ledger(fs: Any, path: str) -> list[LeftOut]:
-    """The lines of a ledger; none if there is no such file, as beside an index of an earlier version."""
+    """The entries of a ledger; empty if the file does not exist, as for an index of an earlier version."""
     if not fs.exists(path):
         return []
     return [LeftOut(**json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
 
 
 def grouped(entries: Iterable[LeftOut], examples: int = 2) -> Iterator[str]:
-    """Lines that sum a ledger up: for each code, most frequent first, its number, meaning and first entries."""
+    """Summarize a ledger: for each code, most frequent first, its count, meaning and first entries."""
     entries = list(entries)
     for code, count in Counter(entry.code for entry in entries).most_common():
         yield f"{code} {count}: {CODES[code]}"
-        of_code = [entry for entry in entries if entry.code == code]
-        yield from (f"  {entry}" for entry in of_code[:examples])
+        matching = [entry for entry in entries if entry.code == code]
+        yield from (f"  {entry}" for entry in matching[:examples])
         if count > examples:
             yield f"  and {count - examples} more"

@@ -1,4 +1,4 @@
-"""Checks of a prepared folder: every sample is read, its checksums compared, its text counted, its media decoded."""
+"""Checks of a prepared folder: reads each sample, verifies checksums, counts its tokens and decodes its media."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
 from megatron_anymal.telemetry import Progress
 
-# What the two numbers of `Modality.probe` are.
+# Names of the two numbers of `Modality.probe`.
 SIZE_NAMES = {"image": ("width", "height"), "video": ("seconds", "frames/s")}
 TIMED = ("seconds", "Hz")
-# A stand-in encoder for each kind, where no configuration names the run's: what decoding needs to be tried.
+# Stand-in encoders for test decoding without a run configuration.
 _STAND_INS = {
     "image": EncoderConfig(type="clip", config={"image_size": 224}),
     "video": EncoderConfig(type="clip", config={"image_size": 224}),
     "audio": EncoderConfig(type="identity"),
     "imu": EncoderConfig(type="imu2clip"),
 }
-# Samples handed to the threads at once.
+# Samples submitted to the threads at a time.
 _CHUNK = 1024
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How samples are read: with the run's modalities (by kind), or with stand-ins that only try the files."""
+    """How samples are read: with a run's modalities (by kind), or with stand-ins that only test the files."""
 
     tokenizer: Tokenizer
     modalities: Mapping[str, Modality]
-    # Kind -> placeholder and soft tokens; empty where no configuration was given.
+    # Kind -> placeholder and soft tokens; empty without a configuration.
     loaded: Mapping[str, LoadedModality] = field(default_factory=dict)
 
     @staticmethod
     def without_configuration(tokenizer: Tokenizer, index: ShardIndex) -> Reading:
-        """Stand-ins for the index's kinds that have one; media of others are only probed."""
+        """Use stand-ins for the kinds that have one; media of other kinds are only probed."""
         stand_ins = {
             kind: build_modality(kind, ModalityConfig(encoder=_STAND_INS[kind]), index.limits)
             for kind in index.kinds_used() & _STAND_INS.keys()
@@ -55,7 +55,7 @@ class ReadSample:
 
     sample: Sample
     media: list[MediaBytes]
-    # Pieces of each media item; 0 where no configuration says how it is cut.
+    # Number of pieces of each media item; 0 without a configuration.
     pieces: list[int]
     # One for each of the sample's documents.
     documents: list[Document]
@@ -64,10 +64,10 @@ class ReadSample:
 def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
     """Read one sample, decode its media and lay out its tokens.
 
-    Without a configuration a document has no soft tokens; its `media_starts` still tell where media stand.
+    Without a configuration a document has no soft tokens, but its `media_starts` still give the positions of the media.
 
     Raises:
-        DataError, MediaError: it is damaged, cannot be decoded, or is not what its index says.
+        DataError, MediaError: the sample is damaged, cannot be decoded, or does not match its index.
     """
     sample, tokenizer = index.sample(number), reading.tokenizer
     indexed = zip(*(counts[0] for counts in index.lengths(np.array([number]))))
@@ -75,8 +75,8 @@ def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
         counted = tokenizer.count(parts, closed=sample.closed)
         if counted != (tokens, targets):
             raise DataError(
-                f"it has {counted[0]} text tokens, {counted[1]} of them targets; its index says {tokens} and "
-                f"{targets}. Make the index anew with `anymal prepare --index-only`."
+                f"it has {counted[0]} text tokens, {counted[1]} of them targets, but the index states {tokens} and "
+                f"{targets}. Rebuild the index with `anymal prepare --index-only`."
             )
     rows = index.media_rows(number)
     media = index.read_media(number, sample.documents[0], range(len(rows)))
@@ -94,13 +94,13 @@ def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
 
 
 def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading, limits: LimitsConfig) -> int:
-    """Decode a media item; returns its pieces, 0 without a configuration."""
+    """Decode a media item and return its number of pieces; 0 without a configuration."""
     kind = item.part.modality
     if kind not in MODALITIES:
-        raise MediaError(f"is of the unknown kind {kind!r}; name the file that registers it with --plugin")
+        raise MediaError(f"has the unknown kind {kind!r}; load the file that registers it with --plugin")
     size = MODALITIES[kind].probe(item.data, item.extension, item.part.attributes, limits)
     if tuple(size) != tuple(float(n) for n in indexed_size):
-        raise MediaError(f"has the size {tuple(size)}, its index says {tuple(float(n) for n in indexed_size)}")
+        raise MediaError(f"has the size {tuple(size)}, but the index states {tuple(float(n) for n in indexed_size)}")
     if kind not in reading.modalities:
         return 0
     pieces = reading.modalities[kind].load(item.data, item.extension, item.part.attributes)
@@ -108,10 +108,10 @@ def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading, limits
 
 
 def read_all(index: ShardIndex, numbers: Sequence[int], reading: Reading, workers: int) -> list[tuple[str, str]]:
-    """Read samples on several threads, with a progress line.
+    """Read samples on several threads and show a progress line.
 
     Returns:
-        The bad ones: key and what is wrong.
+        Key and error of each bad sample.
     """
 
     def why_bad(number: int) -> str:
@@ -125,8 +125,8 @@ def read_all(index: ShardIndex, numbers: Sequence[int], reading: Reading, worker
     bad = []
     with ThreadPoolExecutor(max(1, workers)) as pool:
         for start in range(0, len(numbers), _CHUNK):
-            some = numbers[start : start + _CHUNK]
-            for number, why in zip(some, pool.map(why_bad, some)):
+            chunk = numbers[start : start + _CHUNK]
+            for number, why in zip(chunk, pool.map(why_bad, chunk)):
                 if why:
                     bad.append((index.key(number), why))
                 progress.advance()
@@ -135,7 +135,7 @@ def read_all(index: ShardIndex, numbers: Sequence[int], reading: Reading, worker
 
 
 def wrong_shards(index: ShardIndex) -> list[str]:
-    """What is wrong with the shards' presence and size."""
+    """Errors about shards that are missing or have the wrong size."""
     try:
         index.check_shards()
     except DataError as error:
@@ -144,10 +144,10 @@ def wrong_shards(index: ShardIndex) -> list[str]:
 
 
 def wrong_tokenizer(index: ShardIndex, tokenizer: Tokenizer, folder: str) -> list[str]:
-    """Whether the index was made with this tokenizer."""
+    """An error if the index was built with a different tokenizer."""
     if index.header.tokenizer == tokenizer.fingerprint():
         return []
     return [
-        f"The index counts tokens of another tokenizer than {folder!r}. Name that one, or make the index anew: anymal "
-        f"prepare --index-only {index.folder} --tokenizer {folder}"
+        f"The index was built with a different tokenizer than {folder!r}. Use that tokenizer, or rebuild the index: "
+        f"anymal prepare --index-only {index.folder} --tokenizer {folder}"
     ]

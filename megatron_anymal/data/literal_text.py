@@ -1,8 +1,8 @@
-"""Encoding text as text, whatever it spells: control tokens come only from the layout around it.
+"""Literal text encoding: control tokens come only from the document layout, never from the text itself.
 
-A document is laid out as pieces, each a text or the id of a control token. A control token's name inside a text is
-never recognized. Otherwise the ids are exactly those that the tokenizer gives the document as one string, in which a
-text's ids may depend on whether a token stands before it (sentencepiece's prefix) and on the text that it continues.
+A document is a sequence of pieces, each a text or the id of a control token. A control token's name inside a text is
+not recognized. Otherwise the ids are exactly those of the tokenizer for the document as one string, in which a text's
+ids may depend on whether a token precedes it (sentencepiece's prefix) and on the text that it continues.
 """
 
 from __future__ import annotations
@@ -16,51 +16,51 @@ from typing import Any, Protocol, Union
 
 from megatron_anymal.data.records import DataError
 
-# Written around a control token's name to mean the token. Noncharacters: Unicode keeps them out of exchanged text.
+# Delimiters around a control token's name that mark it as the token. Unicode noncharacters do not occur in text.
 _OPEN, _CLOSE = "\ufdd0", "\ufdd1"
-# These, and halves of surrogate pairs, which JSON can hold and no encoding of text can.
+# The delimiters, and halves of surrogate pairs, which JSON can represent but UTF-8 cannot.
 _UNUSABLE = re.compile("[\ufdd0\ufdd1\ud800-\udfff]")
 
 Piece = Union[str, int]
 
 
 class TextEncoder(Protocol):
-    """Encodes texts, and texts between control tokens."""
+    """Encodes single texts, and documents of texts and control tokens."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text alone."""
+        """Ids of a single text."""
 
     def lay_out(self, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-        """Ids of a document in which texts without a control token between them continue each other.
+        """Ids of a document. Adjacent texts without a control token between them are encoded as one text.
 
         Returns:
-            Per token its id and the number of its piece; of a token that reaches into several, the last one.
+            For each token, its id and the number of its piece; for a token that spans several pieces, the last one.
         """
 
 
 def build_encoder(hf: Any, control: Mapping[str, int]) -> TextEncoder:
-    """The encoder for a tokenizer of transformers; `hf` itself is neither used to encode nor changed, if it is fast.
+    """Build the encoder for a transformers tokenizer. A fast tokenizer `hf` is copied: it is neither used nor changed.
 
     Args:
-        control: the tokens, by name, that no text can spell.
+        control: ids of the control tokens, by name; text never produces them.
     """
     backend = getattr(hf, "backend_tokenizer", None)
     return _PythonEncoder(hf) if backend is None else _FastEncoder(backend, control)
 
 
 class _FastEncoder:
-    """A copy of the Rust tokenizer whose control tokens have names that no text holds."""
+    """A copy of the Rust tokenizer with control tokens renamed to names that cannot occur in text."""
 
     def __init__(self, backend: Any, control: Mapping[str, int]):
         self._any = min(control.values())
         body = json.loads(backend.to_str())
-        # The token for what is unknown is special too, but text makes it.
+        # The unknown token is special as well, although text produces it.
         special = {entry["content"] for entry in body["added_tokens"] if entry["special"]}
         marked = {token: f"{_OPEN}{token}{_CLOSE}" for token in special | control.keys()}
         self._names = {number: marked[token] for token, number in control.items()}
-        # Settings of batches: a document is never cut or padded.
+        # Documents are never truncated or padded.
         body["truncation"] = body["padding"] = None
-        # It adds tokens of its own, and moves offsets.
+        # The post-processor adds tokens and shifts offsets.
         body["post_processor"] = None
         for entry in body["added_tokens"]:
             entry["content"] = marked.get(entry["content"], entry["content"])
@@ -71,7 +71,7 @@ class _FastEncoder:
         return list(self._backend.encode(_checked(text), add_special_tokens=False).ids)
 
     def lay_out(self, pieces: Sequence[Piece]) -> list[tuple[int, int]]:
-        # Any control token parts texts as a placeholder does that is none of the tokenizer's.
+        # A placeholder that is not a control token of the tokenizer is replaced by one, which separates texts alike.
         marks = [(piece if piece in self._names else self._any) for piece in pieces if isinstance(piece, int)]
         names = (self._names[mark] for mark in marks)
         texts = [next(names) if isinstance(piece, int) else _checked(piece) for piece in pieces]
@@ -79,15 +79,15 @@ class _FastEncoder:
         for text in texts[:-1]:
             starts.append(starts[-1] + len(text))
         encoding = self._backend.encode("".join(texts), add_special_tokens=False)
-        places = (number for number, piece in enumerate(pieces) if isinstance(piece, int))
-        expected = zip(marks, places)
+        numbers = (number for number, piece in enumerate(pieces) if isinstance(piece, int))
+        expected = zip(marks, numbers)
         tokens = []
         for token, (begin, end) in zip(encoding.ids, encoding.offsets):
             if token in self._names:
-                # It may take blanks around it along, so its offsets do not say where it stands.
+                # The token may absorb surrounding blanks, so its offsets do not identify its piece.
                 mark, number = next(expected, (None, 0))
                 if mark != token:
-                    raise DataError("the tokenizer makes other control tokens of a document than were put into it.")
+                    raise DataError("the tokenizer changes the control tokens of a document.")
                 tokens.append((int(pieces[number]), number))
             else:
                 tokens.append((token, bisect_right(starts, max(begin, end - 1)) - 1))
@@ -97,10 +97,10 @@ class _FastEncoder:
 
 
 class _PythonEncoder:
-    """A tokenizer in Python cuts a string at its control tokens first, and encodes each stretch by itself."""
+    """A Python tokenizer: splits the document at its control tokens and encodes each stretch of text separately."""
 
     def __init__(self, hf: Any):
-        # A copy: the switch is a state of the tokenizer, and several threads encode at the same time.
+        # A copy, because the flag is state of the tokenizer and several threads may be encoding with it.
         self._hf = copy.deepcopy(hf)
         self._hf.split_special_tokens = True
 
@@ -121,24 +121,24 @@ class _PythonEncoder:
         return tokens
 
     def _stretch(self, pieces: Sequence[Piece], numbers: Sequence[int]) -> list[tuple[int, int]]:
-        """Tokens of neighbouring texts. There are no offsets: a text ends where its continuation changes the ids."""
+        """Tokens of adjacent texts. Without offsets, a text ends at the first id that changes with its continuation."""
         texts = [str(pieces[number]) for number in numbers]
         whole = self.encode("".join(texts))
         ends = []
         for count in range(1, len(texts)):
             begun = self.encode("".join(texts[:count]))
             ends.append(next((n for n, (a, b) in enumerate(zip(begun, whole)) if a != b), min(len(begun), len(whole))))
-        return [(token, numbers[bisect_right(ends, place)]) for place, token in enumerate(whole)]
+        return [(token, numbers[bisect_right(ends, position)]) for position, token in enumerate(whole)]
 
 
 def _checked(text: str) -> str:
-    if found := _UNUSABLE.search(text):
-        raise DataError(f"a text holds U+{ord(found[0]):04X}, which is not a character of any text. Remove it.")
+    if match := _UNUSABLE.search(text):
+        raise DataError(f"a text contains U+{ord(match[0]):04X}, which is not a character. Remove it.")
     return text
 
 
 def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
-    """Rename tokens of a model's vocabulary, so that it cannot make them of text."""
+    """Rename tokens in a model's vocabulary, so that text cannot produce them."""
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, dict):
         model["vocab"] = {names.get(token, token): number for token, number in vocabulary.items()}
@@ -149,7 +149,7 @@ def _rename(model: dict[str, Any], names: Mapping[str, str]) -> None:
     if "merges" in model:
         model["merges"] = [pair for pair in model["merges"] if not names.keys() & _of_merge(pair)]
     if model.get("dropout"):
-        # Made for training a model of words: the same text would get other ids each time.
+        # BPE dropout is a training-time augmentation: the same text would get different ids each time.
         model["dropout"] = None
 
 

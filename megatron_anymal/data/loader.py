@@ -1,4 +1,4 @@
-"""From a planned micro-batch to tensors: each process reads, by byte range, only what its rank needs."""
+"""Micro-batch loading: turns planned micro-batches into tensors, reading only the byte ranges that the rank needs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from megatron_anymal.modalities.base import MediaError, Modality
 
 @dataclass(frozen=True)
 class LoadedModality:
-    """What loading must know of one modality of the configuration."""
+    """The properties of a configured modality that loading needs."""
 
     modality: Modality
     soft_tokens_per_piece: int
@@ -44,9 +44,9 @@ class LoadedModality:
 
 @dataclass(frozen=True)
 class RankNeeds:
-    """What a rank's place in the layout makes it read."""
+    """The data that a rank reads, given its position in the parallel layout."""
 
-    # First stage: tokens and media. Last stage: labels. Between them: only lengths.
+    # The first pipeline stage needs tokens and media, the last one labels; the stages in between need only lengths.
     text: bool
     media: bool
     tensor_rank: int = 0
@@ -56,7 +56,7 @@ class RankNeeds:
 
 
 class MicroBatchReader(Dataset[MicroBatch]):
-    """Reads planned micro-batches; a pure function of the plan, so any worker may do any of them."""
+    """Reads planned micro-batches. The result depends only on the plan, so any worker can read any micro-batch."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
         self._placeholders = {name: m.placeholder for name, m in modalities.items()}
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
-        """The micro-batch's tensors. A sample that cannot be read is listed in `bad` and its place stays."""
+        """Read a micro-batch. A sample that cannot be read is listed in `bad` and keeps its span of tokens."""
         lengths = [padded(length, plan.document_multiple) for s in plan.samples for length in s.documents]
         padding = plan.padded_length - sum(lengths)
         branch = torch.full((1, plan.padded_length), -1, dtype=torch.int64)
@@ -86,16 +86,16 @@ class MicroBatchReader(Dataset[MicroBatch]):
             branch=branch,
         )
         parts_of: dict[int, list[Part]] = {}
-        for sample, places in zip(plan.samples, _document_places(plan)):
-            for number, here in enumerate(places):
-                micro_batch.sample_positions[0, here] = sample.position
-                branch[0, here] = number
+        for sample, spans in zip(plan.samples, _document_places(plan)):
+            for number, span in enumerate(spans):
+                micro_batch.sample_positions[0, span] = sample.position
+                branch[0, span] = number
             if self._needs.text:
                 try:
-                    parts_of[sample.position] = self._fill_text(micro_batch, sample, places)
+                    parts_of[sample.position] = self._fill_text(micro_batch, sample, spans)
                 except DataError as error:
                     micro_batch.bad[sample.position] = str(error)
-                    self._hold_places(micro_batch, sample, places)
+                    self._hold_places(micro_batch, sample, spans)
         if self._needs.media:
             self._fill_media(micro_batch, parts_of)
         if self._needs.context_size > 1:
@@ -104,25 +104,29 @@ class MicroBatchReader(Dataset[MicroBatch]):
         return micro_batch
 
     def _own_part(self, micro_batch: MicroBatch) -> MicroBatch:
-        """What a context-parallel rank holds of a micro-batch."""
+        """The tokens of a micro-batch that this context-parallel rank holds."""
         held = held_tokens(micro_batch.document_lengths, self._needs.context_rank, self._needs.context_size)
-        place = torch.full((micro_batch.tokens.size(1),), -1)
-        place[held] = torch.arange(len(held))
+        local_index = torch.full((micro_batch.tokens.size(1),), -1)
+        local_index[held] = torch.arange(len(held))
         media = {}
         for name, batch in micro_batch.media.items():
-            here = place[batch.token_index]
-            mine = (here >= 0).nonzero().flatten()
+            local = local_index[batch.token_index]
+            mine = (local >= 0).nonzero().flatten()
             soft = mine if batch.soft_index is None else batch.soft_index[mine]
-            media[name] = dataclasses.replace(batch, token_index=here[mine], soft_index=soft)
+            media[name] = dataclasses.replace(batch, token_index=local[mine], soft_index=soft)
         names = ("tokens", "labels", "loss_mask", "sample_positions", "branch")
         tensors = {name: getattr(micro_batch, name)[:, held] for name in names}
         return dataclasses.replace(micro_batch, media=media, **tensors)
 
     def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> list[Part]:
-        """Write a sample's documents; returns the parts of the first, whose media are those of all."""
+        """Write a sample's documents into the micro-batch.
+
+        Returns:
+            The parts of the first document; all documents of a sample contain the same media.
+        """
         read = self._planner.indexes[sample.dataset].sample(sample.sample)
         soft = [m.pieces * self._modalities[m.modality].soft_tokens_per_piece for m in sample.media]
-        # From here on a media part carries the configuration's name of its modality.
+        # From here on, media parts carry the modality's name in the configuration.
         parts_of = [name_modalities(parts, [m.modality for m in sample.media]) for parts in read.documents]
         documents = [
             self._tokenizer.document(parts, soft, self._placeholders, closed=read.closed) for parts in parts_of
@@ -130,19 +134,19 @@ class MicroBatchReader(Dataset[MicroBatch]):
         lengths = tuple(len(document.tokens) for document in documents)
         if lengths != sample.documents or sum(sum(document.is_target) for document in documents) != sample.targets:
             raise DataError(
-                f"{self._planner.key(sample.dataset, sample.sample)}: it has {sum(lengths)} tokens, the index "
-                f"says {sample.length}. Make the index anew with `anymal prepare --index-only`."
+                f"{self._planner.key(sample.dataset, sample.sample)}: it has {sum(lengths)} tokens, but the index "
+                f"states {sample.length}. Rebuild the index with `anymal prepare --index-only`."
             )
-        for document, here in zip(documents, places):
-            tokens, before_last = torch.tensor(document.tokens), slice(here.start, here.stop - 1)
-            micro_batch.tokens[0, here] = tokens
+        for document, span in zip(documents, places):
+            tokens, before_last = torch.tensor(document.tokens), slice(span.start, span.stop - 1)
+            micro_batch.tokens[0, span] = tokens
             micro_batch.labels[0, before_last] = tokens[1:]
             micro_batch.loss_mask[0, before_last] = torch.tensor(document.is_target[1:]).float()
         return parts_of[0]
 
     def _hold_places(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> None:
-        """Give an unreadable sample's media their places, so that every rank still sees the same shapes."""
-        for start in (here.start for here in places):
+        """Write placeholders for an unreadable sample's media, so that shapes still agree across ranks."""
+        for start in (span.start for span in places):
             for planned in sample.media:
                 entry = self._modalities[planned.modality]
                 stop = start + planned.pieces * entry.soft_tokens_per_piece
@@ -179,9 +183,16 @@ class MicroBatchReader(Dataset[MicroBatch]):
         mine: slice,
         parts_of: Mapping[int, list[Part]],
     ) -> Tensor:
-        """[pieces, *piece_shape]: of all items' pieces laid end to end those in `mine`; zeros where an item cannot be
-        read. Only items with such pieces are read."""
-        found, stop = [torch.zeros(0, *modality.piece_shape)], 0
+        """Read this rank's share of the pieces.
+
+        Args:
+            mine: range of pieces to return, counted over the concatenated pieces of all items. Items without pieces in
+                this range are not read.
+
+        Returns:
+            [pieces, *piece_shape]; zeros for items that cannot be read.
+        """
+        pieces, stop = [torch.zeros(0, *modality.piece_shape)], 0
         for sample, number, count in items:
             start, stop = stop, stop + count
             wanted = slice(max(mine.start, start) - start, min(mine.stop, stop) - start)
@@ -194,8 +205,8 @@ class MicroBatchReader(Dataset[MicroBatch]):
                 except (DataError, MediaError) as error:
                     name = self._planner.key(sample.dataset, sample.sample)
                     micro_batch.bad[sample.position] = f"{name}: {error}"
-            found.append(tensor[wanted])
-        return torch.cat(found)
+            pieces.append(tensor[wanted])
+        return torch.cat(pieces)
 
     def _read_item(
         self, modality: Modality, sample: PlannedSample, number: int, count: int, parts: Sequence[Part]
@@ -203,53 +214,53 @@ class MicroBatchReader(Dataset[MicroBatch]):
         [item] = self._planner.indexes[sample.dataset].read_media(sample.sample, parts, [number])
         pieces = modality.load(item.data, item.extension, item.part.attributes)
         if len(pieces) != count:
-            raise MediaError(f"media {item.part.media!r} gives {len(pieces)} pieces, the index says {count}")
+            raise MediaError(f"media {item.part.media!r} yields {len(pieces)} pieces, but the index states {count}")
         return pieces
 
 
 def _document_places(plan: PlannedMicroBatch) -> list[list[slice]]:
-    """Where in the pack each sample's documents lie, without their padding."""
-    places, start = [], 0
+    """Token ranges of each sample's documents within the pack, excluding padding."""
+    spans, start = [], 0
     for sample in plan.samples:
-        here = []
+        own_spans = []
         for length in sample.documents:
-            here.append(slice(start, start + length))
+            own_spans.append(slice(start, start + length))
             start += padded(length, plan.document_multiple)
-        places.append(here)
-    return places
+        spans.append(own_spans)
+    return spans
 
 
 def _shared_soft_tokens(plan: PlannedMicroBatch, name: str, per_piece: int) -> Optional[Tensor]:
-    """[k]: which soft token each place of the modality takes, as `MediaBatch.soft_index`; None without a pair."""
+    """[k]: the soft token for each placeholder of the modality, as `MediaBatch.soft_index`; None without pairs."""
     if all(len(sample.documents) == 1 for sample in plan.samples):
         return None
-    of_sample, stop = [], 0
+    indexes, stop = [], 0
     for sample in plan.samples:
         start, stop = stop, stop + per_piece * sum(m.pieces for m in sample.media if m.modality == name)
-        of_sample += [torch.arange(start, stop)] * len(sample.documents)
-    return torch.cat(of_sample)
+        indexes += [torch.arange(start, stop)] * len(sample.documents)
+    return torch.cat(indexes)
 
 
 def share_out(pieces: int, ranks: int) -> tuple[int, ...]:
-    """How many of the pieces each rank encodes: as even as whole pieces allow."""
+    """Number of pieces that each rank encodes, split as evenly as possible."""
     return tuple(pieces * (rank + 1) // ranks - pieces * rank // ranks for rank in range(ranks))
 
 
 class _Announced(Dataset[MicroBatch]):
-    """A reader that calls `before_read` first, in the loader process that reads."""
+    """A reader that calls `before_read` in the worker process before each read."""
 
     def __init__(self, reader: MicroBatchReader, before_read: Callable[[int, int], None]):
         self._reader, self._before_read = reader, before_read
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
-        here = get_worker_info()
-        if here is not None:
-            self._before_read(here.id, plan.step)
+        worker = get_worker_info()
+        if worker is not None:
+            self._before_read(worker.id, plan.step)
         return self._reader[plan]
 
 
 class _PlanSampler(Sampler[PlannedMicroBatch]):
-    """Plans the steps as far ahead as the loader asks, and keeps each plan for the step that will run it."""
+    """Plans steps as far ahead as the loader prefetches, and keeps each plan until its step runs."""
 
     def __init__(self, planner: BatchPlanner, replica: int, start: int, stop: int):
         self._planner, self._replica, self._steps = planner, replica, range(start, stop)
@@ -274,17 +285,18 @@ def steps(
     pin: bool = False,
     before_read: Optional[Callable[[int, int], None]] = None,
 ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
-    """The steps [start, stop) of one replica, read ahead by worker processes.
+    """The steps [start, stop) of one replica, prefetched by worker processes.
 
-    The same steps come out whatever the number of workers: a worker gets whole planned micro-batches to read.
+    The result does not depend on the number of workers, because each worker reads whole planned micro-batches.
 
     Args:
-        pin: hand micro-batches out in pinned memory, from which a card copies by itself. A thread of this process pins
-            what the workers have read; without workers nothing is pinned, the training thread would have to do it.
-        before_read: called in a worker before it reads a micro-batch, with the worker's number and the step's (from 0).
+        pin: return micro-batches in pinned memory, which allows asynchronous copies to the GPU. A thread of this
+            process pins what the workers have read. Without workers nothing is pinned, since the training thread would
+            have to do it.
+        before_read: called in a worker before it reads a micro-batch, with the worker's id and the step (from 0).
 
     Raises:
-        WorkerDied: a worker process is gone. torch notices it at any time, not only here: see `worker_died`.
+        WorkerDied: a worker process has exited. torch can also report this elsewhere; see `worker_died`.
     """
     if start >= stop:
         return
@@ -295,8 +307,8 @@ def steps(
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
-        # Whatever the process that calls has as its default: workers watch for the end of the process that started
-        # them, which must be this one.
+        # Not the default start method of the calling process: workers watch for the exit of their parent, which must
+        # be this process.
         multiprocessing_context="fork" if num_workers else None,
         prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
         pin_memory=pin and num_workers > 0,
@@ -319,26 +331,26 @@ def _read(loader: DataLoader[MicroBatch]) -> Iterator[MicroBatch]:
 
 
 class WorkerDied(RuntimeError):
-    """A loader process ended while it was needed."""
+    """A loader process exited unexpectedly."""
 
 
 def worker_died(error: BaseException) -> Optional[WorkerDied]:
-    """What torch's error about a lost loader process means; None for another one, or one already told."""
-    found = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?", str(error))
-    if found is None or isinstance(error, WorkerDied):
+    """Translate torch's error about a lost loader process; None for any other error and for a `WorkerDied`."""
+    match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?", str(error))
+    if match is None or isinstance(error, WorkerDied):
         return None
-    how = f"was killed by a signal ({found[2].strip()})" if found[2] else "ended"
+    how = f"was killed by a signal ({match[2].strip()})" if match[2] else "exited"
     return WorkerDied(
-        f"The loader process {found[1]} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} {how} while it "
+        f"The loader process {match[1]} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} {how} while it "
         "was reading samples. Often the machine ran out of memory: lower data.num_workers or data.prefetch_steps."
     )
 
 
 def _start_worker(number: int) -> None:
-    # The trainer's cores are busy; a worker that starts threads of its own only slows both.
+    # The trainer keeps the cores busy; extra threads in a worker would only slow both down.
     torch.set_num_threads(1)
-    # Signals to the whole job are the trainer's business: it still needs its workers for the step under way.
+    # Signals sent to the whole job are handled by the trainer, which still needs its workers for the current step.
     for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(one, signal.SIG_IGN)
-    # Even one that hangs.
+    # Exit with the trainer even while hanging in a read.
     end_with_parent()

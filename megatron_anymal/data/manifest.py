@@ -1,4 +1,4 @@
-"""A manifest, a list of media files and texts, becomes WebDataset shards."""
+"""Conversion of a manifest, a list of media files and texts, to WebDataset shards."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _COLUMNS = ("key", "media", "modality", "text")
 class _Line:
     """A line of a manifest."""
 
-    # File and line, for messages.
+    # File and line, for error messages.
     where: str
-    # What it is called if it has no key of its own.
+    # Used as the key if the line has none.
     number: int
     value: dict[str, Any]
 
@@ -39,12 +39,12 @@ def write_shards(
 ) -> None:
     """Pack a manifest's samples into WebDataset shards.
 
-    A .jsonl line is a sample (data/samples.py) with a `key`, or `{"key": ..., "media": PATH, "text": ...}`; a .csv
-    (commas, semicolons or tabs) has the columns media and text, and may have key, modality and attributes of the media
-    (rate). Paths are relative to the manifest.
+    A .jsonl line is a sample (data/samples.py) with an optional `key`, or `{"key": ..., "media": PATH, "text": ...}`. A
+    .csv file (separated by commas, semicolons or tabs) has the columns media and text, and optionally key, modality and
+    attributes of the media (such as rate). Paths are relative to the manifest.
 
     Raises:
-        DataError: naming the line that is wrong, or the media file that is missing or too large.
+        DataError: naming the invalid line, or the media file that is missing or too large.
     """
     folder = Path(out)
     if folder.is_dir() and any(folder.glob("*.tar")):
@@ -57,7 +57,7 @@ def write_shards(
         unfinished.unlink()
     lines = list(_read_manifest(Path(manifest), limits))
     if not lines:
-        raise DataError(f"The manifest {manifest!r} has no line.")
+        raise DataError(f"The manifest {manifest!r} has no lines.")
     progress = Progress("packing", len(lines))
     seen: set[str] = set()
     for shard, start in enumerate(range(0, len(lines), samples_per_shard)):
@@ -98,7 +98,7 @@ def _read_manifest(path: Path, limits: LimitsConfig) -> Iterator[_Line]:
 
 
 def _text_lines(path: Path) -> Iterator[str]:
-    """A text file's lines, line breaks included.
+    """The lines of a text file, with line breaks.
 
     Raises:
         DataError: naming the line that is not UTF-8.
@@ -116,16 +116,16 @@ def _text_lines(path: Path) -> Iterator[str]:
 
 
 def _read_table(path: Path, limits: LimitsConfig) -> Iterator[_Line]:
-    """The rows of a .csv file by the names of their columns; empty cells are left out."""
+    """The rows of a .csv file as objects keyed by column name; empty cells are left out."""
     lines = _text_lines(path)
     first = next(lines, "")
     delimiter = next((mark for mark in _DELIMITERS if _has_columns(first.split(mark))), None)
     if delimiter is None:
         raise DataError(
-            f"{path}:1: the first line names no columns `media` and `text`, separated by commas, semicolons or tabs: "
-            f"{first.strip()[:80]!r}."
+            f"{path}:1: the first line must name the columns `media` and `text`, separated by commas, semicolons or "
+            f"tabs: {first.strip()[:80]!r}."
         )
-    # A setting of the whole process: the module has no other.
+    # The csv module has only this process-wide setting.
     csv.field_size_limit(limits.max_text_bytes)
     rows = csv.reader(lines, delimiter=delimiter, strict=True)
     header = _header(path, next(csv.reader([first], delimiter=delimiter)))
@@ -161,7 +161,7 @@ def _header(path: Path, cells: Sequence[str]) -> list[str]:
 
 
 def _cell(column: str, text: str) -> Any:
-    """A .csv cell; in a column of the media's own attributes, such as an IMU's rate, numbers are numbers."""
+    """The value of a .csv cell. Media attributes, such as the rate of an IMU, are parsed as JSON if possible."""
     if column in _COLUMNS:
         return text
     try:
@@ -171,7 +171,7 @@ def _cell(column: str, text: str) -> Any:
 
 
 def _to_sample(line: _Line, base: Path, limits: LimitsConfig) -> dict[str, Any]:
-    """A manifest line as a WebDataset sample."""
+    """Convert a manifest line to a WebDataset sample."""
     where, value = line.where, line.value
     if "parts" not in value and "messages" not in value:
         if "text" not in value or "media" not in value:
@@ -196,19 +196,19 @@ def _to_sample(line: _Line, base: Path, limits: LimitsConfig) -> dict[str, Any]:
 
 
 def _key(line: _Line) -> str:
-    """A line's key; a dot in it would end it in the shard.
+    """The key of a line. Dots are replaced, because WebDataset ends the key at the first dot.
 
     Raises:
-        DataError: it is neither text nor a whole number, too long, or has control characters.
+        DataError: the key is neither a string nor an integer, is too long, or has control characters.
     """
-    given: Optional[Any] = line.value.get("key")
-    if given is None or given == "":
+    stated: Optional[Any] = line.value.get("key")
+    if stated is None or stated == "":
         return f"{line.number:09d}"
-    if isinstance(given, bool) or not isinstance(given, (str, int)):
-        raise DataError(f"{line.where}: the key {given!r} must be text or a whole number.")
-    key = str(given).replace(".", "_")
+    if isinstance(stated, bool) or not isinstance(stated, (str, int)):
+        raise DataError(f"{line.where}: the key {stated!r} must be a string or an integer.")
+    key = str(stated).replace(".", "_")
     if not key.isprintable() or key.rpartition("/")[2] == "":
-        raise DataError(f"{line.where}: the key {key[:80]!r} holds characters that a file name cannot have.")
+        raise DataError(f"{line.where}: the key {key[:80]!r} contains characters that a file name cannot have.")
     if len(key.encode()) > MAX_KEY_BYTES:
         raise DataError(f"{line.where}: the key has {len(key.encode())} bytes, above {MAX_KEY_BYTES}.")
     return key

@@ -1,4 +1,4 @@
-"""Balanced packing: documents of a global batch into packs of bounded length."""
+"""Balanced sequence packing: assigns the documents of a global batch to packs of bounded length."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from bisect import bisect_left
 
 import numpy as np
 
-# How much longer than the mean a pack may be.
+# Allowed pack length relative to the mean.
 _UNEVENNESS = 1.02
 
 
 def pack(lengths: np.ndarray, costs: np.ndarray, capacity: int, multiple: int) -> list[list[int]]:
-    """Cut documents into the fewest packs that hold them, in a number that `multiple` divides, evenly filled.
+    """Pack documents into as few, evenly loaded packs as possible; the number of packs is a multiple of `multiple`.
 
-    First best-fit decreasing finds how few packs suffice. Then the documents are dealt out again, each to the pack
-    whose larger share (of all tokens, of all encoder work) is smallest: heaviest first, with room for little more than
-    the mean pack; where that does not fit, by tokens alone; then with room for `capacity`. Where no dealing fits, the
-    tight packs of the first pass are kept.
+    Best-fit decreasing first determines how many packs are needed. The documents are then redistributed greedily,
+    heaviest first, each to the pack with the smallest load, where a pack's load is the larger of its share of all
+    tokens and its share of all encoder work. Pack length is limited to slightly more than the mean. If that does not
+    fit, the load counts tokens only; if that does not fit either, the limit is `capacity`. If none of these fits, the
+    packs of the first pass are kept.
 
     Args:
         lengths: [n] tokens of each document, each at most `capacity`.
         costs: [n] encoder work of each document, in any unit.
-        capacity: tokens a pack may hold.
-        multiple: what the number of packs must be a multiple of.
+        capacity: maximum number of tokens in a pack.
+        multiple: the number of packs is a multiple of this.
 
     Returns:
-        The packs, most loaded first, each the indices of its documents in ascending order. Packs may be empty where
-        there are fewer documents than packs. The same arguments always give the same packs.
+        The packs, most loaded first, each a list of document indices in ascending order. Packs may be empty if there
+        are fewer documents than packs. The same arguments always give the same packs.
     """
     assert len(lengths) == 0 or int(lengths.max()) <= capacity
     order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), -float(costs[i]), i))
     tight = _best_fit(order, lengths, capacity)
     count = max(multiple, -(-len(tight) // multiple) * multiple)
-    # All packs are padded to the longest: dealing to little more than the mean first keeps the padding small.
+    # All packs are padded to the longest one, so a limit close to the mean keeps the padding small.
     mean = int(lengths.sum()) / count
     even = min(capacity, max(int(lengths.max(initial=0)), int(mean * _UNEVENNESS) + 1))
     load = _shares(lengths, costs)
@@ -49,7 +50,7 @@ def pack(lengths: np.ndarray, costs: np.ndarray, capacity: int, multiple: int) -
 
 def _best_fit(order: list[int], lengths: np.ndarray, capacity: int) -> list[list[int]]:
     packs: list[list[int]] = []
-    # Packs by the room that is left; room_of[r] lists those with exactly r, rooms is sorted and without empties.
+    # room_of[r] lists the packs with exactly r free tokens; `rooms` holds the values of r with at least one pack.
     room_of: dict[int, list[int]] = {}
     rooms = _SortedRooms()
     for i in order:
@@ -71,7 +72,7 @@ def _best_fit(order: list[int], lengths: np.ndarray, capacity: int) -> list[list
 
 
 class _SortedRooms:
-    """A sorted set of whole numbers."""
+    """A sorted set of integers."""
 
     def __init__(self) -> None:
         self._values: list[int] = []
@@ -91,7 +92,7 @@ class _SortedRooms:
 
 
 def _shares(lengths: np.ndarray, costs: np.ndarray) -> list[tuple[float, float]]:
-    """Each document's share of all tokens and of all encoder work."""
+    """Share of all tokens and of all encoder work for each document."""
     tokens, work = max(1.0, float(lengths.sum())), max(1e-30, float(costs.sum()))
     return [(float(length) / tokens, float(cost) / work) for length, cost in zip(lengths, costs)]
 
@@ -102,7 +103,8 @@ def _deal(
     packs: list[list[int]] = [[] for _ in range(count)]
     room = [capacity] * count
     load = [(0.0, 0.0)] * count
-    # Packs with room for the document at hand, least loaded first; the others wait, roomiest first, for a shorter one.
+    # `queue`: packs that may have room for the current document, least loaded first. `waiting`: packs that were too
+    # full for an earlier document, most free space first, until a shorter document comes.
     queue: list[tuple[float, float, int]] = [(0.0, 0.0, k) for k in range(count)]
     waiting: list[tuple[int, int]] = []
     for i in order:

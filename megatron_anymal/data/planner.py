@@ -1,7 +1,7 @@
-"""The plan: which samples a step takes and how they are packed, from the index alone.
+"""Batch planner: which samples each step uses and how they are packed, computed from the index alone.
 
-`samples(step)` knows nothing of ranks; what comes after it (packs, replicas, micro-batches) is layout and changes no
-loss, because the loss of a step is averaged over the target tokens of its samples wherever they lie.
+The choice of samples does not depend on the number of ranks. Packs, replicas and micro-batches are layout only and do
+not change the loss, because a step's loss is averaged over the target tokens of all its samples.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities.base import Modality
 
-# How a sample's kind is recognised in its JSON.
+# JSON keys that identify each kind of sample.
 _MARK = {"parts": "`parts`", "messages": "`messages`", "preference": "`chosen` and `rejected`"}
 
 
 @dataclass(frozen=True)
 class PlannedModality:
-    """What the plan must know of one modality of the configuration."""
+    """The properties of a configured modality that planning needs."""
 
     name: str
     kind: str
@@ -38,27 +38,27 @@ class PlannedModality:
 
     @property
     def cost_per_piece(self) -> float:
-        """Encoder work of a piece: the numbers in it, which is what an encoder's work grows with."""
+        """Estimated encoder cost of one piece: its number of input elements."""
         return float(np.prod(self.modality.piece_shape))
 
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """What of the layout shapes the packs."""
+    """Layout settings that affect packing."""
 
     data_parallel_size: int
     micro_batch_size: int
     seq_length: int
-    # Every micro-batch's length is a multiple of it (sequence and context parallelism split the length evenly).
+    # Micro-batch lengths are multiples of this (sequence and context parallelism split the length evenly).
     length_multiple: int = 1
-    # Every document's length in a pack is a multiple of it (context parallelism splits each document).
+    # Document lengths within a pack are multiples of this (context parallelism splits each document).
     document_multiple: int = 1
-    # A replica's micro-batches are a multiple of it in number (virtual pipelines run them in groups).
+    # The number of micro-batches per replica is a multiple of this (virtual pipelines run them in groups).
     micro_batches_multiple: int = 1
 
     @staticmethod
     def of(config: RunConfig) -> BatchLayout:
-        """The layout a configuration asks for."""
+        """The layout that a configuration specifies."""
         model = config.model
         multiple = document_multiple(model.context_parallel_size)
         virtual = model.virtual_pipeline_model_parallel_size > 1
@@ -73,8 +73,11 @@ class BatchLayout:
 
 
 def length_multiple(config: RunConfig) -> int:
-    """What a micro-batch's number of tokens must divide by: context and sequence parallelism split it evenly, and each
-    part goes through FP8 matrix products in sixteens."""
+    """The number that a micro-batch's length must be a multiple of.
+
+    Context and sequence parallelism split the length evenly, and FP8 matrix products need a multiple of 16 tokens on
+    each rank.
+    """
     model = config.model
     ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
     return document_multiple(model.context_parallel_size) * ranks * (FP8_MULTIPLE if model.fp8 else 1)
@@ -82,21 +85,21 @@ def length_multiple(config: RunConfig) -> int:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A global batch, packed. All arrays are indexed by the sample's place in the batch."""
+    """A packed global batch. All arrays are indexed by the sample's position in the batch."""
 
     step: int
     dataset: np.ndarray
     sample: np.ndarray
-    # [n, 2]: LLM tokens of the one or the chosen document, and of a preference pair's rejected one (0: there is none).
+    # [n, 2]: LLM tokens of the only or chosen document, and of the rejected document of a preference pair (0 if none).
     documents: np.ndarray
-    # Tokens that enter the loss (0 for a dropped sample), of both documents.
+    # Target tokens of both documents; 0 for a dropped sample.
     targets: np.ndarray
     media: tuple[tuple[PlannedMedia, ...], ...]
-    # Places of samples that are longer than a pack and left out.
+    # Positions of samples that are left out because they are longer than a pack.
     dropped: tuple[int, ...]
-    # [replica][micro-batch] -> places.
+    # [replica][micro-batch] -> positions of its samples.
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
-    # Tokens of every micro-batch after padding.
+    # Tokens per micro-batch after padding.
     padded_length: int
     document_multiple: int
 
@@ -109,9 +112,9 @@ class StepPlan:
         """The micro-batches of one data-parallel replica, in the order they run."""
         return tuple(
             PlannedMicroBatch(
-                self.step, self.padded_length, tuple(self._sample(place) for place in places), self.document_multiple
+                self.step, self.padded_length, tuple(self._sample(p) for p in positions), self.document_multiple
             )
-            for places in self.micro_batches[replica]
+            for positions in self.micro_batches[replica]
         )
 
     def _sample(self, place: int) -> PlannedSample:
@@ -127,14 +130,14 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Measures:
-    """What the index says of n samples with m media items in all."""
+    """Lengths and costs of n samples with m media items in total, from the index."""
 
-    # [n, 2]: LLM tokens of each sample's documents, 0 where there is no second one.
+    # [n, 2]: LLM tokens of each sample's documents; 0 if there is no second document.
     documents: np.ndarray
-    # [n]: targets of both, encoder cost.
+    # [n]: target tokens of both documents, and encoder cost.
     targets: np.ndarray
     costs: np.ndarray
-    # [m]: the item's sample, the number of its kind in the index, its pieces.
+    # [m]: for each media item, the row of its sample, the number of its kind in the index, and its number of pieces.
     owner: np.ndarray
     kind: np.ndarray
     pieces: np.ndarray
@@ -146,7 +149,7 @@ class Measures:
 
 
 class BatchPlanner:
-    """Plans any step of one mixture of datasets."""
+    """Plans any step of a mixture of datasets."""
 
     def __init__(
         self,
@@ -165,12 +168,14 @@ class BatchPlanner:
         """Open the indexes and check that the mixture can be planned.
 
         Args:
-            sample_kinds: which kinds of samples the objective learns from.
-            limits: samples above them are skipped by name when they are read. None: each index's own.
+            sample_kinds: kinds of samples that the training objective accepts.
+            limits: samples that exceed these limits are skipped and named when they are read. None: use the limits
+                stored in each index.
 
         Raises:
-            DataError: no dataset; an index that is missing, empty, made for another tokenizer, with samples of another
-                kind or media that no modality reads; with too_long="refuse", a sample longer than seq_length.
+            DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
+                samples of another kind or media without a configured modality; with too_long="refuse", a sample is
+                longer than seq_length.
         """
         if not datasets:
             raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
@@ -189,7 +194,7 @@ class BatchPlanner:
             self._refuse_long()
 
     def fingerprint(self) -> str:
-        """A hash of all that decides which samples a step takes."""
+        """Hash of everything that determines which samples a step uses."""
         body = {
             "indexes": [[i.header.to_json(len(i), len(i.media))] for i in self.indexes],
             "weights": self._weights,
@@ -199,29 +204,29 @@ class BatchPlanner:
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def key(self, dataset: int, sample: int) -> str:
-        """A sample's name: dataset/key."""
+        """Name of a sample: dataset/key."""
         return f"{self.names[dataset]}/{self.indexes[dataset].key(sample)}"
 
     def plan(self, step: int) -> StepPlan:
-        """The plan of a step: a pure function of the index, the configuration and the step."""
+        """Plan a step. The result is a pure function of the index, the configuration and the step."""
         start = step * self.global_batch_size
         dataset, sample = self._order.samples(start, start + self.global_batch_size)
         documents = np.zeros((len(sample), 2), np.int64)
         targets, costs = np.zeros(len(sample), np.int64), np.zeros(len(sample))
         media: list[tuple[PlannedMedia, ...]] = [()] * len(sample)
         for number, index in enumerate(self.indexes):
-            places = np.flatnonzero(dataset == number)
-            if len(places):
-                measures = self.measure(index, sample[places])
-                documents[places], targets[places] = measures.documents, measures.targets
-                costs[places] = measures.costs
-                for place, items in zip(places, self._items(index, measures)):
-                    media[place] = items
+            positions = np.flatnonzero(dataset == number)
+            if len(positions):
+                measures = self.measure(index, sample[positions])
+                documents[positions], targets[positions] = measures.documents, measures.targets
+                costs[positions] = measures.costs
+                for position, items in zip(positions, self._items(index, measures)):
+                    media[position] = items
         fits = documents.sum(axis=1) <= self.layout.seq_length
         targets[~fits] = 0
         in_pack = padded(documents, self.layout.document_multiple).sum(axis=1)
         micro_batches = self._lay_out(np.flatnonzero(fits), in_pack, costs)
-        longest = max(sum(int(in_pack[p]) for p in places) for replica in micro_batches for places in replica)
+        longest = max(sum(int(in_pack[p]) for p in positions) for replica in micro_batches for positions in replica)
         return StepPlan(
             step=step,
             dataset=dataset,
@@ -240,16 +245,17 @@ class BatchPlanner:
     ) -> tuple[tuple[tuple[int, ...], ...], ...]:
         replicas, size = self.layout.data_parallel_size, self.layout.micro_batch_size
         multiple = replicas * size * self.layout.micro_batches_multiple
-        # Two documents' padding may lead a little above seq_length; which samples are too long is no matter of layout.
+        # Padding the documents of a pair can slightly exceed seq_length. Which samples count as too long must not
+        # depend on the layout, so the capacity grows instead.
         capacity = max(self.layout.seq_length, int(length[places].max(initial=0)))
         packs = pack(length[places], costs[places], capacity, multiple)
-        # Packs come most loaded first: those that run at the same time on different replicas are alike.
+        # Packs are sorted by load, so that replicas process similar loads at the same time.
         groups = [packs[i : i + size] for i in range(0, len(packs), size)]
         merged = [tuple(sorted(int(places[i]) for p in group for i in p)) for group in groups]
         return tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
 
     def measure(self, index: ShardIndex, sample: np.ndarray) -> Measures:
-        """What the plan must know of samples of one dataset; no loop over samples."""
+        """Lengths and costs of samples of one dataset, computed without a loop over samples."""
         rows = index.samples[sample]
         documents, targets = index.lengths(sample)
         has = documents > 0
@@ -265,13 +271,13 @@ class BatchPlanner:
                 planned = self._by_kind[kind]
                 pieces[mine] = planned.modality.count_pieces(media["size"][mine])
                 soft = pieces[mine, None] * planned.soft_tokens_per_piece
-                # Every document of a sample holds its media; they are encoded once.
+                # Each document of a sample contains all its media, but they are encoded only once.
                 np.add.at(documents, owner[mine], soft * has[owner[mine]])
                 np.add.at(costs, owner[mine], pieces[mine] * planned.cost_per_piece)
         return Measures(documents, targets.sum(axis=1), costs, owner, media["kind"], pieces)
 
     def _items(self, index: ShardIndex, measures: Measures) -> list[tuple[PlannedMedia, ...]]:
-        """Each sample's media."""
+        """Media items of each sample."""
         names = [self._by_kind[kind].name for kind in index.header.kinds]
         items: list[list[PlannedMedia]] = [[] for _ in measures.targets]
         for row, kind, count in zip(measures.owner, measures.kind, measures.pieces):
@@ -282,19 +288,19 @@ class BatchPlanner:
         strange = set(index.sample_kinds()) - set(sample_kinds)
         if strange:
             raise DataError(
-                f"{index.folder!r} holds samples with {_MARK[min(strange)]}, this run learns from samples with "
-                f"{' or '.join(_MARK[kind] for kind in SAMPLE_KINDS if kind in sample_kinds)}. Name another folder."
+                f"{index.folder!r} contains samples with {_MARK[min(strange)]}, but this run trains on samples with "
+                f"{' or '.join(_MARK[kind] for kind in SAMPLE_KINDS if kind in sample_kinds)}. Use another folder."
             )
         missing = index.kinds_used() - set(self._by_kind)
         if missing:
             raise DataError(
-                f"{index.folder!r} holds {', '.join(sorted(missing))}, for which no modality is configured "
-                f"(there are: {', '.join(sorted(self._by_kind)) or 'none'}). Add model.modalities.{min(missing)}."
+                f"{index.folder!r} contains {', '.join(sorted(missing))}, for which no modality is configured "
+                f"(configured: {', '.join(sorted(self._by_kind)) or 'none'}). Add model.modalities.{min(missing)}."
             )
         if index.header.tokenizer != tokenizer.fingerprint():
             raise DataError(
-                f"The index in {index.folder!r} counts tokens of another tokenizer than data.tokenizer. "
-                f"Make it anew: anymal prepare --index-only {index.folder} --tokenizer {tokenizer.hf.name_or_path}"
+                f"The index in {index.folder!r} was built with a different tokenizer than data.tokenizer. "
+                f"Rebuild it: anymal prepare --index-only {index.folder} --tokenizer {tokenizer.hf.name_or_path}"
             )
 
     def _refuse_long(self, rows_at_once: int = 1_000_000) -> None:
@@ -306,8 +312,8 @@ class BatchPlanner:
                     too_long = int((length > self.layout.seq_length).sum())
                     worst = int(length.argmax())
                     raise DataError(
-                        f"{too_long} sample(s) of data set {self.names[number]!r} are longer than data.seq_length="
-                        f"{self.layout.seq_length}, the longest {self.key(number, int(rows[worst]))!r} with "
+                        f"{too_long} sample(s) of dataset {self.names[number]!r} are longer than data.seq_length="
+                        f"{self.layout.seq_length}; the longest is {self.key(number, int(rows[worst]))!r} with "
                         f"{int(length[worst])} tokens. Raise data.seq_length, or set data.too_long=drop to leave "
                         "them out (media are never cut)."
                     )

@@ -1,6 +1,6 @@
-"""From a prompt to what a model takes: token ids and media pieces.
+"""Encoding of prompts as model input: token ids and media pieces.
 
-Training checkpoints and exported folders are asked through this file, so that both see the same.
+Generation from training checkpoints and from exported folders shares this code, so that both get the same input.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_anymal.modalities import MediaError, Modality, kind_for_extension
 
 @dataclass(frozen=True)
 class MediaFile:
-    """A media item of a prompt, read."""
+    """The content of a prompt's media item."""
 
     data: bytes
     # Lower case, no leading dot.
@@ -31,19 +31,19 @@ class MediaFile:
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as a model takes it."""
+    """A prompt as model input."""
 
-    # With a placeholder id where each soft token goes.
+    # Token ids, with one placeholder id per soft token.
     tokens: list[int]
-    # Each media item's modality, by its name in the configuration, and pieces [n, *piece_shape], in order.
+    # For each media item in order: the modality's name in the configuration, and the pieces [n, *piece_shape].
     pieces: list[tuple[str, Tensor]]
 
 
 def open_parts(value: Mapping[str, Any], where: str) -> list[Part]:
-    """A prompt's JSON, with `parts` or `messages`, as parts up to where the model answers.
+    """Convert a prompt's JSON, with `parts` or `messages`, to the parts that precede the model's answer.
 
     Raises:
-        DataError: naming `where` and what cannot be used.
+        DataError: naming `where` and what is wrong.
     """
     if ("parts" in value) == ("messages" in value):
         raise DataError(f"{where}: a prompt has either `parts` or `messages`.")
@@ -52,16 +52,16 @@ def open_parts(value: Mapping[str, Any], where: str) -> list[Part]:
     messages = parse_messages(value["messages"], where)
     if messages[-1].role != "user":
         raise DataError(
-            f"{where}: `messages` must end with the user turn to be answered; they end with the {messages[-1].role}'s."
+            f"{where}: `messages` must end with the user turn to be answered, not with a {messages[-1].role} turn."
         )
     return open_prompt(messages)
 
 
 def read_media_file(path: Path) -> MediaFile:
-    """A media file's bytes.
+    """Read a media file.
 
     Raises:
-        DataError: there is no such file.
+        DataError: the file does not exist.
     """
     if not path.is_file():
         raise DataError(f"There is no media file {str(path)!r}.")
@@ -74,10 +74,10 @@ class PromptReader:
     def __init__(
         self, tokenizer: Tokenizer, sections: Mapping[str, ModalityConfig], modalities: Mapping[str, Modality]
     ):
-        """`sections` and `modalities` go by the modalities' names in the configuration.
+        """Keys of `sections` and `modalities` are the modalities' names in the configuration.
 
         Raises:
-            DataError: a placeholder that is no reserved token of the tokenizer.
+            DataError: a placeholder is not a reserved token of the tokenizer.
         """
         self._tokenizer, self._modalities = tokenizer, modalities
         self._names = {section.kind or name: name for name, section in sections.items()}
@@ -88,14 +88,14 @@ class PromptReader:
         }
 
     def read(self, parts: Sequence[Part], files: Sequence[MediaFile]) -> TokenizedPrompt:
-        """Tokens and pieces of a document that is left open.
+        """Encode a prompt as an open document, without the end token.
 
         Args:
             parts: text and media, in order.
-            files: what the media parts hold, in theirs.
+            files: the contents of the media parts, in the same order.
 
         Raises:
-            DataError, MediaError: a media item has no modality or cannot be read; a text holds a placeholder.
+            DataError, MediaError: a media item has no modality or cannot be read; a text contains a placeholder.
         """
         remaining = iter(files)
         named: list[Part] = []

@@ -1,4 +1,4 @@
-"""What passes between the parts of the data path."""
+"""Data types shared by the stages of the data pipeline."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from torch import Tensor
 
 
 class DataError(ValueError):
-    """Data that cannot be used. The message names the folder, file or sample and the mend."""
+    """Data that cannot be used. The message names the folder, file or sample, and the fix."""
 
 
 @dataclass(frozen=True)
 class TextPart:
-    """A stretch of text of a sample."""
+    """A text part of a sample."""
 
     text: str
-    # Whether its tokens are targets of the loss.
+    # Whether its tokens are loss targets.
     loss: bool = True
-    # Whether control tokens written in it are those tokens: the chat format's own text. All other text is literal.
+    # Whether control tokens in the text are parsed as such; true only for the chat format's own text.
     control: bool = False
 
 
 @dataclass(frozen=True)
 class MediaPart:
-    """A media item of a sample, in its place between the texts."""
+    """A media part of a sample."""
 
-    # The member's name in the shard, or the file's path in a manifest.
+    # Name of the shard member, or path of the file in a manifest.
     media: str
     # The registered kind: image, video, audio, imu, ...
     modality: str
-    # Whatever else the sample says of the item, for example {"rate": 50}.
+    # Further properties from the sample's JSON, for example {"rate": 50}.
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 Part = Union[TextPart, MediaPart]
 
-# What a sample can be, by the numbers that an index holds.
+# Kinds of samples. An index stores the position in this tuple.
 SAMPLE_KINDS = ("parts", "messages", "preference")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample's documents as their parts: one, or of a preference pair the chosen and then the rejected one.
+    """A sample's documents as lists of parts: a single one, or the chosen and the rejected one of a preference pair.
 
-    The documents of a pair hold the same media.
+    Both documents of a pair contain the same media.
     """
 
     # One of SAMPLE_KINDS.
@@ -57,13 +57,13 @@ class Sample:
 
     @property
     def closed(self) -> bool:
-        """Whether the tokenizer's end token follows: a conversation's last turn has an end of its own."""
+        """Whether the tokenizer's end token is appended; the last turn of a conversation has its own end token."""
         return self.kind == "parts"
 
 
 @dataclass(frozen=True)
 class PlannedMedia:
-    """A media item of a planned sample: its modality's name in the configuration and its number of pieces."""
+    """A media item of a planned sample: the modality's name in the configuration and the number of pieces."""
 
     modality: str
     pieces: int
@@ -71,90 +71,90 @@ class PlannedMedia:
 
 @dataclass(frozen=True)
 class PlannedSample:
-    """One sample of a global batch, known from the index alone."""
+    """A sample of a global batch, as planned from the index alone."""
 
-    # Its place in the global batch.
+    # Position in the global batch.
     position: int
     dataset: int
     sample: int
-    # LLM tokens, text and soft tokens, of each of its documents: one, or the chosen and the rejected one of a pair.
+    # LLM tokens (text and soft tokens) of each document: a single one, or the chosen and the rejected one of a pair.
     documents: tuple[int, ...]
-    # Tokens that enter the loss, of all its documents.
+    # Target tokens of all documents.
     targets: int
-    # Every document holds all of them; they are encoded once.
+    # Each document contains all media; they are encoded once.
     media: tuple[PlannedMedia, ...]
 
     @property
     def length(self) -> int:
-        """LLM tokens of all its documents."""
+        """LLM tokens of all documents."""
         return sum(self.documents)
 
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """What one forward pass of one replica takes: documents, one after the other, then padding."""
+    """Input of one forward pass of one replica: consecutive documents, then padding."""
 
     step: int
-    # Tokens with the padding.
+    # Tokens including padding.
     padded_length: int
     samples: tuple[PlannedSample, ...]
-    # What each document's length in the pack is a multiple of (data/context_parallel.py).
+    # Document lengths in the pack are padded to a multiple of this (data/context_parallel.py).
     document_multiple: int = 1
 
 
 @dataclass
 class MediaBatch:
-    """One modality's media of a micro-batch, as far as this rank encodes them."""
+    """The media of one modality in a micro-batch that this rank encodes."""
 
     # [pieces, *piece_shape], float32: this rank's share of the pieces.
     pieces: Tensor
-    # [context-parallel rank][tensor-parallel rank]: how many pieces each holds, one rank's after the other's. A single
-    # number: the ranks do not share the encoding.
+    # [context-parallel rank][tensor-parallel rank]: number of pieces that each rank encodes; the ranks hold consecutive
+    # ranges. A single entry means that the ranks do not share the encoding.
     shares: tuple[tuple[int, ...], ...]
-    # [k]: where among this rank's tokens soft tokens go.
+    # [k]: positions of soft tokens among this rank's tokens.
     token_index: Tensor
-    # [k]: which of the micro-batch's soft tokens, in the order of the pieces; None: all of them. A preference pair's
-    # documents name the same ones.
+    # [k]: index of the soft token for each position, among all soft tokens of the micro-batch in the order of the
+    # pieces; None: all of them in order. Both documents of a preference pair refer to the same soft tokens.
     soft_index: Optional[Tensor] = None
 
 
 @dataclass
 class MicroBatch:
-    """A planned micro-batch with its contents; T is the padded number of tokens that this rank holds of it."""
+    """A planned micro-batch with its contents; T is the number of tokens on this rank, padding included."""
 
     plan: PlannedMicroBatch
-    # Lengths of the documents, the padding last, over all context-parallel ranks.
+    # Document lengths over all context-parallel ranks, padding last.
     document_lengths: tuple[int, ...]
-    # [1, T] int64; placeholders where media go.
+    # [1, T] int64; media positions hold placeholder tokens.
     tokens: Tensor
     # [1, T] int64: the next token.
     labels: Tensor
-    # [1, T] float32: 1 where the label counts.
+    # [1, T] float32: 1 for target tokens.
     loss_mask: Tensor
-    # [1, T] int64: the sample's place in the global batch; -1 for padding.
+    # [1, T] int64: position of the token's sample in the global batch; -1 for padding.
     sample_positions: Tensor
-    # By the modality's name in the configuration; empty away from the first stage.
+    # By the modality's name in the configuration; empty except on the first pipeline stage.
     media: dict[str, MediaBatch]
-    # Place in the global batch -> why the sample could not be read.
+    # Position in the global batch -> why the sample could not be read.
     bad: dict[int, str]
-    # [1, T] int64: 0, in the rejected document of a pair 1; -1 for padding. None where no plan was read (generation).
+    # [1, T] int64: 1 in the rejected document of a pair, else 0; -1 for padding. None without a plan (generation).
     branch: Optional[Tensor] = None
-    # [L] int64: where the loss mask is 1; where it is nowhere, one place. Found on the host: no GPU waits for it. None
-    # where nothing has a label.
+    # [L] int64: positions where the loss mask is 1, or a single position if there are none. Computed on the host to
+    # avoid a GPU synchronization. None without labels.
     label_index: Optional[Tensor] = None
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
-        """The same with each of its tensors changed, those of its media too."""
+        """Apply `change` to every tensor, including those of the media."""
         media = {name: _with_tensors(batch, change) for name, batch in self.media.items()}
         return dataclasses.replace(_with_tensors(self, change), media=media)
 
     def pin_memory(self) -> MicroBatch:
-        """The same in memory that a card can read by itself. torch's DataLoader calls it, in a thread of its own."""
+        """Copy to pinned memory. Called by torch's DataLoader in its pinning thread."""
         return self.with_tensors(Tensor.pin_memory)
 
     @classmethod
     def unlabelled(cls, documents: Sequence[Sequence[int]], media: dict[str, MediaBatch]) -> MicroBatch:
-        """Token ids of documents, end to end, for logits alone: without a plan and without labels."""
+        """Concatenated documents for computing logits only: without a plan and without labels."""
         tokens = torch.tensor([[token for document in documents for token in document]], dtype=torch.int64)
         nothing = torch.zeros_like(tokens)
         return cls(
@@ -179,6 +179,6 @@ def _with_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Recor
 
 
 def places_with_label(loss_mask: Tensor) -> Tensor:
-    """`MicroBatch.label_index` of a loss mask [1, T]."""
-    found = loss_mask[0].nonzero().flatten()
-    return found if len(found) else torch.zeros(1, dtype=torch.int64)
+    """`MicroBatch.label_index` for a loss mask [1, T]."""
+    positions = loss_mask[0].nonzero().flatten()
+    return positions if len(positions) else torch.zeros(1, dtype=torch.int64)

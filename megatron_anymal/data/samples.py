@@ -1,14 +1,13 @@
-"""What a sample looks like in a shard and in a manifest, as JSON.
+"""JSON format of samples in shards and manifests.
 
-Three kinds:
+There are three kinds:
 
-- `{"parts": [...]}`: in their order text parts `{"text": ..., "loss": true}` and media parts `{"media": NAME,
-  "modality": KIND, ...}`; further keys of a media part (for example `"rate": 50`) are attributes that the modality
-  reads;
+- `{"parts": [...]}`: a sequence of text parts `{"text": ..., "loss": true}` and media parts `{"media": NAME,
+  "modality": KIND, ...}`; further keys of a media part (for example `"rate": 50`) are attributes for the modality;
 - `{"messages": [...]}`: a conversation, see data/chat_format.py;
-- `{"messages": [...], "chosen": ..., "rejected": ...}`: a preference pair, see there.
+- `{"messages": [...], "chosen": ..., "rejected": ...}`: a preference pair, see data/chat_format.py.
 
-A plain WebDataset sample has a `.txt` beside its media instead: media first, then the text.
+A plain WebDataset sample has media and a `.txt` instead: the media come first, then the text.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _KEYS = ("parts", "messages", "chosen", "rejected")
 
 
 def is_sample(value: Any) -> bool:
-    """Whether the content of a .json member is meant as a sample; other tools store metadata there."""
+    """Whether the content of a .json member is a sample; other tools store metadata there."""
     return isinstance(value, dict) and ("parts" in value or "messages" in value)
 
 
@@ -45,12 +44,12 @@ def parse_sample(value: Any, where: str) -> Sample:
     if "messages" not in value:
         return Sample("parts", (parse_parts(value["parts"], where),))
     if "parts" in value:
-        raise DataError(f"{where}: it has `parts` and `messages`. Keep one of them.")
+        raise DataError(f"{where}: it has both `parts` and `messages`. Keep one of them.")
     return parse_conversation(value, where)
 
 
 def parse_text(data: bytes, where: str) -> TextPart:
-    """Read a sample's .txt member; a byte order mark at its start is no part of the text.
+    """Read a sample's .txt member, without a leading byte order mark.
 
     Raises:
         DataError: it is not UTF-8, or empty.
@@ -65,7 +64,7 @@ def parse_text(data: bytes, where: str) -> TextPart:
 
 
 def media_entries(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The media parts of a sample's JSON that `parse_sample` takes, in the order of its documents."""
+    """The media parts in a sample's JSON (as accepted by `parse_sample`), in document order."""
     lists = [value["parts"]] if "parts" in value else [message["content"] for message in value["messages"]]
     for entries in lists:
         if isinstance(entries, list):
@@ -73,7 +72,7 @@ def media_entries(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def to_json(value: dict[str, Any], media_names: Sequence[str]) -> bytes:
-    """Write a sample's JSON member, its media items renamed to `media_names`."""
+    """Serialize a sample's JSON member, with its media items renamed to `media_names`."""
     kept = copy.deepcopy({key: value[key] for key in _KEYS if key in value})
     for entry, name in zip(media_entries(kept), media_names, strict=True):
         entry["media"] = name
@@ -81,10 +80,10 @@ def to_json(value: dict[str, Any], media_names: Sequence[str]) -> bytes:
 
 
 def read_lines(path: Path, limits: LimitsConfig = DEFAULT_LIMITS) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a .jsonl file, each with its line's name for messages; empty lines are passed over.
+    """The objects of a .jsonl file, each with "FILE:LINE" for error messages; empty lines are skipped.
 
     Raises:
-        DataError: naming the line that is not a JSON object, or is above a limit.
+        DataError: a line is not a JSON object or exceeds a limit; the message names the line.
     """
     with path.open("rb") as file:
         number = 0

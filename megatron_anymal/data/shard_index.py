@@ -1,15 +1,15 @@
-"""Shards and their index: where each sample's bytes lie, and what the plan must know of it.
+"""Shard index: byte range, token counts and media sizes of each sample.
 
-An index is a folder beside the shards:
+The index is a folder next to the shards:
 
-    index.json    version, shards with their sizes, kinds of media, file endings, tokenizer fingerprint, counts
+    index.json      version, shards with their sizes, kinds of media, file extensions, tokenizer fingerprint, counts
     left_out.jsonl  every sample and member that is not in the index (data/left_out.py)
-    samples.npy   one row a sample (SAMPLE)
-    media.npy     one row a media item (MEDIA), in the order of the samples and of their parts
-    keys.bin      the samples' keys, UTF-8, one after the other
+    samples.npy     one row per sample (SAMPLE)
+    media.npy       one row per media item (MEDIA), in the order of the samples and of their parts
+    keys.bin        concatenated sample keys, UTF-8
 
-The arrays are memory-mapped: an index of a hundred million samples costs no memory, and the plan touches only the
-rows of its step.
+The arrays are memory-mapped, so an index of a hundred million samples takes no memory and planning a step reads only
+the rows of that step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from megatron_anymal.data.samples import parse_sample, parse_text
 
 VERSION = 3
 # Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has
-# no attributes, and an index without any is still written as such: it differs in nothing.
+# no attributes; an index without attributes is still written as version 2, because it is identical.
 _READABLE = (1, 2, VERSION)
 INDEX_FOLDER = "index"
 
@@ -48,12 +48,12 @@ SAMPLE = np.dtype(
         ("text_length", "<u4"),
         ("text_crc", "<u4"),
         ("text_is_json", "u1"),
-        # The place in SAMPLE_KINDS.
+        # Position in SAMPLE_KINDS.
         ("kind", "u1"),
-        # Tokens that are not media, and how many tokens enter the loss; of a preference pair, its chosen document's.
+        # Tokens without media, and target tokens; for a preference pair, those of the chosen document.
         ("tokens", "<u4"),
         ("targets", "<u4"),
-        # Those of a preference pair's rejected document; of other samples 0.
+        # The same for the rejected document of a preference pair; 0 for other samples.
         ("rejected_tokens", "<u4"),
         ("rejected_targets", "<u4"),
         ("media_start", "<u8"),
@@ -69,7 +69,7 @@ MEDIA = np.dtype(
         ("crc", "<u4"),
         ("kind", "u1"),
         ("extension", "u1"),
-        # What the modality's `probe` returned: (width, height) or (duration, rate).
+        # The result of the modality's `probe`: (width, height) or (duration, rate).
         ("size", "<f8", (2,)),
     ]
 )
@@ -77,7 +77,7 @@ MEDIA = np.dtype(
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """The small part of an index."""
+    """The metadata in index.json."""
 
     shards: tuple[str, ...]
     shard_bytes: tuple[int, ...]
@@ -85,15 +85,15 @@ class IndexHeader:
     extensions: tuple[str, ...]
     tokenizer: str
     version: int = 0
-    # Kind -> attributes of all its media that do not state them themselves.
+    # Kind -> default attributes of its media; attributes of a media item take precedence.
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self, samples: int, media: int) -> str:
-        """What identifies an index: all that decides which samples it holds, and how they are read."""
+        """The identity of an index as JSON: everything that determines its samples and how they are read."""
         return json.dumps(self._body(samples, media), indent=1)
 
     def with_accounting(self, samples: int, media: int, accounting: Mapping[str, Any]) -> str:
-        """The content of index.json: the above, and the sums of what is not in the index."""
+        """The content of index.json: `to_json` plus the counts of everything that is not in the index."""
         return json.dumps({**self._body(samples, media), **accounting}, indent=1)
 
     def _body(self, samples: int, media: int) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class IndexHeader:
 
 @dataclass(frozen=True)
 class MediaBytes:
-    """A media item as it lies in a shard."""
+    """A media item as stored in a shard."""
 
     part: MediaPart
     data: bytes
@@ -121,31 +121,31 @@ class MediaBytes:
 
 
 class ShardIndex:
-    """An opened index and its shards, on a local disk or any file system that fsspec reads."""
+    """An opened index and its shards, on a local disk or any file system supported by fsspec."""
 
     def __init__(self, folder: str, limits: Optional[LimitsConfig] = None):
-        """Open it.
+        """Open an index.
 
         Args:
-            limits: what a member may have at most in bytes, and a sample's JSON in depth. None: those that the index
-                was made with.
+            limits: maximum size of a member in bytes and maximum depth of a sample's JSON. None: the limits that the
+                index was built with.
 
         Raises:
-            DataError: there is no index, it is of another version, or it is empty.
+            DataError: the index is missing, incomplete, empty, or has an unsupported version.
         """
         self.folder = folder.rstrip("/")
         self._fs, self._root = fsspec.core.url_to_fs(self.folder)
         self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
         if not self._fs.isdir(self._root):
-            raise DataError(f"There is no shard folder {folder!r}. Make it with `anymal prepare`.")
+            raise DataError(f"There is no shard folder {folder!r}. Create it with `anymal prepare`.")
         try:
             body = json.loads(self._fs.cat_file(self._inside("index.json")))
         except FileNotFoundError:
-            raise DataError(f"{folder!r} has no index. Make one with `anymal prepare --index-only {folder}`.") from None
-        if body.get("version") not in _READABLE:
             raise DataError(
-                f"The index in {folder!r} is of version {body.get('version')}, not {VERSION}. Make it anew."
-            )
+                f"{folder!r} has no index. Create one with `anymal prepare --index-only {folder}`."
+            ) from None
+        if body.get("version") not in _READABLE:
+            raise DataError(f"The index in {folder!r} has version {body.get('version')}, not {VERSION}. Rebuild it.")
         self.header = IndexHeader(
             shards=tuple(entry["name"] for entry in body["shards"]),
             shard_bytes=tuple(entry["bytes"] for entry in body["shards"]),
@@ -155,42 +155,42 @@ class ShardIndex:
             version=body["version"],
             attributes=body.get("attributes", {}),
         )
-        # Members seen, used, ignored and bad, and the ledger's codes; empty in an index of an earlier version.
+        # Counts of members that were seen, used, ignored and bad; empty in an index of an earlier version.
         self.members: Mapping[str, Any] = body.get("members", {})
         self.limits = limits or _limits(body.get("limits", {}))
         self.samples, self.media = self._array("samples.npy"), self._array("media.npy")
         if len(self.samples) == 0:
-            raise DataError(f"The index in {folder!r} is empty: no sample was prepared.")
+            raise DataError(f"The index in {folder!r} is empty: it contains no samples.")
         if len(self.samples) != body["samples"] or len(self.media) != body["media"]:
-            raise DataError(f"The index in {folder!r} is incomplete. Make it anew with `anymal prepare --index-only`.")
+            raise DataError(f"The index in {folder!r} is incomplete. Rebuild it with `anymal prepare --index-only`.")
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def key(self, sample: int) -> str:
-        """A sample's key."""
+        """Key of a sample."""
         row = self.samples[sample]
         start = int(row["key_offset"])
         return bytes(self._keys[start : start + int(row["key_length"])]).decode()
 
     def kinds_used(self) -> set[str]:
-        """Kinds of media that occur."""
+        """Kinds of media in the index."""
         return {self.header.kinds[k] for k in np.unique(self.media["kind"])}
 
     def sample_kinds(self) -> dict[str, int]:
-        """Kinds of samples that occur, and how many there are of each."""
+        """Number of samples of each kind in the index."""
         kinds, counts = np.unique(self._column(self.samples, "kind"), return_counts=True)
         return {SAMPLE_KINDS[kind]: int(count) for kind, count in zip(kinds, counts)}
 
     def lengths(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the documents of samples count without media.
+        """Token counts of samples' documents, without media.
 
         Args:
-            samples: [n] their rows.
+            samples: [n] row numbers.
 
         Returns:
-            Tokens and targets, both [n, 2] int64: of the one or the chosen document, and of the rejected one (0 where
-            there is none).
+            Tokens and targets, both [n, 2] int64: for the only or chosen document, and for the rejected one (0 if there
+            is none).
         """
         rows = self.samples[samples]
         tokens, targets = (
@@ -200,10 +200,10 @@ class ShardIndex:
         return tokens, targets
 
     def check_shards(self) -> None:
-        """See that every shard is there in its size.
+        """Check that every shard exists and has the indexed size.
 
         Raises:
-            DataError: naming the first that is not.
+            DataError: naming the first shard that is missing or has another size.
         """
         for name, size in zip(self.header.shards, self.header.shard_bytes):
             path = f"{self._root}/{name}"
@@ -211,15 +211,15 @@ class ShardIndex:
                 raise DataError(f"Shard {name!r} of {self.folder!r} is missing.")
             if self._fs.size(path) != size:
                 raise DataError(
-                    f"Shard {name!r} of {self.folder!r} has {self._fs.size(path)} bytes, its index says {size}. "
-                    "Make the index anew with `anymal prepare --index-only`."
+                    f"Shard {name!r} of {self.folder!r} has {self._fs.size(path)} bytes, but the index states {size}. "
+                    "Rebuild the index with `anymal prepare --index-only`."
                 )
 
     def sample(self, sample: int) -> Sample:
-        """A sample's documents, as its text member gives them; media parts carry their kind.
+        """Read a sample's documents from its text member; media parts carry their kind.
 
         Raises:
-            DataError: the bytes are not those that were indexed, or not readable.
+            DataError: the bytes cannot be read or differ from those that were indexed.
         """
         row = self.samples[sample]
         where = f"sample {self.key(sample)!r} of {self.folder!r}"
@@ -236,7 +236,7 @@ class ShardIndex:
         return Sample(read.kind, tuple(self._completed(parts, kinds) for parts in read.documents))
 
     def left_out(self) -> list[LeftOut]:
-        """What was left out when the index was made."""
+        """The ledger of everything that was left out when the index was built."""
         return read_ledger(self._fs, self._inside(LEDGER))
 
     def _named(self, names: str, number: int, where: str) -> str:
@@ -250,7 +250,7 @@ class ShardIndex:
         return self.header.attributes.get(kind, {})
 
     def _completed(self, parts: Sequence[Part], kinds: Sequence[str]) -> list[Part]:
-        """The parts with their media's kinds, and the attributes that hold for all media of a kind."""
+        """Add the kinds of the media parts and the default attributes of each kind."""
         named = name_modalities(parts, kinds)
         if not self.header.attributes:
             return named
@@ -267,43 +267,43 @@ class ShardIndex:
             raise DataError(f"{where}: {length} bytes, above data.limits.{limit}={most}.")
 
     def parts(self, sample: int) -> list[Part]:
-        """The parts of a sample that is no conversation.
+        """The parts of a sample that is not a conversation.
 
         Raises:
-            DataError: as of `sample`; it is a conversation.
+            DataError: the sample is a conversation, or cannot be read (see `sample`).
         """
         read = self.sample(sample)
         if read.kind != "parts":
             raise DataError(
-                f"sample {self.key(sample)!r} of {self.folder!r} is a conversation. What is asked for here needs "
-                "samples with `parts`."
+                f"sample {self.key(sample)!r} of {self.folder!r} is a conversation, but samples with `parts` are "
+                "needed here."
             )
         return read.documents[0]
 
     def read_media(self, sample: int, parts: Sequence[Part], wanted: Sequence[int]) -> list[MediaBytes]:
-        """The bytes of some of a sample's media items.
+        """Read some of a sample's media items.
 
         Args:
-            sample: its row.
-            parts: one of its documents.
+            sample: row number of the sample.
+            parts: one of the sample's documents.
             wanted: numbers of the items, counted over the sample's media.
 
         Raises:
-            DataError: the bytes are not those that were indexed.
+            DataError: the bytes cannot be read or differ from those that were indexed.
         """
         items = [part for part in parts if isinstance(part, MediaPart)]
         rows, shard = self.media_rows(sample), int(self.samples[sample]["shard"])
-        found = []
+        contents = []
         for number in wanted:
             row, part = rows[number], items[number]
             where = f"sample {self.key(sample)!r} of {self.folder!r}, media {part.media!r}"
             self._check_length(int(row["length"]), "max_member_bytes", where)
             data = self._read(shard, int(row["offset"]), int(row["length"]), int(row["crc"]), where)
-            found.append(MediaBytes(part, data, self._named("extensions", row["extension"], where)))
-        return found
+            contents.append(MediaBytes(part, data, self._named("extensions", row["extension"], where)))
+        return contents
 
     def media_rows(self, sample: int) -> np.ndarray:
-        """A sample's rows of the media table (MEDIA), in the order of its parts."""
+        """Rows of a sample in the media table (MEDIA), in the order of its parts."""
         row = self.samples[sample]
         start = int(row["media_start"])
         return self.media[start : start + int(row["media_count"])]
@@ -319,7 +319,7 @@ class ShardIndex:
             try:
                 return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
             except ValueError:
-                # An empty array cannot be mapped.
+                # An empty array cannot be memory-mapped.
                 return np.load(self._inside(name), allow_pickle=False)
         with self._fs.open(self._inside(name), "rb") as file:
             return np.load(file, allow_pickle=False)
@@ -337,12 +337,12 @@ class ShardIndex:
         except OSError as error:
             raise DataError(f"{where}: shard {name!r} cannot be read ({error}).") from None
         if len(data) != length or zlib.crc32(data) != crc:
-            raise DataError(f"{where}: its bytes in shard {name!r} are not those that were indexed (damaged shard?).")
+            raise DataError(f"{where}: its bytes in shard {name!r} differ from those indexed (damaged shard?).")
         return data
 
 
 def _limits(given: Mapping[str, Any]) -> LimitsConfig:
-    """The limits that an index.json states; those that another version does not know keep their defaults."""
+    """The limits in an index.json. Unknown limits are ignored and missing ones keep their defaults."""
     known = {field.name for field in dataclasses.fields(LimitsConfig)}
     return LimitsConfig(**{name: value for name, value in given.items() if name in known})
 
@@ -355,10 +355,10 @@ def write_index(
     keys: bytes,
     accounting: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write an index; index.json goes first and comes last, so that a half-written index is never opened.
+    """Write an index. index.json is removed first and written last, so that a partial index is never opened.
 
     Args:
-        accounting: what index.json says besides of all that is not in the index.
+        accounting: further content of index.json: counts of everything that is not in the index.
     """
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
     inside = f"{root}/{INDEX_FOLDER}"

@@ -1,4 +1,4 @@
-"""From a sample's parts to token ids with media placeholders."""
+"""Converts a sample's parts to token ids with media placeholders."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ class Document:
     """A sample as token ids."""
 
     tokens: list[int]
-    # Whether the token, as a label, enters the loss.
+    # Whether the token is a loss target.
     is_target: list[bool]
-    # Where each media item's placeholders begin, in the order of the items.
+    # Position of each media item's first placeholder, in the order of the items.
     media_starts: list[int]
 
 
 class Tokenizer:
-    """A HuggingFace tokenizer from a local folder, and the layout of a document around it.
+    """A HuggingFace tokenizer from a local folder, together with the document layout.
 
-    A document is the begin token, its parts in order, the end token. Text is literal: what is written in it, a control
-    token's name too, is text. Text parts are tokenized one by one, so that the border between a question and its answer
-    never falls inside a token. A media item becomes placeholder ids. A conversation's parts hold the chat format's
-    tokens (data/chat_format.py); they are tokenized as one string, as transformers does, and no end token follows them.
+    A document is the begin token, its parts in order, and the end token. Text is literal: a control token's name in a
+    text is tokenized as plain text. Text parts are tokenized separately, so that no token spans the boundary between a
+    question and its answer. A media item becomes placeholder ids. The parts of a conversation include the chat format's
+    control tokens (data/chat_format.py); they are tokenized as one string, as transformers does, without an end token.
     """
 
     def __init__(self, folder: str):
-        """Load it.
+        """Load a tokenizer.
 
         Raises:
-            DataError: the folder is missing, holds no tokenizer, or one without begin and end tokens.
+            DataError: the folder is missing, does not contain a tokenizer, or the tokenizer lacks a begin or end token.
         """
         from transformers import AutoTokenizer
 
@@ -51,37 +51,38 @@ class Tokenizer:
         except (OSError, ValueError) as error:
             if "custom code" in str(error):
                 raise DataError(
-                    f"data.tokenizer: {folder!r} needs Python code of its own (its auto_map), which is never run. Name "
-                    "a tokenizer of transformers' own classes."
+                    f"data.tokenizer: {folder!r} needs Python code of its own (its auto_map), which is never run. Use "
+                    "a tokenizer with a class that is part of transformers."
                 ) from None
             raise DataError(
-                f"data.tokenizer: {folder!r} holds no tokenizer that transformers can load ({error})."
+                f"data.tokenizer: {folder!r} does not contain a tokenizer that transformers can load ({error})."
             ) from None
         self._find_ends()
 
     @classmethod
     def of(cls, hf: Any) -> Tokenizer:
-        """One that transformers has loaded already.
+        """Wrap a tokenizer that transformers has already loaded.
 
         Raises:
-            DataError: it has no begin and end tokens.
+            DataError: the tokenizer lacks a begin or end token.
         """
-        made = cls.__new__(cls)
-        made.hf = hf
-        made._find_ends()
-        return made
+        tokenizer = cls.__new__(cls)
+        tokenizer.hf = hf
+        tokenizer._find_ends()
+        return tokenizer
 
     def _find_ends(self) -> None:
         if self.hf.bos_token_id is None or self.hf.eos_token_id is None:
             folder = self.hf.name_or_path
-            raise DataError(f"data.tokenizer: the tokenizer in {folder!r} names no bos_token and eos_token.")
+            raise DataError(f"data.tokenizer: the tokenizer in {folder!r} lacks a bos_token or eos_token.")
         self.begin: int = self.hf.bos_token_id
         self.end: int = self.hf.eos_token_id
 
     def fingerprint(self) -> str:
-        """A hash of all that decides how text becomes ids.
+        """Hash of everything that determines how text is converted to ids.
 
-        Settings that encoding a batch leaves behind (truncation, padding) do not count: no document is cut or padded.
+        Truncation and padding settings, which remain from encoding a batch, do not count: documents are never
+        truncated or padded.
         """
         digest = hashlib.sha256()
         for token, number in sorted(self.hf.get_vocab().items(), key=lambda item: (item[1], item[0])):
@@ -100,28 +101,28 @@ class Tokenizer:
         """The id of a reserved token.
 
         Raises:
-            DataError: the vocabulary has no such token, or it has another meaning, or it is an ordinary word; `where`
-                is the key that asks for it.
+            DataError: the token is not in the vocabulary, has another meaning, or is an ordinary word. The message
+                starts with `where`, the configuration key.
         """
         number = self.hf.get_vocab().get(token)
         if number is None:
-            raise DataError(f"{where}={token!r} is not in the tokenizer's vocabulary. Name one of its reserved tokens.")
+            raise DataError(f"{where}={token!r} is not in the tokenizer's vocabulary. Use one of its reserved tokens.")
         if number in (self.begin, self.end) or token in CHAT_TOKENS:
             raise DataError(
-                f"{where}={token!r} begins or ends documents or turns. Name one of the tokenizer's reserved tokens."
+                f"{where}={token!r} begins or ends documents or turns. Use one of the tokenizer's reserved tokens."
             )
         if number in self.encode(token):
             raise DataError(
-                f"{where}={token!r} is a word that texts can hold, not a special token. Name one of the tokenizer's "
+                f"{where}={token!r} is a word that can occur in text, not a special token. Use one of the tokenizer's "
                 "reserved tokens."
             )
         return number
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, nothing added around it; control tokens written in it are text like any other.
+        """Ids of a text, without special tokens around it; control tokens written in the text are plain text.
 
         Raises:
-            DataError: the tokenizer makes a control token of it all the same.
+            DataError: the tokenizer produces a control token nevertheless.
         """
         ids = self._encoder.encode(text)
         self._refuse_control(ids)
@@ -129,12 +130,12 @@ class Tokenizer:
 
     @cached_property
     def control(self) -> dict[str, int]:
-        """The tokens that no text makes: special ones, and those that begin or end documents and turns."""
-        found = {self.hf.bos_token: self.begin, self.hf.eos_token: self.end}
+        """Tokens that text never produces: special tokens, and those that begin or end documents and turns."""
+        ids = {self.hf.bos_token: self.begin, self.hf.eos_token: self.end}
         for number, token in self.hf.added_tokens_decoder.items():
             if token.content in CHAT_TOKENS or (token.special and number != self.hf.unk_token_id):
-                found[token.content] = number
-        return found
+                ids[token.content] = number
+        return ids
 
     @cached_property
     def _encoder(self) -> TextEncoder:
@@ -145,29 +146,29 @@ class Tokenizer:
         return re.compile("(" + "|".join(map(re.escape, sorted(self.control, key=len, reverse=True))) + ")")
 
     def _refuse_control(self, ids: Sequence[int]) -> None:
-        # A tokenizer in Python whose vocabulary lists them as ordinary words could still let them through.
-        if found := set(self.control.values()).intersection(ids):
-            token = self.hf.convert_ids_to_tokens(min(found))
-            raise DataError(f"the tokenizer makes its control token {token!r} of a text. Remove it from the text.")
+        # A Python tokenizer whose vocabulary lists control tokens as ordinary words could still produce them.
+        if produced := set(self.control.values()).intersection(ids):
+            token = self.hf.convert_ids_to_tokens(min(produced))
+            raise DataError(f"the tokenizer produces its control token {token!r} from a text. Remove it from the text.")
 
     @cached_property
     def chat_tokens(self) -> frozenset[int]:
         """Ids of the chat format's tokens.
 
         Raises:
-            DataError: naming the one that the tokenizer lacks, or does not keep in one piece.
+            DataError: naming the token that the tokenizer lacks, or does not keep as a single token.
         """
         folder = self.hf.name_or_path
         for token in CHAT_TOKENS:
             if token not in self.control:
                 raise DataError(
-                    f"data.tokenizer: {folder!r} has no special token {token!r}, which conversations need. Name a "
-                    "tokenizer with Llama 3's special tokens, or give samples as `parts`."
+                    f"data.tokenizer: {folder!r} has no special token {token!r}, which conversations need. Use a "
+                    "tokenizer with Llama 3's special tokens, or provide samples as `parts`."
                 )
         if self.control[BEGIN] != self.begin:
             raise DataError(
                 f"data.tokenizer: conversations begin with {BEGIN!r}, but the bos_token of {folder!r} is "
-                f"{self.hf.bos_token!r}. Name a tokenizer with Llama 3's special tokens."
+                f"{self.hf.bos_token!r}. Use a tokenizer with Llama 3's special tokens."
             )
         numbers = [self.control[token] for token in CHAT_TOKENS]
         begin, start, end, turn = numbers
@@ -176,32 +177,32 @@ class Tokenizer:
         except DataError as error:
             raise DataError(
                 f"data.tokenizer: {folder!r} does not keep the chat format's tokens whole: {error} Add them without "
-                "`single_word` and `normalized`, or give samples as `parts`."
+                "`single_word` and `normalized`, or provide samples as `parts`."
             ) from None
         return frozenset(numbers)
 
     @cached_property
     def joins_headers(self) -> bool:
-        """Whether line breaks that end a turn's header join what follows them (Llama 3's tokenizer keeps them apart).
+        """Whether the line breaks that end a turn's header merge with the following text (not in Llama 3's tokenizer).
 
-        A model then sees other ids before the answers that it learns from than before the one it is to give.
+        If so, the ids before an answer differ between training and generation.
         """
         header = TextPart(f"{START_HEADER}assistant{END_HEADER}\n\n", control=True)
-        asked = self.document([header], [], {}, closed=False).tokens
+        prompt = self.document([header], [], {}, closed=False).tokens
         answers = [
-            self.document([header, TextPart(said)], [], {}, closed=False).tokens for said in ("A", "a", "1", "(")
+            self.document([header, TextPart(text)], [], {}, closed=False).tokens for text in ("A", "a", "1", "(")
         ]
-        return any(tokens[: len(asked)] != asked for tokens in answers)
+        return any(tokens[: len(prompt)] != prompt for tokens in answers)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of ids, special tokens left out."""
-        # Never tidied up: versions of transformers differ in when they do, and it changes what was answered.
+        """Text of token ids, without special tokens."""
+        # Versions of transformers differ in when they clean up spaces by default, and it alters the answer.
         return self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def count(self, parts: Sequence[Part], *, closed: bool = True) -> tuple[int, int]:
-        """Tokens of a document that are not media, and those of them that are targets; `closed` as of `document`."""
+        """Number of tokens of a document without media, and number of targets among them; `closed` as in `document`."""
         media = [part for part in parts if isinstance(part, MediaPart)]
-        # They part the texts around them, and are nothing themselves.
+        # Media items separate the texts around them but contribute no tokens here.
         bare = self.document(parts, [0] * len(media), {part.modality: -1 for part in media}, closed=closed)
         return len(bare.tokens), sum(bare.is_target)
 
@@ -213,16 +214,16 @@ class Tokenizer:
         *,
         closed: bool = True,
     ) -> Document:
-        """Lay a document out.
+        """Lay out a document.
 
         Args:
-            parts: its text and media.
+            parts: text and media parts.
             soft_tokens: number of soft tokens of each media item, in order.
             placeholders: modality -> placeholder id.
-            closed: end with the end token; false for a conversation, and where an answer is to be generated.
+            closed: append the end token; false for a conversation, and for a prompt whose answer is to be generated.
 
         Raises:
-            DataError: the tokenizer makes a media item's token of a text, or lacks a token of the chat format.
+            DataError: the tokenizer produces a placeholder token from a text, or lacks a token of the chat format.
         """
         soft = iter(soft_tokens)
         counts = [next(soft) if isinstance(part, MediaPart) else 0 for part in parts]
@@ -247,7 +248,7 @@ class Tokenizer:
         return Document(tokens, is_target, starts)
 
     def _plain(self, parts: Sequence[Part], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
-        """Tokens, each with the number of its part; texts one by one, a media item once."""
+        """Tokens, each with the number of its part. Texts are tokenized separately; a media item yields one token."""
         for number, part in enumerate(parts):
             if isinstance(part, MediaPart):
                 yield placeholders[part.modality], number
@@ -257,7 +258,7 @@ class Tokenizer:
             yield from ((token, number) for token in ids)
 
     def _conversation(self, parts: Sequence[Part], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
-        """The same of a text with control tokens, as one string after the begin token."""
+        """Like `_plain`, for parts with control tokens, tokenized as one string after the begin token."""
         _ = self.chat_tokens
         pieces: list[Piece] = [self.begin]
         part_of = [-1]
@@ -278,6 +279,6 @@ class Tokenizer:
         yield from ((token, part_of[piece]) for token, piece in laid_out[1:])
 
     def _refuse_placeholders(self, ids: Sequence[int], placeholders: dict[str, int]) -> None:
-        if found := set(placeholders.values()).intersection(ids):
-            token = self.hf.convert_ids_to_tokens(min(found))
-            raise DataError(f"a text holds {token!r}, which stands for media. Remove it.")
+        if produced := set(placeholders.values()).intersection(ids):
+            token = self.hf.convert_ids_to_tokens(min(produced))
+            raise DataError(f"a text contains {token!r}, which is reserved for media. Remove it.")

@@ -1,4 +1,4 @@
-"""Modalities: media files to encoder input. A fifth one is one new file; see examples/thermal_modality.py."""
+"""Modalities: convert media files to encoder input. Adding one takes one new file; see examples/thermal_modality.py."""
 
 from megatron_anymal.modalities.base import MediaError, Modality
 from megatron_anymal.modalities.registry import (
@@ -9,7 +9,7 @@ from megatron_anymal.modalities.registry import (
     register,
 )
 
-# Each registers itself.
+# Each module registers its modality on import.
 from megatron_anymal.modalities.audio import AudioModality  # isort: skip
 from megatron_anymal.modalities.image import ImageModality  # isort: skip
 from megatron_anymal.modalities.imu import IMUModality  # isort: skip

@@ -1,6 +1,7 @@
-"""What an encoder's section says about its input, read without loading weights.
+"""Input format of an encoder, read from its configuration without loading weights.
 
-The modalities need the resolution, the frames or the sampling rate; the encoders build on the same configuration.
+Modalities need the resolution, the number of frames or the sampling rate; encoders are built from the same
+configuration.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ from megatron_anymal.modalities.base import nearest
 
 @dataclass(frozen=True)
 class Architecture:
-    """An encoder that transformers implements."""
+    """An encoder implemented in transformers."""
 
     model: str
     config: str
-    # `model_type` of the folders that hold it; a folder of the whole two-tower model holds it as a part.
+    # `model_type` of folders with this encoder: the encoder alone, or a complete two-tower model that contains it.
     model_types: tuple[str, ...]
 
 
@@ -33,36 +34,36 @@ ARCHITECTURES = {
     "clap": Architecture("ClapAudioModel", "ClapAudioConfig", ("clap", "clap_audio_model")),
 }
 
-# Keys that transformers 4 and 5 call differently.
+# Keys with different names in transformers 4 and 5.
 OTHER_NAMES = {"qv_bias": "qkv_bias", "qkv_bias": "qv_bias"}
 
 
 def read_folder(encoder: EncoderConfig, model_types: tuple[str, ...]) -> dict[str, Any]:
-    """The config.json of `encoder.path`, refused where it is of another architecture.
+    """Read the config.json of `encoder.path` and check its architecture.
 
     Raises:
-        ConfigError: the folder or the file is missing, unreadable, or of the wrong kind.
+        ConfigError: the folder or the file is missing or unreadable, or has another architecture.
     """
-    found = read_json(Path(encoder.path), "config.json")
-    if not found:
+    config = read_json(Path(encoder.path), "config.json")
+    if not config:
         raise ConfigError(
             f"encoder.path={encoder.path!r} is not a folder with a config.json. Name a local folder with a "
             f"{encoder.type} encoder."
         )
-    model_type = found.get("model_type")
+    model_type = config.get("model_type")
     if model_type not in model_types:
         raise ConfigError(
-            f"encoder.path={encoder.path!r} holds the architecture {model_type!r}, but encoder.type={encoder.type} "
+            f"encoder.path={encoder.path!r} has the architecture {model_type!r}, but encoder.type={encoder.type} "
             f"needs {' or '.join(repr(one) for one in model_types)}. Name another folder or another type."
         )
-    return found
+    return config
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a folder; empty where the file does not exist.
+    """Read a JSON object from a folder; empty if the file does not exist.
 
     Raises:
-        ConfigError: not a JSON object.
+        ConfigError: the file is not a JSON object.
     """
     file = folder / name
     if not file.is_file():
@@ -77,10 +78,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def transformers_config(encoder: EncoderConfig) -> Any:
-    """The transformers configuration of an encoder of `ARCHITECTURES` (the vision or audio part of a two-tower one).
+    """Load the transformers configuration of an encoder in `ARCHITECTURES` (for a two-tower model, of its vision or
+    audio tower).
 
     Raises:
-        ConfigError: neither folder nor shape given, a folder of the wrong kind, an unknown key, an impossible value.
+        ConfigError: neither a folder nor a shape is given, the folder has another architecture, a key is unknown, or a
+            value is invalid.
     """
     import transformers
 
@@ -94,8 +97,8 @@ def transformers_config(encoder: EncoderConfig) -> Any:
             raise ConfigError(f"{encoder.path}/config.json cannot be used: {error}") from error
     if not encoder.config:
         raise ConfigError(
-            f"encoder.path is empty. Name a local folder with a {encoder.type} encoder, or give encoder.config, the "
-            "keys of a shape with random weights."
+            f"encoder.path is empty. Name a local folder with a {encoder.type} encoder, or set encoder.config to the "
+            "shape of an encoder with random weights."
         )
     known = _keys(config_class)
     keys = {}
@@ -103,12 +106,12 @@ def transformers_config(encoder: EncoderConfig) -> Any:
         key = OTHER_NAMES.get(name, name) if name not in known else name
         if key not in known:
             raise ConfigError(f"encoder.config.{name} is not a key of {architecture.config}. {nearest(name, known)}")
-        # Lists of the configuration file may arrive as other sequences; transformers wants plain ones.
+        # transformers requires plain lists; those of the configuration file may be other sequences.
         keys[key] = list(value) if isinstance(value, (list, tuple)) else value
     try:
         return config_class(**keys)
     except Exception as error:
-        raise ConfigError(f"encoder.config is not a possible {architecture.config}: {error}") from error
+        raise ConfigError(f"encoder.config is not a valid {architecture.config}: {error}") from error
 
 
 def _keys(config_class: Any) -> list[str]:
@@ -119,10 +122,10 @@ def _keys(config_class: Any) -> list[str]:
 
 
 def preprocessor(encoder: EncoderConfig, part: str) -> dict[str, Any]:
-    """How media are prepared for an encoder: as its section says, else as its folder does; empty where neither says.
+    """Preprocessor settings of an encoder: from its section, or else from its folder; empty if neither has any.
 
     Args:
-        part: "image_processor", "video_processor" or "feature_extractor": the key where a combined file nests it.
+        part: "image_processor", "video_processor" or "feature_extractor": the key of the settings in a combined file.
     """
     if encoder.preprocessor or not encoder.path:
         return encoder.preprocessor

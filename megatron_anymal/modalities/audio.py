@@ -1,4 +1,4 @@
-"""Audio: pieces of fixed length as log-mel spectrograms (AnyMAL section 3.1), CLAP's features."""
+"""Audio: fixed-length windows as log-mel spectrograms (AnyMAL section 3.1) with CLAP's features."""
 
 from __future__ import annotations
 
@@ -15,41 +15,41 @@ from megatron_anymal.modalities.base import Modality, count_in_time, require_abo
 from megatron_anymal.modalities.registry import register
 from megatron_anymal.modalities.sounds import opened, resample
 
-# Options that a CLAP folder's own preprocessor fixes.
+# Options that are determined by the preprocessor of a CLAP folder.
 FIXED_BY_FOLDER = ("sampling_rate", "n_mels", "hop_length", "fft_window_size", "frequency_min", "frequency_max")
 
 
 @dataclass
 class AudioOptions:
-    """Options of the audio modality; the defaults of the log-mel are CLAP's."""
+    """Options of the audio modality; the log-mel defaults are those of CLAP."""
 
-    # Length of a piece. None: the CLAP folder's max_length_s, else 10.
+    # Length of a window. None: max_length_s of the CLAP folder, else 10.
     piece_seconds: float | None = None
-    # Most pieces of a recording; what lies behind them is not heard.
+    # Maximum number of windows per recording; the rest of a longer recording is not used.
     max_pieces: int = 8
-    # How the last piece is filled up: "pad" with zeros, "repeatpad" or "repeat" with itself (CLAP's names). None: as
-    # the CLAP folder's preprocessor says, else "pad".
+    # How the last window is padded: "pad" with zeros, "repeatpad" or "repeat" with its own content (CLAP's names).
+    # None: as in the preprocessor of the CLAP folder, else "pad".
     padding: str | None = None
     # The recording is resampled to this rate, in Hz.
     sampling_rate: int = 48000
-    # Mel bands. 0: the CLAP encoder's, or 64.
+    # Number of mel bands. 0: that of the CLAP encoder, or 64.
     n_mels: int = 0
-    # Samples from one frame to the next, and in a frame's window.
+    # Hop and window length of the spectrogram, in samples.
     hop_length: int = 480
     fft_window_size: int = 1024
-    # Range of the mel bands in Hz. A maximum of 0: 14000, or half the sampling rate where that is less.
+    # Range of the mel bands in Hz. A maximum of 0: the smaller of 14000 and half the sampling rate.
     frequency_min: float = 50.0
     frequency_max: float = 0.0
-    # The log-mel, in dB, becomes (dB - mel_mean) / mel_std. CLAP normalises by itself; -40 and 40 suit `identity`.
+    # The log-mel, in dB, becomes (dB - mel_mean) / mel_std. CLAP normalises internally; use -40 and 40 for `identity`.
     mel_mean: float = 0.0
     mel_std: float = 1.0
 
 
 @register("audio")
 class AudioModality(Modality):
-    """A recording, mixed to mono, as log-mel pieces.
+    """A recording, mixed to mono, as log-mel windows.
 
-    A piece is [1, frames, mels] for CLAP ([4, frames, mels] where it fuses features of long recordings) and
+    A window is [1, frames, mels] for CLAP ([4, frames, mels] if it fuses features of long recordings) and
     [frames, mels] for any other encoder.
     """
 
@@ -92,8 +92,8 @@ class AudioModality(Modality):
         self.samples = round(self.options.piece_seconds * self.sampling_rate)
         if self.samples < self.extractor.fft_window_size:
             raise ConfigError(
-                f"options.piece_seconds={self.options.piece_seconds} holds {self.samples} samples, less than one "
-                f"window of {self.extractor.fft_window_size}. Lengthen the pieces or shorten fft_window_size."
+                f"options.piece_seconds={self.options.piece_seconds} is {self.samples} samples, less than one FFT "
+                f"window of {self.extractor.fft_window_size}. Increase piece_seconds or reduce fft_window_size."
             )
 
     def _extractor(self, config: ModalityConfig, described: dict[str, Any], mels: int) -> Any:
@@ -115,7 +115,7 @@ class AudioModality(Modality):
         if extractor.feature_size != mels:
             raise ConfigError(
                 f"The log-mel has {extractor.feature_size} bands but the encoder takes {mels}. Set options.n_mels to "
-                "0, or mend the folder's preprocessor_config.json."
+                "0, or fix the folder's preprocessor_config.json."
             )
         return extractor
 
@@ -129,12 +129,12 @@ class AudioModality(Modality):
     def probe(
         cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
     ) -> tuple[float, float]:
-        """Duration in seconds and sampling rate in Hz: from the header, or by decoding if that only estimates them."""
+        """Duration in seconds and sampling rate in Hz: from the header, or by decoding if the header is unreliable."""
         with opened(data, limits) as sound:
             return sound.count(limits) / sound.rate, float(sound.rate)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """Pieces of `piece_seconds` that cover the recording."""
+        """Number of windows of `piece_seconds` that cover the recording."""
         return count_in_time(sizes[:, 0], self.options.piece_seconds, self.options.max_pieces)
 
     @property
@@ -144,23 +144,23 @@ class AudioModality(Modality):
         return (self.channels, *spectrogram) if self.channels else spectrogram
 
     def waveform(self, data: bytes, pieces: int) -> np.ndarray:
-        """The first `pieces` pieces' sound, mono, at the encoder's rate, [samples] float32 in -1 to 1.
+        """The first `pieces` windows as mono audio at the encoder's rate, [samples] float32 in -1 to 1.
 
         Raises:
-            MediaError: fewer samples than the header states, or values that are not finite.
+            MediaError: there are fewer samples than the header states, or non-finite values.
         """
         with opened(data, self.limits) as sound:
             wanted = int(np.ceil(pieces * self.options.piece_seconds * sound.rate))
             return resample(sound.mono(wanted), sound.rate, self.sampling_rate)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Log-mel pieces, float32; each equals CLAP's own extractor on that piece of sound."""
+        """Log-mel windows, float32; each equals the output of CLAP's own extractor for the same audio."""
         wave = self.waveform(data, pieces)[: pieces * self.samples]
-        # Rounding of the resampled length may leave the last piece without a sample.
+        # Rounding of the resampled length may leave the last window without any samples.
         wave = np.pad(wave, (0, max(0, (pieces - 1) * self.samples + 1 - len(wave))))
         features = self.extractor(
             [wave[start : start + self.samples] for start in range(0, len(wave), self.samples)],
-            # A piece is never longer than `max_length`, so neither choice cuts at random: they pick the mel scale.
+            # Windows are never longer than `max_length`, so nothing is truncated: this only selects the mel scale.
             truncation="fusion" if self.channels == 4 else "rand_trunc",
             padding=self.options.padding,
             max_length=self.samples,

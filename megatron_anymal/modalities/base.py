@@ -1,7 +1,7 @@
-"""What every modality does: from a media file's bytes to the fixed-size pieces that its encoder takes.
+"""Base class of modalities: from the bytes of a media file to the fixed-size pieces that its encoder takes.
 
-AnyMAL section 3.1: media larger than the encoder's input are split into pieces, each projected on its own
-(equations 3 and 4). Images become a grid of tiles; video, audio and IMU become pieces of fixed length in time.
+AnyMAL section 3.1: media larger than the encoder's input are split into pieces that are projected separately
+(equations 3 and 4). A piece is a tile of an image, a clip of a video, or a time window of audio or IMU data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 
-# How Python's objects in memory show up in the messages of libraries.
+# The repr of Python objects in error messages of libraries.
 _OBJECT_IN_MEMORY = re.compile(r"[\"'(]*<[^<>]* object at 0x[0-9a-f]+>[\"')]*")
 
 
@@ -29,7 +29,7 @@ class MediaError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-    """A library's error in one line, without the name that it gives to a file in memory."""
+    """The message of a library's error in one line, without the repr of an in-memory file."""
     text = _OBJECT_IN_MEMORY.sub("it", str(error) or type(error).__name__)
     return " ".join(text.split())
 
@@ -39,8 +39,8 @@ def require_within(limits: LimitsConfig, key: str, value: float, what: str, fix:
 
     Args:
         key: a field of `limits`.
-        what: the value in words, for example "lasts 20000.0 s".
-        fix: what to do about the file, for example "cut it".
+        what: description of the value, for example "lasts 20000.0 s".
+        fix: advice for the user, for example "cut it".
 
     Raises:
         MediaError: naming the limit, the value and the fix.
@@ -51,17 +51,21 @@ def require_within(limits: LimitsConfig, key: str, value: float, what: str, fix:
 
 
 def require_loadable(limits: LimitsConfig, file_bytes: int, decoding: float) -> None:
-    """Refuse a media file that is too much for a loader process together with what decoding it takes, in bytes.
+    """Refuse a media file that needs too much memory in a loader process.
+
+    Args:
+        file_bytes: size of the file.
+        decoding: bytes needed to decode it.
 
     Raises:
-        MediaError: naming the limit and both figures.
+        MediaError: naming the limit and both sizes.
     """
     what = f"has {file_bytes} bytes and takes up to {int(decoding)} more to decode"
     require_within(limits, "max_load_bytes", file_bytes + decoding, what, "scale it down")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known words for an error message, the one closest to `word` first where one is close."""
+    """The known words for an error message, preceded by a suggestion if one is close to `word`."""
     words = sorted(known)
     close = difflib.get_close_matches(word, words, n=1)
     hint = f"Did you mean {close[0]!r}? " if close else ""
@@ -69,7 +73,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether an option's value has the annotated type; an int may stand for a float."""
+    """Whether an option's value has the annotated type; an int is accepted as a float."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, one) for one in arguments)
@@ -83,10 +87,10 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 
 def parse_options(schema: type, given: Mapping[str, Any], section: str = "options") -> Any:
-    """An instance of the dataclass `schema` filled from `given`.
+    """Create an instance of the dataclass `schema` from the options `given`.
 
     Raises:
-        ConfigError: an unknown option (with the nearest known one) or a value of the wrong type.
+        ConfigError: an unknown option (naming the closest known one) or a value of the wrong type.
     """
     wanted = typing.get_type_hints(schema)
     names = [field.name for field in dataclasses.fields(schema)]
@@ -100,7 +104,7 @@ def parse_options(schema: type, given: Mapping[str, Any], section: str = "option
 
 
 def require_above(options: Any, section: str = "options", /, **least: float) -> None:
-    """Refuse an option that is not above its bound.
+    """Refuse options that do not exceed their bounds.
 
     Raises:
         ConfigError: naming the option.
@@ -112,32 +116,32 @@ def require_above(options: Any, section: str = "options", /, **least: float) -> 
 
 
 def count_in_time(duration: np.ndarray, piece_seconds: float, max_pieces: int) -> np.ndarray:
-    """Pieces of fixed length that cover each duration (seconds): at least one, at most `max_pieces`.
+    """Number of fixed-length pieces that cover each duration (seconds): at least one, at most `max_pieces`.
 
-    A rest shorter than a millionth of a piece is rounding, not media.
+    A remainder shorter than a millionth of a piece is treated as rounding error.
     """
     return np.clip(np.ceil(duration / piece_seconds - 1e-6), 1, max_pieces).astype(np.int64)
 
 
 class Modality(ABC):
-    """One kind of media. A subclass is registered with `register(kind)` and lives in one file.
+    """One kind of media. Each subclass lives in its own file and is registered with `register(kind)`.
 
     Args:
-        config: the modality's section; `options` is parsed into `self.options` and the input that the encoder
-            expects (resolution, frames, sampling rate) is read from `encoder` without loading weights.
+        config: the modality's section; `options` is parsed into `self.options`, and the encoder's input format
+            (resolution, frames, sampling rate) is read from `encoder` without loading weights.
 
     Raises:
-        ConfigError: an unknown or ill-typed option, or an encoder that cannot take this kind of media.
+        ConfigError: an option is unknown or of the wrong type, or the encoder cannot take this kind of media.
     """
 
-    # File extensions this modality reads: lower case, no leading dot.
+    # File extensions that this modality reads: lower case, no leading dot.
     extensions: ClassVar[tuple[str, ...]]
-    # A dataclass: the modality's options and their defaults.
+    # A dataclass with the modality's options and their defaults.
     Options: ClassVar[type]
 
     def __init__(self, config: ModalityConfig) -> None:
         self.config = config
-        # `build_modality` replaces them with those of the run.
+        # Replaced by the run's limits in `build_modality`.
         self.limits = DEFAULT_LIMITS
         self.options = parse_options(self.Options, config.options)
 
@@ -146,13 +150,13 @@ class Modality(ABC):
     def probe(
         cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
     ) -> tuple[float, float]:
-        """The size of a media file, read as cheaply as its format allows.
+        """Size of a media file, determined as cheaply as its format allows.
 
         Args:
-            data: the file.
+            data: content of the file.
             extension: lower case, no dot.
-            attributes: what the sample says beside the file, for example {"rate": 100}.
-            limits: largest inputs that are accepted, checked before anything of the file's stated size is reserved.
+            attributes: further properties from the sample's JSON, for example {"rate": 100}.
+            limits: maximum input sizes, checked before memory is allocated from the sizes stated in the file.
 
         Returns:
             Two numbers; image: width and height in pixels; video: duration in seconds and frames per second;
@@ -164,7 +168,7 @@ class Modality(ABC):
 
     @abstractmethod
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """Pieces per media item, [n] int64, from what `probe` returned, [n, 2] float64."""
+        """Number of pieces per media item, [n] int64, from the results of `probe`, [n, 2] float64."""
 
     @property
     @abstractmethod
@@ -173,26 +177,27 @@ class Modality(ABC):
 
     @abstractmethod
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """The media as `pieces` pieces; `load` checks the size before and the result after.
+        """Decode a media file into `pieces` pieces. Called by `load`, which checks the size and the result.
 
         Raises:
-            MediaError: corrupt, truncated or empty.
+            MediaError: the file is corrupt, truncated or empty.
         """
 
     def load(self, data: bytes, extension: str, attributes: Mapping[str, Any]) -> torch.Tensor:
-        """The media as encoder input, [pieces, *piece_shape] float32. The same bytes give the same tensor.
+        """Decode a media file to encoder input, [pieces, *piece_shape] float32. The result is deterministic.
 
         Raises:
-            MediaError: corrupt, truncated, empty, not finite, or not as many pieces as its probed size says.
+            MediaError: the file is corrupt, truncated or empty, has non-finite values, or does not match its probed
+                size.
         """
         size = self.probe(data, extension, attributes, self.limits)
         expected = int(self.count_pieces(np.array([size], dtype=np.float64))[0])
         pieces = self.decode(data, extension, attributes, expected)
         if tuple(pieces.shape) != (expected, *self.piece_shape):
             raise MediaError(
-                f"gave pieces of shape {tuple(pieces.shape)} where its size {size} asks for "
+                f"yields pieces of shape {tuple(pieces.shape)}, but its size {size} implies "
                 f"{(expected, *self.piece_shape)}: the file is damaged or its header is wrong"
             )
         if not torch.isfinite(pieces).all():
-            raise MediaError("holds values that are not finite")
+            raise MediaError("contains non-finite values")
         return pieces.float()

@@ -1,4 +1,4 @@
-"""Files of several streams (MP4, MOV, WebM, MKV, AVI) and raw AAC, MP3 or FLAC, opened with PyAV."""
+"""Media containers (MP4, MOV, WebM, MKV, AVI) and raw AAC, MP3 or FLAC, opened with PyAV."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from megatron_anymal.config import LimitsConfig
 from megatron_anymal.modalities.base import MediaError, reason, require_within
 from megatron_anymal.modalities.libraries import library
 
-# FFmpeg's demuxers. No others are tried: some, such as playlists, open further files and addresses.
+# Allowed FFmpeg demuxers. Others are never tried: some, such as those for playlists, open further files and URLs.
 CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"
-# Boxes at the top of an MP4 or MOV.
+# Top-level boxes of an MP4 or MOV file.
 BOXES = (b"ftyp", b"moov", b"mdat", b"moof", b"sidx", b"styp", b"free", b"skip", b"wide", b"uuid")
 RAW_SOUND = ("aac", "mp3", "flac")
-# A stream that ends this much (seconds) before its stated end is cut off; less is rounding.
+# A stream that ends more than this (seconds) before its stated end is truncated; smaller differences are rounding.
 CUT_OFF = 0.5
-# FFmpeg states a container's duration in these.
+# Unit of a container's duration in FFmpeg, per second.
 MICROSECONDS = 1_000_000
-# Decoders round a frame's sides up to whole blocks before they check its size.
+# Decoders round the sides of a frame up to whole blocks before they check its size.
 BLOCK_MARGIN = 2**21
 
 
 @contextmanager
 def opened_container(data: bytes, kind: str, limits: LimitsConfig) -> Iterator[tuple[Any, Any]]:
-    """The container and its main stream of a kind, "video" or "audio".
+    """Open a container and its main stream of a kind, "video" or "audio".
 
     Raises:
-        MediaError: not such a file, or no such stream; raised also for decoding errors while the body uses it.
+        MediaError: the data is not a supported file or has no such stream. Decoding errors in the body of the `with`
+            statement are converted as well.
     """
     av = library("av")
     if not data:
@@ -37,41 +38,41 @@ def opened_container(data: bytes, kind: str, limits: LimitsConfig) -> Iterator[t
     _require_whole_boxes(data)
     options = {
         "format_whitelist": CONTAINERS if kind == "video" else ",".join([CONTAINERS, *RAW_SOUND]),
-        # Holds for the frame that FFmpeg decodes to learn of the stream, too.
+        # Also applies to the frame that FFmpeg decodes while probing the stream.
         "max_pixels": str(limits.max_frame_pixels + BLOCK_MARGIN),
     }
     try:
-        # Unreadable titles and comments do not matter.
+        # Undecodable titles and comments are harmless.
         with av.open(io.BytesIO(data), options=options, metadata_errors="replace") as container:
             stream = container.streams.best(kind)
             if stream is None or _is_cover(stream):
                 raise MediaError(f"has no {kind} stream: it is another kind of file, or cut off")
             if stream.codec_context is None:
-                raise MediaError("is coded in a way that cannot be decoded here")
+                raise MediaError("uses a codec that cannot be decoded here")
             stream.codec_context.options = {**stream.codec_context.options, "max_pixels": options["max_pixels"]}
-            # Loader processes already use the cores.
+            # The loader processes already use all cores.
             stream.codec_context.thread_count = 1
             yield container, stream
     except MediaError:
         raise
-    # FFmpeg's errors, and what PyAV raises on fields that a damaged file lacks.
+    # Errors of FFmpeg, and exceptions of PyAV about fields that are missing in a damaged file.
     except Exception as error:
         why = getattr(error, "strerror", None) or reason(error)
         raise MediaError(
-            f"cannot be decoded as {kind}, it is damaged, cut off or of a format that is not read: {why}"
+            f"cannot be decoded as {kind}: it is damaged, cut off or in an unsupported format ({why})"
         ) from error
 
 
 def _is_cover(stream: Any) -> bool:
-    """Whether a video stream is the cover picture of a recording."""
+    """Whether a video stream is the cover image of an audio file."""
     return bool(stream.disposition & type(stream.disposition).attached_pic)
 
 
 def _require_whole_boxes(data: bytes) -> None:
-    """Refuse an MP4 or MOV whose boxes go on behind its end; FFmpeg leaves out the frames that are not there.
+    """Refuse an MP4 or MOV whose boxes extend past the end of the file; FFmpeg would silently skip missing frames.
 
     Raises:
-        MediaError: cut off.
+        MediaError: the file is truncated.
     """
     offset = 0
     while data[offset + 4 : offset + 8] in BOXES:
@@ -79,30 +80,30 @@ def _require_whole_boxes(data: bytes) -> None:
         if size == 1:
             size = int.from_bytes(data[offset + 8 : offset + 16], "big")
         if size < 8:
-            # 0: to the end of the file. Other values are for FFmpeg to judge.
+            # 0: extends to the end of the file. Other values are left to FFmpeg.
             return
         offset += size
         if offset > len(data):
-            raise MediaError(f"has {len(data)} bytes of {offset} that its boxes state: it is cut off")
+            raise MediaError(f"has {len(data)} bytes of the {offset} stated by its boxes: it is cut off")
 
 
 def start(stream: Any) -> float:
-    """When a stream begins, in seconds."""
+    """Start time of a stream in seconds."""
     return float((stream.start_time or 0) * stream.time_base)
 
 
 def stream_seconds(container: Any, stream: Any, limits: LimitsConfig) -> float:
-    """Seconds from a stream's start to the end of its last packet; reads all packets, decodes none.
+    """Seconds from the start of a stream to the end of its last packet; reads all packets without decoding.
 
-    A header may state less than there is. Where it states more, the file is cut off.
+    A header may state less than the actual duration. If it states more, the file is truncated.
 
     Raises:
-        MediaError: longer than the limit, or cut off.
+        MediaError: the stream is longer than the limit, or truncated.
     """
     ends: dict[int, float] = {}
     begin = start(stream)
     for packet in container.demux():
-        # Packets outside an edit list are there for the decoder and not shown.
+        # Packets outside the edit list are needed by the decoder but not displayed.
         if packet.pts is None or packet.is_discard:
             continue
         end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
@@ -113,7 +114,7 @@ def stream_seconds(container: Any, stream: Any, limits: LimitsConfig) -> float:
     end = ends.get(stream.index, begin)
     stated, reached = _stated_end(container, stream), end
     if stream.duration is None:
-        # The container's duration is that of its longest stream.
+        # The duration of the container is that of its longest stream.
         reached = max(ends.values(), default=0.0)
     if stated - reached > CUT_OFF:
         raise MediaError(f"ends at {reached:.2f} s of {stated:.2f} s: it is cut off")
@@ -121,9 +122,9 @@ def stream_seconds(container: Any, stream: Any, limits: LimitsConfig) -> float:
 
 
 def _stated_end(container: Any, stream: Any) -> float:
-    """Seconds at which a stream, or without that its container, is said to end; 0 where nothing reliable is said."""
+    """Stated end in seconds of a stream, or else of its container; 0 without a reliable value."""
     if container.format.name in RAW_SOUND:
-        # FFmpeg's own estimate, from the bit rate.
+        # The duration is only FFmpeg's estimate from the bit rate.
         return 0.0
     if stream.duration is not None:
         return start(stream) + float(stream.duration * stream.time_base)
@@ -131,9 +132,9 @@ def _stated_end(container: Any, stream: Any) -> float:
 
 
 def require_duration(limits: LimitsConfig, seconds: float) -> None:
-    """Refuse what is longer than the limit.
+    """Refuse a duration above the limit.
 
     Raises:
-        MediaError: naming it.
+        MediaError: naming the limit.
     """
     require_within(limits, "max_seconds", seconds, f"lasts {seconds:.1f} s or more", "cut it")

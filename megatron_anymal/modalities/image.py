@@ -1,4 +1,4 @@
-"""Images: a grid of tiles of the encoder's resolution (AnyMAL section 3.1)."""
+"""Images: a grid of tiles at the encoder's resolution (AnyMAL section 3.1)."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from megatron_anymal.modalities.registry import register
 class ImageOptions:
     """Options of the image modality."""
 
-    # Most tiles along a side. 1: every image is one tile of the encoder's resolution.
+    # Maximum number of tiles along a side. 1: every image is a single tile at the encoder's resolution.
     max_grid: int = 4
-    # Where an image is cut into tiles, the whole image at the encoder's resolution comes first as one more piece.
+    # If an image is cut into several tiles, prepend the whole image at the encoder's resolution as a further piece.
     overview: bool = True
-    # Side of a tile in pixels. 0: the encoder's own.
+    # Side of a tile in pixels. 0: the encoder's resolution.
     resolution: int = 0
-    # Channel statistics on the scale 0 to 1. None: those of the encoder's folder, else its type's usual ones.
+    # Channel statistics on the scale 0 to 1. None: those of the encoder's folder, else the defaults of its type.
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
 
 
 @register("image")
 class ImageModality(Modality):
-    """A still picture as tiles [3, R, R], row by row, R the encoder's resolution.
+    """An image as tiles [3, R, R] in row-major order, where R is the encoder's resolution.
 
-    The picture is stretched to N*R x N*R, N the smallest with N*R >= its longest side, at most `max_grid`.
+    The image is stretched to N*R x N*R, where N is the smallest integer with N*R >= its longest side, but at most
+    `max_grid`.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
@@ -52,7 +53,7 @@ class ImageModality(Modality):
     def probe(
         cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
     ) -> tuple[float, float]:
-        """Width and height in pixels, upright."""
+        """Width and height in pixels of the upright image."""
         with opened(data, limits) as picture:
             _, (width, height) = orientation_and_size(picture)
         return float(width), float(height)
@@ -62,7 +63,7 @@ class ImageModality(Modality):
         return np.clip(sides, 1, self.options.max_grid).astype(np.int64)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """N*N tiles, and the overview where N > 1."""
+        """N*N tiles, plus the overview if N > 1."""
         grid = self._grid(sizes)
         return grid * grid + (self.options.overview & (grid > 1))
 
@@ -72,7 +73,7 @@ class ImageModality(Modality):
         return (3, self.pixels.resolution, self.pixels.resolution)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Tiles of the picture, [pieces, 3, R, R] float32."""
+        """Tiles of the image, [pieces, 3, R, R] float32."""
         side = self.pixels.resolution
         with opened(data, self.limits) as picture:
             rgb = decoded(picture, data)

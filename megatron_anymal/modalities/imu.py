@@ -1,4 +1,4 @@
-"""IMU: 6-channel motion signals as pieces of fixed length (AnyMAL section 3.1; windows as in IMU2CLIP)."""
+"""IMU: fixed-length windows of 6-channel motion signals (AnyMAL section 3.1; window length as in IMU2CLIP)."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class IMUOptions:
 
     # Signals are resampled (linearly) to this rate, in Hz.
     rate: float = 200.0
-    # Length of a piece.
+    # Length of a window.
     piece_seconds: float = 5.0
-    # Most pieces of a recording; what lies behind them is not used.
+    # Maximum number of windows per recording; the rest of a longer recording is not used.
     max_pieces: int = 8
-    # How the last piece is filled up: "zero", or "edge" with its last value.
+    # How the last window is padded: "zero", or "edge" with its last value.
     padding: str = "zero"
-    # Six numbers each: a channel becomes (value - mean) / std before padding. None: values as they are.
+    # Six values each: a channel becomes (value - mean) / std before padding. None: no normalisation.
     mean: list[float] | None = None
     std: list[float] | None = None
 
 
 @register("imu")
 class IMUModality(Modality):
-    """An accelerometer's and a gyroscope's signal as pieces [6, samples].
+    """Accelerometer and gyroscope signals as windows [6, samples].
 
-    Files: npy [rows, 6], or csv with a header that names the columns in any order, or with 6 columns, accelerometer
-    then gyroscope, and no header. The rate comes from a time column, or with the sample as {"rate": Hz}. The
-    attributes `columns`, `time_column` and `time_unit` tell what names do not.
+    Files: npy [rows, 6]; csv with a header that names the columns in any order; or csv without a header and with 6
+    columns, accelerometer then gyroscope. The rate comes from a time column or from the attribute {"rate": Hz} of the
+    sample. The attributes `columns`, `time_column` and `time_unit` describe columns that cannot be identified by name.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ("npy", "csv")
@@ -63,7 +63,7 @@ class IMUModality(Modality):
     def _channels(self, name: str, default: float) -> np.ndarray:
         values = getattr(self.options, name)
         if values is not None and len(values) != CHANNELS:
-            raise ConfigError(f"options.{name} must hold {CHANNELS} numbers, one a channel, not {len(values)}.")
+            raise ConfigError(f"options.{name} must have {CHANNELS} values, one per channel, not {len(values)}.")
         return np.full(CHANNELS, default) if values is None else np.asarray(values, dtype=np.float64)
 
     @classmethod
@@ -75,7 +75,7 @@ class IMUModality(Modality):
         return signal.rows / signal.rate, signal.rate
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """Pieces of `piece_seconds` that cover the recording."""
+        """Number of windows of `piece_seconds` that cover the recording."""
         return count_in_time(sizes[:, 0], self.options.piece_seconds, self.options.max_pieces)
 
     @property
@@ -84,16 +84,16 @@ class IMUModality(Modality):
         return (CHANNELS, self.samples)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Pieces of the signal, [pieces, 6, samples] float32."""
-        given = read_signal(data, extension, attributes, self.limits, pieces * self.options.piece_seconds)
-        values = (given.values - self.mean) / self.std
+        """Windows of the signal, [pieces, 6, samples] float32."""
+        recording = read_signal(data, extension, attributes, self.limits, pieces * self.options.piece_seconds)
+        values = (recording.values - self.mean) / self.std
         total = pieces * self.samples
-        length = min(total, max(1, round(given.rows / given.rate * self.options.rate)))
-        at = np.arange(length) / self.options.rate
-        signal = np.stack([np.interp(at, given.times, channel) for channel in values.T])
+        length = min(total, max(1, round(recording.rows / recording.rate * self.options.rate)))
+        times = np.arange(length) / self.options.rate
+        signal = np.stack([np.interp(times, recording.times, channel) for channel in values.T])
         mode: Any = "edge" if self.options.padding == "edge" else "constant"
         signal = np.pad(signal, ((0, 0), (0, total - length)), mode=mode)
         pieces_first = signal.reshape(CHANNELS, pieces, self.samples).swapaxes(0, 1)
-        # What float32 cannot hold becomes infinite, which `load` refuses.
+        # Values outside the range of float32 become infinite, which `load` refuses.
         with np.errstate(over="ignore"):
             return torch.from_numpy(np.ascontiguousarray(pieces_first, dtype=np.float32))

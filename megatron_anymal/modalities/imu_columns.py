@@ -1,4 +1,4 @@
-"""What the columns of an IMU file are: by the names of a header, or as the sample's attributes say."""
+"""Identification of the columns of an IMU file, by header names or by attributes of the sample."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECONDS_OF = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _ACCELEROMETER = "linear_?acceleration|accelerometer|acceleration|accel|accl|acce|acc"
 _GYROSCOPE = "angular_?velocity|angular_?rate|rotation_?rate|gyro_?rotation|gyroscope|gyro|gyr|omega"
 _UNIT = r"(?:_(?:g|mg|m?_?s_?2|mps2|m_s_?2|mss|dps|mdps|deg_?s|degps|rad_?s|radps|raw|axis))?"
-# "acc_x", "imu0_linear_acceleration_x", "gx"; EuRoC's frame tag "a_RS_S_x". Gravity alone is no acceleration reading.
+# "acc_x", "imu0_linear_acceleration_x", "gx"; EuRoC's frame tag "a_RS_S_x". Gravity is not an accelerometer reading.
 _AXIS_LAST = re.compile(
     rf"(?:(?!.*gravity).*_)?(?:(?P<acc>{_ACCELEROMETER}|a)|(?:{_GYROSCOPE}|g|w))(?:_rs_s|_axis|_raw)?_?(?P<axis>[xyz]){_UNIT}"
 )
@@ -45,25 +45,25 @@ _BRACKETS = re.compile(r"[\[(]([^\])]*)[\])]")
 
 @dataclass(frozen=True)
 class Columns:
-    """Places of the six channels, in the order of `CHANNELS`, and of the times, counted from 0."""
+    """Column indices of the six channels, in the order of `CHANNELS`, and of the times."""
 
     channels: tuple[int, ...]
     time: int | None
-    # "s", "ms", "us", "ns"; empty where nothing states it.
+    # "s", "ms", "us" or "ns"; empty if it is not stated.
     time_unit: str
 
 
 def columns_of(header: Sequence[str], width: int, attributes: Mapping[str, Any]) -> Columns:
-    """The columns of a file.
+    """Identify the columns of a file.
 
     Args:
-        header: the names; empty without a header.
+        header: column names; empty without a header.
         width: number of columns.
-        attributes: may state "columns" (six names or places: accelerometer x, y, z, gyroscope x, y, z), "time_column"
-            (a name or a place) and "time_unit".
+        attributes: may contain "columns" (six names or indices: accelerometer x, y, z, gyroscope x, y, z),
+            "time_column" (a name or an index) and "time_unit".
 
     Raises:
-        MediaError: names that are not known or not there once each, or attributes that do not fit.
+        MediaError: the header does not name each channel exactly once, or the attributes do not match the file.
     """
     unit = attributes.get("time_unit", "")
     if unit not in ("", *SECONDS_OF):
@@ -82,8 +82,8 @@ def columns_of(header: Sequence[str], width: int, attributes: Mapping[str, Any])
         channels = _channels_by_name(header, time)
     elif width != len(CHANNELS):
         raise MediaError(
-            f"has rows of {width} numbers, not {len(CHANNELS)}, and no header that names them; name the places with "
-            '{"columns": [...]}, counted from 0'
+            f"has rows of {width} numbers, not {len(CHANNELS)}, and no header that names them; give the column indices "
+            'with {"columns": [...]}, counted from 0'
         )
     else:
         channels = tuple(range(len(CHANNELS)))
@@ -93,7 +93,7 @@ def columns_of(header: Sequence[str], width: int, attributes: Mapping[str, Any])
 
 
 def _place(attribute: str, column: Any, header: Sequence[str], width: int) -> int:
-    """A column that an attribute states by name or by place."""
+    """Index of a column that an attribute gives by name or by index."""
     if isinstance(column, str) and column in header:
         return header.index(column)
     if isinstance(column, int) and not isinstance(column, bool) and 0 <= column < width:
@@ -103,7 +103,7 @@ def _place(attribute: str, column: Any, header: Sequence[str], width: int) -> in
 
 
 def _plain(name: str) -> tuple[str, str]:
-    """A column's name in lower case with single underscores, without brackets, and what stood in the brackets."""
+    """Split a column name into its normalised form (lower case, single underscores) and its bracketed text."""
     name = name.replace("\u00b5", "u").replace("\u03bc", "u")
     bracketed = _BRACKETS.search(name)
     name = _BRACKETS.sub("", name).strip()
@@ -112,41 +112,41 @@ def _plain(name: str) -> tuple[str, str]:
 
 
 def _time_column(header: Sequence[str], width: int, attributes: Mapping[str, Any]) -> tuple[int | None, str]:
-    """The place of the times, and the unit that its name states."""
-    found = [place for place, name in enumerate(header) if _TIME.fullmatch(_plain(name)[0])]
+    """Index of the time column, and the unit in its name."""
+    candidates = [index for index, name in enumerate(header) if _TIME.fullmatch(_plain(name)[0])]
     stated = attributes.get("time_column")
     if stated is not None:
-        found = [_place("time_column", stated, header, width)]
-    if len(found) > 1:
+        candidates = [_place("time_column", stated, header, width)]
+    if len(candidates) > 1:
         raise MediaError(
-            f"has several time columns ({', '.join(header[place] for place in found)}): choose one with "
-            f'{{"time_column": "{header[found[0]]}"}}'
+            f"has several time columns ({', '.join(header[index] for index in candidates)}): choose one with "
+            f'{{"time_column": "{header[candidates[0]]}"}}'
         )
-    if not found:
+    if not candidates:
         return None, ""
     if not header:
-        return found[0], ""
-    plain, bracketed = _plain(header[found[0]])
+        return candidates[0], ""
+    plain, bracketed = _plain(header[candidates[0]])
     match = _TIME.fullmatch(plain)
     word = bracketed or (match and (match["unit"] or match["alone"])) or ""
     unit = next((unit for unit, words in _TIME_UNITS.items() if word in words.split("|")), "")
-    return found[0], unit
+    return candidates[0], unit
 
 
 def _channels_by_name(header: Sequence[str], time: int | None) -> tuple[int, ...]:
-    found: dict[int, list[int]] = {}
-    for place, name in enumerate(header):
+    columns: dict[int, list[int]] = {}
+    for index, name in enumerate(header):
         plain, _ = _plain(name)
         match = _AXIS_LAST.fullmatch(plain) or _AXIS_FIRST.fullmatch(plain)
-        if match and place != time:
+        if match and index != time:
             channel = "xyz".index(match["axis"]) + (0 if match["acc"] else 3)
-            found.setdefault(channel, []).append(place)
-    twice = [channel for channel, places in found.items() if len(places) > 1]
-    missing = [name for channel, name in enumerate(CHANNELS) if channel not in found]
+            columns.setdefault(channel, []).append(index)
+    twice = [channel for channel, indices in columns.items() if len(indices) > 1]
+    missing = [name for channel, name in enumerate(CHANNELS) if channel not in columns]
     if twice or missing:
         what = f"names {CHANNELS[twice[0]]} twice" if twice else f"does not name {', '.join(missing)}"
         raise MediaError(
             f"has a header that {what} ({', '.join(header)[:120]}): rename the columns, for example acc_x and gyro_x, "
-            'or name the six of accelerometer and gyroscope with {"columns": [...]}'
+            'or name the six columns of accelerometer and gyroscope with {"columns": [...]}'
         )
-    return tuple(found[channel][0] for channel in range(len(CHANNELS)))
+    return tuple(columns[channel][0] for channel in range(len(CHANNELS)))

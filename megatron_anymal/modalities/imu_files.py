@@ -1,4 +1,4 @@
-"""IMU files, npy and csv, as times and six channels; of a long recording only its beginning is kept."""
+"""Reading of IMU files (npy and csv) as times and six channels; only the beginning of a long recording is kept."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from megatron_anymal.config import LimitsConfig
 from megatron_anymal.modalities.base import MediaError, reason, require_within
 from megatron_anymal.modalities.imu_columns import SECONDS_OF, Columns, columns_of
 
-# Rates in Hz that are believed of times whose unit nothing states; they are then taken for seconds.
+# Plausible rates in Hz: times without a unit are taken as seconds only if they give a rate in this range.
 USUAL_RATES = (5.0, 5000.0)
-# No IMU is faster (Hz).
+# Upper bound of the rate of any IMU (Hz).
 HIGHEST_RATE = 20_000.0
-# A step of the times this many times longer than their median is a gap, which is not filled in.
+# A time step longer than this multiple of the median step is a gap, which is refused.
 LONGEST_STEP = 20
-# `rate` beside a time column may differ from the times' own by this share: nominal rates do.
+# Allowed relative difference between `rate` and the rate of a time column, because nominal rates are inexact.
 RATE_TOLERANCE = 0.05
-# Rows that are worked on at once, characters of a line of csv, and steps whose median is taken.
+# Rows processed at a time, maximum characters per csv line, and maximum number of steps used for the median.
 BLOCK, LONGEST_LINE, MEDIAN_OF = 2**14, 2**16, 2**20
 
 
@@ -33,8 +33,8 @@ class Signal:
     """A recording.
 
     Attributes:
-        rows: of the whole file.
-        rate: in Hz, the mean of the whole file.
+        rows: number of rows in the whole file.
+        rate: mean rate of the whole file in Hz.
         values: [kept, 6] float64: accelerometer x, y, z, gyroscope x, y, z.
         times: seconds from 0, [kept] float64.
     """
@@ -48,10 +48,11 @@ class Signal:
 def read_signal(
     data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig, seconds: float = 0.0
 ) -> Signal:
-    """The signal of a file, all of it checked, its first `seconds` kept.
+    """Read a file, check all of it and keep its first `seconds`.
 
     Raises:
-        MediaError: unreadable, empty, of another shape, not finite, without a rate, with a gap, or beyond a limit.
+        MediaError: the file is unreadable or empty, has another shape, non-finite values, no rate or a gap, or exceeds
+            a limit.
     """
     if not data:
         raise MediaError("is empty (0 bytes)")
@@ -63,13 +64,13 @@ def read_signal(
         numbers = block[:, : len(columns.channels)]
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
-            raise MediaError(f"row {rows + int(np.flatnonzero(~finite)[0])} holds NaN or infinity")
+            raise MediaError(f"row {rows + int(np.flatnonzero(~finite)[0])} contains NaN or infinity")
         keep = times.add(block[:, -1] if columns.time is not None else None, len(block))
         if keep:
             kept.append(np.array(numbers[:keep], dtype=np.float64))
         rows += len(block)
     if rows == 0:
-        raise MediaError("holds no rows")
+        raise MediaError("contains no rows")
     rate = times.rate()
     require_within(limits, "max_seconds", rows / rate, f"lasts {rows / rate:.1f} s", "cut it")
     values = np.concatenate(kept)
@@ -80,22 +81,22 @@ def _stated_rate(attributes: Mapping[str, Any], columns: Columns) -> float | Non
     rate = attributes.get("rate")
     if rate is None:
         if columns.time is None:
-            raise MediaError('states no sampling rate: give it with the sample, {"rate": 100}, or as a csv time column')
+            raise MediaError('has no sampling rate: add {"rate": 100} to the sample, or a time column to the csv file')
         return None
     valid = isinstance(rate, (int, float)) and not isinstance(rate, bool)
     if not (valid and 0 < rate <= HIGHEST_RATE):
         raise MediaError(
-            f"states the sampling rate {rate!r}: it must be a number of Hz above 0, at most {HIGHEST_RATE:g}"
+            f"states the sampling rate {rate!r}: it must be a number of Hz above 0 and at most {HIGHEST_RATE:g}"
         )
     return float(rate)
 
 
 class _Times:
-    """The times of the rows, checked as they come; without a time column they follow from the rate.
+    """Times of the rows, checked incrementally; without a time column they are computed from the rate.
 
     Args:
-        stated: the rate that the sample states.
-        seconds: rows up to here, and one behind, are kept.
+        stated: the rate in the sample's attributes.
+        seconds: rows up to this time, and the one after it, are kept.
     """
 
     def __init__(self, columns: Columns, stated: float | None, seconds: float) -> None:
@@ -106,12 +107,12 @@ class _Times:
         self._rows = 0
 
     def add(self, column: np.ndarray | None, rows: int) -> int:
-        """Take a block's times (in the file's unit); returns how many of its rows are to be kept."""
+        """Add the times of a block (in the unit of the file); returns how many of its rows to keep."""
         before = self._rows
         self._rows += rows
         if column is None:
             assert self._stated is not None
-            # One row at least; as many as the last sample needs to be interpolated.
+            # Two further rows, so that the last sample can be interpolated.
             needed = math.ceil(self._seconds * self._stated) + 2
             return max(0, min(rows, needed - before))
         last = self._times[-1:]
@@ -121,7 +122,7 @@ class _Times:
             row = before + int(np.flatnonzero(steps <= 0)[0]) + (0 if len(last) else 1)
             raise MediaError(f"row {row} is not later than the one before it")
         needed = int(np.searchsorted((column - self._times[0]) * self._scale, self._seconds, side="right")) + 1
-        # The block before this one may have ended behind the last second.
+        # The previous block may already extend past `seconds`.
         done = len(last) and (last[0] - self._times[0]) * self._scale > self._seconds
         keep = 0 if done else min(rows, needed)
         if keep and before + keep > self._seconds * HIGHEST_RATE + 2:
@@ -129,16 +130,16 @@ class _Times:
         return keep
 
     def rate(self) -> float:
-        """The mean rate in Hz.
+        """Mean rate in Hz.
 
         Raises:
-            MediaError: it cannot be, or differs from the stated one, or the times have a gap.
+            MediaError: the rate is implausible or differs from the stated one, or the times have a gap.
         """
         if not self._has_column:
             assert self._stated is not None
             return self._stated
         if self._rows < 2:
-            raise MediaError("has a time column but fewer than 2 rows, so no rate")
+            raise MediaError("has a time column but fewer than 2 rows, so its rate is unknown")
         rate = (self._rows - 1) / ((self._times[-1] - self._times[0]) * self._scale)
         low, high = (0.0, HIGHEST_RATE) if self._unit_stated else USUAL_RATES
         if not low <= rate <= high:
@@ -146,8 +147,8 @@ class _Times:
         self._refuse_gaps()
         if self._stated is not None and abs(rate / self._stated - 1) > RATE_TOLERANCE:
             raise MediaError(
-                f"states the sampling rate {self._stated:g} Hz, but its time column gives {rate:g} Hz: leave one of "
-                "them out, or state the unit of the times"
+                f"states the sampling rate {self._stated:g} Hz, but its time column gives {rate:g} Hz: remove one of "
+                "them, or state the unit of the times"
             )
         return rate
 
@@ -172,7 +173,7 @@ class _Times:
             )
 
     def first(self, rows: int) -> np.ndarray:
-        """Seconds of the first rows, from 0."""
+        """Times of the first rows in seconds, starting at 0."""
         if not self._has_column:
             assert self._stated is not None
             return np.arange(rows) / self._stated
@@ -189,7 +190,7 @@ def _npy_blocks(data: bytes, attributes: Mapping[str, Any], limits: LimitsConfig
     rows, width = array_of.shape
     _require_values(limits, rows, width)
     if width != 6 and "columns" not in attributes:
-        raise MediaError(f'has shape [{rows}, {width}], not [rows, 6]; name six places with {{"columns": [...]}}')
+        raise MediaError(f'has shape [{rows}, {width}], not [rows, 6]; select six columns with {{"columns": [...]}}')
     columns = columns_of([], width, attributes)
     wanted = [*columns.channels, *([] if columns.time is None else [columns.time])]
 
@@ -201,18 +202,18 @@ def _npy_blocks(data: bytes, attributes: Mapping[str, Any], limits: LimitsConfig
 
 
 def _npy_view(data: bytes) -> np.ndarray:
-    """The array of an npy file, without a copy."""
+    """View of the array in an npy file, without a copy."""
     try:
         stream = io.BytesIO(data)
         version = np.lib.format.read_magic(stream)
         read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran_order, dtype = read_header[version](stream)
         if dtype.kind not in "iuf":
-            raise ValueError(f"it holds {dtype} values, not real numbers")
+            raise ValueError(f"it contains {dtype} values, not real numbers")
         size = math.prod(shape) * dtype.itemsize
         present = len(data) - stream.tell()
         if size > present:
-            raise ValueError(f"it states {size} bytes of numbers and holds {present}")
+            raise ValueError(f"it states {size} bytes of data but contains {present}")
         flat = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
         return flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
     # numpy raises ValueError, EOFError, OSError, TypeError and tokenizer errors on damaged headers.
@@ -225,11 +226,11 @@ def _require_values(limits: LimitsConfig, rows: int, width: int) -> None:
 
 
 def _csv_blocks(data: bytes, attributes: Mapping[str, Any], limits: LimitsConfig) -> Blocks:
-    """Columns and blocks of a csv file: comma, semicolon or tab; with the last two also decimal commas."""
+    """Columns and blocks of a csv file separated by commas, semicolons or tabs; the last two allow decimal commas."""
     rows = _csv_rows(data)
     first = next(rows, None)
     if first is None:
-        raise MediaError("holds no rows")
+        raise MediaError("contains no rows")
     header = [] if any(_is_number(cell) for cell in first) else [cell.strip().lstrip("#").strip() for cell in first]
     columns = columns_of(header, len(first), attributes)
     wanted = [*columns.channels, *([] if columns.time is None else [columns.time])]
@@ -241,7 +242,7 @@ def _csv_blocks(data: bytes, attributes: Mapping[str, Any], limits: LimitsConfig
             try:
                 if len(row) != len(first):
                     raise ValueError
-                numbers.extend([_number(row[place]) for place in wanted])
+                numbers.extend([_number(row[column]) for column in wanted])
             except ValueError:
                 raise MediaError(f"row {number} is not {len(first)} numbers: {','.join(row)[:80]!r}") from None
             number += 1
@@ -255,21 +256,21 @@ def _csv_blocks(data: bytes, attributes: Mapping[str, Any], limits: LimitsConfig
 
 
 def _csv_rows(data: bytes) -> Iterator[list[str]]:
-    """Rows that are not blank, decimal commas made points."""
+    """Non-blank rows, with decimal commas converted to points."""
     stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig", newline="")
 
     def lines() -> Iterator[str]:
         while line := stream.readline(LONGEST_LINE + 1):
             if len(line) > LONGEST_LINE:
-                raise MediaError(f"has a line of more than {LONGEST_LINE} characters: it is not csv of an IMU")
+                raise MediaError(f"has a line of more than {LONGEST_LINE} characters: it is not an IMU csv file")
             if line.strip():
                 yield line
 
     try:
-        given = lines()
-        first = next(given, "")
+        remaining = lines()
+        first = next(remaining, "")
         delimiter = next((one for one in ";\t" if one in first), ",")
-        for row in csv.reader(_and_then(first, given), delimiter=delimiter):
+        for row in csv.reader(_and_then(first, remaining), delimiter=delimiter):
             if any(cell.strip() for cell in row):
                 yield row if delimiter == "," else [cell.replace(",", ".") for cell in row]
     except UnicodeDecodeError as error:
@@ -284,7 +285,7 @@ def _and_then(first: str, others: Iterator[str]) -> Iterator[str]:
 
 
 def _number(cell: str) -> float:
-    # Python reads 1_000 as a number; no program writes one so.
+    # Python accepts 1_000 as a number, but it does not occur in data files.
     if "_" in cell:
         raise ValueError
     return float(cell)

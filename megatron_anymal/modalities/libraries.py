@@ -1,19 +1,19 @@
-"""Libraries that only some kinds of media need: asked for when such media are read."""
+"""Lazy import of libraries that only some kinds of media need."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-# What `pip install` calls them, where it is not the module's own name.
+# Top-level module -> package name for `pip install`, if they differ.
 _PACKAGES = {"PIL": "pillow"}
 
 
 def library(module: str) -> Any:
-    """The module of that name, for example "PIL.Image".
+    """Import a module, for example "PIL.Image".
 
     Raises:
-        ImportError: it is not installed, with the command that mends it.
+        ImportError: the module is not installed; the message contains the command to install it.
     """
     try:
         return importlib.import_module(module)

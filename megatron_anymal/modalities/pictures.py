@@ -1,4 +1,4 @@
-"""Still pictures as upright 8-bit RGB: which files are read, and what their pixels mean."""
+"""Decoding of image files to upright 8-bit RGB."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from megatron_anymal.modalities.libraries import library
 if TYPE_CHECKING:
     from PIL import Image
 
-# Formats by content, whatever the file's name says; GIF is common under the names of others.
+# Formats are detected by content, not by file name; GIF files often have the extension of another format.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
-# Bytes a pixel that decoding takes at most: measured with every mode that Pillow has for a format.
+# Maximum bytes per pixel while decoding, measured with all of Pillow's modes for each format.
 DECODING = {"WEBP": 17.3, "JPEG": 12.5, "MPO": 12.5, "TIFF": 12.5}
 USUAL_DECODING = 10.0
-# JPEG's own bound. Pillow's filters for a longer side take more memory than the picture.
+# The limit of the JPEG format. For longer sides, Pillow's resize filters take more memory than the image.
 LONGEST_SIDE = 65_535
-# A 16-bit picture that stays below this is 12-bit data that nobody scaled: it would come out almost black.
+# A 16-bit image whose maximum is below this contains unscaled 12-bit data, which would come out almost black.
 DARKEST_PEAK = 1 << 12
-# Pixels that are worked on at once.
+# Pixels processed at a time.
 STRIP_PIXELS = 2**20
 
 ORIENTATION, IMAGE_WIDTH, IMAGE_LENGTH, BITS_PER_SAMPLE, SAMPLE_FORMAT = 0x0112, 256, 257, 258, 339
@@ -44,9 +44,9 @@ SWAPS_SIDES = (5, 6, 7, 8)
 
 
 class _NoBombCheck:
-    """Switches Pillow's own pixel limit off while files are read: `data.limits.max_pixels` is checked instead.
+    """Disables Pillow's own pixel limit while files are read; `data.limits.max_pixels` is checked instead.
 
-    Pillow's limit is one variable of the process; it is put back when the last of several threads has finished.
+    Pillow's limit is a global variable; it is restored when the last thread has finished.
     """
 
     def __init__(self) -> None:
@@ -73,10 +73,11 @@ _no_bomb_check = _NoBombCheck()
 
 @contextmanager
 def opened(data: bytes, limits: LimitsConfig) -> Iterator[Image.Image]:
-    """The picture in `data`, its pixels not yet decoded.
+    """Open the image in `data` without decoding its pixels.
 
     Raises:
-        MediaError: not a readable still picture, or beyond a limit; raised also for errors while the body uses it.
+        MediaError: the data is not a readable still image or exceeds a limit. Errors in the body of the `with`
+            statement are converted as well.
     """
     pillow = library("PIL.Image")
     if not data:
@@ -86,15 +87,15 @@ def opened(data: bytes, limits: LimitsConfig) -> Iterator[Image.Image]:
             _require_size(picture, limits)
             pixels = picture.size[0] * picture.size[1]
             require_loadable(limits, len(data), pixels * DECODING.get(picture.format or "", USUAL_DECODING))
-            # A camera's MPO is a JPEG with further views behind it; the first is the picture.
+            # A camera's MPO file is a JPEG followed by further views; the first one is the image.
             frames = getattr(picture, "n_frames", 1)
             if frames > 1 and picture.format != "MPO":
-                raise MediaError(f"holds {frames} frames; an image has one: convert it, or make it a video")
+                raise MediaError(f"has {frames} frames, but an image must have one: convert it, or make it a video")
             yield picture
     except MediaError:
         raise
     except pillow.UnidentifiedImageError as error:
-        raise MediaError(f"cannot be decoded as an image: it is damaged, or none of {', '.join(FORMATS)}") from error
+        raise MediaError(f"cannot be decoded as an image: it is damaged, or not one of {', '.join(FORMATS)}") from error
     # Decoders raise OSError, SyntaxError, ValueError, struct.error, zlib.error and more on damaged files.
     except Exception as error:
         raise MediaError(f"cannot be decoded as an image: {reason(error)}") from error
@@ -111,9 +112,9 @@ def _require_size(picture: Image.Image, limits: LimitsConfig) -> None:
 
 
 def orientation_and_size(picture: Image.Image) -> tuple[int, tuple[int, int]]:
-    """The EXIF orientation that decoding leaves to be undone, and width and height in pixels as seen upright."""
+    """The EXIF orientation to undo after decoding, and the width and height in pixels of the upright image."""
     if picture.format == "TIFF":
-        # Pillow turns a TIFF when it decodes one; some versions state its turned size before that, others do not.
+        # Pillow rotates TIFF images on decoding; whether `size` is rotated before that depends on its version.
         tags: Any = picture.tag_v2  # type: ignore[attr-defined]
         stated, (width, height) = tags.get(ORIENTATION), (tags[IMAGE_WIDTH], tags[IMAGE_LENGTH])
         return 1, (height, width) if stated in SWAPS_SIDES else (width, height)
@@ -124,14 +125,14 @@ def orientation_and_size(picture: Image.Image) -> tuple[int, tuple[int, int]]:
 
 
 def _bits(picture: Image.Image, data: bytes) -> int:
-    """Bits of a sample as the file states them; 8 for formats that have no other.
+    """Bits per sample as stated in the file; 8 for formats that support only 8.
 
     Raises:
-        MediaError: floating-point, signed or wider than 16-bit samples, whose range is unknown.
+        MediaError: the samples are floating-point, signed or wider than 16 bits, so their range is unknown.
     """
     bits = 8
     if picture.format == "PNG":
-        # IHDR comes first in every PNG.
+        # IHDR is the first chunk of every PNG.
         bits = data[24]
     elif picture.format == "TIFF":
         tags: Any = picture.tag_v2  # type: ignore[attr-defined]
@@ -139,7 +140,7 @@ def _bits(picture: Image.Image, data: bytes) -> int:
         if set(tags.get(SAMPLE_FORMAT, (1,))) != {1}:
             bits = 32
     elif picture.mode.startswith("I"):
-        # Pillow scales a PGM of any range to 16 bits.
+        # Pillow scales PGM samples of any range to 16 bits.
         bits = 16
     if picture.mode == "F" or bits > 16:
         raise MediaError(
@@ -150,10 +151,10 @@ def _bits(picture: Image.Image, data: bytes) -> int:
 
 
 def decoded(picture: Image.Image, data: bytes) -> Image.Image:
-    """Decode a picture that `opened` gave, to upright 8-bit RGB as `flat_and_upright` makes it.
+    """Decode an image from `opened` to upright 8-bit RGB (see `flat_and_upright`).
 
     Raises:
-        MediaError: samples whose range is unknown, or 16-bit ones that use less than 12 bits of it.
+        MediaError: the range of the samples is unknown, or 16-bit samples use less than 12 bits of it.
     """
     bits = _bits(picture, data)
     orientation, _ = orientation_and_size(picture)
@@ -166,14 +167,14 @@ def decoded(picture: Image.Image, data: bytes) -> Image.Image:
 
 
 def flat_and_upright(picture: Image.Image, orientation: int = 1, bits: int = 8) -> Image.Image:
-    """A decoded picture as upright 8-bit RGB.
+    """Convert a decoded image to upright 8-bit RGB.
 
-    Transparency is laid over white. Deep grey keeps its 8 highest bits. The work goes strip by strip: what lies
-    between, up to three pictures of 4 bytes a pixel, is never there as a whole.
+    Transparent images are composited over white. 16-bit greyscale keeps its 8 highest bits. The image is processed in
+    strips, so that the intermediate results (up to 12 bytes per pixel) never exist for the whole image.
 
     Args:
         orientation: EXIF orientation to undo.
-        bits: of a sample of a deep grey picture (Pillow's modes that begin with "I").
+        bits: bits per sample of a 16-bit greyscale image (Pillow's modes that begin with "I").
     """
     pillow = library("PIL.Image")
     if picture.mode == "RGB" and orientation == 1 and picture.info.get("transparency") is None:
@@ -190,7 +191,7 @@ def flat_and_upright(picture: Image.Image, orientation: int = 1, bits: int = 8) 
 
 
 def _source_box(orientation: int, width: int, height: int, upper: int, lower: int) -> tuple[int, int, int, int]:
-    """The box of a picture as stored that holds the rows from `upper` to `lower` of it upright, width x height."""
+    """The box in the stored image that contains the rows `upper` to `lower` of the upright image (width x height)."""
     first, last = (upper, lower) if orientation in (1, 2, 5, 6) else (height - lower, height - upper)
     return (first, 0, last, width) if orientation in SWAPS_SIDES else (0, first, width, last)
 
@@ -212,25 +213,25 @@ def _flat(region: Image.Image, bits: int) -> Image.Image:
 
 
 def _require_full_range(picture: Image.Image) -> None:
-    """Refuse 16-bit samples that hold fewer bits: their scale is not stated, and 16-bit white would be 16 times theirs.
+    """Refuse 16-bit samples that use fewer bits: the file does not state their scale, so they would come out too dark.
 
     Raises:
-        MediaError: the brightest sample is below 1/16 of the range; exact black is accepted.
+        MediaError: the brightest sample is below 1/16 of the range; an all-black image is accepted.
     """
     deep = picture.mode.startswith("I")
     extrema: Any = picture.getextrema()
     bands = [extrema] if deep or len(picture.getbands()) == 1 else extrema
     brightest = max(high for (_, high), band in zip(bands, picture.getbands()) if band != "A")
-    # Pillow keeps only the high byte of 16-bit colours, so there black cannot be told from 8 bits in 16.
+    # Pillow keeps only the high byte of 16-bit colours, so black is indistinguishable from 8-bit values in 16 bits.
     if (0 < brightest < DARKEST_PEAK) if deep else brightest < DARKEST_PEAK >> 8:
         raise MediaError(
             "has 16-bit samples that use less than 12 bits (the brightest is below 1/16 of the range): scale them to "
-            "the full range, or store 8-bit ones"
+            "the full range, or store 8-bit samples"
         )
 
 
 def _transparent_colour(stated: Any, mode: str, bits: int) -> Any:
-    """A PNG's transparent colour on the scale of Pillow's pixels; Pillow leaves it on the file's."""
+    """Convert a PNG's transparent colour to the scale of Pillow's pixels; Pillow leaves it on the scale of the file."""
     if bits == 16 and isinstance(stated, tuple):
         return tuple(value >> 8 for value in stated)
     if mode == "L" and bits in (2, 4) and isinstance(stated, int):

@@ -1,4 +1,4 @@
-"""Upright pictures to normalised pixel tensors, for images and for video frames."""
+"""Conversion of upright images and video frames to normalised pixel tensors."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# Pillow's filters for resizing, by the numbers that preprocessors state.
+# Pillow's resize filters, by their numbers in preprocessor configurations.
 FILTERS, BICUBIC = range(6), 3
 
 
 class PixelTransform:
-    """Resizes to the encoder's square input and normalises as the encoder was trained.
+    """Resizes to the encoder's square input and normalises with the statistics of its training.
 
-    Resolution, statistics and resampling come from the encoder's folder; `resolution`, `mean` and `std` override.
+    Resolution, statistics and resize filter come from the encoder's folder; `resolution`, `mean` and `std` override
+    them.
     """
 
     def __init__(
@@ -67,15 +68,15 @@ class PixelTransform:
     def _channels(name: str, values: Any) -> np.ndarray:
         channels = np.asarray(values, dtype=np.float32)
         if channels.shape != (3,):
-            raise ConfigError(f"options.{name}={list(values)} must hold three numbers, one a channel.")
+            raise ConfigError(f"options.{name}={list(values)} must have three values, one per channel.")
         return channels
 
     def resize(self, picture: Image.Image, sides: int = 1) -> np.ndarray:
-        """The whole picture stretched to `sides` x the resolution, [height, width, 3] uint8."""
+        """Stretch the whole image to `sides` x the resolution, [height, width, 3] uint8."""
         side = sides * self.resolution
         return np.asarray(picture.resize((side, side), resample=self.resample))
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
-        """[..., height, width, 3] uint8 to [..., 3, height, width] float32."""
+        """Normalise [..., height, width, 3] uint8 to [..., 3, height, width] float32."""
         scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - self.mean) / self.std
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))

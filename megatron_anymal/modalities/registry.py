@@ -1,4 +1,4 @@
-"""Which modalities exist, which one reads a file, and how plug-ins add more."""
+"""Registry of modalities: registration, lookup by file extension, and plug-ins."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def register(kind: str) -> Callable[[type[Modality]], type[Modality]]:
         other = MODALITIES.get(kind)
         if other is not None and other is not cls:
             raise ConfigError(
-                f"The modality {kind!r} is already {other.__module__}.{other.__qualname__}; "
+                f"The modality {kind!r} is already registered by {other.__module__}.{other.__qualname__}; "
                 f"{cls.__module__}.{cls.__qualname__} needs another name."
             )
         if "limits" not in inspect.signature(cls.probe).parameters:
             raise ConfigError(
                 f"The modality {kind!r} ({cls.__module__}.{cls.__qualname__}): probe needs a fourth parameter, "
-                "`limits: LimitsConfig`, the largest inputs to accept (data.limits)."
+                "`limits: LimitsConfig`, the maximum input sizes (data.limits)."
             )
         MODALITIES[kind] = cls
         return cls
@@ -42,20 +42,20 @@ def register(kind: str) -> Callable[[type[Modality]], type[Modality]]:
 def _class_of(kind: str) -> type[Modality]:
     if kind not in MODALITIES:
         raise ConfigError(
-            f"There is no modality {kind!r}. {nearest(kind, MODALITIES)} A modality of your own is added with "
+            f"There is no modality {kind!r}. {nearest(kind, MODALITIES)} Custom modalities are added with "
             "model.plugins."
         )
     return MODALITIES[kind]
 
 
 def build_modality(name: str, config: ModalityConfig, limits: LimitsConfig = DEFAULT_LIMITS) -> Modality:
-    """The modality of the section `model.modalities.NAME`; its kind is `config.kind`, or `name` where that is empty.
+    """Build the modality of the section `model.modalities.NAME`; its kind is `config.kind`, or `name` if that is empty.
 
     Args:
-        limits: largest inputs that its `load` accepts, a run's `data.limits`.
+        limits: maximum input sizes for `load`: a run's `data.limits`.
 
     Raises:
-        ConfigError: an unknown kind, or options or an encoder that cannot work.
+        ConfigError: the kind is unknown, or the options or the encoder are invalid.
     """
     try:
         modality = _class_of(config.kind or name)(config)
@@ -68,22 +68,22 @@ def build_modality(name: str, config: ModalityConfig, limits: LimitsConfig = DEF
 def kind_for_extension(extension: str, kinds: Iterable[str]) -> str:
     """The kind among `kinds` that reads files with this extension.
 
-    An extension of several parts ("left.jpg", as WebDataset names several files of one sample) is looked up whole
-    first, then by its last part.
+    A compound extension ("left.jpg", which WebDataset uses for several files of one sample) is looked up as a whole
+    first, then by its last component.
 
     Raises:
         MediaError: no kind or several kinds read it.
-        ConfigError: `kinds` names a kind that does not exist.
+        ConfigError: `kinds` contains an unknown kind.
     """
     extension = extension.lower().lstrip(".")
     classes = {kind: _class_of(kind) for kind in kinds}
     for candidate in dict.fromkeys((extension, extension.rpartition(".")[2])):
-        found = [kind for kind, cls in classes.items() if candidate in cls.extensions]
-        if len(found) == 1:
-            return found[0]
-        if found:
+        matches = [kind for kind, cls in classes.items() if candidate in cls.extensions]
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
             raise MediaError(
-                f"the extension {extension!r} belongs to several modalities ({', '.join(sorted(found))}): "
+                f"the extension {extension!r} belongs to several modalities ({', '.join(sorted(matches))}): "
                 "state the modality of this media item"
             )
     known = sorted({known for cls in classes.values() for known in cls.extensions})
@@ -95,24 +95,24 @@ def kind_for_extension(extension: str, kinds: Iterable[str]) -> str:
 
 
 def load_plugins(paths: list[str]) -> None:
-    """Import Python files that register modalities or encoders, each once in this process.
+    """Import Python files that register modalities or encoders, each once per process.
 
     Raises:
-        ConfigError: a file that is missing or fails when imported.
+        ConfigError: a file is missing or cannot be imported.
     """
     for path in paths:
         file = Path(path).expanduser().resolve()
-        # The name holds the whole path, so that two plug-ins of one file name do not collide.
+        # The module name contains the whole path, so that plug-ins with the same file name do not collide.
         name = "megatron_anymal_plugin_" + "".join(c if c.isalnum() else "_" for c in str(file))
         if name in sys.modules:
             continue
         spec = importlib.util.spec_from_file_location(name, file) if file.is_file() else None
         if spec is None or spec.loader is None:
-            raise ConfigError(f"model.plugins: {path} is not a Python file here. Correct the path.")
+            raise ConfigError(f"model.plugins: {path} is not an existing Python file. Correct the path.")
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         try:
             spec.loader.exec_module(module)
         except Exception as error:
             del sys.modules[name]
-            raise ConfigError(f"model.plugins: {path} failed when imported: {error!r}.") from error
+            raise ConfigError(f"model.plugins: {path} cannot be imported: {error!r}.") from error

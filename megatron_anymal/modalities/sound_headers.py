@@ -1,15 +1,15 @@
-"""What the headers of sound files say about length, checked before a library relies on it."""
+"""Length information in the headers of audio files, checked before a library relies on it."""
 
 from __future__ import annotations
 
 from megatron_anymal.modalities.base import MediaError
 
-# Programs that write to a pipe cannot go back to state a size and write one near 2 or 4 GiB: the sound goes on to the
-# end of the file.
+# Programs that write to a pipe cannot update the size afterwards and write a value near 2 or 4 GiB instead: the audio
+# extends to the end of the file.
 STREAMED = 0x7FFF_0000
-# Flag of an Ogg page that begins a stream.
+# Flags of the first and the last page of an Ogg stream.
 FIRST_PAGE, LAST_PAGE = 2, 4
-# What may follow the last frame of an MP3: a little padding, and old tags.
+# Bytes that may follow the last frame of an MP3: padding, and an ID3v1 tag.
 MP3_TAIL, ID3V1 = 4096, 128
 
 
@@ -21,10 +21,10 @@ def is_wav_or_aiff(data: bytes) -> bool:
 
 
 def require_whole(data: bytes) -> None:
-    """Refuse a WAV or AIFF with fewer bytes of sound than its header states; libsndfile takes what is there.
+    """Refuse a WAV or AIFF file with fewer bytes of audio than its header states; libsndfile would accept it.
 
     Raises:
-        MediaError: cut off, or a size of 0 with sound behind it.
+        MediaError: the file is truncated, or states a size of 0 although data follow.
     """
     order = "big" if data[:4] in (b"RIFX", b"FORM") else "little"
     sound_chunk = b"SSND" if data[:4] == b"FORM" else b"data"
@@ -41,10 +41,10 @@ def require_whole(data: bytes) -> None:
                 return
             present = len(data) - offset
             if size > present:
-                raise MediaError(f"states {size} bytes of sound and holds {present}: it is cut off")
+                raise MediaError(f"states {size} bytes of audio but contains {present}: it is cut off")
             if size == 0 and present:
                 raise MediaError(
-                    f"states 0 bytes of sound, {present} bytes follow: its header was never completed. Write it again"
+                    f"states 0 bytes of audio, but {present} bytes follow: its header was never completed; rewrite it"
                 )
             return
         # Chunks are padded to an even length.
@@ -52,17 +52,17 @@ def require_whole(data: bytes) -> None:
 
 
 def ogg_links(data: bytes) -> list[bytes]:
-    """The Ogg files that follow each other in one (a chained stream), each to be read on its own.
+    """Split a chained Ogg stream into its consecutive logical streams, which are read separately.
 
     Raises:
-        MediaError: several streams side by side, or a stream without its last page (RFC 3533, section 6).
+        MediaError: the file has multiplexed streams, or a stream without its last page (RFC 3533, section 6).
     """
     begins: list[int] = []
     beginning, ended, offset, stop = False, True, 0, 0
     while (offset := data.find(b"OggS", offset)) >= 0 and offset + 27 <= len(data):
         if data[offset + 5] & FIRST_PAGE:
             if beginning:
-                raise MediaError("is an Ogg file of several streams side by side: extract the sound into a file of one")
+                raise MediaError("is an Ogg file with several multiplexed streams: extract the audio to its own file")
             begins.append(offset)
             _require_ended(ended)
         beginning = bool(data[offset + 5] & FIRST_PAGE)
@@ -79,7 +79,7 @@ def _require_ended(ended: bool) -> None:
 
 
 def behind_id3(data: bytes) -> int:
-    """Where the sound begins behind ID3v2 tags."""
+    """Offset of the audio after any ID3v2 tags."""
     offset = 0
     while data[offset : offset + 3] == b"ID3" and len(data) >= offset + 10:
         size = 0
@@ -90,19 +90,19 @@ def behind_id3(data: bytes) -> int:
 
 
 def flac_states_length(data: bytes) -> bool:
-    """Whether this is FLAC whose header counts its samples; programs that write to a pipe leave 0 there."""
-    # Four bytes of name, four of block header, then STREAMINFO; 36 bits from its byte 13 on are the total.
+    """Whether this is FLAC with a sample count in its header; programs that write to a pipe leave it 0."""
+    # Four bytes of magic and four of block header, then STREAMINFO, whose last 36 bits before the MD5 are the count.
     total = int.from_bytes(data[21:26], "big") & 0xF_FFFF_FFFF
     return data[:4] == b"fLaC" and total > 0
 
 
 def mp3_states_length(frames: bytes) -> bool:
-    """Whether this is an MP3 that begins with a Xing or Info header, which counts its frames and covers the file.
+    """Whether this is an MP3 that begins with a Xing or Info header that states the frame count of the whole file.
 
-    Without one the length is an estimate from the first frames; one that ends early is of the first of several files
-    written behind each other.
+    Without such a header the length is only an estimate from the first frames. A header that covers less than the file
+    belongs to the first of several concatenated files.
     """
-    # ADTS AAC has the same marker and layer 0.
+    # ADTS AAC has the same sync word but layer 0.
     if len(frames) < 4 or frames[0] != 0xFF or frames[1] & 0xE0 != 0xE0 or frames[1] & 0x06 == 0:
         return False
     mpeg_1, mono = frames[1] & 0x08 != 0, frames[3] >> 6 == 3

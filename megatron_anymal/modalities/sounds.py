@@ -1,4 +1,4 @@
-"""Sound files as blocks of samples, read with libsndfile or PyAV so that memory does not grow with the recording."""
+"""Audio files as blocks of samples, read with libsndfile or PyAV in memory that does not grow with the recording."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from megatron_anymal.modalities.sound_headers import (
     require_whole,
 )
 
-# libsndfile's formats that are read; it knows others, whose lengths nobody has checked here.
+# Formats that are read with libsndfile. It supports others, for which the stated length has not been verified.
 FORMATS = ("WAV", "WAVEX", "RF64", "AIFF", "FLAC", "OGG", "MP3")
-# Numbers (samples x channels) of a block.
+# Values (samples x channels) per block.
 BLOCK = 2**18
 
 
 @dataclass
 class Sound:
-    """An open sound file.
+    """An open audio file.
 
     Attributes:
-        rate: in Hz.
-        channels: of its widest part.
-        stated: samples (of each channel) as its header states them; None where that is an estimate or unknown.
-        blocks: [samples, channels] float32 in -1 to 1, to be read once.
+        rate: sampling rate in Hz.
+        channels: maximum number of channels.
+        stated: samples per channel as stated in the header; None if unknown or only an estimate.
+        blocks: [samples, channels] float32 in -1 to 1; can be iterated once.
     """
 
     rate: int
@@ -46,10 +46,10 @@ class Sound:
     blocks: Iterator[np.ndarray]
 
     def count(self, limits: LimitsConfig) -> int:
-        """Samples of each channel; decodes them where no header tells.
+        """Number of samples per channel; decodes the file if the header does not state it.
 
         Raises:
-            MediaError: none, or more than the limits allow.
+            MediaError: there are no samples, or more than the limits allow.
         """
         total = self.stated or 0
         self._require_within(limits, total)
@@ -58,7 +58,7 @@ class Sound:
                 total += len(block)
                 self._require_within(limits, total)
         if total < 1:
-            raise MediaError("holds no sound (0 samples)")
+            raise MediaError("contains no audio (0 samples)")
         return total
 
     def _require_within(self, limits: LimitsConfig, samples: int) -> None:
@@ -68,10 +68,10 @@ class Sound:
         require_within(limits, "max_values", values, what, "cut it")
 
     def mono(self, wanted: int) -> Iterator[np.ndarray]:
-        """The mean of the channels, in blocks, [samples] float32; `wanted` samples at most.
+        """The mean of the channels, in blocks of [samples] float32; at most `wanted` samples.
 
         Raises:
-            MediaError: fewer samples than the header states, or values that are not finite.
+            MediaError: there are fewer samples than the header states, or non-finite values.
         """
         expected = wanted if self.stated is None else min(wanted, self.stated)
         done = 0
@@ -90,10 +90,11 @@ class Sound:
 
 @contextmanager
 def opened(data: bytes, limits: LimitsConfig) -> Iterator[Sound]:
-    """The sound file in `data`, told by its content.
+    """Open the audio file in `data`; the format is detected from its content.
 
     Raises:
-        MediaError: not a readable sound file; raised also for decoding errors while the body reads.
+        MediaError: the data is not a readable audio file. Decoding errors in the body of the `with` statement are
+            converted as well.
     """
     if not data:
         raise MediaError("is empty (0 bytes)")
@@ -112,12 +113,12 @@ def opened(data: bytes, limits: LimitsConfig) -> Iterator[Sound]:
 
 
 class _Bytes(io.BytesIO):
-    """A file in memory. libsndfile looks for places before the beginning of damaged files and expects to be told."""
+    """An in-memory file. In damaged files, libsndfile seeks to negative offsets and expects -1 in return."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         try:
             return super().seek(offset, whence)
-        # Raised through libsndfile's callback it would be printed, not caught.
+        # An exception in libsndfile's callback would be printed instead of propagated.
         except ValueError:
             return -1
 
@@ -130,26 +131,26 @@ def _with_libsndfile(links: list[bytes]) -> Iterator[Sound]:
             files = [stack.enter_context(soundfile.SoundFile(_Bytes(link))) for link in links]
             for file in files:
                 if file.format not in FORMATS:
-                    raise MediaError(f"is {file.format} sound, which is not read: convert it to WAV or FLAC")
+                    raise MediaError(f"is {file.format} audio, which is not supported: convert it to WAV or FLAC")
                 if file.samplerate < 1:
                     raise MediaError("states a sampling rate of 0 Hz")
             rates = sorted({file.samplerate for file in files})
             if len(rates) > 1:
-                raise MediaError(f"holds parts of several sampling rates ({rates} Hz): write them with one")
+                raise MediaError(f"has several sampling rates ({rates} Hz): convert it to a single rate")
             stated = sum(file.frames for file in files)
             yield Sound(rates[0], max(file.channels for file in files), stated, _libsndfile_blocks(files))
     except (soundfile.SoundFileError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
-        # The libraries' message names the object in memory; its last part says why.
+        # The full message contains the repr of the in-memory file; `error_string` is only the reason.
         why = getattr(error, "error_string", None) or str(error)
-        raise MediaError(f"cannot be decoded as audio, it is damaged or of another format: {why}") from error
+        raise MediaError(f"cannot be decoded as audio: it is damaged or has another format ({why})") from error
 
 
 def _libsndfile_blocks(files: Iterable[Any]) -> Iterator[np.ndarray]:
     for file in files:
         while True:
-            # Into a new array each time: the consumer may keep it.
+            # A new array each time, because the consumer may keep it.
             out = np.empty((max(1, BLOCK // file.channels), file.channels), dtype=np.float32)
             block = file.read(out=out)
             if len(block):
@@ -164,10 +165,10 @@ def _with_pyav(data: bytes, limits: LimitsConfig) -> Iterator[Sound]:
         stream_seconds(container, stream, limits)
     with opened_container(data, "audio", limits) as (container, stream):
         frames = container.decode(stream)
-        # Only a decoded frame tells the rate: HE-AAC states half of it.
+        # The rate must come from a decoded frame: the header of HE-AAC states half of it.
         first = next(frames, None)
         if first is None or first.sample_rate < 1:
-            raise MediaError("holds no sound (0 samples)")
+            raise MediaError("contains no audio (0 samples)")
         yield Sound(first.sample_rate, first.layout.nb_channels, None, _pyav_blocks(first, frames))
 
 
@@ -178,36 +179,36 @@ def _pyav_blocks(first: Any, others: Iterator[Any]) -> Iterator[np.ndarray]:
         if frame.is_corrupt:
             raise MediaError(f"is damaged at {seconds:.2f} s")
         if frame.sample_rate != first.sample_rate:
-            raise MediaError(f"changes its sampling rate at {seconds:.2f} s: write it with one")
+            raise MediaError(f"changes its sampling rate at {seconds:.2f} s: convert it to a single rate")
         seconds += frame.samples / frame.sample_rate
-        for part in resampler.resample(frame):
-            yield part.to_ndarray().T
+        for out in resampler.resample(frame):
+            yield out.to_ndarray().T
         frame = next(others, None)
 
 
 def resample(blocks: Iterable[np.ndarray], rate: int, target: int) -> np.ndarray:
-    """A mono waveform, blocks of [samples] float32, at another rate in Hz.
+    """Resample a mono waveform, given as blocks of [samples] float32, to another rate in Hz.
 
-    FFmpeg's windowed-sinc resampler, its delay removed; blocks of any length give the same values.
+    Uses FFmpeg's windowed-sinc resampler with its delay removed; the result does not depend on the block size.
 
     Raises:
-        MediaError: a rate that cannot be resampled.
+        MediaError: the rate cannot be resampled.
     """
     if rate == target:
         return np.concatenate([np.zeros(0, dtype=np.float32), *blocks])
     av = library("av")
     resampler = av.AudioResampler(format="fltp", layout="mono", rate=target)
-    given, parts = 0, [np.zeros(0, dtype=np.float32)]
+    count, chunks = 0, [np.zeros(0, dtype=np.float32)]
     try:
         for block in blocks:
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block[None]), format="fltp", layout="mono")
             frame.sample_rate = rate
-            given += len(block)
-            parts += [part.to_ndarray()[0] for part in resampler.resample(frame)]
-        parts += [part.to_ndarray()[0] for part in resampler.resample(None)]
+            count += len(block)
+            chunks += [chunk.to_ndarray()[0] for chunk in resampler.resample(frame)]
+        chunks += [chunk.to_ndarray()[0] for chunk in resampler.resample(None)]
     except av.error.FFmpegError as error:
         raise MediaError(f"states a sampling rate of {rate} Hz, which cannot be used: {error.strerror}") from error
-    # A sound shorter than the filter may come out as nothing.
-    out = np.concatenate(parts)
-    wanted = round(given * target / rate)
+    # Audio shorter than the filter may yield no samples.
+    out = np.concatenate(chunks)
+    wanted = round(count * target / rate)
     return np.pad(out[:wanted], (0, max(0, wanted - len(out))))

@@ -1,4 +1,4 @@
-"""Video: clips of fixed length, frames sampled by time (AnyMAL section 3.1), decoded with PyAV."""
+"""Video: fixed-length clips with frames sampled by time (AnyMAL section 3.1), decoded with PyAV."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
 from megatron_anymal.modalities.video_memory import decoding_bytes
 
-# Frames of a clip where the encoder sees single frames and states no number.
+# Default frames per clip for an image encoder, which takes single frames.
 FRAMES_OF_AN_IMAGE_ENCODER = 8
-# A jump this far ahead (seconds) goes by the container's index instead of decoding all that lies between.
+# If the next frame is further ahead than this (seconds), seek with the container's index instead of decoding up to it.
 SEEK_AHEAD = 10.0
 
 
@@ -40,19 +40,18 @@ class VideoOptions:
 
     # Length of a clip; each clip is one piece.
     clip_seconds: float = 4.0
-    # Frames of a clip. 0: the encoder's own number, or 8 with an image encoder.
+    # Frames per clip. 0: the encoder's number of frames, or 8 with an image encoder.
     num_frames: int = 0
-    # Most clips of a video; a longer one is covered by this many, spread evenly over it.
+    # Maximum number of clips per video; in a longer video, this many clips are spread evenly.
     max_clips: int = 8
-    # Side of a frame in pixels. 0: the encoder's own.
+    # Side of a frame in pixels. 0: the encoder's resolution.
     resolution: int = 0
-    # Channel statistics on the scale 0 to 1. None: those of the encoder's folder, else its type's usual ones.
+    # Channel statistics on the scale 0 to 1. None: those of the encoder's folder, else the defaults of its type.
     image_mean: list[float] | None = None
     image_std: list[float] | None = None
 
 
-# What the linear part of a display matrix, the signs of (a, b, c, d) in x' = ax + cy and y' = bx + dy, does to a frame,
-# as an EXIF orientation.
+# Signs of the linear part of a display matrix, (a, b, c, d) in x' = ax + cy and y' = bx + dy -> EXIF orientation.
 DISPLAYED = {
     (1, 0, 0, 1): 1,
     (-1, 0, 0, 1): 2,
@@ -63,22 +62,27 @@ DISPLAYED = {
     (0, -1, -1, 0): 7,
     (0, -1, 1, 0): 8,
 }
-# Of an entry beside the largest one, this share is rounding.
+# Entries of the display matrix below this share of the largest one count as zero.
 ROUNDING = 1e-3
-# FFmpeg's own VP8 and VP9 decoders leave the transparency of WebM out; libvpx's read it.
+# FFmpeg's own VP8 and VP9 decoders ignore the transparency of WebM; those of libvpx support it.
 WITH_TRANSPARENCY = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @contextmanager
 def opened(data: bytes, limits: LimitsConfig) -> Iterator[tuple[Any, Any]]:
-    """The container and its main video stream, whose frames are within the limits."""
+    """Open the container and its main video stream; checks the frame size against the limits."""
     with opened_container(data, "video", limits) as (container, stream):
         _require_frames(stream.codec_context, stream.codec_context, len(data), limits)
         yield container, stream
 
 
 def _require_frames(context: Any, frame: Any, file_bytes: int, limits: LimitsConfig) -> None:
-    """Refuse frames beyond a limit; `frame` has their size and pixel format, as the stream's context states it, too."""
+    """Refuse frames that exceed a limit.
+
+    Args:
+        context: codec context of the stream.
+        frame: a frame, or the codec context itself, with the size and pixel format to check.
+    """
     width, height = frame.width, frame.height
     what = f"has frames of {width * height} pixels ({width} x {height})"
     require_within(limits, "max_frame_pixels", width * height, what, "scale it down")
@@ -96,9 +100,9 @@ def _timing(container: Any, stream: Any, limits: LimitsConfig) -> tuple[float, f
 
 @register("video")
 class VideoModality(Modality):
-    """A video as clips [frames, 3, R, R]; a frame is stretched to the encoder's resolution R.
+    """A video as clips [frames, 3, R, R]; frames are stretched to the encoder's resolution R.
 
-    A video encoder takes a clip whole; an image encoder takes its frames one by one.
+    A video encoder takes a whole clip; an image encoder takes its frames one by one.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ("mp4", "mov", "m4v", "webm", "mkv", "avi")
@@ -124,12 +128,12 @@ class VideoModality(Modality):
     def probe(
         cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
     ) -> tuple[float, float]:
-        """Duration in seconds, from the packets, and frames per second; without decoding."""
+        """Duration in seconds, from the packets without decoding, and frames per second."""
         with opened(data, limits) as (container, stream):
             return _timing(container, stream, limits)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """Clips that cover the video; a rest of one frame or less belongs to the clip before it."""
+        """Number of clips that cover the video; a remainder of at most one frame belongs to the previous clip."""
         duration = sizes[:, 0] - 1.0 / sizes[:, 1]
         return count_in_time(duration, self.options.clip_seconds, self.options.max_clips)
 
@@ -139,10 +143,10 @@ class VideoModality(Modality):
         return (self.num_frames, 3, self.pixels.resolution, self.pixels.resolution)
 
     def sample_times(self, duration: float, clips: int) -> np.ndarray:
-        """Seconds at which frames are taken, [clips, frames]: centres of equal intervals of each clip.
+        """Sampling times of the frames in seconds, [clips, frames]: centres of equal intervals of each clip.
 
-        Clips follow each other and the last one ends with the video; where `max_clips` cannot cover the video
-        they are spread evenly, the first at its start and the last at its end.
+        Clips are consecutive, and the last one ends with the video. If `max_clips` clips cannot cover the video, they
+        are spread evenly from its start to its end.
         """
         length = self.options.clip_seconds
         if clips < self.options.max_clips or duration <= clips * length:
@@ -161,22 +165,22 @@ class VideoModality(Modality):
             seconds, rate = _timing(container, stream, self.limits)
             times = self.sample_times(seconds, pieces).ravel()
             frames = np.empty((times.size, side, side, 3), dtype=np.uint8)
-            # Clips may overlap where they are spread, so the times are visited in order, not clip by clip.
+            # Spread clips may overlap, so frames are decoded in the order of time, not clip by clip.
             order = np.argsort(times, kind="stable")
             container.seek(0)
             decoder = _Decoder(container, stream)
-            for place, frame in zip(order, _frames_at(decoder, times[order], rate), strict=True):
+            for number, frame in zip(order, _frames_at(decoder, times[order], rate), strict=True):
                 _require_frames(stream.codec_context, frame, len(data), self.limits)
-                frames[place] = self.pixels.resize(_picture(frame))
+                frames[number] = self.pixels.resize(_picture(frame))
         clips = frames.reshape(pieces, self.num_frames, side, side, 3)
         return torch.from_numpy(self.pixels.normalise(clips))
 
 
 class _Decoder:
-    """The frames of a stream, with their transparency.
+    """Decodes the frames of a stream, including transparency.
 
     Raises:
-        MediaError: transparency that only a decoder reads which FFmpeg lacks here.
+        MediaError: the stream has transparency and FFmpeg was built without the decoder for it.
     """
 
     def __init__(self, container: Any, stream: Any) -> None:
@@ -189,20 +193,20 @@ class _Decoder:
                 self._own = av.CodecContext.create(coder, "r")
             except av.codec.codec.UnknownCodecError:
                 raise MediaError(
-                    f"has transparency, which only {coder} reads, and PyAV was built without it: convert it"
+                    f"has transparency, which only {coder} can decode, but PyAV was built without it: convert it"
                 ) from None
             self._own.options = dict(stream.codec_context.options)
             self._own.extradata = stream.codec_context.extradata
             self._own.thread_count = 1
 
     def seek(self, seconds: float) -> None:
-        """Go to the last key frame at or before a time."""
+        """Seek to the last key frame at or before a time."""
         self.container.seek(int(seconds / float(self.stream.time_base)), stream=self.stream, backward=True)
         if self._own is not None:
             self._own.flush_buffers()
 
     def frames(self) -> Iterator[Any]:
-        """Frames from here on."""
+        """Decode frames from the current position on."""
         if self._own is None:
             yield from self.container.decode(self.stream)
             return
@@ -211,7 +215,7 @@ class _Decoder:
 
 
 def _picture(frame: Any) -> Any:
-    """The frame as an RGB picture over white, turned and mirrored as its display matrix says (phone videos)."""
+    """Convert a frame to RGB over white, rotated and mirrored according to its display matrix (phone videos)."""
     has_alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
     image = library("PIL.Image")
     picture = image.fromarray(frame.to_ndarray(format="rgba")) if has_alpha else frame.to_image()
@@ -219,12 +223,12 @@ def _picture(frame: Any) -> Any:
 
 
 def _orientation(frame: Any) -> int:
-    """What the frame's display matrix asks for, as an EXIF orientation.
+    """Convert the frame's display matrix to an EXIF orientation.
 
     Raises:
-        MediaError: it is not a multiple of a quarter turn, or singular.
+        MediaError: the rotation is not a multiple of 90 degrees, or the matrix is singular.
     """
-    # frame.side_data would tie the frame to itself, and its pixels would stay until the garbage collector runs.
+    # frame.side_data would create a reference cycle, which keeps the pixels alive until the garbage collector runs.
     matrix = library("av.sidedata.sidedata").SideDataContainer(frame).get("DISPLAYMATRIX")
     if matrix is None:
         return 1
@@ -232,24 +236,24 @@ def _orientation(frame: Any) -> int:
     largest = max(abs(entry) for entry in (a, b, c, d))
     signs = tuple(0 if abs(entry) <= ROUNDING * largest else (1 if entry > 0 else -1) for entry in (a, b, c, d))
     if signs not in DISPLAYED:
-        raise MediaError("is to be shown turned by less than a quarter: write it upright")
+        raise MediaError("has a rotation that is not a multiple of 90 degrees: convert it to upright frames")
     return DISPLAYED[signs]
 
 
 def _frames_at(decoder: _Decoder, times: np.ndarray, rate: float) -> Iterator[Any]:
-    """For each time (ascending seconds) the frame shown then: the last one that starts no later.
+    """For each time (seconds, ascending), the frame displayed then: the last one that does not start later.
 
-    Only the frame before the next one is held.
+    Only the current and the next frame are kept in memory.
 
     Raises:
-        MediaError: the frames end before a time, or one that was decoded on the way is damaged.
+        MediaError: the video ends before one of the times, or a decoded frame is damaged.
     """
     begin, time_base = start(decoder.stream), float(decoder.stream.time_base)
     slack = 1e-6 + 1e-3 / rate
 
     def seconds(frame: Any) -> float:
         if frame.time is None:
-            raise MediaError("has frames without a time")
+            raise MediaError("has frames without timestamps")
         return frame.time - begin
 
     def check(frame: Any) -> None:
@@ -268,14 +272,14 @@ def _frames_at(decoder: _Decoder, times: np.ndarray, rate: float) -> Iterator[An
         while following is not None and (shown is None or seconds(following) <= time + slack):
             shown = following
             following = next(frames, None)
-            # A damaged frame spoils those predicted from it, which carry no mark. Just behind a jump a mark may
-            # only mean that the frame leans on one that was left out.
+            # A damaged frame also spoils the frames predicted from it, which are not marked as corrupt. Directly after
+            # a seek, the mark may only mean that a reference frame was skipped.
             if not jumped:
                 check(shown)
         if shown is None:
             raise MediaError("has no frame that can be decoded")
         if following is None:
-            # A still picture at the end may last long; the container states for how long.
+            # The last frame may have a long duration, which the container states.
             lasts = max(float((shown.duration or 0) * time_base), 1.5 / rate)
             end = seconds(shown) + lasts
             if time > end + slack:

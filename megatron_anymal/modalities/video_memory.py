@@ -1,10 +1,10 @@
-"""What decoding a video may take, by estimate: the frames that a decoder holds, and pictures on their way to RGB."""
+"""Estimate of the memory for decoding a video: the frames held by the decoder, and the conversion to RGB."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# H.264, table A-1, MaxDpbMbs: macroblocks of 16 x 16 pixels in all frames that a decoder holds, by level_idc.
+# H.264, table A-1, MaxDpbMbs: macroblocks of 16 x 16 pixels in the decoded picture buffer, by level_idc.
 _H264 = {
     9: 396,
     10: 396,
@@ -27,7 +27,7 @@ _H264 = {
     61: 696_320,
     62: 696_320,
 }
-# H.265, table A.8, MaxLumaPs: pixels of a frame, by general_level_idc.
+# H.265, table A.8, MaxLumaPs: maximum pixels per frame, by general_level_idc.
 _H265 = {
     30: 36_864,
     60: 122_880,
@@ -43,21 +43,23 @@ _H265 = {
     183: 35_651_584,
     186: 35_651_584,
 }
-# Most reference frames of other codecs; an unknown one may hold as many as H.264 and H.265 can state.
+# Maximum number of reference frames of other codecs; unknown codecs get the maximum of H.264 and H.265.
 _REFERENCES = {"av1": 8, "vp9": 8, "vp8": 3, "mpeg4": 2, "mpeg2video": 2, "mpeg1video": 2, "mjpeg": 1, "prores": 1}
 _MOST = 16
-# Beside the references: the frame being decoded, the one shown and the one after it. Decoders pad a frame's edges.
+# Frames in addition to the references: the one being decoded, the current one and the next one. Factor for the padding
+# that decoders add at the edges of a frame.
 _FURTHER, _PADDED = 3, 1.06
-# Bytes a pixel on the way to an upright picture: FFmpeg's RGB, PyAV's copy, Pillow's 4 bytes, upright again, rest.
+# Bytes per pixel for the conversion to an upright image: FFmpeg's RGB, PyAV's copy, Pillow's 4 bytes, the rotated copy,
+# and a reserve.
 _PICTURE = 20
 
 
 def frames_held(codec: str, header: bytes, width: int, height: int) -> int:
-    """Most reference frames that a decoder holds at this frame size.
+    """Maximum number of reference frames that a decoder holds at this frame size.
 
     Args:
-        codec: FFmpeg's name.
-        header: the stream's codec-specific data (ISO/IEC 14496-15: avcC, hvcC); its level bounds H.264 and H.265.
+        codec: FFmpeg's name of the codec.
+        header: the stream's codec-specific data (ISO/IEC 14496-15: avcC, hvcC), whose level limits H.264 and H.265.
     """
     if codec == "h264" and len(header) > 3 and header[0] == 1 and header[3] in _H264:
         return min(_MOST, max(1, _H264[header[3]] // (-(-width // 16) * -(-height // 16))))
@@ -69,11 +71,11 @@ def frames_held(codec: str, header: bytes, width: int, height: int) -> int:
 
 
 def decoding_bytes(context: Any, width: int, height: int, pixel_format: Any) -> int:
-    """Bytes that decoding frames of this size takes at most.
+    """Maximum memory in bytes for decoding frames of this size.
 
     Args:
         context: the stream's av.VideoCodecContext.
-        pixel_format: av.VideoFormat of the frames; None where it is not known yet.
+        pixel_format: av.VideoFormat of the frames; None if it is not known yet.
     """
     bits = pixel_format.padded_bits_per_pixel if pixel_format else 12
     references = frames_held(context.codec.canonical_name, bytes(context.extradata or b""), width, height)

@@ -1,4 +1,4 @@
-"""Random access to a file's bytes, on a local disk or any file system that fsspec reads."""
+"""Random access to a file's bytes, on a local disk or any file system supported by fsspec."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ByteSource(Protocol):
 
 
 class LocalBytes:
-    """A file on a local disk, read without a buffer: nothing is read that nobody asked for."""
+    """A file on a local disk, read without buffering or read-ahead."""
 
     def __init__(self, descriptor: int):
         self._descriptor = descriptor

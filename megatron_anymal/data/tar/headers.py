@@ -1,4 +1,4 @@
-"""Header blocks of tar archives, checked before anything acts on them: v7, POSIX ustar and pax, and GNU.
+"""Parsing and validation of tar header blocks: v7, POSIX ustar and pax, and GNU.
 
 POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar's manual, "Basic Tar Format".
 """
@@ -15,7 +15,7 @@ PAX_NEXT, PAX_GLOBAL = b"xX", ord("g")
 
 @dataclass(frozen=True)
 class Header:
-    """One checked header block."""
+    """A valid header block."""
 
     name: bytes
     size: int
@@ -23,7 +23,7 @@ class Header:
 
 
 class Extension:
-    """What extension headers say of the member behind them."""
+    """Properties of a member from the extension headers before it."""
 
     def __init__(self) -> None:
         self.name: Optional[bytes] = None
@@ -32,7 +32,7 @@ class Extension:
         self.wrong = ""
 
     def add(self, kind: int, data: bytes) -> str:
-        """Take an extension header's content in; returns what is wrong with it, or ""."""
+        """Apply the content of an extension header; returns what is wrong with it, or ""."""
         if kind == GNU_LONG_NAME:
             self.name = data.rstrip(b"\0")
             return "" if self.name and b"\0" not in self.name else "its long name is damaged"
@@ -54,7 +54,7 @@ class Extension:
 
 
 def _pax_records(data: bytes) -> Optional[dict[bytes, bytes]]:
-    """The records "LENGTH KEY=VALUE\\n" of a pax header; None if they do not add up."""
+    """The records "LENGTH KEY=VALUE\\n" of a pax header; None if they are malformed."""
     records: dict[bytes, bytes] = {}
     at = 0
     while at < len(data):
@@ -72,7 +72,7 @@ def _pax_records(data: bytes) -> Optional[dict[bytes, bytes]]:
 
 
 def parse_header(block: bytes) -> Optional[Header]:
-    """A header block, or None if it is not a sound one: short, a wrong checksum, fields out of their format."""
+    """Parse a header block; None if it is invalid: too short, a wrong checksum, or malformed fields."""
     if len(block) < BLOCK:
         return None
     stated = _number(block[148:156])
@@ -86,7 +86,7 @@ def parse_header(block: bytes) -> Optional[Header]:
     if size is None:
         return None
     name = block[:100].partition(b"\0")[0]
-    # GNU's own format keeps other fields in place of the prefix.
+    # The GNU format has other fields in place of the prefix.
     if block[257:263] == b"ustar\0":
         prefix = block[345:500].partition(b"\0")[0]
         name = prefix + b"/" + name if prefix else name
@@ -94,12 +94,12 @@ def parse_header(block: bytes) -> Optional[Header]:
 
 
 def stated_size(block: bytes) -> Optional[int]:
-    """The size that a block states which has a tar header's magic and is damaged elsewhere; None without either."""
+    """The size field of a damaged block that has the magic of a tar header; None without the magic or a valid size."""
     return _number(block[124:136]) if block[257:262] == b"ustar" else None
 
 
 def _number(field: bytes) -> Optional[int]:
-    """An octal number, or GNU's base 256; None if it is neither, or negative."""
+    """Parse an octal number or GNU's base-256 encoding; None if it is invalid or negative."""
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.partition(b"\0")[0].strip(b" ")

@@ -1,11 +1,11 @@
-"""Reading a tar archive so that every byte of it is accounted for.
+"""Tar reader that accounts for every byte of an archive.
 
-Python's `tarfile` takes a damaged header for the end of the archive and follows sizes that a header merely claims. This
-reader checks each header before it acts on it, names what it cannot use with its offset, and looks for the next sound
-header behind a damaged place. It reads the formats that occur in practice: v7, POSIX ustar and pax, and GNU.
+Python's `tarfile` takes a damaged header for the end of the archive and trusts the sizes that headers state. This
+reader validates each header before using it, reports everything it cannot use with its offset, and resumes at the next
+valid header after damaged bytes. It reads the formats that occur in practice: v7, POSIX ustar and pax, and GNU.
 
 Layout (POSIX.1-2017, pax, "ustar Interchange Format"): blocks of 512 bytes. A header block precedes each member's data,
-which is padded to whole blocks; two blocks of zeros end the archive, and writers pad the file to whole records with
+which is padded to whole blocks. Two blocks of zeros end the archive, and writers pad the file to whole records with
 further zeros.
 """
 
@@ -44,9 +44,9 @@ _NOT_FILES = {
     ord("6"): "is a FIFO, not a file",
     ord("M"): "continues a file of another archive",
 }
-# Entries without data behind their header, whatever size it states.
+# Entry types without data, regardless of the size in the header.
 _WITHOUT_DATA = b"123456"
-# What a damaged place is searched for sound headers in at a time.
+# Chunk size for scanning damaged bytes for the next valid header.
 _SCAN_BYTES = 256 * BLOCK
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",
@@ -63,7 +63,7 @@ class TarMember:
     """A regular file in an archive. Offsets and sizes are in bytes."""
 
     name: str
-    # Of its first header block, extension headers included.
+    # Offset of the first header block, including extension headers.
     header_offset: int
     offset: int
     size: int
@@ -71,7 +71,7 @@ class TarMember:
 
 @dataclass(frozen=True)
 class TarProblem:
-    """Something in an archive that is not a readable file, with the bytes that it covers."""
+    """A part of an archive that is not a readable file, with its byte range."""
 
     # One of the ledger's codes (data/left_out.py).
     code: str
@@ -80,13 +80,13 @@ class TarProblem:
     reason: str
     # The member's name, if it is known.
     name: str = ""
-    # Whether members may be missing here, so that the samples on either side are possibly incomplete.
+    # Whether members may be missing here, so that the samples on either side may be incomplete.
     tears: bool = False
 
 
 @dataclass(frozen=True)
 class TarPassed:
-    """What belongs to an archive without being a file: a directory, a volume label."""
+    """An entry that is not a file and is skipped: a directory or a volume label."""
 
     name: str
     what: str
@@ -96,12 +96,12 @@ TarEntry = TarMember | TarProblem | TarPassed
 
 
 class TarError(ValueError):
-    """A file that is not an uncompressed tar archive. The message says what it is, or why it cannot be one."""
+    """A file that is not an uncompressed tar archive. The message states the actual format, or the reason."""
 
 
 @dataclass
 class ByteCounts:
-    """What each byte of an archive was taken for; they add up to its size once it has been walked through."""
+    """Number of bytes of an archive by use; after a complete pass they add up to its size."""
 
     headers: int = 0
     data: int = 0
@@ -111,7 +111,7 @@ class ByteCounts:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all counts."""
         return self.headers + self.data + self.padding + self.end + self.damaged
 
 
@@ -120,7 +120,7 @@ class TarWalk:
 
     Args:
         source: the archive.
-        max_header_bytes: longest extension header (long names, pax records) that is read.
+        max_header_bytes: maximum size of an extension header (long names, pax records).
     """
 
     def __init__(self, source: ByteSource, max_header_bytes: int):
@@ -130,11 +130,11 @@ class TarWalk:
         self._ended = False
 
     def __iter__(self) -> Iterator[TarEntry]:
-        """Members and everything else, in the order of the file.
+        """All entries, in the order of the file.
 
         Raises:
-            TarError: it is empty, compressed, or has no sound header anywhere.
-            OSError: it cannot be read.
+            TarError: the archive is empty, compressed, or contains no valid header.
+            OSError: the archive cannot be read.
         """
         self._refuse_other_files()
         size = self._source.size
@@ -153,7 +153,7 @@ class TarWalk:
                 "no_end",
                 size,
                 0,
-                "the archive has no end-of-archive blocks: writing it was interrupted, or it was cut off",
+                "the archive has no end-of-archive blocks: writing was interrupted, or it is truncated",
                 tears=True,
             )
         assert self.bytes.total == size, f"{self.bytes} do not add up to the archive's {size} bytes"
@@ -172,7 +172,7 @@ class TarWalk:
             raise TarError("is not a tar archive: it has no valid header")
 
     def _zeros(self) -> Iterator[TarEntry]:
-        """A run of zero blocks: the end of the archive, the seam of two joined ones, or a hole."""
+        """A run of zero blocks: the end of the archive, the boundary of two concatenated archives, or a hole."""
         start, end = self._at, self._end_of_zeros(self._at)
         self._at = end
         length = end - start
@@ -193,8 +193,8 @@ class TarWalk:
                 "joined",
                 start,
                 length,
-                "end-of-archive blocks are followed by another archive, which is read too. If nobody joined archives "
-                "here, members were overwritten with zeros",
+                "end-of-archive blocks are followed by another archive, which is also read. If these are not "
+                "concatenated archives, members were overwritten with zeros",
             )
         else:
             self.bytes.damaged += length
@@ -211,21 +211,21 @@ class TarWalk:
         return at
 
     def _damaged(self, what: str) -> TarProblem:
-        """Account for everything from here to the next sound header as damaged, and continue there."""
+        """Count everything up to the next valid header as damaged, and continue there."""
         start = self._at
-        found = self._stated_next(start)
-        if found is None:
-            found = self._next_sound(start + BLOCK)
-        stop = self._source.size if found is None else found
-        self._at, self._ended = stop, found is None
+        following = self._stated_next(start)
+        if following is None:
+            following = self._next_sound(start + BLOCK)
+        stop = self._source.size if following is None else following
+        self._at, self._ended = stop, following is None
         self.bytes.damaged += stop - start
-        behind = "nothing readable follows" if found is None else f"reading continues at offset {stop}"
-        return TarProblem("damaged", start, stop - start, f"{what} at offset {start}; {behind}", tears=True)
+        outlook = "nothing readable follows" if following is None else f"reading continues at offset {stop}"
+        return TarProblem("damaged", start, stop - start, f"{what} at offset {start}; {outlook}", tears=True)
 
     def _stated_next(self, start: int) -> Optional[int]:
-        """Offset of the header behind the data that a damaged header states, if that header is sound.
+        """Offset of the next header according to the size in a damaged header, if the next header is valid.
 
-        So an archive inside the archive is passed over when only the checksum or the name before it is damaged.
+        This skips a nested archive as a whole if only the checksum or the name in its own header is damaged.
         """
         block = self._source.read_at(start, BLOCK)
         size = stated_size(block)
@@ -237,18 +237,18 @@ class TarWalk:
         return following
 
     def _next_sound(self, start: int) -> Optional[int]:
-        """Offset of the first sound header at or behind `start`."""
+        """Offset of the first valid header at or after `start`."""
         for at in range(start, self._source.size, _SCAN_BYTES):
             chunk = self._source.read_at(at, _SCAN_BYTES)
-            for place in range(0, len(chunk), BLOCK):
-                block = chunk[place : place + BLOCK]
-                # Most blocks of media are told apart by their checksum field alone.
+            for offset in range(0, len(chunk), BLOCK):
+                block = chunk[offset : offset + BLOCK]
+                # The checksum field alone rules out most blocks of media data.
                 if block[148:156].strip(b" \0").isdigit() and parse_header(block) is not None:
-                    return at + place
+                    return at + offset
         return None
 
     def _entry(self, header: Header) -> Iterator[TarEntry]:
-        """A member with the extension headers before it."""
+        """Read a member, including the extension headers before it."""
         start = self._at
         extension = Extension()
         while True:
@@ -265,22 +265,22 @@ class TarWalk:
             if following is None:
                 if header.type == PAX_GLOBAL and not block.strip(b"\0"):
                     return
-                # Its bytes are counted as headers; what follows it is the damage.
+                # The extension header itself was counted under headers; the damage begins after it.
                 yield self._damaged("an extension header is not followed by a tar header")
                 return
             header = following
 
     def _extend(self, header: Header, extension: Extension) -> Optional[TarProblem]:
-        """Read an extension header's content; returns what is wrong with it."""
+        """Read an extension header; returns a problem if its size is invalid."""
         stop = self._at + BLOCK + padded(header.size)
         if header.size > self._max_header_bytes or stop > self._source.size:
             return self._damaged(f"an extension header of {header.size} bytes (limit {self._max_header_bytes})")
         data = self._source.read_at(self._at + BLOCK, header.size)
-        why = extension.add(header.type, data)
+        reason = extension.add(header.type, data)
         self.bytes.headers += stop - self._at
         self._at = stop
-        if why:
-            extension.wrong = why
+        if reason:
+            extension.wrong = reason
         return None
 
     def _member(self, header: Header, extension: Extension, start: int) -> Iterator[TarEntry]:
@@ -307,9 +307,9 @@ class TarWalk:
         elif is_folder or header.type in _LABELS:
             yield TarPassed(text, "directories" if is_folder else "volume labels")
         elif header.type == GNU_SPARSE or extension.is_sparse:
-            yield TarProblem("not_a_file", start, covers, "is stored sparsely; pack it without --sparse", text)
+            yield TarProblem("not_a_file", start, covers, "is stored as a sparse file; pack it without --sparse", text)
         elif header.type not in _REGULAR:
-            why = _NOT_FILES.get(header.type, f"is an entry of the unknown type {chr(header.type)!r}")
+            why = _NOT_FILES.get(header.type, f"is an entry of unknown type {chr(header.type)!r}")
             yield TarProblem("not_a_file", start, covers, why, text)
         elif not name or not is_utf8(name):
             why = "has a name that is not UTF-8" if name else "has an empty name"
@@ -318,7 +318,7 @@ class TarWalk:
             yield TarMember(text, start, data_offset, stored)
 
     def _behind_sparse_map(self, offset: int) -> int:
-        """Offset behind the blocks that continue an old GNU sparse header."""
+        """Offset after the continuation blocks of an old GNU sparse header."""
         continues = self._source.read_at(self._at, BLOCK)[482] == 1
         while continues and offset < self._source.size:
             block = self._source.read_at(offset, BLOCK)
@@ -327,11 +327,14 @@ class TarWalk:
         return min(offset, self._source.size)
 
     def _cut_off(self, name: str, start: int, data_offset: int, size: int) -> TarProblem:
-        """A member whose data would end behind the archive: cut off, unless other members follow its header."""
+        """Handle a member whose data would extend past the end of the archive.
+
+        The member is truncated, unless valid headers follow: then the size in its header is wrong.
+        """
         if self._next_sound(data_offset) is not None:
-            return self._damaged(f"the header of {name!r}, which states {size} bytes, more than follow,")
+            return self._damaged(f"the header of {name!r}, which states {size} bytes, more than remain,")
         held = max(0, self._source.size - data_offset)
         self.bytes.damaged += self._source.size - self._at
         self._at, self._ended = self._source.size, True
-        reason = f"the archive ends within it: {held} of its {size} bytes are there"
+        reason = f"the archive ends within it: {held} of its {size} bytes are present"
         return TarProblem("truncated", start, self._source.size - start, reason, name, tears=True)

@@ -120,7 +120,7 @@ def test_csv_can_state_an_imu_rate(source: Path, tokenizer_folder: str) -> None:
         ([{"parts": [{"media": "a.png"}]}], ["manifest.jsonl:1", "no text"]),
         ([{"parts": []}], ["manifest.jsonl:1", "`parts`"]),
         ([{"parts": [{"text": "a", "media": "b"}]}], ["part 0", "either"]),
-        ([{"parts": [{"text": "a", "los": True}]}], ["part 0", "no more"]),
+        ([{"parts": [{"text": "a", "los": True}]}], ["part 0", "other keys"]),
         ([{"parts": [{"text": "a", "loss": "yes"}]}], ["part 0", "boolean"]),
         ([{"parts": [{"text": "a"}, {"media": 3}]}], ["part 1", "strings"]),
         ([], ["no line"]),
@@ -258,7 +258,7 @@ def wav_without_samples() -> bytes:
 BAD = {
     "broken.jpg": (_jpeg()[:20], {}, "image"),
     "silent.wav": (wav_without_samples(), {}, "0 samples"),
-    "nan.npy": (_nan(), {"rate": 50}, "row 7 holds NaN"),
+    "nan.npy": (_nan(), {"rate": 50}, "row 7 contains NaN"),
     "unrated.npy": (npy(1), {}, "sampling rate"),
     "empty.png": (b"", {}, "0 bytes"),
     "strange.xyz": (b"abc", {}, "xyz"),

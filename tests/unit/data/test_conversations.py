@@ -107,7 +107,7 @@ def test_plain_shards_with_messages(tmp_path: Path, tokenizer_folder: str) -> No
     ("value", "words"),
     [
         (LINES[0], ["'k'", "'a.png'", "not in the shard"]),
-        ({"messages": ASKED, "chosen": "one"}, ["'k'", "no `rejected`"]),
+        ({"messages": ASKED, "chosen": "one"}, ["'k'", "`rejected` is missing"]),
         ({"messages": ASKED[:2]}, ["'k'", "no assistant turn"]),
     ],
 )
@@ -124,7 +124,10 @@ def test_wrong_samples_of_a_shard_are_named(
     ("line", "words"),
     [
         (LINES[0], ["manifest.jsonl:2", "no media file", "a.png"]),
-        ({"messages": [{"role": "user", "content": "x"}], "rejected": "y"}, ["manifest.jsonl:2", "no `chosen`"]),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "rejected": "y"},
+            ["manifest.jsonl:2", "`chosen` is missing"],
+        ),
         ({"key": "x"}, ["manifest.jsonl:2", "`parts`, `messages`, or `media` and `text`"]),
     ],
 )
@@ -178,9 +181,11 @@ def test_a_run_names_the_kinds_it_learns_from(folder: str, tokenizer_folder: str
             config.data.train, [], Tokenizer(tokenizer_folder), layout, global_batch_size=1, seed=0, sample_kinds=kinds
         )
 
-    with pytest.raises(DataError, match=r"holds samples with `messages`.* with `chosen` and `rejected`\."):
+    with pytest.raises(DataError, match=r"contains samples with `messages`.* with `chosen` and `rejected`\."):
         plan("preference")
-    with pytest.raises(DataError, match=r"holds samples with `chosen` and `rejected`.* with `parts` or `messages`\."):
+    with pytest.raises(
+        DataError, match=r"contains samples with `chosen` and `rejected`.* with `parts` or `messages`\."
+    ):
         plan("messages", "parts")
     # The next mistake: no modality for the images.
     with pytest.raises(DataError, match="no modality is configured"):

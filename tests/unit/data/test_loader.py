@@ -257,7 +257,7 @@ def test_unreadable_samples_leave_the_others_as_they_are(tmp_path: Path, tokeniz
 
 def test_a_kind_without_a_modality(config: RunConfig) -> None:
     del config.model.modalities["audio"]
-    with pytest.raises(DataError, match=r"holds audio.*imu.*model\.modalities\.audio"):
+    with pytest.raises(DataError, match=r"contains audio.*imu.*model\.modalities\.audio"):
         replica_data(config)
 
 
@@ -271,7 +271,7 @@ def test_another_tokenizer(config: RunConfig, tmp_path: Path) -> None:
         body["model"]["vocab"]["seven"],
     )
     file.write_text(json.dumps(body))
-    with pytest.raises(DataError, match=r"another tokenizer.*--index-only"):
+    with pytest.raises(DataError, match=r"different tokenizer.*--index-only"):
         replica_data(config)
 
 

@@ -178,7 +178,7 @@ def test_a_tokenizer_that_breaks_the_chat_format_is_named(folders: dict[str, str
 
 
 def test_an_ordinary_word_is_no_placeholder(folders: dict[str, str]) -> None:
-    with pytest.raises(DataError, match=r"x\.placeholder='is' is a word that texts can hold"):
+    with pytest.raises(DataError, match=r"x\.placeholder='is' is a word that can occur in text"):
         Tokenizer(folders["words"]).placeholder("is", "x.placeholder")
 
 

@@ -206,7 +206,7 @@ def test_a_rate_beside_a_time_column_must_agree() -> None:
     ],
 )
 def test_only_real_numbers_of_npy(values: np.ndarray) -> None:
-    with pytest.raises(MediaError, match=r"cannot be read as an npy array of numbers: it holds .* not real numbers"):
+    with pytest.raises(MediaError, match=r"cannot be read as an npy array of numbers: it contains .* not real numbers"):
         heard(npy_bytes(values), "npy", rate=50)
 
 
@@ -234,7 +234,7 @@ def test_blocks_do_not_show(timed: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     for block in (1, 7, 100, 999):
         monkeypatch.setattr(imu_files, "BLOCK", block)
         np.testing.assert_array_equal(modality.load(data, "csv", attributes).numpy(), whole)
-        with pytest.raises(MediaError, match="row 1000 holds NaN"):
+        with pytest.raises(MediaError, match="row 1000 contains NaN"):
             modality.load(data + b"\n" + b"nan," * (6 if timed else 5) + b"1", "csv", attributes)
 
 
@@ -249,5 +249,5 @@ def test_limits_are_named() -> None:
     ):
         imu().probe(data, "csv", {"rate": 50}, LimitsConfig(max_seconds=1.1))
     # Nothing of a stated size is reserved.
-    with pytest.raises(MediaError, match=r"it states \d+ bytes of numbers and holds 2880"):
+    with pytest.raises(MediaError, match=r"it states \d+ bytes of data but contains 2880"):
         imu().probe(npy_bytes(VALUES).replace(b"(60, 6), }      ", b"(60000000, 6), }"), "npy", {"rate": 50})

@@ -141,7 +141,7 @@ def test_misnamed_files_are_read_by_content_and_others_are_named() -> None:
     picture = noise_image(32, 32, "L")
     np.testing.assert_array_equal(seen(image_bytes(picture, "GIF"), "jpg")[..., 0], np.asarray(picture))
     for data in (image_bytes(picture, "ICO"), image_bytes(picture.convert("RGB"), "PDF"), b"no picture"):
-        with pytest.raises(MediaError, match="damaged, or none of JPEG, PNG") as caught:
+        with pytest.raises(MediaError, match="damaged, or not one of JPEG, PNG") as caught:
             seen(data)
         assert "BytesIO" not in str(caught.value)
 

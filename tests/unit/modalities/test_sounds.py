@@ -84,14 +84,14 @@ def test_a_chained_ogg_is_read_on(subtype: str) -> None:
     assert (heard[1:29] > 0.15).all() and (heard[31:49] < 0.01).all() and (heard[51:79] > 0.15).all()
     other = sound_bytes(sine(1, 24000), 24000, "OGG", subtype="VORBIS")
     if subtype == "VORBIS":
-        with pytest.raises(MediaError, match=r"parts of several sampling rates \(\[24000, 48000\] Hz\)"):
+        with pytest.raises(MediaError, match=r"has several sampling rates \(\[24000, 48000\] Hz\)"):
             seconds(loud + other)
 
 
 def test_ogg_streams_side_by_side_are_refused() -> None:
     first, second = (sound_bytes(sine(1, 48000), 48000, "OGG", subtype="VORBIS") for _ in range(2))
     begin = first.index(b"OggS", 4)
-    with pytest.raises(MediaError, match="several streams side by side"):
+    with pytest.raises(MediaError, match="several multiplexed streams"):
         seconds(first[:begin] + second[: second.index(b"OggS", 4)] + first[begin:])
 
 
@@ -110,7 +110,7 @@ def test_cut_files_are_refused_in_every_format(kind: str, endian: str) -> None:
     data = sound_bytes(sine(1.0, 8000), 8000, kind, subtype="PCM_16", endian=endian)
     assert seconds(data) == 1.0
     for cut in (len(data) // 2, len(data) - 2):
-        with pytest.raises(MediaError, match=r"states 160\d\d bytes of sound and holds \d+: it is cut off"):
+        with pytest.raises(MediaError, match=r"states 160\d\d bytes of audio but contains \d+: it is cut off"):
             audio().probe(data[:cut], "wav", {})
 
 
@@ -125,13 +125,13 @@ def test_a_streamed_wav_goes_on_to_its_end(size: int) -> None:
 def test_a_wav_whose_header_was_never_completed_is_refused() -> None:
     data = bytearray(sound_bytes(sine(1.5, 8000), 8000))
     data[40:44] = bytes(4)
-    with pytest.raises(MediaError, match="states 0 bytes of sound, 24000 bytes follow"):
+    with pytest.raises(MediaError, match="states 0 bytes of audio, but 24000 bytes follow"):
         seconds(bytes(data))
 
 
 def test_other_formats_of_libsndfile_are_refused() -> None:
     for kind in ("AU", "CAF", "W64"):
-        with pytest.raises(MediaError, match="of a format that is not read") as caught:
+        with pytest.raises(MediaError, match="in an unsupported format") as caught:
             seconds(sound_bytes(sine(0.5, 8000), 8000, kind))
         assert "BytesIO" not in str(caught.value)
 
