@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv quickstart test test-all parity soak fuzz lint format clean
+.PHONY: venv quickstart test test-all parity soak fuzz lint format docs clean
 
 venv: $(INSTALLED)
 
@@ -39,7 +39,7 @@ test: $(INSTALLED)
 test-all: $(INSTALLED)
 	@$(call RUN_TESTS,)
 
-# About half an hour; writes docs/parity.md and runs/parity.json.
+# About half an hour; writes docs/internals/parity.md and runs/parity.json.
 parity: $(INSTALLED)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m parity
 
@@ -61,5 +61,10 @@ format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The documentation site, in site/.
+docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build site *.egg-info

@@ -1,4 +1,4 @@
-"""No file of a checkpoint, an archive or an export runs code unless a flag says so; see docs/trust.md.
+"""No file of a checkpoint, an archive or an export runs code unless a flag says so; see docs/guides/trust.md.
 
 The harmless payloads make a marker: a folder by a pickle, a file by a plug-in.
 """

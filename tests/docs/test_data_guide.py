@@ -11,7 +11,7 @@ from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.left_out import CODES
 from megatron_anymal.modalities.imu_files import LONGEST_STEP, RATE_TOLERANCE, USUAL_RATES
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "guides" / "data.md").read_text()
 
 
 def test_codes_of_the_ledger() -> None:

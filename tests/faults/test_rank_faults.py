@@ -187,7 +187,7 @@ def test_who_is_slow() -> None:
 
 
 def test_each_kind_is_documented(config: RunConfig) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "failures.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "operations" / "failures.md").read_text()
     examples = [line.split("`")[1] for line in page.splitlines() if line.startswith("| `")]
     assert {example.partition(":")[0] for example in examples} == set(KINDS)
     config.trainer.devices, config.data.num_workers, config.resilience.faults = 4, 1, examples

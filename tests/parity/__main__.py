@@ -1,6 +1,6 @@
 """`make parity`: every layout of every job against plain torch, then every planted bug; prints and writes the results.
 
-python -m parity [--layouts 64] [--steps 20] [--report docs/parity.md] [--json runs/parity.json]
+python -m parity [--layouts 64] [--steps 20] [--report docs/internals/parity.md] [--json runs/parity.json]
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="parity", description=__doc__)
     parser.add_argument("--layouts", type=int, default=64, help="at least this many of pre-training")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--report", type=Path, default=Path("docs/parity.md"))
+    parser.add_argument("--report", type=Path, default=Path("docs/internals/parity.md"))
     parser.add_argument("--json", type=Path, default=Path("runs/parity.json"))
     arguments = parser.parse_args()
     begun = time.monotonic()
@@ -112,7 +112,7 @@ def write_report(
     steps: int,
     seconds: float,
 ) -> None:
-    """docs/parity.md."""
+    """docs/internals/parity.md."""
     rows = [f"| {layout.name} | {layout.processes} | {_numbers(d, ' | ')} |" for layout, d in found.items()]
     bugs = [
         f"| {bug.what} | {bug.layout.name} | {clean.gradient:.1e} | {planted.loss:.1e} | {planted.gradient:.1e} | "

@@ -1,4 +1,4 @@
-"""The source reads files without running them: unsafe ways to read are not called; see docs/trust.md."""
+"""The source reads files without running them: unsafe ways to read are not called; see docs/guides/trust.md."""
 
 from __future__ import annotations
 
