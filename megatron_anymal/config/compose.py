@@ -1,4 +1,4 @@
-"""From YAML files and command-line overrides to an `RunConfig`, with the origin of every value.
+"""From YAML files and command-line overrides to a `RunConfig`, with the origin of every value.
 
 Hydra composes; what a source may say is checked here first, so that a wrong key or type is reported in the words of
 our schema, with the file or override it stands in.

@@ -5,6 +5,7 @@ python -m megatron_anymal.config.explain > docs/reference/configuration.md
 
 from __future__ import annotations
 
+import inspect
 import json
 import textwrap
 import typing
@@ -52,7 +53,7 @@ def configuration_page() -> str:
         "NAME stands for a name of your choice.",
     ]
     for prefix, section in _sections(RunConfig, ""):
-        summary = (section.__doc__ or "").partition("\n\nFields:")[0].strip()
+        summary = inspect.cleandoc((section.__doc__ or "").partition("\n\nFields:")[0])
         lines += [
             "",
             f"## {prefix or 'Top level'}",
