@@ -232,7 +232,7 @@ def _check_grammar(overrides: Sequence[str]) -> None:
         except HydraException as error:
             raise ConfigError(
                 f"override '{text}' is not of the form key=value: {' '.join(str(error).split())}. A value with special "
-                "characters needs quotes of its own inside the shell's: 'key=\"<value>\"'."
+                "characters needs its own quotes inside the shell's: 'key=\"<value>\"'."
             ) from error
         if override.is_sweep_override():
             key = override.key_or_group

@@ -8,7 +8,7 @@ from typing import Any, Optional
 from megatron_anymal.config.fault_grammar import check_faults
 from megatron_anymal.config.schema import CheckpointConfig, ConfigError, DpoConfig, ModelConfig, RunConfig
 
-# The global order is built in blocks with two slots for the rarest data set: a smaller share would make them huge.
+# The global order is built in blocks with at least two slots per data set: a smaller share would make them huge.
 SMALLEST_SHARE = 1e-5
 
 # Valid entries of resilience.allow_changes.

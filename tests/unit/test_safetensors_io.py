@@ -191,7 +191,10 @@ FOLDER_DAMAGE = {
         "index.json' is damaged",
     ),
     "doubled": (lambda f: save_file({"c": torch.zeros(4), "a": torch.zeros(2)}, f / SECOND), "'a' is in both"),
-    "not-in-file": (lambda f: write_index(f, {"a": 1, "b": 1, "c": 2, "d": 2}), "tensor 'd' in .*, but it is not there"),
+    "not-in-file": (
+        lambda f: write_index(f, {"a": 1, "b": 1, "c": 2, "d": 2}),
+        "tensor 'd' in .*, but it is not there",
+    ),
     "in-other-file": (lambda f: write_index(f, {"a": 1, "b": 2, "c": 2}), "tensor 'b' in .*, but it is not there"),
     "not-in-index": (lambda f: write_index(f, {"a": 1, "c": 2}), "'b' in 'model-00001.* is not in"),
     "left-over": (lambda f: save_file({"c": torch.zeros(4)}, f / "model.safetensors"), "'model.safetensors' is not in"),
