@@ -15,25 +15,25 @@ from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
 from megatron_anymal.resilience.failure_record import exit_now
 
-# Verb -> module and its function that takes the arguments, does the work and returns the exit code; a line of help.
+# Verb -> "module:function", which takes the arguments, does the work and returns the exit code; and its help text.
 VERBS = {
     "pretrain": ("nemo.entry:pretrain", "align modalities to a Llama: --config-name=NAME [key=value ...]"),
     "sft": ("nemo.entry:sft", "instruction tuning: --config-name=NAME [key=value ...]"),
-    "dpo": ("nemo.entry:dpo", "learning from preferences: --config-name=NAME [key=value ...]"),
+    "dpo": ("nemo.entry:dpo", "preference training: --config-name=NAME [key=value ...]"),
     "launch": (
         "launcher.command:main",
-        "several processes of these, watched and started again: launch VERB ...",
+        "run a training verb in several processes, monitored and restarted: launch VERB ...",
     ),
     "generate": ("cli.generate:main", "answer prompts with media, from a checkpoint or an export"),
     "evaluate": ("cli.evaluate:main", "score a checkpoint or an export on prepared data"),
-    "prepare": ("cli.prepare:main", "make shards and their index"),
+    "prepare": ("cli.prepare:main", "build shards and their index"),
     "inspect": ("cli.inspect:main", "check shards; show samples as the model sees them"),
-    "doctor": ("cli.doctor:main", "what is installed, what is missing, what mends it"),
+    "doctor": ("cli.doctor:main", "show what is installed, what is missing and how to fix it"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; return the process's exit code (resilience/exit_codes.py)."""
+    """Run one verb and return the process's exit code (resilience/exit_codes.py)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -57,15 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def command() -> NoReturn:
-    """The process of one verb: `main`, and an end with its exit code that waits for nothing where it failed."""
+    """Run `main` and exit with its code; after a failure, exit at once without waiting for other ranks or threads."""
     try:
         code = main()
     except SystemExit:
-        # argparse has told what is wrong, or the help.
+        # argparse has already printed the error or the help.
         raise
     except BaseException as error:
         traceback.print_exc()
-        # As a shell reports a death by Ctrl-C.
+        # 130 is the code that shells report for Ctrl-C.
         code = 130 if isinstance(error, KeyboardInterrupt) else code_of(error)
     if code:
         exit_now(code)

@@ -1,4 +1,4 @@
-"""What this machine can run: devices, collectives, number formats, optional kernels."""
+"""Capabilities of this machine: devices, collectives, number formats and optional kernels."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ import torch
 
 from megatron_anymal.config import ConfigError, RunConfig
 
-# Compute capability from which a card multiplies in FP8 (Ada, Hopper) and in bf16 (Ampere).
+# Lowest compute capability of GPUs with FP8 (Ada, Hopper) and bf16 (Ampere) matrix products.
 _FP8_CAPABILITY = (8, 9)
 _BF16_CAPABILITY = (8, 0)
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What was found.
+    """Devices and optional packages available to this process.
 
     Attributes:
-        cuda_devices: names of the CUDA devices this process sees.
-        compute_capability: the lowest of theirs; None without a device.
-        transformer_engine: its version where it can be used, else "".
-        transformer_engine_problem: why it cannot, else "".
+        cuda_devices: names of the CUDA devices visible to this process.
+        compute_capability: the lowest one among the devices; None without a device.
+        transformer_engine: its version if it can be used, else "".
+        transformer_engine_problem: why it cannot be used, else "".
         flash_attn: version of flash-attn, else "".
         nvidia_apex: NVIDIA's apex is installed with its CUDA kernels.
         foreign_apex: a package named apex is installed that is not NVIDIA's.
@@ -49,7 +49,7 @@ class Capabilities:
 
 
 def capabilities() -> Capabilities:
-    """Look at the devices and the optional packages. Initialises no CUDA context."""
+    """Detect devices and optional packages, without creating a CUDA context."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     lowest = min((torch.cuda.get_device_capability(i) for i in range(count)), default=None)
     engine, problem = _transformer_engine(count > 0)
@@ -73,13 +73,13 @@ def apex_kind() -> Literal["", "nvidia", "foreign"]:
     spec = importlib.util.find_spec("apex")
     if spec is None:
         return ""
-    # Looked up as files: importing the unrelated package would run its code.
+    # Only look for files: importing the unrelated package would run its code.
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     return "nvidia" if any((folder / "optimizers" / "__init__.py").is_file() for folder in folders) else "foreign"
 
 
 def collectives_backend() -> str:
-    """torch.distributed's backend here."""
+    """Backend of torch.distributed on this machine."""
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -87,17 +87,17 @@ def device() -> torch.device:
     """This process's device: the CUDA device of its local rank, or the CPU.
 
     Raises:
-        ConfigError: more processes on this node than CUDA devices.
+        ConfigError: this node has more processes than CUDA devices.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if count == 1 and os.environ.get("SLURM_GPUS_PER_TASK") == "1":
-        # Slurm shows each task its own card only.
+        # Slurm exposes only its own GPU to each task.
         return torch.device("cuda", 0)
     if local_rank >= count:
         raise ConfigError(
-            f"local process {local_rank} has no CUDA device: this node shows {count}. Set trainer.devices (and "
+            f"local process {local_rank} has no CUDA device: this node has {count} visible. Set trainer.devices (and "
             f"torchrun's --nproc-per-node) to {count} at most, or check CUDA_VISIBLE_DEVICES."
         )
     return torch.device("cuda", local_rank)
@@ -109,7 +109,7 @@ def compute_dtype(config: RunConfig) -> torch.dtype:
 
 
 def transformer_impl(config: RunConfig) -> Literal["local", "transformer_engine"]:
-    """Whose layers build the Llama; "auto" takes Transformer Engine where it can run."""
+    """Implementation of the Llama's layers; "auto" selects Transformer Engine if it can run."""
     wanted = config.model.transformer_impl
     if wanted == "auto":
         engine, _ = _transformer_engine(torch.cuda.is_available())
@@ -118,10 +118,10 @@ def transformer_impl(config: RunConfig) -> Literal["local", "transformer_engine"
 
 
 def attention_kernel(config: RunConfig) -> str:
-    """What attends within the documents of a pack: transformer_engine, flash_attn, flex or sdpa.
+    """Attention kernel for the documents of a pack: transformer_engine, flash_attn, flex or sdpa.
 
-    "auto" is scaled dot-product attention on CPUs, and on GPUs a kernel that needs no mask and no padding: Transformer
-    Engine's, flash-attn's for packed documents (16-bit only), or torch's flex attention.
+    "auto" selects scaled dot-product attention on CPUs, and on GPUs a kernel that needs neither a mask nor padding:
+    Transformer Engine's, flash-attn's for packed documents (16-bit only), or torch's flex attention.
     """
     if transformer_impl(config) == "transformer_engine":
         return "transformer_engine"
@@ -133,10 +133,10 @@ def attention_kernel(config: RunConfig) -> str:
 
 
 def check_backend(config: RunConfig) -> None:
-    """Refuse what this machine cannot run.
+    """Reject settings that this machine cannot run.
 
     Raises:
-        ConfigError: naming the key and the mend.
+        ConfigError: the message names the key and the fix.
     """
     found = capabilities()
     model = config.model
@@ -148,7 +148,7 @@ def check_backend(config: RunConfig) -> None:
         )
     if config.trainer.precision == "bf16" and not found.bf16:
         raise ConfigError(
-            f"trainer.precision=bf16 needs compute capability 8.0 or later; the cards here have "
+            f"trainer.precision=bf16 needs compute capability 8.0 or later; the GPUs here have "
             f"{_shown(found.compute_capability)}. Set trainer.precision=32."
         )
     if model.fp8:
@@ -157,8 +157,8 @@ def check_backend(config: RunConfig) -> None:
     interleaved = model.virtual_pipeline_model_parallel_size > 1
     if interleaved and not model.overlap_p2p_comm and collectives_backend() == "gloo":
         raise ConfigError(
-            "model.virtual_pipeline_model_parallel_size > 1 with model.overlap_p2p_comm=false gives wrong numbers over "
-            "gloo: megatron-core pairs its sends and receives in another order. Set model.overlap_p2p_comm=true."
+            "model.virtual_pipeline_model_parallel_size > 1 with model.overlap_p2p_comm=false gives wrong results over "
+            "gloo: megatron-core pairs sends and receives in a different order. Set model.overlap_p2p_comm=true."
         )
     if (
         model.recompute_granularity == "selective"
@@ -167,7 +167,7 @@ def check_backend(config: RunConfig) -> None:
     ):
         raise ConfigError(
             "model.recompute_modules=[layernorm] needs Transformer Engine layers, which do not run here "
-            f"({found.transformer_engine_problem or 'model.transformer_impl=local'}). Take layernorm out of the list."
+            f"({found.transformer_engine_problem or 'model.transformer_impl=local'}). Remove layernorm from the list."
         )
 
 
@@ -191,26 +191,26 @@ def _check_attention(config: RunConfig, found: Capabilities) -> None:
 
 def _check_fp8(config: RunConfig, found: Capabilities) -> None:
     key = f"model.fp8={config.model.fp8}"
-    mend = "or set model.fp8=''"
-    # Without Transformer Engine megatron-core ignores fp8 and says nothing.
+    alternative = "or set model.fp8=''"
+    # Without Transformer Engine megatron-core silently ignores fp8.
     if not found.transformer_engine:
         raise ConfigError(
             f"{key} needs Transformer Engine, which cannot run here: {found.transformer_engine_problem}. "
-            f"Install it with `pip install -e '.[te]' --no-build-isolation`, {mend}."
+            f"Install it with `pip install -e '.[te]' --no-build-isolation`, {alternative}."
         )
     if config.model.transformer_impl == "local":
-        raise ConfigError(f"{key} has no effect with model.transformer_impl=local. Set that to auto, {mend}.")
+        raise ConfigError(f"{key} has no effect with model.transformer_impl=local. Set that to auto, {alternative}.")
     if not found.fp8:
         raise ConfigError(
-            f"{key} needs a card with FP8 (compute capability 8.9: Ada, Hopper or later); here it is "
-            f"{_shown(found.compute_capability)}. Use such a card, {mend}."
+            f"{key} needs a GPU with FP8 (compute capability 8.9: Ada, Hopper or later); here it is "
+            f"{_shown(found.compute_capability)}. Use such a GPU, {alternative}."
         )
     if config.trainer.precision != "bf16":
-        raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, {mend}.")
+        raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, {alternative}.")
 
 
 def _transformer_engine(has_cuda: bool) -> tuple[str, str]:
-    """(version, "") where it can be used, else ("", why not)."""
+    """Return (version, "") if it can be used, else ("", reason)."""
     if not has_cuda:
         return "", "there is no CUDA device"
     if importlib.util.find_spec("transformer_engine") is None:

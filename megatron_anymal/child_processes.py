@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""Child processes that must not outlive their parent."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import os
 import signal
 import sys
 
-# Linux's prctl: which signal a process gets when its parent ends.
+# Linux prctl option PR_SET_PDEATHSIG: the signal that a process receives when its parent ends.
 _SET_PARENT_DEATH_SIGNAL = 1
 
 
 def end_with_parent() -> None:
-    """Called in a process of multiprocessing: from now on it is killed when its parent ends, however that ends; at once
-    where it has ended already. On Linux; elsewhere nothing happens."""
+    """Have the calling multiprocessing child killed when its parent ends for any reason, or now if it already has.
+
+    Does nothing on systems other than Linux.
+    """
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)

@@ -1,12 +1,12 @@
-"""What megatron-core 0.16 needs to run on CPUs over gloo.
+"""CPU shim: runs megatron-core 0.16 on CPUs over gloo.
 
-The only place that knows that CUDA is pretended. It is imported where no CUDA device is, and nowhere else; the
-code above it is the same on both. Three things are mended:
+This is the only module that pretends that CUDA is present. It is imported only if there is no CUDA device; the code
+above it is the same in both cases. It changes three things:
 
-1. calls into `torch.cuda` that have no meaning here (streams, events, synchronisation, device numbers) do nothing,
+1. calls into `torch.cuda` that are meaningless on CPUs (streams, events, synchronisation, device numbers) do nothing,
    and its random generator is the CPU's;
-2. tensors asked for on "cuda" are made on the CPU;
-3. fusions that would start a compiler at the first call run eagerly.
+2. tensors requested on "cuda" are created on the CPU;
+3. fused functions that would start a compiler at their first call run eagerly.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _active: Optional[_CudaMeansCpu] = None
 
 
 def install() -> None:
-    """Make this process able to run megatron-core without CUDA. Doing it again changes nothing.
+    """Enable this process to run megatron-core without CUDA. Idempotent.
 
-    The tensor mode belongs to the calling thread: code on another thread must not ask for "cuda".
+    The tensor mode applies to the calling thread only: code on other threads must not request "cuda".
 
     Raises:
         RuntimeError: a CUDA device is present.
@@ -35,7 +35,7 @@ def install() -> None:
     if _active is not None:
         return
     if torch.cuda.is_available():
-        raise RuntimeError("The CPU shim was asked for on a machine with CUDA.")
+        raise RuntimeError("The CPU shim was requested on a machine with CUDA.")
     _replace_cuda_calls()
     _replace_generator()
     _run_eagerly()
@@ -44,7 +44,7 @@ def install() -> None:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Sends every tensor meant for "cuda" to the CPU."""
+    """Redirects every tensor meant for "cuda" to the CPU."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -71,7 +71,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _Stream:
-    """A stream on which everything has already happened."""
+    """A stream on which all work is already complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -86,7 +86,7 @@ class _Stream:
 
 
 class _Event:
-    """An event that has already passed."""
+    """An event that is already complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
@@ -104,7 +104,7 @@ def _replace_cuda_calls() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: _CPU
     for name in ("synchronize", "empty_cache", "set_device"):
-        # A function of its own for each: torch's compiler keeps a table of these by identity.
+        # One function object per name: torch's compiler keeps a table of these functions by identity.
         setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.Stream, cuda.Event = _Stream, _Event
     cuda.current_stream = lambda *a, **k: _Stream()
@@ -122,7 +122,7 @@ def _replace_generator() -> None:
     module: Any = mcore_random
     module._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     module._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
-    # Here the CPU generator is the device's: the warning that it changed is about nothing.
+    # The CPU generator doubles as the device's here, so the warning that it changed is spurious.
     logging.getLogger(mcore_random.__name__).addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
 
 

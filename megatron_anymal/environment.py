@@ -1,6 +1,6 @@
-"""`anymal doctor`: what is installed, what its lack costs, and the command that mends it.
+"""Checks of `anymal doctor`: what is installed, the cost of what is missing, and the command that fixes it.
 
-Needs nothing but the standard library, so that it also runs where the installation is broken.
+Needs only the standard library, so that it also runs in a broken installation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Requirement:
 
     Attributes:
         distribution: its name for pip.
-        module: the module looked for.
-        versions: the range that works, as in setup.py; "" where any does.
-        extra: the extra that brings it; "" where it is always installed.
+        module: the module to look for.
+        versions: the supported range, as in setup.py; "" for any version.
+        extra: the extra that installs it; "" if it is always installed.
         cost: what does not work without it.
     """
 
@@ -34,7 +34,7 @@ class Requirement:
 
     @property
     def required(self) -> bool:
-        """Nothing runs without it."""
+        """Whether it belongs to every installation."""
         return not self.extra
 
 
@@ -42,7 +42,7 @@ REQUIREMENTS = (
     Requirement("torch", "torch", ">=2.11,<2.14", "", "nothing runs"),
     Requirement("megatron-core", "megatron.core", "==0.16.1", "", "nothing runs"),
     Requirement("nemo_toolkit", "nemo", "==3.0.0", "", "`anymal pretrain` does not start"),
-    Requirement("lightning", "lightning", "<=2.4.0", "", "`anymal pretrain` does not start; nemo_toolkit brings it"),
+    Requirement("lightning", "lightning", "<=2.4.0", "", "`anymal pretrain` does not start; installed by nemo_toolkit"),
     Requirement("transformers", "transformers", ">=5.0,<6", "", "no encoders, no tokenizers"),
     Requirement("psutil", "psutil", ">=5.9", "", "megatron-core's checkpoint writer dies and the rank hangs"),
     Requirement("webdataset", "webdataset", ">=1.0,<2", "", "`anymal prepare` writes no shards"),
@@ -62,7 +62,7 @@ REQUIREMENTS = (
         "nvidia_resiliency_ext",
         ">=0.4.1,<0.5",
         "resiliency",
-        "no in-job restart, no straggler detection",
+        "`anymal launch --launcher=ft` does not start; torchrun, the default, does",
     ),
     Requirement("s3fs", "s3fs", ">=2024.2", "s3", "shards on S3 cannot be read"),
     Requirement("wandb", "wandb", "", "wandb", "exp_manager.create_wandb_logger=true fails"),
@@ -71,7 +71,7 @@ REQUIREMENTS = (
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table; `mend` is empty where nothing is wrong."""
+    """One row of the table; `fix` is empty if nothing is wrong."""
 
     part: str
     version: str
@@ -82,7 +82,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at everything, in the table's order."""
+    """Check every requirement, in the order of the table."""
     return [
         _python(),
         *(_package(part) for part in REQUIREMENTS[:1]),
@@ -93,17 +93,17 @@ def examine() -> list[Finding]:
 
 def _python() -> Finding:
     fits = (3, 11) <= sys.version_info[:2] < (3, 13)
-    mend = "" if fits else "make a virtual environment with Python 3.11 or 3.12"
+    fix = "" if fits else "create a virtual environment with Python 3.11 or 3.12"
     return Finding(
-        "python", platform.python_version(), OK if fits else OUT_OF_RANGE, True, "packages do not install", mend
+        "python", platform.python_version(), OK if fits else OUT_OF_RANGE, True, "packages do not install", fix
     )
 
 
 def _cuda() -> Finding:
     cost = "training runs on the CPU over gloo: for tests and small models"
-    mend = "on a machine with NVIDIA cards: install the driver and a CUDA build of torch"
+    fix = "on a machine with NVIDIA GPUs: install the driver and a CUDA build of torch"
     if not _present("torch"):
-        return Finding("CUDA", "-", MISSING, False, cost, mend)
+        return Finding("CUDA", "-", MISSING, False, cost, fix)
     try:
         from megatron_anymal import backend
 
@@ -111,10 +111,10 @@ def _cuda() -> Finding:
         import torch
 
         version = str(torch.version.cuda or "-")
-    except Exception as error:  # A broken torch raises anything, and the doctor must go on.
+    except Exception as error:  # A broken torch can raise anything, and the other checks must still run.
         return Finding("CUDA", "-", BROKEN, False, _short(error), "pip install --force-reinstall torch")
     if not found.cuda_devices:
-        return Finding("CUDA", version, MISSING, False, cost, mend)
+        return Finding("CUDA", version, MISSING, False, cost, fix)
     assert found.compute_capability is not None
     capability = ".".join(str(number) for number in found.compute_capability)
     formats = " and ".join([*(["bf16"] if found.bf16 else []), *(["FP8"] if found.fp8 else [])]) or "fp32 only"
@@ -123,7 +123,7 @@ def _cuda() -> Finding:
 
 
 def _package(part: Requirement) -> Finding:
-    version, state, mend = _installed_version(part.distribution), OK, ""
+    version, state, fix = _installed_version(part.distribution), OK, ""
     if part.distribution == "apex":
         state = _apex_state()
         version = version if state == FOREIGN else (version or "-")
@@ -135,8 +135,8 @@ def _package(part: Requirement) -> Finding:
     if state == OK and version and not _in_range(version, part.versions):
         state = OUT_OF_RANGE
     if state != OK:
-        mend = _fix(part, state)
-    return Finding(part.distribution, version or "-", state, part.required, part.cost, mend)
+        fix = _fix(part, state)
+    return Finding(part.distribution, version or "-", state, part.required, part.cost, fix)
 
 
 def _apex_state() -> str:
@@ -157,9 +157,9 @@ def _transformer_engine_state() -> str:
         from megatron_anymal import backend
 
         found = backend.capabilities()
-        # Without a card nothing can be said of it; the line on CUDA says what that costs.
+        # Without a GPU it cannot be checked; the CUDA row gives the cost of that.
         return OK if found.transformer_engine or not found.cuda_devices else BROKEN
-    except Exception:  # A broken torch raises anything, and the doctor must go on.
+    except Exception:  # A broken torch can raise anything, and the other checks must still run.
         return BROKEN
 
 
@@ -201,7 +201,7 @@ def _in_range(version: str, versions: str) -> bool:
     try:
         from packaging.specifiers import SpecifierSet
     except ImportError:
-        return True  # torch and transformers bring it; without them their own lines say what to do.
+        return True  # torch and transformers install packaging; if they are missing, their own rows give the fix.
     return SpecifierSet(versions, prereleases=True).contains(version.partition("+")[0])
 
 

@@ -1,4 +1,4 @@
-"""The weights of a HuggingFace folder, be they in one safetensors file or in several."""
+"""The weights of a HuggingFace folder, in one safetensors file or several."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_anymal.safetensors_io import Entry, SafetensorsFile, TensorFileError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-# The same weights once more in another type: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors or
+# Copies of the weights in another dtype: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors or
 # model-00001-of-00002.fp16.safetensors.
 _VARIANT = re.compile(r"model(-\d+-of-\d+)?\.[\w-]*?[A-Za-z][\w-]*\.safetensors")
 
@@ -27,19 +27,19 @@ class HFWeights(Mapping[str, Tensor]):
         folder: holds `model.safetensors`, or `model.safetensors.index.json` and the files it names.
 
     Attributes:
-        variants: names of files that hold the weights in another type; they are not read.
+        variants: names of files that hold the weights in another dtype; they are not read.
 
     Raises:
-        TensorFileError: a file is missing or damaged, a name is in two files, index and files disagree, or the
-            folder holds other formats only.
+        TensorFileError: a file is missing or damaged, a tensor is in two files, index and files disagree, or the
+            folder holds only other formats.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         index = self._read_index()
-        found = {path.name for path in self.folder.glob("model*.safetensors")}
-        self.variants = sorted(filter(_VARIANT.fullmatch, found))
-        present = found - set(self.variants)
+        names = {path.name for path in self.folder.glob("model*.safetensors")}
+        self.variants = sorted(filter(_VARIANT.fullmatch, names))
+        present = names - set(self.variants)
         expected = set(index.values()) if index is not None else {SINGLE}
         self._check_files(present, expected, index is not None)
         self.files = {name: SafetensorsFile(self.folder / name) for name in sorted(expected)}
@@ -48,14 +48,14 @@ class HFWeights(Mapping[str, Tensor]):
             for name in file:
                 if name in self._places:
                     raise TensorFileError(
-                        f"{str(self.folder)!r}: the tensor {name!r} is doubled: it is in {self.file_of(name)!r} and in "
+                        f"{str(self.folder)!r}: the tensor {name!r} is in both {self.file_of(name)!r} and "
                         f"{file.path.name!r}. Download the folder again."
                     )
                 self._places[name] = file
         for name, stated in (index or {}).items():
             if name not in self._places or self.file_of(name) != stated:
                 raise TensorFileError(
-                    f"{str(self.folder)!r}: {INDEX} says that the tensor {name!r} is in {stated!r}; it is not. "
+                    f"{str(self.folder)!r}: {INDEX} lists the tensor {name!r} in {stated!r}, but it is not there. "
                     "Download the folder again."
                 )
         for name in self._places:
@@ -66,19 +66,19 @@ class HFWeights(Mapping[str, Tensor]):
                 )
 
     def entry(self, name: str) -> Entry:
-        """Type, shape and size of a tensor, without its data."""
+        """Dtype, shape and size of a tensor, without its data."""
         return self._places[name].entry(name)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """As `SafetensorsFile.pieces`."""
+        """See `SafetensorsFile.pieces`."""
         return self._places[name].pieces(name)
 
     def read_into(self, name: str, place: int, target: memoryview) -> None:
-        """As `SafetensorsFile.read_into`."""
+        """See `SafetensorsFile.read_into`."""
         self._places[name].read_into(name, place, target)
 
     def file_of(self, name: str) -> str:
-        """The name of the file that holds a tensor."""
+        """Name of the file that holds a tensor."""
         return self._places[name].path.name
 
     def __getitem__(self, name: str) -> Tensor:
@@ -125,7 +125,7 @@ class HFWeights(Mapping[str, Tensor]):
             )
         if missing := sorted(expected - present):
             raise TensorFileError(
-                f"{where} lacks {len(missing)} of {len(expected)} files that {INDEX} names: {', '.join(missing)}. "
+                f"{where} lacks {len(missing)} of {len(expected)} files listed in {INDEX}: {', '.join(missing)}. "
                 "Download them."
             )
         if extra := sorted(present - expected):

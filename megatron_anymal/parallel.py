@@ -1,4 +1,4 @@
-"""From sizes to process groups: which rank holds what."""
+"""Process groups, and each rank's position in the parallel layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """This process's place in the job."""
+    """This process's ranks, and the parallel sizes of the job."""
 
     device: torch.device
     rank: int
@@ -39,32 +39,34 @@ class ParallelLayout:
 
     @property
     def is_first_stage(self) -> bool:
-        """Holds encoders, projectors and the text embedding."""
+        """Whether this rank holds the encoders, the projectors and the text embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Holds the head and the loss."""
+        """Whether this rank holds the LM head and computes the loss."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def reports(self) -> bool:
-        """Writes the log and the run's files."""
+        """Whether this rank writes the log and the run's files."""
         return self.rank == 0
 
     @property
     def counts_loss(self) -> bool:
-        """Its losses enter the sums over all processes: those of each token once."""
+        """Whether this rank's losses enter sums over all ranks, so that each token counts once."""
         return self.is_last_stage and self.tensor_rank == 0
 
 
 def initialize(config: RunConfig) -> ParallelLayout:
-    """Check the configuration, join the job and make its process groups.
+    """Check the configuration, join the job and create its process groups.
 
-    Started by torchrun (or Slurm with the same variables) it joins that job; alone it is a job of one process.
+    Under torchrun (or Slurm with the same environment variables) the process joins that job; otherwise it is a job of
+    one process.
 
     Raises:
-        ConfigError: a setting cannot work here, or the launcher's process count is not the configuration's.
+        ConfigError: a setting cannot work on this machine, or the number of launched processes is not the configured
+            one.
     """
     check(config)
     backend.check_backend(config)
@@ -101,10 +103,10 @@ def initialize(config: RunConfig) -> ParallelLayout:
 
 
 def make_groups(config: RunConfig, *, cpu_groups: bool = True) -> None:
-    """Make megatron-core's groups, in place of those there are, over the processes that have joined.
+    """Create megatron-core's process groups over the processes that have joined, replacing existing groups.
 
     Args:
-        cpu_groups: make gloo groups beside the others, which megatron-core's checkpoints use.
+        cpu_groups: also create gloo groups, which megatron-core's checkpoints use.
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
@@ -129,8 +131,8 @@ def _join(world_size: int, device: torch.device) -> None:
         dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(kind, timeout=COLLECTIVE_TIMEOUT)
-    # A process that ends in order leaves the job before the interpreter is taken down: gloo's threads that still run
-    # then abort it ("terminate called without an active exception"), and torchrun ends the others in their work.
+    # A process that exits normally leaves the job before the interpreter shuts down: gloo threads that still run then
+    # would abort it ("terminate called without an active exception"), and torchrun would kill the other ranks.
     atexit.register(shutdown)
 
 

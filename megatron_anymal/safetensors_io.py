@@ -1,8 +1,8 @@
-"""safetensors files read and written one tensor at a time, so that memory holds what was asked for and nothing else.
+"""Read and write safetensors files one tensor at a time, so that memory holds only the requested data.
 
 The format: eight bytes with the header's length, the header (JSON: name -> dtype, shape, begin and end of its bytes),
-then the tensors' bytes, little-endian, without gaps. safetensors' own reader maps a file into memory, where pages once
-read count as the process's; its writer wants all tensors at once.
+then the tensors' bytes, little-endian, without gaps. The safetensors library's own reader maps a file into memory,
+where pages that were read count towards the process; its writer needs all tensors at once.
 """
 
 from __future__ import annotations
@@ -41,39 +41,39 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# The longest header that safetensors itself accepts, in bytes.
+# The longest header that the safetensors library accepts, in bytes.
 _LONGEST_HEADER = 100_000_000
-# One read or write of the operating system moves at most 2 GiB.
+# One read or write system call transfers at most 2 GiB.
 _PIECE = 1 << 30
-# Bytes of a piece where a tensor is looked through and not kept.
+# Chunk size in bytes for reading through a tensor without keeping it.
 _CHECKED = 1 << 25
 
 
 class TensorFileError(ValueError):
-    """A file of tensors that cannot be used. The message names it, what is wrong, and the mend."""
+    """A tensor file cannot be used. The message names the file, the problem and the fix."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a header says of a tensor."""
+    """A tensor's entry in the header."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    # First byte of its data, counted from the file's beginning.
+    # Offset of its data from the beginning of the file, in bytes.
     begin: int
 
     @property
     def size(self) -> int:
-        """Bytes of its data."""
+        """Size of its data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """A safetensors file: tensors by name, each read into fresh memory when asked for.
+    """A safetensors file: tensors by name, each read into new memory on access.
 
     Args:
         path: the file.
-        offset: where it begins in a larger file, in bytes; then the larger file may go on behind it.
+        offset: its beginning in a larger file, in bytes; the larger file may continue after it.
 
     Raises:
         TensorFileError: the file is missing, cut off, or its header is damaged.
@@ -89,7 +89,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
             raise TensorFileError(f"{str(self.path)!r} cannot be read ({error.strerror}).") from None
 
     def entry(self, name: str) -> Entry:
-        """Type, shape and size of a tensor, without its data."""
+        """Dtype, shape and size of a tensor, without its data."""
         return self._entries[name]
 
     def __getitem__(self, name: str) -> Tensor:
@@ -99,7 +99,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return data.view(entry.dtype).reshape(entry.shape)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """A tensor's values in their order, some megabytes of them at a time, each piece of one dimension."""
+        """Yield a tensor's values in order, as one-dimensional chunks of some megabytes."""
         entry = self._entries[name]
         for done in range(0, entry.size, _CHECKED):
             data = torch.empty(min(_CHECKED, entry.size - done), dtype=torch.uint8)
@@ -107,11 +107,11 @@ class SafetensorsFile(Mapping[str, Tensor]):
             yield data.view(entry.dtype)
 
     def read_into(self, name: str, place: int, target: memoryview) -> None:
-        """Fill `target` with a tensor's bytes, from its byte `place` on."""
+        """Fill `target` with a tensor's bytes, starting at its byte `place`."""
         self._fill(target, self._entries[name].begin + place, name)
 
     def __contains__(self, name: object) -> bool:
-        # Mapping's own would read the tensor.
+        # Mapping's default implementation would read the tensor.
         return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
@@ -121,7 +121,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return len(self._entries)
 
     def close(self) -> None:
-        """Close the file; done too when the object goes."""
+        """Close the file; garbage collection of the object does so, too."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -152,17 +152,17 @@ class SafetensorsFile(Mapping[str, Tensor]):
         try:
             header = json.loads(raw)
             metadata = header.pop("__metadata__", None) or {}
-            found = {name: self._parse(name, value) for name, value in header.items()}
+            parsed = {name: self._parse(name, value) for name, value in header.items()}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             if isinstance(error, TensorFileError):
                 raise
             raise self._wrong(f"its header is damaged ({error!r})") from None
         start, end = offset + 8 + length, 0
         entries = {}
-        for name, entry, stop in sorted(((n, e, s) for n, (e, s) in found.items()), key=lambda x: (x[1].begin, x[2])):
+        for name, entry, stop in sorted(((n, e, s) for n, (e, s) in parsed.items()), key=lambda x: (x[1].begin, x[2])):
             if entry.begin != end or stop - entry.begin != entry.size:
                 raise self._wrong(
-                    f"{name!r} of {entry.size} bytes is said to lie at {entry.begin} to {stop}, behind a tensor that "
+                    f"its header puts {name!r} of {entry.size} bytes at {entry.begin} to {stop}, after a tensor that "
                     f"ends at {end}"
                 )
             end = stop
@@ -178,7 +178,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         begin, stop = value["data_offsets"]
         numbers = [*value["shape"], begin, stop]
         if any(type(n) is not int or n < 0 for n in numbers):
-            raise self._wrong(f"{name!r} has a shape or place that is no whole number: {numbers}")
+            raise self._wrong(f"{name!r} has a shape or offset that is not a whole number: {numbers}")
         return Entry(_DTYPES[value["dtype"]], tuple(value["shape"]), begin), stop
 
     def _wrong(self, what: str) -> TensorFileError:
@@ -186,7 +186,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
 
 class HashedFile:
-    """A new file written from beginning to end, its SHA-256 known at once; on disk when closed.
+    """A new file that is written sequentially and hashed (SHA-256) on the way; `close` syncs it to disk.
 
     Raises:
         OSError: from any method, as for any file.
@@ -198,7 +198,7 @@ class HashedFile:
         self._place = 0
 
     def write(self, data: Any) -> int:
-        """Append bytes (anything with a buffer); they are hashed and written side by side."""
+        """Append bytes (any object with a buffer); large writes are hashed in parallel."""
         view = memoryview(data).cast("B")
         hashing = None
         if len(view) > 1 << 20:
@@ -214,20 +214,20 @@ class HashedFile:
             if hashing:
                 hashing.join()
         if hashing:
-            # Tells the system to begin writing this to disk; without it, it would wait for the end of the file.
+            # Makes the kernel start writing this to disk now instead of at the end of the file.
             os.posix_fadvise(self._file.fileno(), self._place, len(view), os.POSIX_FADV_DONTNEED)
         self._place += len(view)
         return len(view)
 
     def tell(self) -> int:
-        """Bytes written."""
+        """Number of bytes written."""
         return self._place
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: writes are not buffered."""
 
     def close(self) -> str:
-        """Put the file on disk.
+        """Sync the file to disk and close it.
 
         Returns:
             Its SHA-256.
@@ -237,19 +237,19 @@ class HashedFile:
         return self._hash.hexdigest()
 
     def abandon(self) -> None:
-        """Close without more ado; the file is not whole."""
+        """Close the incomplete file without syncing it."""
         self._file.close()
 
 
 class SafetensorsWriter:
     """Writes a safetensors file whose names, types and shapes are known beforehand, one tensor at a time.
 
-    As a context manager it closes the file, and where the block failed leaves it unfinished.
+    As a context manager it closes the file; if the block fails, the file stays incomplete.
 
     Args:
         path: the file to write.
-        entries: name -> (type, shape), in the order in which the tensors will come.
-        metadata: for the header; HuggingFace's readers want {"format": "pt"}.
+        entries: name -> (dtype, shape), in the order in which the tensors will be appended.
+        metadata: for the header; HuggingFace's readers expect {"format": "pt"}.
 
     Raises:
         OSError: the disk is full, or the file cannot be written.
@@ -265,13 +265,13 @@ class SafetensorsWriter:
         self._left = [(name, dtype, tuple(shape)) for name, (dtype, shape) in entries.items()]
         self._left.reverse()
         header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        place = 0
+        begin = 0
         for name, dtype, shape in reversed(self._left):
-            end = place + math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [place, end]}
-            place = end
+            end = begin + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            begin = end
         raw = json.dumps(header, separators=(",", ":")).encode()
-        # The data begins at a multiple of eight bytes.
+        # Align the data to eight bytes.
         raw += b" " * (-len(raw) % 8)
         self.digest = ""
         self._file = HashedFile(path)
@@ -281,7 +281,7 @@ class SafetensorsWriter:
         """Write the next tensor.
 
         Raises:
-            TensorFileError: it is not the next one, or has another type or shape than the header says.
+            TensorFileError: it is not the next one, or its dtype or shape is not the one in the header.
         """
         expected = self._left[-1] if self._left else None
         if expected != (name, tensor.dtype, tuple(tensor.shape)):
@@ -293,10 +293,10 @@ class SafetensorsWriter:
         self._left.pop()
 
     def close(self) -> str:
-        """Put the file on disk.
+        """Sync the file to disk and close it.
 
         Returns:
-            Its SHA-256, which `digest` keeps.
+            Its SHA-256, which is also kept in `digest`.
 
         Raises:
             TensorFileError: tensors are missing.
@@ -320,5 +320,5 @@ class SafetensorsWriter:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes, row by row; no copy where it lies so in memory."""
+    """A tensor's bytes in row-major order; not copied if the tensor is contiguous on the CPU."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,4 +1,4 @@
-"""Files of JSON lines of which each names its step: cut back where a resumed run makes steps again."""
+"""JSON-lines files with one step per row, truncated when a resumed run repeats steps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Add rows, each with its "step".
+    """Append rows, each with its "step".
 
     Raises:
         OSError: the file cannot be written.
@@ -20,7 +20,7 @@ def append(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def rewind(path: Path, step: int) -> list[dict[str, Any]]:
-    """Forget rows of steps after `step`, which are made again, and half lines; the rows that stay.
+    """Drop incomplete lines and the rows of steps after `step`, which will be repeated; return the remaining rows.
 
     Raises:
         OSError: the file cannot be written.
@@ -33,7 +33,7 @@ def rewind(path: Path, step: int) -> list[dict[str, Any]]:
             row = json.loads(line)
             stays = row["step"] <= step
         except (json.JSONDecodeError, KeyError, TypeError):
-            # A run that was killed while writing leaves half a line.
+            # A run that was killed while writing leaves an incomplete line.
             continue
         if stays:
             lines.append(line + "\n")

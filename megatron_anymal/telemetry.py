@@ -1,4 +1,4 @@
-"""What a run tells: a line per log step, JSONL, loggers, progress with the time left."""
+"""Output of a run: one console line per log step, metrics.jsonl, loggers, and progress with the time left."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ log = logging.getLogger("megatron_anymal")
 
 
 class MetricsLogger(Protocol):
-    """What the engine asks of a TensorBoard or W&B logger (Lightning's have it)."""
+    """Interface of a TensorBoard or W&B logger (Lightning's loggers implement it)."""
 
     def log_metrics(self, metrics: dict[str, float], step: int) -> None:
-        """Record metrics of a step."""
+        """Record the metrics of a step."""
 
     def save(self) -> None:
-        """Put on disk what was recorded."""
+        """Flush the recorded metrics to disk."""
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person writes them: 45s, 3m20s, 5h02m, 2d04h."""
+    """Format seconds for people: 45s, 3m20s, 5h02m, 2d04h."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -37,10 +37,10 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A counter with the time left, on standard error, at most once a second.
+    """A progress counter with the time left, printed to standard error at most once per second.
 
     Args:
-        unit: of what is counted, for large counts: then the rate is told too.
+        unit: the unit of the count, for large counts; if given, the rate is printed too.
     """
 
     def __init__(self, what: str, total: int, unit: str = ""):
@@ -48,7 +48,7 @@ class Progress:
         self._done, self._start, self._shown = 0, time.monotonic(), 0.0
 
     def advance(self, count: int = 1) -> None:
-        """Count work done."""
+        """Count completed work."""
         self._done += count
         now = time.monotonic()
         if self._done and now - self._shown >= 1.0:
@@ -57,7 +57,7 @@ class Progress:
             self._write(f"{self._done}/{self._total}{self._unit}{self._rate(now)}, {duration(left)} left")
 
     def finish(self) -> None:
-        """Say that it is done."""
+        """Print the total count and time."""
         now = time.monotonic()
         self._write(f"{self._done}{self._unit} in {duration(now - self._start)}{self._rate(now)}")
         if sys.stderr.isatty():
@@ -81,41 +81,41 @@ class RunLog:
             run_dir.mkdir(parents=True, exist_ok=True)
 
     def rewind(self, step: int) -> None:
-        """Forget lines of steps after `step`: a resumed run writes them again."""
+        """Drop the lines of steps after `step`: a resumed run writes them again."""
         if self._active:
             step_lines.rewind(self._path, step)
 
     def write(self, step: int, metrics: Mapping[str, float], line: str = "") -> None:
-        """Record metrics of a step; `line` is what the console shows."""
+        """Record the metrics of a step; `line` is printed on the console."""
         if not self._active:
             return
         if line:
             self.say(line)
-        # A full disk must not end the run: its checkpoints are tried again too.
+        # A full disk must not end the run: checkpoint writes are retried, too.
         try:
             step_lines.append(self._path, [{"step": step, **metrics}])
             for logger in self._loggers:
                 logger.log_metrics(dict(metrics), step)
         except OSError as error:
-            self.say(f"warning: the figures of step {step} could not be written: {error}. Training goes on.")
+            self.say(f"warning: the metrics of step {step} could not be written: {error}. Training continues.")
 
     def save(self) -> None:
-        """Put on disk what the loggers hold back; before a checkpoint, so that none is newer than its log."""
+        """Flush the loggers; called before a checkpoint, so that no checkpoint is newer than its log."""
         if self._active:
             for logger in self._loggers:
                 try:
                     logger.save()
                 except OSError as error:
-                    self.say(f"warning: a logger could not write: {error}. Training goes on.")
+                    self.say(f"warning: a logger could not write: {error}. Training continues.")
 
     def say(self, text: str) -> None:
-        """A line on the console."""
+        """Print a line on the console."""
         if self._active:
             print(text, flush=True)
 
 
 def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: float) -> str:
-    """The console line of a step; behind a modality's loss stand the target tokens it was averaged over."""
+    """Console line of a step; each modality's loss is followed by the number of target tokens it was averaged over."""
     names = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
     losses = ", ".join(f"{name} {metrics[f'loss/{name}']:.4f} of {metrics[f'targets/{name}']:,.0f}" for name in names)
     return (

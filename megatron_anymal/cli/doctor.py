@@ -1,4 +1,4 @@
-"""`anymal doctor`: what is installed, what is missing, what it costs and the command that mends it."""
+"""`anymal doctor`: show what is installed, what is missing, what that costs and how to fix it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_anymal.environment import OK, Finding, examine
 
 
 def main(argv: Sequence[str]) -> int:
-    """Print the table; 0 if all required parts are there and fit, else 1."""
+    """Print the table; return 0 if all required components are installed in a supported version, else 1."""
     parser = argparse.ArgumentParser(prog="anymal doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print a list of objects instead of the table")
     arguments = parser.parse_args(argv)
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """The findings as aligned text; what is wrong is followed by its cost and its mend."""
+    """Format the findings as aligned text; each problem is followed by its cost and its fix."""
     part_width = max(len(finding.part) for finding in findings)
     version_width = max(len(finding.version) for finding in findings)
     lines = []
@@ -32,6 +32,6 @@ def table(findings: Sequence[Finding]) -> str:
             lines.append(f"{'':<{part_width}}    without it: {finding.cost}")
             lines.append(f"{'':<{part_width}}    fix: {finding.fix}")
     wrong = [finding.part for finding in findings if finding.required and finding.state != OK]
-    lines += ["", f"Fix first: {', '.join(wrong)}." if wrong else "All required parts are there."]
-    lines.append("Commands with -e are run in this project's folder.")
+    lines += ["", f"Fix first: {', '.join(wrong)}." if wrong else "All required components are installed."]
+    lines.append("Run commands with -e in this project's folder.")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""`anymal evaluate`: exact answers on prepared samples.
+"""`anymal evaluate`: accuracy of exact answers on prepared samples.
 
-A sample's last text, or a conversation's last turn, is its answer; the model gets everything before it and answers,
-greedily if nothing else is said.
+The last text of a sample, or the last turn of a conversation, is the expected answer; the model gets everything before
+it and answers, greedily by default.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from megatron_anymal.generation.evaluation import evaluate, permute_media, read_
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb. Returns the exit code."""
+    """Run the verb and return the exit code."""
     parser = argparse.ArgumentParser(prog="anymal evaluate", description=__doc__)
     parser.add_argument("--data", action="append", required=True, help="a prepared folder; may be repeated")
-    parser.add_argument("--limit", type=int, help="samples of each folder")
-    parser.add_argument("--permute-media", action="store_true", help="also with the media exchanged among the samples")
-    parser.add_argument("--untrained", action="store_true", help="also with the projectors' initial values")
-    parser.add_argument("--out", help="a .json file for scores and answers")
+    parser.add_argument("--limit", type=int, help="number of samples per folder; default: all")
+    parser.add_argument("--permute-media", action="store_true", help="also score with media swapped between samples")
+    parser.add_argument("--untrained", action="store_true", help="also score with the projectors' initial values")
+    parser.add_argument("--out", help="write scores and answers to this .json file")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     arguments = parser.parse_args(argv)

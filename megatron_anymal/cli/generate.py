@@ -1,4 +1,4 @@
-"""`anymal generate`: answers from a training checkpoint or an exported folder, to look at what it has learned."""
+"""`anymal generate`: answer prompts with a training checkpoint or an exported folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_anymal.generation.sampling import Sampling
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb. Returns the exit code."""
+    """Run the verb and return the exit code."""
     arguments = _parser().parse_args(argv)
     sampling = sampling_of(arguments)
     _check(arguments)
@@ -53,21 +53,23 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="anymal generate", description=__doc__)
     parser.add_argument("--text", default="", help="the prompt's text")
     parser.add_argument("--media", action="append", default=[], help="a media file before the text; may be repeated")
-    parser.add_argument("--modality", action="append", default=[], help="the kind of each --media, where unclear")
-    parser.add_argument("--rate", type=float, help="samples a second of the --media that do not tell (IMU)")
-    parser.add_argument("--chat", action="store_true", help="ask as a user's turn of a conversation")
-    parser.add_argument("--prompts", help="a .jsonl with `parts` or `messages` a line, instead")
-    parser.add_argument("--out", help="with --prompts: a .jsonl for the prompts' numbers (from 0) and answers")
-    parser.add_argument("--stream", action="store_true", help="print the answer as it comes")
-    parser.add_argument("--interactive", action="store_true", help="talk with the model; /help says how")
+    parser.add_argument(
+        "--modality", action="append", default=[], help="the kind of each --media, if its name is ambiguous"
+    )
+    parser.add_argument("--rate", type=float, help="samples per second of --media that do not specify it (IMU)")
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a user turn of a conversation")
+    parser.add_argument("--prompts", help="read prompts from this .jsonl file: `parts` or `messages` on each line")
+    parser.add_argument("--out", help="with --prompts: write prompt numbers (from 0) and answers to this .jsonl file")
+    parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
+    parser.add_argument("--interactive", action="store_true", help="chat with the model; /help lists the commands")
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     return parser
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse arguments that would have no effect."""
-    of_one = {
+    """Reject arguments that would have no effect."""
+    single_prompt = {
         "--text": arguments.text,
         "--media": arguments.media,
         "--modality": arguments.modality,
@@ -75,23 +77,23 @@ def _check(arguments: argparse.Namespace) -> None:
         "--chat": arguments.chat,
     }
     if arguments.interactive:
-        others = {**of_one, "--prompts": arguments.prompts, "--out": arguments.out, "--stream": arguments.stream}
+        others = {**single_prompt, "--prompts": arguments.prompts, "--out": arguments.out, "--stream": arguments.stream}
         if given := [name for name, value in others.items() if value]:
-            raise ConfigError(f"{given[0]}: --interactive takes texts and media from what is typed. Leave it away.")
+            raise ConfigError(f"{given[0]}: --interactive reads text and media from standard input. Remove it.")
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("--interactive needs one process, which reads what is typed. Start without torchrun.")
-    if arguments.prompts and (given := [name for name, value in of_one.items() if value]):
-        raise ConfigError(f"{given[0]}: the prompts come from {arguments.prompts!r}. Leave one of them away.")
+            raise ConfigError("--interactive needs one process, which reads standard input. Start it without torchrun.")
+    if arguments.prompts and (given := [name for name, value in single_prompt.items() if value]):
+        raise ConfigError(f"{given[0]}: the prompts come from {arguments.prompts!r}. Remove one of them.")
     if arguments.out and not arguments.prompts:
-        raise ConfigError("--out takes the answers to --prompts, which is missing.")
+        raise ConfigError("--out is for the answers to --prompts, which is missing.")
     if arguments.out and not Path(arguments.out).absolute().parent.is_dir():
-        raise ConfigError(f"--out {arguments.out!r}: its folder is missing. Make it, or name another.")
+        raise ConfigError(f"--out {arguments.out!r}: its folder is missing. Create it, or name another.")
     if arguments.out and arguments.stream:
-        raise ConfigError("--stream prints the answer, --out writes it. Leave one of them away.")
+        raise ConfigError("--stream prints the answer, --out writes it. Remove one of them.")
 
 
 def _write(generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int, path: Path) -> None:
-    """Answers into a .jsonl, as they are there."""
+    """Write answers to a .jsonl file, batch by batch."""
     file = path.open("w", encoding="utf-8") if generator.reports else None
     number = 0
     for batch in generator.batches(prompts, sampling, batch_size):
@@ -106,10 +108,10 @@ def _write(generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, 
 
 
 def _read_line(shown: str) -> str:
-    """A line of standard input; `shown` stands before it where somebody types."""
+    """Read a line of standard input; on a terminal, `shown` is printed before it."""
     if not sys.stdin.isatty():
         return input()
-    # Arrow keys and earlier lines.
+    # Enables arrow keys and history.
     import readline  # noqa: F401
 
     return input(shown)

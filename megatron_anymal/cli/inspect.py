@@ -1,7 +1,8 @@
 """`anymal inspect`: check prepared folders, and show samples as the model sees them.
 
-Without a configuration the check knows the text lengths only; with `--config-name` it also counts the pieces and soft
-tokens of that run's modalities, what exceeds its data.seq_length, and how well its packs are filled.
+Without a configuration only text lengths are known; with `--config-name` the check also counts the pieces and soft
+tokens of that run's modalities and the samples that exceed its data.seq_length, and measures how well its packs are
+filled.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.modalities import MediaError, build_modality, load_plugins
 
-# Bad samples named; the others are counted.
+# Number of bad samples that are named; the others are only counted.
 _SHOWN = 20
 _PACKED_STEPS = 20
 _ROWS_AT_ONCE = 1_000_000
@@ -49,7 +50,7 @@ _KIND_NAMES = {"messages": "conversations", "preference": "preference pairs"}
 
 @dataclass(frozen=True)
 class InspectedRun:
-    """What a configuration adds."""
+    """A configuration, and what is built from it to inspect samples."""
 
     config: RunConfig
     reading: Reading
@@ -57,7 +58,7 @@ class InspectedRun:
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb. Returns the exit code: 1 where something is bad."""
+    """Run the verb and return the exit code: 1 if anything is bad."""
     arguments = _parser().parse_intermixed_args(argv)
     folders = [text for text in arguments.folders if not (arguments.config_name and _OVERRIDE.match(text))]
     overrides = [text for text in arguments.folders if text not in folders]
@@ -72,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
         )
     if not folders:
         raise DataError(
-            "There is nothing to inspect. Name a folder made by `anymal prepare`, or a run with --config-name."
+            "There is nothing to inspect. Name a folder created by `anymal prepare`, or a run with --config-name."
         )
     problems = 0
     for folder in folders:
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "folders", nargs="*", metavar="FOLDER", help="prepared folders, then key=value overrides of the configuration"
     )
-    parser.add_argument("--tokenizer", help="folder of the tokenizer that the index was made with")
+    parser.add_argument("--tokenizer", help="folder of the tokenizer that the index was built with")
     parser.add_argument("--sample", action="append", default=[], metavar="KEY_OR_NUMBER", help="only show this sample")
     parser.add_argument("--limit", type=int, help="read only the first LIMIT samples of each folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that read and decode")
@@ -114,7 +115,7 @@ def _read_run(name: str, folder: Optional[str], overrides: Sequence[str]) -> Ins
 def _inspect(
     index: ShardIndex, tokenizer_folder: str, run: Optional[InspectedRun], arguments: argparse.Namespace
 ) -> int:
-    """Check one folder, or show samples of it; returns the number of problems."""
+    """Check one folder, or show samples of it, and return the number of problems."""
     tokenizer = (
         run.reading.tokenizer if run and run.config.data.tokenizer == tokenizer_folder else Tokenizer(tokenizer_folder)
     )
@@ -130,7 +131,7 @@ def _inspect(
         return len(wrong) + sum(_show(index, text, reading) for text in arguments.sample)
     _print_media(index)
     _print_left_out(index)
-    _print_lengths("text tokens a sample", _text_tokens(index))
+    _print_lengths("text tokens per sample", _text_tokens(index))
     numbers = range(min(len(index), arguments.limit or len(index)))
     if not run:
         only_probed = [kind for kind in kinds if kind not in reading.modalities]
@@ -173,7 +174,7 @@ def _print_media(index: ShardIndex) -> None:
 
 
 def _print_left_out(index: ShardIndex) -> None:
-    """What is not in the index, by reason, from its ledger."""
+    """Print what was left out of the index, grouped by reason."""
     ignored = index.members.get("ignored", {})
     if ignored:
         print(f"  ignored members: {', '.join(f'{what} {count}' for what, count in ignored.items())}")
@@ -186,7 +187,7 @@ def _spread(values: np.ndarray) -> str:
 
 
 def _print_lengths(what: str, lengths: np.ndarray) -> None:
-    """Spread and histogram of whole numbers."""
+    """Print the spread and a histogram of whole numbers."""
     low, high = int(lengths.min()), int(lengths.max())
     print(f"{what}: min {low}, median {np.median(lengths):g}, p95 {np.percentile(lengths, 95):g}, max {high}")
     step = max(1, -(-(high - low + 1) // 10))
@@ -208,19 +209,19 @@ def _bytes(count: float) -> str:
 
 
 def _find(index: ShardIndex, text: str) -> int:
-    """A sample's row from its key or, where no key is spelled so, its number."""
+    """Find a sample's row by its key or, if no key matches, by its number."""
     for number in range(len(index)):
         if index.key(number) == text:
             return number
     if text.isdigit() and int(text) < len(index):
         return int(text)
     raise DataError(
-        f"--sample {text}: {index.folder!r} has no sample of this key, nor so many samples (it has {len(index)})."
+        f"--sample {text}: {index.folder!r} has no sample with this key or number (it has {len(index)} samples)."
     )
 
 
 def _show(index: ShardIndex, text: str, reading: Reading) -> int:
-    """Print a sample; returns 1 where it is bad."""
+    """Print a sample; return 1 if it is bad."""
     number = _find(index, text)
     print(f"\nsample {index.key(number)!r}, number {number}")
     try:
@@ -241,7 +242,7 @@ def _show(index: ShardIndex, text: str, reading: Reading) -> int:
 
 
 def _print_parts(parts: Sequence[Part], media_rows: np.ndarray, sample: ReadSample) -> None:
-    """A line for each part of a document."""
+    """Print one line per content part of a document."""
     rows = zip(media_rows, sample.media, sample.pieces)
     for part in parts:
         if not isinstance(part, MediaPart):
@@ -257,26 +258,26 @@ def _print_parts(parts: Sequence[Part], media_rows: np.ndarray, sample: ReadSamp
 
 
 def _token_lines(document: Document, media: Sequence[MediaBytes], reading: Reading) -> Iterator[str]:
-    """A line for each token, or run of placeholders: place, id, text, whether it is a target."""
+    """Yield one line per token or run of placeholders: position, id, text, and whether it is a target."""
     hf = reading.tokenizer.hf
     starts = {} if reading.loaded else _media_at(document, media)
     placeholders = {entry.placeholder for entry in reading.loaded.values()}
-    place = 0
+    position = 0
     for token, group in itertools.groupby(document.tokens):
         count = len(list(group))
         if token in placeholders:
-            yield f"{place:>5}  {token:>6}  {hf.convert_ids_to_tokens(token)} x {count}"
-            place += count
+            yield f"{position:>5}  {token:>6}  {hf.convert_ids_to_tokens(token)} x {count}"
+            position += count
             continue
         for _ in range(count):
-            yield from starts.get(place, [])
-            target = "  target" if document.is_target[place] else ""
-            yield f"{place:>5}  {token:>6}  {hf.decode([token])!r}{target}"
-            place += 1
+            yield from starts.get(position, [])
+            target = "  target" if document.is_target[position] else ""
+            yield f"{position:>5}  {token:>6}  {hf.decode([token])!r}{target}"
+            position += 1
 
 
 def _media_at(document: Document, media: Sequence[MediaBytes]) -> dict[int, list[str]]:
-    """Where media stand among text tokens alone."""
+    """Text-token position -> lines that mark the media at that position."""
     at: dict[int, list[str]] = {}
     for start, item in zip(document.media_starts, media):
         at.setdefault(start, []).append(f"{'':>5}  {'':>6}  <{item.part.modality}>")
@@ -284,12 +285,12 @@ def _media_at(document: Document, media: Sequence[MediaBytes]) -> dict[int, list
 
 
 def _packing(run: InspectedRun) -> int:
-    """Print, for each dataset, what is too long, and how well the first steps' packs are filled."""
+    """Print how many samples of each dataset are too long, and how well the packs of the first steps are filled."""
     config, problems = run.config, 0
     for split in ("train", "validation"):
         for name, dataset in getattr(config.data, split).items():
             lengths = _lengths(_planner(run, {name: dataset}))
-            _print_lengths(f"data.{split}.{name}: LLM tokens a sample, media included", lengths)
+            _print_lengths(f"data.{split}.{name}: LLM tokens per sample, including media", lengths)
             too_long = int((lengths > config.data.seq_length).sum())
             fate = "training refuses to start" if config.data.too_long == "refuse" else "they are left out"
             note = f" ({fate}: data.too_long={config.data.too_long})" if too_long else ""
@@ -301,12 +302,12 @@ def _packing(run: InspectedRun) -> int:
     for step in range(min(_PACKED_STEPS, config.trainer.max_steps)):
         plan = planner.plan(step)
         count = sum(len(replica) for replica in plan.micro_batches)
-        kept = [n for place, n in enumerate(plan.length) if place not in plan.dropped]
+        kept = [n for position, n in enumerate(plan.length) if position not in plan.dropped]
         fills.append(sum(int(n) for n in kept) / (plan.padded_length * count))
         packs.append(count)
     print(
         f"first {len(fills)} steps: {np.mean(fills):.1%} of the computed tokens are real (worst step "
-        f"{min(fills):.1%}), {min(packs)} to {max(packs)} micro-batches a step"
+        f"{min(fills):.1%}), {min(packs)} to {max(packs)} micro-batches per step"
     )
     return problems
 
@@ -320,20 +321,20 @@ def _planner(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPlan
         BatchLayout.of(config),
         global_batch_size=config.model.global_batch_size,
         seed=config.model.seed,
-        # Counted here, not refused.
+        # Counted here, not rejected.
         too_long="drop",
         check_shards=False,
     )
 
 
 def _lengths(planner: BatchPlanner) -> np.ndarray:
-    """LLM tokens of every sample of a one-dataset plan."""
+    """Number of LLM tokens of every sample, for a planner of one dataset."""
     [index] = planner.indexes
     return np.concatenate([planner.measure(index, rows).length for rows in _row_chunks(index)])
 
 
 def _text_tokens(index: ShardIndex) -> np.ndarray:
-    """Tokens of every sample that are not media."""
+    """Number of text tokens of every sample."""
     return np.concatenate([index.lengths(rows)[0].sum(axis=1) for rows in _row_chunks(index)])
 
 

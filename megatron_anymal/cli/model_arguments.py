@@ -1,4 +1,4 @@
-"""The command line's model: a training checkpoint or an exported folder, told apart by what the folder holds."""
+"""Command-line arguments for the model, a training checkpoint or an exported folder, and for sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_anymal.generation.sampling import Sampling
 
 MODEL_TYPE = "anymal"
 DTYPES = ("auto", "float32", "bfloat16")
-# Arguments that one kind of folder alone takes, and how they are written.
+# Arguments that apply to one kind of folder only, and their spelling.
 _OF_CHECKPOINTS = {
     "trust_plugins": FLAG,
     "tensor_model_parallel_size": "--tensor-model-parallel-size",
@@ -29,40 +29,42 @@ _OF_EXPORTS = {"device": "--device", "dtype": "--dtype", "trust_remote_code": "-
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every verb that loads a model takes."""
+    """Add the arguments of every verb that loads a model."""
     parser.add_argument(
-        "--checkpoint", required=True, help="a training checkpoint's or its run's folder, or an exported folder"
+        "--checkpoint", required=True, help="folder of a training checkpoint, of its run, or of an export"
     )
-    native = parser.add_argument_group("of a training checkpoint")
-    native.add_argument(FLAG, action="store_true", default=None, help="import plug-ins that the checkpoint names")
+    native = parser.add_argument_group("training checkpoints")
+    native.add_argument(FLAG, action="store_true", default=None, help="import the plug-ins that the checkpoint names")
     native.add_argument("--tensor-model-parallel-size", type=int, help="default: all processes")
     native.add_argument("--pipeline-model-parallel-size", type=int, help="default: 1")
-    exported = parser.add_argument_group("of an exported folder")
-    exported.add_argument(
-        "--trust-remote-code", action="store_true", default=None, help="run the code that the folder holds"
-    )
-    exported.add_argument("--device", help="default: cuda where there is one, else cpu")
-    exported.add_argument("--dtype", choices=DTYPES, help="default: auto, the folder's")
+    exported = parser.add_argument_group("exported folders")
+    exported.add_argument("--trust-remote-code", action="store_true", default=None, help="run the code in the folder")
+    exported.add_argument("--device", help="default: cuda if available, else cpu")
+    exported.add_argument("--dtype", choices=DTYPES, help="default: auto, the dtype of the folder")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the answers are made."""
+    """Add the arguments that control sampling."""
     default = Sampling()
     group = parser.add_argument_group("answers")
     group.add_argument("--max-new-tokens", type=int, default=default.max_new_tokens)
     group.add_argument("--temperature", type=float, default=default.temperature, help="0: greedy")
-    group.add_argument("--top-p", type=float, default=default.top_p, help="the likeliest tokens that make this share")
-    group.add_argument("--top-k", type=int, default=default.top_k, help="this many of the likeliest tokens; 0: all")
     group.add_argument(
-        "--repetition-penalty", type=float, default=default.repetition_penalty, help="above 1: repeat less"
+        "--top-p", type=float, default=default.top_p, help="sample from the likeliest tokens of this total probability"
+    )
+    group.add_argument(
+        "--top-k", type=int, default=default.top_k, help="sample from this many of the likeliest tokens; 0: all"
+    )
+    group.add_argument(
+        "--repetition-penalty", type=float, default=default.repetition_penalty, help="above 1: less repetition"
     )
     group.add_argument("--stop", action="append", default=[], help="an answer ends before this text; may be repeated")
-    group.add_argument("--seed", type=int, default=default.seed, help="what chance depends on")
+    group.add_argument("--seed", type=int, default=default.seed, help="random seed")
     group.add_argument("--batch-size", type=int, default=64)
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
-    """How the command line wants the answers made.
+    """Build the sampling settings from the command line.
 
     Raises:
         ConfigError: a value out of range.
@@ -79,15 +81,15 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
 
 
 def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) -> Generator:
-    """The model of `--checkpoint`; with `untrained`, its projectors have their initial values.
+    """Load the model of `--checkpoint`; with `untrained`, its projectors keep their initial values.
 
     Raises:
-        CheckpointError, ConfigError: the folder holds no model, or the arguments do not fit what it holds.
+        CheckpointError, ConfigError: the folder does not hold a model, or the arguments do not apply to it.
     """
     folder = arguments.checkpoint
     exported = _exported_config(Path(folder))
     if exported is None:
-        _refuse(arguments, _OF_EXPORTS, f"{folder!r} is a training checkpoint; only an exported folder takes it")
+        _refuse(arguments, _OF_EXPORTS, f"{folder!r} is a training checkpoint; the option is for exported folders")
         return NativeGenerator.of_run(
             folder,
             arguments.tensor_model_parallel_size,
@@ -95,12 +97,14 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
             untrained=untrained,
             trust_plugins=bool(arguments.trust_plugins),
         )
-    _refuse(arguments, _OF_CHECKPOINTS, f"{folder!r} is an exported folder, which one process answers from")
+    _refuse(arguments, _OF_CHECKPOINTS, f"{folder!r} is an exported folder, which runs in one process")
     if untrained:
-        raise ConfigError(f"--untrained: {folder!r} is an exported folder, which holds no initial values. Name a run.")
+        raise ConfigError(
+            f"--untrained: {folder!r} is an exported folder, which does not have initial values. Name a run."
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
-            f"{folder!r} is an exported folder, which one process answers from. Start without torchrun, or name the "
+            f"{folder!r} is an exported folder, which runs in one process. Start without torchrun, or name the "
             "training checkpoint."
         )
     return ExportedGenerator.of_folder(
@@ -113,10 +117,10 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
 
 
 def _exported_config(folder: Path) -> Optional[dict[str, Any]]:
-    """An exported folder's config.json; None where the folder holds a checkpoint.
+    """Read an exported folder's config.json; None if the folder holds a training checkpoint.
 
     Raises:
-        CheckpointError: it holds neither.
+        CheckpointError: it is neither.
     """
     if (folder / store.MANIFEST).is_file():
         return None
@@ -126,14 +130,14 @@ def _exported_config(folder: Path) -> Optional[dict[str, Any]]:
             config = json.loads(path.read_text())
         except ValueError as error:
             raise CheckpointError(f"{str(path)!r} is damaged ({error}). Export again.") from None
-        found = config.get("model_type") if isinstance(config, dict) else None
-        if found != MODEL_TYPE:
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        if model_type != MODEL_TYPE:
             raise CheckpointError(
-                f"{str(path)!r} has the model_type {found!r}, not {MODEL_TYPE!r}. Name a folder that this trainer "
+                f"{str(path)!r} has the model_type {model_type!r}, not {MODEL_TYPE!r}. Name a folder that this trainer "
                 "exported, or a training checkpoint."
             )
         return config
-    if not any(list(place.glob("step_*")) for place in (folder, folder / "checkpoints")):
+    if not any(list(parent.glob("step_*")) for parent in (folder, folder / "checkpoints")):
         raise CheckpointError(
             f"There is no checkpoint in {str(folder)!r}: no {store.MANIFEST}, no step_* and no checkpoints/step_*, and "
             "no config.json of an exported folder either. Name the folder of a checkpoint, of its run, or an exported "
@@ -145,4 +149,4 @@ def _exported_config(folder: Path) -> Optional[dict[str, Any]]:
 def _refuse(arguments: argparse.Namespace, names: dict[str, str], reason: str) -> None:
     for name, written in names.items():
         if getattr(arguments, name) is not None:
-            raise ConfigError(f"{written}: {reason}. Leave it away.")
+            raise ConfigError(f"{written}: {reason}. Remove it.")

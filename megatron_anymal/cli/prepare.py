@@ -1,4 +1,4 @@
-"""`anymal prepare`: a manifest or other people's shards become shards with an index."""
+"""`anymal prepare`: build shards and their index from a manifest, or index existing shards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from megatron_anymal.modalities.base import nearest
 
 
 def main(argv: Sequence[str]) -> int:
-    """The verb. Returns the exit code."""
+    """Run the verb and return the exit code."""
     arguments = _parser().parse_args(argv)
     if not arguments.tokenizer:
         raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
@@ -47,12 +47,12 @@ def main(argv: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="anymal prepare", description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--manifest", help="a .jsonl or .csv of media paths and texts, to be packed into shards")
-    source.add_argument("--index-only", metavar="FOLDER", help="a folder of WebDataset shards, to be indexed in place")
-    parser.add_argument("--out", help="with --manifest: the folder to make")
+    source.add_argument("--manifest", help="a .jsonl or .csv file of media paths and texts to pack into shards")
+    source.add_argument("--index-only", metavar="FOLDER", help="a folder of WebDataset shards to index in place")
+    parser.add_argument("--out", help="with --manifest: the folder to create")
     parser.add_argument("--tokenizer", help="folder of the tokenizer that training will use")
     parser.add_argument("--samples-per-shard", type=int, default=2000)
-    parser.add_argument("--overwrite", action="store_true", help="replace what --out holds")
+    parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that index shards")
     parser.add_argument(
         "--max-bad-share",
@@ -65,10 +65,12 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="ENDINGS",
-        help="only members with these endings count, for example jpg,txt or '*.png,json'; others are ignored",
+        help="use only members with these endings, for example jpg,txt or '*.png,json', and ignore others",
     )
     parser.add_argument(
-        "--text-only", action="store_true", help="a .txt alone beside samples with media is a sample, not a loss"
+        "--text-only",
+        action="store_true",
+        help="keep samples of a .txt alone in a folder that also has samples with media",
     )
     parser.add_argument("--modality", action="append", default=[], metavar="ENDING=KIND", help="for example npy=imu")
     parser.add_argument(
@@ -76,14 +78,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="KIND.NAME=VALUE",
-        help="holds for all media of a kind that do not state it themselves, for example imu.rate=200",
+        help="default for all media of a kind that do not specify it, for example imu.rate=200",
     )
     parser.add_argument(
         "--limit",
         action="append",
         default=[],
         metavar="NAME=NUMBER",
-        help="one of data.limits, for example max_pixels=20000000",
+        help="override one of data.limits, for example max_pixels=20000000",
     )
     parser.add_argument("--plugin", action="append", default=[], help="a file that registers further modalities")
     return parser
@@ -102,8 +104,8 @@ def _kinds(given: Sequence[str]) -> dict[str, str]:
 
 
 def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """KIND.NAME=VALUE pairs by kind; a value is JSON if it can be."""
-    found: dict[str, dict[str, Any]] = {}
+    """Parse KIND.NAME=VALUE pairs, grouped by kind; values are parsed as JSON if possible."""
+    by_kind: dict[str, dict[str, Any]] = {}
     for text in given:
         path, value = _pair("--attribute", text, "KIND.NAME=VALUE, for example imu.rate=200")
         kind, _, name = path.partition(".")
@@ -112,14 +114,14 @@ def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         if kind not in MODALITIES:
             raise DataError(f"--attribute {text!r}: there is no modality {kind!r}. {nearest(kind, MODALITIES)}")
         try:
-            found.setdefault(kind, {})[name] = json.loads(value)
+            by_kind.setdefault(kind, {})[name] = json.loads(value)
         except ValueError:
-            found.setdefault(kind, {})[name] = value
-    return found
+            by_kind.setdefault(kind, {})[name] = value
+    return by_kind
 
 
 def _limits(given: Sequence[str]) -> LimitsConfig:
-    """The default limits with some of them replaced."""
+    """Return the default limits with the given ones replaced."""
     limits = LimitsConfig()
     known = {field.name: type(getattr(limits, field.name)) for field in dataclasses.fields(limits)}
     values = {}

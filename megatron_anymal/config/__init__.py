@@ -1,4 +1,4 @@
-"""The configuration of a run: its schema, and the error that every bad setting raises."""
+"""The configuration of a run: its schema, and the error raised for every invalid setting."""
 
 from megatron_anymal.config.schema import (
     DEFAULT_LIMITS,

@@ -1,7 +1,7 @@
-"""From YAML files and command-line overrides to a `RunConfig`, with the origin of every value.
+"""Compose YAML files and command-line overrides into a `RunConfig`, with the origin of every value.
 
-Hydra composes; what a source may say is checked here first, so that a wrong key or type is reported in the words of
-our schema, with the file or override it stands in.
+Hydra does the composition. Each source is checked against the schema first, so that a wrong key or type is reported
+in the schema's terms, with the file or override that contains it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_anymal.config.schema import ConfigError, RunConfig
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
-# Name under which a file's `defaults:` list finds the defaults of the schema.
+# Name of the schema's defaults in the `defaults:` list of a file.
 SCHEMA_NAME = "anymal"
 # Sections that Hydra reads itself.
 _HYDRA_SECTIONS = ("defaults", "hydra")
@@ -34,8 +34,8 @@ class Composed:
     Attributes:
         config: the typed configuration.
         origins: for every value, by dotted key: "default", "file DIR/NAME.yaml" or "override".
-        hydra_overrides: the overrides as Hydra takes them: one of a default inside an existing entry of
-            `model.modalities` or `data.train` is marked `++`, since Hydra knows no defaults there.
+        hydra_overrides: the overrides in the form that Hydra accepts: an override of a default inside an existing
+            entry of `model.modalities` or `data.train` is prefixed with `++`, since Hydra has no defaults there.
     """
 
     config: RunConfig
@@ -44,14 +44,14 @@ class Composed:
 
 
 def default_config_dir() -> Path:
-    """The folder of the shipped YAML files: inside the installed package, or beside it in a checkout."""
+    """Folder of the shipped YAML files: inside the installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "nemo_configs"
     return installed if installed.is_dir() else package.parent / "nemo_configs"
 
 
 def compose(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Composed:
-    """Compose `config_dir/config_name.yaml` with what it inherits and with Hydra overrides.
+    """Compose `config_dir/config_name.yaml` with the files it inherits from and with Hydra overrides.
 
     Args:
         config_name: file name, with or without `.yaml`.
@@ -102,7 +102,7 @@ def compose(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Com
 
 
 def format_config(composed: Composed) -> str:
-    """One line per value, aligned: key, value (JSON) and where it came from."""
+    """Format one aligned line per value: key, value (JSON) and origin."""
     rows = [(key, json.dumps(value), composed.origins[key]) for key, value in leaves(composed.config.to_dict())]
     key_width = max(len(key) for key, _, _ in rows)
     value_width = min(max(len(value) for _, value, _ in rows), 48)
@@ -110,15 +110,15 @@ def format_config(composed: Composed) -> str:
 
 
 def print_config(composed: Composed, *, explained: bool = False) -> None:
-    """Print every value and its origin; if `explained`, also what its key means."""
+    """Print every value and its origin and, if `explained`, the documentation of its key."""
     print(explain(composed.config.to_dict(), composed.origins) if explained else format_config(composed))
 
 
 def register_schema() -> None:
-    """Tell Hydra the defaults of the schema, under `SCHEMA_NAME`.
+    """Register the defaults of the schema with Hydra, under `SCHEMA_NAME`.
 
-    As plain dicts: Hydra cannot add an entry to a dict of typed sections with `+data.train.extra.path=...`, and the
-    types are checked here with better messages.
+    They are plain dicts: Hydra cannot add an entry to a dict of typed sections with `+data.train.extra.path=...`, and
+    the type checks of this package have better messages.
     """
     from hydra.core.config_store import ConfigStore
 
@@ -126,7 +126,7 @@ def register_schema() -> None:
 
 
 def search_path_override(config_dir: Path) -> list[str]:
-    """The override that lets a file in `config_dir` inherit the shipped configurations too."""
+    """Hydra override that lets files in `config_dir` inherit from the shipped configurations."""
     shipped = default_config_dir().resolve()
     if config_dir == shipped or not shipped.is_dir():
         return []
@@ -134,7 +134,7 @@ def search_path_override(config_dir: Path) -> list[str]:
 
 
 class _Sources:
-    """The files and overrides of one composition, checked one by one in the order in which Hydra merges them."""
+    """The files and overrides of one composition, checked one by one in the order that Hydra merges them."""
 
     def __init__(self, config_dir: Path) -> None:
         self.config_dir = config_dir
@@ -144,7 +144,7 @@ class _Sources:
         self.entries: set[str] = set()
 
     def add_file(self, config_path: str | None, package: str | None) -> None:
-        """Check one item of Hydra's defaults list: a file, the schema, or a part of Hydra's own."""
+        """Check one item of Hydra's defaults list: a file, the schema, or one of Hydra's own entries."""
         if config_path is None or config_path.startswith("hydra/"):
             return
         if config_path == SCHEMA_NAME:
@@ -161,7 +161,7 @@ class _Sources:
         self._add(_nested(package, values) if package else values, shown, shown)
 
     def add_override(self, override: Override) -> str:
-        """Check one override; return it as Hydra takes it."""
+        """Check one override and return it in the form that Hydra accepts."""
         text = override.input_line or ""
         key = override.key_or_group
         if override.is_delete():
@@ -203,16 +203,16 @@ class _Sources:
         near = difflib.get_close_matches(name, siblings, n=1)
         hint = f" Did you mean {section}.{near[0]}?" if near else ""
         listed = ", ".join(siblings) or "nothing"
-        mend = "" if text.startswith("~") else " To add one, put + before it."
-        return f"override '{text}': {section} has no entry '{name}' (it holds {listed}).{hint}{mend}"
+        advice = "" if text.startswith("~") else " To add one, put + before it."
+        return f"override '{text}': {section} has no entry '{name}' (it holds {listed}).{hint}{advice}"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as Hydra reads it, interpolations left as text.
+    """Read a YAML file as Hydra does, leaving interpolations as text.
 
     Raises:
         ConfigError: not a mapping.
-        yaml.YAMLError: not YAML; names the file and the line.
+        yaml.YAMLError: invalid YAML; the message names the file and the line.
     """
     from omegaconf import OmegaConf
 
@@ -233,7 +233,7 @@ def _check_grammar(overrides: Sequence[str]) -> None:
         except HydraException as error:
             raise ConfigError(
                 f"override '{text}' is not of the form key=value: {' '.join(str(error).split())}. A value with special "
-                "characters needs quotes of its own inside the shell's: 'key=\"<value>\"'."
+                "characters needs its own quotes inside the shell's: 'key=\"<value>\"'."
             ) from error
         if override.is_sweep_override():
             key = override.key_or_group
@@ -254,13 +254,13 @@ def _existing_name(config_name: str, config_dir: Path) -> str:
 
 
 def _nested(key: str, value: Any) -> dict[str, Any]:
-    """{"a": {"b": value}} for "a.b"."""
+    """Return {"a": {"b": value}} for the key "a.b"."""
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
 
 
 def _one_line(error: BaseException) -> str:
-    """An exception's message and its cause's, without line breaks."""
+    """Join the messages of an exception and its cause on one line."""
     parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ is not None else [])
     return " ".join(" ".join(parts).split())

@@ -1,18 +1,18 @@
-"""The grammar of faults that a run rehearses: `resilience.faults=["kill:rank=1,step=7"]`.
+"""Grammar of the faults to inject into a run: `resilience.faults=["kill:rank=1,step=7"]`.
 
 A fault is KIND:KEY=VALUE,KEY=VALUE,...
 
-  kill, exception, stop      end by SIGKILL, raise, be stopped (SIGSTOP)          keys: rank step place write every
-  hang, gil, slow            sleep; hold Python's global lock; go on after a while  and seconds
-  nan                        not a number in this rank's gradient                  keys: rank step every
-  enospc, eio                the disk is full, or fails, at a write of a save      keys: rank step write every
+  kill, exception, stop      SIGKILL; an exception; SIGSTOP                        keys: rank step place write every
+  hang, gil, slow            sleep; hold Python's GIL; pause, then continue         and seconds
+  nan                        NaN in this rank's gradient                           keys: rank step every
+  enospc, eio                a checkpoint write fails: disk full, or I/O error     keys: rank step write every
   corrupt                    a byte of the newest checkpoint changes               keys: rank step place every
   loader_hang, loader_kill   a loader process hangs or is killed                   keys: rank step worker every
 
-rank: 0 unless given. place: start, data, compute, update, validation or checkpoint (in the thread that writes one);
-compute unless given. step: the one under way, counted from 1; without it the first time the place is reached. write: at
-which chunk of a checkpoint, from 1. seconds: for ever unless given, for slow they must be. Each fault happens once per
-run folder, and leaves a mark in RUN/faults/; with every=1 each time that it is reached.
+rank: default 0. place: start, data, compute, update, validation or checkpoint (in the thread that writes one); default
+compute. step: the current step, counted from 1; default: the first time the place is reached. write: the chunk of the
+checkpoint being written, counted from 1. seconds: default forever; required for slow. Each fault triggers once per run
+folder and leaves a marker in RUN/faults/; with every=1 it triggers every time it is reached.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _ANYWHERE = ("rank", "step", "place", "write", "every")
 _LASTING = (*_ANYWHERE, "seconds")
 _WRITING = ("rank", "step", "write", "every")
 _LOADING = ("rank", "step", "worker", "every")
-# Kind -> the keys it has.
+# Kind -> its keys.
 KINDS: dict[str, tuple[str, ...]] = {
     "kill": _ANYWHERE,
     "exception": _ANYWHERE,
@@ -53,7 +53,7 @@ class Fault:
     text: str
     kind: str
     rank: int = 0
-    # 0: any.
+    # 0: any step.
     step: int = 0
     place: str = "compute"
     write: int = 1
@@ -63,10 +63,10 @@ class Fault:
 
 
 def parse(text: str) -> Fault:
-    """Read an entry.
+    """Parse one entry.
 
     Raises:
-        ConfigError: an unknown kind or key, or a value that makes no sense; names it.
+        ConfigError: an unknown kind or key, or an invalid value; the message names it.
     """
     kind, _, rest = text.partition(":")
     where = f"resilience.faults: {text!r}"
@@ -107,10 +107,10 @@ def _value(key: str, value: str, where: str) -> Any:
 
 
 def check_faults(config: RunConfig) -> None:
-    """Refuse faults that cannot happen.
+    """Reject faults that cannot happen.
 
     Raises:
-        ConfigError: naming the entry and the mend.
+        ConfigError: the message names the entry and the fix.
     """
     for fault in map(parse, config.resilience.faults):
         where = f"resilience.faults: {fault.text!r}"

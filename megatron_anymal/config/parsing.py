@@ -1,4 +1,4 @@
-"""The schema as data: plain values into its dataclasses, with the key and the source in every error."""
+"""Parsing of plain values into the dataclasses of the schema, with the key and its source in every error."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megatron_anymal.config.schema import ConfigError, RunConfig
 
 
 def from_dict(mapping: Mapping[str, Any], source: str = "") -> RunConfig:
-    """Build the typed configuration from nested plain dicts and lists; what is absent takes its default.
+    """Build the typed configuration from nested plain dicts and lists; missing keys take their defaults.
 
     Args:
         mapping: sections and values, such as `RunConfig.to_dict` returns.
         source: where the mapping came from, for messages.
 
     Raises:
-        ConfigError: an unknown key (names the nearest known one) or a value of the wrong type.
+        ConfigError: an unknown key (the message suggests the closest known one) or a value of the wrong type.
     """
     return Reader(source).read(mapping, RunConfig, "")
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of everything in nested dicts that is not a dict with content."""
+    """Yield the dotted key and value of every leaf of nested dicts; an empty dict is a leaf."""
     if isinstance(node, Mapping) and (node or not prefix):
         for key, value in node.items():
             yield from leaves(value, f"{prefix}.{key}" if prefix else str(key))
@@ -36,15 +36,15 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 class Reader:
-    """Turns plain values into the dataclasses of the schema, naming key and source in every error."""
+    """Converts plain values into the dataclasses of the schema; every error names the key and its source."""
 
     def __init__(self, source: str, interpolations: bool = False) -> None:
         self.where = f" ({source})" if source else ""
-        # A source not yet composed may hold "${other.key}" in place of any value.
+        # Before composition, any value may be an interpolation such as "${other.key}".
         self.interpolations = interpolations
 
     def read(self, value: Any, hint: Any, key: str) -> Any:
-        """`value` as `hint` asks; `key` is the dotted key it stands at."""
+        """Convert `value` to the type `hint`; `key` is its dotted key."""
         if self.interpolations and isinstance(value, str) and "${" in value:
             return value
         if _is_section(hint):
@@ -100,7 +100,7 @@ class Reader:
 
 
 def entry_of(key: str) -> str | None:
-    """The entry of a dict of sections that `key` is or lies in ("data.train.x.path" -> "data.train.x")."""
+    """Return the entry of a dict of sections that `key` is or is inside ("data.train.x.path" -> "data.train.x")."""
     hint: Any = RunConfig
     parts = key.split(".")
     for index, part in enumerate(parts):
@@ -114,7 +114,7 @@ def entry_of(key: str) -> str | None:
 
 
 def hint_at(key: str) -> Any:
-    """The type the schema gives a key; None for one that a free-form dict holds or that is unknown."""
+    """Return the type of a key in the schema; None if the key is unknown or inside a free-form dict."""
     hint: Any = RunConfig
     for part in key.split("."):
         if _is_section(hint):
@@ -147,7 +147,7 @@ def _all_keys() -> tuple[str, ...]:
 
 
 def _suggestion(section: str, name: str, siblings: list[str]) -> str:
-    """The nearest known key: of the same name elsewhere, else similar in the same section, else similar elsewhere."""
+    """Suggest a known key: the same name elsewhere, a similar one in this section, or a similar one elsewhere."""
     by_name = {key.rpartition(".")[2]: key for key in reversed(_all_keys())}
     if name in by_name:
         return f"Did you mean {by_name[name]}?"

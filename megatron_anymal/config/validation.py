@@ -1,4 +1,4 @@
-"""Checks of a run's settings: of each by itself, and of several together."""
+"""Validation of a run's settings, one by one and in combination."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Optional
 from megatron_anymal.config.fault_grammar import check_faults
 from megatron_anymal.config.schema import CheckpointConfig, ConfigError, DpoConfig, ModelConfig, RunConfig
 
-# The order is laid out in blocks with two places for the rarest data set: smaller shares would make them huge.
+# The global order is built in blocks with at least two slots per data set: a smaller share would make them huge.
 SMALLEST_SHARE = 1e-5
 
-# What resilience.allow_changes may name.
+# Valid entries of resilience.allow_changes.
 CHANGES = ("config", "tokenizer", "base", "data")
 
 CHOICES = {
@@ -85,7 +85,7 @@ AT_LEAST = {
 
 
 def value_at(config: RunConfig, key: str) -> Any:
-    """The value behind a dotted key."""
+    """Return the value of a dotted key."""
     node: Any = config
     for part in key.split("."):
         node = node[part] if isinstance(node, dict) else getattr(node, part)
@@ -93,10 +93,10 @@ def value_at(config: RunConfig, key: str) -> Any:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse what cannot work, before any process group or file is touched.
+    """Reject settings that cannot work, before any process group or file is touched.
 
     Raises:
-        ConfigError: naming the key and the mend.
+        ConfigError: the message names the key and the fix.
     """
     _check_values(config)
     _check_checkpoints(config)
@@ -128,7 +128,7 @@ def _check_checkpoints(config: RunConfig) -> None:
     if kept and (not every or kept % every):
         raise ConfigError(
             f"{where}.keep_every_n_steps={kept} must be a multiple of {where}.every_n_train_steps={every}, or most of "
-            "the steps it names have no checkpoint."
+            "the steps it selects have no checkpoint."
         )
     if rules.keep_best:
         _check_best(config, rules)
@@ -145,7 +145,7 @@ def _check_best(config: RunConfig, rules: CheckpointConfig) -> None:
         )
     if not rules.every_n_train_steps or rules.every_n_train_steps % trainer.val_check_interval:
         raise ConfigError(
-            f"{where}.keep_best={rules.keep_best} compares validations of the checkpoints' own steps: "
+            f"{where}.keep_best={rules.keep_best} compares validation results from the checkpoints' own steps: "
             f"{where}.every_n_train_steps={rules.every_n_train_steps} must be a multiple of "
             f"trainer.val_check_interval={trainer.val_check_interval}."
         )
@@ -168,7 +168,7 @@ def _check_layout(config: RunConfig) -> None:
             "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1: it splits the sequence over "
             "the tensor-parallel ranks. Set it to false."
         )
-    # Documents are padded so that the context-parallel ranks can share them, the longest one too.
+    # Every document, even the longest, is padded so that it splits evenly over the context-parallel ranks.
     if m.context_parallel_size > 1 and config.data.seq_length % (2 * m.context_parallel_size):
         raise ConfigError(
             f"data.seq_length={config.data.seq_length} must be a multiple of {2 * m.context_parallel_size}: each "
@@ -181,8 +181,8 @@ def _check_layout(config: RunConfig) -> None:
         )
     if m.virtual_pipeline_model_parallel_size > 1 and m.pipeline_model_parallel_size == 1:
         raise ConfigError(
-            "model.virtual_pipeline_model_parallel_size > 1 needs model.pipeline_model_parallel_size > 1: it cuts the "
-            "stages of a pipeline into parts. Set it to 1."
+            "model.virtual_pipeline_model_parallel_size > 1 needs model.pipeline_model_parallel_size > 1: it splits "
+            "pipeline stages into chunks. Set it to 1."
         )
     for name, modality in m.modalities.items():
         heads = modality.projector.num_attention_heads
@@ -205,7 +205,7 @@ def _check_layout(config: RunConfig) -> None:
     if config.trainer.sampled_answers and (m.context_parallel_size > 1 or m.virtual_pipeline_model_parallel_size > 1):
         raise ConfigError(
             "trainer.sampled_answers needs model.context_parallel_size=1 and "
-            "model.virtual_pipeline_model_parallel_size=1: a model in training answers in one part only. Set it to 0."
+            "model.virtual_pipeline_model_parallel_size=1: generation during training supports neither. Set it to 0."
         )
     if m.ddp.overlap_param_gather and not (m.ddp.use_distributed_optimizer and m.ddp.overlap_grad_reduce):
         raise ConfigError(
@@ -220,7 +220,7 @@ def _check_model(config: RunConfig) -> None:
     if len(given) != 1:
         raise ConfigError(
             "model.language_model needs exactly one of path (a HuggingFace folder), config (a shape with random "
-            f"weights) and checkpoint (one of this trainer's); given: {', '.join(given) or 'none'}."
+            f"weights) and checkpoint (written by this trainer); given: {', '.join(given) or 'none'}."
         )
     _check_recompute(config)
     _check_lora(config)
@@ -236,7 +236,9 @@ def _check_model(config: RunConfig) -> None:
         if not modality.encoder.type:
             raise ConfigError(f"{where}.encoder.type is empty. Name the architecture, for example clip.")
         if modality.encoder.path and modality.encoder.config:
-            raise ConfigError(f"{where}.encoder has both path and config. The folder holds its own; empty config.")
+            raise ConfigError(
+                f"{where}.encoder has both path and config. The folder has its own config; remove config."
+            )
         if modality.projector.type not in ("resampler", "linear"):
             raise ConfigError(f"{where}.projector.type={modality.projector.type!r} is not resampler or linear.")
         if modality.projector.num_tokens < 1 or modality.projector.num_layers < 1:
@@ -245,15 +247,15 @@ def _check_model(config: RunConfig) -> None:
             raise ConfigError(f"{where}.placeholder is empty. Name a reserved token of the vocabulary.")
         if modality.placeholder in placeholders:
             raise ConfigError(
-                f"{where}.placeholder={modality.placeholder!r} is also that of "
+                f"{where}.placeholder={modality.placeholder!r} is also the placeholder of "
                 f"{placeholders[modality.placeholder]!r}. Each modality needs its own."
             )
         placeholders[modality.placeholder] = name
         kind = modality.kind or name
         if kind in kinds:
             raise ConfigError(
-                f"{where} and model.modalities.{kinds[kind]} are both of the kind {kind!r}: which of them would read a "
-                "sample's media? Remove one."
+                f"{where} and model.modalities.{kinds[kind]} are both of the kind {kind!r}, so it is "
+                "ambiguous which of them reads a sample's media. Remove one."
             )
         kinds[kind] = name
 
@@ -276,7 +278,7 @@ def _check_lora(config: RunConfig) -> None:
         return
     if not config.model.language_model.freeze:
         raise ConfigError(
-            f"model.lora.r={lora.r} puts adapters beside a frozen Llama, but "
+            f"model.lora.r={lora.r} adds adapters to a frozen Llama, but "
             "model.language_model.freeze=false. Set that to true, or model.lora.r to 0."
         )
     if not (lora.alpha > 0 and math.isfinite(lora.alpha)):
@@ -298,8 +300,8 @@ def _check_fp8(config: RunConfig) -> None:
         )
     if model.fp8_primary_weights and not model.language_model.freeze:
         raise ConfigError(
-            "model.fp8_primary_weights=true holds a frozen Llama, and model.language_model.freeze=false: updates are "
-            "smaller than the steps between FP8 numbers. Set one of them otherwise."
+            "model.fp8_primary_weights=true needs a frozen Llama, but model.language_model.freeze=false: updates are "
+            "smaller than the spacing of FP8 numbers. Change one of them."
         )
 
 
@@ -313,8 +315,8 @@ def _check_dpo(config: RunConfig) -> None:
         raise ConfigError("model.loss_normalization has no effect on the job dpo, which counts pairs. Set it to token.")
     if not (model.lora.r and model.restore_from_path):
         raise ConfigError(
-            "The job dpo continues the adapters of an SFT run, which are its reference too: it needs model.lora as "
-            "that run had it, and model.restore_from_path with that run's folder or checkpoint."
+            "The job dpo continues from the adapters of an SFT run, which also serve as its reference: it needs "
+            "model.lora as in that run, and model.restore_from_path set to that run's folder or checkpoint."
         )
     for name, modality in model.modalities.items():
         if not (modality.encoder.freeze and modality.projector.freeze):
@@ -329,7 +331,7 @@ def _check_data(config: RunConfig) -> None:
         total = sum(dataset.weight for dataset in getattr(config.data, split).values())
         for name, dataset in getattr(config.data, split).items():
             if not dataset.path:
-                raise ConfigError(f"data.{split}.{name}.path is empty. Name a folder made by `anymal prepare`.")
+                raise ConfigError(f"data.{split}.{name}.path is empty. Name a folder created by `anymal prepare`.")
             if not (dataset.weight > 0 and math.isfinite(dataset.weight)):
                 raise ConfigError(f"data.{split}.{name}.weight={dataset.weight} must be above 0.")
             if dataset.weight < SMALLEST_SHARE * total:
@@ -337,7 +339,7 @@ def _check_data(config: RunConfig) -> None:
                     f"data.{split}.{name}.weight={dataset.weight} is less than {SMALLEST_SHARE} of the mix. Raise it, "
                     "or remove the data set."
                 )
-    # A Llama alone has token ids for input.
+    # A Llama without data sets or modalities gets token ids as input and needs no tokenizer.
     if not config.data.tokenizer and (config.data.train or config.data.validation or config.model.modalities):
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
 
@@ -350,7 +352,7 @@ def _check_resilience(config: RunConfig) -> None:
 
 
 def max_time_seconds(config: RunConfig) -> Optional[float]:
-    """exp_manager.max_time_per_run in seconds; None where there is no limit.
+    """Return exp_manager.max_time_per_run in seconds, or None if there is no limit.
 
     Raises:
         ConfigError: not of the form DD:HH:MM:SS.

@@ -1,20 +1,21 @@
-"""An answer while it grows: when it ends, its text, and what of the text can be shown already."""
+"""An answer during generation: when it ends, its text, and how much of the text can already be shown."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
 
-# A blank and up to three characters may still be joined by the decoder (" n", " n't" -> "n't") or cut off as the end.
+# White space and up to three characters may still be joined by the decoder (" n", " n't" -> "n't") or stripped as the
+# end.
 _UNSETTLED = re.compile(r"\s+\S{0,3}\Z")
-# What decoders give for bytes that are no whole character yet.
+# Replacement character that decoders return for an incomplete character.
 _INCOMPLETE = "\ufffd"
 
 
 class Answer:
     """The answer to one prompt, token by token.
 
-    It ends with an end token, before a stop text, or when there is no room for more tokens.
+    It ends with an end token, before a stop text, or when the limit on its tokens is reached.
     """
 
     def __init__(
@@ -25,15 +26,23 @@ class Answer:
         stops: Sequence[str],
         room: int,
     ):
-        """`number` is the prompt's; `decode` makes text of ids, `ends` are the tokens that end an answer."""
+        """Start an empty answer.
+
+        Args:
+            number: number of the prompt.
+            decode: converts token ids to text.
+            ends: tokens that end an answer.
+            stops: texts that end an answer.
+            room: largest number of tokens.
+        """
         self.number = number
-        # Without the token that ended it.
+        # Without the end token.
         self.tokens: list[int] = []
         self.done = False
         self._decode, self._ends, self._stops, self._room = decode, ends, stops, room
 
     def add(self, token: int) -> None:
-        """Take the next token; nothing once it is done."""
+        """Append the next token; has no effect once the answer is done."""
         if self.done:
             return
         if token in self._ends:
@@ -44,13 +53,13 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """What is answered so far, up to a stop text."""
+        """The text so far, up to a stop text."""
         whole = self._whole
         return whole[: self._stop(whole)]
 
     @property
     def settled(self) -> str:
-        """The beginning of the text that further tokens leave as it is: whole characters, no part of a stop text."""
+        """The beginning of the text that further tokens cannot change: whole characters, no prefix of a stop text."""
         text = self.text
         if self.done:
             return text
@@ -63,19 +72,19 @@ class Answer:
         return self._decode(self.tokens)
 
     def _stop(self, text: str) -> int | None:
-        """Where the first stop text begins."""
-        return min((place for stop in self._stops if (place := text.find(stop)) >= 0), default=None)
+        """Position at which the first stop text begins."""
+        return min((position for stop in self._stops if (position := text.find(stop)) >= 0), default=None)
 
 
 class Stream:
-    """Writes an answer piece by piece; together the pieces are its text without white space around it."""
+    """Writes an answer incrementally; the concatenated output is its text without surrounding white space."""
 
     def __init__(self, write: Callable[[str], object]):
         self._write, self._written = write, 0
 
     def __call__(self, answer: Answer) -> None:
-        """Write what has settled since the last call."""
+        """Write the text that has settled since the last call."""
         text = answer.settled.strip()
-        if piece := text[self._written :]:
-            self._write(piece)
+        if new := text[self._written :]:
+            self._write(new)
             self._written = len(text)

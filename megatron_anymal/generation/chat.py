@@ -22,25 +22,25 @@ from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import MediaError
 
 _HELP = """\
-A line is sent as your turn, behind the media named before it.
-  /media FILE [key=value ...]   add a file, its kind known by its name; {kinds} name the kind
+A line is sent as your turn, after the media added before it.
+  /media FILE [key=value ...]   add a file, its kind detected from its name; {kinds} set the kind
                                 (/imu walk.npy rate=200)
-  a line that ends with \\       goes on: further lines and media follow it
-  an empty line                 sends what is there
-  /system TEXT                  what the model is told before the conversation
-  /reset                        forget the conversation
-  /quit                         leave (or Ctrl-D); Ctrl-C stops an answer
+  a line that ends with \\       continue the turn on the next line, or with media
+  an empty line                 send the turn
+  /system TEXT                  set the system message of the conversation
+  /reset                        start a new conversation
+  /quit                         quit (or Ctrl-D); Ctrl-C stops an answer
   //...                         a text that begins with /"""
 _MISTAKES = (DataError, MediaError, ConfigError, CheckpointError)
 
 
 def show(text: str) -> None:
-    """Print a piece of text at once."""
+    """Print text without a line break and flush it."""
     print(text, end="", flush=True)
 
 
 class Chat:
-    """User turns from lines, the model's streamed to the output, the conversation so far in front of each."""
+    """A conversation: reads user turns line by line and streams the model's answers, each given the turns so far."""
 
     def __init__(
         self,
@@ -49,7 +49,12 @@ class Chat:
         read: Callable[[str], str] = input,
         write: Callable[[str], object] = show,
     ):
-        """`read` gives the next line and takes what to show before it; it raises EOFError at the end."""
+        """Start a conversation.
+
+        Args:
+            read: returns the next line, given the text to show before it; raises EOFError at the end.
+            write: prints text.
+        """
         self._generator, self._sampling, self._read, self._write = generator, sampling, read, write
         self._commands: dict[str, Callable[[str], object]] = {
             "system": self._system,
@@ -62,13 +67,13 @@ class Chat:
         self._history: list[dict[str, Any]] = []
         self._files: list[MediaFile] = []
         self._system_text = ""
-        # The turn being written: parts as JSON, and its media.
+        # The turn being written: content parts as JSON, and its media.
         self._content: list[dict[str, Any]] = []
         self._pending: list[MediaFile] = []
 
     def run(self) -> int:
-        """Talk until /quit or the end of the input; returns the exit code."""
-        self._say("Write to the model; /help shows what else there is.")
+        """Chat until /quit or the end of the input, and return the exit code."""
+        self._say("Write to the model; /help lists the commands.")
         while True:
             try:
                 line = self._read("... " if self._content else "> ").rstrip()
@@ -76,7 +81,7 @@ class Chat:
                 return 0
             except KeyboardInterrupt:
                 self._content, self._pending = [], []
-                self._say("\n(nothing is sent; /quit or Ctrl-D leaves)")
+                self._say("\n(nothing was sent; quit with /quit or Ctrl-D)")
                 continue
             except UnicodeDecodeError as error:
                 self._say(f"error: the line is not UTF-8 ({error.reason}).")
@@ -89,7 +94,7 @@ class Chat:
                 self._say(f"error: {' '.join(str(error).split())}")
 
     def _take(self, line: str) -> None:
-        """One line: a command, or text of the user's turn."""
+        """Handle one line: a command, or text of the user's turn."""
         if line.startswith("/") and not line.startswith("//"):
             name, _, rest = line[1:].partition(" ")
             if name not in self._commands:
@@ -107,7 +112,7 @@ class Chat:
             self._send()
 
     def _send(self) -> None:
-        """Let the model answer the turn; a turn without an answer leaves no trace."""
+        """Generate the answer to the turn; a turn without an answer is dropped from the conversation."""
         turn, media = {"role": "user", "content": self._content}, self._pending
         self._content, self._pending = [], []
         system = [{"role": "system", "content": self._system_text}] if self._system_text else []
@@ -115,30 +120,30 @@ class Chat:
         try:
             answer = self._answer(Prompt(parts, [*self._files, *media]))
         except PromptTooLong as error:
-            raise DataError(f"The conversation is too long. {error} /reset begins a new conversation.") from None
+            raise DataError(f"The conversation is too long. {error} /reset starts a new conversation.") from None
         if not answer:
-            self._say("(no answer; your turn is taken back)")
+            self._say("(no answer; your turn was dropped)")
             return
         self._history += [turn, {"role": "assistant", "content": answer}]
         self._files += media
 
     def _answer(self, prompt: Prompt) -> str:
         stream = Stream(self._write)
-        heard: list[Answer] = []
+        latest: list[Answer] = []
 
         def watch(answer: Answer) -> None:
-            heard[:] = [answer]
+            latest[:] = [answer]
             stream(answer)
 
         try:
-            # Another chance in each turn.
+            # A different seed for each turn.
             seed = self._sampling.seed + len(self._history)
             self._generator.answer([prompt], replace(self._sampling, seed=seed), 1, watch)
         except KeyboardInterrupt:
             self._say(" (stopped)")
-            # Cut off, so that what was shown is what is kept.
-            return heard[0].settled.strip() if heard else ""
-        text = heard[0].text.strip()
+            # Keep exactly the text that was shown.
+            return latest[0].settled.strip() if latest else ""
+        text = latest[0].text.strip()
         if text:
             self._say("")
         return text
@@ -148,7 +153,7 @@ class Chat:
         self._say(f"(system: {text})" if text else "(no system text)")
 
     def _reset(self, _: str = "") -> None:
-        """Forget everything."""
+        """Start a new conversation."""
         self._history, self._files, self._system_text = [], [], ""
         self._content, self._pending = [], []
         self._say("(a new conversation)")
@@ -162,12 +167,12 @@ class Chat:
         try:
             path, *pairs = shlex.split(words)
         except ValueError as error:
-            raise DataError(f"/{kind or 'media'} needs a file name (in quotes where it has blanks): {error}.") from None
+            raise DataError(f"/{kind or 'media'} needs a file name (in quotes if it has spaces): {error}.") from None
         attributes = {}
         for pair in pairs:
             name, equals, value = pair.partition("=")
             if not equals or name in ("", "media", "modality", "text"):
-                raise DataError(f"{pair!r} is no key=value that a media file can have, such as rate=200.")
+                raise DataError(f"{pair!r} is not a key=value attribute of a media file, such as rate=200.")
             attributes[name] = _value(value)
         self._pending.append(read_media_file(Path(path).expanduser()))
         self._content.append({"media": path, **({"modality": kind} if kind else {}), **attributes})
@@ -177,7 +182,7 @@ class Chat:
 
 
 def _value(text: str) -> Any:
-    """A number where it reads as one."""
+    """Parse a value as JSON if possible, such as a number, else as text."""
     try:
         return json.loads(text)
     except ValueError:

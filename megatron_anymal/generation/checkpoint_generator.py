@@ -1,7 +1,7 @@
-"""Answers from a training checkpoint.
+"""Generation from a training checkpoint.
 
-The whole prompt is run again for each new token: simple, the same under tensor and pipeline parallelism, and fast
-enough for answers of a line. An exported folder answers with a key-value cache (generation/export_generator.py).
+The whole prompt is recomputed for each new token: simple, identical under tensor and pipeline parallelism, and fast
+enough for one-line answers. Exported folders generate with a key-value cache (generation/export_generator.py).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Running:
     """A prompt being answered."""
 
     prompt: list[int]
-    # Modality -> soft tokens [k, H]; on the first stage only.
+    # Modality -> soft tokens [k, H]; only on the first pipeline stage.
     soft: dict[str, Tensor]
     answer: Answer
 
@@ -56,7 +56,7 @@ class _Running:
 
 
 class NativeGenerator(Generator):
-    """A model of this trainer that answers, in one part and without context parallelism."""
+    """Generates with a model of this trainer, without virtual pipeline chunks or context parallelism."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class NativeGenerator(Generator):
         model: AnyMALModel,
         max_positions: Optional[int] = None,
     ):
-        """Answer with a model as it is; `model` must be in evaluation mode while it answers."""
+        """Wrap an existing model; it must be in evaluation mode during generation."""
         self.layout, self.model = layout, model
         self.reports, self.max_positions = layout.reports, max_positions
         sections = config.model.modalities
@@ -77,14 +77,14 @@ class NativeGenerator(Generator):
             name: tokenizer.placeholder(section.placeholder, f"model.modalities.{name}.placeholder")
             for name, section in sections.items()
         }
-        # A conversation's answer ends with its turn.
+        # An answer in a conversation ends with the assistant's turn.
         self._ends = {tokenizer.end, tokenizer.hf.get_vocab().get(END_TURN, tokenizer.end)}
         self._end, self._decode = tokenizer.end, tokenizer.decode
         self._length_multiple = length_multiple(config)
 
     @classmethod
     def of_checkpoint(cls, config: RunConfig, layout: ParallelLayout, checkpoint: Optional[Path]) -> NativeGenerator:
-        """Build the model; without a checkpoint its projectors have their initial values."""
+        """Build the model; without a checkpoint its projectors keep their initial values."""
         config, hf = resolve_language_model(config)
         tokenizer, modalities = build_inputs(config)
         check_vocabulary(tokenizer, hf.vocab_size, config)
@@ -105,17 +105,17 @@ class NativeGenerator(Generator):
         untrained: bool = False,
         trust_plugins: bool = False,
     ) -> NativeGenerator:
-        """The model of a checkpoint's or a run's folder, over the processes that were started.
+        """Load the model of a checkpoint or of a run's newest one, spread over all started processes.
 
         Args:
-            tensor_size: tensor-parallel size; None: what `stages` leaves of the processes.
+            tensor_size: tensor-parallel size; None: number of processes / `stages`.
             stages: pipeline-parallel size.
-            untrained: leave the projectors' initial values.
+            untrained: keep the projectors' initial values.
             trust_plugins: import the plug-ins that the checkpoint names.
 
         Raises:
-            CheckpointError, ConfigError: no such checkpoint, plug-ins that are not trusted, or a layout that does not
-                fit it.
+            CheckpointError, ConfigError: there is no such checkpoint, its plug-ins are not trusted, or the layout does
+                not fit it.
         """
         folder = store.resolve(path)
         manifest = store.read_manifest(folder, verify=True)
@@ -125,7 +125,7 @@ class NativeGenerator(Generator):
         config.model.pipeline_model_parallel_size = stages
         config.model.tensor_model_parallel_size = tensor_size or max(1, world // stages)
         config.model.sequence_parallel = False
-        # Answers come from the base as it is, whatever the training computed in.
+        # Answers come from the unquantized base, whether or not the training computed in FP8.
         config.model.fp8, config.model.fp8_recipe, config.model.fp8_primary_weights = "", "tensorwise", False
         config.model.num_layers_in_first_pipeline_stage = config.model.num_layers_in_last_pipeline_stage = 0
         config.model.context_parallel_size = config.model.virtual_pipeline_model_parallel_size = 1
@@ -157,7 +157,7 @@ class NativeGenerator(Generator):
         return running
 
     def _encode(self, pieces: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Soft tokens of one prompt's media by modality."""
+        """Soft tokens of one prompt's media, by modality."""
         if not self.layout.is_first_stage:
             return {}
         media = {}
@@ -168,7 +168,7 @@ class NativeGenerator(Generator):
 
     def _next_tokens(self, running: Sequence[_Running], sampling: Sampling) -> list[int]:
         micro_batch = to_device(self._batch(running), self.layout.device)
-        # Later stages get their input from the one before.
+        # Later pipeline stages get their input from the previous stage.
         names = list(micro_batch.media) if self.layout.is_first_stage else []
         soft = {name: torch.cat([one.soft[name] for one in running if name in one.soft]) for name in names}
         lasts = torch.tensor([len(one.tokens) for one in running], device=self.layout.device).cumsum(0) - 1
@@ -189,7 +189,7 @@ class NativeGenerator(Generator):
         chosen = torch.zeros(len(running), dtype=torch.int64, device=self.layout.device)
         if self.layout.is_last_stage:
             logits = gather_from_tensor_model_parallel_region(outputs[0].float())[:, : self.model.vocab_size]
-            # A placeholder stands for a medium: as an answer it would be one without content.
+            # A placeholder stands for a media item; in an answer it would have no content.
             logits[:, list(self._placeholders.values())] = float("-inf")
             tokens = [
                 choose(row, sampling, one.tokens, one.answer.number, len(one.answer.tokens))
@@ -201,14 +201,14 @@ class NativeGenerator(Generator):
         return chosen.tolist()
 
     def _batch(self, running: Sequence[_Running]) -> MicroBatch:
-        """The prompts and answers so far, and what sequence parallelism needs to divide them."""
+        """The prompts and answers so far, padded to a length that sequence parallelism can divide."""
         documents = [one.tokens for one in running]
         if missing := -sum(map(len, documents)) % self._length_multiple:
             documents.append([self._end] * missing)
         return MicroBatch.unlabelled(documents, self._media(running))
 
     def _media(self, running: Sequence[_Running]) -> dict[str, MediaBatch]:
-        """Where the soft tokens go; the pieces are encoded already."""
+        """Positions of the soft tokens, without media data, which is already encoded."""
         tokens = torch.tensor([token for one in running for token in one.tokens])
         media = {}
         for name, placeholder in self._placeholders.items():

@@ -1,7 +1,7 @@
-"""Exact answers on prepared samples, also with the media exchanged among them.
+"""Accuracy of exact answers on prepared samples, also with media swapped between samples.
 
-A sample's last text, or a conversation's last turn, is its answer; the model gets everything before it and answers,
-greedily if nothing else is said.
+The last text of a sample, or the last turn of a conversation, is the expected answer; the model gets everything before
+it and answers, greedily by default.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_anymal.generation.sampling import Sampling
 
 @dataclass(frozen=True)
 class Question:
-    """A sample to be answered."""
+    """A sample to answer."""
 
     key: str
     prompt: Prompt
@@ -33,7 +33,7 @@ class Question:
 
     @property
     def modality(self) -> str:
-        """Kind of its first media item; "text" without media."""
+        """Kind of the first media item; "text" if there is none."""
         return next((part.modality for part in self.prompt.parts if isinstance(part, MediaPart)), "text")
 
 
@@ -43,7 +43,7 @@ class Score:
 
     correct: int
     samples: int
-    # Share of the most frequent answer: what guessing reaches.
+    # Share of the most frequent answer, which is the accuracy of guessing.
     chance: float
 
     @property
@@ -53,10 +53,10 @@ class Score:
 
 
 def read_questions(folder: str, limit: Optional[int] = None) -> list[Question]:
-    """Samples of a prepared folder as questions.
+    """Read the samples of a prepared folder as questions.
 
     Raises:
-        DataError: no index, or a sample without one answer at its end.
+        DataError: the folder has no index, or a sample does not end with exactly one answer.
     """
     index = ShardIndex(folder)
     questions = []
@@ -69,22 +69,24 @@ def read_questions(folder: str, limit: Optional[int] = None) -> list[Question]:
 
 
 def _split(sample: Sample, where: str) -> tuple[list[Part], str]:
-    """What is asked, and the answer."""
+    """Split a sample into the question's content parts and the answer."""
     if sample.kind == "preference":
-        raise DataError(f"{where} is a preference pair, which has no one answer. Name a folder of other samples.")
+        raise DataError(
+            f"{where} is a preference pair, which does not have a single answer. Name a folder of other samples."
+        )
     [document] = sample.documents
     if sample.kind == "messages":
         return last_answer(document)
     *asked, last = document
     if not isinstance(last, TextPart):
-        raise DataError(f"{where} does not end with a text, its answer.")
+        raise DataError(f"{where} does not end with a text to use as its answer.")
     return asked, last.text
 
 
 def permute_media(questions: Sequence[Question], seed: int = 0) -> list[Question]:
-    """Give every question the media of another one with media of the same kinds.
+    """Give every question the media of another question with media of the same kinds.
 
-    What is still answered then was answered without looking.
+    Questions that are still answered correctly did not depend on their media.
     """
     groups: dict[tuple[str, ...], list[int]] = {}
     for number, question in enumerate(questions):
@@ -94,8 +96,8 @@ def permute_media(questions: Sequence[Question], seed: int = 0) -> list[Question
     for kinds, members in groups.items():
         if kinds and len(members) > 1:
             order = [members[i] for i in permute(np.arange(len(members)), len(members), seed)]
-            for taker, giver in zip(order, [*order[1:], order[0]]):
-                permuted[taker] = _with_media(questions[taker], questions[giver])
+            for target, source in zip(order, [*order[1:], order[0]]):
+                permuted[target] = _with_media(questions[target], questions[source])
     return permuted
 
 
@@ -106,7 +108,7 @@ def _with_media(question: Question, other: Question) -> Question:
 
 
 def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Score]:
-    """Exact answers by modality."""
+    """Count exact answers by modality."""
     correct: Counter[str] = Counter()
     expected: dict[str, list[str]] = {}
     for question, answer in zip(questions, answers):
@@ -121,10 +123,10 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, Sc
 def evaluate(
     generator: Generator, questions: Sequence[Question], sampling: Sampling, batch_size: int
 ) -> tuple[dict[str, Score], list[dict[str, Any]]]:
-    """Answer and score. Collective.
+    """Answer the questions and score the answers. Collective.
 
     Returns:
-        Scores by modality, and per question its key, modality, expected and given answer.
+        Scores by modality, and one row per question with its key, modality, expected and given answer.
     """
     answers = generator.answer([question.prompt for question in questions], sampling, batch_size)
     rows = [

@@ -1,7 +1,7 @@
-"""Answers from an exported folder, with transformers' `generate` and its key-value cache.
+"""Generation from an exported folder, with transformers' `generate` and its key-value cache.
 
-What a token is and where an answer ends is decided by sampling.py and answers.py, as for a checkpoint: transformers
-only runs the model.
+As for a checkpoint, sampling.py chooses the tokens and answers.py decides where an answer ends; transformers only runs
+the model.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 
-# Mistakes of the user, as a folder's own code names them: its classes are copies.
+# User errors, by class name: the folder's own code has copies of these classes.
 _MISTAKES = ("ConfigError", "DataError", "MediaError")
-# What transformers and peft raise where a folder's files do not fit together.
+# Errors of transformers and peft for a folder whose files are inconsistent.
 _UNREADABLE = (OSError, RuntimeError, ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 
 
 class ExportedGenerator(Generator):
-    """An exported model that answers, in one process."""
+    """Generates with an exported model, in one process."""
 
     def __init__(self, model: Any, processor: Any):
-        """Answer with a model and its processor as they are; both may be of the folder's own code."""
+        """Wrap a loaded model and its processor; both may be classes from the folder's own code."""
         self._model, self._processor = model.eval(), processor
         sections = model.config.modalities
         self.kinds = [section["kind"] for section in sections.values()]
@@ -57,10 +57,10 @@ class ExportedGenerator(Generator):
         ends = model.generation_config.eos_token_id
         if ends is None:
             raise CheckpointError(
-                f"{model.name_or_path!r}: its generation_config.json names no eos_token_id. Export again."
+                f"{model.name_or_path!r}: its generation_config.json has no eos_token_id. Export again."
             )
         self._ends = {ends} if isinstance(ends, int) else set(ends)
-        # A placeholder stands for a medium: as an answer it would be one without content.
+        # A placeholder stands for a media item; in an answer it would have no content.
         self._placeholders = [section["placeholder_id"] for section in sections.values()]
 
     @classmethod
@@ -71,28 +71,29 @@ class ExportedGenerator(Generator):
 
         Args:
             config: its config.json.
-            device: None: CUDA's, where there is one.
-            dtype: auto (the folder's), float32 or bfloat16.
-            trust_remote_code: run the code that the folder holds, not this package's.
+            device: None: CUDA if available, else the CPU.
+            dtype: auto (the folder's dtype), float32 or bfloat16.
+            trust_remote_code: run the code in the folder instead of this package's.
 
         Raises:
-            ConfigError: code that is not trusted, adapters without peft, or no such device.
+            ConfigError: the folder needs code that is not trusted, peft is not installed for its adapters, or there is
+                no such device.
             CheckpointError: files of the folder are missing or damaged.
         """
         if config.get("plugins") and not trust_remote_code:
             named = ", ".join(map(str, config["plugins"]))
             raise ConfigError(
-                f"{folder!r} needs code of its own ({named}). Read it, then run it with --trust-remote-code."
+                f"{folder!r} needs its own code ({named}). Review it, then run it with --trust-remote-code."
             )
-        place = _device(device)
+        target = _device(device)
         wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-        # Known here, so that loading the tokenizer does not ask whether to run the folder's code.
+        # Registered, so that loading the tokenizer does not ask whether to run the folder's code.
         AutoConfig.register(AnyMALConfig.model_type, AnyMALConfig, exist_ok=True)
         model_class, processor_class, trust = AnyMALForConditionalGeneration, AnyMALProcessor, False
         if trust_remote_code:
             model_class, processor_class, trust = AutoModelForCausalLM, AutoProcessor, True
         try:
-            model, found = model_class.from_pretrained(
+            model, loading = model_class.from_pretrained(
                 folder, dtype=wanted, output_loading_info=True, trust_remote_code=trust
             )
             processor = processor_class.from_pretrained(folder, trust_remote_code=trust)
@@ -100,10 +101,10 @@ class ExportedGenerator(Generator):
             raise
         except _UNREADABLE as error:
             raise _unreadable(folder, error) from error
-        if missing := sorted(found["missing_keys"]):
-            raise CheckpointError(f"{folder!r} lacks {len(missing)} weights, {missing[0]!r} first. Export again.")
+        if missing := sorted(loading["missing_keys"]):
+            raise CheckpointError(f"{folder!r} lacks {len(missing)} weights, first {missing[0]!r}. Export again.")
         adapter = Path(folder) / "adapter"
-        return cls(_with_adapters(model.to(place), adapter) if adapter.is_dir() else model.to(place), processor)
+        return cls(_with_adapters(model.to(target), adapter) if adapter.is_dir() else model.to(target), processor)
 
     def _answer(self, prompts: Sequence[Prompt], first: int, sampling: Sampling, watch: Watch) -> list[str]:
         inputs = self._inputs(prompts).to(self._model.device)
@@ -131,7 +132,7 @@ class ExportedGenerator(Generator):
             raise
 
     def _settings(self, max_new_tokens: int) -> Any:
-        """The folder's settings but for the choice of tokens, which the command line decides."""
+        """The folder's generation settings, except for sampling, which `_Chooser` does."""
         settings = copy.deepcopy(self._model.generation_config)
         chosen = {"do_sample": False, "num_beams": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 50}
         settings.update(
@@ -148,33 +149,33 @@ class ExportedGenerator(Generator):
 
 
 class _Chooser(LogitsProcessor):
-    """Leaves of each row's scores the one token that sampling.py chooses."""
+    """Masks all scores of a row except for the token that sampling.py chooses."""
 
     def __init__(self, answers: Sequence[Answer], lengths: Sequence[int], sampling: Sampling):
-        """`lengths` are the prompts', without what pads them on the left."""
+        """`lengths` are the prompts' lengths in tokens, without the padding on the left."""
         self._answers, self._lengths, self._sampling = answers, lengths, sampling
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B, T] ids and [B, V] float32 scores to scores that are 0 at the chosen token, else -inf."""
-        left = torch.full_like(scores, float("-inf"))
+        """[B, T] ids and [B, V] float32 scores -> scores [B, V]: 0 at the chosen token, else -inf."""
+        masked = torch.full_like(scores, float("-inf"))
         for row, (answer, length) in enumerate(zip(self._answers, self._lengths)):
             token = 0
             if not answer.done:
-                place = len(answer.tokens)
-                seen = input_ids[row, -(length + place) :].tolist()
-                token = choose(scores[row], self._sampling, seen, answer.number, place)
-            left[row, token] = 0.0
-        return left
+                count = len(answer.tokens)
+                seen = input_ids[row, -(length + count) :].tolist()
+                token = choose(scores[row], self._sampling, seen, answer.number, count)
+            masked[row, token] = 0.0
+        return masked
 
 
 class _Watcher(StoppingCriteria):
-    """Gives each answer its tokens, and says which answers are done."""
+    """Passes each new token to its answer and returns which answers are done."""
 
     def __init__(self, answers: Sequence[Answer], watch: Watch):
         self._answers, self._watch = answers, watch
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
-        """[B, T] ids to [B] bool."""
+        """[B, T] ids -> [B] bool."""
         for answer, token in zip(self._answers, input_ids[:, -1].tolist()):
             if not answer.done:
                 answer.add(token)
@@ -183,7 +184,7 @@ class _Watcher(StoppingCriteria):
 
 
 def _with_adapters(model: Any, adapter: Path) -> Any:
-    """The model with the adapters that lie beside its weights merged into them."""
+    """Merge the adapters of a folder into the model's weights."""
     try:
         from peft import PeftModel
     except ImportError:
@@ -192,7 +193,7 @@ def _with_adapters(model: Any, adapter: Path) -> Any:
         ) from None
     try:
         with warnings.catch_warnings():
-            # peft only warns of adapters that the file lacks, and leaves them at zero.
+            # If adapters are missing from the file, peft only warns and leaves them at zero.
             warnings.filterwarnings("error", message=".*missing adapter keys")
             return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     except (*_UNREADABLE, UserWarning) as error:
@@ -200,17 +201,17 @@ def _with_adapters(model: Any, adapter: Path) -> Any:
 
 
 def _unreadable(folder: str, error: Exception) -> CheckpointError:
-    said = " ".join(str(error).split()).rstrip(".")
-    return CheckpointError(f"{folder!r} cannot be loaded: {said}. Export again.")
+    reason = " ".join(str(error).split()).rstrip(".")
+    return CheckpointError(f"{folder!r} cannot be loaded: {reason}. Export again.")
 
 
 def _greedy(sampling: Sampling) -> bool:
-    """Whether the likeliest token is chosen, as it stands."""
+    """Whether decoding is plain argmax over the unmodified logits."""
     return sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0
 
 
 def _as_json(prompt: Prompt) -> dict[str, Any]:
-    """A prompt as the processor takes it; its media as files in memory."""
+    """Convert a prompt to the processor's input, with media as in-memory files."""
     files = iter(prompt.media)
 
     def entry(part: Part) -> dict[str, Any]:
@@ -219,14 +220,14 @@ def _as_json(prompt: Prompt) -> dict[str, Any]:
         file = next(files)
         content = io.BytesIO(file.data)
         ending = f".{file.extension}"
-        # What messages call it; its ending says how it is read.
+        # The name in error messages; its extension selects the reader.
         content.name = part.media if part.media.lower().endswith(ending) else part.media + ending
         kind = {"modality": part.modality} if part.modality else {}
         return {**part.attributes, **kind, "media": content}
 
     messages = messages_of(prompt.parts)
     if messages is None:
-        # The processor wants a text; an empty one has no tokens.
+        # The processor needs a text part; an empty one has no tokens.
         texts = [] if any(isinstance(part, TextPart) for part in prompt.parts) else [{"text": ""}]
         return {"parts": [*map(entry, prompt.parts), *texts]}
     return {"messages": [{"role": one.role, "content": [entry(part) for part in one.content]} for one in messages]}
@@ -236,7 +237,7 @@ def _device(name: Optional[str]) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        # A number of a device that is not there is found by what is put on it.
+        # Allocating a tensor detects a device index that does not exist.
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"--device {name!r} is not there: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"--device {name!r} is not available: {str(error).splitlines()[0]}") from None

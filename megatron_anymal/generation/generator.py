@@ -1,4 +1,4 @@
-"""What answers prompts, whether a training checkpoint or an exported folder holds the model."""
+"""The common interface for generation from training checkpoints and exported folders."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Watch = Callable[[Answer], None]
 
 
 class PromptTooLong(DataError):
-    """A prompt that leaves no place for an answer."""
+    """A prompt that leaves no room for an answer."""
 
 
 class Generator(ABC):
-    """A model that answers."""
+    """A model that answers prompts."""
 
     # Whether this process prints and writes.
     reports: bool = True
-    # Kinds of media that it takes.
+    # Kinds of media that the model supports.
     kinds: Collection[str]
-    # Tokens that a prompt and its answer may have; None: no limit is kept.
+    # Most tokens that a prompt and its answer may have together; None: no limit.
     max_positions: Optional[int] = None
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64, watch: Optional[Watch] = None
     ) -> list[str]:
-        """Answer every prompt. Collective where several processes hold the model; every one gets the answers.
+        """Answer every prompt. Collective if the model is split over several processes; each gets all answers.
 
         Raises:
             DataError, MediaError: a media item has no modality or cannot be read, or a prompt is too long.
@@ -44,7 +44,7 @@ class Generator(ABC):
     def batches(
         self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64, watch: Optional[Watch] = None
     ) -> Iterator[list[str]]:
-        """As `answer`, `batch_size` answers at a time."""
+        """Like `answer`, but yield `batch_size` answers at a time."""
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1.")
         progress = Progress("answering", len(prompts)) if self.reports and len(prompts) > batch_size else None
@@ -61,16 +61,16 @@ class Generator(ABC):
         """Answer one batch; `first` is the number of its first prompt."""
 
     def _room(self, number: int, length: int, sampling: Sampling) -> int:
-        """Tokens that the answer to a prompt of `length` tokens may have."""
+        """Largest number of tokens in the answer to a prompt of `length` tokens."""
         if self.max_positions is None:
             return sampling.max_new_tokens
         if length >= self.max_positions:
             raise PromptTooLong(
-                f"Prompt {number} has {length} tokens, its media's included, but the model has {self.max_positions} "
+                f"Prompt {number} has {length} tokens, including its media, but the model has {self.max_positions} "
                 "positions for a prompt and its answer. Shorten it."
             )
         return min(sampling.max_new_tokens, self.max_positions - length)
 
 
 def _nobody(answer: Answer) -> None:
-    """Nobody watches."""
+    """Ignore the answer."""

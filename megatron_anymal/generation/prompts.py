@@ -1,4 +1,4 @@
-"""What is to be answered: a document up to where the model answers, with its media read."""
+"""Prompts: documents up to the point where the model answers, with their media read."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_anymal.data.samples import read_lines
 
 @dataclass(frozen=True)
 class Prompt:
-    """A document up to where the model answers: parts in order, and the bytes of the media parts in theirs.
+    """A document up to the point where the model answers: content parts, and the files of the media parts, in order.
 
-    For a conversation these are the parts of data/chat_format.py, with the assistant's open header at the end.
+    For a conversation these are the parts of data/chat_format.py, ending with the header of the assistant's turn.
     """
 
     parts: Sequence[Part]
@@ -25,7 +25,7 @@ class Prompt:
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Prompts from a .jsonl file; media paths are relative to it.
+    """Read prompts from a .jsonl file; media paths are relative to it.
 
     Raises:
         DataError: the file or one of its lines cannot be used.
@@ -39,29 +39,29 @@ def read_prompts(path: str) -> list[Prompt]:
         media = [read_media_file(file.parent / part.media) for part in parts if isinstance(part, MediaPart)]
         prompts.append(Prompt(parts, media))
     if not prompts:
-        raise DataError(f"The prompts file {path!r} is empty. Write an object with `parts` or `messages` a line.")
+        raise DataError(f"The prompts file {path!r} is empty. Write one object with `parts` or `messages` per line.")
     return prompts
 
 
 def prompt_of_files(
     paths: Sequence[str], kinds: Sequence[str], rate: float | None, text: str, *, chat: bool = False
 ) -> Prompt:
-    """Media files in order, then a text.
+    """Build a prompt of media files in order, followed by a text.
 
     Args:
-        kinds: modalities of the first files; of the others, and where empty, the extension says it.
-        rate: samples a second of the files that do not tell.
-        chat: ask as a user's turn.
+        kinds: modalities of the first files; a missing or empty one is detected from the file's extension.
+        rate: samples per second of the files that do not specify it.
+        chat: send the prompt as a user turn.
 
     Raises:
-        DataError: there is nothing to answer, no such file, or a kind without a file.
+        DataError: there is nothing to answer, a file does not exist, or there are more kinds than files.
     """
     if not text and not paths:
         raise DataError("There is nothing to answer. Give --text, --media or --prompts.")
     if len(kinds) > len(paths):
         raise DataError("There are more --modality than --media. Give each --media at most one, in the same order.")
     if rate is not None and not paths:
-        raise DataError("--rate belongs to --media, of which there is none. Leave it away.")
+        raise DataError("--rate needs --media, which is missing. Remove it.")
     attributes = {} if rate is None else {"rate": rate}
     all_kinds = [*kinds, *[""] * (len(paths) - len(kinds))]
     content: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""How the next token is chosen: one function for checkpoints and exported folders, so that both answer the same."""
+"""Sampling of the next token, shared by checkpoints and exported folders so that both give the same answers."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from megatron_anymal.data.global_order import mix64
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen, and where an answer ends.
+    """Settings for choosing the next token and ending an answer.
 
     Raises:
         ConfigError: a value out of range.
     """
 
     max_new_tokens: int = 64
-    # 0 takes the likeliest token.
+    # 0: greedy, the likeliest token.
     temperature: float = 0.0
-    # Only the likeliest tokens that together have this probability.
+    # Sample only from the likeliest tokens that together have this probability.
     top_p: float = 1.0
-    # Only this many of the likeliest tokens; 0: all.
+    # Sample only from this many of the likeliest tokens; 0: all.
     top_k: int = 0
-    # Above 1, tokens that the prompt or the answer holds become less likely.
+    # Above 1, tokens that occur in the prompt or the answer become less likely.
     repetition_penalty: float = 1.0
     # An answer ends before the first of these texts.
     stop: tuple[str, ...] = ()
@@ -48,13 +48,13 @@ class Sampling:
 
 
 def choose(logits: Tensor, sampling: Sampling, seen: Sequence[int], prompt: int, place: int) -> int:
-    """The next token; the same on every rank and in any batch.
+    """Choose the next token; the result is the same on every rank and in any batch.
 
     Args:
-        logits: [V] float32; -inf where a token must not come.
-        seen: the prompt's and the answer's tokens so far.
-        prompt: the prompt's number, which with `place` and the seed decides what chance brings.
-        place: the token's number in the answer.
+        logits: [V] float32; -inf for tokens that must not be chosen.
+        seen: tokens of the prompt and of the answer so far.
+        prompt: number of the prompt, which with `place` and the seed determines the random draw.
+        place: position of the token in the answer.
     """
     if sampling.repetition_penalty != 1.0:
         logits = penalized(logits, seen, sampling.repetition_penalty)
@@ -62,16 +62,16 @@ def choose(logits: Tensor, sampling: Sampling, seen: Sequence[int], prompt: int,
         return int(logits.argmax())
     scores = kept(logits.double().cpu() / sampling.temperature, sampling.top_k, sampling.top_p)
     generator = torch.Generator().manual_seed(mix64(sampling.seed, prompt, place) >> 1)
-    # The largest of scores with Gumbel noise is a draw from their softmax. Noise goes with the token's id, so that
-    # scores that differ by rounding draw the same token.
+    # Gumbel-max: the argmax of scores plus Gumbel noise is a draw from their softmax. Noise is tied to the token id, so
+    # that scores that differ by rounding yield the same token.
     noise = torch.empty_like(scores).exponential_(generator=generator).log().neg()
     return int((scores + noise).argmax())
 
 
 def penalized(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
-    """Logits [V] where those of the tokens seen are divided by the penalty, negative ones multiplied with it.
+    """Return logits [V] with those of seen tokens divided by the penalty or, if negative, multiplied by it.
 
-    CTRL's penalty (Keskar et al. 2019, section 4.1) as transformers defines it.
+    This is CTRL's penalty (Keskar et al. 2019, section 4.1) as defined in transformers.
     """
     index = torch.tensor(sorted(set(seen)), dtype=torch.int64, device=logits.device)
     scores = logits[index]
@@ -79,7 +79,7 @@ def penalized(logits: Tensor, seen: Sequence[int], penalty: float) -> Tensor:
 
 
 def kept(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Scores [V] with -inf outside of the `top_k` largest (0: all), and of these outside of the nucleus `top_p`."""
+    """Return scores [V] with -inf outside the `top_k` largest (0: all) and then outside the nucleus `top_p`."""
     if 0 < top_k < len(scores):
         scores = scores.masked_fill(scores < scores.topk(top_k).values[-1], float("-inf"))
     if top_p < 1.0:

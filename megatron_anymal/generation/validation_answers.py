@@ -1,4 +1,4 @@
-"""What a model in training answers to some validation samples: read, not only measured."""
+"""Answers to some validation samples during training, written out for people to read."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _SAMPLING = Sampling(max_new_tokens=64)
 
 
 class SampledAnswers:
-    """Greedy answers to the first samples of each validation set; answers.jsonl in the run folder, and the loggers."""
+    """Greedy answers to the first samples of each validation set, for answers.jsonl in the run folder and loggers."""
 
     def __init__(self, state: TrainState, run_dir: Path, loggers: Sequence[MetricsLogger]):
-        """Read the questions: trainer.sampled_answers of them, as many of each set as of the others.
+        """Read trainer.sampled_answers questions, split evenly over the validation sets.
 
         Raises:
-            DataError: a sample has no answer.
+            DataError: a sample does not have an answer.
         """
         self._state, self._file, self._loggers = state, run_dir / "answers.jsonl", loggers
         count, sets = state.config.trainer.sampled_answers, list(state.config.data.validation.items())
@@ -34,14 +34,14 @@ class SampledAnswers:
                 self._questions += [(name, question) for question in read_questions(dataset.path, share)]
 
     def __call__(self) -> None:
-        """Answer and write down. Collective."""
+        """Answer the questions and write the answers. Collective."""
         state = self._state
         if not self._questions:
             return
         state.wait_for_param_gather()
         [model] = state.models
         model.eval()
-        # No limit of positions: a long validation sample must not end a training run.
+        # Without max_positions: a long validation sample must not end a training run.
         generator = NativeGenerator(state.config, state.layout, state.tokenizer, state.modalities, model)
         answers = generator.answer([question.prompt for _, question in self._questions], _SAMPLING)
         if not state.layout.reports:
@@ -56,7 +56,7 @@ class SampledAnswers:
 
 
 def _show(logger: MetricsLogger, sample: str, text: str, step: int) -> None:
-    """TensorBoard and W&B take text, each in its own way; other loggers take none."""
+    """Log text to TensorBoard or W&B, each through its own method; other loggers do not support text."""
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_text"):
         experiment.add_text(f"answers/{sample}", text, step)

@@ -1,4 +1,4 @@
-"""The model, its configuration and its processor for transformers, and what puts their code into an exported folder.
+"""The model, its configuration and its processor for transformers, and the copying of their code into exported folders.
 
-What lies in such a folder runs where nothing of this package is installed: `bundle` copies it with all that it imports.
+The code in an exported folder runs without this package: `remote_code` copies it with everything that it imports.
 """

@@ -1,4 +1,4 @@
-"""An exported model's configuration: the Llama's, and a section for each modality."""
+"""Configuration of an exported model: the Llama's configuration, and one section per modality."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class AnyMALConfig(PretrainedConfig):
     """Configuration of an AnyMAL model.
 
     Args:
-        text_config: the Llama's.
-        modalities: name -> section. A section says the kind of media, the encoder (type, config, preprocessor,
+        text_config: configuration of the Llama.
+        modalities: name -> section. A section holds the kind of media, the encoder (type, config, preprocessor,
             max_pieces_per_call), the projector (type and sizes), options, the placeholder token and its id.
-        kwargs: as of every configuration; ids of special tokens that are not given are the Llama's.
+        kwargs: see PretrainedConfig; ids of special tokens default to the Llama's.
     """
 
     model_type = "anymal"
@@ -40,13 +40,13 @@ class AnyMALConfig(PretrainedConfig):
 
     @property
     def vocab_size(self) -> int:
-        """The Llama's."""
+        """Vocabulary size of the Llama."""
         return self.text_config.vocab_size
 
     def to_dict(self) -> dict[str, Any]:
-        """As transformers': the Llama's rotary embedding under the names of both versions."""
+        """Serialize the configuration, with the rotary embedding under the key names of transformers 4 and 5."""
         out = super().to_dict()
-        # Read by transformers 4, which would pass over `rope_parameters`; 5 reads them as well.
+        # For transformers 4, which ignores `rope_parameters`; transformers 5 reads these keys as well.
         rope = dict(out["text_config"].get("rope_parameters") or {})
         if rope:
             out["text_config"]["rope_theta"] = rope.pop("rope_theta")
@@ -55,7 +55,7 @@ class AnyMALConfig(PretrainedConfig):
 
 
 def _of_version(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """A Llama's keys as this transformers reads them: 4 knows no `rope_parameters`, 5 needs nothing beside them."""
+    """Convert a Llama's keys for the installed transformers: 4 lacks `rope_parameters`, 5 needs only them."""
     keys = dict(keys)
     if keys.get("rope_parameters"):
         keys.pop("rope_scaling", None)
@@ -68,7 +68,7 @@ def _of_version(keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def modality_config(section: Mapping[str, Any]) -> ModalityConfig:
-    """A section as the trainer's dataclass; `path` of its encoder is empty, the shape and preprocessing are in it."""
+    """Convert a section to the trainer's dataclass, with the encoder's shape and preprocessing instead of a path."""
     return ModalityConfig(
         kind=section["kind"],
         encoder=EncoderConfig(**section["encoder"]),

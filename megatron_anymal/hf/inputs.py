@@ -1,4 +1,4 @@
-"""What an exported model takes: prompts as a padded batch, with their media's pieces."""
+"""Inputs of an exported model: a padded batch of prompts, with the pieces of their media."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from megatron_anymal.data.records import DataError
 
 
 class AnyMALInputs(BatchFeature):
-    """input_ids and attention_mask [B, T], and `media`: a modality's name -> pieces [n, *piece_shape]."""
+    """input_ids and attention_mask [B, T], and `media`: name of a modality -> pieces [n, *piece_shape]."""
 
     def to(self, *arguments: Any, **kwargs: Any) -> AnyMALInputs:
-        """As a tensor's `to`; only pieces change their type."""
+        """Like `Tensor.to`; only pieces change their dtype."""
         device = torch._C._nn._parse_to(*arguments, **kwargs)[0]
         for name, value in self.data.items():
             if isinstance(value, Tensor):
@@ -34,33 +34,35 @@ def batch_of(
     max_length: Optional[int] = None,
     return_tensors: Optional[str] = "pt",
 ) -> AnyMALInputs:
-    """Prompts as a batch, padded on the left.
+    """Collate prompts into a batch, padded on the left.
 
     Args:
-        pad: the id that pads; masked, so any does that stands for no media.
-        padding, max_length, return_tensors: as of AnyMALProcessor.
+        pad: the padding id; it is masked, so any id will do except a placeholder's.
+        padding, max_length, return_tensors: see AnyMALProcessor.
 
     Raises:
         DataError: there are no prompts, or one is longer than max_length.
-        ValueError: an unknown setting, or prompts of several lengths that are to be a tensor unpadded.
+        ValueError: an unknown setting, or a tensor is requested of unpadded prompts of different lengths.
     """
     if not prompts:
         raise DataError("There are no prompts.")
     if return_tensors not in ("pt", "np", None):
-        raise ValueError(f"return_tensors={return_tensors!r}: this processor gives 'pt', 'np' or, with None, lists.")
+        raise ValueError(f"return_tensors={return_tensors!r}: this processor supports 'pt', 'np' and None (lists).")
     if (padding == "max_length") != (max_length is not None):
-        raise ValueError("padding='max_length' and max_length=N go together; nothing is cut to a length.")
+        raise ValueError("padding='max_length' and max_length=N go together; prompts are never truncated.")
     longest = max(len(prompt.tokens) for prompt in prompts)
     if padding == "max_length" and max_length is not None:
         if longest > max_length:
-            raise DataError(f"A prompt has {longest} tokens, more than max_length={max_length}. Nothing is cut.")
+            raise DataError(
+                f"A prompt has {longest} tokens, more than max_length={max_length}. Prompts are never truncated."
+            )
         longest = max_length
     elif padding in (False, "do_not_pad"):
         if return_tensors is not None and any(len(prompt.tokens) != longest for prompt in prompts):
-            raise ValueError("Prompts of several lengths are no tensor: give padding=True, or return_tensors=None.")
+            raise ValueError("Prompts of different lengths need padding: set padding=True, or return_tensors=None.")
         longest = 0
     elif padding not in (True, "longest"):
-        raise ValueError(f"padding={padding!r}: known are True, 'longest', 'max_length' and False.")
+        raise ValueError(f"padding={padding!r} is not one of True, 'longest', 'max_length' and False.")
     lacking = [max(0, longest - len(prompt.tokens)) for prompt in prompts]
     ids: Any = [[pad] * count + prompt.tokens for count, prompt in zip(lacking, prompts)]
     mask: Any = [[0] * count + [1] * len(prompt.tokens) for count, prompt in zip(lacking, prompts)]

@@ -1,4 +1,4 @@
-"""Media as a caller has them (paths, URLs, bytes, open files, pictures, arrays) to the files that modalities read."""
+"""Conversion of media inputs (paths, URLs, bytes, open files, PIL images, arrays) to the files that modalities read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_anymal.data.records import DataError, MediaPart
 from megatron_anymal.modalities import MediaError, kind_for_extension
 from megatron_anymal.modalities.libraries import library
 
-# Seconds that a server may take to answer.
+# Timeout of a server, in seconds.
 _PATIENCE = 60.0
 
 
@@ -25,25 +25,27 @@ class GivenMedia:
     """Reads the media of one prompt.
 
     Attributes:
-        files: by the name that stands for the item in the prompt's JSON.
+        files: media files, by the name that represents the item in the prompt's JSON.
     """
 
     def __init__(self, where: str):
-        """`where` names the prompt in messages."""
+        """`where` names the prompt in error messages."""
         self.files: dict[str, MediaFile] = {}
         self._where = where
 
     def message(self, entry: Any) -> Any:
-        """A message whose parts are as `part` returns them."""
+        """Convert all content parts of a message with `part`."""
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), (list, tuple)):
             return entry
         return {**entry, "content": [self.part(part) for part in entry["content"]]}
 
     def part(self, entry: Any) -> Any:
-        """A part of JSON alone, its media item read; a `type`, as transformers' conversations have it, is understood.
+        """Read the media item of a content part and return the part as plain JSON.
+
+        A `type` key, as in transformers' conversations, is accepted.
 
         Raises:
-            DataError: a media item that cannot be read.
+            DataError: the media item cannot be read.
         """
         if not isinstance(entry, Mapping) or ("type" not in entry and "media" not in entry):
             return entry
@@ -60,22 +62,22 @@ class GivenMedia:
         elif hasattr(part["media"], "read"):
             name = str(getattr(part["media"], "name", name))
         file = self._file(name, part)
-        # Files from different places may have one name.
+        # Different files may have the same name.
         part["media"] = name if name not in self.files else f"{name} (item {len(self.files)})"
         self.files[part["media"]] = file
         return part
 
     def item(self, entry: Mapping[str, Any]) -> MediaPart:
-        """As `part`, of a media item."""
+        """Read a media item like `part` does, and return it as a MediaPart."""
         part = self.part(entry)
         attributes = {key: value for key, value in part.items() if key not in ("media", "modality")}
         return MediaPart(part["media"], part.get("modality", ""), attributes)
 
     def kind(self, item: MediaPart, kinds: Sequence[str]) -> str:
-        """The kind of an item that names none, by its file's name.
+        """Detect the kind of an item that does not name one, from its file's extension.
 
         Raises:
-            DataError: it has no such name.
+            DataError: the extension does not determine the kind.
         """
         try:
             return kind_for_extension(self.files[item.media].extension, kinds)
@@ -93,7 +95,7 @@ class GivenMedia:
         part["media"] = part.pop(keys[0])
 
     def _file(self, name: str, part: dict[str, Any]) -> MediaFile:
-        """The item of a part; what describes an array and no file is taken out of the part."""
+        """Convert the item of a part to a file; keys that describe an array, not a file, are removed from the part."""
         item = part["media"]
         if isinstance(item, torch.Tensor):
             item = item.detach().cpu().numpy()
@@ -108,7 +110,7 @@ class GivenMedia:
             return _fetch(item) if is_url else read_media_file(Path(item))
         if isinstance(item, np.ndarray):
             return _array_file(name, item, part.pop("sampling_rate", None))
-        # A PIL image, looked for without importing PIL.
+        # A PIL image, detected without importing PIL.
         if hasattr(item, "save") and hasattr(item, "getexif"):
             return _picture_file(item)
         raise DataError(
@@ -120,18 +122,19 @@ class GivenMedia:
 def given_by_kind(
     text: Any, *, images: Any, audio: Any, videos: Any, media: Any, sampling_rate: Optional[int]
 ) -> list[list[Mapping[str, Any]]]:
-    """For each text the media items given beside it, as objects with `media`: images, videos, audio, others.
+    """Group the media arguments by text, as objects with `media`, in the order images, videos, audio, others.
 
     Args:
-        text: None, one or a list.
-        images, audio, videos, media: for one text an item or a list of them; for several a list with as many of either.
-        sampling_rate: of waveforms, in Hz.
+        text: None, one text or a list.
+        images, audio, videos, media: for one text an item or a list of items; for several texts a list with one item
+            or list of items per text.
+        sampling_rate: sampling rate of waveforms, in Hz.
 
     Raises:
-        DataError: there are not as many as texts.
+        DataError: the number of entries differs from the number of texts.
     """
     texts = None if text is None or isinstance(text, str) else list(text)
-    found: list[list[Mapping[str, Any]]] = [[] for _ in range(1 if texts is None else len(texts))]
+    by_text: list[list[Mapping[str, Any]]] = [[] for _ in range(1 if texts is None else len(texts))]
     for kind, value in (("image", images), ("video", videos), ("audio", audio), ("", media)):
         if value is None:
             continue
@@ -140,12 +143,12 @@ def given_by_kind(
             rows = list(value) if several else [value]
         else:
             rows = list(value) if isinstance(value, (list, tuple)) else [value]
-        if len(rows) != len(found):
-            raise DataError(f"{len(found)} texts need as many lists of media, one for each (it may be empty).")
-        for entries, row in zip(found, rows):
+        if len(rows) != len(by_text):
+            raise DataError(f"{len(by_text)} texts need as many lists of media, one for each (it may be empty).")
+        for entries, row in zip(by_text, rows):
             items = row if isinstance(row, (list, tuple)) else [row]
             entries += [_described(item, kind, sampling_rate) for item in items]
-    return found
+    return by_text
 
 
 def _described(item: Any, kind: str, sampling_rate: Optional[int]) -> Mapping[str, Any]:
@@ -159,8 +162,8 @@ def _described(item: Any, kind: str, sampling_rate: Optional[int]) -> Mapping[st
 
 def _fetch(url: str) -> MediaFile:
     try:
-        with urllib.request.urlopen(url, timeout=_PATIENCE) as answer:
-            data = answer.read()
+        with urllib.request.urlopen(url, timeout=_PATIENCE) as response:
+            data = response.read()
     except OSError as error:
         raise DataError(f"{url[:80]!r} cannot be fetched: {error}") from error
     if url.startswith("data:"):
@@ -169,7 +172,7 @@ def _fetch(url: str) -> MediaFile:
 
 
 def _array_file(name: str, array: np.ndarray, sampling_rate: Any) -> MediaFile:
-    """A waveform as WAV, a picture [height, width, 3] of uint8 as PNG, any other array as npy."""
+    """Encode a waveform as WAV, a uint8 image [height, width, 3] as PNG, and any other array as npy."""
     out = io.BytesIO()
     if sampling_rate is not None:
         if array.ndim != 1:

@@ -1,4 +1,5 @@
-"""The sections of an export's configuration: all that rebuilds a modality where its encoder's folder is not."""
+"""The modality sections of an export's configuration: everything needed to rebuild a modality without its encoder's
+folder."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor,
 
 
 def export_sections(modalities: Mapping[str, ModalityConfig], tokenizer: Tokenizer) -> dict[str, dict[str, Any]]:
-    """Each modality's section for `AnyMALConfig` and `AnyMALProcessor`, plain JSON.
+    """Build each modality's section for `AnyMALConfig` and `AnyMALProcessor`, as plain JSON.
 
     Raises:
-        ConfigError, DataError: an encoder's folder that cannot be read; a placeholder that the tokenizer lacks.
+        ConfigError, DataError: the folder of an encoder cannot be read, or the tokenizer lacks a placeholder.
     """
     return {name: _section(name, section, tokenizer) for name, section in modalities.items()}
 
@@ -44,16 +45,16 @@ def _section(name: str, section: ModalityConfig, tokenizer: Tokenizer) -> dict[s
 
 
 def _shape(encoder: EncoderConfig) -> dict[str, Any]:
-    """The encoder's shape, without what every configuration of transformers has."""
+    """The encoder's shape, without the keys that are common to all configurations of transformers."""
     if encoder.type not in ARCHITECTURES:
         if encoder.type != "imu2clip" or not encoder.path:
             return dict(encoder.config)
-        found = read_folder(encoder, ("imu2clip",))
-        return {key: value for key, value in found.items() if key != "model_type"}
+        config = read_folder(encoder, ("imu2clip",))
+        return {key: value for key, value in config.items() if key != "model_type"}
     shape: Any = transformers_config(encoder)
     common = {field.name for field in dataclasses.fields(PretrainedConfig)}
     own = [field.name for field in dataclasses.fields(shape) if field.name not in common]
-    # Names with an underscore choose a backbone's outputs, which no encoder here has.
+    # Names with an underscore select the outputs of a backbone, which these encoders do not have.
     return {key: _plain(getattr(shape, key)) for key in own if not key.startswith("_")}
 
 

@@ -1,4 +1,4 @@
-"""AnyMAL as transformers runs it: frozen encoders, projectors, and transformers' own Llama."""
+"""AnyMAL for transformers: frozen encoders, projectors, and transformers' own Llama."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.embedding_merge import merge
 from megatron_anymal.model.encoders import ENCODERS, build_encoder
 
-# By encoder.type: parts of its weights' names as transformers 5 has them -> as 4 does.
+# By encoder.type: substrings of weight names in transformers 5 -> in transformers 4.
 _NAMES_IN_4 = {
     "dinov2": {
         ".attention.q_proj.": ".attention.attention.query.",
@@ -31,14 +31,14 @@ _NAMES_IN_4 = {
 class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """An AnyMAL model that answers prompts of text and media.
 
-    Media arrive as `media`: a modality's name -> pieces [n, *piece_shape], those of the whole batch in the order of
-    their placeholders, row by row. AnyMALProcessor makes them.
+    Media are passed as `media`: name of a modality -> pieces [n, *piece_shape] of the whole batch, in the order of
+    their placeholders, row by row. AnyMALProcessor creates them.
     """
 
     config_class = AnyMALConfig
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    # Classes whose parts stay on one device.
+    # Classes whose modules must be on one device.
     _no_split_modules = [  # noqa: RUF012  (transformers declares it)
         "LlamaDecoderLayer",
         "PerceiverResampler",
@@ -59,7 +59,7 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         encoders, projectors = {}, {}
         for name, section in sections.items():
             shape = build_modality(name, section).piece_shape
-            # transformers' own encoders come in float32, whatever type the whole model is loaded in.
+            # transformers creates its own encoders in float32, regardless of the dtype of the whole model.
             encoder = build_encoder(section.encoder, shape).to(torch.get_default_dtype())
             encoders[name] = encoder
             projectors[name] = build_projector(
@@ -71,7 +71,7 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def train(self, mode: bool = True) -> AnyMALForConditionalGeneration:
-        """As torch's, but encoders stay in evaluation mode."""
+        """Like `nn.Module.train`, but the encoders stay in evaluation mode."""
         super().train(mode)
         self.encoders.eval()
         return self
@@ -97,16 +97,16 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.model
 
     def encode_media(self, media: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Soft tokens of pieces.
+        """Encode pieces into soft tokens.
 
         Args:
-            media: name -> [n, *piece_shape] of any floating type.
+            media: name -> [n, *piece_shape] of any floating dtype.
 
         Returns:
             Name -> [n x soft tokens per piece, H].
 
         Raises:
-            ValueError: an unknown modality, or pieces of another shape than its encoder takes.
+            ValueError: an unknown modality, or pieces whose shape does not match its encoder.
         """
         return {name: self._encode(name, pieces) for name, pieces in media.items()}
 
@@ -138,15 +138,15 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         soft_tokens: Optional[Mapping[str, Tensor]] = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As LlamaForCausalLM, with media at the placeholders of `input_ids`.
+        """Run LlamaForCausalLM with media at the placeholders of `input_ids`.
 
         Args:
             media: name -> pieces of the whole batch, in the order of their placeholders, row by row.
-            soft_tokens: what `encode_media` made of them, instead.
-            kwargs: the Llama's; its cache is among them, under the name that the version of transformers has for it.
+            soft_tokens: the result of `encode_media`, instead of `media`.
+            kwargs: passed to the Llama, including its cache, whose name depends on the version of transformers.
 
         Raises:
-            ValueError: placeholders and media differ in number; an unknown modality or a wrong shape.
+            ValueError: the numbers of placeholders and soft tokens differ, an unknown modality, or a wrong shape.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give either input_ids or inputs_embeds.")
@@ -155,7 +155,7 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
             soft = self.encode_media(media) if media else soft_tokens
             inputs_embeds = self._embed(input_ids, soft or {})
         elif media or soft_tokens:
-            raise ValueError("Media go to the placeholders of input_ids, which inputs_embeds do not have.")
+            raise ValueError("Media replace the placeholders of input_ids, which inputs_embeds do not have.")
         return self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -167,23 +167,23 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def _embed(self, input_ids: Tensor, soft_tokens: Mapping[str, Tensor]) -> Tensor:
-        """[B, T] ids and soft tokens to embeddings [B, T, H]."""
+        """[B, T] ids and soft tokens -> embeddings [B, T, H]."""
         text = self.get_input_embeddings()(input_ids)
         if not soft_tokens and not self._holds_placeholders(input_ids):
             return text
-        ids, places = input_ids.flatten(), []
+        ids, positions = input_ids.flatten(), []
         for name in self._placeholders:
-            places.append((ids == self._placeholders[name]).nonzero().flatten())
-            given = len(soft_tokens.get(name, ()))
-            if given != len(places[-1]):
+            positions.append((ids == self._placeholders[name]).nonzero().flatten())
+            count = len(soft_tokens.get(name, ()))
+            if count != len(positions[-1]):
                 each = self._tokens[name]
                 raise ValueError(
-                    f"input_ids have {len(places[-1])} placeholders of {name} but media[{name!r}] gives {given} soft "
-                    f"tokens ({given // each} pieces of {each}). Give the ids and media of one call of the processor."
+                    f"input_ids have {len(positions[-1])} placeholders of {name} but media[{name!r}] gives {count} "
+                    f"soft tokens ({count // each} pieces of {each}). Pass ids and media from the same processor call."
                 )
         used = [soft_tokens[name].to(text.device) for name in self._placeholders if name in soft_tokens]
-        where = [place for name, place in zip(self._placeholders, places) if name in soft_tokens]
-        return merge(text.flatten(0, 1).unsqueeze(1), used, where).view_as(text)
+        used_positions = [index for name, index in zip(self._placeholders, positions) if name in soft_tokens]
+        return merge(text.flatten(0, 1).unsqueeze(1), used, used_positions).view_as(text)
 
     def _holds_placeholders(self, input_ids: Tensor) -> bool:
         if not self._placeholders:
@@ -198,7 +198,7 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Optional[Tensor] = None,
         **model_kwargs: Any,
     ) -> tuple[Any, dict[str, Any]]:
-        # Media are encoded once, then follow their rows.
+        # Encode media once, then repeat the soft tokens along with their rows.
         media = model_kwargs.pop("media", None)
         soft = self.encode_media(media) if media else model_kwargs.pop("soft_tokens", None)
         if soft and expand_size > 1 and input_ids is not None:
@@ -209,10 +209,10 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return input_ids, {**model_kwargs, "soft_tokens": soft} if soft else model_kwargs
 
     def _repeat(self, name: str, tokens: Tensor, input_ids: Tensor, times: int) -> Tensor:
-        """Soft tokens [k, H] for rows that are each repeated."""
+        """Repeat soft tokens [k, H] along with the rows of `input_ids`."""
         counts = (input_ids == self._placeholders[name]).sum(dim=1).tolist()
         if sum(counts) != len(tokens):
-            # Said by the first step.
+            # The first forward pass raises the error.
             return tokens
         return torch.cat([row.repeat(times, 1) for row in tokens.split(counts)])
 
@@ -220,13 +220,13 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, outputs: Any, model_kwargs: dict[str, Any], *arguments: Any, **kwargs: Any
     ) -> dict[str, Any]:
         updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *arguments, **kwargs)
-        # The prompt's keys and values are cached: the next step embeds new tokens alone.
+        # The keys and values of the prompt are cached: the next step embeds only new tokens.
         if updated.get("use_cache", True):
             updated.pop("soft_tokens", None)
         return updated
 
     def _fix_state_dict_key_on_load(self, key: str) -> tuple[str, bool]:
-        """A file's name of a weight as transformers 4 has it; 5 does not ask."""
+        """Convert a weight's name in a file to its name in transformers 4; transformers 5 does not call this."""
         name = key.split(".")[1] if key.startswith("encoders.") else ""
         kind = self.config.modalities[name]["encoder"]["type"] if name in self.config.modalities else ""
         for in_5, in_4 in _NAMES_IN_4.get(kind, {}).items():

@@ -1,4 +1,4 @@
-"""From prompts of text and media to what an exported model takes, and from its answers to text."""
+"""Processor of an exported model: converts prompts of text and media to inputs, and generated ids to text."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from megatron_anymal.modalities import Modality, build_modality
 
 
 class AnyMALProcessor(ProcessorMixin):
-    """Prompts to a model's inputs, by the trainer's own reading of media and layout of documents.
+    """Converts prompts to model inputs, with the same media reading and document layout as in training.
 
     Args:
-        tokenizer: the model's.
-        modalities: the sections of its configuration, see AnyMALConfig.
+        tokenizer: tokenizer of the model.
+        modalities: the modality sections of its configuration, see AnyMALConfig.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012  (transformers 4 declares it)
@@ -56,30 +56,30 @@ class AnyMALProcessor(ProcessorMixin):
         max_length: Optional[int] = None,
         return_tensors: Optional[str] = "pt",
     ) -> AnyMALInputs:
-        """Read one prompt or several.
+        """Convert one prompt or several to model inputs.
 
-        A media item is a path, a URL, a file's bytes, an open file, a PIL image or an array; where that does not say
-        what it is, its object has a `modality`. A waveform needs `sampling_rate`, an IMU signal `rate`, in Hz.
+        A media item is a path, a URL, a file's bytes, an open file, a PIL image or an array; if that does not determine
+        its kind, its object needs a `modality`. A waveform needs `sampling_rate`, an IMU signal `rate`, in Hz.
 
         Args:
             prompts: each {"parts": [...]} or {"messages": [...]}, of {"text": TEXT} and {"media": ITEM, "modality":
-                KIND, ...}; messages end with the user turn to be answered.
-            text: instead of them, one text or several. A conversation rendered by `apply_chat_template(tokenize=False)`
-                has placeholders, which take the items of their kinds in order. Any other text is literal, and its media
-                stand before it.
-            images, audio, videos, media: items of a kind, or with `media` of any: one item or a list; for several
-                texts one item or list each. An item with attributes is such an object as in `prompts`.
-            sampling_rate: of waveforms in `audio`, in Hz.
-            padding: True or "longest"; "max_length", to `max_length` tokens; False. On the left.
+                KIND, ...}; messages end with the user turn to answer.
+            text: one text or several, instead of `prompts`. The placeholders of a conversation rendered by
+                `apply_chat_template(tokenize=False)` are replaced by the items of their kinds, in order. Any other text
+                is literal, and its media precede it.
+            images, audio, videos, media: items of one kind or, for `media`, of any kind: one item or a list; for
+                several texts, one item or list per text. An item with attributes is an object as in `prompts`.
+            sampling_rate: sampling rate of waveforms in `audio`, in Hz.
+            padding: True or "longest"; "max_length", to `max_length` tokens; or False. Padding is on the left.
             return_tensors: "pt", "np", or None for lists of ids (pieces stay tensors).
 
         Returns:
             `input_ids` and `attention_mask`, [B, T], and `media`.
 
         Raises:
-            DataError, MediaError: a prompt or media item that cannot be used; the message says which and why.
-            ValueError: arguments that do not go together.
-            ImportError: a library that this kind of media needs is missing.
+            DataError, MediaError: a prompt or media item cannot be used; the message gives which and why.
+            ValueError: incompatible arguments.
+            ImportError: a library for this kind of media is missing.
         """
         given = given_by_kind(text, images=images, audio=audio, videos=videos, media=media, sampling_rate=sampling_rate)
         if (prompts is None) == (text is None and not any(given)):
@@ -109,25 +109,25 @@ class AnyMALProcessor(ProcessorMixin):
         """Lay out one conversation (a list of messages) or several.
 
         The content of a message is a text, or parts {"type": "text", "text": TEXT} and {"type": KIND, KIND | "path" |
-        "url" | "media": ITEM, ...}, or parts as in `__call__`. The layout is the one of training, always.
+        "url" | "media": ITEM, ...}, or parts as in `__call__`. The layout is always the one used in training.
 
         Args:
-            add_generation_prompt: end with the header of the assistant's turn. Default: unless
-                `continue_final_message`.
-            continue_final_message: leave the last turn open, to be continued.
-            tokenize: make tensors as `__call__` does; false: the string, in which a media item is its placeholder.
-            return_dict: false: the ids alone.
-            padding, max_length, return_tensors: as of `__call__`; they may stand in `processor_kwargs` instead.
+            add_generation_prompt: end with the header of the assistant's turn. Default: true unless
+                `continue_final_message` is set.
+            continue_final_message: leave the last turn open for the model to continue.
+            tokenize: return inputs like `__call__`; false: return a string in which placeholders represent media items.
+            return_dict: false: return only the ids.
+            padding, max_length, return_tensors: see `__call__`; they may be passed in `processor_kwargs` instead.
 
         Raises:
-            ValueError: another chat template, or an open turn of both kinds.
-            DataError, MediaError, ImportError: as `__call__`.
+            ValueError: a different chat template, or both kinds of open turns at once.
+            DataError, MediaError, ImportError: see `__call__`.
         """
         if chat_template is not None:
-            raise ValueError("This processor lays conversations out as in training. Leave chat_template away.")
+            raise ValueError("This processor lays conversations out as in training. Remove chat_template.")
         ask = not continue_final_message if add_generation_prompt is None else add_generation_prompt
         if ask and continue_final_message:
-            raise ValueError("add_generation_prompt opens a new turn, continue_final_message the last one: give one.")
+            raise ValueError("add_generation_prompt opens a new turn, continue_final_message the last one: set one.")
         several = bool(conversation) and not isinstance(conversation[0], Mapping)
         conversations = [list(messages) for messages in (conversation if several else [conversation])]
         where = [f"conversation {number}" for number in range(len(conversations))]
@@ -147,30 +147,30 @@ class AnyMALProcessor(ProcessorMixin):
         return inputs if return_dict else inputs["input_ids"]
 
     def answers(self, output_ids: Tensor, inputs: Mapping[str, Any]) -> list[str]:
-        """The texts that were generated after the prompts, without special tokens and white space at their ends.
+        """Decode the generated texts, without the prompts, special tokens and surrounding white space.
 
         Args:
-            output_ids: [rows, T + new tokens], what `generate` returned.
-            inputs: what it was given.
+            output_ids: [rows, T + new tokens], the result of `generate`.
+            inputs: the inputs of `generate`.
         """
         new = output_ids[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._tokenizer.decode(self._until_end(tokens)).strip() for tokens in new]
 
     def batch_decode(self, *arguments: Any, **kwargs: Any) -> list[str]:
-        """The tokenizer's."""
+        """Call `batch_decode` of the tokenizer."""
         return self.tokenizer.batch_decode(*arguments, **kwargs)
 
     def decode(self, *arguments: Any, **kwargs: Any) -> Any:
-        """The tokenizer's."""
+        """Call `decode` of the tokenizer."""
         return self.tokenizer.decode(*arguments, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
-        """What `__call__` returns."""
+        """Names of the inputs that `__call__` returns."""
         return ["input_ids", "attention_mask", "media"]
 
     def to_dict(self, *arguments: Any, **kwargs: Any) -> dict[str, Any]:
-        """As transformers'; the tokenizer keeps its own files."""
+        """Serialize the processor without its tokenizer, which has its own files."""
         kept: dict[str, Any] = {
             name: self.__dict__.pop(name) for name in ("_tokenizer", "_reader") if name in self.__dict__
         }
@@ -204,7 +204,7 @@ class AnyMALProcessor(ProcessorMixin):
         given = GivenMedia("media")
         items = [given.item(entry) for entry in media]
         if not items and not text:
-            raise DataError("There is nothing to answer: no text and no media.")
+            raise DataError("There is nothing to answer: text and media are empty.")
         if not is_rendered(text):
             return self._read([*items, *([TextPart(text)] if text else [])], given)
         kinds = list(self._placeholders)
@@ -217,16 +217,16 @@ class AnyMALProcessor(ProcessorMixin):
 
     @property
     def _placeholders(self) -> dict[str, str]:
-        """Kind of media -> its token."""
+        """Kind of media -> its placeholder token."""
         return {section["kind"]: section["placeholder"] for section in self.modalities.values()}
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         ends = {self._tokenizer.end, self.tokenizer.get_vocab().get(END_TURN, self._tokenizer.end)}
-        return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
+        return tokens[: next((position for position, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
 def _laid_out(messages: list[Any], where: str, ask: bool, continued: bool) -> list[Part]:
-    """A conversation's parts, its end open or not."""
+    """Lay out the parts of a conversation, with an open turn at the end if `ask` or `continued`."""
     if ask:
         return open_parts({"messages": messages}, where)
     parts = lay_out(parse_messages(messages, where))

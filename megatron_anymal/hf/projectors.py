@@ -1,4 +1,4 @@
-"""The projectors in plain torch: the modules of model/projectors.py with the same weights, unsplit.
+"""The projectors in plain torch: the modules of model/projectors.py with the same weights, unsharded.
 
 Shapes: n pieces, F features of width w per piece, T soft tokens per piece, h the projector's width, H the language
 model's.
@@ -18,14 +18,14 @@ _EPSILON = 1e-6
 
 
 def build_projector(config: ProjectorConfig, features: int, width: int, hidden_size: int) -> nn.Module:
-    """The projector of one modality; `features` and `width` are the encoder's, `hidden_size` the language model's."""
+    """Build a modality's projector, for `features` x `width` from the encoder and the LM's `hidden_size`."""
     if config.type == "resampler":
         return PerceiverResampler(config, features, width, hidden_size)
     return LinearProjector(config, features, width, hidden_size)
 
 
 class PerceiverResampler(nn.Module):
-    """Learned latents read a piece's features through cross-attention (Perceiver Resampler, Flamingo section 3.1.1)."""
+    """Learned latents cross-attend to the features of a piece (Perceiver Resampler, Flamingo section 3.1.1)."""
 
     def __init__(self, config: ProjectorConfig, features: int, width: int, hidden_size: int):
         super().__init__()
@@ -71,8 +71,8 @@ class _ResamplerLayer(nn.Module):
         query, key, value = (
             self._split(linear(x)) for linear, x in ((self.query, own), (self.key, both), (self.value, both))
         )
-        read = F.scaled_dot_product_attention(query, key, value)
-        latents = latents + self.attention_output(read.transpose(1, 2).flatten(2))
+        attended = F.scaled_dot_product_attention(query, key, value)
+        latents = latents + self.attention_output(attended.transpose(1, 2).flatten(2))
         return latents + self.ffn_down(F.gelu(self.ffn_up(self.ffn_norm(latents))))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class _ResamplerLayer(nn.Module):
 
 
 class LinearProjector(nn.Module):
-    """Linear layers from features to soft tokens; neighbouring features are joined, or each makes several tokens."""
+    """Linear layers from features to soft tokens; neighbouring features are joined, or each gives several tokens."""
 
     def __init__(self, config: ProjectorConfig, features: int, width: int, hidden_size: int):
         super().__init__()

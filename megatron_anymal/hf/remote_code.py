@@ -1,9 +1,9 @@
-"""The code of an exported folder: this package's own files, so that an export computes what was trained.
+"""The code of an exported folder: copies of this package's own files, so that an export computes what was trained.
 
-From the three files that transformers asks for, imports inside the package are followed to all that they need. Each
-file goes into the folder under one flat name (`anymal_modalities_image.py` for `megatron_anymal.modalities.image`) with
-these imports made relative. transformers copies the files that a root file names, in version 4 those alone, so each
-root names all of them.
+Starting from the three files that transformers loads, imports inside the package are followed to everything they need.
+Each file is written to the folder under a flat name (`anymal_modalities_image.py` for
+`megatron_anymal.modalities.image`), with these imports made relative. transformers copies the files that a root file
+imports, in version 4 only those named directly, so each root names all of them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_anymal.AnyMALProcessor"}
 
 _PACKAGE = "megatron_anymal"
 _ROOTS = ("configuration_anymal", "modeling_anymal", "processing_anymal")
-# What a folder must do without: its users have none of it.
+# Packages that exported code must not import, because users of an export do not have them.
 _FORBIDDEN = ("megatron", "nemo", "lightning", "hydra", "omegaconf", "webdataset")
 
 
@@ -39,7 +39,7 @@ class _Module:
 
     # Its name in the folder, without .py.
     name: str
-    # What messages and its header call it.
+    # Its name in error messages and in the file's header.
     origin: str
     source: str
     tree: ast.Module
@@ -56,14 +56,14 @@ def write_code(folder: Path, plugins: Sequence[Path] = ()) -> list[str]:
     """Write the code of an exported folder.
 
     Args:
-        folder: exists already.
-        plugins: files of `model.plugins`; they register their modalities and encoders there, too.
+        folder: an existing folder.
+        plugins: files of `model.plugins`; in the export, too, they register their modalities and encoders.
 
     Returns:
         Names of the written files.
 
     Raises:
-        ConfigError: a plug-in that is missing, that imports what an export must do without, or two of one name.
+        ConfigError: a plug-in is missing or imports something that an export must not, or two have the same name.
     """
     files = _code(plugins)
     for name, text in files.items():
@@ -75,11 +75,11 @@ def _code(plugins: Sequence[Path] = ()) -> dict[str, str]:
     """File name -> text."""
     added = [_plugin(Path(path).expanduser()) for path in plugins]
     if len({module.name for module in added}) < len(added):
-        raise ConfigError(f"model.plugins: two of {[str(path) for path in plugins]} have one name. Rename a file.")
+        raise ConfigError(f"model.plugins: two of {[str(path) for path in plugins]} have the same name. Rename a file.")
     files = {}
     for name in _ROOTS:
         root = _read(f"{_PACKAGE}.hf.{name}")
-        # Plug-ins bring modalities, which the configuration alone does not build.
+        # Plug-ins provide modalities, which the configuration file does not build.
         needed = _closure([root] if name == "configuration_anymal" else [root, *added])
         del needed[name]
         files.update({module.name: _text(module) for module in needed.values() if module.name not in _ROOTS})
@@ -88,28 +88,31 @@ def _code(plugins: Sequence[Path] = ()) -> dict[str, str]:
 
 
 def foreign_code(folder: Path) -> list[str]:
-    """What an exported folder would have transformers run that is not exactly this package's code, without plug-ins:
-    its Python files, and the keys `auto_map` in its settings, which may name other repositories."""
+    """List the code that transformers would run from an exported folder and that differs from this package's.
+
+    These are Python files, including those of plug-ins, and the `auto_map` keys of its settings, which may name other
+    repositories.
+    """
     own = _code()
-    found = []
+    foreign = []
     for path in sorted(folder.rglob("*.py")):
         name = str(path.relative_to(folder))
         if name not in own or path.read_bytes() != own[name].encode():
-            found.append(name)
+            foreign.append(name)
     maps = {"config.json": CONFIG_AUTO_MAP, "processor_config.json": PROCESSOR_AUTO_MAP}
     for path in sorted(folder.glob("*.json")):
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            # transformers cannot read it either.
+            # transformers cannot parse it either.
             continue
         if isinstance(settings, dict) and settings.get("auto_map") not in (None, maps.get(path.name)):
-            found.append(f"the auto_map in {path.name}")
-    return found
+            foreign.append(f"the auto_map in {path.name}")
+    return foreign
 
 
 def _read(dotted: str) -> _Module:
-    """A module of this package."""
+    """Read a module of this package."""
     file = _file_of(dotted)
     assert file is not None, f"there is no module {dotted}"
     name = dotted.removeprefix(f"{_PACKAGE}.hf.")
@@ -135,8 +138,8 @@ def _plugin(path: Path) -> _Module:
 
 
 def _closure(modules: Sequence[_Module]) -> dict[str, _Module]:
-    """The modules and all that they need, by name; each comes after what it needs."""
-    found: dict[str, _Module] = {}
+    """The modules and all their dependencies, by name; each module comes after its dependencies."""
+    ordered: dict[str, _Module] = {}
     seen = set()
 
     def visit(module: _Module) -> None:
@@ -146,22 +149,22 @@ def _closure(modules: Sequence[_Module]) -> dict[str, _Module]:
         _check(module)
         for node in module.imports:
             visit(_read(str(node.module)))
-        found[module.name] = module
+        ordered[module.name] = module
 
     for module in modules:
         visit(module)
-    return found
+    return ordered
 
 
 def _check(module: _Module) -> None:
-    """Refuse imports that cannot work in an exported folder."""
+    """Reject imports that cannot work in an exported folder."""
     for node in _reached(module.tree):
         names: list[str] = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             if any(_top(name) == _PACKAGE for name in names):
                 raise ConfigError(
-                    f"{module.origin}, line {node.lineno}: an export can hold `from {_PACKAGE}... import NAME` alone."
+                    f"{module.origin}, line {node.lineno}: an export can only hold `from {_PACKAGE}... import NAME`."
                 )
         elif isinstance(node, ast.ImportFrom):
             if node.level:
@@ -172,7 +175,7 @@ def _check(module: _Module) -> None:
         for name in names:
             if _top(name) in _FORBIDDEN:
                 raise ConfigError(
-                    f"{module.origin}, line {node.lineno}, imports {name}, which an exported model must do without."
+                    f"{module.origin}, line {node.lineno}, imports {name}, which an exported model must not depend on."
                 )
 
 
@@ -188,7 +191,7 @@ def _check_names(module: _Module, node: ast.ImportFrom) -> None:
 
 
 def _reached(tree: ast.AST) -> Iterator[Any]:
-    """All nodes but what is for type checkers."""
+    """Yield all nodes except the blocks for type checkers."""
     for node in ast.iter_child_nodes(tree):
         if not _for_checkers(node):
             yield node
@@ -204,23 +207,23 @@ def _top(module: str | None) -> str:
 
 
 def _text(module: _Module) -> str:
-    """The file as it goes into the folder."""
+    """The text of the file in the folder."""
     lines = module.source.splitlines()
     for node in module.imports:
         flat = _read(str(node.module)).name
-        place = node.lineno - 1
-        lines[place] = lines[place].replace(f"from {node.module} import", f"from .{flat} import", 1)
+        index = node.lineno - 1
+        lines[index] = lines[index].replace(f"from {node.module} import", f"from .{flat} import", 1)
     for block in filter(_for_checkers, ast.walk(module.tree)):
         assert isinstance(block, ast.If) and block.end_lineno is not None
         lines[block.lineno - 1 : block.end_lineno] = [""] * (block.end_lineno - block.lineno + 1)
     header = [
-        f"# Of {_PACKAGE} {megatron_anymal.__version__}: {module.origin}, copied by the export of this model. Only its",
-        "# imports differ.",
+        f"# From {_PACKAGE} {megatron_anymal.__version__}: {module.origin}, copied when this model was exported. Only",
+        "# its imports differ.",
     ]
     return "\n".join([*header, *lines]) + "\n"
 
 
 def _naming(files: Sequence[str]) -> str:
-    """Lines that name files, in the order of their imports."""
+    """Import lines that name files, dependencies first."""
     lines = [f"from .{name} import __name__ as _  # noqa: E402, F401" for name in files]
-    return "\n".join(["", "# All that this file needs: transformers copies what is named here.", *lines]) + "\n"
+    return "\n".join(["", "# All files that this one needs: transformers copies those named here.", *lines]) + "\n"

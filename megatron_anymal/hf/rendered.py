@@ -1,7 +1,7 @@
-"""Conversations as one string, as transformers passes them around, and back to parts.
+"""Rendering of conversations as one string, the form that transformers passes around, and parsing back to parts.
 
-A rendered conversation begins with the begin token and a turn's header; a media item stands in it as its modality's
-placeholder, once. Only in such a string are control tokens what they name: any other text is literal.
+A rendered conversation begins with the begin token and a turn header; each media item is represented by one placeholder
+of its modality. Only in such a string are control tokens interpreted; any other text is literal.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 
 
 def render(parts: Sequence[Part], placeholders: Mapping[str, str], control: Mapping[str, int]) -> str:
-    """The string of a conversation.
+    """Render a conversation as a string.
 
     Args:
-        parts: as data/chat_format.py lays them out.
-        placeholders: kind of media -> its token.
-        control: the tokenizer's.
+        parts: content parts, laid out by data/chat_format.py.
+        placeholders: kind of media -> its placeholder token.
+        control: control tokens of the tokenizer.
 
     Raises:
-        DataError: a text holds a control token, which a string could not tell from a real one; an unknown kind.
+        DataError: an unknown kind, or a text that holds a control token, which would become a real one in a string.
     """
     out = [BEGIN]
     for part in parts:
@@ -36,23 +36,23 @@ def render(parts: Sequence[Part], placeholders: Mapping[str, str], control: Mapp
         written = [] if part.control else [token for token in control if token in part.text]
         if written:
             raise DataError(
-                f"A message holds {written[0]!r} as text, which a string cannot tell from the token itself. Let "
-                "apply_chat_template make the tensors (tokenize=True): there it is text."
+                f"A message holds {written[0]!r} as text, which in a string would become the token itself. Use "
+                "apply_chat_template with tokenize=True, which keeps it as text."
             )
         out.append(part.text)
     return "".join(out)
 
 
 def is_rendered(text: str) -> bool:
-    """Whether a text is a rendered conversation."""
+    """Whether a text is a conversation rendered by `render`."""
     return text.startswith(BEGIN + START_HEADER)
 
 
 def parts_of(text: str, placeholders: Mapping[str, str], media: Sequence[MediaPart]) -> list[Part]:
-    """The parts of a rendered conversation, each placeholder replaced by the next item of its kind.
+    """Parse a rendered conversation into parts, replacing each placeholder by the next item of its kind.
 
     Raises:
-        DataError: there are more or fewer items than placeholders of a kind.
+        DataError: the number of items of a kind differs from the number of its placeholders.
     """
     kinds = {token: kind for kind, token in placeholders.items()}
     waiting = {kind: [item for item in media if item.modality == kind] for kind in placeholders}
@@ -60,7 +60,7 @@ def parts_of(text: str, placeholders: Mapping[str, str], media: Sequence[MediaPa
         if text.count(token) != len(waiting[kind]):
             raise DataError(
                 f"The text holds {text.count(token)} placeholders of {kind} ({token}), but {len(waiting[kind])} such "
-                "items are given. Give as many, in their order."
+                "items are given. Pass the same number, in order."
             )
     pattern = "|".join(re.escape(token) for token in kinds) or "(?!)"
     parts: list[Part] = []
@@ -73,7 +73,7 @@ def parts_of(text: str, placeholders: Mapping[str, str], media: Sequence[MediaPa
 
 
 def without_items(message: Any) -> Any:
-    """A message whose media, named by kind alone or given, are only marked by their kind: to be rendered."""
+    """Reduce the media items of a message to their kinds, for rendering."""
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), (list, tuple)):
         return message
     return {**message, "content": [_marked(part) for part in message["content"]]}

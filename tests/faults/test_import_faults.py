@@ -202,7 +202,7 @@ def doubled(folder: Path) -> str:
     file = sorted(folder.glob("*.safetensors"))[2]
     extra = load_file(file)
     rewrite(second(folder), lambda tensors: tensors.update(extra))
-    return f"{min(extra)!r} is doubled"
+    return f"{min(extra)!r} is in both"
 
 
 def unmapped(folder: Path) -> str:

@@ -68,7 +68,7 @@ def test_the_attention_that_is_chosen(
                 "virtual_pipeline_model_parallel_size": 2,
                 "overlap_p2p_comm": False,
             },
-            r"virtual_pipeline_model_parallel_size.*overlap_p2p_comm=false gives wrong numbers over gloo",
+            r"virtual_pipeline_model_parallel_size.*overlap_p2p_comm=false gives wrong results over gloo",
         ),
         (
             CPU,

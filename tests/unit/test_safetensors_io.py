@@ -127,11 +127,11 @@ DAMAGE = {
     "no-json": (lambda p: overwrite(p, 8, b"\xff\xfe"), "header is damaged"),
     "list": (lambda p: p.write_bytes(struct.pack("<Q", 2) + b"[]"), "header is damaged"),
     "unknown-type": (lambda p: rewrite_header(p, {"dtype": "Q7"}), "'b' has the unknown type 'Q7'"),
-    "hole": (lambda p: rewrite_header(p, {"data_offsets": [32, 64]}), "'b' of 32 bytes is said to lie"),
-    "overlap": (lambda p: rewrite_header(p, {"data_offsets": [20, 52]}), "'b' of 32 bytes is said to lie"),
-    "shape": (lambda p: rewrite_header(p, {"shape": [2, 3]}), "'b' of 24 bytes is said to lie"),
-    "negative": (lambda p: rewrite_header(p, {"shape": [-2, -4]}), "no whole number"),
-    "fraction": (lambda p: rewrite_header(p, {"shape": [2.5, 4]}), "no whole number"),
+    "hole": (lambda p: rewrite_header(p, {"data_offsets": [32, 64]}), "its header puts 'b' of 32 bytes at"),
+    "overlap": (lambda p: rewrite_header(p, {"data_offsets": [20, 52]}), "its header puts 'b' of 32 bytes at"),
+    "shape": (lambda p: rewrite_header(p, {"shape": [2, 3]}), "its header puts 'b' of 24 bytes at"),
+    "negative": (lambda p: rewrite_header(p, {"shape": [-2, -4]}), "not a whole number"),
+    "fraction": (lambda p: rewrite_header(p, {"shape": [2.5, 4]}), "not a whole number"),
     "no-places": (lambda p: rewrite_header(p, {"data_offsets": None}), "header is damaged"),
 }
 
@@ -190,9 +190,12 @@ FOLDER_DAMAGE = {
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x"}}'),
         "index.json' is damaged",
     ),
-    "doubled": (lambda f: save_file({"c": torch.zeros(4), "a": torch.zeros(2)}, f / SECOND), "'a' is doubled"),
-    "not-in-file": (lambda f: write_index(f, {"a": 1, "b": 1, "c": 2, "d": 2}), "tensor 'd' is in .*; it is not"),
-    "in-other-file": (lambda f: write_index(f, {"a": 1, "b": 2, "c": 2}), "tensor 'b' is in .*; it is not"),
+    "doubled": (lambda f: save_file({"c": torch.zeros(4), "a": torch.zeros(2)}, f / SECOND), "'a' is in both"),
+    "not-in-file": (
+        lambda f: write_index(f, {"a": 1, "b": 1, "c": 2, "d": 2}),
+        "tensor 'd' in .*, but it is not there",
+    ),
+    "in-other-file": (lambda f: write_index(f, {"a": 1, "b": 2, "c": 2}), "tensor 'b' in .*, but it is not there"),
     "not-in-index": (lambda f: write_index(f, {"a": 1, "c": 2}), "'b' in 'model-00001.* is not in"),
     "left-over": (lambda f: save_file({"c": torch.zeros(4)}, f / "model.safetensors"), "'model.safetensors' is not in"),
 }

@@ -59,12 +59,12 @@ def test_nvidia_apex(site):
 
 def test_version_out_of_range_and_exit_code(site, capsys):
     assert doctor.main([]) == 0
-    assert "All required parts are there." in capsys.readouterr().out
+    assert "All required components are installed." in capsys.readouterr().out
     add_distribution(site, "psutil", "1.0")
     assert finding("psutil").state == environment.OUT_OF_RANGE
     assert doctor.main([]) == 1
     shown = capsys.readouterr().out
-    assert "pip install 'psutil>=5.9'" in shown and "To mend first: psutil." in shown
+    assert "pip install 'psutil>=5.9'" in shown and "Fix first: psutil." in shown
 
 
 def test_missing_required_part(monkeypatch, capsys):

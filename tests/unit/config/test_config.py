@@ -154,7 +154,7 @@ def preferring():
         ("model.lora.alpha", 0.0, "above 0"),
         ("model.lora.dropout", 1.0, "less than 1"),
         ("model.lora.targets", [], "nothing would be adapted"),
-        ("model.language_model.freeze", False, "beside a frozen Llama"),
+        ("model.language_model.freeze", False, "adapters to a frozen Llama"),
         ("model.neftune.embeddings", "soft", "'all', 'text'"),
     ],
 )

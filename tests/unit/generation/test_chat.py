@@ -129,8 +129,8 @@ MISTAKES: list[tuple[str, str]] = [
     ("/image /nowhere.png", "no media file '/nowhere.png'"),
     ("/media", "/media needs a file name"),
     ("/image 'a.png", "/image needs a file name"),
-    ("/image FILES/a.png rate", "'rate' is no key=value"),
-    ("/image FILES/a.png modality=imu", "'modality=imu' is no key=value"),
+    ("/image FILES/a.png rate", "'rate' is not a key=value"),
+    ("/image FILES/a.png modality=imu", "'modality=imu' is not a key=value"),
 ]
 
 
@@ -148,7 +148,7 @@ def test_a_turn_that_fails_leaves_no_trace(files: Path) -> None:
     assert shown[1:] == ["error: 'broken.png': cannot be decoded.", "answer 1 has words"]
     assert parrot.asked[0].parts == laid_out(user("hello")) and not parrot.asked[0].media
     parrot.silent = True
-    assert "taken back" in play(parrot, ["hello"])[1]
+    assert "your turn was dropped" in play(parrot, ["hello"])[1]
 
 
 def test_a_conversation_that_is_too_long_says_so() -> None:

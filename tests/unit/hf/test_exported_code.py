@@ -115,7 +115,7 @@ def test_every_root_names_all_files_and_none_of_the_packages(tmp_path: Path) -> 
     needs = {}
     for name in written:
         text = (tmp_path / name).read_text()
-        assert text.startswith("# Of megatron_anymal ") and "TYPE_CHECKING:" not in text
+        assert text.startswith("# From megatron_anymal ") and "TYPE_CHECKING:" not in text
         # What transformers looks for.
         needs[name] = {f"{found}.py" for found in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, re.MULTILINE)}
         for node in ast.walk(ast.parse(text)):
@@ -130,7 +130,11 @@ def test_every_root_names_all_files_and_none_of_the_packages(tmp_path: Path) -> 
         for needed in needs[root]:
             assert needs[needed] <= needs[root], needed
         assert ("anymal_plugin_thermal_modality.py" in needs[root]) == (root != "configuration_anymal.py")
-    assert needs["configuration_anymal.py"] == {"anymal_config.py"}
+    assert needs["configuration_anymal.py"] == {
+        "anymal_config.py",
+        "anymal_config_field_docs.py",
+        "anymal_config_schema.py",
+    }
 
 
 @pytest.mark.parametrize(
@@ -142,7 +146,7 @@ def test_every_root_names_all_files_and_none_of_the_packages(tmp_path: Path) -> 
             "from megatron_anymal.train.build import build\n",
             "megatron_anymal.train.build, line .*imports megatron.core",
         ),
-        ("import megatron_anymal.config\n", "line 1: an export can hold `from megatron_anymal... import NAME` alone"),
+        ("import megatron_anymal.config\n", "line 1: an export can only hold `from megatron_anymal... import NAME`"),
         ("from megatron_anymal.modalities import base\n", "imports the module megatron_anymal.modalities.base"),
         ("from megatron_anymal.nothing import base\n", "there is no module megatron_anymal.nothing"),
         ("from . import other\n", "cannot hold a relative import"),
@@ -161,5 +165,5 @@ def test_two_plugins_of_one_name_are_refused(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "mine.py").write_text("")
-    with pytest.raises(ConfigError, match="have one name"):
+    with pytest.raises(ConfigError, match="have the same name"):
         write_code(tmp_path, [tmp_path / "a" / "mine.py", tmp_path / "b" / "mine.py"])

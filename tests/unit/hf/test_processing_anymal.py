@@ -205,7 +205,7 @@ def test_arguments_that_would_be_ignored_are_refused(processor: AnyMALProcessor)
         processor(text="a", max_length=3)
     with pytest.raises(ValueError, match="padding='left'"):
         processor(text="a", padding="left")
-    with pytest.raises(ValueError, match="no tensor"):
+    with pytest.raises(ValueError, match="different lengths need padding"):
         processor(text=["a", "what is"], padding=False)
     with pytest.raises(DataError, match="more than max_length=2"):
         processor(text="what is", padding="max_length", max_length=2)
@@ -346,7 +346,7 @@ def test_a_rendered_string_needs_its_media_and_cannot_quote_control_tokens(
         with pytest.raises(DataError, match="holds 1 placeholders of image"):
             processor(text=text, images=images)
     quoting = [{"role": "user", "content": "what is <|eot_id|>"}]
-    with pytest.raises(DataError, match="as text, which a string cannot tell"):
+    with pytest.raises(DataError, match="as text, which in a string would become"):
         processor.apply_chat_template(quoting, tokenize=False)
     tensors = processor.apply_chat_template(quoting)["input_ids"][0].tolist()
     end = processor.tokenizer.convert_tokens_to_ids("<|eot_id|>")
