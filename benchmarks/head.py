@@ -139,12 +139,12 @@ def apart(mine: Any, other: Any) -> float:
 @contextmanager
 def always_backward() -> Any:
     """Run the backward pass for every pack, even if it has no gradient."""
-    original = AnyMALModel._teaches
-    AnyMALModel._teaches = lambda self, micro_batch: True  # type: ignore[method-assign]
+    original = AnyMALModel._has_gradient
+    AnyMALModel._has_gradient = lambda self, micro_batch: True  # type: ignore[method-assign]
     try:
         yield
     finally:
-        AnyMALModel._teaches = original  # type: ignore[method-assign]
+        AnyMALModel._has_gradient = original  # type: ignore[method-assign]
 
 
 def text_only(state: TrainState) -> MicroBatch:

@@ -115,7 +115,7 @@ class AnyMALModel(MegatronModule):
             stage_input = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
         else:
             stage_input = self.language_model.decoder.input_tensor
-        if not torch.is_grad_enabled() or self._teaches(micro_batch):
+        if not torch.is_grad_enabled() or self._has_gradient(micro_batch):
             return self._run_llama(stage_input, micro_batch, labels)
         with torch.no_grad():
             output = self._run_llama(stage_input, micro_batch, labels)
@@ -136,7 +136,7 @@ class AnyMALModel(MegatronModule):
         assert micro_batch.label_index is not None
         return label_losses(llama, hidden, labels, micro_batch.label_index, self.vocab_size)
 
-    def _teaches(self, micro_batch: MicroBatch) -> bool:
+    def _has_gradient(self, micro_batch: MicroBatch) -> bool:
         """Whether the micro-batch's loss can have a nonzero gradient; the same on every rank of the replica.
 
         If the Llama is frozen on every stage, all trainable weights come before it and are reached only through media.

@@ -49,13 +49,13 @@ def run(config: RunConfig, layout: str, skips: bool, folder: Path) -> tuple[dict
     for key, value in settings.items():
         setattr(config.model, key, value)
     config.model.ddp.overlap_grad_reduce = config.model.ddp.overlap_param_gather = layout == "overlapped replicas"
-    original, seen = AnyMALModel._teaches, []
+    original, seen = AnyMALModel._has_gradient, []
 
     def teaches(self: AnyMALModel, micro_batch: Any) -> bool:
         seen.append(original(self, micro_batch))
         return seen[-1] or not skips
 
-    AnyMALModel._teaches = teaches  # type: ignore[method-assign]
+    AnyMALModel._has_gradient = teaches  # type: ignore[method-assign]
     return train(config), seen
 
 
