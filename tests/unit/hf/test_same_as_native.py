@@ -35,7 +35,7 @@ def native(config: RunConfig, rows: list[list[int]], media: dict[str, Tensor]) -
     for name, buffer in model.encoders.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             buffer.uniform_(0.5, 1.5)
-    # Norms, biases and scales at their initial values could hide swapped weights.
+    # Norms, biases and gains at their initial values could hide swapped weights.
     generator = torch.Generator().manual_seed(5)
     for parameter in [*model.projectors.parameters(), *model.encoders.parameters()]:
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
