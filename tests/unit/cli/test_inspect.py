@@ -172,7 +172,7 @@ def test_a_run_tells_what_is_too_long_and_how_full_its_packs_are(
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     lengths, fill = lengths_and_fill(run_folder, 20)
-    assert len(lengths) == 40, "twenty steps of eight samples see all forty"
+    assert len(lengths) == 40, "twenty steps of eight samples must cover all forty"
     assert "longer than data.seq_length=64: 0 of 40" in shown
     assert f"first 20 steps: {fill:.1%} of the computed tokens are real" in shown
     limit = int(np.median(lengths))

@@ -56,7 +56,7 @@ def test_greedy_answers_of_a_padded_batch_with_cache_are_those_of_whole_passes(
     model: AnyMALForConditionalGeneration, processor: AnyMALProcessor, prompts: list[dict[str, Any]]
 ) -> None:
     expected = [by_hand(model, processor(prompt)) for prompt in prompts]
-    assert len({tuple(answer) for answer in expected}) == len(prompts), "the answers must be able to differ"
+    assert len({tuple(answer) for answer in expected}) == len(prompts), "the prompts must lead to different answers"
     inputs = processor(prompts)
     assert inputs["attention_mask"].sum(dim=1).unique().numel() > 2
     length = inputs["input_ids"].shape[1]
@@ -108,7 +108,7 @@ def test_several_answers_to_a_prompt_see_its_media(
         settings = {"do_sample": True, "top_k": 0, "num_return_sequences": count, "max_new_tokens": NEW}
         outputs.append(model.generate(**given, **settings))
     assert torch.equal(*outputs)
-    assert any(not torch.equal(*pair) for pair in outputs[0].split(2)), "chance must be able to matter"
+    assert any(not torch.equal(*pair) for pair in outputs[0].split(2)), "sampled answers must differ"
 
 
 def test_beams_are_those_of_one_prompt_alone(

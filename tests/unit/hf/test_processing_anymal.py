@@ -122,7 +122,7 @@ def test_media_in_memory_are_those_of_files(processor: AnyMALProcessor, files: d
     expected = processor(media=[files["image"]])
     for item in (Path(files["image"]).read_bytes(), picture, np.asarray(picture), torch.from_numpy(np.array(picture))):
         assert same(processor(media=[{"media": item, "modality": "image"}]), expected)
-    assert same(processor(media=[picture]), expected), "a picture says what it is"
+    assert same(processor(media=[picture]), expected), "the modality of a picture must be inferred"
 
     wave, rate = soundfile.read(files["audio"], dtype="float32")
     expected = processor(media=[files["audio"]])

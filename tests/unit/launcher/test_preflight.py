@@ -67,7 +67,7 @@ def play(
         return int(code), said.getvalue()
 
     answers = run_ranks(present or world, rank_of)
-    assert not any(said for _, said in answers[1:]), "only the first process prints"
+    assert not any(said for _, said in answers[1:]), "only the first process may print"
     return {code for code, _ in answers}, answers[0][1]
 
 

@@ -29,7 +29,7 @@ class Quantized(nn.Parameter):
     transposed = False
 
     def copy_(self, source: torch.Tensor, *args: Any) -> torch.Tensor:  # type: ignore[override]
-        assert source.shape == self.shape, "quantized whole: the scale is one for the tensor"
+        assert source.shape == self.shape, "must be quantized whole: one scale per tensor"
         scale = 448 / source.abs().max().float()
         self.data.copy_((source.float() * scale).to(torch.float8_e4m3fn).float() / scale)
         return self

@@ -369,7 +369,7 @@ def test_merged_weights_equal_pefts(layout: str, case: str, ours: Any, theirs: A
     assert found["difference"] < 1e-10
 
 
-# ---------------------------------------------------------------------------------------- where they begin
+# ------------------------------------------------------------------------------------------ initial values
 
 
 def beginnings(folder: str, layouts: dict[str, tuple[int, int]]) -> dict[str, Any]:
