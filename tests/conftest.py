@@ -1,4 +1,4 @@
-"""Fixtures that several folders use."""
+"""Fixtures shared by several test folders."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from engine import train_as_configured
 from ranks import run_ranks
 from tiny import make_shards, make_tokenizer
 
-# Whatever the caller's environment says: sums in another order differ in the last digits, and two cores are shared by
-# several processes. What is started from here inherits it.
+# Set regardless of the caller's environment: another summation order changes the last digits, and several processes
+# share two cores. Child processes inherit the setting.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 forks.watch()
@@ -22,33 +22,33 @@ forks.watch()
 
 @pytest.fixture(autouse=True)
 def no_fork_beside_threads() -> Iterator[None]:
-    """Fails a test in which this process was forked while it had threads, by the test or by what it tests."""
+    """Fail a test during which this process was forked while it had threads, by the test or by the code under test."""
     yield
     assert not (unsafe := forks.unsafe()), "\n".join(unsafe)
 
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny tokenizer."""
+    """Folder of a tiny tokenizer."""
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
 def mixed_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
-    """Forty samples of image, audio, IMU, text alone, and image with audio."""
+    """Shards of forty samples: image, audio, IMU, text only, and image with audio."""
     folder = tmp_path_factory.mktemp("shards") / "mixed"
     return make_shards(folder, tokenizer_folder, 40, ("image", "audio", "imu", "text", "mixed"))
 
 
 @pytest.fixture(scope="session")
 def text_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
-    """Samples of text alone."""
+    """Shards of text-only samples."""
     return make_shards(tmp_path_factory.mktemp("shards") / "text", tokenizer_folder, 24, ("text",))
 
 
 @pytest.fixture(scope="session")
 def quickstart_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """runs/quickstart of a small quickstart: its inputs, and two or three steps of each of its runs."""
+    """The runs/quickstart folder of a small quickstart: its inputs, and a few steps of each of its runs."""
     from examples.quickstart.media import Sizes
     from examples.quickstart.prepare import prepare_quickstart
 

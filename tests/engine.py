@@ -1,4 +1,4 @@
-"""Runs of the engine inside a forked rank, for tests to compare."""
+"""Training runs of the engine inside a forked rank, for tests to compare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_anymal.train.loop import fit
 
 
 def train(config: RunConfig, look: Callable[[TrainState], Any] | None = None) -> dict[str, Any]:
-    """Train in this rank; returns the step losses, the final weights (rank 0), and what `look` sees at the end."""
+    """Train in this rank; return the step losses, the final weights (rank 0) and the result of `look` at the end."""
     state = build(config, initialize(config))
     run_dir = Path(config.exp_manager.explicit_log_dir)
     fit(state, run_dir)
@@ -31,8 +31,8 @@ def train(config: RunConfig, look: Callable[[TrainState], Any] | None = None) ->
 
 
 def train_as_configured(folder: Path, name: str, *overrides: str) -> None:
-    """In a rank: train one of the shipped configurations in a folder, as `anymal` does, without the seconds that NeMo
-    takes to be imported."""
+    """In a rank: train a shipped configuration in a folder, as `anymal` does, but without importing NeMo, which takes
+    seconds."""
     os.chdir(folder)
     config = compose(name, default_config_dir(), overrides).config
     check(config)
@@ -40,6 +40,6 @@ def train_as_configured(folder: Path, name: str, *overrides: str) -> None:
 
 
 def losses(run_dir: Path) -> list[float]:
-    """The training losses that a run wrote, by step."""
+    """Training losses that a run logged, in step order."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]

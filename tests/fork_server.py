@@ -1,6 +1,6 @@
-"""Starts processes of tests as forks of one that has imported everything and has a single thread.
+"""Start test processes as forks of a single-threaded server that has already imported everything.
 
-A test pays for the imports once, and the process that runs the tests, which may have any threads, is never forked.
+Tests pay for the imports once, and the process that runs the tests, which may have threads, is never forked.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ONE_THREAD = {
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:
-    """Start a process that calls `target(*args)`, with this process's environment, working directory and output.
+    """Start a process that calls `target(*args)` with this process's environment, working directory and output.
 
     Args:
-        target: a function that can be imported; what this process changed in modules is unknown to the other one.
+        target: an importable function; the new process does not see changes that this one made to modules.
     """
     given = (dict(os.environ), os.getcwd(), _Descriptor(1), _Descriptor(2), target, args)
     process = CONTEXT.Process(target=_begin, args=given)
@@ -42,7 +42,7 @@ def start(target: Callable[..., None], *args: Any) -> Any:
 
 @contextmanager
 def _environment(more: Mapping[str, str]) -> Iterator[None]:
-    """For the server, which starts with the first process."""
+    """Set variables for the server process, which starts together with the first child."""
     before = dict(os.environ)
     os.environ.update(more, PYTHONPATH=os.pathsep.join(path for path in sys.path if path))
     try:
@@ -53,7 +53,7 @@ def _environment(more: Mapping[str, str]) -> Iterator[None]:
 
 
 class _Descriptor:
-    """A file descriptor of this process, which the other one gets."""
+    """A file descriptor of this process to hand to the child."""
 
     def __init__(self, number: int) -> None:
         self._number = number

@@ -1,4 +1,4 @@
-"""What the fork server imports before it forks; see fork_server.py."""
+"""Modules that the fork server imports before it forks; see fork_server.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ for name in (
     "checkpoint_tools.export_hf",
 ):
     importlib.import_module(name)
-# A machine without NeMo runs the rest.
+# On machines without NeMo the other tests still run.
 with suppress(ImportError):
     importlib.import_module("megatron_anymal.nemo.model")
 

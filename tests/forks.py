@@ -1,8 +1,9 @@
-"""Notices a process with threads being forked.
+"""Detect forks of a process that has threads.
 
-A child gets one thread and copies of the locks that the others held, which nobody opens: with a pool of OpenMP threads
-in the parent, the child's first parallel tensor operation waits for ever. It depends on which operations ran before, so
-a test passes alone and hangs behind another one. Only `os.fork` is seen; what is started by exec is safe.
+The child gets a single thread and copies of locks that other threads held, which are never released: if the parent has
+a pool of OpenMP threads, the child's first parallel tensor operation waits forever. Whether this happens depends on the
+operations that ran before, so a test passes alone and hangs after another one. Only `os.fork` is detected; processes
+started by exec are safe.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import traceback
 
-# Whoever forks beside threads all the same: the file as it ends, the function, and why it is safe.
+# Code that may fork while other threads run: the end of the file's path, the function, and why it is safe.
 ALLOWED = {
     ("torch/utils/data/dataloader.py", "__init__"): "a loader worker turns threads off before its first tensor "
     "operation (torch's _worker_loop) and takes no lock that a thread of a run holds: DECISIONS.md",
@@ -26,12 +27,12 @@ _found: list[str] = []
 
 
 def watch() -> None:
-    """From now on note forks of this process, and of those forked from it, while it has other threads."""
+    """From now on, record forks of this process (and of processes forked from it) while it has other threads."""
     os.register_at_fork(before=_look)
 
 
 def unsafe() -> list[str]:
-    """What forked beside threads since the last call, each with the lines that led there."""
+    """Forks beside other threads since the last call, each with its stack trace."""
     found = _found[:]
     _found.clear()
     return found

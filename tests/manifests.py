@@ -1,4 +1,4 @@
-"""Shards of a few lines that a test writes out."""
+"""Write small shards from manifest lines given in a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_anymal.data.manifest import write_shards
 
 
 def shards_of(folder: Path, tokenizer: str, lines: list[dict[str, Any]], files: dict[str, bytes]) -> str:
-    """Shards of a manifest's lines and the media files they name, with their index."""
+    """Write indexed shards from the lines of a manifest and the media files they name; return the folder."""
     source = folder.with_name(folder.name + "_source")
     source.mkdir(parents=True)
     for name, data in files.items():

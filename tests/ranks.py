@@ -1,7 +1,7 @@
-"""Run a function on several processes that form a job over gloo, each test with a hard time limit.
+"""Run a function on several processes that form a gloo job, with a hard time limit.
 
-Processes are forked from the fork server, so that a test pays for the imports once. The process that runs the tests
-never joins a job.
+Processes are forked from the fork server, so that tests pay for the imports once. The process that runs the tests never
+joins a job.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ import torch
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Call `function(*args)` on `world` processes, which know nothing of what this one changed in modules.
+    """Call `function(*args)` on `world` processes, which do not see changes that this one made to modules.
 
     Returns:
-        What each rank returned, in their order. A rank that fails, or that is not done in time, fails the test.
+        The return values in rank order. A rank that fails or exceeds the time limit fails the test.
     """
     processes, results = start_ranks(world, function, args)
     outcome: dict[int, Any] = {}
     deadline = time.monotonic() + timeout
     try:
         while len(outcome) < world and time.monotonic() < deadline:
-            # Asked before the queue: an ended rank has put its answer there.
+            # Checked before the queue: a rank that has exited has already put its result there.
             lost = [rank for rank, process in enumerate(processes) if process.exitcode]
             try:
                 rank, error, value = results.get(timeout=0.2)
@@ -56,10 +56,10 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 
 
 def start_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Any], Any]:
-    """The processes, and the queue of (rank, error, what the function returned)."""
+    """Start the processes; return them and the queue of (rank, error, return value)."""
     results: Any = fork_server.CONTEXT.Queue()
     port = _free_port()
-    # Functions inside tests too, which pickle refuses.
+    # cloudpickle, because pickle rejects functions defined inside tests.
     call = cloudpickle.dumps((function, args))
     return [fork_server.start(_rank, rank, world, port, call, results) for rank in range(world)], results
 
@@ -83,7 +83,7 @@ def _rank(rank: int, world: int, port: int, call: bytes, results: Any) -> None:
     finally:
         results.close()
         results.join_thread()
-        # megatron-core's writer leaves a manager process, which only the interpreter's shutdown would end.
+        # megatron-core's writer leaves a manager process behind, which only interpreter shutdown would end.
         for child in multiprocessing.active_children():
             child.kill()
         # Skip interpreter shutdown: gloo's threads may still wait for a peer that failed.

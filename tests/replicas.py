@@ -1,4 +1,4 @@
-"""One data-parallel replica's data path without a job: what a rank would read, in this process."""
+"""The data path of one data-parallel replica, in this process and without a job."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def replica_data(
     context_rank: int = 0,
     context_size: int = 1,
 ) -> DataSource:
-    """The training mixture as a rank of a job of `size` replicas reads it."""
+    """Training data source as a rank in a job of `size` replicas reads it."""
     config = copy.deepcopy(config)
     config.trainer.devices = size * tensor_size * context_size
     config.model.tensor_model_parallel_size = tensor_size

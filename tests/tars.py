@@ -1,4 +1,4 @@
-"""Tar archives with everything that can be wrong with one, made from bytes."""
+"""Build tar archives from bytes, including damaged ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BLOCK = 512
 
 
 def tar_bytes(members: Sequence[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> bytes:
-    """An archive; names may repeat."""
+    """Bytes of a tar archive; member names may repeat."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=form) as tar:
         for name, data in members:
@@ -22,7 +22,7 @@ def tar_bytes(members: Sequence[tuple[str, bytes]], form: int = tarfile.GNU_FORM
 
 
 def write_tar(path: Path, members: Sequence[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> Path:
-    """`tar_bytes` as a file."""
+    """Write the archive of `tar_bytes` to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(tar_bytes(members, form))
     return path
@@ -35,13 +35,13 @@ def header_of(archive: bytes, name: str) -> int:
 
 
 def with_checksum(block: bytes) -> bytes:
-    """A header block with the checksum that belongs to it."""
+    """A header block with its checksum recomputed."""
     blank = block[:148] + b" " * 8 + block[156:]
     return blank[:148] + b"%06o\0 " % sum(blank) + blank[156:]
 
 
 def changed_header(archive: bytes, name: str, at: int, value: bytes, *, checksum: bool = True) -> bytes:
-    """The archive with a field of a member's header replaced, its checksum correct or left as it was."""
+    """The archive with one field of a member's header replaced and the checksum recomputed or left unchanged."""
     start = header_of(archive, name)
     block = archive[start : start + BLOCK]
     block = block[:at] + value + block[at + len(value) :]

@@ -1,4 +1,4 @@
-"""Tiny tokenizers, shards and configurations that many tests share."""
+"""Tiny tokenizers, shards and configurations shared by many tests."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ WORDS = [
     "run",
 ]
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", *(f"<|reserved_special_token_{i}|>" for i in range(4))]
-# Llama 3's chat format; behind the words, so that their numbers stay.
+# Tokens of Llama 3's chat format; placed after the words so that the ids of the words do not change.
 CHAT = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 LLAMA = {
     "vocab_size": 32,
@@ -63,7 +63,7 @@ LLAMA = {
 
 
 def make_tokenizer(folder: Path) -> str:
-    """A word-level tokenizer with Llama 3's special tokens."""
+    """Write a word-level tokenizer with Llama 3's special tokens; return its folder."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, "<unk>", *WORDS, *CHAT])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -78,7 +78,7 @@ def make_tokenizer(folder: Path) -> str:
 
 
 def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
-    """A random picture."""
+    """A PNG of random pixels."""
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
@@ -86,7 +86,7 @@ def png(seed: int, size: tuple[int, int] = (8, 8)) -> bytes:
 
 
 def flac(seed: int, seconds: float = 0.5, rate: int = 8000) -> bytes:
-    """Random noise."""
+    """A FLAC file of random noise."""
     out = io.BytesIO()
     noise = np.random.default_rng(seed).uniform(-0.5, 0.5, int(seconds * rate))
     soundfile.write(out, noise, rate, format="FLAC")
@@ -94,7 +94,7 @@ def flac(seed: int, seconds: float = 0.5, rate: int = 8000) -> bytes:
 
 
 def npy(seed: int, steps: int = 50) -> bytes:
-    """Random IMU signals."""
+    """An npy file of random IMU signals."""
     out = io.BytesIO()
     np.save(out, np.random.default_rng(seed).normal(size=(steps, 6)).astype(np.float32))
     return out.getvalue()
@@ -115,10 +115,10 @@ def make_shards(
     seed: int = 0,
     makers: dict[str, tuple[str, Any, dict[str, Any]]] = MEDIA,
 ) -> str:
-    """Shards of `count` samples, kinds in turn; "mixed" holds an image and a sound between texts.
+    """Write `count` samples that cycle through `kinds`; "mixed" has an image and a sound between texts.
 
     Args:
-        makers: kind -> ending, what makes the bytes from a seed, attributes.
+        makers: kind -> (file extension, function from seed to bytes, attributes).
     """
     rng = np.random.default_rng(seed)
     source = folder.with_name(folder.name + "_source")
@@ -150,7 +150,7 @@ def make_conversations(
     pairs: bool = False,
     makers: dict[str, tuple[str, Any, dict[str, Any]]] = MEDIA,
 ) -> str:
-    """Shards of conversations of one or two turns about media of the kinds in turn, or of preference pairs."""
+    """Write one- or two-turn conversations about media that cycle through `kinds`, or preference pairs about them."""
     rng = np.random.default_rng(0)
 
     def words() -> str:
@@ -184,7 +184,7 @@ def make_conversations(
 
 
 def modalities() -> dict[str, ModalityConfig]:
-    """Small image, audio and IMU sections; the IMU encoder trains."""
+    """Small image, audio and IMU sections; the IMU encoder is trainable."""
     return {
         "image": ModalityConfig(
             encoder=EncoderConfig(
@@ -229,7 +229,7 @@ def modalities() -> dict[str, ModalityConfig]:
 
 
 def make_config(data: str, tokenizer: str, run_dir: Path) -> RunConfig:
-    """A run of three modalities in fp32 on one process."""
+    """A single-process fp32 run with three modalities."""
     config = RunConfig()
     config.trainer.precision = "32"
     config.trainer.max_steps = 6

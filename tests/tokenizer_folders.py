@@ -1,4 +1,4 @@
-"""Tokenizer folders of the shapes that makers publish, made small: families of models, and what lies beside them."""
+"""Small tokenizer folders in the formats that model publishers use, with the files that accompany them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import CHAT, SPECIAL
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 ALL = [*SPECIAL, *CHAT]
-# Llama 3's, as its tokenizer.json has it.
+# Llama 3's pattern, from its tokenizer.json.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -34,7 +34,7 @@ def _trained(model: Any, trainer: Any, **parts: Any) -> Tokenizer:
 
 
 def byte_level(*, split: str = SPLIT, special: list[str] = ALL, **parts: Any) -> Tokenizer:
-    """Byte-level BPE behind a pattern, as Llama 3."""
+    """Byte-level BPE after a split pattern, as in Llama 3."""
     trainer = trainers.BpeTrainer(
         vocab_size=420,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -58,14 +58,14 @@ def byte_level(*, split: str = SPLIT, special: list[str] = ALL, **parts: Any) ->
 
 
 def begin_template(token: str = SPECIAL[0], number: int = 0) -> Any:
-    """A post-processor that puts the begin token in front."""
+    """A post-processor that prepends the begin token."""
     return processors.TemplateProcessing(
         single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, number)]
     )
 
 
 def sentencepiece_like(*, legacy: bool, special: list[str] = ALL) -> Tokenizer:
-    """BPE over characters with a visible blank and bytes for the rest, as Llama 2, with `<s>` and `</s>`."""
+    """BPE over characters with "▁" for spaces and byte fallback, as in Llama 2, with `<s>` and `</s>`."""
     bytes_ = [f"<0x{number:02X}>" for number in range(256)]
     trainer = trainers.BpeTrainer(
         vocab_size=520, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False, max_token_length=8
@@ -75,7 +75,7 @@ def sentencepiece_like(*, legacy: bool, special: list[str] = ALL) -> Tokenizer:
     trained = _trained(models.BPE(unk_token="<unk>"), trainer, normalizer=spaces)
     body = json.loads(trained.to_str())
     body["model"] |= {"byte_fallback": True, "fuse_unk": True}
-    # Bytes are ordinary pieces of the vocabulary.
+    # Byte tokens are ordinary vocabulary entries.
     body["added_tokens"] = [entry for entry in body["added_tokens"] if not entry["content"].startswith("<0x")]
     if not legacy:
         body["normalizer"] = None
@@ -90,7 +90,8 @@ def sentencepiece_like(*, legacy: bool, special: list[str] = ALL) -> Tokenizer:
 
 
 def unigram() -> Tokenizer:
-    """Unigram pieces; control tokens stand in its vocabulary, where a likelihood of 1 would make words of them."""
+    """A unigram model; control tokens are in its vocabulary, where a probability of 1 would match them in plain
+    text."""
     trainer = trainers.UnigramTrainer(
         vocab_size=200, special_tokens=["<unk>", *ALL], unk_token="<unk>", show_progress=False
     )
@@ -99,13 +100,13 @@ def unigram() -> Tokenizer:
 
 
 def word_level() -> Tokenizer:
-    """Words between blanks."""
+    """Whitespace-separated words."""
     trainer = trainers.WordLevelTrainer(special_tokens=[*ALL, "<unk>"], show_progress=False)
     return _trained(models.WordLevel(unk_token="<unk>"), trainer, pre_tokenizer=pre_tokenizers.WhitespaceSplit())
 
 
 def word_piece() -> Tokenizer:
-    """Pieces of words, lower case, as BERT."""
+    """Lower-case WordPiece, as in BERT."""
     trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["<unk>", *ALL], show_progress=False)
     return _trained(
         models.WordPiece(unk_token="<unk>"),
@@ -125,7 +126,8 @@ SETTINGS: dict[str, Any] = {
 
 
 def save(folder: Path, backend: Tokenizer, settings: dict[str, Any] | None = SETTINGS, **files: Any) -> None:
-    """tokenizer.json, tokenizer_config.json unless None, and further files: JSON, or text."""
+    """Write tokenizer.json, tokenizer_config.json (unless `settings` is None) and `files`, each JSON or a Jinja
+    template."""
     folder.mkdir(parents=True)
     backend.save(str(folder / "tokenizer.json"))
     if settings is not None:
@@ -154,7 +156,7 @@ def _random(folder: Path) -> None:
 
 
 def _settings_only(folder: Path) -> None:
-    """The chat format's tokens are in tokenizer_config.json alone."""
+    """The chat format's tokens appear only in tokenizer_config.json."""
     backend = byte_level(special=SPECIAL)
     first = backend.get_vocab_size()
     flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
@@ -163,7 +165,7 @@ def _settings_only(folder: Path) -> None:
 
 
 def _blanks(folder: Path) -> None:
-    """Control tokens take the blanks around them along; runs of blanks are words of their own."""
+    """Control tokens absorb the whitespace around them; runs of whitespace are tokens of their own."""
     body = json.loads(byte_level().to_str())
     for entry in body["added_tokens"]:
         entry |= {"lstrip": True, "rstrip": True}
@@ -177,7 +179,7 @@ def _blanks(folder: Path) -> None:
 
 
 def _normalized(folder: Path) -> None:
-    """Control tokens are looked for after normalizing."""
+    """Control tokens are matched after normalization."""
     body = json.loads(byte_level(normalizer=normalizers.NFKC()).to_str())
     for entry in body["added_tokens"]:
         entry["normalized"] = True
@@ -185,7 +187,7 @@ def _normalized(folder: Path) -> None:
 
 
 def _of_python(folder: Path) -> None:
-    """A tokenizer written in Python: bytes."""
+    """A tokenizer implemented in Python: ByT5, over bytes."""
     from transformers import ByT5Tokenizer
 
     made = ByT5Tokenizer(
@@ -224,7 +226,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
 
 
 def make(name: str, folder: Path) -> str:
-    """Make one of MAKERS in a new folder; returns its path."""
+    """Build the tokenizer `name` of MAKERS in a new folder; return its path."""
     shutil.rmtree(folder, ignore_errors=True)
     MAKERS[name](folder)
     return str(folder)

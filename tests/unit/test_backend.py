@@ -1,4 +1,4 @@
-"""Which attention runs where, and layouts that this machine cannot run."""
+"""Choice of attention kernel by hardware and settings, and refusal of layouts that this machine cannot run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = dataclasses.replace(H100, cuda_devices=(), compute_capability=None, fp8=Fa
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities) -> None:
-    """Pretend to be on that machine."""
+    """Pretend that this machine has the given capabilities."""
     monkeypatch.setattr(backend, "capabilities", lambda: found)
     monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: bool(found.cuda_devices))
     engine = (found.transformer_engine, found.transformer_engine_problem)
@@ -24,7 +24,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities) -> Non
 
 
 def config_with(**model: Any) -> RunConfig:
-    """The defaults but for some of `model`."""
+    """The default configuration with the given keys of `model` changed."""
     config = RunConfig()
     config.trainer.precision = model.pop("precision", "bf16")
     for key, value in model.items():

@@ -1,4 +1,4 @@
-"""The benchmarks run as a user runs them, here with small sizes."""
+"""Run the benchmarks as a user does, with small sizes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ SIZES = {
 
 
 def run(*words: str, tests: bool = False) -> str:
-    """The standard output of a benchmark; `tests`: with the tests' modules, as its help says."""
+    """Run a benchmark and return its standard output; with `tests`, put the tests' modules on its path, as its help
+    says."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")] if tests else [str(ROOT)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(
@@ -40,7 +41,7 @@ def run(*words: str, tests: bool = False) -> str:
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
-    """What benchmarks/step.py prints and writes."""
+    """Printed output and JSON results of benchmarks/step.py."""
     out = tmp_path_factory.mktemp("benchmarks") / "results.json"
     sizes = [word for name, size in SIZES.items() for word in (f"--{name}", str(size))]
     return run("benchmarks/step.py", "--out", str(out), *sizes), json.loads(out.read_text())
@@ -63,18 +64,18 @@ def test_step_tells_what_it_measured(step: Any) -> None:
 
 
 def test_step_counts_the_products_that_torch_counts(step: Any) -> None:
-    """Both sides multiply what the formula says: 4N and 6N a token, ours in its head a target, and a small
-    projector besides."""
+    """Per token, both sides need the 4N or 6N operations of the formula; our head is counted per target, and a small
+    projector is added."""
     _, found = step
     hidden, ffn, tokens = SIZES["hidden"], SIZES["ffn"], SIZES["documents"] * SIZES["document-tokens"]
     layers, head = 2 * (3 * hidden * hidden + 3 * hidden * ffn), SIZES["vocabulary"] * hidden
-    # Begin and two soft tokens are no targets.
+    # The begin token and the two soft tokens are not targets.
     targets = tokens - 3 * SIZES["documents"]
-    # A trained head's logits are made twice.
+    # The logits of a trained head are computed twice.
     for kind, per_token, per_target in (("frozen", 4, 4), ("trained", 6, 8)):
         ours, bare = found["frozen_against_trained"][kind], found["ours_against_bare"][kind]
         assert bare["bare_products_counted"] == per_token * (layers + head) * tokens
-        # Three features of 50 numbers make a soft token, two a document. It is counted like a trained weight.
+        # Three features of 50 values form a soft token; two soft tokens per document. Counted like a trained weight.
         projector = 6 * 3 * 50 * hidden * 2 * SIZES["documents"]
         by_hand = per_token * layers * tokens + per_target * head * targets + projector
         assert ours["products_counted"] == ours["products"] == by_hand
@@ -85,7 +86,7 @@ def test_step_compares_bytes(step: Any) -> None:
     sides = [found["frozen_against_trained"][kind] for kind in ("frozen", "trained")]
     frozen, trained = (side["stored_bytes"] for side in sides)
     assert trained["gradients"] == trained["weights"] > 4 * frozen["gradients"]
-    # Moments are not padded.
+    # Optimizer moments are not padded.
     assert frozen["moments"] < 2 * frozen["gradients"] and frozen["others"] == trained["others"] == 0
     assert sides[1]["saved_bytes"] > 1.2 * sides[0]["saved_bytes"]
 
@@ -98,7 +99,7 @@ def test_head(tmp_path: Path) -> None:
     ways = found["heads"]
     for name in ("labels only", "labels only, chunked"):
         assert ways[name]["loss_difference"] < 1e-14 and ways[name]["gradient_difference"] < 1e-14
-    # A quarter of the logits; then four rows of them at a time.
+    # First a quarter of the logits, then chunks of four rows.
     peaks = [way["peak_bytes"] for way in ways.values()]
     assert peaks[0] > 64 * 512 * 4 and peaks[0] > 2 * peaks[1] > 2 * peaks[2]
     backward = found["backward"]
@@ -129,6 +130,6 @@ def test_damaged_shards_lose_nothing_in_silence(tmp_path: Path) -> None:
     printed = run("benchmarks/damaged_shards.py", "--shards", "30", "--out", str(out), tests=True)
     found = json.loads(out.read_text())
     assert found["megatron_anymal"]["samples_lost_in_silence"] == 0
-    # A comparison that could not show a loss would prove nothing.
+    # If the comparison could not show any loss, it would prove nothing.
     assert found["webdataset"]["samples_lost_in_silence"] > 0
     assert "--energon-python" in printed and "| webdataset |" in printed

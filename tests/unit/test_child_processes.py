@@ -1,4 +1,4 @@
-"""A process that is killed takes with it those that it started."""
+"""Killing a process also ends the worker processes it started."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-# Workers of both kinds that never come to an end; their numbers are printed.
+# Workers, started by spawn or fork, that never finish; their process ids are printed.
 SCRIPT = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 """
 
 
-# `anymal prepare`'s workers, which load a plug-in that does not come to an end.
+# The workers of `anymal prepare`, loading a plug-in that never returns.
 PREPARE = """
 import sys
 from megatron_anymal.data.index_builder import IndexOptions
@@ -42,7 +42,7 @@ ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing
 
 
 def check_killed(words: list[str], workers: int) -> None:
-    """Kill a process once its workers have told their numbers: they must go, too."""
+    """Kill a process after its workers have printed their process ids, and check that the workers end too."""
     with subprocess.Popen([sys.executable, *words], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         left = [psutil.Process(int(parent.stdout.readline())) for _ in range(workers)]

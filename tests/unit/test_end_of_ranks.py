@@ -1,4 +1,4 @@
-"""A rank that is done ends with code 0, whatever the others still do."""
+"""A rank that has finished exits with code 0, whatever the other ranks are still doing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process with threads is not forked: neither the one that runs the tests nor the server that ranks come from."""
+"""Processes with threads are never forked: neither the test process nor the server that ranks are forked from."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def fork() -> None:
 
 
 def fork_beside_a_thread() -> list[str]:
-    """Forks while a thread waits; what the watch noted."""
+    """Fork while another thread waits; return the forks recorded."""
     done = threading.Event()
     thread = threading.Thread(target=done.wait)
     thread.start()
@@ -46,13 +46,13 @@ def test_it_is_noted_in_a_rank() -> None:
 
 
 def multiply(size: int) -> float:
-    """A product large enough for several threads, in a process that has as many as the machine offers."""
+    """Multiply matrices large enough for several threads, with four threads enabled."""
     torch.set_num_threads(4)
     return float((torch.ones(size, size) @ torch.ones(size, size)).sum())
 
 
 def test_threads_here_do_not_stop_a_rank() -> None:
-    """OpenMP's pool is running in this process: a fork of it would wait for ever in its first product."""
+    """OpenMP's thread pool is running in this process: a fork of it would hang in its first matrix product."""
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:

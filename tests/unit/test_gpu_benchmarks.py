@@ -1,4 +1,4 @@
-"""The GPU benchmarks run through on the CPU as a user runs them dry, and are right where a CPU can tell."""
+"""Run the GPU benchmarks on the CPU as dry runs, and check everything that a CPU can check."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODELS = ("alignment_8b", "sft_8b", "dpo_8b", "alignment_70b_fp8")
 # Several processes that import everything, on a machine that may be busy.
 pytestmark = pytest.mark.timeout(1000)
 
-# What refuses, or explains.
+# Arguments that lead to a refusal or to the help text.
 ASKED = {
     "no card": [],
     "unknown": ["--dry-run", "--no-such"],
@@ -28,7 +28,7 @@ ASKED = {
     "unknown shape": ["--dry-run", "--encoder", "vit_h"],
     "help": ["--help"],
 }
-# Imports every benchmark where there is no NeMo, and asks each.
+# Import every benchmark with NeMo hidden, and call each with these arguments.
 COMMANDS = """
 import contextlib, importlib, io, json, sys
 for name in ("nemo", "lightning", "pytorch_lightning", "omegaconf", "hydra"):
@@ -53,7 +53,7 @@ print("FOUND" + json.dumps(found))
 
 
 def run(*words: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
-    """A process of this Python in the repository's root, without a card."""
+    """Run this Python in the repository's root without a visible GPU."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
@@ -62,7 +62,7 @@ def run(*words: str, timeout: int = 900) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What all of them write, dry."""
+    """JSON results of a dry run of all benchmarks."""
     folder = tmp_path_factory.mktemp("gpu") / "made"
     done = run("benchmarks/gpu/all.py", "--dry-run", "--out", str(folder))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
@@ -89,13 +89,13 @@ def test_each_says_where_and_how_it_was_measured(found: Any) -> None:
 
 
 def test_both_implementations_do_the_same_work(found: Any) -> None:
-    """In fp32 loss and gradient norm of this trainer are those of transformers, for all three jobs."""
+    """In fp32, loss and gradient norm match those of transformers for all three jobs."""
     exact = [case for case in measured(found) if case["precision"] == "32" and case["equality"]]
     assert {case["job"] for case in exact} == {"pretrain", "sft", "dpo"}
     for case in exact:
         assert case["equality"]["equal"]
         assert case["equality"]["loss"]["apart"] < 1e-4 and case["equality"]["gradient_norm"]["apart"] < 1e-3
-        # Not the same because both are nothing.
+        # Guard against equality because both are zero.
         assert case["equality"]["loss"]["ours"] > 0.1 and case["equality"]["gradient_norm"]["ours"] > 1e-3
 
 
@@ -159,7 +159,7 @@ def test_one_side_after_the_other_and_a_profile(tmp_path: Path) -> None:
     done = run("benchmarks/gpu/alignment_8b.py", "--dry-run", "--out", str(out), *words)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     [case] = json.loads(out.read_text())["cases"]
-    # Recomputed on both sides, and still the same.
+    # Recomputed on both sides, with the same results.
     assert case["equality"]["equal"] and set(case["sides"]) == {"ours", "huggingface"}
     assert {side["recompute"] for side in case["sides"].values()} == {"full"}
     assert case["counted"]["ours"]["counted"] == pytest.approx(case["counted"]["ours"]["by_hand"], rel=1e-9)
@@ -184,7 +184,7 @@ def test_refusals_and_help_without_nemo() -> None:
         for case, message in {**refusals, **(of_models if name in MODELS else {})}.items():
             exit_code, _, said = answers[f"{name} {ASKED[case]}"]
             assert exit_code == 2 and message.format(name=name) in said, (name, case, said)
-        # One clear line.
+        # A single line.
         assert answers[f"{name} {ASKED['no card']}"][2].count("\n") == 1
         exit_code, said, _ = answers[f"{name} {ASKED['help']}"]
         assert exit_code == 0 and "--out FILE.json" in said
@@ -226,10 +226,10 @@ def test_another_loss_is_noticed(modules: Any) -> None:
 
 
 class Card:
-    """Stands for a card on which some tries do not fit."""
+    """Stands in for a GPU on which some attempts run out of memory."""
 
     def __init__(self, fits: Any):
-        # (side, what it computes twice, sides that are there already) -> whether there is room.
+        # (side, recomputation, sides already in memory) -> whether it fits.
         self.fits, self.tried, self.held, self.recompute = fits, [], [], "none"
 
     def build_run(self, *ignored: Any) -> Any:
@@ -245,7 +245,7 @@ class Card:
         return SimpleNamespace(step=lambda number: None, first=(1.0, 1.0), recompute=recompute)
 
     def time(self, modules: Any, monkeypatch: pytest.MonkeyPatch, *sides: str, apart: bool = False) -> Any:
-        """What measure.time_sides makes of it."""
+        """Run measure.time_sides on this GPU."""
         measure = modules("measure")
         for name, replacement in {
             "build_run": self.build_run,

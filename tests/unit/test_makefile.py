@@ -1,4 +1,4 @@
-"""`make test` runs both of its parts, whatever becomes of the first."""
+"""`make test` runs both of its parts even if the first one fails."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("target", ["test", "test-all"])
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (0, 1), (1, 1)])
 def test_both_parts_run_and_report(target: str, first: int, second: int, tmp_path: Path) -> None:
-    """With a stand-in for Python that notes its arguments and fails in the parts that are to fail."""
+    """A stand-in for Python records its arguments and fails in the requested parts."""
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text(

@@ -1,4 +1,5 @@
-"""safetensors files: the same bytes as safetensors' own reader and writer, and every damage named."""
+"""safetensors files: byte-identical to the safetensors library's reader and writer; every kind of damage is
+reported."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ KINDS = [
 
 
 def random_bits() -> dict[str, torch.Tensor]:
-    """A tensor of every type, with any bit pattern (infinities and NaN too), and odd shapes."""
+    """A tensor of every dtype with arbitrary bit patterns (including infinities and NaN), plus unusual shapes."""
     generator = torch.Generator().manual_seed(0)
     found = {
         str(kind): torch.randint(256, (3, 5 * kind.itemsize), generator=generator, dtype=torch.uint8).view(kind)
@@ -63,7 +64,7 @@ def test_reads_what_safetensors_wrote(tmp_path: Path) -> None:
         assert (entry.dtype, entry.shape, entry.size) == (tensor.dtype, tuple(tensor.shape), tensor.nbytes)
         pieces = list(found.pieces(name))
         assert same(torch.cat(pieces) if pieces else tensor.reshape(-1), tensor.reshape(-1))
-    # Fresh memory: what is done to it changes neither the file nor the next read.
+    # A copy: modifying it changes neither the file nor the next read.
     found["four"].fill_(1.0)
     assert same(found["four"], tensors["four"])
 
@@ -162,7 +163,7 @@ def test_a_file_that_shrinks_and_one_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
-    """Tensors a, b in one file and c in another, with an index."""
+    """Tensors a and b in one file and c in another, with an index."""
     save_file({"a": torch.zeros(2), "b": torch.ones(3)}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"c": torch.full((4,), 2.0)}, tmp_path / "model-00002-of-00002.safetensors")
     write_index(tmp_path, {"a": 1, "b": 1, "c": 2})

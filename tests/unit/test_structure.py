@@ -1,4 +1,4 @@
-"""Data flows one way: a module imports only what lies before it."""
+"""Imports follow one direction: a module imports only from its own layer and the layers before it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "megatron_anymal"
 
-# From the first to the last; modules of one row may import each other.
+# First layer to last; modules of one row may import each other.
 ORDER = [
     ("child_processes", "config", "log_filters", "step_lines", "telemetry", "safetensors_io", "hf_weights"),
     ("backend", "cpu_shim", "environment"),
@@ -29,7 +29,7 @@ RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
 
 def imports_of(path: Path) -> set[str]:
-    """Top-level names inside the package that a file imports, in functions too."""
+    """Top-level modules of the package that a file imports, including imports inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
@@ -62,7 +62,7 @@ def test_the_shim_is_imported_in_one_place() -> None:
 
 
 def test_no_circle_between_folders() -> None:
-    """Folders of one row import each other in one direction at most, nested folders and their parents included."""
+    """Folders import each other in at most one direction, including nested folders and their parents."""
     edges = set()
     for path in PACKAGE.rglob("*.py"):
         folder = path.parent.relative_to(PACKAGE).as_posix()

@@ -1,4 +1,4 @@
-"""Tests compute with one thread, whatever the environment of `make test` says."""
+"""Tests compute with a single thread, whatever the caller's environment says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source reads files without running them: unsafe ways to read are not called; see docs/guides/trust.md."""
+"""The source code reads files without executing them: unsafe readers are not called; see docs/guides/trust.md."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ NEEDED = {
     "AutoTokenizer.from_pretrained": ("trust_remote_code", False),
 }
 FORBIDDEN = {"pickle.load", "pickle.loads", "eval", "exec", "yaml.load", "yaml.unsafe_load", "yaml.full_load"}
-# Where an export's code is run: `verify` has looked at it before.
+# Files that run an export's code, after `verify` has inspected it.
 RUNS_EXPORTS = {"checkpoint_tools/verifying/exported_logits.py"}
 
 
 def calls() -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Where, what, and its arguments that are constants."""
+    """Yield (file, function called, keyword arguments that are constants) for every call."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
@@ -55,11 +55,11 @@ def test_unsafe_reading_is_not_called() -> None:
         if given.get("trust_remote_code") is True and where not in RUNS_EXPORTS:
             wrong.append(f"{where}: {what} trusts")
     assert not wrong
-    assert {what for _, what, _ in found} >= NEEDED.keys(), "a rule that nothing is held against"
+    assert {what for _, what, _ in found} >= NEEDED.keys(), "some rules match no call"
 
 
 class MakeFolder:
-    """Unpickling it makes a folder."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

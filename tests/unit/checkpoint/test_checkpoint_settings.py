@@ -1,4 +1,4 @@
-"""Settings of checkpoints that would do nothing, or not what they say, are refused with the key and the mend."""
+"""Checkpoint settings that have no effect or cannot work are refused with the key and the fix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and that deleting survives being cut off."""
+"""Which checkpoints are kept, and that an interrupted deletion does no harm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_anymal.config import CheckpointConfig
 
 
 def write(checkpoints: Path, step: int, **metrics: float) -> Path:
-    """A checkpoint with what its step's validation measured."""
+    """Write a checkpoint with its step's validation metrics."""
     staging, final = staging_folder(checkpoints, step), committed_folder(checkpoints, step)
     staging.mkdir(parents=True)
     (staging / "a.distcp").write_bytes(str(step).encode())
@@ -36,7 +36,7 @@ def steps(checkpoints: Path) -> list[int]:
 
 
 def save_all(checkpoints: Path, rules: CheckpointConfig, losses: dict[int, float]) -> list[list[int]]:
-    """What lies there after each of several saves."""
+    """Steps on disk after each of several saves."""
     seen = []
     for step, loss in losses.items():
         write(checkpoints, step, val_loss=loss)
@@ -45,14 +45,14 @@ def save_all(checkpoints: Path, rules: CheckpointConfig, losses: dict[int, float
     return seen
 
 
-# A loss by step.
+# Step -> validation loss.
 LOSSES = {10: 5.0, 20: 3.0, 30: 4.0, 40: 2.0, 50: 6.0, 60: 2.0, 70: 7.0}
 RULES = [
     (CheckpointConfig(keep_last=0), [10, 20, 30, 40, 50, 60, 70]),
     (CheckpointConfig(keep_last=1), [70]),
     (CheckpointConfig(keep_last=2), [60, 70]),
     (CheckpointConfig(keep_last=2, keep_every_n_steps=30), [30, 60, 70]),
-    # Of the two best the later, then the earlier.
+    # Steps 40 and 60 tie for the best loss: the later one wins.
     (CheckpointConfig(keep_last=1, keep_best=1), [60, 70]),
     (CheckpointConfig(keep_last=1, keep_best=3), [20, 40, 60, 70]),
     (CheckpointConfig(keep_last=1, keep_best=2, keep_best_mode="max"), [50, 70]),
@@ -84,7 +84,7 @@ def test_no_number_is_never_the_best(tmp_path: Path) -> None:
 
 
 def test_what_was_committed_last_stays_whatever_lies_there(tmp_path: Path) -> None:
-    # A run that went back from a damaged 12 to 6.
+    # A run that went back from a damaged step 12 to step 6.
     rules = CheckpointConfig(keep_last=1)
     for step in (3, 6, 12):
         write(tmp_path, step)
@@ -128,7 +128,7 @@ def test_a_deletion_that_is_cut_off_leaves_nothing_half(
         with pytest.raises(KeyboardInterrupt):
             retain(tmp_path, CheckpointConfig(keep_last=1), 6)
     assert newest_valid(tmp_path) == (committed_folder(tmp_path, 6), [])
-    # Whole, or no longer there.
+    # Each folder is either complete or gone.
     for folder in committed(tmp_path):
         assert (folder / MANIFEST).is_file() and (folder / "a.distcp").is_file()
     assert len(clean(tmp_path)) == (last > 2)

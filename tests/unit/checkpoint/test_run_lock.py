@@ -1,4 +1,4 @@
-"""One job at a time in a run's folder."""
+"""Only one job at a time uses a run folder."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_anymal.config import ConfigError
 
 
 def owner(**changes: Any) -> Owner:
-    """A process that runs: this test's parent."""
+    """Owner record of a live process: this test's parent."""
     parent = psutil.Process(os.getppid())
     me = replace(Owner.here(), pid=parent.pid, began=parent.create_time(), user="ann", since="2026-01-02T03:04:05")
     return replace(me, **changes)
@@ -34,7 +34,7 @@ def place(run: Path, there: Owner) -> Path:
 
 
 def gone() -> tuple[int, float]:
-    """The number of a process that has ended, and when it began."""
+    """Process id and start time of a process that has ended."""
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     began = psutil.Process(process.pid).create_time()
     process.communicate(b"\n")
@@ -110,7 +110,7 @@ def test_a_slurm_job_started_anew_takes_over_from_its_earlier_start(
     assert time.monotonic() - begun < 5
 
 
-# Another machine, or a container whose process numbers mean others.
+# Another machine, or a container with its own process ids.
 @pytest.mark.parametrize("elsewhere", [{"host": "node7"}, {"boot": "another"}])
 def test_a_crashed_machines_lock_does_not_block_for_ever(tmp_path: Path, elsewhere: dict[str, str]) -> None:
     place(tmp_path, owner(**elsewhere))

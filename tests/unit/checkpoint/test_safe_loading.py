@@ -1,6 +1,6 @@
-"""A checkpoint's pickles: what belongs in one is read, anything else is refused and nothing of it runs.
+"""Pickles in a checkpoint: expected contents are read, anything else is refused and none of it is executed.
 
-The harmless payload of these tests makes a marker folder.
+The harmless payload of these tests creates a marker folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from megatron_anymal.parallel import initialize
 
 
 class MakeFolder:
-    """Unpickling it makes a folder."""
+    """Creates a folder when unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -38,7 +38,7 @@ class MakeFolder:
 
 
 def write(folder: Path) -> None:
-    """A checkpoint with a tensor and an entry that is none."""
+    """Write a checkpoint with a tensor and an entry that is not a tensor."""
     folder.mkdir()
     file = StreamWriter(folder / "part_0.distcp")
     file.add("weight", (2, 3), (0, 0), torch.ones(2, 3))
@@ -96,7 +96,7 @@ def test_code_in_a_pickle_is_refused_and_does_not_run(name: str, tmp_path: Path)
 
 
 def test_the_payload_would_run(tmp_path: Path) -> None:
-    """With torch's own reader of `.metadata`, which megatron-core calls."""
+    """The payload does run in torch's own reader of `.metadata`, which megatron-core calls."""
     write(tmp_path / "checkpoint")
     in_metadata(tmp_path / "checkpoint", MakeFolder(tmp_path / "marker"))
     dcp.FileSystemReader(str(tmp_path / "checkpoint")).read_metadata()
@@ -128,7 +128,7 @@ def test_other_formats_are_refused(text: str | None, tmp_path: Path) -> None:
 
 
 def save_with_megatron_core(folder: Path) -> None:
-    """In a rank: tensors of every type that a run has, an object, and what is common."""
+    """In a rank: save tensors of every dtype that a run has, an object, and the common state."""
     initialize(make_config("unused", "unused", folder))
     types = (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64, torch.float8_e4m3fn)
     tensors = {f"t{n}": ShardedTensor.from_rank_offsets(f"t{n}", torch.ones(2, 3).to(t)) for n, t in enumerate(types)}
@@ -142,7 +142,7 @@ def save_with_torch(folder: Path) -> None:
 
 
 class Noting(pickle._Unpickler):
-    """Python's own unpickler; notes what it is asked for."""
+    """Python's own unpickler, recording the globals it is asked for."""
 
     asked: ClassVar[set[tuple[str, str]]] = set()
 
@@ -152,7 +152,7 @@ class Noting(pickle._Unpickler):
 
 
 def test_the_list_is_what_checkpoints_consist_of(tmp_path: Path) -> None:
-    """Those of megatron-core, of torch and of this package; nothing is allowed that neither needs."""
+    """The allowed globals are exactly those in checkpoints of megatron-core, of torch and of this package."""
     run_ranks(1, save_with_megatron_core, tmp_path / "theirs")
     write(tmp_path / "ours")
     save_with_torch(tmp_path / "torchs")

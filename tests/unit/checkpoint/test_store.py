@@ -1,4 +1,4 @@
-"""Checkpoint folders: committed whole or not at all, and found again when some are damaged."""
+"""Checkpoint folders are committed completely or not at all, and intact ones are found when others are damaged."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ DAMAGE = {
     "zeroed-manifest": (lambda folder: (folder / MANIFEST).write_bytes(bytes(100)), "manifest.json"),
     "list": (lambda folder: (folder / MANIFEST).write_text("[1]"), "manifest.json"),
     "other-keys": (lambda folder: (folder / MANIFEST).write_text('{"step": 12}'), "manifest.json"),
-    # Still JSON with all its keys: a digit of the number of samples.
+    # Still valid JSON with all its keys: one digit of the sample count is changed.
     "changed-number": (
         lambda folder: replace(folder / MANIFEST, '"consumed_samples": 96', '"consumed_samples": 97'),
         "checksum",

@@ -1,4 +1,4 @@
-"""Checkpoints tensor by tensor: torch's own reader and writer are the oracle."""
+"""Checkpoints written and read tensor by tensor, with torch's own reader and writer as the oracle."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def tensors() -> dict[str, Tensor]:
 
 
 def write(folder: Path) -> dict[str, str]:
-    """The stacked tensor in six chunks cut along two dimensions, over two files; the record passed as JSON."""
+    """Write the stacked tensor in six chunks, cut along two dimensions, to two files with an index; return the file
+    digests."""
     folder.mkdir(exist_ok=True)
     whole = tensors()
     records = []
@@ -87,14 +88,14 @@ def test_a_layer_needs_its_own_chunks_only(tmp_path: Path) -> None:
 
 
 def test_reads_what_torch_wrote(tmp_path: Path) -> None:
-    # A view that is not contiguous is stored with its strides.
+    # A non-contiguous view is stored with its strides.
     state = {**tensors(), "turned": torch.randn(5, 3).t(), "object": {"a": [1, 2]}}
     dcp.save(state, checkpoint_id=str(tmp_path), no_dist=True)
     reader = StreamReader(tmp_path)
     assert reader.objects == ["object.a"] or reader.objects == ["object"]
     for name in reader.tensors:
         assert torch.equal(reader.read(name), state[name]), name
-    # Entries that are no tensors move as they are.
+    # Entries that are not tensors are copied unchanged.
     copy = tmp_path / "copy"
     copy.mkdir()
     file = StreamWriter(copy / "all.distcp")
@@ -139,7 +140,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_the_error_that_is_raised(tmp_path: Path) -> None:
-    # torch.save would say only that its stream stands at an unexpected place.
+    # torch.save would only report an unexpected stream position.
     file = StreamWriter(tmp_path / "a.distcp")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
@@ -165,7 +166,7 @@ def test_a_chunk_is_what_torch_save_writes(tmp_path: Path, dtype: torch.dtype, s
     for number, parts in enumerate(([raw], [raw[:5], raw[5:6], raw[6:]])):
         file = StreamWriter(tmp_path / f"{number}.distcp")
         file.add_values("w", dtype, size, place, size, parts)
-        # As another one follows, from memory and out of a larger one.
+        # The same tensor as a second chunk, from memory and as a slice of a larger tensor.
         file.add("v", size, place, torch.stack([tensor, tensor])[1])
         stored = file.close()
         assert (tmp_path / stored.name).read_bytes() == saved.getvalue() * 2

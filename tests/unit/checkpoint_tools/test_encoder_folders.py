@@ -1,4 +1,4 @@
-"""Encoders beside an imported Llama: features, preprocessing and every tensor as transformers has them."""
+"""Encoders imported along with a Llama: features, preprocessing and every tensor match transformers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DECODER = {
     "decoder_intermediate_size": 16,
 }  # fmt: skip
 
-# Name -> type, the folder's model, its tower, a piece's shape, what is left out.
+# Name -> encoder type, model in the folder, its tower, shape of one input, parts that the import leaves out.
 FOLDERS: dict[str, tuple[str, Any, str, tuple[int, ...], set[str]]] = {
     "clip": (
         "clip",

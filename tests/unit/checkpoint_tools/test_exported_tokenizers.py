@@ -1,4 +1,4 @@
-"""The tokenizer of an export: as the run loaded it, whatever files that took, with training's own chat format."""
+"""The tokenizer of an export equals the one the run loaded, whatever its files, and has training's chat format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TEXTS = ["What is <s>this</s>?\n\n  A cat, 1234.", "<|eot_id|> é 日本", "one 
 
 
 def exported(tokenizer: str, out: Path) -> Path:
-    """What an export of a Llama holds beside its weights."""
+    """Write the files of a Llama export other than the weights; return the folder."""
     import torch
 
     config = RunConfig()
@@ -104,12 +104,12 @@ def test_real_conversations_are_compared(tmp_path: Path) -> None:
     data = make_conversations(tmp_path / "data", source, 12, ("image", "text"))
     config = make_config(data, source, tmp_path / "run")
     out = exported(source, tmp_path / "out")
-    # Six of the twelve are about text alone.
+    # Six of the twelve are text only.
     assert compare_chat_ids(out, Tokenizer(source), config, llama_only=True) == 5 + 6
     placeholders = {name: section.placeholder for name, section in config.model.modalities.items()}
     model_files._write_tokenizer(out, Tokenizer(source), placeholders)
     assert compare_chat_ids(out, Tokenizer(source), config, llama_only=False) == 5 + 12
-    # A tokenizer that cuts texts otherwise than the run's.
+    # A tokenizer that splits text differently from the run's.
     body = json.loads((out / "tokenizer.json").read_text())
     body["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\s+|\S+"}
     (out / "tokenizer.json").write_text(json.dumps(body))

@@ -1,4 +1,4 @@
-"""What an import writes, beside the weights as a model in training loads them."""
+"""Tensors that an import writes, compared with the weights as a model in training loads them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_the_bytes_are_those_of_whole_tensors(
 ) -> None:
     hf = llama(tmp_path / "llama", dtype, **SHAPES[shape])
     source = HFWeights(tmp_path / "llama")
-    # Parts that end inside rows and heads.
+    # Chunks that end inside rows and heads.
     monkeypatch.setattr(spans, "_PART", 1000)
     moved: list[int] = []
     files = []
     for unit in units_of(hf):
         files.append(write_unit(unit, hf, source, tmp_path, moved.append))
         assert max(moved) <= 1000
-        # The same, one whole tensor after another.
+        # The same, writing each tensor whole.
         whole = StreamWriter(tmp_path / "whole.distcp")
         for name in unit.names:
             key, layer = checkpoint_place(name)

@@ -1,4 +1,4 @@
-"""What `checkpoint_tools.inspect` tells of a checkpoint written by hand."""
+"""Output of `checkpoint_tools.inspect` for a checkpoint written by hand."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def finding(name: str) -> environment.Finding:
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A folder that is searched for modules and distributions before all others."""
+    """A folder that comes before all others in the search for modules and distributions."""
     monkeypatch.syspath_prepend(str(tmp_path))
     importlib.invalidate_caches()
     return tmp_path
@@ -50,7 +50,7 @@ def test_foreign_apex_is_recognised_and_not_imported(site):
 def test_nvidia_apex(site):
     add_distribution(site, "apex", "0.1", "apex/__init__.py", "apex/optimizers/__init__.py")
     assert backend.apex_kind() == "nvidia"
-    # The Python part without the kernels does not help.
+    # The Python modules without the compiled kernels are not enough.
     assert not backend.capabilities().nvidia_apex and finding("apex").state == environment.BROKEN
     (site / "amp_C.py").write_text("")
     importlib.invalidate_caches()
@@ -97,7 +97,7 @@ def test_ranges_are_those_of_setup_py():
         for operator in (">=", "==", "<="):
             name = name.split(operator)[0]
         ranges[name.strip()] = requirement.split("]")[-1].removeprefix(name)
-    # Lightning comes with nemo_toolkit, wandb with its logger; apex has no release to name.
+    # Lightning comes with nemo_toolkit, wandb with its logger; apex has no release that could be named.
     for part in environment.REQUIREMENTS:
         if part.distribution not in ("lightning", "wandb", "apex"):
             assert ranges[part.distribution] == part.versions, part.distribution

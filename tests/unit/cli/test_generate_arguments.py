@@ -1,4 +1,4 @@
-"""`anymal generate` and `evaluate`: what they refuse, each by its name, before any model is loaded."""
+"""`anymal generate` and `evaluate` refuse wrong arguments by name before loading a model."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_anymal.generation.prompts import Prompt, prompt_of_files
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Folders that look like models, and files to ask about."""
+    """Folders that look like models, and media files for prompts."""
     for name, files in {
         "run": {"checkpoints/step_00000003/manifest.json": "{}"},
         "checkpoint": {"manifest.json": "{}"},

@@ -1,4 +1,4 @@
-"""`anymal inspect`: what a folder's check says, and samples as the model sees them."""
+"""`anymal inspect`: the check of a data folder, and samples as the model sees them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def folder(mixed_shards: str, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def run_folder(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> Path:
-    """A folder with tiny.yaml, a run on the shards."""
+    """A configuration folder with tiny.yaml, a run on the shards."""
     values = make_config(mixed_shards, tokenizer_folder, tmp_path / "run").to_dict()
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **values}))
     return tmp_path
@@ -59,7 +59,7 @@ def test_a_good_folder(mixed_shards: str, tokenizer_folder: str, capsys: pytest.
         f"min {tokens.min()}, median {np.median(tokens):g}, p95 {np.percentile(tokens, 95):g}, max {tokens.max()}"
         in shown.out
     )
-    # The histogram's bars count every sample once.
+    # The bars of the histogram count every sample once.
     bars = re.findall(r"^ +\d+(?:-\d+)? +#* +(\d+)$", shown.out, re.M)
     assert sum(map(int, bars)) == 40
     assert "reading samples: 40 in" in shown.err
@@ -74,7 +74,7 @@ def test_damaged_samples_are_named(folder: Path, tokenizer_folder: str, capsys: 
     assert "bad: image-00000: " in shown and "differ from those indexed" in shown
     assert main([str(folder), "--tokenizer", tokenizer_folder, "--sample", "image-00000"]) == 1
     assert "bad: " in capsys.readouterr().out
-    # Samples before the damage alone are fine, and the other keys too.
+    # Samples before the damage and other keys are still fine.
     assert main([str(folder), "--tokenizer", tokenizer_folder, "--sample", "audio-00001"]) == 0
 
 
@@ -91,7 +91,7 @@ def test_media_that_do_not_decode_are_found_though_their_checksums_hold(
     lines = [f'{{"key": "{n}", "media": "{n}.flac", "text": "one"}}' for n in "ab"]
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     write_shards(str(tmp_path / "m.jsonl"), str(tmp_path / "cut"))
-    # Indexing reads a sound's header only: it does not notice.
+    # Indexing reads only a sound's header, so it does not notice.
     make_index(str(tmp_path / "cut"), IndexOptions(tokenizer_folder))
     assert main([str(tmp_path / "cut"), "--tokenizer", tokenizer_folder]) == 1
     shown = capsys.readouterr().out
@@ -121,7 +121,7 @@ def test_samples_as_the_model_sees_them(run_folder: Path, capsys: pytest.Capture
     assert main([*arguments, "--sample", "mixed-00004"]) == 0
     shown = capsys.readouterr().out
     assert "image '0.png': width 8, height 8, 268 B, 1 piece(s)" in shown
-    # Two soft tokens a piece, in the order of the parts.
+    # Two soft tokens per encoder input, in the order of the parts.
     assert shown.index(f"{SPECIAL[2]} x 2") < shown.index(f"{SPECIAL[3]} x 2")
     index = ShardIndex(
         str(Path(yaml.safe_load((run_folder / "tiny.yaml").read_text())["data"]["train"]["mix"]["path"]))
@@ -129,7 +129,7 @@ def test_samples_as_the_model_sees_them(run_folder: Path, capsys: pytest.Capture
     assert main([*arguments, "--sample", "4", "model.modalities.image.projector.num_tokens=3"]) == 0
     shown = capsys.readouterr().out
     assert f"{SPECIAL[2]} x 3" in shown
-    # What stands there is what the tokenizer and the sample say.
+    # The text shown is that of the tokenizer and the sample.
     last = index.parts(4)[-1]
     assert not isinstance(last, MediaPart)
     targets = re.findall(r"'(.*?)'  target$", shown, re.M)
@@ -148,7 +148,7 @@ def test_without_a_configuration_media_stand_in_their_place(
 
 
 def lengths_and_fill(run_folder: Path, steps: int) -> tuple[np.ndarray, float]:
-    """What the engine's own plan says."""
+    """Document lengths and pack fill as the engine's own plan has them."""
     from megatron_anymal.config.compose import compose
 
     config: RunConfig = compose("tiny", run_folder, []).config
@@ -172,7 +172,7 @@ def test_a_run_tells_what_is_too_long_and_how_full_its_packs_are(
     assert main(arguments) == 0
     shown = capsys.readouterr().out
     lengths, fill = lengths_and_fill(run_folder, 20)
-    assert len(lengths) == 40, "twenty steps of eight samples see all forty"
+    assert len(lengths) == 40, "twenty steps of eight samples must cover all forty"
     assert "longer than data.seq_length=64: 0 of 40" in shown
     assert f"first 20 steps: {fill:.1%} of the computed tokens are real" in shown
     limit = int(np.median(lengths))

@@ -1,4 +1,4 @@
-"""A manifest becomes shards and an index, and gives the same parts and bytes back; what is wrong with it is named."""
+"""A manifest becomes indexed shards that return the same parts and bytes; errors in a manifest are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command line says of a mistake: exit code 2 and one line that names the key or file and the mend."""
+"""A user's mistake gives exit code 2 and one line that names the key or file and the fix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Values = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folder(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with tiny.yaml, a run that would train, and wrong things to name in it."""
+    """A folder with tiny.yaml, a run that would train, and broken files for the tests to name."""
     folder = tmp_path_factory.mktemp("cli")
     write_yaml(folder, "tiny", make_config(mixed_shards, tokenizer_folder, folder / "run").to_dict())
     index = ShardIndex(mixed_shards)
@@ -46,7 +46,7 @@ def write_yaml(folder: Path, name: str, values: Values) -> None:
 
 
 def call(argv: list[str], errors: Path) -> int:
-    """In a rank: run a verb with its standard error in a file of its own."""
+    """In a rank: run a verb with standard error redirected to a file."""
     with Path(f"{errors}.{os.environ['RANK']}").open("w", buffering=1) as file:
         os.dup2(file.fileno(), 2)
         sys.stderr = file
@@ -54,7 +54,7 @@ def call(argv: list[str], errors: Path) -> int:
 
 
 def complaint(argv: list[str], tmp_path: Path, world: int = 1) -> str:
-    """The one line that a verb writes before it returns 2 on every rank."""
+    """The single line that a verb writes before it returns 2 on every rank."""
     assert run_ranks(world, call, argv, tmp_path / "stderr") == [2] * world
     lines = (tmp_path / "stderr.0").read_text().splitlines()
     assert len(lines) == 1, lines

@@ -133,7 +133,7 @@ def test_overrides_work_as_nemo_users_expect(folder):
         [
             "trainer.num_nodes=4",
             "model.optim.betas=[0.8,0.9]",
-            # A default inside an entry that the file made.
+            # A default of an entry that the file adds.
             "model.modalities.image.projector.num_layers=3",
             "+data.train.extra.path=q",
             "data.train.extra.weight=0.5",
@@ -220,7 +220,7 @@ def test_user_error_is_one_line_and_exit_code_2(folder, argument, capsys):
 
 
 def composed_by_hydra_runner(name: str, overrides: list[str]) -> RunConfig:
-    """In a process of its own: what NeMo's hydra_runner hands to its task."""
+    """In a separate process: the configuration that NeMo's hydra_runner passes to its task."""
     register_schema()
     sys.argv = ["x", *overrides]
     received: list[Any] = []

@@ -11,7 +11,7 @@ from megatron_anymal.config.validation import check, max_time_seconds
 
 SHIPPED = sorted(path.stem for path in default_config_dir().glob("*.yaml"))
 
-# AnyMAL, Table 11: batch, initial rate, steps, embeddings per piece, projector (layers); and the Llama's layers.
+# AnyMAL, Table 11: batch size, initial learning rate, steps, tokens per input, projector type, projector layers.
 TABLE_11 = {
     "pretrain_70b_image": (26880, 2e-4, 25_000, 64, "resampler", 12),
     "pretrain_13b_audio": (128, 1e-4, 1_000, 32, "linear", 1),
@@ -19,10 +19,10 @@ TABLE_11 = {
     "pretrain_13b_video": (1024, 1e-4, 20_000, 32, "resampler", 4),
     "pretrain_70b_video": (1024, 1e-4, 20_000, 32, "resampler", 4),
     "pretrain_8b_imu": (256, 1e-4, 2_000, 32, "linear", 1),
-    # Not in the table: the row of 13B, image.
+    # Not in the table: taken from the row of 13B, image.
     "pretrain_8b_image": (2048, 2e-4, 100_000, 64, "resampler", 6),
 }
-# Llamas: layers, attention heads, key-value heads, feed-forward width, vocabulary (their config.json).
+# Llamas, from their config.json: layers, attention heads, key-value heads, feed-forward width, vocabulary.
 LLAMAS = {
     "8b": (32, 32, 8, 14336, 128256),
     "13b": (40, 40, 40, 13824, 32000),
@@ -31,7 +31,8 @@ LLAMAS = {
 ENCODERS = {"image": {"clip", "dinov2"}, "video": {"videomae"}, "audio": {"clap"}, "imu": {"imu2clip"}}
 
 
-# AnyMAL, section E.3: batch, rate, warm-up, schedule, the rate's end, NEFTune's alpha; r and alpha of the adapters.
+# AnyMAL, section E.3: batch size, learning rate, warm-up, schedule, final rate ratio, NEFTune's alpha; LoRA r and
+# alpha.
 TUNING = {
     "sft": (128, 5e-5, 40, "cosine", 0.1, 10, 8, 32),
     "dpo": (32, 1e-5, 20, "linear", 2 / 3, 10, 8, 32),
@@ -129,7 +130,7 @@ def test_tuning_has_the_papers_numbers(job, size):
         assert config.trainer.max_steps == 3000
         assert {name: d.weight for name, d in config.data.train.items()} == {"annotated": 60, "synthetic": 150}
     else:
-        # One epoch over 11 thousand pairs.
+        # One epoch over 11,000 pairs.
         assert config.trainer.max_steps == -(-11_000 // 32)
         assert (model.dpo.label_smoothing, model.dpo.beta) == (0.05, 0.1)
 

@@ -44,7 +44,7 @@ def test_a_run_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_reference_page_is_that_of_the_schema() -> None:
-    """Write it again with: python -m megatron_anymal.config.explain > docs/reference/configuration.md"""
+    """Regenerate with: python -m megatron_anymal.config.explain > docs/reference/configuration.md"""
     assert PAGE.read_text() == configuration_page()
     keys = [line.split("`")[1] for line in configuration_page().splitlines() if line.startswith("| `")]
     leaves = sum(len(field_docs(section)) for section in SECTIONS)

@@ -1,4 +1,4 @@
-"""In a process of its own: index a folder, then print by how many MiB memory grew at most."""
+"""Run in a separate process: index a folder, then print the peak memory growth in MiB."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from megatron_anymal.data.tokenizer import Tokenizer
 
 
 def memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """A field of /proc/self/status, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":
     small, large, tokenizer = sys.argv[1:]
-    # The start: libraries and tokenizer are loaded.
+    # Baseline: libraries and tokenizer are loaded.
     Tokenizer(tokenizer)
     make_index(small, IndexOptions(tokenizer))
     before = memory("VmRSS")
-    # The peak counts anew from here on.
+    # Reset the peak.
     Path("/proc/self/clear_refs").write_text("5")
     make_index(large, IndexOptions(tokenizer))
     print((memory("VmHWM") - before) >> 20)

@@ -1,4 +1,4 @@
-"""AnyMAL's prompts become messages that a sample may have."""
+"""AnyMAL's prompts become messages that a sample can hold."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def test_every_prompt_makes_a_sample(task: str) -> None:
     assert media == [MediaPart("a", prompt.modality), MediaPart("b", "other", {"rate": 5})]
     assert [entry["media"] for entry in media_entries(value)] == ["a", "b"]
     said = [part.text for part in parts if isinstance(part, TextPart) and not part.control]
-    # Every text of the task is there as it was given, once; nothing is filled in twice.
+    # Every text of the task appears once, unchanged; nothing is filled in twice.
     for text in texts.values():
         assert sum(one.count(text) for one in said) == 1
-    # The media stand where the system message announces them.
+    # The media follow directly after the words that announce them.
     before = parts[parts.index(media[0]) - 1]
     assert isinstance(before, TextPart) and re.search(r"Here (is|are) the [\w’ ]+: $", before.text)  # noqa: RUF001
     assert [message["role"] for message in messages] == ["system", "user"]

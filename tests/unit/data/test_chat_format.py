@@ -1,4 +1,4 @@
-"""Conversations as documents: ids and targets by Llama 3's published template, and every way they can be wrong."""
+"""Conversations as documents: ids and targets match Llama 3's published template; every kind of error is reported."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CONVERSATIONS = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A byte-pair tokenizer that splits as Llama 3's does, with merges of line breaks."""
+    """A byte-pair tokenizer that splits text like Llama 3's, with merges of line breaks."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -101,7 +101,7 @@ def test_ids_are_those_of_the_published_template(name: str, tokenizer: Tokenizer
     document = tokenizer.document(sample.documents[0], [], {}, closed=sample.closed)
     assert document.tokens == published(tokenizer, messages)
     assert tokenizer.count(sample.documents[0], closed=False) == (len(document.tokens), sum(document.is_target))
-    # What follows "assistant" up to the end of its turn, and nothing else.
+    # Targets are the tokens after "assistant" up to the end of its turn, and nothing else.
     targets = [False] * len(document.tokens)
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -135,7 +135,7 @@ def test_a_pair_is_two_documents_that_differ_in_the_answer(tokenizer: Tokenizer)
         document = tokenizer.document(parts, [], {}, closed=sample.closed)
         asked = len(published(tokenizer, messages, ask=True))
         assert document.tokens == published(tokenizer, [*messages, {"role": "assistant", "content": text}])
-        # Answers earlier in the conversation are no targets.
+        # Earlier answers of the conversation are not targets.
         assert document.is_target == [False] * asked + [True] * (len(document.tokens) - asked)
 
 
@@ -148,9 +148,9 @@ def test_special_tokens_in_a_text_stay_text(tokenizer: Tokenizer) -> None:
     turn = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
     assert names == [SPECIAL[0], *turn, *turn]
     assert text in tokenizer.hf.decode(document.tokens)
-    # The published template lets them through.
+    # The published template encodes them as special tokens.
     assert len(document.tokens) > len(published(tokenizer, messages))
-    # The tokenizer as others hold it stays what it was, for other threads too.
+    # The shared tokenizer's state does not change, so other threads are not affected.
     assert tokenizer.hf.backend_tokenizer.encode_special_tokens is False
 
 
@@ -165,12 +165,12 @@ def test_media_stand_in_their_place(tokenizer_folder: str) -> None:
     ]
     parts = conversation(messages).documents[0]
     assert [p.media for p in parts if isinstance(p, MediaPart)] == ["a.png", "b", "c", "d"]
-    # White space goes at both ends of a content, not beside media.
+    # Whitespace is stripped at both ends of a content, not next to media.
     texts = [p.text for p in parts if isinstance(p, TextPart) and not p.control]
     assert texts == ["this is ", "whatever", "a walk", "run"]
     named = [MediaPart(p.media, "image", {}) if isinstance(p, MediaPart) else p for p in parts]
     document = chat.document(named, [2, 1, 3, 1], {"image": 2}, closed=False)
-    # The tiny tokenizer knows no names of roles.
+    # The tiny tokenizer has no tokens for role names.
     head, tail, end = CHAT
     header = (head, "<unk>", tail)
     layout = [
@@ -227,7 +227,7 @@ def test_wrong_conversations_say_what_is_wrong(name: str) -> None:
 
 
 def change(folder: str, to: Path, edit: Any) -> Tokenizer:
-    """A copy of a tokenizer, edited."""
+    """A modified copy of a tokenizer."""
     hf = PreTrainedTokenizerFast.from_pretrained(folder)
     body = json.loads(hf.backend_tokenizer.to_str())
     settings = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[1]}
@@ -247,7 +247,7 @@ def test_a_tokenizer_without_a_token_of_the_format(token: str, folder: str, tmp_
     tokenizer = change(folder, tmp_path, rename)
     with pytest.raises(DataError, match=r"no special token .*parts") as error:
         tokenizer.document(conversation([USER, ANSWER]).documents[0], [], {}, closed=False)
-    # Plain parts need none.
+    # Samples with plain parts do not need these tokens.
     plain = tokenizer.document([TextPart("one")], [], {}).tokens
     assert tokenizer.decode(plain) == "one" and (plain[0], plain[-1]) == (0, 1)
     assert repr(token) in str(error.value) and str(tmp_path) in str(error.value)

@@ -1,4 +1,4 @@
-"""Conversations and preference pairs in shards, in the index, and as `anymal inspect` shows them."""
+"""Conversations and preference pairs in shards, in the index, and in the output of `anymal inspect`."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ LINES = [
     {"key": "pair", "messages": ASKED, "chosen": "run", "rejected": {"role": "assistant", "content": "walk a walk"}},
     {"key": "parts", "parts": [{"text": "what", "loss": False}, {"media": "a.png"}, {"text": "zero"}]},
 ]
-# Tokens besides a content: its header (start, role, end) and its end.
+# Tokens around a content: its header (start, role, end) and the end of the turn.
 AROUND = 4
 PROMPT_TOKENS = 1 + 4 * AROUND + 4 + 3 + 2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
-    """One sample of each kind."""
+    """A folder with one sample of each kind."""
     return shards_of(tmp_path_factory.mktemp("shards") / "mixed", tokenizer_folder, LINES, FILES)
 
 
@@ -74,13 +74,13 @@ def test_a_manifest_of_every_kind_comes_back(folder: str) -> None:
 
 def test_tokens_and_targets_of_every_document_are_counted(folder: str) -> None:
     tokens, targets = ShardIndex(folder).lengths(np.array([2, 0, 1]))
-    # begin, what, zero, end; the turns around their words.
+    # begin, what, zero, end; the turns with the tokens around their words.
     assert tokens.tolist() == [
         [4, 0],
         [PROMPT_TOKENS + AROUND + 1, 0],
         [PROMPT_TOKENS + AROUND + 1, PROMPT_TOKENS + AROUND + 3],
     ]
-    # Both answers of the conversation with their ends; of the pair only the last ones.
+    # Both answers of the conversation with their end tokens; only the last answers of the pair.
     assert targets.tolist() == [[2, 0], [3 + 2, 0], [2, 4]]
 
 
@@ -166,7 +166,7 @@ def test_an_index_of_version_1_still_serves(mixed_shards: str, tokenizer_folder:
         planner = replica_data(make_config(folder, tokenizer_folder, tmp_path / "run")).planner
         plans.append([planner.plan(step).of_replica(0) for step in range(5)])
     assert plans[0] == plans[1]
-    # What a run was started on is still the same to it.
+    # The header that a run records is unchanged.
     written = {k: v for k, v in json.loads(header.read_text()).items() if k not in ("members", "left_out", "limits")}
     assert found.header.to_json(40, 40) == json.dumps(written, indent=1)
     assert main([str(old), "--tokenizer", tokenizer_folder]) == 0
@@ -187,7 +187,7 @@ def test_a_run_names_the_kinds_it_learns_from(folder: str, tokenizer_folder: str
         DataError, match=r"contains samples with `chosen` and `rejected`.* with `parts` or `messages`\."
     ):
         plan("messages", "parts")
-    # The next mistake: no modality for the images.
+    # The next error: no modality for the images.
     with pytest.raises(DataError, match="no modality is configured"):
         plan("messages", "parts", "preference")
 

@@ -1,4 +1,4 @@
-"""The global order is made of exact permutations, and any stretch of it can be asked for by itself."""
+"""The global order consists of exact permutations, and any slice of it can be computed independently."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def test_keys_give_unlike_orders() -> None:
     for i, one in enumerate(orders):
         assert not np.array_equal(one, np.arange(500))
         for other in orders[:i]:
-            # Two random orders agree in about one place.
+            # Two random orders agree in about one position.
             assert (one == other).sum() < 12
 
 
 def test_permute_spreads_evenly() -> None:
-    # Where the first element of 50 goes under 2,500 keys: each place about 50 times (standard deviation 7).
+    # Position of the first of 50 elements under 2,500 keys: each position about 50 times (standard deviation 7).
     places = np.array([int(permute(np.array([0]), 50, key)[0]) for key in range(2500)])
     counts = np.bincount(places, minlength=50)
     assert counts.min() > 18 and counts.max() < 90
@@ -51,7 +51,7 @@ def test_every_epoch_of_every_dataset_is_a_permutation(sizes: tuple[int, ...]) -
         mine = sample[dataset == number]
         epochs = len(mine) // size
         assert epochs >= 2
-        # A block's places are shuffled, so epochs that meet in one block mix: count how often each sample came.
+        # Blocks are shuffled, so epochs that meet within one block mix: count how often each sample occurs.
         counts = np.bincount(mine, minlength=size)
         assert counts.sum() == len(mine) and counts.max() - counts.min() <= 2
 
@@ -79,7 +79,7 @@ def test_shares_hold_over_any_stretch(weights: tuple[float, ...]) -> None:
     dataset, _ = order.samples(0, 50_000)
     counts = np.bincount(dataset, minlength=len(weights))
     block = order._block_size()
-    # Exact up to rounding over whole blocks; the last, open block may be off by what it holds.
+    # Exact up to rounding over whole blocks; the last, incomplete block may be off by its size.
     np.testing.assert_allclose(counts, shares * 50_000, atol=min(block, 60))
     whole = np.bincount(dataset[: 50_000 // block * block], minlength=len(weights))
     np.testing.assert_allclose(whole, shares * (50_000 // block * block), atol=1.0)

@@ -1,4 +1,4 @@
-"""Indexing the worst sample that the default limits accept costs a process 512 MB at most."""
+"""Indexing the worst sample within the default limits takes at most 512 MB of memory per process."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ def test_the_largest_members(tmp_path: Path) -> None:
     done = subprocess.run([*words, str(tokenizer)], capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     peak = int(done.stdout.split()[-1])
-    # The largest member is read whole: a lower figure would mean that nothing was measured.
+    # The largest member is read whole: a lower peak would mean that nothing was measured.
     assert 200 < peak <= 512, done.stdout

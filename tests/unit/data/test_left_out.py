@@ -1,4 +1,4 @@
-"""Nothing is lost in silence: whatever a folder of shards holds, each member is used, ignored by rule, or named."""
+"""Nothing is lost silently: every member of a shard folder is used, ignored by a rule, or reported."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def plain(count: int, start: int = 0) -> Members:
 
 
 class Made:
-    """An indexed folder, with what was printed."""
+    """An indexed folder and the printed output."""
 
     def __init__(self, folder: Path, printed: str):
         self.index = ShardIndex(str(folder))
@@ -75,7 +75,7 @@ def test_a_damaged_header_costs_its_neighbours_alone(folder: Folder) -> None:
     at = header_of(archive, "0010.png")
     (folder.path / "0.tar").write_bytes(archive[: at + 150] + b"9" + archive[at + 151 :])
     made = folder.index()
-    # Whether the damaged member belonged to the sample before or behind it cannot be known.
+    # It is unknown whether the damaged member belonged to the sample before or after it.
     assert made.keys == [f"{n:04d}" for n in range(20) if n not in (9, 10)]
     assert made.codes == {("", "damaged"), ("0009", "torn"), ("0010", "torn")}
     assert f"offset {at}" in made.printed and "3 left out" in made.printed
@@ -175,7 +175,7 @@ def test_several_pictures_of_a_sample_are_numbered_or_named(folder: Folder) -> N
     assert folder.index().media("a") == [png(0), png(1)]
     folder.write([("a.left.png", png(0)), ("a.right.png", png(1)), ("a.txt", b"one"), *plain(1)])
     made = folder.index()
-    # Nothing of it counts as media, and without them it would be another sample.
+    # None of the members counts as media; leaving them out would change the sample.
     assert made.keys == ["0000"] and made.codes == {("a", "media")} and "--members" in made.printed
     assert folder.index("--members", "*.png,png,txt").media("a") == [png(0), png(1)]
 
@@ -191,7 +191,7 @@ def test_other_files_beside_a_sample(folder: Folder) -> None:
     for n in range(3):
         members += [(f"{n}.png", png(n)), (f"{n}.npy", embedding()), (f"{n}.txt", b"one"), (f"{n}.json", b'{"w": 8}')]
     folder.write(members)
-    # The ending .npy is an IMU signal's; the message names the member, what it is, and how to do without it.
+    # The extension .npy stands for IMU signals; the message names the member, its shape, and how to leave it out.
     with pytest.raises(DataError, match=r"sample '0'.*'npy' .*\[768\].*--members"):
         folder.index()
     assert not (folder.path / "index" / "index.json").exists()
@@ -311,7 +311,7 @@ def test_a_refused_indexing_keeps_the_index_and_lists_all(folder: Folder) -> Non
     assert (folder.path / "index" / "index.json").read_bytes() == before
     assert (folder.path / "index" / "left_out.refused.jsonl").read_text()
     assert (folder.path / "index" / "left_out.jsonl").read_text() == ""
-    # By bytes, too: one damaged place is one line, however many samples it swallowed.
+    # By bytes as well: one damaged region is one entry, however many samples it swallowed.
     hole = np.random.default_rng(0).bytes(len(archive) - 12_000)
     (folder.path / "0.tar").write_bytes(archive[:6000] + hole + archive[-6000:])
     with pytest.raises(DataError, match=r"bytes of .* are unreadable"):
@@ -337,7 +337,7 @@ def test_attributes_of_a_whole_folder(folder: Folder) -> None:
     np.testing.assert_allclose(made.index.media["size"], [(1.0, 50), (1.0, 50)])
     part = made.index.parts(0)[0]
     assert isinstance(part, MediaPart) and part.attributes == {"rate": 50}
-    # What a run was started on tells them apart.
+    # The header that a run records tells the two indexes apart.
     with_rate = made.index.header.to_json(2, 2)
     assert folder.index("--attribute", "imu.rate=25", bad=0.0).index.header.to_json(2, 2) != with_rate
 

@@ -1,4 +1,4 @@
-"""From the plan to tensors: what is planned, what is read, and what happens to samples that cannot be used."""
+"""From the plan to tensors: planned samples, read samples, and the handling of unusable samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
 
 
 def parts_of(samples: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Lines of a manifest: key -> parts."""
+    """Manifest lines from a mapping of key -> parts."""
     return [{"key": key, "parts": parts} for key, parts in samples.items()]
 
 
@@ -37,7 +37,7 @@ def micro_batches(data: DataSource, step: int) -> list[MicroBatch]:
 
 
 def by_position(batches: list[MicroBatch]) -> dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Place in the global batch -> tokens, labels, loss mask."""
+    """Position in the global batch -> tokens, labels, loss mask."""
     found = {}
     for m in batches:
         for sample in m.plan.samples:
@@ -54,16 +54,16 @@ def test_labels_are_the_next_token_and_only_answers_are_targets(config: RunConfi
         plan = data.planner.plan(step)
         for position, (tokens, labels, mask) in by_position(micro_batches(data, step)).items():
             torch.testing.assert_close(labels[:-1], tokens[1:])
-            # A document's last token predicts nothing: its label would lie in the next document.
+            # A document's last token has no target: its label would be in the next document.
             assert mask[-1] == 0
             is_target = torch.zeros(len(tokens), dtype=torch.bool)
             is_target[1:] = mask[:-1] > 0
             assert not placeholders & set(tokens[is_target].tolist())
-            # "what is this" after each media item is a prompt; what follows the last prompt is the answer.
+            # "what is this" after each media item is a prompt; the text after the last prompt is the answer.
             parts = data.planner.indexes[0].parts(int(plan.sample[position]))
             text = parts[-1]
             assert isinstance(text, TextPart)
-            # The vocabulary: special tokens, the unknown word, the words.
+            # Vocabulary order: special tokens, the unknown word, the words.
             answer = [len(SPECIAL) + 1 + WORDS.index(word) for word in text.text.split()]
             assert tokens[is_target].tolist() == [*answer, SPECIAL.index(SPECIAL[1])]
             assert int(mask.sum()) == plan.targets[position]
@@ -153,7 +153,7 @@ def test_context_parallel_ranks_hold_all_of_a_pack_once(config: RunConfig, conte
             torch.testing.assert_close(getattr(mine, field), getattr(one, field)[:, held])
         for name, media in mine.media.items():
             assert media.soft_index is not None
-            # The soft token that is to go to a place of the whole pack goes to the same place here.
+            # Every held soft token goes to the same position as in the whole pack.
             torch.testing.assert_close(held[media.token_index], one.media[name].token_index[media.soft_index])
     assert seen.eq(1).all()
 
@@ -197,7 +197,7 @@ def test_a_sample_too_long_is_dropped_and_leaves_the_others_in_place(tmp_path: P
     data = replica_data(config)
     for step in range(4):
         plan, full = data.planner.plan(step), whole.planner.plan(step)
-        # Eight samples, batches of eight: the long one is in each batch once.
+        # Eight samples, batches of eight: the long one occurs once in each batch.
         [place] = plan.dropped
         assert data.planner.key(0, int(plan.sample[place])) == "mix/long"
         assert plan.targets[place] == 0 and full.targets[place] == 41 and full.dropped == ()
@@ -227,7 +227,7 @@ def truncated_jpeg() -> bytes:
 def test_unreadable_samples_leave_the_others_as_they_are(tmp_path: Path, tokenizer_folder: str) -> None:
     image = {"media": "a.png", "modality": "image"}
     samples: dict[str, list[dict[str, Any]]] = {f"good{n}": [image, {"text": f"one {WORDS[n]}"}] for n in range(6)}
-    # Its header is whole, its pixels are not: the index takes it.
+    # Its header is intact but its pixels are not, so the index accepts it.
     samples["bad-image"] = [{"media": "cut.jpg", "modality": "image"}, {"text": "two"}, image]
     samples["literal"] = [{"text": f"one {SPECIAL[2]} two {SPECIAL[1]}"}, image]
     files = {"a.png": png(0, (64, 64)), "cut.jpg": truncated_jpeg()}
@@ -239,12 +239,12 @@ def test_unreadable_samples_leave_the_others_as_they_are(tmp_path: Path, tokeniz
     keys = {int(p): data.planner.key(0, int(plan.sample[p])) for p in range(8)}
     batches = micro_batches(data, 0)
     bad = {place: why for m in batches for place, why in m.bad.items()}
-    # A placeholder or an end written in a text is text.
+    # A placeholder or end token written in a text is ordinary text.
     assert {keys[place] for place in bad} == {"mix/bad-image"}
-    # The ledger puts the sample's name before it.
+    # The ledger prepends the sample's name.
     assert all("decoded" in why for why in bad.values())
     for m in batches:
-        # Pictures that were not read keep their places.
+        # Pictures that could not be read keep their positions.
         planned = sum(p.pieces for s in m.plan.samples for p in s.media)
         assert len(m.media["image"].pieces) == planned and len(m.media["image"].token_index) == 2 * planned
         assert torch.isfinite(m.media["image"].pieces).all()

@@ -1,4 +1,4 @@
-"""Loader workers are forked from a rank with threads at work: OpenMP's, the lock's, a checkpoint writer's."""
+"""Loader workers are forked from a rank with busy threads: OpenMP's, the lock's, a checkpoint writer's."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def read(config: RunConfig, workers: int) -> list[torch.Tensor]:
 
 
 def read_beside_threads(config: RunConfig, folder: Path) -> bool:
-    """In a rank: whether workers that start again and again read what this process reads."""
+    """In a rank: whether workers that are started repeatedly read the same data as this process."""
     torch.set_num_threads(4)
     large = torch.ones(512, 512)
     assert float((large @ large).sum()) == 512.0**3
     stop = threading.Event()
 
     def write() -> None:
-        """What a checkpoint's writer, the heartbeat and the lock do: hash, write, sync, log."""
+        """Hash, write, sync and log, as the checkpoint writer, heartbeat and lock threads do."""
         number = 0
         while not stop.is_set():
             number += 1

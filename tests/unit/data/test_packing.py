@@ -1,4 +1,4 @@
-"""Packs hold every document once, within their capacity, in the asked number, and well filled."""
+"""Packs hold every document exactly once, stay within capacity, come in the requested number, and are well filled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_no_document_is_lost_or_doubled(seed: int) -> None:
     capacity, multiple = int(rng.integers(5, 200)), int(rng.integers(1, 9))
     lengths = rng.integers(1, capacity + 1, size=int(rng.integers(0, 150)))
     packs = checked(lengths, rng.uniform(0, 100, len(lengths)), capacity, multiple)
-    # Best fit decreasing needs at most 11/9 of the fewest packs, plus four.
+    # Best-fit decreasing needs at most 11/9 of the minimum number of packs, plus four.
     fewest = -(-int(lengths.sum()) // capacity)
     half = int((lengths > capacity / 2).sum())
     assert len(packs) <= 11 / 9 * max(fewest, half) * 1.25 + 4 + multiple
@@ -57,7 +57,7 @@ def test_documents_as_long_as_a_pack() -> None:
 
 
 def test_a_tight_fit_is_kept_where_dealing_out_does_not_fit() -> None:
-    # 6+4, 5+5, 4+3+3: only a tight packing needs three packs.
+    # 6+4, 5+5, 4+3+3: only a tight packing fits in three packs.
     packs = checked(np.array([6, 5, 5, 4, 4, 3, 3]), np.zeros(7), 10, 1)
     assert len(packs) == 3
 

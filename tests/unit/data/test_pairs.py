@@ -1,4 +1,4 @@
-"""Preference pairs from the plan to tensors: two documents side by side that share one encoding of their media."""
+"""Preference pairs from the plan to tensors: two adjacent documents that share one encoding of their media."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ KINDS = ("image", "audio", "imu", "text", "mixed")
 
 @pytest.fixture(autouse=True)
 def every_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pairs and other samples meet in one pack, which no job asks for."""
+    """Let pairs and other samples share a pack, which no job does."""
     monkeypatch.setattr(TokenObjective, "sample_kinds", SAMPLE_KINDS)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> dict[str, str]:
-    """A folder of each kind of sample."""
+    """One folder per kind of sample."""
     folder = tmp_path_factory.mktemp("kinds")
     return {
         "preference": make_conversations(folder / "pairs", tokenizer_folder, 20, KINDS, pairs=True),
@@ -44,7 +44,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> 
 
 @pytest.fixture
 def config(folders: dict[str, str], tokenizer_folder: str, tmp_path: Path) -> RunConfig:
-    """Pairs alone."""
+    """A configuration with pairs only."""
     config = make_config(folders["preference"], tokenizer_folder, tmp_path / "run")
     config.data.seq_length = 192
     return config
@@ -52,7 +52,7 @@ def config(folders: dict[str, str], tokenizer_folder: str, tmp_path: Path) -> Ru
 
 @pytest.fixture
 def mixed(folders: dict[str, str], config: RunConfig) -> RunConfig:
-    """All kinds, so that pairs and other samples lie in one pack."""
+    """A configuration with all kinds, so that pairs and other samples share packs."""
     config.data.train = {name: DatasetConfig(path=path) for name, path in folders.items()}
     return config
 
@@ -66,7 +66,7 @@ def micro_batches(data: DataSource, count: int) -> Iterator[MicroBatch]:
 
 
 def expected(config: RunConfig, data: DataSource, sample: PlannedSample) -> list[tuple[list[int], list[bool]]]:
-    """Tokens and targets of each of a sample's documents, straight from its text."""
+    """Tokens and targets of each document of a sample, computed directly from its text."""
     placeholders = {name: SPECIAL.index(section.placeholder) for name, section in config.model.modalities.items()}
     soft = [m.pieces * config.model.modalities[m.modality].projector.num_tokens for m in sample.media]
     read = data.planner.indexes[sample.dataset].sample(sample.sample)
@@ -106,7 +106,7 @@ def test_documents_of_a_pair_lie_side_by_side(mixed: RunConfig) -> None:
 
 
 def places(batch: MicroBatch, name: str, placeholder: int, per_piece: int) -> tuple[list[int], list[int]]:
-    """Where soft tokens go and which ones, by going through the documents one by one."""
+    """Positions of the soft tokens and their indices, found by walking through the documents."""
     where, which, start, first = [], [], 0, 0
     for sample in batch.plan.samples:
         count = per_piece * sum(m.pieces for m in sample.media if m.modality == name)
@@ -135,7 +135,7 @@ def test_media_of_a_pair_are_encoded_once_for_both_documents(mixed: RunConfig) -
             assert media.token_index.tolist() == where
             assert (soft if media.soft_index is None else media.soft_index.tolist()) == which
             shared += len(which) > len(soft)
-            # Only where there is a pair.
+            # An index is needed only if there is a pair.
             assert (media.soft_index is None) == all(len(s.documents) == 1 for s in batch.plan.samples)
     assert shared > 5
 
@@ -195,7 +195,7 @@ def test_a_gradient_reaches_the_one_encoding_from_both_documents(config: RunConf
     soft = torch.randn(len(media.pieces) * 2, 4, dtype=torch.float64, requires_grad=True)
     text = torch.zeros(plan.padded_length, 1, 4, dtype=torch.float64)
     merged = merge(text, [soft[media.soft_index]], [media.token_index])
-    # What the chosen documents hold is the same as what the rejected ones hold.
+    # Chosen and rejected documents hold the same soft tokens.
     by_branch: list[Tensor] = []
     for branch in (0, 1):
         here = (batch.branch[0] == branch) & (batch.tokens[0] == SPECIAL.index(SPECIAL[2]))  # type: ignore[index]
@@ -207,7 +207,7 @@ def test_a_gradient_reaches_the_one_encoding_from_both_documents(config: RunConf
 
 
 def contents(data: DataSource, step: int, replicas: int) -> dict[int, tuple[Any, ...]]:
-    """Place in the global batch -> what the model gets of its sample."""
+    """Position in the global batch -> the model's inputs for that sample."""
     found = {}
     for replica in range(replicas):
         for plan in data.planner.plan(step).of_replica(replica):
@@ -232,7 +232,7 @@ def test_layouts_read_the_same_pairs(config: RunConfig) -> None:
         np.testing.assert_array_equal(plans[0].targets, plans[1].targets)
         wanted = contents(one, step, 1)
         assert len(wanted) == 8 and contents(two, step, 2) == wanted
-        # A pair's length is that of both documents: no pack is longer than it may be.
+        # A pair's length counts both documents, so no pack exceeds the limit.
         assert plans[1].padded_length <= longest
 
 
@@ -261,7 +261,7 @@ def pairs_of(folder: Path, tokenizer_folder: str, **answers: tuple[str, str]) ->
     return shards_of(folder, tokenizer_folder, lines, {})
 
 
-# Begin, a user turn of one word, the answer's header and end.
+# The begin token, a user turn of one word, the answer's header and end.
 AROUND = 1 + 5 + 4
 
 
@@ -269,7 +269,7 @@ AROUND = 1 + 5 + 4
 def test_which_pairs_are_too_long_is_no_matter_of_layout(
     tmp_path: Path, tokenizer_folder: str, context_size: int
 ) -> None:
-    # Padded by themselves the documents have 24 tokens each: more than the pack, which takes 2 x 20.
+    # Padded separately, the documents would have 24 tokens each: more than the pack, which holds 2 x 20.
     fits, longer = (words(20 - AROUND), words(19 - AROUND) + " two"), (words(20 - AROUND), words(21 - AROUND))
     folder = pairs_of(tmp_path / "s", tokenizer_folder, fits=fits, longer=longer)
     config = make_config(folder, tokenizer_folder, tmp_path / "run")
@@ -302,7 +302,7 @@ def test_an_unreadable_pair_keeps_its_places(tmp_path: Path, tokenizer_folder: s
     whole = data.reader[plan]
     index = data.planner.indexes[0]
     shard = Path(folder) / index.header.shards[0]
-    # One's text, another one's picture.
+    # The text of one sample, a picture of another.
     damaged = {
         int(index.samples[1]["text_offset"]): plan.samples[[s.sample for s in plan.samples].index(1)].position,
         int(index.media[2]["offset"]): plan.samples[[s.sample for s in plan.samples].index(2)].position,

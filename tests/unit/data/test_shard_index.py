@@ -1,4 +1,4 @@
-"""Indexes of other people's shards, and every way in which shards and indexes can be wrong."""
+"""Indexes of third-party shards, and every way in which shards and indexes can be wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def foreign(folder: Path, shards: int = 2) -> dict[str, bytes]:
-    """Shards as img2dataset writes them: key.jpg, key.txt and a key.json of metadata. Returns the pictures."""
+    """Write shards like img2dataset's: key.jpg, key.txt and a key.json of metadata. Return the pictures."""
     pictures = {}
     for shard in range(shards):
         members = {}
@@ -80,7 +80,7 @@ def test_an_ending_can_be_given_a_kind_and_folders_are_part_of_keys(tmp_path: Pa
 def test_bad_samples_of_the_same_key_are_counted_apart(
     tmp_path: Path, tokenizer_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Many sets number the samples of each shard from 0.
+    # Many data sets number the samples of each shard from 0.
     for shard in range(2):
         good = {f"{n}.txt": b"one" for n in range(1, 4)}
         tar(tmp_path / "f" / f"{shard}.tar", {"0.jpg": b"broken", "0.txt": b"one", **good})
@@ -179,7 +179,7 @@ def test_a_flipped_byte_names_the_sample(shards: Path) -> None:
         with pytest.raises(DataError) as error:
             index.read_media(number, index.parts(number), [0])
         assert name in str(error.value) and path.name in str(error.value)
-    # The others are not touched.
+    # The other samples are not affected.
     assert index.read_media(2, index.parts(2), [0])[0].extension == "npy"
 
 

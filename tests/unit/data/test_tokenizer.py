@@ -1,4 +1,4 @@
-"""Text as ids, over tokenizers of many makers' shapes: literal, whole, and as transformers' chat template has it."""
+"""Text to ids with tokenizers of many formats: literal, uncut, and identical to transformers' chat template."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_targets_are_the_answers_and_their_ends(name: str, folders: dict[str, st
         answers = [message["content"].strip() for message in messages if message["role"] == "assistant"]
         assert len(learned) == len(answers)
         for tokens, answer in zip(learned, answers):
-            # The same ids as alone, but for what is decided by what stands before them.
+            # The same ids as when encoded alone, except at the start, where the preceding text can change them.
             alone = tokenizer.encode(answer)
             assert tokens[-1] == end and tokens[-2:-1] == alone[-1:]
             assert abs(len(tokens) - 1 - len(alone)) <= 3
@@ -193,7 +193,7 @@ def test_what_no_text_can_hold_is_named(name: str, character: str, folders: dict
 
 
 class Documents(Dataset):
-    """What a loader's worker does with a tokenizer."""
+    """Encodes documents with a tokenizer, as a loader worker does."""
 
     def __init__(self, tokenizer: Tokenizer, samples: list[list[Part]]):
         self.tokenizer, self.samples = tokenizer, samples
@@ -207,7 +207,7 @@ class Documents(Dataset):
 
 
 def resumed(before: str, after: str) -> None:
-    """What a run does with its checkpoint's note of the tokenizer."""
+    """Check a tokenizer fingerprint against the one in a checkpoint, as a resumed run does."""
     config = {"model": {"optim": {"sched": {"name": "constant"}}}}
     there = Manifest(3, 24, config, {}, "", "", {}, tokenizer=before)
     check_changes(there, replace(there, tokenizer=after), (), lambda _: None)
@@ -228,7 +228,7 @@ def test_nothing_changed_is_never_refused(name: str, folders: dict[str, str]) ->
         resumed(indexed, tokenizer.fingerprint())
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(lambda parts: tokenizer.document(parts, [], {}).tokens, samples * 4)) == alone * 4
-    # As sampled answers and the processor of an export use it.
+    # As in sampling answers and in the processor of an export.
     tokenizer.decode(alone[0])
     tokenizer.hf("What is this", truncation=True, max_length=2)
     resumed(indexed, tokenizer.fingerprint())
@@ -243,7 +243,7 @@ def test_nothing_changed_is_never_refused(name: str, folders: dict[str, str]) ->
 
 @pytest.mark.parametrize("name", tokenizer_folders.MAKERS)
 def test_the_fingerprint_of_ordinary_folders_is_what_it_always_was(name: str, folders: dict[str, str]) -> None:
-    """As indexes and checkpoints hold it: the vocabulary, the backend as loaded, and the two ends."""
+    """As stored in indexes and checkpoints: the vocabulary, the backend as loaded, and the begin and end ids."""
     import hashlib
 
     hf = AutoTokenizer.from_pretrained(folders[name])
@@ -253,7 +253,7 @@ def test_the_fingerprint_of_ordinary_folders_is_what_it_always_was(name: str, fo
     if hasattr(hf, "backend_tokenizer"):
         body = json.loads(hf.backend_tokenizer.to_str())
         if body["truncation"] or body["padding"]:
-            # Once such a tokenizer has encoded, its block is gone.
+            # After the first encoding, such a tokenizer has lost its truncation or padding section.
             hf.encode("What")
         digest.update(hf.backend_tokenizer.to_str().encode())
     digest.update(f"{hf.bos_token_id} {hf.eos_token_id}".encode())

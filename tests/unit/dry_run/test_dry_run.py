@@ -1,4 +1,4 @@
-"""The dry run: counts against hand counts and against built models, refusals, and what it must not touch."""
+"""The dry run: counts against hand counts and built models, refusals, and the state it must not touch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def tiny(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
-    """Three modalities on a Llama of four layers; the IMU encoder and the projectors train."""
+    """Three modalities on a four-layer Llama; the IMU encoder and the projectors are trainable."""
     return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
 
 
@@ -49,13 +49,13 @@ def laid_out(config: RunConfig, world: int, **options: Any) -> RunConfig:
 
 
 def llama_layers(count: int, tp: int) -> int:
-    """Hand count: 4 heads and 2 groups of size 8, hidden 32, gate and up and down of 48."""
+    """Hand count: 4 heads and 2 groups of size 8, hidden size 32, gate, up and down projections of width 48."""
     attention = (4 + 2 + 2) * 8 * 32 + 4 * 8 * 32
     return count * ((attention + 3 * 48 * 32) // tp + 2 * 32)
 
 
 def table(rows: int, tp: int) -> int:
-    """Hand count of the embedding, or of the head, with the vocabulary padded to a multiple of the ranks."""
+    """Hand count of the embedding or the head, with the vocabulary padded to a multiple of the tensor-parallel size."""
     return -(-rows // tp) * 32
 
 
@@ -66,7 +66,7 @@ IMU_ENCODER = 2 * 6 + 8 * 6 * 5 + 2 * 8 + 3 * 8 * (8 + 8) + 2 * 3 * 8
 
 
 def image_projector(tp: int) -> int:
-    """Hand count: width 16, 4 features, 2 latents, one layer with an MLP of 32; then to 32."""
+    """Hand count: width 16, 4 features, 2 latents, one layer with an MLP of 32; then a projection to 32."""
     outer = (16 * 16 + 16) // tp + (16 * 32 + 32) // tp + 4 * 16 + 2 * 16 + 2 * (2 * 16) + 1
     inner = 3 * (2 * 16) + 4 * 16 * 16 // tp + (16 * 32 + 32) // tp + 32 * 16 // tp + 16
     return outer + inner
@@ -77,7 +77,7 @@ def linear_projector(inputs: int, outputs: int, tp: int) -> int:
 
 
 def media(tp: int) -> tuple[int, int]:
-    """Hand count of encoders and projectors: all, and what trains. 11 frames of 8 bands make groups of 6."""
+    """Hand count of encoders and projectors: total and trainable. 11 frames of 8 bands form groups of 6."""
     projectors = image_projector(tp) + linear_projector(6 * 8, 32, tp) + linear_projector(8, 2 * 32, tp)
     return IMAGE_ENCODER + IMU_ENCODER + projectors, IMU_ENCODER + projectors
 
@@ -95,7 +95,7 @@ def test_one_process(tiny: RunConfig) -> None:
     assert (part.layers, part.parameters, part.trainable) == ((0, 1, 2, 3), whole, trains)
     halves = [f"{name} {half}" for name in ("image", "audio", "imu") for half in ("encoder", "projector")]
     assert part.besides == ("embedding", *halves, "head")
-    # fp32: two moments of what trains, and nothing for what is frozen.
+    # fp32: two optimizer moments per trainable parameter, and nothing for frozen ones.
     assert (stage.weight_bytes, stage.gradient_bytes, stage.optimizer_bytes) == (4 * whole, 4 * trains, 8 * trains)
     assert sum(count for count, _ in found.weights.values()) == whole
     assert sum(count for count, learns in found.weights.values() if learns) == trains
@@ -109,10 +109,10 @@ def test_tensor_parallel_with_a_padded_vocabulary(tiny: RunConfig) -> None:
     local = llama_layers(4, 2) + 2 * table(33, 2) + 32 + everything
     assert counts(found.stages[0]) == [((0, 1, 2, 3), local, trains)]
     assert found.stages[0].ranks == range(4)
-    # Of the whole model nothing is padded or replicated.
+    # The counts of the whole model contain neither padding nor replicas.
     whole = llama_layers(4, 1) + 2 * 33 * 32 + 32 + media(1)[0]
     assert sum(count for count, _ in found.weights.values()) == whole
-    # Two replicas share the optimizer.
+    # Two replicas share the optimizer state.
     assert found.stages[0].optimizer_bytes == 8 * trains // 2
 
 
@@ -140,7 +140,7 @@ def test_virtual_stages_and_context(tiny: RunConfig) -> None:
     assert counts(first) == [((0,), layer + table(32, 1) + everything, trains), ((2,), layer, 0)]
     assert counts(second) == [((1,), layer, 0), ((3,), layer + table(32, 1) + 32, 0)]
     assert first.weight_bytes == 2 * first.parameters
-    # bf16: fp32 originals beside the moments; the context-parallel ranks share them.
+    # bf16: fp32 master weights in addition to the moments, sharded over the context-parallel ranks.
     assert first.optimizer_bytes == 12 * trains // 2
     assert (first.ranks, second.ranks) == (range(0, 2), range(2, 4))
 
@@ -163,7 +163,7 @@ def test_a_tied_head_counts_once(tiny: RunConfig) -> None:
 
 
 def held(config: RunConfig) -> dict[str, Any]:
-    """In a rank: what a really built run holds, after one step."""
+    """In a rank: sizes of a built run after one step."""
     layout: ParallelLayout = initialize(config)
     state: TrainState = build(config, layout)
     layers = [
@@ -215,11 +215,11 @@ def test_a_built_run_holds_what_was_said(name: str, tiny: RunConfig) -> None:
         assert rank["layers"] == [part.layers for part in stage.parts]
         assert (rank["parameters"], rank["trainable"]) == (stage.parameters, stage.trainable)
         assert rank["weights"] == stage.weight_bytes
-        # In megatron-core's buffer each weight begins at a multiple of 64, and the end is padded for the replicas.
+        # In megatron-core's buffer each weight starts at a multiple of 64, and the end is padded for the replicas.
         padding = 4 * (64 * rank["learning"] + 1024)
         assert stage.gradient_bytes <= rank["gradients"] < stage.gradient_bytes + padding
     for stage in stages:
-        # The ranks of a stage share the states of a replica's trainable weights, cut where the padded buffers are.
+        # The ranks of a stage shard the states of its trainable weights, cut at the boundaries of the padded buffers.
         states = sum(ranks[number]["optimizer"] for number in stage.ranks)
         assert states == stage.optimizer_bytes * len(stage.ranks)
 
@@ -308,7 +308,7 @@ def test_nothing_is_left_behind_or_written(
     assert not dist.is_initialized() and not parallel_state.model_parallel_is_initialized()
     assert torch.cuda.current_device is device and torch.empty(1).device.type == "cpu"
     assert torch.equal(torch.get_rng_state(), state)
-    # megatron-core's own, not the one that keeps no random states.
+    # megatron-core's own tracker, not the stand-in that keeps no random state.
     assert type(get_cuda_rng_tracker()) is CudaRNGStatesTracker
     assert not list((tmp_path / "here").iterdir()) and not Path(tiny.exp_manager.explicit_log_dir).exists()
 
@@ -341,7 +341,7 @@ def test_one_process_of_a_launcher_speaks(
 
 def test_a_machine_with_cuda_is_left_alone(tiny: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     here = examine(tiny)
-    # This build of torch refuses every real call into CUDA.
+    # This CPU build of torch rejects every real CUDA call.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
@@ -386,10 +386,10 @@ def test_data_that_is_there_is_checked_and_counted(tiny: RunConfig, tmp_path: Pa
     found = examine(tiny)
     assert found.samples == {("train", "mix"): 40, ("train", "text"): 24, ("validation", "text"): 24}
     said = render(found)
-    # 8 samples a step, 2 of them from the mix.
+    # 8 samples per step, 2 of them from the mix.
     assert re.search(r"data\.train\.mix +40 samples +one epoch in 20\.0 steps \(25% of the mix\)", said)
     assert re.search(r"data\.train\.text +24 samples +one epoch in 4\.0 steps \(75% of the mix\)", said)
-    # Media of a kind that no modality reads, also where another data set is missing.
+    # Media without a configured modality are reported even if another data set is missing.
     del tiny.model.modalities["audio"]
     tiny.data.train["missing"] = DatasetConfig("nowhere")
     with pytest.raises(DataError, match=r"Add model\.modalities\.audio"):
@@ -473,7 +473,7 @@ def test_a_checkpoint_gives_the_llamas_shape(tiny: RunConfig, tmp_path: Path, te
 
 def test_clap_on_the_meta_device_counts_its_tokens() -> None:
     found = examine(compose("pretrain_13b_audio", default_config_dir(), []).config)
-    # 10 seconds make 64 features of width 768, two to a soft token of width 5120.
+    # 10 seconds give 64 features of width 768, two per soft token of width 5120.
     projector = {name: count for name, (count, _) in found.weights.items() if name.startswith("projectors.")}
     assert sum(projector.values()) == 2 * 768 * 5120 + 5120 + 1
     assert sum(count for name, (count, _) in found.weights.items() if name.startswith("language_model.")) == (
@@ -498,7 +498,7 @@ def test_70b_in_an_empty_folder(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     said = done.stdout
-    # The Llama's published size; what one of eight tensor-parallel ranks holds of all; the paper's batch.
+    # The Llama's published size; parameters per rank at tensor-parallel size eight; the paper's batch size.
     assert "26,880 samples per step, 840 per replica" in said
     assert re.search(r"language model +70,553,706,496 +70\.55 B +0 +0\n", said)
     assert re.search(

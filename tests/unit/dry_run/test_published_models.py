@@ -1,4 +1,4 @@
-"""Published shapes: the models that they build have the published numbers of parameters."""
+"""Models built from the assumed published shapes have the published parameter counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_anymal.dry_run.published_models import ENCODERS, LLAMAS, assume_sh
 from megatron_anymal.modalities.architecture import ARCHITECTURES, transformers_config
 from megatron_anymal.model.llama import read_llama_config
 
-# Parameters that the repositories' safetensors hold.
+# Parameters in the safetensors files of the repositories.
 LLAMA_PARAMETERS = {
     "Llama-2-7b-hf": 6_738_415_616,
     "Llama-2-13b-chat-hf": 13_015_864_320,
@@ -30,8 +30,8 @@ LLAMA_PARAMETERS = {
     "Llama-3.2-1B": 1_235_814_400,
     "Llama-3.2-3B-Instruct": 3_212_749_824,
 }
-# Of the vision and audio towers: OpenCLIP's table less the final projection (303.97 M - 1024 x 768 and 1844.91 M - 1664
-# x 1280), DINOv2's safetensors, VideoMAE's paper (87 M and 305 M with a classifier and with rounding).
+# Vision and audio towers: OpenCLIP's table minus the final projection (303.97 M - 1024 x 768 and 1844.91 M - 1664 x
+# 1280), DINOv2's safetensors, VideoMAE's paper (87 M and 305 M with a classifier and rounding).
 TOWERS = {
     "clip-vit-large-patch14": (303.96e6 - 1024 * 768, 303.98e6 - 1024 * 768),
     # More positions: 24 x 24 patches instead of 16 x 16.
@@ -43,7 +43,7 @@ TOWERS = {
     "videomae-base": (85.5e6, 87.5e6),
     "videomae-large": (303.5e6, 305.5e6),
 }
-# Of the whole two-tower models; the text tower is transformers' default.
+# Whole two-tower models; the text tower has transformers' defaults.
 CLAPS = {"clap-htsat-fused": 153_507_530, "clap-htsat-unfused": 153_492_890}
 
 
@@ -138,6 +138,6 @@ def test_an_unknown_name_says_what_a_dry_run_needs() -> None:
         ConfigError, match=r"language_model\.path='nowhere/Meta-Llama-3-9B'.*config\.json.*Did you mean"
     ):
         assumed_llama("Meta-Llama-3-9B")
-    # A model of another type is not one of these.
+    # A model of another type is not accepted here.
     with pytest.raises(ConfigError, match=r"modalities\.media\.encoder\.path='nowhere/dinov2-giant'.*clip-vit-large"):
         assumed_encoder("clip", "dinov2-giant")

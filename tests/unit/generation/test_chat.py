@@ -1,4 +1,4 @@
-"""`--interactive`, played with scripted lines: turns, media, commands, mistakes, interruptions."""
+"""`--interactive`, driven by scripted lines: turns, media, commands, mistakes, interruptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_anymal.modalities import MediaError
 
 
 class Parrot(Generator):
-    """Says "answer NUMBER letters ..." a character at a time, and keeps what it was asked."""
+    """Answers "answer NUMBER has words" character by character, and keeps the prompts it received."""
 
     kinds = ("image", "imu")
     max_positions = 40
@@ -47,7 +47,7 @@ class Parrot(Generator):
 
 
 def play(generator: Parrot, lines: Sequence[Any]) -> list[str]:
-    """What the terminal shows of the lines; an exception among them is raised where it stands."""
+    """Terminal output for the given lines; an exception among them is raised when its turn comes."""
     shown: list[str] = []
     left = iter(lines)
 

@@ -1,4 +1,4 @@
-"""The next token: the same candidates as transformers' own processors leave, drawn with their probabilities."""
+"""Choice of the next token: the candidates that transformers' processors leave, drawn with their probabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ VOCABULARY = 200
 
 
 def logits_of(seed: int) -> torch.Tensor:
-    """Random logits with an impossible token."""
+    """Random logits with one impossible token."""
     logits = 3 * torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(seed))
     logits[7] = float("-inf")
     return logits
@@ -88,7 +88,7 @@ def test_chance_depends_on_seed_prompt_and_place_alone() -> None:
 
 def test_rounding_does_not_change_what_is_drawn() -> None:
     logits = logits_of(4)
-    # Two tokens that change places when sorted.
+    # Two tokens whose order after sorting changes.
     logits[[20, 21]] = torch.tensor([2.0, 2.0 + 1e-6])
     other = logits.clone()
     other[[20, 21]] = torch.tensor([2.0 + 1e-6, 2.0])

@@ -1,4 +1,4 @@
-"""Answers while they grow: where they end, and that what is streamed is what is answered."""
+"""Answers while they grow: where they end, and that the streamed text equals the answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ END = 256
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte a token, as in a byte-level BPE without merges."""
+    """One token per byte, as in a byte-level BPE without merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)} | {"<end>": END}, []))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -31,7 +31,7 @@ def decode(tokens: Sequence[int]) -> str:
 
 
 def grown(text: str, stops: Sequence[str] = (), room: int = 1000) -> tuple[Answer, list[str]]:
-    """An answer that says `text`, and the pieces that were streamed."""
+    """An answer with the text `text`, and the pieces that were streamed."""
     pieces: list[str] = []
     answer, stream = Answer(0, decode, {END}, stops, room), Stream(pieces.append)
     for token in [*HF.encode(text), END]:
@@ -59,7 +59,7 @@ TEXTS = [
 def test_the_pieces_are_the_answer(text: str) -> None:
     answer, pieces = grown(text)
     assert answer.text == text and "".join(pieces) == text.strip()
-    # Nothing incomplete is shown: every character that is not in the text would be half of one.
+    # No incomplete character is shown: a replacement character that is not in the text would be half of one.
     assert "�" in text or all("�" not in piece for piece in pieces)
 
 

@@ -1,4 +1,4 @@
-"""A conversation's parts go back to its messages: so an exported folder's processor is asked."""
+"""A conversation's parts are converted back to its messages, as the processor of an exported folder needs them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_layout_can_be_undone(name: str) -> None:
     sample = parse_sample({"messages": [*CONVERSATIONS[name], ASSISTANT]}, "")
     asked = messages_of(last_answer(sample.documents[0])[0])
     assert asked is not None
-    # What was learned of the earlier turns does not matter to who asks.
+    # Which earlier turns were targets does not matter for a prompt.
     assert open_prompt(asked) == open_prompt(messages)
 
 

@@ -1,7 +1,7 @@
-"""transformers' own pipeline on an exported folder: `python -I ask_pipeline.py FOLDER IMAGE TOKENS`, prints JSON.
+"""Run transformers' own pipeline on an exported folder and print JSON: `python -I ask_pipeline.py FOLDER IMAGE TOKENS`.
 
-What is printed: the version, answers by the way in which the picture and the question were given, and the same for
-plain text. Any FutureWarning ends it.
+The output holds the transformers version, the answers for each way to pass the picture and the question, and the same
+for plain text. Any FutureWarning is an error.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import Any
 
 
 def main(folder: str, image: str, tokens: str) -> None:
-    """Ask, print."""
+    """Ask in every way and print the answers."""
     import transformers
     from PIL import Image
 
-    # Such a class of the future breaks the folder with a later version.
+    # A FutureWarning announces a change that would break the folder with a later version.
     warnings.filterwarnings("error", category=FutureWarning)
     ask: Any = transformers.pipeline("image-text-to-text", model=folder, trust_remote_code=True, dtype="float32")
     picture = Image.open(image).convert("RGB")

@@ -1,4 +1,4 @@
-"""Tiny models of transformers' kind, their media and prompts."""
+"""Tiny HuggingFace-style models with media and prompts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CLAP = {
     "projection_dim": 8,
 }
 LOG_MEL = {"piece_seconds": 0.5, "sampling_rate": 8000, "hop_length": 400, "fft_window_size": 512}
-# A rotary embedding that is not the default one, as Llama 3.1 has it.
+# A rotary embedding other than the default one, as in Llama 3.1.
 ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500.0,
@@ -56,9 +56,10 @@ def projector(kind: str, **sizes: int) -> ProjectorConfig:
 
 
 def sections(variant: str) -> dict[str, ModalityConfig]:
-    """Image, video, audio and IMU; between them the variants have every encoder and both projectors of each kind.
+    """Image, video, audio and IMU sections; together the variants cover every encoder, and both projectors per
+    modality.
 
-    Pieces outnumber those of one call of the encoder.
+    There are more encoder inputs than one call of the encoder takes.
     """
     found = modalities()
     found["video"] = ModalityConfig(placeholder=SPECIAL[5])
@@ -83,7 +84,7 @@ def sections(variant: str) -> dict[str, ModalityConfig]:
 
 
 def video(seed: int, frames: int = 25) -> bytes:
-    """Noise, 10 frames a second."""
+    """Noise at 10 frames per second."""
     import av
 
     rng = np.random.default_rng(seed)
@@ -100,7 +101,8 @@ def video(seed: int, frames: int = 25) -> bytes:
 
 
 def write_media(folder: Path) -> dict[str, str]:
-    """Files of several pieces each, of some kinds a second one of other size: kind, or kind_b -> path."""
+    """Write files with several encoder inputs each, some kinds with a second file of another size; kind or kind_b ->
+    path."""
     made = {
         "image": ("a.png", png(1, (17, 9))),
         "video": ("a.mp4", video(1)),
@@ -116,7 +118,7 @@ def write_media(folder: Path) -> dict[str, str]:
 
 
 def prompts_about(files: dict[str, str]) -> list[dict[str, Any]]:
-    """All kinds together, a conversation, text alone, one kind twice: rows of different length."""
+    """All kinds together, a conversation, text only, one kind twice: rows of different lengths."""
     imu = {"media": files["imu"], "rate": 50}
     everything = [{"media": files["image"]}, {"text": "what is this"}, {"media": files["audio"]}, {"text": "a sound"}]
     turn = [
@@ -139,7 +141,7 @@ def prompts_about(files: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def make_config(modality_sections: dict[str, ModalityConfig], tokenizer: str, **llama: Any) -> AnyMALConfig:
-    """A configuration as an export has it."""
+    """A configuration like that of an export."""
     loaded = Tokenizer(tokenizer)
     ends = [loaded.end, loaded.hf.convert_tokens_to_ids(CHAT[2])]
     text = LlamaConfig(**{**LLAMA, "rope_parameters": ROPE, "bos_token_id": 0, "eos_token_id": 1, **llama})
@@ -149,7 +151,7 @@ def make_config(modality_sections: dict[str, ModalityConfig], tokenizer: str, **
 
 
 def make_model(config: AnyMALConfig, std: float = 0.5) -> AnyMALForConditionalGeneration:
-    """Random weights, the Llama's loud enough for varied answers."""
+    """A model with random weights; the Llama's are large enough for varied answers."""
     torch.manual_seed(3)
     model = AnyMALForConditionalGeneration(config).eval()
     for name, tensor in model.named_parameters():
@@ -170,7 +172,7 @@ def make_model(config: AnyMALConfig, std: float = 0.5) -> AnyMALForConditionalGe
 def write_export(
     folder: Path, model: AnyMALForConditionalGeneration, tokenizer: str, plugins: Sequence[Path] = ()
 ) -> None:
-    """A folder as an export is."""
+    """Write a folder like an export."""
     model.save_pretrained(folder)
     processor = {
         "processor_class": "AnyMALProcessor",

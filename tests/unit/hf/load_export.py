@@ -1,6 +1,6 @@
-"""Loads an exported folder where nothing of this project is: `python load_export.py FOLDER PROMPTS.json`.
+"""Load an exported folder with this project hidden: `python load_export.py FOLDER PROMPTS.json`.
 
-Prints JSON: what was missing, token ids, logits, answers, and which libraries of media were imported.
+Prints JSON: missing keys, token ids, logits, answers, and the media libraries that were imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ HIDDEN = {"megatron_anymal", "megatron", *os.environ.get("HIDDEN_LIBRARIES", "")
 
 
 class Hiding:
-    """A finder of modules that does not find what is hidden."""
+    """A module finder that does not find hidden packages."""
 
     def __init__(self, finder: Any):
         self._finder = finder
@@ -24,12 +24,12 @@ class Hiding:
         return getattr(self._finder, name)
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """As the finder's own."""
+        """As the wrapped finder, but None for hidden packages."""
         return None if name.partition(".")[0] in HIDDEN else self._finder.find_spec(name, path, target)
 
 
 def main(folder: str, prompts_file: str) -> None:
-    """Load, answer, print."""
+    """Load the folder, answer the prompts and print the results."""
     sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
     import torch
     import transformers

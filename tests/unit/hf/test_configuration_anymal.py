@@ -1,4 +1,4 @@
-"""The configuration and the sections of an export come back as they were."""
+"""The configuration and sections of an export survive saving and loading."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_configuration_comes_back(tokenizer_folder: str, tmp_path: Path) -> No
 def test_a_rotary_embedding_is_written_for_every_version(tokenizer_folder: str, tmp_path: Path) -> None:
     make_config(sections("towers"), tokenizer_folder).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())["text_config"]
-    # transformers 4 reads these alone, and would go on with its defaults.
+    # transformers 4 reads only these, and would silently use its defaults otherwise.
     scaling = {key: value for key, value in ROPE.items() if key != "rope_theta"}
     assert written["rope_theta"] == ROPE["rope_theta"] and written["rope_scaling"] == scaling
     assert written["rope_parameters"] == ROPE

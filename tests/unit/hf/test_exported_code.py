@@ -1,4 +1,4 @@
-"""The code in an exported folder works where nothing of this project is installed."""
+"""The code in an exported folder works without this project being installed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ THERMAL = Path(__file__).parents[3] / "examples" / "thermal_modality.py"
 
 
 def load(folder: Path, prompts: list[dict[str, Any]], hidden: str = "") -> Any:
-    """What load_export.py says of a folder."""
+    """Output of load_export.py for a folder."""
     file = folder.with_name("prompts.json")
     file.write_text(json.dumps(prompts))
     environment = {
@@ -116,7 +116,7 @@ def test_every_root_names_all_files_and_none_of_the_packages(tmp_path: Path) -> 
     for name in written:
         text = (tmp_path / name).read_text()
         assert text.startswith("# From megatron_anymal ") and "TYPE_CHECKING:" not in text
-        # What transformers looks for.
+        # The imports that transformers looks for.
         needs[name] = {f"{found}.py" for found in re.findall(r"^\s*from\s+\.(\S+)\s+import", text, re.MULTILINE)}
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Import):

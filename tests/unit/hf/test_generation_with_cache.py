@@ -1,4 +1,4 @@
-"""Answers of the model of transformers' kind: cache, padding, several answers to one prompt."""
+"""Generation with the HuggingFace-style model: cache, padding, several answers to one prompt."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def by_hand(model: AnyMALForConditionalGeneration, inputs: Any) -> list[int]:
-    """Greedy tokens of one prompt from whole forward passes, neither cache nor padding."""
+    """Greedy tokens for one prompt from full forward passes, with neither cache nor padding."""
     ids, answer = inputs["input_ids"], []
     assert len(ids) == 1
     while len(answer) < NEW:
@@ -46,7 +46,7 @@ def by_hand(model: AnyMALForConditionalGeneration, inputs: Any) -> list[int]:
 
 
 def cut(row: torch.Tensor, model: AnyMALForConditionalGeneration) -> list[int]:
-    """A row's tokens up to its first end token."""
+    """Tokens of a row up to its first end token."""
     tokens = row.tolist()
     ends = [place for place, token in enumerate(tokens) if token in model.config.eos_token_id]
     return tokens[: ends[0] + 1] if ends else tokens
@@ -56,7 +56,7 @@ def test_greedy_answers_of_a_padded_batch_with_cache_are_those_of_whole_passes(
     model: AnyMALForConditionalGeneration, processor: AnyMALProcessor, prompts: list[dict[str, Any]]
 ) -> None:
     expected = [by_hand(model, processor(prompt)) for prompt in prompts]
-    assert len({tuple(answer) for answer in expected}) == len(prompts), "the answers must be able to differ"
+    assert len({tuple(answer) for answer in expected}) == len(prompts), "the prompts must lead to different answers"
     inputs = processor(prompts)
     assert inputs["attention_mask"].sum(dim=1).unique().numel() > 2
     length = inputs["input_ids"].shape[1]
@@ -91,7 +91,7 @@ def test_media_are_encoded_once_for_an_answer(
     monkeypatch.setattr(encoder, "forward", lambda pieces: calls.append(len(pieces)) or forward(pieces))
     inputs = processor(prompts[0])
     model.generate(**inputs, max_new_tokens=4, num_beams=3, use_cache=False, do_sample=False)
-    # No more pieces at once than the section says.
+    # No more encoder inputs per call than the section allows.
     assert sum(calls) == len(inputs["media"]["image"]) > 2 and max(calls) == 2
 
 
@@ -108,7 +108,7 @@ def test_several_answers_to_a_prompt_see_its_media(
         settings = {"do_sample": True, "top_k": 0, "num_return_sequences": count, "max_new_tokens": NEW}
         outputs.append(model.generate(**given, **settings))
     assert torch.equal(*outputs)
-    assert any(not torch.equal(*pair) for pair in outputs[0].split(2)), "chance must be able to matter"
+    assert any(not torch.equal(*pair) for pair in outputs[0].split(2)), "sampled answers must differ"
 
 
 def test_beams_are_those_of_one_prompt_alone(

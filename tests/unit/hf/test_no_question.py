@@ -1,4 +1,4 @@
-"""An exported folder answers without a question, and without its own code being run, in a terminal or without one."""
+"""Using an exported folder neither prompts for confirmation nor runs its code, with or without a terminal."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from checkpoint_tools.exporting.model_files import _of_both_versions
 
 @pytest.fixture(scope="module")
 def folder(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export whose own code says so, and fails, when it is run."""
+    """An export whose own code fails with a message when it is run."""
     folder = tmp_path_factory.mktemp("asked") / "export"
     write_export(folder, make_model(make_config(sections("towers"), tokenizer_folder)), tokenizer_folder)
-    # As the exporter leaves it: transformers looks for the model's configuration when it reads such a one.
+    # As the exporter writes it; for such a tokenizer, transformers looks up the model's configuration.
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(_of_both_versions(settings)))
     code = list(folder.glob("*.py"))
@@ -32,13 +32,13 @@ def folder(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def in_a_terminal(command: list[str], environment: dict[str, str]) -> tuple[int, str]:
-    """Exit code and all that was shown; whoever asks something waits for an answer that does not come."""
+    """Exit code and everything shown; the process is killed if it asks a question."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     said = b""
     try:
-        # A terminal that nobody holds open any longer is an error on Linux.
+        # On Linux, reading from a terminal that no process holds open any longer raises an error.
         while data := os.read(ours, 65536):
             said += data
             if b"y/N" in said:
@@ -75,5 +75,5 @@ def test_nothing_is_asked_and_none_of_its_code_is_run(
     assert code == 0, said
     for never in ("y/N", "custom code", "trust_remote_code", "was run"):
         assert never not in said
-    # Where transformers would have copied the folder's code to.
+    # The path to which transformers would have copied the folder's code.
     assert not list(tmp_path.glob("modules/**/modeling*"))

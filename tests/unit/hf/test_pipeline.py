@@ -1,4 +1,4 @@
-"""An exported folder in transformers' pipeline, as any other model of pictures and text."""
+"""An exported folder in transformers' pipeline, like any other image-text model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ NEW = 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> Path:
-    """An export with the template that exports have."""
+    """An export with the chat template that exports have."""
     folder = tmp_path_factory.mktemp("pipeline") / "model"
     folder.mkdir()
     config = make_config(sections("towers"), tokenizer_folder)

@@ -1,4 +1,4 @@
-"""Prompts become the tokens and pieces that the trainer's own data path makes."""
+"""Prompts become the same tokens and encoder inputs as in the trainer's own data path."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_media_before_a_text_as_on_the_command_line(processor: AnyMALProcessor, 
     both = processor(text=["what is this", "a sound"], media=[[files["image"], imu], []])
     parts = [{"media": files["image"]}, imu, {"text": "what is this"}]
     assert same(both, processor([{"parts": parts}, {"parts": [{"text": "a sound"}]}]))
-    # Media alone are a prompt, too.
+    # Media alone are a valid prompt.
     alone = processor(media=[files["image"]])
     assert set(alone["input_ids"][0].tolist()) == {0, 2}
 
@@ -122,14 +122,14 @@ def test_media_in_memory_are_those_of_files(processor: AnyMALProcessor, files: d
     expected = processor(media=[files["image"]])
     for item in (Path(files["image"]).read_bytes(), picture, np.asarray(picture), torch.from_numpy(np.array(picture))):
         assert same(processor(media=[{"media": item, "modality": "image"}]), expected)
-    assert same(processor(media=[picture]), expected), "a picture says what it is"
+    assert same(processor(media=[picture]), expected), "the modality of a picture must be inferred"
 
     wave, rate = soundfile.read(files["audio"], dtype="float32")
     expected = processor(media=[files["audio"]])
     for item in (wave, torch.from_numpy(wave), (wave * 32768).astype(np.int16)):
         assert same(processor(media=[{"media": item, "sampling_rate": rate}]), expected)
 
-    # As open files; two of one name stay two.
+    # As open files; two files of the same name stay separate.
     (tmp_path / "a.png").write_bytes(png(7))
     paths = [str(tmp_path / "a.png"), files["image"]]
     handles = [io.BytesIO(Path(path).read_bytes()) for path in paths]
@@ -275,7 +275,7 @@ def test_it_comes_back_from_its_folder(processor: AnyMALProcessor, files: dict[s
 
 
 def whole(processor: AnyMALProcessor, files: dict[str, str]) -> list[list[dict[str, Any]]]:
-    """Conversations as transformers writes them, whose last turn answers."""
+    """Conversations in transformers' format that end with an answer."""
     image, sound = {"type": "image", "path": files["image"]}, {"type": "audio", "url": files["audio"]}
     walk = {"type": "imu", "path": files["imu"], "rate": 50}
     say = [{"type": "text", "text": word} for word in (" what is ", "\n this", "a sound ")]
@@ -310,7 +310,7 @@ def test_a_rendered_conversation_encodes_to_the_ids_of_training(
             assert torch.equal(ids, direct["input_ids"])
         asked = processor.apply_chat_template(messages[:-1])
         assert same(processor(text=processor.apply_chat_template(messages[:-1], tokenize=False), **media), asked)
-        # Training's own layout of it: media items take more places than one.
+        # The layout used in training: media items take more than one position.
         inner = [{**m, "content": [dict(p) for p in m["content"]] if isinstance(m["content"], list) else m["content"]}
                  for m in messages]  # fmt: skip
         for message in inner:

@@ -1,4 +1,4 @@
-"""The model of transformers' kind computes what the trainer's model computes with the same weights."""
+"""The HuggingFace-style model computes the same as the trainer's model with the same weights."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def native(config: RunConfig, rows: list[list[int]], media: dict[str, Tensor]) -
         config, read_llama_config(config.model.language_model), layout, modalities, lambda models: None
     )
     model.eval()
-    # Whatever a frozen encoder may come with.
+    # Buffers that a frozen encoder may come with.
     for name, buffer in model.encoders.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             buffer.uniform_(0.5, 1.5)
-    # Only initial norms, biases and gains could hide a mixed-up weight.
+    # Norms, biases and gains at their initial values could hide swapped weights.
     generator = torch.Generator().manual_seed(5)
     for parameter in [*model.projectors.parameters(), *model.encoders.parameters()]:
         parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -60,7 +60,7 @@ def native(config: RunConfig, rows: list[list[int]], media: dict[str, Tensor]) -
 def test_logits_are_the_native_models(variant: str, tokenizer_folder: str, tmp_path: Path) -> None:
     own = sections(variant)
     config = make_config(own, tokenizer_folder)
-    # Louder weights would blow rounding up.
+    # Larger weights would amplify rounding errors.
     model = make_model(config, std=0.15)
     processor = AnyMALProcessor(AutoTokenizer.from_pretrained(tokenizer_folder), config.modalities)
     inputs = processor(prompts_about(write_media(tmp_path)))
@@ -73,7 +73,7 @@ def test_logits_are_the_native_models(variant: str, tokenizer_folder: str, tmp_p
     run.model.language_model.config, run.model.language_model.path = {}, str(tmp_path / "llama")
     [found] = run_ranks(1, native, run, rows, dict(inputs["media"]))
 
-    # By name, as an export holds them: nothing missing, nothing unknown.
+    # Under the names used in an export: nothing missing, nothing unknown.
     llama = {f"language_model.{name}": tensor for name, tensor in model.language_model.state_dict().items()}
     whole = {name: torch.from_numpy(array) for name, array in found["state"].items()}
     model.load_state_dict({**llama, **whole}, strict=True)

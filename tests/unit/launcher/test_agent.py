@@ -1,4 +1,4 @@
-"""How a rank ended is known, whoever sees it first."""
+"""The exit code of a rank is recorded, whether the agent or the launcher sees its end first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_rank_that_has_ended(
     words = [sys.executable, "-S", "-c", f"import sys; sys.exit({says})"]
     child = agent._Spawned(words, env={**os.environ, "RANK": "3"})
     if first:
-        # A process that was waited for is unknown to the system.
+        # The system no longer knows a process that was waited for.
         assert child.wait(30) == code
         (tmp_path / f"exit_{child.pid}").unlink(missing_ok=True)
         agent._note_end(tmp_path, child.pid)
@@ -29,9 +29,9 @@ def test_a_rank_that_has_ended(
     while agent.exit_code(tmp_path, child.pid) is None and time.monotonic() < deadline:
         time.sleep(0.01)
     assert agent.exit_code(tmp_path, child.pid) == code
-    # The agent finds it still.
+    # The agent still gets the code.
     assert child.wait(30) == code
-    # A launcher that looks only now learns of it.
+    # A launcher that looks only now still finds the rank.
     assert agent.ranks_started(tmp_path) == {3: child.pid}
 
 

@@ -1,4 +1,4 @@
-"""A hang is found, its cause named and the right rank blamed: from what is seen of the ranks alone."""
+"""Hangs are found, their cause named and the right rank blamed, using only external views of the ranks."""
 
 from __future__ import annotations
 
@@ -58,21 +58,21 @@ def view(
     [
         ([view(0), view(1)], True),
         ([view(0, silent=9), view(1, silent=9)], False),
-        # Each phase has its own time.
+        # Each phase has its own timeout.
         ([view(0, Phase.CHECKPOINT, silent=40)], False),
         ([view(0, Phase.CHECKPOINT, silent=51)], True),
         ([view(0, Phase.LOADING, silent=99)], False),
         ([view(0, beats=False, silent=101)], True),
         # The first step may take long.
         ([view(0, settled=False, silent=60)], False),
-        # One that waits for another that still has time; one that is behind nobody.
+        # Waiting for a rank that still has time; a rank that no other rank waits for.
         ([view(0, Phase.VALIDATION, silent=11), view(1, Phase.DATA, silent=3)], False),
         ([view(0, Phase.CHECKPOINT, 6, silent=40), view(1, Phase.DATA, 7, silent=11)], False),
         ([view(0, Phase.CHECKPOINT, 7, silent=1), view(1, Phase.DATA, 7, silent=11)], True),
-        # A stopped process has no use for more time, and is not waiting for one that has it.
+        # A stopped process does not profit from more time, and does not wait for a rank that has it.
         ([view(0, Phase.CHECKPOINT, silent=12, held=11, state="T")], True),
         ([view(0, settled=False, held=11, state="t"), view(1, Phase.CHECKPOINT, 6, silent=11)], True),
-        # Since the last sign of any of its threads; one that a debugger looks at for a moment goes on.
+        # Counted since the last sign of any of its threads; a process that a debugger stops briefly is not reported.
         ([view(0, silent=9, held=11, state="T")], False),
         ([view(0, Phase.CHECKPOINT, silent=12, held=9, state="t")], False),
         ([view(0, Phase.CHECKPOINT, silent=12, held=11)], False),
@@ -92,18 +92,18 @@ def test_watching_can_be_switched_off() -> None:
         ([view(0, stack=WAITING), view(1, state="T", held=11.0)], "stopped", (1,)),
         ([view(0, stack=WAITING), view(1, held=10.8)], "gil", (1,)),
         ([view(0, stack=WAITING), view(1, Phase.DATA, stack=LOADING)], "data", (1,)),
-        # The step of a pipeline's other stages goes on without the media.
+        # The other stages of the pipeline go on with their step without the media.
         ([view(0, Phase.DATA), view(1, Phase.UPDATE, stack=WAITING), view(2, Phase.DATA)], "data", (0, 2)),
         ([view(0, Phase.CHECKPOINT, stack=WAITING), view(1, Phase.CHECKPOINT, stack=BUSY)], "checkpoint", (1,)),
         ([view(0, stack=BUSY), view(1, stack=WAITING), view(2, stack=WAITING)], "collective", (0,)),
         ([view(0, step=8, stack=WAITING), view(1, step=7, stack=BUSY)], "collective", (1,)),
-        # A rank that waits at an earlier collective operation than the others waits for one that skipped it.
+        # A rank waiting at an earlier collective operation than the others waits for one that skipped it.
         ([view(0, Phase.COMPUTE, stack=WAITING), view(1, Phase.UPDATE, stack=BUSY)], "collective", (1,)),
         ([view(0, stack=WAITING), view(1, stack=WAITING)], "collective", ()),
         ([view(0, Phase.VALIDATION, stack=WAITING), view(1, Phase.VALIDATION, stack=LOADING)], "data", (1,)),
         ([view(0, Phase.LOADING, -1, stack=WAITING), view(1, beats=False)], "startup", (1,)),
         ([view(0, Phase.START, -1, stack=BUSY), view(1, Phase.LOADING, -1, stack=WAITING)], "startup", (0,)),
-        # Of two causes the plainer one.
+        # Of two possible causes, the more obvious one.
         ([view(0, state="T", held=11), view(1, Phase.DATA, stack=LOADING)], "stopped", (0,)),
     ],
 )
@@ -147,7 +147,7 @@ def start_rank(*arguments: str) -> subprocess.Popen[str]:
 
 
 def test_stacks_are_asked_for_only_where_they_can_be_given(tmp_path: Path) -> None:
-    """A process without a handler, and a stopped one, are left alone."""
+    """Processes without a handler and stopped processes are left alone."""
     plain = start_rank()
     talking = start_rank(str(tmp_path / "talking"))
     stopped = start_rank(str(tmp_path / "stopped"))

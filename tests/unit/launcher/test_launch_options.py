@@ -1,4 +1,4 @@
-"""What may be wrong in a call of `anymal launch`: one line that names it and the mend, before anything starts."""
+"""Mistakes in a call of `anymal launch` give one line that names the mistake and the fix, before anything starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The checks of nodes before a run, here between processes of this machine that play nodes."""
+"""Node checks before a run, with processes of this machine playing the nodes."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def play(
     seconds: float = 60,
     spoil: Callable[[int, RunConfig], None] = lambda rank, config: None,
 ) -> tuple[set[int], str]:
-    """All processes' checks, or those of the first `present`; the codes, and what was printed."""
+    """Run the checks of all processes, or of the first `present`; return the exit codes and the printed output."""
     names = [f"n{number + 1}" for number in range(world // per_node)]
     port = free_port()
 
@@ -59,7 +59,7 @@ def play(
         rank = int(os.environ["RANK"])
         place = JobPosition(rank, world, rank % per_node, per_node, names[rank // per_node])
         spoil(rank, config)
-        # Counting a model's weights takes seconds; a test of its own does it.
+        # Counting a model's weights takes seconds; it has its own test.
         checkpoint_size.bytes_needed = lambda config: 1000  # type: ignore[assignment]
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -67,7 +67,7 @@ def play(
         return int(code), said.getvalue()
 
     answers = run_ranks(present or world, rank_of)
-    assert not any(said for _, said in answers[1:]), "only the first process prints"
+    assert not any(said for _, said in answers[1:]), "only the first process may print"
     return {code for code, _ in answers}, answers[0][1]
 
 
@@ -77,7 +77,7 @@ def errors(said: str) -> list[str]:
 
 @pytest.mark.parametrize("place", [".", ".preflight"], ids=["trains", "is-checked"])
 def test_another_job_in_the_folder(config: RunConfig, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as another task of a job array: it is named, and nothing of its is touched."""
+    """For example another task of a job array: it is named, and none of its files are touched."""
     for name, value in {"JOB_ID": "41", "ARRAY_JOB_ID": "36", "ARRAY_TASK_ID": "2"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     other = RunLock(config.run_dir / place, 20)
@@ -96,7 +96,7 @@ def test_another_job_in_the_folder(config: RunConfig, place: str, monkeypatch: p
     finally:
         other.release()
     assert play(config)[0] == {Exit.DONE}
-    # Neither the folder of signs nor the lock of the checks stays.
+    # Neither the folder of marker files nor the lock of the checks remains.
     assert not sign.parent.exists()
 
 
@@ -244,7 +244,7 @@ def test_place() -> None:
 
 
 def test_size_of_checkpoints(config: RunConfig) -> None:
-    # Large enough that the numbers outweigh what stands around them in the files.
+    # Large enough that the weights outweigh the other contents of the files.
     projector = config.model.modalities["image"].projector
     projector.num_layers, projector.hidden_size = 4, 128
     config.exp_manager.checkpoint.every_n_train_steps = 3
@@ -253,9 +253,9 @@ def test_size_of_checkpoints(config: RunConfig) -> None:
     run_ranks(1, train, config)
     folder = config.run_dir / "checkpoints" / "step_00000006"
     real = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    # Three kept and one being written; in fp32 a number that trains takes 12 bytes.
+    # Three kept and one being written; in fp32 a trainable parameter takes 12 bytes.
     assert 0.9 < before / 4 / real < 1.4
-    # Two are there.
+    # Two checkpoints are already on disk.
     assert checkpoint_size.bytes_needed(config) == pytest.approx(2 * real, rel=0.05)
     config.exp_manager.checkpoint.keep_last = 1
     assert checkpoint_size.bytes_needed(config) == pytest.approx(real, rel=0.05)

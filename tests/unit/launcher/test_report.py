@@ -1,4 +1,4 @@
-"""The report says what happened, what came first, what it cost and what to do: to a person."""
+"""The report states for a human reader what happened, what came first, what it cost and what to do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def save(run_dir: Path, step: int) -> None:
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """Attempt 1: rank 1's exception, then rank 0's because of it. 2: rank 0 killed, told after rank 1's. 3: a hang."""
+    """Attempt 1: rank 1's exception, then rank 0's as a result. 2: rank 0 killed, recorded after rank 1's. 3: a
+    hang."""
     run = tmp_path / "run7"
 
     def tell(at: float, kind: str, text: str, attempt: int, rank: int = -1, **more: object) -> None:
@@ -92,7 +93,7 @@ def test_a_person_finds_what_they_look_for(run_dir: Path) -> None:
     assert "step_00000008" in section(text, "Checkpoints") and "No space left" in section(text, "Checkpoints")
     assert "rank 1: slow in 1 log lines" in section(text, "Slow ranks")
     told = section(text, "Time")
-    # Steps 1 to 8, 5 s each, of 100 s; the rest did not survive.
+    # Steps 1 to 8 at 5 s each out of 100 s; the later ones were lost.
     assert "0.4000" in told and "productive seconds / wall seconds" in told
     order = [line for line in section(text, "What happened").splitlines() if line.startswith("- ")]
     assert len(order) == len(events.read(run_dir)) and "(+1m40s)" in order[-1]

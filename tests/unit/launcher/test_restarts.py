@@ -1,4 +1,4 @@
-"""When a run is started again, and when it is given up."""
+"""When a run is restarted and when it is given up."""
 
 from __future__ import annotations
 

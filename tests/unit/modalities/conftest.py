@@ -1,4 +1,4 @@
-"""Lets the tests of this folder import what they share."""
+"""Make the helper modules of this folder importable."""
 
 import sys
 from pathlib import Path

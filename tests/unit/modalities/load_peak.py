@@ -1,4 +1,4 @@
-"""How much memory loading files takes: run by test_media_memory.py in a process of its own."""
+"""Measure the memory needed to load files; run by test_media_memory.py in a separate process."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ SECTIONS = {
 
 
 def status(field: str) -> int:
-    """MiB of a field of /proc/self/status."""
+    """A field of /proc/self/status in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) // 1024
 
 
 def peak(kind: str, path: Path, attributes: dict[str, object]) -> int:
-    """MiB that loading a file adds to a process at its highest, the file itself not counted."""
+    """Peak memory in MiB that loading a file adds to a process, not counting the file itself."""
     modality = build_modality(kind, SECTIONS[kind], LimitsConfig())
-    # Libraries are loaded by the first file of a kind, whatever its size.
+    # The first file of a kind loads the libraries, whatever its size.
     small = path.with_name(f"small{path.suffix}")
     modality.load(small.read_bytes(), path.suffix[1:], attributes)
     reading, writing = os.pipe()
-    # A child counts its highest use from its own start.
+    # A child's peak is counted from its own start.
     child = os.fork()
     if child == 0:
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Small media files made in memory, and small encoder sections."""
+"""Small media files built in memory, and small encoder sections."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ SMALL_AUDIO = {"piece_seconds": 1.0, "sampling_rate": 8000, "n_mels": 32, "hop_l
 
 
 def section(type_name: str, shape: dict[str, Any] | None = None, path: str = "", **options: Any) -> ModalityConfig:
-    """A modality's section with an encoder of this type."""
+    """A modality section with an encoder of this type."""
     return ModalityConfig(encoder=EncoderConfig(type=type_name, config=shape or {}, path=path), options=options)
 
 
 def noise_image(width: int, height: int, mode: str = "RGB") -> Image.Image:
-    """A picture with every pixel different."""
+    """A picture in which every pixel is different."""
     bands = len(Image.new(mode, (1, 1)).getbands())
     shape = (height, width, bands) if bands > 1 else (height, width)
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), mode=None)
@@ -57,7 +57,7 @@ def image_bytes(picture: Image.Image, kind: str = "PNG", **arguments: Any) -> by
 
 
 def png_bytes(values: np.ndarray, bits: int, transparent: bytes = b"") -> bytes:
-    """A PNG of these samples, [height, width] (grey) or [height, width, 3], with a transparent colour."""
+    """A PNG of the given samples, [height, width] (grey) or [height, width, 3], with a transparent colour."""
     height, width = values.shape[:2]
 
     def chunk(name: bytes, body: bytes) -> bytes:
@@ -99,16 +99,16 @@ def video_bytes(
     noise: np.random.Generator | None = None,
     **options: str,
 ) -> bytes:
-    """A video whose frame i is a uniform grey of value 20 + 6 * (i mod 36), or noise; a key frame every 2 seconds."""
+    """A video whose frame i is uniform grey 20 + 6 * (i mod 36), or noise; a key frame every 2 seconds."""
     import av
 
-    # FFmpeg reads a finished file again to move its index to the front, so a file in memory is not enough.
+    # FFmpeg reads the finished file again to move its index to the front, so an in-memory file is not enough.
     file = Path(tempfile.mkstemp(suffix=".video")[1])
     with av.open(str(file), "w", format=container, options=options) as output:
         video = output.add_stream(codec, rate=rate)
         video.gop_size = 2 * rate
         video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
-        # Every stream exists before the first packet is written.
+        # All streams must exist before the first packet is written.
         audio = output.add_stream("aac", rate=48000, layout="mono") if sound_seconds else None
         for number in range(frames):
             picture = np.full((48, 64, 3), 20 + 6 * (number % 36), dtype=np.uint8)
@@ -174,7 +174,7 @@ def npy_bytes(values: np.ndarray) -> bytes:
 def coded_video(
     folder: Path, codec: str, pixels: str, width: int, height: int, references: int, count: int, container: str = "mp4"
 ) -> bytes:
-    """Grey frames that get brighter, coded with this many reference frames where the codec can be told so."""
+    """Grey frames of changing brightness, coded with this many reference frames if the codec has such an option."""
     import av
 
     path = folder / f"made.{container}"

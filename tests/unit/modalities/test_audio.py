@@ -65,7 +65,7 @@ def test_small_log_mel_for_the_identity_encoder() -> None:
     raw, scaled = modality.load(data, "wav", {}), audio(mel_mean=-40.0, mel_std=40.0).load(data, "wav", {})
     assert raw.shape == (3, 32, 32)
     torch.testing.assert_close(scaled, (raw + 40) / 40)
-    # 440 Hz lies in one band; it is the loudest throughout the first piece.
+    # 440 Hz lies in one band, which is the loudest throughout the first window.
     loudest = raw[0, 1:-1].argmax(dim=1)
     assert loudest.unique().numel() == 1
 

@@ -23,7 +23,7 @@ def image(**options: Any) -> Modality:
 
 
 def clip_pixels(picture: Image.Image, side: int) -> torch.Tensor:
-    """What transformers makes of the whole picture, [3, side, side]."""
+    """Pixels from transformers' processor for the whole picture, [3, side, side]."""
     processor = CLIPImageProcessorPil(size={"height": side, "width": side}, do_center_crop=False)
     return processor(picture, return_tensors="pt")["pixel_values"][0]
 

@@ -27,7 +27,7 @@ def csv_of(columns: np.ndarray, header: str = "", delimiter: str = ",") -> bytes
 
 
 def heard(data: bytes, extension: str = "csv", **attributes: Any) -> np.ndarray:
-    """The signal as the model gets it, [rows, 6]; the file's rate is the model's."""
+    """The signal as the model receives it, [rows, 6], with the file's rate as the model's rate."""
     return imu().load(data, extension, attributes).numpy()[0].T[: len(VALUES)]
 
 
@@ -60,7 +60,7 @@ def test_columns_are_found_by_name_in_any_order(acc: str, gyr: str) -> None:
     names = [*(acc.format(axis) for axis in axes), *(gyr.format(axis) for axis in axes)]
     order = [3, 4, 5, 0, 1, 2]
     same(heard(csv_of(VALUES[:, order], ",".join(names[place] for place in order)), rate=50))
-    # Beside others, which are left out.
+    # Among other columns, which are ignored.
     more = np.column_stack([np.arange(60), VALUES[:, order], VALUES[:, :1]])
     header = ",".join(["sample", *(names[place] for place in order), "temperature"])
     same(heard(csv_of(more, header), rate=50))
@@ -140,7 +140,7 @@ def test_a_unit_that_nothing_states_is_believed_only_in_the_usual_band() -> None
             heard(data, time_unit=unit)
     with pytest.raises(MediaError, match="time_unit='us', but the column 'timestamp_ms' is in ms"):
         heard(data.replace(b"timestamp", b"timestamp_ms", 1), time_unit="us")
-    # Slow, but stated.
+    # Slow, but with a stated unit.
     slow = csv_of(np.column_stack([np.arange(60.0), VALUES]), f"time_s,{NAMES}")
     assert imu().probe(slow, "csv", {}) == (60.0, 1.0)
 
@@ -248,6 +248,6 @@ def test_limits_are_named() -> None:
         MediaError, match=r"lasts 1\.2 s, above data.limits.max_seconds=1\.1; cut it or raise the limit"
     ):
         imu().probe(data, "csv", {"rate": 50}, LimitsConfig(max_seconds=1.1))
-    # Nothing of a stated size is reserved.
+    # No memory is reserved for a size that the header only claims.
     with pytest.raises(MediaError, match=r"it states \d+ bytes of data but contains 2880"):
         imu().probe(npy_bytes(VALUES).replace(b"(60, 6), }      ", b"(60000000, 6), }"), "npy", {"rate": 50})

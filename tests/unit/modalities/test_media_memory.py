@@ -1,4 +1,4 @@
-"""The worst file that the default limits accept costs a loader process 512 MiB at most."""
+"""Loading the worst file within the default limits takes at most 512 MiB of memory in a loader process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from megatron_anymal.modalities.video import VideoModality
 from megatron_anymal.modalities.video_memory import decoding_bytes
 
 LIMITS = LimitsConfig()
-# Two square sides that just fit.
+# The largest square that fits.
 SIDE = int(LIMITS.max_pixels**0.5)
 BOUND = 512
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 
 def peak_of(kind: str, large: bytes, small: bytes, name: str, folder: Path, **attributes: Any) -> int:
-    """MiB that loading `large` takes; `small` of the same kind loads the libraries."""
+    """Peak MiB for loading `large`; loading `small` of the same kind first loads the libraries."""
     (folder / f"large.{name}").write_bytes(large)
     (folder / f"small.{name}").write_bytes(small)
     script = Path(__file__).with_name("load_peak.py")
@@ -93,7 +93,7 @@ def test_a_long_recording(kind: str, tmp_path: Path) -> None:
     rate = 8000
     large = sound_bytes(np.tile(sine(10.0, rate), 360), rate, kind)
     if kind == "MP3":
-        # Without its first frame, which counts the others, it has to be decoded to be measured.
+        # Without its first frame, which counts the others, it must be decoded to find its length.
         large = large[large.index(b"\xff", 100) :]
     assert peak_of("audio", large, sound_bytes(sine(1.0, rate), rate, kind), kind.lower(), tmp_path) <= 100
 
@@ -117,7 +117,7 @@ def test_a_long_imu_npy(tmp_path: Path) -> None:
 
 
 VIDEOS = {
-    # The most that H.264 can state; with 10 bits, the most that is accepted.
+    # The maximum that H.264 can state; with 10 bits, the maximum that is accepted.
     "yuv420p, 16 references": ("libx264", "yuv420p", 4096, 2160, 16),
     "yuv420p10le, 5 references": ("libx264", "yuv420p10le", 4096, 2160, 5),
     "yuv444p, 5 references": ("libx264", "yuv444p", 4096, 2160, 5),
@@ -129,10 +129,10 @@ VIDEOS = {
 
 @pytest.mark.parametrize("family", VIDEOS)
 def test_a_video_of_large_frames(family: str, tmp_path: Path) -> None:
-    """What it takes is within the estimate, and the estimate within the limit, turned frames or not."""
+    """Memory use stays within the estimate, and the estimate within the limit, whether frames are rotated or not."""
     codec, pixels, width, height, references = VIDEOS[family]
     container = "webm" if codec.startswith("libvpx") else "mp4"
-    # Enough frames that the decoder holds as many as it may.
+    # Enough frames to fill the decoder's buffer.
     settings = {"codec": codec, "pixels": pixels, "references": references, "count": 24, "container": container}
     large = coded_video(tmp_path, width=width, height=height, **settings)
     small = coded_video(tmp_path, width=64, height=64, **settings)

@@ -1,4 +1,4 @@
-"""Damaged files of every format are refused by name or read; nothing else is raised."""
+"""Damaged files of every format are either read or refused by name; no other error is raised."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from megatron_anymal.config import LimitsConfig
 from megatron_anymal.modalities import MediaError, Modality, build_modality
 
 MUTATIONS = 200
-# Small, so that a damaged header that states much is refused at once.
+# Low limits, so that a damaged header that states large sizes is refused at once.
 LIMITS = LimitsConfig(max_pixels=1_000_000, max_frame_pixels=1_000_000, max_seconds=60, max_values=2_000_000)
 
 MODALITIES: dict[str, Callable[[], Modality]] = {
@@ -89,7 +89,7 @@ FILES: dict[str, tuple[str, str, Callable[[], bytes]]] = {
 
 
 def mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    """The file cut off, with a few bytes lost, or with a few changed, near its beginning or anywhere."""
+    """The file cut off, with a few bytes removed, or with a few changed, near its beginning or anywhere."""
     changed = bytearray(data)
     way = rng.integers(5)
     if way == 0:

@@ -1,4 +1,4 @@
-"""What the pixels of a picture mean, against Pillow's work on the whole picture at once."""
+"""Decoding of pixel formats, compared with Pillow's work on the whole picture at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_anymal.modalities import MediaError, Modality, build_modality, pic
 
 
 def image(**options: Any) -> Modality:
-    """Pixels keep their values / 255: no normalisation."""
+    """An image modality without normalisation: pixels keep their values / 255."""
     plain = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "max_grid": 1, "resolution": 32}
     return build_modality("image", section("clip", CLIP_SHAPE, **{**plain, **options}))
 
@@ -122,7 +122,7 @@ def test_a_transparent_grey_is_white_at_every_depth(bits: int) -> None:
     clear = seen(png_bytes(values, bits, struct.pack(">H", top // 3)))
     assert (clear[:16] == 255).all() and (plain[:16] == 85).all()
     np.testing.assert_array_equal(clear[16:], plain[16:])
-    # Another colour, however close.
+    # A different grey value, however close.
     near = seen(png_bytes(values, bits, struct.pack(">H", top // 3 - 1)))
     np.testing.assert_array_equal(near, plain)
 

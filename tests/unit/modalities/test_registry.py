@@ -28,7 +28,7 @@ THERMAL = str(Path(__file__).parents[3] / "examples" / "thermal_modality.py")
 
 @pytest.fixture(autouse=True)
 def _registries() -> Iterator[None]:
-    """Plug-ins of one test are not seen by the next, nor those of tests elsewhere here."""
+    """Hide plug-ins loaded by other tests, and remove those that a test loads."""
     known: list[dict[str, Any]] = [MODALITIES, ENCODERS]
     kinds, encoders = ([name for name, cls in some.items() if "_plugin_" not in cls.__module__] for some in known)
     _forget(kinds, encoders)

@@ -1,4 +1,4 @@
-"""A run's data.limits reach what reads its media."""
+"""A run's data.limits reach the code that reads its media."""
 
 from __future__ import annotations
 

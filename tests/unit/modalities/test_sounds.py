@@ -1,4 +1,4 @@
-"""Which sound files are read, how long they are found to be, and what is refused."""
+"""Which sound files are read, the durations found, and the files refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_an_mp3_without_a_header_that_counts_its_frames_is_decoded_to_the_end() 
     assert len({len(frame) for frame in frames}) > 3 and b"Xing" in frames[0]
     without = b"".join(frames[1:])
     assert seconds(whole) == pytest.approx(8.0, abs=0.01)
-    # One frame lasts 0.026 s; without the header the encoder's delay counts as sound.
+    # One frame lasts 0.026 s; without the header the encoder delay counts as sound.
     assert seconds(without) == pytest.approx((len(frames) - 1) * 1152 / 44100, abs=0.001)
     heard = loudness(without, 9)
     assert (heard[1:19] > 0.15).all() and (heard[22:] < 0.01).all() and len(heard) >= 80
@@ -151,7 +151,7 @@ def test_containers_and_aac(container: str, codec: str) -> None:
     wave = np.concatenate([sine(1.0, 48000), np.zeros(48000, np.float32), sine(1.0, 48000)])
     layout = "stereo" if codec == "libmp3lame" else "mono"
     data = container_sound(wave, container, codec, layout=layout)
-    # Raw AAC does not state the encoder's delay; a frame of it lasts 0.02 s.
+    # Raw AAC does not state the encoder delay; one of its frames lasts 0.02 s.
     assert seconds(data) == pytest.approx(3.0, abs=0.06)
     heard = loudness(data, 3)
     expected = np.repeat([0.5 / 2**0.5, 0.0, 0.5 / 2**0.5], 10)

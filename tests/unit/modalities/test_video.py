@@ -1,4 +1,4 @@
-"""Video: which frames are taken, against the greys written into them."""
+"""Video: the frames that are taken, identified by the grey values written into them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from megatron_anymal.modalities import MediaError, Modality, build_modality
 
 
 def video(**options: Any) -> Modality:
-    """Frames keep their grey: no normalisation."""
+    """A video modality without normalisation: frames keep their grey values."""
     plain = {"image_mean": [0, 0, 0], "image_std": [1, 1, 1], "num_frames": 4, "clip_seconds": 1.0}
     return build_modality("video", section("clip", CLIP_SHAPE, **{**plain, **options}))
 
 
 def frame_numbers(clips: torch.Tensor) -> list[list[int]]:
-    """The number (mod 36) of each frame, read from its grey; every pixel of a frame is the same."""
+    """The number (mod 36) of each frame, read from its grey value; all pixels of a frame are equal."""
     assert (clips.flatten(2).amax(2) - clips.flatten(2).amin(2)).max() < 0.03
     return ((clips.flatten(2).mean(2) * 255 - 20) / 6).round().int().tolist()
 
@@ -38,9 +38,9 @@ def test_frames_at_the_centres_of_equal_intervals() -> None:
 
 
 def test_the_last_clip_is_sampled_within_what_is_there() -> None:
-    # 1.5 s: the last clip lasts 0.5 s, frames 8..11, one each.
+    # 1.5 s: the last clip lasts 0.5 s and has frames 8..11, one each.
     assert frame_numbers(video().load(video_bytes(12), "mp4", {})) == [[1, 3, 5, 7], [8, 9, 10, 11]]
-    # A rest of one frame belongs to the clip before: 9 frames over 1.125 s.
+    # A remainder of one frame belongs to the previous clip: 9 frames over 1.125 s.
     assert frame_numbers(video().load(video_bytes(9), "mp4", {})) == [[1, 3, 5, 7]]
     assert frame_numbers(video().load(video_bytes(1), "mp4", {})) == [[0, 0, 0, 0]]
 
@@ -52,7 +52,7 @@ def test_capped_clips_are_spread_over_the_video() -> None:
 
 
 def test_far_jumps_seek_and_find_the_same_frames() -> None:
-    # 60 s: one-second clips at 0, 29.5 and 59 s, 10 s and more of undecoded video between them.
+    # 60 s: one-second clips at 0, 29.5 and 59 s, with over 10 s of undecoded video between them.
     numbers = frame_numbers(video(max_clips=3).load(video_bytes(480), "mp4", {}))
     assert numbers == [[(start + n) % 36 for n in (1, 3, 5, 7)] for start in (0, 236, 472)]
 
@@ -82,7 +82,7 @@ def test_longer_sound_does_not_lengthen_the_video() -> None:
 def one_picture_video(
     picture: np.ndarray, container: str = "mp4", codec: str = "libx264", pixels: str = "yuv420p", frames: int = 8
 ) -> bytes:
-    """A video that shows one picture, RGB or RGBA, at 8 frames a second."""
+    """A video at 8 frames per second that shows one picture, RGB or RGBA."""
     stream = io.BytesIO()
     with av.open(stream, "w", format=container) as output:
         track = output.add_stream(codec, rate=8)
@@ -99,12 +99,12 @@ def test_a_phones_display_matrix_turns_the_frames() -> None:
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     picture[:32] = 255
     frame = video().load(with_matrix(one_picture_video(picture), (0, 1, -1, 0)), "mp4", {})[0, 0]
-    # Turned clockwise, the bright upper half is on the right.
+    # After a clockwise turn the bright upper half is on the right.
     assert frame[:, :, :12].max() < 0.1 and frame[:, :, 20:].min() > 0.9
 
 
 def quarters() -> np.ndarray:
-    """A frame whose quarters differ: 40, 90 above 140, 190."""
+    """A frame with four different quarters: 40, 90 above 140, 190."""
     picture = np.zeros((64, 64, 3), dtype=np.uint8)
     picture[:32, :32], picture[:32, 32:], picture[32:, :32], picture[32:, 32:] = 40, 90, 140, 190
     return picture
@@ -153,7 +153,7 @@ def test_transparency_is_laid_over_white(container: str, codec: str, pixels: str
     picture[:32, :, 3] = 255
     data = one_picture_video(picture, container, codec, pixels, frames=24)
     clips = video().load(data, container, {})
-    # Above opaque red, below nothing.
+    # The upper half is opaque red, the lower half transparent.
     for clip in clips.reshape(-1, 3, 32, 32):
         assert clip[0, :14].mean() == pytest.approx(200 / 255, abs=0.03) and clip[1:, :14].max() < 0.1
         assert clip[:, 18:].min() > 0.97
@@ -161,7 +161,7 @@ def test_transparency_is_laid_over_white(container: str, codec: str, pixels: str
 
 
 def test_a_header_that_states_too_little_loses_no_frames() -> None:
-    """Variable frame rate: 13 frames to 3.9 s under a header of 1.3 s."""
+    """Variable frame rate: 13 frames up to 3.9 s under a header that states 1.3 s."""
     stream = io.BytesIO()
     with av.open(stream, "w", format="mp4") as output:
         track = output.add_stream("libx264", rate=10)
@@ -172,7 +172,7 @@ def test_a_header_that_states_too_little_loses_no_frames() -> None:
             output.mux(track.encode(frame))
         output.mux(track.encode(None))
     whole = stream.getvalue()
-    # What the encoder says of the last frame's length differs between versions of PyAV.
+    # The encoder's duration of the last frame differs between versions of PyAV.
     length = video().probe(whole, "mp4", {})[0]
     assert length in (pytest.approx(3.7), pytest.approx(3.9))
     short = bytearray(whole)

@@ -1,4 +1,4 @@
-"""How many frames a decoder may hold, from the standards' tables and from streams that encoders made."""
+"""Number of frames that a decoder may hold, from the standards' tables and from streams that encoders wrote."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def hvcc(level: int) -> bytes:
         ("h264", avcc(51), (3840, 2160), 5),
         ("h264", avcc(60), (4096, 2160), 16),
         ("h264", avcc(10), (640, 480), 1),
-        # H.265, A.4.2: 6 frames at the level's full size, 8, 12 and 16 at 3/4, 1/2 and 1/4 of it.
+        # H.265, A.4.2: 6 frames at the level's full size; 8, 12 and 16 at 3/4, 1/2 and 1/4 of it.
         ("hevc", hvcc(153), (4096, 2176), 6),
         ("hevc", hvcc(153), (3072, 2176), 8),
         ("hevc", hvcc(153), (2048, 2176), 12),
         ("hevc", hvcc(153), (1920, 1080), 16),
-        # No level, or none that is known.
+        # A missing or unknown level.
         ("h264", b"", (1920, 1080), 16),
         ("h264", avcc(99), (1920, 1080), 16),
         ("hevc", b"\0\0\0\1\x40", (1920, 1080), 16),
@@ -53,7 +53,7 @@ def test_frames_held(codec: str, header: bytes, size: tuple[int, int], held: int
 @pytest.mark.parametrize("codec", ["libx264", "libx265"])
 @pytest.mark.parametrize("references", [1, 4, 9])
 def test_an_encoders_level_allows_its_references(codec: str, references: int, tmp_path: Path) -> None:
-    """The level that an encoder states is one that allows as many as it was told to use."""
+    """The level that an encoder states allows the number of reference frames it was asked to use."""
     data = coded_video(tmp_path, codec, "yuv420p", 640, 480, references, 2)
     with av.open(io.BytesIO(data)) as container:
         context = container.streams.video[0].codec_context
@@ -63,7 +63,7 @@ def test_an_encoders_level_allows_its_references(codec: str, references: int, tm
 
 def test_the_estimate_is_refused_by_name() -> None:
     data = video_bytes(10)
-    # 64 x 48 pixels, 1.5 bytes each, 16 references at level 1.
+    # 64 x 48 pixels, 1.5 bytes each, 16 reference frames at level 1.
     decoding = int(64 * 48 * (1.06 * 1.5 * (16 + 3) + 20))
     VideoModality.probe(data, "mp4", {}, LimitsConfig(max_load_bytes=len(data) + decoding))
     with pytest.raises(MediaError, match=rf"has {len(data)} bytes and takes up to {decoding} more to decode, above"):
@@ -71,7 +71,7 @@ def test_the_estimate_is_refused_by_name() -> None:
 
 
 def test_frames_are_freed_without_the_garbage_collector() -> None:
-    """A display matrix that was read must not keep its frame: large frames would pile up."""
+    """Reading a display matrix must not keep its frame alive: large frames would accumulate."""
     modality = build_modality("video", section("clip", CLIP_SHAPE))
     data = with_matrix(video_bytes(30), (0, 1, -1, 0))
     gc.collect()

@@ -18,7 +18,7 @@ def packed(lengths: list[int], *more: str) -> DocumentPack:
 
 
 def turned(x: torch.Tensor, lengths: list[int]) -> torch.Tensor:
-    """RoPE as a product of complex numbers; channel i is the real part, i + d / 2 the imaginary one."""
+    """RoPE as a complex product; channel i is the real part and channel i + d / 2 the imaginary part."""
     places = torch.cat([torch.arange(length, dtype=torch.float64) for length in lengths])
     angles = torch.outer(places, INV_FREQ)[:, None, None]
     real, imaginary = x.double().chunk(2, -1)
@@ -36,7 +36,7 @@ def attention(heads: int, groups: int, scale: float | None = None) -> PackedAtte
 def masked(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], scale: float | None
 ) -> torch.Tensor:
-    """[T, 1, heads, d] with a mask that names each pair of tokens."""
+    """[T, 1, heads * d]: SDPA with an explicit mask over all pairs of tokens."""
     document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
     place = torch.arange(len(document))
     mask = (document[:, None] == document[None]) & (place[:, None] >= place[None])

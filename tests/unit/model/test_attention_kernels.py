@@ -21,7 +21,7 @@ PACKS = [[8], [16, 8, 40], [64, 8, 8, 24], [8] * 7]
 
 
 def by_definition(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None) -> Tensor:
-    """[T, n, d]: softmax over the tokens before in the same document."""
+    """[T, n, d]: softmax over the current and earlier tokens of the same document."""
     document = torch.repeat_interleave(torch.tensor(lengths))
     place = torch.arange(len(document))
     unseen = (document[:, None] != document) | (place[:, None] < place)
@@ -42,7 +42,7 @@ def flash_by_definition(
     softmax_scale: float | None,
     causal: bool,
 ) -> Tensor:
-    """flash_attn_varlen_func as its documentation says: with `causal`, the mask is aligned to the bottom right."""
+    """flash_attn_varlen_func as documented: with `causal`, the mask is aligned to the bottom right."""
     assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     outputs, repeat = [], q.size(1) // k.size(1)
     queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -58,7 +58,7 @@ def flash_by_definition(
 
 @pytest.fixture(params=["sdpa", "flash_attn", "flex"])
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The kernel's name; flash-attn stands in by its definition, flex attention runs uncompiled."""
+    """Kernel name; flash-attn is replaced by its definition, flex attention runs uncompiled."""
     if request.param == "flash_attn":
         module: Any = ModuleType("flash_attn")
         module.flash_attn_varlen_func = flash_by_definition
@@ -103,7 +103,7 @@ def test_gradients_of_all_ranks_add_up(size: int, lengths: list[int]) -> None:
 @pytest.mark.parametrize("lengths", PACKS, ids=lambda lengths: "-".join(map(str, lengths)))
 def test_ranks_have_the_same_work(lengths: list[int]) -> None:
     def work(rank: int) -> int:
-        # Pairs of query and key that a rank computes.
+        # Query-key pairs that a rank computes.
         return sum(
             s.queries * (s.keys - s.queries) + s.queries * (s.queries + 1) // 2
             for s in attention_kernels._segments(lengths, rank, 4)
@@ -117,7 +117,7 @@ def test_masks_are_never_as_large_as_the_pack() -> None:
     lengths = [256] * 16
     kernel = attention_kernels.SdpaKernel(lengths, 0, 2, torch.device("cpu"))
     masks = sum(bucket.mask.numel() for bucket in kernel._buckets if bucket.mask is not None)
-    # Half of each document's queries, each with all of its keys, where the pack has 4096 x 4096 pairs.
+    # Half of each document's queries with all of its keys; a mask over the pack would have 4096 x 4096 pairs.
     assert masks <= 16 * 64 * 256 * 2
     assert all(
         bucket.mask is None for bucket in attention_kernels.SdpaKernel(lengths, 0, 1, torch.device("cpu"))._buckets

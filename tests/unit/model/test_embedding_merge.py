@@ -1,4 +1,4 @@
-"""Soft tokens take their places, and gradients go where they should."""
+"""Soft tokens are merged at their positions, and gradients reach the right tensors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_modality_without_soft_tokens_still_gets_its_gradient_of_nothing() -> 
 
 def test_only_modalities_without_soft_tokens() -> None:
     weight = leaf(3, 3)
-    # Under a frozen Llama the text needs no gradient.
+    # With a frozen Llama, the text embeddings need no gradient.
     text = torch.randn(4, 1, 3)
     merged = merge(text, [(torch.zeros(1, 3) @ weight)[:0]], [torch.empty(0, dtype=torch.int64)])
     torch.testing.assert_close(merged, text)

@@ -37,7 +37,7 @@ CLAP = {
     "num_attention_heads": [2, 4],
     "num_hidden_layers": 2,
 }
-# type, shape, transformers' model and configuration, piece.
+# Encoder type -> shape, transformers' model and configuration classes, shape of one input.
 CASES: dict[str, Any] = {
     "clip": (CLIP, transformers.CLIPVisionModel, transformers.CLIPVisionConfig, (3, 32, 32)),
     "dinov2": (VIT, transformers.Dinov2Model, transformers.Dinov2Config, (3, 32, 32)),
@@ -48,7 +48,7 @@ IMU = {"conv_width": 8, "kernel_sizes": [5, 3], "hidden_size": 16}
 
 
 def save(type_name: str, folder: Path, **changes: Any) -> torch.nn.Module:
-    """A transformers model with weights of visible size, written to the folder."""
+    """A transformers model with weights of noticeable size, saved to the folder."""
     shape, model_class, config_class, _ = CASES[type_name]
     torch.manual_seed(0)
     model = model_class(config_class(**{**shape, **changes})).eval()
@@ -60,7 +60,7 @@ def save(type_name: str, folder: Path, **changes: Any) -> torch.nn.Module:
 
 
 def oracle(type_name: str, model: torch.nn.Module, pieces: torch.Tensor) -> torch.Tensor:
-    """The features the documentation promises, from the transformers model."""
+    """The documented features, computed with the transformers model."""
     hidden = model(pieces).last_hidden_state
     if type_name == "clap":
         return hidden.flatten(2).transpose(1, 2)
@@ -155,7 +155,7 @@ def test_every_weight_gets_a_gradient_and_the_type_follows(type_name: str) -> No
     shape, piece = (IMU, (6, 60)) if type_name == "imu2clip" else (CASES[type_name][0], CASES[type_name][3])
     encoder = build_encoder(EncoderConfig(type=type_name, config=shape), piece)
     encoder(torch.randn(2, *piece)).square().sum().backward()
-    # Keys have no effect on softmax through their bias: a gradient of zero, not none.
+    # The bias of the keys has no effect on the softmax: its gradient is zero, but it is not missing.
     assert [name for name, parameter in encoder.named_parameters() if parameter.grad is None] == []
     encoder.to(torch.bfloat16)
     assert encoder(torch.randn(2, *piece)).dtype == torch.bfloat16
@@ -173,7 +173,7 @@ def test_flops_equal_torchs_counter(type_name: str, extra: dict[str, Any]) -> No
     shape, _, _, piece = CASES[type_name]
     encoder = build_encoder(EncoderConfig(type=type_name, config={**shape, **extra}), piece)
     counter = FlopCounterMode(display=False)
-    # The counter does not know the CPU's fused attention kernel.
+    # The counter does not count the CPU's fused attention kernel.
     with counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
         encoder(torch.randn(2, *piece))
     assert encoder.flops_per_piece() * 2 == counter.get_total_flops()
@@ -279,7 +279,7 @@ def test_imu2clip_tokens() -> None:
     torch.testing.assert_close(one(pieces)[:, 0], steps[:, -1])
     assert steps.shape[1] == 4 and many(pieces).shape == (2, 3, 16)
     torch.testing.assert_close(many(pieces)[:, 0], steps[:, :2].mean(1))
-    # Group norm first: the accelerometer's scale does not matter, and does not change the gyroscope's part.
+    # The group norm comes first, so the accelerometer's scale has no effect, not even on the gyroscope's channels.
     torch.testing.assert_close(one(pieces * 1000.0), one(pieces), rtol=1e-3, atol=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""A base in FP8, with a stand-in for Transformer Engine's tensors: where there is no GPU they cannot be made."""
+"""An FP8 base model, with a stand-in for Transformer Engine's tensors, which need a GPU."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from megatron_anymal.train.build import TrainState, build
 
 
 class Quantized(nn.Parameter):
-    """FP8 numbers, of which Transformer Engine's tensors hold a byte each and this a float; what the trainer asks of
-    such a tensor, and nothing else."""
+    """FP8 values stored as floats, with only those methods of Transformer Engine's tensors that the trainer calls."""
 
     transposed = False
 
     def copy_(self, source: torch.Tensor, *args: Any) -> torch.Tensor:  # type: ignore[override]
-        assert source.shape == self.shape, "quantized whole: the scale is one for the tensor"
+        assert source.shape == self.shape, "must be quantized whole: one scale per tensor"
         scale = 448 / source.abs().max().float()
         self.data.copy_((source.float() * scale).to(torch.float8_e4m3fn).float() / scale)
         return self
@@ -44,7 +43,7 @@ class Quantized(nn.Parameter):
 
 
 def quantize_layers(model: Any) -> list[Quantized]:
-    """Put stand-ins in the place of the layers' matrices."""
+    """Replace the layers' matrices by stand-ins."""
     found = []
     for module in model.language_model.decoder.layers.modules():
         if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
@@ -63,7 +62,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
 
 
 def compare_hashes(config: RunConfig, tp: int) -> list[str]:
-    """Hashes of the base: as it is, in FP8, and in FP8 with one byte changed."""
+    """Hashes of the base model: unquantized, in FP8, and in FP8 with one value changed."""
     config.trainer.devices = config.model.tensor_model_parallel_size = tp
     state = build(config, initialize(config))
     whole: Any = [gather_weights(state.models)]
@@ -86,7 +85,7 @@ def test_its_hash_is_that_of_the_values_it_was_made_from(config: RunConfig, tp: 
 
 
 def backward(config: RunConfig) -> list[list[bool]]:
-    """Which weights have a transposed copy, layer by layer while the backward pass runs, and at the end."""
+    """Which weights have a transposed copy, layer by layer during the backward pass, and at the end."""
     state = build(config, initialize(config))
     model = state.models[0]
     quantized = quantize_layers(model)
@@ -94,7 +93,7 @@ def backward(config: RunConfig) -> list[list[bool]]:
     seen = []
 
     def made(module: Any, gradients: Any) -> None:
-        # As Transformer Engine does when it needs it.
+        # As Transformer Engine does on demand.
         module.weight.transposed = True
         seen.append([weight.transposed for weight in quantized])
 
@@ -113,7 +112,7 @@ def test_one_transposed_copy_at_a_time(config: RunConfig) -> None:
 
 
 def read_back(config: RunConfig, folder: Path, tp: int) -> dict[str, Any]:
-    """The weights of another random Llama after it took a checkpoint's."""
+    """Weights of a differently initialized Llama after reading those of a checkpoint."""
     config.trainer.devices = config.model.tensor_model_parallel_size = tp
     config.model.seed += 1
     state = build(config, initialize(config))
@@ -125,7 +124,7 @@ def read_back(config: RunConfig, folder: Path, tp: int) -> dict[str, Any]:
 @pytest.mark.parametrize("tp", [1, 2])
 def test_a_base_read_weight_by_weight(config: RunConfig, tp: int) -> None:
     config.model.language_model.freeze = False
-    # Not a multiple of two: other rows pad it under another layout.
+    # Not a multiple of two, so the padding rows differ between layouts.
     config.model.language_model.config["vocab_size"] = 33
     trained = run_ranks(1, train, copy.deepcopy(config))[0]["weights"]
     found = run_ranks(tp, read_back, config, Path(config.exp_manager.explicit_log_dir), tp)[0]
@@ -133,13 +132,13 @@ def test_a_base_read_weight_by_weight(config: RunConfig, tp: int) -> None:
 
 
 def scaled(linear: Any) -> None:
-    """Let a linear keep a scaling, as Transformer Engine's do, which changes with every use."""
+    """Give a linear layer a scaling state that changes with every use, like Transformer Engine's."""
     linear.fp8_meta, linear.uses = {}, 0
     linear.register_forward_hook(lambda module, *ignored: setattr(module, "uses", module.uses + 1))
 
 
 def run_scaled(config: RunConfig) -> dict[str, int]:
-    """Train with stand-ins for scaled linears; what each holds at the end."""
+    """Train with stand-ins for scaled linear layers; return their final states."""
     import megatron_anymal.train.build as train_build
 
     original = train_build.build_models

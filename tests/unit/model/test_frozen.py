@@ -1,4 +1,4 @@
-"""Frozen means free: what a rank stores and what a pass keeps for its backward, byte for byte, by hand."""
+"""Frozen weights cost nothing extra: bytes stored by a rank and kept for the backward pass, checked by hand."""
 
 from __future__ import annotations
 
@@ -26,33 +26,33 @@ from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build, build_inputs
 from megatron_anymal.train.step import train_step
 
-# Sizes of tests/tiny.py; a vocabulary of 33 is padded to 34 for two ranks.
+# Sizes from tests/tiny.py; a vocabulary of 33 is padded to 34 for two ranks.
 H, FFN, VOCAB, LAYERS, KEYS = 32, 48, 33, 4, 16
 
-# What trains, by the beginning of its parameters' names.
+# Trainable components, as prefixes of parameter names.
 PROJECTORS = {"projectors.image", "projectors.audio", "projectors.imu"}
 TRAINABLE = {
     "frozen": PROJECTORS,
     "partial": {"projectors.audio", "projectors.imu", "encoders.imu"},
     "full": {"language_model", "encoders.image", "encoders.imu", *PROJECTORS},
 }
-# Processes, tensor-parallel size, distributed optimizer.
+# Number of processes, tensor-parallel size, distributed optimizer.
 LAYOUTS = {"one": (1, 1, True), "plain": (1, 1, False), "dp2": (2, 1, True), "tp2": (2, 2, True)}
 
 
 def sizes_by_hand(tp: int) -> dict[str, int]:
-    """Parameters of each part that one tensor-parallel rank holds."""
+    """Parameters of each component on one tensor-parallel rank."""
     vocabulary = math.ceil(VOCAB / tp) * H
     layer = 2 * H + (H + 2 * KEYS) * H // tp + H * H // tp + 3 * FFN * H // tp
     # CLIP of width 16 for 8 x 8 pixels in patches of 4: class token, patches, five positions, a norm, one layer of
-    # attention and a feed-forward of 32 between two norms; the last norm is the class token's.
+    # attention and an MLP of 32 with two norms; the last norm applies to the class token.
     attention = 4 * (16 * 16 + 16)
     clip = 16 + 16 * 3 * 4 * 4 + 5 * 16 + 32 + (2 * 32 + attention + (16 * 32 + 32) + (32 * 16 + 16))
     # Resampler of width 16, 5 - 1 features, 2 latents; rows or columns of its matrices are split, norms are not.
     resampler = 32 + (16 + 1) * 16 // tp + 4 * 16 + 2 * 16
     resampler += 3 * 32 + 4 * 16 * 16 // tp + (16 + 1) * 32 // tp + (32 * 16 // tp + 16)
     resampler += 32 + (16 + 1) * H // tp + 1
-    # Six frames of 8 mel bands make a soft token; the IMU encoder's one feature makes two.
+    # Six frames of 8 mel bands form one soft token; the single feature of the IMU encoder becomes two.
     audio, imu = (6 * 8 + 1) * H // tp + 1, (8 + 1) * 2 * H // tp + 1
     # Group norms of 6 and 8 channels, a convolution of 5 without bias, a GRU of three gates with two biases each.
     imu2clip = 2 * 6 + 6 * 8 * 5 + 2 * 8 + 3 * (2 * 8 * 8 + 2 * 8)
@@ -75,12 +75,12 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
 
 
 def after_steps(config: RunConfig, layout: str, cases: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """What `after_a_step` finds in each case, one after the other."""
+    """Results of `after_a_step` for all cases, in order."""
     return [after_a_step(config, layout, *case) for case in cases]
 
 
 def after_a_step(config: RunConfig, layout: str, trains: str, precision: str) -> dict[str, Any]:
-    """Train one step; the bytes of all that this rank stores then."""
+    """Train one step and return the bytes that this rank then stores."""
     processes, tp, distributed = LAYOUTS[layout]
     config.trainer.devices, config.trainer.precision = processes, precision
     config.model.tensor_model_parallel_size = tp
@@ -121,17 +121,17 @@ def rounded(number: int, multiple: int) -> int:
 
 
 def bytes_by_hand(trainable: Sequence[int], frozen: int, layout: str, precision: str, rank: int) -> dict[str, int]:
-    """What a rank should store, from the numbers of its parameters.
+    """Bytes that a rank should store, from its parameter counts.
 
-    megatron-core's distributed optimizer pads in two places: before every weight in the buffers, up to a multiple of
-    64 numbers, and at the end of a bucket (here there is one), up to a multiple of 128 and of the replicas.
+    megatron-core's distributed optimizer pads in two places: before every weight in the buffers, up to a multiple of 64
+    elements, and at the end of a bucket (only one here), up to a multiple of 128 and of the number of replicas.
     """
     processes, tp, distributed = LAYOUTS[layout]
     replicas, size = processes // tp, 4 if precision == "32" else 2
     place, own = 0, 0
     buffer = rounded(sum(rounded(n, 64) for n in trainable), math.lcm(128, replicas)) if distributed else sum(trainable)
     for number in trainable:
-        # Each replica updates one of equal stretches of the buffer: of every weight, what lies there.
+        # Each replica updates an equal slice of the buffer: of every weight, the elements inside that slice.
         first, last = rank // tp * buffer // replicas, (rank // tp + 1) * buffer // replicas
         own += max(0, min(place + number, last) - max(place, first))
         place += rounded(number, 64) if distributed else number
@@ -163,7 +163,7 @@ def test_bytes_of_a_rank(config: RunConfig, layout: str) -> None:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """One Llama layer: is it frozen, under which layout, over which documents."""
+    """One Llama layer: frozen or not, its parallel layout, and the document lengths."""
 
     frozen: bool
     tp: int = 1
@@ -171,19 +171,19 @@ class LayerCase:
     documents: tuple[int, ...] = (20,)
 
 
-# One layer for the counts below: heads, key/value groups, size of a head.
+# The layer for the counts below: heads, key/value groups, head size.
 HEADS, GROUPS, D = 4, 2, 16
 
 
 def layer_by_hand(case: LayerCase) -> dict[str, int]:
-    """Numbers (fp32) that a layer keeps for its backward, by what they are.
+    """Elements (fp32) that a layer keeps for its backward pass, by purpose.
 
-    What a frozen layer keeps is what the gradient of its input needs. Cosines and sines are the pack's, not a layer's.
+    A frozen layer keeps only what the gradient of its input needs. Cosines and sines belong to the pack, not the layer.
     """
     tokens = sum(case.documents)
-    # Documents lie side by side, padded to the longest.
+    # Documents are stacked, padded to the longest.
     padded = max(case.documents) * len(case.documents)
-    # Outside attention and feed-forward, sequence parallelism splits the tokens.
+    # Outside attention and MLP, sequence parallelism splits the tokens.
     own = tokens // case.tp if case.sequence_parallel else tokens
     queries, keys, ffn = HEADS * D // case.tp, GROUPS * D // case.tp, FFN // case.tp
     kept = {
@@ -202,7 +202,7 @@ def layer_by_hand(case: LayerCase) -> dict[str, int]:
 
 
 def run_layers(config: RunConfig, cases: Sequence[LayerCase]) -> list[dict[str, Any]]:
-    """The bytes that each layer keeps, and the linears whose input is among them."""
+    """Bytes kept by each layer, and the linear layers whose input is kept."""
     config.model.language_model.config.update(num_hidden_layers=1, num_attention_heads=HEADS, head_dim=D)
     config.model.language_model.config.update(num_key_value_heads=GROUPS)
     return [run_layer(config, case) for case in cases]
@@ -224,7 +224,7 @@ def run_layer(config: RunConfig, case: LayerCase) -> dict[str, Any]:
     pack = document_pack(case.documents, layout.device, gpt.inv_freq)
     tokens = sum(case.documents) // (case.tp if case.sequence_parallel else 1)
     hidden = torch.randn(tokens, 1, H, requires_grad=True)
-    # The pack's index tensors are shared by all layers.
+    # All layers share the pack's index tensors.
     shared = [*pack.rotation, *(value for value in vars_within(pack.kernel) if isinstance(value, Tensor))]
     flops = FlopCounterMode(display=False)
     with flops:
@@ -262,14 +262,15 @@ def test_a_layer_keeps_what_its_input_gradient_needs(config: RunConfig, tp: int)
         for case, found in zip(cases, rank, strict=True):
             assert found["linears"] == 4, case
             assert found["bytes"] == 4 * sum(layer_by_hand(case).values()), case
-            # Two for each weight and token: output, gradient of the input, and where it trains gradient of the weight.
+            # Two operations per weight and token for the output, for the input gradient, and if trainable for the
+            # weight gradient.
             weights = (2 * HEADS * D + 2 * GROUPS * D + 3 * FFN) * H // tp
             assert found["products"] == 2 * weights * sum(case.documents) * (2 if case.frozen else 3), case
             assert found["keep their input"] == (set() if case.frozen else {"qkv", "proj", "fc1", "fc2"}), case
 
 
 def soft_token_bytes(config: RunConfig, depths: Sequence[int], freeze: bool) -> list[int]:
-    """The bytes that encoding and projecting seven pictures keeps, by the encoder's depth."""
+    """Bytes kept by encoding and projecting seven pictures, per encoder depth."""
     found = []
     for depth in depths:
         image = config.model.modalities["image"]
@@ -292,7 +293,7 @@ def soft_token_bytes(config: RunConfig, depths: Sequence[int], freeze: bool) -> 
 
 
 def test_a_frozen_encoder_keeps_nothing(config: RunConfig) -> None:
-    # Features of 4 patches; of each soft token its 1 / rms, and its value before and after the division (for the gain).
+    # Features of 4 patches; per soft token its 1 / rms, and its value before and after the division (for the gain).
     projector = 7 * 4 * 16 + 7 * 2 + 2 * 7 * 2 * H
     assert run_ranks(1, soft_token_bytes, config, (1, 3), True) == [[4 * projector] * 2]
     [(shallow, deep)] = run_ranks(1, soft_token_bytes, config, (1, 3), False)

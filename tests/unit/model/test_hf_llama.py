@@ -1,4 +1,5 @@
-"""HuggingFace's tensors and ours: there and back bit for bit, and every tensor accounted for."""
+"""Conversion between HuggingFace's tensors and ours is bit-exact in both directions, and every tensor is accounted
+for."""
 
 from __future__ import annotations
 

@@ -59,13 +59,13 @@ LAYOUTS = {"tp1": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Saved transformers models; one of them in several files."""
+    """Folders of saved transformers models, one of them sharded into several files."""
     found = {}
     for number, (name, changes) in enumerate(CASES.items()):
         torch.manual_seed(number)
         model = LlamaForCausalLM(LlamaConfig(**{**BASE, **changes}))
         with torch.no_grad():
-            # Norms start at 1, where a norm left out or swapped would not show.
+            # Norm weights start at 1, which would hide a missing or swapped norm.
             for weight_name, weight in model.named_parameters():
                 if "norm" in weight_name:
                     weight.uniform_(0.5, 1.5)
@@ -82,7 +82,7 @@ def tokens_of(vocab_size: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def theirs(folders: dict[str, str]) -> dict[str, tuple[np.ndarray, list[float]]]:
-    """transformers' logits of each document by itself, one after the other, and the mean loss of each."""
+    """transformers' logits of each document on its own, concatenated, and the mean loss of each document."""
     found = {}
     for name, folder in folders.items():
         model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
@@ -106,7 +106,7 @@ def config_of(folder: str, tp: int, pp: int) -> RunConfig:
 
 
 def built(folder: str, tp: int = 1, pp: int = 1) -> AnyMALModel:
-    """The model of a folder, in a rank."""
+    """In a rank: the model of a folder."""
     config = config_of(folder, tp, pp)
     layout = initialize(config)
     [model] = build_models(config, read_llama_config(config.model.language_model), layout, {}, lambda models: None)
@@ -114,7 +114,8 @@ def built(folder: str, tp: int = 1, pp: int = 1) -> AnyMALModel:
 
 
 def run(model: AnyMALModel, tokens: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    """A forward pass through all stages; what the last one returns, on its ranks, and nothing on others."""
+    """Forward pass through all stages; returns the last stage's output on its ranks and an empty tensor on the
+    others."""
     zeros, ones = torch.zeros_like(tokens), torch.ones(tokens.shape)
     plan = PlannedMicroBatch(0, tokens.size(1), ())
     every = torch.arange(tokens.size(1))
@@ -134,7 +135,7 @@ def run(model: AnyMALModel, tokens: torch.Tensor, labels: torch.Tensor | None) -
 
 
 def answers(folders: dict[str, str], layouts: list[str]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-    """(case, layout) -> logits [T, V] and losses [T] of the packed documents, in a rank of the last stage."""
+    """(case, layout) -> logits [T, V] and losses [T] of the packed documents, from a rank of the last stage."""
     found = {}
     for layout in layouts:
         tp, pp = LAYOUTS[layout]
@@ -154,7 +155,7 @@ def answers(folders: dict[str, str], layouts: list[str]) -> dict[tuple[str, str]
 
 @pytest.fixture(scope="module")
 def ours(folders: dict[str, str]) -> dict[tuple[str, str], tuple[np.ndarray, np.ndarray]]:
-    """All answers of all layouts."""
+    """Results of all layouts."""
     return {**run_ranks(1, answers, folders, ["tp1"])[0], **run_ranks(2, answers, folders, ["tp2", "pp2"])[1]}
 
 
@@ -165,7 +166,7 @@ def test_logits_and_losses_equal_transformers(case: str, layout: str, ours: Any,
     logits, losses = ours[case, layout]
     expected, expected_losses = theirs[case]
     vocab_size = expected.shape[1]
-    # What pads the vocabulary stays out of the softmax.
+    # Padding entries of the vocabulary are excluded from the softmax.
     assert np.isneginf(logits[:, vocab_size:]).all()
     np.testing.assert_allclose(logits[:, :vocab_size], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
     start = 0
@@ -177,7 +178,7 @@ def test_logits_and_losses_equal_transformers(case: str, layout: str, ours: Any,
 
 
 def test_the_cases_differ_from_plain_rope(folders: dict[str, str], theirs: Any) -> None:
-    # Otherwise a scaling that is never applied would pass.
+    # Otherwise a RoPE scaling that is never applied would pass.
     plain = LlamaForCausalLM.from_pretrained(folders["llama31-rope"])
     scaled = torch.from_numpy(theirs["llama31-rope"][0][6:76])
     plain.config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}

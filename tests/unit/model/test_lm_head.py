@@ -20,7 +20,7 @@ from megatron_anymal.model.lm_head import label_losses
 from megatron_anymal.parallel import initialize
 
 T, H = 24, 16
-# Vocabulary (two ranks share 40 evenly, 41 is padded), tied, trains, sequence-parallel.
+# Vocabulary size (two ranks split 40 evenly, 41 is padded), tied, trainable, sequence parallel.
 CASES = [
     (40, False, False, False),
     (41, True, False, False),
@@ -37,7 +37,7 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 def expected(vocabulary: int, where: list[int]) -> list[np.ndarray]:
-    """Losses, and the gradients of the hidden states and of the head's weight: of plain torch."""
+    """Losses and gradients of the hidden states and head weight, computed with plain torch."""
     hidden, weight = drawn(T, H, seed=1).requires_grad_(), drawn(vocabulary, H, seed=2).requires_grad_()
     labels = torch.arange(T) * 7 % vocabulary
     losses = torch.zeros(T, dtype=torch.float64)
@@ -48,7 +48,8 @@ def expected(vocabulary: int, where: list[int]) -> list[np.ndarray]:
 
 
 def run(case: tuple[int, bool, bool, bool], tp: int) -> list[Any]:
-    """What `label_losses` gives in a rank, for all places and two sizes of chunks; the weight's gradient is whole."""
+    """Results of `label_losses` in a rank for all position sets and two chunk sizes, with the gathered weight
+    gradient."""
     vocabulary, tied, trains, sp = case
     config = RunConfig()
     config.trainer.precision, config.trainer.devices = "32", tp
@@ -66,7 +67,7 @@ def run(case: tuple[int, bool, bool, bool], tp: int) -> list[Any]:
     hf = read_llama_config(config.model.language_model)
     gpt = build_gpt(hf, transformer_config(hf, config), "local").double()
     rank, rows = parallel_state.get_tensor_model_parallel_rank(), -(-vocabulary // tp)
-    # What pads the vocabulary must not be seen.
+    # Padding rows of the vocabulary must have no effect.
     whole = torch.cat([drawn(vocabulary, H, seed=2), torch.full((rows * tp - vocabulary, H), 3.0)])
     weight: Any = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Adapters on the Llama against peft's on transformers' LlamaForCausalLM, in double precision."""
+"""LoRA adapters on the Llama against peft's on transformers' LlamaForCausalLM, in double precision."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_anymal.model.lora import LoraDropout, add_lora, initialise_lora, m
 from megatron_anymal.model.unsharded_weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize
 
-# Two groups of four query heads, narrower than the hidden size; no two sizes are alike.
+# Two groups of four query heads, narrower than the hidden size; all sizes differ.
 LLAMA: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 32,
@@ -45,7 +45,7 @@ LLAMA: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 PARENTS = {"linear_qkv": "self_attn", "linear_proj": "self_attn", "linear_fc1": "mlp", "linear_fc2": "mlp"}
-# The same targets in our words and in peft's.
+# The same targets in our notation and in peft's.
 TARGETS: dict[str, tuple[list[str], Any]] = {
     "all": (["*"], ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
     "queries and values": (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
@@ -58,13 +58,13 @@ TARGETS: dict[str, tuple[list[str], Any]] = {
 R, ALPHA, SHARE, SEED, STEP = 8, 32.0, 0.3, 7, 11
 # Tensor-parallel size and sequence parallelism; "fused" has norms inside the linear layers.
 LAYOUTS = {"tp1": (1, False), "tp2": (2, False), "tp2 sp": (2, True), "tp2 sp fused": (2, True)}
-# Places in the global batch of a micro-batch's documents, and their lengths.
+# Positions of a micro-batch's documents in the global batch -> their lengths.
 BATCHES = [{4: 9, 1: 1, 6: 14}, {2: 11, 0: 13}]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A saved Llama whose norms are not 1."""
+    """A saved Llama with norm weights other than 1."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**LLAMA))
     with torch.no_grad():
@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def drawn(name: str, shape: tuple[int, ...], std: float = 0.2) -> Tensor:
-    """Random numbers that depend on the name alone."""
+    """Random values that depend only on the name."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * std
 
@@ -87,13 +87,13 @@ def tokens_of(place: int, length: int) -> Tensor:
 
 
 def angles(positions: Tensor) -> Tensor:
-    """Rotary angles [..., head size] in double precision: single-precision cosines differ in their last bit."""
+    """Rotary angles [..., head size] in double precision; single-precision cosines differ in the last bit."""
     half = positions[..., None] * 10000.0 ** (-torch.arange(0, 6, 2, dtype=torch.float64) / 6)
     return torch.cat([half, half], dim=-1)
 
 
 def probe_of(place: int, length: int) -> Tensor:
-    """What a document's logits are multiplied with for its loss."""
+    """Weights of a document's logits in its loss."""
     return drawn(f"probe {place}", (length, 40), 1.0)
 
 
@@ -101,7 +101,7 @@ def probe_of(place: int, length: int) -> Tensor:
 
 
 def scramble(state: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser."""
+    """SplitMix64's finalizer."""
     with np.errstate(over="ignore"):
         state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -109,7 +109,7 @@ def scramble(state: np.ndarray) -> np.ndarray:
 
 
 def kept(name: str, place: int, length: int, channels: int, step: int = STEP) -> np.ndarray:
-    """[length, channels]: 1 where dropout keeps a projection's input. Written from the definition, in numpy."""
+    """[length, channels]: 1 where dropout keeps a projection's input, in numpy from the definition."""
     state = 0x9E3779B97F4A7C15
     for number in (SEED, step):
         state = (state ^ number) + 0x9E3779B97F4A7C15 & (2**64 - 1)
@@ -143,7 +143,7 @@ def peft_model(folder: str, targets: Any, dropout: bool) -> Any:
     for module in list(base.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, LlamaRMSNorm):
-                # theirs rounds to single precision
+                # peft's norm rounds to single precision
                 exact = nn.RMSNorm(32, LLAMA["rms_norm_eps"], dtype=torch.float64)
                 exact.weight = child.weight
                 setattr(module, name, exact)
@@ -160,7 +160,7 @@ def peft_model(folder: str, targets: Any, dropout: bool) -> Any:
 
 
 def hf_name(name: str) -> str:
-    """peft's name of an adapter's weight, shortened to layers.0.self_attn.q_proj.A."""
+    """peft's name of an adapter weight, shortened to layers.0.self_attn.q_proj.A."""
     head, _, tail = name.partition(".lora_")
     return "layers." + head.split("layers.")[1] + "." + tail[0]
 
@@ -217,7 +217,7 @@ def fuse_norms(model: AnyMALModel) -> None:
 
 
 def adapted(model: AnyMALModel, lora: LoraConfig) -> LoraDropout | None:
-    """Give the model the adapters that peft has, in double precision."""
+    """Give the model the same adapters as the peft model, in double precision."""
     dropout = add_lora([model], lora)
     model.double()
     model.language_model.inv_freq = angles(torch.ones(1))[0, :3]
@@ -229,14 +229,14 @@ def adapted(model: AnyMALModel, lora: LoraConfig) -> LoraDropout | None:
 
 
 def short(name: str) -> str:
-    """Our name of an adapter's weight, shortened to layers.0.self_attn.q_proj.A."""
+    """Our name of an adapter weight, shortened to layers.0.self_attn.q_proj.A."""
     _, _, _, number, _, linear, lora, projection, which = name.split(".")
     assert lora == "lora"
     return f"layers.{number}.{PARENTS[linear]}.{projection}.{which}"
 
 
 def logits_of(model: Any, documents: Mapping[int, int]) -> Tensor:
-    """[T, V / tensor-parallel size] of a pack of documents."""
+    """Logits [T, V / tensor-parallel size] of a pack of documents."""
     tokens = torch.cat([tokens_of(place, length) for place, length in documents.items()])[None]
     zeros = torch.zeros_like(tokens)
     plan = PlannedMicroBatch(STEP, tokens.size(1), ())
@@ -251,7 +251,7 @@ def name_tokens(dropout: LoraDropout | None, documents: Mapping[int, int]) -> No
 
 
 def learn(model: AnyMALModel, dropout: LoraDropout | None) -> dict[str, Any]:
-    """Logits and gradients of the micro-batches; as a pipeline does, the second begins before the first one ends."""
+    """Logits and gradients of the micro-batches; as in a pipeline, all forward passes precede the backward passes."""
     rank, ranks = parallel_state.get_tensor_model_parallel_rank(), parallel_state.get_tensor_model_parallel_world_size()
     wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model).train()
     wrapped.zero_grad_buffer()
@@ -301,7 +301,7 @@ RECOMPUTE = {"full": ("full",), "mlp": ("selective", "mlp")}
 
 
 def answers(folder: str, layouts: list[str]) -> dict[tuple[str, str], dict[str, Any]]:
-    """(layout, case) -> what the model says."""
+    """(layout, case) -> results of the model."""
     found = {}
     for layout in layouts:
         for case, (targets, _) in TARGETS.items():
@@ -364,16 +364,17 @@ def test_merged_weights_equal_pefts(layout: str, case: str, ours: Any, theirs: A
     )
     assert len(found["merged"]) == 3 + 2 * 6
     assert found["one"] == ["language_model.decoder.layers.1.mlp.linear_fc1.weight"]
-    # In place: the same weights, no adapters, the same answers.
+    # Merged in place: the same weights, no adapters, the same logits.
     assert_same(found["after"], found["merged"])
     assert found["difference"] < 1e-10
 
 
-# ---------------------------------------------------------------------------------------- where they begin
+# ------------------------------------------------------------------------------------------ initial values
 
 
 def beginnings(folder: str, layouts: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """Per (tp, pp) layout the weights as built, frozen and trainable names, and whether the answers are the base's."""
+    """Per (tp, pp) layout: initial weights, frozen and trainable names, and the difference from the base model's
+    logits."""
     found = {}
     for name, (tp, pp) in layouts.items():
         model = built(folder, tp, False, pp)
@@ -451,7 +452,7 @@ def test_the_share_is_dropped_evenly_and_never_twice_alike() -> None:
         means = first.mean(axis)
         assert np.abs(means - SHARE).max() < 6 * deviation / first.shape[axis] ** 0.5
     centred = [mask.ravel() - SHARE for mask in (first, other_step, other_stream)]
-    # Neighbours too: tokens, channels, samples.
+    # Neighbouring tokens, channels and samples are uncorrelated too.
     centred += [np.roll(first, shift, axis).ravel() - SHARE for shift, axis in ((1, 0), (100, 0), (1, 1), (4, 1))]
     for i, one in enumerate(centred):
         for other in centred[:i]:

@@ -1,4 +1,4 @@
-"""What memory.py says a rank holds, against what autograd keeps, what a model stores and what a schedule does."""
+"""The memory model of a rank against tensors kept by autograd, bytes stored by a model, and a real schedule."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "tie_word_embeddings": False,
 }
-# Other ratios: heads wider than the hidden size, no grouped queries, narrow feed-forward.
+# Other ratios: heads wider than the hidden size, no grouped queries, narrow MLP.
 WIDE = {**SMALL, "hidden_size": 48, "head_dim": 32, "num_key_value_heads": 4, "intermediate_size": 64}
 LLAMAS = {"small": SMALL, "wide": WIDE}
 DOCUMENTS = {"one": (128,), "several": (48, 32, 40, 8)}
@@ -88,12 +88,12 @@ def make_config(case: Case) -> RunConfig:
 
 
 def padded_sizes(kernel: Any) -> tuple[int, int]:
-    """Tokens that scaled dot-product attention sees."""
+    """Numbers of padded query and key tokens in scaled dot-product attention."""
     return sum(b.queries.numel() for b in kernel._buckets), sum(b.keys.numel() for b in kernel._buckets)
 
 
 def keep_of_a_pass(cases: Sequence[Case]) -> list[tuple[int, int]]:
-    """Bytes that layers and head keep, measured and as memory.py has it."""
+    """Bytes kept by layers and head, measured and estimated."""
     return [kept_and_counted(case) for case in cases]
 
 
@@ -128,7 +128,7 @@ def kept_and_counted(case: Case) -> tuple[int, int]:
 
 def check(cases: Sequence[Case], ranks: int) -> None:
     for found in run_ranks(ranks, keep_of_a_pass, cases, timeout=300):
-        # What is not counted: a few index tensors; under context parallelism on CPUs, masks turned into numbers.
+        # Not estimated: a few index tensors and, with context parallelism on CPUs, masks converted to floats.
         wrong = [
             f"{measured} kept, {counted} counted: {case}"
             for case, (measured, counted) in zip(cases, found, strict=True)
@@ -184,7 +184,7 @@ def section_of(encoder: str, projector: str, freeze: bool) -> ModalityConfig:
 
 
 def keep_of_media(cases: Sequence[tuple[str, str, bool, str, int]]) -> list[tuple[int, int]]:
-    """Bytes that media keep, measured and counted; the numbers of encoder and projector are compared at once."""
+    """Bytes kept by media, measured and estimated; also checks the parameter counts of encoder and projector."""
     return [media_kept_and_counted(*case) for case in cases]
 
 
@@ -226,7 +226,7 @@ def test_what_media_keep(tensor: int) -> None:
         wrong = [
             f"{measured} kept, {counted} counted: {case}"
             for case, (measured, counted) in zip(cases, found, strict=True)
-            # A trainable encoder's last values are kept by itself and, counted once more, by the projector.
+            # The output of a trainable encoder is kept once, but the estimate also counts it for the projector.
             if counted != pytest.approx(measured, rel=0.06)
         ]
         assert not wrong, "\n".join(wrong)
@@ -240,7 +240,7 @@ def test_a_frozen_projector_keeps_nothing() -> None:
 
 
 def in_flight_of_a_step(config: RunConfig) -> dict[str, Any]:
-    """How many micro-batches this rank's parts really hold in a training step: the most of all, and of each."""
+    """Peak number of micro-batches that this rank's pipeline chunks hold in a training step, in total and per chunk."""
     state = build(config, initialize(config))
     alive, most = [0] * len(state.models), [0] * (len(state.models) + 1)
 
@@ -285,7 +285,7 @@ def test_micro_batches_in_flight(
 @pytest.mark.parametrize("trains", ["frozen", "trained", "lora", "lora, some"])
 @pytest.mark.parametrize("layout", [(1, 1, 1), (2, 1, 1), (2, 2, 1), (1, 2, 2), (1, 4, 1)])
 def test_stored_bytes_are_those_of_a_dry_run(layout: tuple[int, int, int], trains: str, tmp_path: Path) -> None:
-    """A dry run builds every stage and counts; here it is arithmetic alone."""
+    """A dry run builds every stage and counts its bytes; the estimate is arithmetic only."""
     tensor, pipeline, parts = layout
     config = make_config(Case("small", "one", trains, "bf16", Recompute(), tensor))
     config.trainer.devices, config.model.global_batch_size = 2 * tensor * pipeline, 8

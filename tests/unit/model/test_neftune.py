@@ -1,4 +1,4 @@
-"""Counter-based noise against its scalar twin, against transformers' NEFTune, and against chance."""
+"""Counter-based noise against its scalar counterpart, transformers' NEFTune, and statistical tests."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from megatron_anymal.model import neftune as neftune_module
 from megatron_anymal.model.neftune import hash64, neftune_noise, signed, uniform
 
 WIDE = 2**20
-# Sample -> its length; every statistic below is of fixed numbers: nothing here passes or fails by chance.
+# Sample -> length. All statistics below use fixed numbers: no test depends on chance.
 LENGTHS = {4: 9, 1: 1, 6: 14}
-# What `neftune` below draws from.
+# Key of the noise that `neftune` below draws.
 KEY = mix64(7, 11, int.from_bytes(b"NEFTune", "big"))
 
 
 def places(lengths: dict[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample, position and document length of each token of documents one after the other."""
+    """Sample, position and document length of each token of concatenated documents."""
     samples = torch.cat([torch.full((n,), sample) for sample, n in lengths.items()])
     positions = torch.cat([torch.arange(n) for n in lengths.values()])
     of_document = torch.cat([torch.full((n,), n) for n in lengths.values()])
@@ -37,13 +37,13 @@ def neftune(tokens: Sequence[Tensor], hidden_size: int = 16, dtype: torch.dtype 
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """In standard deviations of what independent numbers give."""
+    """Correlation in standard deviations of that of independent numbers."""
     assert x.numel() == y.numel()
     return float((x.double() * y.double()).mean() * 3 * math.sqrt(x.numel()))
 
 
 def chi_square(bins: Tensor, count: int) -> float:
-    """In standard deviations of what evenly spread numbers give."""
+    """Chi-square statistic in standard deviations of that of uniform numbers."""
     expected = bins.numel() / count
     statistic = ((torch.bincount(bins, minlength=count) - expected).square() / expected).sum()
     return float((statistic - (count - 1)) / math.sqrt(2 * (count - 1)))
@@ -77,11 +77,11 @@ def test_counters_are_left_as_they_are() -> None:
     assert counters.tolist() == [0, 1, 2, 3, 4]
 
 
-# ------------------------------------------------------------------------------------------------- chance
+# ---------------------------------------------------------------------------------------------- statistics
 
 
 MANY, FEW, NONE = torch.arange(WIDE), torch.arange(2**10), torch.zeros((), dtype=torch.int64)
-# Numbers as they follow one another along each thing that is counted.
+# Consecutive numbers along each of the counters.
 STREAMS: dict[str, Callable[[], Tensor]] = {
     "along the first": lambda: uniform(0, MANY, NONE, NONE),
     "along the second": lambda: uniform(0, NONE, MANY, NONE),
@@ -122,7 +122,7 @@ def test_seeds_steps_and_swapped_counters_are_unrelated() -> None:
     a, b = torch.arange(1024)[:, None], torch.arange(1024)
     base = uniform(0, a, b)
     for other in (uniform(1, a, b), uniform(2**32, a, b), uniform(0, b, a), uniform(mix64(0, 1), a, b)):
-        # The diagonal of swapped counters is the same by design.
+        # Swapping the counters leaves the diagonal unchanged by design.
         assert abs(correlation(base.triu(1), other.triu(1))) < 4
     tokens = torch.arange(64)
     samples, lengths = torch.zeros(64, dtype=torch.int64), torch.full((64,), 64)
@@ -131,7 +131,7 @@ def test_seeds_steps_and_swapped_counters_are_unrelated() -> None:
         for seed, step, sample in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)]
     ]
     for k, one in enumerate(draws):
-        # alpha = sqrt(L d): the noise itself
+        # alpha = sqrt(L d): the raw noise
         assert abs(correlation(one, one) / 512 - 1) < 0.01
         assert all(abs(correlation(one, other)) < 4 for other in draws[:k])
 
@@ -154,7 +154,7 @@ def test_scale_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch, dtype: t
 
 
 def drawn(numbers: Tensor) -> Any:
-    """Stands in for torch's uniform_: these numbers of [-1, 1) in place of its own."""
+    """Stands in for torch's uniform_ and uses the given numbers in [-1, 1)."""
     assert 0.9 < numbers.abs().max() <= 1
 
     def uniform_(self: Tensor, low: Tensor, high: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def test_each_number_comes_from_its_own_place() -> None:
 
 def test_padding_and_tokens_left_out_get_nothing() -> None:
     samples, positions, lengths = places(LENGTHS)
-    # Padding inside a document and after the last one; its length is then unknown.
+    # Padding inside a document and after the last one; its document length is unknown.
     padding = torch.tensor([8, 22, 23])
     samples[padding], lengths[padding] = -1, 0
     found = neftune((samples, positions, lengths), dtype=torch.bfloat16)

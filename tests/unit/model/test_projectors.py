@@ -1,4 +1,4 @@
-"""Projectors against plain torch, written from their descriptions: outputs and gradients, on one and two ranks."""
+"""Projectors against plain torch written from their descriptions: outputs and gradients on one and two ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from megatron_anymal.model.unsharded_weights import Weight, leave_unset, whole_n
 from megatron_anymal.parallel import initialize
 
 HIDDEN = 12
-# Features, their width, and the projector.
+# Number of features, their width, and the projector.
 CASES: dict[str, tuple[int, int, ProjectorConfig]] = {
     "resampler": (5, 6, ProjectorConfig("resampler", 2, 3, hidden_size=8, num_attention_heads=4, ffn_multiplier=2)),
     "resampler-own-width": (4, 8, ProjectorConfig("resampler", 1, 7, num_attention_heads=2)),
@@ -35,7 +35,7 @@ IMPLEMENTATIONS = ("local", "transformer_engine")
 
 
 def setting(tp: int) -> ModelParallelConfig:
-    """Join the job and give the projectors' sizes."""
+    """Join the job and return the projectors' parallel configuration."""
     config = RunConfig()
     config.trainer.precision, config.trainer.devices = "32", tp
     config.model.tensor_model_parallel_size = tp
@@ -46,7 +46,7 @@ def setting(tp: int) -> ModelParallelConfig:
 
 
 class NormLinear(ColumnParallelLinear):
-    """Stands in for Transformer Engine's, which needs a GPU: the same parameters under the same names."""
+    """Stands in for Transformer Engine's class, which needs a GPU: the same parameters under the same names."""
 
     def __init__(self, inputs: int, outputs: int, parallel: ModelParallelConfig):
         super().__init__(inputs, outputs, config=parallel, init_method=leave_unset)
@@ -59,12 +59,12 @@ class NormLinear(ColumnParallelLinear):
 
 
 def use_stand_in() -> None:
-    """Put it where the module with Transformer Engine's would be imported from."""
+    """Install it as the module that would import Transformer Engine's class."""
     sys.modules["megatron_anymal.model.transformer_engine"] = SimpleNamespace(NormLinear=NormLinear)  # type: ignore[assignment]
 
 
 def weights_of(module: torch.nn.Module) -> list[Weight]:
-    # A model part without layers, for the names' sake.
+    # A model chunk without layers, needed only for the names.
     decoder = SimpleNamespace(layers=[])
     model: Any = SimpleNamespace(
         get_submodule=lambda name: SimpleNamespace(decoder=decoder, share_embeddings_and_output_weights=False)
@@ -82,7 +82,7 @@ def weights_of(module: torch.nn.Module) -> list[Weight]:
 
 
 def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """A weight that its name decides; those of norms and the gain lie about 1."""
+    """Random weight determined by its name; norm weights and the gain are about 1."""
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     value = torch.randn(shape, generator=generator)
     return 1 + 0.3 * value if name == "gain" or "norm.weight" in name else 0.4 * value
@@ -96,7 +96,7 @@ def inputs_of(name: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def run_all(tp: int, implementation: str) -> dict[str, dict[str, np.ndarray]]:
-    """Per case: output, gradient of the input, and whole gradients of all weights."""
+    """Per case: output, gradient of the input, and gathered gradients of all weights."""
     parallel = setting(tp)
     use_stand_in()
     found = {}
@@ -121,7 +121,7 @@ def run_all(tp: int, implementation: str) -> dict[str, dict[str, np.ndarray]]:
 
 
 class Plain:
-    """The same projectors in double precision; weights come by their names."""
+    """The same projectors in double precision, with weights looked up by name."""
 
     def __init__(self, config: ProjectorConfig, features: int, width: int):
         self.config, self.features, self.width = config, features, width
@@ -196,7 +196,7 @@ def plain_answers(name: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def ours() -> dict[tuple[int, str], list[dict[str, dict[str, np.ndarray]]]]:
-    """Answers of every rank, by tensor-parallel size and whose modules they are."""
+    """Results of every rank, by tensor-parallel size and implementation."""
     return {(tp, whose): run_ranks(tp, run_all, tp, whose) for tp in (1, 2) for whose in IMPLEMENTATIONS}
 
 

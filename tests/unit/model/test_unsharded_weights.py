@@ -1,4 +1,4 @@
-"""Whole weights and a rank's part of them."""
+"""Whole weights and the shards held by ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYOUTS = {"one": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
 
 @pytest.fixture(scope="module")
 def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A vocabulary that two ranks do not share out evenly."""
+    """A configuration whose vocabulary does not split evenly over two ranks."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("weights"))
     config.model.language_model.config["vocab_size"] = 33
     return config
@@ -34,14 +34,14 @@ def built(config: RunConfig, tp: int, pp: int) -> TrainState:
 
 
 def everywhere(tensors: Any) -> Any:
-    """What rank 0 has, on every rank."""
+    """Broadcast the value of rank 0 to every rank."""
     found = [tensors]
     dist.broadcast_object_list(found, src=0)
     return found[0]
 
 
 def explore(config: RunConfig, layouts: list[str]) -> dict[str, dict[str, Any]]:
-    """Build under each layout; look at whole weights, round trips and hashes."""
+    """Build the model under each layout; check whole weights, round trips and hashes."""
     found = {}
     for name in layouts:
         state = built(config, *LAYOUTS[name])
@@ -55,7 +55,7 @@ def explore(config: RunConfig, layouts: list[str]) -> dict[str, dict[str, Any]]:
             if weight.rows is None:
                 assert real.all(), weight.name
             else:
-                # The rows that pad the vocabulary are zeros in a part and of no meaning in the parameter.
+                # Rows that pad the vocabulary are zero in a shard and arbitrary in the parameter.
                 assert (real | (part == 0)).all() and len(whole) == 33
         whole = gather_weights(state.models)
         assert (whole is None) == (dist.get_rank() != 0)
@@ -88,7 +88,7 @@ def _error(state: TrainState, tensors: dict[str, torch.Tensor]) -> str:
 
 @pytest.fixture(scope="module")
 def explored(config: RunConfig) -> dict[str, list[dict[str, Any]]]:
-    """Per layout what every rank saw."""
+    """Results of every rank, per layout."""
     one = run_ranks(1, explore, config, ["one"])
     two = run_ranks(2, explore, config, ["tp2", "pp2"])
     return {"one": [one[0]["one"]], **{name: [rank[name] for rank in two] for name in ("tp2", "pp2")}}

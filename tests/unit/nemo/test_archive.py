@@ -1,4 +1,4 @@
-"""`.nemo` archives: what they hold, lazily read weights, and a save under one layout restored alone under another."""
+"""`.nemo` archives: contents, lazily read weights, and saving under one layout and restoring under another."""
 
 import shutil
 import tarfile
@@ -41,7 +41,7 @@ def test_archived_tensors_are_those_written(tmp_path):
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
     assert [file.name for file in (tmp_path / "out" / "tokenizer").iterdir()] == ["tokenizer.json"]
     assert [file.name for file in path.parent.iterdir()] == ["a.nemo"]
-    # The weights are a whole safetensors file for other tools.
+    # The weights form a complete safetensors file that other tools can read.
     with tarfile.open(path) as tar:
         tar.extract(archive.WEIGHTS_NAME, tmp_path, filter="data")
     assert torch.equal(load_file(tmp_path / archive.WEIGHTS_NAME)["bf16"], tensors["bf16"])
@@ -79,11 +79,11 @@ def gathered(model: MegatronAnyMALModel) -> dict[str, torch.Tensor] | None:
 
 
 def save(folder: Path, config: RunConfig) -> None:
-    """In a rank: train, and write an archive and, beside it, what it must hold."""
+    """In a rank: train, then write an archive and the weights it must contain."""
     model = MegatronAnyMALModel(config)
     model.fit()
     model.save_to(folder / "saved" / "model.nemo")
-    # On every rank: the file is there when save_to returns.
+    # On every rank the file exists once save_to returns.
     assert (folder / "saved" / "model.nemo").is_file()
     tensors = gathered(model)
     if tensors is not None:
@@ -91,13 +91,13 @@ def save(folder: Path, config: RunConfig) -> None:
 
 
 def restore(folder: Path) -> int:
-    """In a rank: compare the archive's weights, and train on from them; returns how many there are."""
+    """In a rank: compare the archive's weights, train one step from them, and return their number."""
     archive = folder / "saved" / "model.nemo"
     cfg: Any = MegatronAnyMALModel.restore_from(archive, return_config=True)
     config = from_cfg(cfg)
     config.trainer.devices, config.model.tensor_model_parallel_size = 1, 1
     config.exp_manager.explicit_log_dir = str(folder / "restored")
-    # Nothing may come from the initial values.
+    # The initial values must have no influence.
     config.trainer.max_steps, config.model.seed = 1, 999
     model = MegatronAnyMALModel.restore_from(archive, override_config_path=config)
     assert isinstance(model, MegatronAnyMALModel)
@@ -105,7 +105,7 @@ def restore(folder: Path) -> int:
     assert tensors is not None and set(tensors) == set(expected)
     different = [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])]
     assert not different, different
-    # The optimizer starts from the restored weights, not from those it was built with: one step moves none far.
+    # The optimizer starts from the restored weights, not from the initial ones: one step moves no weight far.
     model.fit()
     trained = gathered(model)
     assert trained is not None
@@ -121,10 +121,10 @@ def test_saved_under_tensor_parallelism_restored_alone(tmp_path):
     config = make_config(data, tokenizer, tmp_path / "run")
     config.model.modalities = {"image": config.model.modalities["image"]}
     config.trainer.max_steps, config.trainer.devices, config.model.tensor_model_parallel_size = 2, 2, 2
-    # In bf16 the optimizer keeps weights of its own.
+    # In bf16 the optimizer keeps its own copy of the weights.
     config.trainer.precision = "bf16"
     run_ranks(2, save, tmp_path, config)
-    # What the archive needs of the machine it was made on: nothing.
+    # The archive must not depend on any other file of the machine that wrote it.
     shutil.rmtree(tokenizer)
     shutil.rmtree(tmp_path / "run")
     assert run_ranks(1, restore, tmp_path)[0] > 0

@@ -1,4 +1,4 @@
-"""`anymal pretrain` from the command line: run folder, loggers, several processes, and Lightning's loop refused."""
+"""`anymal pretrain` from the command line: run folder, loggers, several processes, and refusal of Lightning's loop."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def anymal(folder: Path, *arguments: str, processes: int) -> subprocess.CompletedProcess[str]:
-    """Run `pretrain` under torchrun, from another working directory."""
+    """Run `pretrain` under torchrun from another working directory."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m"]
     command = [*launch, "megatron_anymal", "pretrain", f"--config-path={folder}", "--config-name=tiny", *arguments]
@@ -46,13 +46,13 @@ def test_two_processes_leave_one_run_folder_with_tensorboard(folder):
     given = ["trainer.devices=2", "model.tensor_model_parallel_size=2", f"exp_manager.explicit_log_dir={run}"]
     done = anymal(folder, *given, processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    # The console belongs to the run: the libraries' remarks at the start are silenced.
+    # Only the run writes to the console: messages of libraries at startup are silenced.
     assert done.stderr == "" and all(
         line.startswith(("step ", "saved ", "waiting for ", "2 process(es)")) for line in done.stdout.splitlines()
     )
     assert sorted(set(logged_steps(run))) == [1, 2]
     events = list(run.rglob("events.out.tfevents.*"))
-    # Only the reporting rank writes; Hydra leaves nothing behind, exp_manager no folder for earlier files.
+    # Only the reporting rank writes; Hydra leaves no files behind and exp_manager creates no folder for earlier files.
     assert len(events) == 1 and events[0].parent == run and not list(run.glob("run_*"))
     assert "pretrain" in (run / "cmd-args.log").read_text()
     assert not (folder / "outputs").exists() and not (folder / ".hydra").exists()

@@ -1,4 +1,4 @@
-"""The quickstart's words and tokenizer."""
+"""The quickstart's text corpus and tokenizer."""
 
 import json
 
@@ -75,7 +75,7 @@ def test_reserved_tokens_are_single_ids(tokenizer):
 def test_it_has_the_chat_formats_tokens_and_roles(tokenizer):
     words, _ = tokenizer
     assert len(words.chat_tokens) == 4
-    # As Llama 3's: an answer is learned after the same ids as it is asked for.
+    # As with Llama 3: training and generation have the same ids before an answer.
     assert not words.joins_headers
     for role in ROLES:
         assert len(words.encode(role)) == 1

@@ -1,4 +1,5 @@
-"""The quickstart's conversations: forms told apart, held-out words held out, pairs that differ in the opening alone."""
+"""The quickstart's conversations: distinct answer forms, held-out wording, and pairs that differ only in the
+opening."""
 
 from collections import Counter
 
@@ -21,7 +22,7 @@ WRITTEN = {
 
 
 def items(modality, count=60):
-    """Manifest lines of media, as the media's own manifests have them."""
+    """Manifest lines of media, as in the media's own manifests."""
     facts = all_facts(modality)
     return [
         {"parts": [{"media": f"{n}.x", "modality": modality}], "facts": list(facts[n % len(facts)])}

@@ -1,4 +1,4 @@
-"""The quickstart's media: deterministic, split cleanly, balanced, and readable by the trainer's own modalities."""
+"""The quickstart's media: deterministic, cleanly split, balanced, and readable by the trainer's own modalities."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def test_digits_are_all_there_split_once_and_balanced():
         for picture, label in zip(pictures, labels)
     ]
     digits = load_digits()
-    # 16 grey levels to 8 bits and back loses nothing.
+    # The conversion from 16 grey levels to 8 bits is lossless.
     back = Counter(tuple(np.round(np.array(row[:-1]) * 16 / 255).astype(int)) + (row[-1],) for row in rows)
     assert back == Counter((*x.astype(int), int(y)) for x, y in zip(digits.data, digits.target))
     assert len(parts["held_out"][0]) == 397
@@ -133,7 +133,7 @@ def test_modalities_read_every_kind(folder):
 
 
 def test_videos_move_as_their_answers_say(folder):
-    """The bright pixels' centre, measured from the decoded file, moves in the named direction."""
+    """The centre of the bright pixels, measured in the decoded file, moves in the named direction."""
     import av
 
     for line in lines(folder, "video", "held_out"):

@@ -1,4 +1,4 @@
-"""The small CLIP learns, and its folder loads wherever a CLIP vision tower does."""
+"""The small CLIP learns, and its folder loads like that of any CLIP vision tower."""
 
 import numpy as np
 import pytest
@@ -40,14 +40,14 @@ def test_the_folder_is_an_encoder_and_describes_its_pixels(made):
     file = sorted((folder / "data" / "image_train").glob("*.png"))[0]
     seen = modality.load(file.read_bytes(), "png", {})
     torch.testing.assert_close(seen, vision._normalise(pictures[:1]))
-    # The trained tower, not a fresh one: position embeddings keep their large values.
+    # The trained tower rather than a new one: position embeddings keep their large values.
     assert encoder.model.embeddings.position_embedding.weight.std() > 0.3
 
 
 def test_pictures_of_one_digit_are_all_matches():
     labels = torch.tensor([0, 0, 1])
     match = torch.tensor([[9.0, 9.0, -9.0], [9.0, 9.0, -9.0], [-9.0, -9.0, 9.0]])
-    # The least possible: the mean entropy of the targets.
+    # The minimum loss: the mean entropy of the targets.
     torch.testing.assert_close(
         vision._contrastive_loss(match, labels), torch.tensor(2 / 3 * np.log(2), dtype=torch.float32)
     )

@@ -1,4 +1,4 @@
-"""The scripts of slurm/ without Slurm: its commands are stand-ins that write down how they are called."""
+"""The scripts in slurm/ without Slurm: its commands are replaced by stand-ins that record their calls."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[3]
 SCRIPTS = {"pretrain": "pretrain_70b", "sft": "sft_70b", "dpo": "dpo_70b"}
 CONFIGS = {"pretrain": "pretrain_70b_image", "sft": "sft_70b", "dpo": "dpo_70b"}
 
-# Writes down its options and runs the rest here, as the task of node n1.
+# Records its options and runs the rest locally, as the task of node n1.
 SRUN = """#!/bin/bash
 [[ $1 != --help ]] || { echo "$STUB_SRUN_HELP"; exit; }
 while [[ $1 == --* ]]; do echo "$1" >> "$STUBS/srun"; shift; done
@@ -44,7 +44,7 @@ SINFO = """#!/bin/bash
 echo "n1 allocated"
 echo "n2 ${STUB_NODE:-allocated}"
 """
-# Time passes a hundred times as fast.
+# Sleeps run a hundred times faster.
 SLEEP = """#!/bin/bash
 exec {sleep} "$(awk "BEGIN {{ print $1 / 100 }}")"
 """
@@ -76,7 +76,7 @@ sys.exit(75 if caught else code)
 
 
 class Job:
-    """One start of a script, with the environment that Slurm gives it on the first of two nodes."""
+    """One start of a script, with the environment that Slurm sets on the first of two nodes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.bin = folder, folder / "bin"
@@ -107,7 +107,7 @@ class Job:
         }
 
     def start(self, verb: str = "pretrain", *arguments: str, **environment: str) -> subprocess.Popen[str]:
-        # As Slurm does: a copy, somewhere else.
+        # Like Slurm, run a copy in another folder.
         script = self.folder / "slurm_script"
         shutil.copy(ROOT / "slurm" / f"{SCRIPTS[verb]}.sh", script)
         return subprocess.Popen(
@@ -120,13 +120,13 @@ class Job:
         )
 
     def run(self, verb: str = "pretrain", *arguments: str, **environment: str) -> tuple[int, str]:
-        """The exit code, and what it said."""
+        """Run to the end; return the exit code and the output."""
         process = self.start(verb, *arguments, **environment)
         said, _ = process.communicate(timeout=30)
         return process.returncode, said
 
     def signalled(self, part: str, number: signal.Signals, **environment: str) -> tuple[int, str]:
-        """As `run`, with a signal to the script while it waits for a part."""
+        """Like `run`, but send a signal to the script while it waits for `part`."""
         process = self.start(STUB_WAITS=part, **environment)
         deadline = time.monotonic() + 20
         while not (self.folder / f"begun_{part}").exists() and time.monotonic() < deadline:
@@ -139,7 +139,7 @@ class Job:
         return process.returncode, said
 
     def calls(self, part: str) -> list[list[str]]:
-        """How Python was called for the run's folder, the checks or the launcher."""
+        """Arguments of the Python calls for the run folder, the checks or the launcher."""
         path = self.folder / "python"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [words for name, words in lines if name == part]
@@ -269,12 +269,12 @@ def test_a_time_limit_below_the_signals_lead_is_said_at_once(
     code, said = job.run(STUB_TIME=limit or "?", **environment)
     assert code == (2 if refused else 0), said
     assert refused in said and ("sbatch --time=1:00:00" in said) == bool(refused)
-    # Not even the run's folder is asked for.
+    # The script does not even ask for the run folder.
     assert bool(job.calls("run-dir")) == (not refused) and not job.requeued
 
 
 def test_a_job_array_requeues_its_own_task_alone(job: Job) -> None:
-    """Slurm numbers one task of an array as the whole array."""
+    """Slurm gives one task of an array the id of the whole array."""
     (job.run_dir / "checkpoints" / "step_00000040").mkdir(parents=True)
     job.run(STUB_LAUNCH="75", SLURM_ARRAY_JOB_ID="36", SLURM_ARRAY_TASK_ID="2")
     calls = (job.folder / "scontrol").read_text().splitlines()
@@ -283,7 +283,7 @@ def test_a_job_array_requeues_its_own_task_alone(job: Job) -> None:
 
 
 def test_a_missing_signal_is_said(job: Job) -> None:
-    """At the end of its time, without a word before."""
+    """The job is ended at its time limit without a signal beforehand."""
     _, said = job.signalled("launch", signal.SIGTERM, STUB_TIME="00:00:30", ANYMAL_GRACE_SECONDS="-5")
     assert "without a USR1" in said and "--signal=B:USR1@25" in said
     _, said = job.signalled("launch", signal.SIGTERM)
@@ -357,7 +357,7 @@ def test_usr1_before_the_launcher(job: Job, part: str) -> None:
 
 def test_a_stop_that_takes_too_long(job: Job) -> None:
     code, said = job.signalled("launch", signal.SIGUSR1, STUB_DEAF="1", ANYMAL_GRACE_SECONDS="30")
-    # The launcher goes on until Slurm ends it: here by itself, with code 0.
+    # The launcher continues until Slurm ends it; here it exits by itself with code 0.
     assert job.requeued == 1 and "did not stop within 30 s" in job.summary, (code, said)
 
 
@@ -368,7 +368,7 @@ def test_cancelled_jobs_stay_away(job: Job) -> None:
 
 def test_pyxis_and_apptainer(job: Job) -> None:
     image: dict[str, Any] = {"ANYMAL_CONTAINER": "/images/a b.sqsh", "ANYMAL_MOUNTS": "/data:/data"}
-    # In an image, python is the image's.
+    # Inside an image, `python` is the image's interpreter.
     shutil.copy(job.bin / "venv/bin/python", job.bin / "python")
     assert job.run(STUB_SRUN_HELP="  --container-image=[USER@]PATH", **image)[0] == 0
     options = (job.folder / "srun").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The recompute that is chosen: the cheapest that fits, the same on every rank, and without effect on any number."""
+"""Automatic recomputation: the cheapest setting that fits, the same on every rank, with bit-identical results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from megatron_anymal.train import auto_recompute
 from megatron_anymal.train.auto_recompute import candidates, choose, fit_recompute, repeated_share, run_sizes
 from megatron_anymal.train.build import build_inputs
 
-# Llama-3 8B under two stages of two parts each.
+# Llama-3 8B on two pipeline stages of two chunks each.
 LLAMA_8B = LlamaSizes(
     hidden=4096,
     ffn=14336,
@@ -71,7 +71,7 @@ def test_the_cheapest_that_fits_is_chosen(attention: str) -> None:
     for memory in sorted({*totals.values(), *(total - 1 for total in totals.values() if total > least)}):
         choice = choose(run, memory)
         assert totals[choice.recompute] <= memory
-        # Nothing that repeats less would have fitted.
+        # No setting with less recomputation would fit.
         share = repeated_share(run, choice.recompute)
         assert all(total > memory for one, total in totals.items() if repeated_share(run, one) < share)
         assert choice.without == totals[Recompute()]
@@ -108,7 +108,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
 
 
 def memory_for(config: RunConfig, wanted: Recompute) -> float:
-    """GB in which a recompute fits, just."""
+    """Memory in GB in which a recompute setting just fits."""
     _, modalities = build_inputs(config)
     sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
     return (most(sizes, wanted) + 1) / 1e9
@@ -133,7 +133,7 @@ def test_the_smallest_card_decides_for_every_rank(config: RunConfig) -> None:
 
 
 def train_and_listen(config: RunConfig) -> dict[str, Any]:
-    """Train; with what is printed meanwhile."""
+    """Train, and also return the printed output."""
     with redirect_stdout(io.StringIO()) as heard:
         found = train(config)
     return {**found, "said": heard.getvalue()}
@@ -150,7 +150,7 @@ def test_a_chosen_recompute_changes_no_bit(stages: int, trains: str, config: Run
     _, modalities = build_inputs(config)
     sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
     totals = {one: most(sizes, one) for one in candidates(sizes)}
-    # Those that are taken with the right memory: nothing cheaper holds as little.
+    # Settings that are chosen for some memory size: no cheaper one needs as little.
     taken = [one for one in totals if choose(sizes, totals[one]).recompute == one and one.granularity]
     assert taken[-1].granularity == "full"
     for one in taken[-2:]:

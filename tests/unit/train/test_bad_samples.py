@@ -1,4 +1,4 @@
-"""Samples that cannot be used, through whole training steps: masked, counted, named, and too many stop the run."""
+"""Unusable samples in whole training steps: masked, counted, reported; too many of them stop the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from megatron_anymal.data.records import DataError
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> RunConfig:
-    """Sixteen samples. The fifth's picture has a good header and cut-off pixels; its text is the longest."""
+    """Sixteen samples. The picture of s5 has an intact header but truncated pixels; its text is the longest."""
     source = tmp_path_factory.mktemp("bad")
     out = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
@@ -75,21 +75,21 @@ def refused(config: RunConfig) -> str:
 def test_a_bad_sample_is_masked_as_if_it_had_been_left_out(config: RunConfig, tmp_path: Path) -> None:
     masked, dropped, two = (tmp_path / name for name in ("masked", "dropped", "two"))
     run_ranks(1, train, run_in(masked, config))
-    # The same sample left out by another way: it is the only one longer than this.
+    # The same sample left out in another way: it is the only one longer than this limit.
     run_ranks(1, train, run_in(dropped, config, seq_length=60, too_long="drop"))
     of_two = run_in(two, config)
     of_two.trainer.devices = 2
     run_ranks(2, train, of_two)
     np.testing.assert_allclose(losses(masked), losses(dropped), rtol=1e-6)
     np.testing.assert_allclose(losses(masked), losses(two), rtol=1e-6)
-    # Sixteen samples, four batches of eight: it comes in two of them.
+    # Sixteen samples, four batches of eight: it occurs in two batches.
     for folder, reason in ((masked, "decoded"), (dropped, "longer than data.seq_length"), (two, "decoded")):
         lines = ledger(folder)
         assert [line["sample"] for line in lines] == ["mix/s5"] * 2
         assert len({line["step"] for line in lines}) == 2
         assert all(reason in line["reason"] for line in lines)
         assert metrics(folder)[-1]["skipped_samples"] == 2
-    # Three targets (two words and the end) for each of the others, fewer where it was.
+    # Three targets (two words and the end token) per other sample; fewer in the steps with the bad one.
     counts = [sum(n for name, n in row.items() if name.startswith("targets/")) for row in metrics(masked)]
     steps = {line["step"] for line in ledger(masked)}
     assert counts == [21 if row["step"] in steps else 24 for row in metrics(masked)]
@@ -110,7 +110,7 @@ def test_steps_made_again_are_listed_once(config: RunConfig, tmp_path: Path) -> 
     twice.exp_manager.checkpoint.keep_last = 0
     run_ranks(1, train, twice)
     listed, last = ledger(tmp_path / "run"), metrics(tmp_path / "run")[-1]
-    # Back to before the first of them.
+    # Go back to before the first of them.
     for folder in (tmp_path / "run" / "checkpoints").iterdir():
         if int(folder.name.rpartition("_")[2]) >= listed[0]["step"]:
             shutil.rmtree(folder)

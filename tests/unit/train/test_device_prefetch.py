@@ -1,4 +1,4 @@
-"""Micro-batches are copied one ahead: order, number, errors and early ends, without a card."""
+"""Micro-batches are copied one ahead: order, count, errors and early ends, without a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def micro_batch(number: int) -> MicroBatch:
 
 
 class WrittenDown:
-    """A lane that notes what it is asked, and refuses one micro-batch."""
+    """Stands in for the copy to the device: records its calls and fails on one micro-batch."""
 
     def __init__(self, refused: int = -1) -> None:
         self.events: list[tuple[str, int]] = []
@@ -59,7 +59,7 @@ def test_each_once_in_order_with_the_next_one_under_way(count: int) -> None:
         finished = [n for event, n in lane.events if event == "finish"]
         assert started == list(range(min(number + 2, count)))
         assert finished == list(range(number + 1))
-        # Its copy was finished before the next one was begun: the card must not wait for both.
+        # Its copy finished before the next one started: the GPU must not wait for both.
         if number + 1 < count:
             assert lane.events.index(("finish", number)) < lane.events.index(("start", number + 1))
     assert seen == list(range(count))
@@ -75,7 +75,7 @@ def test_no_more_than_two_take_memory() -> None:
 
     for _ in range(4):
         compute()
-        # The one just computed is gone, the next is under way.
+        # The computed micro-batch is freed, the next one is in flight.
         assert lane.alive() == 1
     compute()
     assert lane.alive() == 0

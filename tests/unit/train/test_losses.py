@@ -52,7 +52,7 @@ def test_batch_mean_is_fp32_and_its_gradient_is_the_mask_over_the_targets() -> N
 
 
 def test_sums_by_group() -> None:
-    # Group 2 has only a masked token, -1 is of no group.
+    # Group 2 has only a masked token; -1 belongs to no group.
     sums = sums_by_group(LOSSES, MASK, torch.tensor([[0, 0, 1, -1, 2]]), 4)
     assert sums.dtype == torch.float64
     assert sums.tolist() == [[1.0, 4.0, 0.0, 0.0], [1.0, 1.0, 0.0, 0.0]]
@@ -67,7 +67,7 @@ def test_sums_by_group_add_up_beyond_fp32() -> None:
 
 
 def test_sample_weights_make_the_mean_over_samples_of_their_means() -> None:
-    # The fourth token's sample has another two targets on another rank, sample 2 has none at all.
+    # The fourth token's sample has two more targets on another rank; sample 2 has none.
     samples, targets = torch.tensor([[0, 2, 0, 1, -1]]), torch.tensor([2, 3, 0])
     weights = sample_weights(MASK, samples, targets)
     assert weights.dtype == torch.float32
@@ -114,12 +114,12 @@ def test_sequence_sums_in_any_order() -> None:
 # Two pairs of answers, in documents of five tokens of which the last four count.
 DOCUMENTS = torch.arange(4).repeat_interleave(5)
 ANSWERS = (torch.arange(20) % 5 > 0).float()
-# What a rank holds of each document: nothing of the last one on rank 0.
+# Tokens held by each rank: rank 0 has none of the last document.
 HELD = [torch.tensor([0, 1, 6, 7, 9, 10, 13]), torch.tensor([2, 3, 4, 5, 8, 11, 12, 14, 15, 16, 17, 18, 19])]
 
 
 def context_model(held: Tensor, gather: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """A model in which every token sees all others, as attention over a context-parallel group does.
+    """A model in which every token sees all others, as with attention over a context-parallel group.
 
     Args:
         gather: tokens of a rank -> tokens of all ranks.
@@ -142,7 +142,7 @@ def context_model(held: Tensor, gather: Any) -> tuple[dict[str, Tensor], Tensor,
 
 
 def step_over_context(held: Tensor, gather: Any, reduce: Any) -> tuple[float, dict[str, Any]]:
-    """The batch's loss and this rank's gradients."""
+    """Loss of the batch and gradients of this rank."""
     weights, policy, reference = context_model(held, gather)
     sums = [sequence_sums(x, ANSWERS[None, held], DOCUMENTS[None, held], 4) for x in (policy, reference)]
     summed = reduce(torch.stack(sums))
@@ -160,20 +160,20 @@ def rank_over_context() -> tuple[float, dict[str, list[list[float]]]]:
     held = HELD[dist.get_rank()]
 
     def gather(hidden: Tensor) -> Tensor:
-        # Ranks hold unequal parts here: zeros fill them up, and add nothing to a sum of squares.
+        # Ranks hold different numbers of tokens here: zero padding does not change a sum of squares.
         padded = torch.cat([hidden, hidden.new_zeros(13 - len(hidden), 8)])
         return gather_from_sequence_parallel_region(padded, group=group)
 
     empty = sum_over_context(torch.zeros(2, 0), group)
     assert empty.shape == (2, 0)
     part = torch.full((3,), 1.0 + dist.get_rank())
-    # The transposed one does not lie in one piece.
+    # The transposed tensor is not contiguous.
     spread = torch.arange(6.0).view(2, 3).T
     assert sum_over_context(part, group).tolist() == [3.0] * 3 and part.tolist() == [1.0 + dist.get_rank()] * 3
     assert torch.equal(sum_over_context(spread, group), 2 * spread)
     loss, gradients = step_over_context(held, gather, lambda x: sum_over_context(x, group))
     for gradient in gradients.values():
-        # What the engine does.
+        # As the engine does.
         dist.all_reduce(gradient)
     return loss, {name: gradient.tolist() for name, gradient in gradients.items()}
 
@@ -194,7 +194,7 @@ LENGTHS = [(3, 5), (1, 2), (7, 4), (2, 2), (6, 1)]
 
 
 def pairs(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
-    """Token log-probabilities of the answers chosen and rejected, under policy and reference."""
+    """Token log-probabilities of the chosen and rejected answers under policy and reference."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(n: int) -> Tensor:
@@ -205,10 +205,10 @@ def pairs(dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def trl_pair(policy: list[Tensor], reference: list[Tensor], beta: float, smoothing: float) -> tuple[Tensor, Any]:
-    """trl's loss of one pair and what it logs.
+    """trl's loss of one pair and its logged metrics.
 
-    Its "sigmoid" knows no label smoothing; its "aot" is conservative DPO of margins that it sorts first, and one
-    margin is sorted.
+    Its "sigmoid" loss has no label smoothing; its "aot" loss is conservative DPO of sorted margins, and a single
+    margin is always sorted.
     """
     longest = max(len(answer) for answer in policy)
     pad = lambda answers: torch.stack([torch.cat([x, x.new_zeros(longest - len(x))]) for x in answers])  # noqa: E731
@@ -217,7 +217,7 @@ def trl_pair(policy: list[Tensor], reference: list[Tensor], beta: float, smoothi
         log_probs=pad(policy), entropy=nothing, mean_logits=nothing, is_top1=torch.zeros(2, longest, dtype=torch.bool)
     )
     sums = [answer.sum()[None] for answer in reference]
-    # A prompt of one token, then the answer.
+    # A one-token prompt, then the answer.
     mask = torch.cat([torch.zeros(2, 1), pad([torch.ones(len(answer)) for answer in policy])], dim=1).long()
     trainer: Any = SimpleNamespace(
         model=SimpleNamespace(training=True),
@@ -247,7 +247,7 @@ def trl_pair(policy: list[Tensor], reference: list[Tensor], beta: float, smoothi
 
 
 def packed(answers: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """The answers' values behind a prompt token each, as one pack: values, mask, documents [1, T]."""
+    """Values of the answers, each after a prompt token, as one pack: values, mask, documents [1, T]."""
     values = torch.cat([torch.cat([x.new_full((1,), 9.0), x]) for x in answers])
     mask = torch.cat([torch.cat([torch.zeros(1), torch.ones(len(x))]) for x in answers])
     documents = torch.cat([torch.full((len(x) + 1,), k) for k, x in enumerate(answers)])
@@ -334,7 +334,7 @@ def test_drift_estimates_the_divergence_of_the_policy_from_the_reference() -> No
     generator = torch.Generator().manual_seed(0)
     policy, reference = torch.randn(2, 50, dtype=torch.float64, generator=generator).log_softmax(-1)
     expected = torch.nn.functional.kl_div(policy, reference, log_target=True, reduction="sum")
-    # Every token once, as often as the reference would draw it.
+    # Every token once, weighted by its probability under the reference.
     drift = sum(
         weight * dpo_metrics(p[None], p[None], r[None], r[None], 0.1, torch.ones(2, 1))[-1]
         for weight, p, r in zip(reference.exp(), policy, reference)

@@ -28,7 +28,7 @@ def test_warm_up_reaches_the_full_rate_with_its_last_step(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "points"),
     [
-        # From 10 on over 80 steps to a tenth: a quarter, a half and all of the way, and beyond.
+        # From step 10, over 80 steps to a tenth: a quarter, half and all of the way, and beyond.
         ("linear", {10: 2.0, 30: 1.55, 50: 1.1, 90: 0.2, 99: 0.2}),
         ("cosine", {10: 2.0, 30: 0.2 + 0.9 * (1 + math.sqrt(0.5)), 50: 1.1, 90: 0.2, 99: 0.2}),
         ("constant", {10: 2.0, 50: 2.0, 99: 2.0}),
@@ -67,7 +67,7 @@ def test_adamw_equals_torchs(decay: float) -> None:
                 group["lr"] = 0.1 / (step + 1)
         for number, (one, other) in enumerate(zip(ours, theirs)):
             gradient = torch.randn(one.shape, generator=generator) * 10 ** (step - 4)
-            # Megatron-core has gradients for all parameters of a group; a missing one is left alone.
+            # Megatron-core has gradients for all parameters of a group; a parameter without one is left unchanged.
             one.grad, other.grad = (None, None) if number == 3 else (gradient, gradient.clone())
         mine.step()
         reference.step()

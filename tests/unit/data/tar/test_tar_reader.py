@@ -1,4 +1,4 @@
-"""The tar reader accounts for every byte: sound archives as tarfile reads them, damaged ones by name and offset."""
+"""The tar reader accounts for every byte: intact archives as tarfile reads them, damaged ones by name and offset."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_flipped_checksum_byte_loses_one_member_and_says_where() -> None:
     archive = tar_bytes(SAMPLES)
     at = header_of(archive, "0010.png")
     damaged = archive[: at + 150] + bytes([archive[at + 150] ^ 1]) + archive[at + 151 :]
-    # What tarfile takes for the end of the archive.
+    # tarfile takes the damaged header for the end of the archive.
     with tarfile.open(fileobj=io.BytesIO(damaged)) as tar:
         assert len(tar.getnames()) == 20
     entries = walk(damaged)
@@ -109,7 +109,7 @@ def test_an_archive_that_is_cut_off() -> None:
     [problem] = problems(walk(archive[: last + 1000]))
     assert (problem.code, problem.name, problem.offset) == ("truncated", "0019.png", last)
     assert "488 of its 13300 bytes" in problem.reason
-    # Between two members nothing is visibly missing, but the end is.
+    # A cut between two members loses none visibly, but the end-of-archive marker is missing.
     [problem] = problems(walk(archive[:last]))
     assert problem.code == "no_end" and problem.tears
 
@@ -217,7 +217,7 @@ def test_an_archive_inside_a_member_is_not_read_as_members() -> None:
 
 
 def test_any_damage_is_named_or_harmless() -> None:
-    """Random overwrites: what is lost is named; the bytes add up each time."""
+    """Random overwrites: every loss is reported, and the byte counts add up each time."""
     rng, archive = random.Random(7), tar_bytes(SAMPLES)
     for _ in range(1000):
         at, size = rng.randrange(len(archive)), rng.choice([1, 8, 512, 3000])
@@ -226,7 +226,7 @@ def test_any_damage_is_named_or_harmless() -> None:
         cut = rng.randrange(40_000, len(archive)) if rng.random() < 0.2 else len(archive)
         entries = walk(damaged[:cut])
         if len(members(entries)) < len(SAMPLES) and not problems(entries):
-            # Zeros over the last member look like the end of the archive, which no reader of tar can tell.
+            # Zeros over the last members look like the end of the archive; no tar reader can tell the difference.
             assert not any(filler) and at + size > len(archive.rstrip(b"\0"))
             assert members(entries) == [name for name, _ in SAMPLES[: len(members(entries))]]
 
