@@ -78,12 +78,12 @@ def main() -> int:
             fail(due[step], step, beat, run_dir)
         time.sleep(STEP_SECONDS)
         beat.beat(Phase.UPDATE, settled=True)
+        wait_for_others(run_dir, step, stopping)
         if stopping:
             beat.beat(Phase.END)
             grace = os.environ.get("ANYMAL_GRACE_SECONDS")
             record(run_dir, "stopped", f"signal {stopping[0]}, grace {grace}", step=step)
             return 75
-        wait_for_others(run_dir, step)
         if RANK == 0:
             (saved / f"step_{step:08d}").mkdir(parents=True, exist_ok=True)
     beat.beat(Phase.END)
@@ -103,13 +103,13 @@ def agreed_start(run_dir: Path, saved: Path) -> int:
     return int(told.read_text())
 
 
-def wait_for_others(run_dir: Path, step: int) -> None:
-    """As a collective operation does."""
+def wait_for_others(run_dir: Path, step: int, stopping: list[int]) -> None:
+    """As a collective operation does, but for a signal: another rank may have stopped before this step."""
     mine = run_dir / "reached" / f"{RANK}_{step}_{ATTEMPT}"
     mine.parent.mkdir(exist_ok=True)
     mine.touch()
     ranks = range(int(os.environ["WORLD_SIZE"]))
-    while not all((mine.parent / f"{rank}_{step}_{ATTEMPT}").exists() for rank in ranks):
+    while not stopping and not all((mine.parent / f"{rank}_{step}_{ATTEMPT}").exists() for rank in ranks):
         time.sleep(0.02)
 
 
