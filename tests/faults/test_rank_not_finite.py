@@ -1,4 +1,4 @@
-"""A non-finite gradient on one rank: all ranks skip the step, its samples are recorded, and a row of them ends the run."""
+"""A non-finite gradient on one rank: all ranks skip the step, record its samples, and too many end the run."""
 
 from __future__ import annotations
 
