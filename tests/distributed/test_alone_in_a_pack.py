@@ -1,4 +1,4 @@
-"""A document gives the same loss and the same gradient in a pack as alone, on 1, 2 and 4 context-parallel ranks."""
+"""A document has the same loss and gradient in a pack as on its own, on 1, 2 and 4 context-parallel ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_anymal.train.build import TrainState, build
 
 
 def losses_and_gradients(config: RunConfig, packed: bool) -> dict[int, tuple[float, dict[str, np.ndarray]]]:
-    """Per sample of the first step: the sum of its losses, and the gradient of that sum by parameter."""
+    """Return, per sample of the first step, the sum of its losses and the gradient of that sum by parameter."""
     state = build(config, initialize(config))
     found = {}
     for plan in state.train_data.planner.plan(0).of_replica(0):

@@ -1,4 +1,4 @@
-"""Checkpoints: resumed bit by bit, and loaded under other layouts."""
+"""Checkpoints: bit-identical resumption, and loading under different layouts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
 
 
 def stopped_and_continued(config: RunConfig, first: dict[str, int], second: dict[str, int]) -> list[float]:
-    """Train 3 steps under one layout and 3 more under another; returns all six losses."""
+    """Train 3 steps under one layout and 3 more under another, and return all six losses."""
     for steps, layout in ((3, first), (6, second)):
         part = copy.deepcopy(config)
-        # The rate depends on the run's length: both parts belong to a run of six steps.
+        # The learning rate depends on the run's length, so both parts use the schedule of a run of six steps.
         part.trainer.max_steps, part.model.optim.sched.decay_steps = steps, 6
         part.trainer.devices = layout.get("world", 1)
         part.model.tensor_model_parallel_size = layout.get("tp", 1)
@@ -60,7 +60,7 @@ def test_resume_is_bit_identical(config: RunConfig, tmp_path: Path, freeze: bool
 
 
 def test_resume_with_several_buckets_is_bit_identical(config: RunConfig, tmp_path: Path) -> None:
-    # Buckets are padded: the optimizer's state must not be cut by the padded places.
+    # Buckets are padded: the optimizer state must not be split at padded offsets.
     config.model.ddp.overlap_grad_reduce, config.model.ddp.bucket_size = True, 1000
     config.model.language_model.freeze = False
     whole = copy.deepcopy(config)

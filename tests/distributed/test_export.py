@@ -1,4 +1,4 @@
-"""Exports: loaded by transformers alone they compute what the trainer's model does, and nothing wrong is let out."""
+"""Exports loaded by transformers alone match the trainer's model, and no faulty export is published."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_anymal.generation.export_generator import ExportedGenerator
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama's HuggingFace folder, in several files."""
+    """HuggingFace folder of a Llama with several weight files."""
     folder = tmp_path_factory.mktemp("llama")
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder, max_shard_size="40KB")
@@ -41,7 +41,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, base: Path) -> RunConfig:
-    """An SFT run over two tensor-parallel ranks: adapters, three projectors and an encoder learn."""
+    """An SFT run on two tensor-parallel ranks that trains adapters, three projectors and an encoder."""
     folder = tmp_path_factory.mktemp("export")
     make_conversations(folder / "data", tokenizer_folder, 24)
     config = make_config(str(folder / "data"), tokenizer_folder, folder / "sft")
@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, base: P
 
 
 def export(run: RunConfig, out: Path, *further: str) -> int:
-    """In a process of its own: the trainer's model joins a job of one."""
+    """Export in a new process, because the trainer's model initializes a process group of one."""
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--out", str(out), *further]
     return run_ranks(1, export_hf.main, arguments)[0]
 
@@ -139,14 +139,14 @@ def test_the_adapter_for_peft_equals_the_merged_weights(run: RunConfig, tmp_path
 
 @pytest.fixture(scope="module")
 def apart(run: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole model, its adapters beside it."""
+    """Export of the whole model with separate adapters."""
     out = tmp_path_factory.mktemp("apart") / "model"
     assert export(run, out, "--adapter", "separate") == 0
     return out
 
 
 def answering_weights(folder: str, peft: bool) -> dict[str, np.ndarray]:
-    """The weights that `anymal generate` answers with."""
+    """Return the weights that `anymal generate` uses for an export."""
     if not peft:
         sys.modules["peft"] = None  # type: ignore[assignment]
     config = json.loads((Path(folder) / "config.json").read_text())
@@ -242,7 +242,7 @@ def test_an_export_never_replaces_without_being_told(run: RunConfig, exported: P
 
 @pytest.fixture
 def another_base(run: RunConfig, base: Path) -> Iterator[None]:
-    """The Llama's folder with one value changed, for a while."""
+    """Change one value in the Llama's folder for the duration of a test."""
     [file] = [f for f in base.glob("*.safetensors") if "model.norm.weight" in load_file(f)]
     kept, tensors = file.read_bytes(), load_file(file)
     tensors["model.norm.weight"][3] += 1e-3
@@ -259,7 +259,7 @@ def test_another_base_than_the_runs_is_refused(run: RunConfig, base: Path, tmp_p
 
 
 def full_disk(arguments: list[str]) -> int:
-    """Export where nothing more fits after the first tensors."""
+    """Export to a disk that is full after the first tensors."""
     from megatron_anymal import safetensors_io
 
     write, count = safetensors_io.HashedFile.write, 0
@@ -289,7 +289,7 @@ def test_tensors_that_belong_nowhere_are_named(run: RunConfig, tmp_path: Path, c
     copy = tmp_path / "checkpoint"
     shutil.copytree(folder, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
-    # A configuration without the modality whose projector the checkpoint holds.
+    # Remove a modality from the configuration whose projector is in the checkpoint.
     del manifest["config"]["model"]["modalities"]["imu"]
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     (copy / "manifest.json").write_text(json.dumps({**body, "checksum": store._checksum(body)}))

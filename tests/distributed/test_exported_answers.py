@@ -1,4 +1,4 @@
-"""A checkpoint and an exported folder with the same weights give the same answers, whatever is asked of them."""
+"""A checkpoint and an export with the same weights give the same answers to all prompts and settings."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ RUNS: dict[str, tuple[Sampling, int]] = {
 
 @pytest.fixture(scope="module")
 def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A model with every modality and a Llama with weights large enough for varied answers."""
+    """A model with every modality, and a Llama whose weights are large enough for varied answers."""
     folder = tmp_path_factory.mktemp("exported")
     torch.manual_seed(5)
     LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.4})).save_pretrained(folder / "llama")
@@ -63,7 +63,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
 
 
 def write_export(config: RunConfig, folder: Path) -> None:
-    """In a rank: the model of the configuration, with its initial values, as an exported folder."""
+    """In a rank: write the configuration's model, with its initial weights, as an exported folder."""
     native = NativeGenerator.of_checkpoint(config, initialize(config), None)
     path = config.model.language_model.path
     sections = export_sections(config.model.modalities, Tokenizer(config.data.tokenizer))
@@ -82,7 +82,7 @@ def write_export(config: RunConfig, folder: Path) -> None:
 
 
 def as_transformers_does(source: Path, prompts: list[Prompt], penalty: float) -> list[str]:
-    """In a rank: greedy answers of transformers' own `generate`, from media in files, in one batch."""
+    """In a rank: greedy answers of transformers' own `generate` in one batch, with media read from files."""
     model = AnyMALForConditionalGeneration.from_pretrained(source).eval()
     processor = AnyMALProcessor.from_pretrained(source)
     tokens = [section["placeholder_id"] for section in model.config.modalities.values()]
@@ -95,7 +95,7 @@ def as_transformers_does(source: Path, prompts: list[Prompt], penalty: float) ->
 
 @pytest.fixture(scope="module")
 def export(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model as an exported folder."""
+    """Exported folder of the same model."""
     folder = tmp_path_factory.mktemp("exported") / "hf"
     run_ranks(1, write_export, config, folder)
     return folder
@@ -114,7 +114,7 @@ def prompts(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.T
 
 
 def load(source: RunConfig | Path) -> Generator:
-    """In a rank: the model, native or exported."""
+    """In a rank: load the native or exported model."""
     if isinstance(source, RunConfig):
         return NativeGenerator.of_checkpoint(source, initialize(source), None)
     config = json.loads((source / "config.json").read_text())
@@ -122,27 +122,27 @@ def load(source: RunConfig | Path) -> Generator:
 
 
 def answer(source: RunConfig | Path, prompts: list[Prompt], runs: dict[str, Any]) -> dict[str, list[str]]:
-    """In a rank: answers of every run."""
+    """In a rank: return the answers of every run."""
     generator = load(source)
     return {name: generator.answer(prompts, sampling, batch) for name, (sampling, batch) in runs.items()}
 
 
 @pytest.fixture(scope="module")
 def native(config: RunConfig, prompts: list[Prompt]) -> dict[str, list[str]]:
-    """The checkpoint's answers."""
+    """Answers of the checkpoint."""
     return run_ranks(1, answer, config, prompts, RUNS)[0]
 
 
 @pytest.fixture(scope="module")
 def exported(export: Path, prompts: list[Prompt]) -> dict[str, list[str]]:
-    """The exported folder's."""
+    """Answers of the exported folder."""
     return run_ranks(1, answer, export, prompts, RUNS)[0]
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_both_answer_the_same(run: str, native: dict[str, list[str]], exported: dict[str, list[str]]) -> None:
     assert exported[run] == native[run]
-    assert len(set(native[run])) > 20, "the answers must be able to differ"
+    assert len(set(native[run])) > 20, "too few distinct answers"
 
 
 def test_each_setting_changes_answers_and_batches_do_not(exported: dict[str, list[str]]) -> None:
@@ -165,7 +165,7 @@ def test_greedy_answers_are_those_of_transformers_generate(
 
 
 def with_other_media(source: Path, prompts: list[Prompt]) -> list[str]:
-    """In a rank: greedy answers to the prompts with other media of the same kinds."""
+    """In a rank: greedy answers to the prompts with different media of the same kinds."""
     makers = {"png": png, "flac": flac, "npy": npy}
     others = [Prompt(p.parts, [MediaFile(makers[m.extension](99), m.extension) for m in p.media]) for p in prompts]
     return load(source).answer(others, RUNS["greedy"][0])
@@ -179,7 +179,7 @@ def test_media_are_seen(export: Path, prompts: list[Prompt], exported: dict[str,
 
 
 def stream(source: RunConfig | Path, prompts: list[Prompt], sampling: Sampling) -> list[tuple[str, list[str]]]:
-    """In a rank: each answer, and the pieces that came while it grew."""
+    """In a rank: return each answer and the chunks of it that were streamed."""
     generator, found = load(source), []
     for prompt in prompts:
         pieces: list[str] = []
@@ -199,11 +199,11 @@ def test_what_is_streamed_is_what_is_answered(
 
 
 def length_limit(source: RunConfig | Path) -> tuple[int, str]:
-    """In a rank: words of an answer where three positions are left, and what a prompt without room is told."""
+    """In a rank: number of words in an answer with three positions left, and the error for a prompt without room."""
     generator = load(source)
     limit = generator.max_positions
     assert limit is not None
-    # The begin token comes first.
+    # One more position is taken by the begin token.
     [answer] = generator.answer([Prompt([TextPart("seven " * (limit - 4))], [])], Sampling(50, temperature=2.0))
     with pytest.raises(PromptTooLong) as told:
         generator.answer([Prompt([TextPart("seven " * (limit - 1))], [])], Sampling(50))
@@ -217,7 +217,7 @@ def test_answers_end_where_the_positions_end(kind: str, config: RunConfig, expor
 
 
 def mistake(source: RunConfig | Path, prompt: Prompt) -> str:
-    """In a rank: what is said of a prompt that cannot be answered."""
+    """In a rank: the error for a prompt that cannot be answered."""
     generator = load(source)
     with pytest.raises(ValueError) as told:
         generator.answer([prompt], Sampling(2))
@@ -235,7 +235,7 @@ def test_both_refuse_a_broken_file_by_its_name(config: RunConfig, export: Path) 
 
 
 def verb(main: Any, argv: list[str], out: Path) -> int:
-    """In a rank: run a verb with its standard output in a file."""
+    """In a rank: run a command with its standard output redirected to a file."""
     with out.open("w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         sys.stdout = file
@@ -296,7 +296,7 @@ def test_talking_to_an_export(export: Path, tmp_path: Path) -> None:
 
 
 def trusting(folder: Path, prompts: list[Prompt], cache: Path) -> tuple[str, list[str], str]:
-    """In a rank: with the code of a folder, its model's module, greedy answers, and what a broken file is told."""
+    """In a rank: trust the folder's code; return the model's module, greedy answers, and a broken file's error."""
     dynamic_module_utils.HF_MODULES_CACHE = str(cache)
     config = json.loads((folder / "config.json").read_text())
     with pytest.raises(ConfigError, match=r"thermal\.py.*--trust-remote-code"):

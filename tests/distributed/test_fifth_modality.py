@@ -1,4 +1,4 @@
-"""A fifth modality from one file: prepared by the command, trained by the engine."""
+"""A fifth modality defined in one file: its data are prepared by the command, and the engine trains it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An export in an environment that has transformers and nothing of this project: both supported versions."""
+"""Exports work in an environment with transformers but without this project, for both supported versions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from megatron_anymal.generation.sampling import Sampling
 
 PIPELINE = Path(__file__).parents[1] / "unit" / "hf" / "ask_pipeline.py"
 LIBRARIES = ["transformers=={transformers}", "peft", "pillow", "soundfile", "av<19"]
-# Runs there: answers to all prompts, and the largest difference between adapters for peft and merged weights.
+# Runs in that environment. Prints the answers to all prompts, and the largest difference between the logits of merged
+# weights and of separate peft adapters.
 SCRIPT = """
 import json, sys, torch, transformers
 from peft import PeftModel
@@ -56,19 +57,19 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> RunConfig:
-    """An SFT run on four kinds of samples."""
+    """An SFT run on several kinds of samples."""
     folder = tmp_path_factory.mktemp("fresh")
     make_conversations(folder / "data", tokenizer_folder, 24)
     config = make_config(str(folder / "data"), tokenizer_folder, folder / "sft")
     config.job, config.data.seq_length, config.trainer.max_steps = "sft", 96, 3
-    # More, and it answers nothing.
+    # With a higher learning rate, the model would only give empty answers.
     config.model.lora, config.model.optim.lr = LoraConfig(r=4, alpha=64.0), 1e-3
     run_ranks(1, train, config)
     return config
 
 
 def exported_and_asked(run: RunConfig, folder: Path) -> list[str]:
-    """Two exports under `folder`, prompts beside them, and the trainer's own answers."""
+    """Write two exports and prompts to `folder`, and return the trainer's own answers."""
     source = run.exp_manager.explicit_log_dir
     plain = ["--checkpoint", source, "--out", str(folder / "apart"), "--adapter", "separate"]
     assert export_hf.main(plain) == 0
@@ -97,7 +98,7 @@ def test_an_export_answers_as_the_trainer_does(run: RunConfig, wanted: str, tmp_
     assert found["answers"] == found["together"] == [answer.strip() for answer in expected]
     assert len(set(found["answers"])) > 3
     assert found["difference"] < 1e-5
-    # Any warning of what a later version takes away ends it.
+    # The script turns deprecation warnings into errors.
     done = subprocess.run(
         [python, "-I", PIPELINE, tmp_path / "merged", tmp_path / "a.png", "8"], capture_output=True, text=True
     )
@@ -108,7 +109,7 @@ def test_an_export_answers_as_the_trainer_does(run: RunConfig, wanted: str, tmp_
 
 
 def environment(folder: Path, transformers: str) -> str:
-    """The Python of a new environment with torch, transformers and what reads media."""
+    """Create an environment with torch, transformers and the media libraries, and return its Python."""
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
     python = str(folder / "bin" / "python")
     install = [python, "-m", "pip", "install", "--quiet"]

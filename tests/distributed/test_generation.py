@@ -1,4 +1,4 @@
-"""Generation: the same answers under every layout and batch size, and those of transformers on the same weights."""
+"""Generation gives the same answers for every layout and batch size as transformers does with the same weights."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def run_dir(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def chats(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Conversations of one and two turns, with media in the user's."""
+    """Conversations of one and two turns, with media in the user turns."""
     return make_conversations(tmp_path_factory.mktemp("chats") / "chats", tokenizer_folder, 24)
 
 
 @pytest.fixture(scope="module")
 def sft_dir(chats: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A short run of adapters on conversations, with a checkpoint."""
+    """A short SFT run with adapters and a checkpoint."""
     folder = tmp_path_factory.mktemp("sft")
     config = make_config(chats, tokenizer_folder, folder)
     config.job, config.model.lora.r, config.model.optim.lr = "sft", 4, 0.05
@@ -59,7 +59,7 @@ def sft_dir(chats: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPath
 def answers(
     run_dir: Path, shards: str, stages: int, runs: dict[str, tuple[Sampling, int]], untrained: bool = False
 ) -> dict[str, list[str]]:
-    """In a rank: the checkpoint's answers to all samples, for each sampling and batch size."""
+    """In a rank: return the checkpoint's answers to all samples for each sampling and batch size."""
     generator = NativeGenerator.of_run(str(run_dir), None, stages, untrained=untrained)
     prompts = [question.prompt for question in read_questions(shards)]
     return {name: generator.answer(prompts, sampling, batch) for name, (sampling, batch) in runs.items()}
@@ -67,7 +67,7 @@ def answers(
 
 @pytest.fixture(scope="module")
 def alone(run_dir: Path, mixed_shards: str) -> dict[str, list[str]]:
-    """Answers of one process."""
+    """Answers on one process."""
     runs = {
         "greedy": (GREEDY, 64),
         "one by one": (GREEDY, 1),
@@ -83,7 +83,7 @@ def alone(run_dir: Path, mixed_shards: str) -> dict[str, list[str]]:
 
 
 def test_batch_size_does_not_matter(alone: dict[str, list[str]]) -> None:
-    assert len(alone["greedy"]) == 40 and len(set(alone["greedy"])) > 5, "the answers must be able to differ"
+    assert len(alone["greedy"]) == 40 and len(set(alone["greedy"])) > 5, "too few distinct answers"
     assert alone["one by one"] == alone["greedy"]
     assert alone["by sevens"] == alone["greedy"]
 
@@ -132,7 +132,7 @@ def test_conversations_are_asked_up_to_their_last_turn(chats: str, tokenizer_fol
             tokenizer.document(parts, [2] * len(question.prompt.media), placeholders, closed=False).tokens
             for parts in (question.prompt.parts, index.sample(number).documents[0])
         )
-        # What is asked, the answer and its end are the document that is trained on.
+        # The training document is the prompt, the answer and the end-of-turn token.
         assert whole == [*asked, *tokenizer.encode(question.answer), tokenizer.hf.get_vocab()[CHAT[2]]]
 
 
@@ -175,7 +175,7 @@ def test_a_prompt_that_asks_nothing_is_refused(line: dict[str, Any], message: st
 
 @pytest.fixture
 def hf_folder(tmp_path: Path) -> str:
-    """A Llama of transformers with weights large enough for varied answers."""
+    """A transformers Llama whose weights are large enough for varied answers."""
     torch.manual_seed(5)
     model = LlamaForCausalLM(LlamaConfig(**{**LLAMA, "initializer_range": 0.5}))
     model.save_pretrained(tmp_path / "hf")
@@ -183,13 +183,13 @@ def hf_folder(tmp_path: Path) -> str:
 
 
 def answer_prompts(config: RunConfig, prompts: list[list[Part]], sampling: Sampling) -> list[str]:
-    """In a rank: a Llama's answers to texts and conversations."""
+    """In a rank: return a Llama's answers to texts and conversations."""
     generator = NativeGenerator.of_checkpoint(config, initialize(config), None)
     return generator.answer([Prompt(parts, []) for parts in prompts], sampling)
 
 
 def chat_tokens(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The published format, from the words: the roles are words that this vocabulary lacks."""
+    """Encode messages in the published chat format. The role names are not in this vocabulary, hence <unk>."""
     start, header_end, turn_end = tokenizer.convert_tokens_to_ids(CHAT)
     header = [start, tokenizer.unk_token_id or tokenizer.convert_tokens_to_ids("<unk>"), header_end]
     tokens = [tokenizer.bos_token_id]
@@ -224,11 +224,11 @@ def test_greedy_answers_are_those_of_transformers(
     expected, last = [], []
     for tokens in asked:
         start = len(tokens)
-        # A full forward pass for each token: no cache that could hide a mistake.
+        # A full forward pass for each token, without a cache that could hide an error.
         while len(tokens) < start + 20:
             with torch.no_grad():
                 logits = hf(torch.tensor([tokens])).logits[0, -1]
-            # The tokens that stand for media are no answers.
+            # Placeholder tokens are never generated.
             logits[tokenizer.convert_tokens_to_ids(SPECIAL[2:5])] = float("-inf")
             tokens.append(int(logits.argmax()))
             if tokens[-1] in ends:
@@ -237,11 +237,11 @@ def test_greedy_answers_are_those_of_transformers(
         last.append(tokens[-1])
     assert found == expected
     assert len(set(expected)) > 5 and any(len(text.split()) >= 8 for text in expected)
-    assert set(ends) & set(last), "some answers must end by themselves"
+    assert set(ends) & set(last), "no answer ends with an end token"
 
 
 def questions() -> list[Question]:
-    """Images, sounds, both together in one order, one lone IMU sample, texts."""
+    """Questions with an image, audio, an image and audio in this order, text only, and a single one with IMU data."""
     kinds = [("image",)] * 7 + [("audio",)] * 2 + [("image", "audio")] * 3 + [("imu",)] + [()] * 4
     made = []
     for number, of_this in enumerate(kinds):
@@ -263,7 +263,7 @@ def test_permuted_media_are_a_derangement_within_their_kinds(seed: int) -> None:
         media = [[part for part in q.prompt.parts if isinstance(part, MediaPart)] for q in (old, new)]
         assert [m.modality for m in media[0]] == [m.modality for m in media[1]]
         assert [type(part) for part in old.prompt.parts] == [type(part) for part in new.prompt.parts]
-        # Attributes and bytes travel together.
+        # Attributes and bytes of an item stay together.
         assert [m.media.encode() for m in media[1]] == [file.data for file in new.prompt.media]
         alone_in_its_kind = not media[0] or media[0][0].modality == "imu"
         assert (old.prompt == new.prompt) == alone_in_its_kind
@@ -272,7 +272,7 @@ def test_permuted_media_are_a_derangement_within_their_kinds(seed: int) -> None:
 
 
 def talk(run_dir: Path, lines: list[str]) -> tuple[list[str], list[str]]:
-    """In a rank: what a conversation shows, and the answers to its turns asked for at once."""
+    """In a rank: return the output of a chat session, and the answers to its turns from direct calls."""
     shown: list[str] = []
     left = iter([*lines, "/quit"])
     generator = NativeGenerator.of_run(str(run_dir))

@@ -1,4 +1,4 @@
-"""HuggingFace Llamas of many shapes as checkpoints: the same bytes, and the same logits under any layout."""
+"""Imported HuggingFace Llamas of many shapes have the same bytes, and the same logits under any layout."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ LLAMA31 = {
     "original_max_position_embeddings": 32,
 }
 GQA_8_2, GQA_6_3 = {"num_key_value_heads": 2}, {"num_attention_heads": 6, "num_key_value_heads": 3}
-# Changes of the shape, and the layouts (TP, PP, layers of the first stage) that it is run under.
+# Case -> changes to BASE, and the layouts (TP, PP, layers of the first stage) to run it under.
 CASES: dict[str, tuple[dict[str, Any], list[tuple[int, int, int]]]] = {
     "mha": ({}, [(2, 2, 0)]),
     "gqa-8-2": (GQA_8_2, [(2, 1, 0), (1, 2, 0), (2, 2, 0)]),
@@ -82,7 +82,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
         hf = LlamaConfig(**{**BASE, **changes})
         model = LlamaForCausalLM(hf).to(hf.dtype or torch.float32)
         with torch.no_grad():
-            # Norms start at 1, where one left out or swapped would not show.
+            # Norm weights start at 1, which would hide a missing or swapped norm.
             for weight_name, weight in model.named_parameters():
                 if "norm" in weight_name:
                     weight.uniform_(0.5, 1.5)
@@ -95,7 +95,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
 
 
 def check_same_bytes(folder: Path, checkpoint: Path) -> None:
-    """Every tensor of a HuggingFace folder, read back from a checkpoint, is what it was."""
+    """Assert that every tensor of a HuggingFace folder is bit-identical in the checkpoint."""
     hf = LlamaConfig.from_dict(store.read_manifest(checkpoint, verify=True).llama)
     theirs, reader = HFWeights(folder), StreamReader(checkpoint)
     found: dict[str, torch.Tensor] = {}
@@ -131,7 +131,7 @@ def tokens_of(vocab_size: int) -> torch.Tensor:
 
 
 def build_from(checkpoint: Path, tp: int, pp: int, first: int) -> tuple[RunConfig, LlamaConfig, AnyMALModel]:
-    """The model with the checkpoint as its base, in a rank."""
+    """In a rank: build a model with the checkpoint as its base."""
     config = RunConfig()
     config.trainer.precision, config.trainer.devices = "32", tp * pp
     config.model.tensor_model_parallel_size, config.model.pipeline_model_parallel_size = tp, pp
@@ -146,7 +146,7 @@ def build_from(checkpoint: Path, tp: int, pp: int, first: int) -> tuple[RunConfi
 
 
 def logits_of(model: AnyMALModel) -> np.ndarray | None:
-    """[T, V] on the ranks of the last stage."""
+    """Return the logits [T, V] on the ranks of the last stage, None on others."""
     tokens = tokens_of(model.vocab_size)
     zeros = torch.zeros_like(tokens)
     plan = PlannedMicroBatch(0, LENGTH, ())
@@ -166,7 +166,7 @@ def logits_of(model: AnyMALModel) -> np.ndarray | None:
 
 
 def save_again(model: AnyMALModel, folder: Path, manifest: Manifest) -> None:
-    """As a run saves a Llama that trains. Collective."""
+    """Save a checkpoint as a run with a trainable Llama does. Collective."""
     weights = sharded_weights([model], lambda name, trains: True)
     staging = folder.with_name(f".{folder.name}")
     if dist.get_rank() == 0:
@@ -180,7 +180,7 @@ def save_again(model: AnyMALModel, folder: Path, manifest: Manifest) -> None:
 
 
 def answers(checkpoints: dict[str, Path], world: int, again: Path | None) -> dict[tuple[str, Any], np.ndarray]:
-    """(case, layout) -> logits, of all layouts of so many processes; some are saved again."""
+    """In a rank: (case, layout) -> logits, for all layouts of `world` processes. Saves some models to `again`."""
     found = {}
     for name, checkpoint in checkpoints.items():
         for layout in [(1, 1, 0), *CASES[name][1]]:
@@ -197,7 +197,7 @@ def answers(checkpoints: dict[str, Path], world: int, again: Path | None) -> dic
 
 @pytest.fixture(scope="module")
 def ours(imported: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """The answers of all cases and layouts, and where a TP2 x PP2 run saved some of them again."""
+    """Logits of all cases and layouts, and the folder with the checkpoints saved again under TP2 x PP2."""
     again = tmp_path_factory.mktemp("again")
     checkpoints = {name: out for name, (_, out) in imported.items()}
     found: dict[Any, Any] = {}
@@ -210,7 +210,7 @@ def ours(imported: dict[str, tuple[Path, Path]], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture(scope="module")
 def theirs(imported: dict[str, tuple[Path, Path]]) -> dict[str, np.ndarray]:
-    """transformers' logits in fp32."""
+    """Logits of transformers in fp32."""
     found = {}
     for name, (folder, _) in imported.items():
         model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""A published Llama's folder as it comes: other types, variants, odd values, no tokenizer; in, and out again."""
+"""Import and export of published Llama folders: other dtypes, variants, odd values, and no tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from checkpoint_tools.import_hf import main as import_hf
 
 
 def published(folder: Path, dtype: torch.dtype) -> Path:
-    """A Llama's folder without a tokenizer."""
+    """Folder of a Llama without a tokenizer."""
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).to(dtype).save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""SFT and DPO as runs: stopped and continued, DPO's reference kept and read again, what is saved, what is refused."""
+"""SFT and DPO runs: stopping and continuing, DPO's cached reference, saved weights, and refused configurations."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CP2 = {"context_parallel_size": 2}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> Path:
-    """Conversations, preference pairs (three steps take all of them once), and the runs of this file."""
+    """Folder with conversations, preference pairs (three steps are one epoch), and the runs of this file."""
     base = tmp_path_factory.mktemp("jobs")
     make_conversations(base / "conversations", tokenizer_folder, 40)
     make_conversations(base / "pairs", tokenizer_folder, 24, pairs=True)
@@ -38,24 +38,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> P
 
 @pytest.fixture(scope="module")
 def sft(folder: Path, tokenizer_folder: str) -> RunConfig:
-    """An SFT run of six steps, with all that is drawn at random."""
+    """Configuration of an SFT run of six steps with dropout and NEFTune noise."""
     config = make_config(str(folder / "conversations"), tokenizer_folder, folder / "sft")
     config.job, config.data.seq_length = "sft", 96
     config.model.lora, config.model.neftune.alpha = LoraConfig(r=4, alpha=8.0, dropout=0.1), 5.0
-    # The rate depends on the run's length: parts of a run belong to one of six steps.
+    # The learning rate depends on the run's length, so partial runs use the schedule of a run of six steps.
     config.model.optim.sched.decay_steps = 6
     return config
 
 
 @pytest.fixture(scope="module")
 def sft_run(sft: RunConfig) -> dict[str, Any]:
-    """What it did."""
+    """Results of the SFT run."""
     return run_ranks(1, train, sft)[0]
 
 
 @pytest.fixture(scope="module")
 def dpo(sft: RunConfig, sft_run: dict[str, Any], folder: Path) -> RunConfig:
-    """A DPO run that continues it."""
+    """Configuration of a DPO run that starts from the SFT run."""
     config = copy.deepcopy(sft)
     config.job, config.model.restore_from_path = "dpo", sft.exp_manager.explicit_log_dir
     config.data.train["mix"].path = str(folder / "pairs")
@@ -67,12 +67,12 @@ def dpo(sft: RunConfig, sft_run: dict[str, Any], folder: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def dpo_run(dpo: RunConfig) -> dict[str, Any]:
-    """What it did."""
+    """Results of the DPO run."""
     return run_ranks(1, train_and_count, dpo)[0]
 
 
 def train_and_count(config: RunConfig) -> dict[str, Any]:
-    """In a rank: train, and count how often the reference model ran, as "asked"."""
+    """In a rank: train; "asked" in the result is the number of reference passes."""
     asked, run_reference = [], train_step._reference_pass
 
     def counted(*args: Any) -> Any:
@@ -84,7 +84,7 @@ def train_and_count(config: RunConfig) -> dict[str, Any]:
 
 
 def changed(config: RunConfig, run_dir: Path, steps: int = 6, **settings: Any) -> RunConfig:
-    """A copy in another folder, of so many steps, with settings of the model."""
+    """Return a copy with another run folder, number of steps and model settings."""
     config = copy.deepcopy(config)
     config.exp_manager.explicit_log_dir, config.trainer.max_steps = str(run_dir), steps
     for name, value in settings.items():
@@ -93,7 +93,7 @@ def changed(config: RunConfig, run_dir: Path, steps: int = 6, **settings: Any) -
 
 
 def continued(config: RunConfig, run_dir: Path, first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Three steps under one layout, then three under another; returns what the second part did, and all losses."""
+    """Train three steps under each of two layouts; return the results of the second part, with the losses of both."""
     for steps, layout in ((3, first), (6, second)):
         part = changed(config, run_dir, steps, **layout)
         part.trainer.devices = 2 if layout else 1
@@ -102,7 +102,7 @@ def continued(config: RunConfig, run_dir: Path, first: dict[str, Any], second: d
 
 
 def assert_identical(found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Losses of all steps and the final weights, bit by bit."""
+    """Assert that the losses of all steps and the final weights are bit-identical."""
     assert found["losses"] == wanted["losses"]
     assert found["weights"].keys() == wanted["weights"].keys()
     for name, weight in wanted["weights"].items():
@@ -120,7 +120,7 @@ def test_sft_continues_as_if_it_had_not_stopped(sft: RunConfig, sft_run: dict[st
 def test_dpo_continues_as_if_it_had_not_stopped(dpo: RunConfig, dpo_run: dict[str, Any], tmp_path: Path) -> None:
     found = continued(dpo, tmp_path / "run", ONE, ONE)
     assert_identical(found, dpo_run)
-    # Its second part read all answers from the first one's file.
+    # The second part reads all reference log-probabilities from the file of the first part.
     assert found["asked"] == 0
 
 
@@ -128,7 +128,7 @@ def test_a_recomputed_reference_is_the_cached_one(dpo: RunConfig, dpo_run: dict[
     dpo = copy.deepcopy(dpo)
     dpo.model.dpo.reference = "recomputed"
     whole = run_ranks(1, train_and_count, changed(dpo, tmp_path / "whole"))[0]
-    # From the fourth step on, pairs come again in other packs: the cache has what they were in the first.
+    # From the fourth step on, pairs repeat in different packs; the cached values were computed in the first packs.
     assert whole["asked"] == 6 and dpo_run["asked"] == 3
     assert whole["losses"][:3] == dpo_run["losses"][:3]
     np.testing.assert_allclose(whole["losses"], dpo_run["losses"], rtol=1e-6)
@@ -157,7 +157,7 @@ def test_another_reference_is_asked_anew(dpo: RunConfig, dpo_run: dict[str, Any]
 
 
 def media_weights(run_dir: Path, untrained: bool) -> dict[str, np.ndarray]:
-    """In a rank: what generation loads of a run's last checkpoint besides the Llama."""
+    """In a rank: return all weights that generation loads from a run's last checkpoint, except those of the Llama."""
     weights = gather_weights([NativeGenerator.of_run(str(run_dir), untrained=untrained).model])
     assert weights is not None
     return {name: w.numpy().copy() for name, w in weights.items() if not name.startswith("language_model.")}
@@ -171,7 +171,7 @@ def test_a_dpo_checkpoint_holds_the_frozen_projectors(
     assert saved.keys() == {name for name in sft_run["weights"] if not name.startswith("language_model.")}
     for name, weight in saved.items():
         np.testing.assert_array_equal(weight, sft_run["weights"][name], err_msg=name)
-    # SFT trained them, the IMU encoder too.
+    # SFT trained the projectors and the IMU encoder.
     for part in ("projectors.image.", "projectors.audio.", "projectors.imu.", "encoders.imu."):
         assert any((saved[name] != drawn[name]).any() for name in saved if name.startswith(part)), part
 
@@ -197,7 +197,7 @@ def other_llama(config: RunConfig) -> None:
 
 
 def data_of(name: str) -> Callable[[RunConfig], None]:
-    """Reads the data of another job."""
+    """Return a change that makes a run read the data of another job."""
 
     def change(config: RunConfig) -> None:
         path = Path(config.data.train["mix"].path)
@@ -207,7 +207,7 @@ def data_of(name: str) -> Callable[[RunConfig], None]:
 
 
 def refused(config: RunConfig) -> tuple[str, str]:
-    """In a rank: the kind and the text of the error that a run ends with."""
+    """In a rank: return the type and the message of the error that ends a run."""
     with pytest.raises((ConfigError, CheckpointError, DataError)) as error:
         check_run(config)
         train(config)
@@ -248,7 +248,7 @@ def test_what_does_not_go_on_from_an_sft_run_is_refused(
 
 @pytest.fixture(scope="module")
 def images_only(sft: RunConfig, folder: Path, tokenizer_folder: str) -> str:
-    """The folder of an SFT run of the projector for images, without adapters."""
+    """Folder of an SFT run that trains only the image projector, without adapters."""
     config = changed(sft, folder / "images", 1, lora=LoraConfig())
     config.data.train["mix"].path = make_conversations(folder / "about_images", tokenizer_folder, 16, ("image",))
     del config.model.modalities["audio"], config.model.modalities["imu"]

@@ -1,4 +1,4 @@
-"""The quickstart's own configurations, on several processes and on one."""
+"""The quickstart's configurations give the same losses on several processes as on one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Rows = list[dict[str, float]]
 
 
 def run(folder: Path, name: str, processes: int, *overrides: str, steps: int = STEPS) -> Rows:
-    """Run a configuration in a folder; what each step logged."""
+    """Train with a configuration of a folder, and return the metrics of each step."""
     run = folder / f"{name}-{processes}"
     settings = [
         *(f"trainer.devices={processes}", f"trainer.max_steps={steps}", "trainer.log_every_n_steps=1"),
@@ -43,7 +43,7 @@ def test_tp2_pp2_equals_one_process(quickstart_folder: Path, tmp_path: Path) -> 
 
 @pytest.mark.timeout(900)
 def test_sft_and_dpo_equal_one_process(quickstart_folder: Path, tmp_path: Path) -> None:
-    """The configurations' own layouts, sequence and context parallel; the preferences start from the adapters."""
+    """Uses the configurations' own sequence- and context-parallel layouts. DPO starts from the SFT adapters."""
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
     alone = ["model.tensor_model_parallel_size=1", "model.sequence_parallel=false"]
     one = run(tmp_path, "quickstart_sft", 1, *alone, steps=4)
@@ -56,6 +56,6 @@ def test_sft_and_dpo_equal_one_process(quickstart_folder: Path, tmp_path: Path) 
     assert len(one) == 4
     for name in ("loss", "rewards/margin"):
         np.testing.assert_allclose(values(two, name), values(one, name), rtol=1e-4, atol=1e-6)
-    # The policy starts from its reference: only NEFTune's noise lies between them.
+    # The policy starts as a copy of the reference and differs from it only in NEFTune's noise.
     assert abs(values(one, "loss")[0] - np.log(2)) < 0.2
     assert values(one, "loss")[0] != values(one, "loss")[-1]

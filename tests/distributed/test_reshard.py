@@ -1,4 +1,4 @@
-"""A checkpoint cut for another layout: the same values, the parts that layout's own runs write, and it goes on."""
+"""A resharded checkpoint has the same values, is cut like a run of the new layout would, and can be resumed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from megatron_anymal.safetensors_io import raw_bytes
 
 @pytest.fixture
 def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
-    """An odd vocabulary, and the Llama trains."""
+    """A run with an odd vocabulary size and a trainable Llama."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.model.language_model.config["vocab_size"] = 33
     config.model.language_model.freeze = False
@@ -46,7 +46,7 @@ def arguments(source: Path, out: Path, tp: int, pp: int) -> list[str]:
 
 
 def same_content(one: Path, other: Path) -> None:
-    """Every entry is bit by bit the same, and the manifests but for layout and files."""
+    """Assert that all entries are bit-identical, and the manifests differ only in configuration and files."""
     mine, theirs = StreamReader(one), StreamReader(other)
     assert mine.tensors.keys() == theirs.tensors.keys() and mine.objects == theirs.objects
     for name in mine.tensors:
@@ -70,7 +70,7 @@ def test_cut_as_that_layout_cuts(config: RunConfig, tmp_path: Path) -> None:
     assert len(list(out.glob("*.distcp"))) == 4
     manifest = store.read_manifest(out)
     assert manifest.config["model"]["tensor_model_parallel_size"] == 2 and manifest.config["trainer"]["devices"] == 4
-    # A run under that layout saves the same boxes, but for the rows that pad the vocabulary.
+    # A run under that layout saves chunks of the same offsets and sizes, except for the vocabulary's padding rows.
     config.exp_manager.explicit_log_dir = str(tmp_path / "two")
     run(config, 2, 2, 4)
     mine, theirs = boxes(out), boxes(newest(tmp_path / "two"))
@@ -101,7 +101,7 @@ def test_a_run_goes_on_from_it(
     assert reshard(arguments(source, out, *second)) == 0
     same_content(source, out)
     config.trainer.max_steps = 4
-    # The same checkpoint uncut, continued under the same layout.
+    # Continue the original checkpoint under the same layout for comparison.
     run(config, *second, 2)
     config.exp_manager.explicit_log_dir = str(later)
     run(config, *second, 2)

@@ -1,4 +1,4 @@
-"""A run that continues with nothing changed is never refused, whatever encoding does to its tokenizer."""
+"""An unchanged run is never refused when it resumes, even if encoding modifies its tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same samples in every global batch, whatever the replicas, pack lengths and workers, and across restarts."""
+"""Every global batch has the same samples for any replicas, pack lengths and workers, and across restarts."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from megatron_anymal.train.build import DataSource
 STEPS = 200
 BATCH = 6
 REPLICAS, SEQ_LENGTHS, WORKERS = (1, 2, 3, 4), (26, 64), (0, 1, 3)
-# Every number of replicas, every number of workers, both pack lengths; the restarts below go through further mixes.
+# Cover every number of replicas and workers, and both pack lengths. The restarts below use more combinations.
 LAYOUTS = [(1, 64, 1), (2, 26, 3), (3, 64, 0), (4, 26, 1)]
 
 
 class Content(NamedTuple):
-    """What a sample is to the model."""
+    """Content of a sample as the model sees it."""
 
     name: str
     tokens: tuple[int, ...]
@@ -60,7 +60,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> R
 
 @pytest.fixture(scope="module")
 def expected(config: RunConfig) -> list[list[Content]]:
-    """Per step what each place of the global batch must hold: straight from the order, the index and the media."""
+    """Expected samples of the global batch per step and position, computed from the order, the index and the media."""
     data = replica_data(config)
     planner, reader = data.planner, data.reader
     order = GlobalOrder(tuple(len(i) for i in planner.indexes), (0.7, 0.3), config.model.seed)
@@ -90,22 +90,22 @@ def content_of(config: RunConfig, data: DataSource, dataset: int, sample: int) -
 
 
 def contents(data: DataSource, batches: list[MicroBatch]) -> Iterator[tuple[int, Content]]:
-    """Place in the global batch and content of every sample of some micro-batches."""
+    """Yield position in the global batch and content of every sample of the micro-batches."""
     for m in batches:
         assert not m.bad
         at = dict.fromkeys(m.media, 0)
         for sample in m.plan.samples:
-            here = m.sample_positions[0] == sample.position
+            mask = m.sample_positions[0] == sample.position
             media = []
             for planned in sample.media:
                 start = at[planned.modality]
                 at[planned.modality] = start + planned.pieces
                 media.append(hash_of(m.media[planned.modality].pieces[start : start + planned.pieces]))
-            labels = m.labels[0, here][m.loss_mask[0, here] > 0]
+            labels = m.labels[0, mask][m.loss_mask[0, mask] > 0]
             name = data.planner.key(sample.dataset, sample.sample)
             yield (
                 sample.position,
-                Content(name, tuple(m.tokens[0, here].tolist()), tuple(labels.tolist()), tuple(media)),
+                Content(name, tuple(m.tokens[0, mask].tolist()), tuple(labels.tolist()), tuple(media)),
             )
         for name, count in at.items():
             assert count == len(m.media[name].pieces)
@@ -114,7 +114,7 @@ def contents(data: DataSource, batches: list[MicroBatch]) -> Iterator[tuple[int,
 def global_batches(
     config: RunConfig, layout: tuple[int, int, int], start: int, stop: int
 ) -> list[list[tuple[int, Content]]]:
-    """What all replicas of a run read, by step; each replica with a planner of its own, as in a job."""
+    """Return what all replicas of a run read, by step. Each replica has its own planner, as in a job."""
     replicas, seq_length, workers = layout
     config = copy.deepcopy(config)
     config.data.seq_length = seq_length
@@ -163,7 +163,7 @@ def test_twenty_restarts_in_other_layouts_lose_and_repeat_nothing(
 
 
 def test_pack_lengths_differ(config: RunConfig) -> None:
-    # Otherwise the tests above compare one layout with itself.
+    # Otherwise the tests above would compare a layout with itself.
     plans = []
     for seq_length in SEQ_LENGTHS:
         config = copy.deepcopy(config)
@@ -182,11 +182,11 @@ def losses_under(config: RunConfig, run_dir: Path, layout: tuple[int, int, int])
 
 @pytest.fixture(scope="module")
 def one_process(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, list[float]]:
-    """A short run of one process, and its losses."""
+    """Configuration and losses of a short run on one process."""
     config = copy.deepcopy(config)
     config.trainer.max_steps = 4
     config.exp_manager.checkpoint.every_n_train_steps = 0
-    # A gradient that is 0 but for rounding must not decide a full step.
+    # With a large eps, a gradient that is only rounding does not cause a full step of Adam.
     config.model.optim.eps = 1e-4
     return config, losses_under(config, tmp_path_factory.mktemp("one"), (1, SEQ_LENGTHS[1], 0))
 

@@ -1,4 +1,4 @@
-"""A model in training answers validation samples: written down, shown, and the same under every layout."""
+"""Sampled answers during training are saved, logged, and the same under every layout."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_anymal.train.loop import fit
 
 
 class Board:
-    """A logger with TensorBoard's way of taking text."""
+    """A logger with TensorBoard's `add_text`."""
 
     def __init__(self) -> None:
         self.texts: list[tuple[str, str, int]] = []
@@ -44,7 +44,7 @@ def test_answers_are_the_same_under_every_layout(tokenizer_folder: str, tmp_path
     config.job, config.model.lora = "sft", LoraConfig(r=4)
     config.data.validation = {"a": DatasetConfig(path=data), "b": DatasetConfig(path=data)}
     config.trainer.sampled_answers, config.trainer.val_check_interval, config.trainer.limit_val_batches = 3, 3, 1
-    # So that the answers are not empty from the first word on.
+    # Larger weights, so that the answers are not empty.
     config.model.language_model.config["initializer_range"] = 0.4
     found: list[Any] = []
     for number, layout in enumerate(

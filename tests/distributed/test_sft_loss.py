@@ -1,4 +1,4 @@
-"""The SFT loss against transformers: the same Llama, the same conversations, the same labels."""
+"""The SFT loss matches transformers with the same Llama, conversations and labels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_equals_transformers(normalization: str, tokenizer_folder: str, tmp_path
     [batch] = read_steps(config, 1)
     sums, counts = [], []
     for sample in batch:
-        # transformers' labels stand at their own tokens; it moves them itself.
+        # Labels for transformers are aligned with the tokens; the model shifts them.
         labels = torch.full_like(sample.tokens, -100)
         labels[1:] = torch.where(sample.loss_mask[:-1] > 0, sample.tokens[1:], -100)
         count = int((labels >= 0).sum())

@@ -1,4 +1,4 @@
-"""Packs without media under a frozen Llama: no backward pass, and nothing changes by that."""
+"""Skipping the backward pass of packs without media under a frozen Llama does not change results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
 from megatron_anymal.train.step import train_step
 
-# Processes and settings.
+# Name -> number of processes, model settings.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "pipeline": (2, {"pipeline_model_parallel_size": 2}),
@@ -33,7 +33,7 @@ def config(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> R
     folder = tmp_path_factory.mktemp("text_only")
     shards = make_shards(folder / "shards", tokenizer_folder, 48, ("image", "text", "text", "text", "text", "imu"))
     config = make_config(shards, tokenizer_folder, folder / "run")
-    # A pack holds two or three documents: most packs have no media.
+    # A pack holds two or three documents, so most packs have no media.
     config.data.seq_length = 24
     config.model.global_batch_size = 12
     config.trainer.max_steps = 4
@@ -42,7 +42,7 @@ def config(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> R
 
 
 def run(config: RunConfig, layout: str, skips: bool, folder: Path) -> tuple[dict[str, Any], list[bool]]:
-    """Train in this rank, with or without skipping; whether each micro-batch could teach something."""
+    """In a rank: train with or without skipping; also return whether each micro-batch has a gradient."""
     processes, settings = LAYOUTS[layout]
     config.trainer.devices = processes
     config.exp_manager.explicit_log_dir = str(folder / f"{layout}_{skips}")
@@ -72,7 +72,7 @@ def test_nothing_changes(config: RunConfig, layout: str, tmp_path: Path) -> None
 
 
 def products(config: RunConfig, trains: bool) -> dict[bool, float]:
-    """Matrix products of a micro-batch for each of the Llama's parameters and tokens: by whether it has media."""
+    """Return matmul FLOPs per parameter of the Llama and token of a micro-batch, by whether it has media."""
     config.model.language_model.freeze = not trains
     state = build(config, initialize(config))
     planner, found = state.train_data.planner, {}
@@ -93,10 +93,11 @@ def products(config: RunConfig, trains: bool) -> dict[bool, float]:
 
 
 def test_the_backward_pass_is_not_made(config: RunConfig) -> None:
-    # 2 forward, 2 for the gradient of the input. (What lies before the decoder is counted to its backward pass.)
+    # 2 for the forward pass, 2 for the gradient of the input. Operations before the decoder are counted as part of its
+    # backward pass, hence the tolerance.
     frozen = run_ranks(1, products, config, False)[0]
     assert frozen[False] == 2.0 and frozen[True] == pytest.approx(4.0, rel=0.03)
-    # A Llama that trains learns from text.
+    # A trainable Llama has gradients from text.
     trained = run_ranks(1, products, config, True)[0]
     assert trained[False] == pytest.approx(6.0, rel=0.03) == trained[True]
 
@@ -107,7 +108,7 @@ def test_a_step_of_text_alone(config: RunConfig, text_shards: str) -> None:
 
 
 def one_step(config: RunConfig) -> float:
-    """The gradient's norm."""
+    """In a rank: train one step and return its gradient norm."""
     state = build(config, initialize(config))
     plan = state.train_data.planner.plan(0)
     result = train_step(state, plan, [state.train_data.reader[m] for m in plan.of_replica(0)])

@@ -1,6 +1,6 @@
 """No file of a checkpoint, an archive or an export runs code unless a flag says so; see docs/guides/trust.md.
 
-The harmless payloads make a marker: a folder by a pickle, a file by a plug-in.
+The payloads are harmless: a pickle creates a folder as a marker, a plug-in a file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_anymal.nemo.model import MegatronAnyMALModel, to_cfg
 
 
 class MakeFolder:
-    """Unpickling it makes a folder."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -54,7 +54,7 @@ def run(tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def changed(run: Path, to: Path, **values: Any) -> Path:
-    """A copy of a run whose checkpoint is whole by its checksums, after a change of its files or manifest."""
+    """Copy a run and change its checkpoint's files or manifest, with valid checksums."""
     shutil.copytree(run, to)
     [folder] = (to / "checkpoints").iterdir()
     manifest = store.read_manifest(folder)
@@ -68,7 +68,7 @@ def changed(run: Path, to: Path, **values: Any) -> Path:
 
 
 def resume(run: Path) -> int:
-    """In a rank: train on."""
+    """In a rank: resume training."""
     [folder] = (run / "checkpoints").iterdir()
     config = from_dict(store.read_manifest(folder).config)
     config.exp_manager.explicit_log_dir, config.trainer.max_steps = str(run), 4
@@ -77,7 +77,7 @@ def resume(run: Path) -> int:
 
 
 def commands(run: Path, out: Path) -> dict[str, tuple[Any, list[str]]]:
-    """Everything that reads a checkpoint, by name: a function and its arguments."""
+    """Return every command that reads a checkpoint, by name: its function and arguments."""
     sizes = ["--tensor-model-parallel-size=1", "--pipeline-model-parallel-size=1"]
     return {
         "inspect": (inspect.main, [str(run)]),
@@ -89,13 +89,13 @@ def commands(run: Path, out: Path) -> dict[str, tuple[Any, list[str]]]:
 
 
 def each(run: Path, out: Path) -> dict[str, tuple[int, str]]:
-    """In a rank: every command's exit code and what it said."""
-    told = {}
+    """In a rank: return every command's exit code and output."""
+    results = {}
     for name, (function, arguments) in commands(run, out).items():
         said = io.StringIO()
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            told[name] = function(arguments), said.getvalue()
-    return told
+            results[name] = function(arguments), said.getvalue()
+    return results
 
 
 def bytes_of(payload: Any) -> bytes:
@@ -112,7 +112,7 @@ def test_code_in_metadata_is_refused_by_every_reader(run: Path, tmp_path: Path) 
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "config.json").write_text('{"model_type": "anymal"}')
     for name, (code, said) in run_ranks(1, each, bad, tmp_path)[0].items():
-        # `verify` finds that the export here is none before it reads the checkpoint.
+        # `verify` finds that the export is not valid before it reads the checkpoint.
         assert code == (1 if name == "verify" else 2), (name, said)
         assert name == "verify" or "refers to posix.mkdir" in said, (name, said)
     with pytest.raises(pytest.fail.Exception, match=r"refers to posix\.mkdir"):
@@ -131,7 +131,7 @@ def test_code_in_common_is_refused(run: Path, tmp_path: Path) -> None:
 
 
 def plugged(run: Path, folder: Path) -> tuple[Path, Path, Path]:
-    """A copy of a run whose manifest names a plug-in, the plug-in, and what it makes once imported."""
+    """Return a copy of a run whose manifest names a plug-in, the plug-in, and the marker file its import creates."""
     plugin, marker = folder / "plugin.py", folder / "marker"
     plugin.write_text(f"from pathlib import Path\nPath({str(marker)!r}).touch()\n")
     [checkpoint] = (run / "checkpoints").iterdir()
@@ -170,7 +170,7 @@ def test_plugins_of_an_archive_need_the_argument(run: Path, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match=r"a\.nemo' names .*/plugin\.py.*trust_plugins=True"):
         MegatronAnyMALModel.restore_from(tmp_path / "a.nemo")
     assert MegatronAnyMALModel.restore_from(tmp_path / "a.nemo", trust_plugins=True)
-    # Its own is the user's.
+    # A configuration passed by the user is trusted.
     assert MegatronAnyMALModel.restore_from(tmp_path / "a.nemo", override_config_path=config)
 
 

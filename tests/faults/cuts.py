@@ -1,7 +1,7 @@
-"""Disks that fail and runs that are killed: at a chosen write, sync, rename or deletion of a checkpoint.
+"""Simulate disk errors and power loss at a chosen write, sync, rename or deletion of a checkpoint.
 
-`Disk` stands between the engine and the file system for paths below a folder. What is killed is a forked process, by
-SIGKILL; before, what was written and not yet synced is cut off or taken away, as a loss of power may do.
+`Disk` intercepts the engine's file operations below a folder. To simulate power loss, a forked process truncates or
+removes everything that was written but not synced, and is then killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ranks import start_ranks
 
 @dataclass(frozen=True)
 class Operation:
-    """One step of the disk's work."""
+    """One file operation."""
 
     number: int
     # write, fsync, rename, mkdir, unlink or rmdir.
@@ -31,21 +31,21 @@ class Operation:
 
 
 class Disk:
-    """Sees every change below `folder`, in this process, and may refuse it.
+    """Intercept every change below `folder` in this process, and optionally make it fail.
 
     Args:
-        meet: called before each operation; it may raise, or never return.
+        meet: called before each operation; may raise an error or kill the process.
     """
 
     def __init__(self, folder: Path, meet: Callable[[Operation], None]) -> None:
         self.folder, self._meet = str(folder), meet
         self.seen: list[Operation] = []
-        # Inodes with writes that were not synced; new names in folders that were not.
+        # Inodes with unsynced writes, and new names in unsynced folders.
         self._unsynced: set[int] = set()
         self._new: set[tuple[int, str]] = set()
 
     def install(self) -> None:
-        """From now on, for this process."""
+        """Start intercepting in this process."""
         real_fsync = os.fsync
 
         real_open = io.open
@@ -80,7 +80,7 @@ class Disk:
             setattr(os, name, self._counted(name, getattr(os, name)))
 
     def lose_power(self) -> None:
-        """Leave of what was not synced as little as may be left."""
+        """Truncate or remove everything that was not synced: the worst case after a loss of power."""
         for parent, _, names in os.walk(self.folder):
             for name in names:
                 path = os.path.join(parent, name)
@@ -93,7 +93,7 @@ class Disk:
 
     def _counted(self, kind: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(path: Any, *arguments: Any, **settings: Any) -> Any:
-            # shutil.rmtree gives names below an open folder.
+            # shutil.rmtree passes names relative to an open folder.
             inside = "dir_fd" in settings and settings["dir_fd"] is not None
             where = os.readlink(f"/proc/self/fd/{settings['dir_fd']}") if inside else ""
             full = os.path.join(where, os.fspath(path))
@@ -123,7 +123,7 @@ class Disk:
         try:
             self._before("write", path)
         except OSError:
-            # A full disk takes what there is room for.
+            # A full disk still writes as much as fits.
             write(data[: len(data) // 2])
             raise
         return int(write(data))
@@ -134,7 +134,7 @@ class Disk:
 
 
 class _File:
-    """A file whose writes are seen."""
+    """A file whose writes are intercepted."""
 
     def __init__(self, disk: Disk, file: Any, path: str) -> None:
         self._disk, self._file, self._path = disk, file, path
@@ -153,13 +153,13 @@ class _File:
 
 
 def die() -> None:
-    """End this process as a machine that fails."""
+    """Kill this process, as a machine failure would."""
     os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(60)
 
 
 def run_until_killed(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> None:
-    """Run a job of ranks of which one calls `die`; the others are killed with it."""
+    """Run a job in which one rank calls `die`, and kill the other ranks as soon as it is dead."""
     processes, results = start_ranks(world, function, args)
     deadline = time.monotonic() + timeout
     while all(process.is_alive() for process in processes) and time.monotonic() < deadline:

@@ -1,8 +1,9 @@
-"""A rank without a model, for the launcher: it beats, counts steps into a file as its checkpoint, and fails as told.
+"""A rank without a model, for tests of the launcher: sends heartbeats, saves empty checkpoints, and fails on request.
 
-Arguments: the run's folder, steps, then faults "RANK:STEP:WHAT[:ATTEMPT]", without an attempt in every one. Step -1:
-at the start. WHAT: kill, crash, words (an end without an event), code=N, stop, saving (stops in the save of the step
-before, which has a time of its own), sleep, gil, data (sleeps there), silent (no heartbeat at all).
+Arguments: run folder, number of steps, then faults as "RANK:STEP:WHAT[:ATTEMPT]". A fault without an attempt happens in
+every attempt. Step -1 is the start. WHAT is one of: kill, crash, words (exit without an event), code=N, stop, saving
+(stop while saving the previous step, which has its own timeout), sleep, gil, data (sleep in the data phase), silent (no
+heartbeat at all).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def fail(what: str, step: int, beat: Heartbeat, run_dir: Path) -> None:
             beat.beat(Phase.CHECKPOINT, step - 1)
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "gil":
-        # PyDLL keeps Python's lock during the call, which a signal for the stacks cuts short.
+        # PyDLL holds the GIL during the call. The signal that requests stacks interrupts the sleep.
         while True:
             ctypes.PyDLL(None).sleep(1000)
     elif what == "data":
@@ -91,20 +92,23 @@ def main() -> int:
 
 
 def agreed_start(run_dir: Path, saved: Path) -> int:
-    """The step after the newest checkpoint, as rank 0 sees it."""
-    told = run_dir / f"first_{ATTEMPT}"
+    """Return the step after the newest checkpoint that rank 0 finds."""
+    start_file = run_dir / f"first_{ATTEMPT}"
     if RANK == 0:
         newest = max([int(p.name.removeprefix("step_")) for p in saved.glob("step_*")], default=0)
-        part = told.with_suffix(".part")
+        part = start_file.with_suffix(".part")
         part.write_text(str(newest + 1))
-        part.rename(told)
-    while not told.exists():
+        part.rename(start_file)
+    while not start_file.exists():
         time.sleep(0.02)
-    return int(told.read_text())
+    return int(start_file.read_text())
 
 
 def wait_for_others(run_dir: Path, step: int, stopping: list[int]) -> None:
-    """As a collective operation does, but for a signal: another rank may have stopped before this step."""
+    """Wait until every rank has reached the step, as a collective operation would, or until this one is to stop.
+
+    Another rank may have stopped before the step.
+    """
     mine = run_dir / "reached" / f"{RANK}_{step}_{ATTEMPT}"
     mine.parent.mkdir(exist_ok=True)
     mine.touch()

@@ -1,4 +1,4 @@
-"""Launched runs of a tiny AnyMAL, and what must be the same as in a run that nothing happened to."""
+"""Launch runs of a tiny AnyMAL, and compare them with an undisturbed run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORKING = Path(__file__).with_name("forking_agent")
 
 
 def write_config(folder: Path, train: str, validation: str, tokenizer: str, steps: int, every: int) -> None:
-    """FOLDER/tiny.yaml: a run with a checkpoint and a validation every few steps, read ahead by a worker."""
+    """Write FOLDER/tiny.yaml: a run with one loader worker, and a checkpoint and a validation every `every` steps."""
     config = make_config(train, tokenizer, folder / "run")
     config.trainer.max_steps = steps
     config.trainer.val_check_interval = config.exp_manager.checkpoint.every_n_train_steps = every
@@ -38,7 +38,7 @@ def write_config(folder: Path, train: str, validation: str, tokenizer: str, step
 
 
 def options(run: Path, processes: int) -> list[str]:
-    """The overrides of a run: its folder; four processes are two replicas of two tensor-parallel ranks."""
+    """Overrides for a run's folder and layout. Four processes are two replicas of two tensor-parallel ranks."""
     return [
         f"exp_manager.explicit_log_dir={run}",
         f"trainer.devices={processes}",
@@ -55,22 +55,23 @@ def launch(
     node: Sequence[str] = (),
     torchrun: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """`anymal launch pretrain` of FOLDER/tiny.yaml.
+    """Start `anymal launch pretrain` with FOLDER/tiny.yaml.
 
     Args:
-        node: options of the launcher where it is one of several.
-        torchrun: start the ranks by torchrun's agent, as on several nodes; else by one that forks them, which is quick.
+        node: launcher options for one of several nodes.
+        torchrun: start the ranks with torchrun's agent, as for several nodes. Otherwise use the agent that forks them,
+            which is faster.
     """
     agent = [] if node or torchrun else ["--launcher=ft"]
     words = [sys.executable, "-m", "megatron_anymal", "launch", *node, *agent, "pretrain"]
     words += [f"--config-path={folder}", "--config-name=tiny", *options(run, processes), *overrides]
-    # The agent that forks must have no thread of a library.
+    # The forking agent must not have any library threads.
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": f"{ROOT}:{FORKING}" if agent else str(ROOT)}
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
 
 
 def finish(process: subprocess.Popen[bytes], log: Path, code: int = 0, patience: float = 1200) -> str:
-    """Wait for a launcher's end, which must have this code; what it said."""
+    """Wait for a launcher to exit with the given code, and return its log."""
     try:
         assert process.wait(patience) == code, log.read_text()[-4000:]
     finally:
@@ -79,12 +80,12 @@ def finish(process: subprocess.Popen[bytes], log: Path, code: int = 0, patience:
 
 
 def told(run: Path, kind: str) -> list[dict[str, Any]]:
-    """A run's events of a kind."""
+    """Return a run's events of one kind."""
     return [event for event in read(run) if event["kind"] == kind]
 
 
 def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    """Until a step is logged by a run that goes on."""
+    """Wait until a running run has logged a step."""
     deadline = time.monotonic() + 300
     while max(steps_of(run), default=0) < step:
         assert process.poll() is None and time.monotonic() < deadline
@@ -92,12 +93,12 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
 
 
 def faults(*described: str) -> str:
-    """The override that plans faults."""
+    """Return the override that schedules faults."""
     return f"resilience.faults=[{','.join(repr(fault) for fault in described)}]"
 
 
 def final_state(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's newest checkpoint, by name: weights and optimizer."""
+    """Return every tensor of a run's newest checkpoint by name: weights and optimizer state."""
     folder, problems = newest_valid(run / "checkpoints")
     assert folder is not None and not problems, problems
     reader = dcp.FileSystemReader(str(folder))
@@ -112,7 +113,7 @@ def final_state(run: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(run: Path, other: Path) -> list[str]:
-    """The names of what differs between two runs' last checkpoints; empty where they are the same bit for bit."""
+    """Return the names of tensors in two runs' last checkpoints that are not bit-identical."""
     first, second = final_state(run), final_state(other)
     assert first
     return [
@@ -123,6 +124,6 @@ def differences(run: Path, other: Path) -> list[str]:
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """Bit for bit: the figures of every step, and weights and optimizer at the end."""
+    """Assert that the metrics of every step and the final weights and optimizer state are bit-identical."""
     assert figures(run) == figures(other)
     assert not differences(run, other)

@@ -1,11 +1,12 @@
-"""A run under fire: a fault in each minute, at a random second, then a comparison with a run left alone.
+"""Soak test: train with one fault per minute, at a random second, and compare with an undisturbed run.
 
     PYTHONPATH=.:tests:tests/faults:benchmarks python -m soak --minutes 20 --out results.json
 
-Ranks are killed and stopped, loader processes killed, the launcher asked to stop, or killed with all below it and
-started again. Prints how many steps differ (there must be none) and the effective-training-time ratio; exit code 1
-where any does. With a fault a minute the ratio is that of a machine that fails a thousand times as often as a real one:
-it shows what restarts cost here, not what a run loses to them.
+The faults kill or stop a rank, kill a loader process, ask the launcher to stop, or kill the launcher with all its
+children. A launcher that has ended is started again. Prints the number of steps that differ, which must be 0, and the
+effective-training-time ratio; the exit code is 1 if any step differs. With one fault per minute, the ratio is that of a
+machine that fails a thousand times as often as a real one: it shows the cost of restarts in this test, not the loss to
+expect in a real run.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ from megatron_anymal.launcher.goodput import effective_time
 from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
 
-# So that the length of the run changes nothing: it is not known before.
+# The run's length is not known in advance, so nothing may depend on it.
 _ALIKE = ("model.optim.sched.name=constant", "resilience.hang_timeout=15")
 _EVERY = 5
 
 
 def main() -> int:
-    """Run it; returns the exit code."""
+    """Run the soak test and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--seconds-between", type=float, default=60.0, help="in each of which a fault comes")
@@ -69,10 +70,10 @@ def main() -> int:
 
 
 class Soak:
-    """One run under fire.
+    """One run with random faults.
 
     Args:
-        between: seconds in each of which a fault comes, at random.
+        between: length in seconds of the intervals in each of which one fault happens, at a random time.
     """
 
     def __init__(self, folder: Path, processes: int, dice: random.Random, between: float) -> None:
@@ -83,15 +84,15 @@ class Soak:
         self.process = self._launch()
 
     def run(self, seconds: float) -> None:
-        """Let faults happen for so long, then stop the run in order."""
+        """Cause faults for `seconds`, then stop the run gracefully."""
         begun = time.monotonic()
         end, due, seen = begun + seconds, begun + self._moment(), 0
         while time.monotonic() < end:
             time.sleep(1.0)
             if self.process.poll() is not None:
                 self._start_again()
-            # One that comes before the run got on waits: three in a row would be a crash loop, as they should. Those
-            # after it do not.
+            # A fault that is due before the run has made progress is delayed, because three failures in a row without
+            # progress are a crash loop. The times of later faults stay the same.
             if time.monotonic() >= due and max(steps_of(self.run_dir), default=0) > seen:
                 self._harm()
                 seen, due = max(steps_of(self.run_dir), default=0), begun + self._moment()
@@ -105,7 +106,7 @@ class Soak:
             self.process.wait(300)
 
     def compare(self) -> dict[str, Any]:
-        """Make the same steps undisturbed; print and return what happened and what differs."""
+        """Train the same steps undisturbed; print and return statistics and differences."""
         reached = max(steps_of(self.run_dir))
         alone = self.folder / "alone"
         length = f"trainer.max_steps={reached}"
@@ -142,7 +143,7 @@ class Soak:
         self.process = self._launch()
 
     def _moment(self) -> float:
-        """When the next fault is due, in seconds from the beginning."""
+        """Return when the next fault is due, in seconds from the start."""
         return (self.done.total() + self.dice.random()) * self.between
 
     def _harm(self) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints that cannot be written, or not be read: the run goes on with what it has, and says so."""
+"""If a checkpoint cannot be written or read, the run continues with what is left, and warns."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
-    """Nine steps, a checkpoint every three, the two newest kept."""
+    """Nine steps, a checkpoint every three steps, and the two newest ones kept."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.max_steps, config.exp_manager.checkpoint.keep_last = 9, 2
     return config
@@ -49,7 +49,7 @@ def saved(run: Path) -> list[int]:
 
 
 def train_and_tell(config: RunConfig, disturb: Callable[[Path], None] = lambda folder: None) -> tuple[str, str]:
-    """In a rank: what a run said, and the error it ended with."""
+    """In a rank: train, and return the output and the error that ended the run."""
     disturb(Path(config.exp_manager.explicit_log_dir) / "checkpoints")
     said, error = io.StringIO(), ""
     with contextlib.redirect_stdout(said):
@@ -61,7 +61,7 @@ def train_and_tell(config: RunConfig, disturb: Callable[[Path], None] = lambda f
 
 
 def refuse(rank: int, code: int, kind: str, steps: tuple[int, ...], name: str = "") -> Callable[[Path], None]:
-    """A disk that refuses an operation in the checkpoints of some steps, to one rank."""
+    """Make one kind of operation fail on one rank in the checkpoints of the given steps."""
 
     def meet(operation: Operation) -> None:
         if operation.kind == kind and any(f"{step:08d}" in operation.path for step in steps) and name in operation.path:
@@ -85,7 +85,7 @@ FAULTS = {
     "no-space-on-one-of-four": (1, errno.ENOSPC, "write", "__1_0.distcp"),
     "bad-disk-on-one-of-four": (1, errno.EIO, "fsync", "__1_0.distcp"),
 }
-# Another quick one shows the same.
+# Marked slow, because another fault covers the same path.
 SLOW_FAULTS = ("no-space-in-the-manifest", "no-folder", "bad-disk-on-the-other-rank", "bad-disk-on-one-of-four")
 
 
@@ -94,14 +94,15 @@ SLOW_FAULTS = ("no-space-in-the-manifest", "no-folder", "bad-disk-on-the-other-r
 )
 def test_training_goes_on_and_tries_again(config: RunConfig, fault: str, tmp_path: Path) -> None:
     rank, code, kind, name = FAULTS[fault]
-    # Of four, the second replica's ranks have nothing to write.
+    # With four processes, the ranks of the second replica have nothing to write.
     processes = 4 if "four" in fault else 1 + rank
     config.trainer.devices, config.model.tensor_model_parallel_size = processes, min(2, processes)
     config.exp_manager.checkpoint.keep_last = 1
     ended = run_ranks(processes, train_and_tell, config, refuse(rank, code, kind, (6,), name))
     assert [error for _, error in ended] == [""] * processes
     said = ended[0][0]
-    # What, why, and what now; the older one lay there until the newer was committed.
+    # The warning names the checkpoint, the reason and what happens next. The older checkpoint stays until the newer is
+    # committed.
     [warning] = [line for line in said.splitlines() if line.startswith("warning") and "checkpoints" in line]
     for words in ("step_00000006 could not be written", os.strerror(code), "Nothing older was deleted", "next attempt"):
         assert words in warning, warning
@@ -117,7 +118,7 @@ def test_older_ones_stay_while_newer_ones_fail(config: RunConfig, tmp_path: Path
     config.exp_manager.checkpoint.keep_last = 1
     said, error = run_ranks(1, train_and_tell, config, refuse(0, errno.ENOSPC, "write", (6, 9)))[0]
     assert said.count("could not be written") == 2 and "step 9/9" in said
-    # The last attempt failed: so did the run, and it says what is left.
+    # The last save failed, so the run fails and names the newest checkpoint left.
     assert "last checkpoint could not be written" in error and "No space left on device" in error
     assert str(tmp_path / "run" / "checkpoints" / "step_00000003") in error and "start" in error
     assert saved(tmp_path / "run") == [3]
@@ -138,7 +139,7 @@ def test_old_checkpoints_that_cannot_be_deleted_stay(config: RunConfig, tmp_path
 
 
 def killed_writer(config: RunConfig, rank: int) -> tuple[str, str]:
-    """A rank whose writer ends without a word in the second checkpoint."""
+    """In a rank: train with a writer that exits silently during the second checkpoint."""
     close = HashedFile.close
 
     def end(file: HashedFile) -> str:
@@ -180,7 +181,7 @@ def test_too_little_memory_for_the_copy_on_one_rank(config: RunConfig, tmp_path:
 
 
 def failing_step(config: RunConfig, rank: int) -> bool:
-    """A rank whose writing is slow, and of which one fails a step after the save began."""
+    """In a rank: train with slow writes; one rank fails one step after the save began."""
     close, step = HashedFile.close, loop.train_step
 
     def slow(file: HashedFile) -> str:
@@ -201,14 +202,14 @@ def failing_step(config: RunConfig, rank: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_waits_for_the_save_under_way(config: RunConfig, rank: int, tmp_path: Path) -> None:
-    # The other rank is left in a collective of the next step, or finds its peer gone.
+    # The other rank hangs in a collective of the next step, or fails because its peer is gone.
     config.trainer.devices = config.model.tensor_model_parallel_size = 2
     assert run_ranks(2, failing_step, config, rank)[rank]
     assert store.newest_valid(tmp_path / "run" / "checkpoints")[0] is not None
 
 
 def slow_disk(config: RunConfig) -> tuple[str, str]:
-    """A rank whose disk is done with a checkpoint only when the next one, or the run's end, waits for it."""
+    """In a rank: train with a disk that completes a checkpoint only once the next save or the end waits for it."""
     close, start, finish = HashedFile.close, CheckpointWriter.start, CheckpointWriter.finish
     wanted = 0
 
@@ -263,13 +264,13 @@ def test_in_the_background_or_not_the_files_are_the_same(config: RunConfig, tmp_
 
 
 def planned_twice(state: Any) -> bool:
-    """In a rank: whether a later checkpoint's plan, which is not compared between ranks, is the first one's."""
+    """In a rank: whether a later checkpoint's plan, which ranks do not cross-check, equals the first one's."""
     first, later = Plan(state, 6).copy(), Plan(state, 6, check=False).copy()
     same = [
         (*one[:3], one[3].shape) == (*other[:3], other[3].shape) and bool((one[3] == other[3]).all())
         for one, other in zip(first.chunks, later.chunks, strict=True)
     ]
-    # The second replica's ranks have nothing to write.
+    # The ranks of the second replica have nothing to write.
     assert bool(same) == (state.layout.data_rank == 0)
     return all(same) and (first.objects, first.common) == (later.objects, later.common)
 
@@ -295,7 +296,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 def find(runs: list[Path]) -> list[tuple[Path | None, list[str]]]:
-    """In a rank: what a run in each folder would continue from."""
+    """In a rank: find the checkpoint from which a run in each folder would continue."""
     dist.init_process_group("gloo")
     return [find_newest_valid(run / "checkpoints") for run in runs]
 

@@ -1,5 +1,4 @@
-"""A job that is killed anywhere in the writing of a checkpoint: the one before it loads, and the run goes on from it as
-if nothing had happened."""
+"""A job killed at any point while it writes a checkpoint resumes from the previous one, with the same results."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ from megatron_anymal.train import loop
 
 @pytest.fixture(scope="module")
 def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """Nine steps of two replicas' work, a checkpoint every three, the newest one kept."""
+    """Nine steps, a checkpoint every three steps, and only the newest one kept."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("kill") / "run")
     config.trainer.max_steps = 9
     config.exp_manager.checkpoint.keep_last = 1
@@ -45,22 +44,24 @@ def of(config: RunConfig, run: Path, processes: int = 1) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def whole(config: RunConfig) -> Path:
-    """The run without disturbance."""
+    """The undisturbed run."""
     run = Path(config.exp_manager.explicit_log_dir)
     run_ranks(1, train, config)
     return run
 
 
 def kill_in_forks(base: Path, snapshot: Snapshot, manifest: Manifest, rules: Any, chosen: Any) -> list[Operation]:
-    """Write a checkpoint once undisturbed, then once for each chosen operation, killed there; each into a copy of the
-    run's folder."""
+    """Write a checkpoint once undisturbed, and once per chosen operation with a kill at that operation.
+
+    Each write goes to its own copy of the run's folder. Returns all operations of the undisturbed write.
+    """
 
     def write(run: Path, meet: Callable[[Operation], None]) -> Disk:
         checkpoints = run / "checkpoints"
         disk = Disk(checkpoints, meet)
         writer = CheckpointWriter(checkpoints, rules, print, guard=lambda: None)
         folders = (place(checkpoints, manifest.step) for place in (store.staging_folder, store.committed_folder))
-        # The number of a save that no other one of this process has.
+        # A save number that is unique in this process.
         save = Save(10_000 + os.getpid(), manifest, *folders, snapshot, "", 0.0)
         disk.install()
         writer._work(save)
@@ -112,7 +113,7 @@ def kill_in_forks(base: Path, snapshot: Snapshot, manifest: Manifest, rules: Any
 
 
 def kill_at(config: RunConfig, base: Path, chosen: Any) -> list[Operation]:
-    """A rank that trains to its second checkpoint and has it written and killed in forks."""
+    """In a rank: train up to the second checkpoint, then write it in forks that are killed."""
     seen: list[Operation] = []
 
     def start(writer: CheckpointWriter, state: Any, manifest: Manifest) -> None:
@@ -121,7 +122,7 @@ def kill_at(config: RunConfig, base: Path, chosen: Any) -> list[Operation]:
             return
         writer._settle()
         seen.extend(kill_in_forks(base, Plan(state, 6).copy(), manifest, writer.rules, chosen))
-        # The rest of this run is of no interest.
+        # The rest of this run does not matter.
         state.step = 9
 
     begin = CheckpointWriter.start
@@ -131,7 +132,7 @@ def kill_at(config: RunConfig, base: Path, chosen: Any) -> list[Operation]:
 
 
 def few(operations: Sequence[Operation]) -> list[Operation]:
-    """All but writes, and of those the first, some, and the last of each file."""
+    """Choose all operations but writes, and the first, the last and some other writes of each file."""
     chosen = []
     writes = Counter(one.path for one in operations if one.kind == "write")
     done: Counter[str] = Counter()
@@ -155,7 +156,8 @@ def test_killed_at_every_write_sync_and_rename(
 ) -> None:
     operations = run_ranks(1, kill_at, config, tmp_path, chosen, timeout=1000)[0]
     kinds = Counter(one.kind for one in operations)
-    # Chunks, .metadata, common.pt, metadata.json, the manifest; two folders, and one more when the old one goes.
+    # Syncs: five files (chunks, .metadata, common.pt, metadata.json, the manifest), two folders, and one more folder
+    # when the old checkpoint is deleted.
     assert kinds["write"] > 100 and kinds["fsync"] == 5 + 2 + 1 and kinds["rename"] == 2, kinds
     [commit, retire] = [one.number for one in operations if one.kind == "rename"]
     runs = sorted(tmp_path.glob("cut*"), key=lambda run: int(run.name.removeprefix("cut")))
@@ -167,7 +169,8 @@ def test_killed_at_every_write_sync_and_rename(
         assert store.step_of(folder) == (3 if at <= commit else 6), operations[at]
         names = {path.name for path in store.committed(run / "checkpoints")}
         assert ("step_00000003" in names) == (at <= retire), operations[at]
-    # Before the first sync, and behind the commit; also within a file, before the commit, and in the deletion.
+    # Continue the runs killed before the first sync and after the commit; with all operations, also those killed within
+    # a file, before the commit, and during the deletion.
     sync = next(one.number for one in operations if one.kind == "fsync")
     for at in (sync, commit + 1) if chosen is few else (sync - 9, sync, commit, commit + 1, retire + 2):
         run_ranks(1, train, of(config, tmp_path / f"cut{at}"))
@@ -176,7 +179,7 @@ def test_killed_at_every_write_sync_and_rename(
 
 
 def killed_on_rank(config: RunConfig, rank: int, step: int, kind: str, count: int) -> None:
-    """A rank of a job; one of them dies at the count-th operation of a kind in a step's checkpoint."""
+    """In a rank: train; one rank dies at the `count`-th operation of a kind in the checkpoint of `step`."""
     if int(os.environ["RANK"]) == rank:
         folder = Path(config.exp_manager.explicit_log_dir) / "checkpoints"
         seen = 0
@@ -191,13 +194,14 @@ def killed_on_rank(config: RunConfig, rank: int, step: int, kind: str, count: in
     train(config)
 
 
-# Rank 0 in its own file, with the index, before the commit; rank 1 in its file. The second replica writes nothing.
+# Rank 0 dies in its own file, at the index, and before the commit; rank 1 in its file. The second replica writes
+# nothing.
 CUTS = [(0, "write", 40), (0, "fsync", 3), (0, "rename", 1), (1, "write", 40), (1, "fsync", 1)]
 
 
 @pytest.fixture(scope="module")
 def whole_of_four(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of four ranks without disturbance."""
+    """The undisturbed run of four ranks."""
     run = tmp_path_factory.mktemp("four")
     run_ranks(4, train, of_four(config, run))
     return run
@@ -224,7 +228,7 @@ def test_a_job_of_four_ranks_killed_in_a_save(
 
 
 def killed_while_writing(config: RunConfig) -> None:
-    """A rank whose second checkpoint takes long to write, killed a step later."""
+    """In a rank: train with a slow write of the second checkpoint, and die one step later."""
     close, step = HashedFile.close, loop.train_step
 
     def slow(file: HashedFile) -> str:

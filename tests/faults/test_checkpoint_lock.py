@@ -1,4 +1,4 @@
-"""Two jobs in one run folder, as users start them."""
+"""Two jobs in the same run folder."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: Run
         assert second.wait(120) > 0
         told = (tmp_path / "second.log").read_text()
         assert "is in use by process" in told and str(first.pid) in told and "exp_manager.explicit_log_dir" in told
-        # It left the folder alone: NeMo's files too.
+        # The second job did not touch the folder, including NeMo's files.
         assert {path.name for path in (tmp_path / "run").iterdir()} >= names and first.poll() is None
         assert not list((tmp_path / "run").glob("run_*"))
     finally:
@@ -74,7 +74,7 @@ def test_every_rank_is_refused_and_a_crashed_machines_lock_taken_over(config: Ru
 
 
 def taken_over(config: RunConfig) -> str:
-    """A rank of a job whose folder is taken over by another one while it trains."""
+    """In a rank: train while another job takes over the folder."""
     from megatron_anymal.checkpoint.store import CheckpointError
     from megatron_anymal.train import loop
 
@@ -83,8 +83,8 @@ def taken_over(config: RunConfig) -> str:
     def stolen(state, *arguments):  # type: ignore[no-untyped-def]
         if state.step == 1 and state.layout.reports:
             lock = Path(config.exp_manager.explicit_log_dir) / LOCK
-            there = json.loads(lock.read_text())
-            lock.write_text(json.dumps({**there, "host": "node7", "token": "another"}))
+            owner = json.loads(lock.read_text())
+            lock.write_text(json.dumps({**owner, "host": "node7", "token": "another"}))
         return step(state, *arguments)
 
     loop.train_step = stolen

@@ -1,4 +1,4 @@
-"""Conversions onto a disk that is full, a real one: a small file system in memory."""
+"""Conversions to a disk that fills up, with a small tmpfs as the disk."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def mount(*arguments: str) -> None:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MB."""
+    """A 3 MB disk."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount("-o", "size=3m", "tmpfs", str(folder))
@@ -36,7 +36,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 4.5 MB."""
+    """A 4.5 MB Llama."""
     folder = tmp_path_factory.mktemp("published") / "llama"
     torch.manual_seed(0)
     hf = LlamaConfig(
@@ -60,7 +60,7 @@ def checkpoint(llama: Path) -> Path:
 
 @pytest.fixture
 def others_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There is room when a conversion begins."""
+    """Report free space when a conversion starts, so that the disk only fills up later."""
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage(10**9, 0, 10**9))
 

@@ -1,4 +1,4 @@
-"""Imports that are killed, or whose source or disk is at fault: the checkpoint is there whole, as it was, or not."""
+"""Imports that are killed, or have a bad source or disk: the checkpoint is complete, unchanged, or absent."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_anymal.checkpoint import store
 
 ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
-# The import, each file held back for a while once it is half written.
+# The import, slowed down while it writes each file.
 SLOW = """
 import sys, time
 import checkpoint_tools.importing.llama as importing
@@ -48,7 +48,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama in several files."""
+    """A Llama in several weight files."""
     folder = tmp_path_factory.mktemp("published") / "llama"
     torch.manual_seed(0)
     hf = LlamaConfig(
@@ -66,7 +66,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def source(published: Path, tmp_path: Path) -> Path:
-    """A copy to harm."""
+    """A copy of the Llama's folder, to be damaged."""
     return Path(shutil.copytree(published, tmp_path / "llama"))
 
 
@@ -155,7 +155,7 @@ def second(folder: Path) -> Path:
 
 
 def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    """Change a file's tensors."""
+    """Apply `change` to a file's tensors."""
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file, metadata={"format": "pt"})
@@ -174,8 +174,8 @@ def truncate(folder: Path) -> str:
 
 def flip_in_header(folder: Path) -> str:
     data = bytearray(second(folder).read_bytes())
-    place = data.index(b'"dtype":"F32"') + 9
-    data[place] ^= 1
+    offset = data.index(b'"dtype":"F32"') + 9
+    data[offset] ^= 1
     second(folder).write_bytes(bytes(data))
     return "model-00002"
 
@@ -294,7 +294,7 @@ def test_a_disk_that_fills_up_keeps_what_is_done(
     out = tmp_path / "out"
 
     class FullDisk(io.FileIO):
-        """A disk without room for the third layer."""
+        """A disk with no room for the third layer."""
 
         def write(self, data: object) -> int:
             if "layer_00002" in str(self.name) and self.tell() > 2000:

@@ -1,6 +1,7 @@
-"""The launcher with ranks that only beat and fail as told: restarts, signals, hangs, exit codes, several nodes.
+"""The launcher with fake ranks that only send heartbeats and fail on request.
 
-Most runs have a plain agent in the place of nvidia-resiliency-ext's: torchrun's takes seconds to be imported.
+Covers restarts, signals, hangs, exit codes and several nodes. Most runs use a plain agent in place of the one in
+nvidia-resiliency-ext, because torchrun takes seconds to import.
 """
 
 from __future__ import annotations
@@ -28,18 +29,18 @@ from megatron_anymal.resilience.exit_codes import Exit
 ROOT = Path(__file__).parents[2]
 FAKE = Path(__file__).with_name("fake_rank.py")
 PLAIN = Path(__file__).with_name("plain_agent")
-# Silence that is a hang; a busy machine must not look like one.
+# Seconds without a heartbeat that count as a hang; long enough for a busy machine.
 TIMEOUT = 3.0
 
 
 @pytest.fixture(autouse=True)
 def package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The agent and the ranks are processes of their own: they find the checkout."""
+    """Set PYTHONPATH, so that the agent and rank processes import this checkout."""
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{PLAIN}")
 
 
 def job(run_dir: Path, *arguments: str, processes: int = 2, launcher: str = "ft", timeout: float = TIMEOUT) -> Job:
-    """A run of fake ranks, with steps and faults."""
+    """A run of fake ranks. `arguments` are the number of steps and the faults."""
     limits = ResilienceConfig(hang_timeout=timeout, startup_timeout=timeout, checkpoint_timeout=20 * timeout)
     return Job(run_dir, limits, [str(FAKE), str(run_dir), *arguments], processes, launcher=launcher)
 
@@ -53,7 +54,7 @@ def report(run_dir: Path) -> str:
 
 
 def nothing_left(run_dir: Path) -> bool:
-    """Whether no process of the run is left."""
+    """Return whether no process of the run is left."""
     lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline", "status"])]
     return not [line for line in lines if str(run_dir) in line and "fake_rank" in line]
 
@@ -69,7 +70,7 @@ def test_killed_and_crashed_it_goes_on_by_itself(tmp_path: Path, capfd: pytest.C
     assert (ended["rank"], ended["exit_code"], ended["attempt"]) == (0, 1, 2)
     restarts = told(run, "restart")
     assert [event["pause"] for event in restarts] == [1.0, 1.0]
-    # Death to restart: the others were ended within ten seconds.
+    # The other ranks were terminated within ten seconds of the death.
     assert restarts[0]["time"] - death["time"] < 10
     text = report(run)
     assert "rank 0 was told to crash" in text and "Traceback" in text and "SIGKILL" in text
@@ -79,7 +80,7 @@ def test_killed_and_crashed_it_goes_on_by_itself(tmp_path: Path, capfd: pytest.C
         "rank_00001.out",
         "rank_00001.err",
     }
-    # The console has it too, with the rank before it.
+    # The console shows it too, prefixed with the rank.
     assert "[rank 0] RuntimeError: rank 0 was told to crash" in capfd.readouterr().err
 
 
@@ -100,7 +101,7 @@ def test_each_hang_is_found_in_time_and_blamed_on_its_rank(tmp_path: Path) -> No
     for hang, step in zip(hangs[:4], (2, 4, 6, 8)):
         since = hang["time"] - reached[(str(step), str(hang["attempt"]))]
         assert TIMEOUT <= since < TIMEOUT + 5, hang
-    # Of a stopped process there are no stacks; of one that holds Python's lock there are.
+    # A stopped process writes no stacks; a process that holds the GIL does.
     assert set(hangs[0]["stacks"]) == {"0"} and "fail" in hangs[1]["where"]["0"][0]
     assert nothing_left(run) and "holding the GIL" in report(run)
 
@@ -110,13 +111,13 @@ def test_a_run_that_does_not_get_on_is_given_up(tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert Supervisor(job(run, "10", "1:-1:words")).run() == Exit.CRASH_LOOP
     assert len(told(run, "start")) == 4 and len(told(run, "crash_loop")) == 1
-    # It told nothing itself: what it last printed is shown.
+    # The rank recorded no event, so the report shows its last output.
     assert "the last words of a rank" in report(run) and "79" in report(run)
 
 
 @pytest.mark.timeout(120)
 def test_a_rank_that_ends_before_the_launcher_looks_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks that do not get as far as their imports end within a tenth of a second."""
+    """Ranks that fail before their imports end within a tenth of a second."""
     monkeypatch.setattr(attempt, "_LOOK", 2.0)
     run = tmp_path / "run"
     assert Supervisor(job(run, "10", f"1:-1:code={int(Exit.MISTAKE)}", timeout=30)).run() == Exit.MISTAKE
@@ -126,11 +127,11 @@ def test_a_rank_that_ends_before_the_launcher_looks_is_noted(tmp_path: Path, mon
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("code", [Exit.MISTAKE, pytest.param(Exit.LOCKED, marks=pytest.mark.slow)])
 def test_what_starting_again_cannot_help_is_not_started_again(tmp_path: Path, code: Exit) -> None:
-    """One rank alone finds it: the others are ended."""
+    """Only one rank exits with the code; the others are terminated."""
     run = tmp_path / "run"
     assert Supervisor(job(run, "100", f"1:3:code={int(code)}")).run() == code
     assert len(told(run, "start")) == 1 and not told(run, "restart") and nothing_left(run)
-    # The folder of another job is left as it is.
+    # The folder of another job is not touched.
     assert (run / "report.md").exists() is (code is not Exit.LOCKED)
 
 
@@ -211,7 +212,8 @@ def test_two_nodes_start_again_together(tmp_path: Path) -> None:
     assert [node.returncode for node in nodes] == [Exit.DONE, Exit.DONE], "\n".join(said)
     assert [event["attempt"] for event in told(run, "start")] == [1, 2, 3]
     assert [(e["rank"], e["signal"]) for e in told(run, "death") if "signal" in e] == [(1, 9)]
-    # Each node sees its own ranks only: that of the other waits for one that does not come. What is certain goes first.
+    # Each node only sees its own ranks. The other node's rank waits in a collective and may be blamed as well, but the
+    # report puts the certain cause first.
     blamed = {(e["cause"], *e["ranks"]) for e in told(run, "hang")}
     assert {("stopped", 0)} <= blamed <= {("stopped", 0), ("collective", 1), ("collective",)}, blamed
     assert "Attempt 2: rank 0, step 5, hang (stopped)" in report(run)

@@ -1,4 +1,4 @@
-"""A tiny AnyMAL on two nodes, each with a launcher of its own, that loses ranks and launchers."""
+"""A tiny AnyMAL on two nodes, each with its own launcher, in which ranks and launchers are killed."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def folder(
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """The same layout on one machine, left alone."""
+    """An undisturbed run of the same layout on one machine."""
     run = folder / "whole"
     run_ranks(4, train, compose("tiny", folder, options(run, 4)).config, timeout=400)
     return run
 
 
 class Nodes:
-    """Two launchers with two processes each."""
+    """Two launchers with two ranks each."""
 
     def __init__(self, folder: Path, run: Path, *overrides: str) -> None:
         self.folder, self.run = folder, run
-        # Two replicas of two ranks, as on one machine.
+        # Two replicas of two ranks, as in the run on one machine.
         self.overrides = ("trainer.num_nodes=2", "model.tensor_model_parallel_size=2", *overrides)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Launched runs of a tiny AnyMAL that are killed, stopped, hung or refused: they end as one left alone, bit for bit."""
+"""Launched runs of a tiny AnyMAL that are killed, stopped or hung end bit-identical to an undisturbed run."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from megatron_anymal.launcher.hang_detector import catches
 from megatron_anymal.resilience.exit_codes import Exit
 
 PROCESSES, STEPS, EVERY = 4, 14, 4
-# Seconds of silence that are a hang; times of a run differ anyway.
+# Hang timeout in seconds; it does not affect results.
 TIMEOUT = 12.0
 HANG = f"resilience.hang_timeout={TIMEOUT}"
-# So that a step lasts long enough for a signal to come in its time; no number changes.
+# Makes steps long enough for a signal to arrive during one; does not change any results.
 SLOW = "slow:rank=0,seconds=0.5,every=1"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -43,7 +43,7 @@ def folder(
 
 
 def left_alone(folder: Path, *overrides: str) -> Path:
-    """A run of the same layout that nothing happens to."""
+    """Return an undisturbed run with the same layout."""
     run = folder / f"whole_{len(overrides)}"
     if not run.exists():
         run_ranks(PROCESSES, train, compose("tiny", folder, [*options(run, PROCESSES), *overrides]).config, timeout=400)
@@ -71,7 +71,7 @@ def test_killed_twenty_times_each_rank_four_times_or_more(folder: Path) -> None:
     deaths, restarts = told(run, "death"), told(run, "restart")
     assert sorted((d["rank"], d["step"]) for d in deaths if "signal" in d) == sorted(zip(ranks, steps))
     assert len(restarts) == len(planned)
-    # The others were gone within ten seconds.
+    # The other ranks were gone within ten seconds.
     for attempt, restart in enumerate(restarts, 1):
         died = min(d["time"] for d in deaths if d["attempt"] == attempt)
         assert restart["time"] - died < 10
@@ -88,7 +88,7 @@ def test_each_hang_and_failure_is_blamed_and_leaves_no_trace(folder: Path, whole
     failing = ("exception:rank=2,step=11", "loader_kill:rank=1,step=14")
     finish(launch(folder, run, PROCESSES, faults(*hanging, *failing), HANG, log=log), log)
     assert_same(run, whole)
-    # When each happened.
+    # The time at which each fault happened.
     happened = [(run / "faults" / fault.replace(":", "_")).stat().st_mtime for fault in (*hanging, *failing)]
     hangs = told(run, "hang")
     blamed = [("stopped", [1]), ("data", [2]), ("gil", [3]), ("collective", [0])]
@@ -96,13 +96,13 @@ def test_each_hang_and_failure_is_blamed_and_leaves_no_trace(folder: Path, whole
     for hang, since in zip(hangs, happened):
         silent = re.search(r"silent for ([\d.]+) s", hang["text"])
         assert silent and TIMEOUT <= float(silent[1]) < TIMEOUT + 5, hang
-        # A loader works some steps ahead of its rank, which hangs later.
+        # A loader process works some steps ahead of its rank, so the rank hangs later.
         assert hang["cause"] == "data" or hang["time"] - since < TIMEOUT + 5, hang
     assert all(Path(path).is_file() for hang in hangs for path in hang["stacks"].values())
     report = (run / "report.md").read_text()
     stopped, *_, raised, lost = report.split("## What failed")[1].split("\n## ")[0].split("### ")[1:]
     assert stopped.startswith("Attempt 1: rank 1, step 3, hang (stopped)")
-    # What came first is told first, with its traceback.
+    # The first failure is reported first, with its traceback.
     assert raised.startswith("Attempt 5: rank 2, step 11, exception") and "InjectedFault" in raised
     assert raised.index("Traceback") < raised.index("Afterwards, and probably as a consequence")
     assert lost.startswith("Attempt 6: rank 1") and "killed by a signal" in lost
@@ -111,14 +111,14 @@ def test_each_hang_and_failure_is_blamed_and_leaves_no_trace(folder: Path, whole
 
 
 def ranks_of(launcher: subprocess.Popen[bytes]) -> dict[int, int]:
-    """Rank -> process number, of those that have started and take signals for wishes."""
+    """Return rank -> process id for the ranks that have started and handle stop signals."""
     agents = psutil.Process(launcher.pid).children()
     found = {rank: pid for agent in agents for rank, pid in ranks_below(agent.pid).items()}
     return {rank: pid for rank, pid in found.items() if catches(pid, signal.SIGUSR1)}
 
 
 def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None:
-    """While it starts, by one rank; then by the launcher, which passes it on; then in a step, by another rank."""
+    """Stop requests to a rank during start-up, to the launcher, which forwards it, and to another rank in a step."""
     run, log = folder / "asked", folder / "asked.log"
     process = launch(folder, run, PROCESSES, faults(SLOW), log=log)
     deadline = time.monotonic() + 120
@@ -134,7 +134,7 @@ def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None
         os.kill(process.pid if by is None else ranks_of(process)[by], number)
         asked = time.monotonic()
         finish(process, log, Exit.REQUEUE)
-        # A step, a save and the end of four processes.
+        # Enough for a step, a save and the exit of four processes.
         assert time.monotonic() - asked < 30
         reached = max(steps_of(run))
         assert step <= reached < STEPS
@@ -142,7 +142,7 @@ def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None
         assert store.newest_valid(run / "checkpoints") == (saved, [])
         assert "Start the same command again" in (run / "report.md").read_text()
     finish(launch(folder, run, PROCESSES, faults(SLOW), log=log), log)
-    # torchrun would call a stop a failure.
+    # torchrun would report a stop as a failure.
     assert "failed (exitcode" not in log.read_text()
     assert not told(run, "death") and not told(run, "restart")
     assert_same(run, whole)
@@ -152,7 +152,7 @@ def test_of_two_launchers_in_one_folder_one_is_refused(folder: Path, whole: Path
     run, log, late = folder / "shared", folder / "shared.log", folder / "late.log"
     first = launch(folder, run, PROCESSES, faults(SLOW), log=log)
     wait_for_step(run, 1, first)
-    # The first one waits, however long the second one takes to start.
+    # Pause the first run for as long as the second one takes to start.
     held = ranks_of(first)[3]
     os.kill(held, signal.SIGSTOP)
     owner = json.loads((run / "run.lock").read_text())
@@ -168,7 +168,7 @@ def test_a_mistake_is_told_once(folder: Path) -> None:
     process = launch(folder, run, PROCESSES, f"data.train.mix.path={folder}/nowhere", log=log, torchrun=True)
     said = finish(process, log, Exit.MISTAKE)
     assert "nowhere" in said and len(told(run, "start")) <= 1 and not told(run, "restart")
-    # What the launcher sees by itself starts nothing.
+    # The launcher starts nothing if it finds the mistake itself.
     process = launch(folder, folder / "never", PROCESSES, "trainer.max_steps=0", log=log)
     assert "trainer.max_steps" in finish(process, log, Exit.MISTAKE) and not (folder / "never").exists()
 
@@ -177,6 +177,6 @@ def test_a_run_that_always_fails_at_the_same_place_is_given_up(folder: Path, who
     run, log = folder / "looping", folder / "looping.log"
     finish(launch(folder, run, PROCESSES, faults("kill:rank=1,step=6,every=1"), log=log), log, Exit.CRASH_LOOP)
     assert len([death for death in told(run, "death") if "signal" in death]) == 4
-    # It goes on from where it was once the cause is mended.
+    # Once the cause is fixed, the run continues from its last checkpoint.
     finish(launch(folder, run, PROCESSES, log=log), log)
     assert_same(run, whole)

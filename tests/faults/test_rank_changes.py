@@ -1,4 +1,4 @@
-"""A run that differs from its checkpoint in what it learns is refused key by key, and allowed where that is wanted."""
+"""Changes since the checkpoint that affect the learning are refused key by key, unless explicitly allowed."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def manifest(config: RunConfig, **more: Any) -> Manifest:
 
 
 def differences(config: RunConfig, change: Callable[[RunConfig], None], *allowed: str, **more: Any) -> list[str]:
-    """What is told of a change of the configuration or the manifest."""
-    other, told = copy.deepcopy(config), []
+    """Return the messages for a change of the configuration or the manifest."""
+    other, messages = copy.deepcopy(config), []
     change(other)
-    check_changes(manifest(config), manifest(other, **more), allowed, told.append)
-    return told
+    check_changes(manifest(config), manifest(other, **more), allowed, messages.append)
+    return messages
 
 
 def nothing(config: RunConfig) -> None: ...
@@ -118,7 +118,7 @@ def test_a_longer_run_has_another_schedule(config: RunConfig) -> None:
     config.model.optim.sched.name = "cosine"
     with pytest.raises(ConfigError, match=r"schedule's end .* 6 -> 9"):
         differences(config, set_to("trainer.max_steps", 9))
-    # Its end stays where it was.
+    # With an explicit decay_steps, the schedule's end does not move.
     config.model.optim.sched.decay_steps = 6
     assert "trainer.max_steps 6 -> 9" in differences(config, set_to("trainer.max_steps", 9))[0]
 
@@ -170,7 +170,7 @@ def test_names_of_allow_changes_are_checked(config: RunConfig) -> None:
 def test_in_a_run(config: RunConfig) -> None:
     config.trainer.max_steps = 1
     run_ranks(1, train, config)
-    # The random Llama's weights come from the seed too.
+    # The random Llama's weights depend on the seed as well.
     config.trainer.max_steps, config.model.seed = 2, 99
 
     def resume() -> str:

@@ -1,4 +1,4 @@
-"""Faults on purpose: their grammar, when they happen, and what a loader process that is lost or stuck looks like."""
+"""Fault injection: its grammar, when faults happen, and how a lost or stuck loader process shows."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_loader_process_that_is_killed_is_named(config: RunConfig) -> None:
     assert said.startswith("The loader process ") and "of rank 0" in said and "killed by a signal" in said
     told = [event for event in events.read(config.run_dir) if event["kind"] == "exception"]
     assert len(told) == 1 and "WorkerDied" in told[0]["text"] and "Traceback" in told[0]["traceback"]
-    # A second start has no such fault.
+    # The fault does not happen again in the second start.
     run_ranks(1, train, config, timeout=60)
 
 
@@ -127,7 +127,7 @@ def test_torchs_words_for_it() -> None:
 
 
 def get_stuck(config: RunConfig, folder: Path) -> tuple[heartbeat.Beat, heartbeat.Beat]:
-    """Train with a loader process that hangs; two looks at the rank's beats, after which that process is killed."""
+    """Train with a loader process that hangs; read the rank's heartbeat twice, then kill the loader process."""
     os.environ[heartbeat.ENVIRONMENT] = str(folder)
     seen = []
 
@@ -159,7 +159,7 @@ def test_a_loader_process_that_hangs_shows_as_data_without_progress(config: RunC
     first, second = run_ranks(1, get_stuck, config, tmp_path, timeout=90)[0]
     assert first.phase is second.phase is Phase.DATA and first.settled
     assert first.progress == second.progress and first.beat_ns == second.beat_ns
-    # The process itself is well.
+    # The rank process itself is alive.
     assert second.alive_ns > first.alive_ns
 
 
@@ -179,7 +179,7 @@ def test_a_full_disk_and_a_slow_rank(config: RunConfig) -> None:
 
 
 def test_who_is_slow() -> None:
-    # The second stage has more to do, and the last of its ranks is slow.
+    # The second stage has more work than the first, and its last rank is slow.
     seconds, stages = [1.0, 1.1, 0.9, 3.0, 3.1, 7.0], [0, 0, 0, 1, 1, 1]
     assert stragglers(seconds, stages, 2.0) == {5: (7.0, 3.1)}
     assert stragglers([1.0, 2.5], [0, 0], 2.0) == {1: (2.5, 1.0)}

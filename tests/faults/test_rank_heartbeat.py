@@ -1,4 +1,4 @@
-"""Signs of life as a monitor sees them: also of a process that is stopped, or whose Python stands still."""
+"""Heartbeats as the monitor reads them, including those of a stopped process or one whose GIL is held."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from megatron_anymal.resilience.heartbeat import Phase
 from megatron_anymal.resilience.nonfinite import NotFinite
 
 ROOT = Path(__file__).parents[2]
-# A rank that meets a fault in its seventh step.
+# A rank with a fault in its seventh step.
 RANK = """
 import sys
 from pathlib import Path
@@ -62,7 +62,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
         time.sleep(0.02)
 
 
-# A rank that beats without a pause.
+# A rank that sends heartbeats without a pause.
 BUSY = """
 import sys
 from pathlib import Path
@@ -113,7 +113,7 @@ def test_round_trip(tmp_path: Path) -> None:
     assert (later.step, later.phase) == (12, Phase.VALIDATION)
     wait_for(lambda: (heartbeat.read(tmp_path / "rank_00003") or beat).alive_ns > beat.alive_ns, 5)
     writer.close()
-    # As the format is written down.
+    # The documented file format.
     data = (tmp_path / "rank_00003").read_bytes()
     assert len(data) == 128 and data[:8] == b"anymal1\0"
     assert struct.unpack_from("<IIqIIq", data, 8) == (os.getpid(), 3, 12, 4, 1, later.progress)
@@ -158,10 +158,10 @@ def test_what_stands_still_shows(tmp_path: Path, fault: str, runs: bool) -> None
             return
         stacks = tmp_path / "run" / "stacks" / f"rank_00003_{process.pid}.txt"
         os.kill(process.pid, signal.SIGUSR2)
-        wait_for(lambda: "faults.py" in stacks.read_text())
+        wait_for(lambda: "fault_injection.py" in stacks.read_text())
         time.sleep(0.3)
         said = stacks.read_text()
-        # All threads, and the fault goes on: a signal does not end it.
+        # The stacks of all threads are written, and the signal does not end the fault.
         assert "in _hold_gil" in said or "in _sleep" in said
         assert "heartbeat.py" in said and process.poll() is None
         still = heartbeat.read(path)
@@ -202,7 +202,7 @@ def test_an_exception_is_recorded_once_with_its_traceback(tmp_path: Path) -> Non
     except RuntimeError as error:
         record_failure(tmp_path, error, 7)
         record_failure(tmp_path, error)
-        # There is no run yet: a mistake in its settings makes no folder.
+        # No folder is created for a run that failed before it started, for example because of a configuration error.
         record_failure(tmp_path / "none", RuntimeError("x"))
     [event] = events.read(tmp_path)
     assert (event["kind"], event["text"], event["step"]) == ("exception", "RuntimeError: seven lines", 7)

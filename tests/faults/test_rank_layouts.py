@@ -1,4 +1,4 @@
-"""A run that loses or gains processes: the same samples go on, and the losses are those of a run left alone."""
+"""A run that continues with fewer or more processes reads the same samples and has the losses of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
 
 
 def taken(config: RunConfig) -> tuple[int, dict[int, set[str]]]:
-    """In a rank: train; the exit code, and the samples that this rank read, by step."""
+    """In a rank: train; return the exit code and the samples this rank read, by step."""
     state = build(config, initialize(config))
     step, found = loop.train_step, {}
 
@@ -45,7 +45,7 @@ def taken(config: RunConfig) -> tuple[int, dict[int, set[str]]]:
 
 
 def run(config: RunConfig, layout: dict[str, int]) -> tuple[set[int], dict[int, set[str]]]:
-    """All ranks' exit codes, and the samples of each step, of all replicas."""
+    """Train under a layout; return the ranks' exit codes and each step's samples on all replicas."""
     config = copy.deepcopy(config)
     config.trainer.devices = layout.get("world", 1)
     config.model.tensor_model_parallel_size = layout.get("tp", 1)
@@ -86,7 +86,7 @@ def test_continued_on_other_processes(
 ) -> None:
     config = copy.deepcopy(config)
     config.exp_manager.explicit_log_dir = str(tmp_path / "run")
-    # Stopped after each step: twice in one layout, then to the end in the other.
+    # Stopped after each step: two steps under one layout, then to the end under the other.
     limited = copy.deepcopy(config)
     limited.exp_manager.max_time_per_run = "00:00:00:00"
     samples: dict[int, set[str]] = {}

@@ -1,4 +1,4 @@
-"""A gradient that is no number on one rank: no rank updates, its samples are written down, and the run ends in time."""
+"""A non-finite gradient on one rank: all ranks skip the step, record its samples, and too many end the run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
 
 
 def content(state: TrainState) -> list[Any]:
-    """All weights, all of the optimizer's state, its step counters."""
+    """All weights, the optimizer's state and its step counters."""
     weights = [p.detach().clone() for model in state.models for p in model.parameters()]
     moments, counters = [], []
     for part in state.optimizer.chained_optimizers:
@@ -50,7 +50,7 @@ def same(one: list[Any], other: list[Any]) -> bool:
 
 
 def watched(config: RunConfig) -> dict[str, Any]:
-    """In a rank: train; per step whether it was skipped, and whether anything of weights and optimizer changed."""
+    """In a rank: train; record per step whether it was skipped and whether weights and optimizer stayed unchanged."""
     state = build(config, initialize(config))
     step, skipped, unchanged = loop.train_step, [], []
 
@@ -84,7 +84,7 @@ def skips_on_all_ranks(config: RunConfig, by: int) -> None:
     config.resilience.faults = [f"nan:rank={by},step={BAD}"]
     for seen in run_ranks(config.trainer.devices, watched, config):
         assert seen["skipped"] == [False, True, False] and not seen["failure"]
-        # A stage may hold nothing that trains; where something does, it changes in every other step.
+        # A stage may have no trainable weights; if it has some, they change in all other steps.
         assert seen["unchanged"][BAD - 1] and (seen["unchanged"] in ([False, True, False], [True] * 3))
         keys = seen["keys"]
     assert listed(config) == [{"step": BAD, "samples": keys[BAD - 1]}] and len(keys[BAD - 1]) == 8
@@ -108,7 +108,7 @@ def test_every_layout(config: RunConfig, layout: str, distributed: bool, by: int
     config.trainer.devices = 4 if layout == "dp2tp2" else 2
     config.model.tensor_model_parallel_size = 2 if "tp" in layout else 1
     config.model.pipeline_model_parallel_size = 2 if layout == "pp" else 1
-    # So that the second stage trains something too.
+    # With the whole Llama trainable, the second stage has trainable weights too.
     config.model.language_model.freeze = layout != "pp"
     skips_on_all_ranks(config, by)
 
@@ -139,7 +139,7 @@ def test_resumed_after_a_skipped_step(config: RunConfig, tmp_path: Path) -> None
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
     undisturbed = run_ranks(2, train, whole)[0]
-    # One step a start.
+    # One step per start.
     config.exp_manager.max_time_per_run = "00:00:00:00"
     for _ in range(4):
         continued = run_ranks(2, train, config)[0]

@@ -1,4 +1,4 @@
-"""SIGTERM, SIGUSR1 and the time limit: all ranks stop after the same step, with a checkpoint, and go on bit by bit."""
+"""SIGTERM, SIGUSR1 and the time limit: all ranks stop after the same step and save; resuming is bit-identical."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from megatron_anymal.train import loop
 from megatron_anymal.train.build import build
 
 STEPS = 5
-# Seconds from a signal to the end of a run, at most.
+# Maximum seconds from a signal to the end of the run.
 GRACE = 20.0
 
 
@@ -38,7 +38,7 @@ GRACE = 20.0
 def config(
     mixed_shards: str, text_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> RunConfig:
-    """Five steps of two replicas of two ranks, a validation after the second and fourth, a save after the third."""
+    """Five steps with two replicas of two ranks; validation after steps 2 and 4, a checkpoint after step 3."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("signals") / "run")
     config.trainer.max_steps, config.trainer.devices = STEPS, 4
     config.model.tensor_model_parallel_size = 2
@@ -56,12 +56,12 @@ def in_folder(config: RunConfig, folder: Path) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A run that nothing disturbs: its folder, and what its first rank returned."""
+    """An undisturbed run: its folder and the result of rank 0."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run_ranks(4, train, in_folder(config, folder))[0]
 
 
-# Where a signal comes: what is called there, and the step after which all must stop.
+# Points at which a signal arrives: the function called there, and the step after which all ranks must stop.
 PLACES: dict[str, tuple[Any, str, int]] = {
     "start-up": (loop.Trainer, "_start", 0),
     "step": (loop, "train_step", 3),
@@ -71,8 +71,10 @@ PLACES: dict[str, tuple[Any, str, int]] = {
 
 
 def stopped(config: RunConfig, place: str, number: int, by: int) -> tuple[int, int, list[str], float]:
-    """In a rank: train; rank `by` gets a signal at that place. Returns exit code, step, committed checkpoints, and the
-    seconds from the signal to the end."""
+    """In a rank: train; rank `by` gets a signal at the given point.
+
+    Returns the exit code, the step, the committed checkpoints and the seconds from the signal to the end.
+    """
     state = build(config, initialize(config))
     owner, name, _ = PLACES[place]
     before, calls, asked = getattr(owner, name), 0, 0.0
@@ -80,7 +82,7 @@ def stopped(config: RunConfig, place: str, number: int, by: int) -> tuple[int, i
     def disturbed(*args: Any, **more: Any) -> Any:
         nonlocal calls, asked
         calls += 1
-        # The third step; the first of everything else.
+        # The third step, but the first call of the other functions.
         if calls == (3 if place == "step" else 1):
             asked = time.monotonic()
             if dist.get_rank() == by:
@@ -101,7 +103,7 @@ def stop_and_go_on(
     at = PLACES[place][2]
     found = run_ranks(4, stopped, config, place, number, by)
     assert all(one[:2] == (Exit.REQUEUE, at) and one[2] == found[0][2] for one in found)
-    # Schedulers give 30 s or more.
+    # Schedulers allow 30 s or more.
     assert all(seconds < GRACE for *_, seconds in found)
     if at:
         assert found[0][2][-1] == f"step_{at:08d}"
@@ -143,7 +145,7 @@ def test_wishes_are_named_and_forgotten() -> None:
         assert stop_signals.agreed(stop_signals.stop_flags()) == ""
         os.kill(os.getpid(), signal.SIGUSR1)
         stop_signals.stop_after(0)
-        # Of two ranks, one of which wants nothing.
+        # The sum over two ranks, one of which has no stop request.
         assert stop_signals.agreed([a + b for a, b in zip(stop_signals.stop_flags(), [0.0, 0.0, 0.0])]) == (
             "SIGUSR1 and exp_manager.max_time_per_run"
         )

@@ -1,4 +1,4 @@
-"""A run that is killed without warning, started again by the same command, ends as if nothing had happened."""
+"""A run that is killed without warning and restarted with the same command ends like an undisturbed run."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ STEPS, EVERY = 14, 4
 def folder(
     mixed_shards: str, text_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """tiny.yaml: a run of 14 steps with a checkpoint and a validation every 4."""
+    """Folder with tiny.yaml: a run of 14 steps with a checkpoint and a validation every 4 steps."""
     folder = tmp_path_factory.mktemp("sigkill")
     config = make_config(mixed_shards, tokenizer_folder, folder / "run")
     config.trainer.max_steps = STEPS
     config.trainer.val_check_interval = config.exp_manager.checkpoint.every_n_train_steps = EVERY
     config.trainer.limit_val_batches = 1
     config.data.validation = {"text": DatasetConfig(path=text_shards)}
-    # As in a real run, read ahead by processes of their own.
+    # As in a real run, samples are prefetched by a worker process.
     config.data.num_workers = 1
     values = {"defaults": ["anymal", "_self_"], **config.to_dict()}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
@@ -47,7 +47,7 @@ def folder(
 
 
 def command(folder: Path, run: Path, processes: int) -> list[str]:
-    """The command that starts a run, and starts it again."""
+    """Return the command that starts a run and restarts it."""
     launch = [sys.executable, "-m"]
     if processes > 1:
         launch += ["torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
@@ -63,7 +63,7 @@ def command(folder: Path, run: Path, processes: int) -> list[str]:
 
 
 def options(run: Path, processes: int) -> list[str]:
-    """The overrides of a run: its folder and layout."""
+    """Overrides for a run's folder and layout."""
     return [
         f"exp_manager.explicit_log_dir={run}",
         f"trainer.devices={processes}",
@@ -86,7 +86,7 @@ def finish(arguments: list[str], log: Path) -> str:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to a process and all below it, as when a machine dies."""
+    """Send SIGKILL to a process and all its descendants, as if the machine had failed."""
     if process.poll() is None:
         top = psutil.Process(process.pid)
         for one in [top, *top.children(recursive=True)]:
@@ -95,7 +95,7 @@ def kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl."""
+    """Return the complete lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -106,13 +106,13 @@ def steps_of(run: Path) -> list[int]:
 
 
 def figures(run: Path) -> list[dict[str, float]]:
-    """All that must be the same bit for bit; times differ."""
+    """Return the metrics that must be bit-identical, which excludes timings."""
     timed = ("tokens_per_second", "step_seconds", "data_wait_share")
     return [{name: value for name, value in row.items() if name not in timed} for row in metrics(run)]
 
 
 def logged_to_tensorboard(run: Path) -> Counter[int]:
-    """How often each step stands in the event files, as they are on disk."""
+    """Count how often each step occurs in the event files on disk."""
     found: Counter[int] = Counter()
     for file in run.glob("events.out.tfevents.*"):
         for event in EventFileLoader(str(file)).Load():
@@ -131,7 +131,7 @@ def test_killed_in_the_middle(folder: Path, processes: int) -> None:
     again = command(folder, run, processes)
     process = start(again, folder / "killed.log")
     deadline = time.monotonic() + 240
-    # A checkpoint is there, and steps after it are logged.
+    # Wait until there is a checkpoint and later steps are logged.
     while len(steps_of(run)) < EVERY + 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     kill(process)
@@ -144,7 +144,7 @@ def test_killed_in_the_middle(folder: Path, processes: int) -> None:
     assert f"at step {saved}" in said
     assert steps_of(run) == list(range(1, STEPS + 1))
     assert figures(run) == figures(whole)
-    # What was done twice may stand there twice; nothing else, and nothing is missing.
+    # Only steps that were trained twice may occur twice, and no step is missing.
     events = logged_to_tensorboard(run)
     assert set(events) == set(range(1, STEPS + 1))
     assert {step for step, times in events.items() if times > 1} == {step for step in on_disk if step > saved}
@@ -164,7 +164,7 @@ def test_run_in_slices_of_time_is_bit_identical(config: RunConfig, tmp_path: Pat
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
     undisturbed = run_ranks(2, train, two_replicas(whole))[0]["losses"]
-    # No time at all: each start makes one step and a checkpoint.
+    # With a time limit of zero, each start trains one step and saves a checkpoint.
     config.exp_manager.max_time_per_run = "00:00:00:00"
     for started in range(1, 7):
         losses = run_ranks(2, train, two_replicas(config))[0]["losses"]

@@ -1,4 +1,4 @@
-"""SFT and DPO runs that are killed without warning and started again end as if nothing had happened."""
+"""SFT and DPO runs that are killed without warning and restarted end like undisturbed runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS, EVERY = 10, 3
 
 
 def tuned(job: str, tokenizer: str, folder: Path) -> RunConfig:
-    """A run of ten steps with a checkpoint every three; DPO continues an SFT run of three steps."""
+    """Ten steps with a checkpoint every three steps; DPO starts from an SFT run of three steps."""
     data = make_conversations(folder / job, tokenizer, 40, pairs=job == "dpo")
     config = make_config(data, tokenizer, folder / f"{job}_run")
     config.job, config.trainer.max_steps, config.data.seq_length = job, STEPS, 96
@@ -34,7 +34,7 @@ def tuned(job: str, tokenizer: str, folder: Path) -> RunConfig:
 
 
 @pytest.mark.timeout(400)
-# The second one continues the first one's adapters.
+# DPO starts from the adapters of an SFT run.
 @pytest.mark.parametrize("job", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
 def test_killed_in_the_middle(job: str, tokenizer_folder: str, tmp_path: Path) -> None:
     if job == "dpo":

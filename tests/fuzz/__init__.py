@@ -1,1 +1,1 @@
-"""Mutated shards, manifests, media and checkpoints: each outcome is read, named or refused, or the fuzzer fails."""
+"""Fuzz the readers with mutated shards, manifests, media and checkpoints; each must be read, named or refused."""

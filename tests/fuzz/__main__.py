@@ -1,4 +1,4 @@
-"""`make fuzz`: mutated shards, media, manifests, weights and checkpoints, and a table of what became of them."""
+"""`make fuzz`: read mutated shards, media, manifests, weights and checkpoints, and print a table of outcomes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OUTCOMES = ("read", "named", "refused", "silent", "traceback", "hang", "memory",
 
 
 def table(results: Iterable[Result]) -> str:
-    """Outcomes by what was mutated, in Markdown."""
+    """Return a Markdown table of outcomes per kind of mutated file."""
     counts: dict[str, Counter[str]] = {}
     for result in results:
         what = result.label.partition(",")[0]
@@ -34,7 +34,7 @@ def table(results: Iterable[Result]) -> str:
 
 
 def main() -> int:
-    """Run the cases; 1 if one of them did what none may do."""
+    """Run the cases. Return 1 if any of them failed."""
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
     parser.add_argument("--cases", type=int, default=10_000, help="mutations in all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])

@@ -1,4 +1,4 @@
-"""Small real files of every kind that the trainer reads, made on the spot."""
+"""Generate small valid files of every kind that the trainer reads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECTIONS = {
 
 
 def picture(kind: str, mode: str = "RGB") -> bytes:
-    """A picture of 40 x 30 pixels."""
+    """An image of 40 x 30 pixels."""
     pixels = np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(out, kind)
@@ -37,7 +37,7 @@ def picture(kind: str, mode: str = "RGB") -> bytes:
 
 
 def sound(kind: str, seconds: float = 1.5) -> bytes:
-    """Noise at 8 kHz (Ogg Opus takes that rate, too)."""
+    """Noise at 8 kHz, a rate that Ogg Opus supports as well."""
     import soundfile
 
     out = io.BytesIO()
@@ -48,7 +48,7 @@ def sound(kind: str, seconds: float = 1.5) -> bytes:
 
 
 def video(container: str, codec: str, frames: int = 16) -> bytes:
-    """Grey pictures of 64 x 48 pixels, eight a second."""
+    """Grey frames of 64 x 48 pixels, eight per second."""
     import av
 
     with tempfile.TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def video(container: str, codec: str, frames: int = 16) -> bytes:
 
 
 def motion_csv() -> bytes:
-    """Two seconds of motion with a time column."""
+    """Two seconds of IMU data with a time column."""
     out = io.StringIO()
     rows = np.random.default_rng(0).normal(size=(100, 6)).round(4)
     writer = csv.writer(out)
@@ -74,7 +74,7 @@ def motion_csv() -> bytes:
 
 
 def media() -> list[tuple[str, str, bytes, dict[str, Any]]]:
-    """Kind, ending, content and attributes of a file of each format."""
+    """One file of each format: modality, extension, content and attributes."""
     return [
         *(("image", ending, picture(kind), {}) for ending, kind in (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))),
         *(("image", ending, picture(kind), {}) for ending, kind in (("bmp", "BMP"), ("tif", "TIFF"), ("ppm", "PPM"))),
@@ -89,12 +89,12 @@ def media() -> list[tuple[str, str, bytes, dict[str, Any]]]:
 
 
 def plain_members(count: int = 12) -> Members:
-    """A shard's members: pictures with their texts."""
+    """Members of a shard: images with captions."""
     return [(f"{n:04d}.{e}", png(n) if e == "png" else b"one two") for n in range(count) for e in ("png", "txt")]
 
 
 def json_members(count: int = 12) -> Members:
-    """A shard's members: samples whose JSON names a picture, a sound and a signal."""
+    """Members of a shard: samples whose JSON names an image, audio and IMU data."""
     members: Members = []
     for n in range(count):
         parts = [{"text": "what is", "loss": False}, {"media": "0.png"}, {"media": "1.flac"}]
@@ -106,7 +106,7 @@ def json_members(count: int = 12) -> Members:
 
 
 def conversation_members(count: int = 12) -> Members:
-    """A shard's members: conversations about a picture."""
+    """Members of a shard: conversations about an image."""
     members: Members = []
     for n in range(count):
         content = [{"media": "0.png"}, {"text": "what is this"}]
@@ -116,7 +116,7 @@ def conversation_members(count: int = 12) -> Members:
 
 
 def manifests() -> list[tuple[str, bytes]]:
-    """Ending and content of manifests that name a.png and b.flac."""
+    """Extension and content of manifests that name a.png and b.flac."""
     lines = [{"key": n, "media": "a.png" if n % 2 else "b.flac", "text": f"number {n}"} for n in range(20)]
     turns = {"role": "user", "content": [{"media": "a.png"}, {"text": "what"}]}
     chats = [{"key": f"c{n}", "messages": [turns, {"role": "assistant", "content": "one"}]} for n in range(10)]
@@ -129,7 +129,7 @@ def manifests() -> list[tuple[str, bytes]]:
 
 
 def checkpoint(folder: Path, tokenizer: str, shards: str) -> Path:
-    """A committed checkpoint of a run of one step on one process."""
+    """Committed checkpoint of a one-step run on one process."""
     from engine import train
     from ranks import run_ranks
     from tiny import make_config

@@ -1,4 +1,4 @@
-"""Harmless damage: what disks, networks, interrupted writers and careless scripts do to files."""
+"""Non-malicious damage, as caused by disks, networks, interrupted writers and careless scripts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
 @dataclass(frozen=True)
 class Damaged:
-    """A mutated file, and how it came about."""
+    """A mutated file, and the name of the mutation."""
 
     data: bytes
     how: str
 
     def zeroes_the_end(self, members: Members) -> bool:
-        """Whether zeros replaced the last of a shard's members: a shorter archive, as far as anyone can tell."""
+        """Whether zeros replaced the shard's last members, so that it cannot be told from a shorter archive."""
         end = self.data.rstrip(b"\0")
         kept = end[: len(end) // BLOCK * BLOCK]
         archives = [tar_bytes(members, form) for form in FORMATS]
@@ -30,7 +30,7 @@ class Damaged:
 
 
 def flip(rng: random.Random, data: bytes) -> bytes:
-    """One to eight bytes changed."""
+    """Flip one to eight random bits."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 8)):
         changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
@@ -38,36 +38,36 @@ def flip(rng: random.Random, data: bytes) -> bytes:
 
 
 def cut(rng: random.Random, data: bytes) -> bytes:
-    """The end is missing."""
+    """Cut off the end."""
     return data[: rng.randrange(len(data))]
 
 
 def hole(rng: random.Random, data: bytes) -> bytes:
-    """A range of zeros, as a file system leaves for blocks that never reached the disk."""
+    """Zero a range, as a file system does for blocks that never reached the disk."""
     start, size = rng.randrange(len(data)), rng.choice([1, 64, 512, 4096])
     return data[:start] + bytes(min(size, len(data) - start)) + data[start + size :]
 
 
 def overwrite(rng: random.Random, data: bytes) -> bytes:
-    """A range of noise."""
+    """Overwrite a range with random bytes."""
     start, size = rng.randrange(len(data)), rng.choice([4, 64, 512, 4096])
     return data[:start] + rng.randbytes(min(size, len(data) - start)) + data[start + size :]
 
 
 def remove(rng: random.Random, data: bytes) -> bytes:
-    """A range is missing."""
+    """Remove a range."""
     start, size = rng.randrange(len(data)), rng.choice([1, 16, 512, 1000])
     return data[:start] + data[start + size :]
 
 
 def insert(rng: random.Random, data: bytes) -> bytes:
-    """Bytes in between that do not belong there."""
+    """Insert random bytes."""
     start, size = rng.randrange(len(data)), rng.choice([1, 16, 512])
     return data[:start] + rng.randbytes(size) + data[start:]
 
 
 def repeat(rng: random.Random, data: bytes) -> bytes:
-    """A range comes twice, as after a write that was tried again."""
+    """Repeat a range, as after a retried write."""
     start, size = rng.randrange(len(data)), rng.choice([16, 512, 2048])
     return data[: start + size] + data[start:]
 
@@ -76,7 +76,7 @@ ANY_FILE: tuple[Callable[[random.Random, bytes], bytes], ...] = (flip, cut, hole
 
 
 def damage(rng: random.Random, data: bytes) -> Damaged:
-    """One of the mutations that any file can suffer."""
+    """Apply a random mutation that can happen to any file."""
     mutation = rng.choice(ANY_FILE)
     return Damaged(mutation(rng, data), mutation.__name__)
 
@@ -92,7 +92,7 @@ _FIELDS = {
 
 
 def damage_shard(rng: random.Random, members: Members) -> Damaged:
-    """A shard of these members with something wrong in its bytes, its headers or its order."""
+    """Build a shard of these members with an error in its bytes, headers or member order."""
     form = rng.choice(FORMATS)
     what = rng.choice(
         ["bytes", "bytes", "header", "header", "order", "duplicate", "link", "joined", "ending", "missing"]

@@ -1,4 +1,4 @@
-"""What reads mutated files: each target makes a case from a random generator and tells its outcome."""
+"""Readers of mutated files: each target creates cases from a random generator, and each case returns its outcome."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
 from megatron_anymal.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorFileError
 
-# What a user's broken file may raise; anything else is a traceback.
+# Errors that a user's broken file may raise. Any other exception counts as a traceback.
 EXPECTED = (DataError, MediaError, ConfigError, CheckpointError, TensorFileError)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A mutated file and what reads it."""
+    """A mutated file and the function that reads it."""
 
-    # What was mutated and how, to find it again.
+    # What was mutated and how, to find the case again.
     label: str
-    # Returns read, named, refused, or "silent: what was lost".
+    # Returns "read", "named", "refused" or "silent: ..." with what was lost.
     run: Callable[[], str]
 
 
 class Shards:
-    """Shards with damaged bytes, headers and orders; every sample must be delivered whole or named."""
+    """Shards with damaged bytes, headers or order. Every sample must be delivered complete or named in the ledger."""
 
     def __init__(self, folder: Path, tokenizer: str):
         self._folder, self._options = folder / "shards", IndexOptions(tokenizer)
         self._corpora = [corpus.plain_members(), corpus.json_members(), corpus.conversation_members()]
 
     def case(self, rng: random.Random) -> Case:
-        """One damaged shard."""
+        """Create a damaged shard."""
         members = rng.choice(self._corpora)
         damaged = damage_shard(rng, members)
         return Case(f"shard of {members[0][0]}, {damaged.how}", lambda: self._run(members, damaged))
@@ -75,7 +75,7 @@ class Shards:
 
     @staticmethod
     def _lost(members: Members, index: ShardIndex, ledger: list[LeftOut]) -> set[str]:
-        """Samples that are not delivered with all their media, and that no line of the ledger covers."""
+        """Return samples that were not delivered with all their media and are not covered by the ledger."""
         wanted: dict[str, int] = {}
         for name, _ in members:
             key, _, ending = name.partition(".")
@@ -88,7 +88,7 @@ class Shards:
 
 
 class Media:
-    """Damaged media files; a file that was cut must not pass as a shorter one."""
+    """Damaged media files. A truncated file must not be read as a shorter one."""
 
     def __init__(self) -> None:
         self._files = corpus.media()
@@ -116,12 +116,12 @@ class Media:
 
 
 def _is_text(ending: str) -> bool:
-    """A table that ends earlier is a shorter table."""
+    """Whether a truncated file of this format is a valid shorter file."""
     return ending == "csv"
 
 
 class Manifests:
-    """Damaged manifests; each line becomes a sample, or the manifest is refused."""
+    """Damaged manifests. Each line must become a sample, or the manifest must be refused."""
 
     def __init__(self, folder: Path):
         self._folder, self._files = folder / "manifests", corpus.manifests()
@@ -131,7 +131,7 @@ class Manifests:
                 (self._folder / f"{'a' if kind == 'image' else 'b'}.{ending}").write_bytes(data)
 
     def case(self, rng: random.Random) -> Case:
-        """One damaged manifest."""
+        """Create a damaged manifest."""
         ending, data = rng.choice(self._files)
         damaged = damage(rng, data)
 
@@ -148,7 +148,7 @@ class Manifests:
                 return f"silent: left {left[0].name}" if left else "refused"
             with tarfile.open(out / "shard-000000.tar") as tar:
                 written = sum(name.endswith(".json") for name in tar.getnames())
-            # A quote may join two lines of a table.
+            # In a CSV file, a quote may join two lines.
             if ending == ".jsonl" or b'"' not in damaged.data:
                 lines = (
                     damaged.data.replace(b"\r", b"\n").split(b"\n") if ending == ".csv" else damaged.data.split(b"\n")
@@ -162,14 +162,14 @@ class Manifests:
 
 
 class Checkpoints:
-    """Checkpoints with one damaged file: checksums must find it, and readers must not fail in another way."""
+    """Checkpoints with one damaged file. Checksums must detect it, and readers may only raise expected errors."""
 
     def __init__(self, folder: Path, checkpoint: Path):
         self._source, self._copy = checkpoint, folder / "checkpoint"
         self._files = sorted(p.relative_to(checkpoint) for p in checkpoint.rglob("*") if p.is_file())
 
     def case(self, rng: random.Random) -> Case:
-        """One checkpoint with a damaged file."""
+        """Create a checkpoint with a damaged file."""
         name = rng.choice(self._files)
         original = (self._source / name).read_bytes()
         damaged = damage(rng, original)
@@ -193,7 +193,7 @@ class Checkpoints:
 
 
 def _same_json(one: bytes, other: bytes) -> bool:
-    """Whether two files are the same JSON, written differently."""
+    """Whether two files contain the same JSON value."""
     try:
         return bool(json.loads(one) == json.loads(other))
     except ValueError:
@@ -230,7 +230,7 @@ class Weights:
 
 
 class Targets:
-    """All of them, drawn by weight."""
+    """All targets, chosen at random by weight."""
 
     def __init__(self, folder: Path, tokenizer: str, checkpoint: Path | None):
         self._all: list[tuple[int, Any]] = [
@@ -243,7 +243,7 @@ class Targets:
             self._all.append((5, Checkpoints(folder, checkpoint)))
 
     def case(self, seed: int, number: int) -> Case:
-        """The case of a seed and number: the same in every process."""
+        """Return the case of a seed and number, which is the same in every process."""
         rng = random.Random(f"{seed}/{number}")
         [target] = rng.choices([target for _, target in self._all], [weight for weight, _ in self._all])
         made: Case = target.case(rng)
@@ -251,7 +251,7 @@ class Targets:
 
 
 def outcome(case: Case) -> str:
-    """Run a case: read, named, refused, silent: ..., or traceback: ..."""
+    """Run a case and return "read", "named", "refused", "silent: ..." or "traceback: ..."."""
     try:
         return case.run()
     except EXPECTED:

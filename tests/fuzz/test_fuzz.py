@@ -1,4 +1,4 @@
-"""A small part of `make fuzz`, and what the fuzzer itself must tell apart."""
+"""A small part of `make fuzz`, and tests of the fuzzer itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Processes that run cases, watched from outside: one that hangs or takes too much memory is found and replaced."""
+"""Run cases in worker processes. Hangs and excessive memory use are detected, and lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from typing import Any, Optional
 
 HANG_SECONDS = 10.0
 MEMORY_BYTES = 512 * 2**20
-# The first case waits for the imports and the corpus.
+# Timeout of the first case, which includes imports and the creation of the corpus.
 _START_SECONDS = 300.0
 _CONTEXT = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one case."""
+    """Outcome of one case."""
 
     seed: int
     number: int
     label: str
-    # read, named, refused; or "silent: ...", "traceback: ...", "hang", "memory: ...", "died: ..."
+    # "read", "named" or "refused"; or "silent: ...", "traceback: ...", "hang", "memory: ..." or "died: ...".
     outcome: str
 
     @property
     def kind(self) -> str:
-        """The outcome's first word."""
+        """First word of the outcome."""
         return self.outcome.partition(":")[0]
 
     @property
     def failed(self) -> bool:
-        """Whether it may not happen."""
+        """Whether the outcome is a failure."""
         return self.kind not in ("read", "named", "refused")
 
 
 class _Worker:
-    """One process."""
+    """One worker process."""
 
     def __init__(self, folder: Path, tokenizer: str, checkpoint: Optional[Path]):
         self._arguments = (folder, tokenizer, checkpoint)
@@ -50,7 +50,7 @@ class _Worker:
         self.start()
 
     def start(self) -> None:
-        """Start the process, a new one if there was one."""
+        """Start a new process, and stop the old one if there is one."""
         self.stop()
         self.connection, other = _CONTEXT.Pipe()
         folder, tokenizer, checkpoint = self._arguments
@@ -62,13 +62,13 @@ class _Worker:
         self._ready = False
 
     def give(self, job: tuple[int, int]) -> None:
-        """Hand it a case's seed and number."""
+        """Send a case's seed and number to the process."""
         self.job = job
         self.deadline = time.monotonic() + (HANG_SECONDS if self._ready else _START_SECONDS)
         self.connection.send(job)
 
     def take(self) -> Result:
-        """What it answered; a process that ended gets a successor."""
+        """Receive the result. A process that has died is replaced."""
         assert self.job is not None
         try:
             label, outcome = self.connection.recv()
@@ -80,13 +80,13 @@ class _Worker:
         return Result(*self.job, label, outcome)
 
     def give_up(self) -> Result:
-        """End a process whose time is over."""
+        """Replace a process that exceeded its deadline."""
         assert self.job is not None
         self.start()
         return Result(*self.job, "?", "hang")
 
     def stop(self) -> None:
-        """End the process."""
+        """Kill the process."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
@@ -137,7 +137,7 @@ def _serve(connection: Connection, folder: Path, tokenizer: str, checkpoint: Opt
         seed, number = connection.recv()
         case = targets.case(seed, number)
         before = _memory("VmRSS")
-        # From here on the peak counts anew.
+        # Reset the peak of the resident set size (VmHWM).
         Path("/proc/self/clear_refs").write_text("5")
         found = outcome(case)
         grown = _memory("VmHWM") - before
@@ -147,6 +147,6 @@ def _serve(connection: Connection, folder: Path, tokenizer: str, checkpoint: Opt
 
 
 def _memory(name: str) -> int:
-    """A line of /proc/self/status, in bytes."""
+    """Return a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))

@@ -1,4 +1,4 @@
-"""The attention kernels of a GPU against scaled dot-product attention on the same card, forward and backward."""
+"""GPU attention kernels match scaled dot-product attention on the same GPU, forward and backward."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def test_equals_scaled_dot_product_attention(kernel: str, size: int) -> None:
             results.append([out, query.grad, key.grad, value.grad])
         for mine, theirs in zip(*results):
             assert mine is not None and theirs is not None
-            # Of two bf16 kernels: by the norm, not element by element.
+            # Two bf16 kernels are compared by norm, not element by element.
             assert float((mine - theirs).float().norm() / theirs.float().norm()) < 1e-2

@@ -1,4 +1,4 @@
-"""FP8 against bf16, and FP8's own promises: exact resume, half the memory. Skipped where they cannot run."""
+"""FP8 follows bf16, resumes bit-identically and halves the memory of weights. Skipped if FP8 is not available."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WAYS = [
 
 @pytest.fixture
 def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
-    """A frozen Llama of the quickstart's sizes, its feed-forward rounded to a multiple of 16."""
+    """A frozen Llama of the quickstart's size, with the feed-forward size rounded to a multiple of 16."""
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.trainer.precision = "bf16"
     config.model.transformer_impl = "transformer_engine"
@@ -62,10 +62,10 @@ def test_follows_bf16_for_200_steps(config: RunConfig, form: str, recipe: str, h
 
 
 def gradient(config: RunConfig) -> np.ndarray:
-    """The projectors' gradient of the first batch."""
+    """In a rank: return the projectors' gradient of the first batch."""
     state = build(config, initialize(config))
     wrapped = state.wrapped[0].train()
-    # Delayed scaling looks back: the second pass is scaled by the first.
+    # Delayed scaling uses past statistics, so the second pass is scaled by those of the first.
     for _ in range(2):
         wrapped.zero_grad_buffer()
         for planned in state.train_data.planner.plan(0).of_replica(0):
@@ -108,7 +108,7 @@ def test_resume_is_bit_identical(config: RunConfig, recipe: str, tmp_path: Path)
 
 
 def bytes_held(config: RunConfig) -> tuple[int, int]:
-    """Bytes on the card after a step, and numbers in quantized weights."""
+    """In a rank: return allocated GPU memory in bytes after a step, and the number of quantized parameters."""
     config.trainer.max_steps = 1
 
     def look(state: TrainState) -> tuple[int, int]:
@@ -124,5 +124,5 @@ def test_held_in_fp8_alone(config: RunConfig) -> None:
         run_ranks(1, bytes_held, in_fp8(config, "hybrid", "tensorwise", held))[0] for held in (False, True)
     )
     assert none == 0 and quantized > 5e7
-    # One byte a number, where bf16 takes two; no transposed copy, and no workspace, is left.
+    # One byte per parameter instead of two in bf16; no transposed copy and no workspace is kept.
     assert plain - held > 0.95 * quantized

@@ -1,4 +1,4 @@
-"""What torch.compile makes of the parts between matrix products, against the same functions as they are written."""
+"""Functions compiled with torch.compile match the same functions without compilation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def compare(function: Callable[..., Any], written: Callable[..., Any], *given: torch.Tensor) -> None:
-    """Outputs and gradients of both, by their norms: bf16 rounds in other places."""
+    """Compare outputs and gradients of both functions by norm, because bf16 rounding differs."""
     results = []
     for one in (function, written):
         inputs = [x.clone().requires_grad_(x.dtype == torch.bfloat16) for x in given]
@@ -32,7 +32,7 @@ def compare(function: Callable[..., Any], written: Callable[..., Any], *given: t
         assert float((mine - theirs).float().norm() / theirs.float().norm()) < 1e-2
 
 
-# Lengths differ from step to step: the second one makes torch generate a kernel for any.
+# Lengths differ between steps. From the second one on, torch uses a kernel with dynamic shapes.
 @pytest.mark.parametrize("tokens", [512, 776, 1024])
 def test_rotary_embedding(tokens: int) -> None:
     generator = torch.Generator("cuda").manual_seed(0)

@@ -1,4 +1,4 @@
-"""The same engine on one CUDA card. Skipped where there is none."""
+"""The engine on one CUDA GPU. Skipped if there is none."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_resume_is_bit_identical(config: RunConfig, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", [Layout(), Layout(trains="full"), Layout(job="sft", trains="lora", noise="all")])
 def test_one_card_gives_the_numbers_of_plain_torch(layout: Layout, tmp_path: Path) -> None:
-    # Both in fp32, without TF32; the card adds up in another order.
+    # Both in fp32, without TF32. Only the order of sums differs on the GPU.
     difference = Suite(tmp_path, steps=3).difference(layout)
     assert difference.allowed, difference
 

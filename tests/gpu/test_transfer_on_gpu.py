@@ -1,4 +1,4 @@
-"""Micro-batches come to the card from pinned memory, beside the computation, as they were read."""
+"""Micro-batches are copied to the GPU from pinned memory, asynchronously and unchanged."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tensors_of(micro_batch: MicroBatch) -> list[torch.Tensor]:
 
 
 def read_and_send(config: RunConfig) -> dict[str, bool]:
-    """Send two steps' micro-batches while the card is kept busy, and compare."""
+    """In a rank: copy the micro-batches of two steps to the busy GPU, and compare them with the originals."""
     layout = initialize(config)
     data = build(config, layout).train_data
     pinned, equal, busy = True, True, torch.randn(2048, 2048, device=layout.device)
@@ -40,7 +40,7 @@ def read_and_send(config: RunConfig) -> dict[str, bool]:
         assert batches
         pinned &= all(tensor.is_pinned() for one in batches for tensor in tensors_of(one))
         for one, sent in zip(batches, on_device(batches, layout.device), strict=True):
-            # What is allocated and written meanwhile must not be what is on its way.
+            # Memory allocated and written in the meantime must not overlap the copies in flight.
             for _ in range(20):
                 busy = (busy @ busy).clamp(-1, 1)
                 torch.empty_like(busy).fill_(7)

@@ -1,1 +1,1 @@
-"""Every parallel layout against AnyMAL pre-training written from its definitions."""
+"""Compare every parallel layout with a plain-torch implementation of AnyMAL's training jobs."""

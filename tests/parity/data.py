@@ -1,4 +1,4 @@
-"""Data, model and hyper-parameters of the parity runs: tiny, and with everything that can go wrong in them."""
+"""Data, model and hyper-parameters of the parity runs: tiny, but covering every case that a layout could get wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import LLAMA, SPECIAL, flac, make_config, make_conversations, make_sha
 from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig, RunConfig
 from parity.layouts import LAYERS
 
-# Kinds of the samples, in turn.
+# Sample kinds, repeated in this order.
 MEDIA: dict[str, tuple[str, ...]] = {
     "image": ("image",),
     "video": ("video",),
@@ -20,13 +20,13 @@ MEDIA: dict[str, tuple[str, ...]] = {
     "imu": ("imu",),
     "text": ("text",),
     "mixed": ("image", "video", "audio", "imu", "text", "mixed"),
-    # One sample in eight has a medium: most replicas, and most micro-batches, have none.
+    # One sample in eight has media, so most replicas and micro-batches have none.
     "few media": ("image", *["text"] * 7, "imu", *["text"] * 7),
 }
 
 
 def _video(seed: int) -> bytes:
-    """One or two seconds of noise."""
+    """Return one or two seconds of random frames, as an AVI file."""
     import av
 
     rng = np.random.default_rng(seed)
@@ -41,7 +41,7 @@ def _video(seed: int) -> bytes:
     return out.getvalue()
 
 
-# Items of one to three pieces, so that ranks share single items.
+# Items have one to three pieces, so that the pieces of a single item are split over ranks.
 _MAKERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "image": ("png", lambda seed: png(seed, (8 * (1 + seed % 2), 8)), {}),
     "video": ("avi", _video, {}),
@@ -51,16 +51,16 @@ _MAKERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 
 
 def make_parity_shards(folder: Path, tokenizer: str, job: str, media: str) -> str:
-    """Shards of one of MEDIA, for a job."""
+    """Write shards with the samples of `MEDIA[media]` for a job, and return their location."""
     if job == "pretrain":
         return make_shards(folder, tokenizer, 48, MEDIA[media], makers=_MAKERS)
-    # Pairs come again from the third step on, when a cache knows them.
+    # Pairs repeat from the third step on, so that the cached log-probabilities are used.
     count = 16 if job == "dpo" else 48
     return make_conversations(folder, tokenizer, count, MEDIA[media], pairs=job == "dpo", makers=_MAKERS)
 
 
 def parity_config(shards: str, tokenizer: str, job: str, media: str) -> RunConfig:
-    """One process, fp32, over a Llama of LAYERS layers with the modalities that the data have."""
+    """Configuration for one process in fp32, with a Llama of LAYERS layers and the modalities in the data."""
     config = make_config(shards, tokenizer, Path("unused"))
     config.job = job
     config.model.language_model.config = {
@@ -68,26 +68,26 @@ def parity_config(shards: str, tokenizer: str, job: str, media: str) -> RunConfi
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
-        # Not divisible by the tensor-parallel sizes.
+        # Not divisible by any tensor-parallel size.
         "vocab_size": 29,
     }
     all_modalities = {**modalities(), "video": _video_section()}
     all_modalities["image"].options = {"max_grid": 2}
     config.model.modalities = {name: all_modalities[name] for name in _used(media)}
     config.model.global_batch_size = 8
-    # In Adam's first steps the rounding of gradients that are smaller than eps counts least; those of adapters, which
-    # start at zero, are smaller than others.
+    # A large eps keeps Adam's first steps from amplifying the rounding of tiny gradients. Adapters start at zero, so
+    # their gradients are especially small.
     config.model.optim.lr, config.model.optim.eps = 1e-3, 1e-5 if job == "pretrain" else 1e-4
     config.model.optim.weight_decay = 0.1
     config.data.seq_length = {"pretrain": 48, "sft": 64, "dpo": 128}[job]
     if job == "dpo":
-        # Large, so that it shows what the reference says.
+        # Large, so that errors in the reference log-probabilities show in the loss.
         config.model.dpo.beta = 0.5
     return config
 
 
 def _used(media: str) -> list[str]:
-    """Modalities of the samples; of text alone, one that is trained and never met."""
+    """Modalities of the samples. Text-only data get one modality that is trained but never occurs."""
     kinds = {"image", "audio"} if "mixed" in MEDIA[media] else set()
     return sorted((kinds | set(MEDIA[media])) & set(_MAKERS)) or ["image"]
 

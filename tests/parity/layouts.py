@@ -1,5 +1,6 @@
-"""The layouts that the parity suite runs: of pre-training a selection that has every possible pair of settings at least
-once, of SFT and DPO a list that has every setting.
+"""Layouts run by the parity suite.
+
+Pre-training: a selection that covers every valid pair of settings. SFT and DPO: lists that cover every setting.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ from typing import Any
 from megatron_anymal.config import NeftuneConfig, RunConfig
 
 MOST_PROCESSES = 8
-# Of parity.data.
+# Decoder layers of the Llama in parity.data.
 LAYERS = 8
-# How the SFT run was laid out that a DPO run starts from.
+# Layouts of the SFT run that a DPO run starts from.
 STARTS: dict[str, dict[str, Any]] = {
     "one": {},
     "tp2-sp": {"tensor": 2, "sequence": True},
     "pp2-cp2": {"pipeline": 2, "context": 2},
 }
-# What decides a run's numbers; all else is layout.
+# Fields that determine a run's numbers. All others only change the layout.
 _DECIDES = ("media", "trains", "tied_head", "job", "noise", "mean", "smoothing", "start")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to run: how it is spread over processes, what it reads and what it trains."""
+    """Settings of one run: its parallel layout, the data it reads and the weights it trains."""
 
     tensor: int = 1
     sequence: bool = False
@@ -36,24 +37,24 @@ class Layout:
     context: int = 1
     data: int = 1
     recompute: str = ""
-    # Of parity.data.MEDIA.
+    # A key of parity.data.MEDIA.
     media: str = "mixed"
-    # Projectors and the IMU encoder always; of the Llama "frozen": nothing; "lora": adapters; "partial": some of its
-    # weights; "full": all of it.
+    # Trained weights of the Llama: none ("frozen"), adapters ("lora"), some ("partial") or all ("full"). Projectors and
+    # the IMU encoder always train, except in DPO.
     trains: str = "frozen"
     # Fewer layers on the first stage.
     uneven: bool = False
-    # Gradients are reduced, and weights gathered, during the passes.
+    # Overlap gradient reduction and weight gathering with the forward and backward passes.
     overlap: bool = False
     distributed_optimizer: bool = True
     tied_head: bool = False
-    # Packs that one forward pass takes.
+    # Packs per forward pass (the micro-batch size).
     packs: int = 1
-    # pretrain, sft or dpo (which trains the adapters alone).
+    # pretrain, sft or dpo. DPO trains only the adapters.
     job: str = "pretrain"
-    # NEFTune's: none, on "all" embeddings, or on those of "text".
+    # NEFTune noise: none, on "all" embeddings, or only on "text" embeddings.
     noise: str = ""
-    # What the loss is a mean over: "token" or "sample".
+    # The loss is averaged over each "token" or each "sample".
     mean: str = "token"
     # DPO only; `start` is one of STARTS.
     smoothing: float = 0.05
@@ -62,7 +63,7 @@ class Layout:
 
     @property
     def processes(self) -> int:
-        """How many processes it takes."""
+        """Number of processes."""
         return self.tensor * self.pipeline * self.context * self.data
 
     @property
@@ -72,13 +73,13 @@ class Layout:
 
     @property
     def sft(self) -> Layout:
-        """The SFT run that a DPO run starts from."""
+        """Layout of the SFT run that this DPO run starts from."""
         settings = {"job": "sft", "trains": "lora", "noise": "all", **STARTS[self.start]}
         return Layout(media=self.media, tied_head=self.tied_head, **settings)
 
     @property
     def name(self) -> str:
-        """Short, for tables and test names."""
+        """Short name for tables and test ids."""
         parallel = [
             f"{short}{getattr(self, field)}"
             for short, field in (("tp", "tensor"), ("pp", "pipeline"), ("vpp", "virtual"), ("cp", "context"))
@@ -111,19 +112,19 @@ class Layout:
 
     @property
     def possible(self) -> bool:
-        """Whether the settings go together, on as many processes as are at hand."""
+        """Whether the settings are compatible and need at most MOST_PROCESSES processes."""
         return (
             self.processes <= MOST_PROCESSES
             and (self.tensor > 1 or not self.sequence)
             and (self.pipeline > 1 or (self.virtual == 1 and not self.uneven))
-            # Two stages of 2 and 6 layers, in one part each or in two; more stages have no uneven split of 8 in parts.
+            # Two stages of 2 and 6 layers, in one or two virtual chunks. More stages allow no uneven split of 8 layers.
             and (not self.uneven or self.pipeline == 2)
             and (self.distributed_optimizer or not self.overlap)
             and (self.trains == "lora" or self.job != "dpo")
         )
 
     def applied(self, base: RunConfig) -> RunConfig:
-        """The configuration of a run under this layout."""
+        """Return a copy of `base` with this layout applied."""
         config = copy.deepcopy(base)
         config.trainer.devices = self.processes
         model = config.model
@@ -141,7 +142,7 @@ class Layout:
             model.num_layers_in_last_pipeline_stage = LAYERS - LAYERS // 4
         model.ddp.use_distributed_optimizer = self.distributed_optimizer
         model.ddp.overlap_grad_reduce = model.ddp.overlap_param_gather = self.overlap
-        # Small buckets: several reductions are under way at once.
+        # Small buckets, so that several reductions are in flight at once.
         model.ddp.bucket_size = 1000 if self.overlap else 0
         return config
 
@@ -157,7 +158,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "media": ("image", "video", "audio", "imu", "text", "mixed", "few media"),
     "trains": ("frozen", "lora", "partial", "full"),
 }
-# Not crossed with everything: each layout of the selection takes its turn.
+# Not part of the pairwise cover: the selected layouts take these in turn.
 TURNS: tuple[dict[str, Any], ...] = (
     {},
     {"overlap": True},
@@ -172,12 +173,12 @@ Pair = tuple[tuple[str, Any], tuple[str, Any]]
 
 
 def pairs_of(layout: Layout) -> frozenset[Pair]:
-    """Every pair of settings that a layout has."""
+    """Return every pair of settings in a layout."""
     return frozenset(itertools.combinations(((name, getattr(layout, name)) for name in CHOICES), 2))
 
 
 def possible_layouts() -> Iterator[Layout]:
-    """All layouts that fit on the processes."""
+    """Yield every valid combination of CHOICES."""
     for values in itertools.product(*CHOICES.values()):
         layout = Layout(**dict(zip(CHOICES, values)))
         if layout.possible:
@@ -185,10 +186,10 @@ def possible_layouts() -> Iterator[Layout]:
 
 
 def cover(count: int) -> list[Layout]:
-    """Layouts that have every possible pair of settings, at least `count` of them; the same every time.
+    """Return at least `count` layouts that cover every valid pair of settings. Deterministic.
 
-    Greedy: next comes the layout with the most pairs that none before had; of equals, and once all pairs were there,
-    the one whose settings were used least, on the most processes.
+    Greedy: always add the layout with the most pairs not covered yet. Ties go to the layout whose pairs were used
+    least. Once all pairs are covered, layouts on the most processes come first.
     """
     left = {layout: pairs_of(layout) for layout in possible_layouts()}
     missing = set(frozenset().union(*left.values()))
@@ -262,7 +263,7 @@ DPO = tuple(
 
 
 def _with_turn(layout: Layout, number: int) -> Layout:
-    """The layout with the extras whose turn it is, or the next that go with it."""
+    """Return the layout with the extras whose turn it is, or the next ones that are compatible with it."""
     for offset in range(len(TURNS)):
         extras = TURNS[(number + offset) % len(TURNS)]
         varied = Layout(**{**asdict(layout), **extras})

@@ -1,4 +1,4 @@
-"""What the jobs minimise, from the definitions: one sample, and of a pair one document, at a time."""
+"""Training objectives written from their definitions, one sample (or one document of a preference pair) at a time."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from parity.samples import Sample
 
 
 def backward(model: nn.Module, config: RunConfig, batch: Sequence[Sample], reference: nn.Module | None) -> float:
-    """Set the gradients of a batch's loss; returns the loss.
+    """Compute the gradients of a batch's loss, and return the loss.
 
     Args:
-        reference: DPO only: the model as the policy was at the start.
+        reference: DPO only: the policy as it was before the first step.
     """
     model.zero_grad(set_to_none=True)
     if config.job == "dpo":
@@ -32,8 +32,12 @@ def backward(model: nn.Module, config: RunConfig, batch: Sequence[Sample], refer
 
 
 def likelihood(model: nn.Module, batch: Sequence[Sample], mean: str) -> Iterator[Tensor]:
-    """Each sample's term of the negative log-likelihood of the targets (AnyMAL eq. 1), as its mean over the batch's
-    target tokens, or over samples with targets of each one's mean over its own."""
+    """Yield each sample's term of the negative log-likelihood of the target tokens (AnyMAL eq. 1).
+
+    Args:
+        mean: "token": average over the batch's target tokens. "sample": average over the sample's own target tokens,
+            then over the samples that have any.
+    """
     targets = [float(sample.loss_mask.sum()) for sample in batch]
     for sample, own in zip(batch, targets):
         if mean == "token":
@@ -43,24 +47,25 @@ def likelihood(model: nn.Module, batch: Sequence[Sample], mean: str) -> Iterator
 
 
 def preferences(policy: nn.Module, reference: nn.Module, batch: Sequence[Sample], dpo: DpoConfig) -> Iterator[Tensor]:
-    """Each pair's term of conservative DPO (AnyMAL eq. 5; Mitchell 2023), a mean over pairs: the cross-entropy between
-    "the chosen answer is the better one", true with probability 1 - label_smoothing, and the Bradley-Terry model whose
-    rewards are beta log(policy / reference).
+    """Yield each pair's term of conservative DPO (AnyMAL eq. 5; Mitchell 2023), averaged over pairs.
+
+    It is the cross-entropy between "the chosen answer is better", true with probability 1 - label_smoothing, and the
+    Bradley-Terry model with rewards beta log(policy / reference).
     """
     for chosen, rejected in zip(batch[::2], batch[1::2]):
         assert rejected.document == chosen.document + 1
         rewards = []
         for answer in (chosen, rejected):
             with torch.no_grad():
-                held_to = log_probability(reference, answer)
-            rewards.append(dpo.beta * (log_probability(policy, answer) - held_to))
+                baseline = log_probability(reference, answer)
+            rewards.append(dpo.beta * (log_probability(policy, answer) - baseline))
         better = torch.sigmoid(rewards[0] - rewards[1])
         doubt = dpo.label_smoothing
         yield -((1 - doubt) * better.log() + doubt * (1 - better).log()) / (len(batch) / 2)
 
 
 def log_probability(model: nn.Module, sample: Sample) -> Tensor:
-    """Log-probability (nats) of a document's targets."""
+    """Log-probability (nats) of a document's target tokens."""
     log_probabilities = torch.log_softmax(model(sample), dim=-1)
     of_labels = log_probabilities[torch.arange(len(sample.labels)), sample.labels]
     return (of_labels * sample.loss_mask.to(of_labels.dtype)).sum()

@@ -1,9 +1,9 @@
-"""Planted bugs: the worst silent failures of this field, switched on one at a time. The suite must see each of them.
+"""Planted bugs: the worst silent failures of distributed training, switched on one at a time. The suite must catch all.
 
-A plant changes the program in the process that calls it, before the model is built; it is called on every rank.
+`Bug.plant` is called on every rank before the model is built, and patches the program in that process.
 
-Positions that run on over a border between documents are not among them: rotary embeddings only see the distance of
-two tokens, so that this changes nothing but rounding.
+Positions that continue across a document boundary are not included: rotary embeddings depend only on the distance
+between two tokens, so this changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from parity.layouts import Layout
 
 @dataclass(frozen=True)
 class Bug:
-    """A planted bug, and a layout in which it does harm."""
+    """A planted bug, and a layout in which it has an effect."""
 
     what: str
     plant: Callable[[], None]
@@ -44,7 +44,7 @@ class Bug:
 
 
 def _wrap(owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """Replace owner.name by a function that gets the original first."""
+    """Replace `owner.name` with `change`, which gets the original as its first argument."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: change(original, *args, **kwargs))
 
@@ -92,7 +92,7 @@ def _context_gradient_kept_apart() -> None:
     def apart(mine: Any, parts: Any) -> Any:
         with torch.no_grad():
             everything = shares.gather_soft_tokens(mine, parts).clone()
-        # Each rank sees only what its own tokens say of its own soft tokens.
+        # Each rank keeps only the gradient that its own tokens give to its own soft tokens.
         first = sum(parts[: parallel_state.get_context_parallel_rank()])
         return torch.cat([everything[:first], mine, everything[first + len(mine) :]])
 
@@ -142,7 +142,7 @@ def _projector_gradient_lost_on_text() -> None:
         if self.training and not micro_batch.media:
             parameter: Any
             for parameter in self.projectors.parameters():
-                # The gradient of nothing replaces the sum instead of being added to it.
+                # The zero gradient of a text-only micro-batch replaces the sum instead of being added to it.
                 parameter.main_grad.zero_()
         return original(self, micro_batch, *args, **kwargs)
 
@@ -174,7 +174,7 @@ def _first_micro_batch_lost() -> None:
 
 
 def _tied_head_apart() -> None:
-    # The module's name in the package is that of its function.
+    # In the package, the function of the same name hides this module.
     finalize: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
     finalize._allreduce_word_embedding_grads = lambda *args, **kwargs: None
 
@@ -227,7 +227,7 @@ def _reference_without_adapters() -> None:
 
 def _pairs_counted_once_per_context_rank() -> None:
     def summed(parts: Any, group: Any) -> Any:
-        # Its backward pass sums again.
+        # The backward pass of this all-reduce sums again.
         return dist.nn.functional.all_reduce(parts.contiguous(), group=group)
 
     objective.sum_over_context = summed

@@ -1,13 +1,13 @@
-"""AnyMAL's three jobs in plain torch, on one process and one sample at a time: what every layout must equal.
+"""Reference that every layout must match: AnyMAL's three jobs in plain torch, on one process, one sample at a time.
 
 Written from the definitions (AnyMAL section 3; Llama; Perceiver Resampler; LoRA; AdamW), without megatron-core and
-without the package's model, losses and optimizer. The package's are only the encoders (transformers' models or plain
-torch, and no layout splits them) and NEFTune's random numbers, asked for one document at a time.
+without the package's model, losses and optimizer. It shares with the package only the encoders (transformers models or
+plain torch, which no layout splits) and NEFTune's random numbers, drawn for one document at a time.
 
-Weights go by the engine's names of whole weights, as `gather_weights` gives them.
+Weights have the engine's names of unsharded weights, as returned by `gather_weights`.
 
-Shapes: L tokens of a sample, H the Llama's width, V its vocabulary, n pieces, F features of width w per piece, T soft
-tokens per piece.
+Shapes: L tokens of a sample, H the Llama's hidden size, V its vocabulary size, n pieces, F features of width w per
+piece, T soft tokens per piece.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _HEAD = "language_model.output_layer.weight"
 
 @dataclass(frozen=True)
 class Trace:
-    """What a run did. Gradients and weights go by the names of whole weights."""
+    """Record of a run. Gradients and weights are keyed by the names of the unsharded weights."""
 
-    # Per step: the batch's mean loss, before the update.
+    # Per step: the mean loss of the batch, before the update.
     losses: list[float]
-    # Per step: gradient of every trainable weight, before clipping.
+    # Per step: the gradient of every trainable weight, before clipping.
     gradients: list[dict[str, np.ndarray]]
     # Trainable weights after the last step.
     weights: dict[str, np.ndarray]
@@ -54,13 +54,13 @@ def run_reference(
     steps: int,
     dtype: torch.dtype = torch.float32,
 ) -> Trace:
-    """Train for some steps from the given weights. Needs no process group.
+    """Train for `steps` steps from the given weights. Needs no process group.
 
     Args:
-        config: of the run to compare with; its layout is not looked at.
-        weights: all whole weights at the start (tensors or arrays), by name; those of DPO's reference model, too.
-        trainable: names of those that train.
-        dtype: float32, or float64 to tell rounding from error.
+        config: configuration of the run to compare with. Its layout is ignored.
+        weights: all unsharded initial weights (tensors or arrays) by name. DPO's reference model uses the same ones.
+        trainable: names of the weights to train.
+        dtype: float32, or float64 to distinguish rounding from errors.
     """
     load_plugins(config.model.plugins)
     lm = config.model.language_model
@@ -77,7 +77,7 @@ def run_reference(
 
 
 class Reference(nn.Module):
-    """The whole model; its parameters have the names of whole weights."""
+    """The whole model. Its parameters have the names of the unsharded weights."""
 
     def __init__(
         self,
@@ -87,10 +87,10 @@ class Reference(nn.Module):
         trainable: Collection[str] = (),
         dtype: torch.dtype = torch.float32,
     ):
-        """Take the weights over, as copies.
+        """Copy the given weights into the model.
 
         Raises:
-            ValueError: `trainable` names a weight that there is not.
+            ValueError: `trainable` names a weight that does not exist.
         """
         super().__init__()
         if unknown := sorted(set(trainable) - set(weights)):
@@ -108,7 +108,7 @@ class Reference(nn.Module):
             _put(self, name, nn.Parameter(value, requires_grad=name in trainable))
         self._names = {name for name, _ in self.named_parameters()}
         assert self._names == set(weights), f"weights not given: {sorted(self._names - set(weights))}"
-        # Angles in single precision, as in every implementation, whatever the other arithmetic.
+        # Angles are in single precision for every dtype, as in all other implementations.
         self._inverse_frequencies = LlamaRotaryEmbedding(config=hf).inv_freq.float()
 
     def forward(self, sample: Sample) -> Tensor:
@@ -145,7 +145,7 @@ class Reference(nn.Module):
         )
 
     def soft_tokens(self, name: str, pieces: Tensor) -> Tensor:
-        """Pieces [n, *piece_shape] of a modality to soft tokens [n, T, H]."""
+        """Encode and project the pieces [n, *piece_shape] of a modality to soft tokens [n, T, H]."""
         encoder = self.encoders[name]
         with torch.set_grad_enabled(any(p.requires_grad for p in encoder.parameters())):
             features = encoder(pieces)
@@ -154,10 +154,10 @@ class Reference(nn.Module):
         return _over_rms(x, 1e-6) * self.weight(f"projectors.{name}.gain")
 
     def weight(self, name: str) -> Tensor:
-        """A weight by its whole name."""
+        """Return a weight by its full name."""
         return self.get_parameter(name)
 
-    # The Llama.
+    # Llama
 
     def _llama_layer(self, x: Tensor, name: str) -> Tensor:
         x = x + self._self_attention(self._rms_norm(x, f"{name}.input_layernorm"), f"{name}.self_attention")
@@ -169,7 +169,7 @@ class Reference(nn.Module):
         """Causal grouped-query attention of one document, [L, H] -> [L, H]."""
         length, groups, size = len(x), self.hf.num_key_value_heads, self.hf.head_dim
         per_group = self.hf.num_attention_heads // groups
-        # Rows of the weight, group by group: its query heads, its key head, its value head.
+        # The weight's rows, group by group: the query heads, the key head and the value head of the group.
         projections = ("q_proj", "k_proj", "v_proj")
         weight = self._adapted(f"{name}.linear_qkv", projections, (per_group * size, size, size))
         qkv = (x @ weight.T).view(length, groups, per_group + 2, size)
@@ -182,11 +182,12 @@ class Reference(nn.Module):
         return read.reshape(length, -1) @ self._adapted(f"{name}.linear_proj", ("o_proj",)).T
 
     def _adapted(self, name: str, projections: Sequence[str], rows: Sequence[int] = ()) -> Tensor:
-        """A weight with what its low-rank adapters add to it: alpha / r x B A for each projection (Hu et al., 2021).
+        """Return a weight plus its low-rank adapters: alpha / r x B A for each projection (Hu et al., 2021).
 
         Args:
-            projections: those that the weight holds, in their order.
-            rows: how many of each the weight has in turn; all of each, if not given.
+            projections: the projections stacked in the weight, in order.
+            rows: rows of each projection per group, if the weight interleaves them. By default the projections follow
+                each other as a whole.
         """
         weight = self.weight(f"{name}.weight")
         if f"{name}.lora.{projections[0]}.A" not in self._names:
@@ -200,7 +201,7 @@ class Reference(nn.Module):
         return weight + together * (self.lora.alpha / self.lora.r)
 
     def _rotate(self, x: Tensor) -> Tensor:
-        """RoPE of [L, ..., d]: the two halves of a head are the pairs' two coordinates."""
+        """Apply RoPE to [L, ..., d]. The two halves of a head hold the two coordinates of each rotated pair."""
         angles = torch.outer(torch.arange(len(x), dtype=torch.float32), self._inverse_frequencies)
         angles = angles.view(len(x), *[1] * (x.dim() - 2), -1)
         cosine, sine = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
@@ -210,7 +211,7 @@ class Reference(nn.Module):
     def _rms_norm(self, x: Tensor, name: str) -> Tensor:
         return _over_rms(x, self.hf.rms_norm_eps) * self.weight(f"{name}.weight")
 
-    # The projectors.
+    # Projectors
 
     def _resampler(self, features: Tensor, name: str, config: ProjectorConfig) -> Tensor:
         """Perceiver resampler: [n, F, w] -> [n, T, H]."""
@@ -231,11 +232,11 @@ class Reference(nn.Module):
         key = self._linear(read, f"{name}.key").unflatten(2, (heads, -1))
         value = self._linear(read, f"{name}.value").unflatten(2, (heads, -1))
         scores = torch.einsum("nihd,njhd->nhij", query, key) / math.sqrt(query.size(-1))
-        found = torch.einsum("nhij,njhd->nihd", torch.softmax(scores, dim=-1), value)
-        return self._linear(found.flatten(2), f"{name}.attention_output")
+        attended = torch.einsum("nhij,njhd->nihd", torch.softmax(scores, dim=-1), value)
+        return self._linear(attended.flatten(2), f"{name}.attention_output")
 
     def _linear_projector(self, features: Tensor, name: str, config: ProjectorConfig) -> Tensor:
-        """[n, F, w] -> [n, T, H]: neighbouring features joined, or each one making several soft tokens."""
+        """Linear projector: [n, F, w] -> [n, T, H]. Joins adjacent features, or makes several soft tokens from each."""
         pieces, count, width = features.shape
         groups = min(count, config.num_tokens)
         joined = math.ceil(count / groups)
@@ -257,7 +258,7 @@ class Reference(nn.Module):
 class AdamW:
     """Gradient clipping by the global norm, then Adam with decoupled weight decay (Loshchilov and Hutter, 2019).
 
-    As in megatron-core, weights of one dimension and biases do not decay.
+    As in megatron-core, one-dimensional weights and biases are not decayed.
     """
 
     def __init__(self, config: RunConfig, parameters: Mapping[str, nn.Parameter]):
@@ -268,7 +269,7 @@ class AdamW:
         self._steps = 0
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """Copies of the gradients; zeros where the batch did not reach a weight."""
+        """Return copies of the gradients, with zeros for weights that the batch did not use."""
         return {name: _array(_gradient(p)) for name, p in self.parameters.items()}
 
     @torch.no_grad()
@@ -305,12 +306,12 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """Make `parameter` the one of this dotted name, with modules on the way where there are none."""
+    """Register `parameter` under a dotted name, and create the missing modules on the path."""
     module = root
     *path, last = name.split(".")
     for part in path:
         if not hasattr(module, part):
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
-    # Not register_parameter: a GRU keeps a list of its weights, which only an assignment renews.
+    # Not register_parameter: a GRU keeps a list of its weights, which is only updated by assignment.
     setattr(module, last, parameter)

@@ -1,4 +1,4 @@
-"""One run of the engine under one layout, and how far it is from another run."""
+"""Run the engine under one layout, and measure how far the run is from the reference."""
 
 from __future__ import annotations
 
@@ -28,33 +28,33 @@ from megatron_anymal.train.step import train_step
 from parity.layouts import Layout
 from parity.reference import Trace
 
-# Relative, in fp32.
+# Relative tolerance for losses and whole gradients, in fp32.
 TOLERANCE = 1e-5
-# Single parameters: sums of few large terms that nearly cancel.
+# For single parameters: their gradients can be sums of a few large terms that nearly cancel.
 PARAMETER_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class EngineRun:
-    """What the engine did, and what it started from."""
+    """Record of a run of the engine, and the weights it started from."""
 
     trace: Trace
-    # All whole weights before the first step, and the names of those that train.
+    # All unsharded weights before the first step, and the names of the trainable ones.
     start: dict[str, np.ndarray]
     trainable: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a run is from its reference, over all steps.
+    """Largest differences between a run and its reference over all steps.
 
     Attributes:
-        loss: largest difference of a step's loss, relative to it.
-        gradient: largest norm of the difference of a step's gradient, relative to that gradient's norm.
-        parameter: the same for single parameters, relative to the largest norm that the parameter's gradient has in any
-            step (a sum that cancels in one step leaves nothing but rounding).
-        weight: largest norm of the difference of a parameter after the last step, relative to the parameter's norm.
-        where: the parameter and the step of `parameter`.
+        loss: difference of a step's loss, relative to the loss.
+        gradient: norm of the difference of a step's gradient, relative to the gradient's norm.
+        parameter: the same for a single parameter, relative to the largest norm of its gradient in any step (in a step
+            in which the gradient's sum cancels, only rounding is left).
+        weight: norm of the difference of a parameter after the last step, relative to the parameter's norm.
+        where: parameter and step at which `parameter` was measured.
     """
 
     loss: float
@@ -65,7 +65,7 @@ class Difference:
 
     @property
     def allowed(self) -> bool:
-        """Whether it is no more than the rounding of fp32 sums in another order. NaN is not."""
+        """Whether it is explained by the rounding of fp32 sums in a different order. False for NaN."""
         return (
             self.loss <= TOLERANCE
             and self.gradient <= TOLERANCE
@@ -77,10 +77,10 @@ class Difference:
 def run_layout(
     base: RunConfig, layout: Layout, count: int, before: Callable[[], None] | None = None, timeout: float = 240.0
 ) -> EngineRun:
-    """Train `count` steps under a layout, in processes of their own.
+    """Train `count` steps under a layout, in new processes.
 
     Args:
-        before: called in each process first; the tests plant bugs with it.
+        before: called first in each process; plants a bug.
     """
     config = configured(base, layout)
     with TemporaryDirectory() as config.exp_manager.explicit_log_dir:
@@ -88,7 +88,7 @@ def run_layout(
 
 
 def configured(base: RunConfig, layout: Layout) -> RunConfig:
-    """The configuration of a run under a layout, with what it trains."""
+    """Return a copy of `base` for a run under a layout, including the choice of trainable weights."""
     config = layout.applied(base)
     config.model.language_model.freeze = layout.trains != "full"
     if layout.trains == "lora":
@@ -129,7 +129,7 @@ def _run(config: RunConfig, partial: bool, count: int, before: Callable[[], None
 
 
 def _train_a_part() -> None:
-    """Let the queries, keys and values and the norms before them train, as an adapter method would."""
+    """Also train the query, key and value projections and the norms before them."""
     freeze = model_build._freeze
 
     def freeze_most(model: Any, config: RunConfig) -> None:
@@ -148,36 +148,36 @@ def _all_of(names: set[str]) -> set[str]:
 
 
 def whole_gradients(state: TrainState) -> dict[str, np.ndarray] | None:
-    """Every trainable weight's reduced gradient under its whole name, on rank 0 (None elsewhere). Collective."""
+    """Return the reduced gradient of every unsharded trainable weight on rank 0, None on other ranks. Collective."""
     for wrapped in state.wrapped:
         for group in wrapped.bucket_groups if state.config.model.ddp.use_distributed_optimizer else ():
             ranks = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:
-                # After the reduction a rank has the sums of its own part of the bucket.
-                parts = list(bucket.grad_data.chunk(ranks.size()))
-                found = [torch.empty_like(p) for p in parts]
-                dist.all_gather(found, parts[ranks.rank()].clone(), group=ranks)
-                bucket.grad_data.copy_(torch.cat(found))
+                # After the reduction, a rank has only the sums of its own shard of the bucket.
+                shards = list(bucket.grad_data.chunk(ranks.size()))
+                gathered_shards = [torch.empty_like(shard) for shard in shards]
+                dist.all_gather(gathered_shards, shards[ranks.rank()].clone(), group=ranks)
+                bucket.grad_data.copy_(torch.cat(gathered_shards))
     mine = {}
     for model in state.models:
         for weight in list_weights(model):
             if weight.parameter.requires_grad:
                 whole = weight.gather(weight.parameter.main_grad)
                 mine[weight.name] = whole.cpu().numpy().copy()
-    speaks = (
+    contributes = (
         parallel_state.get_tensor_model_parallel_rank() == 0
         and parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0
     )
     gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine if speaks else {}, gathered, dst=0)
+    dist.gather_object(mine if contributes else {}, gathered, dst=0)
     return None if gathered is None else {name: value for part in gathered for name, value in part.items()}
 
 
 def compare(run: EngineRun, reference: Trace) -> Difference:
-    """See Difference.
+    """Compare a run with its reference; see Difference.
 
     Raises:
-        AssertionError: they do not train the same weights or the same number of steps.
+        AssertionError: they did not train the same weights or the same number of steps.
     """
     trace = run.trace
     assert len(trace.losses) == len(reference.losses)
@@ -210,12 +210,12 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _worse(a: float, b: float) -> float:
-    """The larger one; NaN is larger than all."""
+    """Return the larger value. NaN counts as larger than any number."""
     return b if not b <= a else a
 
 
 def fingerprint(weights: dict[str, np.ndarray]) -> str:
-    """A hash of whole weights, to see that two runs start alike."""
+    """Hash of unsharded weights, to check that two runs start from the same ones."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         digest.update(name.encode() + weights[name].tobytes())

@@ -1,4 +1,4 @@
-"""The samples of a run's steps, each by itself: no packs, no padding, no replicas."""
+"""Read the samples of a run's steps one by one: no packing, no padding, no replicas."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from megatron_anymal.data.records import PlannedMicroBatch
 class Sample:
     """One sample, or one document of a preference pair; L is its length in LLM tokens."""
 
-    # [L] int64: placeholders where media go.
+    # [L] int64, with placeholder tokens at the positions of soft tokens.
     tokens: Tensor
-    # [L] int64: the next token.
+    # [L] int64: the next token of each position.
     labels: Tensor
-    # [L]: 1 where the label counts, else 0.
+    # [L]: 1 for target tokens, else 0.
     loss_mask: Tensor
-    # Modality -> [pieces, *piece_shape] float32, in their order in the sample.
+    # Modality -> [pieces, *piece_shape] float32, in sample order.
     pieces: dict[str, Tensor]
-    # Modality -> [pieces x soft tokens] int64: where its placeholders are.
+    # Modality -> [pieces x soft tokens] int64: positions of its placeholder tokens.
     places: dict[str, Tensor]
     step: int = 0
-    # Its number in the global batch: twice the sample's place, and 1 for a pair's rejected answer.
+    # Number within the global batch: twice the sample's position, plus 1 for the rejected answer of a pair.
     document: int = 0
 
 
 def read_steps(config: RunConfig, steps: int) -> Iterator[list[Sample]]:
-    """The global batches of the steps [0, steps) of a run, whatever its layout; of a pair first the chosen document.
+    """Yield the global batches of the steps [0, steps) of a run, for any layout. Chosen documents come first.
 
     Raises:
         DataError: the data cannot be planned.
@@ -51,7 +51,7 @@ def read_steps(config: RunConfig, steps: int) -> Iterator[list[Sample]]:
                 read = data.reader[PlannedMicroBatch(step, planned.length, (planned,))]
                 assert not read.bad, read.bad
                 whole = [tensor[0].split(planned.documents) for tensor in (read.tokens, read.labels, read.loss_mask)]
-                # Every document of a sample holds all its media.
+                # Every document of a sample contains all media of the sample.
                 pieces = {name: media.pieces for name, media in read.media.items()}
                 for branch, (tokens, labels, mask) in enumerate(zip(*whole)):
                     places = {name: (tokens == placeholders[name]).nonzero().flatten() for name in pieces}

@@ -1,4 +1,4 @@
-"""What the suite does: references, runs under layouts, planted bugs."""
+"""The parity suite: reference runs, runs under layouts, and runs with planted bugs."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from parity.runs import Difference, EngineRun, compare, configured, fingerprint,
 
 
 class Suite:
-    """Runs of one number of steps, with the references they share."""
+    """Runs with a fixed number of steps, and the references they share."""
 
     def __init__(self, folder: Path, steps: int):
-        """Keep data in `folder`."""
+        """Keep data and SFT runs in `folder`."""
         self.folder, self.steps = folder, steps
         self._tokenizer = make_tokenizer(folder / "tokenizer")
         self._data: dict[tuple[str, str], RunConfig] = {}
@@ -31,22 +31,22 @@ class Suite:
         self._references: dict[Layout, tuple[EngineRun, Trace]] = {}
 
     def difference(self, layout: Layout, bug: Bug | None = None) -> Difference:
-        """How far a layout's run is from the reference in plain torch.
+        """Return the difference between a layout's run and the plain-torch reference.
 
         Raises:
-            AssertionError: it did not start from the same weights, or trains others.
+            AssertionError: the run starts from different weights, or trains different ones.
         """
         one, reference = self.reference(layout)
         if bug is not None:
             return compare(run_layout(self._config(layout), layout, self.steps, bug.plant), reference)
         if layout not in self._clean:
             run = one if layout == layout.alone else run_layout(self._config(layout), layout, self.steps)
-            assert fingerprint(run.start) == fingerprint(one.start), f"{layout.name} starts from other weights"
+            assert fingerprint(run.start) == fingerprint(one.start), f"{layout.name} starts from different weights"
             self._clean[layout] = compare(run, reference)
         return self._clean[layout]
 
     def reference(self, layout: Layout) -> tuple[EngineRun, Trace]:
-        """The engine on one process, and plain torch from the same weights, for what a layout reads and trains."""
+        """Run the engine on one process and plain torch from the same weights, for the layout's data and job."""
         alone = layout.alone
         if alone not in self._references:
             config = self._config(alone)
@@ -56,7 +56,7 @@ class Suite:
         return self._references[alone]
 
     def _config(self, layout: Layout) -> RunConfig:
-        """What a layout reads, and what it starts from."""
+        """Return the configuration with the layout's data and, for DPO, the SFT run to start from."""
         key = layout.job, layout.media
         if key not in self._data:
             shards = make_parity_shards(self.folder / "-".join(key).replace(" ", "_"), self._tokenizer, *key)
@@ -67,7 +67,7 @@ class Suite:
         return config
 
     def _sft_run(self, layout: Layout) -> str:
-        """The folder of a short SFT run, long enough to take the adapters well away from the base."""
+        """Return the folder of a short SFT run that moves the adapters well away from their initial values."""
         folder = self.folder / "runs" / layout.name
         if not folder.exists():
             config = configured(self._config(layout), layout)

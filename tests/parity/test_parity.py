@@ -1,4 +1,4 @@
-"""A smaller cover than `make parity`'s, on at most four processes, and every planted bug."""
+"""A smaller selection of layouts than `make parity`, on at most four processes, and every planted bug."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    """Runs of three steps."""
+    """Suite with runs of three steps."""
     return Suite(tmp_path_factory.mktemp("parity"), steps=3)
 
 

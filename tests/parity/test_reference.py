@@ -1,4 +1,4 @@
-"""The reference itself: its Llama against transformers', all of it against the engine on one process."""
+"""Test the reference: its Llama against the one in transformers, the whole model against the engine on one process."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ LLAMAS: dict[str, dict[str, Any]] = {
 
 
 def relative(found: np.ndarray, wanted: np.ndarray) -> float:
-    """The size of the difference relative to that of what is wanted."""
+    """Norm of the difference, relative to the norm of the expected values."""
     return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
 
 
@@ -60,7 +60,7 @@ def test_its_llama_is_that_of_transformers(name: str) -> None:
     theirs = LlamaForCausalLM._from_config(hf, attn_implementation="sdpa").double()
     for weight_name, weight in theirs.named_parameters():
         if "norm" in weight_name:
-            # Norms start at 1, where a norm left out or swapped would not show.
+            # Norm weights start at 1, which would hide a missing or swapped norm.
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     names = [n for n in ours_of(hf) if not (hf.tie_word_embeddings and "output_layer" in n)]
     weights = {n: from_hf(n, hf, theirs.get_parameter) for n in names}
@@ -70,7 +70,7 @@ def test_its_llama_is_that_of_transformers(name: str) -> None:
     labels, mask = tokens.roll(-1), (torch.rand(40) < 0.7).float()
     mask[-1] = 0
     sample = Sample(tokens, labels, mask, {}, {})
-    # transformers' norms compute in single precision whatever the model's.
+    # The norms in transformers always compute in single precision.
     logits = theirs(tokens[None]).logits[0]
     assert relative(ours(sample).detach().numpy(), logits.detach().numpy()) < 1e-6
     wanted = torch.nn.functional.cross_entropy(logits, torch.where(mask > 0, labels, -100))
@@ -83,7 +83,7 @@ def test_its_llama_is_that_of_transformers(name: str) -> None:
 
 
 def ours_of(hf: LlamaConfig) -> list[str]:
-    """The whole names of a Llama's weights."""
+    """Full names of a Llama's weights."""
     rest = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
     layer = [f"{part}.weight" for part in (*rest, "input_layernorm", "pre_mlp_layernorm")]
     layers = [f"decoder.layers.{number}.{part}" for number in range(hf.num_hidden_layers) for part in layer]
@@ -93,14 +93,14 @@ def ours_of(hf: LlamaConfig) -> list[str]:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> RunConfig:
-    """Images, sounds, motion, an image with a sound, and text alone."""
+    """Samples with an image, audio, IMU data, an image and audio, or only text."""
     folder = tmp_path_factory.mktemp("reference")
     shards = make_shards(folder / "shards", tokenizer_folder, 40, ("image", "audio", "imu", "mixed", "text"))
     config = make_config(shards, tokenizer_folder, folder / "run")
-    # More than one layer, so that what lies between layers is compared too.
+    # More than one layer, so that the operations between layers are compared too.
     config.model.modalities["image"].projector.num_layers = 2
     config.model.modalities["audio"].projector.num_layers = 2
-    # Two pieces a sound.
+    # Two pieces per audio item.
     config.model.modalities["audio"].options["piece_seconds"] = 0.25
     config.model.optim.sched.warmup_steps = 2
     return config
@@ -140,14 +140,14 @@ CASES: dict[str, Callable[[RunConfig], None]] = {
 
 
 def whole(state: TrainState) -> dict[str, np.ndarray]:
-    """Copies of all whole weights."""
+    """Copies of all unsharded weights."""
     weights = gather_weights(state.models)
     assert weights is not None
     return {name: w.numpy().copy() for name, w in weights.items()}
 
 
 def run_engine(config: RunConfig) -> tuple[dict[str, np.ndarray], Trace]:
-    """In a rank: all whole weights at the start, and what the engine did."""
+    """Run the engine in a rank process. Return all unsharded initial weights and a record of the run."""
     state = build(config, initialize(config))
     start, losses = whole(state), []
     gradients: list[dict[str, np.ndarray]] = []
@@ -174,7 +174,7 @@ def test_the_engine_on_one_process_is_the_reference(base: RunConfig, case: str) 
     config = copy.deepcopy(base)
     CASES[case](config)
     start, engine = run_ranks(1, run_engine, config)[0]
-    # Rounding as measured: losses 7e-8, gradients 7e-6 (2e-8 absolute where a sum cancels, as in a projector's gain),
+    # Measured rounding: losses 7e-8, gradients 7e-6 (2e-8 absolute if a sum cancels, as for a projector's `gain`),
     # updates 4e-5.
     for dtype in (torch.float32, torch.float64):
         wanted = run_reference(config, start, set(engine.weights), STEPS, dtype)

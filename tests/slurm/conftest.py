@@ -1,4 +1,4 @@
-"""A cluster for the tests of this folder."""
+"""Slurm cluster fixture."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from loopback import Cluster, missing
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes on loopback; skipped where Slurm can neither be found nor installed."""
+    """Cluster of two nodes on loopback. Skips if Slurm is not installed and cannot be installed."""
     if why := missing():
         pytest.skip(why)
-    # Not pytest's folder: its path is too long for sockets.
+    # Not in pytest's temporary folder, whose path is too long for sockets.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     try:
         with Cluster(folder) as running:

@@ -1,4 +1,4 @@
-"""A Slurm cluster on this machine's loopback: a controller and two nodes, in a folder and on ports of their own."""
+"""A Slurm cluster on loopback: a controller and two nodes, with a separate folder and ports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
-# Where Debian puts daemons; not on everybody's path.
+# Debian installs daemons in sbin, which is not on every user's PATH.
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _CONF = """ClusterName=loop
 SlurmctldHost={host}(127.0.0.1)
@@ -54,7 +54,7 @@ _SIZE = "CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 Rea
 
 
 def missing(install: bool = True) -> str:
-    """Why no cluster can be started here; empty where one can. Installs Slurm on Debian where root may."""
+    """Return why no cluster can be started, or "" if one can. As root on Debian, installs Slurm if needed."""
     if os.name != "posix" or os.geteuid() != 0:
         return "a Slurm cluster of its own needs root"
     if not _absent():
@@ -63,7 +63,7 @@ def missing(install: bool = True) -> str:
         return f"Slurm is not installed ({_absent()[0]})"
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     packages = ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]
-    # One try, no waiting: without a network this must not hold up other tests.
+    # One attempt with short timeouts, so that a missing network does not hold up other tests.
     quick = ["-o", "Acquire::Retries=0", "-o", "Acquire::http::Timeout=10", "-o", "DPkg::Lock::Timeout=60"]
     try:
         for words in (packages, ["update"], packages):
@@ -83,7 +83,7 @@ class Cluster:
     """A running cluster with the nodes n1 and n2.
 
     Args:
-        folder: an empty folder of its own, with a short path (it holds sockets).
+        folder: an empty folder for this cluster. Its path must be short, because it will hold sockets.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -96,7 +96,7 @@ class Cluster:
         conf.write_text(_CONF.format(host=socket.gethostname().split(".")[0], folder=folder, **values))
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(conf)}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
-        # Jobs that wait after a requeue, and since when that was seen.
+        # Job number -> time at which it was first seen waiting after a requeue.
         self._requeued: dict[int, float] = {}
 
     def __enter__(self) -> Cluster:
@@ -115,7 +115,7 @@ class Cluster:
         self.close()
 
     def close(self) -> None:
-        """End jobs, then daemons."""
+        """Cancel all jobs, then stop the daemons."""
         if "slurmctld" in self._running:
             self._ask("scancel", "--state=RUNNING")
             self._ask("scancel", "--state=PENDING")
@@ -130,12 +130,12 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node, "-f", str(self.folder / "slurm.conf"))
 
     def kill_node(self, node: str) -> None:
-        """A node dies: its daemon and all processes of its job steps, at once."""
+        """Simulate a node failure: kill the node's daemon and all processes of its job steps."""
         daemon = psutil.Process(self._running[node].pid)
         for one in [*daemon.children(recursive=True), daemon, *self._processes(node)]:
             with suppress(psutil.Error):
                 one.kill()
-        # What those had started meanwhile.
+        # Processes that these had started in the meantime.
         for one in self._processes(node):
             with suppress(psutil.Error):
                 one.kill()
@@ -151,40 +151,40 @@ class Cluster:
         return found
 
     def sbatch(self, script: Path, *arguments: str, options: tuple[str, ...] = (), **more: Any) -> int:
-        """Submit; the job's number."""
+        """Submit a job and return its number."""
         words = ["sbatch", "--parsable", *options, str(script), *arguments]
         done = subprocess.run(words, capture_output=True, text=True, timeout=30, **{"env": self.environment, **more})
         assert done.returncode == 0, done.stderr
         return int(done.stdout.strip())
 
     def job(self, number: int) -> dict[str, str]:
-        """What the controller says of a job: JobState, ExitCode, Restarts, ..."""
+        """Return the controller's fields of a job: JobState, ExitCode, Restarts, ..."""
         words = self.run("scontrol", "show", "job", "-o", str(number)).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def release(self, number: int) -> None:
-        """Let a requeued job start at once, and not in two minutes."""
-        # Only where that is what it waits for: asked again and again, the scheduler would begin anew each time.
+        """Let a requeued job start immediately instead of after two minutes."""
+        # Only if the job waits for its begin time: repeated updates would make the scheduler start over each time.
         job = self.job(number)
         if job["JobState"] != "PENDING" or job.get("Reason") != "BeginTime":
             self._requeued.pop(number, None)
-        # A node refuses a job that begins in the second in which it was ended there.
+        # A node refuses a job that starts in the same second in which it ended there.
         elif time.monotonic() - self._requeued.setdefault(number, time.monotonic()) > 3:
             self._ask("scontrol", "update", f"jobid={number}", "StartTime=now")
 
     def node_states(self) -> dict[str, str]:
-        """IDLE, ALLOCATED, DOWN, ... by node."""
+        """Return the state of each node: IDLE, ALLOCATED, DOWN, ..."""
         lines = self._ask("sinfo", "-h", "-N", "-o", "%N %T").splitlines()
         return {name: state.upper() for name, state in map(str.split, lines)}
 
     def run(self, *words: str) -> str:
-        """The output of one of Slurm's commands."""
+        """Run a Slurm command and return its output."""
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=30)
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout
 
     def wait(self, until: Callable[[], bool], seconds: float, what: str) -> None:
-        """Until it is so; else the test fails and says what was waited for."""
+        """Wait until a condition holds. Otherwise the test fails with a message that names `what`."""
         deadline = time.monotonic() + seconds
         while not until():
             assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
@@ -200,7 +200,7 @@ class Cluster:
         key.chmod(0o400)
         names = ("key-file", "socket", "pid-file", "log-file", "seed-file")
         files = [f"--{name}={self.folder}/munge.{name.partition('-')[0]}" for name in names]
-        # As root: a key, a socket and folders of its own, whoever owns the machine's.
+        # Running as root, with a separate key, socket and files, independent of the system's munge.
         self._start("munged", "munged", "--foreground", "--force", "--num-threads=2", *files)
         self.wait((self.folder / "munge.socket").exists, 10, "socket of munged")
 

@@ -1,4 +1,4 @@
-"""Stops, requeues and a dying node with Slurm itself; the script starts a stand-in that only counts its starts."""
+"""Stops, requeues and a node failure in a real Slurm cluster, with a trainer stand-in that records its starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from loopback import Cluster
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
 
-# "Saves" at each stop; complete at its third start.
+# "Saves" a checkpoint at each stop, and completes in its third start.
 PYTHON = """#!{python}
 import os, pathlib, signal, sys, time
 run = pathlib.Path("{run}")

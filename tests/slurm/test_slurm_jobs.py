@@ -1,4 +1,4 @@
-"""The very scripts of slurm/, with a tiny run on two nodes of a cluster on this machine's loopback."""
+"""The scripts in slurm/, with a tiny run on two nodes of a Slurm cluster on loopback."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from megatron_anymal.config.compose import compose
 ROOT = Path(__file__).parents[2]
 SCRIPT = "pretrain_70b.sh"
 STEPS, EVERY = 40, 10
-# So that a step takes long enough for a request to stop to come in its time; no number changes.
+# Makes steps long enough for a stop request to arrive during one; does not change any results.
 SLOW = "resilience.faults=['slow:rank=0,seconds=0.3,every=1']"
 TIMED = ("tokens_per_second", "step_seconds", "data_wait_share")
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
@@ -30,7 +30,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def folder(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tiny.yaml: a run of forty steps with a checkpoint every ten."""
+    """Folder with tiny.yaml: a run of 40 steps with a checkpoint every 10 steps."""
     folder = tmp_path_factory.mktemp("jobs")
     config = make_config(mixed_shards, tokenizer_folder, folder / "run")
     config.trainer.max_steps = STEPS
@@ -40,7 +40,7 @@ def folder(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
 
 
 class Run:
-    """A submitted job and its run's folder."""
+    """A submitted job and its run folder."""
 
     def __init__(
         self, cluster: Cluster, folder: Path, name: str, *overrides: str, processes: int = 1, script: str = SCRIPT
@@ -66,7 +66,7 @@ class Run:
         self.log = folder / f"slurm-{self.number}.out"
 
     def wait(self, *states: str, seconds: float = 240) -> dict[str, str]:
-        """Until the job is in one of these states."""
+        """Wait until the job is in one of the given states."""
         deadline = time.monotonic() + seconds
         while (job := self.cluster.job(self.number))["JobState"] not in states:
             assert time.monotonic() < deadline, f"{job['JobState']} after {seconds} s\n{self.said()}"
@@ -74,12 +74,12 @@ class Run:
         return job
 
     def end(self, seconds: float = 500) -> int:
-        """The job's exit code, once it has ended."""
+        """Wait for the job to end and return its exit code."""
         job = self.wait("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", seconds=seconds)
         return int(job["ExitCode"].partition(":")[0])
 
     def restarted(self, times: int, seconds: float = 300) -> None:
-        """Until the job runs again for the so many-th time."""
+        """Wait until the job is running after `times` restarts."""
         deadline = time.monotonic() + seconds
         while (job := self.cluster.job(self.number))["Restarts"] != str(times) or job["JobState"] != "RUNNING":
             assert job["JobState"] in ("RUNNING", "COMPLETING", "PENDING", "REQUEUED"), (
@@ -90,14 +90,14 @@ class Run:
             time.sleep(0.2)
 
     def reach(self, step: int, seconds: float = 600) -> None:
-        """Until a step is logged."""
+        """Wait until a step is logged."""
         deadline = time.monotonic() + seconds
         while max(steps_of(self.run_dir), default=0) < step:
             assert time.monotonic() < deadline, self.said()
             time.sleep(0.1)
 
     def said(self) -> str:
-        """The job's own output and its nodes' logs."""
+        """Return the job's output and its nodes' logs."""
         logs = [self.log, *sorted(self.run_dir.glob("logs/slurm_*/*.log"))]
         return "\n".join(f"== {path}\n{path.read_text()[-4000:]}" for path in logs if path.exists())
 
@@ -107,7 +107,7 @@ class Run:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of metrics.jsonl."""
+    """Return the complete lines of metrics.jsonl."""
     path = run / "metrics.jsonl"
     text = path.read_text() if path.is_file() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -118,12 +118,12 @@ def steps_of(run: Path) -> list[int]:
 
 
 def figures(run: Path) -> list[dict[str, float]]:
-    """All that must be the same bit for bit; times differ."""
+    """Return the metrics that must be bit-identical, which excludes timings."""
     return [{name: value for name, value in row.items() if name not in TIMED} for row in metrics(run)]
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the last checkpoint, the optimizer's too."""
+    """Return all tensors of the last checkpoint, including the optimizer state."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
@@ -137,7 +137,7 @@ def final_weights(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Path:
-    """The run left alone, without Slurm and without the command."""
+    """An undisturbed run without Slurm or the launcher."""
     run = folder / "whole"
     sizes = ["trainer.num_nodes=2", "trainer.devices=1", f"exp_manager.explicit_log_dir={run}"]
     run_ranks(2, train, compose("tiny", folder, sizes).config, timeout=400)
@@ -193,7 +193,7 @@ def test_wrong_override(cluster: Cluster, folder: Path) -> None:
 @pytest.mark.timeout(600)
 def test_unwritable_folder_on_one_node(cluster: Cluster, folder: Path) -> None:
     run_dir = folder / "unwritable"
-    # Root may write everywhere: what n2 has to write is a folder.
+    # Root can write anywhere, so make the file that n2 has to write a folder.
     (run_dir / ".preflight" / "n2").mkdir(parents=True)
     run = Run(cluster, folder, "unwritable")
     assert run.end() == 2, run.said()

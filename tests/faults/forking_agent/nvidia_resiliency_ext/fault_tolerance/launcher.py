@@ -1,6 +1,6 @@
-"""Stands in for an elastic agent on one node: its ranks are forks of it, so that one process imports NeMo, not all.
+"""Replacement for the elastic agent on one node that forks its ranks, so that NeMo is imported only once.
 
-A rank is a process group of its own and runs the very command. On two cores four ranks start in a third of the time.
+Each rank is in its own process group and runs the real command. On two cores, four ranks start in a third of the time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import SimpleNamespace
 from megatron_anymal.__main__ import command
 from megatron_anymal.log_filters import quiet_libraries
 
-# What a run imports once it has started.
+# Modules that a run imports after its start.
 _MODULES = (
     "nemo.core.config",
     "nemo.utils.exp_manager",
@@ -30,7 +30,7 @@ _MODULES = (
     "megatron_anymal.nemo.model",
     "megatron_anymal.train.build",
 )
-# A variable of the agent's environment that no rank needs: its place is where a rank's number is written.
+# A variable of the agent's environment that no rank needs. A rank's RANK is written over it.
 _PLACE = b"TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE="
 
 
@@ -78,7 +78,7 @@ def elastic_launch(config: SimpleNamespace, entrypoint: str) -> Callable[..., No
 
 
 def _ended(pid: int) -> int | None:
-    # WNOWAIT: the agent's watch sees it too.
+    # WNOWAIT leaves the exit status for the agent's own watcher.
     found = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     if found is None:
         return None
@@ -86,8 +86,11 @@ def _ended(pid: int) -> int | None:
 
 
 def _check_threads() -> None:
-    """That only Python threads of the agent's own are beside this one: the watch for the ranks' ends. They hold no lock
-    but Python's, which a child gets anew; a library's pool of threads would leave a child waiting for it."""
+    """Check that the agent has no threads other than Python threads.
+
+    Its Python threads (which watch for the end of the ranks) hold no lock but the GIL, which a fork reinitializes. With
+    a library's thread pool, a forked child could deadlock.
+    """
     threads = len(os.listdir("/proc/self/task"))
     if threads > threading.active_count():
         raise RuntimeError(f"a library has {threads - threading.active_count()} threads in the agent that forks ranks")
@@ -126,9 +129,9 @@ def _fork(rank: int, port: int, config: SimpleNamespace, arguments: list[str]) -
 
 
 def _show_rank(rank: int) -> None:
-    """Let /proc show this process's rank, as it does of a program that was started with it."""
+    """Make /proc show RANK in this process's environment, as for a program that was started with it."""
     shown = Path("/proc/self/environ").read_bytes()
-    # Fields after the name in brackets; the 50th of all is where the environment begins.
+    # Fields after the parenthesised name. Field 50 of the file is the start of the environment.
     begin = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[47])
     text = b"RANK=%d\0" % rank
     ctypes.memmove(begin + shown.index(_PLACE), text, len(text))

@@ -1,7 +1,7 @@
-"""Stands in for an elastic agent on one node, without the seconds that torch takes to be imported.
+"""Replacement for the elastic agent on one node that does not import torch, which takes seconds.
 
-The same functions, and what an agent does when a rank fails: SIGTERM to the others, then a wait, then an error that
-lists how they ended.
+It has the same functions and, if a rank fails, does what an agent does: it sends SIGTERM to the others, waits for them,
+and raises an error with their exit codes.
 """
 
 from __future__ import annotations
