@@ -146,7 +146,7 @@ def test_control_tokens_in_a_text_are_text(name: str, folders: dict[str, str]) -
             if "words" not in name and name != "unigram" and token not in ("<unk>",):
                 assert tokenizer.decode(tokenizer.encode(written)).strip() == written
             if token in tokenizer.control:
-                with pytest.raises(Exception, match="as text"):
+                with pytest.raises(Exception, match="as plain text"):
                     of_transformers(tokenizer.hf, tokenizer, told)
 
 
