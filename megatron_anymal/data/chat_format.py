@@ -77,8 +77,8 @@ def _parse_pair(messages: Sequence[Message], value: dict[str, Any], where: str) 
             answers.append(Message("assistant", _content(answer, "assistant", f"{where}: `{name}`")))
     if messages[-1].role != "user":
         raise DataError(
-            f"{where}: `messages` of a preference pair must end with the user turn to be answered, not with a "
-            f"{messages[-1].role} turn."
+            f"{where}: `messages` of a preference pair must end with the user turn to be answered, not with the "
+            f"{messages[-1].role}'s."
         )
     if answers[0] == answers[1]:
         raise DataError(

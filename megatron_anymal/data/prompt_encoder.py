@@ -52,7 +52,7 @@ def open_parts(value: Mapping[str, Any], where: str) -> list[Part]:
     messages = parse_messages(value["messages"], where)
     if messages[-1].role != "user":
         raise DataError(
-            f"{where}: `messages` must end with the user turn to be answered, not with a {messages[-1].role} turn."
+            f"{where}: `messages` must end with the user turn to be answered, not with the {messages[-1].role}'s."
         )
     return open_prompt(messages)
 

@@ -161,7 +161,7 @@ def test_prompts_are_read_from_messages(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"messages": [USER, ASSISTANT]}, "end with the assistant's"),
+        ({"messages": [USER, ASSISTANT]}, "must end with the user turn to be answered, not with the assistant's"),
         ({"messages": [USER], "parts": [{"text": "what"}]}, "either `parts` or `messages`"),
         ({"text": "what"}, "either `parts` or `messages`"),
     ],

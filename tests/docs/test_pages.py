@@ -48,8 +48,7 @@ def test_commands_run(quickstart_folder: Path, tmp_path: Path, monkeypatch: pyte
     shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
     media_of_the_guide(tmp_path / "media")
     ran = 0
-    # An export is there before what reads it.
-    for command in sorted(of_all_pages(), key=lambda line: "export" in line and "export_hf" not in line):
+    for command in of_all_pages():
         if command.startswith("sbatch "):
             # tests/slurm runs the scripts.
             subprocess.run(["bash", "-n", ROOT / command.split()[1]], check=True)

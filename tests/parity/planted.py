@@ -28,8 +28,8 @@ import megatron_anymal.model.llama as llama
 import megatron_anymal.model.lm_head as head
 import megatron_anymal.model.lora as lora
 import megatron_anymal.train.build as train_build
-import megatron_anymal.train.loop as train_loop
 import megatron_anymal.train.objective as objective
+import megatron_anymal.train.restore as train_restore
 from megatron_anymal.model.attention import rotation
 from parity.layouts import Layout
 
@@ -222,7 +222,7 @@ def _reference_without_adapters() -> None:
             a, b = projection.kept
             projection.kept = a, torch.zeros_like(b)
 
-    _wrap(train_loop, "keep_reference", of_the_base)
+    _wrap(train_restore, "keep_reference", of_the_base)
 
 
 def _pairs_counted_once_per_context_rank() -> None:
