@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
-import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import fork_server
 import forks
 import pytest
 import torch
+from ports import free_port
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -58,7 +58,7 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
 def start_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Any], Any]:
     """Start the processes; return them and the queue of (rank, error, return value)."""
     results: Any = fork_server.CONTEXT.Queue()
-    port = _free_port()
+    port = free_port()
     # cloudpickle, because pickle rejects functions defined inside tests.
     call = cloudpickle.dumps((function, args))
     return [fork_server.start(_rank, rank, world, port, call, results) for rank in range(world)], results
@@ -88,9 +88,3 @@ def _rank(rank: int, world: int, port: int, call: bytes, results: Any) -> None:
             child.kill()
         # Skip interpreter shutdown: gloo's threads may still wait for a peer that failed.
         os._exit(0)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ports import free_port
 
 from megatron_anymal.config import ResilienceConfig
 from megatron_anymal.launcher import attempt
@@ -36,7 +36,7 @@ TIMEOUT = 3.0
 @pytest.fixture(autouse=True)
 def package(monkeypatch: pytest.MonkeyPatch) -> None:
     """Set PYTHONPATH, so that the agent and rank processes import this checkout."""
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{PLAIN}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}:{PLAIN}")
 
 
 def job(run_dir: Path, *arguments: str, processes: int = 2, launcher: str = "ft", timeout: float = TIMEOUT) -> Job:
@@ -175,12 +175,6 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None
     while any(psutil.pid_exists(pid) for pid in [*ranks.values(), agent.pid]):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 NODE = """

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 from engine import train
 from launched import assert_same, faults, finish, launch, options, told, wait_for_step, write_config
+from ports import free_port
 from ranks import run_ranks
 from test_sigkill import kill
 
@@ -42,9 +42,7 @@ class Nodes:
         self.folder, self.run = folder, run
         # Two replicas of two ranks, as in the run on one machine.
         self.overrides = ("trainer.num_nodes=2", "model.tensor_model_parallel_size=2", *overrides)
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            self.port = listener.getsockname()[1]
+        self.port = free_port()
         self.logs = [folder / f"{run.name}_{node}.log" for node in range(2)]
         self.processes = [self.start(node) for node in range(2)]
 

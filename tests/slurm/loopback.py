@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from ports import free_ports
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 # Debian installs daemons in sbin, which is not on every user's PATH.
@@ -90,7 +91,7 @@ class Cluster:
         self.folder = folder
         for name in ("state", "log", "spool/n1", "spool/n2"):
             (folder / name).mkdir(parents=True)
-        ports = _free_ports(3)
+        ports = free_ports(3)
         values = {"port": ports[0], "port1": ports[1], "port2": ports[2], "size": _SIZE}
         conf = folder / "slurm.conf"
         conf.write_text(_CONF.format(host=socket.gethostname().split(".")[0], folder=folder, **values))
@@ -218,14 +219,3 @@ class Cluster:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _free_ports(count: int) -> list[int]:
-    listeners = [socket.socket() for _ in range(count)]
-    try:
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [int(listener.getsockname()[1]) for listener in listeners]
-    finally:
-        for listener in listeners:
-            listener.close()

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from engine import train
+from ports import free_port
 from ranks import run_ranks
 from tiny import make_config
 
@@ -32,12 +33,6 @@ GB = 10**9
 @pytest.fixture
 def config(text_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     return make_config(text_shards, tokenizer_folder, tmp_path / "run")
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def play(
