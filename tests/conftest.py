@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import forks
+
+# First: the number of threads must be set before anything computes.
+import one_thread  # noqa: F401
 import pytest
-import torch
 from engine import train_as_configured
 from ranks import run_ranks
 from tiny import make_shards, make_tokenizer
 
-# Set regardless of the caller's environment: another summation order changes the last digits, and several processes
-# share two cores. Child processes inherit the setting.
-os.environ["OMP_NUM_THREADS"] = "1"
-torch.set_num_threads(1)
 forks.watch()
 
 

@@ -1,16 +1,21 @@
 """Start test processes as forks of a single-threaded server that has already imported everything.
 
 Tests pay for the imports once, and the process that runs the tests, which may have threads, is never forked.
+`python` runs a command of the kind `python -m NAME` in such a process: everything but what the imports themselves do.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
+import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.reduction import DupFd
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import forks
@@ -38,6 +43,98 @@ def start(target: Callable[..., None], *args: Any) -> Any:
     with _environment(ONE_THREAD):
         process.start()
     return process
+
+
+class Interpreter:
+    """A process that runs `python WORDS...` with `-m NAME`, `-c CODE` or a script, without its imports' time."""
+
+    def __init__(
+        self,
+        *words: object,
+        output: Sequence[Path],
+        cwd: Path | None = None,
+        environment: Mapping[str, str] | None = None,
+        given: Path = Path(os.devnull),
+    ) -> None:
+        """Start the process.
+
+        Args:
+            output: file of its standard output and error, or one of each. Replaced.
+            cwd: working directory; by default this process's.
+            environment: all its variables; by default this process's. PYTHONPATH is followed.
+            given: file of its standard input.
+        """
+        self.command = [str(word) for word in words]
+        files = [str(given), str(output[0]), str(output[-1])]
+        for file in output:
+            file.write_bytes(b"")
+        self.process = start(_interpret, self.command, files, str(cwd or Path.cwd()), dict(environment or os.environ))
+        self.pid: int = self.process.pid
+
+    def poll(self) -> int | None:
+        """Exit code, or None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, timeout: float) -> int:
+        """Wait for its end and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after `timeout` seconds.
+        """
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise subprocess.TimeoutExpired(self.command, timeout)
+        return self.process.exitcode
+
+
+def python(
+    *words: object,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    given: str = "",
+    timeout: float = 240.0,
+) -> subprocess.CompletedProcess[str]:
+    """Run an `Interpreter` to its end, with the text `given` as its standard input.
+
+    Raises:
+        subprocess.TimeoutExpired: it was killed after `timeout` seconds.
+    """
+    with TemporaryDirectory() as folder:
+        taken, out, err = (Path(folder) / name for name in ("in", "out", "err"))
+        taken.write_text(given)
+        process = Interpreter(*words, output=(out, err), cwd=cwd, environment=environment, given=taken)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.process.kill()
+            process.process.join()
+        return subprocess.CompletedProcess(process.command, code, out.read_text(), err.read_text())
+
+
+def _interpret(command: list[str], files: list[str], cwd: str, environment: dict[str, str]) -> None:
+    """In a process of its own: become the interpreter of a command line. Ends with the command's exit code."""
+    for number, file in enumerate(files):
+        opened = os.open(file, os.O_WRONLY | os.O_APPEND if number else os.O_RDONLY)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdin = os.fdopen(0, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    kind, *rest = command if command[0] in ("-m", "-c") else ("", *command)
+    sys.argv = [rest[0] if kind != "-c" else "-c", *rest[1:]]
+    sys.path[:0] = [str(Path(rest[0]).parent.resolve()) if not kind else cwd, *paths]
+    try:
+        if kind == "-m":
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        else:
+            runpy.run_path(rest[0], run_name="__main__")
+    finally:
+        sys.stdout.flush()
 
 
 @contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from ranks import run_ranks
@@ -277,17 +277,9 @@ def test_evaluate_takes_an_export(
 def test_talking_to_an_export(export: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1))
     lines = ["/image a.png", "what is this", "/image none.png", "/audio a.png", "one", "two", "/quit"]
-    words = [sys.executable, "-m", "megatron_anymal", "generate", f"--checkpoint={export}", "--interactive"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run(
-        [*words, "--max-new-tokens=6", "--temperature=1", "--seed=3", "--device=cpu"],
-        cwd=tmp_path,
-        env=environment,
-        input="\n".join(lines) + "\n",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = ["-m", "megatron_anymal", "generate", f"--checkpoint={export}", "--interactive"]
+    words += ["--max-new-tokens=6", "--temperature=1", "--seed=3", "--device=cpu"]
+    done = fork_server.python(*words, cwd=tmp_path, given="\n".join(lines) + "\n", timeout=120)
     assert done.returncode == 0, done.stderr
     shown = done.stdout.splitlines()
     assert len(shown) == 5 and shown[1] and shown[4]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -29,14 +28,14 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
 def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.max_steps, config.exp_manager.checkpoint.every_n_train_steps = 100_000, 2
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **config.to_dict()}))
-    words = [sys.executable, "-m", "megatron_anymal", "pretrain", f"--config-path={tmp_path}", "--config-name=tiny"]
-    first = start(words, tmp_path / "first.log")
+    run = tmp_path / "run"
+    [first] = start(tmp_path, run, "pretrain", 1, tmp_path / "first.log")
     try:
         deadline = time.monotonic() + 120
         while not store.committed(tmp_path / "run" / "checkpoints") and time.monotonic() < deadline:
             time.sleep(0.05)
         names = {path.name for path in (tmp_path / "run").iterdir()}
-        second = start(words, tmp_path / "second.log")
+        [second] = start(tmp_path, run, "pretrain", 1, tmp_path / "second.log")
         assert second.wait(120) > 0
         told = (tmp_path / "second.log").read_text()
         assert "is in use by process" in told and str(first.pid) in told and "exp_manager.explicit_log_dir" in told
@@ -46,9 +45,8 @@ def test_a_second_job_is_refused_and_a_killed_ones_folder_taken_over(config: Run
     finally:
         kill(first)
     step = store.step_of(store.committed(tmp_path / "run" / "checkpoints")[0])
-    told = finish(
-        [*words, f"trainer.max_steps={step + 1}", "model.optim.sched.decay_steps=100000"], tmp_path / "third.log"
-    )
+    more, third = (f"trainer.max_steps={step + 1}", "model.optim.sched.decay_steps=100000"), tmp_path / "third.log"
+    told = finish(start(tmp_path, run, "pretrain", 1, third, *more), third)
     assert "taking over" in told and str(first.pid) in told and f"at step {step}" in told
     assert not (tmp_path / "run" / LOCK).exists()
 

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -165,11 +164,10 @@ def test_the_command_ends_with_75_and_goes_on(
     alone.exp_manager.checkpoint.every_n_train_steps = 0
     values = {"defaults": ["anymal", "_self_"], **alone.to_dict()}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
-    again = [sys.executable, "-m", "megatron_anymal", "pretrain", f"--config-path={tmp_path}", "--config-name=tiny"]
-    process = start(again, tmp_path / "first.log")
+    [process] = start(tmp_path, tmp_path / "run", "pretrain", 1, tmp_path / "first.log")
     try:
         wait_for(lambda: len(steps_of(tmp_path / "run")) >= 3 or process.poll() is not None)
-        process.send_signal(signal.SIGTERM)
+        os.kill(process.pid, signal.SIGTERM)
         assert process.wait(60) == Exit.REQUEUE, (tmp_path / "first.log").read_text()[-3000:]
     finally:
         kill(process)
@@ -177,9 +175,9 @@ def test_the_command_ends_with_75_and_goes_on(
     assert 3 <= reached < 400
     saved = [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()]
     assert saved == [f"step_{reached:08d}"]
-    stop = f"trainer.max_steps={reached + 2}"
-    fixed = "model.optim.sched.decay_steps=400"
-    assert f"at step {reached}" in finish([*again, stop, fixed], tmp_path / "again.log")
+    more = (f"trainer.max_steps={reached + 2}", "model.optim.sched.decay_steps=400")
+    again = tmp_path / "again.log"
+    assert f"at step {reached}" in finish(start(tmp_path, tmp_path / "run", "pretrain", 1, again, *more), again)
     assert steps_of(tmp_path / "run") == list(range(1, reached + 3))
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert kinds == ["start", "stop_requested", "saved", "stopped", "start", "resume", "saved", "end"]

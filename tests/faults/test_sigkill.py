@@ -1,4 +1,7 @@
-"""A run that is killed without warning and restarted with the same command ends like an undisturbed run."""
+"""A run that is killed without warning and restarted with the same command ends like an undisturbed run.
+
+test_launch_real.py does the same with torchrun and the launcher.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import copy
 import json
 import os
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +18,8 @@ import psutil
 import pytest
 import yaml
 from engine import train
+from fork_server import Interpreter
+from ports import free_port
 from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -24,7 +28,6 @@ from tiny import make_config
 from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.config.compose import compose
 
-ROOT = Path(__file__).parents[2]
 STEPS, EVERY = 14, 4
 
 
@@ -46,22 +49,6 @@ def folder(
     return folder
 
 
-def command(folder: Path, run: Path, processes: int) -> list[str]:
-    """Return the command that starts a run and restarts it."""
-    launch = [sys.executable, "-m"]
-    if processes > 1:
-        launch += ["torch.distributed.run", f"--nproc-per-node={processes}", "--rdzv-backend=c10d"]
-        launch += ["--rdzv-endpoint=127.0.0.1:0", "-m"]
-    return [
-        *launch,
-        "megatron_anymal",
-        "pretrain",
-        f"--config-path={folder}",
-        "--config-name=tiny",
-        *options(run, processes),
-    ]
-
-
 def options(run: Path, processes: int) -> list[str]:
     """Overrides for a run's folder and layout."""
     return [
@@ -71,26 +58,39 @@ def options(run: Path, processes: int) -> list[str]:
     ]
 
 
-def start(arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(arguments, cwd=log.parent, env=environment, stdout=log.open("wb"), stderr=subprocess.STDOUT)
+def start(folder: Path, run: Path, job: str, processes: int, log: Path, *overrides: str) -> list[Interpreter]:
+    """Start the ranks of `anymal JOB` with FOLDER/tiny.yaml. The file of rank 0's output is `log`."""
+    command = ["-m", "megatron_anymal", job, f"--config-path={folder}", "--config-name=tiny"]
+    command += [*options(run, processes), *overrides]
+    port = str(free_port())
+    common = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        Interpreter(
+            *command,
+            output=[log.with_suffix(f".{rank}") if rank else log],
+            cwd=log.parent,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(processes)
+    ]
 
 
-def finish(arguments: list[str], log: Path) -> str:
-    process = start(arguments, log)
+def finish(ranks: list[Interpreter], log: Path) -> str:
+    """Wait for ranks to end without an error, and return rank 0's output."""
     try:
-        assert process.wait(240) == 0, log.read_text()[-3000:]
+        assert [rank.wait(240) for rank in ranks] == [0] * len(ranks), log.read_text()[-3000:]
     finally:
-        kill(process)
+        kill(*ranks)
     return log.read_text()
 
 
-def kill(process: subprocess.Popen[bytes]) -> None:
-    """Send SIGKILL to a process and all its descendants, as if the machine had failed."""
-    if process.poll() is None:
-        top = psutil.Process(process.pid)
-        for one in [top, *top.children(recursive=True)]:
-            one.kill()
+def kill(*processes: Interpreter | subprocess.Popen[bytes]) -> None:
+    """Send SIGKILL to processes and all their descendants, as if the machine had failed."""
+    running = [process for process in processes if process.poll() is None]
+    tops = [psutil.Process(process.pid) for process in running]
+    for one in [*tops, *(child for top in tops for child in top.children(recursive=True))]:
+        one.kill()
+    for process in running:
         process.wait(10)
 
 
@@ -128,19 +128,19 @@ def test_killed_in_the_middle(folder: Path, processes: int) -> None:
     run_ranks(processes, train, config)
     assert steps_of(whole) == list(range(1, STEPS + 1))
 
-    again = command(folder, run, processes)
-    process = start(again, folder / "killed.log")
+    ranks = start(folder, run, "pretrain", processes, folder / "killed.log")
     deadline = time.monotonic() + 240
     # Wait until there is a checkpoint and later steps are logged.
-    while len(steps_of(run)) < EVERY + 2 and process.poll() is None and time.monotonic() < deadline:
+    while len(steps_of(run)) < EVERY + 2 and ranks[0].poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    kill(process)
+    kill(*ranks)
     reached = max(steps_of(run), default=0)
     assert EVERY + 2 <= reached < STEPS, (folder / "killed.log").read_text()[-3000:]
     saved = max(int(path.name.removeprefix("step_")) for path in (run / "checkpoints").glob("step_*"))
     on_disk = logged_to_tensorboard(run)
 
-    said = finish(again, folder / "again.log")
+    again = folder / "again.log"
+    said = finish(start(folder, run, "pretrain", processes, again), again)
     assert f"at step {saved}" in said
     assert steps_of(run) == list(range(1, STEPS + 1))
     assert figures(run) == figures(whole)

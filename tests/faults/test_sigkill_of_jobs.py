@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
@@ -47,14 +46,13 @@ def test_killed_in_the_middle(job: str, tokenizer_folder: str, tmp_path: Path) -
     run_ranks(1, train, compose("tiny", tmp_path, [f"exp_manager.explicit_log_dir={whole}"]).config)
     assert steps_of(whole) == list(range(1, STEPS + 1))
 
-    again = [sys.executable, "-m", "megatron_anymal", job, f"--config-path={tmp_path}", "--config-name=tiny"]
-    again.append(f"exp_manager.explicit_log_dir={run}")
-    process = start(again, tmp_path / "killed.log")
+    [process] = start(tmp_path, run, job, 1, tmp_path / "killed.log")
     deadline = time.monotonic() + 180
     while len(steps_of(run)) < EVERY + 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     kill(process)
     assert EVERY + 2 <= max(steps_of(run), default=0) < STEPS, (tmp_path / "killed.log").read_text()[-3000:]
 
-    assert "resumed from" in finish(again, tmp_path / "again.log")
+    again = tmp_path / "again.log"
+    assert "resumed from" in finish(start(tmp_path, run, job, 1, again), again)
     assert figures(run) == figures(whole)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -32,9 +31,7 @@ def run(*words: str, tests: bool = False) -> str:
     says."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")] if tests else [str(ROOT)])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = fork_server.python(*words, cwd=ROOT, environment=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 

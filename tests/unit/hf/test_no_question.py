@@ -9,11 +9,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 from hf_parts import make_config, make_model, sections, write_export
 from tiny import make_shards
 
 from checkpoint_tools.exporting.model_files import _of_both_versions
+
+# transformers reads HF_MODULES_CACHE when it is imported, which has happened already in a forked process.
+WITH_OWN_CACHE = """
+import sys
+from transformers import dynamic_module_utils
+from megatron_anymal.__main__ import main
+dynamic_module_utils.HF_MODULES_CACHE = sys.argv[1]
+sys.exit(main(sys.argv[2:]))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +80,7 @@ def test_nothing_is_asked_and_none_of_its_code_is_run(
     if terminal:
         code, said = in_a_terminal(command, environment)
     else:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment)
+        done = fork_server.python("-c", WITH_OWN_CACHE, tmp_path / "modules", *command[3:], environment=environment)
         code, said = done.returncode, done.stdout + done.stderr
     assert code == 0, said
     for never in ("y/N", "custom code", "trust_remote_code", "was run"):
