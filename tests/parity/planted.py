@@ -173,6 +173,37 @@ def _first_micro_batch_lost() -> None:
     _wrap(anymal.AnyMALModel, "forward", forward)
 
 
+def _last_micro_batch_alone() -> None:
+    before: dict[int, tuple[int, ...]] = {}
+
+    def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, micro_batch, *args, **kwargs)
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1 or not output.requires_grad:
+            return output
+
+        def overwrite(gradient: Any) -> None:
+            # Runs first in a stage's backward pass of this micro-batch, before any weight gradient is added.
+            if before.get(id(self)) != micro_batch.document_lengths:
+                parameter: Any
+                for parameter in self.parameters():
+                    if parameter.requires_grad:
+                        parameter.main_grad.zero_()
+            before[id(self)] = micro_batch.document_lengths
+
+        output.register_hook(overwrite)
+        return output
+
+    _wrap(anymal.AnyMALModel, "forward", forward)
+
+
+def _recomputed_layers_without_gradient() -> None:
+    def embed(original: Any, self: Any, *args: Any) -> Any:
+        # Nothing before the Llama trains in this layout: its input has a gradient only because the model requests one.
+        return original(self, *args).detach()
+
+    _wrap(anymal.AnyMALModel, "embed", embed)
+
+
 def _tied_head_apart() -> None:
     # In the package, the function of the same name hides this module.
     finalize: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
@@ -247,63 +278,93 @@ _SFT = Layout(job="sft", trains="lora", noise="all")
 _DPO_CP2 = Layout(job="dpo", trains="lora", noise="all", context=2)
 
 BUGS = (
-    Bug("a later stage takes a pack for one document", _stage_without_document_lengths, Layout(pipeline=2)),
-    Bug("a mask leaks over a document's border", _mask_leaks_over_a_border, Layout()),
-    Bug("one rank has the features in another order", _features_swapped, Layout(tensor=2, media="image")),
+    Bug("later pipeline stages treat a pack as one document", _stage_without_document_lengths, Layout(pipeline=2)),
+    Bug("attention crosses a document boundary", _mask_leaks_over_a_border, Layout()),
     Bug(
-        "soft tokens of context-parallel ranks shifted by a piece",
+        "encoder features in the wrong order on one tensor-parallel rank",
+        _features_swapped,
+        Layout(tensor=2, media="image"),
+    ),
+    Bug(
+        "soft tokens shifted by one image tile under context parallelism",
         _soft_tokens_shifted,
         Layout(context=2, media="image"),
     ),
-    Bug("positions counted over a rank's own tokens", _positions_in_the_order_of_one_rank, Layout(context=2)),
-    Bug("labels not split over context-parallel ranks", _labels_of_the_whole_pack, Layout(context=2)),
-    Bug("gradients of keys and values doubled", _context_gradient_doubled, Layout(context=2)),
     Bug(
-        "gradients of soft tokens not summed over context",
+        "contiguous instead of zig-zag positions under context parallelism",
+        _positions_in_the_order_of_one_rank,
+        Layout(context=2),
+    ),
+    Bug("labels not split across context-parallel ranks", _labels_of_the_whole_pack, Layout(context=2)),
+    Bug("key and value gradients doubled under context parallelism", _context_gradient_doubled, Layout(context=2)),
+    Bug(
+        "soft-token gradients not reduced across context-parallel ranks",
         _context_gradient_kept_apart,
         Layout(context=2, media="image"),
     ),
     Bug(
-        "a norm's gradient not summed under sequence parallelism",
+        "norm gradients not all-reduced under sequence parallelism",
         _sequence_parallel_reduce_missing,
         Layout(tensor=2, sequence=True, trains="full"),
     ),
-    Bug("a trainable encoder's gradient not summed", _trainable_encoder_not_summed, Layout(tensor=2, media="imu")),
     Bug(
-        "a tied head's gradient not added to the embedding's",
+        "trainable encoder's gradients not reduced across tensor-parallel ranks",
+        _trainable_encoder_not_summed,
+        Layout(tensor=2, media="imu"),
+    ),
+    Bug(
+        "gradients of tied embedding and head not reduced across stages",
         _tied_head_apart,
         Layout(pipeline=2, trains="full", tied_head=True),
     ),
     Bug(
-        "layers of a virtual pipeline's parts exchanged",
+        "layers of two virtual pipeline chunks swapped",
         _virtual_parts_in_the_wrong_order,
         Layout(pipeline=2, virtual=2),
     ),
-    Bug("the loss averaged over ranks instead of tokens", _mean_over_ranks, Layout(data=2)),
+    Bug("loss averaged per rank instead of over all target tokens", _mean_over_ranks, Layout(data=2)),
     Bug(
-        "the projectors' gradient lost on text-only micro-batches",
+        "text-only micro-batches overwrite the projectors' gradients",
         _projector_gradient_lost_on_text,
         Layout(media="few media"),
     ),
-    Bug("the head's gradient not summed over the vocabulary's parts", _head_gradient_not_summed, Layout(tensor=2)),
-    Bug("the backward pass of packs with media skipped", _backward_skipped_with_media, Layout()),
-    Bug("a frozen Llama passes no gradient on", _frozen_llama_passes_no_gradient, Layout()),
-    Bug("a micro-batch's gradient not added", _first_micro_batch_lost, Layout()),
     Bug(
-        "noise drawn by the place in a pack, not in a document",
+        "gradient of the head's input not reduced across vocabulary shards",
+        _head_gradient_not_summed,
+        Layout(tensor=2),
+    ),
+    Bug("backward pass skipped for packs with media", _backward_skipped_with_media, Layout()),
+    Bug("no gradient reaches the projectors through a frozen Llama", _frozen_llama_passes_no_gradient, Layout()),
+    Bug("gradient of each step's first micro-batch dropped", _first_micro_batch_lost, Layout()),
+    Bug(
+        "only the last micro-batch's gradient kept if lengths change (pipeline)",
+        _last_micro_batch_alone,
+        dataclasses.replace(_SFT, pipeline=2),
+    ),
+    Bug(
+        "NEFTune noise indexed by position in the pack, not in the document",
         _noise_by_place_in_the_pack,
         dataclasses.replace(_SFT, data=2),
     ),
     Bug(
-        "an adapter's gradient not summed under sequence parallelism",
+        "adapter gradients not all-reduced under sequence parallelism",
         _adapters_sequence_parallel_reduce_missing,
         dataclasses.replace(_SFT, tensor=2, sequence=True),
     ),
     Bug(
-        "DPO's reference is the base, not the SFT model",
+        "adapters get no gradient under full recomputation with one stage",
+        _recomputed_layers_without_gradient,
+        dataclasses.replace(_DPO_CP2, context=1, recompute="full"),
+    ),
+    Bug(
+        "DPO's reference model is the base model, not the SFT model",
         _reference_without_adapters,
         dataclasses.replace(_DPO_CP2, context=1),
     ),
-    Bug("a pair's gradient counted once per context-parallel rank", _pairs_counted_once_per_context_rank, _DPO_CP2),
-    Bug("chosen and rejected exchanged on one rank", _answers_exchanged_on_one_rank, _DPO_CP2),
+    Bug(
+        "DPO gradients multiplied by the number of context-parallel ranks",
+        _pairs_counted_once_per_context_rank,
+        _DPO_CP2,
+    ),
+    Bug("chosen and rejected swapped on one context-parallel rank", _answers_exchanged_on_one_rank, _DPO_CP2),
 )
