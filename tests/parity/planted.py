@@ -1,9 +1,9 @@
-"""Planted bugs: the worst silent failures of distributed training, switched on one at a time. The suite must catch all.
+"""Planted bugs: silent failures of distributed training, enabled one at a time. The suite must catch every one.
 
-`Bug.plant` is called on every rank before the model is built, and patches the program in that process.
+`Bug.plant` is called in every rank process before the model is built, and patches the package there.
 
 Positions that continue across a document boundary are not included: rotary embeddings depend only on the distance
-between two tokens, so this changes nothing but rounding.
+between two tokens, so they change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from parity.layouts import Layout
 
 @dataclass(frozen=True)
 class Bug:
-    """A planted bug, and a layout in which it has an effect."""
+    """A planted bug, and a layout that it affects."""
 
+    # One line, for reports and test ids.
     what: str
     plant: Callable[[], None]
     layout: Layout
@@ -57,7 +58,7 @@ def _stage_without_document_lengths() -> None:
     _wrap(anymal, "document_pack", one_document)
 
 
-def _features_swapped() -> None:
+def _features_in_the_wrong_order() -> None:
     def swapped(original: Any, mine: Any, parts: Any) -> Any:
         features = original(mine, parts)
         return features.flip(0) if parallel_state.get_tensor_model_parallel_rank() == 1 else features
@@ -80,26 +81,26 @@ def _sequence_parallel_reduce_missing() -> None:
     _wrap(llama.RMSNorm, "__init__", unmarked)
 
 
-def _context_gradient_doubled() -> None:
-    def doubled(original: Any, key: Any, value: Any, places: Any) -> Any:
-        # Twice the gradient, the same value.
-        return original(*(2 * x - x.detach() for x in (key, value)), places)
+def _key_value_gradients_doubled() -> None:
+    def doubled(original: Any, key: Any, value: Any, index: Any) -> Any:
+        # Doubles the gradient without changing the value.
+        return original(*(2 * x - x.detach() for x in (key, value)), index)
 
     _wrap(attention, "_gather_keys", doubled)
 
 
-def _context_gradient_kept_apart() -> None:
-    def apart(mine: Any, parts: Any) -> Any:
+def _soft_token_gradients_not_reduced() -> None:
+    def gather(mine: Any, parts: Any) -> Any:
         with torch.no_grad():
-            everything = shares.gather_soft_tokens(mine, parts).clone()
-        # Each rank keeps only the gradient that its own tokens give to its own soft tokens.
+            gathered = shares.gather_soft_tokens(mine, parts).clone()
+        # Soft tokens get gradients only from tokens on the rank that encoded them.
         first = sum(parts[: parallel_state.get_context_parallel_rank()])
-        return torch.cat([everything[:first], mine, everything[first + len(mine) :]])
+        return torch.cat([gathered[:first], mine, gathered[first + len(mine) :]])
 
-    anymal.gather_soft_tokens = apart
+    anymal.gather_soft_tokens = gather
 
 
-def _mask_leaks_over_a_border() -> None:
+def _attention_crosses_documents() -> None:
     def leaking(original: Any, lengths: Any, *args: Any) -> Any:
         pack = original(lengths, *args)
         if len(lengths) > 1:
@@ -110,18 +111,18 @@ def _mask_leaks_over_a_border() -> None:
     _wrap(anymal, "document_pack", leaking)
 
 
-def _positions_in_the_order_of_one_rank() -> None:
+def _contiguous_positions() -> None:
     def contiguous(original: Any, lengths: Any, *args: Any) -> Any:
         pack = original(lengths, *args)
         own, rank = len(pack.rotation.cos), parallel_state.get_context_parallel_rank()
-        places = torch.cat([torch.arange(length) for length in lengths])
-        pack.rotation = rotation(places[rank * own : (rank + 1) * own], args[1])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        pack.rotation = rotation(positions[rank * own : (rank + 1) * own], args[1])
         return pack
 
     _wrap(anymal, "document_pack", contiguous)
 
 
-def _head_gradient_not_summed() -> None:
+def _head_gradient_not_reduced() -> None:
     head.copy_to_tensor_model_parallel_region = lambda rows: rows
 
 
@@ -137,12 +138,12 @@ def _mean_over_ranks() -> None:
     _wrap(objective, "batch_mean", of_own_tokens)
 
 
-def _projector_gradient_lost_on_text() -> None:
+def _projector_gradient_overwritten_by_text() -> None:
     def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training and not micro_batch.media:
             parameter: Any
             for parameter in self.projectors.parameters():
-                # The zero gradient of a text-only micro-batch replaces the sum instead of being added to it.
+                # The zero gradient of a text-only micro-batch overwrites the accumulated gradient.
                 parameter.main_grad.zero_()
         return original(self, micro_batch, *args, **kwargs)
 
@@ -150,17 +151,17 @@ def _projector_gradient_lost_on_text() -> None:
 
 
 def _frozen_llama_passes_no_gradient() -> None:
-    def cut(original: Any, text: Any, soft: Any, places: Any) -> Any:
-        return original(text, soft, places).detach()
+    def cut(original: Any, text: Any, soft: Any, positions: Any) -> Any:
+        return original(text, soft, positions).detach()
 
     _wrap(anymal, "merge", cut)
 
 
-def _trainable_encoder_not_summed() -> None:
+def _encoder_gradient_not_reduced() -> None:
     model_build.share_gradients = lambda encoder: None
 
 
-def _first_micro_batch_lost() -> None:
+def _first_micro_batch_dropped() -> None:
     steps: set[int] = set()
 
     def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -173,7 +174,7 @@ def _first_micro_batch_lost() -> None:
     _wrap(anymal.AnyMALModel, "forward", forward)
 
 
-def _last_micro_batch_alone() -> None:
+def _only_last_micro_batch_kept() -> None:
     before: dict[int, tuple[int, ...]] = {}
 
     def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,7 +183,7 @@ def _last_micro_batch_alone() -> None:
             return output
 
         def overwrite(gradient: Any) -> None:
-            # Runs first in a stage's backward pass of this micro-batch, before any weight gradient is added.
+            # Runs at the start of the stage's backward pass of this micro-batch, before any gradient is accumulated.
             if before.get(id(self)) != micro_batch.document_lengths:
                 parameter: Any
                 for parameter in self.parameters():
@@ -198,19 +199,19 @@ def _last_micro_batch_alone() -> None:
 
 def _recomputed_layers_without_gradient() -> None:
     def embed(original: Any, self: Any, *args: Any) -> Any:
-        # Nothing before the Llama trains in this layout: its input has a gradient only because the model requests one.
+        # Projectors are frozen in this layout, so the Llama's input requires a gradient only because the model sets it.
         return original(self, *args).detach()
 
     _wrap(anymal.AnyMALModel, "embed", embed)
 
 
-def _tied_head_apart() -> None:
-    # In the package, the function of the same name hides this module.
+def _tied_gradients_not_reduced() -> None:
+    # The package exports a function of the same name, which hides the module.
     finalize: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
     finalize._allreduce_word_embedding_grads = lambda *args, **kwargs: None
 
 
-def _virtual_parts_in_the_wrong_order() -> None:
+def _virtual_chunks_swapped() -> None:
     def swapped(original: Any, *args: Any) -> Any:
         parts = original(*args)
         if len(parts) > 1 and parallel_state.get_pipeline_model_parallel_rank() == 0:
@@ -221,7 +222,7 @@ def _virtual_parts_in_the_wrong_order() -> None:
     _wrap(train_build, "build_models", swapped)
 
 
-def _labels_of_the_whole_pack() -> None:
+def _labels_not_split() -> None:
     def unsplit(original: Any, self: Any, micro_batch: Any) -> Any:
         mine = original(self, micro_batch)
         own = mine.labels.size(1)
@@ -230,7 +231,7 @@ def _labels_of_the_whole_pack() -> None:
     _wrap(loader.MicroBatchReader, "_own_part", unsplit)
 
 
-def _noise_by_place_in_the_pack() -> None:
+def _noise_by_position_in_pack() -> None:
     def in_pack(original: Any, micro_batch: Any) -> Any:
         documents, positions = original(micro_batch)
         return documents.clamp(max=0), torch.arange(len(positions))
@@ -258,20 +259,20 @@ def _reference_without_adapters() -> None:
 
 def _pairs_counted_once_per_context_rank() -> None:
     def summed(parts: Any, group: Any) -> Any:
-        # The backward pass of this all-reduce sums again.
+        # The backward pass of this all-reduce sums over the ranks again.
         return dist.nn.functional.all_reduce(parts.contiguous(), group=group)
 
     objective.sum_over_context = summed
 
 
-def _answers_exchanged_on_one_rank() -> None:
-    def exchanged(original: Any, self: Any, micro_batch: Any) -> Any:
+def _answers_swapped_on_one_rank() -> None:
+    def swapped(original: Any, self: Any, micro_batch: Any) -> Any:
         mine = original(self, micro_batch)
         if parallel_state.get_context_parallel_rank() == 0:
             return mine
         return dataclasses.replace(mine, branch=torch.where(mine.branch < 0, -1, 1 - mine.branch))
 
-    _wrap(loader.MicroBatchReader, "_own_part", exchanged)
+    _wrap(loader.MicroBatchReader, "_own_part", swapped)
 
 
 _SFT = Layout(job="sft", trains="lora", noise="all")
@@ -279,10 +280,10 @@ _DPO_CP2 = Layout(job="dpo", trains="lora", noise="all", context=2)
 
 BUGS = (
     Bug("later pipeline stages treat a pack as one document", _stage_without_document_lengths, Layout(pipeline=2)),
-    Bug("attention crosses a document boundary", _mask_leaks_over_a_border, Layout()),
+    Bug("attention crosses a document boundary", _attention_crosses_documents, Layout()),
     Bug(
         "encoder features in the wrong order on one tensor-parallel rank",
-        _features_swapped,
+        _features_in_the_wrong_order,
         Layout(tensor=2, media="image"),
     ),
     Bug(
@@ -292,14 +293,14 @@ BUGS = (
     ),
     Bug(
         "contiguous instead of zig-zag positions under context parallelism",
-        _positions_in_the_order_of_one_rank,
+        _contiguous_positions,
         Layout(context=2),
     ),
-    Bug("labels not split across context-parallel ranks", _labels_of_the_whole_pack, Layout(context=2)),
-    Bug("key and value gradients doubled under context parallelism", _context_gradient_doubled, Layout(context=2)),
+    Bug("labels not split across context-parallel ranks", _labels_not_split, Layout(context=2)),
+    Bug("key and value gradients doubled under context parallelism", _key_value_gradients_doubled, Layout(context=2)),
     Bug(
         "soft-token gradients not reduced across context-parallel ranks",
-        _context_gradient_kept_apart,
+        _soft_token_gradients_not_reduced,
         Layout(context=2, media="image"),
     ),
     Bug(
@@ -309,41 +310,41 @@ BUGS = (
     ),
     Bug(
         "trainable encoder's gradients not reduced across tensor-parallel ranks",
-        _trainable_encoder_not_summed,
+        _encoder_gradient_not_reduced,
         Layout(tensor=2, media="imu"),
     ),
     Bug(
         "gradients of tied embedding and head not reduced across stages",
-        _tied_head_apart,
+        _tied_gradients_not_reduced,
         Layout(pipeline=2, trains="full", tied_head=True),
     ),
     Bug(
         "layers of two virtual pipeline chunks swapped",
-        _virtual_parts_in_the_wrong_order,
+        _virtual_chunks_swapped,
         Layout(pipeline=2, virtual=2),
     ),
     Bug("loss averaged per rank instead of over all target tokens", _mean_over_ranks, Layout(data=2)),
     Bug(
         "text-only micro-batches overwrite the projectors' gradients",
-        _projector_gradient_lost_on_text,
+        _projector_gradient_overwritten_by_text,
         Layout(media="few media"),
     ),
     Bug(
         "gradient of the head's input not reduced across vocabulary shards",
-        _head_gradient_not_summed,
+        _head_gradient_not_reduced,
         Layout(tensor=2),
     ),
     Bug("backward pass skipped for packs with media", _backward_skipped_with_media, Layout()),
     Bug("no gradient reaches the projectors through a frozen Llama", _frozen_llama_passes_no_gradient, Layout()),
-    Bug("gradient of each step's first micro-batch dropped", _first_micro_batch_lost, Layout()),
+    Bug("gradient of each step's first micro-batch dropped", _first_micro_batch_dropped, Layout()),
     Bug(
         "only the last micro-batch's gradient kept if lengths change (pipeline)",
-        _last_micro_batch_alone,
+        _only_last_micro_batch_kept,
         dataclasses.replace(_SFT, pipeline=2),
     ),
     Bug(
         "NEFTune noise indexed by position in the pack, not in the document",
-        _noise_by_place_in_the_pack,
+        _noise_by_position_in_pack,
         dataclasses.replace(_SFT, data=2),
     ),
     Bug(
@@ -366,5 +367,5 @@ BUGS = (
         _pairs_counted_once_per_context_rank,
         _DPO_CP2,
     ),
-    Bug("chosen and rejected swapped on one context-parallel rank", _answers_exchanged_on_one_rank, _DPO_CP2),
+    Bug("chosen and rejected swapped on one context-parallel rank", _answers_swapped_on_one_rank, _DPO_CP2),
 )
