@@ -45,12 +45,7 @@ def main() -> int:
     """Run the soak test and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--minutes", type=float, default=20.0, help="duration of the run with faults")
-    parser.add_argument(
-        "--seconds-between",
-        type=float,
-        default=60.0,
-        help="one fault in each interval of this length",
-    )
+    parser.add_argument("--seconds-between", type=float, default=60.0, help="one fault in each interval of this length")
     parser.add_argument("--processes", type=int, default=4, help="ranks")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their times")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
