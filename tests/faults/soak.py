@@ -1,12 +1,12 @@
-"""Soak test: train with one fault per minute, at a random second, and compare with an undisturbed run.
+"""Soak test: train with one fault per minute, at a random time, and compare with a run without faults.
 
     PYTHONPATH=.:tests:tests/faults:benchmarks python -m soak --minutes 20 --out results.json
 
 The faults kill or stop a rank, kill a loader process, ask the launcher to stop, or kill the launcher with all its
-children. A launcher that has ended is started again. Prints the number of steps that differ, which must be 0, and the
-effective-training-time ratio; the exit code is 1 if any step differs. With one fault per minute, the ratio is that of a
-machine that fails a thousand times as often as a real one: it shows the cost of restarts in this test, not the loss to
-expect in a real run.
+children. A launcher that has ended is restarted. Prints the number of steps that differ, which must be 0, and the
+effective-training-time ratio; the exit code is 1 if any step differs. At one fault per minute, failures are about a
+thousand times as frequent as on real machines: the ratio shows the cost of restarts in this test, not the loss in a
+real run.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from megatron_anymal.launcher.goodput import effective_time
 from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
 
-# The run's length is not known in advance, so nothing may depend on it.
-_ALIKE = ("model.optim.sched.name=constant", "resilience.hang_timeout=15")
+# Settings of both runs. The soaked run's length is not known in advance, so nothing may depend on it.
+_SETTINGS = ("model.optim.sched.name=constant", "resilience.hang_timeout=15")
 _EVERY = 5
 
 
 def main() -> int:
     """Run the soak test and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--seconds-between", type=float, default=60.0, help="in each of which a fault comes")
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="a JSON file for what happened")
+    parser.add_argument("--minutes", type=float, default=20.0, help="duration of the run with faults")
+    parser.add_argument("--seconds-between", type=float, default=60.0, help="one fault in each interval of this length")
+    parser.add_argument("--processes", type=int, default=4, help="ranks")
+    parser.add_argument("--seed", type=int, default=0, help="of the faults and their times")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if options.out and not options.out.absolute().parent.is_dir():
         parser.error(f"--out: there is no folder {str(options.out.absolute().parent)!r}.")
     around = surroundings()
     folder = Path(tempfile.mkdtemp(prefix="anymal_soak_"))
-    print(f"in {folder}", flush=True)
+    print(f"working in {folder}", flush=True)
     tokenizer = make_tokenizer(folder / "tokenizer")
     train = make_shards(folder / "mixed", tokenizer, 40, ("image", "audio", "imu", "text", "mixed"))
     write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1000, _EVERY)
@@ -73,7 +73,7 @@ class Soak:
     """One run with random faults.
 
     Args:
-        between: length in seconds of the intervals in each of which one fault happens, at a random time.
+        between: length in seconds of the intervals with one fault each, at a random time.
     """
 
     def __init__(self, folder: Path, processes: int, dice: random.Random, between: float) -> None:
@@ -86,19 +86,19 @@ class Soak:
     def run(self, seconds: float) -> None:
         """Cause faults for `seconds`, then stop the run gracefully."""
         begun = time.monotonic()
-        end, due, seen = begun + seconds, begun + self._moment(), 0
+        end, due, seen = begun + seconds, begun + self._next_fault(), 0
         while time.monotonic() < end:
             time.sleep(1.0)
             if self.process.poll() is not None:
-                self._start_again()
-            # A fault that is due before the run has made progress is delayed, because three failures in a row without
-            # progress are a crash loop. The times of later faults stay the same.
+                self._restart()
+            # A fault that is due before the run has made progress is delayed: three failures in a row without progress
+            # count as a crash loop. Later faults keep their times.
             if time.monotonic() >= due and max(steps_of(self.run_dir), default=0) > seen:
-                self._harm()
-                seen, due = max(steps_of(self.run_dir), default=0), begun + self._moment()
+                self._inject_fault()
+                seen, due = max(steps_of(self.run_dir), default=0), begun + self._next_fault()
         while self.process.poll() is None or self.process.returncode != Exit.REQUEUE:
             if self.process.poll() is not None:
-                self._start_again()
+                self._restart()
             steps = len(steps_of(self.run_dir))
             while self.process.poll() is None and len(steps_of(self.run_dir)) <= steps:
                 time.sleep(0.2)
@@ -106,11 +106,11 @@ class Soak:
             self.process.wait(300)
 
     def compare(self) -> dict[str, Any]:
-        """Train the same steps undisturbed; print and return statistics and differences."""
+        """Train the same steps without faults; print and return statistics and differences."""
         reached = max(steps_of(self.run_dir))
         alone = self.folder / "alone"
         length = f"trainer.max_steps={reached}"
-        process = launch(self.folder, alone, self.processes, *_ALIKE, length, log=self.folder / "alone.log")
+        process = launch(self.folder, alone, self.processes, *_SETTINGS, length, log=self.folder / "alone.log")
         assert process.wait(3600) == Exit.DONE, (self.folder / "alone.log").read_text()[-3000:]
         soaked = [row for row in figures(self.run_dir) if "loss" in row]
         whole = [row for row in figures(alone) if "loss" in row]
@@ -133,30 +133,30 @@ class Soak:
 
     def _launch(self) -> subprocess.Popen[bytes]:
         log = self.folder / "soaked.log"
-        return launch(self.folder, self.run_dir, self.processes, *_ALIKE, "trainer.max_steps=1000000", log=log)
+        return launch(self.folder, self.run_dir, self.processes, *_SETTINGS, "trainer.max_steps=1000000", log=log)
 
-    def _start_again(self) -> None:
+    def _restart(self) -> None:
         code = self.process.returncode
         self.codes[code] += 1
         if code not in (Exit.REQUEUE, -signal.SIGKILL):
             sys.exit(f"the launcher ended with {code}:\n{(self.folder / 'soaked.log').read_text()[-3000:]}")
         self.process = self._launch()
 
-    def _moment(self) -> float:
+    def _next_fault(self) -> float:
         """Return when the next fault is due, in seconds from the start."""
         return (self.done.total() + self.dice.random()) * self.between
 
-    def _harm(self) -> None:
-        harms: dict[str, Callable[[], None]] = {
+    def _inject_fault(self) -> None:
+        faults: dict[str, Callable[[], None]] = {
             "rank killed": lambda: self._signal_rank(signal.SIGKILL),
             "rank stopped": lambda: self._signal_rank(signal.SIGSTOP),
             "loader killed": self._kill_loader,
             "asked to stop": lambda: self.process.send_signal(signal.SIGTERM),
             "all killed": lambda: kill(self.process),
         }
-        name = self.dice.choice(list(harms))
+        name = self.dice.choice(list(faults))
         with suppress(psutil.Error, ProcessLookupError, IndexError):
-            harms[name]()
+            faults[name]()
             self.done[name] += 1
             print(f"{time.strftime('%H:%M:%S')} step {max(steps_of(self.run_dir), default=0)}: {name}", flush=True)
 

@@ -1,1 +1,1 @@
-"""Fuzz the readers with mutated shards, manifests, media and checkpoints; each must be read, named or refused."""
+"""Fuzz the readers with mutated shards, manifests, media and checkpoints: a file must be read, named or refused."""

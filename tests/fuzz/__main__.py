@@ -22,25 +22,26 @@ def table(results: Iterable[Result]) -> str:
     """Return a Markdown table of outcomes per kind of mutated file."""
     counts: dict[str, Counter[str]] = {}
     for result in results:
-        what = result.label.partition(",")[0]
-        counts.setdefault(what.partition(" ")[0] if what.startswith(("checkpoint", "shard")) else what, Counter())[
-            result.kind
-        ] += 1
-    rows = [f"| mutated | cases | {' | '.join(OUTCOMES)} |", "|---" * (len(OUTCOMES) + 2) + "|"]
+        target = result.label.partition(",")[0]
+        if target.startswith(("checkpoint", "shard")):
+            target = target.partition(" ")[0]
+        counts.setdefault(target, Counter())[result.kind] += 1
+    rows = [f"| mutated file | cases | {' | '.join(OUTCOMES)} |", "|---" * (len(OUTCOMES) + 2) + "|"]
     total: Counter[str] = sum(counts.values(), Counter())
-    for what, found in [*sorted(counts.items()), ("all", total)]:
-        rows.append(f"| {what} | {sum(found.values())} | {' | '.join(str(found[kind]) for kind in OUTCOMES)} |")
+    for target, outcomes in [*sorted(counts.items()), ("all", total)]:
+        numbers = " | ".join(str(outcomes[kind]) for kind in OUTCOMES)
+        rows.append(f"| {target} | {sum(outcomes.values())} | {numbers} |")
     return "\n".join(rows)
 
 
 def main() -> int:
-    """Run the cases. Return 1 if any of them failed."""
+    """Run the cases. Return 1 if any failed."""
     parser = argparse.ArgumentParser(prog="make fuzz", description=__doc__)
-    parser.add_argument("--cases", type=int, default=10_000, help="mutations in all")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--one", type=int, nargs=2, metavar=("SEED", "NUMBER"), help="only this case, again")
-    parser.add_argument("--out", help="a .md file for the table")
+    parser.add_argument("--cases", type=int, default=10_000, help="total number of mutated files")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="cases are split evenly")
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--one", type=int, nargs=2, metavar=("SEED", "NUMBER"), help="rerun only this case")
+    parser.add_argument("--out", help="write the table to this Markdown file")
     arguments = parser.parse_args()
     per_seed = -(-arguments.cases // len(arguments.seeds))
     jobs = [(seed, number) for seed in arguments.seeds for number in range(per_seed)][: arguments.cases]
@@ -59,7 +60,7 @@ def main() -> int:
                 print(f"seed {result.seed}, number {result.number}: {result.label}: {result.outcome}", flush=True)
         progress.finish()
     shown = table(results)
-    print(f"{shown}\n\nhang: over {HANG_SECONDS:g} s; memory: over {MEMORY_BYTES >> 20} MiB beyond the start")
+    print(f"{shown}\n\nhang: over {HANG_SECONDS:g} s; memory: grew by over {MEMORY_BYTES >> 20} MiB")
     if arguments.out:
         Path(arguments.out).write_text(shown + "\n")
     return 1 if any(result.failed for result in results) else 0

@@ -22,7 +22,7 @@ class Damaged:
     how: str
 
     def zeroes_the_end(self, members: Members) -> bool:
-        """Whether zeros replaced the shard's last members, so that it cannot be told from a shorter archive."""
+        """Whether zeros replaced the shard's last members, which makes it indistinguishable from a shorter archive."""
         end = self.data.rstrip(b"\0")
         kept = end[: len(end) // BLOCK * BLOCK]
         archives = [tar_bytes(members, form) for form in FORMATS]
@@ -94,13 +94,13 @@ _FIELDS = {
 def damage_shard(rng: random.Random, members: Members) -> Damaged:
     """Build a shard of these members with an error in its bytes, headers or member order."""
     form = rng.choice(FORMATS)
-    what = rng.choice(
+    kind = rng.choice(
         ["bytes", "bytes", "header", "header", "order", "duplicate", "link", "joined", "ending", "missing"]
     )
-    if what == "bytes":
+    if kind == "bytes":
         damaged = damage(rng, tar_bytes(members, form))
         return Damaged(damaged.data, damaged.how)
-    if what == "header":
+    if kind == "header":
         name = rng.choice(members)[0]
         field = rng.choice(list(_FIELDS))
         at, size = _FIELDS[field]
@@ -109,21 +109,21 @@ def damage_shard(rng: random.Random, members: Members) -> Damaged:
         return Damaged(changed_header(tar_bytes(members, form), name, at, value, checksum=fixed), f"header {field}")
     changed = list(members)
     at = rng.randrange(len(changed))
-    if what == "order":
+    if kind == "order":
         changed.insert(rng.randrange(len(changed)), changed.pop(at))
-    elif what == "duplicate":
+    elif kind == "duplicate":
         changed.insert(rng.randrange(len(changed) + 1), changed[at])
-    elif what == "missing":
+    elif kind == "missing":
         changed.pop(at)
-    elif what == "ending":
+    elif kind == "ending":
         name, data = changed[at]
         changed[at] = (name + rng.choice([".bak", ".PNG", "x", ".1.png"]), data)
-    elif what == "joined":
+    elif kind == "joined":
         half = at // 2 * 2
-        return Damaged(tar_bytes(changed[:half], form) + tar_bytes(changed[half:], form), what)
-    if what != "link":
-        return Damaged(tar_bytes(changed, form), what)
-    return Damaged(_with_link(rng, changed, at, form), what)
+        return Damaged(tar_bytes(changed[:half], form) + tar_bytes(changed[half:], form), kind)
+    if kind != "link":
+        return Damaged(tar_bytes(changed, form), kind)
+    return Damaged(_with_link(rng, changed, at, form), kind)
 
 
 def _with_link(rng: random.Random, members: Members, at: int, form: int) -> bytes:

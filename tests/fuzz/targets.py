@@ -30,7 +30,7 @@ from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
 from megatron_anymal.safetensors_io import SafetensorsFile, SafetensorsWriter, TensorFileError
 
-# Errors that a user's broken file may raise. Any other exception counts as a traceback.
+# Errors that a damaged file may raise. Any other exception counts as a traceback.
 EXPECTED = (DataError, MediaError, ConfigError, CheckpointError, TensorFileError)
 
 
@@ -38,9 +38,9 @@ EXPECTED = (DataError, MediaError, ConfigError, CheckpointError, TensorFileError
 class Case:
     """A mutated file and the function that reads it."""
 
-    # What was mutated and how, to find the case again.
+    # The mutated file and the mutation.
     label: str
-    # Returns "read", "named", "refused" or "silent: ..." with what was lost.
+    # Returns "read", "named", "refused", or "silent: ..." with the undetected loss.
     run: Callable[[], str]
 
 
@@ -109,7 +109,7 @@ class Media:
             assert torch.isfinite(pieces).all()
             size, whole = MODALITIES[kind].probe(damaged.data, ending, attributes), self._sizes[number]
             if damaged.how == "cut" and size[0] < 0.98 * whole[0] and not _is_text(ending):
-                return f"silent: {whole} passes as {size} after {len(damaged.data)} of {len(data)} bytes"
+                return f"silent: {whole} is read as {size} from {len(damaged.data)} of {len(data)} bytes"
             return "read"
 
         return Case(f"{kind} .{ending}, {damaged.how}", run)
@@ -121,7 +121,7 @@ def _is_text(ending: str) -> bool:
 
 
 class Manifests:
-    """Damaged manifests. Each line must become a sample, or the manifest must be refused."""
+    """Damaged manifests. Every line must become a sample, or the manifest must be refused."""
 
     def __init__(self, folder: Path):
         self._folder, self._files = folder / "manifests", corpus.manifests()
@@ -145,7 +145,7 @@ class Manifests:
                     write_shards(str(manifest), str(out))
             except DataError:
                 left = list(out.glob("*.part"))
-                return f"silent: left {left[0].name}" if left else "refused"
+                return f"silent: {left[0].name} was not removed" if left else "refused"
             with tarfile.open(out / "shard-000000.tar") as tar:
                 written = sum(name.endswith(".json") for name in tar.getnames())
             # In a CSV file, a quote may join two lines.
@@ -187,7 +187,7 @@ class Checkpoints:
             except CheckpointError:
                 return "refused"
             same = damaged.data == original or _same_json(original, damaged.data)
-            return "read" if same else f"silent: {name} was changed and passes"
+            return "read" if same else f"silent: {name} was changed and passed verification"
 
         return Case(f"checkpoint {name}, {damaged.how}", run)
 
@@ -257,5 +257,5 @@ def outcome(case: Case) -> str:
     except EXPECTED:
         return "refused"
     except Exception as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"traceback: {error!r:.200} at {Path(where.filename).name}:{where.lineno}"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return f"traceback: {error!r:.200} at {Path(frame.filename).name}:{frame.lineno}"

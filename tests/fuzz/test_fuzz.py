@@ -1,4 +1,4 @@
-"""A small part of `make fuzz`, and tests of the fuzzer itself."""
+"""A small sample of `make fuzz`, and tests of the fuzzer itself."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_undamaged_files_are_read(tokenizer_folder: str, tmp_path: Path, monkeyp
     assert {outcome(made.case(0, number)) for number in range(60)} == {"read"}
 
 
-def test_a_sample_lost_in_silence_is_told(
+def test_a_silently_lost_sample_is_reported(
     tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     members = corpus.plain_members()
@@ -46,7 +46,7 @@ def test_a_sample_lost_in_silence_is_told(
     assert outcome(Shards(tmp_path, tokenizer_folder).case(random.Random(0))).startswith("silent: 0005 neither")
 
 
-def test_a_traceback_is_told() -> None:
+def test_a_traceback_is_reported() -> None:
     assert outcome(Case("x", lambda: str(1 // 0))).startswith("traceback: ZeroDivisionError")
 
 

@@ -1,4 +1,4 @@
-"""Data, model and hyper-parameters of the parity runs: tiny, but covering every case that a layout could get wrong."""
+"""Data, model and hyperparameters of the parity runs: tiny, but with every case that a layout could get wrong."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _video(seed: int) -> bytes:
     return out.getvalue()
 
 
-# Items have one to three pieces, so that the pieces of a single item are split over ranks.
+# Items yield one to three encoder inputs, so that ranks share those of a single item.
 _MAKERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "image": ("png", lambda seed: png(seed, (8 * (1 + seed % 2), 8)), {}),
     "video": ("avi", _video, {}),
@@ -75,8 +75,8 @@ def parity_config(shards: str, tokenizer: str, job: str, media: str) -> RunConfi
     all_modalities["image"].options = {"max_grid": 2}
     config.model.modalities = {name: all_modalities[name] for name in _used(media)}
     config.model.global_batch_size = 8
-    # A large eps keeps Adam's first steps from amplifying the rounding of tiny gradients. Adapters start at zero, so
-    # their gradients are especially small.
+    # A large eps keeps Adam's first steps from amplifying rounding in tiny gradients. Adapters start at zero, so their
+    # gradients are especially small.
     config.model.optim.lr, config.model.optim.eps = 1e-3, 1e-5 if job == "pretrain" else 1e-4
     config.model.optim.weight_decay = 0.1
     config.data.seq_length = {"pretrain": 48, "sft": 64, "dpo": 128}[job]
@@ -87,7 +87,7 @@ def parity_config(shards: str, tokenizer: str, job: str, media: str) -> RunConfi
 
 
 def _used(media: str) -> list[str]:
-    """Modalities of the samples. Text-only data get one modality that is trained but never occurs."""
+    """Modalities of the samples. Text-only data gets one modality, which trains but never occurs."""
     kinds = {"image", "audio"} if "mixed" in MEDIA[media] else set()
     return sorted((kinds | set(MEDIA[media])) & set(_MAKERS)) or ["image"]
 

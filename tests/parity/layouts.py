@@ -1,4 +1,4 @@
-"""Layouts run by the parity suite.
+"""Layouts of the parity suite.
 
 Pre-training: a selection that covers every valid pair of settings. SFT and DPO: lists that cover every setting.
 """
@@ -22,13 +22,13 @@ STARTS: dict[str, dict[str, Any]] = {
     "tp2-sp": {"tensor": 2, "sequence": True},
     "pp2-cp2": {"pipeline": 2, "context": 2},
 }
-# Fields that determine a run's numbers. All others only change the layout.
+# Fields that determine a run's results. All others change only the layout.
 _DECIDES = ("media", "trains", "tied_head", "job", "noise", "mean", "smoothing", "start")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Settings of one run: its parallel layout, the data it reads and the weights it trains."""
+    """Settings of one run: parallel layout, data and trained weights."""
 
     tensor: int = 1
     sequence: bool = False
@@ -40,7 +40,7 @@ class Layout:
     # A key of parity.data.MEDIA.
     media: str = "mixed"
     # Trained weights of the Llama: none ("frozen"), adapters ("lora"), some ("partial") or all ("full"). Projectors and
-    # the IMU encoder always train, except in DPO.
+    # the IMU encoder train too, except in DPO.
     trains: str = "frozen"
     # Fewer layers on the first stage.
     uneven: bool = False
@@ -158,7 +158,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "media": ("image", "video", "audio", "imu", "text", "mixed", "few media"),
     "trains": ("frozen", "lora", "partial", "full"),
 }
-# Not part of the pairwise cover: the selected layouts take these in turn.
+# Options outside the pairwise cover; the selected layouts cycle through them.
 TURNS: tuple[dict[str, Any], ...] = (
     {},
     {"overlap": True},
@@ -263,7 +263,7 @@ DPO = tuple(
 
 
 def _with_turn(layout: Layout, number: int) -> Layout:
-    """Return the layout with the extras whose turn it is, or the next ones that are compatible with it."""
+    """Add the next options of the cycle that are compatible with the layout."""
     for offset in range(len(TURNS)):
         extras = TURNS[(number + offset) % len(TURNS)]
         varied = Layout(**{**asdict(layout), **extras})

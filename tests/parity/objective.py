@@ -1,4 +1,4 @@
-"""Training objectives written from their definitions, one sample (or one document of a preference pair) at a time."""
+"""Training objectives, written from their definitions: one sample (or document of a preference pair) at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def backward(model: nn.Module, config: RunConfig, batch: Sequence[Sample], refer
     """Compute the gradients of a batch's loss, and return the loss.
 
     Args:
-        reference: DPO only: the policy as it was before the first step.
+        reference: DPO only: the policy before the first step.
     """
     model.zero_grad(set_to_none=True)
     if config.job == "dpo":

@@ -1,9 +1,9 @@
-"""Planted bugs: the worst silent failures of distributed training, switched on one at a time. The suite must catch all.
+"""Planted bugs: silent failures of distributed training, enabled one at a time. The suite must catch every one.
 
-`Bug.plant` is called on every rank before the model is built, and patches the program in that process.
+`Bug.plant` is called in every rank process before the model is built, and patches the package there.
 
 Positions that continue across a document boundary are not included: rotary embeddings depend only on the distance
-between two tokens, so this changes nothing but rounding.
+between two tokens, so they change nothing but rounding.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from parity.layouts import Layout
 
 @dataclass(frozen=True)
 class Bug:
-    """A planted bug, and a layout in which it has an effect."""
+    """A planted bug, and a layout that it affects."""
 
+    # One line, for reports and test ids.
     what: str
     plant: Callable[[], None]
     layout: Layout
@@ -57,7 +58,7 @@ def _stage_without_document_lengths() -> None:
     _wrap(anymal, "document_pack", one_document)
 
 
-def _features_swapped() -> None:
+def _features_in_the_wrong_order() -> None:
     def swapped(original: Any, mine: Any, parts: Any) -> Any:
         features = original(mine, parts)
         return features.flip(0) if parallel_state.get_tensor_model_parallel_rank() == 1 else features
@@ -80,26 +81,26 @@ def _sequence_parallel_reduce_missing() -> None:
     _wrap(llama.RMSNorm, "__init__", unmarked)
 
 
-def _context_gradient_doubled() -> None:
-    def doubled(original: Any, key: Any, value: Any, places: Any) -> Any:
-        # Twice the gradient, the same value.
-        return original(*(2 * x - x.detach() for x in (key, value)), places)
+def _key_value_gradients_doubled() -> None:
+    def doubled(original: Any, key: Any, value: Any, index: Any) -> Any:
+        # Doubles the gradient without changing the value.
+        return original(*(2 * x - x.detach() for x in (key, value)), index)
 
     _wrap(attention, "_gather_keys", doubled)
 
 
-def _context_gradient_kept_apart() -> None:
-    def apart(mine: Any, parts: Any) -> Any:
+def _soft_token_gradients_not_reduced() -> None:
+    def gather(mine: Any, parts: Any) -> Any:
         with torch.no_grad():
-            everything = shares.gather_soft_tokens(mine, parts).clone()
-        # Each rank keeps only the gradient that its own tokens give to its own soft tokens.
+            gathered = shares.gather_soft_tokens(mine, parts).clone()
+        # Soft tokens get gradients only from tokens on the rank that encoded them.
         first = sum(parts[: parallel_state.get_context_parallel_rank()])
-        return torch.cat([everything[:first], mine, everything[first + len(mine) :]])
+        return torch.cat([gathered[:first], mine, gathered[first + len(mine) :]])
 
-    anymal.gather_soft_tokens = apart
+    anymal.gather_soft_tokens = gather
 
 
-def _mask_leaks_over_a_border() -> None:
+def _attention_crosses_documents() -> None:
     def leaking(original: Any, lengths: Any, *args: Any) -> Any:
         pack = original(lengths, *args)
         if len(lengths) > 1:
@@ -110,18 +111,18 @@ def _mask_leaks_over_a_border() -> None:
     _wrap(anymal, "document_pack", leaking)
 
 
-def _positions_in_the_order_of_one_rank() -> None:
+def _contiguous_positions() -> None:
     def contiguous(original: Any, lengths: Any, *args: Any) -> Any:
         pack = original(lengths, *args)
         own, rank = len(pack.rotation.cos), parallel_state.get_context_parallel_rank()
-        places = torch.cat([torch.arange(length) for length in lengths])
-        pack.rotation = rotation(places[rank * own : (rank + 1) * own], args[1])
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        pack.rotation = rotation(positions[rank * own : (rank + 1) * own], args[1])
         return pack
 
     _wrap(anymal, "document_pack", contiguous)
 
 
-def _head_gradient_not_summed() -> None:
+def _head_gradient_not_reduced() -> None:
     head.copy_to_tensor_model_parallel_region = lambda rows: rows
 
 
@@ -137,12 +138,12 @@ def _mean_over_ranks() -> None:
     _wrap(objective, "batch_mean", of_own_tokens)
 
 
-def _projector_gradient_lost_on_text() -> None:
+def _projector_gradient_overwritten_by_text() -> None:
     def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
         if self.training and not micro_batch.media:
             parameter: Any
             for parameter in self.projectors.parameters():
-                # The zero gradient of a text-only micro-batch replaces the sum instead of being added to it.
+                # The zero gradient of a text-only micro-batch overwrites the accumulated gradient.
                 parameter.main_grad.zero_()
         return original(self, micro_batch, *args, **kwargs)
 
@@ -150,17 +151,17 @@ def _projector_gradient_lost_on_text() -> None:
 
 
 def _frozen_llama_passes_no_gradient() -> None:
-    def cut(original: Any, text: Any, soft: Any, places: Any) -> Any:
-        return original(text, soft, places).detach()
+    def cut(original: Any, text: Any, soft: Any, positions: Any) -> Any:
+        return original(text, soft, positions).detach()
 
     _wrap(anymal, "merge", cut)
 
 
-def _trainable_encoder_not_summed() -> None:
+def _encoder_gradient_not_reduced() -> None:
     model_build.share_gradients = lambda encoder: None
 
 
-def _first_micro_batch_lost() -> None:
+def _first_micro_batch_dropped() -> None:
     steps: set[int] = set()
 
     def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -173,13 +174,44 @@ def _first_micro_batch_lost() -> None:
     _wrap(anymal.AnyMALModel, "forward", forward)
 
 
-def _tied_head_apart() -> None:
-    # In the package, the function of the same name hides this module.
+def _only_last_micro_batch_kept() -> None:
+    before: dict[int, tuple[int, ...]] = {}
+
+    def forward(original: Any, self: Any, micro_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, micro_batch, *args, **kwargs)
+        if parallel_state.get_pipeline_model_parallel_world_size() == 1 or not output.requires_grad:
+            return output
+
+        def overwrite(gradient: Any) -> None:
+            # Runs at the start of the stage's backward pass of this micro-batch, before any gradient is accumulated.
+            if before.get(id(self)) != micro_batch.document_lengths:
+                parameter: Any
+                for parameter in self.parameters():
+                    if parameter.requires_grad:
+                        parameter.main_grad.zero_()
+            before[id(self)] = micro_batch.document_lengths
+
+        output.register_hook(overwrite)
+        return output
+
+    _wrap(anymal.AnyMALModel, "forward", forward)
+
+
+def _recomputed_layers_without_gradient() -> None:
+    def embed(original: Any, self: Any, *args: Any) -> Any:
+        # Projectors are frozen in this layout, so the Llama's input requires a gradient only because the model sets it.
+        return original(self, *args).detach()
+
+    _wrap(anymal.AnyMALModel, "embed", embed)
+
+
+def _tied_gradients_not_reduced() -> None:
+    # The package exports a function of the same name, which hides the module.
     finalize: Any = sys.modules["megatron.core.distributed.finalize_model_grads"]
     finalize._allreduce_word_embedding_grads = lambda *args, **kwargs: None
 
 
-def _virtual_parts_in_the_wrong_order() -> None:
+def _virtual_chunks_swapped() -> None:
     def swapped(original: Any, *args: Any) -> Any:
         parts = original(*args)
         if len(parts) > 1 and parallel_state.get_pipeline_model_parallel_rank() == 0:
@@ -190,7 +222,7 @@ def _virtual_parts_in_the_wrong_order() -> None:
     _wrap(train_build, "build_models", swapped)
 
 
-def _labels_of_the_whole_pack() -> None:
+def _labels_not_split() -> None:
     def unsplit(original: Any, self: Any, micro_batch: Any) -> Any:
         mine = original(self, micro_batch)
         own = mine.labels.size(1)
@@ -199,7 +231,7 @@ def _labels_of_the_whole_pack() -> None:
     _wrap(loader.MicroBatchReader, "_own_part", unsplit)
 
 
-def _noise_by_place_in_the_pack() -> None:
+def _noise_by_position_in_pack() -> None:
     def in_pack(original: Any, micro_batch: Any) -> Any:
         documents, positions = original(micro_batch)
         return documents.clamp(max=0), torch.arange(len(positions))
@@ -227,83 +259,113 @@ def _reference_without_adapters() -> None:
 
 def _pairs_counted_once_per_context_rank() -> None:
     def summed(parts: Any, group: Any) -> Any:
-        # The backward pass of this all-reduce sums again.
+        # The backward pass of this all-reduce sums over the ranks again.
         return dist.nn.functional.all_reduce(parts.contiguous(), group=group)
 
     objective.sum_over_context = summed
 
 
-def _answers_exchanged_on_one_rank() -> None:
-    def exchanged(original: Any, self: Any, micro_batch: Any) -> Any:
+def _answers_swapped_on_one_rank() -> None:
+    def swapped(original: Any, self: Any, micro_batch: Any) -> Any:
         mine = original(self, micro_batch)
         if parallel_state.get_context_parallel_rank() == 0:
             return mine
         return dataclasses.replace(mine, branch=torch.where(mine.branch < 0, -1, 1 - mine.branch))
 
-    _wrap(loader.MicroBatchReader, "_own_part", exchanged)
+    _wrap(loader.MicroBatchReader, "_own_part", swapped)
 
 
 _SFT = Layout(job="sft", trains="lora", noise="all")
 _DPO_CP2 = Layout(job="dpo", trains="lora", noise="all", context=2)
 
 BUGS = (
-    Bug("a later stage takes a pack for one document", _stage_without_document_lengths, Layout(pipeline=2)),
-    Bug("a mask leaks over a document's border", _mask_leaks_over_a_border, Layout()),
-    Bug("one rank has the features in another order", _features_swapped, Layout(tensor=2, media="image")),
+    Bug("later pipeline stages treat a pack as one document", _stage_without_document_lengths, Layout(pipeline=2)),
+    Bug("attention crosses a document boundary", _attention_crosses_documents, Layout()),
     Bug(
-        "soft tokens of context-parallel ranks shifted by a piece",
+        "encoder features in the wrong order on one tensor-parallel rank",
+        _features_in_the_wrong_order,
+        Layout(tensor=2, media="image"),
+    ),
+    Bug(
+        "soft tokens shifted by one image tile under context parallelism",
         _soft_tokens_shifted,
         Layout(context=2, media="image"),
     ),
-    Bug("positions counted over a rank's own tokens", _positions_in_the_order_of_one_rank, Layout(context=2)),
-    Bug("labels not split over context-parallel ranks", _labels_of_the_whole_pack, Layout(context=2)),
-    Bug("gradients of keys and values doubled", _context_gradient_doubled, Layout(context=2)),
     Bug(
-        "gradients of soft tokens not summed over context",
-        _context_gradient_kept_apart,
+        "contiguous instead of zig-zag positions under context parallelism",
+        _contiguous_positions,
+        Layout(context=2),
+    ),
+    Bug("labels not split across context-parallel ranks", _labels_not_split, Layout(context=2)),
+    Bug("key and value gradients doubled under context parallelism", _key_value_gradients_doubled, Layout(context=2)),
+    Bug(
+        "soft-token gradients not reduced across context-parallel ranks",
+        _soft_token_gradients_not_reduced,
         Layout(context=2, media="image"),
     ),
     Bug(
-        "a norm's gradient not summed under sequence parallelism",
+        "norm gradients not all-reduced under sequence parallelism",
         _sequence_parallel_reduce_missing,
         Layout(tensor=2, sequence=True, trains="full"),
     ),
-    Bug("a trainable encoder's gradient not summed", _trainable_encoder_not_summed, Layout(tensor=2, media="imu")),
     Bug(
-        "a tied head's gradient not added to the embedding's",
-        _tied_head_apart,
+        "trainable encoder's gradients not reduced across tensor-parallel ranks",
+        _encoder_gradient_not_reduced,
+        Layout(tensor=2, media="imu"),
+    ),
+    Bug(
+        "gradients of tied embedding and head not reduced across stages",
+        _tied_gradients_not_reduced,
         Layout(pipeline=2, trains="full", tied_head=True),
     ),
     Bug(
-        "layers of a virtual pipeline's parts exchanged",
-        _virtual_parts_in_the_wrong_order,
+        "layers of two virtual pipeline chunks swapped",
+        _virtual_chunks_swapped,
         Layout(pipeline=2, virtual=2),
     ),
-    Bug("the loss averaged over ranks instead of tokens", _mean_over_ranks, Layout(data=2)),
+    Bug("loss averaged per rank instead of over all target tokens", _mean_over_ranks, Layout(data=2)),
     Bug(
-        "the projectors' gradient lost on text-only micro-batches",
-        _projector_gradient_lost_on_text,
+        "text-only micro-batches overwrite the projectors' gradients",
+        _projector_gradient_overwritten_by_text,
         Layout(media="few media"),
     ),
-    Bug("the head's gradient not summed over the vocabulary's parts", _head_gradient_not_summed, Layout(tensor=2)),
-    Bug("the backward pass of packs with media skipped", _backward_skipped_with_media, Layout()),
-    Bug("a frozen Llama passes no gradient on", _frozen_llama_passes_no_gradient, Layout()),
-    Bug("a micro-batch's gradient not added", _first_micro_batch_lost, Layout()),
     Bug(
-        "noise drawn by the place in a pack, not in a document",
-        _noise_by_place_in_the_pack,
+        "gradient of the head's input not reduced across vocabulary shards",
+        _head_gradient_not_reduced,
+        Layout(tensor=2),
+    ),
+    Bug("backward pass skipped for packs with media", _backward_skipped_with_media, Layout()),
+    Bug("no gradient reaches the projectors through a frozen Llama", _frozen_llama_passes_no_gradient, Layout()),
+    Bug("gradient of each step's first micro-batch dropped", _first_micro_batch_dropped, Layout()),
+    Bug(
+        "only the last micro-batch's gradient kept if lengths change (pipeline)",
+        _only_last_micro_batch_kept,
+        dataclasses.replace(_SFT, pipeline=2),
+    ),
+    Bug(
+        "NEFTune noise indexed by position in the pack, not in the document",
+        _noise_by_position_in_pack,
         dataclasses.replace(_SFT, data=2),
     ),
     Bug(
-        "an adapter's gradient not summed under sequence parallelism",
+        "adapter gradients not all-reduced under sequence parallelism",
         _adapters_sequence_parallel_reduce_missing,
         dataclasses.replace(_SFT, tensor=2, sequence=True),
     ),
     Bug(
-        "DPO's reference is the base, not the SFT model",
+        "adapters get no gradient under full recomputation with one stage",
+        _recomputed_layers_without_gradient,
+        dataclasses.replace(_DPO_CP2, context=1, recompute="full"),
+    ),
+    Bug(
+        "DPO's reference model is the base model, not the SFT model",
         _reference_without_adapters,
         dataclasses.replace(_DPO_CP2, context=1),
     ),
-    Bug("a pair's gradient counted once per context-parallel rank", _pairs_counted_once_per_context_rank, _DPO_CP2),
-    Bug("chosen and rejected exchanged on one rank", _answers_exchanged_on_one_rank, _DPO_CP2),
+    Bug(
+        "DPO gradients multiplied by the number of context-parallel ranks",
+        _pairs_counted_once_per_context_rank,
+        _DPO_CP2,
+    ),
+    Bug("chosen and rejected swapped on one context-parallel rank", _answers_swapped_on_one_rank, _DPO_CP2),
 )

@@ -6,8 +6,8 @@ plain torch, which no layout splits) and NEFTune's random numbers, drawn for one
 
 Weights have the engine's names of unsharded weights, as returned by `gather_weights`.
 
-Shapes: L tokens of a sample, H the Llama's hidden size, V its vocabulary size, n pieces, F features of width w per
-piece, T soft tokens per piece.
+Shapes: L tokens of a sample, H the Llama's hidden size, V its vocabulary size, n encoder inputs (pieces), F features of
+width w and T soft tokens per encoder input.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Reference(nn.Module):
             _put(self, name, nn.Parameter(value, requires_grad=name in trainable))
         self._names = {name for name, _ in self.named_parameters()}
         assert self._names == set(weights), f"weights not given: {sorted(self._names - set(weights))}"
-        # Angles are in single precision for every dtype, as in all other implementations.
+        # Angles are computed in fp32 for every dtype, as in other implementations.
         self._inverse_frequencies = LlamaRotaryEmbedding(config=hf).inv_freq.float()
 
     def forward(self, sample: Sample) -> Tensor:
@@ -116,8 +116,8 @@ class Reference(nn.Module):
         x = self.weight(_EMBEDDING)[sample.tokens]
         for name, pieces in sample.pieces.items():
             soft = self.soft_tokens(name, pieces).flatten(0, 1)
-            assert len(soft) == len(sample.places[name]), f"{name}: placeholders and soft tokens differ in number"
-            x[sample.places[name]] = soft
+            assert len(soft) == len(sample.positions[name]), f"{name}: placeholders and soft tokens differ in number"
+            x[sample.positions[name]] = soft
         if self.training and self.neftune.alpha:
             x = x + self._noise(sample).to(x.dtype)
         for number in range(self.hf.num_hidden_layers):
@@ -130,8 +130,8 @@ class Reference(nn.Module):
         length = len(sample.tokens)
         noisy = torch.ones(length, dtype=torch.bool)
         if self.neftune.embeddings == "text":
-            for places in sample.places.values():
-                noisy[places] = False
+            for positions in sample.positions.values():
+                noisy[positions] = False
         return neftune_noise(
             self.seed,
             sample.step,
@@ -145,7 +145,7 @@ class Reference(nn.Module):
         )
 
     def soft_tokens(self, name: str, pieces: Tensor) -> Tensor:
-        """Encode and project the pieces [n, *piece_shape] of a modality to soft tokens [n, T, H]."""
+        """Encode and project a modality's encoder inputs [n, *piece_shape] to soft tokens [n, T, H]."""
         encoder = self.encoders[name]
         with torch.set_grad_enabled(any(p.requires_grad for p in encoder.parameters())):
             features = encoder(pieces)
@@ -186,8 +186,8 @@ class Reference(nn.Module):
 
         Args:
             projections: the projections stacked in the weight, in order.
-            rows: rows of each projection per group, if the weight interleaves them. By default the projections follow
-                each other as a whole.
+            rows: rows of each projection per group, if the weight interleaves them; by default, the projections are
+                concatenated.
         """
         weight = self.weight(f"{name}.weight")
         if f"{name}.lora.{projections[0]}.A" not in self._names:
@@ -313,5 +313,5 @@ def _put(root: nn.Module, name: str, parameter: nn.Parameter) -> None:
         if not hasattr(module, part):
             module.add_module(part, nn.Module())
         module = module.get_submodule(part)
-    # Not register_parameter: a GRU keeps a list of its weights, which is only updated by assignment.
+    # A GRU keeps a list of its weights, which assignment updates but register_parameter does not.
     setattr(module, last, parameter)

@@ -1,4 +1,4 @@
-"""Run the engine under one layout, and measure how far the run is from the reference."""
+"""Run the engine under one layout, and measure its difference from the reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from parity.reference import Trace
 
 # Relative tolerance for losses and whole gradients, in fp32.
 TOLERANCE = 1e-5
-# For single parameters: their gradients can be sums of a few large terms that nearly cancel.
+# For single parameters, whose gradients can be sums of large terms that nearly cancel.
 PARAMETER_TOLERANCE = 1e-4
 
 
@@ -39,7 +39,7 @@ class EngineRun:
     """Record of a run of the engine, and the weights it started from."""
 
     trace: Trace
-    # All unsharded weights before the first step, and the names of the trainable ones.
+    # All unsharded weights before the first step, and names of the trainable ones.
     start: dict[str, np.ndarray]
     trainable: frozenset[str]
 
@@ -51,8 +51,8 @@ class Difference:
     Attributes:
         loss: difference of a step's loss, relative to the loss.
         gradient: norm of the difference of a step's gradient, relative to the gradient's norm.
-        parameter: the same for a single parameter, relative to the largest norm of its gradient in any step (in a step
-            in which the gradient's sum cancels, only rounding is left).
+        parameter: the same for a single parameter, relative to the largest norm of its gradient in any step (if the
+            gradient cancels in one step, only rounding remains).
         weight: norm of the difference of a parameter after the last step, relative to the parameter's norm.
         where: parameter and step at which `parameter` was measured.
     """
@@ -65,7 +65,7 @@ class Difference:
 
     @property
     def allowed(self) -> bool:
-        """Whether it is explained by the rounding of fp32 sums in a different order. False for NaN."""
+        """Whether rounding of fp32 sums in another order explains the difference. False for NaN."""
         return (
             self.loss <= TOLERANCE
             and self.gradient <= TOLERANCE
@@ -80,7 +80,7 @@ def run_layout(
     """Train `count` steps under a layout, in new processes.
 
     Args:
-        before: called first in each process; plants a bug.
+        before: called first in each process, to plant a bug.
     """
     config = configured(base, layout)
     with TemporaryDirectory() as config.exp_manager.explicit_log_dir:
@@ -177,7 +177,7 @@ def compare(run: EngineRun, reference: Trace) -> Difference:
     """Compare a run with its reference; see Difference.
 
     Raises:
-        AssertionError: they did not train the same weights or the same number of steps.
+        AssertionError: the trained weights or the number of steps differ.
     """
     trace = run.trace
     assert len(trace.losses) == len(reference.losses)

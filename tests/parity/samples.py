@@ -1,4 +1,4 @@
-"""Read the samples of a run's steps one by one: no packing, no padding, no replicas."""
+"""Read a run's samples step by step, without packing, padding or replicas."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class Sample:
     labels: Tensor
     # [L]: 1 for target tokens, else 0.
     loss_mask: Tensor
-    # Modality -> [pieces, *piece_shape] float32, in sample order.
+    # Modality -> encoder inputs [pieces, *piece_shape] float32, in sample order.
     pieces: dict[str, Tensor]
-    # Modality -> [pieces x soft tokens] int64: positions of its placeholder tokens.
-    places: dict[str, Tensor]
+    # Modality -> positions of its placeholder tokens, [pieces x soft tokens] int64.
+    positions: dict[str, Tensor]
     step: int = 0
-    # Number within the global batch: twice the sample's position, plus 1 for the rejected answer of a pair.
+    # Index in the global batch: twice the sample's position, plus 1 for the rejected answer of a pair.
     document: int = 0
 
 
@@ -54,9 +54,9 @@ def read_steps(config: RunConfig, steps: int) -> Iterator[list[Sample]]:
                 # Every document of a sample contains all media of the sample.
                 pieces = {name: media.pieces for name, media in read.media.items()}
                 for branch, (tokens, labels, mask) in enumerate(zip(*whole)):
-                    places = {name: (tokens == placeholders[name]).nonzero().flatten() for name in pieces}
+                    positions = {name: (tokens == placeholders[name]).nonzero().flatten() for name in pieces}
                     number = 2 * planned.position + branch
-                    batch.append(Sample(tokens, labels, mask, pieces, places, step, number))
+                    batch.append(Sample(tokens, labels, mask, pieces, positions, step, number))
         yield batch
 
 

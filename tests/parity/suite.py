@@ -20,10 +20,10 @@ from parity.runs import Difference, EngineRun, compare, configured, fingerprint,
 
 
 class Suite:
-    """Runs with a fixed number of steps, and the references they share."""
+    """Runs a fixed number of steps per layout; layouts with the same data and job share a reference."""
 
     def __init__(self, folder: Path, steps: int):
-        """Keep data and SFT runs in `folder`."""
+        """Write data and SFT runs to `folder`."""
         self.folder, self.steps = folder, steps
         self._tokenizer = make_tokenizer(folder / "tokenizer")
         self._data: dict[tuple[str, str], RunConfig] = {}
@@ -31,10 +31,10 @@ class Suite:
         self._references: dict[Layout, tuple[EngineRun, Trace]] = {}
 
     def difference(self, layout: Layout, bug: Bug | None = None) -> Difference:
-        """Return the difference between a layout's run and the plain-torch reference.
+        """Return a layout's difference from the plain-torch reference, with a planted bug if one is given.
 
         Raises:
-            AssertionError: the run starts from different weights, or trains different ones.
+            AssertionError: the initial weights or the set of trained weights differ.
         """
         one, reference = self.reference(layout)
         if bug is not None:

@@ -1,4 +1,4 @@
-"""A smaller selection of layouts than `make parity`, on at most four processes, and every planted bug."""
+"""A subset of the layouts of `make parity`, on at most four processes, and every planted bug."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_planted_bug_is_caught(bug: Bug, suite: Suite) -> None:
     assert not suite.difference(bug.layout, bug).allowed
 
 
-def test_the_cover_has_every_possible_pair() -> None:
+def test_the_selection_covers_every_possible_pair() -> None:
     chosen = cover(64)
     assert len(chosen) == len(set(chosen)) >= 60 and all(layout.possible for layout in chosen)
     wanted = frozenset().union(*(pairs_of(layout) for layout in possible_layouts()))
@@ -67,7 +67,7 @@ def test_the_cover_has_every_possible_pair() -> None:
 
 
 @pytest.mark.parametrize("layouts", [SFT, DPO], ids=["sft", "dpo"])
-def test_the_other_jobs_have_every_setting(layouts: tuple[Layout, ...]) -> None:
+def test_sft_and_dpo_cover_every_setting(layouts: tuple[Layout, ...]) -> None:
     [job] = {layout.job for layout in layouts}
     assert len({layout.name for layout in layouts}) == len(layouts) >= 12
     assert all(layout.possible for layout in layouts)

@@ -1,4 +1,4 @@
-"""Test the reference: its Llama against the one in transformers, the whole model against the engine on one process."""
+"""Test the reference: its Llama against transformers, and the whole model against the engine on one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def relative(found: np.ndarray, wanted: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-def test_its_llama_is_that_of_transformers(name: str) -> None:
+def test_the_llama_matches_transformers(name: str) -> None:
     torch.manual_seed(0)
     hf = LlamaConfig(**{**LLAMA, **LLAMAS[name]})
     theirs = LlamaForCausalLM._from_config(hf, attn_implementation="sdpa").double()
@@ -100,7 +100,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> Run
     # More than one layer, so that the operations between layers are compared too.
     config.model.modalities["image"].projector.num_layers = 2
     config.model.modalities["audio"].projector.num_layers = 2
-    # Two pieces per audio item.
+    # Two encoder inputs per audio item.
     config.model.modalities["audio"].options["piece_seconds"] = 0.25
     config.model.optim.sched.warmup_steps = 2
     return config
@@ -156,11 +156,11 @@ def run_engine(config: RunConfig) -> tuple[dict[str, np.ndarray], Trace]:
     optimizer: Any = state.optimizer
     update = optimizer.step
 
-    def update_after_a_look() -> Any:
+    def recorded_update() -> Any:
         gradients.append({name: w.gather(w.parameter.main_grad).numpy().copy() for name, w in training.items()})
         return update()
 
-    optimizer.step = update_after_a_look
+    optimizer.step = recorded_update
     for step in range(STEPS):
         plan = state.train_data.planner.plan(step)
         batches = [state.train_data.reader[planned] for planned in plan.of_replica(0)]
@@ -170,7 +170,7 @@ def run_engine(config: RunConfig) -> tuple[dict[str, np.ndarray], Trace]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_engine_on_one_process_is_the_reference(base: RunConfig, case: str) -> None:
+def test_the_engine_matches_on_one_process(base: RunConfig, case: str) -> None:
     config = copy.deepcopy(base)
     CASES[case](config)
     start, engine = run_ranks(1, run_engine, config)[0]
