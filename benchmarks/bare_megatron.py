@@ -54,9 +54,10 @@ class Bare:
         self.frozen = state.config.model.language_model.freeze
         self.gpt = state.models[0].language_model
         if not self.frozen or state.config.model.lora.r:
-            settings = transformer_config(state.llama, state.config)
+            model = state.config.model
+            settings = transformer_config(model, state.config.trainer.precision, state.llama)
             weights = {n: w for n, w in self.gpt.state_dict().items() if ".lora." not in n}
-            self.gpt = build_gpt(state.llama, settings, backend.transformer_impl(state.config))
+            self.gpt = build_gpt(state.llama, settings, backend.transformer_impl(model))
             self.gpt.load_state_dict(weights)
             self.gpt.requires_grad_(not self.frozen)
         self.wrapped, self.optimizer = self._wrap(state)
@@ -70,7 +71,8 @@ class Bare:
         # A copy: the run's own config holds the run's hooks for finishing a step.
         transformer: Any = copy.copy(self.gpt.config)
         wrapped = DistributedDataParallel(transformer, settings, self.gpt)
-        optimizer = build_optimizer(state.config, [wrapped])
+        config = state.config
+        optimizer = build_optimizer(config.model.optim, config.model.ddp, config.trainer, [wrapped])
         transformer.grad_scale_func = optimizer.scale_loss
         # The loss is already divided by the number of targets.
         transformer.finalize_model_grads_func = lambda models, tokens=None, **more: finalize_model_grads(
@@ -79,7 +81,8 @@ class Bare:
         return wrapped, optimizer
 
     def _lay_out(self, state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> ReadyBatch:
-        device, kernel = state.layout.device, backend.attention_kernel(state.config)
+        device, config = state.layout.device, state.config
+        kernel = backend.attention_kernel(config.model, config.trainer.precision)
         ready = [
             ReadyMicroBatch(
                 m.tokens.to(device),

@@ -68,7 +68,8 @@ class Head:
         }
         initialize(config)
         llama = read_llama_config(config.model.language_model)
-        self.gpt = build_gpt(llama, transformer_config(llama, config), "local").to(dtype).requires_grad_(False)
+        settings = transformer_config(config.model, config.trainer.precision, llama)
+        self.gpt = build_gpt(llama, settings, "local").to(dtype).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
         weight: Any = self.gpt.output_layer.weight
         weight.copy_(torch.randn(weight.shape, generator=generator, dtype=dtype) * 0.02)

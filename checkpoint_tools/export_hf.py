@@ -84,16 +84,17 @@ def _export(arguments: argparse.Namespace) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     try:
         with _checksums_compared(folder, manifest):
-            samples = (
-                None if arguments.no_verify else choose_samples(config, arguments.data, arguments.samples, llama_only)
-            )
+            samples = None
+            if not arguments.no_verify:
+                samples = choose_samples(config.model, config.data, arguments.data, arguments.samples, llama_only)
             staging.mkdir(parents=True)
             adapter, files = _write(arguments, staging, folder, manifest, config, llama_only)
         memory = peak_memory() - memory
         seconds = time.monotonic() - begun
         if (staging / TOKENIZER_SETTINGS).is_file():
             tokenizer = Tokenizer(config.data.tokenizer)
-            count = compare_chat_ids(staging, tokenizer, config, llama_only=llama_only)
+            modalities = {} if llama_only else config.model.modalities
+            count = compare_chat_ids(staging, tokenizer, modalities, config.data)
             print(f"chat template: {count} conversation(s) produce the token ids of training")
         verification = None if samples is None else verify(folder, config, staging, samples)
         if verification:
@@ -183,14 +184,16 @@ def _write(
         How adapters were exported ("" if there are none), and weight file -> SHA-256.
     """
     separate = arguments.adapter == "separate"
-    weights = ExportedWeights(folder, manifest, config, llama_only=llama_only, merge=not separate)
+    weights = ExportedWeights(
+        folder, manifest, config.model, config.trainer.precision, llama_only=llama_only, merge=not separate
+    )
     for part, count in weights.left_out.items():
         print(f"left out: {part}, {count} tensor(s)")
     check_space(staging, sum(math.prod(shape) * dtype.itemsize for dtype, shape in weights.entries.values()) + _SPARE)
     if llama_only:
-        write_llama_files(staging, config, weights.llama.hf, weights.entries)
+        write_llama_files(staging, config.data.tokenizer, weights.llama.hf, weights.entries)
     else:
-        write_model_files(staging, config, weights.llama.hf, weights.entries)
+        write_model_files(staging, config.model, config.data.tokenizer, weights.llama.hf, weights.entries)
     files = write_shards(staging, weights.entries, iter(weights), int(arguments.max_shard_gib * _GIB))
     if not weights.adapters.pairs:
         return "", files

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import ModelConfig
 from megatron_anymal.dry_run.simulate import weights_of_stages
 from megatron_anymal.model.hf_llama import checkpoint_place
 from megatron_anymal.model.unsharded_weights import Weight
@@ -18,24 +18,26 @@ from megatron_anymal.model.unsharded_weights import Weight
 Box = tuple[str, tuple[int, ...], tuple[int, ...]]
 
 
-def boxes_of_ranks(config: RunConfig, manifest: Manifest, folder: Path) -> dict[str, list[Box]]:
+def boxes_of_ranks(model: ModelConfig, precision: str, manifest: Manifest, folder: Path) -> dict[str, list[Box]]:
     """Map each rank's file name to its boxes; every value of the checkpoint is in exactly one box of one rank.
 
     A weight replicated over the tensor-parallel ranks is stored in the first rank's file, a tied output layer in the
     file of the embedding. The optimizer state of a weight is stored in the same file as the weight.
 
     Args:
-        config: configuration with the new layout.
+        model: the section with the new layout.
+        precision: `trainer.precision`.
 
     Raises:
         ConfigError: the parallel sizes do not divide the model.
         CheckpointError: the shape of a tensor does not match the configuration.
     """
-    tensor_size = config.model.tensor_model_parallel_size
+    tensor_size = model.tensor_model_parallel_size
     boxes: dict[str, list[Box]] = {}
     cut: dict[str, list[tuple[int, int, Weight]]] = {}
     seen: set[str] = set()
-    for stage, weights in enumerate(weights_of_stages(config, LlamaConfig.from_dict(manifest.llama))):
+    hf = LlamaConfig.from_dict(manifest.llama)
+    for stage, weights in enumerate(weights_of_stages(model, precision, hf)):
         for rank in range(tensor_size):
             boxes[_file(stage, rank)] = []
         for weight in weights:

@@ -61,7 +61,7 @@ def _reshard(arguments: argparse.Namespace) -> None:
     # Pickle files are copied unchanged.
     check_pickles(folder)
     config = _laid_out(folder, manifest, *sizes, trust_plugins=arguments.trust_plugins)
-    boxes = boxes_of_ranks(config, manifest, folder)
+    boxes = boxes_of_ranks(config.model, config.trainer.precision, manifest, folder)
     size = sum((folder / name).stat().st_size for name in manifest.files)
     out.parent.mkdir(parents=True, exist_ok=True)
     check_space(out, size)

@@ -72,10 +72,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "Export again, or review the file and allow it with --trust-remote-code."
             )
         llama_only = json.loads((export / "config.json").read_text())["model_type"] == "llama"
-        samples = choose_samples(config, arguments.data, arguments.samples, llama_only)
+        samples = choose_samples(config.model, config.data, arguments.data, arguments.samples, llama_only)
         verify(folder, config, export, samples)
         if (export / "tokenizer_config.json").is_file() and config.data.tokenizer:
-            compare_chat_ids(export, Tokenizer(config.data.tokenizer), config, llama_only=llama_only)
+            modalities = {} if llama_only else config.model.modalities
+            compare_chat_ids(export, Tokenizer(config.data.tokenizer), modalities, config.data)
     except (VerificationError, ChatIdsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

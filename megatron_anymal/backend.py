@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, ModelConfig
 
 # Lowest compute capability of GPUs with FP8 (Ada, Hopper) and bf16 (Ampere) matrix products.
 _FP8_CAPABILITY = (8, 9)
@@ -103,57 +103,62 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def compute_dtype(config: RunConfig) -> torch.dtype:
-    """Number format of the forward and backward pass."""
-    return torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
+def compute_dtype(precision: str) -> torch.dtype:
+    """Number format of the forward and backward pass, for a value of `trainer.precision`."""
+    return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def transformer_impl(config: RunConfig) -> Literal["local", "transformer_engine"]:
+def transformer_impl(model: ModelConfig) -> Literal["local", "transformer_engine"]:
     """Implementation of the Llama's layers; "auto" selects Transformer Engine if it can run."""
-    wanted = config.model.transformer_impl
+    wanted = model.transformer_impl
     if wanted == "auto":
         engine, _ = _transformer_engine(torch.cuda.is_available())
         return "transformer_engine" if engine else "local"
     return "transformer_engine" if wanted == "transformer_engine" else "local"
 
 
-def attention_kernel(config: RunConfig) -> str:
+def attention_kernel(model: ModelConfig, precision: str) -> str:
     """Attention kernel for the documents of a pack: transformer_engine, flash_attn, flex or sdpa.
 
     "auto" selects scaled dot-product attention on CPUs, and on GPUs a kernel that needs neither a mask nor padding:
     Transformer Engine's, flash-attn's for packed documents (16-bit only), or torch's flex attention.
+
+    Args:
+        precision: `trainer.precision`.
     """
-    if transformer_impl(config) == "transformer_engine":
+    if transformer_impl(model) == "transformer_engine":
         return "transformer_engine"
-    if config.model.attention != "auto":
-        return config.model.attention
+    if model.attention != "auto":
+        return model.attention
     if not torch.cuda.is_available():
         return "sdpa"
-    return "flash_attn" if _version("flash-attn") and config.trainer.precision == "bf16" else "flex"
+    return "flash_attn" if _version("flash-attn") and precision == "bf16" else "flex"
 
 
-def check_backend(config: RunConfig) -> None:
+def check_backend(model: ModelConfig, precision: str) -> None:
     """Reject settings that this machine cannot run.
+
+    Args:
+        precision: `trainer.precision`.
 
     Raises:
         ConfigError: the message names the key and the fix.
     """
     found = capabilities()
-    model = config.model
     if model.transformer_impl == "transformer_engine" and not found.transformer_engine:
         raise ConfigError(
             "model.transformer_impl=transformer_engine cannot run here: "
             f"{found.transformer_engine_problem}. Install it with `pip install -e '.[te]' "
             "--no-build-isolation` on a CUDA machine, or set model.transformer_impl=auto."
         )
-    if config.trainer.precision == "bf16" and not found.bf16:
+    if precision == "bf16" and not found.bf16:
         raise ConfigError(
             f"trainer.precision=bf16 needs compute capability 8.0 or later; the GPUs here have "
             f"{_shown(found.compute_capability)}. Set trainer.precision=32."
         )
     if model.fp8:
-        _check_fp8(config, found)
-    _check_attention(config, found)
+        _check_fp8(model, precision, found)
+    _check_attention(model, precision, found)
     interleaved = model.virtual_pipeline_model_parallel_size > 1
     if interleaved and not model.overlap_p2p_comm and collectives_backend() == "gloo":
         raise ConfigError(
@@ -163,7 +168,7 @@ def check_backend(config: RunConfig) -> None:
     if (
         model.recompute_granularity == "selective"
         and "layernorm" in model.recompute_modules
-        and transformer_impl(config) == "local"
+        and transformer_impl(model) == "local"
     ):
         raise ConfigError(
             "model.recompute_modules=[layernorm] needs Transformer Engine layers, which do not run here "
@@ -171,12 +176,12 @@ def check_backend(config: RunConfig) -> None:
         )
 
 
-def _check_attention(config: RunConfig, found: Capabilities) -> None:
-    wanted = config.model.attention
+def _check_attention(model: ModelConfig, precision: str, found: Capabilities) -> None:
+    wanted = model.attention
     if wanted == "auto":
         return
     key = f"model.attention={wanted}"
-    if transformer_impl(config) == "transformer_engine":
+    if transformer_impl(model) == "transformer_engine":
         raise ConfigError(
             f"{key} has no effect on Transformer Engine layers, which bring their own attention. Set it to auto, or "
             "model.transformer_impl=local."
@@ -185,12 +190,12 @@ def _check_attention(config: RunConfig, found: Capabilities) -> None:
         raise ConfigError(f"{key} needs a CUDA device. Set it to auto.")
     if wanted == "flash_attn" and not found.flash_attn:
         raise ConfigError(f"{key}: flash-attn is not installed. `pip install -e '.[flash]'`, or set it to auto.")
-    if wanted == "flash_attn" and config.trainer.precision != "bf16":
+    if wanted == "flash_attn" and precision != "bf16":
         raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, or model.attention=auto.")
 
 
-def _check_fp8(config: RunConfig, found: Capabilities) -> None:
-    key = f"model.fp8={config.model.fp8}"
+def _check_fp8(model: ModelConfig, precision: str, found: Capabilities) -> None:
+    key = f"model.fp8={model.fp8}"
     alternative = "or set model.fp8=''"
     # Without Transformer Engine megatron-core silently ignores fp8.
     if not found.transformer_engine:
@@ -198,14 +203,14 @@ def _check_fp8(config: RunConfig, found: Capabilities) -> None:
             f"{key} needs Transformer Engine, which cannot run here: {found.transformer_engine_problem}. "
             f"Install it with `pip install -e '.[te]' --no-build-isolation`, {alternative}."
         )
-    if config.model.transformer_impl == "local":
+    if model.transformer_impl == "local":
         raise ConfigError(f"{key} has no effect with model.transformer_impl=local. Set that to auto, {alternative}.")
     if not found.fp8:
         raise ConfigError(
             f"{key} needs a GPU with FP8 (compute capability 8.9: Ada, Hopper or later); here it is "
             f"{_shown(found.compute_capability)}. Use such a GPU, {alternative}."
         )
-    if config.trainer.precision != "bf16":
+    if precision != "bf16":
         raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, {alternative}.")
 
 

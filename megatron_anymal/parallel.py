@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_anymal import backend
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, ModelConfig, RunConfig
 from megatron_anymal.config.validation import check
 
 # Long enough for a first read of 70B weights, short enough to notice a dead rank.
@@ -69,7 +69,7 @@ def initialize(config: RunConfig) -> ParallelLayout:
             one.
     """
     check(config)
-    backend.check_backend(config)
+    backend.check_backend(config.model, config.trainer.precision)
     if not torch.cuda.is_available():
         from megatron_anymal import cpu_shim
 
@@ -85,7 +85,7 @@ def initialize(config: RunConfig) -> ParallelLayout:
     torch.backends.cudnn.allow_tf32 = False
     device = backend.device()
     _join(world_size, device)
-    make_groups(config)
+    make_groups(config.model)
     _seed(config.model.seed)
     return ParallelLayout(
         device=device,
@@ -102,7 +102,7 @@ def initialize(config: RunConfig) -> ParallelLayout:
     )
 
 
-def make_groups(config: RunConfig, *, cpu_groups: bool = True) -> None:
+def make_groups(model: ModelConfig, *, cpu_groups: bool = True) -> None:
     """Create megatron-core's process groups over the processes that have joined, replacing existing groups.
 
     Args:
@@ -110,12 +110,12 @@ def make_groups(config: RunConfig, *, cpu_groups: bool = True) -> None:
     """
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
-    virtual = config.model.virtual_pipeline_model_parallel_size
+    virtual = model.virtual_pipeline_model_parallel_size
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=config.model.tensor_model_parallel_size,
-        pipeline_model_parallel_size=config.model.pipeline_model_parallel_size,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
         virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
-        context_parallel_size=config.model.context_parallel_size,
+        context_parallel_size=model.context_parallel_size,
         distributed_timeout_minutes=int(COLLECTIVE_TIMEOUT.total_seconds() // 60),
         create_gloo_process_groups=cpu_groups,
     )

@@ -38,5 +38,5 @@ def replica_data(
         context_rank=context_rank,
         context_size=context_size,
     )
-    tokenizer, modalities = build_inputs(config)
+    tokenizer, modalities = build_inputs(config.model, config.data)
     return build_data(config, layout, tokenizer, modalities, "train")

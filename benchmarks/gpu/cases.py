@@ -51,7 +51,7 @@ def measure_case(case: Case, arguments: argparse.Namespace, data: Prepared, left
     """
     config = make_config(case, data.folder, data.mean_tokens)
     try:
-        backend.check_backend(config)
+        backend.check_backend(config.model, config.trainer.precision)
     except ConfigError as error:
         return {"left_out": str(error)}
     layout = initialize(config)

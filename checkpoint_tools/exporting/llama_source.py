@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import ModelConfig
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import account, checkpoint_place, from_hf, to_hf, whole_names, whole_shape
 from megatron_anymal.model.unsharded_weights import hash_together, hash_weight, initial_value
@@ -26,24 +26,28 @@ class LlamaSource:
         own_keys: checkpoint keys of the Llama's weights; empty if it was frozen.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, config: RunConfig) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, model: ModelConfig, precision: str) -> None:
         """Locate the weights; only headers are read.
+
+        Args:
+            folder: checkpoint folder.
+            model: `model` of its run's configuration.
+            precision: `trainer.precision` of its run.
 
         Raises:
             CheckpointError, ConfigError, TensorFileError: the frozen base is missing from the path in the run's
                 configuration, or is incomplete.
         """
         self._manifest, self._digests = manifest, dict[str, str]()
-        run_type = torch.bfloat16 if config.trainer.precision == "bf16" else torch.float32
+        run_type = torch.bfloat16 if precision == "bf16" else torch.float32
         self.own_keys: set[str] = set()
-        if not config.model.language_model.freeze:
+        if not model.language_model.freeze:
             self.hf = LlamaConfig.from_dict(manifest.llama)
             self._open_checkpoint(folder, None)
             self.own_keys = {checkpoint_place(name)[0] for name in whole_names(self.hf)}
             self._where = str(folder)
             return
-        base, self.hf = resolve_language_model(config)
-        lm = base.model.language_model
+        lm, self.hf = resolve_language_model(model.language_model)
         self._where = lm.checkpoint or lm.path or "model.language_model.config"
         if lm.checkpoint:
             self._open_checkpoint(Path(lm.checkpoint), run_type)
@@ -53,7 +57,7 @@ class LlamaSource:
             self._read: Callable[[str], Tensor] = lambda name: from_hf(name, self.hf, weights.__getitem__)
             self._dtype: Callable[[str], torch.dtype] = lambda name: run_type
         else:
-            seed, std = config.model.seed, self.hf.initializer_range
+            seed, std = model.seed, self.hf.initializer_range
             self._read = lambda name: _drawn(name, whole_shape(name, self.hf), seed, std)
             self._dtype = lambda name: run_type
 

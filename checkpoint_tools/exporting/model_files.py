@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from checkpoint_tools.exporting.chat_template import chat_template
 from checkpoint_tools.exporting.weights import Entries
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import ModelConfig
 from megatron_anymal.data.chat_format import CHAT_TOKENS, END_TURN
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
@@ -26,19 +26,26 @@ _TEMPLATE_FILE = "chat_template.jinja"
 TOKENIZER_SETTINGS = "tokenizer_config.json"
 
 
-def write_model_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
+def write_model_files(
+    folder: Path, model: ModelConfig, tokenizer_folder: str, hf: LlamaConfig, entries: Entries
+) -> None:
     """Write all files of an AnyMALForConditionalGeneration except weights and model card.
+
+    Args:
+        folder: the export.
+        model: `model` of the run's configuration.
+        tokenizer_folder: `data.tokenizer` of the run.
 
     Raises:
         ConfigError, DataError: the tokenizer or an encoder's folder is missing or differs from the run's.
     """
-    tokenizer = Tokenizer(config.data.tokenizer)
-    sections = export_sections(config.model.modalities, tokenizer)
+    tokenizer = Tokenizer(tokenizer_folder)
+    sections = export_sections(model.modalities, tokenizer)
     ends = _ends(tokenizer)
     exported = AnyMALConfig(text_config=hf.to_dict(), modalities=sections, **_tokens(tokenizer, ends))
     exported.auto_map, exported.architectures = dict(CONFIG_AUTO_MAP), [ARCHITECTURE]
     exported.dtype = _main_type(entries)
-    plugins = [Path(path) for path in config.model.plugins]
+    plugins = [Path(path) for path in model.plugins]
     if plugins:
         exported.plugins = [path.name for path in plugins]
     exported.save_pretrained(folder)
@@ -51,13 +58,18 @@ def write_model_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries:
     _write_generation_config(folder, tokenizer, ends, hidden)
 
 
-def write_llama_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries: Entries) -> None:
-    """Write all files of a LlamaForCausalLM except weights and model card; no tokenizer if the run's is missing."""
+def write_llama_files(folder: Path, tokenizer_folder: str, hf: LlamaConfig, entries: Entries) -> None:
+    """Write all files of a LlamaForCausalLM except weights and model card; no tokenizer if the run's is missing.
+
+    Args:
+        folder: the export.
+        tokenizer_folder: `data.tokenizer` of the run; "" if it had none.
+    """
     # AnyMALConfig writes a form that both transformers 4 and 5 read.
     exported: dict[str, Any] = AnyMALConfig(text_config=hf.to_dict()).to_dict()["text_config"]
     exported |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": _main_type(entries)}
     _write_json(folder / "config.json", exported)
-    tokenizer = _of_run(config)
+    tokenizer = _of_run(tokenizer_folder)
     if tokenizer is None:
         GenerationConfig(bos_token_id=hf.bos_token_id, eos_token_id=hf.eos_token_id).save_pretrained(folder)
         return
@@ -65,13 +77,13 @@ def write_llama_files(folder: Path, config: RunConfig, hf: LlamaConfig, entries:
     _write_generation_config(folder, tokenizer, _ends(tokenizer), [])
 
 
-def _of_run(config: RunConfig) -> Tokenizer | None:
+def _of_run(folder: str) -> Tokenizer | None:
     """Return the run's tokenizer, or print why it cannot be used and return None."""
-    if not config.data.tokenizer:
+    if not folder:
         print("left out: a tokenizer; the checkpoint's run or import had none")
         return None
     try:
-        return Tokenizer(config.data.tokenizer)
+        return Tokenizer(folder)
     except DataError as error:
         print(f"left out: the tokenizer: {error}")
         return None

@@ -12,7 +12,7 @@ from checkpoint_tools.exporting.adapters import Adapters
 from checkpoint_tools.exporting.llama_source import LlamaSource
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import ModelConfig
 from megatron_anymal.modalities import build_modality, load_plugins
 from megatron_anymal.model.build import seeded_encoder
 from megatron_anymal.model.hf_llama import whole_names
@@ -34,19 +34,28 @@ class ExportedWeights:
         left_out: component -> number of checkpoint tensors that are not exported.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, config: RunConfig, *, llama_only: bool, merge: bool) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, model: ModelConfig, precision: str, *, llama_only: bool, merge: bool
+    ) -> None:
         """Plan the export; the Llama's weights are not read yet.
+
+        Args:
+            folder: checkpoint folder.
+            model: `model` of its run's configuration.
+            precision: `trainer.precision` of its run.
+            llama_only: leave out encoders and projectors.
+            merge: add the adapters to the Llama's weights.
 
         Raises:
             CheckpointError, ConfigError, TensorFileError: the base or an encoder is missing or incomplete, or a tensor
                 of the checkpoint is unknown.
         """
         self._reader = StreamReader(folder)
-        self._config, self._merge = config, merge
+        self._merge = merge
         self._prefix = "" if llama_only else LLAMA
-        self.llama = LlamaSource(folder, manifest, config)
+        self.llama = LlamaSource(folder, manifest, model, precision)
         own = [name for name in self._reader.tensors if not name.startswith("optimizer.")]
-        self.adapters = Adapters.find(own, config.model.lora)
+        self.adapters = Adapters.find(own, model.lora)
         media = [name for name in own if name.startswith(_MEDIA)]
         self._check_known(set(own) - set(media) - self.adapters.names - self.llama.own_keys)
         self.left_out: dict[str, int] = {}
@@ -55,7 +64,7 @@ class ExportedWeights:
                 part = ".".join(name.split(".")[:2])
                 self.left_out[part] = self.left_out.get(part, 0) + 1
             media = []
-        self._media = {} if llama_only else self._media_parts(media)
+        self._media = {} if llama_only else self._media_parts(model, precision, media)
         self.entries: Entries = {}
         for name in whole_names(self.llama.hf):
             self.entries |= {self._prefix + to: entry for to, entry in self.llama.entries(name).items()}
@@ -83,13 +92,13 @@ class ExportedWeights:
         self.llama.check_base()
         yield from self._media.items()
 
-    def _media_parts(self, names: list[str]) -> dict[str, Tensor]:
+    def _media_parts(self, model: ModelConfig, precision: str, names: list[str]) -> dict[str, Tensor]:
         """Encoders and projectors in the run's dtype: from the checkpoint if present, else as the run loaded them."""
-        load_plugins(self._config.model.plugins)
-        dtype = torch.bfloat16 if self._config.trainer.precision == "bf16" else torch.float32
+        load_plugins(model.plugins)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         tensors: dict[str, Tensor] = {}
-        for name, section in self._config.model.modalities.items():
-            encoder = seeded_encoder(name, section.encoder, build_modality(name, section), self._config.model.seed)
+        for name, section in model.modalities.items():
+            encoder = seeded_encoder(name, section.encoder, build_modality(name, section), model.seed)
             tensors |= {f"encoders.{name}.{key}": value for key, value in encoder.to(dtype).state_dict().items()}
         for name in names:
             if name.startswith("encoders.") and name not in tensors:

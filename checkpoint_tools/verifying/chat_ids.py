@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import DataConfig, ModalityConfig
 from megatron_anymal.data.chat_format import CHAT_TOKENS, last_answer, lay_out, messages_of, open_prompt, parse_messages
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
@@ -30,14 +30,16 @@ class ChatIdsError(ValueError):
     """The exported template and training disagree; the message names the conversation and the first difference."""
 
 
-def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: RunConfig, *, llama_only: bool) -> int:
+def compare_chat_ids(
+    folder: Path, tokenizer: Tokenizer, modalities: Mapping[str, ModalityConfig], data: DataConfig
+) -> int:
     """Compare built-in conversations and ones from the run's prepared folders, whole and up to their last answer.
 
     Args:
         folder: folder with the exported tokenizer.
         tokenizer: the run's tokenizer.
-        config: the run's configuration.
-        llama_only: the export takes no media; conversations with media are skipped.
+        modalities: those of the export; conversations with media of another one are skipped.
+        data: the run's section, for its prepared folders.
 
     Returns:
         Number of conversations compared; 0 if the tokenizer lacks the chat format's tokens.
@@ -48,11 +50,10 @@ def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: RunConfig, *, l
     if not tokenizer.control.keys() >= set(CHAT_TOKENS):
         return 0
     exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    sections = {} if llama_only else config.model.modalities
-    placeholders = {section.kind or name: section.placeholder for name, section in sections.items()}
+    placeholders = {section.kind or name: section.placeholder for name, section in modalities.items()}
     numbers = {kind: tokenizer.control.get(token, -1) for kind, token in placeholders.items()}
     count = 0
-    for where, messages in _conversations(config, list(placeholders)):
+    for where, messages in _conversations(data, list(placeholders)):
         contents = [part for message in messages for part in message["content"]]
         if any(part.get("modality", "") not in placeholders for part in contents if "media" in part):
             continue
@@ -74,7 +75,7 @@ def compare_chat_ids(folder: Path, tokenizer: Tokenizer, config: RunConfig, *, l
     return count
 
 
-def _conversations(config: RunConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _conversations(data: DataConfig, kinds: Sequence[str]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Yield a label and `messages` as in data/chat_format.py, ending with an assistant message."""
     media = [{"media": "x", "modality": kind} for kind in kinds]
     for number, text in enumerate(_SAYINGS):
@@ -89,7 +90,7 @@ def _conversations(config: RunConfig, kinds: Sequence[str]) -> Iterator[tuple[st
                 {"role": "assistant", "content": third},
             ],
         )
-    sets = [*config.data.validation.values(), *config.data.train.values()]
+    sets = [*data.validation.values(), *data.train.values()]
     for folder in dict.fromkeys(dataset.path for dataset in sets):
         try:
             index = ShardIndex(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,24 @@ class NativeModel:
             # A Llama stored in the checkpoint itself is exported in its stored dtype, not rounded to the run's.
             config.trainer.precision = config.trainer.precision if config.model.language_model.freeze else "32"
         self._layout = initialize(config)
-        config, hf = resolve_language_model(config)
+        model = config.model
+        model.language_model, hf = resolve_language_model(model.language_model)
         modalities: dict[str, Modality] = {}
         if not llama_only:
-            tokenizer, modalities = build_inputs(config)
-            self._reader = PromptReader(tokenizer, config.model.modalities, modalities)
+            tokenizer, modalities = build_inputs(model, config.data)
+            self._reader = PromptReader(tokenizer, model.modalities, modalities)
             self._placeholders = {
-                name: tokenizer.placeholder(section.placeholder, name)
-                for name, section in config.model.modalities.items()
+                name: tokenizer.placeholder(section.placeholder, name) for name, section in model.modalities.items()
             }
-        base = config.model.language_model.checkpoint
-        [model] = build_models(config, hf, self._layout, modalities, lambda models: load_base(base, models))
+        load = partial(load_base, model.language_model.checkpoint)
+        [native] = build_models(model, config.trainer.precision, hf, self._layout, modalities, load)
         saved = [name for name in StreamReader(folder).tensors if not name.startswith("optimizer.")]
         # For a frozen Llama alone, without adapters, the checkpoint contains no weights.
         media = () if llama_only else ("projectors.", "encoders.")
         if any(name.startswith(media) or ".lora." in name for name in saved):
-            load_media_parts([model], folder)
+            load_media_parts([native], folder)
         # Encoders and base were rounded to the run's dtype above; the comparison itself runs in fp32.
-        self._model = model.float().eval().requires_grad_(False)
+        self._model = native.float().eval().requires_grad_(False)
 
     @torch.no_grad()
     def run(self, sample: VerificationSample) -> dict[str, Any]:

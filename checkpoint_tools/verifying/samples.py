@@ -11,7 +11,7 @@ import torch
 from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint.frozen_base import resolve_language_model
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import DataConfig, ModelConfig
 from megatron_anymal.data.chat_format import last_answer, messages_of
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
@@ -53,22 +53,25 @@ class VerificationSample:
         return {"messages": [{"role": one.role, "content": [entry(part) for part in one.content]} for one in messages]}
 
 
-def choose_samples(config: RunConfig, data: Sequence[str], count: int, llama_only: bool) -> list[VerificationSample]:
+def choose_samples(
+    model: ModelConfig, data: DataConfig, folders: Sequence[str], count: int, llama_only: bool
+) -> list[VerificationSample]:
     """Choose `count` samples per modality and one with all modalities, or random tokens for a plain Llama.
 
     Args:
-        data: prepared folders; if empty, those of the run's validation and training sets.
+        model, data: sections of the run's configuration.
+        folders: prepared folders; if empty, those of the run's validation and training sets.
 
     Raises:
         DataError: a modality has no sample there, or a folder is missing.
     """
     if llama_only:
-        return _random_tokens(resolve_language_model(config)[1])
+        return _random_tokens(resolve_language_model(model.language_model)[1])
     if count < 1:
         raise DataError(f"--samples={count} must be at least 1.")
-    sets = [*config.data.validation.values(), *config.data.train.values()]
-    folders = list(data) or list(dict.fromkeys(dataset.path for dataset in sets))
-    kinds = [section.kind or name for name, section in config.model.modalities.items()]
+    sets = [*data.validation.values(), *data.train.values()]
+    folders = list(folders) or list(dict.fromkeys(dataset.path for dataset in sets))
+    kinds = [section.kind or name for name, section in model.modalities.items()]
     by_kind: dict[str, list[VerificationSample]] = {kind: [] for kind in [*kinds, "text"]}
     for folder in folders:
         _collect(folder, by_kind, count)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +11,35 @@ from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.state import load_language_model
-from megatron_anymal.config import ConfigError, LanguageModelConfig, RunConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig
 from megatron_anymal.model.llama import read_llama_config
 
 
-def resolve_language_model(config: RunConfig) -> tuple[RunConfig, LlamaConfig]:
-    """Follow `model.language_model.checkpoint` to the source of the Llama's weights, and read the Llama's shape.
+def resolve_language_model(section: LanguageModelConfig) -> tuple[LanguageModelConfig, LlamaConfig]:
+    """Follow the section's `checkpoint` to the source of the Llama's weights, and read the Llama's shape.
 
     A checkpoint of a run that kept the Llama frozen does not contain it; the base of that run is used instead.
 
     Returns:
-        The configuration with the source resolved, and the Llama's HuggingFace configuration.
+        The section with the source resolved (the argument is not changed), and the Llama's HuggingFace configuration.
 
     Raises:
         CheckpointError: the checkpoint does not exist.
         ConfigError: the Llama's folder or keys cannot be used.
     """
-    config = copy.deepcopy(config)
-    lm = config.model.language_model
-    while lm.checkpoint:
-        folder = store.resolve(lm.checkpoint)
+    while section.checkpoint:
+        folder = store.resolve(section.checkpoint)
         manifest = store.read_manifest(folder)
         inner = manifest.config["model"]["language_model"]
         if not inner["freeze"]:
-            lm.checkpoint = str(folder)
-            return config, LlamaConfig.from_dict(manifest.llama)
+            return replace(section, checkpoint=str(folder)), LlamaConfig.from_dict(manifest.llama)
         if manifest.config["model"].get("lora", {}).get("r"):
             raise ConfigError(
                 f"model.language_model.checkpoint={str(folder)!r} holds adapters of a frozen Llama, which would be "
                 "lost. Continue training them with model.restore_from_path."
             )
-        config.model.language_model = lm = LanguageModelConfig(**{**inner, "freeze": lm.freeze})
-    return config, read_llama_config(lm)
+        section = LanguageModelConfig(**{**inner, "freeze": section.freeze})
+    return section, read_llama_config(section)
 
 
 def load_base(checkpoint: str, models: Sequence[Any]) -> None:

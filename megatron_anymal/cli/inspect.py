@@ -318,7 +318,7 @@ def _planner(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPlan
         datasets,
         run.modalities,
         tokenizer,
-        BatchLayout.of(config),
+        BatchLayout.of(config.model, config.data.seq_length, config.data_parallel_size),
         global_batch_size=config.model.global_batch_size,
         seed=config.model.seed,
         # Counted here, not rejected.

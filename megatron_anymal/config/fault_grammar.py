@@ -17,11 +17,11 @@ folder and leaves a marker in RUN/faults/; with every=1 it triggers every time i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_anymal.config.schema import ConfigError, RunConfig
+from megatron_anymal.config.schema import ConfigError
 
 PLACES = ("start", "data", "compute", "update", "validation", "checkpoint")
 _ANYWHERE = ("rank", "step", "place", "write", "every")
@@ -106,18 +106,23 @@ def _value(key: str, value: str, where: str) -> Any:
     return number
 
 
-def check_faults(config: RunConfig) -> None:
+def check_faults(faults: Iterable[str], world_size: int, num_workers: int) -> None:
     """Reject faults that cannot happen.
+
+    Args:
+        faults: entries of `resilience.faults`.
+        world_size: processes of the job.
+        num_workers: `data.num_workers`, the loader processes of a rank.
 
     Raises:
         ConfigError: the message names the entry and the fix.
     """
-    for fault in map(parse, config.resilience.faults):
+    for fault in map(parse, faults):
         where = f"resilience.faults: {fault.text!r}"
-        if fault.rank >= config.world_size:
-            raise ConfigError(f"{where}: there is no rank {fault.rank} among {config.world_size} process(es).")
-        if fault.kind.startswith("loader_") and fault.worker >= config.data.num_workers:
+        if fault.rank >= world_size:
+            raise ConfigError(f"{where}: there is no rank {fault.rank} among {world_size} process(es).")
+        if fault.kind.startswith("loader_") and fault.worker >= num_workers:
             raise ConfigError(
-                f"{where}: a rank has data.num_workers={config.data.num_workers} loader process(es), counted from 0. "
+                f"{where}: a rank has data.num_workers={num_workers} loader process(es), counted from 0. "
                 "Raise it, or name another worker."
             )

@@ -326,6 +326,11 @@ class ModelConfig:
     ddp: DistributedDataParallelConfig = field(default_factory=DistributedDataParallelConfig)
     """Data parallelism."""
 
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one replica of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
 
 @dataclass
 class DatasetConfig:
@@ -445,15 +450,9 @@ class RunConfig:
         return self.trainer.num_nodes * self.trainer.devices
 
     @property
-    def model_parallel_size(self) -> int:
-        """Processes that hold one replica of the model."""
-        m = self.model
-        return m.tensor_model_parallel_size * m.pipeline_model_parallel_size * m.context_parallel_size
-
-    @property
     def data_parallel_size(self) -> int:
         """Replicas of the model."""
-        return self.world_size // self.model_parallel_size
+        return self.world_size // self.model.model_parallel_size
 
 
 add_field_docs(__name__)

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, Optional
 
 from megatron_anymal.config.fault_grammar import check_faults
-from megatron_anymal.config.schema import CheckpointConfig, ConfigError, DpoConfig, ModelConfig, RunConfig
+from megatron_anymal.config.schema import (
+    CheckpointConfig,
+    ConfigError,
+    DataConfig,
+    DpoConfig,
+    ExpManagerConfig,
+    ModalityConfig,
+    ModelConfig,
+    RunConfig,
+)
 
 # The global order is built in blocks with at least two slots per data set: a smaller share would make them huge.
 SMALLEST_SHARE = 1e-5
@@ -102,7 +112,7 @@ def check(config: RunConfig) -> None:
     _check_checkpoints(config)
     _check_layout(config)
     _check_model(config)
-    _check_data(config)
+    _check_data(config.data, config.model.modalities)
     _check_resilience(config)
 
 
@@ -116,7 +126,7 @@ def _check_values(config: RunConfig) -> None:
             raise ConfigError(f"{key}={value_at(config, key)} must be at least {least}.")
     if len(config.model.optim.betas) != 2:
         raise ConfigError(f"model.optim.betas={config.model.optim.betas} must hold two numbers.")
-    max_time_seconds(config)
+    max_time_seconds(config.exp_manager)
 
 
 def _check_checkpoints(config: RunConfig) -> None:
@@ -157,11 +167,11 @@ def _check_best(config: RunConfig, rules: CheckpointConfig) -> None:
 
 def _check_layout(config: RunConfig) -> None:
     m = config.model
-    if config.world_size % config.model_parallel_size:
+    if config.world_size % m.model_parallel_size:
         raise ConfigError(
             f"trainer.num_nodes x trainer.devices = {config.world_size} processes do not divide into replicas of "
             f"model.tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = "
-            f"{config.model_parallel_size}. Change trainer.devices, trainer.num_nodes or the parallel sizes."
+            f"{m.model_parallel_size}. Change trainer.devices, trainer.num_nodes or the parallel sizes."
         )
     if m.sequence_parallel and m.tensor_model_parallel_size == 1:
         raise ConfigError(
@@ -222,11 +232,11 @@ def _check_model(config: RunConfig) -> None:
             "model.language_model needs exactly one of path (a HuggingFace folder), config (a shape with random "
             f"weights) and checkpoint (written by this trainer); given: {', '.join(given) or 'none'}."
         )
-    _check_recompute(config)
-    _check_lora(config)
-    _check_fp8(config)
+    _check_recompute(config.model)
+    _check_lora(config.model)
+    _check_fp8(config.model)
     if config.job == "dpo":
-        _check_dpo(config)
+        _check_dpo(config.model)
     elif config.model.dpo != DpoConfig():
         raise ConfigError(f"model.dpo has no effect on the job {config.job}. Remove it, or set job=dpo.")
     placeholders: dict[str, str] = {}
@@ -260,8 +270,8 @@ def _check_model(config: RunConfig) -> None:
         kinds[kind] = name
 
 
-def _check_recompute(config: RunConfig) -> None:
-    model, defaults = config.model, ModelConfig()
+def _check_recompute(model: ModelConfig) -> None:
+    defaults = ModelConfig()
     if model.recompute_granularity != "auto":
         return
     for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
@@ -272,11 +282,11 @@ def _check_recompute(config: RunConfig) -> None:
             )
 
 
-def _check_lora(config: RunConfig) -> None:
-    lora = config.model.lora
+def _check_lora(model: ModelConfig) -> None:
+    lora = model.lora
     if not lora.r:
         return
-    if not config.model.language_model.freeze:
+    if not model.language_model.freeze:
         raise ConfigError(
             f"model.lora.r={lora.r} adds adapters to a frozen Llama, but "
             "model.language_model.freeze=false. Set that to true, or model.lora.r to 0."
@@ -291,8 +301,7 @@ def _check_lora(config: RunConfig) -> None:
         )
 
 
-def _check_fp8(config: RunConfig) -> None:
-    model = config.model
+def _check_fp8(model: ModelConfig) -> None:
     if not model.fp8 and (model.fp8_primary_weights or model.fp8_recipe != ModelConfig().fp8_recipe):
         raise ConfigError(
             "model.fp8_recipe and model.fp8_primary_weights have no effect without model.fp8. Set it to hybrid or "
@@ -305,8 +314,8 @@ def _check_fp8(config: RunConfig) -> None:
         )
 
 
-def _check_dpo(config: RunConfig) -> None:
-    model, dpo = config.model, config.model.dpo
+def _check_dpo(model: ModelConfig) -> None:
+    dpo = model.dpo
     if not dpo.beta > 0:
         raise ConfigError(f"model.dpo.beta={dpo.beta} must be above 0.")
     if dpo.label_smoothing >= 0.5:
@@ -326,10 +335,10 @@ def _check_dpo(config: RunConfig) -> None:
             )
 
 
-def _check_data(config: RunConfig) -> None:
+def _check_data(data: DataConfig, modalities: Mapping[str, ModalityConfig]) -> None:
     for split in ("train", "validation"):
-        total = sum(dataset.weight for dataset in getattr(config.data, split).values())
-        for name, dataset in getattr(config.data, split).items():
+        total = sum(dataset.weight for dataset in getattr(data, split).values())
+        for name, dataset in getattr(data, split).items():
             if not dataset.path:
                 raise ConfigError(f"data.{split}.{name}.path is empty. Name a folder created by `anymal prepare`.")
             if not (dataset.weight > 0 and math.isfinite(dataset.weight)):
@@ -340,7 +349,7 @@ def _check_data(config: RunConfig) -> None:
                     "or remove the data set."
                 )
     # A Llama without data sets or modalities gets token ids as input and needs no tokenizer.
-    if not config.data.tokenizer and (config.data.train or config.data.validation or config.model.modalities):
+    if not data.tokenizer and (data.train or data.validation or modalities):
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
 
 
@@ -348,16 +357,16 @@ def _check_resilience(config: RunConfig) -> None:
     for name in config.resilience.allow_changes:
         if name not in CHANGES:
             raise ConfigError(f"resilience.allow_changes: {name!r} is not one of {', '.join(CHANGES)}.")
-    check_faults(config)
+    check_faults(config.resilience.faults, config.world_size, config.data.num_workers)
 
 
-def max_time_seconds(config: RunConfig) -> Optional[float]:
+def max_time_seconds(manager: ExpManagerConfig) -> Optional[float]:
     """Return exp_manager.max_time_per_run in seconds, or None if there is no limit.
 
     Raises:
         ConfigError: not of the form DD:HH:MM:SS.
     """
-    text = config.exp_manager.max_time_per_run
+    text = manager.max_time_per_run
     if not text:
         return None
     parts = text.split(":")

@@ -14,7 +14,7 @@ from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, RunConfig
+from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, ModelConfig
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.packing import pack
@@ -57,28 +57,31 @@ class BatchLayout:
     micro_batches_multiple: int = 1
 
     @staticmethod
-    def of(config: RunConfig) -> BatchLayout:
-        """The layout that a configuration specifies."""
-        model = config.model
+    def of(model: ModelConfig, seq_length: int, data_parallel_size: int) -> BatchLayout:
+        """The layout that a configuration specifies.
+
+        Args:
+            seq_length: `data.seq_length`, the longest document and pack in tokens.
+            data_parallel_size: replicas of the model.
+        """
         multiple = document_multiple(model.context_parallel_size)
         virtual = model.virtual_pipeline_model_parallel_size > 1
         return BatchLayout(
-            data_parallel_size=config.data_parallel_size,
+            data_parallel_size=data_parallel_size,
             micro_batch_size=model.micro_batch_size,
-            seq_length=config.data.seq_length,
-            length_multiple=length_multiple(config),
+            seq_length=seq_length,
+            length_multiple=length_multiple(model),
             document_multiple=multiple,
             micro_batches_multiple=model.pipeline_model_parallel_size if virtual else 1,
         )
 
 
-def length_multiple(config: RunConfig) -> int:
+def length_multiple(model: ModelConfig) -> int:
     """The number that a micro-batch's length must be a multiple of.
 
     Context and sequence parallelism split the length evenly, and FP8 matrix products need a multiple of 16 tokens on
     each rank.
     """
-    model = config.model
     ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
     return document_multiple(model.context_parallel_size) * ranks * (FP8_MULTIPLE if model.fp8 else 1)
 

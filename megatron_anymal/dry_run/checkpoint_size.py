@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_anymal.checkpoint.store import committed
@@ -21,7 +22,12 @@ def bytes_needed(config: RunConfig) -> int:
     rules = config.exp_manager.checkpoint
     # keep_last=0 keeps all, an unknown number: two are enough to start.
     kept = (rules.keep_last + rules.keep_best if rules.keep_last else 2) + 1
-    checkpoint_bytes = _size(existing[0]) if existing else _estimate(config)
+    if existing:
+        checkpoint_bytes = _size(existing[0])
+    else:
+        from megatron_anymal.dry_run.simulate import examine
+
+        checkpoint_bytes = _estimate(examine(config).weights)
     # Space for one more is always needed: it is written before an old one is deleted.
     return checkpoint_bytes * max(1, kept - len(existing))
 
@@ -30,10 +36,12 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _estimate(config: RunConfig) -> int:
-    from megatron_anymal.dry_run.simulate import examine
+def _estimate(weights: Mapping[str, tuple[int, bool]]) -> int:
+    """Return the bytes of a checkpoint.
 
-    weights = examine(config).weights
+    Args:
+        weights: the whole model's, as in `DryRun.weights`.
+    """
     trained = sum(numbers for numbers, trains in weights.values() if trains)
     carried = sum(
         numbers for name, (numbers, trains) in weights.items() if not trains and name.startswith("projectors.")

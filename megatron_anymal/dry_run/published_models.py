@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -147,30 +147,30 @@ ENCODERS = {
 }
 
 
-def assume_shapes(config: RunConfig) -> tuple[RunConfig, list[str]]:
+def assume_shapes(model: ModelConfig) -> tuple[ModelConfig, list[str]]:
     """Substitute the published shape for every model folder that is not on this machine.
 
     Returns:
-        A copy of the configuration, and a line for each folder that was replaced.
+        A copy of the section, and a line for each folder that was replaced.
 
     Raises:
         ConfigError: a folder is missing and its name is not that of a published model.
     """
-    config = copy.deepcopy(config)
+    model = copy.deepcopy(model)
     notes = []
-    lm = config.model.language_model
+    lm = model.language_model
     if lm.path and not Path(lm.path).exists():
         published = _named(lm.path, LLAMAS, "model.language_model.path")
         notes.append(_note(lm.path, published))
         lm.path, lm.config, lm.load_weights = "", copy.deepcopy(published.shape), False
-    for name, section in config.model.modalities.items():
+    for name, section in model.modalities.items():
         encoder = section.encoder
         # A plug-in's encoder reads its folder itself.
         if encoder.path and not Path(encoder.path).exists() and encoder.type in ENCODERS:
             published = _named(encoder.path, ENCODERS[encoder.type], f"model.modalities.{name}.encoder.path")
             notes.append(_note(encoder.path, published))
             encoder.path, encoder.config = "", copy.deepcopy(published.shape)
-    return config, notes
+    return model, notes
 
 
 def _named(path: str, known: Sequence[Published], key: str) -> Published:

@@ -43,7 +43,8 @@ def render(found: DryRun) -> str:
 
 
 def _job(config: RunConfig) -> str:
-    model, layout = config.model, BatchLayout.of(config)
+    model, per_replica = config.model, _quotient(config.model.global_batch_size, config.data_parallel_size)
+    layout = BatchLayout.of(model, config.data.seq_length, config.data_parallel_size)
     sizes = [
         f"tensor {model.tensor_model_parallel_size}",
         f"context {model.context_parallel_size}",
@@ -58,19 +59,22 @@ def _job(config: RunConfig) -> str:
     rows = [
         ("processes", f"{config.world_size:,} = {config.trainer.num_nodes} node(s) x {config.trainer.devices}"),
         ("layout", " x ".join(sizes) + extra),
-        ("batch", f"{model.global_batch_size:,} samples per step, {_quotient(config)} per replica"),
+        (
+            "batch",
+            f"{model.global_batch_size:,} samples per step, {per_replica} per replica",
+        ),
         (
             "packs",
             f"at most {longest:,} tokens; {layout.micro_batch_size} per micro-batch, a multiple of {multiple} per step",
         ),
         ("precision", config.trainer.precision + (f", FP8 {model.fp8}" if model.fp8 else "")),
-        ("recompute", "auto" if model.recompute_granularity == "auto" else str(configured(config))),
+        ("recompute", "auto" if model.recompute_granularity == "auto" else str(configured(model))),
     ]
     return _table(rows, left=2)
 
 
-def _quotient(config: RunConfig) -> str:
-    whole, rest = divmod(config.model.global_batch_size, config.data_parallel_size)
+def _quotient(samples: int, replicas: int) -> str:
+    whole, rest = divmod(samples, replicas)
     return f"{whole:,} or {whole + 1:,}" if rest else f"{whole:,}"
 
 

@@ -22,8 +22,9 @@ from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig, RunConfig
 from megatron_anymal.config.validation import check
+from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.dry_run.published_models import ENCODERS, assume_shapes
@@ -152,39 +153,45 @@ def examine(config: RunConfig) -> DryRun:
     """
     check(config)
     result = DryRun(config)
-    assumed, result.notes = assume_shapes(config)
+    precision = config.trainer.precision
+    assumed, result.notes = assume_shapes(config.model)
     load_plugins(config.model.plugins)
-    hf = _llama_shape(assumed)
+    hf = _llama_shape(assumed.language_model)
     limits = config.data.limits
-    modalities = {name: build_modality(name, section, limits) for name, section in assumed.model.modalities.items()}
+    modalities = {name: build_modality(name, section, limits) for name, section in assumed.modalities.items()}
     try:
-        backend.check_backend(config)
+        backend.check_backend(config.model, precision)
     except ConfigError as error:
         result.notes.append(f"this machine cannot run it: {error}")
     buildable = without_weights(assumed)
-    check_model(hf, buildable)
+    check_model(buildable, precision, hf)
     _look_around(result, hf, modalities)
-    for number, models in enumerate(_play_stages(buildable, hf, modalities)):
+    for number, models in enumerate(_play_stages(buildable, precision, hf, modalities)):
         _enter_stage(result, number, models)
     result.memory = _memory(result, assumed, hf, modalities)
     return result
 
 
-def _memory(found: DryRun, config: RunConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
+def _memory(found: DryRun, model: ModelConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
     """Estimate the memory use of a step; for a run in bf16 or with model.memory_gb, on a GPU, even if there is none.
+
+    Args:
+        model: the run's section, with assumed shapes for missing folders.
 
     Raises:
         ConfigError: model.recompute_granularity=auto, and nothing fits.
     """
-    has_gpu, model = torch.cuda.is_available(), config.model
-    planned = has_gpu or model.memory_gb > 0 or config.trainer.precision == "bf16"
-    sizes = run_sizes(config, hf, modalities, planned=planned)
+    has_gpu, config = torch.cuda.is_available(), found.config
+    precision = config.trainer.precision
+    planned = has_gpu or model.memory_gb > 0 or precision == "bf16"
+    batches = BatchLayout.of(model, config.data.seq_length, config.data_parallel_size)
+    sizes = run_sizes(model, precision, batches, hf, modalities, reference=config.job == "dpo", planned=planned)
     known = has_gpu or not planned or model.memory_gb > 0
-    memory = memory_to_fit(config) if known else 0
+    memory = memory_to_fit(model.memory_gb, config.trainer.devices) if known else 0
     if model.recompute_granularity == "auto" and known:
         choice = choose(sizes, memory)
     else:
-        choice = judge(sizes, configured(config), memory)
+        choice = judge(sizes, configured(model), memory)
         if model.recompute_granularity == "auto":
             found.notes.append(
                 "model.recompute_granularity=auto: the choice depends on the GPU's memory, and this machine has no "
@@ -193,53 +200,54 @@ def _memory(found: DryRun, config: RunConfig, hf: LlamaConfig, modalities: dict[
     return Memory(choice, sizes.llama.attention, sizes.llama.on_cpu)
 
 
-def weights_of_stages(config: RunConfig, hf: LlamaConfig) -> list[list[Weight]]:
+def weights_of_stages(model: ModelConfig, precision: str, hf: LlamaConfig) -> list[list[Weight]]:
     """Return the weights of the first rank of each pipeline stage, without their data.
 
     Args:
+        precision: `trainer.precision`.
         hf: the Llama's configuration; the run's own source of it is ignored.
 
     Raises:
         ConfigError: sizes do not divide, or an encoder's shape is unknown.
     """
-    assumed, _ = assume_shapes(config)
-    load_plugins(config.model.plugins)
-    limits = config.data.limits
-    modalities = {name: build_modality(name, section, limits) for name, section in assumed.model.modalities.items()}
+    assumed, _ = assume_shapes(model)
+    load_plugins(model.plugins)
+    modalities = {name: build_modality(name, section) for name, section in assumed.modalities.items()}
     buildable = without_weights(assumed)
-    check_model(hf, buildable)
+    check_model(buildable, precision, hf)
     return [
-        [weight for model in models for weight in list_weights(model)]
-        for models in _play_stages(buildable, hf, modalities)
+        [weight for chunk in chunks for weight in list_weights(chunk)]
+        for chunks in _play_stages(buildable, precision, hf, modalities)
     ]
 
 
-def _play_stages(config: RunConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Iterator[list[AnyMALModel]]:
+def _play_stages(
+    model: ModelConfig, precision: str, hf: LlamaConfig, modalities: dict[str, Modality]
+) -> Iterator[list[AnyMALModel]]:
     """Yield the model chunks of each stage's first rank, whose process groups exist until the next iteration."""
-    for number in range(config.model.pipeline_model_parallel_size):
-        with _as_rank_of_stage(number, config):
+    for number in range(model.pipeline_model_parallel_size):
+        with _as_rank_of_stage(number, model):
             with on_meta():
-                models = assemble(config, hf, modalities)
-            yield models
+                chunks = assemble(model, precision, hf, modalities)
+            yield chunks
 
 
-def _llama_shape(config: RunConfig) -> LlamaConfig:
-    lm = config.model.language_model
-    if lm.checkpoint:
-        return LlamaConfig.from_dict(store.read_manifest(store.resolve(lm.checkpoint)).llama)
-    return read_llama_config(lm)
+def _llama_shape(section: LanguageModelConfig) -> LlamaConfig:
+    if section.checkpoint:
+        return LlamaConfig.from_dict(store.read_manifest(store.resolve(section.checkpoint)).llama)
+    return read_llama_config(section)
 
 
 @contextmanager
-def _as_rank_of_stage(number: int, config: RunConfig) -> Iterator[None]:
+def _as_rank_of_stage(number: int, model: ModelConfig) -> Iterator[None]:
     """Simulate the first rank of a pipeline stage of one replica, without the other processes."""
     if dist.is_initialized():
         raise RuntimeError("A dry run simulates ranks itself and cannot be a rank of a job.")
-    ranks = config.model_parallel_size
-    first = number * (ranks // config.model.pipeline_model_parallel_size)
+    ranks = model.model_parallel_size
+    first = number * (ranks // model.pipeline_model_parallel_size)
     dist.init_process_group("fake", store=FakeStore(), rank=first, world_size=ranks)
     try:
-        make_groups(config, cpu_groups=False)
+        make_groups(model, cpu_groups=False)
         # megatron-core initializes weights under a GPU RNG state; this tracker keeps none.
         initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
         yield
@@ -262,29 +270,25 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
                 besides=(*["embedding"] * model.pre_process, *media, *["head"] * model.post_process),
                 parameters=sum(p.numel() for p in local),
                 trainable=sum(p.numel() for p in local if p.requires_grad),
-                weight_bytes=sum(_bytes_of(weight, config) for weight in weights),
+                weight_bytes=sum(_bytes_of(weight, config.model.fp8_primary_weights) for weight in weights),
             )
         )
         found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
     ranks = config.world_size // config.model.pipeline_model_parallel_size
     trainable = sum(chunk.trainable for chunk in chunks)
-    found.stages.append(
-        Stage(range(number * ranks, (number + 1) * ranks), tuple(chunks), 4 * trainable, _optimizer(config, trainable))
-    )
+    sharers = config.data_parallel_size * config.model.context_parallel_size
+    state = optimizer_bytes(config.trainer.precision) * trainable
+    if config.model.ddp.use_distributed_optimizer:
+        state = -(-state // sharers)
+    found.stages.append(Stage(range(number * ranks, (number + 1) * ranks), tuple(chunks), 4 * trainable, state))
 
 
-def _bytes_of(weight: Weight, config: RunConfig) -> int:
+def _bytes_of(weight: Weight, fp8_primary_weights: bool) -> int:
     """Bytes of a rank's shard of a weight."""
     parameter = weight.parameter
     in_layer = weight.name.startswith("language_model.decoder.layers.") and ".lora." not in weight.name
-    quantized = config.model.fp8_primary_weights and in_layer and parameter.dim() == 2
+    quantized = fp8_primary_weights and in_layer and parameter.dim() == 2
     return parameter.numel() * (1 if quantized else parameter.element_size())
-
-
-def _optimizer(config: RunConfig, trainable: int) -> int:
-    """Bytes of a rank's optimizer state."""
-    shares = config.data_parallel_size * config.model.context_parallel_size
-    return -(-optimizer_bytes(config) * trainable // (shares if config.model.ddp.use_distributed_optimizer else 1))
 
 
 def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:
@@ -307,8 +311,8 @@ def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]
     tokenizer = None
     if Path(config.data.tokenizer).exists():
         tokenizer = Tokenizer(config.data.tokenizer)
-        check_vocabulary(tokenizer, hf.vocab_size, config)
-        loaded_modalities(config, tokenizer, modalities)
+        check_vocabulary(tokenizer, hf.vocab_size)
+        loaded_modalities(config.model.modalities, tokenizer, modalities)
     else:
         found.missing.append(("data.tokenizer", config.data.tokenizer))
     for split in ("train", "validation"):

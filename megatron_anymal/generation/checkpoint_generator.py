@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -23,7 +24,7 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
 from megatron_anymal.checkpoint.state import load_media_parts
 from megatron_anymal.checkpoint.trust import config_of
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import ModelConfig, RunConfig
 from megatron_anymal.data.chat_format import END_TURN
 from megatron_anymal.data.planner import length_multiple
 from megatron_anymal.data.prompt_encoder import PromptReader
@@ -60,40 +61,45 @@ class NativeGenerator(Generator):
 
     def __init__(
         self,
-        config: RunConfig,
+        section: ModelConfig,
         layout: ParallelLayout,
         tokenizer: Tokenizer,
         modalities: dict[str, Modality],
         model: AnyMALModel,
         max_positions: Optional[int] = None,
     ):
-        """Wrap an existing model; it must be in evaluation mode during generation."""
+        """Wrap an existing model; it must be in evaluation mode during generation.
+
+        Args:
+            section: the section that `model` was built from.
+            max_positions: longest prompt and answer together, in tokens; None: no limit.
+        """
         self.layout, self.model = layout, model
         self.reports, self.max_positions = layout.reports, max_positions
-        sections = config.model.modalities
-        self.kinds = [section.kind or name for name, section in sections.items()]
-        self._reader = PromptReader(tokenizer, sections, modalities)
+        self.kinds = [modality.kind or name for name, modality in section.modalities.items()]
+        self._reader = PromptReader(tokenizer, section.modalities, modalities)
         self._placeholders = {
-            name: tokenizer.placeholder(section.placeholder, f"model.modalities.{name}.placeholder")
-            for name, section in sections.items()
+            name: tokenizer.placeholder(modality.placeholder, f"model.modalities.{name}.placeholder")
+            for name, modality in section.modalities.items()
         }
         # An answer in a conversation ends with the assistant's turn.
         self._ends = {tokenizer.end, tokenizer.hf.get_vocab().get(END_TURN, tokenizer.end)}
         self._end, self._decode = tokenizer.end, tokenizer.decode
-        self._length_multiple = length_multiple(config)
+        self._length_multiple = length_multiple(section)
 
     @classmethod
     def of_checkpoint(cls, config: RunConfig, layout: ParallelLayout, checkpoint: Optional[Path]) -> NativeGenerator:
         """Build the model; without a checkpoint its projectors keep their initial values."""
-        config, hf = resolve_language_model(config)
-        tokenizer, modalities = build_inputs(config)
-        check_vocabulary(tokenizer, hf.vocab_size, config)
-        base = config.model.language_model.checkpoint
-        [model] = build_models(config, hf, layout, modalities, lambda models: load_base(base, models))
+        llama, hf = resolve_language_model(config.model.language_model)
+        section, precision = replace(config.model, language_model=llama), config.trainer.precision
+        tokenizer, modalities = build_inputs(section, config.data)
+        check_vocabulary(tokenizer, hf.vocab_size)
+        load = partial(load_base, llama.checkpoint)
+        [model] = build_models(section, precision, hf, layout, modalities, load)
         if checkpoint is not None:
             load_media_parts([model], checkpoint)
         model.eval().requires_grad_(False)
-        return cls(config, layout, tokenizer, modalities, model, hf.max_position_embeddings)
+        return cls(section, layout, tokenizer, modalities, model, hf.max_position_embeddings)
 
     @classmethod
     def of_run(

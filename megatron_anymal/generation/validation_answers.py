@@ -42,7 +42,7 @@ class SampledAnswers:
         [model] = state.models
         model.eval()
         # Without max_positions: a long validation sample must not end a training run.
-        generator = NativeGenerator(state.config, state.layout, state.tokenizer, state.modalities, model)
+        generator = NativeGenerator(state.config.model, state.layout, state.tokenizer, state.modalities, model)
         answers = generator.answer([question.prompt for _, question in self._questions], _SAMPLING)
         if not state.layout.reports:
             return

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, ResilienceConfig, RunConfig, TrainerConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.job import Job
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
             f"`anymal launch {options.verb} {unknown[0]} ...`."
         )
     config = _config(options.verb, options.arguments)
-    return Supervisor(_job(options, config)).run()
+    return Supervisor(_job(options, config.trainer, config.resilience, config.run_dir)).run()
 
 
 def _check_verb(argv: Sequence[str]) -> None:
@@ -76,12 +76,12 @@ def _config(verb: str, arguments: Sequence[str]) -> RunConfig:
     return config
 
 
-def _job(options: argparse.Namespace, config: RunConfig) -> Job:
-    processes = options.nproc_per_node or config.trainer.devices
-    nodes = options.nnodes or config.trainer.num_nodes
+def _job(options: argparse.Namespace, trainer: TrainerConfig, limits: ResilienceConfig, run_dir: Path) -> Job:
+    processes = options.nproc_per_node or trainer.devices
+    nodes = options.nnodes or trainer.num_nodes
     for name, given, key, wanted in (
-        ("--nproc-per-node", processes, "trainer.devices", config.trainer.devices),
-        ("--nnodes", nodes, "trainer.num_nodes", config.trainer.num_nodes),
+        ("--nproc-per-node", processes, "trainer.devices", trainer.devices),
+        ("--nnodes", nodes, "trainer.num_nodes", trainer.num_nodes),
     ):
         if given != wanted:
             raise ConfigError(f"{name}={given}, but {key}={wanted}. Set both to the same value: {key}={given}.")
@@ -93,8 +93,8 @@ def _job(options: argparse.Namespace, config: RunConfig) -> Job:
             "`pip install nvidia-resiliency-ext==0.4.1`, or omit --launcher=ft: torchrun's agent does the same here."
         )
     return Job(
-        run_dir=config.run_dir,
-        limits=config.resilience,
+        run_dir=run_dir,
+        limits=limits,
         program=["-m", "megatron_anymal", options.verb, *options.arguments],
         processes=processes,
         nodes=nodes,

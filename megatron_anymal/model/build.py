@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
-from megatron_anymal.config import EncoderConfig, RunConfig
+from megatron_anymal.config import EncoderConfig, ModelConfig
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.encoder_sharding import share_gradients
@@ -29,7 +29,8 @@ from megatron_anymal.parallel import ParallelLayout
 
 
 def build_models(
-    config: RunConfig,
+    model: ModelConfig,
+    precision: str,
     hf: LlamaConfig,
     layout: ParallelLayout,
     modalities: Mapping[str, Modality],
@@ -38,6 +39,8 @@ def build_models(
     """Build this rank's pipeline stage (one model per virtual pipeline chunk), with weights set and frozen ones marked.
 
     Args:
+        model: with its `language_model` resolved (checkpoint/frozen_base.py).
+        precision: `trainer.precision`.
         hf: the Llama's HuggingFace configuration.
         modalities: by their name in the configuration.
         load_base: sets the Llama's weights if `model.language_model.checkpoint` is set.
@@ -45,38 +48,40 @@ def build_models(
     Raises:
         ConfigError: sizes do not match, or a folder is missing or of the wrong kind.
     """
-    models = [model.to(layout.device) for model in assemble(config, hf, modalities)]
-    lm = config.model.language_model
+    models = [chunk.to(layout.device) for chunk in assemble(model, precision, hf, modalities)]
+    lm = model.language_model
     weights = [
         w for m in models for w in list_weights(m) if not w.name.startswith("encoders.") and ".lora." not in w.name
     ]
     if lm.path and lm.load_weights:
-        set_initial_values((w for w in weights if w.name.startswith("projectors.")), config.model.seed, 0.02)
+        set_initial_values((w for w in weights if w.name.startswith("projectors.")), model.seed, 0.02)
         load_hf_llama(lm.path, hf, weights)
     else:
-        set_initial_values(weights, config.model.seed, hf.initializer_range)
+        set_initial_values(weights, model.seed, hf.initializer_range)
         if lm.checkpoint:
             load_base(models)
     _set_gains(models[0])
-    initialise_lora(models, config.model.seed)
+    initialise_lora(models, model.seed)
     return models
 
 
-def assemble(config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality]) -> list[AnyMALModel]:
+def assemble(
+    model: ModelConfig, precision: str, hf: LlamaConfig, modalities: Mapping[str, Modality]
+) -> list[AnyMALModel]:
     """Build the models that `build_models` returns, without setting the weights' values.
 
     Raises:
         ConfigError: sizes do not match.
     """
-    transformer = transformer_config(hf, config)
-    pieces_per_call = {name: m.encoder.max_pieces_per_call for name, m in config.model.modalities.items()}
-    chunks = config.model.virtual_pipeline_model_parallel_size
+    transformer = transformer_config(model, precision, hf)
+    pieces_per_call = {name: m.encoder.max_pieces_per_call for name, m in model.modalities.items()}
+    chunks = model.virtual_pipeline_model_parallel_size
     models = []
     for vp_stage in range(chunks) if chunks > 1 else [None]:
-        gpt = build_gpt(hf, transformer, backend.transformer_impl(config), vp_stage)
-        encoders, projectors = _media_parts(config, transformer, modalities) if gpt.pre_process else ({}, {})
-        attention = backend.attention_kernel(config)
-        model = AnyMALModel(
+        gpt = build_gpt(hf, transformer, backend.transformer_impl(model), vp_stage)
+        encoders, projectors = _media_parts(model, transformer, modalities) if gpt.pre_process else ({}, {})
+        attention = backend.attention_kernel(model, precision)
+        chunk = AnyMALModel(
             transformer,
             gpt,
             encoders,
@@ -84,30 +89,30 @@ def assemble(config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modali
             pieces_per_call,
             hf.vocab_size,
             attention,
-            config.model.neftune,
-            config.model.seed,
-            [name for name, m in config.model.modalities.items() if not (m.encoder.freeze and m.projector.freeze)],
-            llama_trains=not config.model.language_model.freeze,
+            model.neftune,
+            model.seed,
+            [name for name, m in model.modalities.items() if not (m.encoder.freeze and m.projector.freeze)],
+            llama_trains=not model.language_model.freeze,
         )
-        _freeze(model, config)
-        models.append(model)
-    if config.model.lora.r:
-        dropout = add_lora(models, config.model.lora)
-        for model in models:
-            model.lora_dropout = dropout
+        _freeze(model, chunk)
+        models.append(chunk)
+    if model.lora.r:
+        dropout = add_lora(models, model.lora)
+        for chunk in models:
+            chunk.lora_dropout = dropout
     return models
 
 
 def _media_parts(
-    config: RunConfig, transformer: TransformerConfig, modalities: Mapping[str, Modality]
+    model: ModelConfig, transformer: TransformerConfig, modalities: Mapping[str, Modality]
 ) -> tuple[dict[str, Encoder], dict[str, Any]]:
     parallel = ModelParallelConfig(
         tensor_model_parallel_size=transformer.tensor_model_parallel_size, params_dtype=transformer.params_dtype
     )
-    implementation = backend.transformer_impl(config)
+    implementation = backend.transformer_impl(model)
     encoders, projectors = {}, {}
-    for name, section in config.model.modalities.items():
-        encoder = seeded_encoder(name, section.encoder, modalities[name], config.model.seed)
+    for name, section in model.modalities.items():
+        encoder = seeded_encoder(name, section.encoder, modalities[name], model.seed)
         encoders[name] = encoder.to(transformer.params_dtype)
         share_gradients(encoder)
         projectors[name] = build_projector(
@@ -144,12 +149,12 @@ def _set_gains(model: AnyMALModel) -> None:
             gain.fill_(rms.item())
 
 
-def _freeze(model: AnyMALModel, config: RunConfig) -> None:
+def _freeze(model: ModelConfig, chunk: AnyMALModel) -> None:
     def hold(module: nn.Module, frozen: bool) -> None:
         for parameter in module.parameters():
             parameter.requires_grad_(not frozen)
 
-    hold(model.language_model, config.model.language_model.freeze)
-    for name in model.projectors:
-        hold(model.encoders[name], config.model.modalities[name].encoder.freeze)
-        hold(model.projectors[name], config.model.modalities[name].projector.freeze)
+    hold(chunk.language_model, model.language_model.freeze)
+    for name in chunk.projectors:
+        hold(chunk.encoders[name], model.modalities[name].encoder.freeze)
+        hold(chunk.projectors[name], model.modalities[name].projector.freeze)

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_anymal import backend
-from megatron_anymal.config import FP8_MULTIPLE, ConfigError, LanguageModelConfig, ModelConfig, RunConfig
+from megatron_anymal.config import FP8_MULTIPLE, ConfigError, LanguageModelConfig, ModelConfig
 from megatron_anymal.model.attention import PackedAttention
 from megatron_anymal.model.compiled_ops import rms_norm
 from megatron_anymal.model.fp8_weights import building, drop_transposes
@@ -74,43 +74,45 @@ def _check_rope(hf: LlamaConfig, where: str) -> None:
             raise ConfigError(f"{where!r}: {key} of the rotary embedding is {value!r}, not a number. Correct it.")
 
 
-def check_model(hf: LlamaConfig, config: RunConfig) -> None:
+def check_model(model: ModelConfig, precision: str, hf: LlamaConfig) -> None:
     """Reject settings that this Llama or megatron-core cannot support. Needs no process group.
+
+    Args:
+        precision: `trainer.precision`.
 
     Raises:
         ConfigError: naming the sizes that do not divide, or with megatron-core's message.
     """
     try:
-        transformer_config(hf, config)
+        transformer_config(model, precision, hf)
     except ConfigError:
         raise
     except (AssertionError, ValueError) as error:
         raise ConfigError(f"megatron-core refuses the model's settings: {error}.") from error
 
 
-def _check_sizes(hf: LlamaConfig, config: RunConfig) -> None:
-    m = config.model
-    ranks = m.tensor_model_parallel_size
+def _check_sizes(model: ModelConfig, hf: LlamaConfig) -> None:
+    ranks = model.tensor_model_parallel_size
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(hf, name) % ranks:
             raise ConfigError(
                 f"model.tensor_model_parallel_size={ranks} does not divide the Llama's {name}={getattr(hf, name)}."
             )
-    if m.fp8:
+    if model.fp8:
         _check_fp8_sizes(hf, ranks)
-    stages, chunks = m.pipeline_model_parallel_size, m.virtual_pipeline_model_parallel_size
-    for number, layers in enumerate(layers_of_stages(hf, config)):
+    stages, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
+    for number, layers in enumerate(layers_of_stages(model, hf)):
         if layers % chunks:
             raise ConfigError(
                 f"model.virtual_pipeline_model_parallel_size={chunks} does not divide the {layers} layers of pipeline "
                 f"stage {number} of {stages}."
             )
-        uniform = m.recompute_granularity == "full" and m.recompute_method == "uniform"
-        if uniform and layers // chunks % m.recompute_num_layers:
+        uniform = model.recompute_granularity == "full" and model.recompute_method == "uniform"
+        if uniform and layers // chunks % model.recompute_num_layers:
             raise ConfigError(
-                f"model.recompute_num_layers={m.recompute_num_layers} does not divide the {layers // chunks} layers of "
-                f"a model chunk on pipeline stage {number}, as model.recompute_method=uniform requires. Change it, or "
-                "set model.recompute_method=block."
+                f"model.recompute_num_layers={model.recompute_num_layers} does not divide the {layers // chunks} "
+                f"layers of a model chunk on pipeline stage {number}, as model.recompute_method=uniform requires. "
+                "Change it, or set model.recompute_method=block."
             )
 
 
@@ -131,15 +133,14 @@ def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
             )
 
 
-def layers_of_stages(hf: LlamaConfig, config: RunConfig) -> list[int]:
+def layers_of_stages(model: ModelConfig, hf: LlamaConfig) -> list[int]:
     """Return the number of layers per pipeline stage.
 
     Raises:
         ConfigError: the layers do not divide.
     """
-    m = config.model
-    stages = m.pipeline_model_parallel_size
-    edges = [m.num_layers_in_first_pipeline_stage, m.num_layers_in_last_pipeline_stage]
+    stages = model.pipeline_model_parallel_size
+    edges = [model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage]
     given, middle = sum(edges), stages - sum(1 for e in edges if e)
     left = hf.num_hidden_layers - given
     if left < middle or (left % middle if middle else left):
@@ -152,20 +153,22 @@ def layers_of_stages(hf: LlamaConfig, config: RunConfig) -> list[int]:
     return [edges[0] or even, *[even] * (stages - 2), edges[1] or even] if stages > 1 else [left]
 
 
-def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
+def transformer_config(model: ModelConfig, precision: str, hf: LlamaConfig) -> TransformerConfig:
     """Build megatron-core's configuration of this Llama under this layout.
+
+    Args:
+        precision: `trainer.precision`.
 
     Raises:
         ConfigError: the Llama's sizes do not divide.
     """
-    m = config.model
-    _check_sizes(hf, config)
-    interleaved = m.virtual_pipeline_model_parallel_size > 1
-    first, last = m.num_layers_in_first_pipeline_stage, m.num_layers_in_last_pipeline_stage
-    if first and m.pipeline_model_parallel_size == 2:
+    _check_sizes(model, hf)
+    interleaved = model.virtual_pipeline_model_parallel_size > 1
+    first, last = model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage
+    if first and model.pipeline_model_parallel_size == 2:
         # The last stage gets the rest. Given both, megatron-core divides by the number of stages between them, 0.
         last = 0
-    dtype = backend.compute_dtype(config)
+    dtype = backend.compute_dtype(precision)
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
         hidden_size=hf.hidden_size,
@@ -180,21 +183,21 @@ def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        tensor_model_parallel_size=m.tensor_model_parallel_size,
-        pipeline_model_parallel_size=m.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=m.virtual_pipeline_model_parallel_size if interleaved else None,
-        overlap_p2p_comm=interleaved and m.overlap_p2p_comm,
-        batch_p2p_comm=not (interleaved and m.overlap_p2p_comm),
-        context_parallel_size=m.context_parallel_size,
-        sequence_parallel=m.sequence_parallel,
+        tensor_model_parallel_size=model.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=model.virtual_pipeline_model_parallel_size if interleaved else None,
+        overlap_p2p_comm=interleaved and model.overlap_p2p_comm,
+        batch_p2p_comm=not (interleaved and model.overlap_p2p_comm),
+        context_parallel_size=model.context_parallel_size,
+        sequence_parallel=model.sequence_parallel,
         num_layers_in_first_pipeline_stage=first or None,
         num_layers_in_last_pipeline_stage=last or None,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        fp8=m.fp8 or None,
-        fp8_recipe=m.fp8_recipe,
-        fp8_param=m.fp8_primary_weights,
+        fp8=model.fp8 or None,
+        fp8_recipe=model.fp8_recipe,
+        fp8_param=model.fp8_primary_weights,
         # The usual history of delayed scaling; other recipes ignore it.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",
@@ -208,7 +211,7 @@ def transformer_config(hf: LlamaConfig, config: RunConfig) -> TransformerConfig:
         bias_activation_fusion=True,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
-        **_recompute_settings(m),
+        **_recompute_settings(model),
     )
 
 

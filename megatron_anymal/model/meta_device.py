@@ -11,23 +11,22 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from megatron_anymal.config import EncoderConfig, RunConfig
+from megatron_anymal.config import EncoderConfig, ModelConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, read_folder, transformers_config
 
 _META = torch.device("meta")
 
 
-def without_weights(config: RunConfig) -> RunConfig:
+def without_weights(model: ModelConfig) -> ModelConfig:
     """Replace encoder folders by their shapes, and drop settings that need a GPU but do not affect shapes."""
-    config = copy.deepcopy(config)
-    model = config.model
+    model = copy.deepcopy(model)
     model.transformer_impl, model.fp8, model.fp8_recipe, model.fp8_primary_weights = "local", "", "tensorwise", False
-    for section in config.model.modalities.values():
+    for section in model.modalities.values():
         encoder = section.encoder
         shape = _encoder_shape(encoder) if encoder.path else {}
         if shape:
             encoder.path, encoder.config = "", shape
-    return config
+    return model
 
 
 def _encoder_shape(encoder: EncoderConfig) -> dict[str, Any]:

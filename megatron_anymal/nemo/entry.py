@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, ExpManagerConfig, RunConfig
 from megatron_anymal.config.compose import (
     Composed,
     compose,
@@ -88,7 +88,7 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
     if arguments.dry_run:
         from megatron_anymal.dry_run.report import print_dry_run
 
-        _check_loggers(composed.config)
+        _check_loggers(composed.config.exp_manager)
         print_dry_run(composed.config)
         return 0
     # From here on, which is before the slow imports, a signal is a stop request.
@@ -115,22 +115,22 @@ def _run(config: RunConfig) -> Exit:
     from megatron_anymal.parallel import initialize, shutdown
     from megatron_anymal.train.build import check_run
 
-    _check_loggers(config)
+    _check_loggers(config.exp_manager)
     check_run(config)
     with heartbeat.publish(config.run_dir):
         # Must precede the Trainer: after it, Lightning would undo the engine's setup of torch.
         layout = initialize(config)
-        trainer = unfitted_trainer(config)
+        trainer = unfitted_trainer(config.trainer.max_steps)
         # Must precede exp_manager, which moves files in the run's folder.
         with run_lock(config.run_dir, config.exp_manager.lock_timeout_seconds):
-            manage_experiment(trainer, config, layout)
+            manage_experiment(trainer, config.exp_manager, config.run_dir, layout)
             outcome = MegatronAnyMALModel(config, trainer, layout=layout).fit()
         # Only after success: if a rank has failed, the others would wait for it here.
         shutdown()
     return outcome
 
 
-def unfitted_trainer(config: RunConfig) -> Trainer:
+def unfitted_trainer(max_steps: int) -> Trainer:
     """Create a Lightning Trainer that only holds the loggers and is never fitted.
 
     It always gets one CPU device and the plain environment: the engine manages processes and devices, and Lightning's
@@ -145,7 +145,7 @@ def unfitted_trainer(config: RunConfig) -> Trainer:
             accelerator="cpu",
             devices=1,
             plugins=[LightningEnvironment()],
-            max_steps=config.trainer.max_steps,
+            max_steps=max_steps,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -153,7 +153,7 @@ def unfitted_trainer(config: RunConfig) -> Trainer:
         )
 
 
-def manage_experiment(trainer: Trainer, config: RunConfig, layout: ParallelLayout) -> None:
+def manage_experiment(trainer: Trainer, section: ExpManagerConfig, run_dir: Path, layout: ParallelLayout) -> None:
     """Create the run folder and, on the reporting rank, the loggers with NeMo's exp_manager.
 
     The other keys of the section are handled by the engine: max_time_per_run, resume_if_exists,
@@ -164,7 +164,6 @@ def manage_experiment(trainer: Trainer, config: RunConfig, layout: ParallelLayou
     from nemo.utils import logging as nemo_logging
     from nemo.utils.exp_manager import exp_manager
 
-    section = config.exp_manager
     previous = nemo_logging.getEffectiveLevel()
     # At INFO, exp_manager prints its whole schema.
     nemo_logging.setLevel(logging.WARNING)
@@ -174,7 +173,7 @@ def manage_experiment(trainer: Trainer, config: RunConfig, layout: ParallelLayou
             trainer,
             {
                 # All starts of a run share one folder; with exp_dir, a resumed run would open another version's folder.
-                "explicit_log_dir": str(config.run_dir),
+                "explicit_log_dir": str(run_dir),
                 "create_tensorboard_logger": section.create_tensorboard_logger and layout.reports,
                 "create_wandb_logger": section.create_wandb_logger and layout.reports,
                 "wandb_logger_kwargs": dict(section.wandb_logger_kwargs),
@@ -190,7 +189,7 @@ def manage_experiment(trainer: Trainer, config: RunConfig, layout: ParallelLayou
         nemo_logging.setLevel(previous)
     if layout.reports:
         # exp_manager creates these even if it has no file to move, as at the first start of a run.
-        for folder in config.run_dir.glob("run_[0-9]*"):
+        for folder in run_dir.glob("run_[0-9]*"):
             with suppress(OSError):
                 folder.rmdir()
 
@@ -211,8 +210,7 @@ def _move_only_nemos_files() -> None:
     module.move = move  # type: ignore[attr-defined]
 
 
-def _check_loggers(config: RunConfig) -> None:
-    section = config.exp_manager
+def _check_loggers(section: ExpManagerConfig) -> None:
     if not section.create_wandb_logger:
         if section.wandb_logger_kwargs:
             raise ConfigError(

@@ -201,7 +201,7 @@ class MegatronAnyMALModel(ModelPT):
             return cfg
         if override_config_path is None:
             origin, flag = f"the archive {str(restore_path)!r}", "trust_plugins=True"
-            refuse_plugins(from_cfg(cfg), origin, flag, trust_plugins=trust_plugins)
+            refuse_plugins(from_cfg(cfg).model.plugins, origin, flag, trust_plugins=trust_plugins)
         if isinstance(override_config_path, (str, Path)):
             loaded = OmegaConf.load(override_config_path)
             assert isinstance(loaded, DictConfig)

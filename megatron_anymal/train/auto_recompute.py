@@ -18,7 +18,7 @@ import torch.distributed as dist
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, ModelConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.modalities import Modality
@@ -27,7 +27,6 @@ from megatron_anymal.model.lora import adapted_projections
 from megatron_anymal.model.memory.language_model import Held, LlamaSizes, Pack, PipelineChunk, Recompute, RunSizes, held
 from megatron_anymal.model.memory.media import encoder_sizes, media_bytes
 from megatron_anymal.model.meta_device import without_weights
-from megatron_anymal.parallel import ParallelLayout
 
 # Share of GPU memory that is reserved for CUDA, NCCL and fragmentation.
 MARGIN = 0.1
@@ -61,18 +60,16 @@ class Choice:
             why += f"; {self.without / _GB:.1f} GB without"
         return f"{self.recompute} ({why})"
 
-    def applied(self, config: RunConfig) -> RunConfig:
-        """Return a copy of the configuration with `auto` replaced by the choice."""
-        config = copy.deepcopy(config)
-        model, chosen = config.model, self.recompute
+    def applied(self, model: ModelConfig) -> ModelConfig:
+        """Return a copy of the section with `auto` replaced by the choice."""
+        model, chosen = copy.deepcopy(model), self.recompute
         model.recompute_granularity, model.recompute_modules = chosen.granularity, list(chosen.modules)
         model.recompute_method, model.recompute_num_layers = chosen.method, chosen.layers
-        return config
+        return model
 
 
-def configured(config: RunConfig) -> Recompute:
+def configured(model: ModelConfig) -> Recompute:
     """Return the recomputation that a configuration sets; auto counts as none."""
-    model = config.model
     if model.recompute_granularity == "selective":
         return Recompute("selective", tuple(model.recompute_modules))
     if model.recompute_granularity == "full":
@@ -80,33 +77,39 @@ def configured(config: RunConfig) -> Recompute:
     return Recompute()
 
 
-def fit_recompute(
-    config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality], layout: ParallelLayout
-) -> tuple[RunConfig, str]:
-    """Replace `auto` by a choice that fits the job's smallest GPU. Collective if the setting is `auto`.
+def fit_recompute(model: ModelConfig, devices: int, run: RunSizes, device: torch.device) -> tuple[ModelConfig, str]:
+    """Replace `auto` by a choice that fits the job's smallest GPU. Collective.
+
+    Args:
+        devices: `trainer.devices`, the processes of a node.
+        run: see `run_sizes`.
+        device: this process's device.
 
     Returns:
-        The configuration to build the model from, and a log line ("" without auto).
+        The section to build the model from, and a log line.
 
     Raises:
         ConfigError: nothing fits.
     """
-    if config.model.recompute_granularity != "auto":
-        return config, ""
-    memory = torch.tensor(memory_to_fit(config), dtype=torch.int64, device=layout.device)
+    memory = torch.tensor(memory_to_fit(model.memory_gb, devices), dtype=torch.int64, device=device)
     dist.all_reduce(memory, op=dist.ReduceOp.MIN)
-    choice = choose(run_sizes(config, hf, modalities), int(memory))
-    return choice.applied(config), f"recompute {choice}"
+    choice = choose(run, int(memory))
+    return choice.applied(model), f"recompute {choice}"
 
 
-def memory_to_fit(config: RunConfig) -> int:
-    """Bytes available to one process: model.memory_gb, or its GPU's memory less MARGIN, or its share of the machine's
-    free memory."""
-    if config.model.memory_gb:
-        return int(config.model.memory_gb * _GB)
+def memory_to_fit(memory_gb: float, devices: int) -> int:
+    """Bytes available to one process: `memory_gb`, or if that is 0 its GPU's memory less MARGIN, or without a GPU its
+    share of the machine's free memory.
+
+    Args:
+        memory_gb: `model.memory_gb`, in units of 1e9 bytes.
+        devices: `trainer.devices`, the processes of a node if the launcher does not tell.
+    """
+    if memory_gb:
+        return int(memory_gb * _GB)
     if torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(backend.device()).total_memory * (1 - MARGIN))
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", str(config.trainer.devices)))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", str(devices)))
     return psutil.virtual_memory().available // processes
 
 
@@ -166,15 +169,26 @@ def _held(run: RunSizes, recompute: Recompute) -> tuple[Held, ...]:
 
 
 def run_sizes(
-    config: RunConfig, hf: LlamaConfig, modalities: Mapping[str, Modality], *, planned: bool = False
+    model: ModelConfig,
+    precision: str,
+    layout: BatchLayout,
+    hf: LlamaConfig,
+    modalities: Mapping[str, Modality],
+    *,
+    reference: bool = False,
+    planned: bool = False,
 ) -> RunSizes:
     """Return the sizes from which model/memory computes a run's memory use.
 
     Args:
+        precision: `trainer.precision`.
+        layout: of the run's batches.
+        hf: the Llama's HuggingFace configuration.
+        modalities: by their name in the configuration.
+        reference: whether a frozen copy of the adapters is held (DPO).
         planned: assume a GPU even if this machine has none.
     """
-    model, layout = config.model, BatchLayout.of(config)
-    llama = _llama_sizes(config, hf, planned)
+    llama = _llama_sizes(model, precision, hf, planned)
     everywhere = padded(layout.seq_length * layout.micro_batch_size, layout.length_multiple)
     tokens = everywhere // model.context_parallel_size
     # Padding for scaled dot-product attention may double a pack; under context parallelism, every chunk of a document
@@ -182,17 +196,17 @@ def run_sizes(
     keys = everywhere * (2 * model.context_parallel_size + 1) // (2 * model.context_parallel_size)
     doubled = 2 if llama.attention == "sdpa" else 1
     pack = Pack(tokens, tokens, doubled * tokens, doubled * (keys if model.context_parallel_size > 1 else tokens))
-    dtype = backend.compute_dtype(config)
-    shapes = without_weights(config).model.modalities
+    dtype = backend.compute_dtype(precision)
+    shapes = without_weights(model).modalities
     sections = [(section, encoder_sizes(name, section, modalities[name], dtype)) for name, section in shapes.items()]
-    packs = -(-model.global_batch_size // (config.data_parallel_size * layout.micro_batch_size))
+    packs = -(-model.global_batch_size // (layout.data_parallel_size * layout.micro_batch_size))
     return RunSizes(
         llama=llama,
         pack=pack,
-        stages=_stages(hf, config),
+        stages=_stages(model, hf),
         micro_batches=padded(packs, layout.micro_batches_multiple),
-        optimizer_bytes=optimizer_bytes(config),
-        sharers=config.data_parallel_size * model.context_parallel_size if model.ddp.use_distributed_optimizer else 1,
+        optimizer_bytes=optimizer_bytes(precision),
+        sharers=layout.data_parallel_size * model.context_parallel_size if model.ddp.use_distributed_optimizer else 1,
         media=media_bytes(
             sections,
             hf.hidden_size,
@@ -201,23 +215,22 @@ def run_sizes(
             model.context_parallel_size,
             llama.number,
         ),
-        reference=config.job == "dpo",
+        reference=reference,
     )
 
 
-def optimizer_bytes(config: RunConfig) -> int:
+def optimizer_bytes(precision: str) -> int:
     """Optimizer bytes per trainable parameter: two fp32 moments, and the fp32 main weight if the model is bf16."""
-    return 12 if backend.compute_dtype(config) == torch.bfloat16 else 8
+    return 12 if backend.compute_dtype(precision) == torch.bfloat16 else 8
 
 
-def _llama_sizes(config: RunConfig, hf: LlamaConfig, planned: bool) -> LlamaSizes:
-    model = config.model
+def _llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, planned: bool) -> LlamaSizes:
     ranks = model.tensor_model_parallel_size
     on_gpu = planned or torch.cuda.is_available()
-    attention = backend.attention_kernel(config)
+    attention = backend.attention_kernel(model, precision)
     if planned and not torch.cuda.is_available():
         attention = "transformer_engine" if model.transformer_impl != "local" else "flash_attn"
-    number = backend.compute_dtype(config).itemsize
+    number = backend.compute_dtype(precision).itemsize
     adapted = tuple(adapted_projections(layer, model.lora) for layer in range(hf.num_hidden_layers))
     return LlamaSizes(
         hidden=hf.hidden_size,
@@ -235,17 +248,17 @@ def _llama_sizes(config: RunConfig, hf: LlamaConfig, planned: bool) -> LlamaSize
         trains=not model.language_model.freeze,
         attention=attention,
         on_cpu=not on_gpu,
-        fused_swiglu=transformer_config(hf, without_weights(config)).bias_activation_fusion,
+        fused_swiglu=transformer_config(without_weights(model), precision, hf).bias_activation_fusion,
         lora_r=model.lora.r,
         lora_dropout=model.lora.dropout > 0,
         adapted=adapted if model.lora.r else (),
     )
 
 
-def _stages(hf: LlamaConfig, config: RunConfig) -> tuple[tuple[PipelineChunk, ...], ...]:
+def _stages(model: ModelConfig, hf: LlamaConfig) -> tuple[tuple[PipelineChunk, ...], ...]:
     """Return the model chunks of each stage: a virtual pipeline passes through all stages once per chunk."""
-    chunks = config.model.virtual_pipeline_model_parallel_size
-    counts = [layers // chunks for layers in layers_of_stages(hf, config)]
+    chunks = model.virtual_pipeline_model_parallel_size
+    counts = [layers // chunks for layers in layers_of_stages(model, hf)]
     stages: list[list[PipelineChunk]] = [[] for _ in counts]
     first = 0
     for chunk in range(chunks):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
 
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core import distributed as mcore_distributed
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import DataConfig, DistributedDataParallelConfig, ModalityConfig, ModelConfig, RunConfig
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import LoadedModality, MicroBatchReader, RankNeeds
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModality
@@ -24,7 +27,7 @@ from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.stragglers import OwnTime
-from megatron_anymal.train.auto_recompute import fit_recompute
+from megatron_anymal.train.auto_recompute import fit_recompute, run_sizes
 from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
 from megatron_anymal.train.reference_logprobs import ReferenceAnswers
@@ -81,9 +84,9 @@ def check_run(config: RunConfig) -> None:
         ConfigError, CheckpointError: naming the key or folder and the fix.
     """
     check(config)
-    backend.check_backend(config)
-    resolved, hf = resolve_language_model(config)
-    check_model(hf, resolved)
+    backend.check_backend(config.model, config.trainer.precision)
+    _, hf = resolve_language_model(config.model.language_model)
+    check_model(config.model, config.trainer.precision, hf)
 
 
 def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
@@ -92,18 +95,25 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     Raises:
         ConfigError, DataError: naming the key, folder or sample and the fix.
     """
-    config, hf = resolve_language_model(config)
-    tokenizer, modalities = build_inputs(config)
-    check_vocabulary(tokenizer, hf.vocab_size, config)
+    config = copy.deepcopy(config)
+    config.model.language_model, hf = resolve_language_model(config.model.language_model)
+    precision = config.trainer.precision
+    tokenizer, modalities = build_inputs(config.model, config.data)
+    check_vocabulary(tokenizer, hf.vocab_size)
     train_data = build_data(config, layout, tokenizer, modalities, "train")
     validation_data = (
         build_data(config, layout, tokenizer, modalities, "validation") if config.data.validation else None
     )
-    buildable, recompute = fit_recompute(config, hf, modalities, layout)
-    models = build_models(buildable, hf, layout, modalities, partial(load_base, config.model.language_model.checkpoint))
-    wrapped = [_wrap(config, model, first=model is models[0]) for model in models]
-    optimizer = build_optimizer(config, wrapped)
-    _connect(config, wrapped, optimizer)
+    model, recompute = config.model, ""
+    if model.recompute_granularity == "auto":
+        batches = BatchLayout.of(model, config.data.seq_length, config.data_parallel_size)
+        sizes = run_sizes(model, precision, batches, hf, modalities, reference=config.job == "dpo")
+        model, recompute = fit_recompute(model, config.trainer.devices, sizes, layout.device)
+    load = partial(load_base, model.language_model.checkpoint)
+    models = build_models(model, precision, hf, layout, modalities, load)
+    wrapped = [_wrap(model.ddp, chunk, first=chunk is models[0]) for chunk in models]
+    optimizer = build_optimizer(model.optim, model.ddp, config.trainer, wrapped)
+    _connect(model.ddp, wrapped, optimizer)
     return TrainState(
         config=config,
         llama=hf,
@@ -115,32 +125,36 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
         optimizer=optimizer,
         train_data=train_data,
         validation_data=validation_data,
-        objective=build_objective(config),
+        objective=build_objective(config.job, model),
         own_time=OwnTime(layout.device),
         recompute=recompute,
     )
 
 
-def build_inputs(config: RunConfig) -> tuple[Tokenizer, dict[str, Modality]]:
+def build_inputs(model: ModelConfig, data: DataConfig) -> tuple[Tokenizer, dict[str, Modality]]:
     """Build the tokenizer and the modalities, without encoder weights."""
-    load_plugins(config.model.plugins)
-    tokenizer = Tokenizer(config.data.tokenizer)
-    limits = config.data.limits
-    modalities = {name: build_modality(name, section, limits) for name, section in config.model.modalities.items()}
+    load_plugins(model.plugins)
+    tokenizer = Tokenizer(data.tokenizer)
+    modalities = {name: build_modality(name, section, data.limits) for name, section in model.modalities.items()}
     return tokenizer, modalities
 
 
 def loaded_modalities(
-    config: RunConfig, tokenizer: Tokenizer, modalities: dict[str, Modality]
+    sections: Mapping[str, ModalityConfig], tokenizer: Tokenizer, modalities: Mapping[str, Modality]
 ) -> dict[str, LoadedModality]:
-    """Return what the reader needs of each modality."""
+    """Return what the reader needs of each modality.
+
+    Args:
+        sections: `model.modalities`.
+        modalities: built from them, by the same names.
+    """
     return {
         name: LoadedModality(
             modality=modalities[name],
             soft_tokens_per_piece=section.projector.num_tokens,
             placeholder=tokenizer.placeholder(section.placeholder, f"model.modalities.{name}.placeholder"),
         )
-        for name, section in config.model.modalities.items()
+        for name, section in sections.items()
     }
 
 
@@ -172,31 +186,30 @@ def build_data(
         getattr(config.data, split),
         planned,
         tokenizer,
-        BatchLayout.of(config),
+        BatchLayout.of(config.model, config.data.seq_length, config.data_parallel_size),
         global_batch_size=config.model.global_batch_size,
         seed=config.model.seed,
         too_long=config.data.too_long,
         check_shards=layout.reports,
-        sample_kinds=build_objective(config).sample_kinds,
+        sample_kinds=build_objective(config.job, config.model).sample_kinds,
         limits=config.data.limits,
     )
-    loaded = loaded_modalities(config, tokenizer, modalities)
+    loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)
     return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, config: RunConfig) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Reject a tokenizer with ids outside the Llama's vocabulary."""
     largest = max(tokenizer.hf.get_vocab().values())
     if largest >= vocab_size:
         raise DataError(
-            f"data.tokenizer={config.data.tokenizer!r} has ids up to {largest}, but the Llama's vocabulary has only "
-            f"{vocab_size} entries. Set it to the tokenizer that belongs to the Llama."
+            f"data.tokenizer={tokenizer.hf.name_or_path!r} has ids up to {largest}, but the Llama's vocabulary has "
+            f"only {vocab_size} entries. Set it to the tokenizer that belongs to the Llama."
         )
 
 
-def _wrap(config: RunConfig, model: AnyMALModel, *, first: bool) -> DistributedDataParallel:
-    ddp = config.model.ddp
-    settings = DistributedDataParallelConfig(
+def _wrap(ddp: DistributedDataParallelConfig, chunk: AnyMALModel, *, first: bool) -> DistributedDataParallel:
+    settings = mcore_distributed.DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         use_distributed_optimizer=ddp.use_distributed_optimizer,
         overlap_grad_reduce=ddp.overlap_grad_reduce,
@@ -204,15 +217,17 @@ def _wrap(config: RunConfig, model: AnyMALModel, *, first: bool) -> DistributedD
         bucket_size=ddp.bucket_size or None,
     )
     # Only the first virtual chunk needs buckets: its backward pass runs last, with nothing after it to overlap with.
-    return DistributedDataParallel(model.config, settings, model, disable_bucketing=not first)
+    return DistributedDataParallel(chunk.config, settings, chunk, disable_bucketing=not first)
 
 
-def _connect(config: RunConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+def _connect(
+    ddp: DistributedDataParallelConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer
+) -> None:
     """Set the hooks with which megatron-core's schedules finish a step."""
     settings: Any = wrapped[0].config
     settings.grad_scale_func = optimizer.scale_loss
     settings.finalize_model_grads_func = _finalize
-    if config.model.ddp.overlap_grad_reduce:
+    if ddp.overlap_grad_reduce:
         settings.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
 
 

@@ -83,12 +83,18 @@ class Trainer:
         # Step and metrics of the last validation.
         self.validated: tuple[int, dict[str, float]] = (-1, {})
         self.skipped_steps = SkippedSteps(run_dir, self.config.resilience.max_skipped_steps, state.layout.reports)
-        self.skipped_samples = SkippedSamples(run_dir, self.config, state.layout.reports, self.log.say)
+        self.skipped_samples = SkippedSamples(
+            run_dir,
+            self.config.model.global_batch_size,
+            self.config.data.max_bad_share,
+            state.layout.reports,
+            self.log.say,
+        )
         # Why to stop before the last step; "" to continue.
         self.stop = ""
         # The step in progress, counted from 1; 0 before the first.
         self.under_way = 0
-        stop_signals.stop_after(max_time_seconds(self.config))
+        stop_signals.stop_after(max_time_seconds(self.config.exp_manager))
         fault_injection.schedule(self.config.resilience.faults, state.layout.rank, run_dir)
         self.base_hash = self._hash_base()
         # DPO: hash of the checkpoint that the reference was loaded from.
@@ -175,16 +181,16 @@ class Trainer:
 
     def _introduce(self) -> None:
         """Log the layout, precision and kernels, which also reveals what a machine lacks."""
-        layout = self.state.layout
-        split = ", sequence parallel" if self.config.model.sequence_parallel else ""
-        chunks = self.config.model.virtual_pipeline_model_parallel_size
+        layout, model, precision = self.state.layout, self.config.model, self.config.trainer.precision
+        split = ", sequence parallel" if model.sequence_parallel else ""
+        chunks = model.virtual_pipeline_model_parallel_size
         stages = f"{layout.pipeline_size}" + (f" ({chunks} virtual chunks each)" if chunks > 1 else "")
-        trainable = sum(p.numel() for model in self.state.models for p in model.parameters() if p.requires_grad)
+        trainable = sum(p.numel() for chunk in self.state.models for p in chunk.parameters() if p.requires_grad)
         self.log.say(
             f"{layout.world_size} process(es) on {layout.device.type}: tensor {layout.tensor_size} x pipeline "
             f"{stages} x context {layout.context_size} x data {layout.data_size}{split}; "
-            f"precision {self.config.trainer.precision}, {backend.transformer_impl(self.config)} layers, "
-            f"{backend.attention_kernel(self.config)} attention; rank 0 trains {trainable:,} parameters"
+            f"precision {precision}, {backend.transformer_impl(model)} layers, "
+            f"{backend.attention_kernel(model, precision)} attention; rank 0 trains {trainable:,} parameters"
         )
         if self.state.recompute:
             self.log.say(self.state.recompute)

@@ -14,7 +14,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_anymal.config import DpoConfig, RunConfig
+from megatron_anymal.config import DpoConfig, ModelConfig
 from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.train.losses import (
@@ -88,11 +88,11 @@ class Objective(Protocol):
         ...
 
 
-def build_objective(config: RunConfig) -> Objective:
-    """Build the objective of the configuration's job."""
-    if config.job == "dpo":
-        return PreferenceObjective(config.model.dpo)
-    return TokenObjective(config.model.loss_normalization)
+def build_objective(job: str, model: ModelConfig) -> Objective:
+    """Build the objective of a job: pretrain, sft or dpo."""
+    if job == "dpo":
+        return PreferenceObjective(model.dpo)
+    return TokenObjective(model.loss_normalization)
 
 
 class TokenObjective:

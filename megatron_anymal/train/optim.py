@@ -13,32 +13,37 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from megatron_anymal import backend
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import DistributedDataParallelConfig, OptimConfig, TrainerConfig
 
 
-def learning_rate(config: RunConfig, step: int) -> float:
+def learning_rate(optim: OptimConfig, max_steps: int, step: int) -> float:
     """Return the learning rate of step `step` (from 0): a pure function, so resuming needs no scheduler state.
 
     Linear warm-up over `warmup_steps` (its last step has the full rate), then the schedule down to
-    `lr x min_lr_ratio` at `decay_steps`.
+    `lr x min_lr_ratio` at `decay_steps`, or at `max_steps` if that is 0.
     """
-    optim, sched = config.model.optim, config.model.optim.sched
+    sched = optim.sched
     if step < sched.warmup_steps:
         return optim.lr * (step + 1) / sched.warmup_steps
     if sched.name == "constant":
         return optim.lr
-    end = sched.decay_steps or config.trainer.max_steps
+    end = sched.decay_steps or max_steps
     done = min(1.0, (step - sched.warmup_steps) / max(1, end - sched.warmup_steps))
     left = 1.0 - done if sched.name == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return optim.lr * (sched.min_lr_ratio + (1.0 - sched.min_lr_ratio) * left)
 
 
-def build_optimizer(config: RunConfig, models: Sequence[nn.Module]) -> MegatronOptimizer:
-    """Build megatron-core's optimizer over the trainable parameters of this rank's wrapped models."""
+def build_optimizer(
+    optim: OptimConfig, ddp: DistributedDataParallelConfig, trainer: TrainerConfig, models: Sequence[nn.Module]
+) -> MegatronOptimizer:
+    """Build megatron-core's optimizer over the trainable parameters of this rank's wrapped models.
+
+    Args:
+        trainer: for its precision and gradient clipping.
+    """
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         _use_adamw()
-    optim = config.model.optim
-    dtype = backend.compute_dtype(config)
+    dtype = backend.compute_dtype(trainer.precision)
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optim.lr,
@@ -46,11 +51,11 @@ def build_optimizer(config: RunConfig, models: Sequence[nn.Module]) -> MegatronO
         adam_beta1=optim.betas[0],
         adam_beta2=optim.betas[1],
         adam_eps=optim.eps,
-        clip_grad=config.trainer.gradient_clip_val,
+        clip_grad=trainer.gradient_clip_val,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,
-        use_distributed_optimizer=config.model.ddp.use_distributed_optimizer,
-        overlap_param_gather=config.model.ddp.overlap_param_gather,
+        use_distributed_optimizer=ddp.use_distributed_optimizer,
+        overlap_param_gather=ddp.overlap_param_gather,
     )
     return get_megatron_optimizer(settings, list(models))
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_anymal import step_lines
-from megatron_anymal.config import RunConfig
 from megatron_anymal.data.planner import BatchPlanner, StepPlan
 from megatron_anymal.data.records import DataError
 
@@ -15,12 +14,17 @@ class SkippedSamples:
     """Log of left-out samples, RUN/skipped_samples.jsonl.
 
     Args:
+        global_batch_size: samples per step, over all replicas.
+        max_bad_share: largest accepted fraction of a step's samples that cannot be read.
         active: whether this rank writes it.
         say: prints a message for the user.
     """
 
-    def __init__(self, run_dir: Path, config: RunConfig, active: bool, say: Callable[[str], None]) -> None:
-        self._path, self._config, self._active, self._say = run_dir / "skipped_samples.jsonl", config, active, say
+    def __init__(
+        self, run_dir: Path, global_batch_size: int, max_bad_share: float, active: bool, say: Callable[[str], None]
+    ) -> None:
+        self._path, self._active, self._say = run_dir / "skipped_samples.jsonl", active, say
+        self._batch_size, self._max_bad_share = global_batch_size, max_bad_share
         # Total over the whole run, on the rank that writes.
         self.count = 0
 
@@ -47,7 +51,7 @@ class SkippedSamples:
             self._write(step, left_out)
         for name, why in bad.items():
             self._say(f"skipped {name}: {why}")
-        size, allowed = self._config.model.global_batch_size, self._config.data.max_bad_share
+        size, allowed = self._batch_size, self._max_bad_share
         if len(bad) / size > allowed:
             raise DataError(
                 f"step {step}: {len(bad)} of {size} samples cannot be read, which is above data.max_bad_share="

@@ -69,7 +69,7 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     with state.own_time.counted():
         fault_injection.inject("compute", number)
     bad, batch = _begin(state, state.train_data.planner, plan, micro_batches)
-    rate = learning_rate(state.config, state.step)
+    rate = learning_rate(state.config.model.optim, state.config.trainer.max_steps, state.step)
     set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
     for wrapped in state.wrapped:
         wrapped.zero_grad_buffer()

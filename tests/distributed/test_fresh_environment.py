@@ -74,7 +74,8 @@ def exported_and_asked(run: RunConfig, folder: Path) -> list[str]:
     plain = ["--checkpoint", source, "--out", str(folder / "apart"), "--adapter", "separate"]
     assert export_hf.main(plain) == 0
     assert export_hf.main(["--checkpoint", source, "--out", str(folder / "merged")]) == 0
-    prompts = [s.to_json(folder / f"media_{n}") for n, s in enumerate(choose_samples(run, [], 3, llama_only=False))]
+    samples = choose_samples(run.model, run.data, [], 3, llama_only=False)
+    prompts = [sample.to_json(folder / f"media_{number}") for number, sample in enumerate(samples)]
     (folder / "prompts.jsonl").write_text("\n".join(json.dumps(prompt) for prompt in prompts))
     (folder / "a.png").write_bytes(png(5, (20, 10)))
     generator = NativeGenerator.of_run(source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +140,9 @@ def build_from(checkpoint: Path, tp: int, pp: int, first: int) -> tuple[RunConfi
     config.model.language_model.checkpoint = str(checkpoint)
     config.data.tokenizer = "unused"
     layout = initialize(config)
-    config, hf = resolve_language_model(config)
-    base = config.model.language_model.checkpoint
-    [model] = build_models(config, hf, layout, {}, lambda models: load_base(base, models))
+    config.model.language_model, hf = resolve_language_model(config.model.language_model)
+    load = partial(load_base, config.model.language_model.checkpoint)
+    [model] = build_models(config.model, config.trainer.precision, hf, layout, {}, load)
     return config, hf, model.eval()
 
 

@@ -72,7 +72,7 @@ def run_reference(
     for step, batch in enumerate(read_steps(config, steps)):
         losses.append(backward(model, config, batch, reference))
         gradients.append(optimizer.gradients())
-        optimizer.step(learning_rate(config, step))
+        optimizer.step(learning_rate(config.model.optim, config.trainer.max_steps, step))
     return Trace(losses, gradients, {name: _array(p) for name, p in optimizer.parameters.items()})
 
 

@@ -18,7 +18,7 @@ from megatron.core import parallel_state
 from ranks import run_ranks
 
 import megatron_anymal.model.build as model_build
-from megatron_anymal.config import LoraConfig, RunConfig
+from megatron_anymal.config import LoraConfig, ModelConfig, RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights
 from megatron_anymal.parallel import initialize
@@ -132,8 +132,8 @@ def _train_a_part() -> None:
     """Also train the query, key and value projections and the norms before them."""
     freeze = model_build._freeze
 
-    def freeze_most(model: Any, config: RunConfig) -> None:
-        freeze(model, config)
+    def freeze_most(section: ModelConfig, model: Any) -> None:
+        freeze(section, model)
         for name, parameter in model.language_model.named_parameters():
             if "linear_qkv" in name or "input_layernorm" in name:
                 parameter.requires_grad_(True)

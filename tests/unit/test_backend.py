@@ -49,8 +49,8 @@ def test_the_attention_that_is_chosen(
 ) -> None:
     machine(monkeypatch, found)
     config = config_with(**model)
-    backend.check_backend(config)
-    assert backend.attention_kernel(config) == kernel
+    backend.check_backend(config.model, config.trainer.precision)
+    assert backend.attention_kernel(config.model, config.trainer.precision) == kernel
 
 
 @pytest.mark.parametrize(
@@ -82,5 +82,6 @@ def test_what_cannot_run_is_refused(
     monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities, model: dict[str, Any], says: str
 ) -> None:
     machine(monkeypatch, found)
+    config = config_with(**model)
     with pytest.raises(ConfigError, match=says):
-        backend.check_backend(config_with(**model))
+        backend.check_backend(config.model, config.trainer.precision)

@@ -1,11 +1,14 @@
-"""Imports follow one direction: a module imports only from its own layer and the layers before it."""
+"""Imports follow one direction: a module imports only from its own layer and the layers before it. Functions are short,
+and take the section of the configuration that they read."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[2] / "megatron_anymal"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "megatron_anymal"
 
 # First layer to last; modules of one row may import each other.
 ORDER = [
@@ -85,3 +88,63 @@ def test_functions_fit_a_screen() -> None:
                 if lines > 60:
                     long.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}: {lines} lines")
     assert not long
+
+
+# Modules, classes and functions that take or hold a whole RunConfig, and why. Everything else takes the sections or
+# values that it reads.
+WHOLE_RUN = {
+    "megatron_anymal.config.validation": "checks sections against each other",
+    "megatron_anymal.config.compose.Composed": "what a command line composes",
+    "megatron_anymal.parallel.initialize": "checks the configuration before it joins the job",
+    "megatron_anymal.train.build.check_run": "checks a run",
+    "megatron_anymal.train.build.build": "builds a run",
+    "megatron_anymal.train.build.build_data": "reads the data, the model, the job and the number of replicas",
+    "megatron_anymal.train.build.TrainState": "a run in memory",
+    "megatron_anymal.dry_run.simulate.examine": "builds a run without its weights",
+    "megatron_anymal.dry_run.simulate.DryRun": "a run that was examined",
+    "megatron_anymal.dry_run.report.print_dry_run": "examines a run",
+    "megatron_anymal.dry_run.report._job": "prints the sizes of the whole job",
+    "megatron_anymal.dry_run.checkpoint_size.bytes_needed": "examines a run",
+    "megatron_anymal.generation.checkpoint_generator.NativeGenerator.of_checkpoint": "builds a run's model and inputs",
+    "megatron_anymal.launcher.preflight.command.Preflight": "checks a run on its nodes",
+    "megatron_anymal.nemo.entry.run": "trains a run",
+    "megatron_anymal.nemo.entry._run": "trains a run",
+    "megatron_anymal.nemo.model": "NeMo's model is made from a run's configuration",
+    "megatron_anymal.nemo.archive": "stores a run's configuration",
+    "megatron_anymal.cli.inspect.InspectedRun": "the run whose data are inspected",
+    "checkpoint_tools.export_hf._write": "part of the command",
+    "checkpoint_tools.verify.verify": "builds a run's model",
+    "checkpoint_tools.verifying.native_logits": "builds a run's model on one process",
+}
+
+
+def takers_of_the_whole(path: Path) -> Iterator[str]:
+    """Full names of a file's functions with a parameter, and of its classes with a field, annotated as RunConfig."""
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+    def search(node: ast.AST, name: str) -> Iterator[str]:
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            name = f"{name}.{node.name}"
+            arguments = node.args
+            named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            hints = [argument.annotation for argument in (*named, arguments.vararg, arguments.kwarg) if argument]
+        elif isinstance(node, ast.ClassDef):
+            name = f"{name}.{node.name}"
+            hints = [line.annotation for line in node.body if isinstance(line, ast.AnnAssign)]
+        else:
+            hints = []
+        if any("RunConfig" in ast.unparse(hint) for hint in hints if hint):
+            yield name
+        for child in ast.iter_child_nodes(node):
+            yield from search(child, name)
+
+    yield from search(ast.parse(path.read_text()), module)
+
+
+def test_builders_take_the_section_they_read() -> None:
+    folders = (PACKAGE, ROOT / "checkpoint_tools", ROOT / "examples")
+    found = {name for folder in folders for path in folder.rglob("*.py") for name in takers_of_the_whole(path)}
+    reasons = {name: {entry for entry in WHOLE_RUN if f"{name}.".startswith(f"{entry}.")} for name in found}
+    assert not sorted(name for name, entries in reasons.items() if not entries)
+    # No entry remains after its last function.
+    assert set().union(*reasons.values()) == WHOLE_RUN.keys()

@@ -194,8 +194,8 @@ class Preflight:
         problems += checks.within(seconds, "GPU", look_at_card)
         if place.leads:
             token = self.reports.heard("token", [0], time.monotonic() + seconds).get(0, "")
-            problems += checks.within(seconds, "software", lambda: checks.software(config))
-            problems += checks.within(seconds, "files", lambda: checks.files(config))
+            problems += checks.within(seconds, "software", lambda: checks.software(config.model, config.trainer))
+            problems += checks.within(seconds, "files", lambda: checks.files(config.model, config.data))
             problems += checks.within(
                 seconds, "run folder", lambda: checks.leave_sign(config.run_dir, place.name, token)
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, DataConfig, ModelConfig, TrainerConfig
 from megatron_anymal.resilience.exit_codes import is_users
 
 # Subfolder of the run's folder; each node writes a file with its name into it.
@@ -62,7 +62,7 @@ def in_time(seconds: float, check: str, look: Callable[[], list[Problem]]) -> Op
     return found[0] if found else None
 
 
-def software(config: RunConfig) -> list[Problem]:
+def software(model: ModelConfig, trainer: TrainerConfig) -> list[Problem]:
     """Missing software as found by `anymal doctor`, and settings that this machine cannot run."""
     from megatron_anymal import backend, environment
 
@@ -70,22 +70,22 @@ def software(config: RunConfig) -> list[Problem]:
     if wrong:
         return [Problem("software", f"{one.part} {one.version}: {one.state}", one.fix) for one in wrong]
     try:
-        backend.check_backend(config)
+        backend.check_backend(model, trainer.precision)
     except ConfigError as error:
         return [Problem("software", str(error).rstrip("."), "see the message, or run `anymal doctor` on that node")]
     devices = len(backend.capabilities().cuda_devices)
-    if 0 < devices < config.trainer.devices:
-        text = f"trainer.devices={config.trainer.devices}, but only {devices} CUDA device(s) are visible"
+    if 0 < devices < trainer.devices:
+        text = f"trainer.devices={trainer.devices}, but only {devices} CUDA device(s) are visible"
         return [
             Problem("software", text, "request more from Slurm (--gpus-per-node), or check nvidia-smi on that node")
         ]
     return []
 
 
-def files(config: RunConfig) -> list[Problem]:
+def files(model: ModelConfig, data: DataConfig) -> list[Problem]:
     """Input folders of the configuration that this node cannot read. URLs such as s3://... are not checked."""
     problems = []
-    for key, path in _inputs(config):
+    for key, path in _inputs(model, data):
         if path and "://" not in path and not os.access(path, os.R_OK):
             state = "cannot be read" if os.path.exists(path) else "does not exist"
             fix = f"put it on storage that all nodes share, or set {key}"
@@ -93,8 +93,7 @@ def files(config: RunConfig) -> list[Problem]:
     return problems
 
 
-def _inputs(config: RunConfig) -> Iterator[tuple[str, str]]:
-    model, data = config.model, config.data
+def _inputs(model: ModelConfig, data: DataConfig) -> Iterator[tuple[str, str]]:
     yield "model.language_model.path", model.language_model.path
     yield "model.language_model.checkpoint", model.language_model.checkpoint
     yield "model.restore_from_path", model.restore_from_path

@@ -15,7 +15,7 @@ from checkpoint_tools.exporting import model_files
 from checkpoint_tools.exporting.model_files import write_llama_files
 from checkpoint_tools.importing import llama as importing
 from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import DataConfig
 from megatron_anymal.data.tokenizer import Tokenizer
 
 TEXTS = ["What is <s>this</s>?\n\n  A cat, 1234.", "<|eot_id|> é 日本", "one two"]
@@ -25,10 +25,8 @@ def exported(tokenizer: str, out: Path) -> Path:
     """Write the files of a Llama export other than the weights; return the folder."""
     import torch
 
-    config = RunConfig()
-    config.data.tokenizer = tokenizer
     out.mkdir()
-    write_llama_files(out, config, LlamaConfig(**LLAMA), {"w": (torch.bfloat16, (1,))})
+    write_llama_files(out, tokenizer, LlamaConfig(**LLAMA), {"w": (torch.bfloat16, (1,))})
     return out
 
 
@@ -44,8 +42,7 @@ def test_a_tokenizer_of_any_files_is_written_whole(name: str, tmp_path: Path) ->
         assert found.encode(text) == run.encode(text)
     assert json.loads((out / "generation_config.json").read_text())["bos_token_id"] == run.begin
     if name != "dropout":
-        config = RunConfig()
-        assert compare_chat_ids(out, run, config, llama_only=True) == 5
+        assert compare_chat_ids(out, run, {}, DataConfig()) == 5
 
 
 def test_a_sentencepiece_model_alone_is_carried_along(tmp_path: Path) -> None:
@@ -96,7 +93,7 @@ def test_another_template_than_training_s_is_refused(
     monkeypatch.setattr(model_files, "chat_template", changed)
     out = exported(source, tmp_path / "out")
     with pytest.raises(ChatIdsError, match=r"built-in conversation \d: training produces .*exported chat template"):
-        compare_chat_ids(out, Tokenizer(source), RunConfig(), llama_only=True)
+        compare_chat_ids(out, Tokenizer(source), {}, DataConfig())
 
 
 def test_real_conversations_are_compared(tmp_path: Path) -> None:
@@ -105,14 +102,14 @@ def test_real_conversations_are_compared(tmp_path: Path) -> None:
     config = make_config(data, source, tmp_path / "run")
     out = exported(source, tmp_path / "out")
     # Six of the twelve are text only.
-    assert compare_chat_ids(out, Tokenizer(source), config, llama_only=True) == 5 + 6
+    assert compare_chat_ids(out, Tokenizer(source), {}, config.data) == 5 + 6
     placeholders = {name: section.placeholder for name, section in config.model.modalities.items()}
     model_files._write_tokenizer(out, Tokenizer(source), placeholders)
-    assert compare_chat_ids(out, Tokenizer(source), config, llama_only=False) == 5 + 12
+    assert compare_chat_ids(out, Tokenizer(source), config.model.modalities, config.data) == 5 + 12
     # A tokenizer that splits text differently from the run's.
     body = json.loads((out / "tokenizer.json").read_text())
     body["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\s+|\S+"}
     (out / "tokenizer.json").write_text(json.dumps(body))
     assert AutoTokenizer.from_pretrained(out).encode("1234 a") != Tokenizer(source).hf.encode("1234 a")
     with pytest.raises(ChatIdsError, match="training produces"):
-        compare_chat_ids(out, Tokenizer(source), config, llama_only=False)
+        compare_chat_ids(out, Tokenizer(source), config.model.modalities, config.data)

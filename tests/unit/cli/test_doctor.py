@@ -138,14 +138,14 @@ def test_check_backend_refuses(monkeypatch, changes, model, precision, says):
     for key, value in model.items():
         setattr(config.model, key, value)
     with pytest.raises(ConfigError, match=says):
-        backend.check_backend(config)
+        backend.check_backend(config.model, config.trainer.precision)
 
 
 def test_check_backend_accepts(monkeypatch):
     monkeypatch.setattr(backend, "capabilities", lambda: FAKE)
     config = RunConfig()
     config.model.fp8 = "hybrid"
-    backend.check_backend(config)
+    backend.check_backend(config.model, config.trainer.precision)
 
 
 def test_fp8_is_refused_without_a_card():
@@ -154,7 +154,7 @@ def test_fp8_is_refused_without_a_card():
     config = RunConfig()
     config.model.fp8 = "hybrid"
     with pytest.raises(ConfigError, match=r"model\.fp8=hybrid needs"):
-        backend.check_backend(config)
+        backend.check_backend(config.model, config.trainer.precision)
 
 
 def test_more_processes_than_cards(monkeypatch):

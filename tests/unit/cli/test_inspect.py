@@ -152,7 +152,7 @@ def lengths_and_fill(run_folder: Path, steps: int) -> tuple[np.ndarray, float]:
     from megatron_anymal.config.compose import compose
 
     config: RunConfig = compose("tiny", run_folder, []).config
-    tokenizer, modalities = build_inputs(config)
+    tokenizer, modalities = build_inputs(config.model, config.data)
     layout = ParallelLayout(None, 0, 1, 0, 1, 0, 1, 0, 1)  # type: ignore[arg-type]
     planner: BatchPlanner = build_data(config, layout, tokenizer, modalities, "train").planner
     lengths: dict[int, int] = {}

@@ -65,7 +65,7 @@ def test_shipped_yaml_passes_the_checks(name):
     assert config.data.train
     if name.startswith("pretrain"):
         assert config.data.validation and config.model.modalities
-    assert config.world_size % config.model_parallel_size == 0
+    assert config.world_size % config.model.model_parallel_size == 0
 
 
 @pytest.mark.parametrize("name", sorted(TABLE_11))
@@ -266,9 +266,9 @@ def test_modality_without_encoder_and_dataset_without_path():
 
 def test_max_time():
     config = valid()
-    assert max_time_seconds(config) is None
+    assert max_time_seconds(config.exp_manager) is None
     config.exp_manager.max_time_per_run = "01:02:03:04"
-    assert max_time_seconds(config) == 86400 + 2 * 3600 + 3 * 60 + 4
+    assert max_time_seconds(config.exp_manager) == 86400 + 2 * 3600 + 3 * 60 + 4
 
 
 def test_run_dir():

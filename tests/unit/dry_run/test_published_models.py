@@ -12,7 +12,7 @@ from torch import nn
 from transformers import ClapConfig, ClapModel, LlamaForCausalLM
 
 import megatron_anymal.model.encoders.imu as imu
-from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig, RunConfig
+from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig, ModelConfig
 from megatron_anymal.dry_run.published_models import ENCODERS, LLAMAS, assume_shapes
 from megatron_anymal.modalities.architecture import ARCHITECTURES, transformers_config
 from megatron_anymal.model.llama import read_llama_config
@@ -51,21 +51,21 @@ def size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def assumed_llama(folder: str) -> RunConfig:
-    config = RunConfig()
-    config.model.language_model.path = f"nowhere/{folder}"
-    return assume_shapes(config)[0]
+def assumed_llama(folder: str) -> ModelConfig:
+    model = ModelConfig()
+    model.language_model.path = f"nowhere/{folder}"
+    return assume_shapes(model)[0]
 
 
 def assumed_encoder(kind: str, folder: str) -> EncoderConfig:
-    config = RunConfig()
-    config.model.modalities["media"] = ModalityConfig(encoder=EncoderConfig(type=kind, path=f"nowhere/{folder}"))
-    return assume_shapes(config)[0].model.modalities["media"].encoder
+    model = ModelConfig()
+    model.modalities["media"] = ModalityConfig(encoder=EncoderConfig(type=kind, path=f"nowhere/{folder}"))
+    return assume_shapes(model)[0].modalities["media"].encoder
 
 
 @pytest.mark.parametrize("folder", LLAMA_PARAMETERS)
 def test_llamas_have_their_published_size(folder: str) -> None:
-    hf = read_llama_config(assumed_llama(folder).model.language_model)
+    hf = read_llama_config(assumed_llama(folder).language_model)
     with torch.device("meta"):
         assert size(LlamaForCausalLM(hf)) == LLAMA_PARAMETERS[folder]
 
@@ -104,23 +104,23 @@ def test_every_encoder_is_measured() -> None:
 def test_only_folders_that_are_not_there_are_replaced(tmp_path: Path) -> None:
     there = tmp_path / "clip-vit-large-patch14"
     there.mkdir()
-    config = RunConfig()
-    config.model.language_model.path = "checkpoints/meta-llama-3-8b-INSTRUCT/"
+    model = ModelConfig()
+    model.language_model.path = "checkpoints/meta-llama-3-8b-INSTRUCT/"
     for name, kind, path in (
         ("image", "clip", str(there)),
         ("thermal", "clip", "checkpoints/CLIP-ViT-bigG-14-laion2B-39B-b160k"),
         ("depth", "of_a_plug_in", "checkpoints/depth"),
         ("audio", "identity", ""),
     ):
-        config.model.modalities[name] = ModalityConfig(encoder=EncoderConfig(type=kind, path=path))
-    before = copy.deepcopy(config)
-    assumed, notes = assume_shapes(config)
-    assert config == before
-    lm, encoders = assumed.model.language_model, {name: m.encoder for name, m in assumed.model.modalities.items()}
+        model.modalities[name] = ModalityConfig(encoder=EncoderConfig(type=kind, path=path))
+    before = copy.deepcopy(model)
+    assumed, notes = assume_shapes(model)
+    assert model == before
+    lm, encoders = assumed.language_model, {name: m.encoder for name, m in assumed.modalities.items()}
     assert (lm.path, lm.load_weights, lm.config["hidden_size"]) == ("", False, 4096)
     assert encoders["thermal"].path == "" and encoders["thermal"].config["num_hidden_layers"] == 48
     for name in ("image", "depth", "audio"):
-        assert encoders[name] == before.model.modalities[name].encoder
+        assert encoders[name] == before.modalities[name].encoder
     assert notes == [
         "checkpoints/meta-llama-3-8b-INSTRUCT/ is not on this machine: taken as Llama-3 8B's published shape",
         "checkpoints/CLIP-ViT-bigG-14-laion2B-39B-b160k is not on this machine: taken as OpenCLIP ViT-bigG/14's "
@@ -129,8 +129,8 @@ def test_only_folders_that_are_not_there_are_replaced(tmp_path: Path) -> None:
 
 
 def test_the_shapes_handed_out_are_copies() -> None:
-    assumed_llama("Llama-3.1-8B").model.language_model.config["rope_parameters"]["factor"] = 1.0
-    assert assumed_llama("Llama-3.1-8B").model.language_model.config["rope_parameters"]["factor"] == 8.0
+    assumed_llama("Llama-3.1-8B").language_model.config["rope_parameters"]["factor"] = 1.0
+    assert assumed_llama("Llama-3.1-8B").language_model.config["rope_parameters"]["factor"] == 8.0
 
 
 def test_an_unknown_name_says_what_a_dry_run_needs() -> None:

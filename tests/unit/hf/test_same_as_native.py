@@ -26,10 +26,9 @@ from megatron_anymal.train.build import build_inputs
 def native(config: RunConfig, rows: list[list[int]], media: dict[str, Tensor]) -> dict[str, Any]:
     """In a rank: logits of documents, and the weights of encoders and projectors."""
     layout = initialize(config)
-    _, modalities = build_inputs(config)
-    [model] = build_models(
-        config, read_llama_config(config.model.language_model), layout, modalities, lambda models: None
-    )
+    _, modalities = build_inputs(config.model, config.data)
+    hf = read_llama_config(config.model.language_model)
+    [model] = build_models(config.model, config.trainer.precision, hf, layout, modalities, lambda models: None)
     model.eval()
     # Buffers that a frozen encoder may come with.
     for name, buffer in model.encoders.named_buffers():

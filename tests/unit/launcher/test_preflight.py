@@ -207,15 +207,15 @@ def test_what_hangs_and_what_fails() -> None:
 def test_software(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_anymal import backend, environment
 
-    assert node_checks.software(config) == []
+    assert node_checks.software(config.model, config.trainer) == []
     config.model.fp8 = "hybrid"
     if not backend.capabilities().fp8:
-        (problem,) = node_checks.software(config)
+        (problem,) = node_checks.software(config.model, config.trainer)
         assert "model.fp8=hybrid needs" in problem.text
     missing = environment.Finding("psutil", "-", environment.MISSING, True, "cost", "pip install psutil")
     optional = environment.Finding("s3fs", "-", environment.MISSING, False, "cost", "pip install s3fs")
     monkeypatch.setattr(environment, "examine", lambda: [missing, optional])
-    (problem,) = node_checks.software(config)
+    (problem,) = node_checks.software(config.model, config.trainer)
     assert (problem.text, problem.fix) == ("psutil -: missing", "pip install psutil")
 
 

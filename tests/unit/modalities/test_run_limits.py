@@ -16,9 +16,9 @@ from megatron_anymal.train.build import build_inputs, loaded_modalities
 def test_a_samples_media_are_held_to_the_runs_limits(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.data.limits.max_pixels = 63
-    tokenizer, modalities = build_inputs(config)
+    tokenizer, modalities = build_inputs(config.model, config.data)
     assert all(modality.limits is config.data.limits for modality in modalities.values())
-    loaded = loaded_modalities(config, tokenizer, modalities)
+    loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)
     index = ShardIndex(mixed_shards)
     pictured = next(n for n in range(40) if "image" in {item.part.modality for item in _media(index, n)})
     reading = Reading(tokenizer, {entry: loaded[entry].modality for entry in loaded}, loaded)

@@ -213,7 +213,7 @@ def run_layer(config: RunConfig, case: LayerCase) -> dict[str, Any]:
     config.model.sequence_parallel = case.sequence_parallel
     layout = initialize(config)
     hf = read_llama_config(config.model.language_model)
-    gpt = build_gpt(hf, transformer_config(hf, config), "local")
+    gpt = build_gpt(hf, transformer_config(config.model, config.trainer.precision, hf), "local")
     for parameter in gpt.parameters():
         nn.init.normal_(parameter, std=0.1).requires_grad_(not case.frozen)
     layer = gpt.decoder.layers[0].train()
@@ -279,8 +279,8 @@ def soft_token_bytes(config: RunConfig, depths: Sequence[int], freeze: bool) -> 
         config.model.modalities = {"image": image}
         layout = initialize(config)
         hf = read_llama_config(config.model.language_model)
-        _, modalities = build_inputs(config)
-        [model] = build_models(config, hf, layout, modalities, lambda models: None)
+        _, modalities = build_inputs(config.model, config.data)
+        [model] = build_models(config.model, config.trainer.precision, hf, layout, modalities, lambda models: None)
         media = MediaBatch(torch.randn(7, 3, 8, 8), ((7,),), torch.arange(14))
         nothing = torch.zeros(1, 14, dtype=torch.int64)
         micro_batch = MicroBatch(

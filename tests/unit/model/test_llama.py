@@ -109,7 +109,8 @@ def built(folder: str, tp: int = 1, pp: int = 1) -> AnyMALModel:
     """In a rank: the model of a folder."""
     config = config_of(folder, tp, pp)
     layout = initialize(config)
-    [model] = build_models(config, read_llama_config(config.model.language_model), layout, {}, lambda models: None)
+    hf = read_llama_config(config.model.language_model)
+    [model] = build_models(config.model, config.trainer.precision, hf, layout, {}, lambda models: None)
     return model.eval()
 
 
@@ -256,7 +257,7 @@ def test_unknown_keys_and_sizes_that_do_not_divide(folders: dict[str, str]) -> N
     ],
 )
 def test_layers_of_pipeline_stages(layers: int, stages: int, first: int, last: int, found: list[int]) -> None:
-    assert layers_of_stages(LlamaConfig(num_hidden_layers=layers), staged(stages, first, last)) == found
+    assert layers_of_stages(staged(stages, first, last).model, LlamaConfig(num_hidden_layers=layers)) == found
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_layers_that_do_not_divide(layers: int, stages: int, first: int, last: i
     config = staged(stages, first, last)
     config.model.virtual_pipeline_model_parallel_size = parts
     with pytest.raises(ConfigError, match=says):
-        check_model(LlamaConfig(num_hidden_layers=layers), config)
+        check_model(config.model, config.trainer.precision, LlamaConfig(num_hidden_layers=layers))
 
 
 def staged(stages: int, first: int, last: int) -> RunConfig:

@@ -65,7 +65,7 @@ def run(case: tuple[int, bool, bool, bool], tp: int) -> list[Any]:
     config.data.tokenizer = "unused"
     initialize(config)
     hf = read_llama_config(config.model.language_model)
-    gpt = build_gpt(hf, transformer_config(hf, config), "local").double()
+    gpt = build_gpt(hf, transformer_config(config.model, config.trainer.precision, hf), "local").double()
     rank, rows = parallel_state.get_tensor_model_parallel_rank(), -(-vocabulary // tp)
     # Padding rows of the vocabulary must have no effect.
     whole = torch.cat([drawn(vocabulary, H, seed=2), torch.full((rows * tp - vocabulary, H), 3.0)])

@@ -194,7 +194,8 @@ def built(folder: str, tp: int = 1, sp: bool = False, pp: int = 1, recompute: tu
     config.model.language_model.path = folder
     config.data.tokenizer = "unused"
     layout = initialize(config)
-    [model] = build_models(config, read_llama_config(config.model.language_model), layout, {}, lambda models: None)
+    hf = read_llama_config(config.model.language_model)
+    [model] = build_models(config.model, config.trainer.precision, hf, layout, {}, lambda models: None)
     return model
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from ranks import run_ranks
+from sizes import sizes_of
 from torch import Tensor, nn
 
 from benchmarks.measuring import saved_for_backward
@@ -26,7 +27,6 @@ from megatron_anymal.model.lm_head import label_losses
 from megatron_anymal.model.memory.language_model import Pack, Recompute, held, kept_by_head, kept_by_layers, peak
 from megatron_anymal.model.memory.media import encoder_sizes, media_bytes
 from megatron_anymal.parallel import initialize
-from megatron_anymal.train.auto_recompute import run_sizes
 from megatron_anymal.train.build import build
 from megatron_anymal.train.step import train_step
 
@@ -101,7 +101,7 @@ def kept_and_counted(case: Case) -> tuple[int, int]:
     config = make_config(case)
     layout = initialize(config)
     hf = read_llama_config(config.model.language_model)
-    [model] = build_models(config, hf, layout, {}, lambda models: None)
+    [model] = build_models(config.model, config.trainer.precision, hf, layout, {}, lambda models: None)
     model.train()
     lengths = DOCUMENTS[case.documents]
     tokens = sum(lengths) // case.context
@@ -119,7 +119,7 @@ def kept_and_counted(case: Case) -> tuple[int, int]:
     shared = [*pack.rotation, *(v for b in pack.kernel._buckets for v in vars(b).values() if isinstance(v, Tensor))]
     shared += [t for t in (pack.kernel._from_buckets, pack.from_gathered) if t is not None]
     kept, _ = saved_for_backward(forward, [*model.parameters(), *shared])
-    llama = run_sizes(config, hf, {}).llama
+    llama = sizes_of(config, {}).llama
     queries, keys = padded_sizes(pack.kernel)
     sizes = Pack(tokens, len(labels), queries, keys)
     counted = kept_by_layers(llama, sizes, range(hf.num_hidden_layers), case.recompute) + kept_by_head(llama, sizes)
@@ -196,7 +196,7 @@ def media_kept_and_counted(encoder: str, projector: str, freeze: bool, precision
     layout = initialize(config)
     hf = read_llama_config(config.model.language_model)
     modality = build_modality("media", section)
-    [model] = build_models(config, hf, layout, {"media": modality}, lambda models: None)
+    [model] = build_models(config.model, config.trainer.precision, hf, layout, {"media": modality}, lambda models: None)
     pieces = 6
     own, count = pieces // tensor, section.projector.num_tokens
     media = MediaBatch(torch.randn(own, *modality.piece_shape), ((own,) * tensor,), torch.arange(pieces * count))
@@ -296,7 +296,7 @@ def test_stored_bytes_are_those_of_a_dry_run(layout: tuple[int, int, int], train
     config.model.modalities["image"].placeholder = "<|reserved_special_token_0|>"
     config.data.tokenizer = str(tmp_path / "none")
     modalities = {"image": build_modality("image", config.model.modalities["image"])}
-    sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
+    sizes = sizes_of(config, modalities)
     for number, stage in enumerate(examine(config).stages):
         counted = held(sizes, number, Recompute())
         assert (counted.weights, counted.gradients) == (stage.weight_bytes, stage.gradient_bytes), number

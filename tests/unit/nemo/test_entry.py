@@ -88,7 +88,7 @@ def test_lightnings_loop_is_refused(folder):
     from megatron_anymal.nemo.model import MegatronAnyMALModel
 
     config = make_config("data", "tokenizer", folder / "unused")
-    trainer = unfitted_trainer(config)
+    trainer = unfitted_trainer(config.trainer.max_steps)
     model = MegatronAnyMALModel(config, trainer)
     with pytest.raises(RuntimeError, match=r"Call model\.fit\(\)"):
         trainer.fit(model)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from engine import train
 from ranks import run_ranks
+from sizes import sizes_of
 from tiny import make_config
 
 from megatron_anymal.config import ConfigError, RunConfig
@@ -20,7 +21,7 @@ from megatron_anymal.model.llama import check_model, read_llama_config
 from megatron_anymal.model.memory.language_model import LlamaSizes, Pack, PipelineChunk, Recompute, RunSizes, held
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train import auto_recompute
-from megatron_anymal.train.auto_recompute import candidates, choose, fit_recompute, repeated_share, run_sizes
+from megatron_anymal.train.auto_recompute import candidates, choose, fit_recompute, repeated_share
 from megatron_anymal.train.build import build_inputs
 
 # Llama-3 8B on two pipeline stages of two chunks each.
@@ -97,7 +98,7 @@ def test_a_method_that_megatron_core_cannot_run_is_refused() -> None:
     config.model.recompute_granularity, config.model.recompute_num_layers = "full", 3
     config.model.language_model.config = {"num_hidden_layers": 4}
     with pytest.raises(ConfigError, match="recompute_num_layers=3 does not divide the 4 layers"):
-        check_model(read_llama_config(config.model.language_model), config)
+        check_model(config.model, config.trainer.precision, read_llama_config(config.model.language_model))
 
 
 @pytest.fixture
@@ -109,17 +110,18 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
 
 def memory_for(config: RunConfig, wanted: Recompute) -> float:
     """Memory in GB in which a recompute setting just fits."""
-    _, modalities = build_inputs(config)
-    sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
+    _, modalities = build_inputs(config.model, config.data)
+    sizes = sizes_of(config, modalities)
     return (most(sizes, wanted) + 1) / 1e9
 
 
 def choose_with(config: RunConfig, sizes: list[int]) -> Any:
     layout = initialize(config)
-    auto_recompute.memory_to_fit = lambda config: sizes[layout.rank]
-    _, modalities = build_inputs(config)
-    chosen, said = fit_recompute(config, read_llama_config(config.model.language_model), modalities, layout)
-    return chosen.model.recompute_granularity, chosen.model.recompute_num_layers, said
+    auto_recompute.memory_to_fit = lambda memory_gb, devices: sizes[layout.rank]
+    _, modalities = build_inputs(config.model, config.data)
+    run = sizes_of(config, modalities)
+    chosen, said = fit_recompute(config.model, config.trainer.devices, run, layout.device)
+    return chosen.recompute_granularity, chosen.recompute_num_layers, said
 
 
 def test_the_smallest_card_decides_for_every_rank(config: RunConfig) -> None:
@@ -147,8 +149,8 @@ def test_a_chosen_recompute_changes_no_bit(stages: int, trains: str, config: Run
     if trains == "lora":
         config.model.lora.r, config.model.lora.dropout = 4, 0.1
     without = run_ranks(stages, train, config)[0]
-    _, modalities = build_inputs(config)
-    sizes = run_sizes(config, read_llama_config(config.model.language_model), modalities)
+    _, modalities = build_inputs(config.model, config.data)
+    sizes = sizes_of(config, modalities)
     totals = {one: most(sizes, one) for one in candidates(sizes)}
     # Settings that are chosen for some memory size: no cheaper one needs as little.
     taken = [one for one in totals if choose(sizes, totals[one]).recompute == one and one.granularity]
