@@ -21,7 +21,7 @@ from megatron_anymal.train.step import train_step
 
 # Adapters start with B = 0, so only the second step has gradients of A.
 STEPS = 2
-LAYERS: int = LLAMA["num_hidden_layers"]
+LAYERS = LLAMA["num_hidden_layers"]
 # Method and number of layers.
 FULL = [("uniform", 1), ("uniform", 2), ("block", 1), ("block", LAYERS)]
 

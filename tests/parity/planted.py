@@ -338,7 +338,7 @@ BUGS = (
     Bug("no gradient reaches the projectors through a frozen Llama", _frozen_llama_passes_no_gradient, Layout()),
     Bug("gradient of each step's first micro-batch dropped", _first_micro_batch_dropped, Layout()),
     Bug(
-        "only the last micro-batch's gradient kept if lengths change (pipeline)",
+        "only the last micro-batch's gradient kept if lengths change in a pipeline",
         _only_last_micro_batch_kept,
         dataclasses.replace(_SFT, pipeline=2),
     ),
