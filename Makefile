@@ -22,7 +22,8 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m examples.quickstart --install-seconds $$(cat $(INSTALLED))
 
 # What has a clock of its own (how soon a hang is found) runs by itself; the rest two at a time.
-ALONE := tests/faults tests/slurm
+ALONE := $(wildcard tests/faults/test_launch*.py tests/faults/test_sigkill*.py) \
+	tests/faults/test_rank_faults.py tests/faults/test_rank_heartbeat.py tests/faults/test_rank_signals.py tests/slurm
 BESIDE := -n 2 --dist loadfile $(ALONE:%=--ignore=%)
 
 # Both parts run and report, even if the first one fails.

@@ -20,6 +20,19 @@ def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfi
     return make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[bool, list[float]]:
+    """Losses of the whole run on one process, with a frozen Llama (True) and a trained one (False)."""
+    found = {}
+    for freeze in (True, False):
+        config = make_config(mixed_shards, tokenizer_folder, tmp_path_factory.mktemp("whole"))
+        config.model.language_model.freeze = freeze
+        found[freeze] = run_ranks(1, train, config)[0]["losses"]
+    return found
+
+
 def stopped_and_continued(config: RunConfig, first: dict[str, int], second: dict[str, int]) -> list[float]:
     """Train 3 steps under one layout and 3 more under another, and return all six losses."""
     for steps, layout in ((3, first), (6, second)):
@@ -51,12 +64,9 @@ def test_resume_of_every_optimizer_is_bit_identical(
 
 
 @pytest.mark.parametrize("freeze", [True, False])
-def test_resume_is_bit_identical(config: RunConfig, tmp_path: Path, freeze: bool) -> None:
+def test_resume_is_bit_identical(config: RunConfig, undisturbed: dict[bool, list[float]], freeze: bool) -> None:
     config.model.language_model.freeze = freeze
-    whole = copy.deepcopy(config)
-    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
-    undisturbed = run_ranks(1, train, whole)[0]["losses"]
-    assert stopped_and_continued(config, {}, {}) == undisturbed
+    assert stopped_and_continued(config, {}, {}) == undisturbed[freeze]
 
 
 def test_resume_with_several_buckets_is_bit_identical(config: RunConfig, tmp_path: Path) -> None:
@@ -91,13 +101,14 @@ def test_a_tied_trainable_head_is_the_same_over_pipeline_stages(config: RunConfi
 )
 @pytest.mark.parametrize("freeze", [True, False])
 def test_resume_under_another_layout(
-    config: RunConfig, tmp_path: Path, first: dict[str, int], second: dict[str, int], freeze: bool
+    config: RunConfig,
+    undisturbed: dict[bool, list[float]],
+    first: dict[str, int],
+    second: dict[str, int],
+    freeze: bool,
 ) -> None:
     config.model.language_model.freeze = freeze
-    whole = copy.deepcopy(config)
-    whole.exp_manager.explicit_log_dir = str(tmp_path / "whole")
-    undisturbed = run_ranks(1, train, whole)[0]["losses"]
-    np.testing.assert_allclose(stopped_and_continued(config, first, second), undisturbed, rtol=1e-5)
+    np.testing.assert_allclose(stopped_and_continued(config, first, second), undisturbed[freeze], rtol=1e-5)
 
 
 def test_another_seed_is_refused_at_resume(config: RunConfig) -> None:

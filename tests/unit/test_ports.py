@@ -5,7 +5,9 @@ from __future__ import annotations
 import socket
 from pathlib import Path
 
+import ports as drawn
 from ports import free_ports
+from ranks import run_ranks
 
 
 def test_free_ports() -> None:
@@ -19,3 +21,14 @@ def test_free_ports() -> None:
     for port in ports:
         with socket.create_server(("127.0.0.1", port)):
             pass
+
+
+def drawable(ports: list[int]) -> list[int]:
+    """In another process: those of the ports that it could draw."""
+    return [port for port in ports if drawn._reserve(port)]
+
+
+def test_another_process_never_draws_the_same() -> None:
+    ports = free_ports(20)
+    assert run_ranks(1, drawable, ports) == [[]]
+    assert not any(drawn._reserve(port) for port in ports)

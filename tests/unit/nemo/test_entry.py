@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fork_server import Interpreter
+from ports import free_port
 from tiny import make_config, make_shards, make_tokenizer
 
 from megatron_anymal.config import ConfigError, RunConfig
@@ -28,13 +30,22 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def anymal(folder: Path, *arguments: str, processes: int) -> subprocess.CompletedProcess[str]:
-    """Run `pretrain` under torchrun from another working directory."""
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "-m"]
-    command = [*launch, "megatron_anymal", "pretrain", f"--config-path={folder}", "--config-name=tiny", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=280)
+def anymal(folder: Path, *arguments: str) -> tuple[str, str]:
+    """Run `pretrain` on two processes from another working directory; return their output and errors.
+
+    Rank 0 is a new interpreter, so that what libraries write when they are imported would be seen. Rank 1 is a fork.
+    """
+    command = ["-m", "megatron_anymal", "pretrain", f"--config-path={folder}", "--config-name=tiny", *arguments]
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    first, second = ({**os.environ, **job, "RANK": rank, "LOCAL_RANK": rank} for rank in "01")
+    files = folder / "out", folder / "err"
+    other = Interpreter(*command, output=files, cwd=folder, environment=second)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=first, capture_output=True, text=True, timeout=200
+    )
+    out, err = (file.read_text() for file in files)
+    assert done.returncode == 0 and other.wait(60) == 0, done.stderr[-3000:] + err[-3000:]
+    return done.stdout + out, done.stderr + err
 
 
 def logged_steps(run: Path) -> list[int]:
@@ -44,11 +55,10 @@ def logged_steps(run: Path) -> list[int]:
 def test_two_processes_leave_one_run_folder_with_tensorboard(folder):
     run = folder / "two"
     given = ["trainer.devices=2", "model.tensor_model_parallel_size=2", f"exp_manager.explicit_log_dir={run}"]
-    done = anymal(folder, *given, processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+    printed, errors = anymal(folder, *given)
     # Only the run writes to the console: messages of libraries at startup are silenced.
-    assert done.stderr == "" and all(
-        line.startswith(("step ", "saved ", "waiting for ", "2 process(es)")) for line in done.stdout.splitlines()
+    assert errors == "" and all(
+        line.startswith(("step ", "saved ", "waiting for ", "2 process(es)")) for line in printed.splitlines()
     )
     assert sorted(set(logged_steps(run))) == [1, 2]
     events = list(run.rglob("events.out.tfevents.*"))
