@@ -25,6 +25,9 @@ class CLAPEncoder(Encoder):
 
     Features are those of the last stage, [n, width, bands, times] read as bands x times tokens. An audio window is
     never longer than the encoder's input, so a CLAP with fusion takes its single-view path.
+
+    Raises:
+        ConfigError: the modality's pieces have another shape.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
@@ -72,9 +75,10 @@ class CLAPEncoder(Encoder):
         return self._last_stage(pieces.to(self.dtype)).contiguous()
 
     def flops_per_piece(self) -> float:
-        """Patch embedding + per stage (2 n x linear weights + 4 n window^2 width per layer) + patch merging.
+        """Operations: patch embedding + the stages + patch merging.
 
-        n halves along both sides from stage to stage; patch merging runs on its output tokens.
+        A stage takes 2 n x linear weights, plus 4 n window^2 width per layer, for n tokens. n halves along both sides
+        from stage to stage; patch merging runs on its output tokens.
         """
         sizes = self._stage_sizes()
         total = convolution_flops(self.encoder.patch_embed.proj, math.prod(sizes[0]))

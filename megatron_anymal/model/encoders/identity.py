@@ -13,7 +13,11 @@ from megatron_anymal.model.encoders.base import Encoder, register_encoder
 
 @register_encoder("identity")
 class IdentityEncoder(Encoder):
-    """Returns a piece [..., width] as features: the last dimension is their width, the others are flattened."""
+    """Returns a piece [..., width] as features: the last dimension is their width, the others are flattened.
+
+    Raises:
+        ConfigError: a path or shape is configured, or pieces have fewer than two dimensions.
+    """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
         super().__init__(config, piece_shape)
@@ -33,5 +37,5 @@ class IdentityEncoder(Encoder):
         return pieces.to(self.dtype).reshape(pieces.shape[0], self.feature_tokens, self.width)
 
     def flops_per_piece(self) -> float:
-        """0: there are no matrix products."""
+        """0 operations: there are no matrix products."""
         return 0.0

@@ -22,6 +22,9 @@ class VisionTransformer(Encoder):
 
     Features are the patch tokens of the last hidden state, without the class token; a video's frames are concatenated
     to T x patches features.
+
+    Raises:
+        ConfigError: the modality's pieces have another shape.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
@@ -58,7 +61,7 @@ class VisionTransformer(Encoder):
         return features.reshape(pieces.shape[0], self.feature_tokens, self.width)
 
     def flops_per_piece(self) -> float:
-        """Frames x (patch embedding + layers x (2 n x linear weights + 4 n^2 width)), n = patches + 1."""
+        """Operations: frames x (patch embedding + layers x (2 n x linear weights + 4 n^2 width)), n = patches + 1."""
         tokens = self.patches + 1
         layers = self.model.config.num_hidden_layers
         transformer = linear_flops(self.model.encoder, tokens) + layers * attention_flops(tokens, tokens, self.width)

@@ -1,0 +1,137 @@
+"""Exceptions that a function raises, as far as the source of its module shows, read with `ast`.
+
+Counted are raise statements in the body and in the private functions and methods of the same module that it calls,
+less those that an enclosing `try` or `suppress` catches.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+from docstring_rules import Function, modules, tree
+
+
+@cache
+def ancestors() -> dict[str, set[str]]:
+    """Exception class -> its base classes, itself included: those of the package and Python's own."""
+    bases = {
+        node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases]
+        for module in modules()
+        for node in tree(module).body
+        if isinstance(node, ast.ClassDef)
+    }
+    found = {
+        name: {x.__name__ for x in value.__mro__}
+        for name, value in vars(builtins).items()
+        if isinstance(value, type) and issubclass(value, BaseException)
+    }
+
+    def chain(name: str) -> set[str]:
+        return found.get(name) or {name}.union(*(chain(base) for base in bases.get(name, ())))
+
+    return found | {name: chain(name) for name in bases if "BaseException" in chain(name)}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a statement stands."""
+
+    # Class of the method; "" in a function.
+    owner: str
+    # Functions on the way here.
+    calls: frozenset[str]
+    # Name of a caught exception -> its types, and those of the handler around the statement.
+    caught: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    handled: tuple[str, ...] = ()
+
+
+class Raised:
+    """What the functions of one module raise."""
+
+    def __init__(self, module: str) -> None:
+        self.functions: dict[str, Function] = {}
+        # Names of tuples of exceptions.
+        self._groups: dict[str, ast.Tuple] = {}
+        for node in tree(module).body:
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
+                self._groups[ast.unparse(node.targets[0])] = node.value
+            for x in node.body if isinstance(node, ast.ClassDef) else [node]:
+                if isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    owner = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
+                    self.functions[f"{owner}{x.name}"] = x
+
+    @staticmethod
+    @cache
+    def of(module: str) -> Raised:
+        """The functions of a module, which is read once."""
+        return Raised(module)
+
+    def by(self, name: str, calls: frozenset[str] = frozenset()) -> set[str]:
+        """Names of the exceptions that a function, or a method as "Class.method", lets out."""
+        if name in calls:
+            return set()
+        return self._in(self.functions[name].body, _Place(name.rpartition(".")[0], calls | {name}))
+
+    def _in(self, nodes: Iterable[ast.AST], place: _Place) -> set[str]:
+        return set().union(*(self._by_statement(node, place) for node in nodes))
+
+    def _by_statement(self, node: ast.AST, place: _Place) -> set[str]:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() | ast.ClassDef():
+                return set()
+            case ast.Try():
+                return self._by_try(node, place)
+            case ast.With():
+                calls = [x.context_expr for x in node.items if isinstance(x.context_expr, ast.Call)]
+                hidden = {ast.unparse(a) for c in calls if ast.unparse(c.func).endswith("suppress") for a in c.args}
+                return _less(self._in(node.items, place) | self._in(node.body, place), hidden)
+            case ast.If(test=ast.Call(func=ast.Name("isinstance"), args=[ast.Name(x), kind])) if x in place.caught:
+                narrowed = dataclasses.replace(place, handled=self._types(kind))
+                return self._in(node.body, narrowed) | self._in(node.orelse, place)
+        found = self._in(ast.iter_child_nodes(node), place)
+        if isinstance(node, ast.Raise):
+            found |= self._raised(node.exc, place)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).replace("self.", f"{place.owner}.").replace("cls.", f"{place.owner}.")
+            if name.rpartition(".")[2].startswith("_") and name in self.functions:
+                found |= self.by(name, place.calls)
+        return found
+
+    def _by_try(self, node: ast.Try, place: _Place) -> set[str]:
+        found = self._in(node.body, place)
+        for handler in node.handlers:
+            types = self._types(handler.type)
+            names = {**place.caught, **({handler.name: types} if handler.name else {})}
+            within = self._in(handler.body, dataclasses.replace(place, caught=names, handled=types))
+            found = _less(found, set(types)) | within
+        return found | self._in([*node.orelse, *node.finalbody], place)
+
+    def _raised(self, exc: ast.expr | None, place: _Place) -> set[str]:
+        """Types of `raise exc`, if they can be told; of a function that makes the exception, what it returns."""
+        if exc is None:
+            return set(place.handled) & ancestors().keys()
+        name = ast.unparse(exc.func if isinstance(exc, ast.Call) else exc).rpartition(".")[2]
+        if name in place.caught:
+            return set(place.caught[name]) & ancestors().keys()
+        maker = self.functions.get(f"{place.owner}.{name}", self.functions.get(name))
+        if isinstance(exc, ast.Call) and maker and maker.returns:
+            name = ast.unparse(maker.returns)
+        return {name} & ancestors().keys()
+
+    def _types(self, node: ast.expr | None) -> tuple[str, ...]:
+        """Names of the exceptions in an `except` clause or an isinstance."""
+        if isinstance(node, ast.Tuple):
+            return tuple(name for x in node.elts for name in self._types(x))
+        if isinstance(node, ast.Starred):
+            return self._types(node.value)
+        name = ast.unparse(node) if node else "BaseException"
+        return self._types(self._groups[name]) if name in self._groups else (name.rpartition(".")[2],)
+
+
+def _less(found: set[str], caught: set[str]) -> set[str]:
+    return {name for name in found if not ancestors()[name] & caught}
