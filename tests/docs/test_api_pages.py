@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import griffe
 import pytest
 from docstring_rules import (
     ROOT,
@@ -103,7 +104,6 @@ def test_exceptions_are_needed() -> None:
 
 
 def test_comments_appear_on_the_pages() -> None:
-    griffe = pytest.importorskip("griffe", reason="mkdocstrings is not installed (make docs)")
     extensions = griffe.load_extensions(str(ROOT / "docs" / "field_comments.py"))
     package = griffe.load("megatron_anymal", search_paths=[ROOT], extensions=extensions, allow_inspection=False)
     for name in api_modules():
