@@ -24,7 +24,8 @@ quickstart: $(INSTALLED)
 # What has a clock of its own (how soon a hang is found) runs by itself; the rest two at a time.
 ALONE := $(wildcard tests/faults/test_launch*.py tests/faults/test_sigkill*.py) \
 	tests/faults/test_rank_faults.py tests/faults/test_rank_heartbeat.py tests/faults/test_rank_signals.py tests/slurm
-BESIDE := -n 2 --dist loadfile $(ALONE:%=--ignore=%)
+# In the order of the folders: the many short tests come last and keep both busy to the end.
+BESIDE := -n 2 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%)
 
 # Both parts run and report, even if the first one fails.
 define RUN_TESTS

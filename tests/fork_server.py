@@ -19,6 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import forks
+from ports import free_port
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["fork_server_imports"])
@@ -109,6 +110,20 @@ def python(
             process.process.kill()
             process.process.join()
         return subprocess.CompletedProcess(process.command, code, out.read_text(), err.read_text())
+
+
+def job(*words: object, world: int, log: Path, cwd: Path) -> list[Interpreter]:
+    """Start `world` ranks of a command as torchrun does. Rank 0 writes to `log`, the others beside it."""
+    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [
+        Interpreter(
+            *words,
+            output=[log.with_suffix(f".{rank}") if rank else log],
+            cwd=cwd,
+            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
 
 
 def _interpret(command: list[str], files: list[str], cwd: str, environment: dict[str, str]) -> None:

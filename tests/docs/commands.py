@@ -31,10 +31,10 @@ def commands(text: str) -> list[str]:
 def run(command: str, folder: Path) -> str:
     """Run a command that starts with anymal, python or torchrun, with this Python; return what it printed."""
     words = shlex.split(command.replace(".venv/bin/", ""))
-    if words[0] == "torchrun" or words[:2] == ["anymal", "launch"]:
+    if words[0] == "torchrun":
+        return _ranks(command, words, folder)
+    if words[:2] == ["anymal", "launch"]:
         module = ["-m", "megatron_anymal", *words[1:]]
-        if words[0] == "torchrun":
-            module = ["-m", "torch.distributed.run", "--standalone", *words[1:]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [sys.executable, *module], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
@@ -45,3 +45,16 @@ def run(command: str, folder: Path) -> str:
     done = fork_server.python(*arguments, cwd=folder)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stderr + done.stdout
+
+
+def _ranks(command: str, words: list[str], folder: Path) -> str:
+    """Run `torchrun --nproc-per-node=N ...` without its agent, which other tests use; return what rank 0 printed."""
+    world = int(words[1].removeprefix("--nproc-per-node="))
+    log = folder / "rank_0.log"
+    ranks = fork_server.job(*words[2:], world=world, log=log, cwd=folder)
+    try:
+        assert [rank.wait(240) for rank in ranks] == [0] * world, f"{command}\n{log.read_text()}"
+    finally:
+        for rank in ranks:
+            rank.process.kill()
+    return log.read_text()

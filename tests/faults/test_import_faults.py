@@ -8,8 +8,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 import types
 from collections import namedtuple
@@ -19,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from fork_server import Interpreter
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,7 +27,6 @@ from checkpoint_tools.importing import llama as import_llama
 from megatron_anymal import safetensors_io
 from megatron_anymal.checkpoint import store
 
-ROOT = Path(__file__).parents[2]
 INDEX = "model.safetensors.index.json"
 # The import, slowed down while it writes each file.
 SLOW = """
@@ -74,14 +72,14 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def start_slow(source: Path, out: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", SLOW, "--hf", str(source), "--out", str(out), "--processes", "2"],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start_slow(source: Path, out: Path) -> Interpreter:
+    words = ["-c", SLOW, "--hf", source, "--out", out, "--processes", "2"]
+    return Interpreter(*words, output=[out.with_suffix(".log")])
+
+
+def kill(process: Interpreter) -> None:
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(60) == -signal.SIGKILL
 
 
 def wait_for_records(staging: Path, count: int) -> None:
@@ -96,8 +94,7 @@ def test_killed_and_started_again_it_goes_on(source: Path, tmp_path: Path, capsy
     process = start_slow(source, out)
     staging = tmp_path / ".out.importing"
     wait_for_records(staging, 3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill(process)
     assert not out.exists() and len(list((staging / "checkpoint").glob("*.distcp"))) > 3
     kept = {path: path.stat().st_mtime_ns for path in (staging / "checkpoint").glob("*.distcp")}
     done = {path.stem for path in (staging / "records").glob("*.json")}
@@ -117,8 +114,7 @@ def test_a_source_that_changed_meanwhile_starts_afresh(
     out = tmp_path / "out"
     process = start_slow(source, out)
     wait_for_records(tmp_path / ".out.importing", 2)
-    process.kill()
-    process.communicate()
+    kill(process)
     for file in source.glob("*.safetensors"):
         tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
         save_file(tensors, file, metadata={"format": "pt"})
@@ -140,12 +136,12 @@ def test_adapters_beside_the_weights_are_told_of(
 def test_two_imports_at_once(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     process = start_slow(source, tmp_path / "out")
     wait_for_records(tmp_path / ".out.importing", 1)
-    process.send_signal(signal.SIGSTOP)
+    os.kill(process.pid, signal.SIGSTOP)
     try:
         assert import_hf(["--hf", str(source), "--out", str(tmp_path / "out")]) == 2
         assert "Another import is writing" in capsys.readouterr().err
     finally:
-        process.send_signal(signal.SIGCONT)
+        os.kill(process.pid, signal.SIGCONT)
     assert process.wait(240) == 0
     store.read_manifest(tmp_path / "out", verify=True)
 

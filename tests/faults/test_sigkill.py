@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import time
 from collections import Counter
@@ -18,8 +17,7 @@ import psutil
 import pytest
 import yaml
 from engine import train
-from fork_server import Interpreter
-from ports import free_port
+from fork_server import Interpreter, job
 from ranks import run_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -58,21 +56,11 @@ def options(run: Path, processes: int) -> list[str]:
     ]
 
 
-def start(folder: Path, run: Path, job: str, processes: int, log: Path, *overrides: str) -> list[Interpreter]:
-    """Start the ranks of `anymal JOB` with FOLDER/tiny.yaml. The file of rank 0's output is `log`."""
-    command = ["-m", "megatron_anymal", job, f"--config-path={folder}", "--config-name=tiny"]
+def start(folder: Path, run: Path, verb: str, processes: int, log: Path, *overrides: str) -> list[Interpreter]:
+    """Start the ranks of `anymal VERB` with FOLDER/tiny.yaml. The file of rank 0's output is `log`."""
+    command = ["-m", "megatron_anymal", verb, f"--config-path={folder}", "--config-name=tiny"]
     command += [*options(run, processes), *overrides]
-    port = str(free_port())
-    common = {**os.environ, "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        Interpreter(
-            *command,
-            output=[log.with_suffix(f".{rank}") if rank else log],
-            cwd=log.parent,
-            environment={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(processes)
-    ]
+    return job(*command, world=processes, log=log, cwd=log.parent)
 
 
 def finish(ranks: list[Interpreter], log: Path) -> str:
