@@ -48,15 +48,8 @@ class AnyMALModel(MegatronModule):
         attention: str,
         neftune: NeftuneConfig,
         seed: int,
-        trainable_modalities: Collection[str],
-        llama_trains: bool,
     ):
-        """Assemble the components.
-
-        Args:
-            trainable_modalities: modalities whose encoder or projector trains, on whichever stage they are.
-            llama_trains: whether the Llama trains on any stage; adding adapters later sets it.
-        """
+        """Assemble the components."""
         super().__init__(config=config)
         self.language_model = language_model
         self.encoders = nn.ModuleDict(encoders)
@@ -71,7 +64,17 @@ class AnyMALModel(MegatronModule):
         self._pieces_per_call = pieces_per_call
         self._attention = attention
         self._neftune, self._seed = neftune, seed
-        self._trainable_modalities, self.llama_trains = frozenset(trainable_modalities), llama_trains
+        # Until `set_trainable` is called, every micro-batch has a backward pass.
+        self._llama_trains, self._trainable_modalities = True, frozenset[str]()
+
+    def set_trainable(self, llama: bool, modalities: Collection[str]) -> None:
+        """Allow packs that reach nothing trainable to skip their backward pass; the same on every rank.
+
+        Args:
+            llama: whether a weight or adapter of the Llama trains on any stage.
+            modalities: those whose encoder or projector trains, on whichever stage they are.
+        """
+        self._llama_trains, self._trainable_modalities = llama, frozenset(modalities)
 
     @property
     def _scaling_is_agreed_on(self) -> bool:
@@ -144,7 +147,7 @@ class AnyMALModel(MegatronModule):
 
         If the Llama is frozen on every stage, all trainable weights come before it and are reached only through media.
         """
-        if self.llama_trains or self._scaling_is_agreed_on:
+        if self._llama_trains or self._scaling_is_agreed_on:
             return True
         media = (item.modality for sample in micro_batch.plan.samples for item in sample.media)
         return any(name in self._trainable_modalities for name in media)

@@ -91,8 +91,6 @@ def assemble(
             attention,
             model.neftune,
             model.seed,
-            [name for name, m in model.modalities.items() if not (m.encoder.freeze and m.projector.freeze)],
-            llama_trains=not model.language_model.freeze,
         )
         _freeze(model, chunk)
         models.append(chunk)
@@ -147,6 +145,31 @@ def _set_gains(model: AnyMALModel) -> None:
     with torch.no_grad():
         for gain in gains:
             gain.fill_(rms.item())
+
+
+def agree_on_trainable(models: Sequence[AnyMALModel], names: Sequence[str], device: torch.device) -> None:
+    """Tell every chunk what trains on any rank, so that packs that reach none of it have no backward pass. Collective.
+
+    Read from the weights, not from the configuration: a program may have unfrozen some of them.
+
+    Args:
+        models: this rank's chunks, with the final choice of trainable weights.
+        names: all modalities in the configuration, in the same order on every rank.
+        device: for the reduction.
+    """
+
+    def trains(*modules: nn.Module) -> bool:
+        return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+    flags = [trains(*(chunk.language_model for chunk in models))]
+    for name in names:
+        holders = [chunk for chunk in models if name in chunk.projectors]
+        flags.append(trains(*(part[name] for chunk in holders for part in (chunk.encoders, chunk.projectors))))
+    agreed = torch.tensor(flags, dtype=torch.int32, device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+    llama, *modalities = (bool(flag) for flag in agreed.tolist())
+    for chunk in models:
+        chunk.set_trainable(llama, [name for name, trained in zip(names, modalities) if trained])
 
 
 def _freeze(model: ModelConfig, chunk: AnyMALModel) -> None:

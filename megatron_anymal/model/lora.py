@@ -69,8 +69,6 @@ def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDrop
         llama: Any = model.get_submodule("language_model")
         _check_targets(lora.targets, llama.config.num_layers)
         llama.requires_grad_(False)
-        whole: Any = model
-        whole.llama_trains = True
         for layer in llama.decoder.layers:
             for path, inside in _PROJECTIONS.items():
                 names = [f"layers.{layer.layer_number - 1}.{name}" for name in inside]

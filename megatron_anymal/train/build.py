@@ -23,7 +23,7 @@ from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.anymal import AnyMALModel
-from megatron_anymal.model.build import build_models
+from megatron_anymal.model.build import agree_on_trainable, build_models
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.stragglers import OwnTime
@@ -122,6 +122,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
         model, recompute = fit_recompute(model, config.trainer.devices, sizes, layout.device)
     load = partial(load_base, model.language_model.checkpoint)
     models = build_models(model, precision, hf, layout, modalities, load)
+    agree_on_trainable(models, list(model.modalities), layout.device)
     wrapped = [_wrap(model.ddp, chunk, first=chunk is models[0]) for chunk in models]
     optimizer = build_optimizer(model.optim, model.ddp, config.trainer, wrapped)
     _connect(model.ddp, wrapped, optimizer)
