@@ -73,11 +73,17 @@ REQUIREMENTS = (
 class Finding:
     """One row of the table; `fix` is empty if nothing is wrong."""
 
+    # Package or part of the system.
     part: str
+    # Installed version; "-" if there is none.
     version: str
+    # OK, MISSING, BROKEN, OUT_OF_RANGE or FOREIGN.
     state: str
+    # Whether it belongs to every installation.
     required: bool
+    # What does not work without it.
     cost: str
+    # Command or advice that fixes it.
     fix: str
 
 

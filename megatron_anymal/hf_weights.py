@@ -70,11 +70,11 @@ class HFWeights(Mapping[str, Tensor]):
         return self._places[name].entry(name)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """See `SafetensorsFile.pieces`."""
+        """Yield a tensor's values in order, as chunks [k] of some megabytes; raises TensorFileError."""
         return self._places[name].pieces(name)
 
     def read_into(self, name: str, place: int, target: memoryview) -> None:
-        """See `SafetensorsFile.read_into`."""
+        """Fill `target` with a tensor's bytes, starting at its byte `place`; raises TensorFileError."""
         self._places[name].read_into(name, place, target)
 
     def file_of(self, name: str) -> str:
@@ -82,6 +82,7 @@ class HFWeights(Mapping[str, Tensor]):
         return self._places[name].path.name
 
     def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor, [*shape]; raises TensorFileError, or KeyError if there is no such tensor."""
         return self._places[name][name]
 
     def __contains__(self, name: object) -> bool:

@@ -25,16 +25,27 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 class ParallelLayout:
     """This process's ranks, and the parallel sizes of the job."""
 
+    # Device of this process.
     device: torch.device
+    # Rank in the job.
     rank: int
+    # Number of processes in the job.
     world_size: int
+    # Rank in the tensor-parallel group.
     tensor_rank: int
+    # Tensor-parallel size.
     tensor_size: int
+    # Pipeline stage.
     pipeline_rank: int
+    # Number of pipeline stages.
     pipeline_size: int
+    # Number of this process's replica.
     data_rank: int
+    # Number of replicas.
     data_size: int
+    # Rank in the context-parallel group.
     context_rank: int = 0
+    # Context-parallel size.
     context_size: int = 1
 
     @property

@@ -57,7 +57,9 @@ class TensorFileError(ValueError):
 class Entry:
     """A tensor's entry in the header."""
 
+    # Type of the elements.
     dtype: torch.dtype
+    # Shape of the tensor.
     shape: tuple[int, ...]
     # Offset of its data from the beginning of the file, in bytes.
     begin: int
@@ -93,13 +95,23 @@ class SafetensorsFile(Mapping[str, Tensor]):
         return self._entries[name]
 
     def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor, [*shape].
+
+        Raises:
+            TensorFileError: the file cannot be read.
+            KeyError: there is no such tensor.
+        """
         entry = self._entries[name]
         data = torch.empty(entry.size, dtype=torch.uint8)
         self._fill(data.numpy().data, entry.begin, name)
         return data.view(entry.dtype).reshape(entry.shape)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor's values in order, as one-dimensional chunks of some megabytes."""
+        """Yield a tensor's values in order, as chunks [k] of some megabytes.
+
+        Raises:
+            TensorFileError: the file cannot be read.
+        """
         entry = self._entries[name]
         for done in range(0, entry.size, _CHECKED):
             data = torch.empty(min(_CHECKED, entry.size - done), dtype=torch.uint8)
@@ -107,7 +119,11 @@ class SafetensorsFile(Mapping[str, Tensor]):
             yield data.view(entry.dtype)
 
     def read_into(self, name: str, place: int, target: memoryview) -> None:
-        """Fill `target` with a tensor's bytes, starting at its byte `place`."""
+        """Fill `target` with a tensor's bytes, starting at its byte `place`.
+
+        Raises:
+            TensorFileError: the file cannot be read.
+        """
         self._fill(target, self._entries[name].begin + place, name)
 
     def __contains__(self, name: object) -> bool:
@@ -278,7 +294,7 @@ class SafetensorsWriter:
         self._file.write(struct.pack("<Q", len(raw)) + raw)
 
     def append(self, name: str, tensor: Tensor) -> None:
-        """Write the next tensor.
+        """Write the next tensor, of any shape.
 
         Raises:
             TensorFileError: it is not the next one, or its dtype or shape is not the one in the header.
@@ -320,5 +336,5 @@ class SafetensorsWriter:
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes in row-major order; not copied if the tensor is contiguous on the CPU."""
+    """Bytes of a tensor of any shape in row-major order; not copied if the tensor is contiguous on the CPU."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data

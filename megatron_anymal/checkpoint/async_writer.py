@@ -75,19 +75,27 @@ class Verdict:
 class Save:
     """One checkpoint being written, as seen by one rank."""
 
+    # Number of the save in this process, from 0.
     number: int
+    # Manifest to be written; its files are filled in at the commit.
     manifest: Manifest
+    # Folder that the ranks write to.
     staging: Path
+    # Name of the folder once the checkpoint is committed.
     final: Path
-    # None if this rank could not copy its shards; `failure` holds the reason.
+    # None if this rank could not copy its shards.
     snapshot: Optional[Snapshot]
+    # Why this rank could not copy its shards; empty if it could.
     failure: str
+    # time.monotonic() at the start of the save, in seconds.
     begun: float
     # Seconds the main thread was blocked.
     stalled: float = 0.0
     # Seconds until the verdict.
     seconds: float = 0.0
+    # Outcome; None while the save is in progress.
     verdict: Optional[Verdict] = None
+    # Thread that writes and commits.
     thread: threading.Thread = field(default_factory=threading.Thread)
 
 

@@ -54,18 +54,23 @@ class FolderInUse(ConfigError):
 class Owner:
     """Process that works in a run's folder."""
 
+    # Host name.
     host: str
     # Identifies the machine's boot and the PID namespace; process IDs are only comparable if it matches.
     boot: str
+    # Process ID.
     pid: int
     # Start time of the process in seconds since the epoch, since process IDs are reused.
     began: float
+    # User name, or the user ID if it has no name.
     user: str
-    # Slurm job ID and restart count; "" and 0 without Slurm.
+    # Slurm job ID; "" without Slurm.
     job: str
+    # Slurm restart count; 0 without Slurm.
     restart: int
-    # When the lock was taken.
+    # Local time at which the lock was taken, in ISO 8601 to the second.
     since: str
+    # Random ID of this owner, unique to each time the lock is taken.
     token: str
     # Slurm job array task such as 36_2, since each task has its own job ID; "" outside job arrays.
     array: str = ""
@@ -190,7 +195,7 @@ def user_of(run_dir: Path, timeout: float) -> Optional[Owner]:
     An owner on another machine counts as alive if it touches the lock within two touch intervals.
 
     Args:
-        timeout: the run's exp_manager.lock_timeout_seconds.
+        timeout: the run's exp_manager.lock_timeout_seconds, in seconds.
     """
     path = run_dir / LOCK
     seen = _look(path)
@@ -205,6 +210,9 @@ def user_of(run_dir: Path, timeout: float) -> Optional[Owner]:
 @contextmanager
 def run_lock(run_dir: Path, timeout: float) -> Iterator[Callable[[], None]]:
     """Hold the lock on a run's folder; rank 0 holds it for all ranks. Collective.
+
+    Args:
+        timeout: the run's exp_manager.lock_timeout_seconds, in seconds.
 
     Yields:
         Function that raises LockLost once the folder no longer belongs to the run (a no-op on ranks other than 0).

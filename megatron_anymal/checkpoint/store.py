@@ -36,7 +36,9 @@ class NoneLeft(CheckpointError):
 class Manifest:
     """Description of a checkpoint, stored with it as manifest.json."""
 
+    # Updates made before the checkpoint.
     step: int
+    # Samples of the global order that these updates consumed.
     consumed_samples: int
     # The run's full configuration.
     config: dict[str, Any]

@@ -43,15 +43,19 @@ _FORMAT = {**BACKENDS, "sharded_backend_version": 1, "common_backend_version": 1
 class Chunk:
     """A rectangular slice of a tensor, and its position in a file."""
 
+    # Name of the tensor or other entry.
     name: str
-    # Type ("bfloat16") and shape of the whole tensor. Empty for an entry that is not a tensor.
+    # Type of the elements, such as "bfloat16"; empty for an entry that is not a tensor.
     dtype: str
+    # Shape of the whole tensor; empty for an entry that is not a tensor.
     shape: tuple[int, ...]
-    # Offset and size of the chunk in every dimension of the tensor.
+    # Offset of the chunk in every dimension of the tensor.
     offset: tuple[int, ...]
+    # Size of the chunk in every dimension of the tensor.
     size: tuple[int, ...]
-    # Byte offset and length in the file.
+    # Byte offset in the file.
     place: int
+    # Length in the file, in bytes.
     length: int
 
 
@@ -59,8 +63,11 @@ class Chunk:
 class StoredFile:
     """A complete file of chunks that is synced to disk."""
 
+    # File name.
     name: str
+    # SHA-256 of the file's content, in hexadecimal.
     sha256: str
+    # What the file holds, in order.
     chunks: tuple[Chunk, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -207,10 +214,13 @@ def _add_entry(entries: dict[str, Any], chunk: Chunk) -> None:
 class Stored:
     """Description of a tensor in a checkpoint."""
 
+    # Type of the elements.
     dtype: torch.dtype
+    # Shape of the whole tensor.
     shape: tuple[int, ...]
+    # The chunks that make up the tensor.
     chunks: tuple[Chunk, ...]
-    # Parallel to `chunks`.
+    # File name of each chunk.
     files: tuple[str, ...]
 
     @property
@@ -249,6 +259,12 @@ class StreamReader:
         """Read a whole tensor, or one slice of its first dimension; only the chunks needed are read.
 
         Peak memory is the result plus one chunk, or just the result if it is exactly one chunk.
+
+        Returns:
+            [*shape] of the tensor, or [*shape[1:]] with `layer`.
+
+        Raises:
+            CheckpointError: there is no such layer, or the chunks are unreadable, damaged or incomplete.
         """
         stored = self.tensors[name]
         shape = stored.shape
@@ -259,7 +275,11 @@ class StreamReader:
         return self.read_box(name, (layer, *[0] * (len(shape) - 1)), (1, *shape[1:]))[0]
 
     def read_box(self, name: str, offset: Sequence[int], size: Sequence[int]) -> Tensor:
-        """Read a rectangular slice of a tensor, given by its offset and size in every dimension."""
+        """Read a rectangular slice of a tensor, [*size], given by its offset and size in every dimension.
+
+        Raises:
+            CheckpointError: the chunks are unreadable, damaged or incomplete.
+        """
         stored = self.tensors[name]
         needed = []
         for chunk, file in zip(stored.chunks, stored.files):
@@ -287,7 +307,11 @@ class StreamReader:
         return result
 
     def read_object(self, name: str) -> bytes:
-        """Bytes of an entry that is not a tensor."""
+        """Bytes of an entry that is not a tensor.
+
+        Raises:
+            CheckpointError: the file is unreadable or truncated.
+        """
         info = self._stored[MetadataIndex(name)]
         return self._bytes(name, info.relative_path, info.offset, info.length)
 

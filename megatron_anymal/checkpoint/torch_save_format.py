@@ -61,20 +61,25 @@ class FilePart(io.RawIOBase):
         self._place = 0
 
     def readable(self) -> bool:
+        """True."""
         return True
 
     def seekable(self) -> bool:
+        """True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Set the position, in bytes from the start of the range, and return it."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
         self._place = base + offset
         return self._place
 
     def tell(self) -> int:
+        """Position in bytes from the start of the range."""
         return self._place
 
     def readinto(self, target: Any) -> int:
+        """Fill a buffer from the position on; return the number of bytes read, 0 at the end of the range."""
         view = memoryview(target).cast("B")
         count = max(0, min(len(view), self._length - self._place))
         count = os.preadv(self._file.fileno(), [view[:count]], self._begin + self._place)
@@ -88,10 +93,16 @@ def read_saved(part: FilePart, dtype: str, size: tuple[int, ...], into: Optional
     torch.load would also checksum the bytes, at a fraction of the disk's speed.
 
     Args:
-        into: contiguous tensor to read into; used only if the values are stored contiguously.
+        dtype: expected type, such as "bfloat16".
+        size: expected shape.
+        into: contiguous tensor of shape [*size] to read into; used only if the values are stored contiguously.
 
     Returns:
-        `into`, or a new tensor.
+        `into`, or a new tensor, [*size].
+
+    Raises:
+        ValueError: the tensor has another type or shape.
+        EOFError: the bytes end before the values.
     """
     kind = torch.load(cast(IO[bytes], part), map_location="meta", weights_only=True)
     if not isinstance(kind, Tensor) or (tuple(kind.shape), str(kind.dtype)) != (size, f"torch.{dtype}"):

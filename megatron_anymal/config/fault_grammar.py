@@ -50,15 +50,23 @@ _SEVERAL_YEARS = 1e8
 class Fault:
     """One entry of resilience.faults."""
 
+    # The entry as written in the configuration.
     text: str
+    # A key of KINDS.
     kind: str
+    # Rank that the fault hits.
     rank: int = 0
     # 0: any step.
     step: int = 0
+    # One of PLACES.
     place: str = "compute"
+    # Chunk of the checkpoint being written, counted from 1.
     write: int = 1
+    # Loader process of the rank, counted from 0.
     worker: int = 0
+    # 1: the fault triggers every time it is reached; 0: once per run folder.
     every: int = 0
+    # Duration of a hang or pause.
     seconds: float = _SEVERAL_YEARS
 
 

@@ -44,7 +44,11 @@ class Reader:
         self.interpolations = interpolations
 
     def read(self, value: Any, hint: Any, key: str) -> Any:
-        """Convert `value` to the type `hint`; `key` is its dotted key."""
+        """Convert `value` to the type `hint`; `key` is its dotted key.
+
+        Raises:
+            ConfigError: an unknown key or a value of the wrong type, named with its dotted key.
+        """
         if self.interpolations and isinstance(value, str) and "${" in value:
             return value
         if _is_section(hint):

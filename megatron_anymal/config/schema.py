@@ -404,9 +404,9 @@ class ResilienceConfig:
     """Seconds without progress in a step, its data or a validation, or of a stopped process anywhere, after which the
     launcher ends all processes. 0: never."""
     startup_timeout: float = 1800.0
-    """The same from the start to the end of the first step."""
+    """The same, in seconds, from the start to the end of the first step."""
     checkpoint_timeout: float = 1800.0
-    """The same while waiting for a checkpoint."""
+    """The same, in seconds, while waiting for a checkpoint."""
     max_skipped_steps: int = 3
     """Consecutive steps with a non-finite gradient (they change no weights) after which the run stops."""
     straggler_ratio: float = 2.0

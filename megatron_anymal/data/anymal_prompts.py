@@ -24,8 +24,11 @@ class PromptTemplate:
 
     # The benchmarks that use this prompt.
     tasks: tuple[str, ...]
+    # Modality of the media.
     modality: str
+    # System message, with {media} and other {names} of texts to be filled in.
     system: str
+    # User message, with {names} of texts to be filled in.
     user: str
 
     @property

@@ -37,7 +37,9 @@ ROLES = ("system", "user", "assistant")
 class Message:
     """One turn; the content of an assistant turn is a single text."""
 
+    # system, user or assistant.
     role: str
+    # Texts and media items, in order.
     content: tuple[Part, ...]
 
 

@@ -70,8 +70,11 @@ def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
 class GlobalOrder:
     """An infinite order over weighted datasets; each dataset is reshuffled in each of its epochs."""
 
+    # Number of samples of each dataset.
     sizes: tuple[int, ...]
+    # Share of each dataset in the order, relative to the sum.
     weights: tuple[float, ...]
+    # Seed of all permutations.
     seed: int
 
     def __post_init__(self) -> None:
@@ -98,7 +101,7 @@ class GlobalOrder:
         return max(256, int(2 / smallest) + 1)
 
     def in_block(self, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Dataset and sample at every position of block `k`."""
+        """Dataset and sample at every position of block `k`: [block] int64 each."""
         before, after = self._bounds(k * block), self._bounds((k + 1) * block)
         drawn = [b1 - b0 for b0, b1 in pairwise(before)]
         shares = [a1 - a0 - d for a0, a1, d in zip(after, after[1:], drawn)]

@@ -40,14 +40,17 @@ _MEDIA_COLUMNS = ("offset", "length", "crc", "kind", "extension", "size")
 class IndexOptions:
     """Settings for reading samples from shards."""
 
+    # Path or name of the HuggingFace tokenizer.
     tokenizer: str
     # File extension -> kind, for extensions that do not identify the kind.
     kinds: Mapping[str, str] = field(default_factory=dict)
+    # Modules or files that register further modalities.
     plugins: Sequence[str] = ()
     # Patterns of the file endings to use; empty: the default rule of MemberRule.
     members: Sequence[str] = ()
     # Kind -> default attributes of its media, such as {"imu": {"rate": 200}}; those of a sample take precedence.
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # Maximum input sizes; see data.limits.
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     # Keep samples that have only a .txt even if other such samples have media.
     text_only: bool = False
@@ -75,16 +78,23 @@ class IndexOptions:
 class ShardRows:
     """The rows that one shard adds to the index, and the entries that it leaves out."""
 
+    # File name of the shard.
     name: str
+    # Size of the shard in bytes.
     size: int
-    # Rows of SAMPLE and MEDIA; media_start and key_offset are relative to the shard, kinds and extensions are positions
-    # in the lists below.
+    # [n] SAMPLE; media_start and key_offset are relative to the shard.
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
+    # [m] MEDIA; kinds and extensions are positions in the lists below.
     media: np.ndarray = field(default_factory=lambda: np.zeros(0, MEDIA))
+    # Concatenated sample keys, UTF-8.
     keys: bytes = b""
+    # Kinds of the shard's media.
     kinds: list[str] = field(default_factory=list)
+    # File extensions of the shard's media.
     extensions: list[str] = field(default_factory=list)
+    # Samples and members that are not in the rows, and why.
     left_out: list[LeftOut] = field(default_factory=list)
+    # Counts of all members of the shard.
     members: MemberCounts = field(default_factory=MemberCounts)
     # Bytes that could not be read as members.
     damaged_bytes: int = 0
@@ -309,10 +319,15 @@ def _starts(lengths: np.ndarray) -> np.ndarray:
 class IndexTables:
     """The combined index tables of all shards."""
 
+    # [n] SAMPLE: one row per sample.
     samples: np.ndarray
+    # [m] MEDIA: one row per media item.
     media: np.ndarray
+    # Concatenated sample keys, UTF-8.
     keys: bytes
+    # Kinds of media; the column `kind` of `media` holds positions in this list.
     kinds: list[str]
+    # File extensions; the column `extension` of `media` holds positions in this list.
     extensions: list[str]
 
 

@@ -45,12 +45,17 @@ NOTES = ("joined", "long_end", "repeated_key")
 class LeftOut:
     """One line of the ledger."""
 
+    # File name of the shard.
     shard: str
+    # A key of CODES.
     code: str
+    # Why it was left out, for the user.
     reason: str
     # Bytes from the start of the shard; -1 for the whole shard.
     offset: int = -1
+    # Key of the sample; empty if it is not known.
     key: str = ""
+    # Name of the member; empty if the entry is not about a single one.
     member: str = ""
 
     @property

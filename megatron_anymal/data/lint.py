@@ -34,7 +34,9 @@ _CHUNK = 1024
 class Reading:
     """How samples are read: with a run's modalities (by kind), or with stand-ins that only test the files."""
 
+    # Tokenizer for the samples' texts.
     tokenizer: Tokenizer
+    # Kind -> modality.
     modalities: Mapping[str, Modality]
     # Kind -> placeholder and soft tokens; empty without a configuration.
     loaded: Mapping[str, LoadedModality] = field(default_factory=dict)
@@ -53,7 +55,9 @@ class Reading:
 class ReadSample:
     """A sample as the model sees it."""
 
+    # The parsed sample.
     sample: Sample
+    # Content of its media items, in order.
     media: list[MediaBytes]
     # Number of pieces of each media item; 0 without a configuration.
     pieces: list[int]

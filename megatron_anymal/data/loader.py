@@ -37,8 +37,11 @@ from megatron_anymal.modalities.base import MediaError, Modality
 class LoadedModality:
     """The properties of a configured modality that loading needs."""
 
+    # Decodes the media.
     modality: Modality
+    # Number of LLM tokens of each piece.
     soft_tokens_per_piece: int
+    # Token id at the positions of soft tokens.
     placeholder: int
 
 
@@ -46,12 +49,18 @@ class LoadedModality:
 class RankNeeds:
     """The data that a rank reads, given its position in the parallel layout."""
 
-    # The first pipeline stage needs tokens and media, the last one labels; the stages in between need only lengths.
+    # Whether the rank needs tokens and labels: the first and the last pipeline stage do; the stages in between need
+    # only lengths.
     text: bool
+    # Whether the rank encodes media: only the first pipeline stage does.
     media: bool
+    # Rank in the tensor-parallel group.
     tensor_rank: int = 0
+    # Tensor-parallel size.
     tensor_size: int = 1
+    # Rank in the context-parallel group.
     context_rank: int = 0
+    # Context-parallel size.
     context_size: int = 1
 
 

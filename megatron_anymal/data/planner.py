@@ -31,9 +31,13 @@ _MARK = {"parts": "`parts`", "messages": "`messages`", "preference": "`chosen` a
 class PlannedModality:
     """The properties of a configured modality that planning needs."""
 
+    # Name in the configuration.
     name: str
+    # Kind of media, as in the index.
     kind: str
+    # Counts the pieces of a media item.
     modality: Modality
+    # Number of LLM tokens of each piece.
     soft_tokens_per_piece: int
 
     @property
@@ -46,8 +50,11 @@ class PlannedModality:
 class BatchLayout:
     """Layout settings that affect packing."""
 
+    # Number of replicas.
     data_parallel_size: int
+    # Packs per forward pass and replica.
     micro_batch_size: int
+    # Longest document and longest pack, in tokens.
     seq_length: int
     # Micro-batch lengths are multiples of this (sequence and context parallelism split the length evenly).
     length_multiple: int = 1
@@ -90,13 +97,17 @@ def length_multiple(model: ModelConfig) -> int:
 class StepPlan:
     """A packed global batch. All arrays are indexed by the sample's position in the batch."""
 
+    # Step number, counted from 0.
     step: int
+    # [n] int64: dataset of each sample.
     dataset: np.ndarray
+    # [n] int64: its position in the dataset.
     sample: np.ndarray
     # [n, 2]: LLM tokens of the only or chosen document, and of the rejected document of a preference pair (0 if none).
     documents: np.ndarray
-    # Target tokens of both documents; 0 for a dropped sample.
+    # [n]: target tokens of both documents; 0 for a dropped sample.
     targets: np.ndarray
+    # Media items of each sample.
     media: tuple[tuple[PlannedMedia, ...], ...]
     # Positions of samples that are left out because they are longer than a pack.
     dropped: tuple[int, ...]
@@ -104,11 +115,12 @@ class StepPlan:
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     # Tokens per micro-batch after padding.
     padded_length: int
+    # Document lengths within a pack are padded to a multiple of this.
     document_multiple: int
 
     @property
     def length(self) -> np.ndarray:
-        """LLM tokens of each sample."""
+        """[n]: LLM tokens of each sample."""
         return self.documents.sum(axis=1)
 
     def of_replica(self, replica: int) -> tuple[PlannedMicroBatch, ...]:
@@ -137,12 +149,15 @@ class Measures:
 
     # [n, 2]: LLM tokens of each sample's documents; 0 if there is no second document.
     documents: np.ndarray
-    # [n]: target tokens of both documents, and encoder cost.
+    # [n]: target tokens of both documents.
     targets: np.ndarray
+    # [n]: encoder cost of the sample's media, in input elements.
     costs: np.ndarray
-    # [m]: for each media item, the row of its sample, the number of its kind in the index, and its number of pieces.
+    # [m]: row of each media item's sample.
     owner: np.ndarray
+    # [m]: number of each media item's kind in the index.
     kind: np.ndarray
+    # [m]: number of pieces of each media item.
     pieces: np.ndarray
 
     @property
@@ -258,7 +273,11 @@ class BatchPlanner:
         return tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
 
     def measure(self, index: ShardIndex, sample: np.ndarray) -> Measures:
-        """Lengths and costs of samples of one dataset, computed without a loop over samples."""
+        """Lengths and costs of samples of one dataset, computed without a loop over samples.
+
+        Args:
+            sample: [n] row numbers.
+        """
         rows = index.samples[sample]
         documents, targets = index.lengths(sample)
         has = documents > 0

@@ -24,6 +24,7 @@ from megatron_anymal.modalities import MediaError, Modality, kind_for_extension
 class MediaFile:
     """The content of a prompt's media item."""
 
+    # Content of the file.
     data: bytes
     # Lower case, no leading dot.
     extension: str

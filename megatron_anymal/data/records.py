@@ -19,6 +19,7 @@ class DataError(ValueError):
 class TextPart:
     """A text part of a sample."""
 
+    # The text.
     text: str
     # Whether its tokens are loss targets.
     loss: bool = True
@@ -53,6 +54,7 @@ class Sample:
 
     # One of SAMPLE_KINDS.
     kind: str
+    # Parts of the only document, or of the chosen and the rejected one.
     documents: tuple[list[Part], ...]
 
     @property
@@ -65,7 +67,9 @@ class Sample:
 class PlannedMedia:
     """A media item of a planned sample: the modality's name in the configuration and the number of pieces."""
 
+    # Name of the modality in the configuration.
     modality: str
+    # Number of pieces.
     pieces: int
 
 
@@ -75,7 +79,9 @@ class PlannedSample:
 
     # Position in the global batch.
     position: int
+    # Number of its dataset.
     dataset: int
+    # Its position in the dataset.
     sample: int
     # LLM tokens (text and soft tokens) of each document: a single one, or the chosen and the rejected one of a pair.
     documents: tuple[int, ...]
@@ -94,9 +100,11 @@ class PlannedSample:
 class PlannedMicroBatch:
     """Input of one forward pass of one replica: consecutive documents, then padding."""
 
+    # Step number, counted from 0.
     step: int
     # Tokens including padding.
     padded_length: int
+    # The samples whose documents make up the pack, in order.
     samples: tuple[PlannedSample, ...]
     # Document lengths in the pack are padded to a multiple of this (data/context_parallel.py).
     document_multiple: int = 1
@@ -122,6 +130,7 @@ class MediaBatch:
 class MicroBatch:
     """A planned micro-batch with its contents; T is the number of tokens on this rank, padding included."""
 
+    # The plan that it was read from.
     plan: PlannedMicroBatch
     # Document lengths over all context-parallel ranks, padding last.
     document_lengths: tuple[int, ...]

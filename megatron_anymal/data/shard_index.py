@@ -79,11 +79,17 @@ MEDIA = np.dtype(
 class IndexHeader:
     """The metadata in index.json."""
 
+    # File names of the shards.
     shards: tuple[str, ...]
+    # Size of each shard in bytes.
     shard_bytes: tuple[int, ...]
+    # Kinds of media; the media table holds positions in this list.
     kinds: tuple[str, ...]
+    # File extensions of media; the media table holds positions in this list.
     extensions: tuple[str, ...]
+    # Fingerprint of the tokenizer that counted the tokens.
     tokenizer: str
+    # Version of the format as read; 0 for a new index.
     version: int = 0
     # Kind -> default attributes of its media; attributes of a media item take precedence.
     attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -115,8 +121,11 @@ class IndexHeader:
 class MediaBytes:
     """A media item as stored in a shard."""
 
+    # The part of the sample that names the item.
     part: MediaPart
+    # Content of the file.
     data: bytes
+    # Lower case, no leading dot.
     extension: str
 
 
@@ -303,7 +312,7 @@ class ShardIndex:
         return contents
 
     def media_rows(self, sample: int) -> np.ndarray:
-        """Rows of a sample in the media table (MEDIA), in the order of its parts."""
+        """[m] MEDIA: rows of a sample in the media table, in the order of its parts."""
         row = self.samples[sample]
         start = int(row["media_start"])
         return self.media[start : start + int(row["media_count"])]
@@ -358,6 +367,9 @@ def write_index(
     """Write an index. index.json is removed first and written last, so that a partial index is never opened.
 
     Args:
+        samples: [n] SAMPLE.
+        media: [m] MEDIA.
+        keys: concatenated sample keys, UTF-8.
         accounting: further content of index.json: counts of everything that is not in the index.
     """
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))

@@ -30,8 +30,11 @@ class SampleError(DataError):
 class MemberCounts:
     """Counts of a shard's members; `seen` is the sum of the others."""
 
+    # All members.
     seen: int = 0
+    # Members that are in the index.
     used: int = 0
+    # Members that should be in the index but cannot be used.
     bad: int = 0
     # Counts by ending, such as ".seg.png", or by description, such as "directories".
     ignored: Counter[str] = field(default_factory=Counter)
@@ -51,12 +54,15 @@ class MemberCounts:
 class Group:
     """Consecutive members with the same key."""
 
+    # Key of the sample.
     key: str
+    # Bytes from the start of the shard to the first member.
     offset: int
     # Ending (lower case) -> member.
     members: dict[str, TarMember] = field(default_factory=dict)
     # Number of members, including unusable ones.
     seen: int = 0
+    # Why the group cannot be used; None if it can.
     wrong: Optional[SampleError] = None
     # Reason why members may be missing.
     torn: str = ""
@@ -143,9 +149,11 @@ class MemberRule:
     patterns, they are exactly the members whose ending matches one of the patterns.
     """
 
+    # Patterns of the endings to use; empty: the default rule.
     patterns: Sequence[str] = ()
-    # Endings that modalities read, and endings with a kind assigned by the user.
+    # Endings that modalities read.
     known: frozenset[str] = frozenset()
+    # Endings with a kind assigned by the user.
     assigned: frozenset[str] = frozenset()
 
     def counted(self, members: Mapping[str, TarMember]) -> dict[str, TarMember]:

@@ -20,6 +20,7 @@ from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 class Document:
     """A sample as token ids."""
 
+    # Token ids, with placeholders at the positions of soft tokens.
     tokens: list[int]
     # Whether the token is a loss target.
     is_target: list[bool]

@@ -72,9 +72,11 @@ class ChunkSize:
     layers: tuple[int, ...]
     # Other modules: "embedding", "image encoder", "image projector", ..., "head".
     besides: tuple[str, ...]
-    # On this rank, including replicated and padding parameters.
+    # Parameters on this rank, including replicated and padding ones.
     parameters: int
+    # Trainable ones of these.
     trainable: int
+    # Bytes of the weights on this rank.
     weight_bytes: int
 
 
@@ -84,6 +86,7 @@ class Stage:
 
     Attributes:
         ranks: the stage's ranks in the job, over all replicas.
+        parts: the model chunks of a rank, in order.
         gradient_bytes: fp32 gradients.
         optimizer_bytes: one rank's share of Adam's moments and, with bf16, of the fp32 main weights.
     """
@@ -115,7 +118,8 @@ class Memory:
 
     Attributes:
         choice: the recomputation, chosen or configured, and each stage's memory use with it.
-        attention, on_cpu: the attention kernel and device type that the estimate assumes.
+        attention: the attention kernel that the estimate assumes.
+        on_cpu: whether it assumes a CPU.
     """
 
     choice: Choice
@@ -128,11 +132,14 @@ class DryRun:
     """Results of a dry run.
 
     Attributes:
+        config: the run's configuration.
+        stages: sizes of each pipeline stage.
         weights: the whole model's weights by name: number of elements, and whether they train. Under every layout, each
             weight appears once, and tied weights are one.
         notes: assumptions, and limitations of this machine.
         missing: key and path of everything that is not on this machine yet.
         samples: number of samples of the existing data sets, by the names of the split and of the data set.
+        memory: memory use of the ranks; None until it has been estimated.
     """
 
     config: RunConfig
@@ -150,6 +157,7 @@ def examine(config: RunConfig) -> DryRun:
     Raises:
         ConfigError, DataError, CheckpointError: anything that would also stop the run, naming the key, folder or sample
             and the fix; or a model that is neither on this machine nor a published one.
+        RuntimeError: this process is a rank of a job.
     """
     check(config)
     result = DryRun(config)
@@ -209,6 +217,7 @@ def weights_of_stages(model: ModelConfig, precision: str, hf: LlamaConfig) -> li
 
     Raises:
         ConfigError: sizes do not divide, or an encoder's shape is unknown.
+        RuntimeError: this process is a rank of a job.
     """
     assumed, _ = assume_shapes(model)
     load_plugins(model.plugins)

@@ -122,6 +122,7 @@ class NativeGenerator(Generator):
         Raises:
             CheckpointError, ConfigError: there is no such checkpoint, its plug-ins are not trusted, or the layout does
                 not fit it.
+            DataError: the parallel sizes do not make the number of started processes.
         """
         folder = store.resolve(path)
         manifest = store.read_manifest(folder, verify=True)

@@ -27,8 +27,11 @@ from megatron_anymal.generation.sampling import Sampling
 class Question:
     """A sample to answer."""
 
+    # Key of the sample.
     key: str
+    # Everything before the expected answer.
     prompt: Prompt
+    # The expected answer.
     answer: str
 
     @property
@@ -41,7 +44,9 @@ class Question:
 class Score:
     """How well questions of one modality were answered."""
 
+    # Number of exact answers.
     correct: int
+    # Number of questions.
     samples: int
     # Share of the most frequent answer, which is the accuracy of guessing.
     chance: float

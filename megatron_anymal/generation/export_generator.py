@@ -49,7 +49,11 @@ class ExportedGenerator(Generator):
     """Generates with an exported model, in one process."""
 
     def __init__(self, model: Any, processor: Any):
-        """Wrap a loaded model and its processor; both may be classes from the folder's own code."""
+        """Wrap a loaded model and its processor; both may be classes from the folder's own code.
+
+        Raises:
+            CheckpointError: the model has no eos_token_id.
+        """
         self._model, self._processor = model.eval(), processor
         sections = model.config.modalities
         self.kinds = [section["kind"] for section in sections.values()]

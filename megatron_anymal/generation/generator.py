@@ -44,7 +44,12 @@ class Generator(ABC):
     def batches(
         self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64, watch: Optional[Watch] = None
     ) -> Iterator[list[str]]:
-        """Like `answer`, but yield `batch_size` answers at a time."""
+        """Like `answer`, but yield `batch_size` answers at a time.
+
+        Raises:
+            ConfigError: `batch_size` is below 1.
+            DataError, MediaError: as in `answer`.
+        """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1.")
         progress = Progress("answering", len(prompts)) if self.reports and len(prompts) > batch_size else None

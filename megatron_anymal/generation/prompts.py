@@ -20,7 +20,9 @@ class Prompt:
     For a conversation these are the parts of data/chat_format.py, ending with the header of the assistant's turn.
     """
 
+    # Texts and media items, in order.
     parts: Sequence[Part]
+    # Content of the media items, in order.
     media: Sequence[MediaFile]
 
 

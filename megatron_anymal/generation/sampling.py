@@ -20,6 +20,7 @@ class Sampling:
         ConfigError: a value out of range.
     """
 
+    # Maximum length of an answer, in tokens.
     max_new_tokens: int = 64
     # 0: greedy, the likeliest token.
     temperature: float = 0.0
@@ -31,6 +32,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     # An answer ends before the first of these texts.
     stop: tuple[str, ...] = ()
+    # Seed of the draws.
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -141,7 +141,13 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Run LlamaForCausalLM with media at the placeholders of `input_ids`.
 
         Args:
-            media: name -> pieces of the whole batch, in the order of their placeholders, row by row.
+            input_ids: [B, T] int64; or `inputs_embeds` instead.
+            attention_mask: [B, T], with a cache [B, cached + T]: 0 for padding. None: no padding.
+            position_ids: [B, T] int64. None: transformers counts them.
+            inputs_embeds: [B, T, H].
+            labels: [B, T] int64, aligned with `input_ids` (the loss shifts them); -100 is ignored.
+            logits_to_keep: compute logits only for the last so many positions (0: all), or for these, [k] int64.
+            media: name -> [n, *piece_shape], pieces of the whole batch in the order of their placeholders, row by row.
             soft_tokens: the result of `encode_media`, instead of `media`.
             kwargs: passed to the Llama, including its cache, whose name depends on the version of transformers.
 

@@ -73,7 +73,11 @@ def parts_of(text: str, placeholders: Mapping[str, str], media: Sequence[MediaPa
 
 
 def without_items(message: Any) -> Any:
-    """Reduce the media items of a message to their kinds, for rendering."""
+    """Reduce the media items of a message to their kinds, for rendering.
+
+    Raises:
+        DataError: a media item without a kind.
+    """
     if not isinstance(message, Mapping) or not isinstance(message.get("content"), (list, tuple)):
         return message
     return {**message, "content": [_marked(part) for part in message["content"]]}

@@ -14,7 +14,9 @@ from typing import Any
 class Effective:
     """Wall and productive time of a run since its first start, in seconds."""
 
+    # Seconds from the first start to the end, or until now.
     wall: float
+    # Seconds spent on steps that were kept.
     productive: float
     # Number of productive steps.
     steps: int

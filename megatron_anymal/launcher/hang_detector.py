@@ -57,7 +57,9 @@ _INNERMOST = 12
 class RankView:
     """State of one rank as observed from outside."""
 
+    # Rank in the job.
     rank: int
+    # Process ID.
     pid: int
     # None if there has been no beat yet.
     beat: Optional[Beat]
@@ -103,7 +105,9 @@ class Hang:
     cause: str
     # Ranks that hold up the others; empty if all ranks of this machine seem to be waiting.
     ranks: tuple[int, ...]
+    # The step during which it happened; -1 before the first step.
     step: int
+    # Description for the user.
     text: str
     # Rank -> file with its stacks.
     stacks: Mapping[int, str]

@@ -21,18 +21,27 @@ _LONGEST_PAUSE = 60.0
 class Job:
     """A run on this node, and the node's position among the others."""
 
+    # The run's folder.
     run_dir: Path
+    # Timeouts and other settings of section `resilience`.
     limits: ResilienceConfig
     # Program of every rank, in torchrun's form: -m MODULE ... or SCRIPT ...
     program: list[str]
+    # Number of processes on this node.
     processes: int
+    # Number of nodes.
     nodes: int = 1
+    # Number of this node, from 0.
     node: int = 0
     # HOST:PORT at which node 0's launcher listens; not used for a single node.
     endpoint: str = ""
+    # Name of the job at the rendezvous.
     identity: str = "anymal"
+    # Seconds to wait for the other nodes.
     rdzv_timeout: float = 600.0
+    # Address of this node for the others; empty: its host name.
     local_addr: str = ""
+    # A key of agent.MODULES: torchrun or ft.
     launcher: str = "torchrun"
     # Seconds between the scheduler's stop signal and its kill.
     grace_seconds: Optional[float] = None
@@ -42,6 +51,7 @@ class Job:
 class Ending:
     """Outcome of an attempt."""
 
+    # Exit code of the attempt.
     code: Exit
     # Human-readable reason.
     text: str
@@ -59,8 +69,11 @@ class Ending:
 class Decision:
     """What to do next: another attempt after `pause` seconds, or exit with `code` if that is None."""
 
+    # Exit code of the attempt; the launcher's own if there is no further attempt.
     code: Exit
+    # Reason, for the user.
     text: str
+    # Seconds until the next attempt; None: exit.
     pause: Optional[float] = None
 
 
@@ -90,9 +103,13 @@ def combined(endings: list[Ending]) -> Ending:
 class Restarts:
     """Decides whether to restart a run: as long as it makes progress."""
 
+    # The run's folder.
     run_dir: Path
+    # Step of the newest checkpoint so far; -1 if there is none.
     checkpoint: int = field(init=False)
+    # The furthest step reached so far; -1 if there is none.
     step: int = -1
+    # Attempts so far whose exit code allows a restart.
     attempts: int = 0
     # Restarts in a row that led to neither a newer checkpoint nor a later step.
     fruitless: int = 0

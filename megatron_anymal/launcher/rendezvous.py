@@ -86,6 +86,12 @@ class MultiNode(SingleNode):
         )
 
     def agree(self, number: Callable[[], int]) -> int:
+        """Agree on the number of the next attempt; `number` is called on node 0.
+
+        Raises:
+            NodeLost: not all nodes joined in time.
+            HeadLost: node 0's launcher is gone.
+        """
         self._round = self._next_round()
         self._looked, self._failed = 0.0, False
         self._set(f"here/{self._job.node}", "")
@@ -95,6 +101,7 @@ class MultiNode(SingleNode):
         return int(self._await("number", "node 0 did not start the attempt"))
 
     def alarm(self) -> None:
+        """Notify the other nodes that this attempt has failed."""
         self._failed = True
         try:
             self._set("alarm", "")
@@ -103,6 +110,7 @@ class MultiNode(SingleNode):
             print(f"[launch] {error}", flush=True)
 
     def alarmed(self) -> bool:
+        """Whether the attempt has failed on another node, or node 0's launcher is gone."""
         if not self._failed and time.monotonic() - self._looked > _ALARM:
             self._looked = time.monotonic()
             # Without node 0 there can be no decision either.
@@ -113,6 +121,12 @@ class MultiNode(SingleNode):
         return self._failed
 
     def decide(self, ending: Ending, decide: Callable[[Ending], Decision]) -> Decision:
+        """Agree on what to do after an attempt has ended on all nodes; `decide` is called on node 0.
+
+        Raises:
+            NodeLost: not all nodes reported in time.
+            HeadLost: node 0's launcher is gone.
+        """
         self._set(f"ending/{self._job.node}", json.dumps(asdict(ending)))
         if self._job.node == 0:
             endings = [_ending(text) for text in self._await_all("ending", "did not report the end of the attempt")]
@@ -122,6 +136,11 @@ class MultiNode(SingleNode):
         return Decision(**{**decision, "code": Exit(decision["code"])})
 
     def leave(self) -> None:
+        """Leave the rendezvous after the last decision; node 0 first waits until the other nodes have read it.
+
+        Raises:
+            HeadLost: node 0 cannot reach its own store.
+        """
         deadline = time.monotonic() + _FAREWELL
         if self._job.node == 0:
             while time.monotonic() < deadline and not all(self._there(f"seen/{n}") for n in range(self._job.nodes)):

@@ -18,6 +18,7 @@ _FOLLOWING = (signal.SIGABRT, signal.SIGTERM)
 class Failure:
     """Failure of one attempt."""
 
+    # Number of the attempt.
     attempt: int
     # Event of the first failure.
     first: Mapping[str, Any]

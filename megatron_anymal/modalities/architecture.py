@@ -21,7 +21,9 @@ from megatron_anymal.modalities.base import nearest
 class Architecture:
     """An encoder implemented in transformers."""
 
+    # Name of the model class.
     model: str
+    # Name of the configuration class.
     config: str
     # `model_type` of folders with this encoder: the encoder alone, or a complete two-tower model that contains it.
     model_types: tuple[str, ...]

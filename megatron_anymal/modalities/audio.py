@@ -23,7 +23,7 @@ FIXED_BY_FOLDER = ("sampling_rate", "n_mels", "hop_length", "fft_window_size", "
 class AudioOptions:
     """Options of the audio modality; the log-mel defaults are those of CLAP."""
 
-    # Length of a window. None: max_length_s of the CLAP folder, else 10.
+    # Length of a window in seconds. None: max_length_s of the CLAP folder, else 10.
     piece_seconds: float | None = None
     # Maximum number of windows per recording; the rest of a longer recording is not used.
     max_pieces: int = 8
@@ -34,14 +34,17 @@ class AudioOptions:
     sampling_rate: int = 48000
     # Number of mel bands. 0: that of the CLAP encoder, or 64.
     n_mels: int = 0
-    # Hop and window length of the spectrogram, in samples.
+    # Hop of the spectrogram, in samples.
     hop_length: int = 480
+    # Window length of the spectrogram, in samples.
     fft_window_size: int = 1024
-    # Range of the mel bands in Hz. A maximum of 0: the smaller of 14000 and half the sampling rate.
+    # Lower end of the mel bands in Hz.
     frequency_min: float = 50.0
+    # Upper end of the mel bands in Hz. 0: the smaller of 14000 and half the sampling rate.
     frequency_max: float = 0.0
     # The log-mel, in dB, becomes (dB - mel_mean) / mel_std. CLAP normalises internally; use -40 and 40 for `identity`.
     mel_mean: float = 0.0
+    # Divisor of the log-mel in dB; see `mel_mean`.
     mel_std: float = 1.0
 
 
@@ -51,6 +54,9 @@ class AudioModality(Modality):
 
     A window is [1, frames, mels] for CLAP ([4, frames, mels] if it fuses features of long recordings) and
     [frames, mels] for any other encoder.
+
+    Raises:
+        ConfigError: an option is out of range, or does not fit the encoder.
     """
 
     extensions: ClassVar[tuple[str, ...]] = (
@@ -134,7 +140,7 @@ class AudioModality(Modality):
             return sound.count(limits) / sound.rate, float(sound.rate)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """Number of windows of `piece_seconds` that cover the recording."""
+        """Number of windows of `piece_seconds` that cover the recording, [n] int64, from [n, 2] durations and rates."""
         return count_in_time(sizes[:, 0], self.options.piece_seconds, self.options.max_pieces)
 
     @property
@@ -154,7 +160,7 @@ class AudioModality(Modality):
             return resample(sound.mono(wanted), sound.rate, self.sampling_rate)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Log-mel windows, float32; each equals the output of CLAP's own extractor for the same audio."""
+        """Log-mel windows, [pieces, *piece_shape] float32; each equals the output of CLAP's own extractor."""
         wave = self.waveform(data, pieces)[: pieces * self.samples]
         # Rounding of the resampled length may leave the last window without any samples.
         wave = np.pad(wave, (0, max(0, (pieces - 1) * self.samples + 1 - len(wave))))

@@ -116,9 +116,12 @@ def require_above(options: Any, section: str = "options", /, **least: float) -> 
 
 
 def count_in_time(duration: np.ndarray, piece_seconds: float, max_pieces: int) -> np.ndarray:
-    """Number of fixed-length pieces that cover each duration (seconds): at least one, at most `max_pieces`.
+    """Number of fixed-length pieces that cover each duration, [n] int64: at least one, at most `max_pieces`.
 
     A remainder shorter than a millionth of a piece is treated as rounding error.
+
+    Args:
+        duration: [n] seconds.
     """
     return np.clip(np.ceil(duration / piece_seconds - 1e-6), 1, max_pieces).astype(np.int64)
 
@@ -177,7 +180,7 @@ class Modality(ABC):
 
     @abstractmethod
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Decode a media file into `pieces` pieces. Called by `load`, which checks the size and the result.
+        """Decode a media file to [pieces, *piece_shape]. Called by `load`, which checks the size and the result.
 
         Raises:
             MediaError: the file is corrupt, truncated or empty.

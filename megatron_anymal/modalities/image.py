@@ -26,8 +26,9 @@ class ImageOptions:
     overview: bool = True
     # Side of a tile in pixels. 0: the encoder's resolution.
     resolution: int = 0
-    # Channel statistics on the scale 0 to 1. None: those of the encoder's folder, else the defaults of its type.
+    # Mean per channel on the scale 0 to 1. None: that of the encoder's folder, else the default of its type.
     image_mean: list[float] | None = None
+    # Standard deviation per channel, likewise.
     image_std: list[float] | None = None
 
 
@@ -63,7 +64,7 @@ class ImageModality(Modality):
         return np.clip(sides, 1, self.options.max_grid).astype(np.int64)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """N*N tiles, plus the overview if N > 1."""
+        """N*N tiles, plus the overview if N > 1: [n] int64, from [n, 2] widths and heights."""
         grid = self._grid(sizes)
         return grid * grid + (self.options.overview & (grid > 1))
 

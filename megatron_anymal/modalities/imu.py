@@ -24,14 +24,15 @@ class IMUOptions:
 
     # Signals are resampled (linearly) to this rate, in Hz.
     rate: float = 200.0
-    # Length of a window.
+    # Length of a window in seconds.
     piece_seconds: float = 5.0
     # Maximum number of windows per recording; the rest of a longer recording is not used.
     max_pieces: int = 8
     # How the last window is padded: "zero", or "edge" with its last value.
     padding: str = "zero"
-    # Six values each: a channel becomes (value - mean) / std before padding. None: no normalisation.
+    # Six values: a channel becomes (value - mean) / std before padding. None: no normalisation.
     mean: list[float] | None = None
+    # Six values, as for `mean`.
     std: list[float] | None = None
 
 
@@ -42,6 +43,9 @@ class IMUModality(Modality):
     Files: npy [rows, 6]; csv with a header that names the columns in any order; or csv without a header and with 6
     columns, accelerometer then gyroscope. The rate comes from a time column or from the attribute {"rate": Hz} of the
     sample. The attributes `columns`, `time_column` and `time_unit` describe columns that cannot be identified by name.
+
+    Raises:
+        ConfigError: an option is out of range.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ("npy", "csv")
@@ -75,7 +79,7 @@ class IMUModality(Modality):
         return signal.rows / signal.rate, signal.rate
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """Number of windows of `piece_seconds` that cover the recording."""
+        """Number of windows of `piece_seconds` that cover the recording, [n] int64, from [n, 2] durations and rates."""
         return count_in_time(sizes[:, 0], self.options.piece_seconds, self.options.max_pieces)
 
     @property

@@ -47,7 +47,9 @@ _BRACKETS = re.compile(r"[\[(]([^\])]*)[\])]")
 class Columns:
     """Column indices of the six channels, in the order of `CHANNELS`, and of the times."""
 
+    # Column of each channel.
     channels: tuple[int, ...]
+    # Column of the times; None if there is none.
     time: int | None
     # "s", "ms", "us" or "ns"; empty if it is not stated.
     time_unit: str

@@ -25,6 +25,9 @@ class PixelTransform:
 
     Resolution, statistics and resize filter come from the encoder's folder; `resolution`, `mean` and `std` override
     them.
+
+    Raises:
+        ConfigError: the encoder's preprocessor is not supported, its resolution is unknown, or an option is out of range.
     """
 
     def __init__(

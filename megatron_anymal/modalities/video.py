@@ -38,7 +38,7 @@ SEEK_AHEAD = 10.0
 class VideoOptions:
     """Options of the video modality."""
 
-    # Length of a clip; each clip is one piece.
+    # Length of a clip in seconds; each clip is one piece.
     clip_seconds: float = 4.0
     # Frames per clip. 0: the encoder's number of frames, or 8 with an image encoder.
     num_frames: int = 0
@@ -46,8 +46,9 @@ class VideoOptions:
     max_clips: int = 8
     # Side of a frame in pixels. 0: the encoder's resolution.
     resolution: int = 0
-    # Channel statistics on the scale 0 to 1. None: those of the encoder's folder, else the defaults of its type.
+    # Mean per channel on the scale 0 to 1. None: that of the encoder's folder, else the default of its type.
     image_mean: list[float] | None = None
+    # Standard deviation per channel, likewise.
     image_std: list[float] | None = None
 
 
@@ -103,6 +104,9 @@ class VideoModality(Modality):
     """A video as clips [frames, 3, R, R]; frames are stretched to the encoder's resolution R.
 
     A video encoder takes a whole clip; an image encoder takes its frames one by one.
+
+    Raises:
+        ConfigError: an option is out of range, or does not fit the encoder.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ("mp4", "mov", "m4v", "webm", "mkv", "avi")
@@ -128,12 +132,19 @@ class VideoModality(Modality):
     def probe(
         cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
     ) -> tuple[float, float]:
-        """Duration in seconds, from the packets without decoding, and frames per second."""
+        """Duration in seconds, from the packets without decoding, and frames per second.
+
+        Raises:
+            MediaError: unreadable, without frames or a frame rate, or beyond a limit.
+        """
         with opened(data, limits) as (container, stream):
             return _timing(container, stream, limits)
 
     def count_pieces(self, sizes: np.ndarray) -> np.ndarray:
-        """Number of clips that cover the video; a remainder of at most one frame belongs to the previous clip."""
+        """Number of clips that cover the video, [n] int64, from [n, 2] durations and frame rates.
+
+        A remainder of at most one frame belongs to the previous clip.
+        """
         duration = sizes[:, 0] - 1.0 / sizes[:, 1]
         return count_in_time(duration, self.options.clip_seconds, self.options.max_clips)
 
@@ -147,6 +158,9 @@ class VideoModality(Modality):
 
         Clips are consecutive, and the last one ends with the video. If `max_clips` clips cannot cover the video, they
         are spread evenly from its start to its end.
+
+        Args:
+            duration: of the video, in seconds.
         """
         length = self.options.clip_seconds
         if clips < self.options.max_clips or duration <= clips * length:
@@ -159,7 +173,11 @@ class VideoModality(Modality):
         return starts[:, None] + centres * (ends - starts)[:, None]
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Clips of the video, [pieces, frames, 3, R, R] float32."""
+        """Clips of the video, [pieces, frames, 3, R, R] float32.
+
+        Raises:
+            MediaError: the file is corrupt or truncated, or a frame is beyond a limit.
+        """
         side = self.pixels.resolution
         with opened(data, self.limits) as (container, stream):
             seconds, rate = _timing(container, stream, self.limits)

@@ -89,7 +89,7 @@ class AnyMALModel(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """Return the embedding that a tied head shares (called when gradients are finalized)."""
+        """Return the embedding that a tied head shares, [V, H] (called when gradients are finalized)."""
         return self.language_model.shared_embedding_or_output_weight()
 
     def forward(
@@ -270,7 +270,11 @@ def without_gradient(output: Tensor, given: Tensor) -> Tensor:
     the same order on every rank.
 
     Args:
-        output: computed from `given`, without a graph.
+        output: of any shape, computed from `given` without a graph.
+        given: the stage's input, of any shape.
+
+    Returns:
+        The shape of `output`.
     """
     return _ZeroGradient.apply(output, given)
 

@@ -33,7 +33,9 @@ from megatron_anymal.model.compiled_ops import apply_rotary
 class Rotation(NamedTuple):
     """RoPE rotation of a rank's tokens: [Q, 1, d] each, fp32, the second half of d repeating the first."""
 
+    # Cosines, [Q, 1, d].
     cos: Tensor
+    # Sines, [Q, 1, d].
     sin: Tensor
 
 
@@ -133,7 +135,10 @@ class PackedAttention(MegatronModule):
         """Attend within documents.
 
         Args:
-            query: [Q, 1, n, d]; key, value: [Q, 1, g, d].
+            query: [Q, 1, n, d].
+            key: [Q, 1, g, d].
+            value: [Q, 1, g, d].
+            attention_mask: unused.
 
         Returns:
             [Q, 1, n * d].

@@ -79,6 +79,7 @@ class SdpaKernel:
         self._from_buckets = places.to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
+        """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""
         grouped = query.size(1) != key.size(1)
         outputs = []
         for bucket in self._buckets:
@@ -134,6 +135,7 @@ class FlashKernel:
             self._keys = torch.cat(parts).to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
+        """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""
         from flash_attn import flash_attn_varlen_func
 
         if self._keys is not None:
@@ -171,6 +173,7 @@ class FlexKernel:
         self._mask = create_block_mask(sees, None, None, len(places), len(documents), device=str(device))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
+        """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, key, value))
         out = _flex()(q, k, v, block_mask=self._mask, scale=scale, enable_gqa=query.size(1) != key.size(1))
         return out.squeeze(0).transpose(0, 1)

@@ -43,7 +43,15 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension; uses NVIDIA apex if it is installed and torch cannot compile."""
+    """RMSNorm over the last dimension; uses NVIDIA apex if it is installed and torch cannot compile.
+
+    Args:
+        x: [..., d].
+        weight: [d].
+
+    Returns:
+        [..., d].
+    """
     if x.is_cuda and not can_compile() and backend.apex_kind() == "nvidia":
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
@@ -56,8 +64,13 @@ def apply_rotary(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     """Apply the rotary embedding to each head, in the heads' dtype, like transformers' Llama.
 
     Args:
-        query, key: [Q, n, d], [Q, g, d].
-        cos, sin: [Q, 1, d] fp32.
+        query: [Q, n, d].
+        key: [Q, g, d].
+        cos: [Q, 1, d] fp32.
+        sin: [Q, 1, d] fp32.
+
+    Returns:
+        The rotated query, [Q, n, d], and key, [Q, g, d].
     """
 
     def turned(x: Tensor) -> Tensor:

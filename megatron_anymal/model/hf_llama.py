@@ -115,7 +115,7 @@ def chunks_from_hf(name: str, hf: LlamaConfig, read: Callable[[str], Tensor]) ->
         read: reads a HuggingFace tensor by name.
 
     Returns:
-        (first row, rows), in order.
+        (first row, rows [k, ...]), in order.
     """
     names = hf_names(name, hf)
     if name.endswith(_QKV):
@@ -149,6 +149,9 @@ def from_hf(name: str, hf: LlamaConfig, read: Callable[[str], Tensor]) -> Tensor
 
     Args:
         read: reads a HuggingFace tensor by name.
+
+    Returns:
+        [rows, ...] without vocabulary padding.
     """
     chunks = [chunk for _, chunk in chunks_from_hf(name, hf, read)]
     return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
@@ -158,7 +161,7 @@ def to_hf(name: str, hf: LlamaConfig, whole: Tensor) -> dict[str, Tensor]:
     """Split one of our whole weights into HuggingFace's tensors; the exact inverse of `from_hf`.
 
     Args:
-        whole: the result of `from_hf`, possibly followed by rows that pad the vocabulary.
+        whole: [rows, ...], the result of `from_hf`, possibly followed by rows that pad the vocabulary.
     """
     names = hf_names(name, hf)
     if name in (EMBEDDING, HEAD):

@@ -32,7 +32,7 @@ def all_logits(gpt: GPTModel, hidden: Tensor, vocab_size: int) -> Tensor:
     """Compute the logits of every position.
 
     Args:
-        hidden: [T (or T / tensor-parallel size under sequence parallelism), 1, H].
+        hidden: [T, 1, H], or [T / tensor-parallel size, 1, H] under sequence parallelism.
         vocab_size: without padding.
 
     Returns:
@@ -47,7 +47,7 @@ def label_losses(gpt: GPTModel, hidden: Tensor, labels: Tensor, label_index: Ten
     ranks.
 
     Args:
-        hidden: see `all_logits`.
+        hidden: [T, 1, H], or [T / tensor-parallel size, 1, H] under sequence parallelism.
         labels: [1, T] int64.
         label_index: [L] int64, at least one: the positions with a label, each once.
         vocab_size: without padding.

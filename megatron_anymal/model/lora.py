@@ -227,6 +227,9 @@ class LoraAdapter(nn.ModuleDict):
             x: [tokens, 1, in], the layer's (normalized) input.
             output: [tokens, 1, out], the layer's output. Under sequence parallelism it has more tokens than x for a
                 column-parallel layer, which gathers them, and fewer for a row-parallel one.
+
+        Returns:
+            The shape of `output`.
         """
         scaling = self.scaling
         if self.training and self._dropout is not None:
@@ -350,6 +353,9 @@ class LoraDropout:
     def follow(self, decoder: nn.Module, inputs: Any, output: Tensor) -> None:
         """Forward hook of the decoder: when a micro-batch's backward pass reaches it, restore that micro-batch's tokens
         for recomputed layers (a pipeline has set others in the meantime).
+
+        Args:
+            output: the decoder's hidden states, of any shape.
         """
         if output.requires_grad:
             output.register_hook(partial(self._resume, self._tokens))

@@ -46,7 +46,8 @@ def neftune_noise(
     (but not the scale, which depends on each document's L). The reference model is not trained and gets no noise.
 
     Args:
-        seed, step: of the run; every step draws different noise.
+        seed: of the run.
+        step: every step draws different noise.
         sample_ids: [T] int64, position of each token's sample in the global batch; < 0 for padding, which gets 0.
         positions: [T] int64, each token's position in its document.
         document_lengths: [T] int64, length of each token's document without padding; arbitrary for padding tokens.
@@ -79,17 +80,22 @@ def uniform(seed: int, *counters: Tensor) -> Tensor:
     """Draw uniformly from [-1, 1): multiples of 2^-23, each exact in single precision.
 
     Args:
-        counters: int64, broadcast together; narrow ones come first, since each is hashed at the width reached so far.
+        counters: int64 of any shape, broadcast together; narrow ones come first, since each is hashed at the width reached so far.
 
     Returns:
-        float32 of the counters' broadcast shape.
+        float32, the shape of the broadcast counters.
     """
     return hash64(seed, *counters).bitwise_right_shift_(40).to(torch.float32).mul_(2.0**-23)
 
 
 def hash64(seed: int, *counters: Tensor) -> Tensor:
-    """Compute `mix64(seed, *counters)` elementwise over the counters (int64, at least one, broadcast together); the
-    same 64 bits, as int64.
+    """Compute `mix64(seed, *counters)` elementwise; the same 64 bits, as int64.
+
+    Args:
+        counters: int64 of any shape, at least one, broadcast together.
+
+    Returns:
+        int64, the shape of the broadcast counters.
     """
     state: Any = signed(mix64(seed))
     for counter in counters:
@@ -107,7 +113,7 @@ GOLDEN, _FIRST, _SECOND = map(signed, (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0
 
 
 def scramble(state: Tensor) -> Tensor:
-    """Apply SplitMix64's finalizer to each int64; products wrap around."""
+    """Apply SplitMix64's finalizer to each int64, in any shape; products wrap around."""
     for shift, factor in ((30, _FIRST), (27, _SECOND)):
         # torch shifts arithmetically: the mask removes the sign bits.
         state = (state >> shift).bitwise_and_(2 ** (64 - shift) - 1).bitwise_xor_(state).mul_(factor)

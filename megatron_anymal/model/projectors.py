@@ -45,7 +45,8 @@ def build_projector(
         name: the modality's name in the configuration, for messages.
         parallel: sizes and dtype; sequence parallelism must be off.
         implementation: "local" or "transformer_engine".
-        features, width: the encoder's features per piece and their width.
+        features: the encoder's features per piece.
+        width: their width.
         hidden_size: the language model's.
 
     Raises:
@@ -62,6 +63,9 @@ class PerceiverResampler(MegatronModule):
 
     In every layer the latents attend to the features and to themselves, followed by a feed-forward block. A learned
     position embedding distinguishes the features (for video also their time, since frames are concatenated).
+
+    Raises:
+        ConfigError: the width cannot be divided by the heads, or the heads by the tensor-parallel ranks.
     """
 
     def __init__(
@@ -139,6 +143,9 @@ class LinearProjector(MegatronModule):
 
     If there are more features than soft tokens, neighboring features are concatenated (the last group is padded with
     zeros); if there are fewer, each feature yields several soft tokens. All positions share the same weights.
+
+    Raises:
+        ConfigError: there are fewer features than soft tokens, and they do not divide them.
     """
 
     def __init__(

@@ -43,7 +43,10 @@ class TurnedAttention(TEDotProductAttention):
         packed_seq_params: Optional[DocumentPack] = None,
         **more: Any,
     ) -> Tensor:
-        """query [Q, n, d], key and value [Q, g, d] of this rank's tokens -> [Q, n * d]."""
+        """Attend within documents: query [Q, n, d], key and value [Q, g, d] of this rank's tokens -> [Q, n * d].
+
+        attention_mask and attention_bias are unused: None.
+        """
         assert packed_seq_params is not None and packed_seq_params.rotation is not None
         query, key = apply_rotary(query, key, *packed_seq_params.rotation)
         return super().forward(

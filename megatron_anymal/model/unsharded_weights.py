@@ -36,7 +36,9 @@ _FUSED_IN_PROJECTORS = re.compile(r"(input|output|ffn)_(?:linear|up)\.layer_norm
 class Weight:
     """A parameter of this rank in relation to the whole model."""
 
+    # Name in the whole model.
     name: str
+    # This rank's slice.
     parameter: nn.Parameter
     # Dimension that is split over the tensor-parallel ranks; None if every rank holds the whole weight.
     split_dim: Optional[int]
@@ -56,7 +58,14 @@ class Weight:
         return tuple(shape)
 
     def local_part(self, whole: Tensor) -> Tensor:
-        """This rank's slice of the whole weight."""
+        """This rank's slice of the whole weight, with the parameter's shape.
+
+        Args:
+            whole: [*shape].
+
+        Raises:
+            ValueError: `whole` has another shape.
+        """
         if tuple(whole.shape) != self.shape:
             raise ValueError(f"{self.name} has shape {list(whole.shape)}; the model expects {list(self.shape)}.")
         if self.split_dim is None:
@@ -70,7 +79,11 @@ class Weight:
         return torch.cat([block.chunk(ranks, dim=self.split_dim)[rank] for block in blocks], dim=self.split_dim)
 
     def set(self, whole: Tensor) -> None:
-        """Set this rank's slice from the whole weight."""
+        """Set this rank's slice from the whole weight, [*shape].
+
+        Raises:
+            ValueError: `whole` has another shape.
+        """
         with torch.no_grad():
             self.parameter.copy_(self.local_part(whole))
         if is_quantized(self.parameter):
@@ -80,6 +93,12 @@ class Weight:
         """Gather the whole weight (or gradient, or any tensor of the parameter's shape) from the tensor-parallel ranks.
 
         Collective over them.
+
+        Args:
+            local: the shape of the parameter; None: its value.
+
+        Returns:
+            [*shape].
         """
         local = (self.parameter if local is None else local).detach().contiguous()
         if self.split_dim is None:
@@ -137,7 +156,7 @@ def set_initial_values(weights: Iterable[Weight], seed: int, default_std: float)
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, device: torch.device = _CPU) -> Tensor:
-    """Draw a whole weight from a normal distribution seeded by (seed, name); the same under every layout.
+    """Draw a whole weight, [*shape], from a normal distribution seeded by (seed, name); the same under every layout.
 
     Args:
         device: draws large weights (a random 70B would take one CPU core twelve minutes); GPUs of the same model draw
@@ -198,7 +217,7 @@ def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
 
 
 def hash_weight(name: str, whole: Tensor) -> str:
-    """Hash one whole weight: name, shape, dtype and bytes."""
+    """Hash one whole weight, of any shape: name, shape, dtype and bytes."""
     head = f"{name} {tuple(whole.shape)} {whole.dtype}".encode()
     digest = hashlib.sha256(head)
     digest.update(raw_bytes(whole.cpu()))
@@ -224,4 +243,4 @@ def _speaks_for_replica() -> bool:
 
 
 def leave_unset(weight: Tensor) -> None:
-    """No-op `init_method` for megatron-core: values are loaded, or drawn by name with `set_initial_values`."""
+    """No-op `init_method` for megatron-core, for any shape: values are loaded, or drawn with `set_initial_values`."""

@@ -59,12 +59,12 @@ def pretrain(argv: Sequence[str]) -> int:
 
 
 def sft(argv: Sequence[str]) -> int:
-    """Run instruction tuning; otherwise as `pretrain`."""
+    """Run instruction tuning; otherwise, including ConfigError, as `pretrain`."""
     return _main("sft", "Tune an aligned model on conversations: adapters, projectors only, or the whole Llama.", argv)
 
 
 def dpo(argv: Sequence[str]) -> int:
-    """Run conservative DPO; otherwise as `pretrain`."""
+    """Run conservative DPO; otherwise, including ConfigError, as `pretrain`."""
     return _main("dpo", "Continue an SFT run's adapters on pairs of preferred and rejected answers.", argv)
 
 

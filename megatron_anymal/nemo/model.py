@@ -77,6 +77,7 @@ class MegatronAnyMALModel(ModelPT):
 
         Raises:
             ConfigError: the configuration cannot be built in this environment.
+            RuntimeError: in place of an AttributeError, which torch would hide.
         """
         if self._state is None:
             try:
@@ -121,6 +122,10 @@ class MegatronAnyMALModel(ModelPT):
 
         Args:
             train_data_config: in the form of the section `data.train`: name -> {"path": folder, "weight": share}.
+
+        Raises:
+            ConfigError: an unknown key or a value of the wrong type.
+            RuntimeError: `state` has been used.
         """
         self.config.data.train = self._datasets("train", train_data_config)
         self._cfg = to_cfg(self.config)
@@ -130,6 +135,10 @@ class MegatronAnyMALModel(ModelPT):
 
         Args:
             val_data_config: in the form of the section `data.validation`: name -> {"path": folder, "weight": share}.
+
+        Raises:
+            ConfigError: an unknown key or a value of the wrong type.
+            RuntimeError: `state` has been used.
         """
         self.config.data.validation = self._datasets("validation", val_data_config)
         self._cfg = to_cfg(self.config)

@@ -50,17 +50,21 @@ class Phase(IntEnum):
 class Beat:
     """Last heartbeat of a rank."""
 
+    # Process ID.
     pid: int
+    # Rank in the job.
     rank: int
     # Step in progress, counted from 1 as in the log; -1 before the first step.
     step: int
+    # What the rank is doing.
     phase: Phase
     # The rank has finished a step since it started.
     settled: bool
     # Incremented with every beat.
     progress: int
-    # time.monotonic_ns() of the last beat of the main thread and of the background thread.
+    # time.monotonic_ns() of the last beat of the main thread.
     beat_ns: int
+    # time.monotonic_ns() of the last beat of the background thread.
     alive_ns: int
 
 

@@ -38,6 +38,7 @@ class Choice:
     """The activation recomputation of a run and the resulting memory use.
 
     Attributes:
+        recompute: the settings.
         held: memory use of a rank, per pipeline stage.
         memory: available bytes; 0 if unknown.
         without: bytes that the worst rank would hold without recomputation.
@@ -116,6 +117,9 @@ def memory_to_fit(memory_gb: float, devices: int) -> int:
 def choose(run: RunSizes, memory: int) -> Choice:
     """Return the recomputation with the least extra work with which every rank fits.
 
+    Args:
+        memory: bytes available to a rank.
+
     Raises:
         ConfigError: nothing fits.
     """
@@ -136,7 +140,7 @@ def choose(run: RunSizes, memory: int) -> Choice:
 
 
 def judge(run: RunSizes, recompute: Recompute, memory: int) -> Choice:
-    """Return the memory use of a given recomputation."""
+    """Return the memory use of a given recomputation; `memory` is the available bytes, 0 if unknown."""
     return Choice(recompute, _held(run, recompute), memory, max(of.total for of in _held(run, Recompute())))
 
 

@@ -37,7 +37,9 @@ from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 class DataSource:
     """A data mixture: its batch planner and this rank's reader."""
 
+    # Plans the global batches.
     planner: BatchPlanner
+    # Reads this rank's micro-batches.
     reader: MicroBatchReader
 
 
@@ -45,18 +47,27 @@ class DataSource:
 class TrainState:
     """In-memory state of a run."""
 
+    # The run's configuration.
     config: RunConfig
+    # The Llama's HuggingFace configuration.
     llama: LlamaConfig
+    # This process's place in the parallel layout.
     layout: ParallelLayout
+    # Tokenizer of the run.
     tokenizer: Tokenizer
+    # Modalities by their names in the configuration.
     modalities: dict[str, Modality]
     # This rank's model chunks: one, or several under a virtual pipeline.
     models: list[AnyMALModel]
     # The same chunks, wrapped for megatron-core's data parallelism.
     wrapped: list[DistributedDataParallel]
+    # Optimizer over all trainable weights of this rank.
     optimizer: MegatronOptimizer
+    # Training data.
     train_data: DataSource
+    # Validation data; None without any.
     validation_data: Optional[DataSource]
+    # Loss and metrics.
     objective: Objective
     # Time spent in this rank's own forward passes, in training and validation.
     own_time: OwnTime
@@ -199,7 +210,11 @@ def build_data(
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Reject a tokenizer with ids outside the Llama's vocabulary."""
+    """Reject a tokenizer with ids outside the Llama's vocabulary.
+
+    Raises:
+        DataError: naming the largest id.
+    """
     largest = max(tokenizer.hf.get_vocab().values())
     if largest >= vocab_size:
         raise DataError(

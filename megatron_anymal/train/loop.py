@@ -53,6 +53,7 @@ def fit(
         NotFinite: the gradient was not finite in resilience.max_skipped_steps consecutive steps.
         DataError: more of a step's samples are unreadable than data.max_bad_share allows.
         CheckpointError: checkpoints exist and none is valid, or the last one could not be written.
+        RuntimeError: a loader process died (WorkerDied), or the frozen Llama's weights have changed.
     """
     with (
         stop_signals.handle_stop_signals(),
@@ -102,7 +103,7 @@ class Trainer:
         self.window = MetricsWindow()
 
     def fit(self) -> Exit:
-        """See the module-level `fit`."""
+        """Run to the end; result and errors as in the module-level `fit`, including RuntimeError."""
         self._record("start", f"{self.state.layout.world_size} process(es)")
         fault_injection.inject("start", 0)
         heartbeat.beat(Phase.LOADING)

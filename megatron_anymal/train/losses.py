@@ -37,7 +37,8 @@ def batch_mean(losses: Tensor, loss_mask: Tensor, batch_targets: int) -> Tensor:
     pairs, one loss and a mask of 1 per pair and the number of pairs.
 
     Args:
-        losses, loss_mask: [1, T].
+        losses: [1, T].
+        loss_mask: [1, T].
         batch_targets: target tokens of the global batch, counted over all processes.
 
     Returns:
@@ -67,7 +68,8 @@ def sums_by_group(losses: Tensor, loss_mask: Tensor, groups: Tensor, count: int)
     """Loss and target tokens per group of tokens.
 
     Args:
-        losses, loss_mask: [1, T].
+        losses: [1, T].
+        loss_mask: [1, T].
         groups: [1, T] int64 in [0, count), or -1 for tokens without a group.
 
     Returns:
@@ -112,6 +114,9 @@ def sum_over_context(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
     Args:
         parts: any shape, the same on all ranks.
         group: this rank's context-parallel group.
+
+    Returns:
+        The sums, the shape of `parts`.
     """
     # megatron-core reduces in place and needs a contiguous tensor.
     return reduce_from_tensor_model_parallel_region(parts.clone(memory_format=torch.contiguous_format), group)
@@ -133,7 +138,10 @@ def dpo_loss(
     beta h = log((1 - eps) / eps).
 
     Args:
-        policy_*, reference_*: [P] log-probabilities (nats) of the pairs' answers, summed over their tokens.
+        policy_chosen: [P] log-probabilities (nats) of the pairs' chosen answers, summed over their tokens.
+        policy_rejected: [P], those of the rejected answers.
+        reference_chosen: [P], those of the chosen answers under the reference.
+        reference_rejected: [P], those of the rejected answers under the reference.
         beta: strength of the pull towards the reference.
         label_smoothing: eps, in [0, 0.5) (AnyMAL: 0.05).
 
@@ -156,7 +164,11 @@ def dpo_metrics(
     and accuracy by `pairs`, drifts by tokens.
 
     Args:
-        policy_*, reference_*, beta: see `dpo_loss`.
+        policy_chosen: [P], see `dpo_loss`.
+        policy_rejected: [P].
+        reference_chosen: [P].
+        reference_rejected: [P].
+        beta: strength of the pull towards the reference.
         tokens: [2, P] answer tokens, chosen and rejected.
 
     Returns:

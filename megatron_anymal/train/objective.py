@@ -50,7 +50,11 @@ class GlobalBatch:
         device: torch.device,
         reference: Optional[Tensor] = None,
     ) -> GlobalBatch:
-        """Build from a plan; a sample is reported under its first media item's modality, or under "text"."""
+        """Build from a plan; a sample is reported under its first media item's modality, or under "text".
+
+        Args:
+            reference: [n, 2] float64, see the field.
+        """
         targets = np.where([position in bad for position in range(len(plan.targets))], 0, plan.targets)
         groups = [names.index(media[0].modality) if media else names.index("text") for media in plan.media]
         return GlobalBatch(
@@ -109,11 +113,13 @@ class TokenObjective:
         return int((batch.targets > 0).sum() if self._by_sample else batch.targets.sum())
 
     def measures(self, extras: Sequence[float]) -> dict[str, float]:
-        """See Objective."""
+        """No further metrics."""
         return {}
 
     def loss(self, losses: Tensor, mask: Tensor, micro_batch: MicroBatch, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """See Objective."""
+        """Sum over the target tokens, weighted; arguments and results as in `Objective`: losses and mask [1, T] -> scalar,
+        [2 x names] float64.
+        """
         owners = micro_batch.sample_positions
         weights = sample_weights(mask, owners, batch.targets) if self._by_sample else mask
         groups = torch.where(owners >= 0, batch.groups[owners.clamp(min=0)], -1)
@@ -150,7 +156,9 @@ class PreferenceObjective:
         }
 
     def loss(self, losses: Tensor, mask: Tensor, micro_batch: MicroBatch, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """See Objective."""
+        """Loss of the micro-batch's pairs; arguments and results as in `Objective`: losses and mask [1, T] -> scalar,
+        [2 x names + DPO_METRICS] float64.
+        """
         assert batch.reference is not None
         places, (policy, tokens) = self.answers(losses, mask, micro_batch, batch)
         reference = batch.reference[places]
@@ -170,6 +178,10 @@ class PreferenceObjective:
         losses: Tensor, mask: Tensor, micro_batch: MicroBatch, batch: GlobalBatch
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Sum the log-probabilities of a micro-batch's answers. Collective over the context-parallel ranks.
+
+        Args:
+            losses: [1, T] cross-entropy of each label.
+            mask: [1, T]: 1 where the label counts.
 
         Returns:
             [P] the pairs' positions in the global batch; [P, 2] each, log-probability and number of tokens of the

@@ -32,9 +32,9 @@ class StepResult:
 
     # Mean over the batch's target tokens (or samples, or pairs).
     loss: float
-    # Mean loss per modality of the sample (that of its first media item; "text" without media), and the number of
-    # targets, samples or pairs that each mean is over.
+    # Mean loss per modality of the sample: that of its first media item; "text" without media.
     loss_by_modality: dict[str, float]
+    # Number of targets, samples or pairs that each of these means is over.
     counts_by_modality: dict[str, float]
     # The objective's additional metrics, as means.
     measures: dict[str, float]
@@ -44,7 +44,9 @@ class StepResult:
     padded_tokens: int
     # Sample name -> why it was skipped.
     bad: dict[str, str]
+    # Global L2 norm of the gradient before clipping; inf if it was not finite. 0 in validation.
     grad_norm: float = 0.0
+    # Learning rate of the update. 0 in validation.
     lr: float = 0.0
     # Nothing was updated: a gradient or loss was not finite on some rank.
     skipped: bool = False
@@ -58,7 +60,9 @@ class Reduced:
 
     # The objective's report.
     report: list[float]
+    # Whether gradients and losses are finite on every rank.
     finite: bool
+    # Why a rank asks to stop; empty if none does.
     stop: str
 
 

@@ -17,8 +17,11 @@ PAX_NEXT, PAX_GLOBAL = b"xX", ord("g")
 class Header:
     """A valid header block."""
 
+    # Path of the member, with its prefix; not yet checked to be UTF-8.
     name: bytes
+    # Size of the data in bytes, without padding.
     size: int
+    # Type flag, as a byte value.
     type: int
 
 
@@ -112,10 +115,12 @@ def _number(field: bytes) -> Optional[int]:
 
 
 def padded(size: int) -> int:
+    """Bytes that a member's data occupies: `size` bytes, rounded up to whole blocks."""
     return -(-size // BLOCK) * BLOCK
 
 
 def is_utf8(name: bytes) -> bool:
+    """Whether the name is valid UTF-8."""
     try:
         name.decode("utf-8")
     except UnicodeDecodeError:

@@ -62,10 +62,13 @@ _COMPRESSED = {
 class TarMember:
     """A regular file in an archive. Offsets and sizes are in bytes."""
 
+    # Path in the archive.
     name: str
     # Offset of the first header block, including extension headers.
     header_offset: int
+    # Offset of the data.
     offset: int
+    # Size of the data.
     size: int
 
 
@@ -75,8 +78,11 @@ class TarProblem:
 
     # One of the ledger's codes (data/left_out.py).
     code: str
+    # Bytes from the start of the archive.
     offset: int
+    # Length in bytes.
     length: int
+    # What is wrong, for the user.
     reason: str
     # The member's name, if it is known.
     name: str = ""
@@ -88,7 +94,9 @@ class TarProblem:
 class TarPassed:
     """An entry that is not a file and is skipped: a directory or a volume label."""
 
+    # Path in the archive.
     name: str
+    # "directories" or "volume labels".
     what: str
 
 
@@ -103,10 +111,15 @@ class TarError(ValueError):
 class ByteCounts:
     """Number of bytes of an archive by use; after a complete pass they add up to its size."""
 
+    # Header blocks, including extension headers and their data.
     headers: int = 0
+    # Data of files.
     data: int = 0
+    # Zeros that fill the last block of a member's data.
     padding: int = 0
+    # Blocks of zeros at the end of the archive.
     end: int = 0
+    # Everything that cannot be read as one of these.
     damaged: int = 0
 
     @property

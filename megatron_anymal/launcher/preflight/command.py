@@ -41,10 +41,15 @@ _SKEW = 2.0
 class JobPosition:
     """Position of a process in its job."""
 
+    # Rank in the job.
     rank: int = 0
+    # Number of processes in the job.
     world: int = 1
+    # Rank on the node.
     local_rank: int = 0
+    # Number of processes per node.
     per_node: int = 1
+    # Name of the node.
     name: str = ""
 
     @staticmethod

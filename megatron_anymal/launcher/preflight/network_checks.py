@@ -48,7 +48,7 @@ class Reports:
         self._store.set(f"{what}/{self.rank}", json.dumps(value))
 
     def heard(self, what: str, ranks: Iterable[int], deadline: float) -> dict[int, Any]:
-        """Reports by rank; without those that did not arrive before `deadline` (of time.monotonic)."""
+        """Reports by rank; without those that did not arrive before `deadline` (time.monotonic(), in seconds)."""
         reports: dict[int, Any] = {}
         waiting = list(ranks)
         while waiting:

@@ -25,7 +25,9 @@ class Problem:
 
     # software, files, run folder, disk, GPU, network or clock.
     check: str
+    # What is wrong.
     text: str
+    # Advice for the user.
     fix: str
 
     def __str__(self) -> str:

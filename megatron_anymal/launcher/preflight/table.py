@@ -15,10 +15,12 @@ class Row:
     """Table row of a node.
 
     Attributes:
+        node: name of the node.
         processes: number of processes that reported.
         disk: free bytes at the run's folder; -1 if unknown.
         gpu: free bytes of its fullest GPU; -1 without CUDA.
         clock: seconds ahead of the first node's clock; None if not measured.
+        problems: everything that would stop the run.
     """
 
     node: str

@@ -25,6 +25,9 @@ class CLAPEncoder(Encoder):
 
     Features are those of the last stage, [n, width, bands, times] read as bands x times tokens. An audio window is
     never longer than the encoder's input, so a CLAP with fusion takes its single-view path.
+
+    Raises:
+        ConfigError: the modality's pieces have another shape.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:

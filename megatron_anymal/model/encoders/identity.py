@@ -13,7 +13,11 @@ from megatron_anymal.model.encoders.base import Encoder, register_encoder
 
 @register_encoder("identity")
 class IdentityEncoder(Encoder):
-    """Returns a piece [..., width] as features: the last dimension is their width, the others are flattened."""
+    """Returns a piece [..., width] as features: the last dimension is their width, the others are flattened.
+
+    Raises:
+        ConfigError: a path or shape is configured, or pieces have fewer than two dimensions.
+    """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:
         super().__init__(config, piece_shape)

@@ -26,10 +26,13 @@ class IMU2CLIPShape:
     conv_width: int = 32
     # One convolution (without bias) and max-pooling per entry.
     kernel_sizes: list[int] = field(default_factory=lambda: [10, 5, 5])
+    # Dilation of the convolutions.
     dilation: int = 2
+    # Window and stride of each max-pooling.
     pool: int = 3
     # Width of the GRU and of the features.
     hidden_size: int = 512
+    # Layers of the GRU.
     num_layers: int = 1
     # 1: the GRU's last state; more: its outputs averaged over that many time intervals.
     feature_tokens: int = 1
@@ -42,6 +45,9 @@ class IMU2CLIPEncoder(Encoder):
     Takes [6, samples]. There is one difference from the published code, in which the GRU steps over the convolutions'
     channels; here it steps over time. With the default sizes both have 32 steps of width 32.
     A folder holds config.json (`model_type` "imu2clip" and the keys of `IMU2CLIPShape`) and model.safetensors.
+
+    Raises:
+        ConfigError: the modality's pieces have another shape or are too short, or a key is wrong.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:

@@ -22,6 +22,9 @@ class VisionTransformer(Encoder):
 
     Features are the patch tokens of the last hidden state, without the class token; a video's frames are concatenated
     to T x patches features.
+
+    Raises:
+        ConfigError: the modality's pieces have another shape.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:

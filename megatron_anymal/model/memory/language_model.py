@@ -24,8 +24,9 @@ class Recompute:
     Attributes:
         granularity: "" (nothing), selective or full.
         modules: for selective: core_attn, mlp.
-        method, layers: for full: block recomputes the first `layers` layers of each model chunk, uniform all of them in
-            groups of `layers`.
+        method: for full: block recomputes the first `layers` layers of each model chunk, uniform all of them in groups
+            of `layers`.
+        layers: for full: see `method`.
     """
 
     granularity: str = ""
@@ -54,7 +55,8 @@ class Pack:
     Attributes:
         tokens: on this rank.
         labels: number of these tokens that have a label.
-        queries, keys: tokens that scaled dot-product attention processes, including its padding, if it is used.
+        queries: tokens whose queries scaled dot-product attention processes, including its padding, if it is used.
+        keys: tokens whose keys it processes, likewise.
     """
 
     tokens: int
@@ -68,9 +70,21 @@ class LlamaSizes:
     """Sizes of a Llama on one rank.
 
     Attributes:
-        hidden, ffn, heads, groups, head_size, vocabulary: of the whole Llama, with the vocabulary padded.
+        hidden: hidden size.
+        ffn: width of the feed-forward in the whole Llama.
+        heads: attention heads of the whole Llama.
+        groups: key/value heads of the whole Llama.
+        head_size: channels per head.
+        vocabulary: entries of the whole vocabulary, with padding.
+        tied: whether the head shares the embedding's weight.
+        tensor: tensor-parallel size.
+        context: context-parallel size.
+        sequence_parallel: whether norms and residuals are split over the tensor-parallel ranks.
         number: bytes per element.
         matrix_number: bytes per element of the layers' matrices, including copies made for FP8 products.
+        trains: whether the Llama's own weights train.
+        lora_r: rank of the adapters; 0 without LoRA.
+        lora_dropout: whether the adapters' inputs are dropped out.
         adapted: with LoRA, per layer: linear layer -> projections with an adapter. Linear layers are qkv, proj, fc1 and
             fc2; projections are named by their outputs: q, k, v, o, gate, up, down.
         attention: transformer_engine, flash_attn, flex or sdpa.
@@ -295,7 +309,8 @@ class PipelineChunk:
 
     Attributes:
         layers: their indices in the whole Llama.
-        first, last: whether the chunk holds the embedding and the media modules, and whether it holds the head.
+        first: whether the chunk holds the embedding and the media modules.
+        last: whether it holds the head.
     """
 
     layers: tuple[int, ...]
@@ -308,7 +323,8 @@ class MediaMemory:
     """Memory of encoders and projectors on the first stage (see media.py).
 
     Attributes:
-        frozen, trainable: numbers of parameters.
+        frozen: number of frozen parameters.
+        trainable: number of trainable parameters.
         kept: bytes that a micro-batch saves for its backward pass.
         working: temporary bytes, including media being copied.
     """
@@ -324,10 +340,13 @@ class RunSizes:
     """All sizes of a run that affect its memory use.
 
     Attributes:
+        llama: sizes of the Llama on one rank.
+        pack: sizes of a micro-batch.
         stages: a rank's model chunks, per pipeline stage.
         micro_batches: maximum per step and replica.
         optimizer_bytes: per trainable parameter, over all ranks that share the optimizer state.
         sharers: number of those ranks.
+        media: memory of encoders and projectors.
         reference: whether a frozen copy of the adapters is held (DPO).
     """
 
@@ -345,10 +364,15 @@ class RunSizes:
 class Held:
     """Memory use of one rank, in bytes."""
 
+    # Weights, including a reference's adapters and copies for FP8 products.
     weights: int
+    # fp32 gradients.
     gradients: int
+    # This rank's share of the optimizer state.
     optimizer: int
+    # Activations saved for backward passes, at their peak.
     activations: int
+    # Temporary tensors.
     working: int
     # Micro-batches whose activations each model chunk holds.
     in_flight: tuple[int, ...]

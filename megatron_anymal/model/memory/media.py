@@ -30,7 +30,9 @@ class EncoderSizes:
     """Sizes of one encoder.
 
     Attributes:
-        features, width: F and w.
+        parameters: number of parameters.
+        features: F, features per piece.
+        width: w, width of a feature.
         piece: elements per piece.
         kept: bytes saved per piece for a backward pass through the encoder.
     """
