@@ -115,7 +115,11 @@ class RunLog:
 
 
 def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: float) -> str:
-    """Console line of a step; each modality's loss is followed by the number of target tokens it was averaged over."""
+    """Console line of a step; each modality's loss is followed by the number of target tokens it was averaged over.
+
+    Args:
+        eta: seconds until the end of the run.
+    """
     names = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
     losses = ", ".join(f"{name} {metrics[f'loss/{name}']:.4f} of {metrics[f'targets/{name}']:,.0f}" for name in names)
     return (

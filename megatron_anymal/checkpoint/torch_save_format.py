@@ -69,7 +69,7 @@ class FilePart(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """Set the position, in bytes from the start of the range, and return it."""
+        """Move by `offset` bytes and return the position, in bytes from the start of the range."""
         base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
         self._place = base + offset
         return self._place

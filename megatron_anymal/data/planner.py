@@ -111,7 +111,7 @@ class StepPlan:
     media: tuple[tuple[PlannedMedia, ...], ...]
     # Positions of samples that are left out because they are longer than a pack.
     dropped: tuple[int, ...]
-    # [replica][micro-batch] -> positions of its samples.
+    # Positions of the samples of each micro-batch, by replica and micro-batch.
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     # Tokens per micro-batch after padding.
     padded_length: int

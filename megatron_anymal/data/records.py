@@ -116,7 +116,7 @@ class MediaBatch:
 
     # [pieces, *piece_shape], float32: this rank's share of the pieces.
     pieces: Tensor
-    # [context-parallel rank][tensor-parallel rank]: number of pieces that each rank encodes; the ranks hold consecutive
+    # Number of pieces that each rank encodes, by context-parallel and tensor-parallel rank; the ranks hold consecutive
     # ranges. A single entry means that the ranks do not share the encoding.
     shares: tuple[tuple[int, ...], ...]
     # [k]: positions of soft tokens among this rank's tokens.

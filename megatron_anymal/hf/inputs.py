@@ -38,7 +38,9 @@ def batch_of(
 
     Args:
         pad: the padding id; it is masked, so any id will do except a placeholder's.
-        padding, max_length, return_tensors: see AnyMALProcessor.
+        padding: True or "longest"; "max_length"; or False.
+        max_length: tokens, for padding="max_length".
+        return_tensors: "pt", "np", or None for lists of ids.
 
     Raises:
         DataError: there are no prompts, or one is longer than max_length.

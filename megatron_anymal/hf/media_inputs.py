@@ -126,8 +126,11 @@ def given_by_kind(
 
     Args:
         text: None, one text or a list.
-        images, audio, videos, media: for one text an item or a list of items; for several texts a list with one item
-            or list of items per text.
+        images: for one text an item or a list of items; for several texts a list with one item or list of items per
+            text.
+        audio: likewise.
+        videos: likewise.
+        media: likewise, of any kind.
         sampling_rate: sampling rate of waveforms, in Hz.
 
     Raises:

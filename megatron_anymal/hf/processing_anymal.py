@@ -67,10 +67,14 @@ class AnyMALProcessor(ProcessorMixin):
             text: one text or several, instead of `prompts`. The placeholders of a conversation rendered by
                 `apply_chat_template(tokenize=False)` are replaced by the items of their kinds, in order. Any other text
                 is literal, and its media precede it.
-            images, audio, videos, media: items of one kind or, for `media`, of any kind: one item or a list; for
-                several texts, one item or list per text. An item with attributes is an object as in `prompts`.
+            images: one item or a list; for several texts, one item or list per text. An item with attributes is an
+                object as in `prompts`.
+            audio: likewise.
+            videos: likewise.
+            media: likewise, of any kind.
             sampling_rate: sampling rate of waveforms in `audio`, in Hz.
             padding: True or "longest"; "max_length", to `max_length` tokens; or False. Padding is on the left.
+            max_length: tokens, for padding="max_length".
             return_tensors: "pt", "np", or None for lists of ids (pieces stay tensors).
 
         Returns:
@@ -117,7 +121,10 @@ class AnyMALProcessor(ProcessorMixin):
             continue_final_message: leave the last turn open for the model to continue.
             tokenize: return inputs like `__call__`; false: return a string in which placeholders represent media items.
             return_dict: false: return only the ids.
-            padding, max_length, return_tensors: see `__call__`; they may be passed in `processor_kwargs` instead.
+            padding: see `__call__`.
+            max_length: see `__call__`.
+            return_tensors: see `__call__`.
+            processor_kwargs: the last three may be passed in this instead.
 
         Raises:
             ValueError: a different chat template, or both kinds of open turns at once.

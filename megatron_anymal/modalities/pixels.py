@@ -27,7 +27,8 @@ class PixelTransform:
     them.
 
     Raises:
-        ConfigError: the encoder's preprocessor is not supported, its resolution is unknown, or an option is out of range.
+        ConfigError: the encoder's preprocessor is not supported, its resolution is unknown, or an option is out of
+            range.
     """
 
     def __init__(

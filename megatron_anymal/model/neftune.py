@@ -80,7 +80,8 @@ def uniform(seed: int, *counters: Tensor) -> Tensor:
     """Draw uniformly from [-1, 1): multiples of 2^-23, each exact in single precision.
 
     Args:
-        counters: int64 of any shape, broadcast together; narrow ones come first, since each is hashed at the width reached so far.
+        counters: int64 of any shape, broadcast together; narrow ones come first, since each is hashed at the width
+            reached so far.
 
     Returns:
         float32, the shape of the broadcast counters.

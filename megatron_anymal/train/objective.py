@@ -117,8 +117,14 @@ class TokenObjective:
         return {}
 
     def loss(self, losses: Tensor, mask: Tensor, micro_batch: MicroBatch, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """Sum over the target tokens, weighted; arguments and results as in `Objective`: losses and mask [1, T] -> scalar,
-        [2 x names] float64.
+        """Mean over target tokens or samples; otherwise as `Objective.loss`.
+
+        Args:
+            losses: [1, T] cross-entropy of each label.
+            mask: [1, T]: 1 where the label counts.
+
+        Returns:
+            A scalar, and [2 x names] float64.
         """
         owners = micro_batch.sample_positions
         weights = sample_weights(mask, owners, batch.targets) if self._by_sample else mask
@@ -156,8 +162,14 @@ class PreferenceObjective:
         }
 
     def loss(self, losses: Tensor, mask: Tensor, micro_batch: MicroBatch, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
-        """Loss of the micro-batch's pairs; arguments and results as in `Objective`: losses and mask [1, T] -> scalar,
-        [2 x names + DPO_METRICS] float64.
+        """Mean over pairs; otherwise as `Objective.loss`. Collective over the context-parallel ranks.
+
+        Args:
+            losses: [1, T] cross-entropy of each label.
+            mask: [1, T]: 1 where the label counts.
+
+        Returns:
+            A scalar, and [2 x names + len(DPO_METRICS)] float64.
         """
         assert batch.reference is not None
         places, (policy, tokens) = self.answers(losses, mask, micro_batch, batch)

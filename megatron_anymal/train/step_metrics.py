@@ -15,7 +15,7 @@ class MetricsWindow:
         self._steps: list[tuple[float, float, StepResult]] = []
 
     def add(self, seconds: float, waited: float, result: StepResult) -> None:
-        """Add a step."""
+        """Add a step; `waited` of its seconds were spent waiting for data."""
         self._steps.append((seconds, waited, result))
 
     def take(self) -> tuple[int, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """What the docstrings of the public API must hold, read from the source with `ast`; nothing is imported.
 
-Notation of shapes: square brackets, "[tokens, hidden]", with named, literal or computed sizes; "scalar"; "any shape"; "the
-shape of ..."; "unused" for an argument that an interface demands. Units are written out: seconds, bytes, Hz.
+Notation of shapes: square brackets with named, literal or computed sizes, "[tokens, hidden]"; "scalar"; "any shape";
+"the shape of ..."; "unused" for an argument that an interface demands. Units are words: seconds, bytes, Hz.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ ARRAY = re.compile(r"\b(?:Tensor|ndarray)\b")
 # Tensors by name, such as the weights of a model, and functions of tensors have no single shape.
 BY_NAME = re.compile(r"\b(?:dict|Mapping)\[str\b|\btuple\[str, |\bCallable\b")
 
-# Numbers that are a time, a size in memory or a rate.
+# Numbers that are a time, a size or place in memory, or a rate.
 QUANTITY = re.compile(
-    r"(?:^|_)(?:timeout|duration|interval|wait|pause|elapsed|deadline|delay|age|until|since|began|begun|started|wall|silent"
-    r"|memory|budget|free|space|bandwidth|frequency|rate|lasts)(?:_|$)"
+    r"(?:^|_)(?:timeout|duration|interval|wait|pause|elapsed|deadline|delay|age|until|since|began|begun|started|wall"
+    r"|silent|waited|stalled|eta|clock|skew|memory|budget|free|space|offset|bandwidth|frequency|rate|flops)(?:_|$)"
 )
 NUMBER = re.compile(r"(?:Optional\[)?(?:int|float)\]?(?: \| None)?")
 UNIT = re.compile(
-    r"\bseconds?\b|\bns\b|\bHz\b|\bbytes?\b|\bGB\b|\bper second\b|\bsteps\b|\blearning rate\b", re.IGNORECASE
+    r"\bseconds?\b|\bns\b|\bHz\b|\bbytes?\b|\bGB\b|\bper second\b|\bsteps\b|\boperations\b|\blearning rate\b",
+    re.IGNORECASE,
 )
 UNIT_IN_NAME = re.compile(r"(?:^|_)(?:seconds|bytes|ns|gb|steps)$")
 SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Attributes):$")
@@ -212,9 +213,9 @@ def without_shape(item: Definition) -> Iterator[str]:
         texts = [item.fields.get(name, ""), *item.doc.about(name), item.doc.prose if len(arrays) == 1 else ""]
         if not any(map(SHAPE.search, texts)):
             yield f"{item}: {name}: {item.annotations[name]} has no shape"
-    if ARRAY.search(item.returns) and not BY_NAME.search(item.returns):
-        if not SHAPE.search(f"{item.doc.prose} {item.doc.returned}"):
-            yield f"{item}: the result, {item.returns}, has no shape"
+    is_array = ARRAY.search(item.returns) and not BY_NAME.search(item.returns)
+    if is_array and not SHAPE.search(f"{item.doc.prose} {item.doc.returned}"):
+        yield f"{item}: the result, {item.returns}, has no shape"
 
 
 def without_unit(item: Definition) -> Iterator[str]:
@@ -225,6 +226,6 @@ def without_unit(item: Definition) -> Iterator[str]:
             if not any(map(UNIT.search, texts)):
                 yield f"{item}: {name} has no unit"
     name = item.name.rpartition(".")[2]
-    if QUANTITY.search(name) and NUMBER.fullmatch(item.returns) and not UNIT_IN_NAME.search(name):
-        if not UNIT.search(item.doc.text):
-            yield f"{item}: the result has no unit"
+    is_quantity = QUANTITY.search(name) and NUMBER.fullmatch(item.returns) and not UNIT_IN_NAME.search(name)
+    if is_quantity and not UNIT.search(item.doc.text):
+        yield f"{item}: the result has no unit"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ast
 import builtins
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 
 from docstring_rules import Function, modules, tree
@@ -20,7 +22,7 @@ def ancestors() -> dict[str, set[str]]:
     bases = {
         node.name: [ast.unparse(base).rpartition(".")[2] for base in node.bases]
         for module in modules()
-        for node in ast.walk(tree(module))
+        for node in tree(module).body
         if isinstance(node, ast.ClassDef)
     }
     found = {
@@ -32,7 +34,20 @@ def ancestors() -> dict[str, set[str]]:
     def chain(name: str) -> set[str]:
         return found.get(name) or {name}.union(*(chain(base) for base in bases.get(name, ())))
 
-    return found | {name: chain(name) for name in bases if "Exception" in chain(name)}
+    return found | {name: chain(name) for name in bases if "BaseException" in chain(name)}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a statement stands."""
+
+    # Class of the method; "" in a function.
+    owner: str
+    # Functions on the way here.
+    calls: frozenset[str]
+    # Name of a caught exception -> its types, and those of the handler around the statement.
+    caught: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    handled: tuple[str, ...] = ()
 
 
 class Raised:
@@ -41,10 +56,10 @@ class Raised:
     def __init__(self, module: str) -> None:
         self.functions: dict[str, Function] = {}
         # Names of tuples of exceptions.
-        self.groups: dict[str, ast.Tuple] = {}
+        self._groups: dict[str, ast.Tuple] = {}
         for node in tree(module).body:
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple):
-                self.groups[ast.unparse(node.targets[0])] = node.value
+                self._groups[ast.unparse(node.targets[0])] = node.value
             for x in node.body if isinstance(node, ast.ClassDef) else [node]:
                 if isinstance(x, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     owner = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
@@ -56,70 +71,67 @@ class Raised:
         """The functions of a module, which is read once."""
         return Raised(module)
 
-    def by(self, name: str, seen: frozenset[str] = frozenset()) -> set[str]:
+    def by(self, name: str, calls: frozenset[str] = frozenset()) -> set[str]:
         """Names of the exceptions that a function, or a method as "Class.method", lets out."""
-        if name in seen:
+        if name in calls:
             return set()
-        owner = name.rpartition(".")[0]
-        return self._of(self.functions[name].body, owner, {}, (), seen | {name})
+        return self._in(self.functions[name].body, _Place(name.rpartition(".")[0], calls | {name}))
 
-    def _of(
-        self, nodes: Iterable[ast.AST], owner: str, caught: dict[str, set[str]], current: tuple[str, ...], seen: frozenset[str]
-    ) -> set[str]:
-        found: set[str] = set()
-        for node in nodes:
-            match node:
-                case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() | ast.ClassDef():
-                    continue
-                case ast.Try():
-                    inside = self._of(node.body, owner, caught, current, seen)
-                    for handler in node.handlers:
-                        types = self._types(handler.type)
-                        inside = {x for x in inside if not ancestors()[x] & set(types)}
-                        names = caught | ({handler.name: set(types)} if handler.name else {})
-                        found |= self._of(handler.body, owner, names, types, seen)
-                    found |= inside | self._of([*node.orelse, *node.finalbody], owner, caught, current, seen)
-                case ast.With():
-                    inside = self._of([*node.items, *node.body], owner, caught, current, seen)
-                    calls = [x.context_expr for x in node.items if isinstance(x.context_expr, ast.Call)]
-                    hidden = {ast.unparse(a) for c in calls if ast.unparse(c.func).endswith("suppress") for a in c.args}
-                    found |= {x for x in inside if not ancestors()[x] & hidden}
-                case ast.If(test=ast.Call(func=ast.Name("isinstance"), args=[ast.Name(name), kind])) if name in caught:
-                    found |= self._of(node.body, owner, caught, self._types(kind), seen)
-                    found |= self._of(node.orelse, owner, caught, current, seen)
-                case ast.Raise():
-                    found |= self._raised(node.exc, owner, caught, current)
-                    found |= self._of(ast.iter_child_nodes(node), owner, caught, current, seen)
-                case _:
-                    if isinstance(node, ast.Call):
-                        found |= self._called(node, owner, seen)
-                    found |= self._of(ast.iter_child_nodes(node), owner, caught, current, seen)
+    def _in(self, nodes: Iterable[ast.AST], place: _Place) -> set[str]:
+        return set().union(*(self._by_statement(node, place) for node in nodes))
+
+    def _by_statement(self, node: ast.AST, place: _Place) -> set[str]:
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.Lambda() | ast.ClassDef():
+                return set()
+            case ast.Try():
+                return self._by_try(node, place)
+            case ast.With():
+                calls = [x.context_expr for x in node.items if isinstance(x.context_expr, ast.Call)]
+                hidden = {ast.unparse(a) for c in calls if ast.unparse(c.func).endswith("suppress") for a in c.args}
+                return _less(self._in(node.items, place) | self._in(node.body, place), hidden)
+            case ast.If(test=ast.Call(func=ast.Name("isinstance"), args=[ast.Name(x), kind])) if x in place.caught:
+                narrowed = dataclasses.replace(place, handled=self._types(kind))
+                return self._in(node.body, narrowed) | self._in(node.orelse, place)
+        found = self._in(ast.iter_child_nodes(node), place)
+        if isinstance(node, ast.Raise):
+            found |= self._raised(node.exc, place)
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func).replace("self.", f"{place.owner}.").replace("cls.", f"{place.owner}.")
+            if name.rpartition(".")[2].startswith("_") and name in self.functions:
+                found |= self.by(name, place.calls)
         return found
 
-    def _raised(self, exc: ast.expr | None, owner: str, caught: dict[str, set[str]], current: tuple[str, ...]) -> set[str]:
-        if exc is None:
-            return set(current) & ancestors().keys()
-        function = exc.func if isinstance(exc, ast.Call) else exc
-        name = ast.unparse(function).rpartition(".")[2]
-        if name in ancestors():
-            return {name}
-        if name in caught:
-            return caught[name] & ancestors().keys()
-        maker = self.functions.get(name) or self.functions.get(f"{owner}.{name}")
-        returned = ast.unparse(maker.returns) if isinstance(exc, ast.Call) and maker and maker.returns else ""
-        return {returned} & ancestors().keys()
+    def _by_try(self, node: ast.Try, place: _Place) -> set[str]:
+        found = self._in(node.body, place)
+        for handler in node.handlers:
+            types = self._types(handler.type)
+            names = {**place.caught, **({handler.name: types} if handler.name else {})}
+            within = self._in(handler.body, dataclasses.replace(place, caught=names, handled=types))
+            found = _less(found, set(types)) | within
+        return found | self._in([*node.orelse, *node.finalbody], place)
 
-    def _called(self, call: ast.Call, owner: str, seen: frozenset[str]) -> set[str]:
-        name = ast.unparse(call.func)
-        name = name.replace("self.", f"{owner}.").replace("cls.", f"{owner}.")
-        private = name.rpartition(".")[2].startswith("_")
-        return self.by(name, seen) if private and name in self.functions else set()
+    def _raised(self, exc: ast.expr | None, place: _Place) -> set[str]:
+        """Types of `raise exc`, if they can be told; of a function that makes the exception, what it returns."""
+        if exc is None:
+            return set(place.handled) & ancestors().keys()
+        name = ast.unparse(exc.func if isinstance(exc, ast.Call) else exc).rpartition(".")[2]
+        if name in place.caught:
+            return set(place.caught[name]) & ancestors().keys()
+        maker = self.functions.get(f"{place.owner}.{name}", self.functions.get(name))
+        if isinstance(exc, ast.Call) and maker and maker.returns:
+            name = ast.unparse(maker.returns)
+        return {name} & ancestors().keys()
 
     def _types(self, node: ast.expr | None) -> tuple[str, ...]:
-        """Names of the exceptions that a handler names."""
+        """Names of the exceptions in an `except` clause or an isinstance."""
         if isinstance(node, ast.Tuple):
             return tuple(name for x in node.elts for name in self._types(x))
         if isinstance(node, ast.Starred):
             return self._types(node.value)
         name = ast.unparse(node) if node else "BaseException"
-        return self._types(self.groups[name]) if name in self.groups else (name.rpartition(".")[2],)
+        return self._types(self._groups[name]) if name in self._groups else (name.rpartition(".")[2],)
+
+
+def _less(found: set[str], caught: set[str]) -> set[str]:
+    return {name for name in found if not ancestors()[name] & caught}

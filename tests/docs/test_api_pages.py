@@ -100,3 +100,15 @@ def test_exceptions_are_needed() -> None:
         assert errors <= raised_by(items[name]), name
     for name in ELSEWHERE:
         assert name in modules(), name
+
+
+def test_comments_appear_on_the_pages() -> None:
+    griffe = pytest.importorskip("griffe", reason="mkdocstrings is not installed (make docs)")
+    extensions = griffe.load_extensions(str(ROOT / "docs" / "field_comments.py"))
+    package = griffe.load("megatron_anymal", search_paths=[ROOT], extensions=extensions, allow_inspection=False)
+    for name in api_modules():
+        for item in definitions(name):
+            members = package[short(item)].members if item.fields else {}
+            for field, text in item.fields.items():
+                shown = members[field].docstring
+                assert item.doc.sections.get("Attributes", {}).get(field) or shown.value.split() == text.split()

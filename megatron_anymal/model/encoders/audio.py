@@ -75,7 +75,7 @@ class CLAPEncoder(Encoder):
         return self._last_stage(pieces.to(self.dtype)).contiguous()
 
     def flops_per_piece(self) -> float:
-        """Patch embedding + per stage (2 n x linear weights + 4 n window^2 width per layer) + patch merging.
+        """Operations: patch embedding, patch merging, and per stage 2 n x linear weights + 4 n window^2 width per layer.
 
         n halves along both sides from stage to stage; patch merging runs on its output tokens.
         """

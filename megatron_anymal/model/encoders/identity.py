@@ -37,5 +37,5 @@ class IdentityEncoder(Encoder):
         return pieces.to(self.dtype).reshape(pieces.shape[0], self.feature_tokens, self.width)
 
     def flops_per_piece(self) -> float:
-        """0: there are no matrix products."""
+        """0 operations: there are no matrix products."""
         return 0.0

@@ -116,7 +116,7 @@ class IMU2CLIPEncoder(Encoder):
         return self.pooling(outputs.transpose(1, 2)).transpose(1, 2).contiguous()
 
     def flops_per_piece(self) -> float:
-        """2 x output positions x weights of every convolution + 2 x steps x weight matrices of the GRU."""
+        """Operations: 2 x output positions x weights of every convolution + 2 x steps x weight matrices of the GRU."""
         convolutions = [layer for layer in self.convolutions if isinstance(layer, nn.Conv1d)]
         total = sum(convolution_flops(layer, n) for layer, n in zip(convolutions, self.steps[:-1], strict=True))
         matrices = sum(weight.numel() for name, weight in self.gru.named_parameters() if name.startswith("weight"))

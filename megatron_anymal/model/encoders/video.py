@@ -37,7 +37,7 @@ class VideoMAEEncoder(Encoder):
         return self.model(pixel_values=pieces.to(self.dtype)).last_hidden_state
 
     def flops_per_piece(self) -> float:
-        """Tubelet embedding + layers x (2 n x linear weights + 4 n^2 width), n = feature tokens."""
+        """Operations: tubelet embedding + layers x (2 n x linear weights + 4 n^2 width), n = feature tokens."""
         tokens = self.feature_tokens
         attention = self.model.config.num_hidden_layers * attention_flops(tokens, tokens, self.width)
         embedding = convolution_flops(self.model.embeddings.patch_embeddings.projection, tokens)

@@ -61,7 +61,7 @@ class VisionTransformer(Encoder):
         return features.reshape(pieces.shape[0], self.feature_tokens, self.width)
 
     def flops_per_piece(self) -> float:
-        """Frames x (patch embedding + layers x (2 n x linear weights + 4 n^2 width)), n = patches + 1."""
+        """Operations: frames x (patch embedding + layers x (2 n x linear weights + 4 n^2 width)), n = patches + 1."""
         tokens = self.patches + 1
         layers = self.model.config.num_hidden_layers
         transformer = linear_flops(self.model.encoder, tokens) + layers * attention_flops(tokens, tokens, self.width)
