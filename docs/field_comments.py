@@ -18,7 +18,7 @@ class FieldComments(griffe.Extension):
             return
         lines = attr.lines_collection[attr.filepath]
         first = last = node.lineno - 1
-        while lines[first - 1].strip().startswith("#"):
+        while first and lines[first - 1].strip().startswith("#"):
             first -= 1
         text = "\n".join(line.strip().removeprefix("#").removeprefix(" ") for line in lines[first:last])
         if text:

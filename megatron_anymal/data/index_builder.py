@@ -40,11 +40,11 @@ _MEDIA_COLUMNS = ("offset", "length", "crc", "kind", "extension", "size")
 class IndexOptions:
     """Settings for reading samples from shards."""
 
-    # Path or name of the HuggingFace tokenizer.
+    # Local folder of the HuggingFace tokenizer.
     tokenizer: str
     # File extension -> kind, for extensions that do not identify the kind.
     kinds: Mapping[str, str] = field(default_factory=dict)
-    # Modules or files that register further modalities.
+    # Python files that register further modalities.
     plugins: Sequence[str] = ()
     # Patterns of the file endings to use; empty: the default rule of MemberRule.
     members: Sequence[str] = ()

@@ -74,7 +74,7 @@ class ChunkSize:
     besides: tuple[str, ...]
     # Parameters on this rank, including replicated and padding ones.
     parameters: int
-    # Trainable ones of these.
+    # Parameters on this rank that train.
     trainable: int
     # Bytes of the weights on this rank.
     weight_bytes: int

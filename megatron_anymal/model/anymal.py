@@ -89,7 +89,10 @@ class AnyMALModel(MegatronModule):
         self.language_model.set_input_tensor(input_tensor)
 
     def shared_embedding_or_output_weight(self) -> Tensor:
-        """Return the embedding that a tied head shares, [V, H] (called when gradients are finalized)."""
+        """Return the embedding that a tied head shares, [V / tensor-parallel size, H].
+
+        Called when gradients are finalized.
+        """
         return self.language_model.shared_embedding_or_output_weight()
 
     def forward(

@@ -145,7 +145,7 @@ class LinearProjector(MegatronModule):
     zeros); if there are fewer, each feature yields several soft tokens. All positions share the same weights.
 
     Raises:
-        ConfigError: there are fewer features than soft tokens, and they do not divide them.
+        ConfigError: there are fewer features than soft tokens, and the tokens are not a multiple of them.
     """
 
     def __init__(

@@ -45,7 +45,7 @@ class TurnedAttention(TEDotProductAttention):
     ) -> Tensor:
         """Attend within documents: query [Q, n, d], key and value [Q, g, d] of this rank's tokens -> [Q, n * d].
 
-        attention_mask and attention_bias are unused: None.
+        For packed documents, attention_mask and attention_bias are unused (None).
         """
         assert packed_seq_params is not None and packed_seq_params.rotation is not None
         query, key = apply_rotary(query, key, *packed_seq_params.rotation)

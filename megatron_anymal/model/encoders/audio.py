@@ -75,9 +75,10 @@ class CLAPEncoder(Encoder):
         return self._last_stage(pieces.to(self.dtype)).contiguous()
 
     def flops_per_piece(self) -> float:
-        """Operations: patch embedding, patch merging, and per stage 2 n x linear weights + 4 n window^2 width per layer.
+        """Operations: patch embedding + the stages + patch merging.
 
-        n halves along both sides from stage to stage; patch merging runs on its output tokens.
+        A stage takes 2 n x linear weights, plus 4 n window^2 width per layer, for n tokens. n halves along both sides
+        from stage to stage; patch merging runs on its output tokens.
         """
         sizes = self._stage_sizes()
         total = convolution_flops(self.encoder.patch_embed.proj, math.prod(sizes[0]))
