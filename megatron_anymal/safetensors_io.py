@@ -260,7 +260,8 @@ class HashedFile:
 class SafetensorsWriter:
     """Writes a safetensors file whose names, types and shapes are known beforehand, one tensor at a time.
 
-    As a context manager it closes the file; if the block fails, the file stays incomplete.
+    As a context manager it closes the file, with TensorFileError if tensors are missing; if the block fails, the file
+    stays incomplete.
 
     Args:
         path: the file to write.

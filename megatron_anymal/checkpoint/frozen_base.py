@@ -43,5 +43,9 @@ def resolve_language_model(section: LanguageModelConfig) -> tuple[LanguageModelC
 
 
 def load_base(checkpoint: str, models: Sequence[Any]) -> None:
-    """Set the Llama's weights from a resolved checkpoint."""
+    """Set the Llama's weights from a resolved checkpoint.
+
+    Raises:
+        CheckpointError: a weight is missing from the checkpoint.
+    """
     load_language_model(models, Path(checkpoint))

@@ -39,6 +39,9 @@ def load(state: Any, folder: Path) -> int:
 
     Returns:
         The step at which the checkpoint was saved.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or contains a pickle that could run code.
     """
     saved = StreamReader(folder)
     state.carried = {name for name in saved.tensors if name.startswith("encoders.")}

@@ -187,6 +187,9 @@ class Tokenizer:
         """Whether the line breaks that end a turn's header merge with the following text (not in Llama 3's tokenizer).
 
         If so, the ids before an answer differ between training and generation.
+
+        Raises:
+            DataError: the tokenizer lacks a token of the chat format.
         """
         header = TextPart(f"{START_HEADER}assistant{END_HEADER}\n\n", control=True)
         prompt = self.document([header], [], {}, closed=False).tokens
@@ -201,7 +204,11 @@ class Tokenizer:
         return self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def count(self, parts: Sequence[Part], *, closed: bool = True) -> tuple[int, int]:
-        """Number of tokens of a document without media, and number of targets among them; `closed` as in `document`."""
+        """Number of tokens of a document without media, and number of targets among them; `closed` as in `document`.
+
+        Raises:
+            DataError: as in `document`.
+        """
         media = [part for part in parts if isinstance(part, MediaPart)]
         # Media items separate the texts around them but contribute no tokens here.
         bare = self.document(parts, [0] * len(media), {part.modality: -1 for part in media}, closed=closed)

@@ -89,7 +89,13 @@ class NativeGenerator(Generator):
 
     @classmethod
     def of_checkpoint(cls, config: RunConfig, layout: ParallelLayout, checkpoint: Optional[Path]) -> NativeGenerator:
-        """Build the model; without a checkpoint its projectors keep their initial values."""
+        """Build the model; without a checkpoint its projectors keep their initial values.
+
+        Raises:
+            CheckpointError: the checkpoint, or the one that the Llama comes from, is missing, damaged or does not fit.
+            ConfigError: a folder, key or size cannot be used.
+            DataError: the tokenizer cannot be used or does not fit the Llama.
+        """
         llama, hf = resolve_language_model(config.model.language_model)
         section, precision = replace(config.model, language_model=llama), config.trainer.precision
         tokenizer, modalities = build_inputs(section, config.data)

@@ -37,6 +37,7 @@ class Generator(ABC):
         """Answer every prompt. Collective if the model is split over several processes; each gets all answers.
 
         Raises:
+            ConfigError: `batch_size` is below 1.
             DataError, MediaError: a media item has no modality or cannot be read, or a prompt is too long.
         """
         return [answer for batch in self.batches(prompts, sampling, batch_size, watch) for answer in batch]

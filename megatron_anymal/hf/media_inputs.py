@@ -34,7 +34,11 @@ class GivenMedia:
         self._where = where
 
     def message(self, entry: Any) -> Any:
-        """Convert all content parts of a message with `part`."""
+        """Convert all content parts of a message with `part`.
+
+        Raises:
+            DataError: a media item cannot be read.
+        """
         if not isinstance(entry, Mapping) or not isinstance(entry.get("content"), (list, tuple)):
             return entry
         return {**entry, "content": [self.part(part) for part in entry["content"]]}
@@ -68,7 +72,11 @@ class GivenMedia:
         return part
 
     def item(self, entry: Mapping[str, Any]) -> MediaPart:
-        """Read a media item like `part` does, and return it as a MediaPart."""
+        """Read a media item like `part` does, and return it as a MediaPart.
+
+        Raises:
+            DataError: the media item cannot be read.
+        """
         part = self.part(entry)
         attributes = {key: value for key, value in part.items() if key not in ("media", "modality")}
         return MediaPart(part["media"], part.get("modality", ""), attributes)
@@ -78,6 +86,7 @@ class GivenMedia:
 
         Raises:
             DataError: the extension does not determine the kind.
+            ConfigError: `kinds` contains an unknown kind.
         """
         try:
             return kind_for_extension(self.files[item.media].extension, kinds)

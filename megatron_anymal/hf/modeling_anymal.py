@@ -33,6 +33,9 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     Media are passed as `media`: name of a modality -> pieces [n, *piece_shape] of the whole batch, in the order of
     their placeholders, row by row. AnyMALProcessor creates them.
+
+    Raises:
+        ConfigError: a modality, encoder or projector of the configuration is unknown or invalid.
     """
 
     config_class = AnyMALConfig

@@ -248,7 +248,11 @@ class MultiNode(SingleNode):
 
 
 def join_rendezvous(job: Job, check: Callable[[], None]) -> SingleNode:
-    """Join the rendezvous that a job needs."""
+    """Join the rendezvous that a job needs.
+
+    Raises:
+        NodeLost: node 0's launcher cannot be reached, or cannot listen at the endpoint.
+    """
     return MultiNode(job, check) if job.nodes > 1 else SingleNode()
 
 

@@ -128,6 +128,9 @@ def preprocessor(encoder: EncoderConfig, part: str) -> dict[str, Any]:
 
     Args:
         part: "image_processor", "video_processor" or "feature_extractor": the key of the settings in a combined file.
+
+    Raises:
+        ConfigError: a file is not a JSON object.
     """
     if encoder.preprocessor or not encoder.path:
         return encoder.preprocessor

@@ -135,7 +135,11 @@ class AudioModality(Modality):
     def probe(
         cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
     ) -> tuple[float, float]:
-        """Duration in seconds and sampling rate in Hz: from the header, or by decoding if the header is unreliable."""
+        """Duration in seconds and sampling rate in Hz: from the header, or by decoding if the header is unreliable.
+
+        Raises:
+            MediaError: unreadable, empty, or beyond a limit.
+        """
         with opened(data, limits) as sound:
             return sound.count(limits) / sound.rate, float(sound.rate)
 
@@ -160,7 +164,11 @@ class AudioModality(Modality):
             return resample(sound.mono(wanted), sound.rate, self.sampling_rate)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Log-mel windows, [pieces, *piece_shape] float32; each equals the output of CLAP's own extractor."""
+        """Log-mel windows, [pieces, *piece_shape] float32; each equals the output of CLAP's own extractor.
+
+        Raises:
+            MediaError: as in `waveform`.
+        """
         wave = self.waveform(data, pieces)[: pieces * self.samples]
         # Rounding of the resampled length may leave the last window without any samples.
         wave = np.pad(wave, (0, max(0, (pieces - 1) * self.samples + 1 - len(wave))))

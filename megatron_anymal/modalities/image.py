@@ -38,6 +38,9 @@ class ImageModality(Modality):
 
     The image is stretched to N*R x N*R, where N is the smallest integer with N*R >= its longest side, but at most
     `max_grid`.
+
+    Raises:
+        ConfigError: an option is out of range, or does not fit the encoder.
     """
 
     extensions: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
@@ -54,7 +57,11 @@ class ImageModality(Modality):
     def probe(
         cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
     ) -> tuple[float, float]:
-        """Width and height in pixels of the upright image."""
+        """Width and height in pixels of the upright image.
+
+        Raises:
+            MediaError: unreadable, or beyond a limit.
+        """
         with opened(data, limits) as picture:
             _, (width, height) = orientation_and_size(picture)
         return float(width), float(height)
@@ -74,7 +81,11 @@ class ImageModality(Modality):
         return (3, self.pixels.resolution, self.pixels.resolution)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Tiles of the image, [pieces, 3, R, R] float32."""
+        """Tiles of the image, [pieces, 3, R, R] float32.
+
+        Raises:
+            MediaError: the file is corrupt or truncated.
+        """
         side = self.pixels.resolution
         with opened(data, self.limits) as picture:
             rgb = decoded(picture, data)

@@ -74,7 +74,11 @@ class IMUModality(Modality):
     def probe(
         cls, data: bytes, extension: str, attributes: Mapping[str, Any], limits: LimitsConfig = DEFAULT_LIMITS
     ) -> tuple[float, float]:
-        """Duration in seconds and sampling rate in Hz."""
+        """Duration in seconds and sampling rate in Hz.
+
+        Raises:
+            MediaError: as in `imu_files.read_signal`.
+        """
         signal = read_signal(data, extension, attributes, limits)
         return signal.rows / signal.rate, signal.rate
 
@@ -88,7 +92,11 @@ class IMUModality(Modality):
         return (CHANNELS, self.samples)
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
-        """Windows of the signal, [pieces, 6, samples] float32."""
+        """Windows of the signal, [pieces, 6, samples] float32.
+
+        Raises:
+            MediaError: as in `imu_files.read_signal`.
+        """
         recording = read_signal(data, extension, attributes, self.limits, pieces * self.options.piece_seconds)
         values = (recording.values - self.mean) / self.std
         total = pieces * self.samples

@@ -71,7 +71,11 @@ WITH_TRANSPARENCY = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 @contextmanager
 def opened(data: bytes, limits: LimitsConfig) -> Iterator[tuple[Any, Any]]:
-    """Open the container and its main video stream; checks the frame size against the limits."""
+    """Open the container and its main video stream; checks the frame size against the limits.
+
+    Raises:
+        MediaError: as in `opened_container`, or a frame is beyond a limit.
+    """
     with opened_container(data, "video", limits) as (container, stream):
         _require_frames(stream.codec_context, stream.codec_context, len(data), limits)
         yield container, stream

@@ -57,6 +57,9 @@ class SdpaKernel:
 
     Segments of similar size are gathered into a batch and padded at the end. Whole documents use `is_causal`, under
     which a document's tokens never attend to the padding after them; chunks of documents get masks of their own size.
+
+    Raises:
+        DataError: a document is not padded for `context_size` ranks.
     """
 
     def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
@@ -121,7 +124,11 @@ class _Bucket:
 
 
 class FlashKernel:
-    """flash-attn's varlen kernel, whose causal mask is aligned to the last key, just like a segment."""
+    """flash-attn's varlen kernel, whose causal mask is aligned to the last key, just like a segment.
+
+    Raises:
+        DataError: a document is not padded for `context_size` ranks.
+    """
 
     def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
         segments = _segments(lengths, context_rank, context_size)
@@ -154,7 +161,11 @@ class FlashKernel:
 
 
 class FlexKernel:
-    """torch's flex attention, which skips blocks of the pack without any document in common."""
+    """torch's flex attention, which skips blocks of the pack without any document in common.
+
+    Raises:
+        DataError: a document is not padded for `context_size` ranks.
+    """
 
     def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
         from torch.nn.attention.flex_attention import create_block_mask

@@ -126,7 +126,11 @@ def _media_parts(
 
 
 def seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: int) -> Encoder:
-    """Build an encoder whose random initial values, if any, depend only on the seed and its name."""
+    """Build an encoder whose random initial values, if any, depend only on the seed and its name.
+
+    Raises:
+        ConfigError: the section cannot be used; see `build_encoder`.
+    """
     key = hashlib.sha256(f"{seed}/encoders.{name}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)

@@ -18,7 +18,11 @@ _META = torch.device("meta")
 
 
 def without_weights(model: ModelConfig) -> ModelConfig:
-    """Replace encoder folders by their shapes, and drop settings that need a GPU but do not affect shapes."""
+    """Replace encoder folders by their shapes, and drop settings that need a GPU but do not affect shapes.
+
+    Raises:
+        ConfigError: a folder is incomplete or of the wrong kind.
+    """
     model = copy.deepcopy(model)
     model.transformer_impl, model.fp8, model.fp8_recipe, model.fp8_primary_weights = "local", "", "tensorwise", False
     for section in model.modalities.values():

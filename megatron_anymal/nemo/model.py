@@ -57,6 +57,9 @@ class MegatronAnyMALModel(ModelPT):
         cfg: the run's configuration, or the result of `to_cfg`.
         trainer: an unfitted Lightning Trainer; `fit` uses its loggers. None logs to the run folder only.
         layout: this process's parallel layout if the engine is already set up; None sets it up at first use.
+
+    Raises:
+        ConfigError: `cfg` is no configuration; see `from_cfg`.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class MegatronAnyMALModel(ModelPT):
 
         Raises:
             ConfigError: the configuration cannot be built in this environment.
+            DataError, CheckpointError: data or a checkpoint that it names cannot be used.
             RuntimeError: in place of an AttributeError, which torch would hide.
         """
         if self._state is None:
@@ -107,6 +111,9 @@ class MegatronAnyMALModel(ModelPT):
 
         Returns:
             DONE, or REQUEUE if the run was asked to stop before its end.
+
+        Raises:
+            ConfigError, DataError, CheckpointError: see `state` and `train.loop.fit`, which also names further errors.
         """
         from megatron_anymal.generation.validation_answers import SampledAnswers
         from megatron_anymal.train.loop import fit

@@ -105,6 +105,9 @@ def memory_to_fit(memory_gb: float, devices: int) -> int:
     Args:
         memory_gb: `model.memory_gb`, in units of 1e9 bytes.
         devices: `trainer.devices`, the processes of a node if the launcher does not tell.
+
+    Raises:
+        ConfigError: this node has more processes than CUDA devices.
     """
     if memory_gb:
         return int(memory_gb * _GB)
@@ -191,6 +194,9 @@ def run_sizes(
         modalities: by their name in the configuration.
         reference: whether a frozen copy of the adapters is held (DPO).
         planned: assume a GPU even if this machine has none.
+
+    Raises:
+        ConfigError: sizes do not divide, or an encoder cannot be built.
     """
     llama = _llama_sizes(model, precision, hf, planned)
     everywhere = padded(layout.seq_length * layout.micro_batch_size, layout.length_multiple)

@@ -104,7 +104,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     """Build data, model and optimizer; cheap checks come before anything large is allocated.
 
     Raises:
-        ConfigError, DataError: naming the key, folder or sample and the fix.
+        ConfigError, DataError, CheckpointError: naming the key, folder or sample and the fix.
     """
     config = copy.deepcopy(config)
     config.model.language_model, hf = resolve_language_model(config.model.language_model)
@@ -144,7 +144,12 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
 
 
 def build_inputs(model: ModelConfig, data: DataConfig) -> tuple[Tokenizer, dict[str, Modality]]:
-    """Build the tokenizer and the modalities, without encoder weights."""
+    """Build the tokenizer and the modalities, without encoder weights.
+
+    Raises:
+        ConfigError: a plug-in or the section of a modality cannot be used.
+        DataError: the tokenizer cannot be used.
+    """
     load_plugins(model.plugins)
     tokenizer = Tokenizer(data.tokenizer)
     modalities = {name: build_modality(name, section, data.limits) for name, section in model.modalities.items()}

@@ -63,7 +63,11 @@ def fit(
 
 
 class Trainer:
-    """One execution of a run in its run folder."""
+    """One execution of a run in its run folder.
+
+    Raises:
+        ConfigError: exp_manager.max_time_per_run is not of the form DD:HH:MM:SS.
+    """
 
     def __init__(
         self,
@@ -103,7 +107,14 @@ class Trainer:
         self.window = MetricsWindow()
 
     def fit(self) -> Exit:
-        """Run to the end; result and errors as in the module-level `fit`, including RuntimeError."""
+        """Run to the end.
+
+        Returns:
+            DONE, or REQUEUE if the run was stopped before the last step.
+
+        Raises:
+            ConfigError, NotFinite, DataError, CheckpointError, RuntimeError: as in the module-level `fit`.
+        """
         self._record("start", f"{self.state.layout.world_size} process(es)")
         fault_injection.inject("start", 0)
         heartbeat.beat(Phase.LOADING)

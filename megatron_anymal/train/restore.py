@@ -74,7 +74,11 @@ def resume(state: TrainState, folder: Path, present: Manifest, say: Say) -> None
 
 
 def weights_of(state: TrainState, path: str, base_hash: str, say: Say) -> Manifest:
-    """Load the trained weights of another run's checkpoint and return its manifest. Collective."""
+    """Load the trained weights of another run's checkpoint and return its manifest. Collective.
+
+    Raises:
+        CheckpointError: there is no valid checkpoint, or it does not fit the model.
+    """
     folder = store.resolve(path)
     manifest = store.read_manifest(folder)
     missing = checkpoint_state.restore(state, folder, base_hash, state.optimizer)
@@ -93,6 +97,7 @@ def read_reference(state: TrainState, base_hash: str, run_dir: Path, say: Say) -
 
     Raises:
         ConfigError: the checkpoint has no adapters.
+        CheckpointError: as in `weights_of`.
     """
     config = state.config
     manifest = weights_of(state, config.model.restore_from_path, base_hash, say)

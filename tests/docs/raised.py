@@ -1,7 +1,8 @@
-"""Exceptions that a function raises, as far as the source of its module shows, read with `ast`.
+"""Exceptions that a function raises, as far as the source shows, read with `ast`.
 
-Counted are raise statements in the body and in the private functions and methods of the same module that it calls,
-less those that an enclosing `try` or `suppress` catches.
+Counted are raise statements in the body and in the functions, methods and constructors of the package that it calls,
+less those that an enclosing `try` or `suppress` catches; of other modules only the package's own exceptions. Methods
+are followed if called on `self`, `cls` or the name of their class.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import builtins
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -54,6 +56,14 @@ class Raised:
     """What the functions of one module raise."""
 
     def __init__(self, module: str) -> None:
+        self._module = module
+        # Name -> what it is imported as, with its module, from the package.
+        self._imports = {
+            name.asname or name.name: f"{node.module}.{name.name}"
+            for node in ast.walk(tree(module))
+            if isinstance(node, ast.ImportFrom)
+            for name in node.names
+        }
         self.functions: dict[str, Function] = {}
         # Names of tuples of exceptions.
         self._groups: dict[str, ast.Tuple] = {}
@@ -73,9 +83,22 @@ class Raised:
 
     def by(self, name: str, calls: frozenset[str] = frozenset()) -> set[str]:
         """Names of the exceptions that a function, or a method as "Class.method", lets out."""
-        if name in calls:
+        place = f"{self._module}.{name}"
+        if place in calls:
             return set()
-        return self._in(self.functions[name].body, _Place(name.rpartition(".")[0], calls | {name}))
+        return self._in(self.functions[name].body, _Place(name.rpartition(".")[0], calls | {place}))
+
+    def _find(self, name: str) -> tuple[Raised, str] | None:
+        """Module and name of the function, method or constructor that is called as `name` here."""
+        for called in (name, f"{name}.__init__"):
+            if called in self.functions:
+                return self, called
+        first, _, rest = name.partition(".")
+        full = self._imports.get(first, "")
+        if full in modules():
+            return Raised.of(full)._find(rest)
+        module, _, imported = full.rpartition(".")
+        return Raised.of(module)._find(f"{imported}.{rest}".rstrip(".")) if module in modules() else None
 
     def _in(self, nodes: Iterable[ast.AST], place: _Place) -> set[str]:
         return set().union(*(self._by_statement(node, place) for node in nodes))
@@ -97,10 +120,15 @@ class Raised:
         if isinstance(node, ast.Raise):
             found |= self._raised(node.exc, place)
         if isinstance(node, ast.Call):
-            name = ast.unparse(node.func).replace("self.", f"{place.owner}.").replace("cls.", f"{place.owner}.")
-            if name.rpartition(".")[2].startswith("_") and name in self.functions:
-                found |= self.by(name, place.calls)
+            found |= self._by_call(re.sub(r"^(?:self|cls)\.", f"{place.owner}.", ast.unparse(node.func)), place)
         return found
+
+    def _by_call(self, name: str, place: _Place) -> set[str]:
+        if (found := self._find(name)) is None:
+            return set()
+        source, called = found
+        errors = source.by(called, place.calls)
+        return errors if source is self else {error for error in errors if not hasattr(builtins, error)}
 
     def _by_try(self, node: ast.Try, place: _Place) -> set[str]:
         found = self._in(node.body, place)

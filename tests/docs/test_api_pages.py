@@ -31,6 +31,12 @@ ELSEWHERE = {
 }
 # Definition -> exceptions that it cannot raise although the source suggests it, and why.
 NEVER_RAISED = {
+    "data.index_builder.IndexOptions.kind_of": ({"ConfigError"}, "it only asks for registered kinds"),
+    "data.lint.Reading.without_configuration": ({"ConfigError"}, "the stand-ins are sections of this package"),
+    "data.loader.MicroBatchReader.__getitem__": ({"DataError"}, "it pads documents to the plan's multiple"),
+    "data.prompt_encoder.PromptReader.read": ({"ConfigError"}, "it only asks for kinds of modalities that were built"),
+    "model.anymal.AnyMALModel.forward": ({"DataError"}, "the reader has padded the documents of a micro-batch"),
+    "model.anymal.AnyMALModel.embed": ({"DataError"}, "the reader has padded the documents of a micro-batch"),
     "hf.remote_code.foreign_code": (
         {"ConfigError"},
         "_code reports plug-ins and modules that cannot be copied; without plug-ins it copies this package's own",

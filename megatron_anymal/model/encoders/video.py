@@ -22,6 +22,9 @@ class VideoMAEEncoder(Encoder):
     """VideoMAE (Tong et al., 2022), the architecture InternVideo builds on.
 
     Features are the last hidden state: frames / tubelet size x patches per frame, in temporal order.
+
+    Raises:
+        ConfigError: the folder cannot be used, or pieces do not have the encoder's frames and resolution.
     """
 
     def __init__(self, config: EncoderConfig, piece_shape: tuple[int, ...]) -> None:

@@ -49,6 +49,9 @@ def encoder_sizes(name: str, section: ModalityConfig, modality: Modality, dtype:
 
     Args:
         section: its encoder must not load weights.
+
+    Raises:
+        ConfigError: the encoder cannot be built.
     """
     with on_meta():
         encoder = seeded_encoder(name, section.encoder, modality, 0).to(dtype)
