@@ -69,7 +69,14 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.tiny_models", description=__doc__)
     parser.add_argument("--manifest", type=Path, action="append", required=True, help="texts for the tokenizer")
     parser.add_argument("--out", type=Path, required=True, help="folder of the models")
+    parser.add_argument("--overwrite", action="store_true", help="replace the models in --out")
     arguments = parser.parse_args(argv)
+    for manifest in arguments.manifest:
+        if not manifest.is_file():
+            parser.error(f"there is no manifest '{manifest}'. Correct the path.")
+    existing = [folder for name in (LLAMA, CLIP) if (folder := arguments.out / name).exists()]
+    if existing and not arguments.overwrite:
+        parser.error(f"'{existing[0]}' exists. Name another --out, or add --overwrite to replace its model.")
     torch.manual_seed(0)
     write_llama(arguments.out / LLAMA, arguments.manifest)
     write_clip(arguments.out / CLIP)

@@ -67,7 +67,12 @@ def check_changes(there: Manifest, here: Manifest, allowed: Collection[str], say
         ConfigError: there is a difference that affects training results; names every key, old -> new.
     """
     differences = {kind: "; ".join(_of_kind(kind, there, here)) for kind in CHANGES}
-    harmless = [line for key, line in _config_lines(there.config, here.config) if _is_harmless(key, here.config)]
+    moved = _schedule(there.config, here.config)
+    harmless = [
+        line
+        for key, line in _config_lines(there.config, here.config)
+        if _is_harmless(key, here.config) and not (moved and key == "trainer.max_steps")
+    ]
     if harmless:
         say(f"changed since the checkpoint, without effect on training results: {'; '.join(harmless)}")
     for kind in CHANGES:
@@ -133,7 +138,10 @@ def _schedule(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         ends.append(0 if sched["name"] == "constant" else sched["decay_steps"] or config["trainer"]["max_steps"])
     if ends[0] == ends[1] or 0 in ends:
         return []
-    return [f"the schedule's end (model.optim.sched.decay_steps, or trainer.max_steps) {ends[0]} -> {ends[1]}"]
+    return [
+        f"the schedule's end (model.optim.sched.decay_steps, or trainer.max_steps) {ends[0]} -> {ends[1]}; "
+        f"model.optim.sched.decay_steps={ends[0]} keeps it"
+    ]
 
 
 def _llama(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -215,7 +215,16 @@ def resolve(folder: str) -> Path:
         newest = newest_valid(candidate)[0] if candidate.is_dir() else None
         if newest:
             return newest
-    raise CheckpointError(f"There is no checkpoint in {folder!r}. Give the folder of a checkpoint or of a run.")
+    raise CheckpointError(f"{_why_none(path)} Give the folder of a checkpoint or of a run.")
+
+
+def _why_none(folder: Path) -> str:
+    """Why a folder has no checkpoint, as a sentence."""
+    if not folder.is_dir():
+        return f"There is no folder {str(folder)!r}."
+    if (folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").is_file():
+        return f"There is no checkpoint in {str(folder)!r}: this run has not saved one yet."
+    return f"There is no checkpoint in {str(folder)!r}."
 
 
 def sync_tree(folder: Path) -> None:

@@ -132,6 +132,9 @@ def _inspect(
     _print_media(index)
     _print_left_out(index)
     _print_lengths("text tokens per sample", _text_tokens(index))
+    if wrong_tokenizer(index, tokenizer, tokenizer_folder):
+        # Every sample would be reported as bad: its lengths are those of another tokenizer.
+        return len(wrong)
     numbers = range(min(len(index), arguments.limit or len(index)))
     if not run:
         only_probed = [kind for kind in kinds if kind not in reading.modalities]

@@ -137,6 +137,10 @@ def _exported_config(folder: Path) -> Optional[dict[str, Any]]:
                 "exported, or a training checkpoint."
             )
         return config
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"There is no folder {str(folder)!r}. Name the folder of a checkpoint, of its run, or an exported one."
+        )
     if not any(list(parent.glob("step_*")) for parent in (folder, folder / "checkpoints")):
         raise CheckpointError(
             f"There is no checkpoint in {str(folder)!r}: no {store.MANIFEST}, no step_* and no checkpoints/step_*, and "

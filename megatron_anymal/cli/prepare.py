@@ -14,6 +14,7 @@ from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.records import DataError
+from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import MODALITIES, load_plugins
 from megatron_anymal.modalities.base import nearest
 
@@ -36,6 +37,8 @@ def main(argv: Sequence[str]) -> int:
     if arguments.manifest:
         if not arguments.out:
             raise DataError("--manifest needs --out, the folder to write shards into.")
+        # Before the shards are written: the same command can then be started again.
+        Tokenizer(arguments.tokenizer)
         write_shards(
             arguments.manifest, arguments.out, arguments.samples_per_shard, arguments.overwrite, options.limits
         )

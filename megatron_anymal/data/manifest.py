@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
-from megatron_anymal.data.records import DataError
+from megatron_anymal.data.records import DataError, TextPart
 from megatron_anymal.data.samples import UTF16_MARKS, media_entries, parse_sample, read_lines, to_json
 from megatron_anymal.data.shard_samples import MAX_KEY_BYTES
 from megatron_anymal.telemetry import Progress
@@ -80,7 +80,9 @@ def _write_shard(path: Path, lines: Sequence[_Line], base: Path, limits: LimitsC
         for line in lines:
             sample = _to_sample(line, base, limits)
             if sample["__key__"] in seen:
-                raise DataError(f"{line.where}: the key {sample['__key__']!r} occurs twice.")
+                raise DataError(
+                    f"{line.where}: the key {sample['__key__']!r} occurs twice. Give each line a key of its own."
+                )
             seen.add(sample["__key__"])
             writer.write(sample)
 
@@ -178,13 +180,20 @@ def _to_sample(line: _Line, base: Path, limits: LimitsConfig) -> dict[str, Any]:
             raise DataError(f"{where}: a line needs `parts`, `messages`, or `media` and `text`.")
         media = {k: v for k, v in value.items() if k not in ("key", "text")}
         value = {"parts": [media, {"text": value["text"]}]}
-    parse_sample(value, where)
+    parsed = parse_sample(value, where)
+    if parsed.kind == "parts" and not any(isinstance(p, TextPart) and p.text.strip() for p in parsed.documents[0]):
+        raise DataError(
+            f"{where}: its text is empty, so there is nothing to learn from it. Write its text, or remove the line."
+        )
     sample: dict[str, Any] = {"__key__": _key(line)}
     names: list[str] = []
     for entry in media_entries(value):
         path = base / entry["media"]
         if not path.is_file():
-            raise DataError(f"{where}: there is no media file {str(path)!r}.")
+            raise DataError(
+                f"{where}: there is no media file {str(path)!r}. Correct the path, which is relative to the manifest, "
+                "or remove the line."
+            )
         size = path.stat().st_size
         if size > limits.max_member_bytes:
             limit = f"data.limits.max_member_bytes={limits.max_member_bytes}"

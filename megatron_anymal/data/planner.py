@@ -182,6 +182,7 @@ class BatchPlanner:
         check_shards: bool = True,
         sample_kinds: Collection[str] = SAMPLE_KINDS,
         limits: Optional[LimitsConfig] = None,
+        section: str = "data.train",
     ):
         """Open the indexes and check that the mixture can be planned.
 
@@ -189,6 +190,7 @@ class BatchPlanner:
             sample_kinds: kinds of samples that the training objective accepts.
             limits: samples that exceed these limits are skipped and named when they are read. None: use the limits
                 stored in each index.
+            section: key of `datasets` in the configuration, for messages.
 
         Raises:
             DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
@@ -198,7 +200,12 @@ class BatchPlanner:
         if not datasets:
             raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
         self.names = list(datasets)
-        self.indexes = [ShardIndex(d.path, limits) for d in datasets.values()]
+        self.indexes = []
+        for name, dataset in datasets.items():
+            try:
+                self.indexes.append(ShardIndex(dataset.path, limits))
+            except DataError as error:
+                raise DataError(f"{section}.{name}.path: {error}") from None
         self.layout, self.global_batch_size = layout, global_batch_size
         self.seed, self.too_long = seed, too_long
         self._weights = tuple(d.weight for d in datasets.values())

@@ -46,7 +46,7 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         if not Path(folder).is_dir():
-            raise DataError(f"data.tokenizer: there is no folder {folder!r}.")
+            raise DataError(f"data.tokenizer: there is no folder {folder!r}. Correct the path.")
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:

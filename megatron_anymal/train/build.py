@@ -210,6 +210,7 @@ def build_data(
         check_shards=layout.reports,
         sample_kinds=build_objective(config.job, config.model).sample_kinds,
         limits=config.data.limits,
+        section=f"data.{split}",
     )
     loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)
     return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))

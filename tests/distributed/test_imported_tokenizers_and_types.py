@@ -19,14 +19,10 @@ from checkpoint_tools.export_hf import main as export_hf
 from checkpoint_tools.import_hf import main as import_hf
 
 ONE_BY_ONE = """
-import json, runpy, sys
+import importlib, json, sys
 for name, *arguments in json.loads(sys.argv[1]):
-    sys.argv = [name, *arguments]
-    try:
-        runpy.run_module(f"checkpoint_tools.{name}", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        if end.code:
-            sys.exit(f"{name} ended with {end.code}")
+    if code := importlib.import_module(f"checkpoint_tools.{name}").main(arguments):
+        sys.exit(f"{name} ended with {code}")
 """
 
 
@@ -110,10 +106,11 @@ def test_commands_say_nothing_but_their_own(tmp_path: Path) -> None:
     sizes = ["--tensor-model-parallel-size", "1", "--pipeline-model-parallel-size", "2"]
     commands = (
         ["import_hf", "--hf", str(source), "--out", checkpoint],
-        ["export_hf", "--checkpoint", checkpoint, "--out", out, "--llama-only"],
-        ["verify", "--checkpoint", checkpoint, "--export", out],
+        # Before those that join a job: it simulates the ranks of one.
         ["reshard", "--checkpoint", checkpoint, "--out", cut, *sizes],
         ["inspect", checkpoint],
+        ["export_hf", "--checkpoint", checkpoint, "--out", out, "--llama-only"],
+        ["verify", "--checkpoint", checkpoint, "--export", out],
     )
     # All in one new interpreter, so that what libraries say when they are imported would be seen.
     done = subprocess.run([sys.executable, "-c", ONE_BY_ONE, json.dumps(commands)], capture_output=True, text=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import shlex
@@ -28,15 +29,38 @@ def photos(folder: Path) -> None:
             (folder / split / f"{number:05d}.txt").write_text(f"a {colour} {shape} on white\n")
 
 
+def flaws(folder: Path) -> dict[str, str]:
+    """Files as users have them; what the script must say of those that it leaves out."""
+    Image.new("L", (40, 60)).save(folder / "00048.PNG")
+    (folder / "00048.txt").write_bytes(b"\xef\xbb\xbfein gr\xc3\xbcnes Quadrat,\nzweizeilig\n")
+    for name in ("00049", "00050", "00051"):
+        Image.new("RGB", (8, 8)).save(folder / f"{name}.jpg")
+    (folder / "00050.txt").write_bytes("grün".encode("latin-1"))
+    (folder / "00051.txt").write_text(" \n")
+    (folder / "notes.md").write_text("mine")
+    return {
+        "00049.jpg": "No such file",
+        "00050.jpg": "can't decode byte",
+        "00051.jpg": "its caption is empty",
+        "notes.md": "not an image",
+    }
+
+
 @pytest.mark.timeout(600)
 def test_the_page(tmp_path: Path) -> None:
     photos(tmp_path / "photos")
+    left_out = flaws(tmp_path / "photos" / "train")
     [script] = blocks(PAGE, "python")
-    run(f"python -c {shlex.quote(script)}", tmp_path)
+    made = run(f"python -c {shlex.quote(script)}", tmp_path)
+    named = dict(re.findall(r"^left out: photos/train/(\S+): (.*)$", made, re.MULTILINE))
+    assert named.keys() == left_out.keys() and all(why in named[name] for name, why in left_out.items())
+    assert "photos/train.jsonl: 49 samples of 104 files" in made and "held_out.jsonl: 16 samples of 32 files" in made
+    *_, last = (tmp_path / "photos" / "train.jsonl").read_text().splitlines()
+    assert json.loads(last)["parts"][1] == {"text": " ein grünes Quadrat, zweizeilig"}
     rehearsal, on_gpus = PAGE.split("## 3. Train on one GPU")
     said = {line: run(line, tmp_path) for line in commands(rehearsal)}
     prepared = next(text for line, text in said.items() if "--out data/image_text " in line)
-    assert "48 samples, 48 media items, 0 left out" in prepared and "96 members = 96 used" in prepared
+    assert "49 samples, 49 media items, 0 left out" in prepared and "98 members = 98 used" in prepared
     trained = next(text for line, text in said.items() if line.startswith("anymal launch"))
     assert re.search(r"step 40/40  loss [\d.]+  \[image [\d.]+ of \d+\]  [\d,]+ tokens/s  data wait", trained)
     assert "exit code 0, the run is complete" in trained

@@ -37,7 +37,8 @@ from megatron_anymal.data.index_folder import make_index
 if __name__ == "__main__":
     make_index(sys.argv[1], IndexOptions("unused", plugins=[sys.argv[2]]), workers=2)
 """
-ENDLESS = "import os, sys, time\nprint(os.getpid(), flush=True)\ntime.sleep(1000)\n"
+# One write per line: two workers share the pipe.
+ENDLESS = "import os, time\nos.write(1, b'%d\\n' % os.getpid())\ntime.sleep(1000)\n"
 ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing tells a process of its parent's end")
 
 

@@ -185,8 +185,13 @@ def test_resolve_takes_a_checkpoint_a_run_or_its_checkpoints(checkpoints: Path, 
     assert resolve(str(checkpoints)) == newest
     assert resolve(str(checkpoints.parent)) == newest
     assert resolve(str(committed_folder(checkpoints, 3))).name == "step_00000003"
-    for wrong in (tmp_path / "none", tmp_path):
-        with pytest.raises(CheckpointError, match="no checkpoint in"):
+    (tmp_path / "begun" / "checkpoints").mkdir(parents=True)
+    for wrong, why in {
+        tmp_path / "none": r"There is no folder '.*none'\. Give the folder",
+        tmp_path: r"no checkpoint in '.*'\. Give the folder",
+        tmp_path / "begun": "this run has not saved one yet. Give the folder",
+    }.items():
+        with pytest.raises(CheckpointError, match=why):
             resolve(str(wrong))
     flip(newest / "a.distcp")
     assert resolve(str(checkpoints.parent)) == committed_folder(checkpoints, 6)

@@ -189,6 +189,17 @@ ODD_TABLES = {
     "long-cell": ("m.csv", b"media,text\na.png," + LONG * 6 + b"\n", ["m.csv:2", "max_text_bytes"]),
     "columns": ("m.csv", b"file,caption\na.png,one\n", ["m.csv:1", "`media` and `text`", "file,caption"]),
     "column-twice": ("m.csv", b"media,text,text\na.png,one,two\n", ["m.csv:1", "'text' occurs twice"]),
+    "empty": (
+        "m.jsonl",
+        b'{"media": "a.png", "text": " \\n"}\n',
+        ["m.jsonl:1", "its text is empty", "remove the line"],
+    ),
+    "empty-part": (
+        "m.jsonl",
+        b'{"parts": [{"media": "a.png"}, {"text": ""}]}\n',
+        ["m.jsonl:1", "its text is empty", "remove the line"],
+    ),
+    "no-media": ("m.jsonl", b'{"media": "b.png", "text": "one"}\n', ["m.jsonl:1", "b.png", "relative to the manifest"]),
     "short-line": ("m.csv", b"media,text,key\na.png,one\n", ["m.csv:2", "fewer cells"]),
 }
 
@@ -324,3 +335,10 @@ def test_counts_are_those_of_the_document(tokenizer_folder: str) -> None:
     assert names == layout
     assert [n for n, t in zip(names, document.is_target) if t] == ["one", "two", SPECIAL[1]]
     assert document.media_starts == [3, 6, 9, 10]
+
+
+def test_the_tokenizer_is_looked_for_before_shards_are_written(source: Path) -> None:
+    path, out = manifest(source, [{"media": "a.png", "text": "one"}]), source.parent / "out"
+    with pytest.raises(DataError, match=r"there is no folder '/nowhere'\. Correct the path"):
+        main(["--manifest", path, "--out", str(out), "--tokenizer", "/nowhere"])
+    assert not out.exists()

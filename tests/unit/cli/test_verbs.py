@@ -35,6 +35,7 @@ def folder(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
     (folder / "bert").mkdir()
     (folder / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (folder / "no_index").mkdir()
+    (folder / "no_index" / "a.tar").touch()
     (folder / "bad.jsonl").write_text('{"parts": [{"text": "one"}]}\n{"parts": [{"txt": "two"}]}\n')
     (folder / "torn.yaml").write_text("defaults: [anymal, _self_]\nmodel: {seed: 1\n")
     (folder / "bare.yaml").write_text("model: {seed: 1}\n")
@@ -76,7 +77,7 @@ OVERRIDES = {
         ["trainer.num_nodes x trainer.devices = 3", "model.tensor_model_parallel_size", "Change"],
     ),
     "processes": (["trainer.devices=2"], ["trainer.devices", "started 1", "torchrun --nproc-per-node=2"]),
-    "no-shards": (["data.train.mix.path=/nowhere"], ["'/nowhere'", "anymal prepare"]),
+    "no-shards": (["data.train.mix.path=/nowhere"], ["data.train.mix.path", "'/nowhere'", "anymal prepare"]),
     "no-index": (["data.train.mix.path=FOLDER/no_index"], ["no_index", "anymal prepare --index-only"]),
     "empty-index": (["data.train.mix.path=FOLDER/empty"], ["FOLDER/empty", "no sample"]),
     "no-data": (["~data.train.mix"], ["data.train"]),
@@ -84,7 +85,7 @@ OVERRIDES = {
     "no-tokenizer": (["data.tokenizer=/nowhere"], ["data.tokenizer", "/nowhere"]),
     "no-placeholder": (["model.modalities.imu.placeholder=nothing"], ["model.modalities.imu.placeholder", "reserved"]),
     "too-long": (["data.seq_length=8"], ["longer than data.seq_length=8", "data.too_long=drop"]),
-    "no-initial-weights": (["model.restore_from_path=/nowhere"], ["no checkpoint in '/nowhere'"]),
+    "no-initial-weights": (["model.restore_from_path=/nowhere"], ["no folder '/nowhere'"]),
     "no-checkpoint-to-resume": (
         ["exp_manager.resume_ignore_no_checkpoint=false", "exp_manager.explicit_log_dir=FOLDER/new"],
         ["FOLDER/new", "exp_manager.resume_ignore_no_checkpoint"],
@@ -159,25 +160,28 @@ def test_a_wrong_data_folder_stops_every_rank(folder: Path, tmp_path: Path) -> N
 VERB_MISTAKES = {
     "generate-checkpoint": (
         ["generate", "--checkpoint=/nowhere", "--text=hi"],
-        ["no checkpoint in '/nowhere'", "Name"],
+        ["no folder '/nowhere'", "Name"],
     ),
     "generate-nothing": (["generate", "--checkpoint=/nowhere"], ["--text", "--media", "--prompts"]),
     "generate-line": (["generate", "--checkpoint=/x", "--prompts=FOLDER/bad.jsonl"], ["FOLDER/bad.jsonl:2", "part 0"]),
     "generate-no-file": (["generate", "--checkpoint=/x", "--prompts=/no.jsonl"], ["no prompts file '/no.jsonl'"]),
     "generate-no-media": (["generate", "--checkpoint=/x", "--media=/no.png"], ["no media file '/no.png'"]),
     "evaluate-data": (["evaluate", "--checkpoint=/x", "--data=/nowhere"], ["no shard folder '/nowhere'"]),
-    "evaluate-checkpoint": (["evaluate", "--checkpoint=/nowhere", "--data=DATA"], ["no checkpoint in '/nowhere'"]),
+    "evaluate-checkpoint": (["evaluate", "--checkpoint=/nowhere", "--data=DATA"], ["no folder '/nowhere'"]),
     "inspect-data": (["inspect", "/nowhere", "--tokenizer=/x"], ["no shard folder '/nowhere'", "anymal prepare"]),
     "inspect-tokenizer": (["inspect", "DATA", "--tokenizer=/nowhere"], ["/nowhere"]),
     "prepare-tokenizer": (["prepare", "--index-only=DATA"], ["--tokenizer"]),
-    "prepare-manifest": (["prepare", "--manifest=/no.csv", "--out=/tmp/x", "--tokenizer=/x"], ["/no.csv"]),
+    "prepare-manifest": (["prepare", "--manifest=/no.csv", "--out=/tmp/x", "--tokenizer=TOKENIZER"], ["/no.csv"]),
 }
 
 
 @pytest.mark.parametrize("name", VERB_MISTAKES)
-def test_mistakes_of_the_other_verbs(name: str, folder: Path, mixed_shards: str, tmp_path: Path) -> None:
+def test_mistakes_of_the_other_verbs(
+    name: str, folder: Path, mixed_shards: str, tokenizer_folder: str, tmp_path: Path
+) -> None:
     argv, words = VERB_MISTAKES[name]
-    argv = [text.replace("FOLDER", str(folder)).replace("DATA", mixed_shards) for text in argv]
+    for word, path in {"FOLDER": str(folder), "DATA": mixed_shards, "TOKENIZER": tokenizer_folder}.items():
+        argv = [text.replace(word, path) for text in argv]
     said = complaint(argv, tmp_path)
     for word in words:
         assert word.replace("FOLDER", str(folder)) in said
