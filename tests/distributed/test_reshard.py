@@ -131,5 +131,5 @@ def test_what_cannot_be_done(config: RunConfig, tmp_path: Path, capsys: pytest.C
     assert "pipeline_model_parallel_size=3 does not divide" in said(*arguments(source, out, 1, 3))
     assert "at least 1" in said(*arguments(source, out, 0, 1))
     assert "exists" in said(*arguments(source, tmp_path, 1, 1))
-    assert "no checkpoint" in said(*arguments(tmp_path / "none", out, 1, 1))
+    assert "no folder" in said(*arguments(tmp_path / "none", out, 1, 1))
     assert not out.exists() and not list(tmp_path.glob(".*"))
