@@ -151,7 +151,9 @@ class ShardIndex:
             body = json.loads(self._fs.cat_file(self._inside("index.json")))
         except FileNotFoundError:
             if not self._fs.glob(f"{self._root}/*.tar"):
-                raise DataError(f"{folder!r} holds no shards. Create them with `anymal prepare`.") from None
+                raise DataError(
+                    f"{folder!r} holds neither an index nor .tar files. Create them with `anymal prepare`."
+                ) from None
             raise DataError(
                 f"{folder!r} has no index. Create one with `anymal prepare --index-only {folder}`."
             ) from None

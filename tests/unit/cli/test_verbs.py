@@ -36,6 +36,7 @@ def folder(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
     (folder / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (folder / "no_index").mkdir()
     (folder / "no_index" / "a.tar").touch()
+    (folder / "void").mkdir()
     (folder / "bad.jsonl").write_text('{"parts": [{"text": "one"}]}\n{"parts": [{"txt": "two"}]}\n')
     (folder / "torn.yaml").write_text("defaults: [anymal, _self_]\nmodel: {seed: 1\n")
     (folder / "bare.yaml").write_text("model: {seed: 1}\n")
@@ -79,6 +80,7 @@ OVERRIDES = {
     "processes": (["trainer.devices=2"], ["trainer.devices", "started 1", "torchrun --nproc-per-node=2"]),
     "no-shards": (["data.train.mix.path=/nowhere"], ["data.train.mix.path", "'/nowhere'", "anymal prepare"]),
     "no-index": (["data.train.mix.path=FOLDER/no_index"], ["no_index", "anymal prepare --index-only"]),
+    "no-files": (["data.train.mix.path=FOLDER/void"], ["data.train.mix.path", "neither an index nor", "prepare`."]),
     "empty-index": (["data.train.mix.path=FOLDER/empty"], ["FOLDER/empty", "no sample"]),
     "no-data": (["~data.train.mix"], ["data.train"]),
     "no-modality": (["~model.modalities.audio"], ["audio", "Add model.modalities.audio"]),
