@@ -19,8 +19,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_anymal import backend
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.planner import StepPlan
-from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.model.attention import document_pack
 from megatron_anymal.model.llama import build_gpt, transformer_config
 from megatron_anymal.train.build import TrainState

@@ -28,7 +28,7 @@ from measuring import PeakMemory, ratio, surroundings, take_turns
 from torch import Tensor
 
 from megatron_anymal.config import RunConfig
-from megatron_anymal.data.records import MicroBatch
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.model import lm_head
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config

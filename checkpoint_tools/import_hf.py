@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpoint_tools.disk import what_failed
-from megatron_anymal.checkpoint.store import CheckpointError
+from megatron_anymal.checkpoint.store import MANIFEST, CheckpointError
 from megatron_anymal.config import ConfigError
-from megatron_anymal.safetensors_io import TensorFileError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,12 +28,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 4), help="default: cores, up to 4")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing CHECKPOINT")
     arguments = parser.parse_args(argv)
-    from checkpoint_tools.importing.llama import import_llama
-    from checkpoint_tools.importing.workers import WorkerError
-
     try:
         encoders = dict(_named(option) for option in arguments.encoder)
-        import_llama(arguments.hf, arguments.out, encoders, arguments.processes, overwrite=arguments.overwrite)
+        _check(arguments, encoders)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    # These take seconds to import, so wrong paths are reported before.
+    from checkpoint_tools.importing.llama import import_llama
+    from checkpoint_tools.importing.workers import WorkerError
+    from megatron_anymal.safetensors_io import TensorFileError
+
+    try:
+        import_llama(arguments.hf, arguments.out, encoders, arguments.processes)
     except (CheckpointError, ConfigError, TensorFileError, WorkerError) as error:
         message = " ".join(str(error).replace("model.language_model.path", "--hf").split())
     except OSError as error:
@@ -43,6 +49,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+def _check(arguments: argparse.Namespace, encoders: Mapping[str, Path]) -> None:
+    hf, out = arguments.hf, arguments.out.absolute()
+    if not (hf / "config.json").is_file():
+        raise ConfigError(f"--hf={str(hf)!r} has no config.json.")
+    for name, folder in encoders.items():
+        if not folder.is_dir():
+            raise ConfigError(f"--encoder={name}={folder}: there is no such folder.")
+    if arguments.processes < 1:
+        raise ConfigError(f"--processes={arguments.processes} must be at least 1.")
+    if not out.exists():
+        return
+    if not arguments.overwrite:
+        raise ConfigError(f"--out={str(out)!r} exists. Choose another folder, or add --overwrite.")
+    if not (out / MANIFEST).is_file():
+        raise ConfigError(f"--out={str(out)!r} exists and is not a checkpoint: it is not replaced.")
 
 
 def _named(given: str) -> tuple[str, Path]:

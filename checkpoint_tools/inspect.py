@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.metadata import Stored, read_metadata
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
-from megatron_anymal.checkpoint.tensor_stream import Stored, StreamReader
 
 _OPTIMIZER = "optimizer."
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder = store.resolve(arguments.checkpoint)
         manifest = store.read_manifest(folder, verify=True)
-        tensors = StreamReader(folder).tensors
+        tensors = read_metadata(folder).tensors
     except CheckpointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -39,9 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line)
     if arguments.tensors:
         for name, stored in tensors.items():
-            kind = str(stored.dtype).removeprefix("torch.")
             shape = "x".join(map(str, stored.shape))
-            print(f"  {name:70s} {kind:9s} {shape:>16s} {math.prod(stored.shape):>14,}")
+            print(f"  {name:70s} {stored.dtype:9s} {shape:>16s} {math.prod(stored.shape):>14,}")
     return 0
 
 

@@ -94,7 +94,8 @@ def _laid_out(folder: Path, manifest: Manifest, tensor_size: int, stages: int, *
 
 def _write(folder: Path, manifest: Manifest, boxes: dict[str, list[Any]], staging: Path) -> dict[str, str]:
     """Write one file per rank and copy the other files; return the digests of files hashed while writing."""
-    from megatron_anymal.checkpoint.safe_loading import COMMON, FORMAT, METADATA
+    from megatron_anymal.checkpoint.metadata import METADATA
+    from megatron_anymal.checkpoint.safe_loading import COMMON, FORMAT
     from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
     from megatron_anymal.telemetry import Progress
 

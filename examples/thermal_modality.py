@@ -87,12 +87,12 @@ class ThermalModality(Modality):
         """[1, R, R]."""
         return (1, self.options.resolution, self.options.resolution)
 
-    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> Tensor:
+    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> np.ndarray:
         """Return the image resized and scaled to 0..1, [1, 1, R, R]."""
         picture = torch.from_numpy(self.read(data))[None, None]
         scaled = (picture - self.options.coldest) / (self.options.hottest - self.options.coldest)
         size = (self.options.resolution, self.options.resolution)
-        return nn.functional.interpolate(scaled, size=size, mode="bilinear", antialias=True)
+        return nn.functional.interpolate(scaled, size=size, mode="bilinear", antialias=True).numpy()
 
 
 @dataclass

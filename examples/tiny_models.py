@@ -15,11 +15,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-
-from examples.quickstart.corpus import train_tokenizer
-
 LLAMA, CLIP = "Llama-3.2-1B", "clip-vit-large-patch14-336"
 # Side of CLIP's input in pixels.
 RESOLUTION = 56
@@ -29,6 +24,10 @@ CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.261302
 
 def write_llama(folder: Path, manifests: Sequence[Path]) -> None:
     """Write a Llama of about 1 M parameters and its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from examples.quickstart.corpus import train_tokenizer
+
     vocabulary = train_tokenizer(manifests, folder)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -45,6 +44,8 @@ def write_llama(folder: Path, manifests: Sequence[Path]) -> None:
 
 def write_clip(folder: Path) -> None:
     """Write a CLIP vision tower and how its images are preprocessed."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
     config = CLIPVisionConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -77,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
     existing = [folder for name in (LLAMA, CLIP) if (folder := arguments.out / name).exists()]
     if existing and not arguments.overwrite:
         parser.error(f"'{existing[0]}' exists. Name another --out, or add --overwrite to replace its model.")
+    import torch
+
     torch.manual_seed(0)
     write_llama(arguments.out / LLAMA, arguments.manifest)
     write_clip(arguments.out / CLIP)

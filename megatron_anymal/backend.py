@@ -7,12 +7,12 @@ import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from megatron_anymal.config import ConfigError, ModelConfig
+from megatron_anymal.environment import apex_kind
 
 # Lowest compute capability of GPUs with FP8 (Ada, Hopper) and bf16 (Ampere) matrix products.
 _FP8_CAPABILITY = (8, 9)
@@ -66,16 +66,6 @@ def capabilities() -> Capabilities:
         bf16=lowest is None or lowest >= _BF16_CAPABILITY,
         fp8=lowest is not None and lowest >= _FP8_CAPABILITY,
     )
-
-
-def apex_kind() -> Literal["", "nvidia", "foreign"]:
-    """Which package named apex is installed, if any. The one on PyPI is an unrelated authentication toolkit."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return ""
-    # Only look for files: importing the unrelated package would run its code.
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    return "nvidia" if any((folder / "optimizers" / "__init__.py").is_file() for folder in folders) else "foreign"
 
 
 def collectives_backend() -> str:

@@ -1,15 +1,19 @@
 """Checks of `anymal doctor`: what is installed, the cost of what is missing, and the command that fixes it.
 
-Needs only the standard library, so that it also runs in a broken installation.
+Needs only the standard library, so that it also runs in a broken installation. torch is imported only on a machine with
+a GPU; elsewhere its shared libraries are loaded, which shows a build that does not fit the machine.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN = "ok", "missing", "broken", "out of range", "not NVIDIA's"
 
@@ -111,12 +115,12 @@ def _cuda() -> Finding:
     if not _present("torch"):
         return Finding("CUDA", "-", MISSING, False, cost, fix)
     try:
+        version = _cuda_of_torch()
+        if not has_nvidia_driver():
+            return Finding("CUDA", version, MISSING, False, cost, fix)
         from megatron_anymal import backend
 
         found = backend.capabilities()
-        import torch
-
-        version = str(torch.version.cuda or "-")
     except Exception as error:  # A broken torch can raise anything, and the other checks must still run.
         return Finding("CUDA", "-", BROKEN, False, _short(error), "pip install --force-reinstall torch")
     if not found.cuda_devices:
@@ -126,6 +130,43 @@ def _cuda() -> Finding:
     formats = " and ".join([*(["bf16"] if found.bf16 else []), *(["FP8"] if found.fp8 else [])]) or "fp32 only"
     shown = f"{version}, {len(found.cuda_devices)} x {found.cuda_devices[0]} (capability {capability}, {formats})"
     return Finding("CUDA", shown, OK, False, cost, "")
+
+
+def has_nvidia_driver() -> bool:
+    """Whether the driver of an NVIDIA GPU is loaded, on Linux or in its Windows subsystem."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
+
+
+def _cuda_of_torch() -> str:
+    """Load torch's libraries without importing it, which takes seconds, and return its CUDA version, or "-".
+
+    Raises:
+        OSError: a library is missing or does not fit this machine.
+        AttributeError: torch's version file is damaged.
+    """
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent
+    [library, *_] = [*(folder / "lib").glob("libtorch_python.*"), *(folder / "lib").glob("torch_python.dll")]
+    if not has_nvidia_driver():
+        # With a driver, torch itself is imported; its CUDA libraries may only be found by its own search.
+        ctypes.CDLL(str(library))
+    # A file of constants; imported by its path, since its package would be imported first.
+    versions = importlib.util.spec_from_file_location("torch_version", folder / "version.py")
+    assert versions is not None and versions.loader is not None
+    module = importlib.util.module_from_spec(versions)
+    versions.loader.exec_module(module)
+    return str(module.cuda or "-")
+
+
+def apex_kind() -> Literal["", "nvidia", "foreign"]:
+    """Which package named apex is installed, if any. The one on PyPI is an unrelated authentication toolkit."""
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        return ""
+    # Only look for files: importing the unrelated package would run its code.
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    return "nvidia" if any((folder / "optimizers" / "__init__.py").is_file() for folder in folders) else "foreign"
 
 
 def _package(part: Requirement) -> Finding:
@@ -146,11 +187,7 @@ def _package(part: Requirement) -> Finding:
 
 
 def _apex_state() -> str:
-    if not _present("torch"):
-        return MISSING
-    from megatron_anymal import backend
-
-    kind = backend.apex_kind()
+    kind = apex_kind()
     if kind == "foreign":
         return FOREIGN
     if kind == "":
@@ -159,11 +196,13 @@ def _apex_state() -> str:
 
 
 def _transformer_engine_state() -> str:
+    if not has_nvidia_driver():
+        # It cannot be checked; the CUDA row gives the cost of that.
+        return OK
     try:
         from megatron_anymal import backend
 
         found = backend.capabilities()
-        # Without a GPU it cannot be checked; the CUDA row gives the cost of that.
         return OK if found.transformer_engine or not found.cuda_devices else BROKEN
     except Exception:  # A broken torch can raise anything, and the other checks must still run.
         return BROKEN

@@ -94,7 +94,7 @@ class LlamaSource:
             if checkpoint_place(name)[0] not in reader.tensors:
                 raise CheckpointError(f"{str(folder)!r} is missing {name!r} of the Llama.")
         self._read = lambda name: reader.read(*checkpoint_place(name))
-        self._dtype = lambda name: dtype or reader.tensors[checkpoint_place(name)[0]].dtype
+        self._dtype = lambda name: dtype or reader.dtype(checkpoint_place(name)[0])
 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:

@@ -76,7 +76,7 @@ class ExportedWeights:
 
     def entry(self, name: str) -> tuple[torch.dtype, tuple[int, ...]]:
         """Dtype and shape of one of the checkpoint's own tensors."""
-        return self._reader.tensors[name].dtype, self._reader.tensors[name].shape
+        return self._reader.dtype(name), self._reader.tensors[name].shape
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Yield exported name and tensor, in the order of `entries`.

@@ -79,21 +79,18 @@ class _Staging:
         _write_whole(self.root / "records" / f"{file.name}.json", {**file.to_dict(), "bytes": size})
 
 
-def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: int, *, overwrite: bool) -> None:
+def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: int) -> None:
     """Import a HuggingFace folder as a checkpoint folder, or resume an interrupted import.
 
     Args:
+        out: an existing checkpoint there is replaced once the new one is complete.
         encoders: modality -> HuggingFace folder, copied into the checkpoint.
         processes: number of worker processes.
-        overwrite: replace a checkpoint at `out` once the new one is complete.
 
     Raises:
         ConfigError, CheckpointError, TensorFileError, WorkerError, OSError: the message is one line for the user.
     """
     out = out.absolute()
-    _check_out(out, overwrite)
-    if processes < 1:
-        raise ConfigError(f"--processes={processes} must be at least 1.")
     # Workers are forked from this process, so it must not have running threads.
     torch.set_num_threads(1)
     begun = time.monotonic()
@@ -125,15 +122,6 @@ def import_llama(folder: Path, out: Path, encoders: dict[str, Path], processes: 
         f"{out}: {len(weights)} tensors imported, {moved / 1e9:.2f} GB in {seconds:.1f} s, "
         f"{moved / 1e6 / seconds:,.0f} MB/s"
     )
-
-
-def _check_out(out: Path, overwrite: bool) -> None:
-    if not out.exists():
-        return
-    if not overwrite:
-        raise ConfigError(f"--out={str(out)!r} exists. Choose another folder, or add --overwrite.")
-    if not (out / store.MANIFEST).is_file():
-        raise ConfigError(f"--out={str(out)!r} exists and is not a checkpoint: it is not replaced.")
 
 
 def _read_config(folder: Path) -> LlamaConfig:

@@ -14,8 +14,8 @@ from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_m
 from megatron_anymal.checkpoint.state import load_media_parts
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import LanguageModelConfig, RunConfig
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.prompt_encoder import PromptReader
-from megatron_anymal.data.records import MediaBatch, MicroBatch
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.build import build_models
 from megatron_anymal.parallel import initialize

@@ -1,7 +1,7 @@
 """Load a checkpoint without running code that its files may contain.
 
 megatron-core and torch read `.metadata` and entries that are not tensors with an unrestricted unpickler, which calls
-anything the file names. Every pickle of a checkpoint is therefore first read here, by an unpickler that only allows the
+anything the file names. Every pickle of a checkpoint is therefore first read here, by unpicklers that only allow the
 classes a checkpoint consists of. A pickle that passes refers to nothing else and is safe for their readers too.
 """
 
@@ -9,65 +9,17 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from megatron_anymal.checkpoint.metadata import read_metadata
 from megatron_anymal.checkpoint.store import CheckpointError
 
-METADATA, COMMON, FORMAT = ".metadata", "common.pt", "metadata.json"
+COMMON, FORMAT = "common.pt", "metadata.json"
 # megatron-core's other formats have their own readers, with other pickles.
 BACKENDS = {"sharded_backend": "torch_dist", "common_backend": "torch"}
-
-_CHECKPOINT = "torch.distributed.checkpoint"
-# Everything a `.metadata` file may refer to, besides torch dtypes.
-_ALLOWED = {
-    *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata")),
-    *((f"{_CHECKPOINT}.metadata", name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata")),
-    *((f"{_CHECKPOINT}.metadata", name) for name in ("TensorProperties", "_MEM_FORMAT_ENCODING", "StorageMeta")),
-    (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
-    # megatron-core stores its save plans.
-    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    # A checkpoint written by torch itself stores the name of its folder.
-    ("pathlib", "PosixPath"),
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not part of a checkpoint")
-        return super().find_class(module, name)
-
-
-def read_metadata(folder: Path) -> Metadata:
-    """Read a checkpoint's `.metadata`.
-
-    Raises:
-        CheckpointError: it is missing or damaged, or refers to anything that is not part of a checkpoint's description,
-            or to files outside the folder.
-    """
-    path = folder / METADATA
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except OSError as error:
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}).") from None
-    except Exception as error:
-        # A damaged pickle may raise anything.
-        raise CheckpointError(f"{str(path)!r} cannot be read ({error}). No code in it was run.") from None
-    if not isinstance(metadata, Metadata):
-        raise CheckpointError(f"{str(path)!r} cannot be read (it holds a {type(metadata).__name__}).")
-    for info in metadata.storage_data.values():
-        if PurePath(info.relative_path).name != info.relative_path:
-            raise CheckpointError(f"{str(path)!r} refers to {info.relative_path!r}, a file outside the checkpoint.")
-    return metadata
 
 
 def load(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -93,12 +45,10 @@ def check_pickles(folder: Path) -> None:
             missing or damaged, or the format is not torch_dist.
     """
     _check_format(folder)
-    metadata = read_metadata(folder)
+    contents = read_metadata(folder)
     _check_data(folder / COMMON, 0, None, COMMON)
-    for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata):
-            info = metadata.storage_data[MetadataIndex(name)]
-            _check_data(folder / info.relative_path, info.offset, info.length, name)
+    for name, span in contents.objects.items():
+        _check_data(folder / span.file, span.place, span.length, name)
 
 
 def _check_format(folder: Path) -> None:

@@ -31,32 +31,13 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_anymal.checkpoint.safe_loading import BACKENDS, COMMON, FORMAT, METADATA, read_metadata
+from megatron_anymal.checkpoint.metadata import METADATA, Chunk, read_metadata
+from megatron_anymal.checkpoint.safe_loading import BACKENDS, COMMON, FORMAT
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.torch_save_format import FilePart, read_saved, saved_around
 from megatron_anymal.safetensors_io import HashedFile, raw_bytes
 
 _FORMAT = {**BACKENDS, "sharded_backend_version": 1, "common_backend_version": 1}
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A rectangular slice of a tensor, and its position in a file."""
-
-    # Name of the tensor or other entry.
-    name: str
-    # Type of the elements, such as "bfloat16"; empty for an entry that is not a tensor.
-    dtype: str
-    # Shape of the whole tensor; empty for an entry that is not a tensor.
-    shape: tuple[int, ...]
-    # Offset of the chunk in every dimension of the tensor.
-    offset: tuple[int, ...]
-    # Size of the chunk in every dimension of the tensor.
-    size: tuple[int, ...]
-    # Byte offset in the file.
-    place: int
-    # Length in the file, in bytes.
-    length: int
 
 
 @dataclass(frozen=True)
@@ -210,25 +191,6 @@ def _add_entry(entries: dict[str, Any], chunk: Chunk) -> None:
     entry.chunks.append(ChunkStorageMetadata(torch.Size(chunk.offset), torch.Size(chunk.size)))
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Description of a tensor in a checkpoint."""
-
-    # Type of the elements.
-    dtype: torch.dtype
-    # Shape of the whole tensor.
-    shape: tuple[int, ...]
-    # The chunks that make up the tensor.
-    chunks: tuple[Chunk, ...]
-    # File name of each chunk.
-    files: tuple[str, ...]
-
-    @property
-    def size(self) -> int:
-        """Size of the values in bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 class StreamReader:
     """Reads a checkpoint's tensors by name.
 
@@ -236,7 +198,7 @@ class StreamReader:
 
     Attributes:
         tensors: name -> description of the tensor.
-        objects: names of entries that are not tensors.
+        objects: name -> position of entries that are not tensors.
 
     Raises:
         CheckpointError: the folder is not such a checkpoint, or a file is missing or truncated.
@@ -244,16 +206,14 @@ class StreamReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        metadata = read_metadata(folder)
-        # Like torch's own lookup, this ignores `index`: a chunk is identified by its tensor and offset.
-        self._stored: dict[MetadataIndex, _StorageInfo] = dict(metadata.storage_data)
-        self.tensors: dict[str, Stored] = {}
-        self.objects: list[str] = []
-        for name, entry in sorted(metadata.state_dict_metadata.items()):
-            if isinstance(entry, TensorStorageMetadata):
-                self.tensors[name] = self._tensor(name, entry)
-            else:
-                self.objects.append(name)
+        contents = read_metadata(folder)
+        self.tensors, self.objects = contents.tensors, contents.objects
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor's elements."""
+        dtype = getattr(torch, self.tensors[name].dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     def read(self, name: str, layer: Optional[int] = None) -> Tensor:
         """Read a whole tensor, or one slice of its first dimension; only the chunks needed are read.
@@ -287,7 +247,7 @@ class StreamReader:
                 return self._load(name, chunk, file)
             if _overlap(offset, size, chunk.offset, chunk.size) is not None:
                 needed.append((chunk, file))
-        result = torch.empty(tuple(size), dtype=stored.dtype)
+        result = torch.empty(tuple(size), dtype=self.dtype(name))
         filled = 0
         for chunk, file in needed:
             both = _overlap(offset, size, chunk.offset, chunk.size)
@@ -312,25 +272,12 @@ class StreamReader:
         Raises:
             CheckpointError: the file is unreadable or truncated.
         """
-        info = self._stored[MetadataIndex(name)]
-        return self._bytes(name, info.relative_path, info.offset, info.length)
+        span = self.objects[name]
+        return self._bytes(name, span.file, span.place, span.length)
 
     def common_bytes(self) -> bytes:
         """Contents of common.pt."""
         return (self.folder / COMMON).read_bytes()
-
-    def _tensor(self, name: str, entry: TensorStorageMetadata) -> Stored:
-        dtype = entry.properties.dtype
-        chunks, files = [], []
-        for box in entry.chunks:
-            info = self._stored[MetadataIndex(name, box.offsets)]
-            if info.transform_descriptors:
-                raise CheckpointError(f"{str(self.folder)!r}: {name!r} is compressed, which is not supported.")
-            kind = str(dtype).removeprefix("torch.")
-            sizes = tuple(entry.size), tuple(box.offsets), tuple(box.sizes)
-            chunks.append(Chunk(name, kind, *sizes, info.offset, info.length))
-            files.append(info.relative_path)
-        return Stored(dtype, tuple(entry.size), tuple(chunks), tuple(files))
 
     def _load(self, name: str, chunk: Chunk, file: str, into: Optional[Tensor] = None) -> Tensor:
         try:

@@ -15,10 +15,10 @@ from typing import Any
 from megatron_anymal.cli.model_arguments import (
     add_model_arguments,
     add_sampling_arguments,
+    check_model,
     load_generator,
     sampling_of,
 )
-from megatron_anymal.generation.evaluation import evaluate, permute_media, read_questions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +33,10 @@ def main(argv: Sequence[str]) -> int:
     add_sampling_arguments(parser)
     arguments = parser.parse_args(argv)
     sampling = sampling_of(arguments)
+    from megatron_anymal.generation.evaluation import evaluate, permute_media, read_questions
+
     questions = [question for folder in arguments.data for question in read_questions(folder, arguments.limit)]
+    check_model(arguments, untrained=arguments.untrained)
     runs = {"trained": (load_generator(arguments), questions)}
     if arguments.permute_media:
         runs["permuted"] = (runs["trained"][0], permute_media(questions))

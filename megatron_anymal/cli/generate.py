@@ -6,21 +6,23 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_anymal.cli.model_arguments import (
     add_model_arguments,
     add_sampling_arguments,
+    kinds_of,
     load_generator,
     sampling_of,
 )
 from megatron_anymal.config import ConfigError
-from megatron_anymal.generation.answers import Stream
-from megatron_anymal.generation.chat import Chat, show
-from megatron_anymal.generation.generator import Generator
-from megatron_anymal.generation.prompts import Prompt, prompt_of_files, read_prompts
-from megatron_anymal.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from megatron_anymal.generation.generator import Generator
+    from megatron_anymal.generation.prompts import Prompt
+    from megatron_anymal.generation.sampling import Sampling
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,15 +31,16 @@ def main(argv: Sequence[str]) -> int:
     sampling = sampling_of(arguments)
     _check(arguments)
     if arguments.interactive:
+        from megatron_anymal.generation.chat import Chat
+
         return Chat(load_generator(arguments), sampling, _read_line).run()
-    if arguments.prompts:
-        prompts = read_prompts(arguments.prompts)
-    else:
-        prompts = [
-            prompt_of_files(arguments.media, arguments.modality, arguments.rate, arguments.text, chat=arguments.chat)
-        ]
+    prompts = _prompts(arguments)
     if arguments.stream and len(prompts) > 1:
         raise ConfigError(f"--stream shows one answer, but {arguments.prompts!r} has {len(prompts)} prompts.")
+    _check_media(prompts, kinds_of(arguments))
+    from megatron_anymal.generation.answers import Stream
+    from megatron_anymal.generation.chat import show
+
     generator = load_generator(arguments)
     if arguments.out:
         _write(generator, prompts, sampling, arguments.batch_size, Path(arguments.out))
@@ -47,6 +50,31 @@ def main(argv: Sequence[str]) -> int:
     if generator.reports:
         print("" if stream else "\n".join(answer.strip() for answer in answers))
     return 0
+
+
+def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
+    from megatron_anymal.generation.prompts import prompt_of_files, read_prompts
+
+    if arguments.prompts:
+        return read_prompts(arguments.prompts)
+    return [prompt_of_files(arguments.media, arguments.modality, arguments.rate, arguments.text, chat=arguments.chat)]
+
+
+def _check_media(prompts: Sequence[Prompt], kinds: Mapping[str, str]) -> None:
+    """Check that the model reads the media of the prompts, before it is loaded."""
+    from megatron_anymal.data.prompt_encoder import modality_of
+    from megatron_anymal.data.records import MediaPart
+    from megatron_anymal.modalities import MODALITIES, MediaError
+
+    if not kinds.keys() <= MODALITIES.keys():
+        # The extensions of a plug-in's kinds are known only after its import.
+        return
+    for prompt in prompts:
+        for part, file in zip([part for part in prompt.parts if isinstance(part, MediaPart)], prompt.media):
+            try:
+                modality_of(part, file, kinds)
+            except MediaError as error:
+                raise MediaError(f"{part.media!r}: {error}.") from error
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ import numpy as np
 from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.validation import check
+from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.left_out import grouped
 from megatron_anymal.data.lint import (
     SIZE_NAMES,
@@ -32,8 +33,7 @@ from megatron_anymal.data.lint import (
     wrong_shards,
     wrong_tokenizer,
 )
-from megatron_anymal.data.loader import LoadedModality
-from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModality
+from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import DataError, MediaPart, Part
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.data.tokenizer import Document, Tokenizer

@@ -6,16 +6,16 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.trust import FLAG
 from megatron_anymal.config import ConfigError
-from megatron_anymal.generation.checkpoint_generator import NativeGenerator
-from megatron_anymal.generation.export_generator import ExportedGenerator
-from megatron_anymal.generation.generator import Generator
 from megatron_anymal.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from megatron_anymal.generation.generator import Generator
 
 MODEL_TYPE = "anymal"
 DTYPES = ("auto", "float32", "bfloat16")
@@ -80,8 +80,11 @@ def sampling_of(arguments: argparse.Namespace) -> Sampling:
     )
 
 
-def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) -> Generator:
-    """Load the model of `--checkpoint`; with `untrained`, its projectors keep their initial values.
+def check_model(arguments: argparse.Namespace, *, untrained: bool = False) -> Optional[dict[str, Any]]:
+    """Check the model's arguments before anything slow is imported; return an exported folder's config.json.
+
+    Returns:
+        None for a training checkpoint.
 
     Raises:
         CheckpointError, ConfigError: the folder does not hold a model, or the arguments do not apply to it.
@@ -90,13 +93,7 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
     exported = _exported_config(Path(folder))
     if exported is None:
         _refuse(arguments, _OF_EXPORTS, f"{folder!r} is a training checkpoint; the option is for exported folders")
-        return NativeGenerator.of_run(
-            folder,
-            arguments.tensor_model_parallel_size,
-            arguments.pipeline_model_parallel_size or 1,
-            untrained=untrained,
-            trust_plugins=bool(arguments.trust_plugins),
-        )
+        return None
     _refuse(arguments, _OF_CHECKPOINTS, f"{folder!r} is an exported folder, which runs in one process")
     if untrained:
         raise ConfigError(
@@ -107,6 +104,43 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
             f"{folder!r} is an exported folder, which runs in one process. Start without torchrun, or name the "
             "training checkpoint."
         )
+    return exported
+
+
+def kinds_of(arguments: argparse.Namespace) -> dict[str, str]:
+    """Kind -> name of the modalities of `--checkpoint`, read from its settings.
+
+    Raises:
+        CheckpointError, ConfigError: as `check_model`; a checkpoint is damaged.
+    """
+    sections = check_model(arguments)
+    if sections is None:
+        folder = Path(arguments.checkpoint)
+        if not (folder / store.MANIFEST).is_file():
+            folder = next(found[0] for parent in (folder / "checkpoints", folder) if (found := store.committed(parent)))
+        sections = store.read_manifest(folder).config["model"]
+    return {section.get("kind") or name: name for name, section in sections.get("modalities", {}).items()}
+
+
+def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) -> Generator:
+    """Load the model of `--checkpoint`; with `untrained`, its projectors keep their initial values.
+
+    Raises:
+        CheckpointError, ConfigError: the folder does not hold a model, or the arguments do not apply to it.
+    """
+    folder, exported = arguments.checkpoint, check_model(arguments, untrained=untrained)
+    if exported is None:
+        from megatron_anymal.generation.checkpoint_generator import NativeGenerator
+
+        return NativeGenerator.of_run(
+            folder,
+            arguments.tensor_model_parallel_size,
+            arguments.pipeline_model_parallel_size or 1,
+            untrained=untrained,
+            trust_plugins=bool(arguments.trust_plugins),
+        )
+    from megatron_anymal.generation.export_generator import ExportedGenerator
+
     return ExportedGenerator.of_folder(
         folder,
         exported,

@@ -10,13 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_anymal.config import LimitsConfig
-from megatron_anymal.data.index_builder import IndexOptions
-from megatron_anymal.data.index_folder import make_index
-from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.modalities import MODALITIES, load_plugins
-from megatron_anymal.modalities.base import nearest
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,6 +18,13 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if not arguments.tokenizer:
         raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
+    # These import numpy and the media libraries' readers, which --help does without.
+    from megatron_anymal.data.index_builder import IndexOptions
+    from megatron_anymal.data.index_folder import make_index
+    from megatron_anymal.data.manifest import existing, write_shards
+    from megatron_anymal.data.tokenizer import Tokenizer
+    from megatron_anymal.modalities import load_plugins
+
     load_plugins(arguments.plugin)
     options = IndexOptions(
         arguments.tokenizer,
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.manifest:
         if not arguments.out:
             raise DataError("--manifest needs --out, the folder to write shards into.")
+        existing(arguments.manifest)
         # Before the shards are written: the same command can then be started again.
         Tokenizer(arguments.tokenizer)
         write_shards(
@@ -108,6 +110,9 @@ def _kinds(given: Sequence[str]) -> dict[str, str]:
 
 def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Parse KIND.NAME=VALUE pairs, grouped by kind; values are parsed as JSON if possible."""
+    from megatron_anymal.modalities import MODALITIES
+    from megatron_anymal.modalities.base import nearest
+
     by_kind: dict[str, dict[str, Any]] = {}
     for text in given:
         path, value = _pair("--attribute", text, "KIND.NAME=VALUE, for example imu.rate=200")
@@ -125,6 +130,8 @@ def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _limits(given: Sequence[str]) -> LimitsConfig:
     """Return the default limits with the given ones replaced."""
+    from megatron_anymal.modalities.base import nearest
+
     limits = LimitsConfig()
     known = {field.name: type(getattr(limits, field.name)) for field in dataclasses.fields(limits)}
     values = {}

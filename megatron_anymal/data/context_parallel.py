@@ -7,12 +7,12 @@ of causal attention (the order of Transformer Engine and Megatron-Core for packe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_anymal.data.records import DataError, PlannedMicroBatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def document_multiple(context_size: int) -> int:
@@ -49,6 +49,8 @@ def held_tokens(lengths: Sequence[int], context_rank: int, context_size: int) ->
     Raises:
         DataError: a document is not padded for this many ranks.
     """
+    import torch
+
     chunks, offset = [], 0
     for length in lengths:
         for start, stop in held_chunks(length, context_rank, context_size):
@@ -59,6 +61,8 @@ def held_tokens(lengths: Sequence[int], context_rank: int, context_size: int) ->
 
 def token_lengths(plan: PlannedMicroBatch) -> Tensor:
     """[T] int64: for each token of a whole pack, the unpadded length of its document; 0 for the padding at the end."""
+    import torch
+
     own = [length for sample in plan.samples for length in sample.documents]
     in_pack = [padded(length, plan.document_multiple) for length in own]
     own.append(0)

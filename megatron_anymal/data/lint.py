@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_anymal.config import EncoderConfig, LimitsConfig, ModalityConfig
-from megatron_anymal.data.loader import LoadedModality
+from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.records import DataError, Sample
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.data.tokenizer import Document, Tokenizer
@@ -107,7 +107,7 @@ def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading, limits
         raise MediaError(f"has the size {tuple(size)}, but the index states {tuple(float(n) for n in indexed_size)}")
     if kind not in reading.modalities:
         return 0
-    pieces = reading.modalities[kind].load(item.data, item.extension, item.part.attributes)
+    pieces = reading.modalities[kind].load_array(item.data, item.extension, item.part.attributes)
     return len(pieces) if reading.loaded else 0
 
 

@@ -17,32 +17,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from megatron_anymal.child_processes import end_with_parent
+from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
 from megatron_anymal.data.planner import BatchPlanner, StepPlan
-from megatron_anymal.data.records import (
-    DataError,
-    MediaBatch,
-    MicroBatch,
-    Part,
-    PlannedMicroBatch,
-    PlannedSample,
-    places_with_label,
-)
+from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities.base import MediaError, Modality
-
-
-@dataclass(frozen=True)
-class LoadedModality:
-    """The properties of a configured modality that loading needs."""
-
-    # Decodes the media.
-    modality: Modality
-    # Number of LLM tokens of each piece.
-    soft_tokens_per_piece: int
-    # Token id at the positions of soft tokens.
-    placeholder: int
 
 
 @dataclass(frozen=True)

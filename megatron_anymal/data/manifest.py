@@ -46,31 +46,50 @@ def write_shards(
     Raises:
         DataError: naming the invalid line, or the media file that is missing or too large.
     """
-    folder = Path(out)
-    if folder.is_dir() and any(folder.glob("*.tar")):
-        if not overwrite:
-            raise DataError(f"{out!r} already holds shards. Name another folder, or add --overwrite.")
-        for old in folder.glob("*.tar"):
-            old.unlink()
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob("*.tar.part"):
-        unfinished.unlink()
+    folder, base = Path(out), existing(manifest).parent
+    if folder.is_dir() and any(folder.glob("*.tar")) and not overwrite:
+        raise DataError(f"{out!r} already holds shards. Name another folder, or add --overwrite.")
     lines = list(_read_manifest(Path(manifest), limits))
     if not lines:
         raise DataError(f"The manifest {manifest!r} has no lines.")
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_parts(folder)
     progress = Progress("packing", len(lines))
     seen: set[str] = set()
-    for shard, start in enumerate(range(0, len(lines), samples_per_shard)):
-        path = folder / f"shard-{shard:06d}.tar"
-        unfinished = path.with_suffix(".tar.part")
-        try:
-            _write_shard(unfinished, lines[start : start + samples_per_shard], Path(manifest).parent, limits, seen)
-        except DataError:
-            unfinished.unlink()
-            raise
-        unfinished.rename(path)
-        progress.advance(min(samples_per_shard, len(lines) - start))
+    parts = []
+    try:
+        for shard, start in enumerate(range(0, len(lines), samples_per_shard)):
+            parts.append(folder / f"shard-{shard:06d}.tar.part")
+            _write_shard(parts[-1], lines[start : start + samples_per_shard], base, limits, seen)
+            progress.advance(min(samples_per_shard, len(lines) - start))
+    except DataError:
+        _remove_parts(folder)
+        raise
     progress.finish()
+    # Only now: a wrong line must not cost the shards that the folder had before.
+    for old in folder.glob("*.tar"):
+        old.unlink()
+    for part in parts:
+        part.rename(part.with_suffix(""))
+
+
+def existing(manifest: str) -> Path:
+    """Path of a manifest.
+
+    Raises:
+        DataError: there is no such file, or its ending is not one of a manifest.
+    """
+    path = Path(manifest)
+    if not path.is_file():
+        raise DataError(f"There is no manifest {manifest!r}.")
+    if path.suffix not in (".csv", ".jsonl"):
+        raise DataError(f"The manifest {manifest!r} must be a .csv or a .jsonl file.")
+    return path
+
+
+def _remove_parts(folder: Path) -> None:
+    for part in folder.glob("*.tar.part"):
+        part.unlink()
 
 
 def _write_shard(path: Path, lines: Sequence[_Line], base: Path, limits: LimitsConfig, seen: set[str]) -> None:
@@ -88,10 +107,6 @@ def _write_shard(path: Path, lines: Sequence[_Line], base: Path, limits: LimitsC
 
 
 def _read_manifest(path: Path, limits: LimitsConfig) -> Iterator[_Line]:
-    if not path.is_file():
-        raise DataError(f"There is no manifest {str(path)!r}.")
-    if path.suffix not in (".csv", ".jsonl"):
-        raise DataError(f"The manifest {str(path)!r} must be a .csv or a .jsonl file.")
     if path.suffix == ".jsonl":
         for where, value in read_lines(path, limits):
             yield _Line(where, int(where.rpartition(":")[2]), value)

@@ -15,35 +15,16 @@ from typing import Optional
 import numpy as np
 
 from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, ModelConfig
+from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, PlannedMedia, PlannedMicroBatch, PlannedSample
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.modalities.base import Modality
 
 # JSON keys that identify each kind of sample.
 _MARK = {"parts": "`parts`", "messages": "`messages`", "preference": "`chosen` and `rejected`"}
-
-
-@dataclass(frozen=True)
-class PlannedModality:
-    """The properties of a configured modality that planning needs."""
-
-    # Name in the configuration.
-    name: str
-    # Kind of media, as in the index.
-    kind: str
-    # Counts the pieces of a media item.
-    modality: Modality
-    # Number of LLM tokens of each piece.
-    soft_tokens_per_piece: int
-
-    @property
-    def cost_per_piece(self) -> float:
-        """Estimated encoder cost of one piece: its number of input elements."""
-        return float(np.prod(self.modality.piece_shape))
 
 
 @dataclass(frozen=True)

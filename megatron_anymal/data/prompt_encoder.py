@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from megatron_anymal.config import ModalityConfig
 from megatron_anymal.data.chat_format import open_prompt, parse_messages
@@ -18,6 +16,9 @@ from megatron_anymal.data.content_parts import parse_parts
 from megatron_anymal.data.records import DataError, MediaPart, Part
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import MediaError, Modality, kind_for_extension
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,23 @@ def read_media_file(path: Path) -> MediaFile:
     return MediaFile(path.read_bytes(), path.suffix.lstrip(".").lower())
 
 
+def modality_of(part: MediaPart, file: MediaFile, names: Mapping[str, str]) -> str:
+    """Name of the modality that reads a media item.
+
+    Args:
+        names: kind -> name of the model's modality of this kind.
+
+    Raises:
+        DataError: the model has no modality of this kind.
+        MediaError: the file's extension belongs to no kind or to several.
+    """
+    kind = part.modality or kind_for_extension(file.extension, names)
+    if kind not in names:
+        known = ", ".join(sorted(names)) or "none"
+        raise DataError(f"{part.media!r}: the model has no modality {kind!r}; it has: {known}.")
+    return names[kind]
+
+
 class PromptReader:
     """Reads prompts for the modalities of a model."""
 
@@ -113,11 +131,7 @@ class PromptReader:
 
     def _load(self, part: MediaPart, file: MediaFile) -> tuple[str, Tensor]:
         try:
-            kind = part.modality or kind_for_extension(file.extension, self._names)
-            if kind not in self._names:
-                known = ", ".join(sorted(self._names)) or "none"
-                raise DataError(f"{part.media!r}: the model has no modality {kind!r}; it has: {known}.")
-            name = self._names[kind]
+            name = modality_of(part, file, self._names)
             return name, self._modalities[name].load(file.data, file.extension, part.attributes)
         except MediaError as error:
             raise MediaError(f"{part.media!r}: {error}.") from error

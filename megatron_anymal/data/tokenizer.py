@@ -43,10 +43,10 @@ class Tokenizer:
         Raises:
             DataError: the folder is missing, does not contain a tokenizer, or the tokenizer lacks a begin or end token.
         """
-        from transformers import AutoTokenizer
-
         if not Path(folder).is_dir():
             raise DataError(f"data.tokenizer: there is no folder {folder!r}. Correct the path.")
+        from transformers import AutoTokenizer
+
         try:
             self.hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:

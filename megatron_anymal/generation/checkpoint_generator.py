@@ -26,14 +26,16 @@ from megatron_anymal.checkpoint.state import load_media_parts
 from megatron_anymal.checkpoint.trust import config_of
 from megatron_anymal.config import ModelConfig, RunConfig
 from megatron_anymal.data.chat_format import END_TURN
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.planner import length_multiple
 from megatron_anymal.data.prompt_encoder import PromptReader
-from megatron_anymal.data.records import DataError, MediaBatch, MicroBatch
+from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.generator import Generator, Watch
+from megatron_anymal.generation.next_token import choose
 from megatron_anymal.generation.prompts import Prompt
-from megatron_anymal.generation.sampling import Sampling, choose
+from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models

@@ -33,8 +33,9 @@ from megatron_anymal.data.chat_format import messages_of
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.generator import Generator, Watch
+from megatron_anymal.generation.next_token import choose
 from megatron_anymal.generation.prompts import Prompt
-from megatron_anymal.generation.sampling import Sampling, choose
+from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor

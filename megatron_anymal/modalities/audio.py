@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, EncoderConfig, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import preprocessor, transformers_config
@@ -163,7 +162,7 @@ class AudioModality(Modality):
             wanted = int(np.ceil(pieces * self.options.piece_seconds * sound.rate))
             return resample(sound.mono(wanted), sound.rate, self.sampling_rate)
 
-    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
+    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> np.ndarray:
         """Log-mel windows, [pieces, *piece_shape] float32; each equals the output of CLAP's own extractor.
 
         Raises:
@@ -182,4 +181,4 @@ class AudioModality(Modality):
         )["input_features"]
         mel = np.stack(features).astype(np.float32)
         mel = (mel - np.float32(self.options.mel_mean)) / np.float32(self.options.mel_std)
-        return torch.from_numpy(mel if self.channels else mel[:, 0])
+        return mel if self.channels else mel[:, 0]

@@ -13,12 +13,14 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
+
+if TYPE_CHECKING:
+    import torch
 
 # The repr of Python objects in error messages of libraries.
 _OBJECT_IN_MEMORY = re.compile(r"[\"'(]*<[^<>]* object at 0x[0-9a-f]+>[\"')]*")
@@ -179,7 +181,7 @@ class Modality(ABC):
         """Shape of one piece, the encoder's input without the batch dimension."""
 
     @abstractmethod
-    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
+    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> np.ndarray:
         """Decode a media file to [pieces, *piece_shape]. Called by `load`, which checks the size and the result.
 
         Raises:
@@ -190,17 +192,28 @@ class Modality(ABC):
         """Decode a media file to encoder input, [pieces, *piece_shape] float32. The result is deterministic.
 
         Raises:
+            MediaError: as `load_array`.
+        """
+        import torch
+
+        return torch.from_numpy(self.load_array(data, extension, attributes))
+
+    def load_array(self, data: bytes, extension: str, attributes: Mapping[str, Any]) -> np.ndarray:
+        """`load` for processes that do without torch, which takes seconds to import.
+
+        Raises:
             MediaError: the file is corrupt, truncated or empty, has non-finite values, or does not match its probed
                 size.
         """
         size = self.probe(data, extension, attributes, self.limits)
         expected = int(self.count_pieces(np.array([size], dtype=np.float64))[0])
-        pieces = self.decode(data, extension, attributes, expected)
-        if tuple(pieces.shape) != (expected, *self.piece_shape):
+        # Plug-ins may return a tensor on the CPU.
+        pieces = np.asarray(self.decode(data, extension, attributes, expected))
+        if pieces.shape != (expected, *self.piece_shape):
             raise MediaError(
-                f"yields pieces of shape {tuple(pieces.shape)}, but its size {size} implies "
+                f"yields pieces of shape {pieces.shape}, but its size {size} implies "
                 f"{(expected, *self.piece_shape)}: the file is damaged or its header is wrong"
             )
-        if not torch.isfinite(pieces).all():
+        if not np.isfinite(pieces).all():
             raise MediaError("contains non-finite values")
-        return pieces.float()
+        return np.ascontiguousarray(pieces, dtype=np.float32)

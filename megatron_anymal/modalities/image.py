@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.base import Modality, require_above
@@ -80,7 +79,7 @@ class ImageModality(Modality):
         """[3, R, R]."""
         return (3, self.pixels.resolution, self.pixels.resolution)
 
-    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
+    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> np.ndarray:
         """Tiles of the image, [pieces, 3, R, R] float32.
 
         Raises:
@@ -94,4 +93,4 @@ class ImageModality(Modality):
         tiles = whole.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
         if grid > 1 and self.options.overview:
             tiles = np.concatenate([self.pixels.resize(rgb)[None], tiles])
-        return torch.from_numpy(self.pixels.normalise(tiles))
+        return self.pixels.normalise(tiles)

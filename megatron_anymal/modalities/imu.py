@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.base import Modality, count_in_time, require_above
@@ -91,7 +90,7 @@ class IMUModality(Modality):
         """[6, samples]."""
         return (CHANNELS, self.samples)
 
-    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
+    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> np.ndarray:
         """Windows of the signal, [pieces, 6, samples] float32.
 
         Raises:
@@ -108,4 +107,4 @@ class IMUModality(Modality):
         pieces_first = signal.reshape(CHANNELS, pieces, self.samples).swapaxes(0, 1)
         # Values outside the range of float32 become infinite, which `load` refuses.
         with np.errstate(over="ignore"):
-            return torch.from_numpy(np.ascontiguousarray(pieces_first, dtype=np.float32))
+            return np.ascontiguousarray(pieces_first, dtype=np.float32)

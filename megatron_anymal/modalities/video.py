@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import transformers_config
@@ -176,7 +175,7 @@ class VideoModality(Modality):
         centres = (np.arange(self.num_frames) + 0.5) / self.num_frames
         return starts[:, None] + centres * (ends - starts)[:, None]
 
-    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> torch.Tensor:
+    def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> np.ndarray:
         """Clips of the video, [pieces, frames, 3, R, R] float32.
 
         Raises:
@@ -195,7 +194,7 @@ class VideoModality(Modality):
                 _require_frames(stream.codec_context, frame, len(data), self.limits)
                 frames[number] = self.pixels.resize(_picture(frame))
         clips = frames.reshape(pieces, self.num_frames, side, side, 3)
-        return torch.from_numpy(self.pixels.normalise(clips))
+        return self.pixels.normalise(clips)
 
 
 class _Decoder:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from megatron_anymal.config import NeftuneConfig
 from megatron_anymal.data.context_parallel import held_tokens, token_lengths
-from megatron_anymal.data.records import MediaBatch, MicroBatch
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.model.attention import DocumentPack, document_pack
 from megatron_anymal.model.embedding_merge import merge
 from megatron_anymal.model.encoder_sharding import gather_features, gather_soft_tokens

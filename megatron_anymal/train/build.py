@@ -17,8 +17,9 @@ from megatron_anymal import backend
 from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
 from megatron_anymal.config import DataConfig, DistributedDataParallelConfig, ModalityConfig, ModelConfig, RunConfig
 from megatron_anymal.config.validation import check
-from megatron_anymal.data.loader import LoadedModality, MicroBatchReader, RankNeeds
-from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModality
+from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
+from megatron_anymal.data.loader import MicroBatchReader, RankNeeds
+from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import Modality, build_modality, load_plugins

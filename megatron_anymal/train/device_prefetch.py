@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_anymal.data.records import MicroBatch
+from megatron_anymal.data.micro_batch import MicroBatch
 
 
 class HostToDevice(Protocol):

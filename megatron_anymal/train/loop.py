@@ -15,8 +15,8 @@ from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.config import ConfigError
 from megatron_anymal.config.validation import max_time_seconds
 from megatron_anymal.data.loader import steps, worker_died
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.planner import StepPlan
-from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.model.unsharded_weights import hash_weights
 from megatron_anymal.resilience import fault_injection, heartbeat, stop_signals
 from megatron_anymal.resilience.events import record

@@ -15,8 +15,8 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_anymal.config import DpoConfig, ModelConfig
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.planner import StepPlan
-from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.train.losses import (
     DPO_METRICS,
     batch_mean,

@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.planner import BatchPlanner, StepPlan
-from megatron_anymal.data.records import MicroBatch
 from megatron_anymal.model.lora import as_reference
 from megatron_anymal.resilience import fault_injection, heartbeat, nonfinite, stop_signals
 from megatron_anymal.resilience.heartbeat import Phase

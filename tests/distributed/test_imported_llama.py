@@ -22,7 +22,8 @@ from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import RunConfig
 from megatron_anymal.config.compose import from_dict
-from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
+from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models

@@ -20,7 +20,8 @@ from tiny import SPECIAL, make_config, make_shards
 from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.records import MediaPart, MicroBatch
+from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.records import MediaPart
 from megatron_anymal.train.build import DataSource
 
 STEPS = 200

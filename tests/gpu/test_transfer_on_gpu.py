@@ -12,7 +12,7 @@ from tiny import make_config
 
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.records import MicroBatch
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
 from megatron_anymal.train.device_prefetch import on_device

@@ -19,9 +19,11 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 from ranks import run_ranks
 from tiny import make_config
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_anymal.checkpoint import safe_loading
-from megatron_anymal.checkpoint.safe_loading import check_pickles, read_metadata
+from megatron_anymal.checkpoint.metadata import ALLOWED, ITEM_BYTES, Contents, read_metadata
+from megatron_anymal.checkpoint.safe_loading import check_pickles
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
 from megatron_anymal.parallel import initialize
@@ -49,7 +51,7 @@ def write(folder: Path) -> None:
 
 
 def in_metadata(folder: Path, payload: Any) -> None:
-    metadata = read_metadata(folder)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
     metadata.planner_data = payload
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
@@ -106,7 +108,7 @@ def test_the_payload_would_run(tmp_path: Path) -> None:
 def test_files_outside_of_the_folder_are_refused(tmp_path: Path) -> None:
     write(tmp_path / "checkpoint")
     for path in ("../secret", "/etc/hostname"):
-        metadata = read_metadata(tmp_path / "checkpoint")
+        metadata = pickle.loads((tmp_path / "checkpoint" / ".metadata").read_bytes())
         for info in metadata.storage_data.values():
             info.relative_path = path
         (tmp_path / "other").mkdir(exist_ok=True)
@@ -159,8 +161,37 @@ def test_the_list_is_what_checkpoints_consist_of(tmp_path: Path) -> None:
     for name in ("theirs", "ours"):
         check_pickles(tmp_path / name)
     for name in ("theirs", "ours", "torchs"):
-        Noting(io.BytesIO((tmp_path / name / ".metadata").read_bytes())).load()
-        read_metadata(tmp_path / name)
+        data = (tmp_path / name / ".metadata").read_bytes()
+        Noting(io.BytesIO(data)).load()
+        assert_same(read_metadata(tmp_path / name), pickle.loads(data))
     needed = Noting.asked
     dtypes = {one for one in needed if one[0] == "torch" and isinstance(getattr(torch, one[1]), torch.dtype)}
-    assert needed - dtypes == safe_loading._ALLOWED
+    assert needed - dtypes == ALLOWED.keys()
+
+
+def assert_same(found: Contents, expected: Metadata) -> None:
+    """Check what was read without torch's classes against what they hold."""
+    assert found.tensors.keys() | found.objects.keys() == expected.state_dict_metadata.keys()
+    for name, stored in found.tensors.items():
+        entry = expected.state_dict_metadata[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        assert getattr(torch, stored.dtype) == entry.properties.dtype and stored.shape == tuple(entry.size)
+        assert len(stored.chunks) == len(entry.chunks)
+        for chunk, file, theirs in zip(stored.chunks, stored.files, entry.chunks):
+            assert (chunk.offset, chunk.size) == (tuple(theirs.offsets), tuple(theirs.sizes))
+            info = expected.storage_data[MetadataIndex(name, theirs.offsets)]
+            assert (file, chunk.place, chunk.length) == (info.relative_path, info.offset, info.length)
+    for name, span in found.objects.items():
+        info = expected.storage_data[MetadataIndex(name)]
+        assert (span.file, span.place, span.length) == (info.relative_path, info.offset, info.length)
+
+
+def test_item_sizes_are_those_of_torch() -> None:
+    dtypes = [value for value in vars(torch).values() if isinstance(value, torch.dtype)]
+    names = {str(dtype).removeprefix("torch."): dtype for dtype in dtypes}
+    assert {name: names[name].itemsize for name in ITEM_BYTES} == ITEM_BYTES
+    # Left out: quantized types, and those that take less than a byte.
+    assert {name for name in names.keys() - ITEM_BYTES.keys() if not name.startswith(("q", "uint", "int", "bits"))} <= {
+        "complex32",
+        "float4_e2m1fn_x2",
+    }

@@ -40,7 +40,7 @@ def add_distribution(site: Path, name: str, version: str, *files: str) -> None:
 
 def test_foreign_apex_is_recognised_and_not_imported(site):
     add_distribution(site, "apex", "0.9.10.dev0", "apex/__init__.py", "apex/models.py")
-    assert backend.apex_kind() == "foreign" and backend.capabilities().foreign_apex
+    assert environment.apex_kind() == "foreign" and backend.capabilities().foreign_apex
     assert not backend.capabilities().nvidia_apex
     found = finding("apex")
     assert (found.state, found.version) == (environment.FOREIGN, "0.9.10.dev0")
@@ -49,7 +49,7 @@ def test_foreign_apex_is_recognised_and_not_imported(site):
 
 def test_nvidia_apex(site):
     add_distribution(site, "apex", "0.1", "apex/__init__.py", "apex/optimizers/__init__.py")
-    assert backend.apex_kind() == "nvidia"
+    assert environment.apex_kind() == "nvidia"
     # The Python modules without the compiled kernels are not enough.
     assert not backend.capabilities().nvidia_apex and finding("apex").state == environment.BROKEN
     (site / "amp_C.py").write_text("")

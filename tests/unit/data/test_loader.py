@@ -18,7 +18,8 @@ from tiny import CHAT, SPECIAL, WORDS, make_config, make_shards, make_tokenizer,
 from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.data.loader import share_out, steps
-from megatron_anymal.data.records import DataError, MicroBatch, TextPart
+from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.records import DataError, TextPart
 from megatron_anymal.train.build import DataSource
 
 

@@ -18,7 +18,8 @@ from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.records import SAMPLE_KINDS, MicroBatch, PlannedSample
+from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.records import SAMPLE_KINDS, PlannedSample
 from megatron_anymal.train.build import DataSource
 from megatron_anymal.train.objective import TokenObjective
 

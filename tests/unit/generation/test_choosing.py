@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from megatron_anymal.config import ConfigError
-from megatron_anymal.generation.sampling import Sampling, choose, kept, penalized
+from megatron_anymal.generation.next_token import choose, kept, penalized
+from megatron_anymal.generation.sampling import Sampling
 
 VOCABULARY = 200
 

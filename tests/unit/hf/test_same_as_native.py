@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from megatron_anymal.config import RunConfig
-from megatron_anymal.data.records import MediaBatch, MicroBatch
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 from megatron_anymal.model.build import build_models

@@ -18,7 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.measuring import copies, saved_for_backward, storages, stored_bytes
 from megatron_anymal.config import ProjectorConfig, RunConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.records import MediaBatch, MicroBatch, PlannedMicroBatch
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
+from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.model.attention import document_pack
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_anymal.config import ConfigError, LanguageModelConfig, RunConfig
-from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
+from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama import check_model, layers_of_stages, read_llama_config

@@ -21,7 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from megatron_anymal.config import ConfigError, LoraConfig, RunConfig
-from megatron_anymal.data.records import MicroBatch, PlannedMicroBatch
+from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.hf_llama import from_hf

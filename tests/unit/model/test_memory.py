@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.measuring import saved_for_backward
 from megatron_anymal.config import EncoderConfig, LoraConfig, ModalityConfig, ProjectorConfig, RunConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.records import MediaBatch, MicroBatch
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.dry_run.simulate import examine
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.build import build_models

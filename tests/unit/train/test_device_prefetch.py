@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_anymal.data.records import MediaBatch, MicroBatch
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.train.device_prefetch import SideStream, on_device, one_ahead
 
 CPU = torch.device("cpu")
