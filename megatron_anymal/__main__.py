@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron_anymal import __version__
+from megatron_anymal import __version__, lean_imports
 from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
 from megatron_anymal.resilience.failure_record import exit_now
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"Did you mean {near[0]}?" if near else f"Known: {', '.join(VERBS)}."
         return _fail(f"unknown verb {verb!r}. {hint}")
     quiet_libraries()
+    lean_imports.install()
     try:
         module, _, function = VERBS[verb][0].partition(":")
         return getattr(importlib.import_module(f"megatron_anymal.{module}"), function)(rest)

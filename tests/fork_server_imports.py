@@ -5,23 +5,30 @@ from __future__ import annotations
 import importlib
 from contextlib import suppress
 
-import forks
-import transformers
+from megatron_anymal import lean_imports
 
-from megatron_anymal.modalities.architecture import ARCHITECTURES
+# As in every command.
+lean_imports.install()
+
+import forks  # noqa: E402
+import transformers  # noqa: E402
+
+from megatron_anymal.modalities.architecture import ARCHITECTURES  # noqa: E402
 
 for name in (
     "pytest",
     "torch",
     "transformers",
-    "megatron_anymal.cli.evaluate",
-    "megatron_anymal.cli.generate",
+    # What commands import only once their arguments have been checked.
+    "megatron_anymal.generation.chat",
+    "megatron_anymal.generation.checkpoint_generator",
+    "megatron_anymal.generation.evaluation",
+    "megatron_anymal.generation.export_generator",
     "megatron_anymal.train.loop",
-    "checkpoint_tools.export_hf",
-    "checkpoint_tools.import_hf",
-    "checkpoint_tools.inspect",
-    "checkpoint_tools.reshard",
-    "checkpoint_tools.verify",
+    "checkpoint_tools.exporting.export",
+    "checkpoint_tools.importing.llama",
+    "checkpoint_tools.importing.workers",
+    "checkpoint_tools.rank_boxes",
     "engine",
     "tiny",
 ):

@@ -79,6 +79,7 @@ def modality_of(part: MediaPart, file: MediaFile, names: Mapping[str, str]) -> s
     Raises:
         DataError: the model has no modality of this kind.
         MediaError: the file's extension belongs to no kind or to several.
+        ConfigError: `names` has a kind that is not registered.
     """
     kind = part.modality or kind_for_extension(file.extension, names)
     if kind not in names:

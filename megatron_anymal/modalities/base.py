@@ -199,7 +199,7 @@ class Modality(ABC):
         return torch.from_numpy(self.load_array(data, extension, attributes))
 
     def load_array(self, data: bytes, extension: str, attributes: Mapping[str, Any]) -> np.ndarray:
-        """`load` for processes that do without torch, which takes seconds to import.
+        """`load` for processes that do without torch, which takes seconds to import; [pieces, *piece_shape] float32.
 
         Raises:
             MediaError: the file is corrupt, truncated or empty, has non-finite values, or does not match its probed

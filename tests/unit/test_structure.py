@@ -12,7 +12,16 @@ PACKAGE = ROOT / "megatron_anymal"
 
 # First layer to last; modules of one row may import each other.
 ORDER = [
-    ("child_processes", "config", "log_filters", "step_lines", "telemetry", "safetensors_io", "hf_weights"),
+    (
+        "child_processes",
+        "config",
+        "lean_imports",
+        "log_filters",
+        "step_lines",
+        "telemetry",
+        "safetensors_io",
+        "hf_weights",
+    ),
     ("backend", "cpu_shim", "environment"),
     ("parallel",),
     ("modalities",),
@@ -112,8 +121,8 @@ WHOLE_RUN = {
     "megatron_anymal.nemo.model": "NeMo's model is made from a run's configuration",
     "megatron_anymal.nemo.archive": "stores a run's configuration",
     "megatron_anymal.cli.inspect.InspectedRun": "the run whose data are inspected",
-    "checkpoint_tools.export_hf._write": "part of the command",
-    "checkpoint_tools.verify.verify": "builds a run's model",
+    "checkpoint_tools.exporting.export._write": "part of the export",
+    "checkpoint_tools.verifying.comparison.verify": "builds a run's model",
     "checkpoint_tools.verifying.native_logits": "builds a run's model on one process",
 }
 
