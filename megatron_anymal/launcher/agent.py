@@ -21,10 +21,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar, Optional
+from typing import Any, ClassVar, Optional, Union
 
 import psutil
 
+from megatron_anymal.launcher.standby import SOCKET, Forked, fork
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.failure_record import exit_now
 
@@ -92,9 +93,8 @@ def main(arguments: Sequence[str]) -> int:
         arguments: name of the agent, the launcher's folder, the log folder, then the agent's own arguments.
     """
     launcher, folder, logs, *rest = arguments
-    # Must be replaced before an agent imports it.
     _Spawned.folder = Path(folder)
-    subprocess.Popen = _Spawned  # type: ignore[misc]
+    _replace_popen()
     for number in _STOPPING:
         # A handler, unlike SIG_IGN, is not inherited by the ranks.
         signal.signal(number, _leave_it)
@@ -151,6 +151,14 @@ class RankLogs:
         return f"{self.root_log_dir}/rank_{int(rank):05d}.{stream}"
 
 
+def _replace_popen() -> None:
+    """Have agents start `_Spawned`, also those that the standby process had imported before."""
+    original = subprocess.Popen
+    for module in list(sys.modules.values()):
+        if vars(module).get("Popen") is original:
+            module.Popen = _Spawned  # type: ignore[attr-defined]
+
+
 def _watch(launcher: int) -> None:
     """End every rank once the launcher is gone."""
     while os.getppid() == launcher:
@@ -161,11 +169,26 @@ def _watch(launcher: int) -> None:
 
 
 class _Spawned(subprocess.Popen):
-    """Child process of the agent. A rank is recorded as it starts, since polling would miss one that ends at once."""
+    """Child process of the agent. A rank is recorded as it starts, since polling would miss one that ends at once.
+
+    A rank that the standby process can fork is not a child and gets a `Forked` instead.
+    """
 
     folder: ClassVar[Path]
     # Process ID -> process of a rank; holds the exit code even if the agent collected it first.
-    ranks: ClassVar[dict[int, subprocess.Popen[Any]]] = {}
+    ranks: ClassVar[dict[int, Union[subprocess.Popen[Any], Forked]]] = {}
+
+    def __new__(cls, *arguments: Any, **settings: Any) -> Any:
+        environment = settings.get("env") or {}
+        path, words = os.environ.get(SOCKET), list(settings.get("args") or (arguments[0] if arguments else []))
+        if path and "RANK" in environment and words[:3] == [sys.executable, "-u", "-m"]:
+            output = [file.fileno() if file else number for number, file in enumerate(_files(settings), start=1)]
+            forked = fork(path, words[3], words[4:], environment, cls.folder, output)
+            if forked is not None:
+                cls.ranks[forked.pid] = forked
+                _write(cls.folder / f"started_{environment['RANK']}", str(forked.pid))
+                return forked
+        return super().__new__(cls)
 
     def __init__(self, *arguments: Any, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
@@ -174,6 +197,10 @@ class _Spawned(subprocess.Popen):
             self.ranks[self.pid] = self
             _write(self.folder / f"started_{rank}", str(self.pid))
             threading.Thread(target=_note_end, args=(self.folder, self.pid), daemon=True).start()
+
+
+def _files(settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    return settings.get("stdout"), settings.get("stderr")
 
 
 def _note_end(folder: Path, pid: int) -> None:

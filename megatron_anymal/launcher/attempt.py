@@ -25,6 +25,7 @@ from megatron_anymal.launcher.hang_detector import (
 )
 from megatron_anymal.launcher.job import Ending, Job, attempt_folder
 from megatron_anymal.launcher.rendezvous import SingleNode
+from megatron_anymal.launcher.standby import SOCKET, Forked, Standby, fork
 from megatron_anymal.launcher.stop_requests import StopRequests
 from megatron_anymal.resilience import heartbeat
 from megatron_anymal.resilience.events import ATTEMPT, read, record
@@ -44,6 +45,23 @@ _AGENT_PATIENCE = 120
 _LINES = 15
 
 
+def rank_environment(job: Job) -> dict[str, str]:
+    """Environment variables of the agent and the ranks that are the same in every attempt."""
+    environment = {
+        "PYTHONUNBUFFERED": "1",
+        # torchrun would set the same, but with a warning.
+        **({"OMP_NUM_THREADS": "1"} if job.processes > 1 else {}),
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
+        **os.environ,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_AGENT_PATIENCE),
+    }
+    if job.grace_seconds is not None:
+        environment[GRACE] = f"{job.grace_seconds:g}"
+    # Processes with RANK in their environment are taken for ranks.
+    environment.pop("RANK", None)
+    return environment
+
+
 class Attempt:
     """One attempt at a run on this node.
 
@@ -51,18 +69,20 @@ class Attempt:
         number: number of the attempt, counted over all jobs of the run.
         stop_requests: stop requests of the user or the scheduler.
         say: prints a message to the user.
+        standby: forks the agent and the ranks; None: they are started anew.
     """
 
     def __init__(
-        self, job: Job, number: int, rendezvous: SingleNode, stop_requests: StopRequests, say: Callable[[str], None]
+        self,
+        job: Job,
+        number: int,
+        rendezvous: SingleNode,
+        stop_requests: StopRequests,
+        say: Callable[[str], None],
+        standby: Optional[Standby] = None,
     ) -> None:
-        self.job, self.number, self.rendezvous, self.stop_requests, self.say = (
-            job,
-            number,
-            rendezvous,
-            stop_requests,
-            say,
-        )
+        self.job, self.number, self.rendezvous, self.stop_requests = job, number, rendezvous, stop_requests
+        self.say, self.standby = say, standby
         self.logs = attempt_folder(job.run_dir, number)
         # All ranks seen so far: rank -> process ID, and rank -> time when it was first seen.
         self.workers: dict[int, int] = {}
@@ -95,7 +115,7 @@ class Attempt:
             self._kill()
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _start(self) -> subprocess.Popen[bytes] | Forked:
         job = self.job
         arguments = [
             *(f"--nnodes={job.nodes}", f"--nproc-per-node={job.processes}", "--max-restarts=0"),
@@ -104,20 +124,17 @@ class Attempt:
             *job.program,
         ]
         environment = {
-            "PYTHONUNBUFFERED": "1",
-            # torchrun would set the same, but with a warning.
-            **({"OMP_NUM_THREADS": "1"} if job.processes > 1 else {}),
-            "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE": "[rank ${rank}] ",
-            **os.environ,
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_AGENT_PATIENCE),
+            **rank_environment(job),
             heartbeat.ENVIRONMENT: str(self.folder),
             ATTEMPT: str(self.number),
         }
-        if job.grace_seconds is not None:
-            environment[GRACE] = f"{job.grace_seconds:g}"
-        # Processes with RANK in their environment are taken for ranks.
-        environment.pop("RANK", None)
-        command = [sys.executable, "-m", agents.__name__, job.launcher, str(self.folder), str(self.logs), *arguments]
+        words = [job.launcher, str(self.folder), str(self.logs), *arguments]
+        if self.standby is not None:
+            environment[SOCKET] = str(self.standby.socket)
+            forked = fork(environment[SOCKET], agents.__name__, words, environment, self.folder, [1, 2])
+            if forked is not None:
+                return forked
+        command = [sys.executable, "-m", agents.__name__, *words]
         # In its own session, so that only the launcher receives Ctrl-C; it forwards the request.
         return subprocess.Popen(command, env=environment, start_new_session=True)
 
@@ -257,7 +274,7 @@ class Attempt:
         try:
             return f"the agent failed: {(self.folder / agents.ERROR).read_text()}"
         except OSError:
-            return f"the agent {_ended(self.agent.returncode)}"
+            return f"the agent {_ended(self.agent.wait())}"
 
     def _record(self, kind: str, text: str, **more: object) -> None:
         record(self.job.run_dir, kind, text, attempt=self.number, **more)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib.util
-from collections.abc import Sequence
+import sys
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from megatron_anymal.config import ConfigError, ResilienceConfig, RunConfig, TrainerConfig
@@ -41,7 +42,8 @@ def main(argv: Sequence[str]) -> int:
             f"`anymal launch {options.verb} {unknown[0]} ...`."
         )
     config = _config(options.verb, options.arguments)
-    return Supervisor(_job(options, config.trainer, config.resilience, config.run_dir)).run()
+    encoders = {modality.encoder.type for modality in config.model.modalities.values()}
+    return Supervisor(_job(options, config.trainer, config.resilience, config.run_dir, encoders)).run()
 
 
 def _check_verb(argv: Sequence[str]) -> None:
@@ -76,7 +78,9 @@ def _config(verb: str, arguments: Sequence[str]) -> RunConfig:
     return config
 
 
-def _job(options: argparse.Namespace, trainer: TrainerConfig, limits: ResilienceConfig, run_dir: Path) -> Job:
+def _job(
+    options: argparse.Namespace, trainer: TrainerConfig, limits: ResilienceConfig, run_dir: Path, encoders: Set[str]
+) -> Job:
     processes = options.nproc_per_node or trainer.devices
     nodes = options.nnodes or trainer.num_nodes
     for name, given, key, wanted in (
@@ -105,6 +109,8 @@ def _job(options: argparse.Namespace, trainer: TrainerConfig, limits: Resilience
         local_addr=options.local_addr,
         launcher=options.launcher,
         grace_seconds=options.grace_seconds,
+        standby=limits.standby and sys.platform == "linux",
+        preload=tuple(f"transformers.models.{name}.modeling_{name}" for name in sorted(encoders)),
     )
 
 

@@ -45,6 +45,10 @@ class Job:
     launcher: str = "torchrun"
     # Seconds between the scheduler's stop signal and its kill.
     grace_seconds: Optional[float] = None
+    # Fork the ranks from a standby process.
+    standby: bool = True
+    # Modules for the standby process to import, besides those that every rank needs.
+    preload: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,8 @@ class Restarts:
         self.checkpoint, self.step = max(checkpoint, self.checkpoint), max(ending.step, self.step)
         if self.fruitless >= MOST_FRUITLESS:
             return Decision(Exit.CRASH_LOOP, f"{MOST_FRUITLESS} restarts in a row without progress; {ending.text}")
-        return Decision(ending.code, ending.text, min(_LONGEST_PAUSE, 2.0**self.fruitless))
+        # At once after progress; twice as long after each attempt without any.
+        return Decision(ending.code, ending.text, min(_LONGEST_PAUSE, 2.0**self.fruitless - 1.0))
 
 
 def newest_checkpoint(run_dir: Path) -> int:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_anymal.launcher.attempt import Attempt
+from typing import Optional
+
+from megatron_anymal.launcher.attempt import Attempt, rank_environment
 from megatron_anymal.launcher.job import Decision, Ending, Job, Restarts, new_attempt
 from megatron_anymal.launcher.rendezvous import HeadLost, NodeLost, SingleNode, join_rendezvous
 from megatron_anymal.launcher.report import write_report
+from megatron_anymal.launcher.standby import Standby
 from megatron_anymal.launcher.stop_requests import Stopped, StopRequests
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
@@ -23,16 +26,22 @@ class Supervisor:
         self.leads = job.node == 0
         self.stop_requests = StopRequests()
         self.number = 0
+        self.standby: Optional[Standby] = None
 
     def run(self) -> int:
         """Run to the end; return the exit code."""
         with self.stop_requests.heard():
             try:
+                if self.job.standby:
+                    self.standby = Standby(rank_environment(self.job), self.job.preload, self._say)
                 decision = self._attempts()
             except Stopped:
                 decision = Decision(Exit.REQUEUE, "stopped on request, while no rank was running")
             except NodeLost as error:
                 decision = Decision(Exit.CRASH, str(error))
+            finally:
+                if self.standby is not None:
+                    self.standby.close()
             self._end(decision)
         return int(decision.code)
 
@@ -49,7 +58,8 @@ class Supervisor:
             if decision.pause is None:
                 rendezvous.leave()
                 return decision
-            text = f"attempt {self.number}: {decision.text}. Starting again in {decision.pause:g} s"
+            when = f"in {decision.pause:g} s" if decision.pause else "now"
+            text = f"attempt {self.number}: {decision.text}. Starting again {when}"
             self._say(text)
             if self.leads:
                 record(self.job.run_dir, "restart", text, attempt=self.number, pause=decision.pause)
@@ -61,8 +71,15 @@ class Supervisor:
         self._say(f"attempt {self.number}: {text}; logs in {self.job.run_dir}/logs/attempt_{self.number}")
         if self.leads:
             record(self.job.run_dir, "start", text, attempt=self.number, launcher=self.job.launcher)
-        ending: Ending = Attempt(self.job, self.number, rendezvous, self.stop_requests, self._say).run()
+        standby = self._ready_standby()
+        ending: Ending = Attempt(self.job, self.number, rendezvous, self.stop_requests, self._say, standby).run()
         return rendezvous.decide(ending, restarts.decide)
+
+    def _ready_standby(self) -> Optional[Standby]:
+        if self.standby is None:
+            return None
+        self.standby.begin()
+        return self.standby if self.standby.wait(self.stop_requests.check, self.job.limits.startup_timeout) else None
 
     def _end(self, decision: Decision) -> None:
         """Print the outcome and write the report, unless the folder belongs to another job."""

@@ -1,0 +1,177 @@
+"""The launcher's side of the standby process, which forks the agent and the ranks of every attempt.
+
+A rank's start is mostly imports. The standby process (standby_process.py) has them behind it: a process that it forks
+begins at once, and its imported code takes no memory of its own. Where the standby process cannot be used, processes
+are started the usual way.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Optional
+
+# Environment variable with the path of the standby process's socket.
+SOCKET = "ANYMAL_STANDBY"
+# Longest message, in bytes: the environment and the command line of a process.
+MESSAGE = 1 << 20
+# Seconds to wait for an answer; forking takes milliseconds.
+_ANSWER = 20.0
+# Polling interval, and how long the standby process may take to note the end of a process, in seconds.
+_LOOK, _NOTE = 0.02, 2.0
+
+
+class Standby:
+    """A standby process, started again if it has ended.
+
+    Args:
+        environment: that of the processes to start.
+        modules: what to import besides what every rank needs.
+        say: prints a message to the user.
+    """
+
+    def __init__(self, environment: Mapping[str, str], modules: Sequence[str], say: Callable[[str], None]) -> None:
+        self._environment, self._modules, self._say = dict(environment), list(modules), say
+        self._folder = Path(tempfile.mkdtemp(prefix="anymal_standby_"))
+        self._process: Optional[subprocess.Popen[bytes]] = None
+        self._ready = False
+        self.begin()
+
+    @property
+    def socket(self) -> Path:
+        """Its socket; exists once everything is imported."""
+        return self._folder / "socket"
+
+    def begin(self) -> None:
+        """Start the process if it is not running. It imports in the background."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._ready = False
+        self.socket.unlink(missing_ok=True)
+        command = [sys.executable, "-u", "-m", f"{__name__}_process", str(self.socket), *self._modules]
+        environment = {
+            # Libraries that start threads when they are imported: OpenBLAS's pool, pyarrow's allocator.
+            "OPENBLAS_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
+            **self._environment,
+        }
+        self._process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def wait(self, check: Callable[[], None], seconds: float) -> bool:
+        """Wait until the process is ready; return whether it is.
+
+        Args:
+            check: called while waiting; may raise to end the wait.
+            seconds: longest wait.
+        """
+        assert self._process is not None
+        deadline = time.monotonic() + seconds
+        while not self._ready and self._process.poll() is None and time.monotonic() < deadline:
+            check()
+            self._ready = self.socket.exists()
+            time.sleep(0 if self._ready else _LOOK)
+        if self._process.poll() is not None:
+            self._say(f"the standby process ended with exit code {self._process.returncode}: starting the ranks anew")
+            return False
+        return self._ready
+
+    def close(self) -> None:
+        """End the process and every process that it forked."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Forked:
+    """A process that the standby process forked, with the part of subprocess.Popen's interface that agents use.
+
+    Attributes:
+        args: command line.
+        pid: process ID.
+        returncode: exit code, or negative signal number; None while it runs.
+    """
+
+    def __init__(self, args: Sequence[str], pid: int, note: Path) -> None:
+        self.args, self.pid, self.returncode = list(args), pid, None
+        self._note = note
+        self._gone: Optional[float] = None
+
+    returncode: Optional[int]
+
+    def poll(self) -> Optional[int]:
+        """Exit code, or negative signal number; None while it runs."""
+        if self.returncode is None:
+            with suppress(OSError, ValueError):
+                self.returncode = int(self._note.read_text())
+        if self.returncode is None and not Path(f"/proc/{self.pid}").exists():
+            # The standby process notes every end, unless it was killed.
+            self._gone = self._gone or time.monotonic()
+            if time.monotonic() - self._gone > _NOTE:
+                self.returncode = -signal.SIGKILL
+        return self.returncode
+
+    def wait(self, timeout: Optional[float] = None) -> int:
+        """Wait for its end and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it still runs after `timeout` seconds.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if deadline is not None and time.monotonic() >= deadline:
+                assert timeout is not None
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            time.sleep(_LOOK)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Send SIGKILL, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
+
+
+def fork(
+    path: str, module: str, arguments: Sequence[str], environment: Mapping[str, str], note: Path, output: Sequence[int]
+) -> Optional[Forked]:
+    """Have the standby process fork a process that runs `python -m module arguments...`.
+
+    Args:
+        path: the standby process's socket.
+        environment: all variables of the process.
+        note: folder in which its end is noted, in a file exit_PID.
+        output: file descriptors of its standard output and error.
+
+    Returns:
+        None if the standby process is gone or declines, which it says on standard error.
+    """
+    request: dict[str, Any] = {"module": module, "arguments": list(arguments), "environment": dict(environment)}
+    message = json.dumps({**request, "note": str(note), "folder": os.getcwd()}).encode()
+    if len(message) > MESSAGE:
+        return None
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(_ANSWER)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE)
+            connection.connect(path)
+            socket.send_fds(connection, [message], list(output))
+            pid = int(connection.recv(64))
+    except (OSError, ValueError):
+        return None
+    return Forked([sys.executable, "-m", module, *arguments], pid, note / f"exit_{pid}")

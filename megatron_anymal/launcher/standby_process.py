@@ -1,0 +1,190 @@
+"""The standby process: imports what a rank imports, then forks a process for each request (standby.py).
+
+A fork is safe as long as this process has one thread and has not used a GPU: both are checked before each one, and the
+request is declined otherwise. It ends with its launcher, and the processes that it forked end with it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Optional
+
+from megatron_anymal import lean_imports
+from megatron_anymal.launcher.standby import MESSAGE
+from megatron_anymal.log_filters import quiet_libraries
+
+# What every rank imports, and torchrun's agent.
+_MODULES = (
+    "torch.distributed.run",
+    "megatron_anymal.nemo.model",
+    "megatron_anymal.train.loop",
+    "megatron_anymal.generation.validation_answers",
+    "nemo.core.config",
+    "nemo.utils.exp_manager",
+)
+# A scheduler may send its stop signals to every process of a job; the launcher handles them.
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+# Linux prctl option: the signal that a process receives when its parent ends.
+_SET_PARENT_DEATH_SIGNAL = 1
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Import everything, then serve until the launcher ends; in a forked process, run what was requested.
+
+    Args:
+        arguments: path of the socket to create, then further modules to import.
+    """
+    path, *modules = arguments
+    launcher = os.getppid()
+    _end_with(launcher)
+    for number in _STOPPING:
+        # A handler rather than SIG_IGN, which a command that a rank starts would inherit.
+        signal.signal(number, _leave_it)
+    quiet_libraries()
+    lean_imports.install()
+    for module in _MODULES:
+        importlib.import_module(module)
+    for module in modules:
+        # A module that is missing is reported by the rank that needs it.
+        with suppress(ImportError):
+            importlib.import_module(module)
+    # Pages that are never written stay shared; a collection would write to all of them.
+    gc.collect()
+    gc.freeze()
+    request = _Server(path).run()
+    return _run(request["module"], request["arguments"])
+
+
+class _Server:
+    """Serves requests and notes the ends of the processes that were forked."""
+
+    def __init__(self, path: str) -> None:
+        # Process ID -> file to note its end in.
+        self._notes: dict[int, Path] = {}
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * MESSAGE)
+        # Complete when it appears under its name.
+        self._listener.bind(f"{path}.part")
+        self._listener.listen(64)
+        self._woken, self._wake = socket.socketpair()
+        for end in (self._woken, self._wake):
+            end.setblocking(False)
+        signal.signal(signal.SIGCHLD, _leave_it)
+        signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
+        os.rename(f"{path}.part", path)
+
+    def run(self) -> dict[str, Any]:
+        """Serve for ever. Returns only in a forked process: its request."""
+        while True:
+            ready, _, _ = select.select([self._listener, self._woken], [], [], 1.0)
+            if self._woken in ready:
+                with suppress(BlockingIOError):
+                    self._woken.recv(4096)
+            self._note_ends()
+            if self._listener in ready and (request := self._serve()):
+                return request
+
+    def _note_ends(self) -> None:
+        while self._notes:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == 0:
+                return
+            path = self._notes.pop(pid)
+            # The folder goes with the attempt.
+            with suppress(OSError):
+                part = path.with_name(f".{path.name}.standby")
+                part.write_text(str(os.waitstatus_to_exitcode(status)))
+                part.replace(path)
+
+    def _serve(self) -> Optional[dict[str, Any]]:
+        """Answer one request; returns it in the process that was forked for it."""
+        connection, _ = self._listener.accept()
+        with connection:
+            message, files, _, _ = socket.recv_fds(connection, MESSAGE, 8)
+            try:
+                if reason := _why_not():
+                    print(f"the standby process forks no more: {reason}", file=sys.stderr, flush=True)
+                    return None
+                request: dict[str, Any] = json.loads(message)
+                standby, pid = os.getpid(), os.fork()
+                if pid == 0:
+                    self._leave(standby, request, files)
+                    return request
+                self._notes[pid] = Path(request["note"]) / f"exit_{pid}"
+                # The process may have ended, and its launcher with it.
+                with suppress(OSError):
+                    connection.send(str(pid).encode())
+                return None
+            finally:
+                for file in files:
+                    os.close(file)
+
+    def _leave(self, standby: int, request: Mapping[str, Any], files: Sequence[int]) -> None:
+        """In a forked process: take on the requested environment, in a session of its own."""
+        _end_with(standby)
+        signal.set_wakeup_fd(-1)
+        for number in (*_STOPPING, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        os.setsid()
+        for target, file in enumerate(files, start=1):
+            os.dup2(file, target)
+        for opened in (self._listener, self._woken, self._wake):
+            opened.close()
+        os.chdir(request["folder"])
+        os.environ.clear()
+        os.environ.update(request["environment"])
+        _seed()
+
+
+def _run(module: str, arguments: Sequence[str]) -> int:
+    """Run a module as `python -m` does; return 0, unless it exits with another code."""
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    return 0
+
+
+def _seed() -> None:
+    """Draw new random states, as a new interpreter has them; Python's own is drawn by os.fork."""
+    import numpy as np
+
+    np.random.seed()
+
+
+def _why_not() -> str:
+    """Why a fork would not be safe; empty if it is."""
+    threads = len(os.listdir("/proc/self/task"))
+    if threads > 1:
+        return f"it has {threads} threads"
+    for file in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):
+            if os.readlink(file).startswith("/dev/nvidia"):
+                return "a library that it imported uses the GPU"
+    return ""
+
+
+def _end_with(parent: int) -> None:
+    """Have this process killed when its parent ends, or end it now if that has happened."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _leave_it(number: int, frame: Any) -> None:
+    """Do nothing."""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
