@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from megatron_anymal.checkpoint.store import CheckpointError, committed, read_manifest, step_of
 from megatron_anymal.launcher.goodput import Effective, effective_time
+from megatron_anymal.launcher.recoveries import recoveries
 from megatron_anymal.launcher.root_cause import Failure, failures
 from megatron_anymal.resilience.events import EVENTS, read
 from megatron_anymal.resilience.exit_codes import Exit
@@ -73,6 +74,7 @@ def compose_report(run_dir: Path, code: Exit, text: str) -> str:
         _section("Skipped steps", _skipped(run_dir, events)),
         _section("Checkpoints", _checkpoints(last, events)),
         _section("Slow ranks", _stragglers(events)),
+        _section("Restarts", [f"- {recovery}" for recovery in recoveries(events)]),
         _section("Time", _told_time(effective)),
     ]
     return "\n".join(sections)

@@ -23,6 +23,15 @@ from typing import Any, Optional
 
 # Environment variable with the path of the standby process's socket.
 SOCKET = "ANYMAL_STANDBY"
+# What every rank imports, and torchrun's agent.
+RANK_MODULES = (
+    "torch.distributed.run",
+    "megatron_anymal.nemo.model",
+    "megatron_anymal.train.loop",
+    "megatron_anymal.generation.validation_answers",
+    "nemo.core.config",
+    "nemo.utils.exp_manager",
+)
 # Longest message, in bytes: the environment and the command line of a process.
 MESSAGE = 1 << 20
 # Seconds to wait for an answer; forking takes milliseconds.
@@ -36,7 +45,7 @@ class Standby:
 
     Args:
         environment: that of the processes to start.
-        modules: what to import besides what every rank needs.
+        modules: what to import.
         say: prints a message to the user.
     """
 

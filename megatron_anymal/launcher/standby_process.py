@@ -25,26 +25,17 @@ from megatron_anymal import lean_imports
 from megatron_anymal.launcher.standby import MESSAGE
 from megatron_anymal.log_filters import quiet_libraries
 
-# What every rank imports, and torchrun's agent.
-_MODULES = (
-    "torch.distributed.run",
-    "megatron_anymal.nemo.model",
-    "megatron_anymal.train.loop",
-    "megatron_anymal.generation.validation_answers",
-    "nemo.core.config",
-    "nemo.utils.exp_manager",
-)
 # A scheduler may send its stop signals to every process of a job; the launcher handles them.
 _STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Linux prctl option: the signal that a process receives when its parent ends.
-_SET_PARENT_DEATH_SIGNAL = 1
+# Linux prctl options: the signal that a process receives when its parent ends, and the name that top shows.
+_SET_PARENT_DEATH_SIGNAL, _SET_NAME = 1, 15
 
 
 def main(arguments: Sequence[str]) -> int:
     """Import everything, then serve until the launcher ends; in a forked process, run what was requested.
 
     Args:
-        arguments: path of the socket to create, then further modules to import.
+        arguments: path of the socket to create, then the modules to import.
     """
     path, *modules = arguments
     launcher = os.getppid()
@@ -54,8 +45,6 @@ def main(arguments: Sequence[str]) -> int:
         signal.signal(number, _leave_it)
     quiet_libraries()
     lean_imports.install()
-    for module in _MODULES:
-        importlib.import_module(module)
     for module in modules:
         # A module that is missing is reported by the rank that needs it.
         with suppress(ImportError):
@@ -146,6 +135,9 @@ class _Server:
         os.chdir(request["folder"])
         os.environ.clear()
         os.environ.update(request["environment"])
+        # The command line stays that of this process.
+        name = f"anymal rank {request['environment'].get('RANK', '')}".encode()[:15]
+        ctypes.CDLL(None).prctl(_SET_NAME, name)
         _seed()
 
 

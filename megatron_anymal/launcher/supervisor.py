@@ -8,7 +8,7 @@ from megatron_anymal.launcher.attempt import Attempt, rank_environment
 from megatron_anymal.launcher.job import Decision, Ending, Job, Restarts, new_attempt
 from megatron_anymal.launcher.rendezvous import HeadLost, NodeLost, SingleNode, join_rendezvous
 from megatron_anymal.launcher.report import write_report
-from megatron_anymal.launcher.standby import Standby
+from megatron_anymal.launcher.standby import RANK_MODULES, Standby
 from megatron_anymal.launcher.stop_requests import Stopped, StopRequests
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
@@ -33,7 +33,7 @@ class Supervisor:
         with self.stop_requests.heard():
             try:
                 if self.job.standby:
-                    self.standby = Standby(rank_environment(self.job), self.job.preload, self._say)
+                    self.standby = Standby(rank_environment(self.job), (*RANK_MODULES, *self.job.preload), self._say)
                 decision = self._attempts()
             except Stopped:
                 decision = Decision(Exit.REQUEUE, "stopped on request, while no rank was running")
@@ -69,9 +69,10 @@ class Supervisor:
         self.number = rendezvous.agree(lambda: new_attempt(self.job.run_dir))
         text = f"{self.job.nodes} x {self.job.processes} processes"
         self._say(f"attempt {self.number}: {text}; logs in {self.job.run_dir}/logs/attempt_{self.number}")
-        if self.leads:
-            record(self.job.run_dir, "start", text, attempt=self.number, launcher=self.job.launcher)
         standby = self._ready_standby()
+        if self.leads:
+            way = "standby" if standby else "anew"
+            record(self.job.run_dir, "start", text, attempt=self.number, launcher=self.job.launcher, way=way)
         ending: Ending = Attempt(self.job, self.number, rendezvous, self.stop_requests, self._say, standby).run()
         return rendezvous.decide(ending, restarts.decide)
 

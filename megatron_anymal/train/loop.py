@@ -157,6 +157,8 @@ class Trainer:
             waited = time.monotonic() - begun
             result = train_step(self.state, plan, micro_batches)
             self.window.add(time.monotonic() - begun, waited, result)
+            if self.state.step == first + 1:
+                self._record("first_step", f"{time.monotonic() - begun:.2f} s")
             self._note_stop(result.stop)
             self.skipped_samples.note(self.state.step, plan, self.state.train_data.planner, result.bad)
             if self._every(self.config.trainer.log_every_n_steps):

@@ -59,12 +59,13 @@ def launch(
 
     Args:
         node: launcher options for one of several nodes.
-        torchrun: start the ranks with torchrun's agent, as for several nodes. Otherwise use the agent that forks them,
-            which is faster.
+        torchrun: start the ranks with torchrun's agent, as for several nodes; the standby process forks them. Otherwise
+            use the agent that forks them without it.
     """
     agent = [] if node or torchrun else ["--launcher=ft"]
     words = [sys.executable, "-m", "megatron_anymal", "launch", *node, *agent, "pretrain"]
     words += [f"--config-path={folder}", "--config-name=tiny", *options(run, processes), *overrides]
+    words += [] if torchrun or node else ["resilience.standby=false"]
     # The forking agent must not have any library threads.
     environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": f"{ROOT}:{FORKING}" if agent else str(ROOT)}
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)

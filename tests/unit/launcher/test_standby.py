@@ -1,0 +1,135 @@
+"""The standby process: what it forks is like a process that was started, ends with it, and is declined where unsafe."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from megatron_anymal.launcher.standby import Forked, Standby, fork
+
+HERE = Path(__file__).parent
+TARGET = "standby_target"
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])}
+
+
+@pytest.fixture(scope="module")
+def standby() -> Iterator[Standby]:
+    """A standby process that has imported little."""
+    process = Standby(environment(), ["json", "numpy", "a_module_that_is_not_there"], print)
+    assert process.wait(lambda: None, 60.0)
+    yield process
+    process.close()
+
+
+def start(standby: Standby, folder: Path, *arguments: str, more: dict[str, str] | None = None) -> Forked:
+    out, err = (folder / "out").open("w"), (folder / "err").open("w")
+    with out, err:
+        output = [out.fileno(), err.fileno()]
+        forked = fork(str(standby.socket), TARGET, arguments, {**environment(), **(more or {})}, folder, output)
+    assert forked is not None
+    return forked
+
+
+def told(text: str) -> dict[str, Any]:
+    return json.loads(text.split("FOUND")[1])
+
+
+def test_a_forked_process_finds_what_a_started_one_finds(standby: Standby, tmp_path: Path) -> None:
+    more = {"RANK": "3", "A_NEW_ONE": "x"}
+    forked = start(standby, tmp_path, "tell", "two words", more=more)
+    assert forked.wait(30) == 0 and (tmp_path / f"exit_{forked.pid}").read_text() == "0"
+    mine = told((tmp_path / "out").read_text())
+    assert (tmp_path / "err").read_text() == "some words\n"
+    command = [sys.executable, "-u", "-m", TARGET, "tell", "two words"]
+    settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "start_new_session": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, env={**environment(), **more}, capture_output=True, **settings)
+    theirs = told(done.stdout)
+    drawn = [(found.pop("random"), found.pop("numpy")) for found in (mine, theirs)]
+    assert mine == theirs
+    again = start(standby, tmp_path, "tell")
+    again.wait(30)
+    other = told((tmp_path / "out").read_text())
+    # No two processes draw the same numbers.
+    assert len({*drawn[0], *drawn[1], other["random"], other["numpy"]}) == 6
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["exit", "0"], 0), (["exit", "75"], 75), (["fail"], 1)])
+def test_exit_codes(arguments: list[str], code: int, standby: Standby, tmp_path: Path) -> None:
+    forked = start(standby, tmp_path, *arguments)
+    assert forked.wait(30) == code == forked.poll()
+    assert ("ValueError: on purpose" in (tmp_path / "err").read_text()) == (arguments == ["fail"])
+
+
+def test_signals_and_waits(standby: Standby, tmp_path: Path) -> None:
+    forked = start(standby, tmp_path, "wait")
+    assert forked.poll() is None
+    with pytest.raises(subprocess.TimeoutExpired):
+        forked.wait(0.2)
+    forked.send_signal(signal.SIGTERM)
+    assert forked.wait(10) == -signal.SIGTERM
+    forked.kill()
+    assert not psutil.pid_exists(forked.pid)
+
+
+def test_what_it_forked_ends_with_it(tmp_path: Path) -> None:
+    standby = Standby(environment(), [], print)
+    assert standby.wait(lambda: None, 60.0)
+    forked = start(standby, tmp_path, "wait")
+    assert standby._process is not None
+    standby._process.kill()
+    assert forked.wait(10) == -signal.SIGKILL
+    assert fork(str(standby.socket), TARGET, [], environment(), tmp_path, [1, 2]) is None
+    # The next attempt gets another one.
+    standby.begin()
+    assert standby.wait(lambda: None, 60.0)
+    assert start(standby, tmp_path, "exit", "4").wait(10) == 4
+    standby.close()
+    assert not standby.socket.exists()
+
+
+def test_it_ends_with_its_launcher(tmp_path: Path) -> None:
+    code = (
+        "import os, time\nfrom megatron_anymal.launcher.standby import Standby\n"
+        "standby = Standby(os.environ, [], print)\nassert standby.wait(lambda: None, 60.0)\n"
+        "print(standby._process.pid, flush=True)\ntime.sleep(60)"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", code], env=environment(), stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    pid = int(launcher.stdout.readline())
+    launcher.kill()
+    launcher.wait()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not psutil.pid_exists(pid)
+
+
+def test_with_a_second_thread_it_declines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    standby = Standby(environment(), ["with_a_thread"], print)
+    try:
+        assert standby.wait(lambda: None, 60.0)
+        assert fork(str(standby.socket), TARGET, ["exit", "0"], environment(), tmp_path, [1, 2]) is None
+        assert "the standby process forks no more: it has 2 threads" in capfd.readouterr().err
+    finally:
+        standby.close()
+
+
+def test_one_that_fails_is_reported(tmp_path: Path) -> None:
+    said: list[str] = []
+    standby = Standby({**environment(), "PYTHONHOME": str(tmp_path)}, [], said.append)
+    assert not standby.wait(lambda: None, 60.0)
+    assert said == ["the standby process ended with exit code 1: starting the ranks anew"]
+    standby.close()
