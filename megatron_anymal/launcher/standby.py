@@ -134,6 +134,9 @@ class Forked:
     def wait(self, timeout: Optional[float] = None) -> int:
         """Wait for its end and return the exit code.
 
+        Args:
+            timeout: seconds; None: for ever.
+
         Raises:
             subprocess.TimeoutExpired: it still runs after `timeout` seconds.
         """
