@@ -37,6 +37,8 @@ _LOOK = 0.2
 # Seconds the other ranks get before they are killed: to report what they saw after one has failed, to reach the same
 # verdict after one has ended with an exit code that all ranks agree on, and to shut down after one has stopped cleanly.
 _LAST_WORDS, _AGREEING, _STOPPING = 3.0, 8.0, 60.0
+# The same after one was killed by a signal, which is its own cause.
+_AFTER_A_KILL = 1.0
 # Seconds the agent may take to report how a rank ended, and to exit once its ranks are gone.
 _AGENT = 5.0
 # Seconds an agent waits for its ranks before it kills them: longer than all of the above.
@@ -282,6 +284,8 @@ class Attempt:
 
 def _patience(code: int) -> float:
     """How long the other ranks may continue after one has ended with this code, in seconds."""
+    if code < 0:
+        return _AFTER_A_KILL
     if code == Exit.REQUEUE:
         return _STOPPING
     return _AGREEING if code in set(Exit) and code != Exit.CRASH else _LAST_WORDS
