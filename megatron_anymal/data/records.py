@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Optional, TypeVar, Union
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class DataError(ValueError):
@@ -159,11 +159,13 @@ class MicroBatch:
 
     def pin_memory(self) -> MicroBatch:
         """Copy to pinned memory. Called by torch's DataLoader in its pinning thread."""
-        return self.with_tensors(Tensor.pin_memory)
+        return self.with_tensors(lambda tensor: tensor.pin_memory())
 
     @classmethod
     def unlabelled(cls, documents: Sequence[Sequence[int]], media: dict[str, MediaBatch]) -> MicroBatch:
         """Concatenated documents for computing logits only: without a plan and without labels."""
+        import torch
+
         tokens = torch.tensor([[token for document in documents for token in document]], dtype=torch.int64)
         nothing = torch.zeros_like(tokens)
         return cls(
@@ -182,6 +184,8 @@ _Record = TypeVar("_Record", MediaBatch, MicroBatch)
 
 
 def _with_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Record:
+    from torch import Tensor
+
     values = {key.name: getattr(record, key.name) for key in dataclasses.fields(record)}
     changed: dict[str, Any] = {name: change(value) for name, value in values.items() if isinstance(value, Tensor)}
     return dataclasses.replace(record, **changed)
@@ -190,4 +194,4 @@ def _with_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Recor
 def places_with_label(loss_mask: Tensor) -> Tensor:
     """`MicroBatch.label_index` for a loss mask [1, T]."""
     positions = loss_mask[0].nonzero().flatten()
-    return positions if len(positions) else torch.zeros(1, dtype=torch.int64)
+    return positions if len(positions) else positions.new_zeros(1)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, EncoderConfig, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import preprocessor, transformers_config
 from megatron_anymal.modalities.base import Modality, count_in_time, require_above
 from megatron_anymal.modalities.registry import register
 from megatron_anymal.modalities.sounds import opened, resample
+
+if TYPE_CHECKING:
+    import torch
 
 # Options that are determined by the preprocessor of a CLAP folder.
 FIXED_BY_FOLDER = ("sampling_rate", "n_mels", "hop_length", "fft_window_size", "frequency_min", "frequency_max")
@@ -169,6 +171,8 @@ class AudioModality(Modality):
         Raises:
             MediaError: as in `waveform`.
         """
+        import torch
+
         wave = self.waveform(data, pieces)[: pieces * self.samples]
         # Rounding of the resampled length may leave the last window without any samples.
         wave = np.pad(wave, (0, max(0, (pieces - 1) * self.samples + 1 - len(wave))))

@@ -13,12 +13,14 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
+
+if TYPE_CHECKING:
+    import torch
 
 # The repr of Python objects in error messages of libraries.
 _OBJECT_IN_MEMORY = re.compile(r"[\"'(]*<[^<>]* object at 0x[0-9a-f]+>[\"')]*")
@@ -201,6 +203,6 @@ class Modality(ABC):
                 f"yields pieces of shape {tuple(pieces.shape)}, but its size {size} implies "
                 f"{(expected, *self.piece_shape)}: the file is damaged or its header is wrong"
             )
-        if not torch.isfinite(pieces).all():
+        if not pieces.isfinite().all():
             raise MediaError("contains non-finite values")
         return pieces.float()

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.base import Modality, require_above
 from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass
@@ -86,6 +88,8 @@ class ImageModality(Modality):
         Raises:
             MediaError: the file is corrupt or truncated.
         """
+        import torch
+
         side = self.pixels.resolution
         with opened(data, self.limits) as picture:
             rgb = decoded(picture, data)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.base import Modality, count_in_time, require_above
 from megatron_anymal.modalities.imu_files import read_signal
 from megatron_anymal.modalities.registry import register
+
+if TYPE_CHECKING:
+    import torch
 
 # Three axes of the accelerometer, then three of the gyroscope.
 CHANNELS = 6
@@ -97,6 +99,8 @@ class IMUModality(Modality):
         Raises:
             MediaError: as in `imu_files.read_signal`.
         """
+        import torch
+
         recording = read_signal(data, extension, attributes, self.limits, pieces * self.options.piece_seconds)
         values = (recording.values - self.mean) / self.std
         total = pieces * self.samples

@@ -6,10 +6,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.architecture import transformers_config
@@ -27,6 +26,9 @@ from megatron_anymal.modalities.pictures import flat_and_upright
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
 from megatron_anymal.modalities.video_memory import decoding_bytes
+
+if TYPE_CHECKING:
+    import torch
 
 # Default frames per clip for an image encoder, which takes single frames.
 FRAMES_OF_AN_IMAGE_ENCODER = 8
@@ -182,6 +184,8 @@ class VideoModality(Modality):
         Raises:
             MediaError: the file is corrupt or truncated, or a frame is beyond a limit.
         """
+        import torch
+
         side = self.pixels.resolution
         with opened(data, self.limits) as (container, stream):
             seconds, rate = _timing(container, stream, self.limits)
