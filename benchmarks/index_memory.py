@@ -22,7 +22,7 @@ from typing import Any
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from megatron_anymal.data import index_folder
+from megatron_anymal.data import index_folder, index_processes
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.shard_rows import RowBuffer, ShardRows
 from megatron_anymal.data.tokenizer import Tokenizer as TextTokenizer
@@ -62,7 +62,7 @@ def write_tokenizer(folder: Path) -> None:
 def measure(count: int) -> dict[str, float]:
     """Index `count` made-up samples in this process."""
     made_up = MadeUp()
-    index_folder.index_shard = made_up
+    index_processes.index_shard = made_up
     with tempfile.TemporaryDirectory() as temporary:
         folder, tokenizer = Path(temporary) / "shards", Path(temporary) / "tokenizer"
         folder.mkdir()

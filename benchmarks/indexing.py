@@ -5,7 +5,8 @@
 1. Two floors alternate with `anymal prepare --index-only` (one process, startup excluded): Python's `tarfile` reading
    all members, and webdataset's reader grouping members into samples. Both silently lose samples of damaged shards
    (benchmarks/damaged_shards.py); the index accounts for every byte, probes the media and counts the text's tokens.
-2. The whole command, startup included, with `--workers 1` and `--workers 2` in turn on a larger folder.
+2. The whole command by the clock, with `--workers 1` and `--workers 2` in turn on a larger folder; and on a folder of
+   one sample, which shows how much of that is Python's start and end and the import of transformers.
 3. Rows of made-up samples, in two sizes (index_memory.py): time to fill them, and growth of the peak memory.
 """
 
@@ -34,7 +35,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_anymal.cli.prepare import main as prepare
-from megatron_anymal.data.index_folder import find_shards, useful_workers
+from megatron_anymal.data.index_folder import find_shards
+from megatron_anymal.data.index_processes import useful_workers
 
 
 def jpeg(seed: int, side: int = 64) -> bytes:
@@ -143,19 +145,25 @@ def command_seconds(folder: Path, tokenizer: Path, workers: int, count: int) -> 
     return seconds
 
 
-def by_workers(folder: Path, tokenizer: Path, count: int, rounds: int) -> dict[str, Any]:
-    """Seconds of the whole command with one process and with two, in turn."""
+def by_workers(folder: Path, one_sample: Path, tokenizer: Path, count: int, rounds: int) -> dict[str, Any]:
+    """Seconds of the whole command with one process and with two, and on a folder of one sample, in turn."""
     processes = useful_workers(2, find_shards(str(folder)).values())
-    turns: dict[str, list[float]] = {"1": [], "2": []}
+    turns: dict[str, list[float]] = {"start": [], "1": [], "2": []}
     for _ in range(rounds):
-        for workers, seconds in turns.items():
-            seconds.append(command_seconds(folder, tokenizer, int(workers), count))
-    ratios = [one / two for one, two in zip(turns["1"], turns["2"])]
-    for workers, seconds in turns.items():
-        rates = ", ".join(f"{count / value:,.0f}" for value in seconds)
-        print(f"--workers {workers}: {rates} samples/s ({', '.join(f'{value:.1f}' for value in seconds)} s)")
-    used = f"{processes} process{'es' if processes > 1 else ''} for --workers 2"
-    print(f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); {used}")
+        turns["start"].append(command_seconds(one_sample, tokenizer, 1, 1))
+        for workers in ("1", "2"):
+            turns[workers].append(command_seconds(folder, tokenizer, int(workers), count))
+    for workers in ("1", "2"):
+        rates = ", ".join(f"{count / seconds:,.0f}" for seconds in turns[workers])
+        print(f"--workers {workers}: {rates} samples/s ({', '.join(f'{seconds:.1f}' for seconds in turns[workers])} s)")
+    start = statistics.median(turns["start"])
+    ratios = {
+        "whole": [one / two for one, two in zip(turns["1"], turns["2"])],
+        "after_start": [(one - start) / (two - start) for one, two in zip(turns["1"], turns["2"])],
+    }
+    for name, values in ratios.items():
+        print(f"ratio, {name}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+    print(f"{start:.1f} s for one sample; --workers 2 uses {processes} process{'es' if processes > 1 else ''}")
     return {"samples": count, "processes": processes, "seconds": turns, "ratios": ratios}
 
 
@@ -180,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--samples", type=int, default=1000, help="per shard")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker-shards", type=int, default=24, help="shards of the folder for one and two processes")
+    parser.add_argument("--worker-shards", type=int, default=64, help="shards of the folder for one and two processes")
     parser.add_argument("--worker-samples", type=int, default=4000, help="per shard")
     parser.add_argument("--worker-rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs=2, default=(100_000, 1_000_000), help="numbers of made-up samples")
@@ -188,13 +196,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     count = arguments.shards * arguments.samples
     with tempfile.TemporaryDirectory() as temporary:
-        folder, large, tokenizer = (Path(temporary) / name for name in ("shards", "large", "tokenizer"))
+        names = ("shards", "large", "one_sample", "tokenizer")
+        folder, large, one_sample, tokenizer = (Path(temporary) / name for name in names)
         write_tokenizer(tokenizer)
         write_shards(folder, arguments.shards, arguments.samples)
         floors = against_floors(folder, tokenizer, count, arguments.rounds)
         write_shards(large, arguments.worker_shards, arguments.worker_samples)
         in_large = arguments.worker_shards * arguments.worker_samples
-        workers = by_workers(large, tokenizer, in_large, arguments.worker_rounds)
+        write_shards(one_sample, 1, 1)
+        workers = by_workers(large, one_sample, tokenizer, in_large, arguments.worker_rounds)
     rows = rows_of(arguments.rows)
     if arguments.out:
         body = {

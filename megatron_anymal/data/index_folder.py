@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 import fsspec
 import numpy as np
 
-from megatron_anymal.child_processes import end_with_parent
-from megatron_anymal.data.index_builder import IndexOptions, index_shard
+from megatron_anymal.data.index_builder import IndexOptions
+from megatron_anymal.data.index_processes import ShardReader, index_shards, useful_workers
 from megatron_anymal.data.index_writer import RowSpool, join_shards, open_spool, write_index
 from megatron_anymal.data.left_out import LEDGER, REFUSED_LEDGER, LeftOut, to_lines
 from megatron_anymal.data.records import DataError
@@ -23,14 +21,11 @@ from megatron_anymal.data.shard_index import INDEX_FOLDER, IndexHeader
 from megatron_anymal.data.shard_rows import HASH, ShardRows, repeated
 from megatron_anymal.data.shard_samples import MemberCounts
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.modalities import load_plugins
 from megatron_anymal.telemetry import Progress
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.Z")
 # Maximum number of ledger lines that are printed; the file contains all of them.
 _SHOWN = 20
-# A process takes about half a second to start. Indexing this many bytes of shards takes longer, unless media are large.
-BYTES_PER_WORKER = 32 * 2**20
 
 
 def find_shards(folder: str) -> dict[str, int]:
@@ -83,13 +78,14 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
     Raises:
         DataError: there are no shards, the tokenizer cannot be used, nothing can be written next to the shards, or
             more is left out than allowed. The ledger is written in the last case, too.
+        ConfigError: a plug-in cannot be imported.
     """
     sizes = find_shards(folder)
-    reader = _ShardReader(folder, options, Tokenizer(options.tokenizer))
+    reader = ShardReader(folder, options, Tokenizer(options.tokenizer))
     with open_spool(folder) as spool:
         has_media = False
         progress = Progress("indexing shards", len(sizes))
-        for number, rows in _index_all(reader, list(sizes), useful_workers(workers, sizes.values())):
+        for number, rows in index_shards(reader, list(sizes), useful_workers(workers, sizes.values())):
             has_media |= bool((_of_txt(rows) & (rows.samples["media_count"] > 0)).any())
             spool.add(number, rows)
             progress.advance()
@@ -124,12 +120,6 @@ def _finish(folder: str, options: IndexOptions, shards: _Shards, tokenizer: str,
     accounting = _accounting(totals.members, left_out, options)
     write_index(folder, header, totals.samples, totals.media, tables, accounting)
     print(_summary(folder, totals, len(bad)))
-
-
-def useful_workers(asked: int, sizes: Iterable[int]) -> int:
-    """Number of processes, at most `asked`, that index shards of these sizes (bytes) faster than one fewer."""
-    sizes = list(sizes)
-    return max(1, min(asked, len(sizes), sum(sizes) // BYTES_PER_WORKER))
 
 
 def _of_txt(rows: ShardRows) -> np.ndarray:
@@ -261,47 +251,3 @@ def _rename_ledger(folder: str, name: str) -> None:
     if name == LEDGER and fs.exists(f"{inside}/{REFUSED_LEDGER}"):
         fs.rm_file(f"{inside}/{REFUSED_LEDGER}")
     fs.mv(f"{inside}/{LEDGER}.part", f"{inside}/{name}")
-
-
-@dataclass(frozen=True)
-class _ShardReader:
-    """Indexes the shards of a folder."""
-
-    folder: str
-    options: IndexOptions
-    tokenizer: Tokenizer
-
-    def read(self, name: str) -> ShardRows:
-        """Index a shard."""
-        load_plugins(list(self.options.plugins))
-        return index_shard(self.folder, name, self.tokenizer, self.options)
-
-
-# In an indexing process, set at its start.
-_reader: Optional[_ShardReader] = None
-
-
-def _index_all(reader: _ShardReader, names: Sequence[str], workers: int) -> Iterator[tuple[int, ShardRows]]:
-    """Index all shards. Yields a shard's number and rows as soon as it is finished."""
-    if workers == 1:
-        yield from ((number, reader.read(name)) for number, name in enumerate(names))
-        return
-    # A fork would copy locks that other threads of a caller's process hold, without the threads.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_process, initargs=(reader,))
-    try:
-        for future in as_completed([pool.submit(_read_in_process, *job) for job in enumerate(names)]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_process(reader: _ShardReader) -> None:
-    global _reader
-    end_with_parent()
-    _reader = reader
-
-
-def _read_in_process(number: int, name: str) -> tuple[int, ShardRows]:
-    assert _reader is not None
-    return number, _reader.read(name)

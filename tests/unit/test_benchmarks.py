@@ -121,7 +121,7 @@ def test_indexing_is_timed_beside_its_floors(tmp_path: Path) -> None:
     assert all(name in printed for name in ("tarfile", "webdataset", "anymal", "ratio", "us per sample to fill"))
     found = json.loads(out.read_text())
     assert found["samples"] == 40 and {len(turns) for turns in found["microseconds_per_sample"].values()} == {2}
-    assert found["workers"]["processes"] == 1 and len(found["workers"]["ratios"]) == 1
+    assert found["workers"]["processes"] == 1 and len(found["workers"]["ratios"]["whole"]) == 1
     assert found["rows"]["per_sample"]["index_bytes"] > 100 and found["rows"]["runs"][1]["samples"] == 30_000
 
 

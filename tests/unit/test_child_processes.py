@@ -31,11 +31,11 @@ if __name__ == "__main__":
 # The workers of `anymal prepare`, loading a plug-in that never returns.
 PREPARE = """
 import sys
-from megatron_anymal.data import index_folder
+from megatron_anymal.data import index_folder, index_processes
 from megatron_anymal.data.index_builder import IndexOptions
 
 if __name__ == "__main__":
-    index_folder.BYTES_PER_WORKER = 1
+    index_processes.BYTES_PER_WORKER = 1
     index_folder.make_index(sys.argv[1], IndexOptions(sys.argv[3], plugins=[sys.argv[2]]), workers=2)
 """
 # One write per line: two workers share the pipe.

@@ -17,12 +17,13 @@ import pytest
 from tars import header_of, tar_bytes, write_tar
 from tiny import flac, npy, png
 
-from megatron_anymal.data import index_folder
+from megatron_anymal.data import index_processes
 from megatron_anymal.data.index_builder import IndexOptions
-from megatron_anymal.data.index_folder import make_index, useful_workers
+from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.index_processes import useful_workers
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_index import MEDIA, SAMPLE
-from megatron_anymal.data.shard_rows import RowBuffer, repeated
+from megatron_anymal.data.shard_rows import RowBuffer, ShardRows, repeated
 from megatron_anymal.data.tokenizer import Tokenizer
 
 Members = list[tuple[str, bytes]]
@@ -125,7 +126,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], dict[str, Any], set[str]]] = {
 @pytest.fixture
 def many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small folders are indexed by as many processes as are asked for."""
-    monkeypatch.setattr(index_folder, "BYTES_PER_WORKER", 1)
+    monkeypatch.setattr(index_processes, "BYTES_PER_WORKER", 1)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -213,7 +214,7 @@ def test_rows_are_packed_as_the_tables_lay_them_out() -> None:
     for n in range(300):
         row = media[n].tolist()
         buffer.add(f"k{n}", n, samples[n].tolist()[1:10], [(*row[:-1], *row[-1])], 2, ())
-    rows = index_folder.ShardRows("a", 1)
+    rows = ShardRows("a", 1)
     buffer.move_to(rows, ())
     assert rows.media.tobytes() == media.tobytes()
     for name in (SAMPLE.names or ())[1:10]:
@@ -245,7 +246,7 @@ def test_an_unwritable_folder_is_named_before_shards_are_read(
 ) -> None:
     write_tar(tmp_path / "f" / "0.tar", pictures(0, 1))
     (tmp_path / "f" / "index").write_text("a file where the index's folder should be")
-    monkeypatch.setattr(index_folder, "index_shard", lambda *_: pytest.fail("a shard was read"))
+    monkeypatch.setattr(index_processes, "index_shard", lambda *_: pytest.fail("a shard was read"))
     with pytest.raises(DataError, match=r"index of .*/f' cannot be written .*Make the folder writable"):
         make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder))
 
