@@ -141,15 +141,10 @@ def write_index(
         of_samples, of_media, of_keys = (stack.enter_context(fs.open(f"{inside}/{name}", "wb")) for name in names)
         _write_npy_header(of_samples, SAMPLE, samples)
         _write_npy_header(of_media, MEDIA, media)
-        key_bytes = 0
         for rows in tables:
             of_samples.write(rows.samples.tobytes())
             of_media.write(rows.media.tobytes())
             of_keys.write(rows.keys)
-            key_bytes += len(rows.keys)
-        if not key_bytes:
-            # An empty file cannot be memory-mapped.
-            of_keys.write(b"\0")
     fs.pipe_file(f"{inside}/index.json", header.with_accounting(samples, media, accounting).encode())
 
 

@@ -205,7 +205,7 @@ class ShardIndex:
             Tokens and targets, both [n, 2] int64: for the only or chosen document, and for the rejected one (0 if there
             is none).
         """
-        rows = self.samples[samples]
+        rows = take_rows(self.samples, samples)
         tokens, targets = (
             np.stack([self._column(rows, name) for name in names], axis=1).astype(np.int64)
             for names in (("tokens", "rejected_tokens"), ("targets", "rejected_targets"))
@@ -352,6 +352,24 @@ class ShardIndex:
         if len(data) != length or zlib.crc32(data) != crc:
             raise DataError(f"{where}: its bytes in shard {name!r} differ from those indexed (damaged shard?).")
         return data
+
+
+def take_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of a table by their numbers; a view, without a copy of each, if they are consecutive.
+
+    Args:
+        table: [m] SAMPLE or MEDIA.
+        rows: [n] row numbers.
+
+    Returns:
+        [n] of the table's type.
+
+    Raises:
+        IndexError: the table has no such row.
+    """
+    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    consecutive = last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
+    return table[first : last + 1] if consecutive and first >= 0 and last < len(table) else table[rows]
 
 
 def _limits(given: Mapping[str, Any]) -> LimitsConfig:

@@ -68,7 +68,7 @@ def index_files(folder: Path, options: IndexOptions, tokenizer: Tokenizer) -> di
     return {
         "samples.npy": _npy(samples),
         "media.npy": _npy(media),
-        "keys.bin": "".join(key for shard in shards for key in shard.keys).encode() or b"\0",
+        "keys.bin": "".join(key for shard in shards for key in shard.keys).encode(),
         "left_out.jsonl": b"".join(to_lines(left_out)),
         "index.json": header.with_accounting(len(samples), len(media), accounting).encode(),
     }
