@@ -1,10 +1,13 @@
-"""Measure how fast shards are indexed, relative to just reading them.
+"""Measure how fast shards are indexed: against just reading them, by one process and by two, and what rows cost.
 
-    python benchmarks/indexing.py
+    python benchmarks/indexing.py --out results.json
 
-Two floors alternate with `anymal prepare --index-only` (one process, startup excluded): Python's `tarfile` reading all
-members, and webdataset's reader grouping members into samples. Both silently lose samples of damaged shards
-(benchmarks/damaged_shards.py); the index accounts for every byte, probes the media and counts the text's tokens.
+1. Two floors alternate with `anymal prepare --index-only` (one process, startup excluded): Python's `tarfile` reading
+   all members, and webdataset's reader grouping members into samples. Both silently lose samples of damaged shards
+   (benchmarks/damaged_shards.py); the index accounts for every byte, probes the media and counts the text's tokens.
+2. The whole command by the clock, with `--workers 1` and `--workers 2` in turn on a larger folder; and on a folder of
+   one sample, which shows how much of that is Python's start and end and the import of transformers.
+3. Rows of made-up samples, in two sizes (index_memory.py): time to fill them, and growth of the peak memory.
 """
 
 from __future__ import annotations
@@ -14,20 +17,26 @@ import contextlib
 import io
 import json
 import statistics
+import subprocess
+import sys
 import tarfile
 import tempfile
 import time
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import webdataset
+from measuring import surroundings
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_anymal.cli.prepare import main as prepare
+from megatron_anymal.data.index_folder import find_shards
+from megatron_anymal.data.index_processes import useful_workers
 
 
 def jpeg(seed: int, side: int = 64) -> bytes:
@@ -45,7 +54,7 @@ def write_shards(folder: Path, shards: int, samples: int) -> None:
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in range(samples):
-                key = f"{shard:05d}{number:04d}"
+                key = f"{shard:05d}{number:05d}"
                 meta = json.dumps({"url": f"http://example.com/{key}", "width": 64, "height": 64, "status": "success"})
                 members = {"jpg": pictures[number % 64], "txt": b"a cat on a sofa", "json": meta.encode()}
                 for ending, data in members.items():
@@ -81,12 +90,23 @@ def with_webdataset(folder: Path) -> int:
     return sum(1 for _ in webdataset.WebDataset(paths, shardshuffle=False))
 
 
+def arguments_of(folder: Path, tokenizer: Path, workers: int) -> list[str]:
+    """Arguments of `anymal prepare`."""
+    return ["--index-only", str(folder), "--tokenizer", str(tokenizer), "--workers", str(workers)]
+
+
+def indexed(folder: Path) -> int:
+    """Number of samples in a folder's index, which is removed."""
+    samples = json.loads((folder / "index" / "index.json").read_text())["samples"]
+    (folder / "index" / "index.json").unlink()
+    return int(samples)
+
+
 def with_anymal(folder: Path, tokenizer: Path) -> int:
     """Index the folder; return the number of samples."""
-    options = ["--index-only", str(folder), "--tokenizer", str(tokenizer), "--workers", "1"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert prepare(options) == 0
-    return int(json.loads((folder / "index" / "index.json").read_text())["samples"])
+        assert prepare(arguments_of(folder, tokenizer, 1)) == 0
+    return indexed(folder)
 
 
 def seconds_of(call: Callable[[], int], expected: int) -> float:
@@ -96,36 +116,106 @@ def seconds_of(call: Callable[[], int], expected: int) -> float:
     return time.process_time() - begun
 
 
+def against_floors(folder: Path, tokenizer: Path, count: int, rounds: int) -> dict[str, list[float]]:
+    """CPU microseconds per sample of both floors and of indexing, per round."""
+    sides: dict[str, tuple[Callable[[], int], int]] = {
+        "tarfile": (lambda: with_tarfile(folder), 3 * count),
+        "webdataset": (lambda: with_webdataset(folder), count),
+        "anymal": (lambda: with_anymal(folder, tokenizer), count),
+    }
+    with_anymal(folder, tokenizer)
+    turns: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, (call, expected) in sides.items():
+            turns[name].append(seconds_of(call, expected) / count * 1e6)
+    for name, values in turns.items():
+        ratio = statistics.median(values) / statistics.median(turns["tarfile"])
+        spread = f"{min(values):.1f} to {max(values):.1f}"
+        print(f"{name:<12} {statistics.median(values):8.1f} us per sample ({spread}), {ratio:.2f} x tarfile")
+    return turns
+
+
+def command_seconds(folder: Path, tokenizer: Path, workers: int, count: int) -> float:
+    """Seconds by the clock of the whole command."""
+    command = [sys.executable, "-m", "megatron_anymal", "prepare", *arguments_of(folder, tokenizer, workers)]
+    begun = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True)
+    seconds = time.perf_counter() - begun
+    assert indexed(folder) == count
+    return seconds
+
+
+def by_workers(folder: Path, one_sample: Path, tokenizer: Path, count: int, rounds: int) -> dict[str, Any]:
+    """Seconds of the whole command with one process and with two, and on a folder of one sample, in turn."""
+    processes = useful_workers(2, find_shards(str(folder)).values())
+    turns: dict[str, list[float]] = {"start": [], "1": [], "2": []}
+    for _ in range(rounds):
+        turns["start"].append(command_seconds(one_sample, tokenizer, 1, 1))
+        for workers in ("1", "2"):
+            turns[workers].append(command_seconds(folder, tokenizer, int(workers), count))
+    for workers in ("1", "2"):
+        rates = ", ".join(f"{count / seconds:,.0f}" for seconds in turns[workers])
+        print(f"--workers {workers}: {rates} samples/s ({', '.join(f'{seconds:.1f}' for seconds in turns[workers])} s)")
+    start = statistics.median(turns["start"])
+    ratios = {
+        "whole": [one / two for one, two in zip(turns["1"], turns["2"])],
+        "after_start": [(one - start) / (two - start) for one, two in zip(turns["1"], turns["2"])],
+    }
+    for name, values in ratios.items():
+        print(f"ratio, {name}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
+    print(f"{start:.1f} s for one sample; --workers 2 uses {processes} process{'es' if processes > 1 else ''}")
+    return {"samples": count, "processes": processes, "seconds": turns, "ratios": ratios}
+
+
+def rows_of(sizes: Sequence[int]) -> dict[str, Any]:
+    """Filling time and peak memory per made-up sample; the memory is the growth between the two sizes."""
+    script = Path(__file__).with_name("index_memory.py")
+    runs = []
+    for size in sizes:
+        done = subprocess.run([sys.executable, str(script), str(size)], check=True, capture_output=True, text=True)
+        runs.append(json.loads(done.stdout))
+    small, large = runs
+    more = max(1, large["samples"] - small["samples"])
+    found = {name: (large[name] - small[name]) / more for name in ("peak_bytes", "index_bytes")}
+    print(f"rows: {large['fill_microseconds']:.2f} us per sample to fill, {large['rest_microseconds']:.2f} us to write")
+    print(f"per sample: index {found['index_bytes']:.0f} bytes, peak memory {found['peak_bytes']:.0f} bytes")
+    return {"runs": runs, "per_sample": found}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    """Time all three alternately and print microseconds per sample."""
+    """Measure, print, and with `--out` write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--samples", type=int, default=1000, help="per shard")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", help="JSON file for the raw numbers")
+    parser.add_argument("--worker-shards", type=int, default=64, help="shards of the folder for one and two processes")
+    parser.add_argument("--worker-samples", type=int, default=4000, help="per shard")
+    parser.add_argument("--worker-rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, nargs=2, default=(100_000, 1_000_000), help="numbers of made-up samples")
+    parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)
     count = arguments.shards * arguments.samples
     with tempfile.TemporaryDirectory() as temporary:
-        folder, tokenizer = Path(temporary) / "shards", Path(temporary) / "tokenizer"
-        write_shards(folder, arguments.shards, arguments.samples)
+        names = ("shards", "large", "one_sample", "tokenizer")
+        folder, large, one_sample, tokenizer = (Path(temporary) / name for name in names)
         write_tokenizer(tokenizer)
-        sides: dict[str, tuple[Callable[[], int], int]] = {
-            "tarfile": (lambda: with_tarfile(folder), 3 * count),
-            "webdataset": (lambda: with_webdataset(folder), count),
-            "anymal": (lambda: with_anymal(folder, tokenizer), count),
-        }
-        with_anymal(folder, tokenizer)
-        rounds = {name: [] for name in sides}  # type: dict[str, list[float]]
-        for _ in range(arguments.rounds):
-            for name, (call, expected) in sides.items():
-                rounds[name].append(seconds_of(call, expected) / count * 1e6)
-    for name, turns in rounds.items():
-        middle = statistics.median(turns)
-        ratio = middle / statistics.median(rounds["tarfile"])
-        spread = f"{min(turns):.1f} to {max(turns):.1f}"
-        print(f"{name:<12} {middle:8.1f} us per sample ({spread}), {ratio:.2f} x tarfile")
+        write_shards(folder, arguments.shards, arguments.samples)
+        floors = against_floors(folder, tokenizer, count, arguments.rounds)
+        write_shards(large, arguments.worker_shards, arguments.worker_samples)
+        in_large = arguments.worker_shards * arguments.worker_samples
+        write_shards(one_sample, 1, 1)
+        workers = by_workers(large, one_sample, tokenizer, in_large, arguments.worker_rounds)
+    rows = rows_of(arguments.rows)
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps({"samples": count, "microseconds_per_sample": rounds}, indent=1))
+        body = {
+            "command": " ".join(["python", *sys.argv]),
+            **surroundings(),
+            "samples": count,
+            "microseconds_per_sample": floors,
+            "workers": workers,
+            "rows": rows,
+        }
+        Path(arguments.out).write_text(json.dumps(body, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -58,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="folder of the tokenizer that training will use")
     parser.add_argument("--samples-per-shard", type=int, default=2000)
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that index shards")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="most processes that index shards; a small folder is indexed by fewer (default: the number of cores)",
+    )
     parser.add_argument(
         "--max-bad-share",
         type=float,

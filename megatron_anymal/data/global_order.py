@@ -13,7 +13,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 
@@ -87,29 +86,29 @@ class GlobalOrder:
             Dataset [stop - start] and sample within the dataset [stop - start], both int64.
         """
         block = self._block_size()
-        datasets, samples = [], []
-        for k in range(start // block, -(-stop // block)):
-            wanted = slice(max(start - k * block, 0), min(stop - k * block, block))
-            dataset, sample = _block(self, k, block)
-            datasets.append(dataset[wanted])
-            samples.append(sample[wanted])
-        return np.concatenate(datasets), np.concatenate(samples)
+        first, last = start // block, -(-stop // block)
+        wanted = slice(start - first * block, stop - first * block)
+        dataset, sample = _blocks(self, first, last, block)
+        return dataset[wanted].copy(), sample[wanted].copy()
 
     def _block_size(self) -> int:
         smallest = min(self.weights) / sum(self.weights)
         # At least two positions for the rarest dataset, so that no rounded share is ever negative.
         return max(256, int(2 / smallest) + 1)
 
-    def in_block(self, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """Dataset and sample at every position of block `k`: [block] int64 each."""
-        before, after = self._bounds(k * block), self._bounds((k + 1) * block)
-        drawn = [b1 - b0 for b0, b1 in pairwise(before)]
-        shares = [a1 - a0 - d for a0, a1, d in zip(after, after[1:], drawn)]
-        slots = permute(np.arange(block), block, mix64(self.seed, 1, k))
-        dataset = np.searchsorted(np.cumsum(shares), slots, side="right").astype(np.int64)
-        sample = np.empty(block, dtype=np.int64)
-        for d, share in enumerate(shares):
-            sample[dataset == d] = self._shuffled(d, drawn[d] + np.arange(share))
+    def in_blocks(self, first: int, last: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """Dataset and sample at every position of the blocks [first, last): [(last - first) * block] int64 each."""
+        # [last - first + 1, datasets]: how often each dataset occurs before each block.
+        drawn = np.diff([self._bounds(k * block) for k in range(first, last + 1)], axis=1)
+        shares = np.diff(drawn, axis=0)
+        dataset = np.zeros(len(shares) * block, np.int64)
+        # The positions of a single dataset need no shuffling.
+        for k in range(len(shares) if len(self.sizes) > 1 else 0):
+            slots = permute(np.arange(block), block, mix64(self.seed, 1, first + k))
+            dataset[k * block : (k + 1) * block] = np.searchsorted(np.cumsum(shares[k]), slots, side="right")
+        sample = np.empty_like(dataset)
+        for d in range(len(self.sizes)):
+            sample[dataset == d] = self._shuffled(d, np.arange(drawn[0, d], drawn[-1, d]))
         return dataset, sample
 
     def _bounds(self, places: int) -> list[int]:
@@ -131,6 +130,6 @@ class GlobalOrder:
 
 
 @lru_cache(maxsize=8)
-def _block(order: GlobalOrder, k: int, block: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cached block; neighbouring steps share one."""
-    return order.in_block(k, block)
+def _blocks(order: GlobalOrder, first: int, last: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cached blocks; steps that are shorter than a block share it."""
+    return order.in_blocks(first, last, block)

@@ -3,37 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from hashlib import blake2b
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import fsspec
 import numpy as np
 
-from megatron_anymal.child_processes import end_with_parent
-from megatron_anymal.data.index_builder import IndexOptions, ShardRows, assemble, index_shard
+from megatron_anymal.data.index_builder import IndexOptions
+from megatron_anymal.data.index_processes import ShardReader, index_shards, useful_workers
+from megatron_anymal.data.index_writer import RowSpool, join_shards, open_spool, write_index
 from megatron_anymal.data.left_out import LEDGER, REFUSED_LEDGER, LeftOut, to_lines
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.shard_index import INDEX_FOLDER, IndexHeader, write_index
+from megatron_anymal.data.shard_index import INDEX_FOLDER, IndexHeader
+from megatron_anymal.data.shard_rows import HASH, ShardRows, repeated
 from megatron_anymal.data.shard_samples import MemberCounts
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.modalities import load_plugins
 from megatron_anymal.telemetry import Progress
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.Z")
 # Maximum number of ledger lines that are printed; the file contains all of them.
 _SHOWN = 20
 
-# Loaded once in each indexing process.
-_tokenizers: dict[str, Tokenizer] = {}
 
-
-def find_shards(folder: str) -> list[str]:
-    """The .tar files of a folder, sorted.
+def find_shards(folder: str) -> dict[str, int]:
+    """The .tar files of a folder, sorted by name, and their sizes in bytes.
 
     Raises:
         DataError: the folder does not exist or contains no shards, or some of its shards could not be read: compressed
@@ -42,7 +38,8 @@ def find_shards(folder: str) -> list[str]:
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
     if not fs.isdir(root):
         raise DataError(f"There is no shard folder {folder!r}. Correct the path.")
-    entries = {entry["name"].rpartition("/")[2]: entry["type"] for entry in fs.ls(root, detail=True)}
+    listed = {entry["name"].rpartition("/")[2]: entry for entry in fs.ls(root, detail=True)}
+    entries = {name: entry["type"] for name, entry in listed.items()}
     files = sorted(name for name, kind in entries.items() if kind != "directory")
     shards = [name for name in files if name.endswith(".tar")]
     compressed = [name for name in files if name.lower().endswith(_COMPRESSED)]
@@ -64,7 +61,7 @@ def find_shards(folder: str) -> list[str]:
         )
     if not shards:
         raise DataError(f"{folder!r} contains no .tar shard.")
-    return shards
+    return {name: int(listed[name]["size"] or 0) for name in shards}
 
 
 def _holds_shards(fs: Any, root: str, name: str) -> bool:
@@ -75,85 +72,130 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
     """Index every shard of a folder.
 
     Args:
+        workers: maximum number of processes; a small folder is indexed by fewer.
         max_bad_share: maximum share of samples that may be left out, and of bytes that may be unreadable.
 
     Raises:
-        DataError: there are no shards, or more is left out than allowed. The ledger is written in the latter case, too.
+        DataError: there are no shards, the tokenizer cannot be used, nothing can be written next to the shards, or
+            more is left out than allowed. The ledger is written in the last case, too.
+        ConfigError: a plug-in cannot be imported.
     """
-    names = find_shards(folder)
-    progress = Progress("indexing shards", len(names))
-    shards = []
-    for rows in _index_all(folder, names, options, workers):
-        shards.append(rows)
-        progress.advance()
-    progress.finish()
-    shards = shards if options.text_only else _without_lost_media(shards)
-    left_out = [entry for shard in shards for entry in shard.left_out] + _repeated_keys(shards)
+    sizes = find_shards(folder)
+    reader = ShardReader(folder, options, Tokenizer(options.tokenizer))
+    with open_spool(folder) as spool:
+        has_media = False
+        progress = Progress("indexing shards", len(sizes))
+        for number, rows in index_shards(reader, list(sizes), useful_workers(workers, sizes.values())):
+            has_media |= bool((_of_txt(rows) & (rows.samples["media_count"] > 0)).any())
+            spool.add(number, rows)
+            progress.advance()
+        progress.finish()
+        shards = _Shards(spool, has_media and not options.text_only)
+        _finish(folder, options, shards, reader.tokenizer.fingerprint(), max_bad_share)
+
+
+def _finish(folder: str, options: IndexOptions, shards: _Shards, tokenizer: str, max_bad_share: float) -> None:
+    """Write the ledger, and the index unless too much is left out."""
+    totals = _Totals()
+    for rows in shards:
+        totals.add(rows)
+    left_out = totals.left_out + _repeated_keys(totals, shards)
     _write_ledger(folder, LEDGER + ".part", left_out)
     bad = [entry for entry in left_out if not entry.is_note]
     for entry in left_out[:_SHOWN]:
         print(f"{'note' if entry.is_note else 'left out'}: {entry}", file=sys.stderr)
     if len(left_out) > _SHOWN:
         print(f"{len(left_out) - _SHOWN} more in {INDEX_FOLDER}/{LEDGER}; anymal inspect groups them", file=sys.stderr)
-    _check_share(folder, shards, bad, max_bad_share)
-    tables = assemble(shards)
+    _check_share(folder, totals, bad, max_bad_share)
     header = IndexHeader(
-        shards=tuple(shard.name for shard in shards),
-        shard_bytes=tuple(shard.size for shard in shards),
-        kinds=tuple(tables.kinds),
-        extensions=tuple(tables.extensions),
-        tokenizer=Tokenizer(options.tokenizer).fingerprint(),
+        shards=tuple(totals.names),
+        shard_bytes=tuple(totals.sizes),
+        kinds=tuple(sorted(totals.kinds)),
+        extensions=tuple(sorted(totals.extensions)),
+        tokenizer=tokenizer,
         attributes={kind: dict(values) for kind, values in options.attributes.items()},
     )
-    members = MemberCounts()
-    for shard in shards:
-        members.add(shard.members)
     _rename_ledger(folder, LEDGER)
-    write_index(folder, header, tables.samples, tables.media, tables.keys, _accounting(members, left_out, options))
-    print(_summary(folder, len(tables.samples), len(tables.media), len(bad), len(shards), members))
+    tables = join_shards(shards, header.kinds, header.extensions)
+    accounting = _accounting(totals.members, left_out, options)
+    write_index(folder, header, totals.samples, totals.media, tables, accounting)
+    print(_summary(folder, totals, len(bad)))
 
 
-def _without_lost_media(shards: Sequence[ShardRows]) -> list[ShardRows]:
-    """Leave out samples that have only a .txt if others have media as well: their media are probably missing."""
-    plain = [shard.samples["text_is_json"] == 0 for shard in shards]
-    if not any((shard.samples["media_count"][mine] > 0).any() for shard, mine in zip(shards, plain)):
-        return list(shards)
-    reason = "it has no media although other samples do. If text-only samples are intended, add --text-only."
-    return [
-        shard.without(np.flatnonzero(mine & (shard.samples["media_count"] == 0)).tolist(), "no_media", reason)
-        for shard, mine in zip(shards, plain)
-    ]
+def _of_txt(rows: ShardRows) -> np.ndarray:
+    """Samples described by a .txt, as a mask."""
+    return rows.samples["text_is_json"] == 0
 
 
-def _repeated_keys(shards: Sequence[ShardRows]) -> list[LeftOut]:
+@dataclass(frozen=True)
+class _Shards:
+    """The rows of all shards in order; they are read again each time."""
+
+    spool: RowSpool
+    # Leave out samples that have only a .txt, because others have media as well: their media are probably missing.
+    need_media: bool
+
+    def __iter__(self) -> Iterator[ShardRows]:
+        reason = "it has no media although other samples do. If text-only samples are intended, add --text-only."
+        for rows in self.spool:
+            if self.need_media:
+                lost = np.flatnonzero(_of_txt(rows) & (rows.samples["media_count"] == 0)).tolist()
+                rows = rows.without(lost, "no_media", reason)
+            yield rows
+
+
+@dataclass
+class _Totals:
+    """What the shards of a folder add up to."""
+
+    names: list[str] = field(default_factory=list)
+    # Of the shards, in bytes.
+    sizes: list[int] = field(default_factory=list)
+    damaged_bytes: int = 0
+    samples: int = 0
+    media: int = 0
+    kinds: set[str] = field(default_factory=set)
+    extensions: set[str] = field(default_factory=set)
+    members: MemberCounts = field(default_factory=MemberCounts)
+    left_out: list[LeftOut] = field(default_factory=list)
+    # HASH of each sample's key.
+    key_hashes: bytearray = field(default_factory=bytearray)
+
+    def add(self, rows: ShardRows) -> None:
+        """Add a shard."""
+        self.names.append(rows.name)
+        self.sizes.append(rows.size)
+        self.damaged_bytes += rows.damaged_bytes
+        self.samples += len(rows.samples)
+        self.media += len(rows.media)
+        self.kinds.update(rows.kinds)
+        self.extensions.update(rows.extensions)
+        self.members.add(rows.members)
+        self.left_out += rows.left_out
+        self.key_hashes += rows.key_hashes.tobytes()
+
+
+def _repeated_keys(totals: _Totals, shards: Iterable[ShardRows]) -> list[LeftOut]:
     """Ledger notes for keys that occur in several shards."""
-    hashes = [np.frombuffer(b"".join(_key_hashes(shard)), "<u8") for shard in shards]
-    together = np.concatenate([np.zeros(0, "<u8"), *hashes])
-    values, counts = np.unique(together, return_counts=True)
-    if (counts == 1).all():
+    values = repeated(np.frombuffer(totals.key_hashes, HASH))
+    if not len(values):
         return []
-    rows = np.flatnonzero(np.isin(together, values[counts > 1]))
-    starts = np.cumsum([0, *(len(own) for own in hashes)])
-    shards_by_key: dict[str, list[str]] = {}
-    for row in rows:
-        number = int(np.searchsorted(starts, row, "right")) - 1
-        shards_by_key.setdefault(shards[number].key(int(row - starts[number])), []).append(shards[number].name)
+    # Number of shards and names of the first four.
+    by_key: dict[str, tuple[int, list[str]]] = {}
+    for rows in shards:
+        for number in np.flatnonzero(np.isin(rows.key_hashes, values)).tolist():
+            key = rows.key(number)
+            count, names = by_key.get(key, (0, []))
+            by_key[key] = count + 1, names if count >= 4 else [*names, rows.name]
     return [
-        LeftOut(names[0], "repeated_key", f"the key occurs in {len(names)} shards: {', '.join(names[:4])}", key=key)
-        for key, names in shards_by_key.items()
-        if len(names) > 1
+        LeftOut(names[0], "repeated_key", f"the key occurs in {count} shards: {', '.join(names)}", key=key)
+        for key, (count, names) in by_key.items()
+        if count > 1
     ]
 
 
-def _key_hashes(shard: ShardRows) -> Iterator[bytes]:
-    starts, lengths = shard.samples["key_offset"].tolist(), shard.samples["key_length"].tolist()
-    for start, length in zip(starts, lengths):
-        yield blake2b(shard.keys[start : start + length], digest_size=8).digest()
-
-
-def _check_share(folder: str, shards: Sequence[ShardRows], bad: Sequence[LeftOut], allowed: float) -> None:
-    good = sum(len(shard.samples) for shard in shards)
-    size, damaged = sum(shard.size for shard in shards), sum(shard.damaged_bytes for shard in shards)
+def _check_share(folder: str, totals: _Totals, bad: Sequence[LeftOut], allowed: float) -> None:
+    good, size, damaged = totals.samples, sum(totals.sizes), totals.damaged_bytes
     problem = ""
     if len(bad) > allowed * (good + len(bad)):
         problem = f"{len(bad)} of {good + len(bad)} samples of {folder!r} are bad"
@@ -183,12 +225,14 @@ def _accounting(members: MemberCounts, left_out: Sequence[LeftOut], options: Ind
     }
 
 
-def _summary(folder: str, samples: int, media: int, bad: int, shards: int, members: MemberCounts) -> str:
+def _summary(folder: str, totals: _Totals, bad: int) -> str:
+    members = totals.members
     ignored = sum(members.ignored.values())
     kinds = ", ".join(f"{what} {count}" for what, count in members.ignored.most_common(6))
     return (
-        f"{folder}: {samples} samples, {media} media items, {bad} left out, {shards} shards; {members.seen} members = "
-        f"{members.used} used + {members.bad} left out + {ignored} ignored{f' ({kinds})' if kinds else ''}"
+        f"{folder}: {totals.samples} samples, {totals.media} media items, {bad} left out, {len(totals.names)} shards; "
+        f"{members.seen} members = {members.used} used + {members.bad} left out + {ignored} ignored"
+        f"{f' ({kinds})' if kinds else ''}"
     )
 
 
@@ -207,21 +251,3 @@ def _rename_ledger(folder: str, name: str) -> None:
     if name == LEDGER and fs.exists(f"{inside}/{REFUSED_LEDGER}"):
         fs.rm_file(f"{inside}/{REFUSED_LEDGER}")
     fs.mv(f"{inside}/{LEDGER}.part", f"{inside}/{name}")
-
-
-def _index_all(folder: str, names: Sequence[str], options: IndexOptions, workers: int) -> Iterator[ShardRows]:
-    jobs = [(folder, name, options) for name in names]
-    if workers <= 1 or len(names) == 1:
-        yield from map(_index_one, jobs)
-        return
-    processes = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(names)), mp_context=processes, initializer=end_with_parent) as pool:
-        yield from pool.map(_index_one, jobs)
-
-
-def _index_one(job: tuple[str, str, IndexOptions]) -> ShardRows:
-    folder, name, options = job
-    load_plugins(list(options.plugins))
-    if options.tokenizer not in _tokenizers:
-        _tokenizers[options.tokenizer] = Tokenizer(options.tokenizer)
-    return index_shard(folder, name, _tokenizers[options.tokenizer], options)

@@ -31,14 +31,16 @@ def pack(lengths: np.ndarray, costs: np.ndarray, capacity: int, multiple: int) -
         are fewer documents than packs. The same arguments always give the same packs.
     """
     assert len(lengths) == 0 or int(lengths.max()) <= capacity
-    order = sorted(range(len(lengths)), key=lambda i: (-int(lengths[i]), -float(costs[i]), i))
+    # Longest first, then costliest, then in the given order.
+    order = np.lexsort((-costs, -lengths)).tolist()
     tight = _best_fit(order, lengths, capacity)
     count = max(multiple, -(-len(tight) // multiple) * multiple)
     # All packs are padded to the longest one, so a limit close to the mean keeps the padding small.
     mean = int(lengths.sum()) / count
     even = min(capacity, max(int(lengths.max(initial=0)), int(mean * _UNEVENNESS) + 1))
     load = _shares(lengths, costs)
-    heaviest_first = sorted(order, key=lambda i: (-max(load[i]), -sum(load[i]), i))
+    tokens, work = np.array(load).reshape(-1, 2).T
+    heaviest_first = np.lexsort((-(tokens + work), -np.maximum(tokens, work))).tolist()
     packs = (
         _deal(heaviest_first, lengths, load, even, count)
         or _deal(order, lengths, _shares(lengths, np.zeros_like(costs)), even, count)

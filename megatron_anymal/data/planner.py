@@ -20,7 +20,7 @@ from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, PlannedMedia, PlannedMicroBatch, PlannedSample
-from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.shard_index import ShardIndex, take_rows
 from megatron_anymal.data.tokenizer import Tokenizer
 
 # JSON keys that identify each kind of sample.
@@ -266,33 +266,36 @@ class BatchPlanner:
         Args:
             sample: [n] row numbers.
         """
-        rows = index.samples[sample]
+        rows = take_rows(index.samples, sample)
         documents, targets = index.lengths(sample)
         has = documents > 0
         counts = rows["media_count"].astype(np.int64)
         owner = np.repeat(np.arange(len(sample)), counts)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        media = index.media[np.repeat(rows["media_start"].astype(np.int64), counts) + within]
+        media = take_rows(index.media, np.repeat(rows["media_start"].astype(np.int64), counts) + within)
         costs = np.zeros(len(sample))
         pieces = np.zeros(len(media), np.int64)
         for number, kind in enumerate(index.header.kinds):
-            mine = media["kind"] == number
-            if mine.any():
+            mine = np.flatnonzero(media["kind"] == number)
+            if len(mine):
                 planned = self._by_kind[kind]
                 pieces[mine] = planned.modality.count_pieces(media["size"][mine])
-                soft = pieces[mine, None] * planned.soft_tokens_per_piece
+                # Sums of integers, which are exact in float64.
+                of_sample = np.bincount(owner[mine], pieces[mine], len(sample))
                 # Each document of a sample contains all its media, but they are encoded only once.
-                np.add.at(documents, owner[mine], soft * has[owner[mine]])
-                np.add.at(costs, owner[mine], pieces[mine] * planned.cost_per_piece)
+                documents += has * (of_sample.astype(np.int64) * planned.soft_tokens_per_piece)[:, None]
+                costs += of_sample * planned.cost_per_piece
         return Measures(documents, targets.sum(axis=1), costs, owner, media["kind"], pieces)
 
     def _items(self, index: ShardIndex, measures: Measures) -> list[tuple[PlannedMedia, ...]]:
         """Media items of each sample."""
         names = [self._by_kind[kind].name for kind in index.header.kinds]
-        items: list[list[PlannedMedia]] = [[] for _ in measures.targets]
-        for row, kind, count in zip(measures.owner, measures.kind, measures.pieces):
-            items[row].append(PlannedMedia(names[kind], int(count)))
-        return [tuple(i) for i in items]
+        numbers = list(zip(measures.kind.tolist(), measures.pieces.tolist()))
+        # Most items are alike and share one object.
+        planned = {(kind, pieces): PlannedMedia(names[kind], pieces) for kind, pieces in set(numbers)}
+        items = [planned[number] for number in numbers]
+        ends = np.cumsum(np.bincount(measures.owner, minlength=len(measures.targets))).tolist()
+        return [tuple(items[start:end]) for start, end in zip([0, *ends], ends)]
 
     def _check_index(self, index: ShardIndex, tokenizer: Tokenizer, sample_kinds: Collection[str]) -> None:
         strange = set(index.sample_kinds()) - set(sample_kinds)

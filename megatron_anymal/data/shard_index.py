@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import PurePosixPath
-from types import MappingProxyType
 from typing import Any, Optional
 
 import fsspec
@@ -33,6 +32,7 @@ from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.samples import parse_sample, parse_text
+from megatron_anymal.data.tar.byte_source import is_local
 
 VERSION = 3
 # Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has
@@ -144,7 +144,7 @@ class ShardIndex:
         """
         self.folder = folder.rstrip("/")
         self._fs, self._root = fsspec.core.url_to_fs(self.folder)
-        self._local = self._fs.protocol == "file" or "file" in self._fs.protocol
+        self._local = is_local(self._fs)
         if not self._fs.isdir(self._root):
             raise DataError(f"There is no shard folder {folder!r}. Create it with `anymal prepare`.")
         try:
@@ -205,7 +205,7 @@ class ShardIndex:
             Tokens and targets, both [n, 2] int64: for the only or chosen document, and for the rejected one (0 if there
             is none).
         """
-        rows = self.samples[samples]
+        rows = take_rows(self.samples, samples)
         tokens, targets = (
             np.stack([self._column(rows, name) for name in names], axis=1).astype(np.int64)
             for names in (("tokens", "rejected_tokens"), ("targets", "rejected_targets"))
@@ -354,35 +354,25 @@ class ShardIndex:
         return data
 
 
+def take_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Rows of a table by their numbers; a view, without a copy of each, if they are consecutive.
+
+    Args:
+        table: [m] SAMPLE or MEDIA.
+        rows: [n] row numbers.
+
+    Returns:
+        [n] of the table's type.
+
+    Raises:
+        IndexError: the table has no such row.
+    """
+    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
+    consecutive = last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
+    return table[first : last + 1] if consecutive and first >= 0 and last < len(table) else table[rows]
+
+
 def _limits(given: Mapping[str, Any]) -> LimitsConfig:
     """The limits in an index.json. Unknown limits are ignored and missing ones keep their defaults."""
     known = {field.name for field in dataclasses.fields(LimitsConfig)}
     return LimitsConfig(**{name: value for name, value in given.items() if name in known})
-
-
-def write_index(
-    folder: str,
-    header: IndexHeader,
-    samples: np.ndarray,
-    media: np.ndarray,
-    keys: bytes,
-    accounting: Mapping[str, Any] = MappingProxyType({}),
-) -> None:
-    """Write an index. index.json is removed first and written last, so that a partial index is never opened.
-
-    Args:
-        samples: [n] SAMPLE.
-        media: [m] MEDIA.
-        keys: concatenated sample keys, UTF-8.
-        accounting: further content of index.json: counts of everything that is not in the index.
-    """
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
-    inside = f"{root}/{INDEX_FOLDER}"
-    fs.makedirs(inside, exist_ok=True)
-    if fs.exists(f"{inside}/index.json"):
-        fs.rm_file(f"{inside}/index.json")
-    for name, array in (("samples.npy", samples), ("media.npy", media)):
-        with fs.open(f"{inside}/{name}", "wb") as file:
-            np.save(file, array)
-    fs.pipe_file(f"{inside}/keys.bin", keys or b"\0")
-    fs.pipe_file(f"{inside}/index.json", header.with_accounting(len(samples), len(media), accounting).encode())

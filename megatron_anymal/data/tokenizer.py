@@ -43,12 +43,24 @@ class Tokenizer:
         Raises:
             DataError: the folder is missing, does not contain a tokenizer, or the tokenizer lacks a begin or end token.
         """
+        self._folder = folder
+        _ = self.hf
+        self._find_ends()
+
+    @cached_property
+    def hf(self) -> Any:
+        """transformers' tokenizer.
+
+        Raises:
+            DataError: as the constructor.
+        """
+        folder = self._folder
         if not Path(folder).is_dir():
             raise DataError(f"data.tokenizer: there is no folder {folder!r}. Correct the path.")
         from transformers import AutoTokenizer
 
         try:
-            self.hf: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError) as error:
             if "custom code" in str(error):
                 raise DataError(
@@ -58,7 +70,6 @@ class Tokenizer:
             raise DataError(
                 f"data.tokenizer: {folder!r} does not contain a tokenizer that transformers can load ({error})."
             ) from None
-        self._find_ends()
 
     @classmethod
     def of(cls, hf: Any) -> Tokenizer:
@@ -68,14 +79,20 @@ class Tokenizer:
             DataError: the tokenizer lacks a begin or end token.
         """
         tokenizer = cls.__new__(cls)
-        tokenizer.hf = hf
+        tokenizer._folder, tokenizer.hf = "", hf
         tokenizer._find_ends()
         return tokenizer
 
+    def __getstate__(self) -> dict[str, Any]:
+        """The state of a copy in another process: it encodes texts without transformers, whose import takes seconds,
+        and loads transformers' tokenizer from the folder if that is needed after all."""
+        state = {**vars(self), "control": self.control, "_encoder": self._encoder}
+        return {name: value for name, value in state.items() if name != "hf" or not self._folder}
+
     def _find_ends(self) -> None:
+        self.name: str = self.hf.name_or_path
         if self.hf.bos_token_id is None or self.hf.eos_token_id is None:
-            folder = self.hf.name_or_path
-            raise DataError(f"data.tokenizer: the tokenizer in {folder!r} lacks a bos_token or eos_token.")
+            raise DataError(f"data.tokenizer: the tokenizer in {self.name!r} lacks a bos_token or eos_token.")
         self.begin: int = self.hf.bos_token_id
         self.end: int = self.hf.eos_token_id
 
@@ -139,6 +156,10 @@ class Tokenizer:
         return ids
 
     @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.control.values())
+
+    @cached_property
     def _encoder(self) -> TextEncoder:
         return build_encoder(self.hf, self.control)
 
@@ -148,7 +169,7 @@ class Tokenizer:
 
     def _refuse_control(self, ids: Sequence[int]) -> None:
         # A Python tokenizer whose vocabulary lists control tokens as ordinary words could still produce them.
-        if produced := set(self.control.values()).intersection(ids):
+        if produced := self._control_ids.intersection(ids):
             token = self.hf.convert_ids_to_tokens(min(produced))
             raise DataError(f"the tokenizer produces its control token {token!r} from a text. Remove it from the text.")
 
@@ -159,16 +180,15 @@ class Tokenizer:
         Raises:
             DataError: naming the token that the tokenizer lacks, or does not keep as a single token.
         """
-        folder = self.hf.name_or_path
         for token in CHAT_TOKENS:
             if token not in self.control:
                 raise DataError(
-                    f"data.tokenizer: {folder!r} has no special token {token!r}, which conversations need. Use a "
+                    f"data.tokenizer: {self.name!r} has no special token {token!r}, which conversations need. Use a "
                     "tokenizer with Llama 3's special tokens, or provide samples as `parts`."
                 )
         if self.control[BEGIN] != self.begin:
             raise DataError(
-                f"data.tokenizer: conversations begin with {BEGIN!r}, but the bos_token of {folder!r} is "
+                f"data.tokenizer: conversations begin with {BEGIN!r}, but the bos_token of {self.name!r} is "
                 f"{self.hf.bos_token!r}. Use a tokenizer with Llama 3's special tokens."
             )
         numbers = [self.control[token] for token in CHAT_TOKENS]
@@ -177,7 +197,7 @@ class Tokenizer:
             self._encoder.lay_out([begin, start, "user", end, "\n\n", "a", turn])
         except DataError as error:
             raise DataError(
-                f"data.tokenizer: {folder!r} does not keep the chat format's tokens whole: {error} Add them without "
+                f"data.tokenizer: {self.name!r} does not keep the chat format's tokens whole: {error} Add them without "
                 "`single_word` and `normalized`, or provide samples as `parts`."
             ) from None
         return frozenset(numbers)

@@ -115,11 +115,14 @@ def test_packing() -> None:
 
 def test_indexing_is_timed_beside_its_floors(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    sizes = ("--shards", "2", "--samples", "20", "--rounds", "2")
-    printed = run("benchmarks/indexing.py", *sizes, "--out", str(out))
-    assert all(name in printed for name in ("tarfile", "webdataset", "anymal"))
+    sizes = ("--shards", "2", "--samples", "20", "--rounds", "2", "--rows", "10000", "30000")
+    workers = ("--worker-shards", "2", "--worker-samples", "10", "--worker-rounds", "1")
+    printed = run("benchmarks/indexing.py", *sizes, *workers, "--out", str(out))
+    assert all(name in printed for name in ("tarfile", "webdataset", "anymal", "ratio", "us per sample to fill"))
     found = json.loads(out.read_text())
     assert found["samples"] == 40 and {len(turns) for turns in found["microseconds_per_sample"].values()} == {2}
+    assert found["workers"]["processes"] == 1 and len(found["workers"]["ratios"]["whole"]) == 1
+    assert found["rows"]["per_sample"]["index_bytes"] > 100 and found["rows"]["runs"][1]["samples"] == 30_000
 
 
 def test_damaged_shards_lose_nothing_in_silence(tmp_path: Path) -> None:

@@ -31,11 +31,12 @@ if __name__ == "__main__":
 # The workers of `anymal prepare`, loading a plug-in that never returns.
 PREPARE = """
 import sys
+from megatron_anymal.data import index_folder, index_processes
 from megatron_anymal.data.index_builder import IndexOptions
-from megatron_anymal.data.index_folder import make_index
 
 if __name__ == "__main__":
-    make_index(sys.argv[1], IndexOptions("unused", plugins=[sys.argv[2]]), workers=2)
+    index_processes.BYTES_PER_WORKER = 1
+    index_folder.make_index(sys.argv[1], IndexOptions(sys.argv[3], plugins=[sys.argv[2]]), workers=2)
 """
 # One write per line: two workers share the pipe.
 ENDLESS = "import os, time\nos.write(1, b'%d\\n' % os.getpid())\ntime.sleep(1000)\n"
@@ -67,11 +68,11 @@ def test_none_is_left(method: str, tmp_path: Path) -> None:
 
 
 @ON_LINUX
-def test_prepare_leaves_none(tmp_path: Path) -> None:
+def test_prepare_leaves_none(tmp_path: Path, tokenizer_folder: str) -> None:
     script, plugin, shards = tmp_path / "parent.py", tmp_path / "endless.py", tmp_path / "shards"
     script.write_text(PREPARE)
     plugin.write_text(ENDLESS)
     shards.mkdir()
     for name in ("a.tar", "b.tar"):
         tarfile.open(shards / name, "w").close()
-    check_killed([str(script), str(shards), str(plugin)], 2)
+    check_killed([str(script), str(shards), str(plugin), tokenizer_folder], 2)

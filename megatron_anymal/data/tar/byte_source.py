@@ -47,6 +47,11 @@ class FileBytes:
         return bytes(self._file.read(length))
 
 
+def is_local(fs: Any) -> bool:
+    """Whether an fsspec file system is that of this machine."""
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+
+
 @contextmanager
 def open_bytes(fs: Any, path: str) -> Iterator[ByteSource]:
     """Open a file of an fsspec file system.
@@ -54,7 +59,7 @@ def open_bytes(fs: Any, path: str) -> Iterator[ByteSource]:
     Raises:
         OSError: it cannot be read.
     """
-    if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
+    if is_local(fs):
         descriptor = os.open(path, os.O_RDONLY)
         try:
             yield LocalBytes(descriptor)

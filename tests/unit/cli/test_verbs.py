@@ -19,7 +19,8 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal.__main__ import VERBS, main
-from megatron_anymal.data.shard_index import ShardIndex, write_index
+from megatron_anymal.data.index_writer import write_index
+from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.log_filters import quiet_libraries
 
 Values = dict[str, Any]
@@ -31,7 +32,7 @@ def folder(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.Te
     folder = tmp_path_factory.mktemp("cli")
     write_yaml(folder, "tiny", make_config(mixed_shards, tokenizer_folder, folder / "run").to_dict())
     index = ShardIndex(mixed_shards)
-    write_index(str(folder / "empty"), index.header, index.samples[:0], index.media[:0], b"")
+    write_index(str(folder / "empty"), index.header, 0, 0, [])
     (folder / "bert").mkdir()
     (folder / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     (folder / "no_index").mkdir()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from fractions import Fraction
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -89,6 +91,37 @@ def test_a_mix_is_a_mix_within_a_batch() -> None:
     dataset, _ = GlobalOrder((1000, 1000), (1.0, 1.0), seed=2).samples(0, 64_000)
     in_batches = dataset.reshape(-1, 64).sum(axis=1)
     assert in_batches.min() >= 12 and in_batches.max() <= 52
+
+
+def block_by_block(order: GlobalOrder, start: int, stop: int) -> list[tuple[int, int]]:
+    """The order as its definition states it, one position at a time."""
+    weights = [Fraction(weight) for weight in order.weights]
+    bounds = [sum(weights[:d]) / sum(weights) for d in range(len(weights) + 1)]
+    block = order._block_size()
+    found = []
+    for k in range(start // block, -(-stop // block)):
+        before, after = ([round(at * bound) for bound in bounds] for at in (k * block, (k + 1) * block))
+        drawn = [high - low for low, high in pairwise(before)]
+        shares = [high - low - d for low, high, d in zip(after, after[1:], drawn)]
+        for slot in permute(np.arange(block), block, mix64(order.seed, 1, k)).tolist():
+            d = next(d for d in range(len(shares)) if slot < sum(shares[: d + 1]))
+            epoch, turn = divmod(drawn[d], order.sizes[d])
+            drawn[d] += 1
+            key = mix64(order.seed, 2, d, epoch)
+            found.append((d, int(permute(np.array([turn]), order.sizes[d], key)[0])))
+    return found[start % block : start % block + stop - start]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"), [((70,), (1.0,)), ((40, 300, 90), (5.0, 1.0, 0.3)), ((9, 500), (0.1, 0.7))]
+)
+def test_the_order_is_that_of_its_definition(sizes: tuple[int, ...], weights: tuple[float, ...]) -> None:
+    order = GlobalOrder(sizes, weights, seed=6)
+    for start, stop in ((0, 700), (1000, 1010), (511, 513), (700, 1025), (0, 700)):
+        dataset, sample = order.samples(start, stop)
+        assert list(zip(dataset.tolist(), sample.tolist())) == block_by_block(order, start, stop)
+        # What a caller does to the arrays does not change the order.
+        dataset[:], sample[:] = -1, -1
 
 
 def test_slices_equal_the_whole() -> None:

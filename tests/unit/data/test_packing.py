@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from pathlib import Path
 
@@ -39,6 +41,24 @@ def test_no_document_is_lost_or_doubled(seed: int) -> None:
 def test_the_same_documents_give_the_same_packs() -> None:
     lengths, costs = long_tailed_mix(300, seed=3)
     assert pack(lengths, costs, CAPACITY, 4) == pack(lengths.copy(), costs.copy(), CAPACITY, 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "capacity", "multiple", "costs", "longest", "recorded"),
+    [
+        (40, 1000, 4, 1, 7, "ce7da2fcc2835909"),
+        (300, 1000, 8, 5, 997, "83b91d1b1434c958"),
+        (2000, 4000, 1, 5, 997, "207685cc26291907"),
+        (2000, 1000, 64, 5, 997, "43f9d680b596b331"),
+    ],
+)
+def test_packs_are_those_of_earlier_versions(
+    count: int, capacity: int, multiple: int, costs: int, longest: int, recorded: str
+) -> None:
+    """A resumed run must get the packs it would have got. `costs` is the number of different costs."""
+    number = np.arange(count)
+    packs = pack(number * 7919 % longest + 1, number * 31 % costs + 0.5, capacity, multiple)
+    assert hashlib.sha256(json.dumps(packs).encode()).hexdigest().startswith(recorded)
 
 
 def test_fewer_documents_than_packs() -> None:

@@ -1,0 +1,195 @@
+"""The rows that one shard adds to the index, collected as bytes while the shard is read."""
+
+from __future__ import annotations
+
+import math
+import struct
+from array import array
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from megatron_anymal.data.left_out import LeftOut
+from megatron_anymal.data.shard_index import MEDIA, SAMPLE
+from megatron_anymal.data.shard_samples import MemberCounts
+
+HASH = np.dtype("<u8")
+# struct's codes of the types of columns.
+_CODES = {"|u1": "B", "<u2": "H", "<u4": "I", "<u8": "Q", "<f8": "d"}
+
+
+def _packer(table: np.dtype) -> struct.Struct:
+    """Packs the values of a row, in the order of the columns; assigning them to an array takes ten times longer."""
+    columns = [table[name] for name in table.names or ()]
+    return struct.Struct("<" + "".join(_CODES[column.base.str] * math.prod(column.shape) for column in columns))
+
+
+_SAMPLE_ROW, _MEDIA_ROW = _packer(SAMPLE), _packer(MEDIA)
+
+
+@dataclass
+class ShardRows:
+    """The rows that one shard adds to the index, and the entries that it leaves out."""
+
+    # File name of the shard.
+    name: str
+    # Size of the shard in bytes.
+    size: int
+    # [n] SAMPLE; media_start and key_offset are relative to the shard.
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
+    # [m] MEDIA; kinds and extensions are positions in the lists below.
+    media: np.ndarray = field(default_factory=lambda: np.zeros(0, MEDIA))
+    # [n] HASH: `key_hash` of each sample's key.
+    key_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, HASH))
+    # Concatenated sample keys, UTF-8.
+    keys: bytes = b""
+    # Kinds of the shard's media.
+    kinds: list[str] = field(default_factory=list)
+    # File extensions of the shard's media.
+    extensions: list[str] = field(default_factory=list)
+    # Samples and members that are not in the rows, and why.
+    left_out: list[LeftOut] = field(default_factory=list)
+    # Counts of all members of the shard.
+    members: MemberCounts = field(default_factory=MemberCounts)
+    # Bytes that could not be read as members.
+    damaged_bytes: int = 0
+
+    def key(self, number: int) -> str:
+        """Key of a sample."""
+        start = int(self.samples["key_offset"][number])
+        return self.keys[start : start + int(self.samples["key_length"][number])].decode()
+
+    def without(self, numbers: Sequence[int], code: str, reason: str) -> ShardRows:
+        """Move some samples, which must have no media, from the rows to `left_out`."""
+        kept = np.ones(len(self.samples), bool)
+        kept[list(numbers)] = False
+        assert not self.samples["media_count"][~kept].any()
+        left_out = [LeftOut(self.name, code, reason, int(self.samples["text_offset"][n]), self.key(n)) for n in numbers]
+        members = MemberCounts()
+        members.add(self.members)
+        members.used, members.bad = members.used - len(numbers), members.bad + len(numbers)
+        return replace(
+            self,
+            samples=self.samples[kept],
+            key_hashes=self.key_hashes[kept],
+            left_out=[*self.left_out, *left_out],
+            members=members,
+        )
+
+
+def key_hash(key: bytes) -> bytes:
+    """8 bytes that are equal for equal keys, and different for others but by rare chance."""
+    return blake2b(key, digest_size=HASH.itemsize).digest()
+
+
+def repeated(hashes: np.ndarray) -> np.ndarray:
+    """The values that occur more than once, [k] HASH in ascending order."""
+    ordered = np.sort(hashes)
+    return np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+
+
+@dataclass(frozen=True)
+class Recurring:
+    """A sample whose key occurs again in its shard."""
+
+    # Key of the sample.
+    key: str
+    # Number of times that the key occurs.
+    occurrences: int
+    # Offset of the sample's first member in the shard.
+    start: int
+    # Number of the sample's members.
+    members: int
+
+
+class RowBuffer:
+    """The rows of a shard's usable samples: about 100 bytes per sample and 40 per media item."""
+
+    def __init__(self) -> None:
+        self._samples, self._media, self._hashes, self._keys = bytearray(), bytearray(), bytearray(), bytearray()
+        # Per sample: offset of its first member, and position in `_uses` of the members that it uses and ignores.
+        self._starts, self._use = array("Q"), array("I")
+        self._uses: dict[tuple[int, tuple[str, ...]], int] = {}
+
+    def add(
+        self,
+        key: str,
+        start: int,
+        sample: Sequence[int],
+        media: Sequence[Sequence[Any]],
+        used: int,
+        ignored: tuple[str, ...],
+    ) -> None:
+        """Add a sample.
+
+        Args:
+            start: offset of its first member in the shard.
+            sample: the columns of SAMPLE from text_offset to rejected_targets.
+            media: the columns of MEDIA for each item; `size` is two values.
+            used: number of its members that are in the index.
+            ignored: endings of its other members.
+        """
+        encoded = key.encode()
+        media_start, key_offset = len(self._media) // MEDIA.itemsize, len(self._keys)
+        self._samples += _SAMPLE_ROW.pack(0, *sample, media_start, len(media), key_offset, len(encoded))
+        for item in media:
+            self._media += _MEDIA_ROW.pack(*item)
+        self._keys += encoded
+        self._hashes += key_hash(encoded)
+        self._starts.append(start)
+        self._use.append(self._uses.setdefault((used, ignored), len(self._uses)))
+
+    def recurring(self, others: Iterable[str]) -> dict[int, Recurring]:
+        """Samples whose key occurs again in the shard, by row number.
+
+        Args:
+            others: keys of samples that are not in the rows.
+        """
+        counts = Counter(others)
+        hashes = np.frombuffer(self._hashes, HASH)
+        elsewhere = np.frombuffer(b"".join(key_hash(key.encode()) for key in counts), HASH)
+        suspects = np.flatnonzero(np.isin(hashes, np.concatenate([repeated(hashes), elsewhere]))).tolist()
+        keys = {number: self._key(number) for number in suspects}
+        counts.update(keys.values())
+        members = [used + len(ignored) for used, ignored in self._uses]
+        return {
+            number: Recurring(key, counts[key], self._starts[number], members[self._use[number]])
+            for number, key in keys.items()
+            if counts[key] > 1
+        }
+
+    def move_to(self, rows: ShardRows, dropped: Collection[int]) -> None:
+        """Set the tables of `rows` and count the members of the samples, except for the samples `dropped`."""
+        rows.samples, rows.media = np.frombuffer(self._samples, SAMPLE), np.frombuffer(self._media, MEDIA)
+        rows.key_hashes, rows.keys = np.frombuffer(self._hashes, HASH), bytes(self._keys)
+        uses = np.array(self._use)
+        if dropped:
+            kept = np.ones(len(rows.samples), bool)
+            kept[list(dropped)] = False
+            rows.keys = b"".join(self._key(number).encode() for number in np.flatnonzero(kept).tolist())
+            rows.media = rows.media[np.repeat(kept, rows.samples["media_count"])]
+            rows.samples, rows.key_hashes, uses = rows.samples[kept], rows.key_hashes[kept], uses[kept]
+            for first, length in (("key_offset", "key_length"), ("media_start", "media_count")):
+                lengths = rows.samples[length].astype(np.int64)
+                rows.samples[first] = np.cumsum(lengths) - lengths
+        self._count(uses, rows.members)
+
+    def _key(self, number: int) -> str:
+        row = np.frombuffer(self._samples, SAMPLE)[number]
+        start = int(row["key_offset"])
+        return self._keys[start : start + int(row["key_length"])].decode()
+
+    def _count(self, uses: np.ndarray, members: MemberCounts) -> None:
+        """Count the members of samples from their positions in `_uses`."""
+        known = list(self._uses)
+        numbers, first, counts = np.unique(uses, return_index=True, return_counts=True)
+        # In the order of the samples, which decides between equally frequent endings in index.json.
+        for position in np.argsort(first).tolist():
+            used, ignored = known[numbers[position]]
+            members.used += used * int(counts[position])
+            for ending in ignored:
+                members.ignored[ending] += int(counts[position])

@@ -1,0 +1,166 @@
+"""Oracle of the index files: all rows of a folder as Python tuples, then as arrays, then written with np.save."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_anymal.data.index_builder import IndexOptions, _Indexer, _Row
+from megatron_anymal.data.index_folder import find_shards
+from megatron_anymal.data.left_out import LeftOut, to_lines
+from megatron_anymal.data.shard_index import MEDIA, SAMPLE, IndexHeader
+from megatron_anymal.data.shard_rows import ShardRows
+from megatron_anymal.data.shard_samples import Group, MemberCounts, SampleError, groups
+from megatron_anymal.data.tar.byte_source import LocalBytes
+from megatron_anymal.data.tar.reader import TarError, TarWalk
+from megatron_anymal.data.tokenizer import Tokenizer
+
+
+@dataclass
+class Shard:
+    """A shard's usable samples, its kinds and extensions by their numbers in the rows, and its accounting."""
+
+    name: str
+    size: int
+    samples: list[tuple[Group, _Row]] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    extensions: list[str] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    members: MemberCounts = field(default_factory=MemberCounts)
+    # Keys in keys.bin; those of samples that lost their media stay there.
+    keys: list[str] = field(default_factory=list)
+
+
+def index_files(folder: Path, options: IndexOptions, tokenizer: Tokenizer) -> dict[str, bytes]:
+    """The content of each file of the index, however much is left out."""
+    shards = [_read(folder, name, options, tokenizer) for name in find_shards(str(folder))]
+    plain = [(g, r) for shard in shards for g, r in shard.samples if not _is_json(r)]
+    if not options.text_only and any(row.media for _, row in plain):
+        for shard in shards:
+            _leave_out_lost_media(shard)
+    left_out = [entry for shard in shards for entry in shard.left_out] + _repeated(shards)
+    kinds = sorted({kind for shard in shards for kind in shard.kinds})
+    extensions = sorted({extension for shard in shards for extension in shard.extensions})
+    samples, media = _tables(shards, kinds, extensions)
+    members = MemberCounts()
+    for shard in shards:
+        members.add(shard.members)
+    header = IndexHeader(
+        tuple(shard.name for shard in shards),
+        tuple(shard.size for shard in shards),
+        tuple(kinds),
+        tuple(extensions),
+        tokenizer.fingerprint(),
+        attributes={kind: dict(values) for kind, values in options.attributes.items()},
+    )
+    ignored = dict(members.ignored.most_common())
+    accounting = {
+        "members": {"seen": members.seen, "used": members.used, "ignored": ignored, "bad": members.bad},
+        "left_out": dict(Counter(entry.code for entry in left_out)),
+        "limits": dataclasses.asdict(options.limits),
+    }
+    return {
+        "samples.npy": _npy(samples),
+        "media.npy": _npy(media),
+        "keys.bin": "".join(key for shard in shards for key in shard.keys).encode(),
+        "left_out.jsonl": b"".join(to_lines(left_out)),
+        "index.json": header.with_accounting(len(samples), len(media), accounting).encode(),
+    }
+
+
+def _read(folder: Path, name: str, options: IndexOptions, tokenizer: Tokenizer) -> Shard:
+    size = (folder / name).stat().st_size
+    rows = ShardRows(name, size)
+    with (folder / name).open("rb") as file:
+        indexer = _Indexer(LocalBytes(file.fileno()), rows, tokenizer, options)
+        try:
+            walk = TarWalk(LocalBytes(file.fileno()), options.limits.max_text_bytes)
+            good: list[tuple[Group, _Row]] = []
+            seen: Counter[str] = Counter()
+            for group in groups(walk, name, rows.members, rows.left_out):
+                seen[group.key] += 1
+                try:
+                    good.append((group, indexer._row(group)))
+                except SampleError as error:
+                    rows.members.bad += group.seen
+                    rows.left_out.append(LeftOut(name, error.code, str(error), group.offset, group.key))
+        except TarError as error:
+            return Shard(name, size, left_out=[LeftOut(name, "unreadable", str(error))])
+    kept = []
+    for group, row in good:
+        if seen[group.key] > 1:
+            reason = (
+                f"its key occurs in {seen[group.key]} places of the shard. Members of a sample must be consecutive, "
+                "and keys must be unique."
+            )
+            rows.members.bad += group.seen
+            rows.left_out.append(LeftOut(name, "duplicate_key", reason, group.offset, group.key))
+            continue
+        rows.members.used += row.used
+        rows.members.ignored.update(row.ignored)
+        kept.append((group, row))
+    keys = [group.key for group, _ in kept]
+    return Shard(name, size, kept, rows.kinds, rows.extensions, rows.left_out, rows.members, keys)
+
+
+def _is_json(row: _Row) -> bool:
+    return bool(row.sample[3])
+
+
+def _leave_out_lost_media(shard: Shard) -> None:
+    reason = "it has no media although other samples do. If text-only samples are intended, add --text-only."
+    lost = [(group, row) for group, row in shard.samples if not _is_json(row) and not row.media]
+    shard.samples = [(group, row) for group, row in shard.samples if _is_json(row) or row.media]
+    shard.left_out += [LeftOut(shard.name, "no_media", reason, row.sample[0], group.key) for group, row in lost]
+    shard.members.used -= len(lost)
+    shard.members.bad += len(lost)
+
+
+def _repeated(shards: list[Shard]) -> list[LeftOut]:
+    """Notes on keys that occur in several shards, in the order of their first occurrence."""
+    by_key: dict[str, list[str]] = {}
+    for shard in shards:
+        for group, _ in shard.samples:
+            by_key.setdefault(group.key, []).append(shard.name)
+    return [
+        LeftOut(names[0], "repeated_key", f"the key occurs in {len(names)} shards: {', '.join(names[:4])}", key=key)
+        for key, names in by_key.items()
+        if len(names) > 1
+    ]
+
+
+def _tables(shards: list[Shard], kinds: list[str], extensions: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The tables, filled field by field."""
+    samples: list[dict[str, Any]] = []
+    media: list[dict[str, Any]] = []
+    key_bytes = 0
+    for number, shard in enumerate(shards):
+        offsets = {}
+        for key in shard.keys:
+            offsets[key] = key_bytes
+            key_bytes += len(key.encode())
+        for group, row in shard.samples:
+            values = dict(zip(SAMPLE.names[1:10], row.sample, strict=True))  # type: ignore[index]
+            place = {"shard": number, "key_offset": offsets[group.key], "key_length": len(group.key.encode())}
+            samples.append({**values, **place, "media_start": len(media), "media_count": len(row.media)})
+            for offset, length, crc, kind, extension, *size in row.media:
+                names = kinds.index(shard.kinds[kind]), extensions.index(shard.extensions[extension])
+                media.append(dict(zip(MEDIA.names or (), (offset, length, crc, *names, size), strict=True)))
+    tables = np.zeros(len(samples), SAMPLE), np.zeros(len(media), MEDIA)
+    for table, rows in zip(tables, (samples, media)):
+        for position, row in enumerate(rows):
+            for name, value in row.items():
+                table[position][name] = value
+    return tables
+
+
+def _npy(table: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, table)
+    return out.getvalue()

@@ -1,0 +1,297 @@
+"""Index files are byte for byte those of an index assembled from Python rows, for one process and for several."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plain_index
+import pytest
+from tars import header_of, tar_bytes, write_tar
+from tiny import flac, npy, png
+
+from megatron_anymal.data import index_processes
+from megatron_anymal.data.index_builder import IndexOptions
+from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.index_processes import useful_workers
+from megatron_anymal.data.index_writer import open_spool
+from megatron_anymal.data.records import DataError
+from megatron_anymal.data.shard_index import MEDIA, SAMPLE
+from megatron_anymal.data.shard_rows import RowBuffer, ShardRows, repeated
+from megatron_anymal.data.tokenizer import Tokenizer
+
+Members = list[tuple[str, bytes]]
+ROOT = Path(__file__).parents[3]
+
+
+def parts(*media: str, **more: Any) -> bytes:
+    named = [{"media": name, **more} for name in media]
+    return json.dumps({"parts": [*named, {"text": "what is this", "loss": False}, {"text": "one two"}]}).encode()
+
+
+def pictures(first: int, last: int) -> Members:
+    return [(f"{n}.{e}", png(n) if e == "png" else b"one two") for n in range(first, last) for e in ("png", "txt")]
+
+
+def mixed(folder: Path) -> None:
+    """Media in another order in each shard, several per sample, one twice in a sample; texts alone; an empty shard."""
+    both = [("b.0.flac", flac(1)), ("b.1.PNG", png(1)), ("b.json", parts("1.png", "0.flac", "1.png"))]
+    motion = [("m.npy", npy(2)), ("m.json", parts("npy", rate=50)), ("t.json", parts())]
+    write_tar(folder / "a.tar", [*motion, *both])
+    write_tar(folder / "b.tar", [*pictures(0, 3), ("é/k.0.flac", flac(3)), ("é/k.json", parts("0.flac"))])
+    write_tar(folder / "c.tar", [])
+    write_tar(folder / "d.tar", [("z.json", parts()), *both])
+
+
+def with_metadata(folder: Path) -> None:
+    """Like img2dataset's, with masks, hidden files and folders, so that some endings are ignored equally often."""
+    for shard in range(3):
+        members: Members = [(f"._{shard}.png", b"x")]
+        for n in range(3):
+            key = f"{shard}{n}"
+            members += [(f"{key}.json", b'{"w": 8}'), (f"{key}.seg.png", png(n)), (f"{key}.png", png(n))]
+            members += [(f"{key}.txt", b"one")] + [(f"{key}.cls", b"3")] * (n == 1)
+        write_tar(folder / f"{shard}.tar", members)
+    with tarfile.open(folder / "folders.tar", "w") as tar:
+        info = tarfile.TarInfo("00")
+        info.type = tarfile.DIRTYPE
+        tar.addfile(info)
+
+
+def recurring(folder: Path) -> None:
+    """Keys that come back: of good samples, of a good and a bad one, of two bad ones; their kinds occur only there."""
+    bad = ("1.txt", b"\xff")
+    members = [
+        *pictures(0, 3),
+        ("r.flac", flac(1)),
+        ("r.cls", b"3"),
+        ("r.txt", b"one"),
+        ("s.seg", b""),
+        ("s.txt", b"a"),
+    ]
+    members += [*pictures(3, 5), bad, *pictures(0, 1), ("r.txt", b"one"), bad, ("x.txt", b""), ("y.txt", b"one")]
+    # Ignored equally often; the sample with the first .cls is dropped.
+    members += [
+        ("u.png", png(5)),
+        ("u.seg", b""),
+        ("u.txt", b"one"),
+        ("v.png", png(6)),
+        ("v.cls", b""),
+        ("v.txt", b"a"),
+    ]
+    write_tar(folder / "0.tar", [*members, ("x.txt", b"")])
+    write_tar(folder / "1.tar", pictures(0, 4))
+
+
+def damaged(folder: Path) -> None:
+    """A damaged header, a media file that cannot be read after one that can, a truncated and an unreadable shard."""
+    archive = tar_bytes([*pictures(0, 6), ("b.flac", flac(1)), ("b.png", b"broken"), ("b.txt", b"one")])
+    folder.mkdir()
+    at = header_of(archive, "3.png")
+    (folder / "0.tar").write_bytes(archive[: at + 150] + b"9" + archive[at + 151 :])
+    (folder / "1.tar").write_bytes(b"\x1f\x8b" + bytes(100))
+    (folder / "2.tar").write_bytes(archive[:3000])
+    write_tar(folder / "3.tar", pictures(6, 9))
+
+
+def lost_media(folder: Path) -> None:
+    """Only the last shard shows that samples of the others have lost their media; keys repeat in many shards."""
+    for shard in range(6):
+        write_tar(folder / f"{shard}.tar", [(f"{n}.txt", b"one") for n in range(shard + 1)])
+    write_tar(folder / "6.tar", [*pictures(2, 4), ("4.json", parts()), ("1.txt", b"two")])
+    write_tar(folder / "7.tar", pictures(3, 5))
+    write_tar(folder / "8.tar", [("8.txt", b"one")])
+
+
+def conversations(folder: Path) -> None:
+    question = [{"role": "user", "content": [{"media": "png"}, {"text": "what is this"}]}]
+    pair = {"messages": question, "chosen": "one", "rejected": "two three four"}
+    told = {"messages": [*question, {"role": "assistant", "content": "five"}]}
+    members: Members = []
+    for n, value in enumerate((pair, told, {"messages": question})):
+        members += [(f"{n}.png", png(n)), (f"{n}.json", json.dumps(value).encode())]
+    write_tar(folder / "0.tar", members)
+
+
+# Name -> how the folder is made, settings, and the codes in its ledger.
+FOLDERS: dict[str, tuple[Callable[[Path], None], dict[str, Any], set[str]]] = {
+    "mixed": (mixed, {}, {"repeated_key"}),
+    "metadata": (with_metadata, {}, set()),
+    "members": (with_metadata, {"members": ("png", "seg.png", "txt")}, set()),
+    "recurring": (recurring, {"text_only": True}, {"duplicate_key", "repeated_key", "text", "media"}),
+    "damaged": (damaged, {}, {"damaged", "torn", "media", "no_end", "unreadable", "repeated_key"}),
+    "lost media": (lost_media, {}, {"no_media", "repeated_key"}),
+    "text only": (lost_media, {"text_only": True}, {"repeated_key"}),
+    "conversations": (conversations, {}, {"text"}),
+    "attributes": (mixed, {"attributes": {"imu": {"rate": 50}}}, {"repeated_key"}),
+}
+
+
+@pytest.fixture
+def many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small folders are indexed by as many processes as are asked for."""
+    monkeypatch.setattr(index_processes, "BYTES_PER_WORKER", 1)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_index_files_are_those_of_plain_rows(
+    name: str, tmp_path: Path, tokenizer_folder: str, many_workers: None
+) -> None:
+    make, settings, codes = FOLDERS[name]
+    folder, options = tmp_path / "shards", IndexOptions(tokenizer_folder, **settings)
+    make(folder)
+    expected = plain_index.index_files(folder, options, Tokenizer(tokenizer_folder))
+    assert {json.loads(line)["code"] for line in expected["left_out.jsonl"].splitlines()} == codes
+    for workers in (1, 2):
+        make_index(str(folder), options, workers, max_bad_share=1.0)
+        index = folder / "index"
+        assert {path.name: path.read_bytes() for path in index.iterdir()} == expected, workers
+        for path in index.iterdir():
+            path.unlink()
+
+
+def test_a_refused_indexing_writes_only_its_ledger(tmp_path: Path, tokenizer_folder: str, many_workers: None) -> None:
+    folder, options = tmp_path / "shards", IndexOptions(tokenizer_folder)
+    damaged(folder)
+    expected = plain_index.index_files(folder, options, Tokenizer(tokenizer_folder))
+    for workers in (1, 2):
+        with pytest.raises(DataError, match="max-bad-share"):
+            make_index(str(folder), options, workers)
+        [ledger] = (folder / "index").iterdir()
+        assert ledger.name == "left_out.refused.jsonl" and ledger.read_bytes() == expected["left_out.jsonl"]
+
+
+# A modality whose name is the list of heavy modules that the process has imported.
+PLUGIN = """
+import sys
+from megatron_anymal.modalities import Modality, register
+
+HEAVY = {"torch", "transformers", "megatron", "lightning", "av", "soundfile", "pandas"}
+
+@register("modules")
+class Modules(Modality):
+    extensions = ("modules",)
+    Options = object
+
+    @classmethod
+    def probe(cls, data, extension, attributes, limits):
+        raise ValueError(f"pid {__import__('os').getpid()} imported {sorted(HEAVY & sys.modules.keys())}")
+
+    def count_pieces(self, sizes): ...
+    def decode(self, data, extension, attributes, pieces): ...
+    piece_shape = ()
+"""
+
+
+def test_workers_import_only_what_they_use(tmp_path: Path, tokenizer_folder: str, many_workers: None) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text(PLUGIN)
+    for shard in "abcd":
+        sample = json.dumps({"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]})
+        members = [("p.png", png(1)), ("p.txt", b"one"), ("c.json", sample.encode())]
+        write_tar(tmp_path / "f" / f"{shard}.tar", [*members, ("m.modules", b"x"), ("m.txt", b"one")])
+    make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder, plugins=[str(plugin)]), 2, max_bad_share=1.0)
+    ledger = [json.loads(line) for line in (tmp_path / "f" / "index" / "left_out.jsonl").read_text().splitlines()]
+    reasons = [entry["reason"] for entry in ledger if entry["code"] == "media"]
+    assert len(reasons) == 4 and all("imported []" in reason for reason in reasons), reasons
+    assert not any(f"pid {os.getpid()} " in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sizes", "started"),
+    [(8, [1] * 63, 1), (8, [1] * 64, 2), (8, [100, 100], 2), (8, [500], 1), (2, [64] * 9, 2), (0, [64] * 9, 1)],
+)
+def test_small_folders_are_indexed_by_fewer_processes(asked: int, sizes: list[int], started: int) -> None:
+    """`sizes` are in MiB."""
+    assert useful_workers(asked, [size * 2**20 for size in sizes]) == started
+
+
+def test_rows_are_packed_as_the_tables_lay_them_out() -> None:
+    rng = np.random.default_rng(0)
+    samples, media = np.zeros(300, SAMPLE), np.zeros(300, MEDIA)
+    for table in (samples, media):
+        for name in table.dtype.names or ():
+            column = table[name]
+            most = np.iinfo(column.dtype).max if column.dtype.kind == "u" else 1
+            column[:] = rng.uniform(size=column.shape) * (most / 2)
+    buffer = RowBuffer()
+    for n in range(300):
+        row = media[n].tolist()
+        buffer.add(f"k{n}", n, samples[n].tolist()[1:10], [(*row[:-1], *row[-1])], 2, ())
+    rows = ShardRows("a", 1)
+    buffer.move_to(rows, ())
+    assert rows.media.tobytes() == media.tobytes()
+    for name in (SAMPLE.names or ())[1:10]:
+        np.testing.assert_array_equal(rows.samples[name], samples[name])
+    assert [rows.key(n) for n in range(300)] == [f"k{n}" for n in range(300)]
+
+
+def test_a_spool_returns_shards_in_their_order_and_again(tmp_path: Path) -> None:
+    made = []
+    for number in range(4):
+        buffer = RowBuffer()
+        for n in range(number):
+            buffer.add(f"{number}{n}", n, [n] * 9, [(number, n, 0, 0, 0, 1.0, 2.0)] * n, 1, ())
+        rows = ShardRows(f"{number}.tar", number)
+        buffer.move_to(rows, ())
+        made.append(rows)
+    with open_spool(str(tmp_path)) as spool:
+        for number in (2, 0, 3, 1):
+            spool.add(number, made[number])
+        for _ in range(2):
+            for found, rows in zip(spool, made, strict=True):
+                assert (found.name, found.size, found.keys) == (rows.name, rows.size, rows.keys)
+                for table in ("samples", "media", "key_hashes"):
+                    np.testing.assert_array_equal(getattr(found, table), getattr(rows, table))
+                # Also if the caller changes what it gets.
+                found.samples["shard"] = 7
+        assert list((tmp_path / "index").iterdir()) == []
+
+
+def test_repeated_values() -> None:
+    values = np.random.default_rng(0).integers(0, 50, 60).astype("<u8")
+    found, counts = np.unique(values, return_counts=True)
+    np.testing.assert_array_equal(repeated(values), found[counts > 1])
+    assert not len(repeated(values[:0])) and not len(repeated(values[:1]))
+
+
+def test_keys_of_equal_hashes_are_told_apart(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_anymal.data.shard_rows.key_hash", lambda key: bytes(7) + key[:1])
+    write_tar(tmp_path / "f" / "0.tar", [(f"a{n}.txt", b"one") for n in range(5)] + [("b.txt", b"one")])
+    write_tar(tmp_path / "f" / "1.tar", [(f"a{n}.txt", b"one") for n in range(4, 9)])
+    make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder), max_bad_share=0.0)
+    ledger = [json.loads(line) for line in (tmp_path / "f" / "index" / "left_out.jsonl").read_text().splitlines()]
+    assert [(entry["code"], entry["key"]) for entry in ledger] == [("repeated_key", "a4")]
+    assert len(np.load(tmp_path / "f" / "index" / "samples.npy")) == 11
+
+
+def test_an_unwritable_folder_is_named_before_shards_are_read(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_tar(tmp_path / "f" / "0.tar", pictures(0, 1))
+    (tmp_path / "f" / "index").write_text("a file where the index's folder should be")
+    monkeypatch.setattr(index_processes, "index_shard", lambda *_: pytest.fail("a shard was read"))
+    with pytest.raises(DataError, match=r"index of .*/f' cannot be written .*Make the folder writable"):
+        make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder))
+
+
+def test_memory_does_not_grow_with_the_number_of_samples() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    runs = []
+    for count in ("100000", "1000000"):
+        words = [sys.executable, str(ROOT / "benchmarks" / "index_memory.py"), count]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs.append(json.loads(done.stdout))
+    more = {name: (runs[1][name] - runs[0][name]) / 900_000 for name in ("peak_bytes", "index_bytes")}
+    # What remains in memory is the hash of each key, and a sorted copy of it.
+    assert more["peak_bytes"] < 40 < 100 < more["index_bytes"], more
