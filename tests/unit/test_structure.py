@@ -25,6 +25,7 @@ ORDER = [
     ("dry_run",),
     ("generation",),
     ("launcher",),
+    ("planning",),
     ("nemo",),
     ("cli",),
 ]
