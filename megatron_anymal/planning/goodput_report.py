@@ -36,8 +36,9 @@ class Point:
 class Result:
     """The goodput of a job on one number of GPUs."""
 
-    # Numbers of GPUs and of nodes.
+    # Number of GPUs.
     gpus: int
+    # Number of nodes that hold them.
     nodes: int
     # The job, as the model sees it.
     job: Job
