@@ -106,7 +106,7 @@ INPUTS = (
         "groups_seconds",
         "until their process groups are connected",
         30.0,
-        "more than 10,000 GPUs (MegaScale, 3.5)",
+        "more than 10,000 GPUs (MegaScale)",
     ),
     Input(
         "restore_seconds",
@@ -124,7 +124,7 @@ INPUTS = (
         "lost_node_seconds",
         "what a lost node adds to a recovery",
         600.0,
-        "to find and diagnose it: less than 10 minutes (MegaScale, 6.3)",
+        "to find and diagnose it: less than 10 minutes (MegaScale)",
     ),
     Input(
         "lost_node_share",

@@ -76,7 +76,7 @@ def warnings(result: Result) -> list[str]:
             "recoveries are interrupted by the next failure."
         )
     if result.best.shares.ratio < _NOTHING:
-        lines.append("Nothing is ever finished: less than 0.1 % of the time is effective at any save interval.")
+        lines.append("nothing is ever finished: less than 0.1 % of the time is effective at any save interval.")
     if result.present.seconds >= job.mtbf:
         lines.append(
             f"the present save interval, {_time(result.present.seconds)}, is longer than the mean time between "
@@ -87,7 +87,7 @@ def warnings(result: Result) -> list[str]:
             f"writing a save takes {_time(job.write)}, longer than the present interval of "
             f"{_time(result.present.seconds)}: each save waits for the one before."
         )
-    return [f"{result.gpus:,} GPUs: {line[0].lower()}{line[1:]}" for line in lines]
+    return [f"{result.gpus:,} GPUs: {line}" for line in lines]
 
 
 def to_dict(values: Mapping[str, Value], results: Sequence[Result], notes: Sequence[str]) -> dict[str, Any]:
@@ -134,7 +134,7 @@ def _inputs(values: Mapping[str, Value]) -> list[str]:
 
 
 def _table(results: Sequence[Result]) -> list[str]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("GPUs", "nodes", "failure", "now:", "", "best:", "", "", "", "", "", "Young", "Daly"),
         ("", "", "every", "steps", "ratio", "steps", "time", "ratio", "stalls", "lost", "recovery", "steps", "steps"),
     ]
@@ -170,6 +170,8 @@ def _plot(result: Result) -> list[str]:
 
 def _advice(result: Result) -> str:
     now, best = result.present, result.best
+    if best.shares.ratio < _NOTHING:
+        return f"No save interval helps on {result.gpus:,} GPUs."
     if now.steps == best.steps:
         return f"The present save interval is the best one on {result.gpus:,} GPUs."
     gain = f"{_percent(best.shares.ratio)} instead of {_percent(now.shares.ratio)} at {now.steps:,}"

@@ -159,5 +159,17 @@ def test_young_and_daly_at_low_rates(mtbf: float) -> None:
     assert 1.0 - found.ratio == pytest.approx(math.sqrt(2.0 * setting.stall / mtbf), rel=2.0 / math.sqrt(mtbf / 3.0))
 
 
+@pytest.mark.parametrize("mtbf", [20.0, 500.0])
+def test_recovery_does_not_move_the_best_interval(mtbf: float) -> None:
+    """docs/operations/goodput.md: (1 - T / M) exp((T + c) / M) = 1, or the writing if that takes longer."""
+    for recovery in (Recovery(0.0), RECOVERY):
+        setting = job(mtbf=mtbf, step=0.001, recovery=recovery, write=2.0)
+        best = best_interval(setting) * setting.step
+        assert (1.0 - best / mtbf) * math.exp((best + setting.stall) / mtbf) == pytest.approx(1.0, abs=1e-3)
+        assert best_interval(dataclasses.replace(setting, write=0.5 * mtbf)) * setting.step == pytest.approx(
+            max(best, 0.5 * mtbf), rel=1e-3
+        )
+
+
 def test_daly_of_a_job_that_hardly_runs() -> None:
     assert daly(job(mtbf=1.0, stall=3.0)) == 1.0
