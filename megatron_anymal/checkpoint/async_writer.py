@@ -91,6 +91,8 @@ class Save:
     begun: float
     # Seconds the main thread was blocked.
     stalled: float = 0.0
+    # Seconds of these that every save takes, without waits for one that is still being written.
+    least_stalled: float = 0.0
     # Seconds until the verdict.
     seconds: float = 0.0
     # Outcome; None while the save is in progress.
@@ -135,9 +137,9 @@ class CheckpointWriter:
         Raises:
             CheckpointError: the folder no longer belongs to this run.
         """
-        begun = time.monotonic()
         self._settle()
         self._stop_where_lost()
+        begun = time.monotonic()
         snapshot, failure = None, ""
         plan = Plan(state, manifest.step, check=not self._checked)
         self._checked = True
@@ -157,7 +159,7 @@ class CheckpointWriter:
         # Daemon: the interpreter does not wait for it at exit. Call `finish` to wait for the save.
         save.thread = threading.Thread(target=self._work, args=(save,), name="checkpoint", daemon=True)
         save.thread.start()
-        save.stalled = time.monotonic() - begun
+        save.stalled = save.least_stalled = time.monotonic() - begun
         if not self.rules.async_save:
             self._settle()
 
@@ -197,6 +199,8 @@ class CheckpointWriter:
         waited = time.monotonic()
         save.thread.join(patience)
         save.stalled += time.monotonic() - waited
+        if not self.rules.async_save:
+            save.least_stalled = save.stalled
         self._last = verdict = save.verdict or Verdict(
             f"it did not finish within {time.monotonic() - save.begun:.0f} s"
         )
@@ -215,7 +219,8 @@ class CheckpointWriter:
 
     def _record(self, kind: str, text: str, save: Save) -> None:
         if self._rank == 0:
-            record(self.checkpoints.parent, kind, text, step=save.manifest.step, seconds=round(save.seconds, 3))
+            times = {"seconds": round(save.seconds, 3), "stalled": round(save.least_stalled, 3)}
+            record(self.checkpoints.parent, kind, text, step=save.manifest.step, **times)
 
     def _stop_where_lost(self) -> None:
         """Raise FolderLost if another job took over the folder; on all ranks, since all have the verdict by now."""

@@ -227,6 +227,7 @@ class Attempt:
             step=hang.step,
             cause=hang.cause,
             ranks=list(hang.ranks),
+            silent=round(max(view.silent for view in silent), 1),
             stacks={str(rank): path for rank, path in stacks.items()},
             where={str(view.rank): list(view.stack) for view in views if view.rank in hang.ranks},
         )

@@ -41,7 +41,7 @@ def effective_time(run_dir: Path, events: Sequence[Mapping[str, Any]], *, comple
     # An end event of an earlier job does not apply if a later one is still running.
     end = max(ends) if ends and max(ends) > max(starts) else time.time()
     productive, done = 0.0, 0
-    for step, seconds in _step_seconds(run_dir / "metrics.jsonl"):
+    for step, seconds in step_seconds(run_dir):
         if not complete and step > kept:
             # If the checkpoint lies between two log lines, count only the steps before it.
             step = kept
@@ -51,11 +51,14 @@ def effective_time(run_dir: Path, events: Sequence[Mapping[str, Any]], *, comple
     return Effective(end - min(starts), productive, done)
 
 
-def _step_seconds(path: Path) -> list[tuple[int, float]]:
-    """(step, mean seconds per step since the previous line), in order; for repeated steps the last line counts."""
+def step_seconds(run_dir: Path) -> list[tuple[int, float]]:
+    """Read (step, mean seconds per step since the previous line) from metrics.jsonl, in the order of steps.
+
+    For repeated steps the last line counts. Empty if there is no such file.
+    """
     by_step: dict[int, float] = {}
     try:
-        lines = path.read_text(errors="replace").splitlines()
+        lines = (run_dir / "metrics.jsonl").read_text(errors="replace").splitlines()
     except OSError:
         return []
     for line in lines:

@@ -115,7 +115,8 @@ class Trainer:
         Raises:
             ConfigError, NotFinite, DataError, CheckpointError, RuntimeError: as in the module-level `fit`.
         """
-        self._record("start", f"{self.state.layout.world_size} process(es)")
+        processes = self.state.layout.world_size
+        self._record("start", f"{processes} process(es)", processes=processes)
         fault_injection.inject("start", 0)
         heartbeat.beat(Phase.LOADING)
         self._start()
@@ -158,7 +159,7 @@ class Trainer:
             result = train_step(self.state, plan, micro_batches)
             self.window.add(time.monotonic() - begun, waited, result)
             if self.state.step == first + 1:
-                self._record("first_step", f"{time.monotonic() - begun:.2f} s")
+                self._record("first_step", f"the first step of this start took {time.monotonic() - begun:.2f} s")
             self._note_stop(result.stop)
             self.skipped_samples.note(self.state.step, plan, self.state.train_data.planner, result.bad)
             if self._every(self.config.trainer.log_every_n_steps):

@@ -30,6 +30,7 @@ from megatron_anymal.checkpoint.newest_valid import find_newest_valid
 from megatron_anymal.checkpoint.snapshot import Plan
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import RunConfig
+from megatron_anymal.resilience import events
 from megatron_anymal.safetensors_io import HashedFile
 from megatron_anymal.train import loop
 
@@ -257,6 +258,9 @@ def test_in_the_background_or_not_the_files_are_the_same(config: RunConfig, tmp_
         one.exp_manager.explicit_log_dir = str(tmp_path / str(kind))
         said = run_ranks(2, slow_disk, one)[0][0]
         assert ("waiting for" in said) == kind
+        # The writing takes 0.3 s or more, and what the next save waits of it is not counted.
+        stalls = [(e["stalled"], e["seconds"]) for e in events.read(tmp_path / str(kind)) if e["kind"] == "saved"]
+        assert len(stalls) == 2 and all((stalled < seconds - 0.25) == kind for stalled, seconds in stalls)
         folders = reversed(store.committed(tmp_path / str(kind) / "checkpoints"))
         files[kind] = [store.read_manifest(folder, verify=True).files for folder in folders]
     assert len(files[True]) == 2 and files[True] == files[False]

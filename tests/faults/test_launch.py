@@ -101,6 +101,7 @@ def test_each_hang_is_found_in_time_and_blamed_on_its_rank(tmp_path: Path) -> No
     for hang, step in zip(hangs[:4], (2, 4, 6, 8)):
         since = hang["time"] - reached[(str(step), str(hang["attempt"]))]
         assert TIMEOUT <= since < TIMEOUT + 5, hang
+        assert TIMEOUT <= hang["silent"] < TIMEOUT + 5, hang
     # A stopped process writes no stacks; a process that holds the GIL does.
     assert set(hangs[0]["stacks"]) == {"0"} and "fail" in hangs[1]["where"]["0"][0]
     assert nothing_left(run) and "holding the GIL" in report(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 import time
@@ -179,8 +178,11 @@ def test_the_command_ends_with_75_and_goes_on(
     again = tmp_path / "again.log"
     assert f"at step {reached}" in finish(start(tmp_path, tmp_path / "run", "pretrain", 1, again, *more), again)
     assert steps_of(tmp_path / "run") == list(range(1, reached + 3))
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert kinds == ["start", "stop_requested", "saved", "stopped", "start", "resume", "saved", "end"]
+    told = events.read(tmp_path / "run")
+    assert [event["step"] for event in told if event["kind"] == "first_step"] == [1, reached + 1]
+    kinds = [event["kind"] for event in told]
+    first = ["start", "first_step", "stop_requested", "saved", "stopped"]
+    assert kinds == [*first, "start", "resume", "first_step", "saved", "end"]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 240.0) -> None:

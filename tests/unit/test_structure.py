@@ -34,6 +34,7 @@ ORDER = [
     ("dry_run",),
     ("generation",),
     ("launcher",),
+    ("planning",),
     ("nemo",),
     ("cli",),
 ]

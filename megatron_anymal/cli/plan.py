@@ -1,0 +1,72 @@
+"""`anymal plan`: predict what a run will do, from arithmetic alone; needs no GPU and starts nothing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_anymal.config import ConfigError
+from megatron_anymal.planning.goodput_inputs import GPUS, INPUTS, Input, resolve
+from megatron_anymal.planning.goodput_report import evaluate, render, to_dict
+from megatron_anymal.planning.measured_run import MeasuredRun, measure
+
+_GOODPUT = """Share of the time that goes into steps that are kept, with failures, and the save interval to choose.
+
+Failures are exponential; they happen in recoveries too, and one during the writing of a save loses it. The ratio is
+exact under these assumptions: docs/operations/goodput.md derives it and names the sources of the defaults."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb and return the exit code."""
+    parser = argparse.ArgumentParser(prog="anymal plan", description=__doc__)
+    subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
+    _add_goodput(subcommands)
+    arguments = parser.parse_args(argv)
+    return arguments.run_subcommand(arguments)
+
+
+def _add_goodput(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subcommands.add_parser(
+        "goodput",
+        help="effective-training-time ratio with failures, and the save interval to choose",
+        description=_GOODPUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="anymal plan goodput [options]",
+    )
+    parser.set_defaults(run_subcommand=_goodput)
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        action="append",
+        metavar="NUMBER",
+        help=f"number of GPUs; may be repeated (default: those of --run, or {', '.join(map(str, GPUS))})",
+    )
+    parser.add_argument("--run", metavar="FOLDER", help="take what is not given from this run's folder")
+    for item in INPUTS:
+        parser.add_argument(item.option, type=int if item.whole else float, metavar=item.unit, help=_help(item))
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _help(item: Input) -> str:
+    default = f"{item.default:.6g}, {item.source}" if item.default is not None else item.source
+    return f"{item.help} (default: {default})".replace("%", "%%") if default else item.help
+
+
+def _goodput(arguments: argparse.Namespace) -> int:
+    """Print the expected goodput for each number of GPUs."""
+    if arguments.mtbf_per_gpu_hours is not None and arguments.mtbf_per_node_hours is not None:
+        raise ConfigError("--mtbf-per-gpu-hours and --mtbf-per-node-hours exclude each other. Give one.")
+    run = measure(Path(arguments.run)) if arguments.run else MeasuredRun()
+    gpus = arguments.gpus or ([run.processes] if run.processes else list(GPUS))
+    for number in gpus:
+        if number < 1:
+            raise ConfigError(f"--gpus={number} must be 1 or more.")
+    values = resolve({item.name: getattr(arguments, item.name) for item in INPUTS}, run.values)
+    results = [evaluate(values, number) for number in sorted(set(gpus))]
+    if arguments.json:
+        print(json.dumps(to_dict(values, results, run.notes), indent=2))
+    else:
+        print(render(values, results, run.notes))
+    return 0
