@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from fork_server import ONE_THREAD
 from test_sigkill import figures, kill, steps_of
 from tiny import make_config
 
@@ -22,7 +21,6 @@ from megatron_anymal.config import DatasetConfig
 from megatron_anymal.resilience.events import read
 
 ROOT = Path(__file__).parents[2]
-FORKING = Path(__file__).with_name("forking_agent")
 
 
 def write_config(folder: Path, train: str, validation: str, tokenizer: str, steps: int, every: int) -> None:
@@ -53,21 +51,15 @@ def launch(
     *overrides: str,
     log: Path,
     node: Sequence[str] = (),
-    torchrun: bool = False,
 ) -> subprocess.Popen[bytes]:
     """Start `anymal launch pretrain` with FOLDER/tiny.yaml.
 
     Args:
         node: launcher options for one of several nodes.
-        torchrun: start the ranks with torchrun's agent, as for several nodes; the standby process forks them. Otherwise
-            use the agent that forks them without it.
     """
-    agent = [] if node or torchrun else ["--launcher=ft"]
-    words = [sys.executable, "-m", "megatron_anymal", "launch", *node, *agent, "pretrain"]
+    words = [sys.executable, "-m", "megatron_anymal", "launch", *node, "pretrain"]
     words += [f"--config-path={folder}", "--config-name=tiny", *options(run, processes), *overrides]
-    words += [] if torchrun or node else ["resilience.standby=false"]
-    # The forking agent must not have any library threads.
-    environment = {**os.environ, **ONE_THREAD, "PYTHONPATH": f"{ROOT}:{FORKING}" if agent else str(ROOT)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(words, cwd=folder, env=environment, stdout=log.open("ab"), stderr=subprocess.STDOUT)
 
 

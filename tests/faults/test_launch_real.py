@@ -65,7 +65,7 @@ def test_killed_twenty_times_each_rank_four_times_or_more(folder: Path) -> None:
     places = ("data", "compute", "update")
     planned = [f"kill:rank={r},step={s},place={dice.choice(places)}" for r, s in zip(ranks, steps)]
     long = ("trainer.max_steps=60", "exp_manager.checkpoint.every_n_train_steps=3")
-    process = launch(folder, run, PROCESSES, faults(*planned), *long, log=log, torchrun=True)
+    process = launch(folder, run, PROCESSES, faults(*planned), *long, log=log)
     finish(process, log, patience=3300)
     assert_same(run, left_alone(folder, *long))
     deaths, restarts = told(run, "death"), told(run, "restart")
@@ -165,7 +165,7 @@ def test_of_two_launchers_in_one_folder_one_is_refused(folder: Path, whole: Path
 
 def test_a_mistake_is_told_once(folder: Path) -> None:
     run, log = folder / "mistaken", folder / "mistaken.log"
-    process = launch(folder, run, PROCESSES, f"data.train.mix.path={folder}/nowhere", log=log, torchrun=True)
+    process = launch(folder, run, PROCESSES, f"data.train.mix.path={folder}/nowhere", log=log)
     said = finish(process, log, Exit.MISTAKE)
     assert "nowhere" in said and len(told(run, "start")) <= 1 and not told(run, "restart")
     # The launcher starts nothing if it finds the mistake itself.

@@ -39,7 +39,7 @@ def test_killed_ranks_are_forked_again(folder: Path) -> None:
     run_ranks(PROCESSES, train, compose("tiny", folder, options(whole, PROCESSES)).config, timeout=200)
     planned = ("kill:rank=1,step=4,place=compute", "exception:rank=0,step=6")
     slow = "slow:rank=0,seconds=1.0,every=1"
-    process = launch(folder, run, PROCESSES, faults(*planned, slow), log=log, torchrun=True)
+    process = launch(folder, run, PROCESSES, faults(*planned, slow), log=log)
     wait_for_step(run, 7, process)
     # The third fault: the standby process itself, with everything that it forked.
     os.kill(standby_of(process.pid), signal.SIGKILL)
