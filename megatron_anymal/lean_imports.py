@@ -66,6 +66,16 @@ def install() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
+def hide_torch() -> None:
+    """Keep torch out of this process, for commands that use transformers only for tokenizers and settings of encoders.
+
+    An import of torch then fails, and transformers behaves as if it were not installed. Does nothing if torch has been
+    imported.
+    """
+    # None makes an import fail, and importlib.util.find_spec report that there is no such module.
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+
+
 class _Finder(importlib.abc.MetaPathFinder):
     """Finds the modules that this file is about and gives them a loader of this file."""
 

@@ -31,6 +31,8 @@ _RECORDS = (
     ("nv_one_logger.training_telemetry.api.training_telemetry_provider", r"No exporters were provided"),
     # It looks for the tokenizer class in the config.json of an exported folder; the tokenizer's own file names it.
     ("transformers.configuration_utils", r"You are using a model of type `anymal` to instantiate a model of type ``"),
+    # Where torch is kept out (lean_imports.hide_torch).
+    ("transformers", r"PyTorch was not found"),
     # A restarted run continues in its folder.
     ("nemo_logger", r"Exp_manager is logging to .*, but it already exists"),
 )

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_anymal import lean_imports
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.records import DataError
 
@@ -25,6 +26,9 @@ def main(argv: Sequence[str]) -> int:
     from megatron_anymal.data.tokenizer import Tokenizer
     from megatron_anymal.modalities import load_plugins
 
+    if not arguments.plugin:
+        # A plug-in may need torch; what this verb does itself, does not.
+        lean_imports.hide_torch()
     load_plugins(arguments.plugin)
     options = IndexOptions(
         arguments.tokenizer,

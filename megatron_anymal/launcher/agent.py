@@ -23,9 +23,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, ClassVar, Optional, Union
 
-import psutil
-
-from megatron_anymal.launcher.standby import SOCKET, Forked, fork
+from megatron_anymal.launcher.standby import SOCKET, Forked, children, end_group, fork
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.failure_record import exit_now
 
@@ -56,34 +54,13 @@ def ranks_started(folder: Path) -> dict[int, int]:
 def ranks_below(pid: int) -> dict[int, int]:
     """Rank -> process ID of an agent's running children that have a rank."""
     pids = {}
-    for child in _children(pid):
+    for child in children(pid):
         # Between fork and exec, a child still has the agent's environment, without a rank.
         with suppress(OSError, ValueError):
             for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
                 if entry.startswith(b"RANK="):
                     pids[int(entry.removeprefix(b"RANK="))] = child
     return pids
-
-
-def _children(pid: int) -> list[int]:
-    """Child processes of a process; avoids scanning all processes of the machine if the kernel lists the children."""
-    try:
-        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    except OSError:
-        # A thread ended in the meantime.
-        lists = []
-    if lists:
-        return [int(child) for listed in lists for child in listed.split()]
-    with suppress(psutil.Error):
-        return [child.pid for child in psutil.Process(pid).children()]
-    return []
-
-
-def end_rank(pid: int) -> None:
-    """Kill a rank and its child processes; each rank leads a process group."""
-    for end in (os.killpg, os.kill):
-        with suppress(ProcessLookupError, PermissionError):
-            end(pid, signal.SIGKILL)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -164,7 +141,7 @@ def _watch(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(_LOOK)
     for pid in {*_Spawned.ranks, *ranks_below(os.getpid()).values()}:
-        end_rank(pid)
+        end_group(pid)
     os._exit(1)
 
 

@@ -25,7 +25,7 @@ from megatron_anymal.launcher.hang_detector import (
 )
 from megatron_anymal.launcher.job import Ending, Job, attempt_folder
 from megatron_anymal.launcher.rendezvous import SingleNode
-from megatron_anymal.launcher.standby import SOCKET, Forked, Standby, fork
+from megatron_anymal.launcher.standby import SOCKET, Forked, Standby, end_group, fork
 from megatron_anymal.launcher.stop_requests import StopRequests
 from megatron_anymal.resilience import heartbeat
 from megatron_anymal.resilience.events import ATTEMPT, read, record
@@ -238,12 +238,14 @@ class Attempt:
     def _kill(self) -> None:
         """Kill all remaining ranks with their child processes, then the agent if it does not exit by itself."""
         for pid in {**self.workers, **agents.ranks_below(self.agent.pid)}.values():
-            agents.end_rank(pid)
+            end_group(pid)
         try:
             self.agent.wait(_AGENT)
         except subprocess.TimeoutExpired:
             self.agent.kill()
             self.agent.wait()
+        if self.standby is not None:
+            self.standby.end_all()
 
     def _ending(self) -> Ending:
         stop = self.stop_requests.stop is not None

@@ -21,6 +21,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
+import psutil
+
 # Environment variable with the path of the standby process's socket.
 SOCKET = "ANYMAL_STANDBY"
 # What every rank imports, and torchrun's agent.
@@ -95,12 +97,39 @@ class Standby:
             return False
         return self._ready
 
+    def end_all(self) -> None:
+        """Kill whatever it has forked; what the launcher knows of has ended by then."""
+        if self._process is not None:
+            for pid in children(self._process.pid):
+                end_group(pid)
+
     def close(self) -> None:
         """End the process and every process that it forked."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def children(pid: int) -> list[int]:
+    """Child processes of a process; avoids scanning all processes of the machine if the kernel lists the children."""
+    try:
+        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
+    except OSError:
+        # A thread ended in the meantime.
+        lists = []
+    if lists:
+        return [int(child) for listed in lists for child in listed.split()]
+    with suppress(psutil.Error):
+        return [child.pid for child in psutil.Process(pid).children()]
+    return []
+
+
+def end_group(pid: int) -> None:
+    """Kill a process and its child processes; it leads a process group."""
+    for end in (os.killpg, os.kill):
+        with suppress(ProcessLookupError, PermissionError):
+            end(pid, signal.SIGKILL)
 
 
 class Forked:

@@ -136,8 +136,9 @@ class _Server:
         os.environ.clear()
         os.environ.update(request["environment"])
         # The command line stays that of this process.
-        name = f"anymal rank {request['environment'].get('RANK', '')}".encode()[:15]
-        ctypes.CDLL(None).prctl(_SET_NAME, name)
+        rank = request["environment"].get("RANK")
+        name = "anymal agent" if rank is None else f"anymal rank {rank}"
+        ctypes.CDLL(None).prctl(_SET_NAME, name.encode()[:15])
         _seed()
 
 

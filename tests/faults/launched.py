@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
@@ -18,6 +20,8 @@ from tiny import make_config
 
 from megatron_anymal.checkpoint.store import newest_valid
 from megatron_anymal.config import DatasetConfig
+from megatron_anymal.launcher.agent import ranks_below
+from megatron_anymal.launcher.hang_detector import catches
 from megatron_anymal.resilience.events import read
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +87,16 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
     while max(steps_of(run), default=0) < step:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def rank_processes(launcher: int) -> dict[int, int]:
+    """Rank -> process ID of the running ranks of a launcher that handle stop signals."""
+    below = [child for direct in psutil.Process(launcher).children() for child in direct.children()]
+    # Those that the standby process forked have a name; torchrun's own have a variable.
+    named = {int(p.name().split()[-1]): p.pid for p in below if p.name().startswith("anymal rank ")}
+    started = [ranks_below(child.pid) for child in psutil.Process(launcher).children()]
+    found = {rank: pid for ranks in (*started, named) for rank, pid in ranks.items()}
+    return {rank: pid for rank, pid in found.items() if catches(pid, signal.SIGUSR1)}
 
 
 def faults(*described: str) -> str:

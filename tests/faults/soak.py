@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from launched import differences, launch, write_config
+from launched import differences, launch, rank_processes, write_config
 from measuring import surroundings
 from test_sigkill import figures, kill, steps_of
 from tiny import make_shards, make_tokenizer
 
-from megatron_anymal.launcher.agent import ranks_below
 from megatron_anymal.launcher.goodput import effective_time
 from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
@@ -161,8 +160,7 @@ class Soak:
             print(f"{time.strftime('%H:%M:%S')} step {max(steps_of(self.run_dir), default=0)}: {name}", flush=True)
 
     def _ranks(self) -> list[psutil.Process]:
-        agents = psutil.Process(self.process.pid).children()
-        return [psutil.Process(pid) for agent in agents for pid in ranks_below(agent.pid).values()]
+        return [psutil.Process(pid) for pid in rank_processes(self.process.pid).values()]
 
     def _signal_rank(self, number: signal.Signals) -> None:
         self.dice.choice(self._ranks()).send_signal(number)

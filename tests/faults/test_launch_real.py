@@ -7,21 +7,17 @@ import os
 import random
 import re
 import signal
-import subprocess
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from engine import train
-from launched import assert_same, faults, finish, launch, options, told, wait_for_step, write_config
+from launched import assert_same, faults, finish, launch, options, rank_processes, told, wait_for_step, write_config
 from ranks import run_ranks
 from test_sigkill import steps_of
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.config.compose import compose
-from megatron_anymal.launcher.agent import ranks_below
-from megatron_anymal.launcher.hang_detector import catches
 from megatron_anymal.resilience.exit_codes import Exit
 
 PROCESSES, STEPS, EVERY = 4, 14, 4
@@ -110,19 +106,12 @@ def test_each_hang_and_failure_is_blamed_and_leaves_no_trace(folder: Path, whole
     assert died["time"] - happened[-1] < 5
 
 
-def ranks_of(launcher: subprocess.Popen[bytes]) -> dict[int, int]:
-    """Return rank -> process id for the ranks that have started and handle stop signals."""
-    agents = psutil.Process(launcher.pid).children()
-    found = {rank: pid for agent in agents for rank, pid in ranks_below(agent.pid).items()}
-    return {rank: pid for rank, pid in found.items() if catches(pid, signal.SIGUSR1)}
-
-
 def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None:
     """Stop requests to a rank during start-up, to the launcher, which forwards it, and to another rank in a step."""
     run, log = folder / "asked", folder / "asked.log"
     process = launch(folder, run, PROCESSES, faults(SLOW), log=log)
     deadline = time.monotonic() + 120
-    while len(ranks := ranks_of(process)) < PROCESSES:
+    while len(ranks := rank_processes(process.pid)) < PROCESSES:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(ranks[3], signal.SIGTERM)
@@ -131,7 +120,7 @@ def test_stopped_on_request_and_started_again(folder: Path, whole: Path) -> None
     for step, number, by in ((2, signal.SIGTERM, None), (7, signal.SIGUSR1, 2)):
         process = launch(folder, run, PROCESSES, faults(SLOW), log=log)
         wait_for_step(run, step, process)
-        os.kill(process.pid if by is None else ranks_of(process)[by], number)
+        os.kill(process.pid if by is None else rank_processes(process.pid)[by], number)
         asked = time.monotonic()
         finish(process, log, Exit.REQUEUE)
         # Enough for a step, a save and the exit of four processes.
@@ -153,7 +142,7 @@ def test_of_two_launchers_in_one_folder_one_is_refused(folder: Path, whole: Path
     first = launch(folder, run, PROCESSES, faults(SLOW), log=log)
     wait_for_step(run, 1, first)
     # Pause the first run for as long as the second one takes to start.
-    held = ranks_of(first)[3]
+    held = rank_processes(first.pid)[3]
     os.kill(held, signal.SIGSTOP)
     owner = json.loads((run / "run.lock").read_text())
     said = finish(launch(folder, run, PROCESSES, log=late), late, Exit.LOCKED)

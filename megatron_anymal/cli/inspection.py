@@ -1,0 +1,312 @@
+"""The work of `anymal inspect`: checks prepared folders and shows their samples."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Optional
+
+import numpy as np
+
+from megatron_anymal.config import DatasetConfig, RunConfig
+from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
+from megatron_anymal.data.left_out import grouped
+from megatron_anymal.data.lint import (
+    SIZE_NAMES,
+    TIMED,
+    Reading,
+    ReadSample,
+    read_all,
+    read_sample,
+    wrong_shards,
+    wrong_tokenizer,
+)
+from megatron_anymal.data.planner import BatchLayout, BatchPlanner
+from megatron_anymal.data.records import DataError, MediaPart, Part
+from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
+from megatron_anymal.data.tokenizer import Document, Tokenizer
+from megatron_anymal.modalities import MediaError, build_modality, load_plugins
+
+# Number of bad samples that are named; the others are only counted.
+_SHOWN = 20
+_PACKED_STEPS = 20
+_ROWS_AT_ONCE = 1_000_000
+_SCALE = 40
+_KIND_NAMES = {"messages": "conversations", "preference": "preference pairs"}
+
+
+@dataclass(frozen=True)
+class InspectedRun:
+    """A configuration, and what is built from it to inspect samples."""
+
+    config: RunConfig
+    reading: Reading
+    modalities: list[PlannedModality]
+
+
+def inspect(arguments: argparse.Namespace, folders: Sequence[str], tokenizer: str, config: Optional[RunConfig]) -> int:
+    """Inspect prepared folders as the verb's arguments say, print the results, and return 1 if anything is bad.
+
+    Args:
+        tokenizer: the tokenizer's folder.
+        config: a run that has checked its configuration.
+
+    Raises:
+        DataError: a folder has no index, or its shards or tokenizer cannot be used.
+        ConfigError: a plug-in cannot be imported.
+    """
+    load_plugins(arguments.plugin)
+    run = _build(config) if config else None
+    problems = 0
+    for folder in folders:
+        problems += _inspect(ShardIndex(folder, config.data.limits if config else None), tokenizer, run, arguments)
+    if run and not arguments.sample:
+        problems += _packing(run)
+    return 1 if problems else 0
+
+
+def _build(config: RunConfig) -> InspectedRun:
+    load_plugins(config.model.plugins)
+    tokenizer = Tokenizer(config.data.tokenizer)
+    planned, loaded = [], {}
+    for section, options in config.model.modalities.items():
+        kind, modality = options.kind or section, build_modality(section, options, config.data.limits)
+        planned.append(PlannedModality(section, kind, modality, options.projector.num_tokens))
+        placeholder = tokenizer.placeholder(options.placeholder, f"model.modalities.{section}.placeholder")
+        loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder)
+    return InspectedRun(config, Reading(tokenizer, {k: e.modality for k, e in loaded.items()}, loaded), planned)
+
+
+def _inspect(
+    index: ShardIndex, tokenizer_folder: str, run: Optional[InspectedRun], arguments: argparse.Namespace
+) -> int:
+    """Check one folder, or show samples of it, and return the number of problems."""
+    tokenizer = (
+        run.reading.tokenizer if run and run.config.data.tokenizer == tokenizer_folder else Tokenizer(tokenizer_folder)
+    )
+    kinds = sorted(index.kinds_used())
+    if run:
+        _refuse_unread(index, run)
+        reading = Reading(tokenizer, run.reading.modalities, run.reading.loaded)
+    else:
+        reading = Reading.without_configuration(tokenizer, index)
+    wrong = [*wrong_shards(index), *wrong_tokenizer(index, tokenizer, tokenizer_folder)]
+    _print_header(index, wrong)
+    if arguments.sample:
+        return len(wrong) + sum(_show(index, text, reading) for text in arguments.sample)
+    _print_media(index)
+    _print_left_out(index)
+    _print_lengths("text tokens per sample", _text_tokens(index))
+    if wrong_tokenizer(index, tokenizer, tokenizer_folder):
+        # Every sample would be reported as bad: its lengths are those of another tokenizer.
+        return len(wrong)
+    numbers = range(min(len(index), arguments.limit or len(index)))
+    if not run:
+        only_probed = [kind for kind in kinds if kind not in reading.modalities]
+        if only_probed:
+            print(f"not decoded without --config-name, only probed: {', '.join(only_probed)}")
+    bad = read_all(index, numbers, reading, arguments.workers)
+    for key, why in bad[:_SHOWN]:
+        print(f"bad: {key}: {why}")
+    if len(bad) > _SHOWN:
+        print(f"bad: {len(bad) - _SHOWN} more")
+    print(f"read {len(numbers)} of {len(index)} samples with their media: {len(bad) or 'none'} bad")
+    return len(wrong) + len(bad)
+
+
+def _refuse_unread(index: ShardIndex, run: InspectedRun) -> None:
+    missing = index.kinds_used() - set(run.reading.modalities)
+    if missing:
+        raise DataError(
+            f"{index.folder!r} holds {', '.join(sorted(missing))}, for which the configuration has no modality. Add "
+            f"model.modalities.{min(missing)}."
+        )
+
+
+def _print_header(index: ShardIndex, wrong: Sequence[str]) -> None:
+    size = sum(index.header.shard_bytes)
+    counts = f"{len(index)} samples, {len(index.media)} media items, {len(index.header.shards)} shards"
+    kinds = ", ".join(f"{_KIND_NAMES[kind]} {count}" for kind, count in index.sample_kinds().items() if kind != "parts")
+    print(f"{index.folder}: {counts}, {_bytes(size)}" + (f" ({kinds})" if kinds else ""))
+    for problem in wrong:
+        print(f"bad: {problem}")
+
+
+def _print_media(index: ShardIndex) -> None:
+    for number, kind in enumerate(index.header.kinds):
+        rows = index.media[index.media["kind"] == number]
+        if len(rows):
+            names = SIZE_NAMES.get(kind, TIMED)
+            sizes = ", ".join(f"{name} {_spread(rows['size'][:, at])}" for at, name in enumerate(names))
+            print(f"  {kind}: {len(rows)} items, {sizes}, bytes {_spread(rows['length'])}  (min / median / max)")
+
+
+def _print_left_out(index: ShardIndex) -> None:
+    """Print what was left out of the index, grouped by reason."""
+    ignored = index.members.get("ignored", {})
+    if ignored:
+        print(f"  ignored members: {', '.join(f'{what} {count}' for what, count in ignored.items())}")
+    for line in grouped(index.left_out()):
+        print(f"  left out: {line}" if not line.startswith(" ") else f"  {line}")
+
+
+def _spread(values: np.ndarray) -> str:
+    return " / ".join(f"{v:.6g}" for v in (values.min(), np.median(values), values.max()))
+
+
+def _print_lengths(what: str, lengths: np.ndarray) -> None:
+    """Print the spread and a histogram of whole numbers."""
+    low, high = int(lengths.min()), int(lengths.max())
+    print(f"{what}: min {low}, median {np.median(lengths):g}, p95 {np.percentile(lengths, 95):g}, max {high}")
+    step = max(1, -(-(high - low + 1) // 10))
+    edges = np.arange(low, high + step + 1, step)
+    counts, _ = np.histogram(lengths, edges)
+    width = len(str(high + step))
+    for start, count in zip(edges, counts):
+        bar = "#" * -(-_SCALE * int(count) // int(counts.max()))
+        span = f"{start:>{width}}" + (f"-{start + step - 1:<{width}}" if step > 1 else "")
+        print(f"  {span}  {bar:<{_SCALE}} {count}".rstrip())
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:.4g} TiB"
+
+
+def _find(index: ShardIndex, text: str) -> int:
+    """Find a sample's row by its key or, if no key matches, by its number."""
+    for number in range(len(index)):
+        if index.key(number) == text:
+            return number
+    if text.isdigit() and int(text) < len(index):
+        return int(text)
+    raise DataError(
+        f"--sample {text}: {index.folder!r} has no sample with this key or number (it has {len(index)} samples)."
+    )
+
+
+def _show(index: ShardIndex, text: str, reading: Reading) -> int:
+    """Print a sample; return 1 if it is bad."""
+    number = _find(index, text)
+    print(f"\nsample {index.key(number)!r}, number {number}")
+    try:
+        sample = read_sample(index, number, reading)
+    except (DataError, MediaError) as error:
+        print(f"bad: {error}")
+        return 1
+    documents = list(zip(sample.sample.documents, sample.documents))
+    for name, (parts, document) in zip(("chosen", "rejected"), documents):
+        if len(documents) > 1:
+            print(f"  {name}:")
+        _print_parts(parts, index.media_rows(number), sample)
+        which = "" if reading.loaded else " without media"
+        print(f"  {len(document.tokens)} tokens{which}, {sum(document.is_target)} targets:")
+        for line in _token_lines(document, sample.media, reading):
+            print(f"    {line}")
+    return 0
+
+
+def _print_parts(parts: Sequence[Part], media_rows: np.ndarray, sample: ReadSample) -> None:
+    """Print one line per content part of a document."""
+    rows = zip(media_rows, sample.media, sample.pieces)
+    for part in parts:
+        if not isinstance(part, MediaPart):
+            print(f"  text   {'target' if part.loss else '      '}  {part.text!r}")
+            continue
+        row, item, pieces = next(rows)
+        sizes = ", ".join(
+            f"{name} {value:.6g}" for name, value in zip(SIZE_NAMES.get(part.modality, TIMED), row["size"])
+        )
+        cut = f", {pieces} piece(s)" if pieces else ""
+        given = "".join(f", {key}={value}" for key, value in part.attributes.items())
+        print(f"  media  {part.modality} {part.media!r}: {sizes}{given}, {_bytes(len(item.data))}{cut}")
+
+
+def _token_lines(document: Document, media: Sequence[MediaBytes], reading: Reading) -> Iterator[str]:
+    """Yield one line per token or run of placeholders: position, id, text, and whether it is a target."""
+    hf = reading.tokenizer.hf
+    starts = {} if reading.loaded else _media_at(document, media)
+    placeholders = {entry.placeholder for entry in reading.loaded.values()}
+    position = 0
+    for token, group in itertools.groupby(document.tokens):
+        count = len(list(group))
+        if token in placeholders:
+            yield f"{position:>5}  {token:>6}  {hf.convert_ids_to_tokens(token)} x {count}"
+            position += count
+            continue
+        for _ in range(count):
+            yield from starts.get(position, [])
+            target = "  target" if document.is_target[position] else ""
+            yield f"{position:>5}  {token:>6}  {hf.decode([token])!r}{target}"
+            position += 1
+
+
+def _media_at(document: Document, media: Sequence[MediaBytes]) -> dict[int, list[str]]:
+    """Text-token position -> lines that mark the media at that position."""
+    at: dict[int, list[str]] = {}
+    for start, item in zip(document.media_starts, media):
+        at.setdefault(start, []).append(f"{'':>5}  {'':>6}  <{item.part.modality}>")
+    return at
+
+
+def _packing(run: InspectedRun) -> int:
+    """Print how many samples of each dataset are too long, and how well the packs of the first steps are filled."""
+    config, problems = run.config, 0
+    for split in ("train", "validation"):
+        for name, dataset in getattr(config.data, split).items():
+            lengths = _lengths(_planner(run, {name: dataset}))
+            _print_lengths(f"data.{split}.{name}: LLM tokens per sample, including media", lengths)
+            too_long = int((lengths > config.data.seq_length).sum())
+            fate = "training refuses to start" if config.data.too_long == "refuse" else "they are left out"
+            note = f" ({fate}: data.too_long={config.data.too_long})" if too_long else ""
+            bad = "bad: " if too_long and config.data.too_long == "refuse" else ""
+            print(f"{bad}longer than data.seq_length={config.data.seq_length}: {too_long} of {len(lengths)}{note}")
+            problems += bool(bad)
+    planner = _planner(run, config.data.train)
+    fills, packs = [], []
+    for step in range(min(_PACKED_STEPS, config.trainer.max_steps)):
+        plan = planner.plan(step)
+        count = sum(len(replica) for replica in plan.micro_batches)
+        kept = [n for position, n in enumerate(plan.length) if position not in plan.dropped]
+        fills.append(sum(int(n) for n in kept) / (plan.padded_length * count))
+        packs.append(count)
+    print(
+        f"first {len(fills)} steps: {np.mean(fills):.1%} of the computed tokens are real (worst step "
+        f"{min(fills):.1%}), {min(packs)} to {max(packs)} micro-batches per step"
+    )
+    return problems
+
+
+def _planner(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPlanner:
+    config, tokenizer = run.config, run.reading.tokenizer
+    return BatchPlanner(
+        datasets,
+        run.modalities,
+        tokenizer,
+        BatchLayout.of(config.model, config.data.seq_length, config.data_parallel_size),
+        global_batch_size=config.model.global_batch_size,
+        seed=config.model.seed,
+        # Counted here, not rejected.
+        too_long="drop",
+        check_shards=False,
+    )
+
+
+def _lengths(planner: BatchPlanner) -> np.ndarray:
+    """Number of LLM tokens of every sample, for a planner of one dataset."""
+    [index] = planner.indexes
+    return np.concatenate([planner.measure(index, rows).length for rows in _row_chunks(index)])
+
+
+def _text_tokens(index: ShardIndex) -> np.ndarray:
+    """Number of text tokens of every sample."""
+    return np.concatenate([index.lengths(rows)[0].sum(axis=1) for rows in _row_chunks(index)])
+
+
+def _row_chunks(index: ShardIndex) -> list[np.ndarray]:
+    return [np.arange(at, min(at + _ROWS_AT_ONCE, len(index))) for at in range(0, len(index), _ROWS_AT_ONCE)]
