@@ -133,3 +133,21 @@ def test_damaged_shards_lose_nothing_in_silence(tmp_path: Path) -> None:
     # If the comparison could not show any loss, it would prove nothing.
     assert found["webdataset"]["samples_lost_in_silence"] > 0
     assert "--energon-python" in printed and "| webdataset |" in printed
+
+
+def test_startup(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    shown = run(
+        "benchmarks/startup.py",
+        "--rounds=1",
+        "--only=doctor",
+        "--only=generate --help",
+        f"--against={ROOT}",
+        f"--out={out}",
+    )
+    rows = json.loads(out.read_text())["rows"]
+    assert rows.keys() == {"doctor", "generate --help"}
+    for name, row in rows.items():
+        assert name in shown and row.keys() == {"this", "other"}
+        for side in row.values():
+            assert side["cpu"] > 0 and side["wall"] > 0 and len(side["rounds"]) == 1
