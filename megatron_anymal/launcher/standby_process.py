@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     path, *modules = arguments
     launcher = os.getppid()
     _end_with(launcher)
+    inherited = {number: signal.getsignal(number) for number in _STOPPING}
     for number in _STOPPING:
         # A handler rather than SIG_IGN, which a command that a rank starts would inherit.
         signal.signal(number, _leave_it)
@@ -52,14 +53,20 @@ def main(arguments: Sequence[str]) -> int:
     # Pages that are never written stay shared; a collection would write to all of them.
     gc.collect()
     gc.freeze()
-    request = _Server(path).run()
+    request = _Server(path, inherited).run()
     return _run(request["module"], request["arguments"])
 
 
 class _Server:
-    """Serves requests and notes the ends of the processes that were forked."""
+    """Serves requests and notes the ends of the processes that were forked.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        path: path of the socket to create.
+        handlers: signal -> handler that forked processes begin with.
+    """
+
+    def __init__(self, path: str, handlers: Mapping[signal.Signals, Any]) -> None:
+        self._handlers = {**handlers, signal.SIGCHLD: signal.SIG_DFL}
         # Process ID -> file to note its end in.
         self._notes: dict[int, Path] = {}
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -124,9 +131,8 @@ class _Server:
         """In a forked process: take on the requested environment, in a session of its own."""
         _end_with(standby)
         signal.set_wakeup_fd(-1)
-        for number in (*_STOPPING, signal.SIGCHLD):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         os.setsid()
         for target, file in enumerate(files, start=1):
             os.dup2(file, target)

@@ -48,7 +48,7 @@ REFUSED = {
     "generate --checkpoint=EXPORT --media=EXPORT/walk.npy --modality=imu": "no modality 'imu'",
     "evaluate --checkpoint=/nowhere --data=/none": "/none",
     "prepare --manifest=/none.jsonl --out=/tmp/never --tokenizer=/nowhere": "/none.jsonl",
-    "prepare --index-only=/none --tokenizer=/nowhere": "/nowhere",
+    "prepare --index-only=/none --tokenizer=/nowhere": "/none",
     "prepare --index-only=/none --tokenizer=/nowhere --limit=max_pixel=3": "max_pixels",
     "inspect /none --tokenizer=/nowhere": "/none",
     "plan goodput --gpus=0": "gpus",

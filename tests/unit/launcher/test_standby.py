@@ -66,6 +66,22 @@ def test_a_forked_process_finds_what_a_started_one_finds(standby: Standby, tmp_p
     assert len({*drawn[0], *drawn[1], other["random"], other["numpy"]}) == 6
 
 
+def test_signals_that_the_launcher_ignores_stay_ignored(tmp_path: Path) -> None:
+    """As after `nohup`, or in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        standby = Standby(environment(), [], print)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        assert standby.wait(lambda: None, 60.0)
+        forked = start(standby, tmp_path, "tell")
+        assert forked.wait(30) == 0
+        assert told((tmp_path / "out").read_text())["handlers"]["SIGINT"] == str(signal.SIG_IGN)
+    finally:
+        standby.close()
+
+
 @pytest.mark.parametrize(("arguments", "code"), [(["exit", "0"], 0), (["exit", "75"], 75), (["fail"], 1)])
 def test_exit_codes(arguments: list[str], code: int, standby: Standby, tmp_path: Path) -> None:
     forked = start(standby, tmp_path, *arguments)
