@@ -136,6 +136,7 @@ class Attempt:
             forked = fork(environment[SOCKET], agents.__name__, words, environment, self.folder, [1, 2])
             if forked is not None:
                 return forked
+            self.standby.give_up()
         command = [sys.executable, "-m", agents.__name__, *words]
         # In its own session, so that only the launcher receives Ctrl-C; it forwards the request.
         return subprocess.Popen(command, env=environment, start_new_session=True)

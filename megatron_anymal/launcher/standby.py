@@ -55,7 +55,7 @@ class Standby:
         self._environment, self._modules, self._say = dict(environment), list(modules), say
         self._folder = Path(tempfile.mkdtemp(prefix="anymal_standby_"))
         self._process: Optional[subprocess.Popen[bytes]] = None
-        self._ready = False
+        self._ready = self._declined = False
         self.begin()
 
     @property
@@ -65,7 +65,7 @@ class Standby:
 
     def begin(self) -> None:
         """Start the process if it is not running. It imports in the background."""
-        if self._process is not None and self._process.poll() is None:
+        if self._declined or (self._process is not None and self._process.poll() is None):
             return
         self._ready = False
         self.socket.unlink(missing_ok=True)
@@ -86,7 +86,8 @@ class Standby:
             check: called while waiting; may raise to end the wait.
             seconds: longest wait.
         """
-        assert self._process is not None
+        if self._declined or self._process is None:
+            return False
         deadline = time.monotonic() + seconds
         while not self._ready and self._process.poll() is None and time.monotonic() < deadline:
             check()
@@ -96,6 +97,13 @@ class Standby:
             self._say(f"the standby process ended with exit code {self._process.returncode}: starting the ranks anew")
             return False
         return self._ready
+
+    def give_up(self) -> None:
+        """End the process for good if it runs but declined, since it would decline again."""
+        if self._process is not None and self._process.poll() is None:
+            self._declined = True
+            self._process.kill()
+            self._process.wait()
 
     def end_all(self) -> None:
         """Kill whatever it has forked; what the launcher knows of has ended by then."""

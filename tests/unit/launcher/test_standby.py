@@ -139,6 +139,10 @@ def test_with_a_second_thread_it_declines(tmp_path: Path, capfd: pytest.CaptureF
         assert standby.wait(lambda: None, 60.0)
         assert fork(str(standby.socket), TARGET, ["exit", "0"], environment(), tmp_path, [1, 2]) is None
         assert "the standby process forks no more: it has 2 threads" in capfd.readouterr().err
+        # It would decline again: the next attempt does not wait for another one.
+        standby.give_up()
+        standby.begin()
+        assert not standby.wait(lambda: None, 60.0)
     finally:
         standby.close()
 
