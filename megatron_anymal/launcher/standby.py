@@ -36,6 +36,8 @@ RANK_MODULES = (
 )
 # Longest message, in bytes: the environment and the command line of a process.
 MESSAGE = 1 << 20
+# Exit code of the process if its imports have made forks unsafe.
+UNSAFE = 3
 # Seconds to wait for an answer; forking takes milliseconds.
 _ANSWER = 20.0
 # Polling interval, and how long the standby process may take to note the end of a process, in seconds.
@@ -93,10 +95,10 @@ class Standby:
             check()
             self._ready = self.socket.exists()
             time.sleep(0 if self._ready else _LOOK)
-        if self._process.poll() is not None:
+        self._declined = self._process.poll() == UNSAFE
+        if self._process.poll() is not None and not self._declined:
             self._say(f"the standby process ended with exit code {self._process.returncode}: starting the ranks anew")
-            return False
-        return self._ready
+        return self._ready and self._process.poll() is None
 
     def give_up(self) -> None:
         """End the process for good if it runs but declined, since it would decline again."""

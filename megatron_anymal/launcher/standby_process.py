@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_anymal import lean_imports
-from megatron_anymal.launcher.standby import MESSAGE
+from megatron_anymal.launcher.standby import MESSAGE, UNSAFE
 from megatron_anymal.log_filters import quiet_libraries
 
 # A scheduler may send its stop signals to every process of a job; the launcher handles them.
@@ -50,6 +50,9 @@ def main(arguments: Sequence[str]) -> int:
         # A module that is missing is reported by the rank that needs it.
         with suppress(ImportError):
             importlib.import_module(module)
+    if reason := _why_not():
+        print(f"no standby process: {reason}. The ranks are started anew.", file=sys.stderr, flush=True)
+        return UNSAFE
     # Pages that are never written stay shared; a collection would write to all of them.
     gc.collect()
     gc.freeze()

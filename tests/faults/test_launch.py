@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ import pytest
 from ports import free_port
 
 from megatron_anymal.config import ResilienceConfig
-from megatron_anymal.launcher import attempt
+from megatron_anymal.launcher import attempt, supervisor
 from megatron_anymal.launcher.agent import ranks_below
 from megatron_anymal.launcher.job import Job
 from megatron_anymal.launcher.supervisor import Supervisor
@@ -82,6 +83,18 @@ def test_killed_and_crashed_it_goes_on_by_itself(tmp_path: Path, capfd: pytest.C
     }
     # The console shows it too, prefixed with the rank.
     assert "[rank 0] RuntimeError: rank 0 was told to crash" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "way"), [("with_a_thread", "anew"), ("json", "standby")])
+def test_where_forks_are_not_safe_ranks_are_started_anew(
+    module: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "RANK_MODULES", ())
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}:{ROOT / 'tests' / 'unit' / 'launcher'}")
+    run = tmp_path / "run"
+    planned = replace(job(run, "6", "1:2:crash:1"), standby=True, preload=(module,))
+    assert Supervisor(planned).run() == Exit.DONE and nothing_left(run)
+    assert [event["way"] for event in told(run, "start") if "way" in event] == [way] * 2
 
 
 @pytest.mark.timeout(300)

@@ -133,13 +133,27 @@ def test_it_ends_with_its_launcher(tmp_path: Path) -> None:
     assert not psutil.pid_exists(pid)
 
 
-def test_with_a_second_thread_it_declines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    standby = Standby(environment(), ["with_a_thread"], print)
+def test_with_a_second_thread_there_is_none(capfd: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    standby = Standby(environment(), ["with_a_thread"], said.append)
+    try:
+        for _ in range(2):
+            assert not standby.wait(lambda: None, 60.0)
+            # It would be the same again, so the next attempt does not wait for another one.
+            standby.begin()
+        assert capfd.readouterr().err == "no standby process: it has 2 threads. The ranks are started anew.\n"
+        assert said == []
+    finally:
+        standby.close()
+
+
+def test_with_a_thread_since_it_declines(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    standby = Standby(environment(), ["with_a_late_thread"], print)
     try:
         assert standby.wait(lambda: None, 60.0)
+        time.sleep(1.0)
         assert fork(str(standby.socket), TARGET, ["exit", "0"], environment(), tmp_path, [1, 2]) is None
         assert "the standby process forks no more: it has 2 threads" in capfd.readouterr().err
-        # It would decline again: the next attempt does not wait for another one.
         standby.give_up()
         standby.begin()
         assert not standby.wait(lambda: None, 60.0)
