@@ -246,6 +246,24 @@ def test_existing_shards_are_kept_without_overwrite(source: Path) -> None:
     assert (out / "shard-000000.tar").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [None, [], [{"key": "a", "media": "a.png", "text": "one"}, {"key": "b", "media": "gone.png", "text": "two"}]],
+)
+def test_a_wrong_manifest_does_not_cost_the_old_shards(lines: list[dict[str, str]] | None, source: Path) -> None:
+    out = source.parent / "kept"
+    path = source / "good.jsonl"
+    path.write_text(json.dumps({"key": "k", "media": "a.png", "text": "one"}) + "\n")
+    write_shards(str(path), str(out))
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    wrong = source / "wrong.jsonl"
+    if lines is not None:
+        wrong.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(DataError):
+        write_shards(str(wrong), str(out), overwrite=True)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
 def _nan() -> bytes:
     out = io.BytesIO()
     values = np.zeros((20, 6), np.float32)
