@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         out = Path(arguments.out).absolute()
         _check_arguments(arguments, out)
         folder = store.resolve(arguments.checkpoint)
-    except (CheckpointError, ConfigError) as error:
+    except (CheckpointError, ConfigError, OSError) as error:
         return _failed(str(error))
     # These take seconds to import, so wrong arguments are reported before.
     from checkpoint_tools.exporting.export import export

@@ -1,4 +1,4 @@
-"""Keeps out what libraries import and a rank never uses, which would be half of the time that its start takes.
+"""Keeps out what libraries import and a rank never uses, which would be a quarter of the time that its start takes.
 
     torch's compiler     megatron-core passes functions to torch.compile on import, which loads the compiler's
                          backend. It is loaded at the first call instead, and without a GPU never.

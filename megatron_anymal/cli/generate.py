@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Optional
 
 from megatron_anymal.cli.model_arguments import (
     add_model_arguments,
@@ -60,13 +60,13 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return [prompt_of_files(arguments.media, arguments.modality, arguments.rate, arguments.text, chat=arguments.chat)]
 
 
-def _check_media(prompts: Sequence[Prompt], kinds: Mapping[str, str]) -> None:
+def _check_media(prompts: Sequence[Prompt], kinds: Optional[Mapping[str, str]]) -> None:
     """Check that the model reads the media of the prompts, before it is loaded."""
     from megatron_anymal.data.prompt_encoder import modality_of
     from megatron_anymal.data.records import MediaPart
     from megatron_anymal.modalities import MODALITIES, MediaError
 
-    if not kinds.keys() <= MODALITIES.keys():
+    if kinds is None or not kinds.keys() <= MODALITIES.keys():
         # The extensions of a plug-in's kinds are known only after its import.
         return
     for prompt in prompts:

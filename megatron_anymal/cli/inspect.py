@@ -13,7 +13,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_anymal import lean_imports
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.records import DataError
@@ -40,9 +39,6 @@ def main(argv: Sequence[str]) -> int:
         raise DataError(
             "There is nothing to inspect. Name a folder created by `anymal prepare`, or a run with --config-name."
         )
-    if not arguments.plugin and not (config and config.model.plugins):
-        # A plug-in may need torch; what this verb does itself, does not.
-        lean_imports.hide_torch()
     from megatron_anymal.cli.inspection import inspect
 
     return inspect(arguments, folders, tokenizer, config)

@@ -27,7 +27,8 @@ from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import DataError, MediaPart, Part
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.data.tokenizer import Document, Tokenizer
-from megatron_anymal.modalities import MediaError, build_modality, load_plugins
+from megatron_anymal.lean_imports import hide_torch
+from megatron_anymal.modalities import MODALITIES, MediaError, build_modality, load_plugins
 
 # Number of bad samples that are named; the others are only counted.
 _SHOWN = 20
@@ -57,18 +58,20 @@ def inspect(arguments: argparse.Namespace, folders: Sequence[str], tokenizer: st
         DataError: a folder has no index, or its shards or tokenizer cannot be used.
         ConfigError: a plug-in cannot be imported.
     """
-    load_plugins(arguments.plugin)
+    load_plugins([*arguments.plugin, *(config.model.plugins if config else ())])
+    indexes = [ShardIndex(folder, config.data.limits if config else None) for folder in folders]
+    kinds = set().union(*(index.kinds_used() for index in indexes))
+    kinds |= {section.kind or name for name, section in config.model.modalities.items()} if config else set()
+    if all(kind in MODALITIES and not MODALITIES[kind].needs_torch for kind in kinds):
+        hide_torch()
     run = _build(config) if config else None
-    problems = 0
-    for folder in folders:
-        problems += _inspect(ShardIndex(folder, config.data.limits if config else None), tokenizer, run, arguments)
+    problems = sum(_inspect(index, tokenizer, run, arguments) for index in indexes)
     if run and not arguments.sample:
         problems += _packing(run)
     return 1 if problems else 0
 
 
 def _build(config: RunConfig) -> InspectedRun:
-    load_plugins(config.model.plugins)
     tokenizer = Tokenizer(config.data.tokenizer)
     planned, loaded = [], {}
     for section, options in config.model.modalities.items():

@@ -107,19 +107,31 @@ def check_model(arguments: argparse.Namespace, *, untrained: bool = False) -> Op
     return exported
 
 
-def kinds_of(arguments: argparse.Namespace) -> dict[str, str]:
+def kinds_of(arguments: argparse.Namespace) -> Optional[dict[str, str]]:
     """Kind -> name of the modalities of `--checkpoint`, read from its settings.
 
+    Returns:
+        None if no manifest can be read, which loading will report.
+
     Raises:
-        CheckpointError, ConfigError: as `check_model`; a checkpoint is damaged.
+        CheckpointError, ConfigError: as `check_model`.
     """
     sections = check_model(arguments)
     if sections is None:
         folder = Path(arguments.checkpoint)
-        if not (folder / store.MANIFEST).is_file():
-            folder = next(found[0] for parent in (folder / "checkpoints", folder) if (found := store.committed(parent)))
-        sections = store.read_manifest(folder).config["model"]
+        manifests = map(_manifest, [folder, *store.committed(folder / "checkpoints"), *store.committed(folder)])
+        manifest = next((found for found in manifests if found is not None), None)
+        if manifest is None:
+            return None
+        sections = manifest.config["model"]
     return {section.get("kind") or name: name for name, section in sections.get("modalities", {}).items()}
+
+
+def _manifest(folder: Path) -> Optional[store.Manifest]:
+    try:
+        return store.read_manifest(folder)
+    except CheckpointError:
+        return None
 
 
 def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) -> Generator:

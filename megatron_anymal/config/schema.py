@@ -414,8 +414,9 @@ class ResilienceConfig:
     faults: list[str] = field(default_factory=list)
     """Faults to rehearse, such as `kill:rank=1,step=7`; see config/fault_grammar.py."""
     standby: bool = True
-    """Fork the ranks of a node from a process that has imported everything, so that a start or a restart takes none of
-    the time of the imports. It takes about 0.5 GiB of the node's memory, most of it shared with the ranks."""
+    """`anymal launch` on Linux: fork the ranks of a node from a process that has imported everything, so that a start
+    or a restart takes none of the time of the imports. It takes about 0.5 GiB of the node's memory, most of it shared
+    with the ranks."""
     allow_changes: list[str] = field(default_factory=list)
     """What may differ from the checkpoint that a run continues from: config, tokenizer, base, data."""
 

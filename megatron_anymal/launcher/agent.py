@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -20,17 +19,16 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any, ClassVar, Optional, Union
 
-from megatron_anymal.launcher.standby import SOCKET, Forked, children, end_group, fork
+from megatron_anymal.child_processes import children, end_group, leave_stop_signals
+from megatron_anymal.launcher.standby import SOCKET, Forked, fork
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.failure_record import exit_now
 
 MODULES = {"torchrun": "torch.distributed.run", "ft": "nvidia_resiliency_ext.fault_tolerance.launcher"}
 # File in the launcher's folder with the error of a failed agent.
 ERROR = "agent_error"
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 # Polling interval for the launcher, in seconds.
 _LOOK = 0.05
 
@@ -72,16 +70,14 @@ def main(arguments: Sequence[str]) -> int:
     launcher, folder, logs, *rest = arguments
     _Spawned.folder = Path(folder)
     _replace_popen()
-    for number in _STOPPING:
-        # A handler, unlike SIG_IGN, is not inherited by the ranks.
-        signal.signal(number, _leave_it)
+    leave_stop_signals()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_failure)
     module = importlib.import_module(MODULES[launcher])
     options = module.parse_args(rest)
     config, command, command_arguments = module.config_from_args(options)
     config.logs_specs = RankLogs(Path(logs))
-    # The agent must not handle _STOPPING, even if the user's environment asks for it.
+    # The agent must not handle stop signals, even if the user's environment asks for it.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle = "SIGQUIT"
     try:
         module.elastic_launch(config=config, entrypoint=command)(*command_arguments)
@@ -159,7 +155,8 @@ class _Spawned(subprocess.Popen):
         environment = settings.get("env") or {}
         path, words = os.environ.get(SOCKET), list(settings.get("args") or (arguments[0] if arguments else []))
         if path and "RANK" in environment and words[:3] == [sys.executable, "-u", "-m"]:
-            output = [file.fileno() if file else number for number, file in enumerate(_files(settings), start=1)]
+            streams = enumerate((settings.get("stdout"), settings.get("stderr")), start=1)
+            output = [file.fileno() if file else number for number, file in streams]
             forked = fork(path, words[3], words[4:], environment, cls.folder, output)
             if forked is not None:
                 cls.ranks[forked.pid] = forked
@@ -174,10 +171,6 @@ class _Spawned(subprocess.Popen):
             self.ranks[self.pid] = self
             _write(self.folder / f"started_{rank}", str(self.pid))
             threading.Thread(target=_note_end, args=(self.folder, self.pid), daemon=True).start()
-
-
-def _files(settings: Mapping[str, Any]) -> tuple[Any, Any]:
-    return settings.get("stdout"), settings.get("stderr")
 
 
 def _note_end(folder: Path, pid: int) -> None:
@@ -208,10 +201,6 @@ def _write(path: Path, text: str) -> None:
 def _is_failure(record: logging.LogRecord) -> bool:
     """Log filter that hides torchrun's failure message for a stop on request, which it reports as a failure."""
     return not record.getMessage().startswith(f"failed (exitcode: {int(Exit.REQUEUE)})")
-
-
-def _leave_it(number: int, frame: Optional[FrameType]) -> None:
-    """Do nothing."""
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Optional
 
+from megatron_anymal.child_processes import end_group
 from megatron_anymal.launcher import agent as agents
 from megatron_anymal.launcher.hang_detector import (
     RankView,
@@ -25,7 +26,7 @@ from megatron_anymal.launcher.hang_detector import (
 )
 from megatron_anymal.launcher.job import Ending, Job, attempt_folder
 from megatron_anymal.launcher.rendezvous import SingleNode
-from megatron_anymal.launcher.standby import SOCKET, Forked, Standby, end_group, fork
+from megatron_anymal.launcher.standby import SOCKET, Forked, Standby, fork
 from megatron_anymal.launcher.stop_requests import StopRequests
 from megatron_anymal.resilience import heartbeat
 from megatron_anymal.resilience.events import ATTEMPT, read, record

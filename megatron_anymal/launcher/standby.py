@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
-import psutil
+from megatron_anymal.child_processes import children, end_group
 
 # Environment variable with the path of the standby process's socket.
 SOCKET = "ANYMAL_STANDBY"
@@ -71,7 +71,8 @@ class Standby:
             return
         self._ready = False
         self.socket.unlink(missing_ok=True)
-        command = [sys.executable, "-u", "-m", f"{__name__}_process", str(self.socket), *self._modules]
+        words = [str(os.getpid()), str(self.socket), *self._modules]
+        command = [sys.executable, "-u", "-m", f"{__name__}_process", *words]
         environment = {
             # Libraries that start threads when they are imported: OpenBLAS's pool, pyarrow's allocator.
             "OPENBLAS_NUM_THREADS": "1",
@@ -121,27 +122,6 @@ class Standby:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def children(pid: int) -> list[int]:
-    """Child processes of a process; avoids scanning all processes of the machine if the kernel lists the children."""
-    try:
-        lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    except OSError:
-        # A thread ended in the meantime.
-        lists = []
-    if lists:
-        return [int(child) for listed in lists for child in listed.split()]
-    with suppress(psutil.Error):
-        return [child.pid for child in psutil.Process(pid).children()]
-    return []
-
-
-def end_group(pid: int) -> None:
-    """Kill a process and its child processes; it leads a process group."""
-    for end in (os.killpg, os.kill):
-        with suppress(ProcessLookupError, PermissionError):
-            end(pid, signal.SIGKILL)
-
-
 class Forked:
     """A process that the standby process forked, with the part of subprocess.Popen's interface that agents use.
 
@@ -152,11 +132,9 @@ class Forked:
     """
 
     def __init__(self, args: Sequence[str], pid: int, note: Path) -> None:
-        self.args, self.pid, self.returncode = list(args), pid, None
-        self._note = note
+        self.args, self.pid, self._note = list(args), pid, note
+        self.returncode: Optional[int] = None
         self._gone: Optional[float] = None
-
-    returncode: Optional[int]
 
     def poll(self) -> Optional[int]:
         """Exit code, or negative signal number; None while it runs."""

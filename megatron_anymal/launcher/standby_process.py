@@ -22,28 +22,23 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_anymal import lean_imports
+from megatron_anymal.child_processes import end_with, leave_stop_signals
 from megatron_anymal.launcher.standby import MESSAGE, UNSAFE
 from megatron_anymal.log_filters import quiet_libraries
 
-# A scheduler may send its stop signals to every process of a job; the launcher handles them.
-_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# Linux prctl options: the signal that a process receives when its parent ends, and the name that top shows.
-_SET_PARENT_DEATH_SIGNAL, _SET_NAME = 1, 15
+# Linux prctl option PR_SET_NAME: the name that top shows.
+_SET_NAME = 15
 
 
 def main(arguments: Sequence[str]) -> int:
     """Import everything, then serve until the launcher ends; in a forked process, run what was requested.
 
     Args:
-        arguments: path of the socket to create, then the modules to import.
+        arguments: process ID of the launcher, path of the socket to create, then the modules to import.
     """
-    path, *modules = arguments
-    launcher = os.getppid()
-    _end_with(launcher)
-    inherited = {number: signal.getsignal(number) for number in _STOPPING}
-    for number in _STOPPING:
-        # A handler rather than SIG_IGN, which a command that a rank starts would inherit.
-        signal.signal(number, _leave_it)
+    launcher, path, *modules = arguments
+    end_with(int(launcher))
+    inherited = leave_stop_signals()
     quiet_libraries()
     lean_imports.install()
     for module in modules:
@@ -68,7 +63,7 @@ class _Server:
         handlers: signal -> handler that forked processes begin with.
     """
 
-    def __init__(self, path: str, handlers: Mapping[signal.Signals, Any]) -> None:
+    def __init__(self, path: str, handlers: Mapping[int, Any]) -> None:
         self._handlers = {**handlers, signal.SIGCHLD: signal.SIG_DFL}
         # Process ID -> file to note its end in.
         self._notes: dict[int, Path] = {}
@@ -80,7 +75,8 @@ class _Server:
         self._woken, self._wake = socket.socketpair()
         for end in (self._woken, self._wake):
             end.setblocking(False)
-        signal.signal(signal.SIGCHLD, _leave_it)
+        # A handler, since an ignored signal wakes nothing.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         os.rename(f"{path}.part", path)
 
@@ -132,7 +128,7 @@ class _Server:
 
     def _leave(self, standby: int, request: Mapping[str, Any], files: Sequence[int]) -> None:
         """In a forked process: take on the requested environment, in a session of its own."""
-        _end_with(standby)
+        end_with(standby)
         signal.set_wakeup_fd(-1)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
@@ -175,17 +171,6 @@ def _why_not() -> str:
             if os.readlink(file).startswith("/dev/nvidia"):
                 return "a library that it imported uses the GPU"
     return ""
-
-
-def _end_with(parent: int) -> None:
-    """Have this process killed when its parent ends, or end it now if that has happened."""
-    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _leave_it(number: int, frame: Any) -> None:
-    """Do nothing."""
 
 
 if __name__ == "__main__":

@@ -143,6 +143,8 @@ class Modality(ABC):
     extensions: ClassVar[tuple[str, ...]]
     # A dataclass with the modality's options and their defaults.
     Options: ClassVar[type]
+    # Whether it, or the part of transformers that it uses, needs torch, which commands then import.
+    needs_torch: ClassVar[bool] = True
 
     def __init__(self, config: ModalityConfig) -> None:
         self.config = config

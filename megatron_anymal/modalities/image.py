@@ -44,6 +44,7 @@ class ImageModality(Modality):
 
     extensions: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
     Options: ClassVar[type] = ImageOptions
+    needs_torch: ClassVar[bool] = False
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)

@@ -49,6 +49,7 @@ class IMUModality(Modality):
 
     extensions: ClassVar[tuple[str, ...]] = ("npy", "csv")
     Options: ClassVar[type] = IMUOptions
+    needs_torch: ClassVar[bool] = False
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)

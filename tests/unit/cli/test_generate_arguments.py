@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
 
 from megatron_anymal.__main__ import main
+from megatron_anymal.checkpoint import store
+from megatron_anymal.cli.model_arguments import kinds_of
 from megatron_anymal.data.prompt_encoder import MediaFile, open_parts
 from megatron_anymal.data.records import MediaPart, TextPart
 from megatron_anymal.generation.prompts import Prompt, prompt_of_files
@@ -113,3 +116,19 @@ def test_chat_asks_as_a_users_turn(folder: Path) -> None:
     content = [{"media": f"{folder}/a.png"}, {"text": " what? "}]
     prompt = prompt_of_files([f"{folder}/a.png"], [], None, " what? ", chat=True)
     assert prompt.parts == open_parts({"messages": [{"role": "user", "content": content}]}, "")
+
+
+def test_media_are_checked_against_the_newest_readable_checkpoint(tmp_path: Path) -> None:
+    arguments = argparse.Namespace(checkpoint=str(tmp_path), **dict.fromkeys(("device", "dtype", "trust_remote_code")))
+    older, newer = (tmp_path / "checkpoints" / f"step_{step:08d}" for step in (1, 2))
+    for folder in (older, newer):
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("torn")
+    # Loading says what is wrong with them.
+    assert kinds_of(arguments) is None
+    older.rename(tmp_path / "gone")
+    config = {"model": {"modalities": {"photo": {"kind": "image"}, "imu": {"kind": ""}}}}
+    staging = tmp_path / "checkpoints" / "staging"
+    staging.mkdir()
+    store.commit(staging, older, store.Manifest(1, 1, config, {}, "", "", {}))
+    assert kinds_of(arguments) == {"image": "photo", "imu": "imu"}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import make_shards
 
 ROOT = Path(__file__).parents[3]
 # Each takes from half a second to several seconds to import.
@@ -55,24 +57,18 @@ REFUSED = {
 }
 
 
-def run(*words: str) -> tuple[int, list[str], str]:
-    """Exit code of a command, the slow modules that it imported, and its standard error."""
-    done = subprocess.run(
-        [sys.executable, "-c", CODE, *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    """A new interpreter: in the tests' own processes everything is imported already."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
-    code, imported = json.loads(done.stdout.split("FOUND")[1])
-    return code, imported, done.stderr
 
 
 @pytest.mark.parametrize("words", HELP, ids=" ".join)
 def test_help_imports_nothing_slow(words: list[str]) -> None:
-    code, imported, said = run(*words)
-    assert (code, imported) == (0, []), said
+    done = python("-c", CODE, *words)
+    assert json.loads(done.stdout.split("FOUND")[1]) == [0, []], done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +83,34 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("line", REFUSED)
 def test_a_refusal_imports_nothing_slow(line: str, export: Path) -> None:
-    code, said = refusal(line.replace("EXPORT", str(export)).split())
-    assert code == 2 and REFUSED[line] in said and said.count("\n") == 1, said
-
-
-def refusal(words: list[str]) -> tuple[int, str]:
-    """Exit code and standard error of a verb in a process that cannot import what is slow."""
     block = f"import sys\nfor name in {SLOW}:\n    sys.modules[name] = None\n"
     code = f"{block}from megatron_anymal.__main__ import command\nsys.argv[0] = 'anymal'\ncommand()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=60,
+    done = python("-c", code, *line.replace("EXPORT", str(export)).split())
+    assert done.returncode == 2 and REFUSED[line] in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_data_of_all_modalities_in_new_processes(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    """Both verbs keep torch out where the modalities allow it; CLAP's preprocessing of audio does not."""
+    folder = tmp_path / "shards"
+    shutil.copytree(mixed_shards, folder, ignore=shutil.ignore_patterns("index"))
+    anymal, tokenizer = ("-m", "megatron_anymal"), f"--tokenizer={tokenizer_folder}"
+    prepared = python(*anymal, "prepare", f"--index-only={folder}", tokenizer, "--attribute=imu.rate=100")
+    assert prepared.returncode == 0 and "40 samples" in prepared.stdout, prepared.stderr
+    inspected = python(*anymal, "inspect", str(folder), tokenizer)
+    assert inspected.returncode == 0 and "read 40 of 40 samples with their media: none bad" in inspected.stdout
+
+
+@pytest.mark.parametrize(("kind", "hidden"), [("text", True), ("image", True), ("imu", True), ("audio", False)])
+def test_torch_is_imported_for_modalities_that_need_it(
+    kind: str, hidden: bool, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    folder = make_shards(tmp_path / kind, tokenizer_folder, 4, (kind,))
+    code = "import sys\nfrom megatron_anymal.__main__ import main\ncode = main(sys.argv[1:])\n"
+    done = python(
+        "-c",
+        f"{code}print(code, sys.modules.get('torch') is None)",
+        "inspect",
+        folder,
+        f"--tokenizer={tokenizer_folder}",
     )
-    return done.returncode, done.stderr
+    assert done.stdout.splitlines()[-1] == f"0 {hidden}", done.stderr
