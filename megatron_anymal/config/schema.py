@@ -417,6 +417,12 @@ class ResilienceConfig:
     """`anymal launch` on Linux: fork the ranks of a node from a process that has imported everything, so that a start
     or a restart takes none of the time of the imports. It takes about 0.5 GiB of the node's memory, most of it shared
     with the ranks."""
+    peer_memory: bool = True
+    """`anymal launch` on Linux: keep copies of the trainable weights and optimizer state in memory that outlives the
+    ranks: twice on the rank's own node and, with several nodes, twice on the next one. A restart continues from the
+    newest step of which every rank's part is left, instead of from a checkpoint."""
+    peer_memory_interval: int = 0
+    """Steps between two copies. 0: the smallest number for which they take at most 1 % of the time."""
     allow_changes: list[str] = field(default_factory=list)
     """What may differ from the checkpoint that a run continues from: config, tokenizer, base, data."""
 

@@ -91,6 +91,7 @@ AT_LEAST = {
     "resilience.checkpoint_timeout": 1,
     "resilience.max_skipped_steps": 1,
     "resilience.straggler_ratio": 1,
+    "resilience.peer_memory_interval": 0,
 }
 
 

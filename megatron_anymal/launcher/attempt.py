@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -73,6 +73,7 @@ class Attempt:
         stop_requests: stop requests of the user or the scheduler.
         say: prints a message to the user.
         standby: forks the agent and the ranks; None: they are started anew.
+        variables: environment variables of the ranks of this attempt.
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class Attempt:
         stop_requests: StopRequests,
         say: Callable[[str], None],
         standby: Optional[Standby] = None,
+        variables: Optional[Mapping[str, str]] = None,
     ) -> None:
         self.job, self.number, self.rendezvous, self.stop_requests = job, number, rendezvous, stop_requests
-        self.say, self.standby = say, standby
+        self.say, self.standby, self.variables = say, standby, dict(variables or {})
         self.logs = attempt_folder(job.run_dir, number)
         # All ranks seen so far: rank -> process ID, and rank -> time when it was first seen.
         self.workers: dict[int, int] = {}
@@ -130,6 +132,7 @@ class Attempt:
             **rank_environment(job),
             heartbeat.ENVIRONMENT: str(self.folder),
             ATTEMPT: str(self.number),
+            **self.variables,
         }
         words = [job.launcher, str(self.folder), str(self.logs), *arguments]
         if self.standby is not None:

@@ -110,6 +110,7 @@ def _job(
         launcher=options.launcher,
         grace_seconds=options.grace_seconds,
         standby=limits.standby and sys.platform == "linux",
+        peer_memory=limits.peer_memory and sys.platform == "linux",
         preload=tuple(f"transformers.models.{name}.modeling_{name}" for name in sorted(encoders)),
     )
 

@@ -47,6 +47,8 @@ class Job:
     grace_seconds: Optional[float] = None
     # Fork the ranks from a standby process.
     standby: bool = True
+    # Give the ranks memory for copies of their state.
+    peer_memory: bool = True
     # Modules for the standby process to import, besides those that every rank needs.
     preload: tuple[str, ...] = ()
 
@@ -79,6 +81,8 @@ class Decision:
     text: str
     # Seconds until the next attempt; None: exit.
     pause: Optional[float] = None
+    # Continue from a checkpoint rather than from copies in memory: the state itself may be what fails.
+    forget: bool = False
 
 
 def combined(endings: list[Ending]) -> Ending:
@@ -135,7 +139,8 @@ class Restarts:
         if self.fruitless >= MOST_FRUITLESS:
             return Decision(Exit.CRASH_LOOP, f"{MOST_FRUITLESS} restarts in a row without progress; {ending.text}")
         # At once after progress; twice as long after each attempt without any.
-        return Decision(ending.code, ending.text, min(_LONGEST_PAUSE, 2.0**self.fruitless - 1.0))
+        pause = min(_LONGEST_PAUSE, 2.0**self.fruitless - 1.0)
+        return Decision(ending.code, ending.text, pause, forget=self.fruitless > 0)
 
 
 def newest_checkpoint(run_dir: Path) -> int:

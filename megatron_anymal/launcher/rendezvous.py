@@ -46,6 +46,14 @@ class SingleNode:
         """
         return number()
 
+    def neighbour(self, address: str) -> str:
+        """Tell the other nodes this node's address for the attempt, and return that of the next node; "" on one node.
+
+        Raises:
+            NodeLost: the next node did not tell its address in time.
+        """
+        return ""
+
     def alarm(self) -> None:
         """Notify the other nodes that this attempt has failed."""
 
@@ -99,6 +107,17 @@ class MultiNode(SingleNode):
             self._await_all("here", "did not join")
             self._set("number", str(number()))
         return int(self._await("number", "node 0 did not start the attempt"))
+
+    def neighbour(self, address: str) -> str:
+        """Tell the other nodes this node's address for the attempt, and return that of the next node.
+
+        Raises:
+            NodeLost: the next node did not tell its address in time.
+            HeadLost: node 0's launcher is gone.
+        """
+        self._set(f"address/{self._job.node}", address)
+        following = (self._job.node + 1) % self._job.nodes
+        return self._await(f"address/{following}", f"node {following} did not tell its address")
 
     def alarm(self) -> None:
         """Notify the other nodes that this attempt has failed."""
@@ -223,7 +242,7 @@ class MultiNode(SingleNode):
 
     def _pause(self, what: str) -> None:
         # A stop request ends the wait for an attempt, but not the agreement on how one ended.
-        if what in ("here", "number"):
+        if what in ("here", "number") or what.startswith("address"):
             self._check()
         time.sleep(_LOOK)
 

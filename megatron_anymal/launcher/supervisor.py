@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Optional
 
 from megatron_anymal.launcher.attempt import Attempt, rank_environment
@@ -10,6 +11,7 @@ from megatron_anymal.launcher.rendezvous import HeadLost, NodeLost, SingleNode, 
 from megatron_anymal.launcher.report import write_report
 from megatron_anymal.launcher.standby import RANK_MODULES, Standby
 from megatron_anymal.launcher.stop_requests import Stopped, StopRequests
+from megatron_anymal.peer_memory.server import MemoryServer
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 
@@ -27,6 +29,7 @@ class Supervisor:
         self.stop_requests = StopRequests()
         self.number = 0
         self.standby: Optional[Standby] = None
+        self.memory: Optional[MemoryServer] = None
 
     def run(self) -> int:
         """Run to the end; return the exit code."""
@@ -34,6 +37,9 @@ class Supervisor:
             try:
                 if self.job.standby:
                     self.standby = Standby(rank_environment(self.job), (*RANK_MODULES, *self.job.preload), self._say)
+                if self.job.peer_memory:
+                    host = self.job.local_addr or socket.gethostname()
+                    self.memory = MemoryServer(self.job.processes, host if self.job.nodes > 1 else None)
                 decision = self._attempts()
             except Stopped:
                 decision = Decision(Exit.REQUEUE, "stopped on request, while no rank was running")
@@ -42,6 +48,8 @@ class Supervisor:
             finally:
                 if self.standby is not None:
                     self.standby.close()
+                if self.memory is not None:
+                    self.memory.close()
             self._end(decision)
         return int(decision.code)
 
@@ -63,6 +71,8 @@ class Supervisor:
             self._say(text)
             if self.leads:
                 record(self.job.run_dir, "restart", text, attempt=self.number, pause=decision.pause)
+            if decision.forget and self.memory is not None:
+                self.memory.clear()
             self.stop_requests.sleep(decision.pause)
 
     def _attempt(self, rendezvous: SingleNode, restarts: Restarts) -> Decision:
@@ -73,8 +83,15 @@ class Supervisor:
         if self.leads:
             way = "standby" if standby else "anew"
             record(self.job.run_dir, "start", text, attempt=self.number, launcher=self.job.launcher, way=way)
-        ending: Ending = Attempt(self.job, self.number, rendezvous, self.stop_requests, self._say, standby).run()
+        variables = self._memory(rendezvous)
+        attempt = Attempt(self.job, self.number, rendezvous, self.stop_requests, self._say, standby, variables)
+        ending: Ending = attempt.run()
         return rendezvous.decide(ending, restarts.decide)
+
+    def _memory(self, rendezvous: SingleNode) -> dict[str, str]:
+        """Environment variables with the memory for this attempt's copies."""
+        neighbour = rendezvous.neighbour(self.memory.address if self.memory else "")
+        return self.memory.environment(neighbour) if self.memory else {}
 
     def _ready_standby(self) -> Optional[Standby]:
         if self.standby is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
@@ -80,6 +80,8 @@ class TrainState:
     carried: set[str] = field(default_factory=set)
     # Updates made so far.
     step: int = 0
+    # Called in each step before the ranks agree on the update.
+    before_update: Callable[[], None] = lambda: None
 
     def wait_for_param_gather(self) -> None:
         """Wait until every rank holds the updated weights; with overlapped gathering they only arrive during the next

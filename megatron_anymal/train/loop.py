@@ -29,6 +29,7 @@ from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train import restore
 from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.optim import begin_state
+from megatron_anymal.train.peer_copies import PeerCopies
 from megatron_anymal.train.skipped_samples import SkippedSamples
 from megatron_anymal.train.step import stop_asked_for, train_step, validation_step
 from megatron_anymal.train.step_metrics import MetricsWindow
@@ -133,6 +134,7 @@ class Trainer:
             if worker is None:
                 raise
             raise worker from error
+        self.copies.close()
         heartbeat.beat(Phase.CHECKPOINT)
         self.writer.finish()
         self._check_base()
@@ -157,9 +159,10 @@ class Trainer:
             plan, micro_batches = next(batches)
             waited = time.monotonic() - begun
             result = train_step(self.state, plan, micro_batches)
-            self.window.add(time.monotonic() - begun, waited, result)
+            took = time.monotonic() - begun
+            self.window.add(took, waited, result)
             if self.state.step == first + 1:
-                self._record("first_step", f"the first step of this start took {time.monotonic() - begun:.2f} s")
+                self._record("first_step", f"the first step of this start took {took:.2f} s")
             self._note_stop(result.stop)
             self.skipped_samples.note(self.state.step, plan, self.state.train_data.planner, result.bad)
             if self._every(self.config.trainer.log_every_n_steps):
@@ -175,6 +178,8 @@ class Trainer:
                 self.log.say(f"warning: step {self.state.step}: the gradient is not finite; no weight was changed")
                 # Last, because it may end the run, which must have logged and saved by then.
                 self.skipped_steps.note(self.state.step, self._samples(plan))
+            # After everything that belongs to the step: a run that continues from it does not repeat it.
+            self.copies.keep(took)
 
     def _start(self) -> None:
         self._introduce()
@@ -186,11 +191,17 @@ class Trainer:
         if self.config.job == "dpo":
             self.reference_hash = restore.read_reference(self.state, self.base_hash, self.run_dir, self.log.say)
         folder = restore.find_checkpoint(self.checkpoints, self.config.exp_manager, self.state.layout, self.log.say)
+        source = folder.name if folder else ""
         if folder is not None:
             restore.resume(self.state, folder, self._manifest(), self.log.say)
-            self._record("resume", f"from {folder.name}")
         elif self.config.model.restore_from_path and self.config.job != "dpo":
             restore.weights_of(self.state, self.config.model.restore_from_path, self.base_hash, self.log.say)
+        self.copies = PeerCopies(self.state, self._manifest(), self.log.say)
+        if self.copies.resume():
+            source = "memory"
+        self.state.before_update = self.copies.settle
+        if source:
+            self._record("resume", f"from {source}, at step {self.state.step}")
         for kept in (self.log, self.skipped_samples, self.skipped_steps):
             kept.rewind(self.state.step)
 

@@ -184,6 +184,7 @@ def _pass(
         if fault_injection.spoils_gradient(state.step + 1):
             _spoil_gradient(state)
         sums[size] = nonfinite.squared_norm(state.wrapped, state.layout.device)
+        state.before_update()
     sums[size + 1 :] = torch.tensor(stop_signals.stop_flags(), dtype=torch.float64)
     dist.all_reduce(sums)
     totals = sums.cpu().tolist()

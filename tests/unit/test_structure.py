@@ -30,6 +30,7 @@ ORDER = [
     ("hf",),
     ("resilience",),
     ("checkpoint",),
+    ("peer_memory",),
     ("train",),
     ("dry_run",),
     ("generation",),
