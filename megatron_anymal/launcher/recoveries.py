@@ -27,10 +27,12 @@ class Recovery:
     pause: Optional[float]
     # Until the ranks had joined and built the model.
     joining: Optional[float]
-    # Restoring the checkpoint.
+    # Restoring the state.
     restoring: Optional[float]
     # The first step, with the first read of data.
     first_step: Optional[float]
+    # What the run continued from: memory, or the name of a checkpoint; empty: it began anew.
+    source: str = ""
 
     @property
     def total(self) -> Optional[float]:
@@ -49,7 +51,8 @@ class Recovery:
         told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items() if seconds is not None)
         way = {"standby": ", forked from the standby process", "anew": ", started anew"}.get(self.way, "")
         total = "did not reach a step" if self.total is None else f"{self.total:.1f} s"
-        return f"attempt {self.attempt}{way}: {total} ({told})"
+        source = f", from {self.source}" if self.source else ""
+        return f"attempt {self.attempt}{way}{source}: {total} ({told})"
 
 
 def recoveries(events: Sequence[Mapping[str, Any]]) -> list[Recovery]:
@@ -71,6 +74,7 @@ def recoveries(events: Sequence[Mapping[str, Any]]) -> list[Recovery]:
                 _between(begun, ranks),
                 _between(ranks, resumed),
                 _between(resumed, first_step),
+                str((resumed or {}).get("source", "")),
             )
         )
     return found

@@ -58,7 +58,7 @@ class RankCopies:
     Args:
         place: where.
         identity: hash of everything that a run must have in common with the one that made a copy.
-        tensors: the tensors to copy, in a fixed order.
+        tensors: the tensors to copy, in a fixed order, of any shapes [...].
         say: prints a warning.
 
     Raises:
@@ -92,6 +92,7 @@ class RankCopies:
 
         Args:
             step: updates made so far.
+            tensors: those of the constructor, of the same shapes [...].
             counts: update counts of the optimizer's parameter groups.
         """
         self.settle()
@@ -133,6 +134,10 @@ class RankCopies:
 
     def load(self, step: int, tensors: Sequence[Tensor]) -> Optional[tuple[int, ...]]:
         """Read this rank's copy of a step into the tensors. Collective.
+
+        Args:
+            step: as found by `newest`.
+            tensors: those of the constructor, of the same shapes [...].
 
         Returns:
             Update counts of the optimizer's parameter groups; None, with the tensors unchanged, if a copy of any rank

@@ -69,6 +69,23 @@ def _saves(run: MeasuredRun, events: Sequence[Event]) -> None:
     gaps = [b["step"] - a["step"] for a, b in pairwise(saved) if b["step"] > a["step"]]
     if gaps:
         run.values["save_every"] = Value(statistics.mode(gaps), f"measured: usual distance of {_count(saved, 'save')}")
+    _copies(run, [event for event in events if event["kind"] == "copies"])
+
+
+def _copies(run: MeasuredRun, copies: Sequence[Event]) -> None:
+    """Copies in memory, if the model can represent them: a save follows a copy."""
+    if not copies:
+        return
+    every, save_every = int(copies[-1]["interval"]), run.values.get("save_every")
+    if save_every is not None and int(save_every.number) % every:
+        run.notes.append(
+            f"Copies in memory every {every} steps are left out: the save interval, {save_every.number:g} steps, is no "
+            "multiple of that."
+        )
+        return
+    seconds = statistics.fmean(event["seconds"] for event in copies)
+    run.values["peer_every"] = Value(every, "measured: copies in memory (resilience.peer_memory)")
+    run.values["peer_stall_seconds"] = Value(seconds, f"measured: mean of {_count(copies, 'start')}")
 
 
 @dataclass
@@ -80,6 +97,8 @@ class _Start:
     # When all ranks were built.
     ready: float
     restored: Optional[float] = None
+    # From memory, not from a checkpoint.
+    from_memory: bool = False
     # End of the first step.
     stepped: Optional[float] = None
 
@@ -100,7 +119,7 @@ def _starts(events: Sequence[Event]) -> list[_Start]:
             found.append(_Start(begun, at))
             begun = None
         elif found and kind == "resume":
-            found[-1].restored = at
+            found[-1].restored, found[-1].from_memory = at, event.get("source") == "memory"
         elif found and kind == "first_step":
             found[-1].stepped = at
     return found
@@ -112,11 +131,16 @@ def _recoveries(run: MeasuredRun, events: Sequence[Event], step: float) -> None:
     ended = [_silence(f) + restarts[f.attempt] - _time(f) for f in failures(events) if f.attempt in restarts]
     again = [start for start in starts if start.begun in restarts.values()]
     ready = [start.ready - start.begun for start in again or starts if start.begun is not None]
-    restored = [start.restored - start.ready for start in starts if start.restored is not None]
+    restored, remembered = (
+        [s.restored - s.ready for s in starts if s.restored is not None and s.from_memory == memory]
+        for memory in (False, True)
+    )
     first = [start.stepped - (start.restored or start.ready) - step for start in starts if start.stepped is not None]
     _add(run, "detection_seconds", ended, "failure")
     _add(run, "processes_seconds", ready, "restart" if again else "start")
     _add(run, "restore_seconds", restored, "resumed start")
+    if "peer_every" in run.values:
+        _add(run, "peer_restore_seconds", remembered, "start from memory")
     _add(run, "first_step_seconds", first, "start")
     if ready:
         run.values["groups_seconds"] = Value(0.0, "measured: contained in processes_seconds")

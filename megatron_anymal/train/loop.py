@@ -196,12 +196,12 @@ class Trainer:
             restore.resume(self.state, folder, self._manifest(), self.log.say)
         elif self.config.model.restore_from_path and self.config.job != "dpo":
             restore.weights_of(self.state, self.config.model.restore_from_path, self.base_hash, self.log.say)
-        self.copies = PeerCopies(self.state, self._manifest(), self.log.say)
+        self.copies = PeerCopies(self.state, self._manifest(), self.log.say, self._record)
         if self.copies.resume():
             source = "memory"
         self.state.before_update = self.copies.settle
         if source:
-            self._record("resume", f"from {source}, at step {self.state.step}")
+            self._record("resume", f"from {source}, at step {self.state.step}", source=source)
         for kept in (self.log, self.skipped_samples, self.skipped_steps):
             kept.rewind(self.state.step)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -33,13 +34,17 @@ class PeerCopies:
     Args:
         manifest: of a checkpoint of this run; a copy of a run with another one, apart from its step, is not used.
         say: prints a message.
+        record: records an event: kind, text, fields.
     """
 
-    def __init__(self, state: TrainState, manifest: Manifest, say: Callable[[str], None]) -> None:
-        self._state, self._say = state, say
+    def __init__(
+        self, state: TrainState, manifest: Manifest, say: Callable[[str], None], record: Callable[..., None]
+    ) -> None:
+        self._state, self._say, self._record = state, say, record
+        # Steps between copies; 0 until it has been chosen.
         self._interval = state.config.resilience.peer_memory_interval
-        # Seconds of each copy, and of the step before it; None once the interval is known.
-        self._costs: Optional[list[tuple[float, float]]] = None if self._interval else []
+        # Seconds of each copy, and of the step before it; None once they are known.
+        self._costs: Optional[list[tuple[float, float]]] = []
         self._copies: Optional[RankCopies] = None
         where = place() if state.config.resilience.peer_memory else None
         if where is None:
@@ -97,19 +102,26 @@ class PeerCopies:
             self._copies.close()
 
     def _choose(self) -> None:
-        """Choose the interval once the costs are known: the smallest that takes at most 1 % of the time. Collective."""
+        """Once the costs are known: if it is open, choose the smallest interval that takes at most 1 % of the time.
+
+        Collective.
+        """
         assert self._copies is not None and self._costs is not None
         if len(self._costs) < _MEASURED:
             return
         costs, steps = zip(*self._costs[_NOT_TYPICAL:])
         self._costs = None
-        share = torch.tensor([statistics.median(costs) / statistics.median(steps)], device=self._state.layout.device)
-        dist.all_reduce(share, op=dist.ReduceOp.MAX)
-        self._interval = max(1, -int(-float(share) // _SHARE))
-        self._say(
-            f"copies of the trainable state in memory: {self._copies.size / 1e6:,.1f} MB per rank, every "
-            f"{self._interval} step(s), at most {float(share) / self._interval:.1%} of the time"
+        cost = statistics.median(costs)
+        slowest = torch.tensor([cost, cost / statistics.median(steps)], device=self._state.layout.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        seconds, share = slowest.tolist()
+        self._interval = self._interval or max(1, math.ceil(share / _SHARE))
+        text = (
+            f"copies of the trainable state in memory: {self._copies.size / 1e6:,.1f} MB on rank 0, every "
+            f"{self._interval} step(s), {share / self._interval:.1%} of the time"
         )
+        self._say(text)
+        self._record("copies", text, interval=self._interval, seconds=seconds, bytes=self._copies.size)
 
     def _agree(self) -> None:
         """Give up on all ranks if one has no memory. Collective."""

@@ -36,6 +36,12 @@ def test_phases_follow_each_other() -> None:
     )
 
 
+def test_where_the_state_came_from_is_told() -> None:
+    second = [{**row, "source": "memory"} if row["kind"] == "resume" else row for row in SECOND]
+    [found] = recoveries([*FIRST, event(11.0, "restart", 1), *second])
+    assert str(found).startswith("attempt 2, started anew, from memory: 9.5 s (")
+
+
 def test_what_is_missing_is_left_out() -> None:
     # Nothing told of the failure, and there was no checkpoint.
     without = [row for row in SECOND if row["kind"] != "resume"]

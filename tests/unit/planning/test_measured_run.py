@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_anymal.config import ConfigError
+from megatron_anymal.planning.goodput import shares
+from megatron_anymal.planning.goodput_inputs import job_of, resolve
 from megatron_anymal.planning.measured_run import measure
 from megatron_anymal.resilience.events import record
 
@@ -79,6 +81,28 @@ def test_phases_failures_and_saves(run_dir: Path) -> None:
     assert "took 29.5 s (mean of 2 recoveries, 26.0 to 33.0 s)" in first
     # 107 s of steps in 1051 s.
     assert "10.18%" in second and "17m31s" in second
+
+
+def test_copies_in_memory(run_dir: Path) -> None:
+    for attempt, seconds in ((1, 0.2), (2, 0.4)):
+        tell(run_dir, 20, "copies", attempt, 0, interval=2, seconds=seconds, bytes=100)
+    rows = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "resume" and row["attempt"] == 3:
+            row["source"] = "memory"
+    (run_dir / "events.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = measure(run_dir).values
+    assert values["peer_every"].number == 2 and values["peer_stall_seconds"].number == pytest.approx(0.3)
+    assert values["peer_restore_seconds"].number == 157 - 151
+    assert values["restore_seconds"].number == ((79 - 75) + (1016 - 1010)) / 2
+    # The model takes them as they are.
+    assert 0 < shares(job_of(resolve({}, values), 2), int(values["save_every"].number)).ratio < 1
+
+
+def test_copies_that_the_model_cannot_represent(run_dir: Path) -> None:
+    tell(run_dir, 20, "copies", 1, 0, interval=3, seconds=0.1, bytes=100)
+    run = measure(run_dir)
+    assert "peer_every" not in run.values and any("every 3 steps are left out" in note for note in run.notes)
 
 
 def test_a_mistake_is_not_a_failure(tmp_path: Path) -> None:
