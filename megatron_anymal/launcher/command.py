@@ -91,6 +91,8 @@ def _job(
             raise ConfigError(f"{name}={given}, but {key}={wanted}. Set both to the same value: {key}={given}.")
     if nodes > 1:
         _check_nodes(options, nodes)
+    elif options.spare:
+        raise ConfigError("--spare needs --nnodes above 1: a spare takes the place of one of several nodes.")
     if options.launcher == "ft" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
         raise ConfigError(
             "--launcher=ft needs the package nvidia-resiliency-ext, which is not installed. Install it with "
@@ -102,7 +104,8 @@ def _job(
         program=["-m", "megatron_anymal", options.verb, *options.arguments],
         processes=processes,
         nodes=nodes,
-        node=options.node_rank or 0,
+        node=-1 if options.spare else options.node_rank or 0,
+        spare=options.spare,
         endpoint=options.rdzv_endpoint,
         identity=options.rdzv_id,
         rdzv_timeout=options.rdzv_timeout,
@@ -122,6 +125,10 @@ def _check_nodes(options: argparse.Namespace, nodes: int) -> None:
             f"--nnodes={nodes} needs --rdzv-endpoint=HOST:PORT, an address of node 0 and a free port on it, the same "
             f"on all nodes; it is {options.rdzv_endpoint!r}."
         )
+    if options.spare:
+        if options.node_rank is not None:
+            raise ConfigError(f"--spare has no --node-rank; it is {options.node_rank}. Leave one of the two out.")
+        return
     if options.node_rank is None or not 0 <= options.node_rank < nodes:
         raise ConfigError(f"--nnodes={nodes} needs --node-rank, a different one from 0 to {nodes - 1} on each node.")
 
@@ -138,6 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--nproc-per-node", type=int, help="processes on this node; default: trainer.devices")
     parser.add_argument("--nnodes", type=int, help="nodes; default: trainer.num_nodes")
     parser.add_argument("--node-rank", type=int, help="rank of this node, from 0")
+    parser.add_argument(
+        "--spare", action="store_true", help="wait, with everything imported, to take the place of a node that is lost"
+    )
     parser.add_argument("--rdzv-endpoint", default="", help="HOST:PORT of node 0; only for several nodes")
     parser.add_argument("--rdzv-id", default="anymal", help="name of the job at that endpoint")
     parser.add_argument(

@@ -33,6 +33,8 @@ class Job:
     nodes: int = 1
     # Number of this node, from 0.
     node: int = 0
+    # Wait to take the place of a node that is lost; `node` is -1 until then.
+    spare: bool = False
     # HOST:PORT at which node 0's launcher listens; not used for a single node.
     endpoint: str = ""
     # Name of the job at the rendezvous.

@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, Optional
 
 from megatron_anymal.launcher.job import Decision, Ending, Job, combined
+from megatron_anymal.launcher.spares import SILENT, Places, Pulse, Spare
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
 
@@ -86,20 +88,48 @@ class MultiNode(SingleNode):
     def __init__(self, job: Job, check: Callable[[], None]) -> None:
         self._job, self._check, self._round = job, check, 0
         self._looked, self._failed = 0.0, False
+        # Name under which this launcher was given its node's place; empty: it is the node's own.
+        self._name = ""
         self._store = self._connect()
+        self._places = Places(self._store, self._prefix, job.nodes)
+        self._pulse = Pulse(self._connect, f"{self._prefix}/node/{job.node}") if job.node > 0 else None
         self.agent_arguments = (
             f"--rdzv-endpoint={job.endpoint}",
             f"--rdzv-conf=is_host=0,join_timeout={job.rdzv_timeout:.0f}",
             *([f"--local-addr={job.local_addr}"] if job.local_addr else []),
         )
 
+    def take_place(self) -> Optional[int]:
+        """As a spare, wait until a node is lost, and take its place.
+
+        Returns:
+            The node; None: the run has ended without a need for this spare.
+
+        Raises:
+            HeadLost: node 0's launcher is gone.
+        """
+        spare = self._ask(lambda: Spare(self._store, self._prefix, self._connect))
+        try:
+            while not self._ask(lambda: self._store.check([self._over])):
+                node: Optional[int] = self._ask(spare.place)
+                if node is not None:
+                    self._job, self._name = replace(self._job, node=node), spare.name
+                    self._pulse = Pulse(self._connect, f"{self._prefix}/node/{node}")
+                    return node
+                self._pause("here")
+            self._ask(spare.leave)
+            return None
+        finally:
+            spare.pulse.stop()
+
     def agree(self, number: Callable[[], int]) -> int:
         """Agree on the number of the next attempt; `number` is called on node 0.
 
         Raises:
-            NodeLost: not all nodes joined in time.
+            NodeLost: not all nodes joined in time, or this node's place was given to a spare.
             HeadLost: node 0's launcher is gone.
         """
+        self._check_place()
         self._round = self._next_round()
         self._looked, self._failed = 0.0, False
         self._set(f"here/{self._job.node}", "")
@@ -134,10 +164,19 @@ class MultiNode(SingleNode):
             self._looked = time.monotonic()
             # Without node 0 there can be no decision either.
             try:
-                self._failed = self._there("alarm")
+                self._failed = self._there("alarm") or self._finds_silent()
             except NodeLost:
                 self._failed = True
         return self._failed
+
+    def _finds_silent(self) -> bool:
+        """On node 0: whether a node is silent while there is a spare for it."""
+        if self._job.node or not self._ask(self._places.spares) or not (lost := self._ask(self._places.silent)):
+            return False
+        text = f"node {lost[0]} has shown no sign of life for {SILENT:g} s"
+        record(self._job.run_dir, "death", text, attempt=int(self._get("number")))
+        self.alarm()
+        return True
 
     def decide(self, ending: Ending, decide: Callable[[Ending], Decision]) -> Decision:
         """Agree on what to do after an attempt has ended on all nodes; `decide` is called on node 0.
@@ -162,8 +201,21 @@ class MultiNode(SingleNode):
         """
         deadline = time.monotonic() + _FAREWELL
         if self._job.node == 0:
-            while time.monotonic() < deadline and not all(self._there(f"seen/{n}") for n in range(self._job.nodes)):
+            self._ask(lambda: self._store.set(self._over, ""))
+            while time.monotonic() < deadline and not self._all_left():
                 time.sleep(_LOOK)
+        elif self._pulse is not None:
+            self._pulse.stop()
+
+    def _all_left(self) -> bool:
+        return all(self._there(f"seen/{node}") for node in range(self._job.nodes)) and self._ask(self._places.have_left)
+
+    def _check_place(self) -> None:
+        if self._ask(partial(self._places.holder, self._job.node)) not in ("", self._name):
+            raise NodeLost(
+                f"the place of node {self._job.node} was given to a spare while this launcher was lost or silent. "
+                "Start it again with --spare instead of --node-rank."
+            )
 
     def _next_round(self) -> int:
         if self._job.node == 0:
@@ -180,7 +232,8 @@ class MultiNode(SingleNode):
         if not self._there(f"here/{self._job.node}"):
             return self._round
         # An earlier launcher of this node took part in this round and can no longer report its ending.
-        text = f"the launcher of node {self._job.node} was lost and started again"
+        what = "was lost, and a spare takes its place" if self._name else "was lost and started again"
+        text = f"the launcher of node {self._job.node} {what}"
         attempt = int(self._get("number")) if self._there("number") else 0
         record(self._job.run_dir, "death", text, attempt=attempt)
         self.alarm()
@@ -188,9 +241,18 @@ class MultiNode(SingleNode):
         return self._round + 1
 
     @property
+    def _prefix(self) -> str:
+        return f"anymal/{self._job.identity}"
+
+    @property
     def _rounds(self) -> str:
         """Key under which node 0 posts the number of the round."""
-        return f"anymal/{self._job.identity}/round"
+        return f"{self._prefix}/round"
+
+    @property
+    def _over(self) -> str:
+        """Key that says that the run has ended."""
+        return f"{self._prefix}/over"
 
     def _connect(self) -> Any:
         from torch.distributed import TCPStore
@@ -227,6 +289,8 @@ class MultiNode(SingleNode):
             if missing and time.monotonic() > deadline:
                 names = ", ".join(map(str, missing))
                 raise NodeLost(f"node {names} of {self._job.nodes} {failed} within {self._job.rdzv_timeout:g} s.")
+            for node, spare in (self._ask(partial(self._places.fill, missing)) if missing else {}).items():
+                print(f"[launch] node {node} is lost: spare {spare} takes its place", flush=True)
             if missing:
                 self._pause(what)
         return [self._get(f"{what}/{node}") for node in range(self._job.nodes)]
@@ -247,7 +311,7 @@ class MultiNode(SingleNode):
         time.sleep(_LOOK)
 
     def _key(self, what: str) -> str:
-        return f"anymal/{self._job.identity}/{self._round}/{what}"
+        return f"{self._prefix}/{self._round}/{what}"
 
     def _set(self, what: str, value: str) -> None:
         self._ask(lambda: self._store.set(self._key(what), value))

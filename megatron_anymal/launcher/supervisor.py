@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import replace
 from typing import Optional
 
 from megatron_anymal.launcher.attempt import Attempt, rank_environment
 from megatron_anymal.launcher.job import Decision, Ending, Job, Restarts, new_attempt
-from megatron_anymal.launcher.rendezvous import HeadLost, NodeLost, SingleNode, join_rendezvous
+from megatron_anymal.launcher.rendezvous import HeadLost, MultiNode, NodeLost, SingleNode, join_rendezvous
 from megatron_anymal.launcher.report import write_report
 from megatron_anymal.launcher.standby import RANK_MODULES, Standby
 from megatron_anymal.launcher.stop_requests import Stopped, StopRequests
@@ -54,7 +55,9 @@ class Supervisor:
         return int(decision.code)
 
     def _attempts(self) -> Decision:
-        rendezvous = join_rendezvous(self.job, self.stop_requests.check)
+        rendezvous = self._join()
+        if rendezvous is None:
+            return Decision(Exit.DONE, "the run has ended without a need for this spare node")
         restarts = Restarts(self.job.run_dir)
         while True:
             try:
@@ -74,6 +77,25 @@ class Supervisor:
             if decision.forget and self.memory is not None:
                 self.memory.clear()
             self.stop_requests.sleep(decision.pause)
+
+    def _join(self) -> Optional[SingleNode]:
+        """Join the other nodes; a spare first waits for a place, and gets None if the run ends before."""
+        while True:
+            rendezvous = join_rendezvous(self.job, self.stop_requests.check)
+            if not self.job.spare:
+                return rendezvous
+            assert isinstance(rendezvous, MultiNode)
+            self._say("waiting as a spare node")
+            try:
+                node = rendezvous.take_place()
+            except HeadLost as error:
+                self._say(f"{error} Waiting for it to be started again.")
+                continue
+            if node is None:
+                return None
+            self.job = replace(self.job, node=node, spare=False)
+            self._say("taking the place of a node that is lost")
+            return rendezvous
 
     def _attempt(self, rendezvous: SingleNode, restarts: Restarts) -> Decision:
         self.number = rendezvous.agree(lambda: new_attempt(self.job.run_dir))
@@ -118,5 +140,5 @@ class Supervisor:
             self._say(f"report: {path}")
 
     def _say(self, text: str) -> None:
-        node = f" node {self.job.node}" if self.job.nodes > 1 else ""
+        node = " spare" if self.job.spare else f" node {self.job.node}" if self.job.nodes > 1 else ""
         print(f"[launch{node}] {text}", flush=True)
