@@ -17,6 +17,9 @@
 #                          ANYMAL_PROCS_PER_NODE=2 sbatch --nodes=2 --gpus-per-node=0 slurm/pretrain_70b.sh ...
 #   ANYMAL_GRACE_SECONDS   how long a stop may take before the job is requeued regardless. Default: 270, a little less
 #                          than the lead time of --signal
+# With spare nodes, a run survives the loss of a node without a requeue, continuing from copies in memory:
+#   sbatch --no-kill --nodes=34 slurm/pretrain_70b.sh --spare-nodes=2 ...
+# trains on 32 nodes while two wait with everything imported. The first node cannot be replaced.
 # To use another configuration than the script's, add --config-name=NAME --config-path=FOLDER after the script's name.
 #
 # To stop a job with a checkpoint and requeue it: scancel --batch --signal=USR1 JOB. To end it: scancel JOB.
@@ -43,8 +46,9 @@ run_job() {
     export PYTHONPATH=$ANYMAL_HOME${PYTHONPATH:+:$PYTHONPATH}
     check_time
     choose_python
-    choose_size "$@"
-    arguments=("$VERB" "--config-name=$CONFIG" "${size[@]}" "$@")
+    choose_spares "$@"
+    choose_size "${overrides[@]}"
+    arguments=("$VERB" "--config-name=$CONFIG" "${size[@]}" "${overrides[@]}")
 
     find_run_dir
     check_nodes
@@ -81,16 +85,27 @@ choose_python() {
     fi
 }
 
+# Sets spares (their number) and overrides (the other arguments).
+choose_spares() {
+    local word
+    spares=0 overrides=()
+    for word in "$@"; do
+        if [[ $word == --spare-nodes=* ]]; then spares=${word#*=}; else overrides+=("$word"); fi
+    done
+    [[ $spares =~ ^[0-9]+$ ]] || mistake "--spare-nodes=$spares is not a number."
+    (( spares == 0 || SLURM_JOB_NUM_NODES - spares > 1 )) || mistake "--spare-nodes=$spares leaves $(( SLURM_JOB_NUM_NODES - spares )) of $SLURM_JOB_NUM_NODES node(s) to train on, and the first one cannot be replaced. Give sbatch more --nodes."
+}
+
 # Sets nodes, processes (per node) and size (the overrides for both, unless they are given).
 choose_size() {
     local gpus=${SLURM_GPUS_ON_NODE:-${SLURM_GPUS_PER_NODE##*:}}
     local given_nodes given_processes
     given_nodes=$(given trainer.num_nodes "$@")
     given_processes=$(given trainer.devices "$@")
-    nodes=$SLURM_JOB_NUM_NODES
+    nodes=$(( SLURM_JOB_NUM_NODES - spares ))
     processes=${given_processes:-${ANYMAL_PROCS_PER_NODE:-${gpus:-0}}}
     (( processes > 0 )) || mistake "the job has no GPUs on its nodes. Request some (sbatch --gpus-per-node=8), or set ANYMAL_PROCS_PER_NODE."
-    (( ${given_nodes:-$nodes} == nodes )) || mistake "trainer.num_nodes=$given_nodes, but the job has $nodes node(s). Leave it out, or give sbatch --nodes=$given_nodes."
+    (( ${given_nodes:-$nodes} == nodes )) || mistake "trainer.num_nodes=$given_nodes, but the job has $nodes node(s) to train on. Leave it out, or give sbatch --nodes=$(( given_nodes + spares ))."
     size=()
     [[ $given_nodes ]] || size+=("trainer.num_nodes=$nodes")
     [[ $given_processes ]] || size+=("trainer.devices=$processes")
@@ -117,11 +132,13 @@ find_run_dir() {
     logs=$run_dir/logs/slurm_$SLURM_JOB_ID
     mkdir -p "$logs" || mistake "the run's folder $run_dir cannot be written on $SLURMD_NODENAME. Choose another one (exp_manager.explicit_log_dir)."
     summary=$run_dir/slurm.log
-    say "start ${SLURM_RESTART_COUNT:-0} on $nodes node(s) ($SLURM_JOB_NODELIST) x $processes process(es):$(printf ' %q' "${arguments[@]}")"
+    local shown="$nodes node(s)"
+    (( spares == 0 )) || shown+=" and $spares spare node(s)"
+    say "start ${SLURM_RESTART_COUNT:-0} on $shown ($SLURM_JOB_NODELIST) x $processes process(es):$(printf ' %q' "${arguments[@]}")"
 }
 
 check_nodes() {
-    local ranks=$(( nodes * processes )) code
+    local ranks=$(( SLURM_JOB_NUM_NODES * processes )) code
     in_step --ntasks="$ranks" --ntasks-per-node="$processes" --distribution=block --overcommit --wait=30 \
         "${python[@]}" -m megatron_anymal.launcher.preflight.command --address="$(head_address)" --port="$(port 1)" \
         --nodes="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd,)" "${arguments[@]}" \
@@ -134,16 +151,29 @@ check_nodes() {
 launch() {
     # Slurm signals every process of a step: those that do not handle USR1 must ignore it.
     # shellcheck disable=SC2016  # expands on the node
-    local on_node='trap "" USR1; exec >> "$1/$SLURMD_NODENAME.log" 2>&1; shift
+    local on_node='trap "" USR1; exec >> "$1/$SLURMD_NODENAME.log" 2>&1; logs=$1 nodes=$2 spares=$3; shift 3
         echo "--- start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURMD_NODENAME"
-        exec "${@/#--node-rank=/--node-rank=$SLURM_NODEID}"'
+        position=--spare
+        (( SLURM_NODEID >= nodes )) || position=--node-rank=$SLURM_NODEID
+        set -- "${@/#--node-rank=/$position}"
+        (( spares && SLURM_NODEID == 0 )) || exec "$@"
+        "$@"
+        code=$?
+        echo "$code" > "$logs/exit_code"
+        exit "$code"'
+    # After one node has ended, the others get time to shut down cleanly. With spares, a lost node ends no other.
+    local lasting=("--wait=$ANYMAL_GRACE_SECONDS") code
+    (( spares == 0 )) || lasting=(--wait=0 --no-kill)
     launched=1
-    # After one node has ended, the others get time to shut down cleanly.
-    in_step --ntasks-per-node=1 --wait="$ANYMAL_GRACE_SECONDS" bash -c "$on_node" launch "$logs" \
+    rm -f "$logs/exit_code"
+    in_step --ntasks-per-node=1 "${lasting[@]}" bash -c "$on_node" launch "$logs" "$nodes" "$spares" \
         "${python[@]}" -m megatron_anymal launch --nproc-per-node="$processes" --nnodes="$nodes" --node-rank= \
         --rdzv-endpoint="$(head_address):$(port 0)" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
         --grace-seconds="$ANYMAL_GRACE_SECONDS" "${arguments[@]}"
-    end $?
+    code=$?
+    # The step fails with a node that was replaced; the first node knows how the run ended.
+    if (( spares )) && [[ -s $logs/exit_code ]]; then code=$(< "$logs/exit_code"); fi
+    end "$code"
 }
 
 # Runs a job step and returns its exit code; signals that arrive in the meantime are handled at once.

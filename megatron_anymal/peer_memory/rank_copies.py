@@ -73,7 +73,12 @@ class RankCopies:
         for tensor in tensors:
             size = tensor.numel() * tensor.element_size()
             self._offsets.append(self._offsets[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-        self._file = SlotFile(place.file, max(_ALIGNMENT, self._offsets[-1]))
+        # Bytes of a copy.
+        self.size = max(_ALIGNMENT, self._offsets[-1])
+        # The same on all ranks: in the next attempt, the file may be that of another rank, and must keep its contents.
+        largest = torch.tensor([self.size], device=torch.device("cuda"))
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        self._file = SlotFile(place.file, int(largest))
         self._targets: dict[int, list[Tensor]] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="anymal-copies")
         self._pending: Optional[Future[None]] = None
@@ -81,11 +86,6 @@ class RankCopies:
         self.waited = 0.0
         self._connection: Any = None
         self._neighbour = bool(place.neighbour)
-
-    @property
-    def size(self) -> int:
-        """Bytes of a copy."""
-        return self._file.size
 
     def keep(self, step: int, tensors: Sequence[Tensor], counts: Sequence[int]) -> None:
         """Copy the tensors; checksum and transfer follow in the background.
@@ -171,7 +171,7 @@ class RankCopies:
         for slot, copy in self._file.copies().items():
             if (copy.rank, copy.step, copy.identity) == (self.rank, step, self._identity):
                 # Copied, because the slot may be overwritten while the tensors still refer to it.
-                data = memoryview(bytearray(self._file.data(slot)))
+                data = memoryview(bytearray(self._file.data(slot)[: copy.size]))
                 if self._is_good(copy, data):
                     return copy, data
         for copy, address in self._everything:
@@ -186,7 +186,7 @@ class RankCopies:
         return copy.size == self.size and zlib.crc32(data) == copy.checksum
 
     def _finish(self, slot: int, copy: Copy) -> None:
-        data = self._file.data(slot)
+        data = self._file.data(slot)[: self.size]
         copy = replace(copy, checksum=zlib.crc32(data))
         self._file.commit(slot, copy)
         if self._neighbour:

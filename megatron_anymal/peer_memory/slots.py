@@ -32,7 +32,7 @@ class Copy:
     step: int
     # Hash of everything that a run must have in common with the one that made the copy.
     identity: str
-    # Number of bytes.
+    # Number of bytes; a slot may be larger.
     size: int
     # CRC-32 of the bytes.
     checksum: int

@@ -106,6 +106,23 @@ def test_every_optimizer_continues_bit_identically(
     assert_same(continued, undisturbed(config, tmp_path))
 
 
+def test_ranks_that_change_places_find_their_copies(config: RunConfig, tmp_path: Path) -> None:
+    # On the first stage everything trains, on the second one nothing does.
+    config.model.pipeline_model_parallel_size = 2
+    config.resilience.faults = [f"exception:rank=1,step={FAULT}"]
+    server = MemoryServer(2, "127.0.0.1")
+
+    def elsewhere(config: RunConfig, variables: dict[str, str]) -> Any:
+        os.environ["LOCAL_RANK"] = str(1 - int(os.environ["RANK"]))
+        return attempt(config, variables)
+
+    run_ranks(2, attempt, config, server.environment())
+    continued = run_ranks(2, elsewhere, config, server.environment())[0]
+    server.close()
+    assert resumed_at(config) == [("from memory, at step 4", 4)]
+    assert_same(continued, undisturbed(config, tmp_path))
+
+
 def damage(server: MemoryServer, rank: int, step: int) -> None:
     file = SlotFile(json.loads(server.environment()[MEMORY])["files"][rank])
     [slot] = [slot for slot, copy in file.copies().items() if copy.step == step]

@@ -47,10 +47,9 @@ SlurmdTimeout=10
 KillWait=5
 JobRequeue=1
 SlurmdParameters=config_overrides
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} {size}
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} {size}
-PartitionName=batch Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+_NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} {size}\n"
 _SIZE = "CPUs=8 Boards=1 SocketsPerBoard=1 CoresPerSocket=8 ThreadsPerCore=1 RealMemory=8000"
 
 
@@ -81,20 +80,25 @@ def _absent() -> list[str]:
 
 
 class Cluster:
-    """A running cluster with the nodes n1 and n2.
+    """A running cluster with the nodes n1, n2 and so on.
 
     Args:
         folder: an empty folder for this cluster. Its path must be short, because it will hold sockets.
+        nodes: number of nodes.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
         self.folder = folder
-        for name in ("state", "log", "spool/n1", "spool/n2"):
+        self.names = [f"n{number}" for number in range(1, nodes + 1)]
+        for name in ("state", "log", *(f"spool/{node}" for node in self.names)):
             (folder / name).mkdir(parents=True)
-        ports = free_ports(3)
-        values = {"port": ports[0], "port1": ports[1], "port2": ports[2], "size": _SIZE}
+        port, *ports = free_ports(1 + nodes)
+        host = socket.gethostname().split(".")[0]
+        lines = [_NODE.format(name=name, host=host, port=own, size=_SIZE) for name, own in zip(self.names, ports)]
         conf = folder / "slurm.conf"
-        conf.write_text(_CONF.format(host=socket.gethostname().split(".")[0], folder=folder, **values))
+        # The nodes before the partition, which contains all of them.
+        before, partition = _CONF.format(host=host, folder=folder, port=port).rsplit("PartitionName", 1)
+        conf.write_text(before + "".join(lines) + "PartitionName" + partition)
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(conf)}
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         # Job number -> time at which it was first seen waiting after a requeue.
@@ -104,9 +108,9 @@ class Cluster:
         try:
             self._start_munge()
             self._start("slurmctld", "slurmctld", "-D", "-f", str(self.folder / "slurm.conf"))
-            for node in ("n1", "n2"):
+            for node in self.names:
                 self.start_node(node)
-            self.wait(lambda: self.node_states() == {"n1": "IDLE", "n2": "IDLE"}, 60, "two idle nodes")
+            self.wait(lambda: set(self.node_states().values()) == {"IDLE"}, 60, "idle nodes")
         except BaseException:
             self.close()
             raise

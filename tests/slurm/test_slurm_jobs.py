@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,13 @@ import pytest
 import torch
 import yaml
 from engine import train
-from loopback import Cluster
+from loopback import Cluster, missing
 from ranks import run_ranks
 from tiny import make_config, make_conversations
 
 from megatron_anymal.config import LoraConfig
 from megatron_anymal.config.compose import compose
+from megatron_anymal.resilience.events import read
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "pretrain_70b.sh"
@@ -43,7 +46,14 @@ class Run:
     """A submitted job and its run folder."""
 
     def __init__(
-        self, cluster: Cluster, folder: Path, name: str, *overrides: str, processes: int = 1, script: str = SCRIPT
+        self,
+        cluster: Cluster,
+        folder: Path,
+        name: str,
+        *overrides: str,
+        processes: int = 1,
+        script: str = SCRIPT,
+        sbatch: tuple[str, ...] = ("--nodes=2",),
     ) -> None:
         self.cluster, self.run_dir = cluster, folder / name
         environment = {
@@ -59,7 +69,7 @@ class Run:
             f"--config-name={config}",
             f"exp_manager.explicit_log_dir={self.run_dir}",
         ]
-        options = ("--nodes=2", "--gpus-per-node=0", "--time=60")
+        options = (*sbatch, "--gpus-per-node=0", "--time=60")
         self.number = cluster.sbatch(
             ROOT / "slurm" / script, *arguments, *overrides, options=options, env=environment, cwd=folder
         )
@@ -225,4 +235,25 @@ def test_a_node_dies(cluster: Cluster, folder: Path, whole: Path) -> None:
     cluster.start_node("n2")
     run.restarted(1)
     assert run.end(1500) == 0, run.said()
+    assert_same(run.run_dir, whole)
+
+
+@pytest.mark.timeout(3600)
+def test_a_spare_node_takes_over(folder: Path, whole: Path) -> None:
+    if why := missing():
+        pytest.skip(why)
+    short = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    try:
+        with Cluster(short, nodes=3) as cluster:
+            one_step = "resilience.peer_memory_interval=1"
+            run = Run(cluster, folder, "spare", SLOW, one_step, "--spare-nodes=1", sbatch=("--nodes=3", "--no-kill"))
+            # After the checkpoint of step 10, and well before the next one.
+            run.reach(EVERY + 4)
+            cluster.kill_node("n2")
+            assert run.end(1500) == 0, run.said()
+            assert cluster.job(run.number)["Restarts"] == "0", run.said()
+    finally:
+        shutil.rmtree(short, ignore_errors=True)
+    [resumed] = [event for event in read(run.run_dir) if event["kind"] == "resume"]
+    assert resumed["source"] == "memory" and resumed["step"] >= EVERY + 3
     assert_same(run.run_dir, whole)

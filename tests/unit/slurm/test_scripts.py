@@ -28,7 +28,7 @@ SRUN = """#!/bin/bash
 [[ $1 != --help ]] || { echo "$STUB_SRUN_HELP"; exit; }
 while [[ $1 == --* ]]; do echo "$1" >> "$STUBS/srun"; shift; done
 echo >> "$STUBS/srun"
-export SLURMD_NODENAME=n1 SLURM_NODEID=0
+export SLURMD_NODENAME=n1 SLURM_NODEID=${STUB_NODEID:-0}
 exec "$@"
 """
 SCONTROL = """#!/bin/bash
@@ -271,6 +271,50 @@ def test_a_time_limit_below_the_signals_lead_is_said_at_once(
     assert refused in said and ("sbatch --time=1:00:00" in said) == bool(refused)
     # The script does not even ask for the run folder.
     assert bool(job.calls("run-dir")) == (not refused) and not job.requeued
+
+
+def test_spare_nodes(job: Job) -> None:
+    job.environment.update(SLURM_JOB_NUM_NODES="4", SLURM_JOB_NODELIST="n[1-4]")
+    code, said = job.run("pretrain", "model.seed=3", "--spare-nodes=2")
+    assert code == 0 and "on 2 node(s) and 2 spare node(s) (n[1-4]) x 8 process(es)" in said
+    [[*launcher]] = job.calls("launch")
+    assert "--nnodes=2" in launcher and "--node-rank=0" in launcher and "--spare" not in launcher
+    assert not any(word.startswith("--spare-nodes") for word in launcher)
+    assert launcher[-2:] == ["trainer.devices=8", "model.seed=3"] and "trainer.num_nodes=2" in launcher
+    steps = (job.folder / "srun").read_text().split("\n\n")
+    # All nodes are checked, also the spare ones; a lost node ends no other.
+    assert "--ntasks=32" in steps[1] and {"--wait=0", "--no-kill"} <= set(steps[2].split())
+
+
+def test_a_node_beyond_those_that_train_is_spare(job: Job) -> None:
+    job.environment.update(SLURM_JOB_NUM_NODES="4", STUB_NODEID="2")
+    job.run("pretrain", "--spare-nodes=2")
+    [[*launcher]] = job.calls("launch")
+    assert "--spare" in launcher and not any(word.startswith("--node-rank") for word in launcher)
+
+
+def test_the_first_node_says_how_a_run_with_spares_ended(job: Job) -> None:
+    # The step itself fails, as with a node that was lost.
+    stub = (
+        (job.bin / "srun").read_text().replace('exec "$@"', '"$@"; code=$?; [[ $1 == bash ]] && exit 143; exit $code')
+    )
+    (job.bin / "srun").write_text(stub)
+    job.environment["SLURM_JOB_NUM_NODES"] = "3"
+    code, said = job.run("pretrain", "--spare-nodes=1", STUB_NODE="down")
+    assert code == 0 and job.requeued == 0, said
+    assert job.run("pretrain", "--spare-nodes=1", STUB_LAUNCH="79")[0] == 79
+    # Without spares, the job goes back into the queue.
+    job.run("pretrain", STUB_NODE="down")
+    assert job.requeued == 1
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [("two", "--spare-nodes=two is not a number"), ("1", "--spare-nodes=1 leaves 1 of 2 node(s) to train on")],
+)
+def test_wrong_numbers_of_spares(job: Job, number: str, said: str) -> None:
+    code, output = job.run("pretrain", f"--spare-nodes={number}")
+    assert code == 2 and said in output and not job.calls("launch")
 
 
 def test_a_job_array_requeues_its_own_task_alone(job: Job) -> None:
