@@ -3,7 +3,9 @@
     PYTHONPATH=.:tests:tests/faults:benchmarks python -m soak --minutes 20 --out results.json
 
 The faults kill or stop a rank, kill a loader process, ask the launcher to stop, or kill the launcher with all its
-children. A launcher that has ended is restarted. Prints the number of steps that differ, which must be 0, and the
+children. A launcher that has ended is restarted. With --nodes 2 or more, each fault kills the launcher of a node with
+all its processes; a spare node takes its place, and another spare is started. Node 0, which cannot be replaced, is
+started again. Prints the number of steps that differ, which must be 0, and the
 effective-training-time ratio; the exit code is 1 if any step differs. At one fault per minute, failures are about a
 thousand times as frequent as on real machines: the ratio shows the cost of restarts in this test, not the loss in a
 real run.
@@ -22,12 +24,14 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import psutil
 from launched import differences, launch, rank_processes, write_config
 from measuring import surroundings
+from ports import free_port
 from test_sigkill import figures, kill, steps_of
 from tiny import make_shards, make_tokenizer
 
@@ -46,6 +50,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="duration of the run with faults")
     parser.add_argument("--seconds-between", type=float, default=60.0, help="one fault in each interval of this length")
     parser.add_argument("--processes", type=int, default=4, help="ranks")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes, which share the ranks; above 1, nodes are lost")
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their times")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
@@ -57,7 +62,8 @@ def main() -> int:
     tokenizer = make_tokenizer(folder / "tokenizer")
     train = make_shards(folder / "mixed", tokenizer, 40, ("image", "audio", "imu", "text", "mixed"))
     write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1000, _EVERY)
-    soak = Soak(folder, options.processes, random.Random(options.seed), options.seconds_between)
+    kind = partial(NodesSoak, nodes=options.nodes) if options.nodes > 1 else Soak
+    soak = kind(folder, options.processes, random.Random(options.seed), options.seconds_between)
     soak.run(options.minutes * 60)
     found = soak.compare()
     if options.out:
@@ -167,6 +173,49 @@ class Soak:
 
     def _kill_loader(self) -> None:
         self.dice.choice(self.dice.choice(self._ranks()).children()).kill()
+
+
+class NodesSoak(Soak):
+    """A run on several nodes that loses one of them at a time.
+
+    Args:
+        nodes: number of nodes, which share the processes.
+    """
+
+    def __init__(self, folder: Path, processes: int, dice: random.Random, between: float, nodes: int) -> None:
+        self.nodes = nodes
+        self.endpoint = f"127.0.0.1:{free_port()}"
+        # The launcher of each node, and the spare one.
+        self.launchers: dict[int, subprocess.Popen[bytes]] = {}
+        super().__init__(folder, processes, dice, between)
+        self.launchers |= {node: self._node(node) for node in range(1, nodes)}
+        self.spare = self._node(None)
+
+    def _launch(self) -> subprocess.Popen[bytes]:
+        self.launchers[0] = self._node(0)
+        return self.launchers[0]
+
+    def _node(self, node: Optional[int]) -> subprocess.Popen[bytes]:
+        position = "--spare" if node is None else f"--node-rank={node}"
+        per_node = self.processes // self.nodes
+        more = (*_SETTINGS, "trainer.max_steps=1000000", f"trainer.num_nodes={self.nodes}")
+        # The same layout as in the run on one node.
+        tensor = f"model.tensor_model_parallel_size={1 + self.processes // 4}"
+        options = [position, f"--rdzv-endpoint={self.endpoint}", "--local-addr=127.0.0.1", "--rdzv-timeout=120"]
+        log = self.folder / f"node_{'spare' if node is None else node}.log"
+        return launch(self.folder, self.run_dir, per_node, *more, tensor, log=log, node=options)
+
+    def _inject_fault(self) -> None:
+        node = self.dice.randrange(self.nodes)
+        kill(self.launchers[node])
+        if node == 0:
+            self.process = self._launch()
+        else:
+            self.launchers[node], self.spare = self.spare, self._node(None)
+        self.done[f"node {node} lost"] += 1
+        print(
+            f"{time.strftime('%H:%M:%S')} step {max(steps_of(self.run_dir), default=0)}: node {node} lost", flush=True
+        )
 
 
 if __name__ == "__main__":
