@@ -35,6 +35,8 @@ from megatron_anymal.resilience.exit_codes import Exit
 GRACE = "ANYMAL_GRACE_SECONDS"
 # Polling interval for the ranks, in seconds.
 _LOOK = 0.2
+# A longer pause between two looks, in seconds, means that the launcher was suspended, and its ranks probably too.
+_SUSPENDED = 5.0
 # Seconds the other ranks get before they are killed: to report what they saw after one has failed, to reach the same
 # verdict after one has ended with an exit code that all ranks agree on, and to shut down after one has stopped cleanly.
 _LAST_WORDS, _AGREEING, _STOPPING = 3.0, 8.0, 60.0
@@ -99,6 +101,8 @@ class Attempt:
         # When to kill all ranks; None means never.
         self.kill_at: Optional[float] = None
         self.gone: dict[int, float] = {}
+        # No rank counts as hanging until then.
+        self.patient_until = 0.0
         self.told: set[tuple[int, int]] = set()
 
     def run(self) -> Ending:
@@ -107,7 +111,7 @@ class Attempt:
         self.agent = self._start()
         try:
             while self.agent.poll() is None:
-                time.sleep(_LOOK)
+                self._sleep()
                 self._find_ranks()
                 self._pass_on()
                 self._look()
@@ -119,6 +123,12 @@ class Attempt:
         finally:
             self._kill()
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _sleep(self) -> None:
+        begun = time.monotonic()
+        time.sleep(_LOOK)
+        if (now := time.monotonic()) - begun > _SUSPENDED:
+            self.patient_until = now + self.job.limits.hang_timeout
 
     def _start(self) -> subprocess.Popen[bytes] | Forked:
         job = self.job
@@ -180,7 +190,7 @@ class Attempt:
             if views and max(view.silent for view in views) > 0.8 * self.job.limits.hang_timeout > 0:
                 self._examine(views)
             self._end_all(_LAST_WORDS)
-        elif views and hanging(views, self.job.limits):
+        elif views and time.monotonic() >= self.patient_until and hanging(views, self.job.limits):
             self._examine(views)
             self._end_all(0.0)
             self.rendezvous.alarm()

@@ -56,7 +56,8 @@ class Places:
         self._store, self._prefix, self._nodes = store, prefix, nodes
         # Key -> its last value, and when it changed.
         self._beats: dict[str, tuple[int, float]] = {}
-        self._looked, self._begun = 0.0, time.monotonic()
+        self._filled, self._begun = 0.0, time.monotonic()
+        self._looked = self._begun
 
     def spares(self) -> list[int]:
         """Numbers of the spares that wait for a place and are alive."""
@@ -73,9 +74,9 @@ class Places:
         Returns:
             Node -> spare.
         """
-        if time.monotonic() - self._looked < _BEAT:
+        if time.monotonic() - self._filled < _BEAT:
             return {}
-        self._looked = time.monotonic()
+        self._filled = time.monotonic()
         if not (spares := self.spares()):
             return {}
         given = dict(zip([node for node in self.silent() if node in missing], spares))
@@ -100,6 +101,10 @@ class Places:
     def _silence(self, key: str) -> float:
         """Seconds since a number changed, or since it was first looked at."""
         count, now = self._count(key), time.monotonic()
+        if now - self._looked > SILENT - 2 * _BEAT:
+            # Nobody looked: this launcher was suspended, and the others probably too.
+            self._beats = {key: (count, now) for key, (count, _) in self._beats.items()}
+        self._looked = now
         if key not in self._beats:
             self._beats[key] = (count, now if count else self._begun)
         elif self._beats[key][0] != count:

@@ -46,6 +46,19 @@ def job(run_dir: Path, *arguments: str, processes: int = 2, launcher: str = "ft"
     return Job(run_dir, limits, [str(FAKE), str(run_dir), *arguments], processes, launcher=launcher, standby=False)
 
 
+def apart(run_dir: Path, steps: str) -> subprocess.Popen[bytes]:
+    """Start a launcher as a process of its own, and wait until its run has saved a checkpoint."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from test_launch import Path, Supervisor, job;"
+        "sys.exit(Supervisor(job(Path(sys.argv[2]), sys.argv[3])).run())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(FAKE.parent), str(run_dir), steps])
+    while not (run_dir / "checkpoints").is_dir():
+        assert process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
 def told(run_dir: Path, kind: str) -> list[dict]:  # type: ignore[type-arg]
     return [event for event in read(run_dir) if event["kind"] == kind]
 
@@ -120,6 +133,20 @@ def test_each_hang_is_found_in_time_and_blamed_on_its_rank(tmp_path: Path) -> No
     assert nothing_left(run) and "holding the GIL" in report(run)
 
 
+def test_a_suspended_job_goes_on(tmp_path: Path) -> None:
+    # As Slurm suspends jobs: every process, the launcher too, for longer than hang_timeout.
+    run = tmp_path / "run"
+    process = apart(run, "30")
+    all_ = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for one in all_:
+        one.suspend()
+    time.sleep(attempt._SUSPENDED + TIMEOUT)
+    for one in all_:
+        one.resume()
+    assert process.wait(60) == Exit.DONE, report(run)
+    assert told(run, "hang") == [] and len(told(run, "start")) == 1
+
+
 @pytest.mark.timeout(200)
 def test_a_run_that_does_not_get_on_is_given_up(tmp_path: Path) -> None:
     run = tmp_path / "run"
@@ -172,14 +199,7 @@ def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
 @pytest.mark.timeout(120)
 def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from test_launch import Path, Supervisor, job;"
-        "Supervisor(job(Path(sys.argv[2]), '10000')).run()"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program, str(FAKE.parent), str(run)])
-    while not (run / "checkpoints").is_dir():
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = apart(run, "10000")
     [agent] = psutil.Process(process.pid).children()
     ranks = ranks_below(agent.pid)
     assert sorted(ranks) == [0, 1]
