@@ -13,7 +13,7 @@ from typing import NoReturn
 from megatron_anymal import __version__, lean_imports
 from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
-from megatron_anymal.resilience.failure_record import exit_now
+from megatron_anymal.resilience.failure_record import exit_after_cleanup, exit_now
 
 # Verb -> "module:function", which takes the arguments, does the work and returns the exit code; and its help text.
 VERBS = {
@@ -71,7 +71,7 @@ def command() -> NoReturn:
         code = 130 if isinstance(error, KeyboardInterrupt) else code_of(error)
     if code:
         exit_now(code)
-    sys.exit(0)
+    exit_after_cleanup(0)
 
 
 def _fail(message: str, code: int = Exit.MISTAKE) -> int:
