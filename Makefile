@@ -45,10 +45,10 @@ test-all: $(INSTALLED)
 parity: $(INSTALLED)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m parity
 
-# Random faults, one a minute on average, for 20 minutes; compared with an undisturbed run.
+# Random faults, one a minute, for 20 minutes; compared with an undisturbed run. SOAK="--nodes 2": nodes are lost.
 soak: $(INSTALLED)
 	mkdir -p runs
-	PYTHONPATH=.:tests:tests/faults:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m soak --minutes 20 --out runs/soak.json
+	PYTHONPATH=.:tests:tests/faults:benchmarks OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m soak --minutes 20 --out runs/soak.json $(SOAK)
 
 # 10,000 mutated files over five seeds, some minutes; ends with an error if one is lost in silence or breaks a reader.
 fuzz: $(INSTALLED)

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -42,6 +42,7 @@ from megatron_anymal.resilience.exit_codes import Exit
 # Settings of both runs. The soaked run's length is not known in advance, so nothing may depend on it.
 _SETTINGS = ("model.optim.sched.name=constant", "resilience.hang_timeout=15")
 _EVERY = 5
+_FAULTS = ("rank killed", "rank stopped", "loader killed", "asked to stop", "all killed")
 
 
 def main() -> int:
@@ -51,6 +52,9 @@ def main() -> int:
     parser.add_argument("--seconds-between", type=float, default=60.0, help="one fault in each interval of this length")
     parser.add_argument("--processes", type=int, default=4, help="ranks")
     parser.add_argument("--nodes", type=int, default=1, help="nodes, which share the ranks; above 1, nodes are lost")
+    parser.add_argument(
+        "--faults", nargs="+", choices=_FAULTS, default=list(_FAULTS), help="on one node: of which kinds"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their times")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
@@ -62,7 +66,7 @@ def main() -> int:
     tokenizer = make_tokenizer(folder / "tokenizer")
     train = make_shards(folder / "mixed", tokenizer, 40, ("image", "audio", "imu", "text", "mixed"))
     write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1000, _EVERY)
-    kind = partial(NodesSoak, nodes=options.nodes) if options.nodes > 1 else Soak
+    kind = partial(NodesSoak, nodes=options.nodes) if options.nodes > 1 else partial(Soak, kinds=options.faults)
     soak = kind(folder, options.processes, random.Random(options.seed), options.seconds_between)
     soak.run(options.minutes * 60)
     found = soak.compare()
@@ -79,10 +83,18 @@ class Soak:
 
     Args:
         between: length in seconds of the intervals with one fault each, at a random time.
+        kinds: of the faults.
     """
 
-    def __init__(self, folder: Path, processes: int, dice: random.Random, between: float) -> None:
-        self.folder, self.processes, self.dice, self.between = folder, processes, dice, between
+    def __init__(
+        self,
+        folder: Path,
+        processes: int,
+        dice: random.Random,
+        between: float,
+        kinds: Sequence[str] = _FAULTS,
+    ) -> None:
+        self.folder, self.processes, self.dice, self.between, self.kinds = folder, processes, dice, between, kinds
         self.run_dir = folder / "soaked"
         self.done: Counter[str] = Counter()
         self.codes: Counter[int] = Counter()
@@ -93,7 +105,7 @@ class Soak:
         begun = time.monotonic()
         end, due, seen = begun + seconds, begun + self._next_fault(), 0
         while time.monotonic() < end:
-            time.sleep(1.0)
+            time.sleep(min(1.0, self.between / 10))
             if self.process.poll() is not None:
                 self._restart()
             # A fault that is due before the run has made progress is delayed: three failures in a row without progress
@@ -159,7 +171,7 @@ class Soak:
             "asked to stop": lambda: self.process.send_signal(signal.SIGTERM),
             "all killed": lambda: kill(self.process),
         }
-        name = self.dice.choice(list(faults))
+        name = self.dice.choice(self.kinds)
         with suppress(psutil.Error, ProcessLookupError, IndexError):
             faults[name]()
             self.done[name] += 1
