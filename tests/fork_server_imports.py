@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from contextlib import suppress
 
-from megatron_anymal import lean_imports
+# A collection would visit every object imported so far.
+gc.disable()
+
+from megatron_anymal import lean_imports  # noqa: E402
 
 # As in every command.
 lean_imports.install()
@@ -41,3 +45,6 @@ with suppress(ImportError):
     importlib.import_module("megatron_anymal.nemo.model")
 
 forks.watch()
+# Collections in a forked process would visit, and so copy, everything that was imported.
+gc.collect()
+gc.freeze()
