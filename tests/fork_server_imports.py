@@ -16,6 +16,7 @@ lean_imports.install()
 
 import forks  # noqa: E402
 import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from megatron_anymal.modalities.architecture import ARCHITECTURES  # noqa: E402
 
@@ -33,6 +34,7 @@ for name in (
     "checkpoint_tools.importing.llama",
     "checkpoint_tools.importing.workers",
     "checkpoint_tools.rank_boxes",
+    "megatron_anymal.cpu_shim",
     "engine",
     "tiny",
 ):
@@ -40,6 +42,8 @@ for name in (
 # transformers imports a model's module when its class is first asked for.
 for architecture in ARCHITECTURES.values():
     getattr(transformers, architecture.model)
+# Pillow imports the common formats when the first image is opened.
+Image.preinit()
 # On machines without NeMo the other tests still run.
 with suppress(ImportError):
     importlib.import_module("megatron_anymal.nemo.model")
