@@ -1,7 +1,8 @@
 """Run commands that verify exports, without the time that a new interpreter takes to import torch and transformers.
 
-`verify` runs the code of an exported folder with `python -I`, several seconds of imports each time. Here it is a fork of
-a server that has imported both, and nothing of the trainer. Tests of the documentation's commands start real ones.
+`verify` runs the code of an exported folder with `python -I`, several seconds of imports each time. Here, a fork of a
+server that has imported both, and nothing of the trainer, takes its place. Tests of the documentation's commands start
+real ones.
 """
 
 from __future__ import annotations

@@ -52,3 +52,4 @@ forks.watch()
 # Collections in a forked process would visit, and so copy, everything that was imported.
 gc.collect()
 gc.freeze()
+gc.enable()

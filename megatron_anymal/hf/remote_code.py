@@ -80,7 +80,7 @@ def _code(plugins: Sequence[Path] = ()) -> dict[str, str]:
     added = [_plugin(Path(path).expanduser()) for path in plugins]
     if len({module.name for module in added}) < len(added):
         raise ConfigError(f"model.plugins: two of {[str(path) for path in plugins]} have the same name. Rename a file.")
-    files = {}
+    files: dict[str, str] = {}
     for name in _ROOTS:
         root = _read(f"{_PACKAGE}.hf.{name}")
         # Plug-ins provide modalities, which the configuration file does not build.
