@@ -78,7 +78,7 @@ class Suite:
 
     def _sft_run(self, layout: Layout) -> str:
         """Return the folder of a short SFT run that moves the adapters well away from their initial values."""
-        folder = self.folder / "runs" / layout.name
+        folder = self.folder / "runs" / f"{layout.name}-{layout.layers}"
         if not folder.exists():
             config = configured(self._config(layout), layout)
             config.exp_manager.explicit_log_dir, config.trainer.max_steps = str(folder), 2
