@@ -21,25 +21,22 @@ $(INSTALLED): setup.py
 quickstart: $(INSTALLED)
 	$(BIN)/python -m examples.quickstart --install-seconds $$(cat $(INSTALLED))
 
-# What has a clock of its own (how soon a hang is found) runs by itself; the rest two at a time.
+# In the order of the folders: the many short tests come last and keep every process busy to the end.
+SPREAD := --dist loadfile --no-loadscope-reorder
+# Slow tests that measure how soon a hang is found, or run a Slurm: after the others, by themselves.
 ALONE := $(wildcard tests/faults/test_launch*.py tests/faults/test_sigkill*.py) \
 	tests/faults/test_rank_faults.py tests/faults/test_rank_heartbeat.py tests/faults/test_rank_signals.py tests/slurm
-# In the order of the folders: the many short tests come last and keep both busy to the end.
-BESIDE := -n 2 --dist loadfile --no-loadscope-reorder $(ALONE:%=--ignore=%)
+
+# Three processes on two cores: tests of launchers mostly wait.
+test: $(INSTALLED)
+	@$(BIN)/python -m pytest -m "not slow" -n 3 $(SPREAD)
 
 # Both parts run and report, even if the first one fails.
-define RUN_TESTS
-failed=0; \
-$(BIN)/python -m pytest $(1) $(BESIDE) || failed=1; \
-$(BIN)/python -m pytest $(1) $(ALONE) || failed=1; \
-exit $$failed
-endef
-
-test: $(INSTALLED)
-	@$(call RUN_TESTS,-m "not slow")
-
 test-all: $(INSTALLED)
-	@$(call RUN_TESTS,)
+	@failed=0; \
+	$(BIN)/python -m pytest -n 2 $(SPREAD) $(ALONE:%=--ignore=%) || failed=1; \
+	$(BIN)/python -m pytest $(ALONE) || failed=1; \
+	exit $$failed
 
 # About half an hour; writes docs/internals/parity.md and runs/parity.json.
 parity: $(INSTALLED)

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
 import forks
-
-# Before anything that computes.
-import one_thread  # noqa: F401
 import pytest
-from engine import train_as_configured
 from filelock import FileLock
-from ranks import run_ranks
-from tiny import make_shards, make_tokenizer
 
 forks.watch()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before the tests are imported. The process that hands tests to others runs none: it imports nothing slow."""
+    if getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return
+    # Before anything that computes.
+    import one_thread  # noqa: F401
+
+    # What is imported stays: collections would visit a million objects again and again.
+    gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    """After the tests are imported."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -28,12 +40,16 @@ def no_fork_beside_threads() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny tokenizer."""
+    from tiny import make_tokenizer
+
     return make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")
 def mixed_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
     """Shards of forty samples: image, audio, IMU, text only, and image with audio."""
+    from tiny import make_shards
+
     folder = tmp_path_factory.mktemp("shards") / "mixed"
     return make_shards(folder, tokenizer_folder, 40, ("image", "audio", "imu", "text", "mixed"))
 
@@ -41,6 +57,8 @@ def mixed_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str
 @pytest.fixture(scope="session")
 def text_shards(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
     """Shards of text-only samples."""
+    from tiny import make_shards
+
     return make_shards(tmp_path_factory.mktemp("shards") / "text", tokenizer_folder, 24, ("text",))
 
 
@@ -59,6 +77,9 @@ def quickstart_folder(tmp_path_factory: pytest.TempPathFactory, worker_id: str) 
 
 
 def _make_quickstart(folder: Path) -> None:
+    from engine import train_as_configured
+    from ranks import run_ranks
+
     from examples.quickstart.media import Sizes
     from examples.quickstart.prepare import prepare_quickstart
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from contextlib import suppress
 
-from megatron_anymal import lean_imports
+# A collection would visit every object imported so far.
+gc.disable()
+
+from megatron_anymal import lean_imports  # noqa: E402
 
 # As in every command.
 lean_imports.install()
 
 import forks  # noqa: E402
 import transformers  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from megatron_anymal.modalities.architecture import ARCHITECTURES  # noqa: E402
 
@@ -29,6 +34,7 @@ for name in (
     "checkpoint_tools.importing.llama",
     "checkpoint_tools.importing.workers",
     "checkpoint_tools.rank_boxes",
+    "megatron_anymal.cpu_shim",
     "engine",
     "tiny",
 ):
@@ -36,8 +42,14 @@ for name in (
 # transformers imports a model's module when its class is first asked for.
 for architecture in ARCHITECTURES.values():
     getattr(transformers, architecture.model)
+# Pillow imports the common formats when the first image is opened.
+Image.preinit()
 # On machines without NeMo the other tests still run.
 with suppress(ImportError):
     importlib.import_module("megatron_anymal.nemo.model")
 
 forks.watch()
+# Collections in a forked process would visit, and so copy, everything that was imported.
+gc.collect()
+gc.freeze()
+gc.enable()

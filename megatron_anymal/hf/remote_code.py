@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,15 @@ class _Module:
     source: str
     tree: ast.Module
 
-    @property
-    def imports(self) -> Iterator[ast.ImportFrom]:
+    @cached_property
+    def imports(self) -> list[ast.Import | ast.ImportFrom]:
+        """All imports that run."""
+        return [node for node in _reached(self.tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+    @cached_property
+    def needs(self) -> list[ast.ImportFrom]:
         """Imports from this package."""
-        for node in _reached(self.tree):
-            if isinstance(node, ast.ImportFrom) and _top(node.module) == _PACKAGE:
-                yield node
+        return [node for node in self.imports if isinstance(node, ast.ImportFrom) and _top(node.module) == _PACKAGE]
 
 
 def write_code(folder: Path, plugins: Sequence[Path] = ()) -> list[str]:
@@ -76,13 +80,15 @@ def _code(plugins: Sequence[Path] = ()) -> dict[str, str]:
     added = [_plugin(Path(path).expanduser()) for path in plugins]
     if len({module.name for module in added}) < len(added):
         raise ConfigError(f"model.plugins: two of {[str(path) for path in plugins]} have the same name. Rename a file.")
-    files = {}
+    files: dict[str, str] = {}
     for name in _ROOTS:
         root = _read(f"{_PACKAGE}.hf.{name}")
         # Plug-ins provide modalities, which the configuration file does not build.
         needed = _closure([root] if name == "configuration_anymal" else [root, *added])
         del needed[name]
-        files.update({module.name: _text(module) for module in needed.values() if module.name not in _ROOTS})
+        # The roots share most files.
+        new = [module for module in needed.values() if module.name not in (*_ROOTS, *files)]
+        files.update({module.name: _text(module) for module in new})
         files[name] = _text(root) + _naming(list(needed))
     return {f"{name}.py": text for name, text in files.items()}
 
@@ -111,8 +117,9 @@ def foreign_code(folder: Path) -> list[str]:
     return foreign
 
 
+@cache
 def _read(dotted: str) -> _Module:
-    """Read a module of this package."""
+    """Read a module of this package. Many others import it; it is parsed once."""
     file = _file_of(dotted)
     assert file is not None, f"there is no module {dotted}"
     name = dotted.removeprefix(f"{_PACKAGE}.hf.")
@@ -147,7 +154,7 @@ def _closure(modules: Sequence[_Module]) -> dict[str, _Module]:
             return
         seen.add(module.name)
         _check(module)
-        for node in module.imports:
+        for node in module.needs:
             visit(_read(str(node.module)))
         ordered[module.name] = module
 
@@ -158,15 +165,14 @@ def _closure(modules: Sequence[_Module]) -> dict[str, _Module]:
 
 def _check(module: _Module) -> None:
     """Reject imports that cannot work in an exported folder."""
-    for node in _reached(module.tree):
-        names: list[str] = []
+    for node in module.imports:
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
             if any(_top(name) == _PACKAGE for name in names):
                 raise ConfigError(
                     f"{module.origin}, line {node.lineno}: an export can only hold `from {_PACKAGE}... import NAME`."
                 )
-        elif isinstance(node, ast.ImportFrom):
+        else:
             if node.level:
                 raise ConfigError(f"{module.origin}, line {node.lineno}: an export cannot hold a relative import.")
             names = [str(node.module)]
@@ -209,7 +215,7 @@ def _top(module: str | None) -> str:
 def _text(module: _Module) -> str:
     """The text of the file in the folder."""
     lines = module.source.splitlines()
-    for node in module.imports:
+    for node in module.needs:
         flat = _read(str(node.module)).name
         index = node.lineno - 1
         lines[index] = lines[index].replace(f"from {node.module} import", f"from .{flat} import", 1)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from engine import train
+from export_server import run_in_rank
 from peft import PeftModel
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
@@ -59,7 +60,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str, base: P
 def export(run: RunConfig, out: Path, *further: str) -> int:
     """Export in a new process, because the trainer's model initializes a process group of one."""
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--out", str(out), *further]
-    return run_ranks(1, export_hf.main, arguments)[0]
+    return run_in_rank(export_hf.main, arguments)
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def test_the_export_is_verified_and_says_so(run: RunConfig, exported: Path, capf
     ):
         assert said in card
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(exported)]
-    assert run_ranks(1, verify.main, arguments) == [0]
+    assert run_in_rank(verify.main, arguments) == 0
     assert "verified imu: 2 sample(s)" in capfd.readouterr().out
 
 
@@ -106,7 +107,7 @@ def test_one_wrong_tensor_is_found(
     tensors[name] = tensors[name] + 1e-3
     save_file(tensors, file, metadata={"format": "pt"})
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(wrong)]
-    assert run_ranks(1, verify.main, arguments) == [1]
+    assert run_in_rank(verify.main, arguments) == 1
     assert "logits differ by up to" in capfd.readouterr().err
 
 
@@ -120,7 +121,7 @@ def test_another_preparation_of_media_is_found(
     section["modalities"]["image"]["options"] = {"image_mean": [0.5, 0.5, 0.5]}
     (wrong / "processor_config.json").write_text(json.dumps(section))
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(wrong)]
-    assert run_ranks(1, verify.main, arguments) == [1]
+    assert run_in_rank(verify.main, arguments) == 1
     assert "preprocesses 'image' differently" in capfd.readouterr().err
 
 
@@ -195,7 +196,7 @@ def test_a_wrong_adapter_is_found(run: RunConfig, apart: Path, tmp_path: Path, c
     tensors = {name: -tensor if name.endswith("lora_A.weight") else tensor for name, tensor in tensors.items()}
     save_file(tensors, file, metadata={"format": "pt"})
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(wrong)]
-    assert run_ranks(1, verify.main, arguments) == [1]
+    assert run_in_rank(verify.main, arguments) == 1
     assert "logits differ by up to" in capfd.readouterr().err
 
 
@@ -229,7 +230,7 @@ def test_another_chat_template_than_trained_with_is_found(
     template = (wrong / "chat_template.jinja").read_text()
     (wrong / "chat_template.jinja").write_text(template.replace("turn.text | trim", "turn.text ~ 'what'"))
     arguments = ["--checkpoint", run.exp_manager.explicit_log_dir, "--export", str(wrong)]
-    assert run_ranks(1, verify.main, arguments) == [1]
+    assert run_in_rank(verify.main, arguments) == 1
     assert "training produces" in capfd.readouterr().err
 
 
@@ -293,5 +294,5 @@ def test_tensors_that_belong_nowhere_are_named(run: RunConfig, tmp_path: Path, c
     del manifest["config"]["model"]["modalities"]["imu"]
     body = {key: value for key, value in manifest.items() if key != "checksum"}
     (copy / "manifest.json").write_text(json.dumps({**body, "checksum": store._checksum(body)}))
-    assert run_ranks(1, export_hf.main, ["--checkpoint", str(copy), "--out", str(tmp_path / "out")]) == [2]
+    assert run_in_rank(export_hf.main, ["--checkpoint", copy, "--out", tmp_path / "out"]) == 2
     assert "encoders.imu" in capfd.readouterr().err and not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from export_server import run_in_rank
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import LLAMA
@@ -44,7 +45,7 @@ def test_it_is_verified_in_the_type_it_is_stored_in(
     source = published(tmp_path / "hf", dtype)
     assert import_llama(source, tmp_path / "checkpoint") == 0
     arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out"), "--llama-only"]
-    assert run_ranks(1, export_hf, arguments) == [0]
+    assert run_in_rank(export_hf, arguments) == 0
     told = capfd.readouterr()
     assert "left out: a tokenizer; the checkpoint's run or import had none" in told.out
     [row] = json.loads((tmp_path / "out" / "verification.json").read_text())["rows"]

@@ -42,7 +42,8 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def job(run_dir: Path, *arguments: str, processes: int = 2, launcher: str = "ft", timeout: float = TIMEOUT) -> Job:
     """A run of fake ranks. `arguments` are the number of steps and the faults."""
-    limits = ResilienceConfig(hang_timeout=timeout, startup_timeout=timeout, checkpoint_timeout=20 * timeout)
+    # A busy machine takes longer to start a Python than to schedule a running one.
+    limits = ResilienceConfig(hang_timeout=timeout, startup_timeout=2 * timeout, checkpoint_timeout=20 * timeout)
     return Job(run_dir, limits, [str(FAKE), str(run_dir), *arguments], processes, launcher=launcher, standby=False)
 
 

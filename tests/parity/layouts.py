@@ -14,7 +14,7 @@ from typing import Any
 from megatron_anymal.config import NeftuneConfig, RunConfig
 
 MOST_PROCESSES = 8
-# Decoder layers of the Llama in parity.data.
+# Decoder layers of the Llama in parity.data; a layout may have fewer.
 LAYERS = 8
 # Layouts of the SFT run that a DPO run starts from.
 STARTS: dict[str, dict[str, Any]] = {
@@ -23,7 +23,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "pp2-cp2": {"pipeline": 2, "context": 2},
 }
 # Fields that determine a run's results. All others change only the layout.
-_DECIDES = ("media", "trains", "tied_head", "job", "noise", "mean", "smoothing", "start")
+_DECIDES = ("media", "trains", "tied_head", "job", "noise", "mean", "smoothing", "start", "layers")
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,14 @@ class Layout:
     smoothing: float = 0.05
     reference: str = "recomputed"
     start: str = "one"
+    # Decoder layers of the Llama.
+    layers: int = LAYERS
+
+    @property
+    def shallow(self) -> Layout:
+        """The same layout with half the layers, unless its pipeline needs all of them."""
+        deep = self.uneven or self.pipeline * self.virtual > LAYERS // 2
+        return self if deep else replace(self, layers=LAYERS // 2)
 
     @property
     def processes(self) -> int:
@@ -75,7 +83,7 @@ class Layout:
     def sft(self) -> Layout:
         """Layout of the SFT run that this DPO run starts from."""
         settings = {"job": "sft", "trains": "lora", "noise": "all", **STARTS[self.start]}
-        return Layout(media=self.media, tied_head=self.tied_head, **settings)
+        return Layout(media=self.media, tied_head=self.tied_head, layers=self.layers, **settings)
 
     @property
     def name(self) -> str:
@@ -136,10 +144,11 @@ class Layout:
         model.pipeline_model_parallel_size = self.pipeline
         model.virtual_pipeline_model_parallel_size = self.virtual
         model.context_parallel_size = self.context
+        model.language_model.config["num_hidden_layers"] = self.layers
         model.recompute_granularity, model.micro_batch_size = self.recompute, self.packs
         if self.uneven:
-            model.num_layers_in_first_pipeline_stage = LAYERS // 4
-            model.num_layers_in_last_pipeline_stage = LAYERS - LAYERS // 4
+            model.num_layers_in_first_pipeline_stage = self.layers // 4
+            model.num_layers_in_last_pipeline_stage = self.layers - self.layers // 4
         model.ddp.use_distributed_optimizer = self.distributed_optimizer
         model.ddp.overlap_grad_reduce = model.ddp.overlap_param_gather = self.overlap
         # Small buckets, so that several reductions are in flight at once.

@@ -22,13 +22,19 @@ from parity.runs import Difference, EngineRun, compare, configured, fingerprint,
 class Suite:
     """Runs a fixed number of steps per layout; layouts with the same data and job share a reference."""
 
-    def __init__(self, folder: Path, steps: int):
-        """Write data and SFT runs to `folder`."""
-        self.folder, self.steps = folder, steps
+    def __init__(self, folder: Path, steps: int, bug_steps: int | None = None):
+        """Write data and SFT runs to `folder`.
+
+        Args:
+            steps: steps of a run without a bug.
+            bug_steps: steps of a run with a planted bug; by default as many.
+        """
+        self.folder, self.steps, self.bug_steps = folder, steps, bug_steps or steps
         self._tokenizer = make_tokenizer(folder / "tokenizer")
         self._data: dict[tuple[str, str], RunConfig] = {}
         self._clean: dict[Layout, Difference] = {}
-        self._references: dict[Layout, tuple[EngineRun, Trace]] = {}
+        self._ones: dict[Layout, EngineRun] = {}
+        self._references: dict[tuple[Layout, int], Trace] = {}
 
     def difference(self, layout: Layout, bug: Bug | None = None) -> Difference:
         """Return a layout's difference from the plain-torch reference, with a planted bug if one is given.
@@ -36,24 +42,28 @@ class Suite:
         Raises:
             AssertionError: the initial weights or the set of trained weights differ.
         """
-        one, reference = self.reference(layout)
+        one = self._one(layout.alone)
         if bug is not None:
-            return compare(run_layout(self._config(layout), layout, self.steps, bug.plant), reference)
+            run = run_layout(self._config(layout), layout, self.bug_steps, bug.plant)
+            return compare(run, self._reference(layout.alone, self.bug_steps))
         if layout not in self._clean:
             run = one if layout == layout.alone else run_layout(self._config(layout), layout, self.steps)
             assert fingerprint(run.start) == fingerprint(one.start), f"{layout.name} starts from different weights"
-            self._clean[layout] = compare(run, reference)
+            self._clean[layout] = compare(run, self._reference(layout.alone, self.steps))
         return self._clean[layout]
 
-    def reference(self, layout: Layout) -> tuple[EngineRun, Trace]:
-        """Run the engine on one process and plain torch from the same weights, for the layout's data and job."""
-        alone = layout.alone
-        if alone not in self._references:
-            config = self._config(alone)
-            one = run_layout(config, alone, self.steps)
-            wanted = configured(config, alone)
-            self._references[alone] = one, run_reference(wanted, one.start, one.trainable, self.steps)
-        return self._references[alone]
+    def _one(self, alone: Layout) -> EngineRun:
+        """Run the engine on one process."""
+        if alone not in self._ones:
+            self._ones[alone] = run_layout(self._config(alone), alone, self.steps)
+        return self._ones[alone]
+
+    def _reference(self, alone: Layout, steps: int) -> Trace:
+        """Run plain torch from the weights that the engine starts from."""
+        if (alone, steps) not in self._references:
+            config, one = configured(self._config(alone), alone), self._one(alone)
+            self._references[alone, steps] = run_reference(config, one.start, one.trainable, steps)
+        return self._references[alone, steps]
 
     def _config(self, layout: Layout) -> RunConfig:
         """Return the configuration with the layout's data and, for DPO, the SFT run to start from."""
@@ -68,7 +78,7 @@ class Suite:
 
     def _sft_run(self, layout: Layout) -> str:
         """Return the folder of a short SFT run that moves the adapters well away from their initial values."""
-        folder = self.folder / "runs" / layout.name
+        folder = self.folder / "runs" / f"{layout.name}-{layout.layers}"
         if not folder.exists():
             config = configured(self._config(layout), layout)
             config.exp_manager.explicit_log_dir, config.trainer.max_steps = str(folder), 2

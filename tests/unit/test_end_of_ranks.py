@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
@@ -31,7 +32,23 @@ if initialize(config).reports:
 @pytest.mark.timeout(200)
 def test_ranks_may_end_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(SCRIPT)
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "rank.py")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0 and done.stdout.count("has left") == 2, done.stderr[-3000:]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    job = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "PYTHONPATH": path}
+    # New interpreters: what matters is how one is taken down.
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "rank.py")],
+            env={**os.environ, **job, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=(tmp_path / rank).open("w"),
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        printed = [rank.communicate(timeout=180)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], [(tmp_path / rank).read_text()[-3000:] for rank in "01"]
+    assert printed == ["has left\n"] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_threads_here_do_not_stop_a_rank() -> None:
         assert run_ranks(1, multiply, 512, timeout=60) == [512.0**3]
     finally:
         torch.set_num_threads(before)
+
+
+def collects() -> tuple[bool, bool]:
+    return gc.isenabled(), gc.get_freeze_count() > 100_000
+
+
+def test_a_rank_collects_its_own_garbage_only() -> None:
+    assert run_ranks(1, collects) == [(True, True)]
+    assert gc.isenabled()
 
 
 def write_place(path: Path) -> None:

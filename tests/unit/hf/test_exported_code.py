@@ -18,6 +18,7 @@ from tiny import SPECIAL, modalities, npy, png
 from transformers import AutoTokenizer
 
 from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.hf import remote_code
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 from megatron_anymal.hf.remote_code import write_code
@@ -135,6 +136,14 @@ def test_every_root_names_all_files_and_none_of_the_packages(tmp_path: Path) -> 
         "anymal_config_field_docs.py",
         "anymal_config_schema.py",
     }
+
+
+def test_each_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, parsed = ast.parse, []
+    monkeypatch.setattr(remote_code.ast, "parse", lambda source: (parsed.append(source), parse(source))[1])
+    remote_code._read.cache_clear()
+    written = write_code(tmp_path, [THERMAL])
+    assert len(parsed) == len(set(parsed)) == len(written)
 
 
 @pytest.mark.parametrize(
