@@ -40,20 +40,19 @@ class SingleNode:
     # The agent hosts the store itself, at a free port.
     agent_arguments: tuple[str, ...] = ("--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1")
 
-    def agree(self, number: Callable[[], int]) -> int:
+    def agree(self, number: Callable[[], int], address: str = "") -> int:
         """Agree on the number of the next attempt; `number` is called on node 0.
+
+        Args:
+            address: this node's, for the others.
 
         Raises:
             NodeLost: not all nodes joined in time.
         """
         return number()
 
-    def neighbour(self, address: str) -> str:
-        """Tell the other nodes this node's address for the attempt, and return that of the next node; "" on one node.
-
-        Raises:
-            NodeLost: the next node did not tell its address in time.
-        """
+    def neighbour(self) -> str:
+        """Address that the next node gave for this attempt; empty on one node."""
         return ""
 
     def alarm(self) -> None:
@@ -122,8 +121,11 @@ class MultiNode(SingleNode):
         finally:
             spare.pulse.stop()
 
-    def agree(self, number: Callable[[], int]) -> int:
+    def agree(self, number: Callable[[], int], address: str = "") -> int:
         """Agree on the number of the next attempt; `number` is called on node 0.
+
+        Args:
+            address: this node's, for the others.
 
         Raises:
             NodeLost: not all nodes joined in time, or this node's place was given to a spare.
@@ -132,22 +134,19 @@ class MultiNode(SingleNode):
         self._check_place()
         self._round = self._next_round()
         self._looked, self._failed = 0.0, False
-        self._set(f"here/{self._job.node}", "")
+        self._set(f"here/{self._job.node}", address)
         if self._job.node == 0:
             self._await_all("here", "did not join")
             self._set("number", str(number()))
         return int(self._await("number", "node 0 did not start the attempt"))
 
-    def neighbour(self, address: str) -> str:
-        """Tell the other nodes this node's address for the attempt, and return that of the next node.
+    def neighbour(self) -> str:
+        """Address that the next node gave for this attempt.
 
         Raises:
-            NodeLost: the next node did not tell its address in time.
             HeadLost: node 0's launcher is gone.
         """
-        self._set(f"address/{self._job.node}", address)
-        following = (self._job.node + 1) % self._job.nodes
-        return self._await(f"address/{following}", f"node {following} did not tell its address")
+        return self._get(f"here/{(self._job.node + 1) % self._job.nodes}")
 
     def alarm(self) -> None:
         """Notify the other nodes that this attempt has failed."""
@@ -306,7 +305,7 @@ class MultiNode(SingleNode):
 
     def _pause(self, what: str) -> None:
         # A stop request ends the wait for an attempt, but not the agreement on how one ended.
-        if what in ("here", "number") or what.startswith("address"):
+        if what in ("here", "number"):
             self._check()
         time.sleep(_LOOK)
 

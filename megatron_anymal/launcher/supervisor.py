@@ -98,22 +98,18 @@ class Supervisor:
             return rendezvous
 
     def _attempt(self, rendezvous: SingleNode, restarts: Restarts) -> Decision:
-        self.number = rendezvous.agree(lambda: new_attempt(self.job.run_dir))
+        address = self.memory.address if self.memory else ""
+        self.number = rendezvous.agree(lambda: new_attempt(self.job.run_dir), address)
         text = f"{self.job.nodes} x {self.job.processes} processes"
         self._say(f"attempt {self.number}: {text}; logs in {self.job.run_dir}/logs/attempt_{self.number}")
         standby = self._ready_standby()
         if self.leads:
             way = "standby" if standby else "anew"
             record(self.job.run_dir, "start", text, attempt=self.number, launcher=self.job.launcher, way=way)
-        variables = self._memory(rendezvous)
+        variables = self.memory.environment(rendezvous.neighbour()) if self.memory else {}
         attempt = Attempt(self.job, self.number, rendezvous, self.stop_requests, self._say, standby, variables)
         ending: Ending = attempt.run()
         return rendezvous.decide(ending, restarts.decide)
-
-    def _memory(self, rendezvous: SingleNode) -> dict[str, str]:
-        """Environment variables with the memory for this attempt's copies."""
-        neighbour = rendezvous.neighbour(self.memory.address if self.memory else "")
-        return self.memory.environment(neighbour) if self.memory else {}
 
     def _ready_standby(self) -> Optional[Standby]:
         if self.standby is None:

@@ -86,6 +86,8 @@ class RankCopies:
         self.waited = 0.0
         self._connection: Any = None
         self._neighbour = bool(place.neighbour)
+        # All copies of this run, each with the address of the node that holds it; the same on all ranks.
+        self._everything: list[tuple[Copy, str]] = []
 
     def keep(self, step: int, tensors: Sequence[Tensor], counts: Sequence[int]) -> None:
         """Copy the tensors; checksum and transfer follow in the background.
@@ -127,10 +129,11 @@ class RankCopies:
 
     def newest(self, after: int, before: float = math.inf) -> int:
         """Newest step between `after` and `before` that all ranks have kept; -1 if there is none. Collective."""
-        everything = self._gather()
-        ranks = range(dist.get_world_size())
-        steps = [{copy.step for copy, _ in everything if copy.rank == rank} for rank in ranks]
-        return max((step for step in set.intersection(*steps) if after < step < before), default=-1)
+        self._gather()
+        steps: dict[int, set[int]] = {rank: set() for rank in range(dist.get_world_size())}
+        for copy, _ in self._everything:
+            steps[copy.rank].add(copy.step)
+        return max((step for step in set.intersection(*steps.values()) if after < step < before), default=-1)
 
     def load(self, step: int, tensors: Sequence[Tensor]) -> Optional[tuple[int, ...]]:
         """Read this rank's copy of a step into the tensors. Collective.
@@ -154,8 +157,8 @@ class RankCopies:
             tensor.data.copy_(source)
         return copy.counts
 
-    def _gather(self) -> list[tuple[Copy, str]]:
-        """All copies of this run, each with the address of the node that holds it; the same on all ranks."""
+    def _gather(self) -> None:
+        """Tell each other about the copies of this run."""
         found = [(copy, self._place.server) for copy in self._file.copies().values()]
         if self._place.server and os.environ.get("LOCAL_RANK") == "0":
             try:
@@ -164,8 +167,7 @@ class RankCopies:
                 self._say(f"warning: the memory of this node cannot be read ({error}).")
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, [pair for pair in found if pair[0].identity == self._identity])
-        self._everything: list[tuple[Copy, str]] = [pair for pairs in gathered for pair in pairs]
-        return self._everything
+        self._everything = [pair for pairs in gathered for pair in pairs]
 
     def _read(self, step: int) -> tuple[Optional[Copy], Optional[memoryview]]:
         for slot, copy in self._file.copies().items():

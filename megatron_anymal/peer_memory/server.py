@@ -92,10 +92,13 @@ class MemoryServer:
 
     def _serve(self, connection: socket.socket) -> None:
         with connection, suppress(OSError, KeyError, TypeError):
+            connection.settimeout(wire.TIMEOUT)
             while True:
                 request = wire.receive(connection)
                 if not secrets.compare_digest(str(request.get("secret", "")), self._secret):
                     return
+                # A rank may take long between two copies.
+                connection.settimeout(None)
                 if request["ask"] == "list":
                     wire.send(connection, {"copies": [asdict(copy) for _, _, copy in self._copies()]})
                 elif request["ask"] == "get":
