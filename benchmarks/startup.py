@@ -89,6 +89,7 @@ def _prepare(folder: Path) -> None:
     (folder / "configs").mkdir()
     shutil.copy(ROOT / "nemo_configs" / "pretrain_1b_image.yaml", folder / "configs" / "tiny.yaml")
     commands.append(_rank("first"))
+    commands.append(["-m", "checkpoint_tools.export_hf", "--checkpoint", "first", "--out", "exported", "--no-verify"])
     for words in commands:
         _run(words, ROOT, folder)
 
@@ -112,6 +113,7 @@ def _rank(run: str, *more: str, verb: Sequence[str] = ("pretrain",)) -> list[str
 def _commands() -> dict[str, Command]:
     anymal = ["-m", "megatron_anymal"]
     inspect = [*anymal, "inspect", "data/image_text", "--tokenizer=checkpoints/Llama-3.2-1B"]
+    prompt = ["--media=train_0.png", "--text= a", "--max-new-tokens=4"]
     two = _rank("two", "trainer.devices=2", verb=("launch", "--nproc-per-node=2", "pretrain"))
     return {
         "import torch": Command(["-c", "import torch"]),
@@ -120,6 +122,7 @@ def _commands() -> dict[str, Command]:
         "doctor": Command([*anymal, "doctor"]),
         "inspect data": Command(inspect, prepared=True),
         "inspect a checkpoint": Command(["-m", "checkpoint_tools.inspect", "first"], prepared=True),
+        "generate with an export": Command([*anymal, "generate", "--checkpoint=exported", *prompt], prepared=True),
         "dry run": Command([*_rank("dry"), "--dry-run"], prepared=True),
         "a rank to its first step": Command(_rank("one"), prepared=True),
         "two launched ranks": Command(two, prepared=True),

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoint_tools.disk import what_failed
+from megatron_anymal import lean_imports
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.trust import FLAG
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CheckpointError, ConfigError, OSError) as error:
         return _failed(str(error))
     # These take seconds to import, so wrong arguments are reported before.
+    lean_imports.install()
     from checkpoint_tools.exporting.export import export
     from checkpoint_tools.verifying.chat_ids import ChatIdsError
     from checkpoint_tools.verifying.comparison import VerificationError

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpoint_tools.disk import what_failed
+from megatron_anymal import lean_imports
 from megatron_anymal.checkpoint.store import MANIFEST, CheckpointError
 from megatron_anymal.config import ConfigError
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # These take seconds to import, so wrong paths are reported before.
+    lean_imports.install()
     from checkpoint_tools.importing.llama import import_llama
     from checkpoint_tools.importing.workers import WorkerError
     from megatron_anymal.safetensors_io import TensorFileError

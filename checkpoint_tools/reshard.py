@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoint_tools.disk import check_space, what_failed
+from megatron_anymal import lean_imports
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.config import ConfigError, RunConfig
@@ -45,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reshard(arguments: argparse.Namespace) -> None:
+    lean_imports.install()
     from checkpoint_tools.rank_boxes import boxes_of_ranks
     from megatron_anymal.checkpoint.safe_loading import check_pickles
 

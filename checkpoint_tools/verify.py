@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_anymal import lean_imports
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.trust import FLAG, config_of
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     # These take seconds to import, so wrong paths are reported before.
+    lean_imports.install()
     from checkpoint_tools.verifying.chat_ids import ChatIdsError
     from checkpoint_tools.verifying.comparison import VerificationError
     from megatron_anymal.data.records import DataError

@@ -19,6 +19,8 @@ from typing import Any, Optional
 import torch
 from torch.overrides import TorchFunctionMode
 
+from megatron_anymal import lean_imports
+
 _CPU = torch.device("cpu")
 _active: Optional[_CudaMeansCpu] = None
 
@@ -127,4 +129,5 @@ def _replace_generator() -> None:
 
 
 def _run_eagerly() -> None:
-    torch.compiler.set_stance("force_eager")
+    # Most runs never import the compiler.
+    lean_imports.when_run("torch._dynamo", lambda: torch.compiler.set_stance("force_eager"))

@@ -15,10 +15,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from examples.quickstart.instructions import KINDS
-from examples.quickstart.prepare import MODALITIES
-from examples.quickstart.report import STAGES, answers_file, write_report
-
 FOLDER = Path("runs/quickstart")
 EVALUATION = FOLDER / "evaluation.json"
 EXPORTED = FOLDER / "exported"
@@ -43,6 +39,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.quickstart", description=__doc__)
     parser.add_argument("--install-seconds", type=float, default=0.0, help="duration of the installation to report")
     arguments = parser.parse_args()
+    from examples.quickstart.instructions import KINDS
+    from examples.quickstart.prepare import MODALITIES
+    from examples.quickstart.report import STAGES, answers_file, write_report
+
     begun = time.monotonic()
     _run("prepare text, media, shards, tokenizer and image encoder", [str(FOLDER)], module=PREPARE_TOOL)
     training = sum(_run(what, [verb, f"--config-name={name}"], processes=2) for name, (verb, what) in TRAINING.items())

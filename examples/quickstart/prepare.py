@@ -21,7 +21,6 @@ from examples.quickstart.instructions import (
     writing_lines,
 )
 from examples.quickstart.media import SPLITS, Sizes, write_media
-from examples.quickstart.vision import train_image_encoder
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.manifest import write_shards
@@ -47,6 +46,9 @@ def prepare_quickstart(folder: Path, sizes: Sizes | None = None, encoder_steps: 
     if finished.is_file():
         print(f"{folder} is already prepared; delete it to start over")
         return
+    # It takes seconds to import.
+    from examples.quickstart.vision import train_image_encoder
+
     media = folder / "media"
     manifests = write_media(media, sizes=sizes)
     sources = {

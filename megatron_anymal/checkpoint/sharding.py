@@ -62,6 +62,10 @@ def _no_old_garbage() -> Iterator[None]:
 
     megatron-core triggers a collection, which would traverse every object of the process while training waits.
     """
+    if gc.get_freeze_count():
+        # The libraries' objects are excluded for good (lean_imports), and unfreezing would include them again.
+        yield
+        return
     gc.freeze()
     try:
         yield

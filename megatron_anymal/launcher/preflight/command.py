@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
+from megatron_anymal import lean_imports
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.validation import check
@@ -76,6 +77,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the checks, print the result, and return the exit code."""
     arguments = _parser().parse_intermixed_args(argv)
     quiet_libraries()
+    lean_imports.install()
     try:
         config = read_config(arguments)
         if arguments.run_dir:

@@ -8,12 +8,10 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
-import torch
-import torch.distributed as dist
-
-from megatron_anymal import backend
+if TYPE_CHECKING:
+    import torch
 
 _POLL = 0.05
 _ROUNDS = 3
@@ -33,6 +31,8 @@ class Reports:
     """
 
     def __init__(self, address: str, port: int, rank: int, seconds: float) -> None:
+        import torch.distributed as dist
+
         self.address, self.rank = address, rank
         try:
             self._store = dist.TCPStore(
@@ -101,6 +101,11 @@ def all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) ->
 
 
 def _all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) -> Traffic:
+    import torch
+    import torch.distributed as dist
+
+    from megatron_anymal import backend
+
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -123,6 +128,9 @@ def _all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) -
 
 
 def _measure(world: int, device: torch.device) -> Traffic:
+    import torch
+    import torch.distributed as dist
+
     # 64 MiB on GPUs, 4 MiB on CPUs. Integers that fp32 sums exactly, different in every position and on every rank.
     numbers = (torch.arange(2**24 if device.type == "cuda" else 2**20, device=device) % 1024).float()
     expected = world * numbers + world * (world + 1) // 2
@@ -143,6 +151,9 @@ def _measure(world: int, device: torch.device) -> Traffic:
 
 def _clocks(world: int, device: torch.device) -> tuple[float, ...]:
     """Offsets of all clocks; the smallest of several rounds, since a delayed process looks like a wrong clock."""
+    import torch
+    import torch.distributed as dist
+
     offsets = torch.full((world,), torch.inf, dtype=torch.float64)
     for _ in range(_ROUNDS):
         dist.barrier()

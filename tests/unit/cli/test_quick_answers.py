@@ -34,6 +34,8 @@ HELP = [
     *(["megatron_anymal", verb, "--help"] for verb in VERBS),
     *([f"checkpoint_tools.{tool}", "--help"] for tool in TOOLS),
     ["examples.tiny_models", "--help"],
+    ["examples.quickstart", "--help"],
+    ["megatron_anymal.launcher.preflight.command", "--help"],
 ]
 # Command line -> a word of the refusal.
 REFUSED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -11,31 +12,34 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 import torch
+import yaml
+from tiny import make_config, make_shards, make_tokenizer
 
-from megatron_anymal import lean_imports
+from megatron_anymal.lean_imports import hooks, libraries
+from megatron_anymal.lean_imports.deferral import Deferral, Later
 
-RANK = "megatron_anymal.nemo.model, nemo.utils.exp_manager, megatron_anymal.train.loop"
 PACKAGES = Path(__file__).with_name("rank_packages.json")
-# Imported by no rank: the compiler's backend, metrics, tokenizers and losses of NeMo.
+# Imported by no rank on a CPU: the compiler, metrics, tokenizers and losses of NeMo.
 KEPT_OUT = (
     "wandb",
+    "torch._dynamo.eval_frame",
     "torch._inductor.compile_fx",
     "torchmetrics.functional",
     "scipy.signal",
+    "scipy.optimize._optimize",
     "nemo.collections.common.tokenizers",
     "pandas.core",
 )
-# What a process with the hooks reports; one process, since importing everything takes seconds.
+# What a process reports that has run a step; one process, since importing everything takes seconds.
 CODE = f"""
 import importlib, json, sys
-from megatron_anymal import lean_imports
-lean_imports.install()
-import {RANK}
-seen = dict(modules=sorted(sys.modules))
+from megatron_anymal.__main__ import main
+from megatron_anymal.lean_imports import libraries
+seen = dict(code=main(["pretrain", *sys.argv[1:]]), modules=sorted(sys.modules))
 
 from torchmetrics import Metric, MetricCollection
 seen["early"] = "torchmetrics.aggregation" in sys.modules
@@ -55,7 +59,10 @@ seen["version"] = pandas.__version__
 seen["rows"] = len(pandas.DataFrame(dict(a=[1, 2, 3])))
 
 from megatron.core import jit
-seen["fuse"] = getattr(jit.jit_fuser, "func", None) is lean_imports._compiled_later
+seen["fuse"] = getattr(jit.jit_fuser, "func", None) is libraries._compiled_later
+
+from scipy.optimize import linear_sum_assignment
+seen["assigned"] = linear_sum_assignment([[1, 0], [0, 1]])[1].tolist()
 
 for name in {KEPT_OUT}:
     if importlib.util.find_spec(name.split(".")[0]):
@@ -65,9 +72,15 @@ print("SEEN" + json.dumps(seen))
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, Any]:
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `CODE` reports."""
-    command = [sys.executable, "-W", "ignore", "-c", CODE]
+    folder = tmp_path_factory.mktemp("rank")
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    values = make_config(make_shards(folder / "data", tokenizer, 8, ("image",)), tokenizer, folder / "run").to_dict()
+    values["trainer"]["max_steps"] = 1
+    values["model"]["modalities"] = {"image": values["model"]["modalities"]["image"]}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"defaults": ["anymal", "_self_"], **values}))
+    command = [sys.executable, "-W", "ignore", "-c", CODE, f"--config-path={folder}", "--config-name=tiny"]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -87,6 +100,7 @@ def test_a_rank_imports_the_listed_packages_only(seen: dict[str, Any]) -> None:
     }
     if os.environ.get("ANYMAL_UPDATE"):
         PACKAGES.write_text(json.dumps(found, indent=1) + "\n")
+    assert seen["code"] == 0
     listed = json.loads(PACKAGES.read_text())
     assert found.keys() <= listed.keys()
     # Twice as many modules of a package: a part of it that was not imported before.
@@ -98,7 +112,7 @@ def test_deferred_packages_are_complete_once_more_is_asked_of_them(seen: dict[st
     assert not seen["early"] and seen["mean"] == 2.0 and seen["same"]
     assert not seen["early_losses"] and seen["losses"]
     assert seen["version"] == version("pandas") and seen["rows"] == 3
-    assert seen["fuse"]
+    assert seen["fuse"] and seen["assigned"] == [1, 0]
 
 
 def test_another_version_of_a_deferred_package_is_run_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -111,12 +125,9 @@ def test_another_version_of_a_deferred_package_is_run_whole(monkeypatch: pytest.
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(
-        lean_imports._DEFERRED,
-        "lean_example",
-        lean_imports._Deferral(("lean_example.gone",), {"Part": ("lean_example.gone",)}),
-    )
-    monkeypatch.setattr(sys, "meta_path", [lean_imports._Finder(), *sys.meta_path])
+    example = Deferral(("lean_example.gone",), {"Part": ("lean_example.gone",)})
+    monkeypatch.setattr(hooks, "deferred", lambda: {"lean_example": example})
+    monkeypatch.setattr(sys, "meta_path", [hooks.Finder(), *sys.meta_path])
     import lean_example  # type: ignore[import-not-found]
 
     assert "BASE" not in vars(lean_example)
@@ -127,12 +138,12 @@ def test_another_version_of_a_deferred_package_is_run_whole(monkeypatch: pytest.
 
 def test_wandb_is_hidden_only_while_megatron_core_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    with lean_imports._without_wandb(sys), pytest.raises(ImportError):
+    with libraries._without_wandb(sys), pytest.raises(ImportError):
         import wandb  # noqa: F401
     assert "wandb" not in sys.modules
     present = ModuleType("wandb")
     monkeypatch.setitem(sys.modules, "wandb", present)
-    with lean_imports._without_wandb(sys):
+    with libraries._without_wandb(sys):
         assert sys.modules["wandb"] is present
 
 
@@ -147,9 +158,58 @@ def test_fused_functions_are_compiled_at_their_first_call_where_there_is_a_gpu(m
         return x * by
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    eager = lean_imports._compiled_later(fuse, times)
+    eager = libraries._compiled_later(fuse, times)
     assert (eager(3), eager(3, by=3), compiled, eager.__name__) == (6, 9, [], "times")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    later = lean_imports._compiled_later(fuse, times)
+    later = libraries._compiled_later(fuse, times)
     assert compiled == []
     assert (later(3), later(4, by=3), compiled) == (7, 13, [times])
+
+
+def test_an_attribute_of_a_package_that_has_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It has no instances, fits into type hints, and becomes the real one when it is used or subclassed."""
+    (tmp_path / "lean_later.py").write_text("class Thing:\n    size = 3\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    later = Deferral(values={"Thing": lambda: Later("lean_later", "Thing", known=1)})
+    monkeypatch.setattr(hooks, "deferred", lambda: {"lean_later": later})
+    monkeypatch.setattr(sys, "meta_path", [hooks.Finder(), *sys.meta_path])
+    import lean_later  # type: ignore[import-not-found]
+
+    stand_in: Any = lean_later.Thing
+    assert Optional[stand_in] and not isinstance(3, stand_in) and not issubclass(int, stand_in) and stand_in.known == 1
+    assert isinstance(copy.copy(stand_in), Later) and lean_later.Thing is stand_in
+    assert stand_in.size == 3
+    assert isinstance(lean_later.Thing, type) and isinstance(stand_in(), lean_later.Thing)
+    assert isinstance(lean_later.Thing(), stand_in) and issubclass(lean_later.Thing, stand_in)
+    assert issubclass(type("More", stand_in.__mro_entries__(()), {}), lean_later.Thing)
+
+
+def test_the_folder_of_models_is_read_once_and_handed_out_twice(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "__init__.py").touch()
+    calls = []
+
+    def read(folder: str) -> dict[str, Any]:
+        calls.append(folder)
+        return {path.name: structure(path) for path in Path(folder).iterdir() if path.is_dir()} or {"names": {"A"}}
+
+    structure = libraries._read_once(read)
+    first = structure(tmp_path / "__init__.py")
+    first["inner"]["names"].add("B")
+    assert structure(tmp_path) == {"inner": {"names": {"A"}}}
+    assert [Path(call).name for call in calls] == [tmp_path.name, "inner"]
+
+
+def test_with_a_gpu_the_compiler_is_imported_as_usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    for present in (True, False):
+        monkeypatch.setattr(libraries, "has_nvidia_driver", lambda present=present: present)
+        assert ("torch._dynamo" in libraries.deferred.__wrapped__()) is not present
+
+
+@pytest.mark.parametrize("around", [libraries._compiling_later, libraries._reading_once])
+def test_a_version_without_the_function_to_replace_is_left_alone(around: Any) -> None:
+    module = ModuleType("lean_other_version")
+    before = dict(vars(module))
+    with around(module):
+        pass
+    assert vars(module) == before

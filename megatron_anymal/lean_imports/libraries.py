@@ -1,0 +1,186 @@
+"""What is kept out of the libraries' imports.
+
+    torch's compiler     Lightning, transformers and torch's optimizers import its front end, to ask whether a module is
+                         compiled or to exclude a function; megatron-core passes functions to torch.compile on import,
+                         which loads its backend. Without a GPU nothing is compiled.
+    wandb                megatron-core imports it to check that it is there. Hidden until that import is over; a run
+                         that logs to wandb imports it afterwards.
+    torchmetrics         Lightning needs its base class; the package imports every metric, with scipy and transformers.
+    nemo.collections     exp_manager needs two callbacks; the package imports tokenizers and losses.
+    pandas               for one of NeMo's loggers.
+    scipy.optimize       for one of transformers' losses.
+
+transformers reads the source of all its models, twice: the second time is spared.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, Optional
+
+from megatron_anymal.environment import has_nvidia_driver
+from megatron_anymal.lean_imports.deferral import Deferral, Later, has_run, when_run
+
+_COMPILER = "torch._dynamo"
+# Its decorators that return the function itself.
+_MARKS = ("allow_in_graph", "assume_constant_result")
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """Stands for functions that have no effect as long as nothing is compiled."""
+
+
+def _marked_later(mark: str, function: Any) -> Any:
+    """Apply a decorator that only marks functions for the compiler, once there is one."""
+    when_run(_COMPILER, lambda: getattr(sys.modules[_COMPILER], mark)(function))
+    return function
+
+
+def _excluded_later(
+    exclude: Callable[..., Any], function: Optional[Callable[..., Any]] = None, *args: Any, **kwargs: Any
+) -> Callable[..., Any]:
+    """Apply a decorator that excludes functions from compilation, once there is a compiler."""
+    if function is None:
+        return lambda function: _excluded_later(exclude, function, *args, **kwargs)
+    if not inspect.isroutine(function):
+        return exclude(function, *args, **kwargs)
+
+    @functools.cache
+    def excluded() -> Callable[..., Any]:
+        return exclude(function, *args, **kwargs)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (excluded() if has_run(_COMPILER) else function)(*args, **kwargs)
+
+    return call
+
+
+DEFERRED = {
+    "torchmetrics": Deferral(
+        ("torchmetrics.utilities", "torchmetrics.metric", "torchmetrics.collections"),
+        {
+            "Metric": ("torchmetrics.utilities", "torchmetrics.metric"),
+            "MetricCollection": ("torchmetrics.utilities", "torchmetrics.collections"),
+        },
+        {
+            "_logger": lambda: logging.getLogger("torchmetrics"),
+            "__version__": lambda: importlib.metadata.version("torchmetrics"),
+        },
+    ),
+    "nemo.collections.common": Deferral(("nemo.collections.common.callbacks",)),
+    "pandas": Deferral(),
+    "scipy.optimize": Deferral(
+        values={"linear_sum_assignment": lambda: Later("scipy.optimize", "linear_sum_assignment")}
+    ),
+}
+# Where a GPU may be, functions are compiled, and all of this is as usual.
+_DEFERRED_WITHOUT_GPU = {
+    _COMPILER: Deferral(
+        # With transformers.masking_utils and checkpointed functions; neither imports anything of the package.
+        (f"{_COMPILER}._trace_wrapped_higher_order_op", f"{_COMPILER}.config"),
+        values={
+            "config": lambda: importlib.import_module(f"{_COMPILER}.config"),
+            "OptimizedModule": lambda: Later(_COMPILER, "OptimizedModule"),
+            **{mark: functools.partial(functools.partial, _marked_later, mark) for mark in _MARKS},
+            "disable": lambda: functools.partial(_excluded_later, Later(_COMPILER, "disable")),
+            # At the start and the end of an optimizer's step.
+            "graph_break": lambda: _nothing,
+            # When process groups are created.
+            "trace_rules": lambda: Later(_COMPILER, "trace_rules", clear_lru_cache=_nothing),
+        },
+    ),
+}
+
+
+@contextmanager
+def _without_wandb(module: ModuleType) -> Iterator[None]:
+    if "wandb" in sys.modules:
+        yield
+        return
+    # An import of a module that is None here fails, as if it were not installed.
+    sys.modules["wandb"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["wandb"]
+
+
+def _replace(module: ModuleType, name: str, replacement: Callable[[Any], Any]) -> None:
+    """Replace a function of a module, unless this version of it has none of that name."""
+    if name in vars(module):
+        setattr(module, name, replacement(vars(module)[name]))
+
+
+@contextmanager
+def _compiling_later(module: ModuleType) -> Iterator[None]:
+    """Replace the decorator of megatron-core's fused functions."""
+    yield
+    _replace(module, "jit_fuser", lambda fuse: functools.partial(_compiled_later, fuse))
+
+
+def _compiled_later(fuse: Callable[[Any], Any], function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.cache
+    def chosen() -> Callable[..., Any]:
+        import torch
+
+        return fuse(function) if torch.cuda.is_available() else function
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return chosen()(*args, **kwargs)
+
+    return call
+
+
+@contextmanager
+def _reading_once(module: ModuleType) -> Iterator[None]:
+    """Keep what transformers reads of the folder of its models."""
+    yield
+    _replace(module, "create_import_structure_from_path", _read_once)
+
+
+def _read_once(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    kept: dict[str, Any] = {}
+    reading: list[str] = []
+
+    @functools.wraps(read)
+    def structure(module_path: Any) -> Any:
+        folder = os.fspath(module_path)
+        folder = os.path.dirname(folder) if os.path.isfile(folder) else folder
+        # It calls itself for the folders inside.
+        if reading:
+            return read(folder)
+        if folder not in kept:
+            reading.append(folder)
+            try:
+                kept[folder] = read(folder)
+            finally:
+                reading.clear()
+        return copy.deepcopy(kept[folder])
+
+    return structure
+
+
+# Module -> what happens around its execution.
+AROUND: dict[str, Callable[[ModuleType], Any]] = {
+    "megatron.core": _without_wandb,
+    "megatron.core.jit": _compiling_later,
+    "transformers.utils.import_utils": _reading_once,
+}
+
+
+@functools.cache
+def deferred() -> Mapping[str, Deferral]:
+    """Package -> its parts that do not need the package's own code."""
+    return DEFERRED if has_nvidia_driver() else {**DEFERRED, **_DEFERRED_WITHOUT_GPU}
