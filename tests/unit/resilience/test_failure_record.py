@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ threading.Thread(target=slowly, args=("thread",)).start()
 concurrent.futures.ThreadPoolExecutor(1).submit(slowly, "executor")
 atexit.register(print, "handler")
 print("unflushed")
+left_open = open("left_open", "w")
+left_open.write("text")
 CODE
 """
 
@@ -36,11 +39,13 @@ CODE
 @pytest.mark.parametrize(
     ("code", "torn_down"), [("exit_after_cleanup(3)", False), ("sys.exit(3)", True)], ids=["here", "Python"]
 )
-def test_threads_handlers_and_output(code: str, torn_down: bool) -> None:
+def test_threads_handlers_and_output(tmp_path: Path, code: str, torn_down: bool) -> None:
     words = [sys.executable, "-c", SCRIPT.replace("CODE", code)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60)
     assert done.returncode == 3 and done.stderr == ""
     assert ("torn down" in done.stdout) == torn_down
     lines = done.stdout.replace("torn down", "").split()
     assert sorted(lines[:-1]) == ["executor", "thread", "unflushed"]
     assert lines[-1] == "handler"
+    assert (tmp_path / "left_open").read_text() == "text"
