@@ -7,6 +7,8 @@ import os
 import platform
 import statistics
 import time
+import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -17,6 +19,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -158,6 +161,73 @@ class PeakMemory(TorchDispatchMode):
         self._held = {reference: size for reference, size in self._held.items() if not reference.expired()}
         self.peak = max(self.peak, sum(self._held.values()))
         return out
+
+
+class Dispatched(TorchDispatchMode):
+    """Context that counts the torch operations called in it, including those of backward passes.
+
+    Measured on a CPU, the counts predict a GPU's kernel launches and synchronizations. Kernels that exist only on one
+    of them (attention, fused optimizers, collectives) differ, and tensors that a GPU's host keeps for itself count too.
+
+    Attributes:
+        operations: those that compute: no views and no allocations.
+        waits: how often the host waits for a device to read a value, by the line that called the operation.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+        self.waits: Counter[str] = Counter()
+        self._functions = _ReadsOfTensors(self.waits)
+
+    def __enter__(self) -> Dispatched:
+        self._functions.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._functions.__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name.startswith(("empty", "new_empty", "detach"))):
+            self.operations += 1
+        if name in _WAITING or (name in _INDEXING and any(_is_mask(index) for index in args[1])):
+            self.waits[_calling_line()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+# Operations that return a value, or a shape that depends on values, to the host.
+_WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim")
+_INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+_READS = (Tensor.tolist, Tensor.numpy, Tensor.cpu)
+
+
+class _ReadsOfTensors(TorchFunctionMode):
+    """Counts the methods that copy a tensor to the host, which do nothing on a CPU and are thus not dispatched."""
+
+    def __init__(self, waits: Counter[str]) -> None:
+        super().__init__()
+        self._waits = waits
+        self._last: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS and args[0] is not self._last:
+            self._waits[_calling_line()] += 1
+            # `x.cpu().tolist()` waits once; on a CPU both read the same tensor.
+            self._last = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+
+
+def _calling_line() -> str:
+    frames = traceback.extract_stack()[:-2]
+    outside = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
+    return f"{outside[-1].filename}:{outside[-1].lineno}" if outside else ""
 
 
 def surroundings() -> dict[str, Any]:

@@ -5,65 +5,103 @@ above it is the same in both cases. It changes three things:
 
 1. calls into `torch.cuda` that are meaningless on CPUs (streams, events, synchronisation, device numbers) do nothing,
    and its random generator is the CPU's;
-2. tensors requested on "cuda" are created on the CPU;
-3. fused functions that would start a compiler at their first call run eagerly.
+2. tensors requested on "cuda" are created on the CPU. Only the functions that take a device are replaced: a
+   TorchFunctionMode would see every call of every torch function, 10 % of a small model's step;
+3. fused functions that would start a compiler at their first call run eagerly; the largest, the backward pass of
+   SwiGLU, is written for that.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
 from megatron_anymal import lean_imports
 
 _CPU = torch.device("cpu")
-_active: Optional[_CudaMeansCpu] = None
+# Functions that take a device but are not in torch's own list of factories.
+_LIKE = ("empty_like", "full_like", "normal", "ones_like", "rand_like", "randint_like", "randn_like", "zeros_like")
+_NEW = ("new_empty", "new_empty_strided", "new_full", "new_ones", "new_tensor", "new_zeros")
+_installed = False
 
 
 def install() -> None:
     """Enable this process to run megatron-core without CUDA. Idempotent.
 
-    The tensor mode applies to the calling thread only: code on other threads must not request "cuda".
+    From then on torch.jit.script cannot compile functions that create tensors, whose factories are replaced.
 
     Raises:
         RuntimeError: a CUDA device is present.
     """
-    global _active
-    if _active is not None:
+    global _installed
+    if _installed:
         return
     if torch.cuda.is_available():
         raise RuntimeError("The CPU shim was requested on a machine with CUDA.")
     _replace_cuda_calls()
     _replace_generator()
+    _replace_factories()
+    _replace_moves()
     _run_eagerly()
-    _active = _CudaMeansCpu()
-    _active.__enter__()
+    _installed = True
 
 
-class _CudaMeansCpu(TorchFunctionMode):
-    """Redirects every tensor meant for "cuda" to the CPU."""
+def _replace_factories() -> None:
+    # The list must exist before: `with torch.device(...)` recognizes factories by identity, in this cached list.
+    names = [function.__name__ for function in _device_constructors()]
+    for owner, functions in ((torch, [*names, *_LIKE]), (torch.Tensor, _NEW)):
+        for name in functions:
+            # A few of the list are elsewhere, such as torch.fft.fftfreq.
+            if hasattr(owner, name):
+                setattr(owner, name, _on_cpu(getattr(owner, name), name))
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+
+def _on_cpu(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    """Redirect the keyword `device` of a function that creates a tensor."""
+
+    @functools.wraps(function)
+    def create(*args: Any, **kwargs: Any) -> Any:
         if _is_cuda(kwargs.get("device")):
-            kwargs = {**kwargs, "device": _CPU}
+            kwargs["device"] = _CPU
         if kwargs.get("pin_memory"):
-            kwargs = {**kwargs, "pin_memory": False}
-        if func is torch.Tensor.cuda or func is torch.Tensor.pin_memory:
-            return args[0]
-        if func is torch.Tensor.to and any(_is_cuda(a) for a in args[1:]):
-            args = tuple(_CPU if _is_cuda(a) else a for a in args)
-        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
-            # megatron-core sorts parameters by the name of their CUDA type.
-            return str(func(*args)).replace("torch.", "torch.cuda.", 1)
-        return func(*args, **kwargs)
+            kwargs["pin_memory"] = False
+        return function(*args, **kwargs)
+
+    # Functions are pickled by their names.
+    create.__module__, create.__qualname__ = "torch", name
+    return create
+
+
+def _replace_moves() -> None:
+    """Redirect the methods that move a tensor to another device, or name the device that it is on."""
+    tensor: Any = torch.Tensor
+    to, type_of = tensor.to, tensor.type
+
+    @functools.wraps(to)
+    def to_device(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if _is_cuda(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        if args and _is_cuda(args[0]):
+            args = (_CPU, *args[1:])
+        return to(self, *args, **kwargs)
+
+    @functools.wraps(type_of)
+    def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = type_of(self, *args, **kwargs)
+        if not isinstance(found, str) or found.startswith("torch.cuda."):
+            # Under a TorchFunctionMode, torch calls this function a second time.
+            return found
+        # megatron-core sorts parameters by the name of their CUDA type.
+        return found.replace("torch.", "torch.cuda.", 1)
+
+    tensor.to, tensor.type = to_device, cuda_type
+    tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self
 
 
 def _is_cuda(device: Any) -> bool:
@@ -129,5 +167,23 @@ def _replace_generator() -> None:
 
 
 def _run_eagerly() -> None:
+    from megatron.core.fusions import fused_bias_swiglu
+
     # Most runs never import the compiler.
     lean_imports.when_run("torch._dynamo", lambda: torch.compiler.set_stance("force_eager"))
+    swiglu: Any = fused_bias_swiglu
+    swiglu.swiglu_back = _swiglu_back
+
+
+def _swiglu_back(gradient: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Gradient of SwiGLU's input y [..., 2 n] from that of its output [..., n], with few temporaries."""
+    gate, up = y.chunk(2, dim=-1)
+    result = torch.empty_like(y)
+    of_gate, of_up = result.chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = torch.mul(gate, sigmoid, out=of_up)
+    # The derivative of SiLU: s + silu (1 - s).
+    torch.addcmul(silu, silu, sigmoid, value=-1, out=of_gate)
+    of_gate.add_(sigmoid).mul_(gradient).mul_(up)
+    of_up.mul_(gradient)
+    return result

@@ -132,6 +132,16 @@ def make_groups(model: ModelConfig, *, cpu_groups: bool = True) -> None:
     )
 
 
+def sum_over_ranks(values: torch.Tensor) -> None:
+    """Sum a tensor over all processes of the job, in place; a job of one process has nothing to add. Collective.
+
+    Args:
+        values: of any shape, the same on all ranks.
+    """
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+
+
 def _join(world_size: int, device: torch.device) -> None:
     if dist.is_initialized():
         return

@@ -17,15 +17,11 @@ import torch
 import torch.nn.functional as F
 from measuring import storages
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers_side import IGNORED, frozen_llama
 
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.hf.projectors import build_projector
-from megatron_anymal.model.fp8_weights import is_quantized
-from megatron_anymal.model.hf_llama import to_hf
-from megatron_anymal.model.unsharded_weights import list_weights
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.device_prefetch import to_device
 
@@ -36,7 +32,6 @@ _PLACES = {
     **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
 POLICY, REFERENCE = "default", "reference"
-_IGNORED = -100
 
 
 class PlainMedia:
@@ -133,7 +128,7 @@ class HuggingFace(PlainMedia):
             ModuleNotFoundError: peft is needed but not installed.
         """
         self.attention = _attention(state.layout.device)
-        self.llama: Any = _llama(state, self.attention)
+        self.llama: Any = frozen_llama(state, self.attention)
         if checkpointing:
             self.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if state.config.model.lora.r:
@@ -148,7 +143,7 @@ class HuggingFace(PlainMedia):
     def loss(self, plan: StepPlan, micro_batch: MicroBatch) -> Tensor:
         """Contribution of a micro-batch to the batch's mean loss."""
         inputs = self._inputs(micro_batch)
-        labels = micro_batch.labels.masked_fill(micro_batch.loss_mask == 0, _IGNORED)
+        labels = micro_batch.labels.masked_fill(micro_batch.loss_mask == 0, IGNORED)
         if self.config.job == "dpo":
             return self._preferences(plan, micro_batch, inputs, labels)
         found = self.llama(
@@ -191,7 +186,7 @@ class HuggingFace(PlainMedia):
     def _answers(self, micro_batch: MicroBatch, inputs: Mapping[str, Any], labels: Tensor) -> Tensor:
         """Log-probabilities of the chosen and the rejected answers, [pairs, 2]."""
         logits = self.llama(**inputs, use_cache=False).logits[0].float()
-        losses = F.cross_entropy(logits, labels[0], ignore_index=_IGNORED, reduction="none")
+        losses = F.cross_entropy(logits, labels[0], ignore_index=IGNORED, reduction="none")
         pair_positions = [sample.position for sample in micro_batch.plan.samples]
         number = torch.zeros(max(pair_positions) + 1, dtype=torch.int64, device=self.device)
         number[pair_positions] = torch.arange(len(pair_positions), device=self.device)
@@ -206,24 +201,6 @@ def _attention(device: torch.device) -> str:
     if device.type != "cuda":
         return "sdpa"
     return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "flex_attention"
-
-
-def _llama(state: TrainState, attention: str) -> Any:
-    """transformers' Llama over the run's frozen weights."""
-    with torch.device("meta"):
-        model = LlamaForCausalLM._from_config(
-            state.llama, attn_implementation=attention, dtype=state.models[0].config.params_dtype
-        )
-    tensors = {}
-    for weight in list_weights(state.models[0]):
-        if weight.name.startswith("language_model.") and ".lora." not in weight.name:
-            whole: Any = weight.parameter.detach()
-            plain = whole.dequantize() if is_quantized(whole) else whole
-            tensors |= to_hf(weight.name, state.llama, plain)
-    model.load_state_dict(tensors, assign=True)
-    # The rotary frequencies are computed, not stored.
-    model.model.rotary_emb = LlamaRotaryEmbedding(config=state.llama).to(state.layout.device)
-    return model.requires_grad_(False)
 
 
 def _with_adapters(

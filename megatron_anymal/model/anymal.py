@@ -65,16 +65,19 @@ class AnyMALModel(MegatronModule):
         self._attention = attention
         self._neftune, self._seed = neftune, seed
         # Until `set_trainable` is called, every micro-batch has a backward pass.
-        self._llama_trains, self._trainable_modalities = True, frozenset[str]()
+        self._llama_trains, self._trainable_modalities, self._every_pass = True, frozenset[str](), False
 
-    def set_trainable(self, llama: bool, modalities: Collection[str]) -> None:
+    def set_trainable(self, llama: bool, modalities: Collection[str], *, every_pass: bool = True) -> None:
         """Allow packs that reach nothing trainable to skip their backward pass; the same on every rank.
 
         Args:
             llama: whether a weight or adapter of the Llama trains on any stage.
             modalities: those whose encoder or projector trains, on whichever stage they are.
+            every_pass: every trainable weight must take part in every backward pass, because gradients are reduced
+                while it runs.
         """
         self._llama_trains, self._trainable_modalities = llama, frozenset(modalities)
+        self._every_pass = every_pass or self._scaling_is_agreed_on
 
     @property
     def _scaling_is_agreed_on(self) -> bool:
@@ -156,13 +159,14 @@ class AnyMALModel(MegatronModule):
         """Encode and project a micro-batch's media.
 
         Returns:
-            Per modality [pieces x soft tokens, H]; trainable modalities are included even without pieces.
+            Per modality [pieces x soft tokens, H]. Trainable modalities are included even without pieces if their
+            weights must take part in every backward pass.
         """
         device = micro_batch.tokens.device
         return {
             name: self._soft_tokens_of(name, micro_batch.media.get(name), device)
             for name in self.projectors
-            if name in micro_batch.media or self._trains(name)
+            if name in micro_batch.media or (self._every_pass and name in self._trainable_modalities)
         }
 
     def _soft_tokens_of(self, name: str, media: Optional[MediaBatch], device: torch.device) -> Tensor:
@@ -214,10 +218,6 @@ class AnyMALModel(MegatronModule):
             self.config.params_dtype,
             where,
         )
-
-    def _trains(self, name: str) -> bool:
-        modules = (self.encoders[name], self.projectors[name])
-        return any(p.requires_grad for module in modules for p in module.parameters())
 
     def _encode(self, name: str, media: Optional[MediaBatch], device: torch.device) -> tuple[Tensor, Tensor]:
         """Encode this rank's share of the pieces, in calls of bounded size.

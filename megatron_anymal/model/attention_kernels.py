@@ -86,14 +86,19 @@ class SdpaKernel:
         grouped = query.size(1) != key.size(1)
         outputs = []
         for bucket in self._buckets:
-            q = query[bucket.queries].transpose(1, 2)
-            k, v = (x[bucket.keys].transpose(1, 2) for x in (key, value))
+            q = _take(query, bucket.queries)
+            k, v = (_take(x, bucket.keys) for x in (key, value))
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=bucket.mask, is_causal=bucket.mask is None, scale=scale, enable_gqa=grouped
             )
             outputs.append(out.transpose(1, 2).flatten(0, 1))
         concatenated = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        return concatenated[self._from_buckets]
+        return concatenated.index_select(0, self._from_buckets)
+
+
+def _take(tokens: Tensor, index: Tensor) -> Tensor:
+    """Gather rows of [T, heads, d] by an index [D, L], as [D, heads, L, d]."""
+    return tokens.index_select(0, index.flatten()).view(*index.shape, *tokens.shape[1:]).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ class _Bucket:
         first_query, queries, first_key, keys = torch.tensor(
             [(s.first_query, s.queries, s.first_key, s.keys) for s in segments]
         ).T.unsqueeze(2)
-        query_offsets, key_offsets = torch.arange(int(queries.max())), torch.arange(int(keys.max()))
+        query_offsets = torch.arange(max(s.queries for s in segments))
+        key_offsets = torch.arange(max(s.keys for s in segments))
         mask = None
         if any(s.queries != s.keys for s in segments):
             sees = (query_offsets + keys - queries)[:, :, None] >= key_offsets

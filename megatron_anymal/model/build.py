@@ -151,7 +151,9 @@ def _set_gains(model: AnyMALModel) -> None:
             gain.fill_(rms.item())
 
 
-def agree_on_trainable(models: Sequence[AnyMALModel], names: Sequence[str], device: torch.device) -> None:
+def agree_on_trainable(
+    models: Sequence[AnyMALModel], names: Sequence[str], device: torch.device, *, every_pass: bool
+) -> None:
     """Tell every chunk what trains on any rank, so that packs that reach none of it have no backward pass. Collective.
 
     Read from the weights, not from the configuration: a program may have unfrozen some of them.
@@ -160,6 +162,7 @@ def agree_on_trainable(models: Sequence[AnyMALModel], names: Sequence[str], devi
         models: this rank's chunks, with the final choice of trainable weights.
         names: all modalities in the configuration, in the same order on every rank.
         device: for the reduction.
+        every_pass: see AnyMALModel.set_trainable.
     """
 
     def trains(*modules: nn.Module) -> bool:
@@ -173,7 +176,8 @@ def agree_on_trainable(models: Sequence[AnyMALModel], names: Sequence[str], devi
     dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
     llama, *modalities = (bool(flag) for flag in agreed.tolist())
     for chunk in models:
-        chunk.set_trainable(llama, [name for name, trained in zip(names, modalities) if trained])
+        trainable = [name for name, trained in zip(names, modalities) if trained]
+        chunk.set_trainable(llama, trainable, every_pass=every_pass)
 
 
 def _freeze(model: ModelConfig, chunk: AnyMALModel) -> None:

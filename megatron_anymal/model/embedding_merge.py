@@ -12,8 +12,9 @@ def merge(text: Tensor, soft_tokens: Sequence[Tensor], token_indexes: Sequence[T
     """Insert soft tokens into a pack.
 
     A modality may have no soft tokens: its tensor then still takes part in the backward pass, with an empty gradient.
-    So every trainable parameter of every rank takes part in every backward pass, in the same order: a text-only
-    micro-batch, or a rank without media, neither stalls nor reorders gradient reductions, and contributes exactly zero.
+    So every trainable parameter of every rank can take part in every backward pass, in the same order: with gradients
+    that are reduced while it runs, a text-only micro-batch, or a rank without media, neither stalls nor reorders the
+    reductions, and contributes exactly zero.
 
     Args:
         text: [T, 1, H] embeddings of all token ids, including placeholders.

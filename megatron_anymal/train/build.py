@@ -125,7 +125,8 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
         model, recompute = fit_recompute(model, config.trainer.devices, sizes, layout.device)
     load = partial(load_base, model.language_model.checkpoint)
     models = build_models(model, precision, hf, layout, modalities, load)
-    agree_on_trainable(models, list(model.modalities), layout.device)
+    every_pass = model.ddp.overlap_grad_reduce
+    agree_on_trainable(models, list(model.modalities), layout.device, every_pass=every_pass)
     wrapped = [_wrap(model.ddp, chunk, first=chunk is models[0]) for chunk in models]
     optimizer = build_optimizer(model.optim, model.ddp, config.trainer, wrapped)
     _connect(model.ddp, wrapped, optimizer)

@@ -75,12 +75,7 @@ def sums_by_group(losses: Tensor, loss_mask: Tensor, groups: Tensor, count: int)
     Returns:
         [2, count] float64: sums of losses, numbers of targets.
     """
-    known = (groups >= 0) & (loss_mask > 0)
-    index = groups[known]
-    sums = torch.zeros(2, count, dtype=torch.float64, device=losses.device)
-    sums[0].index_add_(0, index, losses.detach()[known].double())
-    sums[1].index_add_(0, index, loss_mask[known].double())
-    return sums
+    return torch.stack([sequence_sums(values.detach(), loss_mask, groups, count) for values in (losses, loss_mask)])
 
 
 def sequence_sums(values: Tensor, mask: Tensor, documents: Tensor, count: int) -> Tensor:

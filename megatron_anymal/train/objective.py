@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional, Protocol
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
@@ -35,6 +34,8 @@ class GlobalBatch:
 
     # [n] int64: target tokens; 0 for samples that are left out.
     targets: Tensor
+    # The same on the host, to count without waiting for the device.
+    counts: tuple[int, ...]
     # [n] int64: index in `names` of the name that the sample's loss is reported under.
     groups: Tensor
     # Names to report losses under.
@@ -55,10 +56,14 @@ class GlobalBatch:
         Args:
             reference: [n, 2] float64, see the field.
         """
-        targets = np.where([position in bad for position in range(len(plan.targets))], 0, plan.targets)
+        counts = [0 if position in bad else count for position, count in enumerate(plan.targets.tolist())]
         groups = [names.index(media[0].modality) if media else names.index("text") for media in plan.media]
         return GlobalBatch(
-            torch.from_numpy(targets).to(device), torch.tensor(groups, device=device), tuple(names), reference
+            targets=torch.tensor(counts, device=device),
+            counts=tuple(counts),
+            groups=torch.tensor(groups, device=device),
+            names=tuple(names),
+            reference=reference,
         )
 
 
@@ -99,6 +104,11 @@ def build_objective(job: str, model: ModelConfig) -> Objective:
     return TokenObjective(model.loss_normalization)
 
 
+def _with_targets(batch: GlobalBatch) -> int:
+    """Samples that have targets."""
+    return sum(count > 0 for count in batch.counts)
+
+
 class TokenObjective:
     """Likelihood of the target tokens (AnyMAL eq. 1), averaged over tokens or over samples."""
 
@@ -110,7 +120,7 @@ class TokenObjective:
 
     def count(self, batch: GlobalBatch) -> int:
         """Target tokens, or samples that have any."""
-        return int((batch.targets > 0).sum() if self._by_sample else batch.targets.sum())
+        return _with_targets(batch) if self._by_sample else sum(batch.counts)
 
     def measures(self, extras: Sequence[float]) -> dict[str, float]:
         """No further metrics."""
@@ -144,7 +154,7 @@ class PreferenceObjective:
 
     def count(self, batch: GlobalBatch) -> int:
         """Pairs that are not left out."""
-        return int((batch.targets > 0).sum())
+        return _with_targets(batch)
 
     def measures(self, extras: Sequence[float]) -> dict[str, float]:
         """Means over pairs; the drift from the reference, log reference - log policy, over answer tokens."""
@@ -200,9 +210,8 @@ class PreferenceObjective:
             chosen and the rejected answer, float64.
         """
         assert micro_batch.branch is not None
-        planned = [sample.position for sample in micro_batch.plan.samples]
+        planned = [sample.position for sample in micro_batch.plan.samples if batch.counts[sample.position]]
         positions = torch.tensor(planned, dtype=torch.int64, device=losses.device)
-        positions = positions[batch.targets[positions] > 0]
         number = torch.full_like(batch.targets, -1)
         number[positions] = torch.arange(len(positions), device=losses.device)
         owners = micro_batch.sample_positions

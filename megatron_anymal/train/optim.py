@@ -8,7 +8,13 @@ from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
 import torch
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    clip_grads,
+    distrib_optimizer,
+    get_megatron_optimizer,
+)
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -42,7 +48,7 @@ def build_optimizer(
         trainer: for its precision and gradient clipping.
     """
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
-        _use_adamw()
+        _use_torch()
     dtype = backend.compute_dtype(trainer.precision)
     settings = OptimizerConfig(
         optimizer="adam",
@@ -120,14 +126,15 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any], done: int) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]
+        steps = torch.full((len(parameters),), float(done), device=parameters[0].device)
         adamw(
             parameters,
             gradients,
             [self.state[p]["exp_avg"] for p in parameters],
             [self.state[p]["exp_avg_sq"] for p in parameters],
             [],
-            [torch.tensor(float(done)) for _ in parameters],
-            foreach=True,
+            list(steps.unbind()),
+            fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -138,10 +145,26 @@ class AdamW(torch.optim.Optimizer):
         )
 
 
-def _use_adamw() -> None:
-    """Make megatron-core build `AdamW` in place of a fused Adam."""
+def _use_torch() -> None:
+    """Make megatron-core use `AdamW`, `_norm` and `_scale` in place of kernels of Transformer Engine or apex.
+
+    Its own substitutes loop over the parameters, and wait for the device once for each.
+    """
     optimizer: Any = mcore_optimizer
     distributed: Any = distrib_optimizer
+    clipping: Any = clip_grads
     optimizer.Adam = distributed.Adam = AdamW
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
+    clipping.l2_norm_impl, clipping.multi_tensor_scale_impl = _norm, _scale
+
+
+def _norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
+    """Norm [1] of all tensors together, with the signature of apex's multi_tensor_l2norm."""
+    return nn.utils.get_total_norm(tensors[0]).float().view(1), None
+
+
+def _scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
+    """Scale tensors[0] into tensors[1], with the signature of apex's multi_tensor_scale."""
+    sources, targets = tensors
+    torch._foreach_copy_(targets, torch._foreach_mul(sources, factor))

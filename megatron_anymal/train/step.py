@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.planner import BatchPlanner, StepPlan
 from megatron_anymal.model.lora import as_reference
+from megatron_anymal.parallel import sum_over_ranks
 from megatron_anymal.resilience import fault_injection, heartbeat, nonfinite, stop_signals
 from megatron_anymal.resilience.heartbeat import Phase
 from megatron_anymal.train.build import TrainState
@@ -77,7 +78,7 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
     for wrapped in state.wrapped:
         wrapped.zero_grad_buffer()
-        wrapped.train()
+    _set_mode(state, training=True)
     state.optimizer.zero_grad()
     reduced = _pass(state, plan, micro_batches, bad, batch, forward_only=False)
     heartbeat.beat(Phase.UPDATE)
@@ -98,10 +99,16 @@ def validation_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[M
     assert state.validation_data is not None
     planner = state.validation_data.planner
     bad, batch = _begin(state, planner, plan, micro_batches)
-    for wrapped in state.wrapped:
-        wrapped.eval()
+    _set_mode(state, training=False)
     reduced = _pass(state, plan, micro_batches, bad, batch, forward_only=True)
     return _result(state, planner, plan, bad, batch, reduced)
+
+
+def _set_mode(state: TrainState, *, training: bool) -> None:
+    for wrapped in state.wrapped:
+        # Visits every module, which takes longer than some steps' collectives.
+        if wrapped.training != training:
+            wrapped.train(training)
 
 
 def stop_asked_for(state: TrainState) -> str:
@@ -112,7 +119,7 @@ def stop_asked_for(state: TrainState) -> str:
     """
     count = len(stop_signals.SIGNALS)
     sums = torch.tensor(stop_signals.stop_flags()[:count], dtype=torch.float64, device=state.layout.device)
-    dist.all_reduce(sums)
+    sum_over_ranks(sums)
     return stop_signals.agreed(sums.cpu().tolist())
 
 
@@ -126,7 +133,7 @@ def _begin(
         data = planner.fingerprint()[:8]
         names = [
             f"{data}/{planner.key(int(d), int(s))}" if count else None
-            for d, s, count in zip(plan.dataset, plan.sample, batch.targets.tolist())
+            for d, s, count in zip(plan.dataset, plan.sample, batch.counts)
         ]
         ask = partial(_reference_pass, state, plan, micro_batches, bad, batch)
         batch = dataclasses.replace(batch, reference=state.reference.log_probabilities(names, ask))
@@ -143,8 +150,7 @@ def _reference_pass(
 ) -> Tensor:
     """Return the reference log-probabilities of both answers, [global batch, 2] float64, on every rank. Collective."""
     state.wait_for_param_gather()
-    for wrapped in state.wrapped:
-        wrapped.eval()
+    _set_mode(state, training=False)
     log_probabilities = torch.zeros(len(plan.targets), 2, dtype=torch.float64, device=state.layout.device)
 
     def collect(losses: Tensor, mask: Tensor, micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
@@ -155,7 +161,7 @@ def _reference_pass(
 
     with as_reference(state.models):
         _run_schedule(state, plan, micro_batches, bad, collect, forward_only=True)
-    dist.all_reduce(log_probabilities)
+    sum_over_ranks(log_probabilities)
     return log_probabilities
 
 
@@ -186,7 +192,7 @@ def _pass(
         sums[size] = nonfinite.squared_norm(state.wrapped, state.layout.device)
         state.before_update()
     sums[size + 1 :] = torch.tensor(stop_signals.stop_flags(), dtype=torch.float64)
-    dist.all_reduce(sums)
+    sum_over_ranks(sums)
     totals = sums.cpu().tolist()
     finite = nonfinite.all_finite(totals[:size], totals[size])
     return Reduced(totals[:size], finite, stop_signals.agreed(totals[size + 1 :]))
@@ -281,6 +287,8 @@ def _agree_on_bad(plan: StepPlan, micro_batches: Sequence[MicroBatch], device: t
     Collective.
     """
     mine = {position: why for m in micro_batches for position, why in m.bad.items()}
+    if dist.get_world_size() == 1:
+        return mine
     flags = torch.zeros(len(plan.targets), dtype=torch.uint8, device=device)
     if mine:
         flags[list(mine)] = 1

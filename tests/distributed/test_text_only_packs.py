@@ -24,6 +24,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pipeline": (2, {"pipeline_model_parallel_size": 2}),
     "virtual pipeline": (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     "sequence parallel": (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
+    "replicas": (2, {}),
     "overlapped replicas": (2, {}),
 }
 
@@ -69,6 +70,42 @@ def test_nothing_changes(config: RunConfig, layout: str, tmp_path: Path) -> None
     assert skipped["weights"].keys() == whole["weights"].keys()
     for name, weight in whole["weights"].items():
         np.testing.assert_array_equal(skipped["weights"][name], weight, err_msg=name)
+
+
+def run_with_dummies(config: RunConfig, layout: str, always: bool, folder: Path) -> tuple[dict[str, Any], float]:
+    """In a rank: train with or without encoding modalities that a pack does not have; also return how many modalities
+    a pack encodes on average."""
+    original, encoded = AnyMALModel.set_trainable, []
+
+    def set_trainable(self: AnyMALModel, *given: Any, every_pass: bool) -> None:
+        original(self, *given, every_pass=every_pass or always)
+
+    soft_tokens = AnyMALModel.soft_tokens
+
+    def counted(self: AnyMALModel, micro_batch: Any) -> dict[str, Any]:
+        soft = soft_tokens(self, micro_batch)
+        encoded.append(len(soft))
+        return soft
+
+    AnyMALModel.set_trainable, AnyMALModel.soft_tokens = set_trainable, counted  # type: ignore[method-assign,assignment]
+    return run(config, layout, True, folder)[0], float(np.mean(encoded)) if encoded else 0.0
+
+
+@pytest.mark.parametrize("layout", ["one", "pipeline", "sequence parallel", "replicas"])
+def test_modalities_without_media_need_not_be_encoded(config: RunConfig, layout: str, tmp_path: Path) -> None:
+    """Unless gradients are reduced during the backward pass, which then needs all of them."""
+    processes, _ = LAYOUTS[layout]
+    (sparse, some), *_ = run_ranks(processes, run_with_dummies, config, layout, False, tmp_path / "sparse")
+    (always, all_of_them), *_ = run_ranks(processes, run_with_dummies, config, layout, True, tmp_path / "always")
+    assert all_of_them == 3.0 and some < 1.0
+    assert sparse["losses"] == always["losses"]
+    for name, weight in always["weights"].items():
+        np.testing.assert_array_equal(sparse["weights"][name], weight, err_msg=name)
+
+
+def test_overlapped_reductions_encode_every_modality(config: RunConfig, tmp_path: Path) -> None:
+    (_, encoded), *_ = run_ranks(2, run_with_dummies, config, "overlapped replicas", False, tmp_path)
+    assert encoded == 3.0
 
 
 def products(config: RunConfig, trains: bool) -> dict[bool, float]:

@@ -88,6 +88,25 @@ def test_step_compares_bytes(step: Any) -> None:
     assert sides[1]["saved_bytes"] > 1.2 * sides[0]["saved_bytes"]
 
 
+def test_step_vs_transformers(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    small = ("--width", "1", "--samples", "8", "--batches", "2", "--checked-steps", "2", "--warm-up", "0")
+    printed = run("benchmarks/step_vs_transformers.py", *small, "--rounds", "2", "--out", str(out))
+    found = json.loads(out.read_text())["widths"]["1"]
+    assert "floor: LlamaForCausalLM" in printed and "the bar of 1.0" in printed
+    assert found["llama"]["hidden_size"] == 128 and len(found["losses"]) == 2
+    for losses in found["losses"]:
+        assert losses.keys() == {"anymal", "packed", "rows"}
+        assert losses == pytest.approx({name: losses["anymal"] for name in losses}, rel=1e-5)
+    assert found["losses"][0]["anymal"] != found["losses"][1]["anymal"]
+    assert all(ratio["median"] > 0 for ratio in found["ratios"].values()) and found["ratios"].keys() == {
+        "packed",
+        "rows",
+    }
+    # The sums of the losses and the gradient norm.
+    assert found["operations"]["anymal"]["waits"] == 2 and found["operations"]["rows"]["operations"] > 500
+
+
 def test_head(tmp_path: Path) -> None:
     out = tmp_path / "head.json"
     small = ("--hidden", "32", "--vocabulary", "512", "--tokens", "64", "--chunk", "2048", "--rounds", "2")

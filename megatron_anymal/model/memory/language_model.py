@@ -88,7 +88,7 @@ class LlamaSizes:
         adapted: with LoRA, per layer: linear layer -> projections with an adapter. Linear layers are qkv, proj, fc1 and
             fc2; projections are named by their outputs: q, k, v, o, gate, up, down.
         attention: transformer_engine, flash_attn, flex or sdpa.
-        on_cpu: on a CPU, norms save fp32 copies, and each layer its cosines and sines in 16 bits.
+        on_cpu: whether the run is on a CPU.
         fused_swiglu: whether SwiGLU saves only its input.
     """
 
@@ -199,10 +199,8 @@ def kept_by_layer(llama: LlamaSizes, pack: Pack, layer: int, repeated: Sequence[
 
 
 def _norm(llama: LlamaSizes, own: int) -> int:
-    if not llama.on_cpu:
-        return own * (llama.number * llama.hidden + 4)
-    # In fp32, and also the normalized input if the norm weights train.
-    return 4 * own * (llama.hidden * (2 if llama.trains else 1) + 1)
+    """The input, and in fp32 its scale."""
+    return own * (llama.number * llama.hidden + 4)
 
 
 def _attention(llama: LlamaSizes, pack: Pack, repeated: bool) -> int:
@@ -213,8 +211,7 @@ def _attention(llama: LlamaSizes, pack: Pack, repeated: bool) -> int:
         copied = llama.heads > llama.groups > llama.tensor
         return e * pack.tokens * ((q if copied else 0) + q + 2 * k)
     if llama.attention == "sdpa":
-        rotary = 4 * pack.tokens * llama.head_size * e if llama.on_cpu and e < 4 else 0
-        return e * (2 * pack.queries * q + 2 * pack.keys * k) + 4 * pack.queries * heads + rotary
+        return e * (2 * pack.queries * q + 2 * pack.keys * k) + 4 * pack.queries * heads
     kept = e * pack.tokens * 2 * q + 4 * pack.tokens * heads
     if llama.attention == "transformer_engine":
         return kept + e * pack.tokens * 2 * k

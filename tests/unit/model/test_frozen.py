@@ -196,7 +196,6 @@ def layer_by_hand(case: LayerCase) -> dict[str, int]:
         "gate and up": 2 * tokens * ffn,
     }
     if not case.frozen:
-        kept["normalised inputs, for the norms' gains"] = 2 * own * H
         kept["inputs of the query-key-value and the gate-up linear"] = 2 * own * H
         kept["inputs of the output and the down linear"] = tokens * queries + tokens * ffn
     return kept

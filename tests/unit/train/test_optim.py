@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
+from megatron.core.utils import local_multi_tensor_scale
 
 from megatron_anymal.config import RunConfig
-from megatron_anymal.train.optim import AdamW, learning_rate
+from megatron_anymal.train.optim import AdamW, _norm, _scale, learning_rate
 
 
 def config_of(name: str, warmup: int = 0, decay: int = 0, ratio: float = 0.1, steps: int = 100) -> RunConfig:
@@ -79,6 +80,18 @@ def test_adamw_equals_torchs(decay: float) -> None:
             torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
     assert mine.param_groups[0]["step"] == 8
     assert all(not mine.state[p] for p in (ours[2], ours[3]))
+
+
+def test_the_norm_and_the_clipping_are_megatrons() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((5, 3), (4,), (2, 2, 2))]
+    expected = math.sqrt(sum(float(g.double().square().sum()) for g in gradients))
+    norm, nothing = _norm(0, torch.zeros(1), [gradients], False)
+    assert norm.shape == (1,) and nothing is None and float(norm) == pytest.approx(expected, rel=1e-6)
+    ours, theirs = ([g.clone() for g in gradients] for _ in range(2))
+    _scale(0, torch.zeros(1), [ours, ours], 0.3)
+    local_multi_tensor_scale(0, torch.zeros(1), [theirs, theirs], 0.3)
+    assert all(map(torch.equal, ours, theirs)) and not torch.equal(ours[0], gradients[0])
 
 
 def test_adamw_continues_from_saved_state() -> None:

@@ -1,0 +1,182 @@
+"""The floor of benchmarks/step_vs_transformers.py: the same step as users of transformers write it.
+
+LlamaForCausalLM with its own loss and scaled dot-product attention, the projectors in plain torch, torch's fused AdamW.
+A micro-batch's documents are laid out in one of two ways, prepared beforehand:
+
+packed: as in this trainer's pack, with position ids from which transformers derives the document-wise causal mask
+rows: one document per row, padded on the right to the longest, where causal attention needs no mask
+
+Frozen weights and the encoders, which are transformers' and torch's own modules, are shared with this trainer's side;
+the projectors start from copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.hf.projectors import build_projector
+from megatron_anymal.model.fp8_weights import is_quantized
+from megatron_anymal.model.hf_llama import to_hf
+from megatron_anymal.model.unsharded_weights import list_weights
+from megatron_anymal.train.build import TrainState
+from megatron_anymal.train.optim import learning_rate
+
+# Label that transformers' loss ignores.
+IGNORED = -100
+
+
+def frozen_llama(state: TrainState, attention: str) -> Any:
+    """transformers' Llama over a run's frozen weights.
+
+    Args:
+        attention: transformers' name of the attention implementation.
+    """
+    with torch.device("meta"):
+        model = LlamaForCausalLM._from_config(
+            state.llama, attn_implementation=attention, dtype=state.models[0].config.params_dtype
+        )
+    tensors = {}
+    for weight in list_weights(state.models[0]):
+        if weight.name.startswith("language_model.") and ".lora." not in weight.name:
+            whole: Any = weight.parameter.detach()
+            plain = whole.dequantize() if is_quantized(whole) else whole
+            tensors |= to_hf(weight.name, state.llama, plain)
+    model.load_state_dict(tensors, assign=True)
+    # The rotary frequencies are computed, not stored.
+    model.model.rotary_emb = LlamaRotaryEmbedding(config=state.llama).to(state.layout.device)
+    return model.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A micro-batch as input of transformers' Llama; B rows of L tokens."""
+
+    # [B, L] int64 with placeholders, and labels of the next token or IGNORED.
+    tokens: Tensor
+    labels: Tensor
+    # [B, L] int64; None: every row is one document.
+    position_ids: Tensor | None
+    # By modality: encoder inputs, and [B, L, 1] where the soft tokens go.
+    pieces: Mapping[str, Tensor]
+    is_placeholder: Mapping[str, Tensor]
+
+
+def packed(micro_batch: MicroBatch) -> Inputs:
+    """Lay a micro-batch out as one row."""
+    positions = torch.cat([torch.arange(length) for length in micro_batch.document_lengths])[None]
+    return _inputs(micro_batch, lambda values, fill: values[None], positions)
+
+
+def rows(micro_batch: MicroBatch) -> Inputs:
+    """Lay a micro-batch out with one document per row."""
+
+    def pad(values: Tensor, fill: int) -> Tensor:
+        return pad_sequence(values.split(micro_batch.document_lengths), batch_first=True, padding_value=fill)
+
+    return _inputs(micro_batch, pad, None)
+
+
+def _inputs(micro_batch: MicroBatch, lay_out: Callable[[Tensor, int], Tensor], position_ids: Tensor | None) -> Inputs:
+    places = {}
+    for name, media in micro_batch.media.items():
+        flags = torch.zeros(micro_batch.tokens.size(1), dtype=torch.bool)
+        flags[media.token_index] = True
+        places[name] = lay_out(flags, 0)[:, :, None]
+    labels = micro_batch.labels.masked_fill(micro_batch.loss_mask == 0, IGNORED)
+    return Inputs(
+        lay_out(micro_batch.tokens[0], 0),
+        lay_out(labels[0], IGNORED),
+        position_ids,
+        {name: media.pieces for name, media in micro_batch.media.items()},
+        places,
+    )
+
+
+class Transformers:
+    """A training step of an alignment run on one process, with every encoder frozen."""
+
+    def __init__(
+        self,
+        state: TrainState,
+        batches: Sequence[tuple[StepPlan, list[MicroBatch]]],
+        lay_out: Callable[[MicroBatch], Inputs],
+    ):
+        """
+        Args:
+            batches: batches to use in turn.
+            lay_out: `packed` or `rows`.
+        """
+        self.config, self.done = state.config, state.step
+        self.batches = [(int(plan.targets.sum()), [lay_out(m) for m in micros]) for plan, micros in batches]
+        self.encoders: Any = state.models[0].encoders
+        self.llama = frozen_llama(state, "sdpa").train()
+        self.projectors = nn.ModuleDict(
+            {
+                name: build_projector(
+                    section.projector,
+                    self.encoders[name].feature_tokens,
+                    self.encoders[name].width,
+                    state.llama.hidden_size,
+                )
+                for name, section in state.config.model.modalities.items()
+            }
+        )
+        weights = {w.name: w.parameter.detach().clone() for w in list_weights(state.models[0])}
+        self.projectors.load_state_dict(
+            {n.removeprefix("projectors."): w for n, w in weights.items() if n.startswith("projectors.")}
+        )
+        self.optimizer = self._optimizer()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        optim = self.config.model.optim
+        matrices = [p for p in self.projectors.parameters() if p.dim() > 1]
+        others = [p for p in self.projectors.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+
+    def step(self, number: int) -> float:
+        """Train on one of the batches; return the mean loss over its target tokens."""
+        targets, micro_batches = self.batches[number % len(self.batches)]
+        self.optimizer.zero_grad()
+        total = torch.zeros(())
+        for inputs in micro_batches:
+            loss = self._loss(inputs, targets)
+            loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(self.projectors.parameters(), self.config.trainer.gradient_clip_val)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.model.optim, self.config.trainer.max_steps, self.done)
+        self.optimizer.step()
+        self.done += 1
+        return float(total)
+
+    def _loss(self, inputs: Inputs, targets: int) -> Tensor:
+        """Contribution of a micro-batch to the mean over the batch's target tokens."""
+        return self.llama(
+            inputs_embeds=self._embed(inputs),
+            position_ids=inputs.position_ids,
+            labels=inputs.labels,
+            shift_labels=inputs.labels,
+            num_items_in_batch=targets,
+            use_cache=False,
+        ).loss
+
+    def _embed(self, inputs: Inputs) -> Tensor:
+        """[B, L, H]: text embeddings with soft tokens in place of the placeholders."""
+        embedded = self.llama.get_input_embeddings()(inputs.tokens)
+        for name, pieces in inputs.pieces.items():
+            with torch.no_grad():
+                features = self.encoders[name](pieces)
+            soft = self.projectors[name](features).flatten(0, 1)
+            embedded = embedded.masked_scatter(inputs.is_placeholder[name], soft)
+        return embedded
