@@ -93,14 +93,14 @@ INPUTS = (
     Input(
         "detection_seconds",
         "from a failure until all processes are ended",
-        10.0,
-        "a killed process (docs/operations/failures.md, Rehearse)",
+        1.0,
+        "a killed process, measured on two CPU cores (docs/operations/failures.md, Soak test)",
     ),
     Input(
         "processes_seconds",
-        "until all processes run and have imported their libraries",
-        19.0,
-        "a start, measured on two CPU cores (docs/operations/failures.md, Soak test)",
+        "until all processes run and have built the model",
+        2.0,
+        "forked from the standby process, measured on two CPU cores (docs/operations/failures.md, Soak test)",
     ),
     Input(
         "groups_seconds",
