@@ -20,7 +20,7 @@ _WARNINGS = (
     # The distributed optimizer looks for a gradient on its views of the weights. Without a GPU, the call goes through
     # the shim.
     (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron(\.core\.optimizer|_anymal\.cpu_shim)"),
-    (r"Please use DTensor instead and we are deprecating ShardedTensor", r"megatron_anymal\.cpu_shim"),
+    (r"Please use DTensor instead and we are deprecating ShardedTensor", r"torch\.distributed\.checkpoint\."),
 )
 # Log records below ERROR: logger, message (a regular expression).
 _RECORDS = (

@@ -119,6 +119,7 @@ class Attempt:
                     self._kill()
             self._find_ranks()
             self._note_failures()
+            self._note_steps()
             return self._ending()
         finally:
             self._kill()
@@ -212,6 +213,11 @@ class Attempt:
             self.failures[rank] = code
             if self.kill_at is None or code == Exit.CRASH:
                 self._record_death(rank, pid, code)
+
+    def _note_steps(self) -> None:
+        """Note the steps that ranks began after the last look, which may be all those of a short attempt."""
+        beats = [heartbeat.read(self.folder / f"rank_{rank:05d}") for rank in self.workers]
+        self.step = max([self.step, *(beat.step for beat in beats if beat is not None)])
 
     def _record_death(self, rank: int, pid: int, code: int) -> None:
         beat = heartbeat.read(self.folder / f"rank_{rank:05d}")

@@ -23,6 +23,8 @@ from megatron_anymal.config import ResilienceConfig
 from megatron_anymal.launcher import attempt, supervisor
 from megatron_anymal.launcher.agent import ranks_below
 from megatron_anymal.launcher.job import Job
+from megatron_anymal.launcher.rendezvous import SingleNode
+from megatron_anymal.launcher.stop_requests import StopRequests
 from megatron_anymal.launcher.supervisor import Supervisor
 from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
@@ -132,6 +134,15 @@ def test_each_hang_is_found_in_time_and_blamed_on_its_rank(tmp_path: Path) -> No
     # A stopped process writes no stacks; a process that holds the GIL does.
     assert set(hangs[0]["stacks"]) == {"0"} and "fail" in hangs[1]["where"]["0"][0]
     assert nothing_left(run) and "holding the GIL" in report(run)
+
+
+def test_steps_between_two_looks_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Longer than an attempt takes.
+    monkeypatch.setattr(attempt, "_LOOK", 4.0)
+    run = tmp_path / "run"
+    alone = attempt.Attempt(job(run, "9", "0:6:crash", timeout=60), 1, SingleNode(), StopRequests(), print)
+    ending = alone.run()
+    assert (ending.code, ending.step) == (Exit.CRASH, 6)
 
 
 def test_a_suspended_job_goes_on(tmp_path: Path) -> None:

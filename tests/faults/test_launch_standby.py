@@ -48,5 +48,5 @@ def test_killed_ranks_are_forked_again(folder: Path) -> None:
     assert [event["way"] for event in told(run, "start") if "way" in event] == ["standby"] * 4
     assert "rank 1 was ended by SIGKILL" in text and "the standby process" not in text
     [restarts] = re.findall(r"## Restarts\n\n(.*?)\n## ", (run / "report.md").read_text(), re.DOTALL)
-    rows = re.findall(r"- attempt (\d), forked from the standby process: ([0-9.]+) s \(", restarts)
+    rows = re.findall(r"- attempt (\d), forked from the standby process, from \w+: ([0-9.]+) s \(", restarts)
     assert [int(attempt) for attempt, _ in rows] == [2, 3, 4]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -68,6 +69,10 @@ def test_a_new_rank_takes_over_from_one_that_hangs(server: MemoryServer) -> None
     hanging = wire.connect(server.address)
     wire._ask(hanging, server.address, "put", copy_of(b"b" * 1000, 2))
     hanging.sendall(b"b" * 500)
+    deadline = time.monotonic() + 10
+    while 7 not in server._writers:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     copy = put(server, b"c" * 1000, 3)
     assert wire.fetch(server.address, copy) == b"c" * 1000
     with pytest.raises(OSError):
