@@ -22,7 +22,7 @@ from ports import free_port
 from megatron_anymal.config import ResilienceConfig
 from megatron_anymal.launcher import attempt, supervisor
 from megatron_anymal.launcher.agent import ranks_below
-from megatron_anymal.launcher.job import Job
+from megatron_anymal.launcher.job import Job, new_attempt
 from megatron_anymal.launcher.rendezvous import SingleNode
 from megatron_anymal.launcher.stop_requests import StopRequests
 from megatron_anymal.launcher.supervisor import Supervisor
@@ -140,8 +140,8 @@ def test_steps_between_two_looks_count(tmp_path: Path, monkeypatch: pytest.Monke
     # Longer than an attempt takes.
     monkeypatch.setattr(attempt, "_LOOK", 4.0)
     run = tmp_path / "run"
-    alone = attempt.Attempt(job(run, "9", "0:6:crash", timeout=60), 1, SingleNode(), StopRequests(), print)
-    ending = alone.run()
+    planned = job(run, "9", "0:6:crash", timeout=60)
+    ending = attempt.Attempt(planned, new_attempt(run), SingleNode(), StopRequests(), print).run()
     assert (ending.code, ending.step) == (Exit.CRASH, 6)
 
 
