@@ -140,7 +140,7 @@ def _recoveries(run: MeasuredRun, events: Sequence[Event], step: float) -> None:
     _add(run, "processes_seconds", ready, "restart" if again else "start")
     _add(run, "restore_seconds", restored, "resumed start")
     if "peer_every" in run.values:
-        _add(run, "peer_restore_seconds", remembered, "start from memory")
+        _add(run, "peer_restore_seconds", remembered, "copy")
     _add(run, "first_step_seconds", first, "start")
     if ready:
         run.values["groups_seconds"] = Value(0.0, "measured: contained in processes_seconds")

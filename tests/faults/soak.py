@@ -41,7 +41,6 @@ from megatron_anymal.resilience.exit_codes import Exit
 
 # Settings of both runs. The soaked run's length is not known in advance, so nothing may depend on it.
 _SETTINGS = ("model.optim.sched.name=constant", "resilience.hang_timeout=15")
-_EVERY = 5
 _FAULTS = ("rank killed", "rank stopped", "loader killed", "asked to stop", "all killed")
 
 
@@ -51,6 +50,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=20.0, help="duration of the run with faults")
     parser.add_argument("--seconds-between", type=float, default=60.0, help="one fault in each interval of this length")
     parser.add_argument("--processes", type=int, default=4, help="ranks")
+    parser.add_argument("--every", type=int, default=100, help="steps between checkpoints, and between validations")
     parser.add_argument("--nodes", type=int, default=1, help="nodes, which share the ranks; above 1, nodes are lost")
     parser.add_argument(
         "--faults", nargs="+", choices=_FAULTS, default=list(_FAULTS), help="on one node: of which kinds"
@@ -65,7 +65,7 @@ def main() -> int:
     print(f"working in {folder}", flush=True)
     tokenizer = make_tokenizer(folder / "tokenizer")
     train = make_shards(folder / "mixed", tokenizer, 40, ("image", "audio", "imu", "text", "mixed"))
-    write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1000, _EVERY)
+    write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1000, options.every)
     kind = partial(NodesSoak, nodes=options.nodes) if options.nodes > 1 else partial(Soak, kinds=options.faults)
     soak = kind(folder, options.processes, random.Random(options.seed), options.seconds_between)
     soak.run(options.minutes * 60)
@@ -133,6 +133,7 @@ class Soak:
         whole = [row for row in figures(alone) if "loss" in row]
         events = read(self.run_dir)
         spent = effective_time(self.run_dir, events, complete=True, kept=reached)
+        undisturbed = effective_time(alone, read(alone), complete=True, kept=reached)
         found = {
             "faults": dict(self.done),
             "launchers_exit_codes": dict(self.codes),
@@ -141,6 +142,7 @@ class Soak:
             "steps_that_differ": sum(a != b for a, b in zip(soaked, whole)) + abs(len(soaked) - len(whole)),
             "tensors_that_differ": len(differences(self.run_dir, alone)),
             "effective_time_ratio": spent.ratio,
+            "effective_time_ratio_without_faults": undisturbed.ratio,
             "productive_seconds": spent.productive,
             "wall_seconds": spent.wall,
         }
