@@ -22,7 +22,8 @@ class Module:
 
 def slowly(text):
     time.sleep(0.3)
-    print(text)
+    # In one write: print adds the line break by a second one.
+    sys.stdout.write(text + "\\n")
 
 
 alive = Module()
