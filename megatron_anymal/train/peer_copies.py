@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any, Optional
@@ -13,6 +14,7 @@ from typing import Any, Optional
 import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor
 
 from megatron_anymal.checkpoint.store import Manifest
@@ -55,9 +57,9 @@ class PeerCopies:
         begin_state(state.optimizer)
         identity = _identity(manifest, state.layout.world_size)
         try:
-            self._copies = RankCopies(where, identity, list(_tensors(state.optimizer)), say)
+            self._copies = RankCopies(where, identity, list(_tensors(state.optimizer)), _warn)
         except OSError as error:
-            say(f"warning: rank {state.layout.rank}: no copies of the trainable state in memory ({error.strerror})")
+            _warn(f"warning: rank {state.layout.rank}: no copies of the trainable state in memory ({error.strerror})")
         self._agree()
 
     def resume(self) -> bool:
@@ -131,6 +133,11 @@ class PeerCopies:
             self._copies = None
 
 
+def _warn(text: str) -> None:
+    """Print a warning of this rank; the run's log is that of rank 0."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def _why_not(state: TrainState) -> str:
     """Why a run's state cannot be copied; empty if it can."""
     fp8 = state.config.model.fp8
@@ -175,8 +182,8 @@ def _apply(state: TrainState, counts: tuple[int, ...]) -> None:
         else:
             group["step"] = count
     for part in _components(state.optimizer):
-        # Without main weights, the optimizer's parameters are the model's.
-        if hasattr(part, "_copy_main_params_to_model_params"):
+        # The parameters of this one are the model's. All others must have the method: weights would stay as they were.
+        if not isinstance(part, FP32Optimizer):
             part._copy_main_params_to_model_params()
     if state.config.model.ddp.use_distributed_optimizer:
         for wrapped in state.wrapped:
