@@ -22,7 +22,9 @@ from megatron_anymal.config.schema import (
     ResilienceConfig,
     RunConfig,
     ScheduleConfig,
+    StorageConfig,
     TrainerConfig,
+    is_remote,
 )
 
 __all__ = [
@@ -47,5 +49,7 @@ __all__ = [
     "ProjectorConfig",
     "ResilienceConfig",
     "ScheduleConfig",
+    "StorageConfig",
     "TrainerConfig",
+    "is_remote",
 ]

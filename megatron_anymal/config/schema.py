@@ -21,6 +21,11 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message names the key and the fix."""
 
 
+def is_remote(path: str) -> bool:
+    """Whether a folder is on object storage: an address such as s3://bucket/folder."""
+    return "://" in path and not path.startswith("file://")
+
+
 @dataclass
 class TrainerConfig:
     """Job size, step count and logging. Key names follow NeMo's `trainer:` section."""
@@ -373,6 +378,31 @@ DEFAULT_LIMITS = LimitsConfig()
 
 
 @dataclass
+class StorageConfig:
+    """Reading of datasets on object storage: folders given by an address such as `s3://bucket/folder`."""
+
+    attempts: int = 6
+    """Requests for the same bytes before the run stops. The pauses between them double from 0.5 s to 30 s, with
+    jitter."""
+    timeout_seconds: float = 30.0
+    """Longest time for one request of at most 8 MiB, in seconds."""
+    connections: int = 8
+    """Simultaneous requests of a process to one dataset."""
+    read_ahead: int = 2
+    """Micro-batches that a loader process requests before it needs them. 0: none."""
+    gap_kib: int = 256
+    """Members of a shard that are at most this far apart are read in one request, in KiB."""
+    cache_folder: str = ""
+    """Folder on a local disk for copies of indexes and for cached blocks; all processes of a node share it. Empty:
+    anymal-cache-UID in the system's folder for temporary files."""
+    cache_gib: float = 0.0
+    """Largest size of the cached blocks of shards, in GiB (2**30 bytes); the least recently used ones are removed. 0:
+    no blocks are cached, only indexes are copied."""
+    cache_block_kib: int = 1024
+    """Size of a cached block, in KiB: the cache reads whole aligned blocks."""
+
+
+@dataclass
 class DataConfig:
     """Datasets, tokenizer, packing and loading."""
 
@@ -394,6 +424,14 @@ class DataConfig:
     """Steps that the loader may run ahead."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Largest accepted inputs."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Reading of datasets on object storage."""
+
+    @property
+    def remote_paths(self) -> list[str]:
+        """Folders of the datasets that are on object storage."""
+        datasets = (*self.train.values(), *self.validation.values())
+        return [dataset.path for dataset in datasets if is_remote(dataset.path)]
 
 
 @dataclass

@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
-
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LeftOut
@@ -23,6 +21,7 @@ from megatron_anymal.data.tar.reader import TarError, TarMember, TarWalk
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import MODALITIES, kind_for_extension
 from megatron_anymal.modalities.base import MediaError
+from megatron_anymal.object_storage.client import file_system
 
 # Largest value of the column media_count.
 MAX_MEDIA = 65_535
@@ -78,7 +77,7 @@ class _Row:
 
 def index_shard(folder: str, name: str, tokenizer: Tokenizer, options: IndexOptions) -> ShardRows:
     """Index one shard. A shard that cannot be read at all yields no rows and one ledger entry with the reason."""
-    fs, root = fsspec.core.url_to_fs(folder)
+    fs, root = file_system(folder)
     rows = ShardRows(name, 0)
     try:
         rows.size = int(fs.size(f"{root}/{name}"))

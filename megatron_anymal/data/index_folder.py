@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import fsspec
 import numpy as np
 
 from megatron_anymal.data.index_builder import IndexOptions
@@ -21,6 +20,7 @@ from megatron_anymal.data.shard_index import INDEX_FOLDER, IndexHeader
 from megatron_anymal.data.shard_rows import HASH, ShardRows, repeated
 from megatron_anymal.data.shard_samples import MemberCounts
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.object_storage.client import file_system
 from megatron_anymal.telemetry import Progress
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.Z")
@@ -35,7 +35,7 @@ def find_shards(folder: str) -> dict[str, int]:
         DataError: the folder does not exist or contains no shards, or some of its shards could not be read: compressed
             ones, ones in subfolders, or ones whose extension is in capitals.
     """
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     if not fs.isdir(root):
         raise DataError(f"There is no shard folder {folder!r}. Correct the path.")
     listed = {entry["name"].rpartition("/")[2]: entry for entry in fs.ls(root, detail=True)}
@@ -237,7 +237,7 @@ def _summary(folder: str, totals: _Totals, bad: int) -> str:
 
 
 def _write_ledger(folder: str, name: str, entries: Sequence[LeftOut]) -> None:
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     fs.makedirs(f"{root}/{INDEX_FOLDER}", exist_ok=True)
     with fs.open(f"{root}/{INDEX_FOLDER}/{name}", "wb") as file:
         for line in to_lines(entries):
@@ -246,7 +246,7 @@ def _write_ledger(folder: str, name: str, entries: Sequence[LeftOut]) -> None:
 
 def _rename_ledger(folder: str, name: str) -> None:
     """Rename the ledger to its final name. Once an index is built, the ledger of a refused attempt is removed."""
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     inside = f"{root}/{INDEX_FOLDER}"
     if name == LEDGER and fs.exists(f"{inside}/{REFUSED_LEDGER}"):
         fs.rm_file(f"{inside}/{REFUSED_LEDGER}")

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import IO, Any
 
-import fsspec
 import numpy as np
 
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_index import INDEX_FOLDER, MEDIA, SAMPLE, IndexHeader
 from megatron_anymal.data.shard_rows import HASH, ShardRows
 from megatron_anymal.data.tar.byte_source import is_local
+from megatron_anymal.object_storage.client import file_system
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def open_spool(folder: str) -> Iterator[RowSpool]:
     Raises:
         DataError: nothing can be written there.
     """
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     inside = f"{root}/{INDEX_FOLDER}"
     with ExitStack() as stack:
         try:
@@ -131,7 +131,7 @@ def write_index(
         tables: all rows, in order.
         accounting: further content of index.json: counts of everything that is not in the index.
     """
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     inside = f"{root}/{INDEX_FOLDER}"
     fs.makedirs(inside, exist_ok=True)
     if fs.exists(f"{inside}/index.json"):

@@ -7,24 +7,26 @@ import os
 import re
 import signal
 import socket
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
+from megatron_anymal.data.plan_queue import PlanSampler, QueuedReads
 from megatron_anymal.data.planner import BatchPlanner, StepPlan
 from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities.base import MediaError, Modality
+from megatron_anymal.object_storage.byte_ranges import ByteRange
+from megatron_anymal.object_storage.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,54 @@ class MicroBatchReader(Dataset[MicroBatch]):
         self._planner, self._tokenizer = planner, tokenizer
         self._modalities, self._needs = modalities, needs
         self._placeholders = {name: m.placeholder for name, m in modalities.items()}
+        # Byte ranges of micro-batches that were requested from object storage, by dataset.
+        self._requested: dict[PlannedMicroBatch, dict[int, list[ByteRange]]] = {}
+
+    def request(self, plan: PlannedMicroBatch) -> None:
+        """Start to read a micro-batch's bytes from object storage, unless that has happened. They stay in memory until
+        the micro-batch is read, which must follow."""
+        if plan in self._requested or not any(index.remote for index in self._planner.indexes):
+            return
+        self._requested[plan] = ranges = self._byte_ranges(plan)
+        for dataset, wanted in ranges.items():
+            self._planner.indexes[dataset].request(wanted)
+
+    def _byte_ranges(self, plan: PlannedMicroBatch) -> dict[int, list[ByteRange]]:
+        """What this rank reads from object storage for a micro-batch, by dataset."""
+        if not self._needs.text:
+            return {}
+        # Position of a sample -> numbers of its media items.
+        media: dict[int, list[int]] = {sample.position: [] for sample in plan.samples}
+        for name in self._modalities if self._needs.media else ():
+            stop = 0
+            items = _items_of(plan, name)
+            mine = self._share(sum(count for _, _, count in items))[1]
+            for sample, number, count in items:
+                start, stop = stop, stop + count
+                if max(start, mine.start) < min(stop, mine.stop):
+                    media[sample.position].append(number)
+        ranges: dict[int, list[ByteRange]] = {}
+        for sample in plan.samples:
+            index = self._planner.indexes[sample.dataset]
+            if index.remote:
+                wanted = index.byte_ranges(sample.sample, sorted(media[sample.position]))
+                ranges.setdefault(sample.dataset, []).extend(wanted)
+        return ranges
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
-        """Read a micro-batch. A sample that cannot be read is listed in `bad` and keeps its span of tokens."""
+        """Read a micro-batch. A sample that cannot be read is listed in `bad` and keeps its span of tokens.
+
+        Raises:
+            StorageError: an object store cannot be used, which no sample is to blame for.
+        """
+        self.request(plan)
+        try:
+            return self._read(plan)
+        finally:
+            for dataset, ranges in self._requested.pop(plan, {}).items():
+                self._planner.indexes[dataset].release(ranges)
+
+    def _read(self, plan: PlannedMicroBatch) -> MicroBatch:
         lengths = [padded(length, plan.document_multiple) for s in plan.samples for length in s.documents]
         padding = plan.padded_length - sum(lengths)
         branch = torch.full((1, plan.padded_length), -1, dtype=torch.int64)
@@ -146,25 +193,25 @@ class MicroBatchReader(Dataset[MicroBatch]):
 
     def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[Part]]) -> None:
         for name, entry in self._modalities.items():
-            items = [
-                (sample, number, planned.pieces)
-                for sample in micro_batch.plan.samples
-                for number, planned in enumerate(sample.media)
-                if planned.modality == name
-            ]
+            items = _items_of(micro_batch.plan, name)
             if not items:
                 continue
             needs = self._needs
-            shares = share_out(sum(count for _, _, count in items), needs.context_size * needs.tensor_size)
-            own = needs.context_rank * needs.tensor_size + needs.tensor_rank
-            first = sum(shares[:own])
-            mine = slice(first, first + shares[own])
+            shares, mine = self._share(sum(count for _, _, count in items))
             micro_batch.media[name] = MediaBatch(
                 pieces=self._read_pieces(micro_batch, entry.modality, items, mine, parts_of),
                 shares=tuple(shares[i : i + needs.tensor_size] for i in range(0, len(shares), needs.tensor_size)),
                 token_index=torch.nonzero(micro_batch.tokens[0] == entry.placeholder).flatten(),
                 soft_index=_shared_soft_tokens(micro_batch.plan, name, entry.soft_tokens_per_piece),
             )
+
+    def _share(self, pieces: int) -> tuple[tuple[int, ...], slice]:
+        """Number of pieces that each rank encodes, and the range of this rank."""
+        needs = self._needs
+        shares = share_out(pieces, needs.context_size * needs.tensor_size)
+        own = needs.context_rank * needs.tensor_size + needs.tensor_rank
+        first = sum(shares[:own])
+        return shares, slice(first, first + shares[own])
 
     def _read_pieces(
         self,
@@ -221,6 +268,16 @@ def _document_places(plan: PlannedMicroBatch) -> list[list[slice]]:
     return spans
 
 
+def _items_of(plan: PlannedMicroBatch, name: str) -> list[tuple[PlannedSample, int, int]]:
+    """Media items of a modality: their sample, number in the sample, and pieces."""
+    return [
+        (sample, number, planned.pieces)
+        for sample in plan.samples
+        for number, planned in enumerate(sample.media)
+        if planned.modality == name
+    ]
+
+
 def _shared_soft_tokens(plan: PlannedMicroBatch, name: str, per_piece: int) -> Optional[Tensor]:
     """[k]: the soft token for each placeholder of the modality, as `MediaBatch.soft_index`; None without pairs."""
     if all(len(sample.documents) == 1 for sample in plan.samples):
@@ -235,33 +292,6 @@ def _shared_soft_tokens(plan: PlannedMicroBatch, name: str, per_piece: int) -> O
 def share_out(pieces: int, ranks: int) -> tuple[int, ...]:
     """Number of pieces that each rank encodes, split as evenly as possible."""
     return tuple(pieces * (rank + 1) // ranks - pieces * rank // ranks for rank in range(ranks))
-
-
-class _Announced(Dataset[MicroBatch]):
-    """A reader that calls `before_read` in the worker process before each read."""
-
-    def __init__(self, reader: MicroBatchReader, before_read: Callable[[int, int], None]):
-        self._reader, self._before_read = reader, before_read
-
-    def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
-        worker = get_worker_info()
-        if worker is not None:
-            self._before_read(worker.id, plan.step)
-        return self._reader[plan]
-
-
-class _PlanSampler(Sampler[PlannedMicroBatch]):
-    """Plans steps as far ahead as the loader prefetches, and keeps each plan until its step runs."""
-
-    def __init__(self, planner: BatchPlanner, replica: int, start: int, stop: int):
-        self._planner, self._replica, self._steps = planner, replica, range(start, stop)
-        self.plans: deque[StepPlan] = deque()
-
-    def __iter__(self) -> Iterator[PlannedMicroBatch]:
-        for step in self._steps:
-            plan = self._planner.plan(step)
-            self.plans.append(plan)
-            yield from plan.of_replica(self._replica)
 
 
 def steps(
@@ -287,14 +317,15 @@ def steps(
         before_read: called in a worker before it reads a micro-batch, with the worker's id and the step (from 0).
 
     Raises:
+        StorageError: an object store cannot be read; see ObjectClient.cat_file.
         WorkerDied: a worker process has exited. torch can also report this elsewhere; see `worker_died`.
     """
     if start >= stop:
         return
-    sampler = _PlanSampler(planner, replica, start, stop)
+    sampler = PlanSampler(planner, replica, start, stop, num_workers, planner.read_ahead)
     per_step = len(planner.plan(start).of_replica(replica))
-    loader: DataLoader[MicroBatch] = DataLoader(
-        _Announced(reader, before_read) if before_read else reader,
+    loader: DataLoader[MicroBatch | StorageError] = DataLoader(
+        QueuedReads(reader, before_read),
         batch_size=None,
         sampler=sampler,
         num_workers=num_workers,
@@ -314,9 +345,12 @@ def steps(
         first = next(batches, None)
 
 
-def _read(loader: DataLoader[MicroBatch]) -> Iterator[MicroBatch]:
+def _read(loader: DataLoader[MicroBatch | StorageError]) -> Iterator[MicroBatch]:
     try:
-        yield from loader
+        for result in loader:
+            if isinstance(result, StorageError):
+                raise result
+            yield result
     except RuntimeError as error:
         raise worker_died(error) or error from error
 

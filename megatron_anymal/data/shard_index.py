@@ -26,19 +26,22 @@ from typing import Any, Optional
 import fsspec
 import numpy as np
 
-from megatron_anymal.config import LimitsConfig
+from megatron_anymal.config import LimitsConfig, StorageConfig, is_remote
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.samples import parse_sample, parse_text
-from megatron_anymal.data.tar.byte_source import is_local
+from megatron_anymal.object_storage.byte_ranges import ByteRange
+from megatron_anymal.object_storage.errors import ObjectMissing
+from megatron_anymal.object_storage.remote_shards import RemoteShards
 
 VERSION = 3
 # Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has
 # no attributes; an index without attributes is still written as version 2, because it is identical.
 _READABLE = (1, 2, VERSION)
 INDEX_FOLDER = "index"
+_ARRAYS = ("samples.npy", "media.npy", "keys.bin")
 
 SAMPLE = np.dtype(
     [
@@ -130,21 +133,24 @@ class MediaBytes:
 
 
 class ShardIndex:
-    """An opened index and its shards, on a local disk or any file system supported by fsspec."""
+    """An opened index and its shards, on a local disk or an object store."""
 
-    def __init__(self, folder: str, limits: Optional[LimitsConfig] = None):
+    def __init__(self, folder: str, limits: Optional[LimitsConfig] = None, storage: Optional[StorageConfig] = None):
         """Open an index.
 
         Args:
             limits: maximum size of a member in bytes and maximum depth of a sample's JSON. None: the limits that the
                 index was built with.
+            storage: how a folder on an object store is read. None: the defaults.
 
         Raises:
             DataError: the index is missing, incomplete, empty, or has an unsupported version.
+            StorageError: the object store, or the cache for its indexes, cannot be used.
         """
         self.folder = folder.rstrip("/")
-        self._fs, self._root = fsspec.core.url_to_fs(self.folder)
-        self._local = is_local(self._fs)
+        self.remote = RemoteShards(self.folder, storage) if is_remote(self.folder) else None
+        # The index of an object store is copied to this machine; only its shards are read from there.
+        self._fs, self._root = fsspec.core.url_to_fs(self._copied_index() if self.remote else self.folder)
         if not self._fs.isdir(self._root):
             raise DataError(f"There is no shard folder {folder!r}. Create it with `anymal prepare`.")
         try:
@@ -176,6 +182,17 @@ class ShardIndex:
             raise DataError(f"The index in {folder!r} is empty: it contains no samples.")
         if len(self.samples) != body["samples"] or len(self.media) != body["media"]:
             raise DataError(f"The index in {folder!r} is incomplete. Rebuild it with `anymal prepare --index-only`.")
+        if self.remote:
+            self.remote.open(dict(zip(self.header.shards, self.header.shard_bytes)))
+
+    def _copied_index(self) -> str:
+        assert self.remote is not None
+        try:
+            return str(self.remote.index_copy(INDEX_FOLDER, ("index.json", *_ARRAYS), (LEDGER,)))
+        except ObjectMissing as error:
+            raise DataError(
+                f"{self.folder!r} has no index ({error}) Create one with `anymal prepare --index-only {self.folder}`."
+            ) from None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -217,16 +234,24 @@ class ShardIndex:
 
         Raises:
             DataError: naming the first shard that is missing or has another size.
+            StorageError: the object store cannot be used.
         """
+        sizes = self._shard_sizes()
         for name, size in zip(self.header.shards, self.header.shard_bytes):
-            path = f"{self._root}/{name}"
-            if not self._fs.exists(path):
+            if name not in sizes:
                 raise DataError(f"Shard {name!r} of {self.folder!r} is missing.")
-            if self._fs.size(path) != size:
+            if sizes[name] != size:
                 raise DataError(
-                    f"Shard {name!r} of {self.folder!r} has {self._fs.size(path)} bytes, but the index states {size}. "
+                    f"Shard {name!r} of {self.folder!r} has {sizes[name]} bytes, but the index states {size}. "
                     "Rebuild the index with `anymal prepare --index-only`."
                 )
+
+    def _shard_sizes(self) -> dict[str, int]:
+        """Sizes in bytes of those shards that exist."""
+        if self.remote:
+            return self.remote.client.sizes(list(self.header.shards))
+        paths = {name: f"{self._root}/{name}" for name in self.header.shards}
+        return {name: self._fs.size(path) for name, path in paths.items() if self._fs.exists(path)}
 
     def sample(self, sample: int) -> Sample:
         """Read a sample's documents from its text member; media parts carry their kind.
@@ -315,6 +340,29 @@ class ShardIndex:
             contents.append(MediaBytes(part, data, self._named("extensions", row["extension"], where)))
         return contents
 
+    def byte_ranges(self, sample: int, media: Sequence[int]) -> list[ByteRange]:
+        """The bytes of a sample's text and of some of its media items on the object store.
+
+        Args:
+            sample: row number of the sample.
+            media: numbers of the items, counted over the sample's media.
+        """
+        assert self.remote is not None, "a local folder has no byte ranges to request"
+        row, items = self.samples[sample], self.media_rows(sample)
+        spans = [(row["text_offset"], row["text_length"]), *((items[n]["offset"], items[n]["length"]) for n in media)]
+        shard = self.header.shards[int(row["shard"])]
+        return [self.remote.byte_range(shard, int(offset), int(length)) for offset, length in spans]
+
+    def request(self, ranges: Sequence[ByteRange]) -> None:
+        """Start to read byte ranges from the object store; they stay in memory until `release`."""
+        assert self.remote is not None, "a local folder has no byte ranges to request"
+        self.remote.reads.request(ranges)
+
+    def release(self, ranges: Sequence[ByteRange]) -> None:
+        """Forget byte ranges that were requested."""
+        assert self.remote is not None, "a local folder has no byte ranges to request"
+        self.remote.reads.release(ranges)
+
     def media_rows(self, sample: int) -> np.ndarray:
         """[m] MEDIA: rows of a sample in the media table, in the order of its parts."""
         row = self.samples[sample]
@@ -328,29 +376,40 @@ class ShardIndex:
         return str(PurePosixPath(self._root) / INDEX_FOLDER / name)
 
     def _array(self, name: str) -> np.ndarray:
-        if self._local:
-            try:
-                return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
-            except ValueError:
-                # An empty array cannot be memory-mapped.
-                return np.load(self._inside(name), allow_pickle=False)
-        with self._fs.open(self._inside(name), "rb") as file:
-            return np.load(file, allow_pickle=False)
+        try:
+            return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
+        except ValueError:
+            # An empty array cannot be memory-mapped.
+            return np.load(self._inside(name), allow_pickle=False)
 
     @cached_property
     def _keys(self) -> Any:
-        if self._local:
-            return np.memmap(self._inside("keys.bin"), dtype=np.uint8, mode="r")
-        return np.frombuffer(self._fs.cat_file(self._inside("keys.bin")), dtype=np.uint8)
+        return np.memmap(self._inside("keys.bin"), dtype=np.uint8, mode="r")
 
     def _read(self, shard: int, offset: int, length: int, crc: int, where: str) -> bytes:
         name = self.header.shards[shard]
+        if self.remote:
+            return self._read_remote(self.remote.byte_range(name, offset, length), crc, where)
         try:
             data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
         except OSError as error:
             raise DataError(f"{where}: shard {name!r} cannot be read ({error}).") from None
         if len(data) != length or zlib.crc32(data) != crc:
             raise DataError(f"{where}: its bytes in shard {name!r} differ from those indexed (damaged shard?).")
+        return data
+
+    def _read_remote(self, wanted: ByteRange, crc: int, where: str) -> bytes:
+        assert self.remote is not None
+        try:
+            data = self.remote.reads.read(wanted)
+            if zlib.crc32(data) != crc:
+                # Damaged on the way, or in the cache.
+                data = self.remote.reads.read_again(wanted)
+        except ObjectMissing as error:
+            raise DataError(f"{where}: {error}") from None
+        if zlib.crc32(data) != crc:
+            name = self.remote.client.name(wanted.path)
+            raise DataError(f"{where}: its bytes in {name} differ from those indexed (damaged shard?).")
         return data
 
 

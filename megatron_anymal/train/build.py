@@ -214,6 +214,7 @@ def build_data(
         check_shards=layout.reports,
         sample_kinds=build_objective(config.job, config.model).sample_kinds,
         limits=config.data.limits,
+        storage=config.data.storage,
         section=f"data.{split}",
     )
     loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)
