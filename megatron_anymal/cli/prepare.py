@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_anymal import lean_imports
-from megatron_anymal.config import LimitsConfig
+from megatron_anymal.config import LimitsConfig, is_remote
 from megatron_anymal.data.records import DataError
 
 
@@ -19,6 +19,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if not arguments.tokenizer:
         raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
+    _check_folders(arguments.out or "", arguments.index_only or "")
     # These import numpy and the media libraries' readers, which --help does without.
     from megatron_anymal.data.index_builder import IndexOptions
     from megatron_anymal.data.index_folder import make_index
@@ -103,6 +104,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plugin", action="append", default=[], help="a file that registers further modalities")
     return parser
+
+
+def _check_folders(out: str, index_only: str) -> None:
+    if is_remote(out):
+        raise DataError(f"--out {out}: shards are written to a local folder. Upload it with its index afterwards.")
+    if index_only.startswith(("http://", "https://")):
+        raise DataError(
+            f"--index-only {index_only}: nothing can be written through an HTTP server. Build the index where the "
+            "shards are stored, and serve both."
+        )
 
 
 def _pair(option: str, text: str, form: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ from megatron_anymal.config.schema import (
     StorageConfig,
     TrainerConfig,
     is_remote,
+    shows_credentials,
 )
 
 __all__ = [
@@ -52,4 +53,5 @@ __all__ = [
     "StorageConfig",
     "TrainerConfig",
     "is_remote",
+    "shows_credentials",
 ]

@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from megatron_anymal.config.field_docs import add_field_docs
 
 # FP8 matrix dimensions must be multiples of this (Transformer Engine).
 FP8_MULTIPLE = 16
+# Seconds between the first two attempts of a request to an object store, and the longest pause.
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 
 
 class ConfigError(ValueError):
@@ -24,6 +27,12 @@ class ConfigError(ValueError):
 def is_remote(path: str) -> bool:
     """Whether a folder is on object storage: an address such as s3://bucket/folder."""
     return "://" in path and not path.startswith("file://")
+
+
+def shows_credentials(address: str) -> bool:
+    """Whether the address of a folder contains a password or a signature, which logs would show."""
+    parts = urlsplit(address)
+    return is_remote(address) and ("@" in parts.netloc or bool(parts.query))
 
 
 @dataclass
@@ -400,6 +409,15 @@ class StorageConfig:
     no blocks are cached, only indexes are copied."""
     cache_block_kib: int = 1024
     """Size of a cached block, in KiB: the cache reads whole aligned blocks."""
+
+    def pause(self, failures: int) -> float:
+        """Longest pause, in seconds, after a number of failed attempts."""
+        return min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** (failures - 1))
+
+    @property
+    def longest_wait(self) -> float:
+        """Seconds until a store that does not answer at all ends a run."""
+        return self.attempts * self.timeout_seconds + sum(self.pause(n) for n in range(1, self.attempts))
 
 
 @dataclass

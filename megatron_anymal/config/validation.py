@@ -17,6 +17,7 @@ from megatron_anymal.config.schema import (
     ModelConfig,
     RunConfig,
 )
+from megatron_anymal.config.storage_validation import check_storage
 
 # The global order is built in blocks with at least two slots per data set: a smaller share would make them huge.
 SMALLEST_SHARE = 1e-5
@@ -86,6 +87,13 @@ AT_LEAST = {
     "data.limits.max_member_bytes": 1,
     "data.limits.max_text_bytes": 1,
     "data.limits.max_json_depth": 4,
+    "data.storage.attempts": 1,
+    "data.storage.timeout_seconds": 1,
+    "data.storage.connections": 1,
+    "data.storage.read_ahead": 0,
+    "data.storage.gap_kib": 0,
+    "data.storage.cache_gib": 0,
+    "data.storage.cache_block_kib": 4,
     "resilience.hang_timeout": 0,
     "resilience.startup_timeout": 1,
     "resilience.checkpoint_timeout": 1,
@@ -114,6 +122,7 @@ def check(config: RunConfig) -> None:
     _check_layout(config)
     _check_model(config)
     _check_data(config.data, config.model.modalities)
+    check_storage(config.data, config.resilience)
     _check_resilience(config)
 
 

@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig, RunConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig, RunConfig, is_remote
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.data.shard_index import ShardIndex
@@ -347,7 +347,7 @@ def _missing_weights(path: str, instead: Sequence[str] = ()) -> list[str]:
 def _look_at_data(found: DryRun, split: str, tokenizer: Tokenizer | None, modalities: dict[str, Modality]) -> None:
     configured, existing = getattr(found.config.data, split), {}
     for name, dataset in configured.items():
-        if "://" in dataset.path:
+        if is_remote(dataset.path):
             found.notes.append(f"data.{split}.{name}.path={dataset.path} was not checked: it is not a local folder")
         elif Path(dataset.path).exists():
             existing[name] = dataset

@@ -1,9 +1,9 @@
 """Cached blocks of objects on a local disk, shared by the processes of a node.
 
-A block is one file. It is written under another name and renamed, so that what a crash leaves is never read. The
-modification time is that of the last use; when a block would exceed the size limit, the least recently used tenth of the
-cache is removed first. The contents carry no checksum of their own: readers compare members with the index, and drop
-the blocks of a member that differs.
+A block is one file. It is written under another name and renamed, so that what a crash leaves is never read. Its
+modification time is that of the last use; before a block would exceed the size limit, the least recently used tenth of
+the cache is removed. The contents carry no checksum of their own: readers compare members with the index, and drop the
+blocks of a member that differs.
 
     blocks/OBJECT/NUMBER   the block at NUMBER x block size; OBJECT is a hash of address, size and block size
     partial/               files that are being written
@@ -101,7 +101,7 @@ class BlockCache:
                 if used is None or used + len(data) > self._limit:
                     used = self._evict(int(self._limit * _KEPT) - len(data))
                 partial.write_bytes(data)
-                # Before the block appears: a crash in between counts it twice until the next eviction, never zero times.
+                # Before the block appears: after a crash in between, too much is counted until the next eviction.
                 _write_number(usage, used + len(data))
                 entry.folder.mkdir(exist_ok=True)
                 os.replace(partial, entry.folder / str(number))

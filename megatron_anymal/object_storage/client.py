@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import fsspec
 import fsspec.asyn
 
-from megatron_anymal.config import StorageConfig, is_remote
+from megatron_anymal.config import StorageConfig, is_remote, shows_credentials
 from megatron_anymal.object_storage.daemon_pool import DaemonPool
 from megatron_anymal.object_storage.errors import (
     Failure,
@@ -32,16 +32,16 @@ from megatron_anymal.object_storage.errors import (
 
 # Bytes of one request. Longer ranges are read by several.
 REQUEST_BYTES = 8 * 2**20
-# Seconds before the second attempt, and the longest pause; see `_pause`.
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 # A listing consists of several requests, each of 1,000 objects.
 _LISTING_REQUESTS = 10
 # Seconds between two warnings of a process about the same store.
 _WARNING_INTERVAL = 10.0
 
-_READ_ONLY = ("http", "https")
+_HTTP = ("http", "https")
 _EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 _T = TypeVar("_T")
+# fsspec's own handler resets a name that its lock does not have.
+os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 # Not the global generator, whose state belongs to the training's seed.
 _random = random.SystemRandom()
 
@@ -144,7 +144,7 @@ class ObjectClient:
 
     def sizes(self, names: list[str]) -> dict[str, int]:
         """Sizes in bytes of those objects of the folder that exist; raises as `cat_file`, but not ObjectMissing."""
-        if self.protocol not in _READ_ONLY:
+        if self.protocol not in _HTTP:
             listed = {entry["name"].rpartition("/")[2]: entry for entry in self.ls(self.root)}
             return {name: int(listed[name]["size"]) for name in names if name in listed}
         pending = {name: self.submit(self._size_or_none, f"{self.root}/{name}") for name in names}
@@ -163,11 +163,6 @@ class ObjectClient:
         Raises:
             StorageError: they cannot.
         """
-        if self.protocol in _READ_ONLY:
-            raise StorageError(
-                f"{self.folder}: nothing can be written through an HTTP server. Build the index where the shards are "
-                "stored, and serve both."
-            )
         self.pipe_file(f"{path}/.writable", b"")
         self.rm_file(f"{path}/.writable")
 
@@ -193,7 +188,7 @@ class ObjectClient:
         """
         assert mode == "wb", f"objects are read with cat_file, not opened in mode {mode}"
         with tempfile.NamedTemporaryFile() as file:
-            yield file  # type: ignore[misc]
+            yield file
             file.flush()
             self._repeated(path, "_put_file", file.name, path, seconds=None)
             written, size = self.size(path), os.path.getsize(file.name)
@@ -261,7 +256,8 @@ class ObjectClient:
             if failure.fault is not Fault.PASSING or failures >= self.settings.attempts:
                 raise self._error(path, failure) from cause
             self._note_retry(path, failure, failures)
-            time.sleep(_pause(failures))
+            # Exponential back-off with jitter, so that ranks do not return all at once.
+            time.sleep(self.settings.pause(failures) * _random.uniform(0.5, 1.0))
 
     def _check_length(self, path: str, result: Any, expected: Optional[int]) -> None:
         if not isinstance(result, bytes):
@@ -269,7 +265,7 @@ class ObjectClient:
         self.count("bytes", len(result))
         if expected is None or len(result) == expected:
             return
-        if self.protocol in _READ_ONLY and len(result) > expected:
+        if self.protocol in _HTTP and len(result) > expected:
             raise StorageError(
                 f"{self.name(path)}: the server ignores byte ranges: it sent {len(result)} bytes instead of "
                 f"{expected}. Serve the folder with a server that supports range requests."
@@ -330,8 +326,8 @@ def file_system(folder: str, settings: Optional[StorageConfig] = None) -> tuple[
 
 
 def _check_address(folder: str) -> None:
-    parts = urlsplit(folder)
-    if "@" in parts.netloc or parts.query:
+    if shows_credentials(folder):
+        parts = urlsplit(folder)
         raise StorageError(
             f"The address of {parts.scheme}://{parts.hostname} holds credentials or a query, which logs would show. "
             "Remove them: credentials are found in the environment, a profile or the instance's role."
@@ -347,8 +343,3 @@ def _call(fs: Any, method: str, *arguments: Any, seconds: Optional[float], **opt
     if fs.async_impl:
         return fsspec.asyn.sync(fs.loop, getattr(fs, method), *arguments, timeout=seconds, **options)
     return getattr(fs, method.removeprefix("_"))(*arguments, **options)
-
-
-def _pause(failures: int) -> float:
-    """Seconds before the next attempt: exponential back-off with jitter, so that ranks do not return all at once."""
-    return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (failures - 1)) * _random.uniform(0.5, 1.0)

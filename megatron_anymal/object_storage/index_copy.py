@@ -6,8 +6,9 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,69 @@ _VERSIONS = ("ETag", "etag", "generation", "Last-Modified", "LastModified", "mti
 _UNUSED = 86_400.0
 
 
+@dataclass(frozen=True)
+class _Index:
+    """An index on an object store."""
+
+    client: ObjectClient
+    # Name of its folder in the shard folder.
+    folder: str
+    required: Sequence[str]
+    optional: Sequence[str]
+
+    def path(self, name: str) -> str:
+        return f"{self.client.root}/{self.folder}/{name}"
+
+    def files(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes and version of each file that exists.
+
+        Raises:
+            ObjectMissing: a required file is missing.
+        """
+        files = {}
+        for name in (*self.required, *self.optional):
+            try:
+                info = self.client.info(self.path(name))
+            except ObjectMissing:
+                if name in self.required:
+                    raise
+            else:
+                files[name] = int(info["size"]), _version(info)
+        return files
+
+    def copy_to(self, target: Path, files: Mapping[str, tuple[int, str]]) -> None:
+        """Copy the files, in the versions given, to a new folder that appears when it is complete."""
+        partial = target.parents[1] / "partial" / target.name
+        # Left by a process that was killed: this one holds the lock.
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            (partial / self.folder).mkdir(parents=True)
+            for name, (size, _) in files.items():
+                _download(self.client, self.path(name), size, partial / self.folder / name)
+            self._check_unchanged(files)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(partial, target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _check_unchanged(self, files: Mapping[str, tuple[int, str]]) -> None:
+        try:
+            present = self.files()
+        except ObjectMissing:
+            present = {}
+        if present != files:
+            raise StorageError(
+                f"{self.client.folder}: the index changed while it was copied. Start again when it is complete."
+            )
+
+
 def index_copy(client: ObjectClient, index: str, required: Sequence[str], optional: Sequence[str], cache: Path) -> Path:
     """Copy an index to the local disk, unless a copy of its present version is there.
 
     Args:
         index: name of the index folder in the shard folder.
-        required: names of its files; the first one is written last by those who write indexes.
+        required: names of its files.
         optional: names of further files that may exist.
         cache: folder of the cache.
 
@@ -37,22 +95,15 @@ def index_copy(client: ObjectClient, index: str, required: Sequence[str], option
         ObjectMissing: a required file is missing.
         StorageError: the store or the local disk cannot be used, or the index changes while it is copied.
     """
-    paths = {name: f"{client.root}/{index}/{name}" for name in (*required, *optional)}
-    files = _files(client, paths, optional)
+    source = _Index(client, index, required, optional)
+    files = source.files()
     address = hashlib.sha256(client.folder.encode()).hexdigest()[:24]
-    copy = cache / "indexes" / f"{address}-{_version(files)}"
+    version = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:24]
+    copy = cache / "indexes" / f"{address}-{version}"
     try:
         with locked(cache / "locks" / f"index-{address}"):
             if not _complete(copy / index, files):
-                partial = cache / "partial" / f"{copy.name}-{os.getpid()}"
-                try:
-                    _download_all(client, paths, files, partial / index)
-                    _check_unchanged(client, paths, optional, files)
-                    shutil.rmtree(copy, ignore_errors=True)
-                    copy.parent.mkdir(exist_ok=True)
-                    os.replace(partial, copy)
-                finally:
-                    shutil.rmtree(partial, ignore_errors=True)
+                source.copy_to(copy, files)
             os.utime(copy)
             _remove_others(copy, address)
     except OSError as error:
@@ -63,49 +114,14 @@ def index_copy(client: ObjectClient, index: str, required: Sequence[str], option
     return copy
 
 
-def _files(client: ObjectClient, paths: dict[str, str], optional: Sequence[str]) -> dict[str, tuple[int, str]]:
-    """Size and version of each file."""
-    files = {}
-    for name, path in paths.items():
-        try:
-            info = client.info(path)
-        except ObjectMissing:
-            if name in optional:
-                continue
-            raise
-        files[name] = int(info["size"]), _tag(info)
-    return files
-
-
-def _tag(info: dict[str, Any]) -> str:
+def _version(info: dict[str, Any]) -> str:
     return next((str(info[key]) for key in _VERSIONS if info.get(key)), "")
 
 
-def _version(files: dict[str, tuple[int, str]]) -> str:
-    return hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:24]
-
-
-def _complete(folder: Path, files: dict[str, tuple[int, str]]) -> bool:
+def _complete(folder: Path, files: Mapping[str, tuple[int, str]]) -> bool:
     """Whether a copy has every file in its size: those who clean up temporary files may have removed some."""
     paths = {name: folder / name for name in files}
     return all(path.is_file() and path.stat().st_size == files[name][0] for name, path in paths.items())
-
-
-def _check_unchanged(
-    client: ObjectClient, paths: dict[str, str], optional: Sequence[str], files: dict[str, tuple[int, str]]
-) -> None:
-    try:
-        now = _files(client, paths, optional)
-    except ObjectMissing:
-        now = {}
-    if now != files:
-        raise StorageError(f"{client.folder}: the index changed while it was copied. Start again when it is complete.")
-
-
-def _download_all(client: ObjectClient, paths: dict[str, str], files: dict[str, tuple[int, str]], target: Path) -> None:
-    target.mkdir(parents=True)
-    for name, (size, _) in files.items():
-        _download(client, paths[name], size, target / name)
 
 
 def _download(client: ObjectClient, path: str, size: int, target: Path) -> None:
@@ -114,8 +130,8 @@ def _download(client: ObjectClient, path: str, size: int, target: Path) -> None:
     at_once = client.settings.connections
     with target.open("wb") as file:
         for group in (starts[i : i + at_once] for i in range(0, len(starts), at_once)):
-            ranges: Iterable[tuple[int, int]] = [(start, min(size, start + REQUEST_BYTES)) for start in group]
-            pending = [client.submit(client.cat_file, path, start, stop) for start, stop in ranges]
+            stops = (min(size, start + REQUEST_BYTES) for start in group)
+            pending = [client.submit(client.cat_file, path, *span) for span in zip(group, stops)]
             for part in pending:
                 file.write(part.result())
         file.flush()

@@ -11,8 +11,8 @@ import fsspec
 import pytest
 from object_store import BUCKET, ObjectStore
 
-from megatron_anymal.config import StorageConfig
-from megatron_anymal.object_storage.client import REQUEST_BYTES, ObjectClient, _pause, file_system
+from megatron_anymal.config import StorageConfig, schema
+from megatron_anymal.object_storage.client import REQUEST_BYTES, ObjectClient, file_system
 from megatron_anymal.object_storage.errors import Fault, ObjectMissing, StorageError, StoreUnavailable, examine
 
 DATA = bytes(range(256)) * 100
@@ -170,12 +170,17 @@ def test_local_folders(tmp_path: Path) -> None:
         assert not isinstance(fs, ObjectClient) and root == str(tmp_path)
 
 
-def test_pauses_double_and_differ() -> None:
-    pauses = [{_pause(failures) for _ in range(20)} for failures in range(1, 12)]
-    assert all(len(values) > 10 for values in pauses)
-    for failures, values in enumerate(pauses):
-        longest = min(30.0, 0.5 * 2**failures)
-        assert longest / 2 <= min(values) and max(values) <= longest
+def test_pauses_double_and_differ(store: ObjectStore, client: ObjectClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(schema, "FIRST_PAUSE", 0.5)
+    client.settings.attempts = 12
+    store.fail("client/object", "slow_down", times=11)
+    client.cat_file(f"{client.root}/object", 0, 10)
+    longest = [min(30.0, 0.5 * 2**n) for n in range(11)]
+    shares = [pause / limit for pause, limit in zip(pauses, longest, strict=True)]
+    assert 0.5 <= min(shares) < max(shares) <= 1 and len(set(shares)) == 11
+    assert client.settings.longest_wait == 12 * 5.0 + sum(longest)
 
 
 class GoogleError(Exception):

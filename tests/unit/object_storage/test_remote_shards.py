@@ -90,12 +90,15 @@ def test_faults_while_reading(store: ObjectStore, config: RunConfig, expected: l
 
 
 def test_workers_read_in_their_own_processes(store: ObjectStore, config: RunConfig, expected: list[MicroBatch]) -> None:
-    """This process has used the store, so that a fork copies a connection whose thread is missing."""
-    config.data.storage.cache_gib = 0.01
+    """This process has used the store and is waiting for an answer, so that a fork copies a connection without its
+    thread."""
     data = replica_data(config)
-    assert_same(read(data, stop=2), expected[: len(read(data, stop=2))])
-    store.fail(".tar", "slow_down", times=3)
+    first = read(data, stop=2)
+    assert_same(first, expected[: len(first)])
+    store.fail("index.json", "slow", seconds=2)
+    pending = client(data).submit(client(data).cat_file, f"{client(data).root}/index/index.json", 0, 10)
     assert_same(read(data, workers=2), expected)
+    assert len(pending.result(10)) == 10
 
 
 def test_processes_of_a_node_read_each_block_once(
