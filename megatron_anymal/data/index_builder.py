@@ -76,7 +76,11 @@ class _Row:
 
 
 def index_shard(folder: str, name: str, tokenizer: Tokenizer, options: IndexOptions) -> ShardRows:
-    """Index one shard. A shard that cannot be read at all yields no rows and one ledger entry with the reason."""
+    """Index one shard. A shard that cannot be read at all yields no rows and one ledger entry with the reason.
+
+    Raises:
+        StorageError: the object store cannot be used, which does not make the shard unreadable.
+    """
     fs, root = file_system(folder)
     rows = ShardRows(name, 0)
     try:

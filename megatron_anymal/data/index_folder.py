@@ -34,6 +34,7 @@ def find_shards(folder: str) -> dict[str, int]:
     Raises:
         DataError: the folder does not exist or contains no shards, or some of its shards could not be read: compressed
             ones, ones in subfolders, or ones whose extension is in capitals.
+        StorageError: the object store cannot be used.
     """
     fs, root = file_system(folder)
     if not fs.isdir(root):
@@ -79,6 +80,7 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
         DataError: there are no shards, the tokenizer cannot be used, nothing can be written next to the shards, or
             more is left out than allowed. The ledger is written in the last case, too.
         ConfigError: a plug-in cannot be imported.
+        StorageError: the object store cannot be used.
     """
     sizes = find_shards(folder)
     reader = ShardReader(folder, options, Tokenizer(options.tokenizer))

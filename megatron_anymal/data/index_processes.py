@@ -40,6 +40,7 @@ class ShardReader:
 
         Raises:
             ConfigError: a plug-in cannot be imported.
+            StorageError: the object store cannot be used.
         """
         load_plugins(list(self.options.plugins))
         return number, index_shard(self.folder, name, self.tokenizer, self.options)
@@ -53,6 +54,7 @@ def index_shards(reader: ShardReader, names: Sequence[str], workers: int) -> Ite
 
     Raises:
         ConfigError: a plug-in cannot be imported.
+        StorageError: the object store cannot be used.
         BrokenProcessPool: a process was killed.
     """
     if workers == 1:

@@ -70,6 +70,7 @@ def open_spool(folder: str) -> Iterator[RowSpool]:
 
     Raises:
         DataError: nothing can be written there.
+        StorageError: nothing can be written to the object store.
     """
     fs, root = file_system(folder)
     inside = f"{root}/{INDEX_FOLDER}"
@@ -130,6 +131,9 @@ def write_index(
         media: number of media items in `tables`.
         tables: all rows, in order.
         accounting: further content of index.json: counts of everything that is not in the index.
+
+    Raises:
+        StorageError: the object store cannot be used.
     """
     fs, root = file_system(folder)
     inside = f"{root}/{INDEX_FOLDER}"

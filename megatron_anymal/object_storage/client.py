@@ -38,7 +38,9 @@ _LISTING_REQUESTS = 10
 _WARNING_INTERVAL = 10.0
 
 _HTTP = ("http", "https")
-_EXTRAS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+# Package of a protocol, and what installs it in a version that fits the others.
+_S3, _GCS, _AIOHTTP = ("s3fs", "-e '.[s3]'"), ("gcsfs", "-e '.[gcs]'"), ("aiohttp", "aiohttp")
+_PACKAGES = {"s3": _S3, "s3a": _S3, "gs": _GCS, "gcs": _GCS, "http": _AIOHTTP, "https": _AIOHTTP}
 _T = TypeVar("_T")
 # fsspec's own handler resets a name that its lock does not have.
 os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
@@ -110,18 +112,30 @@ class ObjectClient:
         return b"".join(self._range(path, first, min(first + REQUEST_BYTES, end)) for first in parts)
 
     def info(self, path: str) -> dict[str, Any]:
-        """Size in bytes and other properties of an object; raises as `cat_file`."""
+        """Size in bytes and other properties of an object.
+
+        Raises:
+            StorageError: see `cat_file`.
+        """
         info: dict[str, Any] = self._repeated(path, "_info", path)
         if not isinstance(info.get("size"), int):
             raise StorageError(f"{self.name(path)}: the server does not state its size. Use another server.")
         return info
 
     def size(self, path: str) -> int:
-        """Size of an object in bytes; raises as `cat_file`."""
+        """Size of an object in bytes.
+
+        Raises:
+            StorageError: see `cat_file`.
+        """
         return int(self.info(path)["size"])
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object of this name; raises as `cat_file`, but not ObjectMissing."""
+        """Whether there is an object of this name.
+
+        Raises:
+            StorageError: see `cat_file`, but not ObjectMissing.
+        """
         try:
             self.info(path)
         except ObjectMissing:
@@ -129,21 +143,33 @@ class ObjectClient:
         return True
 
     def ls(self, path: str, detail: bool = True) -> list[Any]:
-        """Objects and folders in a folder; raises as `cat_file`."""
+        """Objects and folders in a folder.
+
+        Raises:
+            StorageError: see `cat_file`.
+        """
         limit = self.settings.timeout_seconds * _LISTING_REQUESTS
         listed: list[dict[str, Any]] = self._repeated(path, "_ls", path, seconds=limit, detail=True)
         inside = [entry for entry in listed if entry["name"].rstrip("/") != path.rstrip("/")]
         return inside if detail else [entry["name"] for entry in inside]
 
     def isdir(self, path: str) -> bool:
-        """Whether a folder has contents; raises as `cat_file`, but not ObjectMissing."""
+        """Whether a folder has contents.
+
+        Raises:
+            StorageError: see `cat_file`, but not ObjectMissing.
+        """
         try:
             return bool(self.ls(path))
         except ObjectMissing:
             return False
 
     def sizes(self, names: list[str]) -> dict[str, int]:
-        """Sizes in bytes of those objects of the folder that exist; raises as `cat_file`, but not ObjectMissing."""
+        """Sizes in bytes of those objects of the folder that exist.
+
+        Raises:
+            StorageError: see `cat_file`, but not ObjectMissing.
+        """
         if self.protocol not in _HTTP:
             listed = {entry["name"].rpartition("/")[2]: entry for entry in self.ls(self.root)}
             return {name: int(listed[name]["size"]) for name in names if name in listed}
@@ -167,15 +193,27 @@ class ObjectClient:
         self.rm_file(f"{path}/.writable")
 
     def pipe_file(self, path: str, data: bytes) -> None:
-        """Write an object; raises as `cat_file`."""
+        """Write an object.
+
+        Raises:
+            StorageError: see `cat_file`.
+        """
         self._repeated(path, "_pipe_file", path, data)
 
     def rm_file(self, path: str) -> None:
-        """Delete an object; raises as `cat_file`."""
+        """Delete an object.
+
+        Raises:
+            StorageError: see `cat_file`.
+        """
         self._repeated(path, "_rm_file", path)
 
     def mv(self, source: str, target: str) -> None:
-        """Copy an object and delete the source; raises as `cat_file`."""
+        """Copy an object and delete the source.
+
+        Raises:
+            StorageError: see `cat_file`.
+        """
         self._repeated(source, "_cp_file", source, target, seconds=None)
         self.rm_file(source)
 
@@ -196,7 +234,11 @@ class ObjectClient:
                 raise StorageError(f"{self.name(path)}: {written} of {size} bytes were stored. Repeat the command.")
 
     def submit(self, function: Callable[..., _T], *arguments: Any) -> Future[_T]:
-        """Run a function in one of data.storage.connections threads."""
+        """Run a function in one of data.storage.connections threads.
+
+        Raises:
+            StorageError: this process has just been forked, and cannot connect; see ObjectClient.
+        """
         connection = self._connect()
         with connection.lock:
             if connection.pool is None:
@@ -204,7 +246,11 @@ class ObjectClient:
         return connection.pool.submit(function, *arguments)
 
     def count(self, what: str, amount: int = 1) -> None:
-        """Add to `counts`."""
+        """Add to `counts`.
+
+        Raises:
+            StorageError: see `submit`.
+        """
         with self._connect().count_lock:
             self.counts[what] += amount
 
@@ -223,11 +269,13 @@ class ObjectClient:
     def _new_connection(self) -> _Connection:
         try:
             return _Connection(self.folder, self.settings, self.protocol)
-        except ImportError:
-            package = _EXTRAS.get(self.protocol, "the file system's package")
+        except ImportError as error:
+            if self.protocol not in _PACKAGES:
+                raise StorageError(f"{self.folder}: {error}. Correct the address.") from None
+            package, installed_by = _PACKAGES[self.protocol]
             raise StorageError(
-                f"{self.folder}: addresses with {self.protocol}:// need {package}, which is not installed. Run: "
-                f"pip install {package}"
+                f"{self.folder}: addresses with {self.protocol}:// need the package {package}, which is not installed. "
+                f"Run: pip install {installed_by}"
             ) from None
         except ValueError as error:
             raise StorageError(f"{self.folder}: {error}. Correct the address.") from None

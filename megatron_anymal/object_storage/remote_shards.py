@@ -34,7 +34,12 @@ class RemoteShards:
         self._reads: Optional[MemberReads] = None
 
     def index_copy(self, index: str, required: Sequence[str], optional: Sequence[str]) -> Path:
-        """Copy the index; arguments and errors as those of `index_copy.index_copy`."""
+        """Copy the index, with the arguments of `index_copy.index_copy`.
+
+        Raises:
+            ObjectMissing: a required file is missing.
+            StorageError: see `index_copy.index_copy`.
+        """
         return index_copy(self.client, index, required, optional, self._cache)
 
     def open(self, sizes: Mapping[str, int]) -> None:

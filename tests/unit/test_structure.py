@@ -21,7 +21,7 @@ ORDER = [
         "safetensors_io",
         "hf_weights",
     ),
-    ("backend", "cpu_shim", "environment", "lean_imports"),
+    ("backend", "cpu_shim", "environment", "lean_imports", "object_storage"),
     ("parallel",),
     ("modalities",),
     ("data",),

@@ -160,7 +160,7 @@ def test_packages_and_protocols_that_are_missing(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(StorageError, match="Protocol not known: s4"):
         ObjectClient("s4://bucket/folder")
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(StorageError, match=r"need gcsfs, which is not installed\. Run: pip install gcsfs"):
+    with pytest.raises(StorageError, match=r"need the package gcsfs, .* Run: pip install -e '\.\[gcs\]'"):
         ObjectClient("gs://bucket/folder")
 
 
