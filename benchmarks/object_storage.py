@@ -2,8 +2,9 @@
 
     PYTHONPATH=.:tests python benchmarks/object_storage.py --out results.json
 
-An S3 server (moto) on loopback answers every request for a shard after `--latency` seconds, as object stores do, so most
-of the time is spent waiting and hardly any in computing. One loader process reads the same micro-batches in turns:
+An S3 server (moto) on loopback answers every request for a shard after `--latency` seconds, as object stores do, so
+that most of the time is spent waiting and hardly any in computing. One loader process reads the same micro-batches in
+turns:
 
 - member by member: one request per text and media item, each after the one before;
 - coalesced: the requests of a micro-batch at once, neighbours together;
@@ -79,10 +80,8 @@ def main() -> None:
                     found.setdefault(side, []).append(result)
     for side, rounds in found.items():
         best = min(rounds, key=lambda one: one["seconds"])
-        each = best["seconds"] / best["micro_batches"]
-        print(
-            f"{side:18} {1000 * each:7.1f} ms and {best['requests'] / best['micro_batches']:5.1f} requests per micro-batch"
-        )
+        each, requests = (best[name] / best["micro_batches"] for name in ("seconds", "requests"))
+        print(f"{side:18} {1000 * each:7.1f} ms and {requests:5.1f} requests per micro-batch")
     if arguments.out:
         sizes = {key: value for key, value in vars(arguments).items() if key != "out"}
         arguments.out.write_text(json.dumps({**surroundings(), **sizes, "rounds_of": found}, indent=1))

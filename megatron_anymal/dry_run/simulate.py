@@ -155,8 +155,8 @@ def examine(config: RunConfig) -> DryRun:
     """Check a run and build its model without weight data. Leaves no process group behind and writes nothing.
 
     Raises:
-        ConfigError, DataError, CheckpointError, StorageError: anything that would also stop the run, naming the key, folder or sample
-            and the fix; or a model that is neither on this machine nor a published one.
+        ConfigError, DataError, CheckpointError, StorageError: anything that would also stop the run, naming the key,
+            folder or sample and the fix; or a model that is neither on this machine nor a published one.
         RuntimeError: this process is a rank of a job.
     """
     check(config)

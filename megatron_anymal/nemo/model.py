@@ -113,7 +113,8 @@ class MegatronAnyMALModel(ModelPT):
             DONE, or REQUEUE if the run was asked to stop before its end.
 
         Raises:
-            ConfigError, DataError, CheckpointError, StorageError: see `state` and `train.loop.fit`, which also names further errors.
+            ConfigError, DataError, CheckpointError, StorageError: see `state` and `train.loop.fit`, which also names
+                further errors.
         """
         from megatron_anymal.generation.validation_answers import SampledAnswers
         from megatron_anymal.train.loop import fit

@@ -6,7 +6,6 @@ import os
 import random
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -16,9 +15,9 @@ from typing import IO, Any, Optional, TypeVar
 from urllib.parse import urlsplit
 
 import fsspec
-import fsspec.asyn
 
 from megatron_anymal.config import StorageConfig, is_remote, shows_credentials
+from megatron_anymal.object_storage.connection import Connection
 from megatron_anymal.object_storage.daemon_pool import DaemonPool
 from megatron_anymal.object_storage.errors import (
     Failure,
@@ -38,44 +37,9 @@ _LISTING_REQUESTS = 10
 _WARNING_INTERVAL = 10.0
 
 _HTTP = ("http", "https")
-# Package of a protocol, and what installs it in a version that fits the others.
-_S3, _GCS, _AIOHTTP = ("s3fs", "-e '.[s3]'"), ("gcsfs", "-e '.[gcs]'"), ("aiohttp", "aiohttp")
-_PACKAGES = {"s3": _S3, "s3a": _S3, "gs": _GCS, "gcs": _GCS, "http": _AIOHTTP, "https": _AIOHTTP}
 _T = TypeVar("_T")
-# fsspec's own handler resets a name that its lock does not have.
-os.register_at_fork(after_in_child=fsspec.asyn.reset_lock)
 # Not the global generator, whose state belongs to the training's seed.
 _random = random.SystemRandom()
-
-
-class _Connection:
-    """The file system and threads of one process."""
-
-    def __init__(self, folder: str, settings: StorageConfig, protocol: str):
-        self.pid = os.getpid()
-        # Not fsspec's shared instance: its settings and credentials are its own.
-        self.fs, _ = fsspec.core.url_to_fs(
-            folder, skip_instance_cache=True, use_listings_cache=False, **_options(protocol, settings)
-        )
-        # s3fs repeats requests itself, without a limit on the time. Here it must not.
-        if protocol in ("s3", "s3a"):
-            self.fs.retries = 1
-        self.pool: Optional[DaemonPool] = None
-        # Of this process: a fork may copy a lock that another thread holds.
-        self.lock, self.count_lock = threading.Lock(), threading.Lock()
-
-
-def _options(protocol: str, settings: StorageConfig) -> dict[str, Any]:
-    if protocol not in ("s3", "s3a"):
-        return {}
-    return {
-        "config_kwargs": {
-            "retries": {"max_attempts": 0},
-            "connect_timeout": settings.timeout_seconds,
-            "read_timeout": settings.timeout_seconds,
-            "max_pool_connections": settings.connections,
-        }
-    }
 
 
 class ObjectClient:
@@ -92,7 +56,7 @@ class ObjectClient:
         self.folder, self.settings = folder.rstrip("/"), settings or StorageConfig()
         self.protocol = urlsplit(folder).scheme
         _check_address(self.folder)
-        self._connection: Optional[_Connection] = None
+        self._connection: Optional[Connection] = None
         # Of this process: requests, bytes, retries, renewals, reads, cached_blocks, read_again.
         self.counts: Counter[str] = Counter()
         self._warned = 0.0
@@ -261,24 +225,10 @@ class ObjectClient:
     def _range(self, path: str, start: int, stop: int) -> bytes:
         return self._repeated(path, "_cat_file", path, start=start, end=stop, expected=stop - start)
 
-    def _connect(self) -> _Connection:
+    def _connect(self) -> Connection:
         if self._connection is None or self._connection.pid != os.getpid():
-            self._connection = self._new_connection()
+            self._connection = Connection(self.folder, self.settings)
         return self._connection
-
-    def _new_connection(self) -> _Connection:
-        try:
-            return _Connection(self.folder, self.settings, self.protocol)
-        except ImportError as error:
-            if self.protocol not in _PACKAGES:
-                raise StorageError(f"{self.folder}: {error}. Correct the address.") from None
-            package, installed_by = _PACKAGES[self.protocol]
-            raise StorageError(
-                f"{self.folder}: addresses with {self.protocol}:// need the package {package}, which is not installed. "
-                f"Run: pip install {installed_by}"
-            ) from None
-        except ValueError as error:
-            raise StorageError(f"{self.folder}: {error}. Correct the address.") from None
 
     def _repeated(self, path: str, method: str, *arguments: Any, expected: Optional[int] = None, **options: Any) -> Any:
         """Call a method of the file system until it succeeds, fails for good, or data.storage.attempts are used up."""
@@ -287,9 +237,7 @@ class ObjectClient:
             connection = self._connect()
             self.count("requests")
             try:
-                result = _call(
-                    connection.fs, method, *arguments, **{"seconds": self.settings.timeout_seconds, **options}
-                )
+                result = connection.call(method, *arguments, **{"seconds": self.settings.timeout_seconds, **options})
                 self._check_length(path, result, expected)
                 return result
             except StorageError:
@@ -320,12 +268,12 @@ class ObjectClient:
             )
         raise ShortRead(len(result), expected)
 
-    def _renew(self, rejected: _Connection) -> None:
+    def _renew(self, rejected: Connection) -> None:
         """Look for credentials again, unless another thread has done so since."""
         with rejected.lock:
             if self._connection is rejected:
                 self.count("renewals")
-                fresh = self._new_connection()
+                fresh = Connection(self.folder, self.settings)
                 fresh.pool = rejected.pool
                 self._connection = fresh
 
@@ -380,14 +328,3 @@ def _check_address(folder: str) -> None:
             f"The address of {parts.scheme}://{parts.hostname} holds credentials or a query, which logs would show. "
             "Remove them: credentials are found in the environment, a profile or the instance's role."
         )
-
-
-def _call(fs: Any, method: str, *arguments: Any, seconds: Optional[float], **options: Any) -> Any:
-    """Call a method of an fsspec file system by its asynchronous name.
-
-    Args:
-        seconds: time limit; None: no other than those of the file system.
-    """
-    if fs.async_impl:
-        return fsspec.asyn.sync(fs.loop, getattr(fs, method), *arguments, timeout=seconds, **options)
-    return getattr(fs, method.removeprefix("_"))(*arguments, **options)
