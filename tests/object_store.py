@@ -51,14 +51,14 @@ class ObjectStore:
         entries = json.loads(urllib.request.urlopen(f"{self.url}/control", timeout=10).read())
         return [e["range"] for e in entries if e["path"].endswith(object) and e["method"] == method]
 
-    def upload(self, folder: str, name: str) -> str:
-        """Copy a local folder to the bucket; returns its address. The environment must have ENVIRONMENT."""
+    def upload(self, folder: str, name: str, bucket: str = BUCKET) -> str:
+        """Copy a local folder to a bucket; returns its address. The environment must have ENVIRONMENT."""
         fs = fsspec.filesystem("s3", endpoint_url=self.url, skip_instance_cache=True)
-        fs.makedirs(BUCKET, exist_ok=True)
+        fs.makedirs(bucket, exist_ok=True)
         for path in sorted(Path(folder).rglob("*")):
             if path.is_file():
-                fs.put_file(str(path), f"{BUCKET}/{name}/{path.relative_to(folder)}")
-        return f"s3://{BUCKET}/{name}"
+                fs.put_file(str(path), f"{bucket}/{name}/{path.relative_to(folder)}")
+        return f"s3://{bucket}/{name}"
 
 
 @contextmanager

@@ -68,19 +68,19 @@ class BlockCache:
         return CachedObject(self._folder / "blocks" / name, size, self._block)
 
     def read(self, entry: CachedObject, number: int, start: int, stop: int) -> bytes | None:
-        """The bytes [start, stop) of an object, all within block `number`; None if the block is not in the cache."""
+        """The bytes [start, stop) of an object, all within block `number`; None if the cache cannot provide them."""
         first, after = entry.span(number)
         try:
             descriptor = os.open(entry.folder / str(number), os.O_RDONLY)
-        except FileNotFoundError:
+            try:
+                complete = os.fstat(descriptor).st_size == after - first
+                data = os.pread(descriptor, stop - start, start - first) if complete else b""
+                os.utime(descriptor)
+            finally:
+                os.close(descriptor)
+        # Most often: the block is not there. A disk that fails must not end a run that can do without it.
+        except OSError:
             return None
-        try:
-            if os.fstat(descriptor).st_size != after - first:
-                return None
-            os.utime(descriptor)
-            data = os.pread(descriptor, stop - start, start - first)
-        finally:
-            os.close(descriptor)
         return data if len(data) == stop - start else None
 
     def locked(self, entry: CachedObject, numbers: Iterable[int]) -> AbstractContextManager[None]:

@@ -70,8 +70,7 @@ class ObjectClient:
             StoreUnavailable: the store failed data.storage.attempts times.
             StorageError: access is denied, or the server ignores byte ranges.
         """
-        if start is None or end is None:
-            return self._repeated(path, "_cat_file", path)
+        start, end = start or 0, self.size(path) if end is None else end
         parts = range(start, end, REQUEST_BYTES)
         return b"".join(self._range(path, first, min(first + REQUEST_BYTES, end)) for first in parts)
 
@@ -305,7 +304,7 @@ class ObjectClient:
                 f"{name}: {self.settings.attempts} attempts failed, the last with: {reason}. Check the store and the "
                 "network, or raise data.storage.attempts or data.storage.timeout_seconds."
             )
-        return StorageError(f"{name}: the request failed ({reason}). Check the address and the store's configuration.")
+        return StorageError(f"{name}: the request failed ({reason}). Check the address, the region and the endpoint.")
 
 
 def file_system(folder: str, settings: Optional[StorageConfig] = None) -> tuple[Any, str]:

@@ -74,6 +74,9 @@ def _file_system(folder: str, settings: StorageConfig) -> Any:
 
 def _options(protocol: str, settings: StorageConfig) -> dict[str, Any]:
     """Arguments of a file system. Those that a user gives fsspec in its own configuration apply as well."""
+    if protocol in ("http", "https"):
+        # Ranges are those of the file, not of a compressed one.
+        return {"headers": {"Accept-Encoding": "identity"}}
     if protocol not in ("s3", "s3a"):
         return {}
     return {

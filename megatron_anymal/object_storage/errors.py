@@ -94,7 +94,7 @@ def examine(error: BaseException) -> Failure:
     chain = list(_chain(error))
     classes = {base.__name__ for one in chain for base in type(one).__mro__}
     status, code = next((found for one in chain if any(found := _response(one))), (0, ""))
-    reason = " ".join(filter(None, (str(status or ""), code)))
+    reason = " ".join(dict.fromkeys(filter(None, (str(status or ""), code))))
     if classes & _NO_CREDENTIALS:
         return Failure(Fault.ACCESS, "no credentials")
     if code in _CREDENTIALS or status in (401, 403) or isinstance(error, PermissionError):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_anymal.object_storage.block_cache import BlockCache, CachedObject
 from megatron_anymal.object_storage.byte_ranges import ByteRange, coalesce, runs
 from megatron_anymal.object_storage.client import REQUEST_BYTES, ObjectClient
+from megatron_anymal.object_storage.errors import StorageError
 
 
 class CachedReads:
@@ -29,7 +30,7 @@ class CachedReads:
         """The bytes [start, stop) of an object.
 
         Raises:
-            StorageError: see ObjectClient.cat_file.
+            StorageError: see ObjectClient.cat_file; or the cache's disk fails.
         """
         if stop <= start:
             return b""
@@ -38,11 +39,16 @@ class CachedReads:
         parts = self._cached(entry, blocks, start, stop)
         # Each run is locked, so it must not be so long that another process waits for much that it does not need.
         for run in _short_runs([number for number in blocks if number not in parts], entry.block):
-            with self._cache.locked(entry, run):
-                found = self._cached(entry, run, start, stop)
-                parts.update(found)
-                for missing in runs(number for number in run if number not in found):
-                    parts.update(self._fetch(path, entry, missing, start, stop))
+            try:
+                with self._cache.locked(entry, run):
+                    parts.update(self._cached(entry, run, start, stop))
+                    for missing in runs(number for number in run if number not in parts):
+                        parts.update(self._fetch(path, entry, missing, start, stop))
+            except OSError as error:
+                raise StorageError(
+                    f"The cache in {str(entry.folder.parents[1])!r} cannot be used ({error}). Repair its disk, set "
+                    "data.storage.cache_folder to another one, or data.storage.cache_gib to 0."
+                ) from None
         return b"".join(parts[number] for number in blocks)
 
     def drop(self, path: str, start: int, stop: int) -> None:

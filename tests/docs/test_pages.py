@@ -18,12 +18,15 @@ from megatron_anymal.resilience.exit_codes import Exit
 
 # Followed word for word by a test of its own.
 OWN_DATA = "docs/start/your-own-data.md"
+# Its commands need a server: tests/docs/test_object_storage_page.py.
+OBJECT_STORAGE = "docs/guides/object-storage.md"
 DATA_GUIDE = PAGES["docs/guides/data.md"]
 
 
 def of_all_pages() -> list[str]:
     """Commands of all pages, once each and in order; not those that install."""
-    lines = [line for page, text in PAGES.items() if page not in (OWN_DATA, "README.md") for line in commands(text)]
+    elsewhere = (OWN_DATA, OBJECT_STORAGE, "README.md")
+    lines = [line for page, text in PAGES.items() if page not in elsewhere for line in commands(text)]
     lines += [line for line in commands(PAGES["README.md"]) if line not in commands(PAGES[OWN_DATA])]
     ours = [x for x in dict.fromkeys(lines) if not x.startswith("make ") and not re.search(r"pip install|-m venv", x)]
     return [line for line in ours if "runs/pretrain_1b_image" not in line]

@@ -31,7 +31,7 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
 @pytest.fixture
 def settings(tmp_path: Path) -> StorageConfig:
     """Settings with a cache folder of the test's own, without cached blocks."""
-    return StorageConfig(cache_folder=str(tmp_path / "cache"), attempts=4, timeout_seconds=5.0)
+    return StorageConfig(cache_folder=str(tmp_path / "cache"), attempts=4, timeout_seconds=20.0)
 
 
 @pytest.fixture(scope="session")

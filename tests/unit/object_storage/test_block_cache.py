@@ -130,6 +130,17 @@ def test_full_disk_leaves_blocks_out(cache: BlockCache, folder: Path, monkeypatc
     assert kept(cache, entry) == [] and list((folder / "partial").iterdir()) == []
 
 
+def test_disk_that_fails(cache: BlockCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = cache.object("s3://bucket/a.tar", 10 * BLOCK)
+    cache.put(entry, 0, content(0))
+
+    def broken(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    assert cache.read(entry, 0, 0, 10) is None
+
+
 def test_locks_exclude_threads_and_end_with_their_process(cache: BlockCache) -> None:
     entry = cache.object("s3://bucket/a.tar", 10 * BLOCK)
     order = []
