@@ -18,6 +18,8 @@ from megatron_anymal.object_storage.cache_folder import cache_folder
 from megatron_anymal.object_storage.errors import StorageError
 from megatron_anymal.object_storage.file_locks import locked
 
+pytestmark = pytest.mark.timeout(60)
+
 BLOCK = 1000
 
 

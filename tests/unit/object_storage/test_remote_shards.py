@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,13 @@ from megatron_anymal.data.loader import steps
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.object_storage.byte_ranges import ByteRange
 from megatron_anymal.object_storage.client import ObjectClient
 from megatron_anymal.object_storage.errors import StorageError, StoreUnavailable
+from megatron_anymal.object_storage.member_reads import MemberReads
 from megatron_anymal.train.build import DataSource
+
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture
@@ -89,16 +95,24 @@ def test_faults_while_reading(store: ObjectStore, config: RunConfig, expected: l
         assert counts["read_again" if kind == "damaged" else "retries"] >= 1
 
 
-def test_workers_read_in_their_own_processes(store: ObjectStore, config: RunConfig, expected: list[MicroBatch]) -> None:
-    """This process has used the store and is waiting for an answer, so that a fork copies a connection without its
-    thread."""
+def read_beside_a_request(config: RunConfig, expected: RunConfig) -> None:
+    """In a rank that has used the store and waits for an answer: a fork copies a connection without its thread."""
     data = replica_data(config)
+    local = read(replica_data(expected))
     first = read(data, stop=2)
-    assert_same(first, expected[: len(first)])
-    store.fail("index.json", "slow", seconds=2)
+    assert_same(first, local[: len(first)])
     pending = client(data).submit(client(data).cat_file, f"{client(data).root}/index/index.json", 0, 10)
-    assert_same(read(data, workers=2), expected)
+    assert_same(read(data, workers=2), local)
     assert len(pending.result(10)) == 10
+
+
+def test_workers_connect_for_themselves(
+    store: ObjectStore, config: RunConfig, mixed_shards: str, tmp_path: Path
+) -> None:
+    store.fail("index.json", "slow", seconds=2)
+    local = make_config(mixed_shards, config.data.tokenizer, tmp_path / "local")
+    # Ranks are killed at their time limit; a process whose workers hang could not end.
+    run_ranks(1, read_beside_a_request, config, local, timeout=60)
 
 
 def test_processes_of_a_node_read_each_block_once(
@@ -134,17 +148,33 @@ def test_damaged_cache(store: ObjectStore, config: RunConfig, expected: list[Mic
     assert not any(path.read_bytes().count(0) == path.stat().st_size for path in blocks)
 
 
-def test_ranks_read_only_what_they_encode(store: ObjectStore, config: RunConfig) -> None:
-    """The two tensor-parallel ranks share the media; together they request no more members than one rank alone."""
-    reads = []
+def test_ranks_request_only_what_they_read(
+    store: ObjectStore, config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tensor-parallel ranks share the media: each requests what it reads, and less than a rank alone."""
+    requested: list[ByteRange] = []
+    read_ranges: list[ByteRange] = []
+    request, read_one = MemberReads.request, MemberReads.read
+
+    def noted_request(self: MemberReads, ranges: Iterable[ByteRange]) -> None:
+        ranges = list(ranges)
+        requested.extend(ranges)
+        request(self, ranges)
+
+    def noted_read(self: MemberReads, wanted: ByteRange) -> bytes:
+        read_ranges.append(wanted)
+        return read_one(self, wanted)
+
+    monkeypatch.setattr(MemberReads, "request", noted_request)
+    monkeypatch.setattr(MemberReads, "read", noted_read)
+    counts = []
     for rank, size in ((0, 1), (0, 2), (1, 2)):
-        data = replica_data(config, tensor_rank=rank, tensor_size=size)
-        batches = read(data, stop=3)
-        text = sum(len(batch.plan.samples) for batch in batches)
-        reads.append((client(data).counts["reads"] - text, client(data).counts["requests"]))
-    (alone, _), *shared = reads
-    assert alone <= sum(media for media, _ in shared) <= alone + 12
-    assert all(media < alone for media, _ in shared)
+        requested.clear()
+        read_ranges.clear()
+        read(replica_data(config, tensor_rank=rank, tensor_size=size), stop=3)
+        assert Counter(requested) == Counter(read_ranges)
+        counts.append(len(read_ranges))
+    assert max(counts[1:]) < counts[0]
 
 
 def test_store_that_fails_ends_the_run(store: ObjectStore, config: RunConfig) -> None:
