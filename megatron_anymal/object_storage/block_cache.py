@@ -30,6 +30,8 @@ from megatron_anymal.object_storage.file_locks import all_locked, locked
 _LOCKS = 1024
 # Share of the limit that remains after blocks were removed.
 _KEPT = 0.9
+# Last use of a block in nanoseconds, and its size in bytes.
+_USE = np.dtype([("time", "<i8"), ("size", "<i8")])
 # Age in seconds after which a file in partial/ belongs to a process that has ended.
 _ABANDONED = 3600.0
 
@@ -118,11 +120,11 @@ class BlockCache:
     def _evict(self, goal: int) -> int:
         """Remove the least recently used blocks until at most `goal` bytes remain; returns how many do."""
         self._remove_abandoned()
-        # Times and sizes only: a list of all names would take hundreds of megabytes.
-        rows = np.array([(s.st_mtime_ns, s.st_size) for _, s in self._blocks()], np.int64).reshape(-1, 2)
-        rows = rows[np.argsort(rows[:, 0])[::-1]]
-        fits = np.cumsum(rows[:, 1]) <= goal
-        oldest_kept = int(rows[fits][-1, 0]) if fits.any() else np.iinfo(np.int64).max
+        # 16 bytes per block: a list of all names would take hundreds of megabytes.
+        rows = np.fromiter(((stat.st_mtime_ns, stat.st_size) for _, stat in self._blocks()), _USE)
+        rows = rows[np.argsort(rows["time"])[::-1]]
+        fits = np.cumsum(rows["size"]) <= goal
+        oldest_kept = int(rows[fits][-1]["time"]) if fits.any() else np.iinfo(np.int64).max
         remaining = 0
         for path, stat in self._blocks():
             if stat.st_mtime_ns >= oldest_kept and remaining + stat.st_size <= goal:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import IO, Any, Optional, TypeVar
 from urllib.parse import urlsplit
 
@@ -307,8 +308,10 @@ class ObjectClient:
         return StorageError(f"{name}: the request failed ({reason}). Check the address, the region and the endpoint.")
 
 
-def file_system(folder: str, settings: Optional[StorageConfig] = None) -> tuple[Any, str]:
+def file_system(folder: str) -> tuple[Any, str]:
     """The file system of a folder and the folder's path in it: an ObjectClient unless the folder is local.
+
+    It has the default settings. Repeated calls share a client, since a connection takes a tenth of a second to make.
 
     Raises:
         StorageError: see ObjectClient.
@@ -316,8 +319,13 @@ def file_system(folder: str, settings: Optional[StorageConfig] = None) -> tuple[
     if not is_remote(folder):
         fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
         return fs, root
-    client = ObjectClient(folder, settings)
+    client = _client(folder.rstrip("/"))
     return client, client.root
+
+
+@lru_cache(maxsize=4)
+def _client(folder: str) -> ObjectClient:
+    return ObjectClient(folder)
 
 
 def _check_address(folder: str) -> None:
