@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -12,6 +13,7 @@ import pytest
 from object_store import BUCKET, ObjectStore
 
 from megatron_anymal.config import StorageConfig, schema
+from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.object_storage.client import REQUEST_BYTES, ObjectClient, file_system
 from megatron_anymal.object_storage.errors import Fault, ObjectMissing, StorageError, StoreUnavailable, examine
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
@@ -218,3 +220,20 @@ def test_public_buckets(folder: str, settings: StorageConfig, monkeypatch: pytes
     monkeypatch.setitem(fsspec.config.conf, "s3", {"anon": "true"})
     client = ObjectClient(folder, settings)
     assert client.cat_file(f"{client.root}/public", 0, 10) == DATA[:10]
+
+
+def test_connecting_is_not_logged(
+    folder: str, settings: StorageConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the level INFO, which NeMo sets, with the filters of the command line."""
+    for name in ("botocore.credentials", "aiobotocore.credentials", "botocore.configprovider"):
+        monkeypatch.setattr(logging.getLogger(name), "filters", [])
+    with caplog.at_level(logging.INFO):
+        client = ObjectClient(folder, settings)
+        client.cat_file(f"{client.root}/object", 0, 10)
+        noisy = caplog.messages
+        quiet_libraries()
+        caplog.clear()
+        client = ObjectClient(folder, settings)
+        client.cat_file(f"{client.root}/object", 0, 10)
+    assert noisy and not caplog.messages
