@@ -9,9 +9,6 @@
     nemo.collections     exp_manager needs two callbacks; the package imports tokenizers and losses.
     pandas               for one of NeMo's loggers.
     scipy.optimize       for one of transformers' losses.
-    s3fs, gcsfs          Lightning's loggers import them to ask whether a local file system is one of theirs.
-    boto3, botocore      megatron-core and tensorboard can use S3 with them, accelerate can start jobs; no run of this
-                         trainer does.
 
 transformers reads the source of all its models, twice: the second time is spared.
 """
@@ -107,17 +104,16 @@ _DEFERRED_WITHOUT_GPU = {
 
 
 @contextmanager
-def _without(package: str, module: ModuleType) -> Iterator[None]:
-    """Hide a package, unless it is imported already."""
-    if package in sys.modules:
+def _without_wandb(module: ModuleType) -> Iterator[None]:
+    if "wandb" in sys.modules:
         yield
         return
     # An import of a module that is None here fails, as if it were not installed.
-    sys.modules[package] = None  # type: ignore[assignment]
+    sys.modules["wandb"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
-        del sys.modules[package]
+        del sys.modules["wandb"]
 
 
 def _replace(module: ModuleType, name: str, replacement: Callable[[Any], Any]) -> None:
@@ -176,31 +172,10 @@ def _read_once(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return structure
 
 
-@contextmanager
-def _asking_object_storage(module: ModuleType) -> Iterator[None]:
-    """Ask only file systems of a package for object storage whether they are one."""
-    yield
-    _replace(module, "_is_object_storage", _asked_if_possible)
-
-
-def _asked_if_possible(ask: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    @functools.wraps(ask)
-    def is_object_storage(fs: Any) -> bool:
-        packages = {base.__module__.partition(".")[0] for base in type(fs).__mro__}
-        return bool(packages & {"adlfs", "gcsfs", "s3fs"}) and ask(fs)
-
-    return is_object_storage
-
-
 # Module -> what happens around its execution.
 AROUND: dict[str, Callable[[ModuleType], Any]] = {
-    "accelerate.commands.config.sagemaker": functools.partial(_without, "boto3"),
-    "lightning.fabric.utilities.cloud_io": _asking_object_storage,
-    "megatron.core": functools.partial(_without, "wandb"),
-    "megatron.core.datasets.indexed_dataset": functools.partial(_without, "boto3"),
-    "megatron.core.datasets.object_storage_utils": functools.partial(_without, "boto3"),
+    "megatron.core": _without_wandb,
     "megatron.core.jit": _compiling_later,
-    "tensorboard.compat.tensorflow_stub.io.gfile": functools.partial(_without, "botocore"),
     "transformers.utils.import_utils": _reading_once,
 }
 
