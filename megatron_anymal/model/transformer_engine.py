@@ -49,6 +49,9 @@ class TurnedAttention(TEDotProductAttention):
         """
         assert packed_seq_params is not None and packed_seq_params.rotation is not None
         query, key = apply_rotary(query, key, *packed_seq_params.rotation)
+        if packed_seq_params.kernel is not None:
+            # A pass of the key-value cache, which has a kernel of its own.
+            return packed_seq_params.kernel(query, key, value, None).flatten(1)
         return super().forward(
             query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, **more
         )
