@@ -196,6 +196,8 @@ def _apex_state() -> str:
 
 
 def _transformer_engine_state() -> str:
+    if not _present("transformer_engine_torch"):
+        return BROKEN
     if not has_nvidia_driver():
         # It cannot be checked; the CUDA row gives the cost of that.
         return OK

@@ -167,6 +167,8 @@ class FlashKernel:
             max_seqlen_k=self._longest[1],
             softmax_scale=scale,
             causal=True,
+            # Its usual backward pass adds in any order, so that a resumed run would differ.
+            deterministic=True,
         )
 
 

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from megatron_anymal.config import ConfigError, LoraConfig
 from megatron_anymal.data.global_order import mix64
+from megatron_anymal.model.fp8_weights import unquantized
 from megatron_anymal.model.neftune import GOLDEN, scramble, signed
 from megatron_anymal.model.unsharded_weights import list_weights
 
@@ -243,7 +244,7 @@ class LoraAdapter(nn.ModuleDict):
         """Return this rank's shard [out, in] of the layer's weight with the adapters added; summed at least in fp32."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         change = self._up().to(wide) @ self._down().to(wide)
-        return (weight.to(wide) + self.scaling * change).to(weight.dtype)
+        return (unquantized(weight).to(wide) + self.scaling * change).to(weight.dtype)
 
     def _down(self) -> Tensor:
         """Stack the As, [R, in]."""
@@ -292,8 +293,10 @@ class _Projection(nn.Module):
 
     def __init__(self, r: int, rows: int, weight: Tensor, column_parallel: bool, sequence_parallel: bool):
         super().__init__()
-        a: Any = nn.Parameter(weight.new_zeros(r, weight.size(1)))
-        b: Any = nn.Parameter(weight.new_zeros(rows, r))
+        # Not weight.new_zeros, which for a quantized weight makes a quantized tensor.
+        plain: Any = {"dtype": weight.dtype, "device": weight.device}
+        a: Any = nn.Parameter(torch.zeros(r, weight.size(1), **plain))
+        b: Any = nn.Parameter(torch.zeros(rows, r, **plain))
         split, whole, dim = (b, a, 0) if column_parallel else (a, b, 1)
         set_tensor_model_parallel_attributes(split, True, dim, 1)
         # Makes megatron-core sum its gradient over the ranks that share the sequence.

@@ -212,11 +212,13 @@ class Trainer:
         chunks = model.virtual_pipeline_model_parallel_size
         stages = f"{layout.pipeline_size}" + (f" ({chunks} virtual chunks each)" if chunks > 1 else "")
         trainable = sum(p.numel() for chunk in self.state.models for p in chunk.parameters() if p.requires_grad)
+        kernel = backend.attention_kernel(model, precision)
+        repeats = "" if backend.attention_repeats(kernel) else " (not deterministic)"
         self.log.say(
             f"{layout.world_size} process(es) on {layout.device.type}: tensor {layout.tensor_size} x pipeline "
             f"{stages} x context {layout.context_size} x data {layout.data_size}{split}; "
             f"precision {precision}, {backend.transformer_impl(model)} layers, "
-            f"{backend.attention_kernel(model, precision)} attention; rank 0 trains {trainable:,} parameters"
+            f"{kernel} attention{repeats}; rank 0 trains {trainable:,} parameters"
         )
         if self.state.recompute:
             self.log.say(self.state.recompute)
