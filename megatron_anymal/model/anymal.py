@@ -251,7 +251,7 @@ class AnyMALModel(MegatronModule):
             encoded = torch.cat([encoder(chunk) for chunk in pieces.split(self._pieces_per_call[name])])
         return encoded, encoded[:count]
 
-    def _packing(self, micro_batch: MicroBatch, cache: Optional[KeyValueCache]) -> DocumentPack:
+    def _packing(self, micro_batch: MicroBatch, cache: Optional[KeyValueCache] = None) -> DocumentPack:
         lengths, device = micro_batch.document_lengths, micro_batch.tokens.device
         if cache is not None:
             return cache.pack(lengths, device, self.language_model.inv_freq, self._attention)
