@@ -49,6 +49,7 @@ HARMLESS = (
     "data.max_bad_share",
     "data.num_workers",
     "data.prefetch_steps",
+    "data.worker_memory_limit_gib",
 )
 # Keys of a Llama's configuration that do not describe the model.
 _NOTES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")

@@ -392,6 +392,9 @@ class DataConfig:
     """Loader processes per training process. 0 loads in the training process."""
     prefetch_steps: int = 2
     """Steps that the loader may run ahead."""
+    worker_memory_limit_gib: float = 0.0
+    """GiB by which a loader process may grow. If one grows by more, the loader processes of its rank are restarted
+    between two steps, without a change in the data. 0: no limit."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Largest accepted inputs."""
 

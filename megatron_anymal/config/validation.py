@@ -78,6 +78,7 @@ AT_LEAST = {
     "data.max_bad_share": 0,
     "data.num_workers": 0,
     "data.prefetch_steps": 1,
+    "data.worker_memory_limit_gib": 0,
     "data.limits.max_load_bytes": 1,
     "data.limits.max_pixels": 1,
     "data.limits.max_frame_pixels": 1,
@@ -352,6 +353,12 @@ def _check_data(data: DataConfig, modalities: Mapping[str, ModalityConfig]) -> N
     # A Llama without data sets or modalities gets token ids as input and needs no tokenizer.
     if not data.tokenizer and (data.train or data.validation or modalities):
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
+    if data.worker_memory_limit_gib and not data.num_workers:
+        raise ConfigError(
+            f"data.worker_memory_limit_gib={data.worker_memory_limit_gib} needs loader processes: with "
+            "data.num_workers=0 the training process reads the data, and it cannot be restarted between two steps. Set "
+            "data.num_workers, or the limit to 0."
+        )
 
 
 def _check_resilience(config: RunConfig) -> None:

@@ -14,7 +14,8 @@ from megatron_anymal.checkpoint.run_lock import run_lock
 from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.config import ConfigError
 from megatron_anymal.config.validation import max_time_seconds
-from megatron_anymal.data.loader import steps, worker_died
+from megatron_anymal.data.loader import steps
+from megatron_anymal.data.loader_workers import LoaderMemory, worker_died
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.model.unsharded_weights import hash_weights
@@ -28,6 +29,7 @@ from megatron_anymal.resilience.stragglers import look_for_stragglers
 from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train import restore
 from megatron_anymal.train.build import DataSource, TrainState
+from megatron_anymal.train.memory_metrics import memory_metrics
 from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.peer_copies import PeerCopies
 from megatron_anymal.train.skipped_samples import SkippedSamples
@@ -106,6 +108,7 @@ class Trainer:
         # DPO: hash of the checkpoint that the reference was loaded from.
         self.reference_hash = ""
         self.window = MetricsWindow()
+        self.loader_memory = LoaderMemory(self.config.data.worker_memory_limit_gib)
 
     def fit(self) -> Exit:
         """Run to the end.
@@ -150,7 +153,7 @@ class Trainer:
         first, last = self.state.step, self.config.trainer.max_steps
         # Stop requests received during setup: there is nothing new to save.
         self._note_stop(stop_asked_for(self.state))
-        batches = self._steps(self.state.train_data, first, last, fault_injection.in_loader)
+        batches = self._steps(self.state.train_data, first, last, training=True)
         while self.state.step < last and not self.stop:
             self.under_way = self.state.step + 1
             heartbeat.beat(Phase.DATA, self.under_way)
@@ -224,7 +227,7 @@ class Trainer:
             self.log.say(self.state.recompute)
 
     def _steps(
-        self, data: DataSource, start: int, stop: int, before_read: Optional[Callable[[int, int], None]] = None
+        self, data: DataSource, start: int, stop: int, *, training: bool = False
     ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
         return steps(
             data.planner,
@@ -235,7 +238,9 @@ class Trainer:
             num_workers=self.config.data.num_workers,
             prefetch_steps=self.config.data.prefetch_steps,
             pin=self.state.layout.device.type == "cuda",
-            before_read=before_read if self.config.resilience.faults else None,
+            before_read=fault_injection.in_loader if training and self.config.resilience.faults else None,
+            # Validations end before their loader processes can grow.
+            memory=self.loader_memory if training else None,
         )
 
     def _every(self, interval: int) -> bool:
@@ -260,6 +265,7 @@ class Trainer:
     def _log_step(self) -> None:
         steps, metrics = self.window.take()
         metrics["skipped_samples"] = float(self.skipped_samples.count)
+        metrics.update(memory_metrics(self.loader_memory, self.state.layout.device))
         metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)
         eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
         line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta)

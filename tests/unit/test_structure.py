@@ -16,6 +16,7 @@ ORDER = [
         "child_processes",
         "config",
         "log_filters",
+        "process_memory",
         "step_lines",
         "telemetry",
         "safetensors_io",
