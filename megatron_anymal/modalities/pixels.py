@@ -84,3 +84,8 @@ class PixelTransform:
         """Normalise [..., height, width, 3] uint8 to [..., 3, height, width] float32."""
         scaled = (pixels.astype(np.float32) * np.float32(1 / 255) - self.mean) / self.std
         return np.ascontiguousarray(np.moveaxis(scaled, -1, -3))
+
+    def denormalise(self, pixels: np.ndarray) -> np.ndarray:
+        """Undo `normalise`: [..., 3, height, width] float32 to [..., height, width, 3] uint8."""
+        scaled = (np.moveaxis(pixels, -3, -1) * self.std + self.mean) * 255
+        return np.clip(np.rint(scaled), 0, 255).astype(np.uint8)

@@ -123,6 +123,7 @@ WHOLE_RUN = {
     "megatron_anymal.nemo.model": "NeMo's model is made from a run's configuration",
     "megatron_anymal.nemo.archive": "stores a run's configuration",
     "megatron_anymal.cli.inspection": "the run whose data are inspected",
+    "megatron_anymal.cli.inspection_page": "the run whose data are shown",
     "checkpoint_tools.exporting.export._write": "part of the export",
     "checkpoint_tools.verifying.comparison.verify": "builds a run's model",
     "checkpoint_tools.verifying.native_logits": "builds a run's model on one process",
