@@ -20,12 +20,12 @@ from megatron_anymal.modalities.imu import IMUModality
 from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.video import VideoModality
 
-# Media items of a sample, and pictures of an item, that are shown; the others are only counted.
-ITEMS, PICTURES = 4, 20
+# Media items, pictures and spectrograms of a sample that are shown; the others are only counted.
+ITEMS, PICTURES, WINDOWS = 4, 20, 4
 # Largest side of a picture in pixels: of a single one, and of one among several.
-ALONE, AMONG = 224, 112
+ALONE, AMONG = 224, 96
 # Pictures up to this side keep their pixels.
-_COARSE = 64
+_COARSE = 32
 # Columns of a spectrogram.
 _COLUMNS = 320
 # Words for the two numbers of `Modality.probe`.
@@ -40,8 +40,14 @@ _COLOURS = np.array([[18, 24, 66], [38, 88, 130], [52, 150, 128], [160, 200, 74]
 _AXES = ("accelerometer x", "accelerometer y", "accelerometer z", "gyroscope x", "gyroscope y", "gyroscope z")
 
 
-def item(media: ShownMedia, entry: LoadedModality, number: int, anchor: str) -> str:
-    """One media item of a sample: what it is, and the encoder's inputs that it became."""
+def item(media: ShownMedia, entry: LoadedModality, number: int, anchor: str, room: float) -> str:
+    """One media item of a sample: what it is, and the encoder's inputs that it became.
+
+    Args:
+        number: of the item in its sample, from 0.
+        anchor: start of its link target.
+        room: share of the sample's pictures that it may have.
+    """
     name = media.planned.modality
     known = (words for kind, words in _SIZES.items() if isinstance(entry.modality, kind))
     sizes = next(known, "size {:.6g}, {:.6g}").format(*media.size)
@@ -52,23 +58,24 @@ def item(media: ShownMedia, entry: LoadedModality, number: int, anchor: str) -> 
     return (
         f"<div id='{anchor}-{number}'><h4>{text(name)} {number + 1}</h4><p class=quiet>{file}{sizes}{given}, "
         f"{file_size(media.file_bytes)}; {count(len(media.pieces))} encoder input(s) of {shape}, {count(soft)} soft "
-        f"tokens</p>{_inputs(media, entry.modality)}</div>"
+        f"tokens</p>{_inputs(media, entry.modality, room)}</div>"
     )
 
 
-def _inputs(media: ShownMedia, modality: Modality) -> str:
+def _inputs(media: ShownMedia, modality: Modality, room: float) -> str:
+    pictures = round(PICTURES * room)
     if isinstance(modality, ImageModality):
-        return _tiles(media, modality)
+        return _tiles(media, modality, pictures)
     if isinstance(modality, VideoModality):
-        return _clips(media, modality)
+        return _clips(media, modality, pictures)
     if isinstance(modality, AudioModality):
-        return _windows(media, modality)
+        return _windows(media, modality, max(1, round(WINDOWS * room)))
     if isinstance(modality, IMUModality):
         return _motion(media, modality)
-    return _any(media)
+    return _any(media, pictures)
 
 
-def _tiles(media: ShownMedia, modality: ImageModality) -> str:
+def _tiles(media: ShownMedia, modality: ImageModality, room: int) -> str:
     """Tiles in their grid, after the overview."""
     tiles = modality.pixels.denormalise(media.pieces)
     grid = math.isqrt(len(tiles))
@@ -78,28 +85,28 @@ def _tiles(media: ShownMedia, modality: ImageModality) -> str:
     names = [f"tile {at + 1}, row {at // grid + 1}, column {at % grid + 1}" for at in range(grid * grid)]
     shown = [(_picture(tile, name, AMONG), "") for tile, name in zip(tiles[overview:], names)]
     first = _grid([(_picture(tiles[0], "overview", ALONE), "overview")], 1, 0) if overview else ""
-    return f"<div class=beside>{first}{_grid(shown[:PICTURES], grid, len(shown) - PICTURES)}</div>"
+    return f"<div class=beside>{first}{_grid(shown[:room], grid, len(shown) - room)}</div>"
 
 
-def _clips(media: ShownMedia, modality: VideoModality) -> str:
+def _clips(media: ShownMedia, modality: VideoModality, room: int) -> str:
     """Frames with their times, one row per clip on a wide screen."""
     frames = modality.pixels.denormalise(media.pieces)
     times = modality.sample_times(media.size[0], len(frames))
     flat = [(clip, at) for clip in range(frames.shape[0]) for at in range(frames.shape[1])]
     shown = [
         (_picture(frames[clip, at], f"clip {clip + 1}, frame {at + 1}", AMONG), f"{times[clip, at]:.2f} s")
-        for clip, at in flat[:PICTURES]
+        for clip, at in flat[:room]
     ]
-    return _grid(shown, min(4, frames.shape[1]), len(flat) - PICTURES)
+    return _grid(shown, min(4, frames.shape[1]), len(flat) - room)
 
 
-def _windows(media: ShownMedia, modality: AudioModality) -> str:
+def _windows(media: ShownMedia, modality: AudioModality, room: int) -> str:
     """Log-mel spectrograms, one plot per window."""
     decibels = media.pieces * modality.options.mel_std + modality.options.mel_mean
     low, high = float(decibels.min()), float(decibels.max())
     extractor, seconds = modality.extractor, modality.samples / modality.sampling_rate
     plots = []
-    for number, window in enumerate(decibels[:4]):
+    for number, window in enumerate(decibels[:room]):
         # The first channel holds the whole window; a fused one has details of it in the others.
         mel = window[0] if window.ndim == 3 else window
         rows = _thinned(mel).T[::-1]
@@ -113,7 +120,7 @@ def _windows(media: ShownMedia, modality: AudioModality) -> str:
                 f"log-mel, {mel.shape[1]} bands, dark {low:.0f} dB to light {high:.0f} dB",
             )
         )
-    return "".join(plots) + _more(len(decibels) - 4, "windows")
+    return "".join(plots) + _more(len(decibels) - room, "windows")
 
 
 def _motion(media: ShownMedia, modality: IMUModality) -> str:
@@ -135,7 +142,7 @@ def _motion(media: ShownMedia, modality: IMUModality) -> str:
     return plots
 
 
-def _any(media: ShownMedia) -> str:
+def _any(media: ShownMedia, room: int) -> str:
     """Pieces of a plug-in's modality: a picture of numbers if they have two dimensions, else a curve."""
     pieces = media.pieces
     low, high = float(pieces.min()), float(pieces.max())
@@ -148,9 +155,9 @@ def _any(media: ShownMedia) -> str:
         return numbers + frame(plot, "numbers of the input", ("number", "0", count(series[0].size - 1)), ("value", *y))
     shown = [
         (_picture(_coloured(piece.reshape(-1, *piece.shape[-2:])[0], low, high), f"input {at + 1}", AMONG), "")
-        for at, piece in enumerate(pieces[:PICTURES])
+        for at, piece in enumerate(pieces[:room])
     ]
-    return numbers + _grid(shown, 4, len(pieces) - PICTURES)
+    return numbers + _grid(shown, 4, len(pieces) - room)
 
 
 def _thinned(mel: np.ndarray) -> np.ndarray:
@@ -175,7 +182,7 @@ def _picture(pixels: np.ndarray, name: str, side: int) -> str:
     coarse = max(picture.size) <= _COARSE
     picture.thumbnail((side, side))
     out = io.BytesIO()
-    picture.save(out, "PNG" if coarse else "JPEG", quality=80, optimize=True)
+    picture.save(out, "PNG" if coarse else "JPEG", quality=75, optimize=True)
     kind, data = "png" if coarse else "jpeg", base64.b64encode(out.getvalue()).decode()
     look = " class=coarse" if coarse else ""
     return (

@@ -33,9 +33,7 @@ def step_table(view: RunView, plan: StepPlan) -> str:
                 ("filler", length - sums.tokens),
             )
             numbers = map(count, (sums.samples, sums.tokens, sums.targets, sums.soft, sums.pieces))
-            rows.append(
-                [f"{number + 1}, replica {replica}", stacked(parts, length), share(sums.tokens, length), *numbers]
-            )
+            rows.append([str(number + 1), str(replica), stacked(parts, length), share(sums.tokens, length), *numbers])
     head = ("pack", "replica", "tokens", "real", "samples", "tokens", "targets", "soft tokens", "encoder inputs")
     more = f"<p class=quiet>{count(len(rows) - ROWS)} more packs not shown</p>" if len(rows) > ROWS else ""
     caption = (
@@ -106,8 +104,8 @@ def _documents(view: RunView, shown: ShownPack) -> str:
             rows.append([f"{number + 1}{which}", name, f"{count(first)}\u2013{count(end)}", count(length), state])
     more = f"<p class=quiet>{count(len(rows) - ROWS)} more documents not shown</p>" if len(rows) > ROWS else ""
     head = ("document", "sample", "positions in the pack", "tokens", "state")
-    name = "Documents of this pack"
-    return f"<details><summary>{name}</summary>{table(head, rows[:ROWS], 'Positions count from the start of the pack', 2)}{more}</details>"
+    listed = table(head, rows[:ROWS], "Positions count from the start of the pack", 2)
+    return f"<details><summary>Documents of this pack</summary>{listed}{more}</details>"
 
 
 def _branch(sample: PlannedSample, number: int) -> str:
@@ -136,7 +134,8 @@ def _sample(view: RunView, shown: ShownPack, sample: ShownSample) -> str:
 
 def _media(view: RunView, sample: ShownSample, own: str) -> str:
     shown = sample.media[: media.ITEMS]
-    items = "".join(media.item(one, view.loaded[one.planned.modality], at, own) for at, one in enumerate(shown))
+    room = 1 / max(1, len(shown))
+    items = "".join(media.item(one, view.loaded[one.planned.modality], at, own, room) for at, one in enumerate(shown))
     hidden = len(sample.media) - len(shown)
     more = f"<p class=quiet>{count(hidden)} more media items not shown</p>" if hidden else ""
     return f"<div class=media>{items}</div>{more}" if items else ""
