@@ -49,7 +49,7 @@ def pack(view: RunView, shown: ShownPack) -> str:
     real = sum(sample.length for sample in plan.samples)
     title = f"Step {shown.step + 1}, pack {shown.number + 1}, replica {shown.replica}"
     numbers = (
-        f"{count(len(plan.samples))} samples, {count(real)} of {count(plan.padded_length)} tokens are real "
+        f"{count(len(plan.samples))} sample(s), {count(real)} of {count(plan.padded_length)} tokens are real "
         f"({share(real, plan.padded_length)})"
     )
     return (
