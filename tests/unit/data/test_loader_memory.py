@@ -17,11 +17,13 @@ from engine import train
 from ranks import run_ranks
 from replicas import replica_data
 from tiny import make_config, make_shards, png
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from megatron_anymal.config import ConfigError, LoraConfig, RunConfig
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.loader_workers import LoaderMemory, WorkerMemory
+from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerMemory
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.modalities import load_plugins
 from megatron_anymal.process_memory import GIB, resident_bytes
 
@@ -145,6 +147,14 @@ def test_a_run_with_restarts_ends_like_one_without(tokenizer_folder: str, tmp_pa
     assert grown > 0.12 > held > 0
     for row in rows[0]:
         assert row["host_memory_gib"] > 0.05 and row["loader_memory_gib"] > row["loader_growth_gib"] >= 0
+
+
+def test_the_pinning_thread_finds_the_micro_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = MicroBatch.unlabelled([[2]], {})
+    # Without CUDA there is no pinned memory.
+    monkeypatch.setattr(MicroBatch, "pin_memory", lambda micro_batch: pinned)
+    memory = WorkerMemory(0, 10, 1, 2, 3)
+    assert pin_memory(ReadMicroBatch(MicroBatch.unlabelled([[1]], {}), memory)) == (pinned, memory)
 
 
 def test_only_more_than_the_limit_counts(capsys: pytest.CaptureFixture[str]) -> None:
