@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> int:
         from megatron_anymal.cli.inspection_page import inspect_page
 
         return inspect_page(arguments, config)
+    if arguments.samples is not None or arguments.step is not None:
+        raise DataError("--samples and --step choose what --html shows. Add --html FILE, or leave them out.")
     if config and not folders:
         folders = list(dict.fromkeys(d.path for d in (*config.data.train.values(), *config.data.validation.values())))
     if not folders:
@@ -63,10 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "--sample", action="append", default=[], metavar="KEY_OR_NUMBER", help="only show this sample; may be repeated"
     )
     parser.add_argument("--html", metavar="FILE", help="write a page with samples and packs of the run to this file")
-    parser.add_argument(
-        "--samples", type=int, default=8, help="with --html: show the first so many samples of the step"
-    )
-    parser.add_argument("--step", type=int, default=1, help="with --html: the step to show, counted from 1")
+    parser.add_argument("--samples", type=int, help="with --html: the first so many samples of the step (8)")
+    parser.add_argument("--step", type=int, help="with --html: the step to show, counted from 1 (1)")
     parser.add_argument("--limit", type=int, help="read only the first LIMIT samples of each folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that read and decode")
     parser.add_argument("--config-name", "-cn", help="the run whose modalities and lengths to use")

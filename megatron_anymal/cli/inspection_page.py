@@ -15,6 +15,9 @@ from megatron_anymal.config import RunConfig
 from megatron_anymal.data.records import DataError
 from megatron_anymal.modalities import load_plugins
 
+# Samples that are shown unless --samples says otherwise.
+_SAMPLES = 8
+
 
 def inspect_page(arguments: argparse.Namespace, config: RunConfig) -> int:
     """Write the page that the verb's arguments ask for; return 1 if a sample on it cannot be read.
@@ -24,10 +27,14 @@ def inspect_page(arguments: argparse.Namespace, config: RunConfig) -> int:
         ConfigError: a plug-in or a modality cannot be used.
         OSError: the file cannot be written.
     """
-    if arguments.samples < 1 or not 1 <= arguments.step <= config.trainer.max_steps:
+    file, last = Path(arguments.html), config.trainer.max_steps
+    if file.is_dir() or not file.parent.is_dir():
+        raise DataError(f"--html={arguments.html} is not a file in a folder that exists. Correct the path.")
+    samples = _SAMPLES if arguments.samples is None else arguments.samples
+    step = 1 if arguments.step is None else arguments.step
+    if samples < 1 or not 1 <= step <= last:
         raise DataError(
-            f"--samples={arguments.samples} must be at least 1, and --step={arguments.step} between 1 and "
-            f"trainer.max_steps={config.trainer.max_steps}."
+            f"--samples={samples} must be at least 1, and --step={step} between 1 and {last}, the last step."
         )
     load_plugins([*arguments.plugin, *config.model.plugins])
     run = build_run(config)
@@ -40,8 +47,7 @@ def inspect_page(arguments: argparse.Namespace, config: RunConfig) -> int:
         datasets=config.data.train,
         max_steps=config.trainer.max_steps,
     )
-    chosen = _named(view, arguments.sample) if arguments.sample else choose(view, arguments.step - 1, arguments.samples)
-    file = Path(arguments.html)
+    chosen = _named(view, arguments.sample) if arguments.sample else choose(view, step - 1, samples)
     page = write_page(file, view, chosen)
     for name, why in page.bad:
         print(f"bad: {name}: {why}")

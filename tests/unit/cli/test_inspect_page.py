@@ -455,8 +455,13 @@ def test_what_a_page_needs(shards: str, tokenizer: str, tmp_path: Path) -> None:
     config_of(shards, tokenizer, tmp_path)
     with pytest.raises(DataError, match="--html shows the packs of a run: name it with --config-name"):
         main([shards, "--tokenizer", tokenizer, "--html", str(tmp_path / "page.html")])
-    with pytest.raises(DataError, match=r"--step=7 between 1 and trainer\.max_steps=6"):
+    with pytest.raises(DataError, match="--step=7 between 1 and 6, the last step"):
         page_of(tmp_path, "--step=7")
+    with pytest.raises(DataError, match="is not a file in a folder that exists"):
+        main(["--config-name=tiny", f"--config-path={tmp_path}", "--html", str(tmp_path / "none" / "page.html")])
+    for option in ("--samples=3", "--step=1"):
+        with pytest.raises(DataError, match="--samples and --step choose what --html shows"):
+            main(["--config-name=tiny", f"--config-path={tmp_path}", option])
     with pytest.raises(DataError, match="--samples=0 must be at least 1"):
         page_of(tmp_path, "--samples=0")
 
