@@ -64,7 +64,7 @@ if __name__ == "__main__":
         ],
         # The shipped configurations stand beside the package here and inside it once installed.
         package_dir={"megatron_anymal.nemo_configs": "nemo_configs"},
-        package_data={"megatron_anymal.nemo_configs": ["*.yaml"]},
+        package_data={"megatron_anymal.nemo_configs": ["*.yaml"], "megatron_anymal.planning": ["hardware/*.yaml"]},
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,
         entry_points={"console_scripts": ["anymal = megatron_anymal.__main__:command"]},

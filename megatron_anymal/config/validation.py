@@ -112,7 +112,7 @@ def check(config: RunConfig) -> None:
     """
     _check_values(config)
     _check_checkpoints(config)
-    _check_layout(config)
+    check_layout(config)
     _check_model(config)
     _check_data(config.data, config.model.modalities)
     _check_resilience(config)
@@ -167,7 +167,18 @@ def _check_best(config: RunConfig, rules: CheckpointConfig) -> None:
         raise ConfigError(f"{where}.keep_best_metric={metric!r} is not one of {', '.join(known)}.")
 
 
-def _check_layout(config: RunConfig) -> None:
+def check_layout(config: RunConfig) -> None:
+    """Reject parallel sizes, recomputation and number formats that cannot work together, whatever the Llama.
+
+    Raises:
+        ConfigError: the message names the key and the fix.
+    """
+    _check_parallel_sizes(config)
+    _check_recompute(config.model)
+    _check_fp8(config.model)
+
+
+def _check_parallel_sizes(config: RunConfig) -> None:
     m = config.model
     if config.world_size % m.model_parallel_size:
         raise ConfigError(
@@ -234,9 +245,7 @@ def _check_model(config: RunConfig) -> None:
             "model.language_model needs exactly one of path (a HuggingFace folder), config (a shape with random "
             f"weights) and checkpoint (written by this trainer); given: {', '.join(given) or 'none'}."
         )
-    _check_recompute(config.model)
     _check_lora(config.model)
-    _check_fp8(config.model)
     if config.job == "dpo":
         _check_dpo(config.model)
     elif config.model.dpo != DpoConfig():

@@ -147,6 +147,35 @@ class Measures:
         return self.documents.sum(axis=1)
 
 
+def measure_samples(index: ShardIndex, sample: np.ndarray, by_kind: Mapping[str, PlannedModality]) -> Measures:
+    """Lengths and costs of samples of one dataset, computed without a loop over samples.
+
+    Args:
+        sample: [n] row numbers.
+        by_kind: the configured modalities by their kind of media.
+    """
+    rows = take_rows(index.samples, sample)
+    documents, targets = index.lengths(sample)
+    has = documents > 0
+    counts = rows["media_count"].astype(np.int64)
+    owner = np.repeat(np.arange(len(sample)), counts)
+    within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
+    media = take_rows(index.media, np.repeat(rows["media_start"].astype(np.int64), counts) + within)
+    costs = np.zeros(len(sample))
+    pieces = np.zeros(len(media), np.int64)
+    for number, kind in enumerate(index.header.kinds):
+        mine = np.flatnonzero(media["kind"] == number)
+        if len(mine):
+            planned = by_kind[kind]
+            pieces[mine] = planned.modality.count_pieces(media["size"][mine])
+            # Sums of integers, which are exact in float64.
+            of_sample = np.bincount(owner[mine], pieces[mine], len(sample))
+            # Each document of a sample contains all its media, but they are encoded only once.
+            documents += has * (of_sample.astype(np.int64) * planned.soft_tokens_per_piece)[:, None]
+            costs += of_sample * planned.cost_per_piece
+    return Measures(documents, targets.sum(axis=1), costs, owner, media["kind"], pieces)
+
+
 class BatchPlanner:
     """Plans any step of a mixture of datasets."""
 
@@ -261,31 +290,12 @@ class BatchPlanner:
         return tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
 
     def measure(self, index: ShardIndex, sample: np.ndarray) -> Measures:
-        """Lengths and costs of samples of one dataset, computed without a loop over samples.
+        """Lengths and costs of samples of one dataset; see `measure_samples`.
 
         Args:
             sample: [n] row numbers.
         """
-        rows = take_rows(index.samples, sample)
-        documents, targets = index.lengths(sample)
-        has = documents > 0
-        counts = rows["media_count"].astype(np.int64)
-        owner = np.repeat(np.arange(len(sample)), counts)
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        media = take_rows(index.media, np.repeat(rows["media_start"].astype(np.int64), counts) + within)
-        costs = np.zeros(len(sample))
-        pieces = np.zeros(len(media), np.int64)
-        for number, kind in enumerate(index.header.kinds):
-            mine = np.flatnonzero(media["kind"] == number)
-            if len(mine):
-                planned = self._by_kind[kind]
-                pieces[mine] = planned.modality.count_pieces(media["size"][mine])
-                # Sums of integers, which are exact in float64.
-                of_sample = np.bincount(owner[mine], pieces[mine], len(sample))
-                # Each document of a sample contains all its media, but they are encoded only once.
-                documents += has * (of_sample.astype(np.int64) * planned.soft_tokens_per_piece)[:, None]
-                costs += of_sample * planned.cost_per_piece
-        return Measures(documents, targets.sum(axis=1), costs, owner, media["kind"], pieces)
+        return measure_samples(index, sample, self._by_kind)
 
     def _items(self, index: ShardIndex, measures: Measures) -> list[tuple[PlannedMedia, ...]]:
         """Media items of each sample."""

@@ -20,7 +20,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Optional
 
@@ -40,16 +39,10 @@ from torch import Tensor, nn
 from megatron_anymal.config import ConfigError, LoraConfig
 from megatron_anymal.data.global_order import mix64
 from megatron_anymal.model.fp8_weights import unquantized
+from megatron_anymal.model.lora_targets import PROJECTIONS, is_target, short_name
 from megatron_anymal.model.neftune import GOLDEN, scramble, signed
 from megatron_anymal.model.unsharded_weights import list_weights
 
-# Linear layer of a megatron-core layer -> the HuggingFace projections that it fuses, in the order of its outputs.
-_PROJECTIONS = {
-    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attention.linear_proj": ("self_attn.o_proj",),
-    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.linear_fc2": ("mlp.down_proj",),
-}
 _COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1")
 
 
@@ -71,9 +64,9 @@ def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDrop
         _check_targets(lora.targets, llama.config.num_layers)
         llama.requires_grad_(False)
         for layer in llama.decoder.layers:
-            for path, inside in _PROJECTIONS.items():
+            for path, inside in PROJECTIONS.items():
                 names = [f"layers.{layer.layer_number - 1}.{name}" for name in inside]
-                if any(_is_target(name, lora.targets) for name in names):
+                if any(is_target(name, lora.targets) for name in names):
                     linear = layer.get_submodule(path)
                     linear.lora = LoraAdapter(names, path, linear.weight, llama.config, lora, dropout)
                     linear.lora.hook = linear.register_forward_hook(_add_output)
@@ -83,32 +76,13 @@ def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDrop
 
 
 def _check_targets(targets: Sequence[str], layers: int) -> None:
-    names = [f"layers.{n}.{name}" for n in range(layers) for inside in _PROJECTIONS.values() for name in inside]
+    names = [f"layers.{n}.{name}" for n in range(layers) for inside in PROJECTIONS.values() for name in inside]
     for pattern in targets:
-        if not any(_is_target(name, [pattern]) for name in names):
+        if not any(is_target(name, [pattern]) for name in names):
             raise ConfigError(
                 f"model.lora.targets: {pattern!r} matches no projection of the Llama's {layers} layers. Use names like "
-                f"{names[0]!r}, or {_short(names[0])!r} for every layer."
+                f"{names[0]!r}, or {short_name(names[0])!r} for every layer."
             )
-
-
-def _is_target(name: str, targets: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) or fnmatchcase(_short(name), pattern) for pattern in targets)
-
-
-def adapted_projections(layer: int, lora: LoraConfig) -> dict[str, tuple[str, ...]]:
-    """Return which projections of a layer get an adapter, by their linear layer: {"qkv": ("q", "v"), "fc2": ...}."""
-    adapted = {
-        path.rpartition("_")[2]: tuple(
-            _short(name).removesuffix("_proj") for name in inside if _is_target(f"layers.{layer}.{name}", lora.targets)
-        )
-        for path, inside in _PROJECTIONS.items()
-    }
-    return {linear: names for linear, names in adapted.items() if names}
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def initialise_lora(models: Iterable[nn.Module], seed: int) -> None:
@@ -214,8 +188,8 @@ class LoraAdapter(nn.ModuleDict):
         self._column_parallel, self._sequence_parallel = place in _COLUMN_PARALLEL, config.sequence_parallel
         self._groups, rows = _output_rows(place, weight.size(0), config)
         # Number of output rows of every projection of the layer, including those without an adapter.
-        self._rows = dict(zip(map(_short, names), rows))
-        self._streams = {_short(name): _stream(name) for name in names if _is_target(name, lora.targets)}
+        self._rows = dict(zip(map(short_name, names), rows))
+        self._streams = {short_name(name): _stream(name) for name in names if is_target(name, lora.targets)}
         for name in self._streams:
             self[name] = _Projection(lora.r, self._rows[name], weight, self._column_parallel, self._sequence_parallel)
 
@@ -324,7 +298,7 @@ def _output_rows(place: str, rows: int, config: TransformerConfig) -> tuple[int,
         groups = config.num_query_groups // parallel_state.get_tensor_model_parallel_world_size()
         keys = groups * config.kv_channels
         return groups, [rows - 2 * keys, keys, keys]
-    parts = len(_PROJECTIONS[place])
+    parts = len(PROJECTIONS[place])
     return 1, [rows // parts] * parts
 
 

@@ -170,3 +170,20 @@ def test_startup(tmp_path: Path) -> None:
         assert name in shown and row.keys() == {"this", "other"}
         for side in row.values():
             assert side["cpu"] > 0 and side["wall"] > 0 and len(side["rounds"]) == 1
+
+
+def test_plan_accuracy(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    words = ("--published", "--measured", "--layouts=3", "--steps=1", "--out", str(out))
+    printed = run("benchmarks/plan_accuracy.py", *words, tests=True)
+    found = json.loads(out.read_text())
+    rows = found["published"]["rows"]
+    assert len(rows) == 11 and f"mean absolute error {found['published']['mean_error']:.1%}" in printed
+    # Predictions are of the published order of magnitude, whatever they are.
+    assert all(0.4 < row["predicted"] / row["published"] < 2 for row in rows)
+    measured = found["measured"]["rows"]
+    # Recomputation takes longer, two replicas less time.
+    for key in ("predicted", "measured"):
+        assert measured[2][key] < measured[0][key] < measured[1][key]
+    assert found["measured"]["rank_correlation"] == 1.0
+    assert str(tmp_path) not in out.read_text()

@@ -118,6 +118,8 @@ WHOLE_RUN = {
     "megatron_anymal.dry_run.checkpoint_size.bytes_needed": "examines a run",
     "megatron_anymal.generation.checkpoint_generator.NativeGenerator.of_checkpoint": "builds a run's model and inputs",
     "megatron_anymal.launcher.preflight.command.Preflight": "checks a run on its nodes",
+    "megatron_anymal.planning.layouts": "compares layouts of a run",
+    "megatron_anymal.cli.layout_search._write": "writes a run's configuration",
     "megatron_anymal.nemo.entry.run": "trains a run",
     "megatron_anymal.nemo.entry._run": "trains a run",
     "megatron_anymal.nemo.model": "NeMo's model is made from a run's configuration",
