@@ -275,8 +275,7 @@ def _packing(run: InspectedRun) -> int:
     for step in range(min(_PACKED_STEPS, config.trainer.max_steps)):
         plan = planner.plan(step)
         count = sum(len(replica) for replica in plan.micro_batches)
-        kept = [n for position, n in enumerate(plan.length) if position not in plan.dropped]
-        fills.append(sum(int(n) for n in kept) / (plan.padded_length * count))
+        fills.append(plan.tokens / (plan.padded_length * count))
         packs.append(count)
     print(
         f"first {len(fills)} steps: {np.mean(fills):.1%} of the computed tokens are real (worst step "

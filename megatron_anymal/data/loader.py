@@ -21,8 +21,9 @@ from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
-from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities.base import MediaError, Modality
 
@@ -292,7 +293,7 @@ def steps(
     if start >= stop:
         return
     sampler = _PlanSampler(planner, replica, start, stop)
-    per_step = len(planner.plan(start).of_replica(replica))
+    per_step = len(planner.plan(start).micro_batches[replica])
     loader: DataLoader[MicroBatch] = DataLoader(
         _Announced(reader, before_read) if before_read else reader,
         batch_size=None,
