@@ -11,9 +11,11 @@ import math
 import numpy as np
 
 # Documents of a pack that one round looks at: so many that their pairs are at most _PAIRS_PER_ROUND.
-_SMALLEST_WINDOW, _LARGEST_WINDOW = 16, 64
-_PAIRS_PER_ROUND, _PAIRS_PER_SEARCH = 100_000, 1_000_000
+_SMALLEST_WINDOW, _LARGEST_WINDOW = 12, 64
+_PAIRS_PER_ROUND, _PAIRS_PER_SEARCH = 50_000, 600_000
 _MOST_ROUNDS = 100
+# Searches of all positions without a lower highest cost, after which it is taken for the lowest one.
+_PATIENCE = 3
 _IMPOSSIBLE = np.int64(1) << 62
 
 
@@ -88,7 +90,7 @@ class PackTable:
             totals[low] += moved
 
     def documents(self, order: np.ndarray) -> list[list[int]]:
-        """Document indices of each pack, in ascending order, for the packs in `order`."""
+        """Document indices of each pack, in ascending order, for the packs in `order`, [packs] int64."""
         rows = np.sort(self._members[order], axis=1)
         sizes = (rows < self._free).sum(axis=1).tolist()
         return [row[:size] for row, size in zip(rows.tolist(), sizes)]
@@ -153,15 +155,16 @@ def even_out_costs(packs: PackTable, order: np.ndarray, limit: int, tolerance: i
     """
     positions, replicas = order.shape
     half, stuck = replicas // 2, 0
+    highest = int(packs.work[order].sum(axis=0).max())
     for turn in range(packs.rounds(half) if half else 0):
         load = packs.work[order].sum(axis=0)
-        excess = int(load.max()) * replicas - int(load.sum())
-        if excess * tolerance <= int(load.sum()) or stuck > 2 * positions**2:
+        stuck = 0 if load.max() < highest else stuck + 1
+        highest, total = int(load.max()), int(load.sum())
+        if (highest * replicas - total) * tolerance <= total or stuck > _PATIENCE * positions**2:
             return
         lowest_first = np.argsort(load, kind="stable")
         high = lowest_first[::-1][:half]
         # Every position of one replica meets every position of the other; then other replicas are paired.
         low = np.roll(lowest_first[:half], turn // positions**2)
         one, other = order[turn % positions, high], order[(turn + turn // positions) % positions, low]
-        moved = packs.exchange(one, other, load[high] - load[low], packs.costs, limit, turn // positions)
-        stuck = 0 if moved else stuck + 1
+        packs.exchange(one, other, load[high] - load[low], packs.costs, limit, turn // positions)

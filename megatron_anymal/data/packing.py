@@ -13,7 +13,7 @@ from megatron_anymal.data.pack_exchange import PackTable, deal_to_replicas, even
 
 # Encoder costs are even if the highest exceeds the mean by at most 1 / _EVEN of it. If it exceeds it by more than
 # 1 / _UNEVEN, packs may exceed their mean length by up to 1 / _SLACK to even them out: the padding costs less.
-_EVEN, _UNEVEN, _SLACK = 500, 50, 100
+_EVEN, _UNEVEN, _SLACK = 200, 50, 100
 # Bisections of the capacity, and the largest batch, in documents, for which there is time for them.
 _SEARCHES, _MOST_SEARCHED = 7, 4096
 

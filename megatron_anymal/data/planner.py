@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Optional
 
 import numpy as np
@@ -21,7 +22,8 @@ from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError
-from megatron_anymal.data.shard_index import ShardIndex, take_rows
+from megatron_anymal.data.row_reader import RowReader
+from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.step_plan import BatchMedia, StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
 
@@ -179,14 +181,16 @@ class BatchPlanner:
         dataset, sample = self._order.samples(start, start + self.global_batch_size)
         documents = np.zeros((len(sample), 2), np.int64)
         targets, costs = np.zeros(len(sample), np.int64), np.zeros(len(sample), np.int64)
-        items = []
+        measured = []
         for number, index in enumerate(self.indexes):
             positions = np.flatnonzero(dataset == number)
+            # In the order of the rows, which takes less time to read.
+            positions = positions[np.argsort(sample[positions])]
             if len(positions):
                 measures = self.measure(index, sample[positions])
                 documents[positions], targets[positions] = measures.documents, measures.targets
                 costs[positions] = measures.costs
-                items.append(np.stack([positions[measures.owner], measures.modality, measures.pieces]))
+                measured.append((positions, measures))
         fits = documents.sum(axis=1) <= self.layout.seq_length
         targets[~fits] = 0
         micro_batches, padded_length = self._lay_out(np.flatnonzero(fits), documents, costs)
@@ -196,12 +200,17 @@ class BatchPlanner:
             sample=sample,
             documents=documents,
             targets=targets,
-            media=self._media(np.concatenate(items, axis=1), len(sample)),
+            media=self._media(measured, len(sample)),
             dropped=tuple(np.flatnonzero(~fits).tolist()),
             micro_batches=micro_batches,
             padded_length=padded_length,
             document_multiple=self.layout.document_multiple,
         )
+
+    @cached_property
+    def _readers(self) -> dict[ShardIndex, tuple[RowReader, RowReader]]:
+        """Readers of the samples and the media of each index."""
+        return {index: (RowReader(index.samples), RowReader(index.media)) for index in self.indexes}
 
     def _lay_out(
         self, positions: np.ndarray, documents: np.ndarray, costs: np.ndarray
@@ -221,8 +230,9 @@ class BatchPlanner:
             replicas=replicas,
             length_multiple=self.layout.length_multiple,
         )
-        merged = [tuple(positions[chosen].tolist()) for chosen in packs]
-        most = max(int(length[chosen].sum()) for chosen in packs)
+        position_of, length_of = positions.tolist(), length.tolist()
+        merged = [tuple(map(position_of.__getitem__, chosen)) for chosen in packs]
+        most = max(sum(map(length_of.__getitem__, chosen)) for chosen in packs)
         micro_batches = tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
         return micro_batches, padded(max(1, most), self.layout.length_multiple)
 
@@ -232,13 +242,13 @@ class BatchPlanner:
         Args:
             sample: [n] row numbers.
         """
-        rows = take_rows(index.samples, sample)
-        documents, targets = index.lengths(sample)
+        samples, items = self._readers[index]
+        rows = samples.take(sample)
+        documents, targets = index.lengths_in(rows)
         has = documents > 0
         counts = rows["media_count"].astype(np.int64)
         owner = np.repeat(np.arange(len(sample)), counts)
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        media = take_rows(index.media, np.repeat(rows["media_start"].astype(np.int64), counts) + within)
+        media = items.take_ranges(rows["media_start"].astype(np.int64), counts)
         costs = np.zeros(len(sample), np.int64)
         pieces, modality = np.zeros(len(media), np.int64), np.zeros(len(media), np.int64)
         cost_per_piece = integer_costs([planned.cost_per_piece for planned in self._by_kind.values()])
@@ -255,15 +265,23 @@ class BatchPlanner:
             costs += of_sample * cost_per_piece[number]
         return Measures(documents, targets.sum(axis=1), costs, owner, modality, pieces)
 
-    def _media(self, items: np.ndarray, samples: int) -> BatchMedia:
-        """Sort the media items of all datasets by sample.
+    def _media(self, measured: Sequence[tuple[np.ndarray, Measures]], samples: int) -> BatchMedia:
+        """Put the media items of all datasets in the order of the samples.
 
         Args:
-            items: [3, m] int64: position of the sample, modality, pieces.
-            samples: number of samples.
+            measured: positions of samples of one dataset, [n] int64, and their measures.
+            samples: number of samples of all datasets.
         """
-        owner, modality, pieces = items[:, np.argsort(items[0], kind="stable")]
-        start = np.append(0, np.cumsum(np.bincount(owner, minlength=samples)))
+        counts = np.zeros(samples, np.int64)
+        for positions, measures in measured:
+            counts[positions] = np.bincount(measures.owner, minlength=len(positions))
+        start = np.append(0, np.cumsum(counts))
+        modality, pieces = np.empty(start[-1], np.int64), np.empty(start[-1], np.int64)
+        for positions, measures in measured:
+            own = counts[positions]
+            # How far each item moves: its sample's first item goes to the start of the sample's position.
+            places = np.arange(len(measures.owner)) + (start[positions] - (np.cumsum(own) - own))[measures.owner]
+            modality[places], pieces[places] = measures.modality, measures.pieces
         return BatchMedia(tuple(m.name for m in self._by_kind.values()), start, modality, pieces)
 
     def _check_index(self, index: ShardIndex, tokenizer: Tokenizer, sample_kinds: Collection[str]) -> None:
