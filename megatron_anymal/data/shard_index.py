@@ -212,6 +212,9 @@ class ShardIndex:
 
         Args:
             rows: [n] SAMPLE.
+
+        Returns:
+            Tokens and targets, both [n, 2] int64.
         """
         tokens, targets = (
             np.stack([self._column(rows, name) for name in names], axis=1).astype(np.int64)
