@@ -180,9 +180,9 @@ def main() -> None:
     print_plans(plans)
     results = {
         "date": date.today().isoformat(),
-        "machine": f"{os.cpu_count()} CPU cores",
+        "machine": f"{os.cpu_count()} CPU cores, load average {os.getloadavg()[0]:.0f}",
         "versions": {"python": platform.python_version(), "numpy": np.__version__},
-        "command": " ".join(["python", "benchmarks/packing.py", *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/packing.py --index", *map(str, arguments.index)]),
         "bars": BARS,
         "packs": [asdict(row) for row in rows],
         "balanced_by": by,
