@@ -30,6 +30,8 @@ HARMLESS = (
     "model.num_layers_in_*_pipeline_stage",
     "model.overlap_p2p_comm",
     "model.micro_batch_size",
+    "model.encoder_costs",
+    "model.modalities.*.cost_per_piece",
     "model.recompute_*",
     "model.memory_gb",
     "model.transformer_impl",

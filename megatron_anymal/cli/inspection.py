@@ -82,7 +82,8 @@ def build_run(config: RunConfig) -> InspectedRun:
     planned, loaded = [], {}
     for section, options in config.model.modalities.items():
         kind, modality = options.kind or section, build_modality(section, options, config.data.limits)
-        planned.append(PlannedModality(section, kind, modality, options.projector.num_tokens))
+        tokens, cost = options.projector.num_tokens, options.cost_per_piece or None
+        planned.append(PlannedModality(section, kind, modality, tokens, cost))
         placeholder = tokenizer.placeholder(options.placeholder, f"model.modalities.{section}.placeholder")
         loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder)
     return InspectedRun(config, Reading(tokenizer, {k: e.modality for k, e in loaded.items()}, loaded), planned)

@@ -37,6 +37,7 @@ CHOICES = {
     "model.neftune.embeddings": ("all", "text"),
     "model.dpo.reference": ("cached", "recomputed"),
     "model.loss_normalization": ("token", "sample"),
+    "model.encoder_costs": ("operations", "measured", "configured"),
     "model.optim.sched.name": ("cosine", "linear", "constant"),
     "data.too_long": ("refuse", "drop"),
 }
@@ -245,6 +246,7 @@ def _check_model(config: RunConfig) -> None:
             "model.language_model needs exactly one of path (a HuggingFace folder), config (a shape with random "
             f"weights) and checkpoint (written by this trainer); given: {', '.join(given) or 'none'}."
         )
+    _check_encoder_costs(config.model)
     _check_lora(config.model)
     if config.job == "dpo":
         _check_dpo(config.model)
@@ -290,6 +292,25 @@ def _check_recompute(model: ModelConfig) -> None:
             raise ConfigError(
                 f"model.{name} has no effect with model.recompute_granularity=auto, which chooses it. Remove it, or "
                 "name the granularity."
+            )
+
+
+def _check_encoder_costs(model: ModelConfig) -> None:
+    configured = model.encoder_costs == "configured"
+    if model.encoder_costs != "operations" and not model.modalities:
+        raise ConfigError(
+            f"model.encoder_costs={model.encoder_costs} has no effect without model.modalities. Remove it."
+        )
+    for name, modality in model.modalities.items():
+        cost, key = modality.cost_per_piece, f"model.modalities.{name}.cost_per_piece"
+        if cost and not configured:
+            raise ConfigError(
+                f"{key}={cost} has no effect with model.encoder_costs={model.encoder_costs}. Set "
+                "model.encoder_costs=configured, or remove it."
+            )
+        if configured and not 0 < cost < math.inf:
+            raise ConfigError(
+                f"{key}={cost} must be above 0, because model.encoder_costs=configured compares all modalities by it."
             )
 
 

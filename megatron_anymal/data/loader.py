@@ -17,8 +17,9 @@ from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, start_worker, worker_died
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
-from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities.base import MediaError, Modality
 
@@ -282,7 +283,7 @@ def steps(
     """
     if start >= stop:
         return
-    per_step = len(planner.plan(start).of_replica(replica))
+    per_step = len(planner.plan(start).micro_batches[replica])
     while start < stop:
         sampler = _PlanSampler(planner, replica, start, stop)
         loader: DataLoader[ReadMicroBatch] = DataLoader(

@@ -205,7 +205,17 @@ class ShardIndex:
             Tokens and targets, both [n, 2] int64: for the only or chosen document, and for the rejected one (0 if there
             is none).
         """
-        rows = take_rows(self.samples, samples)
+        return self.lengths_in(take_rows(self.samples, samples))
+
+    def lengths_in(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`lengths` of samples whose rows have been read.
+
+        Args:
+            rows: [n] SAMPLE.
+
+        Returns:
+            Tokens and targets, both [n, 2] int64.
+        """
         tokens, targets = (
             np.stack([self._column(rows, name) for name in names], axis=1).astype(np.int64)
             for names in (("tokens", "rejected_tokens"), ("targets", "rejected_targets"))

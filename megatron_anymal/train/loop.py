@@ -17,7 +17,7 @@ from megatron_anymal.config.validation import max_time_seconds
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.loader_workers import LoaderMemory, worker_died
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.unsharded_weights import hash_weights
 from megatron_anymal.resilience import fault_injection, heartbeat, stop_signals
 from megatron_anymal.resilience.events import record
@@ -29,6 +29,7 @@ from megatron_anymal.resilience.stragglers import look_for_stragglers
 from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train import restore
 from megatron_anymal.train.build import DataSource, TrainState
+from megatron_anymal.train.encoder_costs import agree_on_costs
 from megatron_anymal.train.memory_metrics import memory_metrics
 from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.peer_copies import PeerCopies
@@ -186,6 +187,7 @@ class Trainer:
 
     def _start(self) -> None:
         self._introduce()
+        agree_on_costs(self.state, self.run_dir, self.log.say)
         if self.config.job != "pretrain" and self.state.tokenizer.joins_headers:
             self.log.say(
                 "warning: data.tokenizer merges the line breaks after a turn's header with the turn's content, so "

@@ -124,12 +124,22 @@ def test_head(tmp_path: Path) -> None:
     assert "bitwise equal" in printed
 
 
-def test_packing() -> None:
-    rows = [json.loads(line) for line in run("benchmarks/packing.py").splitlines()]
-    assert [row["samples"] for row in rows] == [1024, 1024, 26_880, 26_880]
-    for row in rows:
-        assert row["packs"] >= row["fewest"] and row["packs"] % row["multiple"] == 0
-        assert 0.9 < row["share"] <= 1
+def test_packing(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/packing.py", "--index", "100000", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert [row["samples"] for row in found["packs"]] == [1024, 1024, 26_880, 26_880]
+    bars = found["bars"]
+    for row in found["packs"]:
+        assert row["packs"] == -(-row["fewest"] // row["multiple"]) * row["multiple"]
+        assert bars["share"] <= row["share"] <= row["highest_share"] <= 1
+        assert 1 <= row["cost_over_replicas"] <= bars["cost_over_replicas"]
+    for by in found["balanced_by"].values():
+        assert by["operations"] < 1.005 < by["input size"]
+    [plan] = found["plans"]
+    assert plan["samples"] == 100_000 and len(plan["seconds"]) == 10 and min(plan["shares"]) >= bars["share"]
+    assert plan["memory"]["peak"] < bars["memory"]
+    assert "real tokens at least 0.99" in printed and "100,000 samples" in printed
 
 
 def test_indexing_is_timed_beside_its_floors(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from megatron_anymal.config import DatasetConfig
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
-from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import PlannedSample
 from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
 
 # Steps that shares and fill are measured over.
@@ -89,8 +90,7 @@ def dataset_numbers(view: RunView) -> list[DatasetNumbers]:
 def fill(plan: StepPlan) -> float:
     """Share of a step's computed tokens that are real."""
     packs = sum(len(replica) for replica in plan.micro_batches)
-    kept = np.delete(plan.length, list(plan.dropped))
-    return int(kept.sum()) / (plan.padded_length * packs)
+    return plan.tokens / (plan.padded_length * packs)
 
 
 def tally(view: RunView, samples: Sequence[PlannedSample]) -> Tally:

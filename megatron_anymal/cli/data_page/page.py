@@ -24,7 +24,7 @@ from megatron_anymal.cli.data_page.numbers import (
 )
 from megatron_anymal.cli.data_page.style import STYLE
 from megatron_anymal.data.left_out import CODES, LeftOut
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 
 # Names that are given of each kind of what was left out.
 _NAMES = 3

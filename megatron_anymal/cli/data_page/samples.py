@@ -7,8 +7,8 @@ from megatron_anymal.cli.data_page.charts import stacked
 from megatron_anymal.cli.data_page.contents import ShownPack, ShownSample
 from megatron_anymal.cli.data_page.markup import count, notes, share, short, table, text
 from megatron_anymal.cli.data_page.numbers import RunView, tally
-from megatron_anymal.data.planner import StepPlan
 from megatron_anymal.data.records import PlannedSample
+from megatron_anymal.data.step_plan import StepPlan
 
 # Packs of a step, and documents of a pack, that a table lists.
 ROWS = 64

@@ -141,8 +141,8 @@ def measured_workload(
         share, documents = samples * weight / total / fits.sum(), found.documents[fits]
         sums += share * np.array([documents.sum(), (documents**2).sum(), found.targets[fits].sum()])
         longest = max(longest, int(found.length[fits].max()))
-        for number, kind in enumerate(index.header.kinds):
-            mine = (found.kind == number) & fits[found.owner]
-            pieces[by_kind[kind].name] += share * float(found.pieces[mine].sum())
+        for number, modality in enumerate(modalities):
+            mine = (found.modality == number) & fits[found.owner]
+            pieces[modality.name] += share * float(found.pieces[mine].sum())
     names = ", ".join(folder for folder, _ in folders)
     return Workload(samples, sums[0], sums[1], longest, sums[2], pieces, f"from the index of {names}")

@@ -43,7 +43,8 @@ import importlib, json, sys
 sys.modules["boto3"] = None
 from megatron_anymal.__main__ import main
 from megatron_anymal.lean_imports import libraries
-seen = dict(code=main(["pretrain", *sys.argv[1:]]), modules=sorted(name for name, module in sys.modules.items() if module))
+seen = dict(code=main(["pretrain", *sys.argv[1:]]))
+seen["modules"] = sorted(name for name, module in sys.modules.items() if module)
 
 from torchmetrics import Metric, MetricCollection
 seen["early"] = "torchmetrics.aggregation" in sys.modules
