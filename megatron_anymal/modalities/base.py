@@ -195,6 +195,20 @@ class Modality(ABC):
             MediaError: the file is corrupt, truncated or empty.
         """
 
+    def decode_with_size(
+        self, data: bytes, extension: str, attributes: Mapping[str, Any]
+    ) -> tuple[tuple[float, float], np.ndarray]:
+        """The results of `probe` and `decode`. Override it if both together cost less than one after the other.
+
+        Raises:
+            MediaError: as `probe` and `decode`.
+        """
+        size = self.probe(data, extension, attributes, self.limits)
+        return size, self.decode(data, extension, attributes, self._count(size))
+
+    def _count(self, size: tuple[float, float]) -> int:
+        return int(self.count_pieces(np.array([size], dtype=np.float64))[0])
+
     def write(self, decoded: np.ndarray, out: np.ndarray) -> None:
         """Write the result of `decode` as encoder input. Override it, with `decoded_shape`, if `decode` returns a more
         compact form, such as 8-bit pixels.
@@ -235,12 +249,11 @@ class Modality(ABC):
             MediaError: the file is corrupt, truncated or empty, has non-finite values, does not match its probed size,
                 or has another number of pieces than `out`.
         """
-        size = self.probe(data, extension, attributes, self.limits)
-        expected = int(self.count_pieces(np.array([size], dtype=np.float64))[0])
+        size, returned = self.decode_with_size(data, extension, attributes)
+        # Plug-ins may return a tensor on the CPU.
+        decoded, expected = np.asarray(returned), self._count(size)
         if out is not None and len(out) != expected:
             raise MediaError(f"yields {expected} pieces, but the index states {len(out)}")
-        # Plug-ins may return a tensor on the CPU.
-        decoded = np.asarray(self.decode(data, extension, attributes, expected))
         if decoded.shape != (expected, *self.decoded_shape):
             raise MediaError(
                 f"yields pieces of shape {decoded.shape}, but its size {size} implies "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from megatron_anymal.modalities.jpeg import decoded_pixels
 from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size
 from megatron_anymal.modalities.pixels import PixelModality, PixelOptions, PixelTransform
 from megatron_anymal.modalities.registry import register
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclass
@@ -79,13 +82,25 @@ class ImageModality(PixelModality):
         Raises:
             MediaError: the file is corrupt or truncated.
         """
-        side = self.pixels.resolution
+        return self.decode_with_size(data, extension, attributes)[1]
+
+    def decode_with_size(
+        self, data: bytes, extension: str, attributes: Mapping[str, Any]
+    ) -> tuple[tuple[float, float], np.ndarray]:
+        """The results of `probe` and `decode`; opens the file once.
+
+        Raises:
+            MediaError: as `probe` and `decode`.
+        """
         with opened(data, self.limits) as picture:
             _, size = orientation_and_size(picture)
             rgb = decoded_pixels(picture, data) if self.pixels.backend == "torch" else decoded(picture, data)
-        grid = int(self._grid(np.array([size], dtype=np.float64))[0])
+        return size, self._tiles(rgb, int(self._grid(np.array([size], dtype=np.float64))[0]))
+
+    def _tiles(self, rgb: Image.Image | np.ndarray, grid: int) -> np.ndarray:
+        side = self.pixels.resolution
         whole = self.pixels.resize(rgb, grid)
+        if grid == 1:
+            return whole[None]
         tiles = whole.reshape(grid, side, grid, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
-        if grid > 1 and self.options.overview:
-            tiles = np.concatenate([self.pixels.resize(rgb)[None], tiles])
-        return tiles
+        return np.concatenate([self.pixels.resize(rgb)[None], tiles]) if self.options.overview else tiles

@@ -172,16 +172,26 @@ class VideoModality(PixelModality):
         Raises:
             MediaError: the file is corrupt or truncated, or a frame is beyond a limit.
         """
+        return self.decode_with_size(data, extension, attributes)[1]
+
+    def decode_with_size(
+        self, data: bytes, extension: str, attributes: Mapping[str, Any]
+    ) -> tuple[tuple[float, float], np.ndarray]:
+        """The results of `probe` and `decode`; reads the packets once before decoding.
+
+        Raises:
+            MediaError: as `probe` and `decode`.
+        """
         side = self.pixels.resolution
         with opened(data, self.limits) as (container, stream):
             table = PacketTable(Decoder(container, stream))
             seconds, rate = _timing(container, stream, self.limits, table.add)
-            times = self.sample_times(seconds, pieces).ravel()
+            times = self.sample_times(seconds, self._count((seconds, rate)))
             frames = np.empty((times.size, side, side, 3), dtype=np.uint8)
-            for numbers, frame in frames_at(table, times, rate):
+            for numbers, frame in frames_at(table, times.ravel(), rate):
                 _require_frames(stream.codec_context, frame, len(data), self.limits)
                 frames[numbers] = self.pixels.resize(_picture(frame))
-        return frames.reshape(pieces, self.num_frames, side, side, 3)
+        return (seconds, rate), frames.reshape(*times.shape, side, side, 3)
 
 
 def _picture(frame: Any) -> Any:
