@@ -198,7 +198,10 @@ class Modality(ABC):
     def decode_with_size(
         self, data: bytes, extension: str, attributes: Mapping[str, Any]
     ) -> tuple[tuple[float, float], np.ndarray]:
-        """The results of `probe` and `decode`. Override it if both together cost less than one after the other.
+        """Probe and decode a file. Override it if both together cost less than one after the other.
+
+        Returns:
+            The result of `probe`, and that of `decode`, [pieces, *decoded_shape].
 
         Raises:
             MediaError: as `probe` and `decode`.

@@ -87,7 +87,10 @@ class ImageModality(PixelModality):
     def decode_with_size(
         self, data: bytes, extension: str, attributes: Mapping[str, Any]
     ) -> tuple[tuple[float, float], np.ndarray]:
-        """The results of `probe` and `decode`; opens the file once.
+        """Probe and decode a file, opening it once.
+
+        Returns:
+            The result of `probe`, and tiles, [pieces, R, R, 3] uint8.
 
         Raises:
             MediaError: as `probe` and `decode`.

@@ -117,9 +117,11 @@ class PixelTransform:
         return with_pillow(picture, side, self.resample)
 
     def normalise(self, pixels: np.ndarray, out: np.ndarray) -> None:
-        """Normalise [..., height, width, 3] uint8 to `out`, [..., 3, height, width] float32.
+        """Normalise pixels, plane by plane and in place: intermediate results stay in the processor's cache.
 
-        Plane by plane and in place: the intermediate results stay in the processor's cache.
+        Args:
+            pixels: [..., height, width, 3] uint8.
+            out: [..., 3, height, width] float32.
         """
         scale = np.float32(1 / 255)
         for place in np.ndindex(pixels.shape[:-3]):
@@ -143,5 +145,10 @@ class PixelModality(Modality):
         return (*leading, height, width, channels)
 
     def write(self, decoded: np.ndarray, out: np.ndarray) -> None:
-        """Normalise the pixels of `decoded`; every result is finite."""
+        """Normalise pixels; every result is finite.
+
+        Args:
+            decoded: [pieces, *decoded_shape] uint8.
+            out: [pieces, *piece_shape] float32.
+        """
         self.pixels.normalise(decoded, out)

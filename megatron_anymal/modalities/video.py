@@ -177,7 +177,10 @@ class VideoModality(PixelModality):
     def decode_with_size(
         self, data: bytes, extension: str, attributes: Mapping[str, Any]
     ) -> tuple[tuple[float, float], np.ndarray]:
-        """The results of `probe` and `decode`; reads the packets once before decoding.
+        """Probe and decode a file, reading its packets once before decoding.
+
+        Returns:
+            The result of `probe`, and clips, [pieces, frames, R, R, 3] uint8.
 
         Raises:
             MediaError: as `probe` and `decode`.

@@ -101,6 +101,7 @@ class PacketTable:
     """The packets of a video stream in decoding order.
 
     Attributes:
+        decoder: the stream and its decoder.
         pts: time of display, in units of the stream's time base.
         dts: time of decoding; None if unknown.
         shown: positions of the packets that are displayed: all but those that an edit list leaves out.
@@ -134,6 +135,9 @@ class PacketTable:
 
         Frames that are displayed before the key frame that they follow (B-frames of an open GOP) refer to the key frame
         before it as well.
+
+        Raises:
+            CannotSeek: there is none.
         """
         for entry in reversed(self.entries):
             if entry == 0 or (entry <= position and self.pts[entry] <= self.pts[position]):  # type: ignore[operator]
@@ -155,7 +159,7 @@ def frames_at(table: PacketTable, times: np.ndarray, rate: float) -> Iterator[tu
     """For each time, the frame displayed then: the last one that does not start later.
 
     Args:
-        times: seconds from the start of the stream.
+        times: [n] seconds from the start of the stream.
         rate: frames per second.
 
     Yields:
