@@ -52,7 +52,7 @@ class Energon:
 
     def __init__(self, python: str, arguments: dict[str, Any]) -> None:
         script = str(Path(__file__).with_name("loader_peers.py"))
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         command = [python, "-W", "ignore", script, json.dumps(arguments)]
         self._process = subprocess.Popen(command, text=True, env=environment, **pipes)  # type: ignore[call-overload]

@@ -125,6 +125,8 @@ def with_energon(folder: Path, ending: str, batch: int, transform: Transform, to
 
     class Encoder(DefaultTaskEncoder):
         cookers: ClassVar = [Cooker(cook)]
+        # Files as bytes.
+        decoder = None
 
         def batch(self, samples: Any) -> Any:
             return torch.stack([sample.media for sample in samples]), [sample.tokens for sample in samples]
@@ -145,7 +147,7 @@ def prepare_energon(folder: Path) -> None:
 
     names = [path.name for path in sorted(folder.glob("*.tar"))]
     WebdatasetPreparator.prepare_dataset(folder, names, split_parts_ratio=[("train", 1.0)], workers=1)
-    description = "__module__: megatron.energon\n__class__: CrudeWebdataset\nauto_decode: false\n"
+    description = "__module__: megatron.energon\n__class__: CrudeWebdataset\n"
     (folder / ".nv-meta" / "dataset.yaml").write_text(description)
 
 

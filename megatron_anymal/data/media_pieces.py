@@ -94,4 +94,4 @@ def _new_batch(shape: tuple[int, ...]) -> Tensor:
         return torch.from_numpy(np.empty(shape, dtype=np.float32))
     # As torch's own collation of samples does.
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * torch.float32.itemsize)
-    return torch.empty(0).set_(storage, 0, shape)
+    return torch.empty(0).set_(storage).view(shape)

@@ -114,6 +114,7 @@ class PixelTransform:
         side = sides * self.resolution
         if self.backend == "torch":
             return with_torch(np.asarray(picture), side, self.resample)
+        assert not isinstance(picture, np.ndarray)
         return with_pillow(picture, side, self.resample)
 
     def normalise(self, pixels: np.ndarray, out: np.ndarray) -> None:

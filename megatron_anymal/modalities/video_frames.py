@@ -189,7 +189,7 @@ def _by_jumps(table: PacketTable, times: np.ndarray, rate: float, slack: float) 
 
 def _numbers_by_position(table: PacketTable, times: np.ndarray, slack: float) -> dict[int, list[int]]:
     """Position of a packet -> numbers of the times at which its frame is displayed."""
-    stamps = [table.pts[position] for position in table.shown]
+    stamps: list[Any] = [table.pts[position] for position in table.shown]
     if not stamps or None in table.pts or len(set(stamps)) < len(stamps):
         raise CannotSeek
     order = np.argsort(stamps, kind="stable")
