@@ -13,7 +13,7 @@ from megatron_anymal.modalities.architecture import preprocessor, transformers_c
 from megatron_anymal.modalities.base import Modality, count_in_time, require_above
 from megatron_anymal.modalities.log_mel import LogMel
 from megatron_anymal.modalities.registry import register
-from megatron_anymal.modalities.sounds import opened, resample
+from megatron_anymal.modalities.sounds import opened, resample, to_length
 
 # Options that are determined by the preprocessor of a CLAP folder.
 FIXED_BY_FOLDER = ("sampling_rate", "n_mels", "hop_length", "fft_window_size", "frequency_min", "frequency_max")
@@ -172,7 +172,7 @@ class AudioModality(Modality):
         """
         wave = self.waveform(data, pieces)[: pieces * self.samples]
         # Rounding of the resampled length may leave the last window without any samples.
-        wave = np.pad(wave, (0, max(0, (pieces - 1) * self.samples + 1 - len(wave))))
+        wave = to_length(wave, max(len(wave), (pieces - 1) * self.samples + 1))
         starts = range(0, len(wave), self.samples)
         mel = np.stack([self.log_mel(wave[start : start + self.samples]) for start in starts])
         if (self.options.mel_mean, self.options.mel_std) != (0.0, 1.0):

@@ -39,24 +39,30 @@ class LogMel:
 
     def __call__(self, wave: np.ndarray) -> np.ndarray:
         """The spectrogram of [n] float32, 1 <= n <= `samples`: [frames, mels] float32."""
-        half = len(self._window) // 2
-        padded = np.pad(self._filled(wave).astype(np.float64), half, mode="reflect")
-        frames = np.lib.stride_tricks.sliding_window_view(padded, len(self._window))[:: self._hop]
+        frames = np.lib.stride_tricks.sliding_window_view(self._padded(wave), len(self._window))[:: self._hop]
         mel = np.empty((len(frames), self._filters.shape[1]), dtype=np.float32)
+        windowed = np.empty((_FRAMES, len(self._window)), dtype=np.float64)
         for first in range(0, len(frames), _FRAMES):
-            spectra = np.fft.rfft(frames[first : first + _FRAMES] * self._window)[:, : self._bins]
+            some = frames[first : first + _FRAMES]
+            spectra = np.fft.rfft(np.multiply(some, self._window, out=windowed[: len(some)]))[:, : self._bins]
             power = (spectra.real**2 + spectra.imag**2).astype(np.float32)
-            mel[first : first + _FRAMES] = power @ self._filters
+            np.matmul(power, self._filters, out=mel[first : first + _FRAMES])
         np.maximum(mel, np.float32(_FLOOR), out=mel)
         np.log10(mel, out=mel)
         mel *= 10
         return mel
 
-    def _filled(self, wave: np.ndarray) -> np.ndarray:
-        """Extend a window to `samples`, as ClapFeatureExtractor._get_input_mel does."""
-        times = self._samples // len(wave)
+    def _padded(self, wave: np.ndarray) -> np.ndarray:
+        """Extend a window to `samples` as ClapFeatureExtractor._get_input_mel does, and reflect half a frame around it:
+        [samples + half + half]."""
+        half, times = len(self._window) // 2, self._samples // len(wave)
+        padded = np.empty(self._samples + 2 * half, dtype=np.float32)
+        inner = padded[half : half + self._samples]
         if self._padding == "repeat" and len(wave) < self._samples:
             wave = np.tile(wave, times + 1)[: self._samples]
-        elif self._padding == "repeatpad":
+        elif self._padding == "repeatpad" and times > 1:
             wave = np.tile(wave, times)
-        return np.pad(wave, (0, self._samples - len(wave)))
+        inner[: len(wave)], inner[len(wave) :] = wave, 0
+        # A window is at least as long as a frame.
+        padded[:half], padded[half + self._samples :] = inner[half:0:-1], inner[-2 : -half - 2 : -1]
+        return padded

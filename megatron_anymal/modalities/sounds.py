@@ -83,7 +83,7 @@ class Sound:
             if not finite.all():
                 raise MediaError(f"sample {done + int(np.flatnonzero(~finite)[0])} is not finite")
             done += len(block)
-            yield block.mean(axis=1)
+            yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
             if done >= expected:
                 return
         if self.stated is not None:
@@ -207,5 +207,9 @@ def resample(blocks: Iterable[np.ndarray], rate: int, target: int) -> np.ndarray
         count += len(block)
         chunks.append(stream.resample_chunk(np.ascontiguousarray(block)))
     chunks.append(stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
-    out, wanted = np.concatenate(chunks), round(count * target / rate)
-    return np.pad(out[:wanted], (0, max(0, wanted - len(out))))
+    return to_length(np.concatenate(chunks), round(count * target / rate))
+
+
+def to_length(wave: np.ndarray, samples: int) -> np.ndarray:
+    """Cut [n] to a length, or append zeros: [samples]."""
+    return wave[:samples] if len(wave) >= samples else np.pad(wave, (0, samples - len(wave)))
