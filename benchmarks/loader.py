@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.metadata
 import io
 import json
@@ -117,9 +118,13 @@ def check(data: DataSource, kind: Kind, transform: Callable[[bytes], Tensor]) ->
     torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=0, atol=TOLERANCE[kind.modality])
 
 
-def compare(name: str, folder: Path, tokenizer: str, rounds: int, energon_python: str) -> dict[str, Any]:
+def compare(
+    name: str, folder: Path, tokenizer: str, rounds: int, samples: int | None, energon_python: str
+) -> dict[str, Any]:
     """Samples per CPU second of all sides, one list per side, and the parts."""
     kind = KINDS[name]
+    if samples:
+        kind = dataclasses.replace(kind, samples=samples, batch=min(samples, kind.batch))
     write_shards(folder, kind, kind.samples, tokenizer)
     backends = ("pillow", "torch") if kind.modality != "audio" else ("",)
     sources = {
@@ -224,6 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=list(KINDS), help="a kind to measure; repeatable")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--samples", type=int, help="per round and kind, a multiple of its batch")
     parser.add_argument("--energon-python", default="", help="Python executable with megatron-energon installed")
     parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)
@@ -234,13 +240,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             tokenizer = tokenizer_of(Path(temporary) / "tokenizer")
         for number, name in enumerate(arguments.only or KINDS):
             folder = Path(temporary) / f"{number}"
-            results[name] = compare(name, folder, tokenizer, arguments.rounds, arguments.energon_python)
+            results[name] = compare(
+                name, folder, tokenizer, arguments.rounds, arguments.samples, arguments.energon_python
+            )
     if arguments.out:
         libraries = ("webdataset", "pillow", "simplejpeg", "soundfile", "soxr", "av", "numpy")
         versions = {library: importlib.metadata.version(library) for library in libraries}
-        # Without the paths of this machine.
-        command = ["python benchmarks/loader.py", *(["--only ..."] if arguments.only else [])]
-        body = {"command": " ".join(command), **surroundings(), "media_libraries": versions, "kinds": results}
+        # Without paths, which are those of this machine.
+        given = {"only": arguments.only, "rounds": arguments.rounds, "samples": arguments.samples}
+        body = {
+            "command": "python benchmarks/loader.py",
+            "options": given,
+            **surroundings(),
+            "media_libraries": versions,
+            "kinds": results,
+        }
         Path(arguments.out).write_text(json.dumps(body, indent=1) + "\n")
 
 

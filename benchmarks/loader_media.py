@@ -6,6 +6,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def flac(seed: int) -> bytes:
     return out.getvalue()
 
 
+@cache
 def mp4(seed: int, seconds: int = 60, gop: int = 250) -> bytes:
     """A slow pan over a photograph with changing light, 640 x 360, H.264 with x264's defaults."""
     import av
@@ -93,12 +95,12 @@ KINDS = {
 
 
 def write_shards(folder: Path, kind: Kind, count: int, tokenizer: str) -> None:
-    """Write samples of a media file and a short text to four shards, and index them."""
+    """Write samples of a media file and a short text to up to four shards, and index them."""
     folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for shard in range(4):
+    rng, shards = np.random.default_rng(0), min(4, count)
+    for shard in range(shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
-            for number in range(shard, count, 4):
+            for number in range(shard, count, shards):
                 text = " ".join(rng.choice(WORDS, size=10)).encode()
                 for ending, data in ((kind.ending, kind.make(number)), ("txt", text)):
                     info = tarfile.TarInfo(f"{number:06d}.{ending}")
