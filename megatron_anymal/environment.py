@@ -52,6 +52,8 @@ REQUIREMENTS = (
     Requirement("webdataset", "webdataset", ">=1.0,<2", "", "`anymal prepare` writes no shards"),
     Requirement("av", "av", ">=15.0,<19", "", "video cannot be read"),
     Requirement("soundfile", "soundfile", ">=0.12", "", "audio cannot be read"),
+    Requirement("soxr", "soxr", ">=0.5", "", "audio cannot be resampled"),
+    Requirement("simplejpeg", "simplejpeg", ">=1.9", "", "resize_backend=torch cannot read JPEG"),
     Requirement(
         "transformer-engine",
         "transformer_engine",

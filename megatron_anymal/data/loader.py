@@ -16,12 +16,12 @@ from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, start_worker, worker_died
+from megatron_anymal.data.media_pieces import PieceReader, PlannedItem
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.modalities.base import MediaError, Modality
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
     ):
         self._planner, self._tokenizer = planner, tokenizer
         self._modalities, self._needs = modalities, needs
+        self._pieces = PieceReader(planner)
         self._placeholders = {name: m.placeholder for name, m in modalities.items()}
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
@@ -144,7 +145,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
     def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[Part]]) -> None:
         for name, entry in self._modalities.items():
             items = [
-                (sample, number, planned.pieces)
+                PlannedItem(sample, number, planned.pieces)
                 for sample in micro_batch.plan.samples
                 for number, planned in enumerate(sample.media)
                 if planned.modality == name
@@ -152,58 +153,16 @@ class MicroBatchReader(Dataset[MicroBatch]):
             if not items:
                 continue
             needs = self._needs
-            shares = share_out(sum(count for _, _, count in items), needs.context_size * needs.tensor_size)
+            shares = share_out(sum(item.pieces for item in items), needs.context_size * needs.tensor_size)
             own = needs.context_rank * needs.tensor_size + needs.tensor_rank
             first = sum(shares[:own])
             mine = slice(first, first + shares[own])
             micro_batch.media[name] = MediaBatch(
-                pieces=self._read_pieces(micro_batch, entry.modality, items, mine, parts_of),
+                pieces=self._pieces.read(entry.modality, items, mine, parts_of, micro_batch.bad),
                 shares=tuple(shares[i : i + needs.tensor_size] for i in range(0, len(shares), needs.tensor_size)),
                 token_index=torch.nonzero(micro_batch.tokens[0] == entry.placeholder).flatten(),
                 soft_index=_shared_soft_tokens(micro_batch.plan, name, entry.soft_tokens_per_piece),
             )
-
-    def _read_pieces(
-        self,
-        micro_batch: MicroBatch,
-        modality: Modality,
-        items: Sequence[tuple[PlannedSample, int, int]],
-        mine: slice,
-        parts_of: Mapping[int, list[Part]],
-    ) -> Tensor:
-        """Read this rank's share of the pieces.
-
-        Args:
-            mine: range of pieces to return, counted over the concatenated pieces of all items. Items without pieces in
-                this range are not read.
-
-        Returns:
-            [pieces, *piece_shape]; zeros for items that cannot be read.
-        """
-        pieces, stop = [torch.zeros(0, *modality.piece_shape)], 0
-        for sample, number, count in items:
-            start, stop = stop, stop + count
-            wanted = slice(max(mine.start, start) - start, min(mine.stop, stop) - start)
-            if wanted.start >= wanted.stop:
-                continue
-            tensor = torch.zeros(count, *modality.piece_shape)
-            if sample.position in parts_of:
-                try:
-                    tensor = self._read_item(modality, sample, number, count, parts_of[sample.position])
-                except (DataError, MediaError) as error:
-                    name = self._planner.key(sample.dataset, sample.sample)
-                    micro_batch.bad[sample.position] = f"{name}: {error}"
-            pieces.append(tensor[wanted])
-        return torch.cat(pieces)
-
-    def _read_item(
-        self, modality: Modality, sample: PlannedSample, number: int, count: int, parts: Sequence[Part]
-    ) -> Tensor:
-        [item] = self._planner.indexes[sample.dataset].read_media(sample.sample, parts, [number])
-        pieces = modality.load(item.data, item.extension, item.part.attributes)
-        if len(pieces) != count:
-            raise MediaError(f"media {item.part.media!r} yields {len(pieces)} pieces, but the index states {count}")
-        return pieces
 
 
 def _document_places(plan: PlannedMicroBatch) -> list[list[slice]]:

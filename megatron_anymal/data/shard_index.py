@@ -32,6 +32,7 @@ from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.samples import parse_sample, parse_text
+from megatron_anymal.data.shard_files import ShardFiles
 from megatron_anymal.data.tar.byte_source import is_local
 
 VERSION = 3
@@ -145,6 +146,7 @@ class ShardIndex:
         self.folder = folder.rstrip("/")
         self._fs, self._root = fsspec.core.url_to_fs(self.folder)
         self._local = is_local(self._fs)
+        self._shards = ShardFiles(self._root)
         if not self._fs.isdir(self._root):
             raise DataError(f"There is no shard folder {folder!r}. Create it with `anymal prepare`.")
         try:
@@ -356,7 +358,10 @@ class ShardIndex:
     def _read(self, shard: int, offset: int, length: int, crc: int, where: str) -> bytes:
         name = self.header.shards[shard]
         try:
-            data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
+            if self._local:
+                data = self._shards.read(name, offset, length)
+            else:
+                data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
         except OSError as error:
             raise DataError(f"{where}: shard {name!r} cannot be read ({error}).") from None
         if len(data) != length or zlib.crc32(data) != crc:

@@ -154,6 +154,19 @@ def test_indexing_is_timed_beside_its_floors(tmp_path: Path) -> None:
     assert found["rows"]["per_sample"]["index_bytes"] > 100 and found["rows"]["runs"][1]["samples"] == 30_000
 
 
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_the_loader_takes_turns_with_webdataset(kind: str, tmp_path: Path) -> None:
+    """The benchmark itself compares the encoder inputs of all sides."""
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/loader.py", "--only", kind, "--rounds=2", "--samples=4", "--out", str(out), tests=True)
+    found = json.loads(out.read_text())["kinds"][kind]
+    sides = {"webdataset", *({"anymal, pillow", "anymal, torch"} if kind == "image" else {"anymal"})}
+    assert found["samples_per_cpu_second"].keys() == sides and "x webdataset" in printed
+    rates = found["samples_per_cpu_second"].values()
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in rates)
+    assert found["floors_ms"] and all(min(times) > 0 for times in found["parts_ms"].values())
+
+
 def test_damaged_shards_lose_nothing_in_silence(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     printed = run("benchmarks/damaged_shards.py", "--shards", "30", "--out", str(out), tests=True)

@@ -52,7 +52,7 @@ class DatasetNumbers:
     weight: float
     # [n] LLM tokens, soft tokens included.
     lengths: np.ndarray
-    # [n] encoder cost in input elements.
+    # [n] encoder cost, in the planner's units.
     costs: np.ndarray
 
 
@@ -70,7 +70,7 @@ class Tally:
     soft: int = 0
     # Encoder inputs: tiles, clips or windows.
     pieces: int = 0
-    # Encoder cost in input elements.
+    # Encoder cost, in the planner's units.
     cost: float = 0.0
 
 

@@ -123,7 +123,7 @@ def _index(view: RunView, numbers: Sequence[DatasetNumbers]) -> str:
         for one in numbers
     )
     costs = "".join(
-        histogram(one.costs[one.costs > 0], f"<b>{text(one.name)}</b>: encoder cost", "input elements")
+        histogram(one.costs[one.costs > 0], f"<b>{text(one.name)}</b>: encoder cost", "units of work")
         for one in numbers
         if (one.costs > 0).any()
     )

@@ -173,7 +173,7 @@ PLUGIN = """
 import sys
 from megatron_anymal.modalities import Modality, register
 
-HEAVY = {"torch", "transformers", "megatron", "lightning", "av", "soundfile", "pandas"}
+HEAVY = {"torch", "transformers", "megatron", "lightning", "av", "soundfile", "soxr", "simplejpeg", "pandas"}
 
 @register("modules")
 class Modules(Modality):
