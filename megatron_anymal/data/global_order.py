@@ -32,8 +32,17 @@ def mix64(*numbers: int) -> int:
     return state
 
 
-def _scramble(values: np.ndarray, key: int) -> np.ndarray:
-    values = values + np.uint64(key)
+def scramble(values: np.ndarray, key: int | np.ndarray) -> np.ndarray:
+    """64-bit hashes of numbers (SplitMix64 finaliser); a permutation of all numbers for each key.
+
+    Args:
+        values: [n] uint64.
+        key: one for all numbers, or [n] uint64.
+
+    Returns:
+        [n] uint64.
+    """
+    values = values + np.asarray(key, np.uint64)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
@@ -59,7 +68,7 @@ def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
         while outside.any():
             left, right = values[outside] >> half, values[outside] & mask
             for round_key in keys:
-                left, right = right, left ^ (_scramble(right, round_key) & mask)
+                left, right = right, left ^ (scramble(right, round_key) & mask)
             values[outside] = (left << half) | right
             outside = values >= n
     return values.astype(np.int64)

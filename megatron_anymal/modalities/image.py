@@ -45,6 +45,7 @@ class ImageModality(Modality):
     extensions: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
     Options: ClassVar[type] = ImageOptions
     needs_torch: ClassVar[bool] = False
+    pieces_grow_with_size: ClassVar[bool] = True
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)

@@ -17,14 +17,15 @@ import pytest
 from tars import header_of, tar_bytes, write_tar
 from tiny import flac, npy, png
 
-from megatron_anymal.data import index_processes
+from megatron_anymal.data import index_processes, length_bounds
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.index_format import MEDIA, SAMPLE
 from megatron_anymal.data.index_processes import useful_workers
 from megatron_anymal.data.index_writer import open_spool
+from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.shard_index import MEDIA, SAMPLE
-from megatron_anymal.data.shard_rows import RowBuffer, ShardRows, repeated
+from megatron_anymal.data.shard_rows import HASH, RowBuffer, ShardRows, repeated
 from megatron_anymal.data.tokenizer import Tokenizer
 
 Members = list[tuple[str, bytes]]
@@ -142,8 +143,10 @@ def many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_index_files_are_those_of_plain_rows(
-    name: str, tmp_path: Path, tokenizer_folder: str, many_workers: None
+    name: str, tmp_path: Path, tokenizer_folder: str, many_workers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(length_bounds, "BLOCK", 3)
+    monkeypatch.setattr("megatron_anymal.data.index_writer.BLOCK", 3)
     make, settings, codes = FOLDERS[name]
     folder, options = tmp_path / "shards", IndexOptions(tokenizer_folder, **settings)
     make(folder)
@@ -233,25 +236,29 @@ def test_rows_are_packed_as_the_tables_lay_them_out() -> None:
     assert [rows.key(n) for n in range(300)] == [f"k{n}" for n in range(300)]
 
 
-def test_a_spool_returns_shards_in_their_order_and_again(tmp_path: Path) -> None:
-    made = []
+def test_a_spool_returns_the_rows_of_a_shard_each_time(tmp_path: Path) -> None:
+    made = {}
     for number in range(4):
         buffer = RowBuffer()
         for n in range(number):
-            buffer.add(f"{number}{n}", n, [n] * 9, [(number, n, 0, 0, 0, 1.0, 2.0)] * n, 1, ())
-        rows = ShardRows(f"{number}.tar", number)
+            buffer.add(f"{number}{n}", n, [n] * 9, [(number, n, 0, 0, 0, 1.0, 2.0)] * n, 1, (".x",))
+        left_out = [LeftOut(f"{number}.tar", "text", "é", number, "k")] * number
+        rows = ShardRows(f"{number}.tar", number, kinds=["a"], extensions=["b", "c"], left_out=left_out)
         buffer.move_to(rows, ())
-        made.append(rows)
+        made[rows.name] = rows
     with open_spool(str(tmp_path)) as spool:
-        for number in (2, 0, 3, 1):
-            spool.add(number, made[number])
-        for _ in range(2):
-            for found, rows in zip(spool, made, strict=True):
-                assert (found.name, found.size, found.keys) == (rows.name, rows.size, rows.keys)
-                for table in ("samples", "media", "key_hashes"):
-                    np.testing.assert_array_equal(getattr(found, table), getattr(rows, table))
-                # Also if the caller changes what it gets.
-                found.samples["shard"] = 7
+        for rows in made.values():
+            spool.add(rows)
+        for name in [*reversed(made), *made]:
+            found, rows = spool.rows(name), made[name]
+            tables = ("samples", "media")
+            assert {k: v for k, v in vars(found).items() if k not in tables} == {
+                k: v for k, v in vars(rows).items() if k not in tables
+            }
+            for table in tables:
+                np.testing.assert_array_equal(getattr(found, table), getattr(rows, table))
+            # Also if the caller changes what it gets.
+            found.samples["shard"] = 7
         assert list((tmp_path / "index").iterdir()) == []
 
 
@@ -265,7 +272,10 @@ def test_repeated_values() -> None:
 def test_keys_of_equal_hashes_are_told_apart(
     tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_anymal.data.shard_rows.key_hash", lambda key: bytes(7) + key[:1])
+    def first_bytes(keys: bytes, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return np.frombuffer(keys, np.uint8)[offsets.astype(int)].astype(HASH)
+
+    monkeypatch.setattr("megatron_anymal.data.shard_rows.hash_keys", first_bytes)
     write_tar(tmp_path / "f" / "0.tar", [(f"a{n}.txt", b"one") for n in range(5)] + [("b.txt", b"one")])
     write_tar(tmp_path / "f" / "1.tar", [(f"a{n}.txt", b"one") for n in range(4, 9)])
     make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder), max_bad_share=0.0)
