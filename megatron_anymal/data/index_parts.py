@@ -51,10 +51,10 @@ def index_part(
     parts.create()
     parts.unmark(part)
     indexed = IndexedShards(None) if rebuild else indexed_shards(folder, identity)
-    new = [file for file in files if not parts.current(file, made_with) and not indexed.unchanged(file)]
+    new = [file for file in files if not parts.complete(file, made_with) and not indexed.unchanged(file)]
     left_out = 0
     for rows in index_shards(reader, new, workers):
-        parts.store(rows, part, made_with)
+        parts.store(rows, made_with)
         left_out += sum(not entry.is_note for entry in rows.left_out)
     parts.mark(part, identity, len(files))
     print(f"{folder}: part {part}: {len(files) - len(new)} shards kept, {len(new)} read, {left_out} left out of them")

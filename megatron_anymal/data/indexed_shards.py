@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Optional
@@ -39,13 +39,17 @@ class IndexedShards:
             index: None: there is nothing to build upon, for the `reason`, which is printed.
 
         Raises:
-            DataError: the index's list of shards is missing, or does not fit its tables.
+            DataError: the index's files do not fit each other.
+            FileNotFoundError: the index has no list of shards.
         """
         self.reason = reason
         self._index = index
         self._shards = _located(index) if index else {}
         self._left_out: dict[str, list[LeftOut]] = defaultdict(list)
-        for one in index.left_out() if index else []:
+        ledger = index.left_out() if index else []
+        if index and Counter(one.code for one in ledger) != index.left_out_codes:
+            raise DataError(f"The ledger of the index in {index.folder!r} is incomplete.")
+        for one in ledger:
             # Repeated keys are determined anew.
             if one.code != "repeated_key":
                 self._left_out[one.shard].append(one)
@@ -115,6 +119,7 @@ def _located(index: ShardIndex) -> dict[str, _Indexed]:
     sizes = np.array([[entry[name] for name in columns] for entry in entries], np.int64).reshape(-1, 3)
     starts = np.cumsum(sizes, axis=0) - sizes
     named = tuple(entry["name"] for entry in entries)
-    if named != index.header.shards or tuple(sizes.sum(axis=0)[:2]) != (len(index.samples), len(index.media)):
-        raise DataError(f"The index in {index.folder!r} is incomplete. Rebuild it with `anymal prepare --index-only`.")
+    totals = len(index.samples), len(index.media), index.key_bytes
+    if named != index.header.shards or tuple(sizes.sum(axis=0)) != totals:
+        raise DataError(f"The list of shards of the index in {index.folder!r} does not fit its tables.")
     return {entry["name"]: _Indexed(entry, *map(int, start)) for entry, start in zip(entries, starts)}

@@ -23,7 +23,7 @@ _MARK = "part-"
 # What parts that make shards from a manifest must agree on.
 _MANIFEST = "manifest.json"
 # The entries of a head that are kept in memory.
-_KEPT = ("bytes", "modified", "samples", "text_with_media", "options", "part")
+_KEPT = ("bytes", "modified", "samples", "text_with_media", "options", "unreadable")
 
 
 def digest(identity: Mapping[str, Any]) -> str:
@@ -53,15 +53,14 @@ class PartFiles:
             reason = f"The index of {self._folder!r} cannot be written ({error}). Make the folder writable."
             raise DataError(reason) from None
 
-    def store(self, rows: ShardRows, part: PartOf, options: str) -> None:
+    def store(self, rows: ShardRows, options: str) -> None:
         """Store the rows of a shard.
 
         Args:
-            part: the part that has read it.
             options: `digest` of the options.
         """
         unreadable = any(one.code == "unreadable" for one in rows.left_out)
-        notes = {"part": str(part), "options": options, "unreadable": unreadable}
+        notes = {"options": options, "unreadable": unreadable}
         with replacing(self._fs, self._path(rows.name)) as file:
             write_rows(file, rows, notes)
 
@@ -77,7 +76,7 @@ class PartFiles:
                     head = read_head(file, self._path(name))
             except FileNotFoundError:
                 raise DataError(f"No part has the rows of shard {name!r}.") from None
-            self._heads[name] = {key: head[key] for key in (*_KEPT, "unreadable")}
+            self._heads[name] = {key: head[key] for key in _KEPT}
         return self._heads[name]
 
     def rows(self, name: str) -> ShardRows:
@@ -93,9 +92,12 @@ class PartFiles:
         """Whether there are rows of a shard as it is now, made with these options."""
         with suppress(DataError):
             head = self.entry(file.name)
-            same = (head["bytes"], head["modified"], head["options"]) == (file.size, file.modified, options)
-            return same and not head["unreadable"]
+            return bool((head["bytes"], head["modified"], head["options"]) == (file.size, file.modified, options))
         return False
+
+    def complete(self, file: ShardFile, options: str) -> bool:
+        """Whether these rows need not be read again. A shard that could not be read is tried again."""
+        return self.current(file, options) and not self.entry(file.name)["unreadable"]
 
     def mark(self, part: PartOf, identity: Mapping[str, Any], shards: int) -> None:
         """Note that a part is finished.

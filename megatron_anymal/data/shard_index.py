@@ -10,6 +10,7 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -94,6 +95,8 @@ class ShardIndex:
         self.members: Mapping[str, Any] = body.get("members", {})
         # Everything besides the shards that it was built from (IndexOptions.identity); empty likewise.
         self.options: Mapping[str, Any] = body.get("options", {})
+        # Numbers of ledger entries by code; empty likewise.
+        self.left_out_codes: Mapping[str, int] = body.get("left_out", {})
         # Numbers of samples and media items by kind, and samples per block of the bounds; empty likewise.
         self._counts: Mapping[str, Any] = body.get("counts", {})
         self.limits = limits or _limits(body.get("limits", {}))
@@ -101,7 +104,7 @@ class ShardIndex:
         if len(self.samples) == 0:
             raise DataError(f"The index in {folder!r} is empty: it contains no samples.")
         if len(self.samples) != body["samples"] or len(self.media) != body["media"]:
-            raise DataError(f"The index in {folder!r} is incomplete. Rebuild it with `anymal prepare --index-only`.")
+            raise self._incomplete()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -115,6 +118,11 @@ class ShardIndex:
     def keys_between(self, start: int, stop: int) -> bytes:
         """Concatenated keys in a range of bytes."""
         return bytes(self._keys[start:stop])
+
+    @property
+    def key_bytes(self) -> int:
+        """Length of all keys in bytes."""
+        return len(self._keys)
 
     def kinds_used(self) -> set[str]:
         """Kinds of media in the index."""
@@ -141,12 +149,10 @@ class ShardIndex:
         block = int(self._counts["block"])
         try:
             table = self._array(BOUNDS)
-        except (OSError, ValueError):
-            table = np.zeros(0)
+        except FileNotFoundError:
+            raise self._incomplete() from None
         if len(table) != -(-len(self) // block):
-            raise DataError(
-                f"The index in {self.folder!r} is incomplete. Rebuild it with `anymal prepare --index-only`."
-            )
+            raise self._incomplete()
         return LengthBounds(table, block)
 
     def lengths(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -290,14 +296,18 @@ class ShardIndex:
         return str(PurePosixPath(self._root) / INDEX_FOLDER / name)
 
     def _array(self, name: str) -> np.ndarray:
-        if self._local:
-            try:
-                return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
-            except ValueError:
-                # An empty array cannot be memory-mapped.
-                return np.load(self._inside(name), allow_pickle=False)
-        with self._fs.open(self._inside(name), "rb") as file:
-            return np.load(file, allow_pickle=False)
+        try:
+            if self._local:
+                with suppress(ValueError):
+                    return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
+            # Also an empty array, which cannot be memory-mapped.
+            with self._fs.open(self._inside(name), "rb") as file:
+                return np.load(file, allow_pickle=False)
+        except (EOFError, ValueError):
+            raise self._incomplete() from None
+
+    def _incomplete(self) -> DataError:
+        return DataError(f"The index in {self.folder!r} is incomplete. Rebuild it with `anymal prepare --index-only`.")
 
     @cached_property
     def _keys(self) -> Any:
