@@ -174,7 +174,7 @@ def write_index(
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
     inside = f"{root}/{INDEX_FOLDER}"
     fs.makedirs(inside, exist_ok=True)
-    counts, bounds = _Counts(header.kinds), BoundsBuilder(samples, len(header.kinds))
+    counts, bounds = _Counts(header.kinds), BoundsBuilder(len(header.kinds))
     with ExitStack() as stack:
         names = (SHARDS, SAMPLES, MEDIA_ITEMS, KEYS, BOUNDS)
         files = [stack.enter_context(replacing(fs, f"{inside}/{name}")) for name in names]
@@ -188,8 +188,9 @@ def write_index(
             of_samples.write(rows.samples.tobytes())
             of_media.write(rows.media.tobytes())
             of_keys.write(rows.keys)
-        _write_npy_header(of_bounds, bounds.table.dtype, len(bounds.table))
-        of_bounds.write(bounds.table.tobytes())
+        table = bounds.table()
+        _write_npy_header(of_bounds, table.dtype, len(table))
+        of_bounds.write(table.tobytes())
         if fs.exists(f"{inside}/index.json"):
             fs.rm_file(f"{inside}/index.json")
     with replacing(fs, f"{inside}/index.json") as file:

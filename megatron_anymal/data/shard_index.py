@@ -146,14 +146,13 @@ class ShardIndex:
         """
         if not self._counts:
             return None
-        block = int(self._counts["block"])
         try:
-            table = self._array(BOUNDS)
+            bounds = LengthBounds(np.array(self._array(BOUNDS)), int(self._counts["block"]))
         except FileNotFoundError:
             raise self._incomplete() from None
-        if len(table) != -(-len(self) // block):
+        if not bounds.cover(len(self)):
             raise self._incomplete()
-        return LengthBounds(table, block)
+        return bounds
 
     def lengths(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token counts of samples' documents, without media.

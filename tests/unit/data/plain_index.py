@@ -114,18 +114,30 @@ def _counts(samples: np.ndarray, media: np.ndarray, kinds: list[str]) -> dict[st
 
 def _bounds(samples: np.ndarray, media: np.ndarray, kinds: int) -> np.ndarray:
     """Sample by sample."""
-    bounds = np.zeros(-(-len(samples) // length_bounds.BLOCK), length_bounds.bound_type(kinds))
+    groups: list[dict[bytes, Any]] = [{} for _ in range(-(-len(samples) // length_bounds.BLOCK))]
     for number, row in enumerate(samples):
-        bound = bounds[number // length_bounds.BLOCK]
         items = media[row["media_start"] : row["media_start"] + row["media_count"]]
-        bound["tokens"] = max(bound["tokens"], int(row["tokens"]) + int(row["rejected_tokens"]))
-        bound["documents"] = max(bound["documents"], 1 + (row["rejected_tokens"] > 0))
-        for kind in range(kinds):
-            mine = items[items["kind"] == kind]
-            bound["media"][kind] = max(bound["media"][kind], len(mine))
-            for item in mine:
-                bound["size"][kind] = np.maximum(bound["size"][kind], item["size"])
-    return bounds
+        bound = np.zeros(1, length_bounds.bound_type(kinds))
+        bound["block"] = number // length_bounds.BLOCK
+        bound["tokens"] = int(row["tokens"]) + int(row["rejected_tokens"])
+        bound["documents"] = 1 + (row["rejected_tokens"] > 0)
+        for item in items:
+            bound["media"][0, item["kind"]] += 1
+            bound["size"][0, item["kind"]] = np.maximum(bound["size"][0, item["kind"]], item["size"])
+        group = groups[number // length_bounds.BLOCK]
+        key = bound["documents"].tobytes() + bound["media"].tobytes()
+        group[key] = _maximum([group[key], bound]) if key in group else bound
+    rows = [[group[key] for key in sorted(group)] for group in groups]
+    rows = [[_maximum(block)] if len(block) > length_bounds.MAX_GROUPS else block for block in rows]
+    return np.concatenate([np.zeros(0, length_bounds.bound_type(kinds)), *(bound for block in rows for bound in block)])
+
+
+def _maximum(bounds: list[np.ndarray]) -> np.ndarray:
+    highest = bounds[0].copy()
+    for bound in bounds:
+        for name in highest.dtype.names or ():
+            highest[name] = np.maximum(highest[name], bound[name])
+    return highest
 
 
 def _read(folder: Path, file: ShardFile, options: IndexOptions, tokenizer: Tokenizer) -> Shard:

@@ -40,6 +40,7 @@ def test_index_files_are_those_of_plain_rows(
     name: str, tmp_path: Path, tokenizer_folder: str, many_workers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(length_bounds, "BLOCK", 3)
+    monkeypatch.setattr(length_bounds, "MAX_GROUPS", 2)
     monkeypatch.setattr("megatron_anymal.data.index_writer.BLOCK", 3)
     make, settings, codes = FOLDERS[name]
     folder, options = tmp_path / "shards", IndexOptions(tokenizer_folder, **settings)
