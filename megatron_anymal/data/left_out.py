@@ -69,17 +69,21 @@ class LeftOut:
         member = f", member {self.member!r}" if self.member else ""
         return f"{what}shard {self.shard!r}{member}: {self.reason}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are not empty."""
+        return {name: value for name, value in vars(self).items() if value != ""}
 
-def to_entry(entry: LeftOut) -> dict[str, Any]:
-    """An entry as the JSON object of a line."""
-    return {name: value for name, value in vars(entry).items() if value != ""}
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> LeftOut:
+        """The entry that `to_dict` returned as `value`."""
+        return LeftOut(**value)
 
 
 def read_ledger(fs: Any, path: str) -> list[LeftOut]:
     """The entries of a ledger; empty if the file does not exist, as for an index of an earlier version."""
     if not fs.exists(path):
         return []
-    return [LeftOut(**json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
+    return [LeftOut.from_dict(json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
 
 
 class LedgerWriter:
@@ -102,7 +106,7 @@ class LedgerWriter:
     def add(self, entries: Iterable[LeftOut]) -> None:
         """Write entries."""
         for entry in entries:
-            self._file.write(json.dumps(to_entry(entry)).encode() + b"\n")
+            self._file.write(json.dumps(entry.to_dict()).encode() + b"\n")
             self.codes[entry.code] += 1
             if not entry.is_note:
                 self.bad += 1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, Optional
+from typing import IO, Any, Optional
 
 import fsspec
 
@@ -17,6 +18,7 @@ from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_listing import ShardFile
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.stored_rows import read_head, read_rows, write_rows
+from megatron_anymal.data.tar.byte_source import is_local
 
 PARTS_FOLDER = "parts"
 _MARK = "part-"
@@ -71,11 +73,10 @@ class PartFiles:
             DataError: there are no rows, or they are damaged.
         """
         if name not in self._heads:
-            try:
-                with self._fs.open(self._path(name), "rb") as file:
-                    head = read_head(file, self._path(name))
-            except FileNotFoundError:
-                raise DataError(f"No part has the rows of shard {name!r}.") from None
+            if not self._fs.exists(self._path(name)):
+                raise DataError(f"No part has the rows of shard {name!r}.")
+            with self._opened(name) as file:
+                head = read_head(file, self._path(name))
             self._heads[name] = {key: head[key] for key in _KEPT}
         return self._heads[name]
 
@@ -85,7 +86,7 @@ class PartFiles:
         Raises:
             DataError: they are damaged.
         """
-        with self._fs.open(self._path(name), "rb") as file:
+        with self._opened(name) as file:
             return read_rows(file, self._path(name))
 
     def current(self, file: ShardFile, options: str) -> bool:
@@ -110,21 +111,20 @@ class PartFiles:
 
     def unmark(self, part: PartOf) -> None:
         """Remove the mark of a part that is to be made again."""
-        with suppress(FileNotFoundError):
-            self._fs.rm_file(f"{self._root}/{_mark(part)}")
+        path = f"{self._root}/{_mark(part)}"
+        if self._fs.exists(path):
+            self._fs.rm_file(path)
 
     def marks(self) -> dict[PartOf, Mapping[str, Any]]:
         """What `mark` has noted of each finished part, in the order of their numbers."""
-        paths = self._fs.ls(self._root, detail=False) if self._fs.isdir(self._root) else []
-        names = sorted(path for path in paths if path.rpartition("/")[2].startswith(_MARK))
-        marks = [json.loads(self._fs.cat_file(path)) for path in names]
+        paths = [path for path in sorted(self._paths()) if path.rpartition("/")[2].startswith(_MARK)]
+        marks = [json.loads(self._fs.cat_file(path)) for path in paths]
         return {PartOf(mark["part"], mark["of"]): mark for mark in marks}
 
     def manifest(self) -> Optional[dict[str, Any]]:
         """What `set_manifest` has noted; None if the shards are not made by the parts."""
-        with suppress(FileNotFoundError):
-            return dict(json.loads(self._fs.cat_file(f"{self._root}/{_MANIFEST}")))
-        return None
+        path = f"{self._root}/{_MANIFEST}"
+        return dict(json.loads(self._fs.cat_file(path))) if self._fs.exists(path) else None
 
     def set_manifest(self, note: Mapping[str, Any]) -> None:
         """Note what parts that make shards from a manifest must agree on, as JSON values."""
@@ -132,7 +132,17 @@ class PartFiles:
 
     def remove(self) -> None:
         """Remove all files."""
-        self._fs.rm(self._root, recursive=True)
+        for path in self._paths():
+            self._fs.rm_file(path)
+        if is_local(self._fs):
+            self._fs.rmdir(self._root)
+
+    def _paths(self) -> list[str]:
+        return list(self._fs.ls(self._root, detail=False)) if self._fs.isdir(self._root) else []
+
+    def _opened(self, name: str) -> IO[bytes]:
+        # Of a local file, a head is read alone.
+        return open(self._path(name), "rb") if is_local(self._fs) else io.BytesIO(self._fs.cat_file(self._path(name)))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}.rows"

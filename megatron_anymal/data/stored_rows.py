@@ -11,7 +11,7 @@ from typing import IO, Any
 import numpy as np
 
 from megatron_anymal.data.index_format import MEDIA, SAMPLE
-from megatron_anymal.data.left_out import LeftOut, to_entry
+from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.shard_samples import MemberCounts
@@ -72,7 +72,7 @@ def write_rows(file: IO[bytes], rows: ShardRows, notes: Mapping[str, Any]) -> No
         notes: further JSON values that `read_head` returns.
     """
     contents = (rows.samples.tobytes(), rows.media.tobytes(), rows.keys)
-    head = {**accounting(rows), "left_out": [to_entry(one) for one in rows.left_out], **notes, "crc": _crc(contents)}
+    head = {**accounting(rows), "left_out": [one.to_dict() for one in rows.left_out], **notes, "crc": _crc(contents)}
     encoded = json.dumps(head).encode()
     file.write(_MAGIC + len(encoded).to_bytes(8, "little") + encoded)
     for content in contents:
@@ -112,7 +112,7 @@ def read_rows(file: IO[bytes], where: str) -> ShardRows:
     if tuple(map(len, contents)) != sizes or _crc(contents) != head["crc"]:
         raise DataError(f"{where} is damaged. Remove it and index its shard again.")
     samples, media = (np.frombuffer(bytearray(data), of) for data, of in zip(contents, (SAMPLE, MEDIA)))
-    return restored(head, samples, media, contents[2], [LeftOut(**entry) for entry in head["left_out"]])
+    return restored(head, samples, media, contents[2], [LeftOut.from_dict(entry) for entry in head["left_out"]])
 
 
 def _crc(contents: Sequence[bytes]) -> int:

@@ -78,7 +78,7 @@ def index_files(folder: Path, options: IndexOptions, tokenizer: Tokenizer) -> di
         "keys.bin": "".join(key for shard in shards for key in shard.keys).encode(),
         "bounds.npy": _npy(_bounds(samples, media, len(kinds))),
         "shards.jsonl": _lines([_accounting(shard) for shard in shards]),
-        "left_out.jsonl": _lines([{k: v for k, v in vars(entry).items() if v != ""} for entry in left_out]),
+        "left_out.jsonl": _lines([entry.to_dict() for entry in left_out]),
         "index.json": header.with_accounting(len(samples), len(media), accounting).encode(),
     }
 
