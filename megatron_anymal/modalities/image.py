@@ -10,7 +10,8 @@ import numpy as np
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.base import Modality, require_above
-from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size
+from megatron_anymal.modalities.jpeg_headers import plain_size
+from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size, require_decodable
 from megatron_anymal.modalities.pixels import PixelTransform
 from megatron_anymal.modalities.registry import register
 
@@ -63,9 +64,13 @@ class ImageModality(Modality):
         Raises:
             MediaError: unreadable, or beyond a limit.
         """
-        with opened(data, limits) as picture:
-            _, (width, height) = orientation_and_size(picture)
-        return float(width), float(height)
+        size = plain_size(data)
+        if size is None:
+            with opened(data, limits) as picture:
+                _, size = orientation_and_size(picture)
+        else:
+            require_decodable(size, "JPEG", len(data), limits)
+        return float(size[0]), float(size[1])
 
     def _grid(self, sizes: np.ndarray) -> np.ndarray:
         sides = np.ceil(sizes.max(axis=1) / self.pixels.resolution)
