@@ -223,7 +223,9 @@ class ShardIndex:
         """A kind or extension by its number in a row."""
         known: tuple[str, ...] = getattr(self.header, names)
         if number >= len(known):
-            raise DataError(f"{where}: its row in the index is damaged. Rebuild it with `anymal prepare --index-only`.")
+            raise DataError(
+                f"{where}: its row in the index is damaged. Rebuild it with `anymal prepare --rebuild --index-only`."
+            )
         return known[number]
 
     def _attributes(self, kind: str) -> Mapping[str, Any]:
@@ -306,7 +308,9 @@ class ShardIndex:
             raise self._incomplete() from None
 
     def _incomplete(self) -> DataError:
-        return DataError(f"The index in {self.folder!r} is incomplete. Rebuild it with `anymal prepare --index-only`.")
+        return DataError(
+            f"The index in {self.folder!r} is incomplete. Rebuild it with `anymal prepare --rebuild --index-only`."
+        )
 
     @cached_property
     def _keys(self) -> Any:
