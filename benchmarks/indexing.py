@@ -35,8 +35,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_anymal.cli.prepare import main as prepare
-from megatron_anymal.data.index_folder import find_shards
 from megatron_anymal.data.index_processes import useful_workers
+from megatron_anymal.data.shard_listing import find_shards
 
 
 def jpeg(seed: int, side: int = 64) -> bytes:
@@ -147,7 +147,7 @@ def command_seconds(folder: Path, tokenizer: Path, workers: int, count: int) -> 
 
 def by_workers(folder: Path, one_sample: Path, tokenizer: Path, count: int, rounds: int) -> dict[str, Any]:
     """Seconds of the whole command with one process and with two, and on a folder of one sample, in turn."""
-    processes = useful_workers(2, find_shards(str(folder)).values())
+    processes = useful_workers(2, (file.size for file in find_shards(str(folder)).values()))
     turns: dict[str, list[float]] = {"start": [], "1": [], "2": []}
     for _ in range(rounds):
         turns["start"].append(command_seconds(one_sample, tokenizer, 1, 1))

@@ -18,6 +18,8 @@ from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.shard_samples import MemberCounts
 
 HASH = np.dtype("<u8")
+# Bytes of keys that are hashed together; more than the longest key has.
+_HASHED_BYTES = 2**20
 # Ledger code of samples that were left out because they have no media although others do.
 LOST_MEDIA = "no_media"
 # struct's codes of the types of columns.
@@ -97,20 +99,20 @@ class ShardRows:
         )
 
 
-def hash_keys(keys: bytes, offsets: np.ndarray, lengths: np.ndarray, at_once: int = 65_536) -> np.ndarray:
+def hash_keys(keys: bytes, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Numbers that are equal for equal keys, and different for others but by rare chance.
 
     Args:
         keys: concatenated keys.
         offsets: [n] where each key begins, in bytes.
         lengths: [n] length of each key in bytes, not 0.
-        at_once: number of keys that are hashed together, which bounds the memory.
 
     Returns:
         [n] HASH.
     """
     data = np.frombuffer(keys, np.uint8)
     hashes = np.empty(len(lengths), HASH)
+    at_once = _HASHED_BYTES // int(lengths.max(initial=1))
     for start in range(0, len(lengths), at_once):
         some = slice(start, start + at_once)
         hashes[some] = _hashed(data, offsets[some].astype(np.int64), lengths[some].astype(np.int64))

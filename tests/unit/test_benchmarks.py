@@ -144,6 +144,15 @@ def test_indexing_is_timed_beside_its_floors(tmp_path: Path) -> None:
     assert found["rows"]["per_sample"]["index_bytes"] > 100 and found["rows"]["runs"][1]["samples"] == 30_000
 
 
+def test_index_scale(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/index_scale.py", "--samples", "60000", "--steps", "2", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert "60,000 samples" in printed and "without bounds" in printed and found["index_bytes"] > 60_000 * 90
+    assert len(found["seconds"]["plan"]) == len(found["seconds"]["bare reads"]) == 2
+    assert str(tmp_path) not in out.read_text()
+
+
 def test_damaged_shards_lose_nothing_in_silence(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     printed = run("benchmarks/damaged_shards.py", "--shards", "30", "--out", str(out), tests=True)

@@ -23,7 +23,7 @@ from megatron_anymal.data.index_processes import useful_workers
 from megatron_anymal.data.index_writer import open_spool
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.shard_rows import HASH, RowBuffer, ShardRows, repeated
+from megatron_anymal.data.shard_rows import HASH, RowBuffer, ShardRows, hash_keys, repeated
 from megatron_anymal.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -162,6 +162,22 @@ def test_repeated_values() -> None:
     found, counts = np.unique(values, return_counts=True)
     np.testing.assert_array_equal(repeated(values), found[counts > 1])
     assert not len(repeated(values[:0])) and not len(repeated(values[:1]))
+
+
+def test_hashes_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    keys = [b"a", b"a\0", b"a\0\0\0\0\0\0\0", b"aaaaaaaa", b"aaaaaaaaa", b"aaaaaaaabbbbbbbb", b"bbbbbbbbaaaaaaaa"]
+    keys += [b"%d" % number for number in range(20_000)] + [b"k/" * 40 + b"%d" % number for number in range(500)]
+    numbers = np.concatenate([rng.permutation(len(keys)), rng.permutation(len(keys))])
+    lengths = np.array([len(keys[number]) for number in numbers])
+    content, offsets = b"".join(keys[number] for number in numbers), np.cumsum(lengths) - lengths
+    hashes = hash_keys(content, offsets, lengths)
+    by_number = np.empty(len(keys), HASH)
+    by_number[numbers] = hashes
+    np.testing.assert_array_equal(by_number[numbers], hashes)
+    assert len(np.unique(by_number)) == len(keys)
+    monkeypatch.setattr("megatron_anymal.data.shard_rows._HASHED_BYTES", 1000)
+    np.testing.assert_array_equal(hash_keys(content, offsets, lengths), hashes)
 
 
 def test_keys_of_equal_hashes_are_told_apart(
