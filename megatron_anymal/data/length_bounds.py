@@ -137,9 +137,8 @@ class LengthBounds:
     def cover(self, samples: int) -> bool:
         """Whether there is a bound for each block of so many samples."""
         blocks = self.table["block"].astype(np.int64)
-        return (
-            bool(len(blocks)) and blocks[-1] == (samples - 1) // self.block and (np.diff(blocks, prepend=-1) < 2).all()
-        )
+        last = (samples - 1) // self.block
+        return bool(len(blocks) and blocks[-1] == last and (np.diff(blocks, prepend=-1) < 2).all())
 
     def exceeding(self, seq_length: int, kinds: Sequence[str], modalities: Mapping[str, PlannedModality]) -> np.ndarray:
         """[blocks] bool: whether a bound of a block allows a sample that is longer than `seq_length`.

@@ -127,7 +127,7 @@ def _hashed(data: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.nd
     padded = np.zeros(int(words.sum()) * 8, np.uint8)
     padded[np.repeat(first * 8, lengths) + within] = data[np.repeat(offsets, lengths) + within]
     position = np.arange(len(padded) // 8) - np.repeat(first, words)
-    scrambled = scramble(padded.view(HASH), scramble(position.astype(HASH), np.uint64(1)))
+    scrambled = scramble(padded.view(HASH), scramble(position.astype(HASH), 1))
     return scramble(np.add.reduceat(scrambled, first), lengths.astype(HASH))
 
 
