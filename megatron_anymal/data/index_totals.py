@@ -62,7 +62,6 @@ def complete_index(
     if problem:
         _rename_ledger(folder, REFUSED_LEDGER)
         raise DataError(f"{problem} All are listed in {INDEX_FOLDER}/{REFUSED_LEDGER}.{first}")
-    _rename_ledger(folder, LEDGER)
     header = totals.header(options)
     tables = join_shards(shards, header.kinds, header.extensions)
     accounting = {
@@ -71,7 +70,9 @@ def complete_index(
         "limits": options["limits"],
         "options": options,
     }
+    # Until then, an older index and its ledger stay as they are.
     write_index(folder, header, totals.samples, totals.media, tables, accounting)
+    _rename_ledger(folder, LEDGER)
     print(totals.summary(folder, ledger.bad))
 
 

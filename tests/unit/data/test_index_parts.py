@@ -186,6 +186,33 @@ def test_a_damaged_index_is_built_anew(tmp_path: Path, tokenizer_folder: str) ->
                 assert files_of(folder) == expected, name
 
 
+def test_an_interrupted_writing_keeps_the_old_index(
+    tmp_path: Path, tokenizer_folder: str, read_shards: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, options = tmp_path / "f", IndexOptions(tokenizer_folder)
+    for number in range(3):
+        write_tar(folder / f"{number}.tar", [*pictures(number, number + 2), ("bad.txt", b"\xff")])
+    make_index(str(folder), options, max_bad_share=1.0)
+    before = files_of(folder)
+    write_tar(folder / "3.tar", pictures(3, 5))
+
+    def interrupted(*_: Any) -> Iterator[Any]:
+        yield from []
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_anymal.data.index_totals.join_shards", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_index(str(folder), options, max_bad_share=1.0)
+    left = files_of(folder)
+    assert {name: data for name, data in left.items() if not name.endswith(".part")} == before
+    assert len(ShardIndex(str(folder))) == 6
+    read_shards.clear()
+    make_index(str(folder), options, max_bad_share=1.0)
+    assert read_shards == ["3.tar"]
+    assert files_of(folder) == plain_index.index_files(folder, options, Tokenizer(tokenizer_folder))
+
+
 def test_an_index_of_an_earlier_version_is_built_anew(
     tmp_path: Path, tokenizer_folder: str, read_shards: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
