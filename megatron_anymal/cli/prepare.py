@@ -133,11 +133,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="folder of the tokenizer that training will use")
     parser.add_argument("--samples-per-shard", type=int, default=2000)
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
-    parser.add_argument(
-        "--part",
-        metavar="K/N",
-        help="do the K-th of N parts, for example 3/64; run again, it continues. --merge joins the parts",
-    )
+    parser.add_argument("--part", metavar="K/N", help="do the K-th of N parts, for example 3/64; see --merge")
     parser.add_argument(
         "--rebuild",
         action="store_true",

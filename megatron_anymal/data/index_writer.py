@@ -57,7 +57,11 @@ class RowSpool:
         return self._entries[name]
 
     def rows(self, name: str) -> ShardRows:
-        """The rows of a shard; the caller may change the arrays."""
+        """The rows of a shard; the caller may change the arrays.
+
+        Raises:
+            DataError: the file has been damaged.
+        """
         self._file.seek(self._offsets[name])
         return read_rows(self._file, "the temporary file of the index")
 

@@ -98,7 +98,7 @@ class PartFiles:
 
     def complete(self, file: ShardFile, options: str) -> bool:
         """Whether these rows need not be read again. A shard that could not be read is tried again."""
-        return self.current(file, options) and not self.entry(file.name)["unreadable"]
+        return self.current(file, options) and not self._heads[file.name]["unreadable"]
 
     def mark(self, part: PartOf, identity: Mapping[str, Any], shards: int) -> None:
         """Note that a part is finished.
