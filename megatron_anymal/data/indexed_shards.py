@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from megatron_anymal.data.index_format import SAMPLE
 from megatron_anymal.data.index_writer import renumber
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
@@ -120,6 +121,6 @@ def _located(index: ShardIndex) -> dict[str, _Indexed]:
     starts = np.cumsum(sizes, axis=0) - sizes
     named = tuple(entry["name"] for entry in entries)
     totals = len(index.samples), len(index.media), index.key_bytes
-    if named != index.header.shards or tuple(sizes.sum(axis=0)) != totals:
+    if index.samples.dtype != SAMPLE or named != index.header.shards or tuple(sizes.sum(axis=0)) != totals:
         raise DataError(f"The list of shards of the index in {index.folder!r} does not fit its tables.")
     return {entry["name"]: _Indexed(entry, *map(int, start)) for entry, start in zip(entries, starts)}

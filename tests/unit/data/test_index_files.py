@@ -176,6 +176,9 @@ def test_hashes_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     by_number[numbers] = hashes
     np.testing.assert_array_equal(by_number[numbers], hashes)
     assert len(np.unique(by_number)) == len(keys)
+    # Keys of one length that follow each other have hashes of their own way.
+    same = hash_keys(b"".join(keys[5000:5100]), np.arange(0, 400, 4), np.full(100, 4))
+    np.testing.assert_array_equal(same, by_number[5000:5100])
     monkeypatch.setattr("megatron_anymal.data.shard_rows._HASHED_BYTES", 1000)
     np.testing.assert_array_equal(hash_keys(content, offsets, lengths), hashes)
 
