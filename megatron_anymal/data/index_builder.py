@@ -15,7 +15,7 @@ from typing import Any
 
 import fsspec
 
-from megatron_anymal.config import LimitsConfig
+from megatron_anymal.config import ConfigError, LimitsConfig
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
@@ -58,8 +58,17 @@ class IndexOptions:
 
         Args:
             tokenizer: fingerprint of the tokenizer.
+
+        Raises:
+            ConfigError: a plug-in cannot be read.
         """
-        plugins = sorted(hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest() for path in self.plugins)
+        try:
+            contents = [Path(path).expanduser().read_bytes() for path in self.plugins]
+        except OSError as error:
+            raise ConfigError(
+                f"model.plugins: {error.filename} is not an existing Python file. Correct the path."
+            ) from None
+        plugins = sorted(hashlib.sha256(content).hexdigest() for content in contents)
         body = {
             "rules": RULES,
             "tokenizer": tokenizer,

@@ -41,9 +41,8 @@ class ShardReader:
         """`IndexOptions.identity` of the rows that it reads.
 
         Raises:
-            ConfigError: a plug-in cannot be imported.
+            ConfigError: a plug-in cannot be read.
         """
-        load_plugins(list(self.options.plugins))
         return self.options.identity(self.tokenizer.fingerprint())
 
     def read(self, file: ShardFile) -> ShardRows:
