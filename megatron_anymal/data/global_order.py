@@ -41,11 +41,20 @@ def _mix64_each(*numbers: int | np.ndarray) -> np.ndarray:
     state = np.array([_GOLDEN], np.uint64)
     for number in numbers:
         values = number.astype(np.uint64) if isinstance(number, np.ndarray) else np.uint64(number & _MASK64)
-        state = _scramble(state ^ values, np.uint64(_GOLDEN))
+        state = scramble(state ^ values, np.uint64(_GOLDEN))
     return state
 
 
-def _scramble(values: np.ndarray, key: np.ndarray | np.uint64) -> np.ndarray:
+def scramble(values: np.ndarray, key: np.ndarray | np.uint64) -> np.ndarray:
+    """64-bit hashes of numbers (SplitMix64 finaliser); a permutation of all numbers for each key.
+
+    Args:
+        values: [n] uint64.
+        key: one for all numbers, or [n] uint64.
+
+    Returns:
+        [n] uint64.
+    """
     with np.errstate(over="ignore"):
         values = values + key
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -86,7 +95,7 @@ def _permute_each(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
         left, right = values[outside] >> half, values[outside] & mask
         for round_keys in rounds:
             own = round_keys if len(round_keys) == 1 else round_keys[outside]
-            left, right = right, left ^ (_scramble(right, own) & mask)
+            left, right = right, left ^ (scramble(right, own) & mask)
         values[outside] = (left << half) | right
         outside = outside[values[outside] >= np.uint64(n)]
     return values.astype(np.int64)

@@ -124,7 +124,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
         if lengths != sample.documents or sum(sum(document.is_target) for document in documents) != sample.targets:
             raise DataError(
                 f"{self._planner.key(sample.dataset, sample.sample)}: it has {sum(lengths)} tokens, but the index "
-                f"states {sample.length}. Rebuild the index with `anymal prepare --index-only`."
+                f"states {sample.length}. Rebuild the index with `anymal prepare --rebuild --index-only`."
             )
         for document, span in zip(documents, places):
             tokens, before_last = torch.tensor(document.tokens), slice(span.start, span.stop - 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Optional
@@ -20,6 +20,7 @@ from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, Mo
 from megatron_anymal.data.configured_modality import PlannedModality, integer_costs
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
+from megatron_anymal.data.length_bounds import LengthBounds
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError
 from megatron_anymal.data.row_reader import RowReader
@@ -319,10 +320,9 @@ class BatchPlanner:
                 f"Rebuild it: anymal prepare --index-only {index.folder} --tokenizer {tokenizer.hf.name_or_path}"
             )
 
-    def _refuse_long(self, rows_at_once: int = 1_000_000) -> None:
+    def _refuse_long(self) -> None:
         for number, index in enumerate(self.indexes):
-            for start in range(0, len(index), rows_at_once):
-                rows = np.arange(start, min(start + rows_at_once, len(index)))
+            for rows in self._doubtful_rows(index):
                 length = self.measure(index, rows).length
                 if (length > self.layout.seq_length).any():
                     too_long = int((length > self.layout.seq_length).sum())
@@ -333,3 +333,18 @@ class BatchPlanner:
                         f"{int(length[worst])} tokens. Raise data.seq_length, or set data.too_long=drop to leave "
                         "them out (media are never cut)."
                     )
+
+    def _doubtful_rows(self, index: ShardIndex, rows_at_once: int = 1_000_000) -> Iterator[np.ndarray]:
+        """Row numbers of the samples that may be longer than `seq_length` by the index's bounds, in ascending order."""
+        bounds = index.bounds
+        # An index of an earlier version has no bounds: all of its rows are read.
+        doubtful = np.ones(1, bool) if bounds is None else self._exceeding(index, bounds)
+        block = len(index) if bounds is None else bounds.block
+        for start in range(0, len(index), rows_at_once):
+            stop = min(start + rows_at_once, len(index))
+            if doubtful[start // block : -(-stop // block)].any():
+                rows = np.arange(start, stop)
+                yield rows[doubtful[rows // block]]
+
+    def _exceeding(self, index: ShardIndex, bounds: LengthBounds) -> np.ndarray:
+        return bounds.exceeding(self.layout.seq_length, index.header.kinds, self._by_kind)

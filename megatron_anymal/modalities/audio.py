@@ -73,6 +73,7 @@ class AudioModality(Modality):
         "aiff",
     )
     Options: ClassVar[type] = AudioOptions
+    pieces_grow_with_size: ClassVar[bool] = True
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)

@@ -145,6 +145,9 @@ class Modality(ABC):
     Options: ClassVar[type]
     # Whether it, or the part of transformers that it uses, needs torch, which commands then import.
     needs_torch: ClassVar[bool] = True
+    # Whether `count_pieces` never falls if a number of a size grows. The largest sizes in an index's block then bound
+    # the pieces of its samples; otherwise a run reads every sample with this kind of media when it starts.
+    pieces_grow_with_size: ClassVar[bool] = False
 
     def __init__(self, config: ModalityConfig) -> None:
         self.config = config

@@ -11,7 +11,8 @@ import numpy as np
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig, ModalityConfig
 from megatron_anymal.modalities.base import require_above
 from megatron_anymal.modalities.jpeg import decoded_pixels
-from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size
+from megatron_anymal.modalities.jpeg_headers import plain_size
+from megatron_anymal.modalities.pictures import decoded, opened, orientation_and_size, require_decodable
 from megatron_anymal.modalities.pixels import PixelModality, PixelOptions, PixelTransform
 from megatron_anymal.modalities.registry import register
 
@@ -43,6 +44,7 @@ class ImageModality(PixelModality):
     extensions: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm")
     Options: ClassVar[type] = ImageOptions
     needs_torch: ClassVar[bool] = False
+    pieces_grow_with_size: ClassVar[bool] = True
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)
@@ -58,9 +60,13 @@ class ImageModality(PixelModality):
         Raises:
             MediaError: unreadable, or beyond a limit.
         """
-        with opened(data, limits) as picture:
-            _, (width, height) = orientation_and_size(picture)
-        return float(width), float(height)
+        size = plain_size(data)
+        if size is None:
+            with opened(data, limits) as picture:
+                _, size = orientation_and_size(picture)
+        else:
+            require_decodable(size, "JPEG", len(data), limits)
+        return float(size[0]), float(size[1])
 
     def _grid(self, sizes: np.ndarray) -> np.ndarray:
         sides = np.ceil(sizes.max(axis=1) / self.pixels.resolution)

@@ -107,6 +107,7 @@ class VideoModality(PixelModality):
     extensions: ClassVar[tuple[str, ...]] = ("mp4", "mov", "m4v", "webm", "mkv", "avi")
     Options: ClassVar[type] = VideoOptions
     needs_torch: ClassVar[bool] = False
+    pieces_grow_with_size: ClassVar[bool] = True
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)

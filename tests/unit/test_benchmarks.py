@@ -167,6 +167,15 @@ def test_the_loader_takes_turns_with_webdataset(kind: str, tmp_path: Path) -> No
     assert found["floors_ms"] and all(min(times) > 0 for times in found["parts_ms"].values())
 
 
+def test_index_scale(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/index_scale.py", "--samples", "60000", "--steps", "2", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert "60,000 samples" in printed and "without bounds" in printed and found["index_bytes"] > 60_000 * 90
+    assert len(found["seconds"]["plan"]) == len(found["seconds"]["bare reads"]) == 2
+    assert str(tmp_path) not in out.read_text()
+
+
 def test_damaged_shards_lose_nothing_in_silence(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     printed = run("benchmarks/damaged_shards.py", "--shards", "30", "--out", str(out), tests=True)

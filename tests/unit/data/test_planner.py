@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_anymal.config import DatasetConfig
+from megatron_anymal.data.index_format import MEDIA, SAMPLE
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModality
 from megatron_anymal.data.records import DataError, PlannedMedia
-from megatron_anymal.data.shard_index import MEDIA, SAMPLE, ShardIndex, take_rows
+from megatron_anymal.data.shard_index import ShardIndex, take_rows
 
 SAMPLES, SEQ_LENGTH = 3000, 350
 
