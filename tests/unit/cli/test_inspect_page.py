@@ -295,11 +295,13 @@ def test_frames_have_their_times() -> None:
     video = build_modality("video", ModalityConfig(encoder=encoder, options=options))
     assert isinstance(video, VideoModality)
     frames = np.random.default_rng(3).integers(0, 255, (3, 2, 8, 8, 3), dtype=np.uint8)
-    article = shown_item(video, video.pixels.normalise(frames), (3.0, 25.0))
+    normalised = np.empty((3, 2, 3, 8, 8), np.float32)
+    video.pixels.normalise(frames, normalised)
+    article = shown_item(video, normalised, (3.0, 25.0))
     for picture, frame in zip(article.pictures, frames.reshape(6, 8, 8, 3), strict=True):
         np.testing.assert_array_equal(pixels_of(picture), frame)
     assert re.findall(r"\d\.\d\d s", article.words) == [f"{at:.2f} s" for at in (0.25, 0.75, 1.25, 1.75, 2.25, 2.75)]
-    halved = shown_item(video, np.concatenate([video.pixels.normalise(frames)] * 5), (15.0, 25.0), room=0.5)
+    halved = shown_item(video, np.concatenate([normalised] * 5), (15.0, 25.0), room=0.5)
     assert len(halved.pictures) == 10 and "20 more pictures not shown" in halved.words
 
 

@@ -110,7 +110,8 @@ def test_lengths_come_from_an_index(
     plan = build_data(config, _ALONE, tokenizer, modalities, "train").planner.plan(0)
     assert work.samples == 40 and work.tokens == pytest.approx(plan.documents.sum())
     assert work.squares == pytest.approx((plan.documents**2).sum()) and work.labels == pytest.approx(plan.targets.sum())
-    pieces = {name: sum(m.pieces for media in plan.media for m in media if m.modality == name) for name in work.pieces}
+    planned = [item for position in range(len(plan.targets)) for item in plan.media.of(position)]
+    pieces = {name: sum(item.pieces for item in planned if item.modality == name) for name in work.pieces}
     assert work.pieces == pytest.approx(pieces) and mixed_shards in work.origin
     load = pack_load(work, BatchLayout.of(config.model, config.data.seq_length, 1))
     batches = plan.micro_batches[0]
