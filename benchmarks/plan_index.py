@@ -22,8 +22,8 @@ import numpy as np
 
 from megatron_anymal.config import DatasetConfig
 from megatron_anymal.data.configured_modality import PlannedModality
+from megatron_anymal.data.index_format import MEDIA, SAMPLE
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
-from megatron_anymal.data.shard_index import MEDIA, SAMPLE
 
 # Samples per step, and steps that are planned.
 BATCH, STEPS = 26_880, 10

@@ -36,7 +36,7 @@ class ShardFiles(threading.local):
             if len(self._opened) > self._most:
                 self._opened.popitem(last=False)
         self._opened.move_to_end(name)
-        return shard.read_at(offset, length)
+        return shard.read_exactly(offset, length)
 
 
 class _Shard(LocalBytes):

@@ -13,6 +13,7 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -212,6 +213,15 @@ class Modality(ABC):
         size = self.probe(data, extension, attributes, self.limits)
         return size, self.decode(data, extension, attributes, self._count(size))
 
+    @classmethod
+    def _decodes_with_size(cls) -> bool:
+        """Whether `decode_with_size` belongs to the newest `probe` and `decode`: a subclass may override only those."""
+        newest = {
+            name: next(depth for depth, owner in enumerate(cls.__mro__) if name in vars(owner))
+            for name in ("decode_with_size", "probe", "decode")
+        }
+        return newest["decode_with_size"] <= min(newest["probe"], newest["decode"])
+
     def _count(self, size: tuple[float, float]) -> int:
         return int(self.count_pieces(np.array([size], dtype=np.float64))[0])
 
@@ -255,7 +265,8 @@ class Modality(ABC):
             MediaError: the file is corrupt, truncated or empty, has non-finite values, does not match its probed size,
                 or has another number of pieces than `out`.
         """
-        size, returned = self.decode_with_size(data, extension, attributes)
+        read = self.decode_with_size if self._decodes_with_size() else partial(Modality.decode_with_size, self)
+        size, returned = read(data, extension, attributes)
         # Plug-ins may return a tensor on the CPU.
         decoded, expected = np.asarray(returned), self._count(size)
         if out is not None and len(out) != expected:

@@ -38,11 +38,12 @@ class LocalBytes:
         is_near = abs(offset - self._stop) <= _SHORT
         self._stop = offset + length
         if length > _SHORT or not is_near:
-            return self._read(offset, length)
-        self._ahead, self._start = self._read(offset, _AHEAD), offset
+            return self.read_exactly(offset, length)
+        self._ahead, self._start = self.read_exactly(offset, _AHEAD), offset
         return self._ahead[:length]
 
-    def _read(self, offset: int, length: int) -> bytes:
+    def read_exactly(self, offset: int, length: int) -> bytes:
+        """The bytes [offset, offset + length) as `read_at`, without reading ahead: for reads in random order."""
         data = os.pread(self._descriptor, length, offset)
         while 0 < len(data) < length:
             more = os.pread(self._descriptor, length - len(data), offset + len(data))

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from megatron_anymal.data import row_reader
+from megatron_anymal.data.index_format import MEDIA
 from megatron_anymal.data.row_reader import RowReader
-from megatron_anymal.data.shard_index import MEDIA
 
 
 def made_up(count: int = 300) -> np.ndarray:
