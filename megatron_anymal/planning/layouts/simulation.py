@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from megatron_anymal.planning.layouts.schedule import Event, events_of_stage
 
-# Micro-batches that are simulated, per pipeline stage; the steps between repeat themselves.
-_FEWER, _MORE = 3, 4
+# Groups of micro-batches, one per stage, of the shortest step that longer ones are extrapolated from.
+_FEWER = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def simulate(
     """Simulate one step.
 
     All micro-batches cost the same, so that in the middle of a long step every group of micro-batches repeats the one
-    before: such a step is extrapolated from two short ones, unless the timeline is asked for.
+    before: such a step is extrapolated from shorter ones, once they grow evenly, unless the timeline is asked for.
 
     Args:
         passes: seconds of a forward and of a backward pass of each model chunk, per stage.
@@ -76,21 +76,37 @@ def simulate(
         timeline: also return the spans.
     """
     stages = len(passes)
-    rest = micro_batches % stages
-    fewer, more = _FEWER * stages + rest, _MORE * stages + rest
-    if timeline or micro_batches <= more:
-        return _Simulation(passes, micro_batches, message, overlap, timeline).run()
-    short = _Simulation(passes, fewer, message, overlap, False).run()
-    longer = _Simulation(passes, more, message, overlap, False).run()
-    groups = (micro_batches - fewer) / stages
+    rest, groups = micro_batches % stages, _FEWER
+    while not timeline and (groups + 2) * stages + rest < micro_batches:
+        short, longer, longest = (
+            _Simulation(passes, (groups + more) * stages + rest, message, overlap, False).run() for more in range(3)
+        )
+        if _is_steady(short, longer, longest):
+            return _extended(longer, longest, (micro_batches - rest) / stages - groups - 1)
+        groups *= 2
+    return _Simulation(passes, micro_batches, message, overlap, timeline).run()
+
+
+def _is_steady(short: PipelineTime, longer: PipelineTime, longest: PipelineTime) -> bool:
+    """Whether a further group of micro-batches takes every stage the same time, and the same as the one before it.
+
+    Stages of different speed first use up the slack between them.
+    """
+    steps = [y - x for x, y in zip(longer.ends, longest.ends)]
+    before = [y - x for x, y in zip(short.ends, longer.ends)]
+    return max(steps + before) - min(steps + before) <= 1e-9 * longest.seconds
+
+
+def _extended(longer: PipelineTime, longest: PipelineTime, groups: float) -> PipelineTime:
+    """Extrapolate from two steps that differ by a group of micro-batches to `groups` more than the shorter has."""
 
     def extended(a: tuple[float, ...], b: tuple[float, ...]) -> tuple[float, ...]:
         return tuple(x + groups * (y - x) for x, y in zip(a, b))
 
     return PipelineTime(
-        ends=extended(short.ends, longer.ends),
-        busy=extended(short.busy, longer.busy),
-        exchanging=extended(short.exchanging, longer.exchanging),
+        ends=extended(longer.ends, longest.ends),
+        busy=extended(longer.busy, longest.busy),
+        exchanging=extended(longer.exchanging, longest.exchanging),
     )
 
 
