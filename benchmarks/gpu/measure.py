@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from anymal_side import layer_parameters
 from measuring import Turns, ratio, take_turns
+from runs import Run, Side, build_run, release, set_recompute, start
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand
@@ -23,7 +24,6 @@ from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import train_step
-from runs import Run, Side, build_run, release, set_recompute, start
 
 # Relative tolerance of loss and gradient norm between the two implementations, by precision.
 TOLERANCE = {"32": (1e-4, 1e-3), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1), "fp8_primary": (2e-2, 2e-1)}
