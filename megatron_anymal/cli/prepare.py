@@ -1,4 +1,4 @@
-"""`anymal prepare`: build shards and their index from a manifest, or index existing shards."""
+"""`anymal prepare`: build shards and their index from a manifest, or index existing shards, at once or in parts."""
 
 from __future__ import annotations
 
@@ -7,31 +7,97 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal import lean_imports
 from megatron_anymal.config import LimitsConfig, is_remote
+from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
+
+if TYPE_CHECKING:
+    from megatron_anymal.data.index_builder import IndexOptions
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb and return the exit code."""
-    arguments = _parser().parse_args(argv)
-    if not arguments.tokenizer:
-        raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
-    _check_folders(arguments.out or "", arguments.index_only or "")
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    part = PartOf.parse(arguments.part) if arguments.part else None
+    _check(parser, arguments)
+    _check_folders(arguments)
     # These import numpy and the media libraries' readers, which --help does without.
-    from megatron_anymal.data.index_builder import IndexOptions
-    from megatron_anymal.data.index_folder import make_index
-    from megatron_anymal.data.manifest import existing, write_shards
-    from megatron_anymal.data.tokenizer import Tokenizer
     from megatron_anymal.modalities import load_plugins
 
     if not arguments.plugin:
         # A plug-in may need torch; what this verb does itself, does not.
         lean_imports.hide_torch()
+    if arguments.merge:
+        from megatron_anymal.data.index_parts import merge_parts
+
+        merge_parts(arguments.merge, arguments.max_bad_share)
+        return 0
     load_plugins(arguments.plugin)
-    options = IndexOptions(
+    if arguments.manifest:
+        _prepare_manifest(arguments, _options(arguments), part)
+    else:
+        _index(arguments, arguments.index_only, _options(arguments), part, arguments.rebuild, None)
+    return 0
+
+
+def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse options that are missing, or that would have no effect.
+
+    Raises:
+        DataError: naming the option.
+    """
+    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+    # Option -> the options that it works with.
+    users = {"out": "manifest", "overwrite": "manifest", "samples_per_shard": "manifest", "rebuild": "index_only"}
+    for name, user in users.items():
+        if name in given and user not in given:
+            raise DataError(f"{_spelled(name)} has no effect without {_spelled(user)}. Leave it out.")
+    if arguments.merge:
+        others = [_spelled(name) for name in given if name not in ("merge", "max_bad_share", "workers")]
+        if others:
+            raise DataError(f"--merge uses the options that its parts were made with. Leave out {', '.join(others)}.")
+        return
+    if not arguments.tokenizer:
+        raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
+    if arguments.manifest and not arguments.out:
+        raise DataError("--manifest needs --out, the folder to write shards into.")
+    if arguments.part:
+        for name, fix in (("max_bad_share", "Give it to --merge"), ("overwrite", "Empty the folder first")):
+            if name in given:
+                raise DataError(f"{_spelled(name)} applies to a whole folder, not to --part. {fix}.")
+
+
+def _check_folders(arguments: argparse.Namespace) -> None:
+    """Refuse addresses that cannot be written.
+
+    Raises:
+        DataError: naming the option.
+    """
+    if is_remote(arguments.out or ""):
+        raise DataError(
+            f"--out {arguments.out}: shards are written to a local folder. Upload it with its index afterwards."
+        )
+    for name in ("index_only", "merge"):
+        folder = getattr(arguments, name) or ""
+        if folder.startswith(("http://", "https://")):
+            raise DataError(
+                f"{_spelled(name)} {folder}: nothing can be written through an HTTP server. Build the index where the "
+                "shards are stored, and serve both."
+            )
+
+
+def _spelled(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _options(arguments: argparse.Namespace) -> IndexOptions:
+    from megatron_anymal.data.index_builder import IndexOptions
+
+    return IndexOptions(
         arguments.tokenizer,
         _kinds(arguments.modality),
         arguments.plugin,
@@ -40,18 +106,41 @@ def main(argv: Sequence[str]) -> int:
         limits=_limits(arguments.limit),
         text_only=arguments.text_only,
     )
-    if arguments.manifest:
-        if not arguments.out:
-            raise DataError("--manifest needs --out, the folder to write shards into.")
-        existing(arguments.manifest)
-        # Before the shards are written: the same command can then be started again.
-        Tokenizer(arguments.tokenizer)
-        write_shards(
-            arguments.manifest, arguments.out, arguments.samples_per_shard, arguments.overwrite, options.limits
-        )
-    folder = arguments.out if arguments.manifest else arguments.index_only
-    make_index(folder, options, arguments.workers, arguments.max_bad_share)
-    return 0
+
+
+def _prepare_manifest(arguments: argparse.Namespace, options: IndexOptions, part: Optional[PartOf]) -> None:
+    """Write the shards of a manifest, or a part of them, and index them."""
+    from megatron_anymal.data.manifest import existing, write_shards
+    from megatron_anymal.data.manifest_parts import write_part
+    from megatron_anymal.data.tokenizer import Tokenizer
+
+    manifest, out, size = arguments.manifest, arguments.out, arguments.samples_per_shard
+    existing(manifest)
+    # Before the shards are written: the same command can then be started again.
+    Tokenizer(arguments.tokenizer)
+    if part:
+        names = write_part(manifest, out, part, size, options.limits)
+        _index(arguments, out, options, part, True, names)
+    else:
+        write_shards(manifest, out, size, arguments.overwrite, options.limits)
+        _index(arguments, out, options, None, True, None)
+
+
+def _index(
+    arguments: argparse.Namespace,
+    folder: str,
+    options: IndexOptions,
+    part: Optional[PartOf],
+    rebuild: bool,
+    names: Optional[Sequence[str]],
+) -> None:
+    from megatron_anymal.data.index_folder import make_index
+    from megatron_anymal.data.index_parts import index_part
+
+    if part:
+        index_part(folder, options, part, arguments.workers, rebuild, names)
+    else:
+        make_index(folder, options, arguments.workers, arguments.max_bad_share, rebuild)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,10 +148,17 @@ def _parser() -> argparse.ArgumentParser:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--manifest", help="a .jsonl or .csv file of media paths and texts to pack into shards")
     source.add_argument("--index-only", metavar="FOLDER", help="a folder of WebDataset shards to index in place")
+    source.add_argument("--merge", metavar="FOLDER", help="a folder whose parts are finished: write its index")
     parser.add_argument("--out", help="with --manifest: the folder to create")
     parser.add_argument("--tokenizer", help="folder of the tokenizer that training will use")
     parser.add_argument("--samples-per-shard", type=int, default=2000)
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
+    parser.add_argument("--part", metavar="K/N", help="do the K-th of N parts, for example 3/64; see --merge")
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="with --index-only: read all shards, also those that the folder's index has unchanged",
+    )
     parser.add_argument(
         "--workers",
         type=int,
@@ -104,16 +200,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plugin", action="append", default=[], help="a file that registers further modalities")
     return parser
-
-
-def _check_folders(out: str, index_only: str) -> None:
-    if is_remote(out):
-        raise DataError(f"--out {out}: shards are written to a local folder. Upload it with its index afterwards.")
-    if index_only.startswith(("http://", "https://")):
-        raise DataError(
-            f"--index-only {index_only}: nothing can be written through an HTTP server. Build the index where the "
-            "shards are stored, and serve both."
-        )
 
 
 def _pair(option: str, text: str, form: str) -> tuple[str, str]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Any, Optional
 
 LEDGER = "left_out.jsonl"
 # The ledger of a refused indexing has its own name, so that it cannot be mistaken for that of an older index.
@@ -69,18 +69,50 @@ class LeftOut:
         member = f", member {self.member!r}" if self.member else ""
         return f"{what}shard {self.shard!r}{member}: {self.reason}"
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are not empty."""
+        return {name: value for name, value in vars(self).items() if value != ""}
 
-def to_lines(entries: Iterable[LeftOut]) -> Iterator[bytes]:
-    """The lines of the ledger file."""
-    for entry in entries:
-        yield json.dumps({k: v for k, v in asdict(entry).items() if v != ""}).encode() + b"\n"
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> LeftOut:
+        """The entry that `to_dict` returned as `value`."""
+        return LeftOut(**value)
 
 
 def read_ledger(fs: Any, path: str) -> list[LeftOut]:
     """The entries of a ledger; empty if the file does not exist, as for an index of an earlier version."""
     if not fs.exists(path):
         return []
-    return [LeftOut(**json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
+    return [LeftOut.from_dict(json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
+
+
+class LedgerWriter:
+    """Writes a ledger line by line, and keeps the counts and the first entries."""
+
+    def __init__(self, file: IO[bytes], shown: int):
+        """Start an empty ledger.
+
+        Args:
+            shown: number of entries to keep in `first`.
+        """
+        self._file, self._shown = file, shown
+        # Number of entries by code, in the order of their first ones.
+        self.codes: Counter[str] = Counter()
+        # Number of entries that leave something out, and the first of them.
+        self.bad = 0
+        self.first_bad: Optional[LeftOut] = None
+        self.first: list[LeftOut] = []
+
+    def add(self, entries: Iterable[LeftOut]) -> None:
+        """Write entries."""
+        for entry in entries:
+            self._file.write(json.dumps(entry.to_dict()).encode() + b"\n")
+            self.codes[entry.code] += 1
+            if not entry.is_note:
+                self.bad += 1
+                self.first_bad = self.first_bad or entry
+            if len(self.first) < self._shown:
+                self.first.append(entry)
 
 
 def grouped(entries: Iterable[LeftOut], examples: int = 2) -> Iterator[str]:

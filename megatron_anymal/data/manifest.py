@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.records import DataError, TextPart
-from megatron_anymal.data.samples import UTF16_MARKS, media_entries, parse_sample, read_lines, to_json
+from megatron_anymal.data.samples import UTF16_MARKS, media_entries, parse_line, parse_sample, raw_lines, to_json
 from megatron_anymal.data.shard_samples import MAX_KEY_BYTES
 from megatron_anymal.telemetry import Progress
 
@@ -20,13 +21,14 @@ _COLUMNS = ("key", "media", "modality", "text")
 
 
 @dataclass(frozen=True)
-class _Line:
+class ManifestLine:
     """A line of a manifest."""
 
     # File and line, for error messages.
     where: str
-    # Used as the key if the line has none.
+    # Its number, counted from 1: used as the key if the line has none.
     number: int
+    # Its object, or the cells of a .csv by column.
     value: dict[str, Any]
 
 
@@ -46,31 +48,37 @@ def write_shards(
     Raises:
         DataError: naming the invalid line, or the media file that is missing or too large.
     """
-    folder, base = Path(out), existing(manifest).parent
+    folder, path = Path(out), existing(manifest)
     if folder.is_dir() and any(folder.glob("*.tar")) and not overwrite:
         raise DataError(f"{out!r} already holds shards. Name another folder, or add --overwrite.")
-    lines = list(_read_manifest(Path(manifest), limits))
-    if not lines:
+    # Every line is parsed before the first shard is written, and again for its shard: memory holds one shard.
+    count = sum(1 for _ in read_manifest(path, limits))
+    if not count:
         raise DataError(f"The manifest {manifest!r} has no lines.")
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_parts(folder)
-    progress = Progress("packing", len(lines))
+    _remove_unfinished(folder)
+    progress = Progress("packing", count)
     seen: set[str] = set()
-    parts = []
+    unfinished = []
     try:
-        for shard, start in enumerate(range(0, len(lines), samples_per_shard)):
-            parts.append(folder / f"shard-{shard:06d}.tar.part")
-            _write_shard(parts[-1], lines[start : start + samples_per_shard], base, limits, seen)
-            progress.advance(min(samples_per_shard, len(lines) - start))
+        for shard, lines in shard_lines(path, samples_per_shard, limits):
+            unfinished.append(folder / f"{shard_name(shard)}.part")
+            write_shard(unfinished[-1], lines, path.parent, limits, seen)
+            progress.advance(len(lines))
     except DataError:
-        _remove_parts(folder)
+        _remove_unfinished(folder)
         raise
     progress.finish()
     # Only now: a wrong line must not cost the shards that the folder had before.
     for old in folder.glob("*.tar"):
         old.unlink()
-    for part in parts:
-        part.rename(part.with_suffix(""))
+    for shard_path in unfinished:
+        shard_path.rename(shard_path.with_suffix(""))
+
+
+def shard_name(shard: int) -> str:
+    """File name of a shard by its number, counted from 0."""
+    return f"shard-{shard:06d}.tar"
 
 
 def existing(manifest: str) -> Path:
@@ -87,12 +95,21 @@ def existing(manifest: str) -> Path:
     return path
 
 
-def _remove_parts(folder: Path) -> None:
-    for part in folder.glob("*.tar.part"):
-        part.unlink()
+def _remove_unfinished(folder: Path) -> None:
+    for path in folder.glob("*.tar.part"):
+        path.unlink()
 
 
-def _write_shard(path: Path, lines: Sequence[_Line], base: Path, limits: LimitsConfig, seen: set[str]) -> None:
+def write_shard(path: Path, lines: Sequence[ManifestLine], base: Path, limits: LimitsConfig, seen: set[str]) -> None:
+    """Write a shard.
+
+    Args:
+        base: folder that the paths of media are relative to.
+        seen: keys of earlier shards; those of this one are added.
+
+    Raises:
+        DataError: naming the line that is wrong, or the media file that is missing or too large.
+    """
     import webdataset
 
     with webdataset.TarWriter(str(path), mtime=0) as writer:
@@ -106,12 +123,40 @@ def _write_shard(path: Path, lines: Sequence[_Line], base: Path, limits: LimitsC
             writer.write(sample)
 
 
-def _read_manifest(path: Path, limits: LimitsConfig) -> Iterator[_Line]:
+def shard_lines(
+    path: Path, samples_per_shard: int, limits: LimitsConfig, takes: Callable[[int], bool] = lambda _: True
+) -> Iterator[tuple[int, list[ManifestLine]]]:
+    """The lines of a manifest by the number of their shard.
+
+    Args:
+        takes: whether a shard is wanted, by its number.
+
+    Raises:
+        DataError: naming the line that is wrong.
+    """
+    lines = read_manifest(path, limits, lambda position: takes(position // samples_per_shard))
+    for shard, group in itertools.groupby(lines, lambda entry: entry[0] // samples_per_shard):
+        yield shard, [line for _, line in group]
+
+
+def read_manifest(
+    path: Path, limits: LimitsConfig, takes: Callable[[int], bool] = lambda _: True
+) -> Iterator[tuple[int, ManifestLine]]:
+    """The lines of a manifest with their positions, counted from 0; empty lines are skipped.
+
+    Args:
+        takes: whether a line is wanted, by its position.
+
+    Raises:
+        DataError: naming the line that is wrong.
+    """
     if path.suffix == ".jsonl":
-        for where, value in read_lines(path, limits):
-            yield _Line(where, int(where.rpartition(":")[2]), value)
+        for position, (number, data) in enumerate(raw_lines(path, limits)):
+            if takes(position):
+                where = f"{path}:{number}"
+                yield position, ManifestLine(where, number, parse_line(data, where, limits))
     else:
-        yield from _read_table(path, limits)
+        yield from ((position, line) for position, line in enumerate(_read_table(path, limits)) if takes(position))
 
 
 def _text_lines(path: Path) -> Iterator[str]:
@@ -132,7 +177,7 @@ def _text_lines(path: Path) -> Iterator[str]:
                 ) from None
 
 
-def _read_table(path: Path, limits: LimitsConfig) -> Iterator[_Line]:
+def _read_table(path: Path, limits: LimitsConfig) -> Iterator[ManifestLine]:
     """The rows of a .csv file as objects keyed by column name; empty cells are left out."""
     lines = _text_lines(path)
     first = next(lines, "")
@@ -156,7 +201,9 @@ def _read_table(path: Path, limits: LimitsConfig) -> Iterator[_Line]:
             if len(row) != len(header):
                 more = "more" if len(row) > len(header) else "fewer"
                 raise DataError(f"{where}: the line has {more} cells than the header. Quote {delimiter!r} in texts.")
-            yield _Line(where, number, {name: _cell(name, text) for name, text in zip(header, row) if text != ""})
+            yield ManifestLine(
+                where, number, {name: _cell(name, text) for name, text in zip(header, row) if text != ""}
+            )
     except csv.Error as error:
         limit = f"; the longest is data.limits.max_text_bytes={limits.max_text_bytes}" if "limit" in str(error) else ""
         raise DataError(f"{path}:{rows.line_num + 1}: not a line of a .csv file ({error}{limit}).") from None
@@ -187,7 +234,7 @@ def _cell(column: str, text: str) -> Any:
         return text
 
 
-def _to_sample(line: _Line, base: Path, limits: LimitsConfig) -> dict[str, Any]:
+def _to_sample(line: ManifestLine, base: Path, limits: LimitsConfig) -> dict[str, Any]:
     """Convert a manifest line to a WebDataset sample."""
     where, value = line.where, line.value
     if "parts" not in value and "messages" not in value:
@@ -219,7 +266,7 @@ def _to_sample(line: _Line, base: Path, limits: LimitsConfig) -> dict[str, Any]:
     return sample
 
 
-def _key(line: _Line) -> str:
+def _key(line: ManifestLine) -> str:
     """The key of a line. Dots are replaced, because WebDataset ends the key at the first dot.
 
     Raises:

@@ -3,26 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Optional, Protocol
 
-from torch.utils.data import Dataset, Sampler, get_worker_info
+from torch.utils.data import Sampler
 
-from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import PlannedMicroBatch
-from megatron_anymal.object_storage.errors import StorageError
-
-
-class Reader(Protocol):
-    """Reads planned micro-batches; see data.loader.MicroBatchReader."""
-
-    def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
-        """Read a micro-batch."""
-
-    def request(self, plan: PlannedMicroBatch) -> None:
-        """Start to read a micro-batch that will be needed."""
+from megatron_anymal.data.step_plan import StepPlan
 
 
 @dataclass(frozen=True)
@@ -51,6 +39,8 @@ class PlanSampler(Sampler[QueuedPlan]):
         self._workers, self._read_ahead = max(1, workers), read_ahead
         # Plans of the steps that have not run.
         self.plans: deque[StepPlan] = deque()
+        # Set to plan no further step than those in progress.
+        self.ended = False
 
     def __iter__(self) -> Iterator[QueuedPlan]:
         """The micro-batches in the order of the steps."""
@@ -69,29 +59,8 @@ class PlanSampler(Sampler[QueuedPlan]):
 
     def _micro_batches(self) -> Iterator[PlannedMicroBatch]:
         for step in self._steps:
+            if self.ended:
+                return
             plan = self._planner.plan(step)
             self.plans.append(plan)
             yield from plan.of_replica(self._replica)
-
-
-class QueuedReads(Dataset[MicroBatch | StorageError]):
-    """Reads in a worker process. An error of an object store is returned: torch would bury it in a traceback.
-
-    Args:
-        before_read: called in a worker before it reads a micro-batch, with the worker's id and the step.
-    """
-
-    def __init__(self, reader: Reader, before_read: Optional[Callable[[int, int], None]] = None):
-        self._reader, self._before_read = reader, before_read
-
-    def __getitem__(self, queued: QueuedPlan) -> MicroBatch | StorageError:
-        """Read a micro-batch, and request the coming ones."""
-        worker = get_worker_info()
-        if worker is not None and self._before_read is not None:
-            self._before_read(worker.id, queued.plan.step)
-        try:
-            for plan in (queued.plan, *queued.coming):
-                self._reader.request(plan)
-            return self._reader[queued.plan]
-        except StorageError as error:
-            return error

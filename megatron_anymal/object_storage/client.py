@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from typing import IO, Any, Optional, TypeVar
 from urllib.parse import urlsplit
@@ -154,7 +154,9 @@ class ObjectClient:
             StorageError: they cannot.
         """
         self.pipe_file(f"{path}/.writable", b"")
-        self.rm_file(f"{path}/.writable")
+        # Another process that checks the same folder may have deleted it.
+        with suppress(ObjectMissing):
+            self.rm_file(f"{path}/.writable")
 
     def pipe_file(self, path: str, data: bytes) -> None:
         """Write an object.
