@@ -37,6 +37,19 @@ def client(folder: str, settings: StorageConfig) -> ObjectClient:
     return ObjectClient(folder, settings)
 
 
+def test_processes_that_check_the_same_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another one may delete the object of this one's check; not every store accepts to delete it again."""
+    client = ObjectClient("memory://checked")
+    pipe_file = client.pipe_file
+
+    def written_and_deleted(path: str, data: bytes) -> None:
+        pipe_file(path, data)
+        client.rm_file(path)
+
+    monkeypatch.setattr(client, "pipe_file", written_and_deleted)
+    client.makedirs(f"{client.root}/index")
+
+
 @pytest.mark.parametrize("kind", ["slow_down", "server_error", "cut", "short"])
 def test_faults_that_pass(store: ObjectStore, client: ObjectClient, kind: str) -> None:
     store.fail("client/object", kind, times=2)

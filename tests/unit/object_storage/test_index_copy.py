@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from object_store import BUCKET, ObjectStore
 from ranks import run_ranks
 
 from megatron_anymal.config import StorageConfig
+from megatron_anymal.data.index_format import BOUNDS, SHARDS
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.object_storage import index_copy
@@ -113,6 +115,33 @@ def test_missing_index(store: ObjectStore, address: str, settings: StorageConfig
         ShardIndex(address, storage=settings)
     with pytest.raises(DataError, match=r"'s3://none/folder' has no index .*404"):
         ShardIndex("s3://none/folder", storage=settings)
+
+
+def test_all_files_are_copied(address: str, settings: StorageConfig, mixed_shards: str) -> None:
+    index, local = ShardIndex(address, storage=settings), ShardIndex(mixed_shards)
+    [copy] = copies(settings)
+    sources = {path.name: path.read_bytes() for path in (Path(mixed_shards) / "index").iterdir()}
+    assert {path.name: path.read_bytes() for path in (copy / "index").iterdir()} == sources
+    assert {BOUNDS, SHARDS} < set(sources) and index.bounds is not None and local.bounds is not None
+    assert (index.bounds.table == local.bounds.table).all() and index.read_file(SHARDS) == local.read_file(SHARDS)
+
+
+def test_indexes_of_earlier_versions(address: str, settings: StorageConfig, mixed_shards: str) -> None:
+    """They have neither bounds nor a list of shards, and their index.json does not count what it has."""
+    body = json.loads((Path(mixed_shards) / "index" / "index.json").read_text())
+    rewrite("index.json", json.dumps({k: v for k, v in body.items() if k not in ("counts", "options")}).encode())
+    for name in (BOUNDS, SHARDS):
+        fsspec.filesystem("s3", skip_instance_cache=True).rm_file(f"{BUCKET}/index-copy/index/{name}")
+    index = ShardIndex(address, storage=settings)
+    assert index.bounds is None and len(index) == 40
+    assert index.sample_kinds() == ShardIndex(mixed_shards).sample_kinds()
+
+
+def test_lost_bounds(address: str, settings: StorageConfig) -> None:
+    """An index that counts what it has is incomplete without them."""
+    fsspec.filesystem("s3", skip_instance_cache=True).rm_file(f"{BUCKET}/index-copy/index/{BOUNDS}")
+    with pytest.raises(DataError, match="is incomplete"):
+        _ = ShardIndex(address, storage=settings).bounds
 
 
 def test_ledger(address: str, settings: StorageConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from object_store import BUCKET, ObjectStore
+from tars import write_tar
+from tiny import png
 
 from megatron_anymal.cli.prepare import main
 from megatron_anymal.config import StorageConfig
 from megatron_anymal.data.index_format import SHARDS
 from megatron_anymal.data.records import DataError
+from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tar.reader import TarMember, TarWalk
 from megatron_anymal.object_storage import client as client_module
 from megatron_anymal.object_storage import sequential
@@ -56,6 +60,50 @@ def test_same_index(store: ObjectStore, address: str, mixed_shards: str, tokeniz
     assert stored == local
 
 
+def test_same_index_from_parts(store: ObjectStore, mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    """In a folder without an index; some requests fail, and a part is started twice."""
+    shards = shutil.copytree(mixed_shards, tmp_path / "shards", ignore=shutil.ignore_patterns("index"))
+    address = store.upload(str(shards), "parts")
+    command = ["--index-only", address, "--tokenizer", tokenizer_folder, "--workers", "1"]
+    store.fail(".rows", "slow_down", times=2, methods=["PUT"])
+    for part in ("2/2", "1/2"):
+        assert main([*command, "--part", part]) == 0
+    store.fail()
+    assert main([*command, "--part", "1/2"]) == 0 and store.log(".tar") == []
+    store.fail(".rows", "cut", times=2)
+    assert main(["--merge", address]) == 0
+    client = ObjectClient(address)
+    assert not client.isdir(f"{client.root}/index/parts")
+    joined = written(address)
+    assert main([*command, "--rebuild"]) == 0
+    assert written(address) == joined and len(ShardIndex(address)) == 40
+
+
+def test_only_new_shards_are_read(store: ObjectStore, mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    address = store.upload(mixed_shards, "extended")
+    command = ["--index-only", address, "--tokenizer", tokenizer_folder, "--workers", "1"]
+    # The index of the local disk has other versions of the shards.
+    assert main(command) == 0
+    write_tar(tmp_path / "new" / "new.tar", [("n.png", png(1)), ("n.txt", b"one two")])
+    store.upload(str(tmp_path / "new"), "extended")
+    store.fail()
+    assert main(command) == 0
+    assert len(store.log("new.tar")) == len(store.log(".tar")) > 0 and len(ShardIndex(address)) == 41
+    extended = written(address)
+    assert main([*command, "--rebuild"]) == 0
+    assert written(address) == extended
+
+
+def test_store_that_fails_is_no_reason_to_read_every_shard(
+    store: ObjectStore, mixed_shards: str, tokenizer_folder: str
+) -> None:
+    address = store.upload(mixed_shards, "unreadable-index")
+    store.fail("index/index.json", "denied", times=100, methods=["HEAD", "GET"])
+    with pytest.raises(StorageError, match="access is denied"):
+        main(["--index-only", address, "--tokenizer", tokenizer_folder, "--workers", "1"])
+    assert store.log(".tar") == []
+
+
 def test_index_json_is_written_last(store: ObjectStore, address: str, tokenizer_folder: str) -> None:
     """A killed or failed indexing leaves no index.json beside arrays of another index."""
     store.fail("index/keys.bin", "denied", times=100, methods=["PUT"])
@@ -70,8 +118,15 @@ def test_folders_that_cannot_be_written(store: ObjectStore, address: str, tokeni
     with pytest.raises(StorageError, match="access is denied"):
         main(["--index-only", address, "--tokenizer", tokenizer_folder])
     assert store.log(".tar") == []
-    with pytest.raises(DataError, match="nothing can be written through an HTTP server"):
-        main(["--index-only", f"{store.url}/files/indexing", "--tokenizer", tokenizer_folder])
+    for options in (["--index-only"], ["--merge"]):
+        with pytest.raises(DataError, match=rf"^{options[0]} http://.*nothing can be written through an HTTP server"):
+            main(
+                [
+                    *options,
+                    f"{store.url}/files/indexing",
+                    *(["--tokenizer", tokenizer_folder] * (options[0] != "--merge")),
+                ]
+            )
 
 
 def test_folders_without_shards(store: ObjectStore, address: str, tokenizer_folder: str) -> None:
