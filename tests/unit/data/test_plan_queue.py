@@ -49,6 +49,17 @@ def test_plans_are_kept_until_their_step_runs() -> None:
     assert len(list(run)) == 14 and [plan.step for plan in ahead.plans] == [0, 1, 2, 3, 4]
 
 
+def test_no_step_is_planned_after_the_end() -> None:
+    """Those that were planned are read completely."""
+    ahead = sampler(2, 2)
+    run = iter(ahead)
+    first = next(run)
+    assert [plan.step for plan in ahead.plans] == [0, 1]
+    ahead.ended = True
+    assert [one.plan.padded_length for one in (first, *run)] == list(range(6))
+    assert [plan.step for plan in ahead.plans] == [0, 1]
+
+
 class Workers(Dataset[tuple[int, int, list[int]]]):
     """Number of a micro-batch, the worker that has it, and the ones that it was told of."""
 

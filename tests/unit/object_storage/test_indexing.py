@@ -118,15 +118,9 @@ def test_folders_that_cannot_be_written(store: ObjectStore, address: str, tokeni
     with pytest.raises(StorageError, match="access is denied"):
         main(["--index-only", address, "--tokenizer", tokenizer_folder])
     assert store.log(".tar") == []
-    for options in (["--index-only"], ["--merge"]):
-        with pytest.raises(DataError, match=rf"^{options[0]} http://.*nothing can be written through an HTTP server"):
-            main(
-                [
-                    *options,
-                    f"{store.url}/files/indexing",
-                    *(["--tokenizer", tokenizer_folder] * (options[0] != "--merge")),
-                ]
-            )
+    for option, more in (("--index-only", ["--tokenizer", tokenizer_folder]), ("--merge", [])):
+        with pytest.raises(DataError, match=rf"^{option} http://.*nothing can be written through an HTTP server"):
+            main([option, f"{store.url}/files/indexing", *more])
 
 
 def test_folders_without_shards(store: ObjectStore, address: str, tokenizer_folder: str) -> None:
