@@ -55,8 +55,10 @@ def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> No
     for name, user in users.items():
         if name in given and user not in given:
             raise DataError(f"{_spelled(name)} has no effect without {_spelled(user)}. Leave it out.")
+    if arguments.samples_per_shard < 1:
+        raise DataError(f"--samples-per-shard {arguments.samples_per_shard} must be at least 1.")
     if arguments.merge:
-        others = [_spelled(name) for name in given if name not in ("merge", "max_bad_share", "workers")]
+        others = [_spelled(name) for name in given if name not in ("merge", "max_bad_share")]
         if others:
             raise DataError(f"--merge uses the options that its parts were made with. Leave out {', '.join(others)}.")
         return

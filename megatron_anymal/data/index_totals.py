@@ -82,7 +82,7 @@ def _write_ledger(folder: str, samples: int, shards: _Shards) -> tuple[_Totals, 
     inside, totals = f"{root}/{INDEX_FOLDER}", _Totals()
     beside = local_folder(folder)
     # Remains of a killed process.
-    for path in fs.ls(inside, detail=False):
+    for path in fs.ls(inside, detail=False) if fs.isdir(inside) else ():
         if path.endswith(".part"):
             fs.rm_file(path)
     with fs.open(f"{inside}/{LEDGER}.part", "wb") as file, open_hashes(samples, beside) as hashes:

@@ -35,6 +35,9 @@ def write_part(
             unfinished = folder / f"{names[-1]}.part"
             write_shard(unfinished, lines, path.parent, limits, seen)
             unfinished.rename(folder / names[-1])
+    # Part 1 takes the first shard, so that it has none only if there are no lines.
+    if not names and part.number == 1:
+        raise DataError(f"The manifest {manifest!r} has no lines.")
     return names
 
 

@@ -124,7 +124,7 @@ def deal_to_replicas(packs: PackTable, replicas: int) -> np.ndarray:
     order = np.empty_like(costliest_first)
     for position, row in enumerate(costliest_first):
         order[position, np.argsort(load, kind="stable")] = row
-        load = packs.work[order[: position + 1]].sum(axis=0)
+        load += packs.work[order[position]]
     _exchange_packs(packs.work, order)
     return order
 

@@ -116,10 +116,19 @@ class PartFiles:
             self._fs.rm_file(path)
 
     def marks(self) -> dict[PartOf, Mapping[str, Any]]:
-        """What `mark` has noted of each finished part, in the order of their numbers."""
-        paths = [path for path in sorted(self._paths()) if path.rpartition("/")[2].startswith(_MARK)]
-        marks = [json.loads(self._fs.cat_file(path)) for path in paths]
-        return {PartOf(mark["part"], mark["of"]): mark for mark in marks}
+        """What `mark` has noted of each finished part, in the order of their numbers.
+
+        Raises:
+            DataError: naming the file that is damaged.
+        """
+        marks = {}
+        for path in (path for path in sorted(self._paths()) if path.rpartition("/")[2].startswith(_MARK)):
+            try:
+                mark = json.loads(self._fs.cat_file(path))
+                marks[PartOf(mark["part"], mark["of"])] = mark
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{path!r} is damaged. Remove it, and run its part again.") from None
+        return marks
 
     def manifest(self) -> Optional[dict[str, Any]]:
         """What `set_manifest` has noted; None if the shards are not made by the parts."""

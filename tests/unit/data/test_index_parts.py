@@ -15,6 +15,7 @@ from typing import Any
 import fsspec
 import plain_index
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 from index_folders import FOLDERS, lost_media, mixed, pictures
 from tars import write_tar
 from tokenizer_folders import make as make_tokenizer
@@ -102,6 +103,13 @@ def test_only_new_and_changed_shards_are_read(
         (lambda: write_tar(folder / "2.tar", pictures(5, 9)), [], ["2.tar"], "4 shards kept, 1 read\n"),
         # The same size, written again.
         (lambda: os.utime(folder / "1.tar", (7, 7)), [], ["1.tar"], "4 shards kept, 1 read\n"),
+        # Another size, at the same time.
+        (
+            lambda: (write_tar(folder / "1.tar", pictures(1, 9)), os.utime(folder / "1.tar", (7, 7))),
+            [],
+            ["1.tar"],
+            "4 shards kept, 1 read\n",
+        ),
         ((folder / "0.tar").unlink, [], [], "4 shards kept, 0 read\n"),
         (lambda: None, ["--rebuild"], ["1.tar", "15.tar", "2.tar", "3.tar"], ""),
         (
@@ -174,15 +182,15 @@ def test_an_unreadable_shard_is_tried_again(tmp_path: Path, tokenizer_folder: st
 
 def test_a_damaged_index_is_built_anew(tmp_path: Path, tokenizer_folder: str) -> None:
     folder, options = tmp_path / "f", IndexOptions(tokenizer_folder)
-    write_tar(folder / "0.tar", pictures(0, 2))
+    write_tar(folder / "0.tar", [*pictures(0, 2), ("bad.txt", b"\xff")])
     write_tar(folder / "1.tar", pictures(0, 2))
-    make_index(str(folder), options)
+    make_index(str(folder), options, max_bad_share=1.0)
     expected = files_of(folder)
     for name, data in expected.items():
         for damage in (b"", data[: len(data) // 2]):
             (folder / "index" / name).write_bytes(damage)
             if damage != data:
-                make_index(str(folder), options)
+                make_index(str(folder), options, max_bad_share=1.0)
                 assert files_of(folder) == expected, name
 
 
@@ -408,13 +416,26 @@ def test_options_that_do_not_go_together(options: list[str], said: str) -> None:
         prepare(options)
 
 
-def test_a_folder_that_is_not_on_a_disk(tmp_path: Path, tokenizer_folder: str) -> None:
-    options = IndexOptions(tokenizer_folder)
+class ObjectStore(MemoryFileSystem):
+    """Has no folders, only objects with their names."""
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None: ...
+
+    def isdir(self, path: str) -> bool:
+        inside = f"{self._strip_protocol(path).rstrip('/')}/"
+        return any(name.startswith(inside) for name in self.store)
+
+
+def test_a_folder_that_is_not_on_a_disk(tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The attribute of this name is a read-only view.
+    monkeypatch.setitem(sys.modules["fsspec.registry"]._registry, "memory", ObjectStore)
     mixed(tmp_path / "f")
     settings = {"attributes": {"imu": {"rate": 50}}}
     options = IndexOptions(tokenizer_folder, **settings)
     fs = fsspec.filesystem("memory")
     fs.put(str(tmp_path / "f"), "/parts", recursive=True)
+    make_index("memory://parts", options)
+    fs.rm("/parts/index", recursive=True)
     for number in (1, 2):
         index_part("memory://parts", options, PartOf(number, 2))
     merge_parts("memory://parts")
