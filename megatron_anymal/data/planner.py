@@ -201,6 +201,11 @@ class BatchPlanner:
         """Name of a sample: dataset/key."""
         return f"{self.names[dataset]}/{self.indexes[dataset].key(sample)}"
 
+    @property
+    def encoder_costs(self) -> dict[str, float]:
+        """Cost of one piece by modality, by which packs are balanced."""
+        return {m.name: m.cost_per_piece for m in self._by_kind.values()}
+
     def use_encoder_costs(self, costs: Mapping[str, float]) -> None:
         """Balance encoder work by these costs from now on.
 
