@@ -34,6 +34,8 @@ EXTRAS_REQUIRE = {
     "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "s3": ["s3fs>=2024.2"],
+    # Reads the files of HuggingFace data sets; `datasets` itself is not needed.
+    "huggingface": ["pyarrow>=15.0"],
     "quickstart": ["scikit-learn>=1.5"],
     "test": [
         "pytest>=8.0",

@@ -1,4 +1,4 @@
-"""`anymal prepare`: build shards and their index from a manifest, or index existing shards."""
+"""`anymal prepare`: build shards and their index from a manifest or a data set, or index existing shards."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_anymal import lean_imports
+from megatron_anymal.cli.prepare_sources import add_arguments, opened, packed
 from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.filters import parse_rules
 from megatron_anymal.data.records import DataError
+from megatron_anymal.data.source_records import Source
 
 
 def main(argv: Sequence[str]) -> int:
@@ -19,10 +22,11 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     if not arguments.tokenizer:
         raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
+    limits, filters = _limits(arguments.limit), parse_rules(arguments.filter)
+    source = opened(arguments, limits)
     # These import numpy and the media libraries' readers, which --help does without.
     from megatron_anymal.data.index_builder import IndexOptions
     from megatron_anymal.data.index_folder import make_index
-    from megatron_anymal.data.manifest import existing, write_shards
     from megatron_anymal.data.tokenizer import Tokenizer
     from megatron_anymal.modalities import load_plugins
 
@@ -36,29 +40,25 @@ def main(argv: Sequence[str]) -> int:
         arguments.plugin,
         members=[p.strip().lower().lstrip(".") for text in arguments.members for p in text.split(",")],
         attributes=_attributes(arguments.attribute),
-        limits=_limits(arguments.limit),
+        limits=limits,
         text_only=arguments.text_only,
+        filters=filters,
     )
-    if arguments.manifest:
-        if not arguments.out:
-            raise DataError("--manifest needs --out, the folder to write shards into.")
-        existing(arguments.manifest)
+    if isinstance(source, Source):
         # Before the shards are written: the same command can then be started again.
         Tokenizer(arguments.tokenizer)
-        write_shards(
-            arguments.manifest, arguments.out, arguments.samples_per_shard, arguments.overwrite, options.limits
-        )
-    folder = arguments.out if arguments.manifest else arguments.index_only
-    make_index(folder, options, arguments.workers, arguments.max_bad_share)
+        options = packed(source, arguments, options)
+        make_index(arguments.out, options, arguments.workers, arguments.max_bad_share)
+    else:
+        options = dataclasses.replace(options, members=options.members or source.members)
+        make_index(source.folder, options, arguments.workers, arguments.max_bad_share)
+        print("".join(f"{remark}\n" for remark in source.remarks), end="")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="anymal prepare", description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--manifest", help="a .jsonl or .csv file of media paths and texts to pack into shards")
-    source.add_argument("--index-only", metavar="FOLDER", help="a folder of WebDataset shards to index in place")
-    parser.add_argument("--out", help="with --manifest: the folder to create")
+    add_arguments(parser)
     parser.add_argument("--tokenizer", help="folder of the tokenizer that training will use")
     parser.add_argument("--samples-per-shard", type=int, default=2000)
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
@@ -139,14 +139,14 @@ def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _limits(given: Sequence[str]) -> LimitsConfig:
     """Return the default limits with the given ones replaced."""
-    from megatron_anymal.modalities.base import nearest
-
     limits = LimitsConfig()
     known = {field.name: type(getattr(limits, field.name)) for field in dataclasses.fields(limits)}
     values = {}
     for text in given:
         name, value = _pair("--limit", text, "NAME=NUMBER, for example max_pixels=20000000")
         if name not in known:
+            from megatron_anymal.modalities.base import nearest
+
             raise DataError(f"--limit {text!r}: there is no limit {name!r}. {nearest(name, known)}")
         try:
             values[name] = known[name](value)

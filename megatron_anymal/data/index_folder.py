@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ import numpy as np
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_processes import ShardReader, index_shards, useful_workers
 from megatron_anymal.data.index_writer import RowSpool, join_shards, open_spool, write_index
-from megatron_anymal.data.left_out import LEDGER, REFUSED_LEDGER, LeftOut, to_lines
+from megatron_anymal.data.left_out import INDEX_FOLDER, LEDGER, REFUSED_LEDGER, LeftOut, by_rule, to_lines
+from megatron_anymal.data.packing_journal import Packed, packed_of
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.shard_index import INDEX_FOLDER, IndexHeader
+from megatron_anymal.data.shard_index import IndexHeader
 from megatron_anymal.data.shard_rows import HASH, ShardRows, repeated
 from megatron_anymal.data.shard_samples import MemberCounts
 from megatron_anymal.data.tokenizer import Tokenizer
@@ -91,21 +92,30 @@ def make_index(folder: str, options: IndexOptions, workers: int = 1, max_bad_sha
             progress.advance()
         progress.finish()
         shards = _Shards(spool, has_media and not options.text_only)
-        _finish(folder, options, shards, reader.tokenizer.fingerprint(), max_bad_share)
+        packed = _packed(folder, sizes)
+        _finish(folder, options, shards, packed, reader.tokenizer.fingerprint(), max_bad_share)
 
 
-def _finish(folder: str, options: IndexOptions, shards: _Shards, tokenizer: str, max_bad_share: float) -> None:
+def _packed(folder: str, sizes: Mapping[str, int]) -> Packed | None:
+    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    return packed_of(fs, root, sizes)
+
+
+def _finish(
+    folder: str, options: IndexOptions, shards: _Shards, packed: Packed | None, tokenizer: str, max_bad_share: float
+) -> None:
     """Write the ledger, and the index unless too much is left out."""
     totals = _Totals()
     for rows in shards:
         totals.add(rows)
-    left_out = totals.left_out + _repeated_keys(totals, shards)
+    left_out = [*(packed.left_out if packed else []), *totals.left_out, *_repeated_keys(totals, shards)]
     _write_ledger(folder, LEDGER + ".part", left_out)
-    bad = [entry for entry in left_out if not entry.is_note]
-    for entry in left_out[:_SHOWN]:
+    bad = [entry for entry in left_out if entry.is_bad]
+    shown = [entry for entry in left_out if not entry.rule]
+    for entry in shown[:_SHOWN]:
         print(f"{'note' if entry.is_note else 'left out'}: {entry}", file=sys.stderr)
-    if len(left_out) > _SHOWN:
-        print(f"{len(left_out) - _SHOWN} more in {INDEX_FOLDER}/{LEDGER}; anymal inspect groups them", file=sys.stderr)
+    if len(shown) > _SHOWN:
+        print(f"{len(shown) - _SHOWN} more in {INDEX_FOLDER}/{LEDGER}; anymal inspect groups them", file=sys.stderr)
     _check_share(folder, totals, bad, max_bad_share)
     header = IndexHeader(
         shards=tuple(totals.names),
@@ -120,6 +130,8 @@ def _finish(folder: str, options: IndexOptions, shards: _Shards, tokenizer: str,
     accounting = _accounting(totals.members, left_out, options)
     write_index(folder, header, totals.samples, totals.media, tables, accounting)
     print(_summary(folder, totals, len(bad)))
+    if packed or options.filters:
+        print(_samples_in(totals.samples, left_out, packed))
 
 
 def _of_txt(rows: ShardRows) -> np.ndarray:
@@ -213,6 +225,7 @@ def _check_share(folder: str, totals: _Totals, bad: Sequence[LeftOut], allowed: 
 
 def _accounting(members: MemberCounts, left_out: Sequence[LeftOut], options: IndexOptions) -> dict[str, Any]:
     """The entries of index.json about everything that is not in the index, and the limits it was built with."""
+    rules = by_rule(left_out)
     return {
         "members": {
             "seen": members.seen,
@@ -221,6 +234,7 @@ def _accounting(members: MemberCounts, left_out: Sequence[LeftOut], options: Ind
             "bad": members.bad,
         },
         "left_out": dict(Counter(entry.code for entry in left_out)),
+        **({"filtered": dict(rules)} if rules else {}),
         "limits": dataclasses.asdict(options.limits),
     }
 
@@ -234,6 +248,20 @@ def _summary(folder: str, totals: _Totals, bad: int) -> str:
         f"{members.seen} members = {members.used} used + {members.bad} left out + {ignored} ignored"
         f"{f' ({kinds})' if kinds else ''}"
     )
+
+
+def _samples_in(used: int, left_out: Sequence[LeftOut], packed: Packed | None) -> str:
+    """Samples in = used + left out + filtered; in is the number that a source has, or else that of samples found."""
+    bad = sum(entry.is_bad and bool(entry.key) for entry in left_out)
+    rules = by_rule(left_out)
+    found = used + bad + rules.total()
+    counts = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
+    text = f"{found} samples in = {used} used + {bad} left out + {rules.total()} filtered"
+    text += f" ({counts})" if counts else ""
+    if packed and packed.samples != found:
+        # Damage to a shard may cost samples whose keys are lost with them.
+        text += f"; {packed.source!r} had {packed.samples}"
+    return text
 
 
 def _write_ledger(folder: str, name: str, entries: Sequence[LeftOut]) -> None:

@@ -13,8 +13,9 @@ from typing import IO, Any
 import fsspec
 import numpy as np
 
+from megatron_anymal.data.left_out import INDEX_FOLDER
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.shard_index import INDEX_FOLDER, MEDIA, SAMPLE, IndexHeader
+from megatron_anymal.data.shard_index import MEDIA, SAMPLE, IndexHeader
 from megatron_anymal.data.shard_rows import HASH, ShardRows
 from megatron_anymal.data.tar.byte_source import is_local
 

@@ -1,7 +1,8 @@
 """The ledger of an index, `left_out.jsonl`: every sample and member that was left out, and why.
 
-One JSON object per line, in the order of the shards: `shard`, `offset` (bytes from the start of the shard), `key` and
-`member` if known, `code` (CODES) and `reason`.
+One JSON object per line, first the samples of the source that were not packed, then in the order of the shards:
+`source` or `shard`, `offset` (bytes from the start of the shard), `key` and `member` if known, `code` (CODES),
+`reason`, and `rule` for a sample that a filter excludes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+# Folder of an index, next to its shards.
+INDEX_FOLDER = "index"
 LEDGER = "left_out.jsonl"
 # The ledger of a refused indexing has its own name, so that it cannot be mistaken for that of an older index.
 REFUSED_LEDGER = "left_out.refused.jsonl"
@@ -30,8 +33,11 @@ CODES = {
     "limit": "samples that exceed one of data.limits",
     "text": "samples whose text or JSON cannot be used",
     "media": "samples whose media cannot be used",
-    "missing_media": "samples whose JSON names media that are not in the shard",
+    "missing_media": "samples that name media that do not exist",
     "unused_media": "samples with media that their JSON does not name",
+    "placeholders": "samples whose placeholders and media differ in number",
+    "column": "samples without a column that a filter or an option names",
+    "filtered": "samples that a --filter rule excludes",
     "no_media": "samples without media among samples with media",
     "joined": "places where one archive follows another in the same file (both are read)",
     "long_end": "shards that end with many zeros, as if their last members had been overwritten",
@@ -39,13 +45,15 @@ CODES = {
 }
 # Informational: nothing is left out.
 NOTES = ("joined", "long_end", "repeated_key")
+# Left out because the user asked for it.
+FILTERED = "filtered"
 
 
 @dataclass(frozen=True)
 class LeftOut:
     """One line of the ledger."""
 
-    # File name of the shard.
+    # File name of the shard; empty for a sample that was not packed.
     shard: str
     # A key of CODES.
     code: str
@@ -57,30 +65,54 @@ class LeftOut:
     key: str = ""
     # Name of the member; empty if the entry is not about a single one.
     member: str = ""
+    # Where the source lists a sample that was not packed, such as FILE:LINE.
+    source: str = ""
+    # The --filter rule that excludes the sample.
+    rule: str = ""
 
     @property
     def is_note(self) -> bool:
         """Whether the entry is informational and leaves nothing out."""
         return self.code in NOTES
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether the entry is about something that should have been used; --max-bad-share bounds these."""
+        return not self.is_note and self.code != FILTERED
+
     def __str__(self) -> str:
         """Human-readable line: the sample, member or shard, then the reason."""
         what = f"sample {self.key!r} of " if self.key else ""
         member = f", member {self.member!r}" if self.member else ""
-        return f"{what}shard {self.shard!r}{member}: {self.reason}"
+        place = f"shard {self.shard!r}" if self.shard else self.source
+        return f"{what}{place}{member}: {self.reason}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are not empty."""
+        return {key: value for key, value in asdict(self).items() if value != ""}
+
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> LeftOut:
+        """The entry that `to_dict` returned as `value`."""
+        return LeftOut(**{"shard": "", **value})
 
 
 def to_lines(entries: Iterable[LeftOut]) -> Iterator[bytes]:
     """The lines of the ledger file."""
     for entry in entries:
-        yield json.dumps({k: v for k, v in asdict(entry).items() if v != ""}).encode() + b"\n"
+        yield json.dumps(entry.to_dict()).encode() + b"\n"
+
+
+def by_rule(entries: Iterable[LeftOut]) -> Counter[str]:
+    """Number of samples that each --filter rule excludes."""
+    return Counter(entry.rule for entry in entries if entry.rule)
 
 
 def read_ledger(fs: Any, path: str) -> list[LeftOut]:
     """The entries of a ledger; empty if the file does not exist, as for an index of an earlier version."""
     if not fs.exists(path):
         return []
-    return [LeftOut(**json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
+    return [LeftOut.from_dict(json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
 
 
 def grouped(entries: Iterable[LeftOut], examples: int = 2) -> Iterator[str]:

@@ -29,7 +29,7 @@ import numpy as np
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.json_text import parse_json_text
-from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
+from megatron_anymal.data.left_out import INDEX_FOLDER, LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.samples import parse_sample, parse_text
 from megatron_anymal.data.tar.byte_source import is_local
@@ -38,7 +38,6 @@ VERSION = 3
 # Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has
 # no attributes; an index without attributes is still written as version 2, because it is identical.
 _READABLE = (1, 2, VERSION)
-INDEX_FOLDER = "index"
 
 SAMPLE = np.dtype(
     [

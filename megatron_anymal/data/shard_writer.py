@@ -1,0 +1,248 @@
+"""Packing of a source's samples into WebDataset shards: the one writer of manifests and of data sets."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Optional
+
+from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
+from megatron_anymal.data.filters import FilteredError
+from megatron_anymal.data.left_out import INDEX_FOLDER, REFUSED_LEDGER, LeftOut, by_rule, to_lines
+from megatron_anymal.data.packing_journal import Journal, PackedShard, is_unfinished
+from megatron_anymal.data.records import DataError, Sample, TextPart
+from megatron_anymal.data.samples import media_entries, parse_sample, to_json
+from megatron_anymal.data.shard_samples import SampleError
+from megatron_anymal.data.source_records import Record, Source
+from megatron_anymal.telemetry import Progress
+
+# Given a sample, its media by name and its columns: raises FilteredError if a rule excludes it.
+ApplyFilters = Callable[[Sample, Mapping[str, bytes], Mapping[str, Any]], None]
+
+
+def pack(
+    source: Source,
+    out: str,
+    samples_per_shard: int = 2000,
+    overwrite: bool = False,
+    max_bad_share: float = 0.01,
+    limits: LimitsConfig = DEFAULT_LIMITS,
+    apply_filters: Optional[ApplyFilters] = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Pack a source's samples into shards; samples that cannot be used are left out by name.
+
+    The source is read twice: once to check and count all of it, once to pack it. A packing that was interrupted
+    continues with its first unfinished shard if it is started again with the same source and options.
+
+    Args:
+        samples_per_shard: samples of the source per shard, those left out included.
+        max_bad_share: maximum share of samples that may be left out.
+        apply_filters: leaves out what a filter excludes.
+        settings: what `apply_filters` depends on.
+
+    Raises:
+        DataError: the folder holds shards, the source has no samples or a key twice, or more is left out than allowed.
+    """
+    folder = Path(out)
+    if folder.is_dir() and any(folder.glob("*.tar")) and not overwrite and not is_unfinished(folder):
+        raise DataError(
+            f"{out!r} already holds shards. Name another folder, add --overwrite, or index them: --index-only {out}."
+        )
+    total = source.count()
+    if not total:
+        raise DataError(f"{source.path!r} has no lines or samples.")
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"limits": vars(limits), "samples_per_shard": samples_per_shard, **settings}
+    header = {"source": source.path, "samples": total, "fingerprint": source.fingerprint(options)}
+    journal = Journal(folder, header)
+    packer = _Packer(source, journal, total, max_bad_share, limits, apply_filters)
+    try:
+        packer.run(samples_per_shard)
+    except DataError:
+        journal.discard()
+        packer.write_refused(folder / INDEX_FOLDER)
+        raise
+    journal.complete()
+    print(packer.summary())
+
+
+class _Packer:
+    """One packing."""
+
+    def __init__(
+        self,
+        source: Source,
+        journal: Journal,
+        total: int,
+        max_bad_share: float,
+        limits: LimitsConfig,
+        apply_filters: Optional[ApplyFilters],
+    ):
+        self._source, self._journal, self._total = source, journal, total
+        self._max_bad_share, self._limits, self._apply_filters = max_bad_share, limits, apply_filters
+        self._keys: set[str] = set()
+        # Hashes of the paths of media files, and how often one was used again.
+        self._files: set[int] = set()
+        self._reused = 0
+        self._bad: list[LeftOut] = []
+        # Rule -> samples that it excludes.
+        self._filtered: Counter[str] = Counter()
+
+    def run(self, samples_per_shard: int) -> None:
+        """Write every shard that the journal does not have."""
+        records = self._source.records()
+        progress = Progress("packing", self._total)
+        if self._journal.finished:
+            print(f"continuing after {len(self._journal.finished)} finished shards", file=sys.stderr)
+        for number, first in enumerate(range(0, self._total, samples_per_shard)):
+            size = min(samples_per_shard, self._total - first)
+            stretch = ((record, self._key(record)) for record in islice(records, size))
+            shard = self._journal.finished.get(number)
+            if shard is None:
+                shard = self._write(number, stretch, progress)
+                self._journal.add(shard)
+            else:
+                deque(stretch, maxlen=0)
+                progress.skip(size)
+                self._count(shard.left_out)
+            if shard.samples + len(shard.left_out) != size:
+                raise DataError(f"{self._source.path!r} changed while it was read. Start again.")
+        progress.finish()
+
+    def _key(self, record: Record) -> str:
+        """The key of a record, which must not have occurred before."""
+        key = record.shard_key()
+        if key in self._keys:
+            raise DataError(f"{record.where}: the key {key!r} occurs twice. Give each sample a key of its own.")
+        self._keys.add(key)
+        return key
+
+    def _write(self, number: int, stretch: Iterable[tuple[Record, str]], progress: Progress) -> PackedShard:
+        import webdataset
+
+        name = f"shard-{number:06d}.tar"
+        path = self._journal.part(name)
+        left_out: list[LeftOut] = []
+        samples = 0
+        with webdataset.TarWriter(str(path), mtime=0) as writer:
+            for record, key in stretch:
+                progress.advance()
+                try:
+                    writer.write(self._members(record, key))
+                    samples += 1
+                except SampleError as error:
+                    rule = error.rule if isinstance(error, FilteredError) else ""
+                    left_out.append(LeftOut("", error.code, str(error), key=key, source=record.where, rule=rule))
+                    self._count(left_out[-1:])
+        if not samples:
+            path.unlink()
+            return PackedShard(number, "", 0, 0, left_out)
+        _flush(path)
+        return PackedShard(number, name, path.stat().st_size, samples, left_out)
+
+    def _members(self, record: Record, key: str) -> dict[str, Any]:
+        """The members of a sample.
+
+        Raises:
+            SampleError: it cannot be used, or a filter excludes it.
+        """
+        if record.wrong:
+            raise record.wrong
+        parsed = _parse(record)
+        media = list(self._media(record))
+        if self._apply_filters:
+            names = [entry["media"] for entry in media_entries(record.value)]
+            self._apply_filters(parsed, dict(zip(names, (data for _, data in media))), record.columns)
+        members = {f"{number}.{ending}": data for number, (ending, data) in enumerate(media)}
+        return {"__key__": key, **members, "json": to_json(record.value, list(members))}
+
+    def _media(self, record: Record) -> Iterator[tuple[str, bytes]]:
+        """Ending and content of each media item."""
+        for entry in media_entries(record.value):
+            name = entry["media"]
+            ending = Path(name).name.partition(".")[2].lower()
+            if name in record.contents:
+                data = record.contents[name]()
+                self._require_size(name, len(data))
+            else:
+                path = self._source.base / name
+                if not path.is_file():
+                    fix = f"Correct the path, which is relative to {self._source.base_name}, or remove the sample."
+                    raise SampleError("missing_media", f"there is no media file {str(path)!r}. {fix}")
+                self._require_size(str(path), path.stat().st_size)
+                self._reused += hash(path) in self._files
+                self._files.add(hash(path))
+                data = path.read_bytes()
+            yield ending, data
+
+    def _require_size(self, name: str, size: int) -> None:
+        limit = self._limits.max_member_bytes
+        if size > limit:
+            raise SampleError("limit", f"{name!r} has {size} bytes, above data.limits.max_member_bytes={limit}.")
+
+    def _count(self, left_out: Sequence[LeftOut]) -> None:
+        """Count samples; stop as soon as the share of bad ones must exceed the allowed one at the end."""
+        self._filtered.update(by_rule(left_out))
+        self._bad += [entry for entry in left_out if entry.is_bad]
+        bad, most = len(self._bad), self._total - self._filtered.total()
+        if bad > self._max_bad_share * most:
+            raise DataError(
+                f"{bad} of {most} samples of {self._source.path!r} cannot be used, above --max-bad-share "
+                f"{self._max_bad_share}. All so far are listed in {INDEX_FOLDER}/{REFUSED_LEDGER}. The first: "
+                f"{self._bad[0]}"
+            )
+
+    def write_refused(self, folder: Path) -> None:
+        """List in a folder what was left out before the packing was refused."""
+        if self._bad:
+            folder.mkdir(exist_ok=True)
+            (folder / REFUSED_LEDGER).write_bytes(b"".join(to_lines(self._bad)))
+
+    def summary(self) -> str:
+        """Samples in = samples in shards + left out + excluded, with the reasons."""
+        shards = [shard for shard in self._journal.finished.values() if shard.name]
+        packed = sum(shard.samples for shard in shards)
+        assert self._total == packed + len(self._bad) + self._filtered.total()
+        text = f"{self._source.path}: {self._total} samples = {packed} in {len(shards)} shards"
+        if self._bad:
+            text += f" + {len(self._bad)} left out ({_counts(Counter(entry.code for entry in self._bad))})"
+        if self._filtered:
+            text += f" + {self._filtered.total()} filtered ({_counts(self._filtered)})"
+        if self._reused:
+            text += f"; {self._reused} times a media file was stored again, because each sample has its own copy"
+        return "\n".join([text, *self._source.remarks()])
+
+
+def _parse(record: Record) -> Sample:
+    """Check a record's JSON.
+
+    Raises:
+        SampleError: it cannot be used, or has no text.
+    """
+    value = record.value
+    if "parts" not in value and "messages" not in value:
+        raise SampleError("text", "its entry needs `parts`, `messages`, or `media` and `text`.")
+    try:
+        parsed = parse_sample(value, "its entry")
+    except DataError as error:
+        raise SampleError("text", str(error)) from None
+    if parsed.kind == "parts" and not any(isinstance(p, TextPart) and p.text.strip() for p in parsed.documents[0]):
+        fix = "Write its text, or remove the line."
+        raise SampleError("text", f"its text is empty, so there is nothing to learn from it. {fix}")
+    return parsed
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in counter.most_common())
+
+
+def _flush(path: Path) -> None:
+    """Bring a file to the disk: the journal must not know of a shard that a power failure takes away."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
