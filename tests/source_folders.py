@@ -181,7 +181,10 @@ def ego4d_imu(folder: Path, videos: int = 2, seconds: float = 20.0) -> Path:
             {"timestamp_sec": float(t), "timestamp_frame": t * 30, "narration_text": text, "annotation_uid": f"u{t}"}
             for t, text in ((4, "#C C walk one"), (9, "#O man x run"), (15, "#C C is #unsure"))
         ]
-        passes[f"video-{video}"] = {"narration_pass_1": {"narrations": narrations, "summaries": []}, "status": "complete"}
+        passes[f"video-{video}"] = {
+            "narration_pass_1": {"narrations": narrations, "summaries": []},
+            "status": "complete",
+        }
     put(folder / "annotations" / "narration.json", json.dumps({"version": "1.0", "videos": passes}))
     return folder
 

@@ -60,11 +60,11 @@ def parse_next(text: str, start: int, where: str, limits: LimitsConfig) -> tuple
     except RecursionError:
         raise DataError(f"{where}: nested deeper than data.limits.max_json_depth={limits.max_json_depth}.") from None
     except ValueError as error:
-        if len(text) - start > limits.max_text_bytes and getattr(error, "pos", 0) > start + limits.max_text_bytes:
-            limit = f"data.limits.max_text_bytes={limits.max_text_bytes}"
-            raise DataError(f"{where}: not JSON, or longer than {limit}.") from None
         # The position in the text would mislead: it is not that in the file.
-        raise DataError(f"{where}: not JSON ({getattr(error, 'msg', error)}).") from None
+        why = getattr(error, "msg", error)
+        if len(text) - start > limits.max_text_bytes:
+            why = f"{why}; an element may have data.limits.max_text_bytes={limits.max_text_bytes}"
+        raise DataError(f"{where}: not JSON ({why}).") from None
     data = text[start:end].encode("utf-8", "surrogatepass")
     if len(data) > limits.max_text_bytes:
         raise DataError(f"{where}: {len(data)} bytes, above data.limits.max_text_bytes={limits.max_text_bytes}.")
