@@ -32,6 +32,22 @@ def wav(seed: int, seconds: float = 0.5, rate: int = 8000) -> bytes:
     return out.getvalue()
 
 
+def mp4(seed: int, frames: int = 8) -> bytes:
+    """A video of random frames."""
+    import av
+
+    out = io.BytesIO()
+    draws = np.random.default_rng(seed)
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(frames):
+            pixels = draws.integers(0, 255, (48, 64, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
 def put(path: Path, data: bytes | str) -> Path:
     """Write a file and the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,15 +102,18 @@ def coco(folder: Path, count: int = 4, captions: int = 5) -> Path:
     return folder
 
 
-def audiocaps(folder: Path, names: Sequence[str] = ("{youtube_id}_{start_time}",), count: int = 6) -> Path:
-    """AudioCaps: the table, and sounds named by `names` in turn; the last one was not downloaded if count > 5."""
+def audiocaps(
+    folder: Path, names: Sequence[str] = ("{youtube_id}_{start_time}",), count: int = 6, missing: int = 0
+) -> Path:
+    """AudioCaps: the table, and sounds named by `names` in turn; the first `missing` were not downloaded."""
     rows = []
     for n in range(count):
         row = {"audiocap_id": str(91_139 + n), "youtube_id": f"r1nicOVt-{n}", "start_time": str(30 * n)}
         row["caption"] = f"one, two and {n}"
         rows.append(row)
         name = names[n % len(names)].format(**row, ms=30_000 * n, end_ms=30_000 * n + 10_000)
-        put(folder / "audio" / f"{name}.wav", wav(n))
+        if n >= missing:
+            put(folder / "audio" / f"{name}.wav", wav(n))
     write_table(folder / "train.csv", rows)
     return folder
 

@@ -47,8 +47,9 @@ class Rule:
     text: str
     # One of the quantities, or "column:NAME".
     quantity: str
-    # Bounds; None if there is none.
+    # Lower bound; None if there is none.
     least: Optional[float] = None
+    # Upper bound; None if there is none.
     most: Optional[float] = None
     # The values that a column may have, instead of bounds.
     values: tuple[str, ...] = ()
