@@ -187,7 +187,7 @@ split_parts:
 
 def ego4d_imu(folder: Path, videos: int = 2, seconds: float = 20.0) -> Path:
     """Ego4D: an IMU file per video, some rows before the canonical video, and narrations of more videos than those."""
-    passes = {}
+    passes: dict[str, Any] = {}
     for video in range(videos):
         rows = ["component_idx,component_timestamp_ms,canonical_timestamp_ms,gyro_x,gyro_y,gyro_z,accl_x,accl_y,accl_z"]
         for step in range(-20, int(seconds * 200)):
@@ -204,7 +204,12 @@ def ego4d_imu(folder: Path, videos: int = 2, seconds: float = 20.0) -> Path:
             "narration_pass_1": {"narrations": narrations, "summaries": []},
             "status": "complete",
         }
-    put(folder / "annotations" / "narration.json", json.dumps({"version": "1.0", "videos": passes}))
+    put(folder / "annotations" / "narration.json", json.dumps(passes))
+    redacted = {
+        video: {"narrations": [{"time": n["timestamp_sec"], "text": n["narration_text"]} for n in one["narrations"]]}
+        for video, one in ((video, content["narration_pass_1"]) for video, content in passes.items())
+    }
+    put(folder / "annotations" / "all_narrations_redacted.json", json.dumps({"version": "2.0", "videos": redacted}))
     return folder
 
 

@@ -1,8 +1,8 @@
 """Ego4D's IMU signals and narrations: a window of the signal around each narration.
 
 A folder has one VIDEO_UID.csv per video, with `canonical_timestamp_ms`, `accl_x` to `accl_z` and `gyro_x` to `gyro_z`.
-Narrations are Ego4D's narration.json (times of single moments; the window is centred on them), or a .csv of
-`video_uid`, `start`, `end` (seconds of the canonical video) and `text`.
+Narrations are Ego4D's narration.json or all_narrations_redacted.json (times of single moments; the window is centred on
+them), or a .csv of `video_uid`, `start`, `end` (seconds of the canonical video) and `text`.
 
 A window is stored as .csv with the numbers as they are in the file: nothing is resampled or filled in. Rows without a
 canonical time, which lie outside the canonical video, are not used. The tags of narrations are removed as IMU2CLIP
@@ -169,27 +169,23 @@ def plain_text(narration: str) -> str:
 
 
 def _of_json(path: Path, window: float) -> Iterator[_Narration]:
+    """The narrations of narration.json (by pass) or all_narrations_redacted.json (one list)."""
     try:
         content = json.loads(path.read_bytes())
-        videos = content.get("videos", content)
-        for video, passes in videos.items():
-            entries = [
-                (name, entry)
-                for name, one in passes.items()
-                if name.startswith("narration_pass") and isinstance(one, dict)
-                for entry in one.get("narrations", [])
-            ]
-            for name, entry in entries:
-                moment = float(entry["timestamp_sec"])
-                start = max(0.0, moment - window / 2)
-                where = f"{path.name}: {video}, {name} at {moment:g} s"
-                yield _Narration(video, start, start + window, str(entry["narration_text"]), where)
+        for video, annotated in content.get("videos", content).items():
+            passes = {name: one for name, one in annotated.items() if name.startswith("narration_pass")}
+            for name, one in (passes or {"narrations": annotated}).items():
+                for entry in one.get("narrations", []):
+                    time, text = ("timestamp_sec", "narration_text") if passes else ("time", "text")
+                    moment = float(entry[time])
+                    start = max(0.0, moment - window / 2)
+                    where = f"{path.name}: {video}, {name} at {moment:g} s"
+                    yield _Narration(video, start, start + window, str(entry[text]), where)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}).") from None
     except (AttributeError, TypeError, KeyError) as error:
         raise DataError(
-            f"{path}: not in the layout of Ego4D's narration.json, video -> narration_pass_1 -> narrations with "
-            f"timestamp_sec and narration_text ({error!r})."
+            f"{path}: not in the layout of Ego4D's narration.json or all_narrations_redacted.json ({error!r})."
         ) from None
 
 

@@ -2,7 +2,8 @@
 
 An entry has `id`, `image` and/or `video` (a path or a list of them; none for text only), and `conversations`, turns of
 `from` (human, gpt) and `value`. `<image>` and `<video>` in the text stand where the media belong. Video variants of
-LLaVA write `<image>` for a video, too; that is accepted where an entry has videos and no image.
+LLaVA write `<image>` for a video, too; that is accepted where an entry has videos and no image. Turns are kept as they
+are, also a first answer without a question, which LLaVA's own loader skips.
 """
 
 from __future__ import annotations

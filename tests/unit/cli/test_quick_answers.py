@@ -49,6 +49,10 @@ REFUSED = {
     "prepare --manifest=/none.jsonl --out=/tmp/never --tokenizer=/nowhere": "/none.jsonl",
     "prepare --index-only=/none --tokenizer=/nowhere": "/none",
     "prepare --index-only=/none --tokenizer=/nowhere --limit=max_pixel=3": "max_pixels",
+    "prepare --from llava /none.json --out=/tmp/never --tokenizer=/nowhere": "/none.json",
+    "prepare --from lava /none.json --out=/tmp/never --tokenizer=/nowhere": "llava",
+    "prepare --from coco EXPORT/config.json --out=/tmp/never --tokenizer=/nowhere": "captions_",
+    "prepare --index-only=/none --tokenizer=/nowhere --filter=min_sied=3": "min_sied",
     "inspect /none --tokenizer=/nowhere": "/none",
     "plan goodput --gpus=0": "gpus",
 }

@@ -356,9 +356,10 @@ def test_hugging_face(form: str, prepare: Prepare, tmp_path: Path) -> None:
         assert "train, test" in prepare.refused("--from", "huggingface", path, *roles)
 
 
-def test_windows_of_ego4d(prepare: Prepare, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["narration.json", "all_narrations_redacted.json"])
+def test_windows_of_ego4d(name: str, prepare: Prepare, tmp_path: Path) -> None:
     folder = made.ego4d_imu(tmp_path / "ego4d")
-    narrations = folder / "annotations" / "narration.json"
+    narrations = folder / "annotations" / name
     index = prepare.run("--from", "ego4d-imu", folder / "imu", "--narrations", narrations, "--window", "4")
     table = np.genfromtxt(folder / "imu" / "video-1.csv", delimiter=",", names=True)
     for sample, moment in ((3, 4), (4, 9), (5, 15)):
