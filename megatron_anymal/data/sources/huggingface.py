@@ -43,7 +43,9 @@ class HuggingFaceSource(Source):
         super().__init__(str(options.path), options.media_folder)
         self._options, self._roles = options, dict(options.columns)
         self._files = _data_files(options)
-        _check_roles(self._roles, _schema(self._files[0]))
+        schema = _schema(self._files[0])
+        _check_roles(self._roles, schema)
+        self._columns = _columns_of(schema, set(self._roles.values()))
 
     def files(self) -> Sequence[Path]:
         """The files of rows."""
@@ -69,7 +71,7 @@ class HuggingFaceSource(Source):
         """
         number = 0
         for file in self._files:
-            for batch in _batches(file):
+            for batch in _batches(file, self._columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield self._record(f"{file.name}: row {number - 1}", number, row)
@@ -166,6 +168,7 @@ def _pyarrow() -> Any:
     try:
         import pyarrow.ipc
         import pyarrow.parquet
+        import pyarrow.types
     except ImportError:
         raise DataError(
             "--from huggingface needs pyarrow. Install it: pip install 'megatron-anymal[huggingface]'."
@@ -193,11 +196,18 @@ def _rows_of(file: Path) -> int:
     return opened.metadata.num_rows if file.suffix == ".parquet" else sum(batch.num_rows for batch in opened)
 
 
-def _batches(file: Path) -> Iterator[pyarrow.RecordBatch]:
+def _columns_of(schema: pyarrow.Schema, used: set[str]) -> list[str]:
+    """The columns to read: those with a role, and numbers and texts, which filters may name."""
+    types = _pyarrow().types
+    simple = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return [field.name for field in schema if field.name in used or any(is_one(field.type) for is_one in simple)]
+
+
+def _batches(file: Path, columns: list[str]) -> Iterator[pyarrow.RecordBatch]:
     opened = _open(file)
-    for batch in opened.iter_batches(_ROWS) if file.suffix == ".parquet" else opened:
+    for batch in opened.iter_batches(_ROWS, columns=columns) if file.suffix == ".parquet" else opened:
         for start in range(0, batch.num_rows, _ROWS):
-            yield batch.slice(start, _ROWS)
+            yield batch.select(columns).slice(start, _ROWS)
 
 
 def _recognizes(peek: Peek) -> bool:

@@ -328,6 +328,8 @@ def hugging_face(folder: Path, form: str) -> Path:
         score=datasets.Value("float64"),
     )
     data = datasets.Dataset.from_dict(values, features=features)
+    # The feature itself encodes with another package.
+    data = data.cast_column("sound", datasets.Audio(decode=False))
     if form == "parquet":
         (folder / "data").mkdir()
         data.to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
@@ -375,6 +377,38 @@ def test_windows_of_ego4d(name: str, prepare: Prepare, tmp_path: Path) -> None:
     # Seconds, and Hz of the file.
     np.testing.assert_allclose(index.media["size"][3:], [(4.0, 201.0)] * 3, rtol=0.01)
     assert "3 of 5 narrated videos have no IMU file" in prepare.printed
+
+
+def test_hugging_face_conversations(prepare: Prepare, tmp_path: Path) -> None:
+    """Lists of pictures, as struct and as plain bytes, and turns with placeholders; without `datasets`."""
+    import pyarrow
+    import pyarrow.parquet
+
+    turns = [{"role": "user", "content": "<image>what<image>"}, {"role": "assistant", "content": "one"}]
+    rows = [
+        {
+            "images": [{"bytes": made.jpeg(2 * n), "path": None}, {"bytes": made.jpeg(2 * n + 1), "path": "b.jpg"}],
+            "raw": made.jpeg(2 * n),
+            "talk": turns if n else [{**turns[0], "content": "<image>"}, turns[1]],
+            "ask": "what is",
+            "reply": "two" if n != 1 else None,
+            "id": f"row {n}",
+            "heavy": [0.5] * 100,
+        }
+        for n in range(3)
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    path = tmp_path / "a.parquet"
+    words = ["--from", "huggingface", path, "--max-bad-share", "0.4", "--column", "key=id"]
+    index = prepare.run(*words, "--column", "messages=talk", "--column", "image=images")
+    pictures = [[("image", made.jpeg(2 * n)), ("image", made.jpeg(2 * n + 1))] for n in range(3)]
+    assert all_contents(index) == [[pictures[n][0], "what", pictures[n][1], "one"] for n in (1, 2)]
+    [entry] = prepare.ledger()
+    assert (entry["code"], entry["key"]) == ("placeholders", "000000001-row_0")
+    roles = ["--column", "question=ask", "--column", "answer=reply", "--column", "image=raw", "--overwrite"]
+    index = prepare.run(*words, *roles)
+    assert all_contents(index) == [[pictures[n][0], "what is", "two"] for n in (0, 2)]
+    assert "'reply' has no text" in prepare.ledger()[0]["reason"]
 
 
 def test_windows_at_the_end_and_narrations_in_a_table(prepare: Prepare, tmp_path: Path) -> None:
