@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def opened(arguments: argparse.Namespace, limits: LimitsConfig) -> Union[Source, ShardFolder]:
-    """What the arguments name.
+    """The source or the shards that the arguments name.
 
     Raises:
         DataError: it does not exist or has another layout, or an option is missing or does not apply.

@@ -29,7 +29,7 @@ _IMAGES, _TIMED = ("image",), ("video", "audio", "imu")
 
 @dataclass(frozen=True)
 class Facts:
-    """What rules are applied to."""
+    """The values that rules are applied to."""
 
     # The text that the loss covers.
     text: str

@@ -118,7 +118,7 @@ class Journal:
 
 @dataclass
 class Packed:
-    """What became of the samples of a source, for the index of their shards."""
+    """Accounting of a source's samples, for the index of its shards."""
 
     # The source's file or folder.
     source: str
@@ -133,8 +133,14 @@ def is_unfinished(folder: Path) -> bool:
     return (folder / _UNFINISHED).is_file()
 
 
+def continues(folder: Path, header: Mapping[str, Any]) -> bool:
+    """Whether the folder's shards are those of an interrupted packing with this header, which has renamed them."""
+    sizes = {shard.name: shard.size for shard in _shards_of(folder / _UNFINISHED, json.dumps(header))}
+    return all(sizes.get(path.name) == path.stat().st_size for path in folder.glob("*.tar"))
+
+
 def packed_of(fs: Any, root: str, sizes: Mapping[str, int]) -> Optional[Packed]:
-    """What became of the samples that were packed into shards; None for shards from elsewhere.
+    """Accounting of the samples that were packed into shards; None for shards from elsewhere.
 
     Args:
         fs: file system of the shards.

@@ -14,7 +14,7 @@ from typing import Any, Optional
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.filters import FilteredError
 from megatron_anymal.data.left_out import INDEX_FOLDER, REFUSED_LEDGER, LeftOut, by_rule, to_lines
-from megatron_anymal.data.packing_journal import Journal, PackedShard, is_unfinished
+from megatron_anymal.data.packing_journal import Journal, PackedShard, continues, is_unfinished
 from megatron_anymal.data.records import DataError, Sample, TextPart
 from megatron_anymal.data.samples import media_entries, parse_sample, to_json
 from megatron_anymal.data.shard_samples import SampleError
@@ -43,23 +43,24 @@ def pack(
     Args:
         samples_per_shard: samples of the source per shard, those left out included.
         max_bad_share: maximum share of samples that may be left out.
-        apply_filters: leaves out what a filter excludes.
-        settings: what `apply_filters` depends on.
+        apply_filters: leaves out the samples that a filter excludes.
+        settings: the options that `apply_filters` depends on.
 
     Raises:
         DataError: the folder holds shards, the source has no samples or a key twice, or more is left out than allowed.
     """
     folder = Path(out)
-    if folder.is_dir() and any(folder.glob("*.tar")) and not overwrite and not is_unfinished(folder):
-        raise DataError(
-            f"{out!r} already holds shards. Name another folder, add --overwrite, or index them: --index-only {out}."
-        )
+    holds_shards = not overwrite and any(folder.glob("*.tar"))
+    if holds_shards and not is_unfinished(folder):
+        raise _holds_shards(out)
     total = source.count()
     if not total:
         raise DataError(f"{source.path!r} has no lines or samples.")
-    folder.mkdir(parents=True, exist_ok=True)
     options = {"limits": vars(limits), "samples_per_shard": samples_per_shard, **settings}
     header = {"source": source.path, "samples": total, "fingerprint": source.fingerprint(options)}
+    if holds_shards and not continues(folder, header):
+        raise _holds_shards(out)
+    folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder, header)
     packer = _Packer(source, journal, total, max_bad_share, limits, apply_filters)
     try:
@@ -70,6 +71,12 @@ def pack(
         raise
     journal.complete()
     print(packer.summary())
+
+
+def _holds_shards(out: str) -> DataError:
+    return DataError(
+        f"{out!r} already holds shards. Name another folder, add --overwrite, or index them: --index-only {out}."
+    )
 
 
 class _Packer:
@@ -171,15 +178,21 @@ class _Packer:
                 data = record.contents[name]()
                 self._require_size(name, len(data))
             else:
-                path = self._source.base / name
-                if not path.is_file():
-                    fix = f"Correct the path, which is relative to {self._source.base_name}, or remove the sample."
-                    raise SampleError("missing_media", f"there is no media file {str(path)!r}. {fix}")
-                self._require_size(str(path), path.stat().st_size)
-                self._reused += hash(path) in self._files
-                self._files.add(hash(path))
-                data = path.read_bytes()
+                data = self._file(self._source.base / name)
             yield ending, data
+
+    def _file(self, path: Path) -> bytes:
+        try:
+            if not path.is_file():
+                fix = f"Correct the path, which is relative to {self._source.base_name}, or remove the sample."
+                raise SampleError("missing_media", f"there is no media file {str(path)!r}. {fix}")
+            self._require_size(str(path), path.stat().st_size)
+            data = path.read_bytes()
+        except OSError as error:
+            raise SampleError("media", f"its media file cannot be read: {error}.") from None
+        self._reused += hash(path) in self._files
+        self._files.add(hash(path))
+        return data
 
     def _require_size(self, name: str, size: int) -> None:
         limit = self._limits.max_member_bytes
@@ -199,7 +212,7 @@ class _Packer:
             )
 
     def write_refused(self, folder: Path) -> None:
-        """List in a folder what was left out before the packing was refused."""
+        """Write the ledger of a refused packing into a folder."""
         if self._bad:
             folder.mkdir(exist_ok=True)
             (folder / REFUSED_LEDGER).write_bytes(b"".join(to_lines(self._bad)))

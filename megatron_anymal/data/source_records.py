@@ -1,4 +1,4 @@
-"""What a source of samples yields: a manifest, or a data set in the layout that its makers publish (data/sources)."""
+"""Sources of samples and their records: manifests, and data sets in the layouts of their makers (data/sources)."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Source(ABC):
         return sum(1 for _ in self.records())
 
     def remarks(self) -> Sequence[str]:
-        """What the user should know about parts of the source that are not samples."""
+        """Notes for the user about parts of the source that are not samples."""
         return ()
 
     def fingerprint(self, options: Mapping[str, Any]) -> str:

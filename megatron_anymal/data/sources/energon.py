@@ -37,7 +37,7 @@ _FIELD = re.compile(r"([^\[\]]+)((?:\[[^\[\]]+\])*)")
 
 @dataclass(frozen=True)
 class _DataSet:
-    """What `.nv-meta` states."""
+    """Content of `.nv-meta`."""
 
     # A key of _TYPES.
     type: str

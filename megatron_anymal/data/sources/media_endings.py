@@ -44,4 +44,6 @@ def ending_of(data: bytes, path: str = "") -> str:
     for start, ending in _STARTS.items():
         if data.startswith(start):
             return ending
-    raise SampleError("media", f"its media begin with {data[:8]!r}, which is no known format, and have no name.")
+    raise SampleError(
+        "media", f"its media begin with {data[:8]!r}, which is not a known format, and they have no name."
+    )

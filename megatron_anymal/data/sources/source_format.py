@@ -1,4 +1,4 @@
-"""What the registry knows of a layout: how to recognize it, which options apply, and how to open it."""
+"""Layouts of data sets: how to recognize one, which options apply to it, and how to open it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ShardFolder:
     folder: str
     # Endings of the members to use; empty: the default rule.
     members: Sequence[str] = ()
-    # What the user should know about samples that are not in the shards.
+    # Notes for the user about samples that are not in the shards.
     remarks: Sequence[str] = ()
 
 
@@ -100,7 +100,7 @@ class SourceFormat:
 
     # Name on the command line.
     name: str
-    # What it is, for the help text and the documentation.
+    # Description, for messages.
     what: str
     # Names of the fields of SourceOptions that apply to it.
     options: frozenset[str]

@@ -220,3 +220,25 @@ def test_a_shard_of_nothing_is_not_written(tmp_path: Path, tokenizer_folder: str
     assert sorted(shards(tmp_path / "out")) == [f"shard-00000{n}.tar" for n in (0, 2, 3, 4)]
     make_index(str(tmp_path / "out"), IndexOptions(tokenizer_folder), max_bad_share=0.5)
     assert len(ShardIndex(str(tmp_path / "out"))) == 27
+
+
+def test_an_interrupted_overwriting_does_not_free_the_old_shards(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pack(Numbers(tmp_path), str(out), **OPTIONS)
+    before = shards(out)
+    with pytest.raises(Interrupted):
+        pack(Numbers(tmp_path, 30), str(out), samples_per_shard=4, max_bad_share=0.2, overwrite=True)
+    for options in ({**OPTIONS, "samples_per_shard": 4}, OPTIONS):
+        with pytest.raises(DataError, match="--overwrite"):
+            pack(Numbers(tmp_path), str(out), **options)
+        assert shards(out) == before
+    pack(Numbers(tmp_path), str(out), samples_per_shard=4, max_bad_share=0.2, overwrite=True)
+    assert len(shards(out)) == 10
+
+
+def test_a_media_file_that_cannot_be_read(tmp_path: Path) -> None:
+    made.put(tmp_path / "a.jpg", made.jpeg(0))
+    lines = [{"media": "a.jpg", "text": "one"}, {"media": "x" * 300, "text": "one"}]
+    manifest = made.put(tmp_path / "m.jsonl", "\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(DataError, match="File name too long"):
+        write_shards(str(manifest), str(tmp_path / "out"))
