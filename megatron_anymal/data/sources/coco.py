@@ -75,14 +75,15 @@ class CocoSource(Source):
                 content = json.load(file)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: not JSON ({error}).") from None
-        images = _rows(self.path, content, "images", ("id", "file_name"))
+        images = _rows(self.path, content, "images", {"id": (int, str), "file_name": (str,)})
         captions: dict[Any, list[tuple[Any, str]]] = {}
-        for row in _rows(self.path, content, "annotations", ("image_id", "caption")):
-            captions.setdefault(row["image_id"], []).append((row.get("id", len(captions)), str(row["caption"])))
+        columns = {"image_id": (int, str), "caption": (str, type(None))}
+        for row in _rows(self.path, content, "annotations", columns):
+            captions.setdefault(row["image_id"], []).append((row.get("id", ""), row["caption"] or ""))
         return {row["id"]: row for row in images}, captions
 
 
-def _rows(path: str, content: Any, name: str, columns: Sequence[str]) -> list[dict[str, Any]]:
+def _rows(path: str, content: Any, name: str, columns: Mapping[str, tuple[type, ...]]) -> list[dict[str, Any]]:
     rows = content.get(name) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: `{name}` must be a list of objects.")
@@ -90,6 +91,9 @@ def _rows(path: str, content: Any, name: str, columns: Sequence[str]) -> list[di
         if missing := [column for column in columns if column not in row]:
             hint = " This is not a file of captions: use captions_*.json." if missing[0] == "caption" else ""
             raise DataError(f"{path}: `{name}`[{number}] has no `{missing[0]}`.{hint}")
+        for column, types in columns.items():
+            if not isinstance(row[column], types):
+                raise DataError(f"{path}: `{name}`[{number}] has the `{column}` {str(row[column])[:60]!r}.")
     return rows
 
 

@@ -32,7 +32,7 @@ def turns_of(value: Any) -> list[tuple[str, Any]]:
         if not isinstance(turn, dict) or not set(names) <= turn.keys():
             raise SampleError("text", f"its turn {number} has neither `from` and `value` nor `role` and `content`.")
         role = turn[names[0]]
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise SampleError("text", f"its turn {number} has the role {role!r}; known: {', '.join(ROLES)}.")
         turns.append((ROLES[role], turn[names[1]]))
     return turns
