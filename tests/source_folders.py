@@ -144,6 +144,8 @@ def img2dataset(folder: Path, shards: int = 2, samples: int = 6) -> Path:
                 "key": key,
                 "status": "success",
                 "error_message": None,
+                # A column of the list of URLs, which does not make the file a sample of this package.
+                "parts": 3,
                 "width": size[0],
                 "height": size[1],
                 "exif": "{}",

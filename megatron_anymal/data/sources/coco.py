@@ -77,7 +77,7 @@ class CocoSource(Source):
             raise DataError(f"{self.path}: not JSON ({error}).") from None
         images = _rows(self.path, content, "images", {"id": (int, str), "file_name": (str,)})
         captions: dict[Any, list[tuple[Any, str]]] = {}
-        columns = {"image_id": (int, str), "caption": (str, type(None))}
+        columns: dict[str, tuple[type, ...]] = {"image_id": (int, str), "caption": (str, type(None))}
         for row in _rows(self.path, content, "annotations", columns):
             captions.setdefault(row["image_id"], []).append((row.get("id", ""), row["caption"] or ""))
         return {row["id"]: row for row in images}, captions
