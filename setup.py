@@ -21,6 +21,10 @@ INSTALL_REQUIRES = [
     # 14 has no duration of a frame; 19 dropped an argument of av.open that damaged metadata needs.
     "av>=15.0,<19",
     "soundfile>=0.12",
+    # Resamples audio. 0.5 is the first release for numpy 2.
+    "soxr>=0.5",
+    # Decodes JPEG for resize_backend=torch. 1.9 is the release whose pixels were compared with Pillow's.
+    "simplejpeg>=1.9",
     "tensorboard>=2.16",
     # megatron-core's checkpoint writer needs it and does not say so: without it a rank hangs.
     "psutil>=5.9",
@@ -70,7 +74,7 @@ if __name__ == "__main__":
         ],
         # The shipped configurations stand beside the package here and inside it once installed.
         package_dir={"megatron_anymal.nemo_configs": "nemo_configs"},
-        package_data={"megatron_anymal.nemo_configs": ["*.yaml"]},
+        package_data={"megatron_anymal.nemo_configs": ["*.yaml"], "megatron_anymal.planning": ["hardware/*.yaml"]},
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,
         entry_points={"console_scripts": ["anymal = megatron_anymal.__main__:command"]},

@@ -21,7 +21,7 @@ from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import StepResult, train_step
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_anymal import backend
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.attention import document_pack
 from megatron_anymal.model.llama import build_gpt, transformer_config
 from megatron_anymal.train.build import TrainState

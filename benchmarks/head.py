@@ -31,7 +31,8 @@ from megatron_anymal.config import RunConfig
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.model import lm_head
 from megatron_anymal.model.anymal import AnyMALModel
-from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config
+from megatron_anymal.model.llama import build_gpt, transformer_config
+from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.parallel import initialize, shutdown
 from megatron_anymal.train.build import TrainState, build
 

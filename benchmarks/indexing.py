@@ -8,6 +8,10 @@
 2. The whole command by the clock, with `--workers 1` and `--workers 2` in turn on a larger folder; and on a folder of
    one sample, which shows how much of that is Python's start and end and the import of transformers.
 3. Rows of made-up samples, in two sizes (index_memory.py): time to fill them, and growth of the peak memory.
+4. With `--energon PATH`, the command `energon` of an environment with megatron-energon: processor time of the whole
+   commands `anymal prepare --index-only` and `energon prepare` on the larger folder, and on a folder of one sample,
+   which is their start. `energon prepare` reads the headers of the tar files; with `--media-metadata-by-extension` it
+   also probes the media, as the index does. It counts no tokens.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import argparse
 import contextlib
 import io
 import json
+import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,8 +41,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_anymal.cli.prepare import main as prepare
-from megatron_anymal.data.index_folder import find_shards
 from megatron_anymal.data.index_processes import useful_workers
+from megatron_anymal.data.shard_listing import find_shards
 
 
 def jpeg(seed: int, side: int = 64) -> bytes:
@@ -147,7 +153,7 @@ def command_seconds(folder: Path, tokenizer: Path, workers: int, count: int) -> 
 
 def by_workers(folder: Path, one_sample: Path, tokenizer: Path, count: int, rounds: int) -> dict[str, Any]:
     """Seconds of the whole command with one process and with two, and on a folder of one sample, in turn."""
-    processes = useful_workers(2, find_shards(str(folder)).values())
+    processes = useful_workers(2, (file.size for file in find_shards(str(folder)).values()))
     turns: dict[str, list[float]] = {"start": [], "1": [], "2": []}
     for _ in range(rounds):
         turns["start"].append(command_seconds(one_sample, tokenizer, 1, 1))
@@ -165,6 +171,43 @@ def by_workers(folder: Path, one_sample: Path, tokenizer: Path, count: int, roun
         print(f"ratio, {name}: {statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})")
     print(f"{start:.1f} s for one sample; --workers 2 uses {processes} process{'es' if processes > 1 else ''}")
     return {"samples": count, "processes": processes, "seconds": turns, "ratios": ratios}
+
+
+def cpu_seconds(command: Sequence[str]) -> float:
+    """Processor time of a command and its children, user and system."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run(command, check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def against_energon(
+    energon: str, folder: Path, one_sample: Path, tokenizer: Path, count: int, rounds: int
+) -> dict[str, Any]:
+    """Processor seconds of both commands in turn, on a folder and on one sample."""
+    options = ["--non-interactive", "--split-ratio=1,0,0", "--skip-dataset-yaml", "--num-workers=1", "--no-progress"]
+    anymal = [sys.executable, "-m", "megatron_anymal", "prepare", "--rebuild"]
+    turns: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for where, path in (("", folder), (", one sample", one_sample)):
+            sides = {
+                "anymal prepare": [*anymal, *arguments_of(path, tokenizer, 1)],
+                "energon prepare": [energon, "prepare", *options, str(path)],
+                "energon prepare, media": [energon, "prepare", *options, "--media-metadata-by-extension", str(path)],
+            }
+            for name, command in sides.items():
+                shutil.rmtree(path / ".nv-meta", ignore_errors=True)
+                turns.setdefault(name + where, []).append(cpu_seconds(command))
+    seconds = {name: statistics.median(values) for name, values in turns.items()}
+    for name in ("anymal prepare", "energon prepare", "energon prepare, media"):
+        start = seconds[f"{name}, one sample"]
+        ratio = seconds[name] / seconds["anymal prepare"]
+        each = (seconds[name] - start) / count * 1e6
+        print(f"{name:<24} {seconds[name]:6.2f} s of the processor ({ratio:.2f} x), after the start {each:.0f} us each")
+    code = "import importlib.metadata; print(importlib.metadata.version('megatron-energon'), end='')"
+    python = str(Path(energon).with_name("python"))
+    version = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True).stdout
+    return {"samples": count, "version": version, "seconds": turns}
 
 
 def rows_of(sizes: Sequence[int]) -> dict[str, Any]:
@@ -192,6 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--worker-samples", type=int, default=4000, help="per shard")
     parser.add_argument("--worker-rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, nargs=2, default=(100_000, 1_000_000), help="numbers of made-up samples")
+    parser.add_argument("--energon", help="the command energon of an environment with megatron-energon")
     parser.add_argument("--out", help="JSON file for the results")
     arguments = parser.parse_args(argv)
     count = arguments.shards * arguments.samples
@@ -205,14 +249,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         in_large = arguments.worker_shards * arguments.worker_samples
         write_shards(one_sample, 1, 1)
         workers = by_workers(large, one_sample, tokenizer, in_large, arguments.worker_rounds)
+        peer = {}
+        if arguments.energon:
+            rounds = arguments.worker_rounds
+            peer = against_energon(arguments.energon, large, one_sample, tokenizer, in_large, rounds)
     rows = rows_of(arguments.rows)
     if arguments.out:
         body = {
-            "command": " ".join(["python", *sys.argv]),
+            # Without the folders of this machine.
+            "command": " ".join(
+                ["python", *(word if "/" not in word or word == sys.argv[0] else "PATH" for word in sys.argv)]
+            ),
             **surroundings(),
             "samples": count,
             "microseconds_per_sample": floors,
             "workers": workers,
+            **({"energon": peer} if peer else {}),
             "rows": rows,
         }
         Path(arguments.out).write_text(json.dumps(body, indent=1) + "\n")

@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.hf.projectors import build_projector
 from megatron_anymal.model.fp8_weights import is_quantized
 from megatron_anymal.model.hf_llama import to_hf

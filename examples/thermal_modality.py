@@ -52,6 +52,7 @@ class ThermalModality(Modality):
 
     extensions: ClassVar[tuple[str, ...]] = ("thermal.npy",)
     Options: ClassVar[type] = ThermalOptions
+    pieces_grow_with_size: ClassVar[bool] = True
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)

@@ -28,7 +28,7 @@ VERBS = {
     "evaluate": ("cli.evaluate:main", "score a checkpoint or an export on prepared data"),
     "prepare": ("cli.prepare:main", "build shards and their index"),
     "inspect": ("cli.inspect:main", "check shards; show samples as the model sees them"),
-    "plan": ("cli.plan:main", "predict, before a run: plan goodput (failures, save interval)"),
+    "plan": ("cli.plan:main", "predict, before a run: layout, time, memory; plan goodput: failures, save interval"),
     "doctor": ("cli.doctor:main", "show what is installed, what is missing and how to fix it"),
 }
 

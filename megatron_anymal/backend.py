@@ -125,6 +125,11 @@ def attention_kernel(model: ModelConfig, precision: str) -> str:
     return "flash_attn" if _version("flash-attn") and precision == "bf16" else "flex"
 
 
+def attention_repeats(kernel: str) -> bool:
+    """Whether the backward pass of an attention kernel gives the same bits each time; see `attention_kernel`."""
+    return kernel != "transformer_engine" or os.environ.get("NVTE_ALLOW_NONDETERMINISTIC_ALGO") == "0"
+
+
 def check_backend(model: ModelConfig, precision: str) -> None:
     """Reject settings that this machine cannot run.
 

@@ -52,6 +52,8 @@ REQUIREMENTS = (
     Requirement("webdataset", "webdataset", ">=1.0,<2", "", "`anymal prepare` writes no shards"),
     Requirement("av", "av", ">=15.0,<19", "", "video cannot be read"),
     Requirement("soundfile", "soundfile", ">=0.12", "", "audio cannot be read"),
+    Requirement("soxr", "soxr", ">=0.5", "", "audio cannot be resampled"),
+    Requirement("simplejpeg", "simplejpeg", ">=1.9", "", "resize_backend=torch cannot read JPEG"),
     Requirement(
         "transformer-engine",
         "transformer_engine",
@@ -197,6 +199,8 @@ def _apex_state() -> str:
 
 
 def _transformer_engine_state() -> str:
+    if not _present("transformer_engine_torch"):
+        return BROKEN
     if not has_nvidia_driver():
         # It cannot be checked; the CUDA row gives the cost of that.
         return OK

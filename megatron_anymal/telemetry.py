@@ -126,9 +126,11 @@ def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: floa
     """
     names = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
     losses = ", ".join(f"{name} {metrics[f'loss/{name}']:.4f} of {metrics[f'targets/{name}']:,.0f}" for name in names)
+    loader = f", loader {metrics['loader_memory_gib']:.2f} ({metrics['loader_growth_gib']:+.2f})"
+    memory = f"{metrics['host_memory_gib']:.2f} GiB{loader if metrics['loader_memory_gib'] else ''}"
     return (
         f"step {step}/{max_steps}  loss {metrics['loss']:.6f}  [{losses}]  "
         f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_share']:.1%}  "
         f"grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.3e}  {metrics['step_seconds']:.2f} s/step  "
-        f"{duration(eta)} left"
+        f"memory {memory}  {duration(eta)} left"
     )

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154  # VERB, CONFIG and ANYMAL_HOME are set by the script that sources this file.
 #
-# Shared code of pretrain_70b.sh, sft_70b.sh and dpo_70b.sh.
+# Shared code of pretrain_70b.sh, sft_70b.sh and dpo_70b.sh; prepare.sh uses some of its functions.
 #
 # A job checks every node (megatron_anymal.launcher.preflight.command), starts `anymal launch` on each and waits. Before
 # the time limit, Slurm sends USR1 to this script, which forwards it: the ranks write a checkpoint and exit with 75.

@@ -84,6 +84,6 @@ def _make_quickstart(folder: Path) -> None:
     from examples.quickstart.prepare import prepare_quickstart
 
     sizes = Sizes(train_videos=80, held_out_videos=40, train_audio=48, held_out_audio=24, train_imu=48, held_out_imu=24)
-    prepare_quickstart(folder, sizes, encoder_steps=20)
+    prepare_quickstart(folder, sizes, encoder_steps=3)
     for name in ("quickstart_llama", "quickstart", "quickstart_video"):
         run_ranks(2, train_as_configured, folder.parents[1], name, "trainer.max_steps=3", timeout=240)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers_side import IGNORED, frozen_llama
 
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.hf.projectors import build_projector
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.device_prefetch import to_device

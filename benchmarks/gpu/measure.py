@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from anymal_side import layer_parameters
 from measuring import Turns, ratio, take_turns
-from runs import Run, Side, build_run, release, set_recompute, start
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand
 
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import train_step
+from runs import Run, Side, build_run, release, set_recompute, start
 
 # Relative tolerance of loss and gradient norm between the two implementations, by precision.
 TOLERANCE = {"32": (1e-4, 1e-3), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1), "fp8_primary": (2e-2, 2e-1)}
@@ -195,14 +195,10 @@ def useful_work(state: TrainState, plan: StepPlan) -> Work:
         tokens=int(plan.documents.sum()),
         head_rows=int(plan.targets.sum()),
         squares=int(np.square(plan.documents).sum()),
-        pieces=_pieces(plan),
+        pieces=int(plan.media.pieces.sum()),
     )
     adapters = adapter_parameters(state.llama, state.config.model.lora.r)
     return _work(state, amounts, adapters, encodings=1)
-
-
-def _pieces(plan: StepPlan) -> int:
-    return sum(item.pieces for items in plan.media for item in items)
 
 
 def _work(state: TrainState, amounts: Amounts, adapters: float, encodings: int) -> Work:
@@ -222,7 +218,7 @@ def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     state, plan = run.state, run.batches[0][0]
     padded = plan.padded_length * len(plan.micro_batches[0])
     head_rows = int(plan.targets.sum()) if name == "ours" else padded
-    amounts = Amounts(padded, head_rows, 0, _pieces(plan))
+    amounts = Amounts(padded, head_rows, 0, int(plan.media.pieces.sum()))
     r = state.config.model.lora.r
     adapters = adapter_parameters(state.llama, r, joined=name == "ours")
     # This trainer runs the encoder again for the DPO reference.
@@ -308,7 +304,7 @@ def _sizes(plan: StepPlan) -> dict[str, int]:
         "tokens": int(plan.documents.sum()),
         "padded_tokens": plan.padded_length * packs,
         "targets": int(plan.targets.sum()),
-        "images": _pieces(plan),
+        "images": int(plan.media.pieces.sum()),
     }
 
 

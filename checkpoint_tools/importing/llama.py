@@ -24,7 +24,7 @@ from megatron_anymal.checkpoint.tensor_stream import StoredFile, write_index
 from megatron_anymal.config import ConfigError, LanguageModelConfig, RunConfig
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import account
-from megatron_anymal.model.llama import read_llama_config
+from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.safetensors_io import TensorFileError
 from megatron_anymal.telemetry import Progress
 

@@ -75,18 +75,18 @@ def _check_alive(workers: Sequence[Any], finished: int) -> None:
         raise WorkerError(f"a worker process ended with {reason} (out of memory?). Run the command again to resume.")
 
 
-def _work(todo: Any, told: Any, work: Callable[[Any, Callable[[int], None]], None]) -> None:
+def _work(todo: Any, messages: Any, work: Callable[[Any, Callable[[int], None]], None]) -> None:
     end_with_parent()
     before = peak_memory()
     try:
         while (job := todo.get()) is not None:
-            work(job, lambda count: told.put(("done", count)))
-        told.put(("peak", peak_memory() - before))
+            work(job, lambda count: messages.put(("done", count)))
+        messages.put(("peak", peak_memory() - before))
     except OSError as error:
         # An OSError without an errno carries a library's own message.
-        told.put(("disk", (error.errno, error.strerror, error.filename)) if error.errno else ("failed", str(error)))
+        messages.put(("disk", (error.errno, error.strerror, error.filename)) if error.errno else ("failed", str(error)))
     except ValueError as error:
         # The package's own errors derive from ValueError; each message is one line for the user.
-        told.put(("failed", str(error)))
+        messages.put(("failed", str(error)))
     except BaseException as error:
-        told.put(("failed", f"{type(error).__name__}: {error}"))
+        messages.put(("failed", f"{type(error).__name__}: {error}"))

@@ -89,12 +89,12 @@ def _run_export(export: Path, samples: Sequence[VerificationSample], out: Path) 
     return (out / "transformers").read_text()
 
 
-def _compare(sample: VerificationSample, here: dict[str, Any], there: dict[str, Any], group: _Group) -> None:
+def _compare(sample: VerificationSample, native: dict[str, Any], exported: dict[str, Any], group: _Group) -> None:
     where = f"{sample.group}, sample {sample.key!r}"
-    if here["tokens"].tolist() != there["tokens"].tolist():
+    if native["tokens"].tolist() != exported["tokens"].tolist():
         raise VerificationError(f"{where}: the exported processor produces different token ids.")
-    _same_media(where, here["media"], there["media"])
-    ours, theirs = here["logits"], there["logits"]
+    _same_media(where, native["media"], exported["media"])
+    ours, theirs = native["logits"], exported["logits"]
     difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
     # `not <=` rather than `>`, so that NaN logits fail.
     if not difference <= TOLERANCE * max(1.0, largest):
@@ -109,9 +109,10 @@ def _compare(sample: VerificationSample, here: dict[str, Any], there: dict[str, 
     group.same_choice += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
 
 
-def _same_media(where: str, here: dict[str, Tensor], there: dict[str, Tensor]) -> None:
-    if here.keys() != there.keys():
-        raise VerificationError(f"{where}: the exported processor returns media {sorted(there)}, not {sorted(here)}.")
-    for name, pieces in here.items():
-        if not torch.equal(pieces, there[name]):
+def _same_media(where: str, native: dict[str, Tensor], exported: dict[str, Tensor]) -> None:
+    if native.keys() != exported.keys():
+        media = f"media {sorted(exported)}, not {sorted(native)}"
+        raise VerificationError(f"{where}: the exported processor returns {media}.")
+    for name, pieces in native.items():
+        if not torch.equal(pieces, exported[name]):
             raise VerificationError(f"{where}: the exported processor preprocesses {name!r} differently.")

@@ -30,6 +30,8 @@ HARMLESS = (
     "model.num_layers_in_*_pipeline_stage",
     "model.overlap_p2p_comm",
     "model.micro_batch_size",
+    "model.encoder_costs",
+    "model.modalities.*.cost_per_piece",
     "model.recompute_*",
     "model.memory_gb",
     "model.transformer_impl",
@@ -49,29 +51,30 @@ HARMLESS = (
     "data.max_bad_share",
     "data.num_workers",
     "data.prefetch_steps",
+    "data.worker_memory_limit_gib",
 )
 # Keys of a Llama's configuration that do not describe the model.
 _NOTES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 
 
-def check_changes(there: Manifest, here: Manifest, allowed: Collection[str], say: Callable[[str], None]) -> None:
+def check_changes(saved: Manifest, current: Manifest, allowed: Collection[str], say: Callable[[str], None]) -> None:
     """Compare a checkpoint's manifest with the one this run would write now.
 
     Args:
-        there: the checkpoint's manifest.
-        here: this run's manifest.
+        saved: the checkpoint's manifest.
+        current: this run's manifest.
         allowed: members of config.validation.CHANGES that may differ.
         say: prints the differences that are harmless or allowed.
 
     Raises:
         ConfigError: there is a difference that affects training results; names every key, old -> new.
     """
-    differences = {kind: "; ".join(_of_kind(kind, there, here)) for kind in CHANGES}
-    moved = _schedule(there.config, here.config)
+    differences = {kind: "; ".join(_of_kind(kind, saved, current)) for kind in CHANGES}
+    moved = _schedule(saved.config, current.config)
     harmless = [
         line
-        for key, line in _config_lines(there.config, here.config)
-        if _is_harmless(key, here.config) and not (moved and key == "trainer.max_steps")
+        for key, line in _config_lines(saved.config, current.config)
+        if _is_harmless(key, current.config) and not (moved and key == "trainer.max_steps")
     ]
     if harmless:
         say(f"changed since the checkpoint, without effect on training results: {'; '.join(harmless)}")
@@ -82,34 +85,34 @@ def check_changes(there: Manifest, here: Manifest, allowed: Collection[str], say
     if refused:
         lines = "; ".join(differences[kind] for kind in refused)
         raise ConfigError(
-            f"The checkpoint of step {there.step} belongs to a run with different settings that affect training "
+            f"The checkpoint of step {saved.step} belongs to a run with different settings that affect training "
             f"results: {lines}. Revert these changes, start a new run in another folder (model.restore_from_path), or "
             f"allow them with resilience.allow_changes=[{','.join(refused)}]."
         )
 
 
-def _of_kind(kind: str, there: Manifest, here: Manifest) -> list[str]:
+def _of_kind(kind: str, saved: Manifest, current: Manifest) -> list[str]:
     if kind == "config":
-        lines = _config_lines(there.config, here.config)
-        learned = [line for key, line in lines if not _is_harmless(key, here.config)]
-        return learned + _schedule(there.config, here.config)
+        lines = _config_lines(saved.config, current.config)
+        learned = [line for key, line in lines if not _is_harmless(key, current.config)]
+        return learned + _schedule(saved.config, current.config)
     if kind == "tokenizer":
         # Older checkpoints have no tokenizer hash.
-        return _hashes("data.tokenizer (its content)", there.tokenizer, here.tokenizer) if there.tokenizer else []
+        return _hashes("data.tokenizer (its content)", saved.tokenizer, current.tokenizer) if saved.tokenizer else []
     if kind == "base":
-        return _hashes("the Llama's weights", there.base_hash, here.base_hash) + _llama(there.llama, here.llama)
+        return _hashes("the Llama's weights", saved.base_hash, current.base_hash) + _llama(saved.llama, current.llama)
     name = "data (its content, weights, model.seed or model.global_batch_size)"
-    changed = _hashes(name, there.data_fingerprint, here.data_fingerprint)
+    changed = _hashes(name, saved.data_fingerprint, current.data_fingerprint)
     return [f"{line}, so that resuming would repeat or lose samples" for line in changed]
 
 
-def _hashes(name: str, there: str, here: str) -> list[str]:
-    return [] if there == here else [f"{name} {there[:12] or 'none'} -> {here[:12] or 'none'}"]
+def _hashes(name: str, saved: str, current: str) -> list[str]:
+    return [] if saved == current else [f"{name} {saved[:12] or 'none'} -> {current[:12] or 'none'}"]
 
 
-def _config_lines(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _config_lines(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(dotted key, "key old -> new") for every difference; keys missing from older configurations are left out."""
-    old, new = dict(leaves(there)), dict(leaves(here))
+    old, new = dict(leaves(saved)), dict(leaves(current))
     lines = []
     for key in sorted(old.keys() | new.keys()):
         if key in old and key in new:
@@ -120,20 +123,20 @@ def _config_lines(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[tup
     return lines
 
 
-def _is_harmless(key: str, here: Mapping[str, Any]) -> bool:
+def _is_harmless(key: str, current: Mapping[str, Any]) -> bool:
     if key == "data.seq_length":
         # With "refuse" it only sets the length of packs; otherwise it also decides which samples are dropped.
-        return bool(here["data"]["too_long"] == "refuse")
+        return bool(current["data"]["too_long"] == "refuse")
     if key == "model.optim.sched.decay_steps":
         # Checked by _schedule.
         return True
     return any(fnmatchcase(key, pattern) for pattern in HARMLESS)
 
 
-def _schedule(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+def _schedule(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Compare where the schedules end: at decay_steps or, if that is not set, at trainer.max_steps."""
     ends = []
-    for config in (there, here):
+    for config in (saved, current):
         sched = config["model"]["optim"]["sched"]
         ends.append(0 if sched["name"] == "constant" else sched["decay_steps"] or config["trainer"]["max_steps"])
     if ends[0] == ends[1] or 0 in ends:
@@ -144,8 +147,8 @@ def _schedule(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _llama(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    old = {key: value for key, value in leaves(dict(there)) if key not in _NOTES}
-    new = dict(leaves(dict(here)))
+def _llama(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    old = {key: value for key, value in leaves(dict(saved)) if key not in _NOTES}
+    new = dict(leaves(dict(current)))
     changed = [key for key, value in old.items() if new.get(key, value) != value]
     return [f"the Llama's {key} {old[key]!r} -> {new[key]!r}" for key in changed]

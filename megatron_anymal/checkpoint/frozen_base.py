@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.state import load_language_model
 from megatron_anymal.config import ConfigError, LanguageModelConfig
-from megatron_anymal.model.llama import read_llama_config
+from megatron_anymal.model.llama_shape import read_llama_config
 
 
 def resolve_language_model(section: LanguageModelConfig) -> tuple[LanguageModelConfig, LlamaConfig]:

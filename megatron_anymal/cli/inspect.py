@@ -2,7 +2,7 @@
 
 Without a configuration only text lengths are known; with `--config-name` the check also counts the pieces and soft
 tokens of that run's modalities and the samples that exceed its data.seq_length, and measures how well its packs are
-filled.
+filled. `--html` writes a page with the samples and packs of such a run instead.
 """
 
 from __future__ import annotations
@@ -33,6 +33,17 @@ def main(argv: Sequence[str]) -> int:
     tokenizer = arguments.tokenizer or (config.data.tokenizer if config else "")
     if not tokenizer:
         raise DataError("--tokenizer is missing. Name the tokenizer's folder, or a run with --config-name.")
+    if arguments.html:
+        if folders or config is None:
+            raise DataError(
+                "--html shows the packs of a run: name it with --config-name, and no folder. Its datasets are those of "
+                "data.train, which key=value overrides may change."
+            )
+        from megatron_anymal.cli.inspection_page import inspect_page
+
+        return inspect_page(arguments, config)
+    if arguments.samples is not None or arguments.step is not None:
+        raise DataError("--samples and --step choose what --html shows. Add --html FILE, or leave them out.")
     if config and not folders:
         folders = list(dict.fromkeys(d.path for d in (*config.data.train.values(), *config.data.validation.values())))
     if not folders:
@@ -50,7 +61,12 @@ def _parser() -> argparse.ArgumentParser:
         "folders", nargs="*", metavar="FOLDER", help="prepared folders, then key=value overrides of the configuration"
     )
     parser.add_argument("--tokenizer", help="folder of the tokenizer that the index was built with")
-    parser.add_argument("--sample", action="append", default=[], metavar="KEY_OR_NUMBER", help="only show this sample")
+    parser.add_argument(
+        "--sample", action="append", default=[], metavar="KEY_OR_NUMBER", help="only show this sample; may be repeated"
+    )
+    parser.add_argument("--html", metavar="FILE", help="write a page with samples and packs of the run to this file")
+    parser.add_argument("--samples", type=int, help="with --html: the first so many samples of the step (8)")
+    parser.add_argument("--step", type=int, help="with --html: the step to show, counted from 1 (1)")
     parser.add_argument("--limit", type=int, help="read only the first LIMIT samples of each folder")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that read and decode")
     parser.add_argument("--config-name", "-cn", help="the run whose modalities and lengths to use")

@@ -10,6 +10,8 @@ from typing import Optional
 
 import numpy as np
 
+from megatron_anymal.cli.data_page.markup import file_size
+from megatron_anymal.cli.data_page.numbers import MEASURED_STEPS, fill
 from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.left_out import grouped
@@ -32,7 +34,6 @@ from megatron_anymal.modalities import MODALITIES, MediaError, build_modality, l
 
 # Number of bad samples that are named; the others are only counted.
 _SHOWN = 20
-_PACKED_STEPS = 20
 _ROWS_AT_ONCE = 1_000_000
 _SCALE = 40
 _KIND_NAMES = {"messages": "conversations", "preference": "preference pairs"}
@@ -64,19 +65,25 @@ def inspect(arguments: argparse.Namespace, folders: Sequence[str], tokenizer: st
     kinds |= {section.kind or name for name, section in config.model.modalities.items()} if config else set()
     if all(kind in MODALITIES and not MODALITIES[kind].needs_torch for kind in kinds):
         hide_torch()
-    run = _build(config) if config else None
+    run = build_run(config) if config else None
     problems = sum(_inspect(index, tokenizer, run, arguments) for index in indexes)
     if run and not arguments.sample:
         problems += _packing(run)
     return 1 if problems else 0
 
 
-def _build(config: RunConfig) -> InspectedRun:
+def build_run(config: RunConfig) -> InspectedRun:
+    """Build what a checked configuration needs to plan and read its data.
+
+    Raises:
+        ConfigError, DataError: a modality or the tokenizer cannot be used.
+    """
     tokenizer = Tokenizer(config.data.tokenizer)
     planned, loaded = [], {}
     for section, options in config.model.modalities.items():
         kind, modality = options.kind or section, build_modality(section, options, config.data.limits)
-        planned.append(PlannedModality(section, kind, modality, options.projector.num_tokens))
+        tokens, cost = options.projector.num_tokens, options.cost_per_piece or None
+        planned.append(PlannedModality(section, kind, modality, tokens, cost))
         placeholder = tokenizer.placeholder(options.placeholder, f"model.modalities.{section}.placeholder")
         loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder)
     return InspectedRun(config, Reading(tokenizer, {k: e.modality for k, e in loaded.items()}, loaded), planned)
@@ -132,7 +139,7 @@ def _print_header(index: ShardIndex, wrong: Sequence[str]) -> None:
     size = sum(index.header.shard_bytes)
     counts = f"{len(index)} samples, {len(index.media)} media items, {len(index.header.shards)} shards"
     kinds = ", ".join(f"{_KIND_NAMES[kind]} {count}" for kind, count in index.sample_kinds().items() if kind != "parts")
-    print(f"{index.folder}: {counts}, {_bytes(size)}" + (f" ({kinds})" if kinds else ""))
+    print(f"{index.folder}: {counts}, {file_size(size)}" + (f" ({kinds})" if kinds else ""))
     for problem in wrong:
         print(f"bad: {problem}")
 
@@ -173,16 +180,12 @@ def _print_lengths(what: str, lengths: np.ndarray) -> None:
         print(f"  {span}  {bar:<{_SCALE}} {count}".rstrip())
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    return f"{count:.4g} TiB"
+def find_sample(index: ShardIndex, text: str) -> int:
+    """Find a sample's row by its key or, if no key matches, by its number.
 
-
-def _find(index: ShardIndex, text: str) -> int:
-    """Find a sample's row by its key or, if no key matches, by its number."""
+    Raises:
+        DataError: there is none.
+    """
     for number in range(len(index)):
         if index.key(number) == text:
             return number
@@ -195,7 +198,7 @@ def _find(index: ShardIndex, text: str) -> int:
 
 def _show(index: ShardIndex, text: str, reading: Reading) -> int:
     """Print a sample; return 1 if it is bad."""
-    number = _find(index, text)
+    number = find_sample(index, text)
     print(f"\nsample {index.key(number)!r}, number {number}")
     try:
         sample = read_sample(index, number, reading)
@@ -227,7 +230,7 @@ def _print_parts(parts: Sequence[Part], media_rows: np.ndarray, sample: ReadSamp
         )
         cut = f", {pieces} piece(s)" if pieces else ""
         given = "".join(f", {key}={value}" for key, value in part.attributes.items())
-        print(f"  media  {part.modality} {part.media!r}: {sizes}{given}, {_bytes(len(item.data))}{cut}")
+        print(f"  media  {part.modality} {part.media!r}: {sizes}{given}, {file_size(len(item.data))}{cut}")
 
 
 def _token_lines(document: Document, media: Sequence[MediaBytes], reading: Reading) -> Iterator[str]:
@@ -262,7 +265,7 @@ def _packing(run: InspectedRun) -> int:
     config, problems = run.config, 0
     for split in ("train", "validation"):
         for name, dataset in getattr(config.data, split).items():
-            lengths = _lengths(_planner(run, {name: dataset}))
+            lengths = _lengths(planner_of(run, {name: dataset}))
             _print_lengths(f"data.{split}.{name}: LLM tokens per sample, including media", lengths)
             too_long = int((lengths > config.data.seq_length).sum())
             fate = "training refuses to start" if config.data.too_long == "refuse" else "they are left out"
@@ -270,14 +273,12 @@ def _packing(run: InspectedRun) -> int:
             bad = "bad: " if too_long and config.data.too_long == "refuse" else ""
             print(f"{bad}longer than data.seq_length={config.data.seq_length}: {too_long} of {len(lengths)}{note}")
             problems += bool(bad)
-    planner = _planner(run, config.data.train)
+    planner = planner_of(run, config.data.train)
     fills, packs = [], []
-    for step in range(min(_PACKED_STEPS, config.trainer.max_steps)):
+    for step in range(min(MEASURED_STEPS, config.trainer.max_steps)):
         plan = planner.plan(step)
-        count = sum(len(replica) for replica in plan.micro_batches)
-        kept = [n for position, n in enumerate(plan.length) if position not in plan.dropped]
-        fills.append(sum(int(n) for n in kept) / (plan.padded_length * count))
-        packs.append(count)
+        fills.append(fill(plan))
+        packs.append(sum(len(replica) for replica in plan.micro_batches))
     print(
         f"first {len(fills)} steps: {np.mean(fills):.1%} of the computed tokens are real (worst step "
         f"{min(fills):.1%}), {min(packs)} to {max(packs)} micro-batches per step"
@@ -285,7 +286,12 @@ def _packing(run: InspectedRun) -> int:
     return problems
 
 
-def _planner(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPlanner:
+def planner_of(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPlanner:
+    """The run's planner for some datasets; samples that are too long are dropped, not refused.
+
+    Raises:
+        DataError: see BatchPlanner.
+    """
     config, tokenizer = run.config, run.reading.tokenizer
     return BatchPlanner(
         datasets,

@@ -19,23 +19,22 @@ exact under these assumptions: docs/operations/goodput.md derives it and names t
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb and return the exit code."""
-    parser = argparse.ArgumentParser(prog="anymal plan", description=__doc__)
-    subcommands = parser.add_subparsers(required=True, metavar="SUBCOMMAND")
-    _add_goodput(subcommands)
-    arguments = parser.parse_args(argv)
-    return arguments.run_subcommand(arguments)
+    """Run the verb and return the exit code: the layout search, or `goodput`."""
+    if argv and argv[0] == "goodput":
+        return _goodput(_goodput_parser().parse_args(argv[1:]))
+    # Imports yaml.
+    from megatron_anymal.cli import layout_search
+
+    return layout_search.main(argv)
 
 
-def _add_goodput(subcommands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subcommands.add_parser(
-        "goodput",
-        help="effective-training-time ratio with failures, and the save interval to choose",
+def _goodput_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="anymal plan goodput",
         description=_GOODPUT,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="anymal plan goodput [options]",
     )
-    parser.set_defaults(run_subcommand=_goodput)
     parser.add_argument(
         "--gpus",
         type=int,
@@ -47,6 +46,7 @@ def _add_goodput(subcommands: argparse._SubParsersAction[argparse.ArgumentParser
     for item in INPUTS:
         parser.add_argument(item.option, type=int if item.whole else float, metavar=item.unit, help=_help(item))
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
 
 
 def _help(item: Input) -> str:

@@ -1,4 +1,5 @@
-"""`anymal prepare`: build shards and their index from a manifest or a data set, or index existing shards."""
+"""`anymal prepare`: build shards and their index from a manifest or a data set, or index existing shards; at once or in
+parts."""
 
 from __future__ import annotations
 
@@ -7,34 +8,67 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from megatron_anymal import lean_imports
-from megatron_anymal.cli.prepare_sources import add_arguments, opened, packed
+from megatron_anymal.cli.prepare_sources import add_arguments, opened, packed, refuse_options
 from megatron_anymal.config import LimitsConfig
-from megatron_anymal.data.filters import parse_rules
+from megatron_anymal.data.filters import Rule, parse_rules
+from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.source_records import Source
+from megatron_anymal.data.sources.source_format import ShardFolder
+
+if TYPE_CHECKING:
+    from megatron_anymal.data.index_builder import IndexOptions
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb and return the exit code."""
-    arguments = _parser().parse_args(argv)
-    if not arguments.tokenizer:
-        raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    part = PartOf.parse(arguments.part) if arguments.part else None
+    refuse_options(parser, arguments)
     limits, filters = _limits(arguments.limit), parse_rules(arguments.filter)
-    source = opened(arguments, limits)
+    source = None if arguments.merge else opened(arguments, limits)
     # These import numpy and the media libraries' readers, which --help does without.
-    from megatron_anymal.data.index_builder import IndexOptions
-    from megatron_anymal.data.index_folder import make_index
-    from megatron_anymal.data.tokenizer import Tokenizer
     from megatron_anymal.modalities import load_plugins
 
     if not arguments.plugin:
         # A plug-in may need torch; what this verb does itself, does not.
         lean_imports.hide_torch()
+    if source is None:
+        from megatron_anymal.data.index_parts import merge_parts
+
+        merge_parts(arguments.merge, arguments.max_bad_share)
+        return 0
     load_plugins(arguments.plugin)
-    options = IndexOptions(
+    _prepare(arguments, source, _options(arguments, limits, filters), part)
+    return 0
+
+
+def _prepare(
+    arguments: argparse.Namespace, source: Union[Source, ShardFolder], options: IndexOptions, part: Optional[PartOf]
+) -> None:
+    """Pack a source, or a part of it, and index the shards; or index existing ones."""
+    if isinstance(source, ShardFolder):
+        options = dataclasses.replace(options, members=options.members or list(source.members))
+        _index(arguments, source.folder, options, part, arguments.rebuild, None)
+        print("".join(f"{remark}\n" for remark in source.remarks), end="")
+        return
+    from megatron_anymal.data.tokenizer import Tokenizer
+
+    # Before the shards are written: the same command can then be started again.
+    Tokenizer(arguments.tokenizer)
+    names = packed(source, arguments, options, part)
+    # Excluded samples are not in the shards.
+    _index(arguments, arguments.out, dataclasses.replace(options, filters=()), part, True, names)
+
+
+def _options(arguments: argparse.Namespace, limits: LimitsConfig, filters: Sequence[Rule]) -> IndexOptions:
+    from megatron_anymal.data.index_builder import IndexOptions
+
+    return IndexOptions(
         arguments.tokenizer,
         _kinds(arguments.modality),
         arguments.plugin,
@@ -44,16 +78,23 @@ def main(argv: Sequence[str]) -> int:
         text_only=arguments.text_only,
         filters=filters,
     )
-    if isinstance(source, Source):
-        # Before the shards are written: the same command can then be started again.
-        Tokenizer(arguments.tokenizer)
-        options = packed(source, arguments, options)
-        make_index(arguments.out, options, arguments.workers, arguments.max_bad_share)
+
+
+def _index(
+    arguments: argparse.Namespace,
+    folder: str,
+    options: IndexOptions,
+    part: Optional[PartOf],
+    rebuild: bool,
+    names: Optional[Sequence[str]],
+) -> None:
+    from megatron_anymal.data.index_folder import make_index
+    from megatron_anymal.data.index_parts import index_part
+
+    if part:
+        index_part(folder, options, part, arguments.workers, rebuild, names)
     else:
-        options = dataclasses.replace(options, members=options.members or source.members)
-        make_index(source.folder, options, arguments.workers, arguments.max_bad_share)
-        print("".join(f"{remark}\n" for remark in source.remarks), end="")
-    return 0
+        make_index(folder, options, arguments.workers, arguments.max_bad_share, rebuild)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +103,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer", help="folder of the tokenizer that training will use")
     parser.add_argument("--samples-per-shard", type=int, default=2000)
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
+    parser.add_argument("--part", metavar="K/N", help="do the K-th of N parts, for example 3/64; see --merge")
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="with shards that are indexed in place: read all, also those that the folder's index has unchanged",
+    )
     parser.add_argument(
         "--workers",
         type=int,

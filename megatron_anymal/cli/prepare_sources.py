@@ -1,15 +1,15 @@
-"""The options of `anymal prepare` that name what to prepare, and the packing of it."""
+"""The options of `anymal prepare` that name what to prepare, which of them go together, and the packing of it."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.manifest import ManifestSource
+from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_writer import pack
 from megatron_anymal.data.source_records import Source
@@ -18,6 +18,16 @@ from megatron_anymal.data.sources.source_format import CAPTION_CHOICES, ShardFol
 
 if TYPE_CHECKING:
     from megatron_anymal.data.index_builder import IndexOptions
+
+
+# Option -> the ones of which it needs one.
+_USERS = {
+    "out": ("manifest", "source"),
+    "overwrite": ("manifest", "source"),
+    "samples_per_shard": ("manifest", "source"),
+    "rebuild": ("index_only", "source"),
+}
+_SPELLED = {"source": "--from"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("LAYOUT", "PATH"),
         help=f"a data set as its makers publish it; LAYOUT is one of {', '.join(FORMATS)}",
     )
+    source.add_argument("--merge", metavar="FOLDER", help="a folder whose parts are finished: write its index")
     parser.add_argument("--out", help="with --manifest and --from: the folder to create")
     parser.add_argument("--media", type=Path, metavar="FOLDER", help="with --from: folder of the media files")
     parser.add_argument(
@@ -56,6 +67,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RULE",
         help="leave out samples, for example min_side=224, max_aspect=2, max_seconds=15, min_column:similarity=0.28",
     )
+
+
+def refuse_options(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    """Refuse options that are missing, or that would have no effect.
+
+    Raises:
+        DataError: naming the option.
+    """
+    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
+    if arguments.merge:
+        others = [_spelled(name) for name in given if name not in ("merge", "max_bad_share", "workers")]
+        if others:
+            raise DataError(f"--merge uses the options that its parts were made with. Leave out {', '.join(others)}.")
+        return
+    for name, users in _USERS.items():
+        if name in given and not set(users) & set(given):
+            fitting = " or ".join(map(_spelled, users))
+            raise DataError(f"{_spelled(name)} has no effect without {fitting}. Leave it out.")
+    if not arguments.tokenizer:
+        raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
+    if arguments.part:
+        for name, fix in (("max_bad_share", "Give it to --merge"), ("overwrite", "Empty the folder first")):
+            if name in given:
+                raise DataError(f"{_spelled(name)} applies to a whole folder, not to --part. {fix}.")
+
+
+def _spelled(name: str) -> str:
+    return _SPELLED.get(name, f"--{name.replace('_', '-')}")
 
 
 def opened(arguments: argparse.Namespace, limits: LimitsConfig) -> Union[Source, ShardFolder]:
@@ -87,11 +126,16 @@ def opened(arguments: argparse.Namespace, limits: LimitsConfig) -> Union[Source,
     return source
 
 
-def packed(source: Source, arguments: argparse.Namespace, options: IndexOptions) -> IndexOptions:
-    """Pack a source into --out; returns the options for indexing it, which need no filters any more.
+def packed(
+    source: Source, arguments: argparse.Namespace, options: IndexOptions, part: Optional[PartOf]
+) -> Optional[list[str]]:
+    """Pack a source into --out, without the samples that a filter excludes.
+
+    Returns:
+        File names of the shards of a part; None without parts.
 
     Raises:
-        DataError: see `shard_writer.pack`.
+        DataError: see `shard_writer.pack` and `manifest_parts.write_part`.
     """
     depends: dict[str, Any] = {
         "filters": [rule.text for rule in options.filters],
@@ -99,25 +143,28 @@ def packed(source: Source, arguments: argparse.Namespace, options: IndexOptions)
         "attributes": {kind: dict(values) for kind, values in options.attributes.items()},
         "plugins": list(options.plugins),
     }
-    pack(
-        source,
-        arguments.out,
-        arguments.samples_per_shard,
-        arguments.overwrite,
-        arguments.max_bad_share,
-        options.limits,
-        options.apply_filters if options.filters else None,
-        depends if options.filters else {},
-    )
-    return dataclasses.replace(options, filters=())
+    out, size, share = arguments.out, arguments.samples_per_shard, arguments.max_bad_share
+    filtering = (options.apply_filters, depends) if options.filters else (None, {})
+    if part:
+        # It imports numpy, which refusals do without.
+        from megatron_anymal.data.manifest_parts import write_part
+
+        return write_part(source, out, part, size, options.limits, *filtering)
+    pack(source, out, size, arguments.overwrite, share, options.limits, *filtering)
+    return None
 
 
 def _check_out(arguments: argparse.Namespace, source: Union[Source, ShardFolder]) -> None:
     option = "--manifest" if arguments.manifest else f"--from {arguments.source[0]}"
     if isinstance(source, Source) and not arguments.out:
         raise DataError(f"{option} needs --out, the folder to write shards into.")
-    if isinstance(source, ShardFolder) and arguments.out:
-        raise DataError(f"{option} is indexed in place, in {source.folder}/index, without a copy. Remove --out.")
+    if isinstance(source, ShardFolder):
+        for name, given in (("out", arguments.out), ("overwrite", arguments.overwrite)):
+            if given:
+                place = f"in place, in {source.folder}/index, without a copy"
+                raise DataError(f"{option} is indexed {place}. Remove --{name}.")
+    elif arguments.rebuild:
+        raise DataError(f"--rebuild has no effect without --index-only: {option} is packed. Leave it out.")
 
 
 def _refuse_options_of_sources(arguments: argparse.Namespace) -> None:

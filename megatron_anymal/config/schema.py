@@ -148,6 +148,9 @@ class ModalityConfig:
     megatron_anymal/modalities/."""
     placeholder: str = ""
     """Reserved vocabulary token that stands for one soft token of this modality."""
+    cost_per_piece: float = 0.0
+    """Encoder time of one piece relative to the other modalities', in any unit. Needed for, and used by,
+    model.encoder_costs=configured only."""
 
 
 @dataclass
@@ -291,6 +294,10 @@ class ModelConfig:
     """Packs per forward pass and replica."""
     global_batch_size: int = 128
     """Samples per optimizer step, over all replicas."""
+    encoder_costs: str = "operations"
+    """Costs of encoder inputs by which packs are balanced: `operations` (floating-point operations, from the encoders'
+    shapes), `measured` (rank 0 times the encoders at the run's first start; encoder_costs.json in the run's folder
+    keeps the times for all later ones) or `configured` (modalities.NAME.cost_per_piece)."""
 
     recompute_granularity: str = ""
     """Activation recomputation: `""` (none), `full`, `selective`, or `auto` (the cheapest setting that fits in
@@ -392,6 +399,9 @@ class DataConfig:
     """Loader processes per training process. 0 loads in the training process."""
     prefetch_steps: int = 2
     """Steps that the loader may run ahead."""
+    worker_memory_limit_gib: float = 0.0
+    """GiB by which a loader process may grow. If one grows by more, the loader processes of its rank are restarted
+    between two steps, without a change in the data. 0: no limit."""
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     """Largest accepted inputs."""
 

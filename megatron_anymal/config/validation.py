@@ -37,6 +37,7 @@ CHOICES = {
     "model.neftune.embeddings": ("all", "text"),
     "model.dpo.reference": ("cached", "recomputed"),
     "model.loss_normalization": ("token", "sample"),
+    "model.encoder_costs": ("operations", "measured", "configured"),
     "model.optim.sched.name": ("cosine", "linear", "constant"),
     "data.too_long": ("refuse", "drop"),
 }
@@ -78,6 +79,7 @@ AT_LEAST = {
     "data.max_bad_share": 0,
     "data.num_workers": 0,
     "data.prefetch_steps": 1,
+    "data.worker_memory_limit_gib": 0,
     "data.limits.max_load_bytes": 1,
     "data.limits.max_pixels": 1,
     "data.limits.max_frame_pixels": 1,
@@ -111,7 +113,7 @@ def check(config: RunConfig) -> None:
     """
     _check_values(config)
     _check_checkpoints(config)
-    _check_layout(config)
+    check_layout(config)
     _check_model(config)
     _check_data(config.data, config.model.modalities)
     _check_resilience(config)
@@ -166,7 +168,18 @@ def _check_best(config: RunConfig, rules: CheckpointConfig) -> None:
         raise ConfigError(f"{where}.keep_best_metric={metric!r} is not one of {', '.join(known)}.")
 
 
-def _check_layout(config: RunConfig) -> None:
+def check_layout(config: RunConfig) -> None:
+    """Reject parallel sizes, recomputation and number formats that cannot work together, whatever the Llama.
+
+    Raises:
+        ConfigError: the message names the key and the fix.
+    """
+    _check_parallel_sizes(config)
+    _check_recompute(config.model)
+    _check_fp8(config.model)
+
+
+def _check_parallel_sizes(config: RunConfig) -> None:
     m = config.model
     if config.world_size % m.model_parallel_size:
         raise ConfigError(
@@ -233,9 +246,8 @@ def _check_model(config: RunConfig) -> None:
             "model.language_model needs exactly one of path (a HuggingFace folder), config (a shape with random "
             f"weights) and checkpoint (written by this trainer); given: {', '.join(given) or 'none'}."
         )
-    _check_recompute(config.model)
+    _check_encoder_costs(config.model)
     _check_lora(config.model)
-    _check_fp8(config.model)
     if config.job == "dpo":
         _check_dpo(config.model)
     elif config.model.dpo != DpoConfig():
@@ -280,6 +292,25 @@ def _check_recompute(model: ModelConfig) -> None:
             raise ConfigError(
                 f"model.{name} has no effect with model.recompute_granularity=auto, which chooses it. Remove it, or "
                 "name the granularity."
+            )
+
+
+def _check_encoder_costs(model: ModelConfig) -> None:
+    configured = model.encoder_costs == "configured"
+    if model.encoder_costs != "operations" and not model.modalities:
+        raise ConfigError(
+            f"model.encoder_costs={model.encoder_costs} has no effect without model.modalities. Remove it."
+        )
+    for name, modality in model.modalities.items():
+        cost, key = modality.cost_per_piece, f"model.modalities.{name}.cost_per_piece"
+        if cost and not configured:
+            raise ConfigError(
+                f"{key}={cost} has no effect with model.encoder_costs={model.encoder_costs}. Set "
+                "model.encoder_costs=configured, or remove it."
+            )
+        if configured and not 0 < cost < math.inf:
+            raise ConfigError(
+                f"{key}={cost} must be above 0, because model.encoder_costs=configured compares all modalities by it."
             )
 
 
@@ -352,6 +383,12 @@ def _check_data(data: DataConfig, modalities: Mapping[str, ModalityConfig]) -> N
     # A Llama without data sets or modalities gets token ids as input and needs no tokenizer.
     if not data.tokenizer and (data.train or data.validation or modalities):
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")
+    if data.worker_memory_limit_gib and not data.num_workers:
+        raise ConfigError(
+            f"data.worker_memory_limit_gib={data.worker_memory_limit_gib} needs loader processes: with "
+            "data.num_workers=0 the training process reads the data, and it cannot be restarted between two steps. Set "
+            "data.num_workers, or the limit to 0."
+        )
 
 
 def _check_resilience(config: RunConfig) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 
@@ -22,10 +24,20 @@ class PlannedModality:
     # Number of LLM tokens of each piece.
     soft_tokens_per_piece: int
 
+    # Encoder cost of one piece, in a unit that is the same for all modalities; None: its number of input elements.
+    cost: Optional[float] = None
+
     @property
     def cost_per_piece(self) -> float:
-        """Estimated encoder cost of one piece: its number of input elements."""
-        return float(np.prod(self.modality.piece_shape))
+        """Encoder cost of one piece."""
+        return float(np.prod(self.modality.piece_shape)) if self.cost is None else self.cost
+
+
+def integer_costs(costs: Sequence[float]) -> list[int]:
+    """Costs in units of 2**-20 of the highest one, at least 1, so that sums do not depend on their order."""
+    # Encoders that only pass features on may have no cost at all.
+    highest = max(costs, default=0.0) or 1.0
+    return [max(1, round(cost / highest * 2**20)) for cost in costs]
 
 
 @dataclass(frozen=True)

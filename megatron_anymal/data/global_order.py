@@ -10,33 +10,56 @@ The order is a pure function that needs no list in memory:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import accumulate
 
 import numpy as np
 
 _ROUNDS = 6
 _MASK64 = (1 << 64) - 1
+# The increment of SplitMix64.
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 def mix64(*numbers: int) -> int:
     """64-bit hash of integers (chained SplitMix64 finaliser)."""
-    state = 0x9E3779B97F4A7C15
+    state = _GOLDEN
     for number in numbers:
         state = (state ^ (number & _MASK64)) & _MASK64
-        state = (state + 0x9E3779B97F4A7C15) & _MASK64
+        state = (state + _GOLDEN) & _MASK64
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK64
         state ^= state >> 31
     return state
 
 
-def _scramble(values: np.ndarray, key: int) -> np.ndarray:
-    values = values + np.uint64(key)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+def _mix64_each(*numbers: int | np.ndarray) -> np.ndarray:
+    """[k] uint64: `mix64` of numbers, each an integer or a [k] array of integers."""
+    state = np.array([_GOLDEN], np.uint64)
+    for number in numbers:
+        values = number.astype(np.uint64) if isinstance(number, np.ndarray) else np.uint64(number & _MASK64)
+        state = scramble(state ^ values, np.uint64(_GOLDEN))
+    return state
+
+
+def scramble(values: np.ndarray, key: np.ndarray | np.uint64) -> np.ndarray:
+    """64-bit hashes of numbers (SplitMix64 finaliser); a permutation of all numbers for each key.
+
+    Args:
+        values: [n] uint64.
+        key: one for all numbers, or [n] uint64.
+
+    Returns:
+        [n] uint64.
+    """
+    with np.errstate(over="ignore"):
+        values = values + key
+        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return values ^ (values >> np.uint64(31))
 
 
 def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
@@ -50,18 +73,31 @@ def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
     Returns:
         [k] int64.
     """
+    return _permute_each(np.asarray(places), n, np.array([key & _MASK64], np.uint64))
+
+
+def _permute_each(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """`permute` of each position under a key of its own.
+
+    Args:
+        places: [k] integers in [0, n).
+        keys: [k] uint64, or [1] for all positions.
+
+    Returns:
+        [k] int64.
+    """
     half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    keys = [mix64(key, i) for i in range(_ROUNDS)]
-    values = np.asarray(places).astype(np.uint64)
-    outside = np.ones(values.shape, dtype=bool)
-    with np.errstate(over="ignore"):
-        while outside.any():
-            left, right = values[outside] >> half, values[outside] & mask
-            for round_key in keys:
-                left, right = right, left ^ (_scramble(right, round_key) & mask)
-            values[outside] = (left << half) | right
-            outside = values >= n
+    values = places.astype(np.uint64)
+    rounds = [_mix64_each(keys, i) for i in range(_ROUNDS)]
+    outside = np.arange(len(values))
+    while len(outside):
+        left, right = values[outside] >> half, values[outside] & mask
+        for round_keys in rounds:
+            own = round_keys if len(round_keys) == 1 else round_keys[outside]
+            left, right = right, left ^ (scramble(right, own) & mask)
+        values[outside] = (left << half) | right
+        outside = outside[values[outside] >= np.uint64(n)]
     return values.astype(np.int64)
 
 
@@ -103,30 +139,41 @@ class GlobalOrder:
         shares = np.diff(drawn, axis=0)
         dataset = np.zeros(len(shares) * block, np.int64)
         # The positions of a single dataset need no shuffling.
-        for k in range(len(shares) if len(self.sizes) > 1 else 0):
-            slots = permute(np.arange(block), block, mix64(self.seed, 1, first + k))
-            dataset[k * block : (k + 1) * block] = np.searchsorted(np.cumsum(shares[k]), slots, side="right")
+        if len(self.sizes) > 1:
+            number = np.repeat(np.arange(len(shares)), block)
+            keys = _mix64_each(self.seed, 1, first + np.arange(len(shares)))
+            slots = _permute_each(np.tile(np.arange(block), len(shares)), block, keys[number])
+            # Block k covers [k * block, (k + 1) * block), so that one search serves all blocks.
+            ends = np.cumsum(shares, axis=1) + block * np.arange(len(shares))[:, None]
+            found = np.searchsorted(ends.ravel(), slots + block * number, side="right")
+            dataset = found - len(self.sizes) * number
         sample = np.empty_like(dataset)
         for d in range(len(self.sizes)):
             sample[dataset == d] = self._shuffled(d, np.arange(drawn[0, d], drawn[-1, d]))
         return dataset, sample
 
+    @cached_property
+    def _cumulative_weights(self) -> list[int]:
+        """Cumulative weights of the datasets as integers in the same proportion; floats are binary fractions."""
+        weights = [Fraction(weight) for weight in self.weights]
+        unit = math.lcm(*(weight.denominator for weight in weights))
+        return list(accumulate(int(weight * unit) for weight in weights))
+
     def _bounds(self, places: int) -> list[int]:
-        """Rounded cumulative shares of the datasets among the first `places` positions."""
-        weights = [Fraction(w) for w in self.weights]
-        total, running, bounds = sum(weights), Fraction(0), [0]
-        for weight in weights:
-            running += weight
-            bounds.append(round(places * running / total))
+        """Cumulative shares of the datasets among the first `places` positions, rounded half to even."""
+        total = self._cumulative_weights[-1]
+        bounds = [0]
+        for weight in self._cumulative_weights:
+            whole, rest = divmod(places * weight, total)
+            bounds.append(whole + (2 * rest > total or (2 * rest == total and whole % 2 == 1)))
         return bounds
 
     def _shuffled(self, dataset: int, turns: np.ndarray) -> np.ndarray:
         size = self.sizes[dataset]
-        sample = np.empty_like(turns)
-        for epoch in np.unique(turns // size):
-            mine = turns // size == epoch
-            sample[mine] = permute(turns[mine] % size, size, mix64(self.seed, 2, dataset, int(epoch)))
-        return sample
+        epochs, turn = np.divmod(turns, size)
+        one = len(epochs) > 0 and epochs[0] == epochs[-1]
+        keys = _mix64_each(self.seed, 2, dataset, epochs[:1] if one else epochs)
+        return _permute_each(turn, size, keys)
 
 
 @lru_cache(maxsize=8)

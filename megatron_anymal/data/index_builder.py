@@ -3,15 +3,19 @@ checked."""
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import fsspec
 
-from megatron_anymal.config import LimitsConfig
+from megatron_anymal.config import ConfigError, LimitsConfig
 from megatron_anymal.data.filters import Facts, FilteredError, Rule, apply_rules, learned_text
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LeftOut
@@ -25,6 +29,8 @@ from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import MODALITIES, kind_for_extension
 from megatron_anymal.modalities.base import MediaError
 
+# Increased by every change that gives a shard other rows: indexes that were built before are then not built upon.
+RULES = 1
 # Largest value of the column media_count.
 MAX_MEDIA = 65_535
 
@@ -49,6 +55,35 @@ class IndexOptions:
     text_only: bool = False
     # Samples that one of these rules excludes are left out.
     filters: Sequence[Rule] = ()
+
+    def identity(self, tokenizer: str) -> dict[str, Any]:
+        """Everything besides a shard that determines its rows, as JSON values.
+
+        Args:
+            tokenizer: fingerprint of the tokenizer.
+
+        Raises:
+            ConfigError: a plug-in cannot be read.
+        """
+        try:
+            contents = [Path(path).expanduser().read_bytes() for path in self.plugins]
+        except OSError as error:
+            raise ConfigError(
+                f"model.plugins: {error.filename} is not an existing Python file. Correct the path."
+            ) from None
+        plugins = sorted(hashlib.sha256(content).hexdigest() for content in contents)
+        body = {
+            "rules": RULES,
+            "tokenizer": tokenizer,
+            "modalities": dict(self.kinds),
+            "members": list(self.members),
+            "attributes": {kind: dict(values) for kind, values in self.attributes.items()},
+            "limits": dataclasses.asdict(self.limits),
+            "text_only": self.text_only,
+            "filters": [rule.text for rule in self.filters],
+            "plugins": plugins,
+        }
+        return dict(json.loads(json.dumps(body)))
 
     def rule(self) -> MemberRule:
         """The rule that selects the members of a sample."""

@@ -6,13 +6,15 @@ import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.data.index_builder import IndexOptions, index_shard
+from megatron_anymal.data.shard_listing import ShardFile
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import load_plugins
+from megatron_anymal.telemetry import Progress
 
 # A process takes about half a second to start. Indexing this many bytes of shards takes longer, unless media are large.
 BYTES_PER_WORKER = 32 * 2**20
@@ -35,35 +37,53 @@ class ShardReader:
     # Counts the tokens of texts.
     tokenizer: Tokenizer
 
-    def read(self, number: int, name: str) -> tuple[int, ShardRows]:
-        """Index the shard `name`; returns its number as well.
+    def identity(self) -> dict[str, Any]:
+        """`IndexOptions.identity` of the rows that it reads.
+
+        Raises:
+            ConfigError: a plug-in cannot be read.
+        """
+        return self.options.identity(self.tokenizer.fingerprint())
+
+    def read(self, file: ShardFile) -> ShardRows:
+        """Index a shard.
 
         Raises:
             ConfigError: a plug-in cannot be imported.
         """
         load_plugins(list(self.options.plugins))
-        return number, index_shard(self.folder, name, self.tokenizer, self.options)
+        rows = index_shard(self.folder, file.name, self.tokenizer, self.options)
+        rows.modified = file.modified
+        return rows
 
 
-def index_shards(reader: ShardReader, names: Sequence[str], workers: int) -> Iterator[tuple[int, ShardRows]]:
-    """Index shards. Each shard's number and rows follow as soon as it is finished.
+def index_shards(reader: ShardReader, files: Sequence[ShardFile], workers: int) -> Iterator[ShardRows]:
+    """Index shards. The rows of each follow as soon as it is finished.
 
     Args:
-        workers: number of processes; 1: this one.
+        workers: maximum number of processes; few or small shards are indexed by fewer, or by this one.
 
     Raises:
         ConfigError: a plug-in cannot be imported.
         BrokenProcessPool: a process was killed.
     """
-    if workers == 1:
-        yield from (reader.read(number, name) for number, name in enumerate(names))
+    if not files:
         return
+    workers = useful_workers(workers, (file.size for file in files))
+    progress = Progress("indexing shards", len(files))
+    for rows in _in_processes(reader, files, workers) if workers > 1 else map(reader.read, files):
+        yield rows
+        progress.advance()
+    progress.finish()
+
+
+def _in_processes(reader: ShardReader, files: Sequence[ShardFile], workers: int) -> Iterator[ShardRows]:
     # A fork would copy locks that other threads of a caller's process hold, without the threads.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, context, _start_process, (reader,))
     try:
         # Without names for the jobs, the rows of a finished one are freed.
-        for job in as_completed([pool.submit(_read, number, name) for number, name in enumerate(names)]):
+        for job in as_completed([pool.submit(_read, file) for file in files]):
             yield job.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -79,6 +99,6 @@ def _start_process(reader: ShardReader) -> None:
     _reader = reader
 
 
-def _read(number: int, name: str) -> tuple[int, ShardRows]:
+def _read(file: ShardFile) -> ShardRows:
     assert _reader is not None
-    return _reader.read(number, name)
+    return _reader.read(file)

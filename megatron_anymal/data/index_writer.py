@@ -2,67 +2,68 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import IO, Any
+from typing import IO, Any, Optional
 
 import fsspec
 import numpy as np
 
+from megatron_anymal.data.index_format import (
+    BOUNDS,
+    KEYS,
+    MEDIA,
+    MEDIA_ITEMS,
+    SAMPLE,
+    SAMPLES,
+    SHARDS,
+    IndexHeader,
+)
 from megatron_anymal.data.left_out import INDEX_FOLDER
-from megatron_anymal.data.records import DataError
-from megatron_anymal.data.shard_index import MEDIA, SAMPLE, IndexHeader
-from megatron_anymal.data.shard_rows import HASH, ShardRows
+from megatron_anymal.data.length_bounds import BLOCK, BoundsBuilder
+from megatron_anymal.data.records import SAMPLE_KINDS, DataError
+from megatron_anymal.data.shard_rows import ShardRows
+from megatron_anymal.data.stored_rows import accounting, read_rows, write_rows
 from megatron_anymal.data.tar.byte_source import is_local
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A shard in the spool."""
-
-    # The rows without their tables and keys.
-    rows: ShardRows
-    # Where its tables begin in the file.
-    offset: int
-    # Number of samples, media items and bytes of keys.
-    samples: int
-    media: int
-    key_bytes: int
-
-
 class RowSpool:
-    """The rows of finished shards in a file; they may be added in any order."""
+    """The rows of finished shards in a file."""
 
     def __init__(self, file: IO[bytes]) -> None:
         """Start with an empty file."""
         self._file = file
-        self._stored: dict[int, _Stored] = {}
+        self._offsets: dict[str, int] = {}
+        self._entries: dict[str, Mapping[str, Any]] = {}
 
-    def add(self, number: int, rows: ShardRows) -> None:
-        """Store the rows of shard `number`."""
-        offset = self._file.seek(0, os.SEEK_END)
-        for table in (rows.samples, rows.media, rows.key_hashes):
-            self._file.write(table.tobytes())
-        self._file.write(rows.keys)
-        rest = replace(
-            rows, samples=np.zeros(0, SAMPLE), media=np.zeros(0, MEDIA), key_hashes=np.zeros(0, HASH), keys=b""
-        )
-        self._stored[number] = _Stored(rest, offset, len(rows.samples), len(rows.media), len(rows.keys))
+    def add(self, rows: ShardRows) -> None:
+        """Store the rows of a shard."""
+        self._offsets[rows.name] = self._file.seek(0, os.SEEK_END)
+        self._entries[rows.name] = accounting(rows)
+        write_rows(self._file, rows, {})
 
-    def __iter__(self) -> Iterator[ShardRows]:
-        """The rows of all shards, in the order of their numbers."""
-        for number in sorted(self._stored):
-            stored = self._stored[number]
-            self._file.seek(stored.offset)
-            samples = np.fromfile(self._file, SAMPLE, stored.samples)
-            media = np.fromfile(self._file, MEDIA, stored.media)
-            key_hashes = np.fromfile(self._file, HASH, stored.samples)
-            keys = self._file.read(stored.key_bytes)
-            yield replace(stored.rows, samples=samples, media=media, key_hashes=key_hashes, keys=keys)
+    def __contains__(self, name: str) -> bool:
+        """Whether it has the rows of a shard."""
+        return name in self._offsets
+
+    def entry(self, name: str) -> Mapping[str, Any]:
+        """Accounting of a shard."""
+        return self._entries[name]
+
+    def rows(self, name: str) -> ShardRows:
+        """The rows of a shard; the caller may change the arrays.
+
+        Raises:
+            DataError: the file has been damaged.
+        """
+        self._file.seek(self._offsets[name])
+        return read_rows(self._file, "the temporary file of the index")
 
 
 @contextmanager
@@ -72,21 +73,30 @@ def open_spool(folder: str) -> Iterator[RowSpool]:
     Raises:
         DataError: nothing can be written there.
     """
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
-    inside = f"{root}/{INDEX_FOLDER}"
     with ExitStack() as stack:
         try:
-            fs.makedirs(inside, exist_ok=True)
             # It has no name, so a killed process leaves nothing behind.
-            file = stack.enter_context(tempfile.TemporaryFile(dir=inside if is_local(fs) else None))
+            file = stack.enter_context(tempfile.TemporaryFile(dir=local_folder(folder)))
         except OSError as error:
             raise DataError(f"The index of {folder!r} cannot be written ({error}). Make the folder writable.") from None
         yield RowSpool(file)
 
 
+def local_folder(folder: str) -> Optional[str]:
+    """The folder of the index of the shards in `folder`, which is created; None if it is not on a local disk.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    inside = f"{root}/{INDEX_FOLDER}"
+    fs.makedirs(inside, exist_ok=True)
+    return inside if is_local(fs) else None
+
+
 @dataclass(frozen=True)
 class TableRows:
-    """Consecutive rows of the tables of an index."""
+    """What a shard adds to the files of an index."""
 
     # [n] SAMPLE: one row per sample.
     samples: np.ndarray
@@ -94,6 +104,8 @@ class TableRows:
     media: np.ndarray
     # Concatenated sample keys, UTF-8.
     keys: bytes
+    # `accounting` of the shard.
+    shard: Mapping[str, Any]
 
 
 def join_shards(shards: Iterable[ShardRows], kinds: Sequence[str], extensions: Sequence[str]) -> Iterator[TableRows]:
@@ -109,11 +121,41 @@ def join_shards(shards: Iterable[ShardRows], kinds: Sequence[str], extensions: S
         samples["shard"] = number
         samples["key_offset"] += key_bytes
         samples["media_start"] += media_items
-        if len(media):
-            for column, local, together in (("kind", rows.kinds, kinds), ("extension", rows.extensions, extensions)):
-                media[column] = np.array([together.index(name) for name in local], np.uint8)[media[column]]
+        renumber(media, "kind", rows.kinds, kinds)
+        renumber(media, "extension", rows.extensions, extensions)
         key_bytes, media_items = key_bytes + len(rows.keys), media_items + len(media)
-        yield TableRows(samples, media, rows.keys)
+        yield TableRows(samples, media, rows.keys, accounting(rows))
+
+
+def renumber(media: np.ndarray, column: str, old: Sequence[str], new: Sequence[str]) -> None:
+    """Replace positions in the list `old` by positions in the list `new`.
+
+    Args:
+        media: [m] MEDIA, changed in place.
+        column: "kind" or "extension".
+    """
+    if len(media):
+        positions = {name: position for position, name in enumerate(new)}
+        # Names that `new` lacks do not occur in the rows.
+        media[column] = np.array([positions.get(name, 0) for name in old], np.uint8)[media[column]]
+
+
+@dataclass
+class _Counts:
+    """Numbers of samples and media items by kind."""
+
+    kinds: Sequence[str]
+    samples: np.ndarray = field(default_factory=lambda: np.zeros(len(SAMPLE_KINDS), np.int64))
+    media: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))
+
+    def add(self, rows: TableRows) -> None:
+        self.samples += np.bincount(rows.samples["kind"], minlength=len(self.samples))
+        self.media += np.bincount(rows.media["kind"], minlength=len(self.media))
+
+    def to_json(self) -> dict[str, Any]:
+        named = {"samples": zip(SAMPLE_KINDS, self.samples), "media": zip(self.kinds, self.media)}
+        counts = {what: {name: int(count) for name, count in pairs if count} for what, pairs in named.items()}
+        return {**counts, "block": BLOCK}
 
 
 def write_index(
@@ -124,7 +166,8 @@ def write_index(
     tables: Iterable[TableRows],
     accounting: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
-    """Write an index. index.json is removed first and written last, so that a partial index is never opened.
+    """Write an index. An older one is replaced at the end; index.json is removed before that and written last, so that
+    a partial index is never opened.
 
     Args:
         samples: number of samples in `tables`.
@@ -135,18 +178,50 @@ def write_index(
     fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
     inside = f"{root}/{INDEX_FOLDER}"
     fs.makedirs(inside, exist_ok=True)
-    if fs.exists(f"{inside}/index.json"):
-        fs.rm_file(f"{inside}/index.json")
+    counts, bounds = _Counts(header.kinds), BoundsBuilder(len(header.kinds))
     with ExitStack() as stack:
-        names = ("samples.npy", "media.npy", "keys.bin")
-        of_samples, of_media, of_keys = (stack.enter_context(fs.open(f"{inside}/{name}", "wb")) for name in names)
+        names = (SHARDS, SAMPLES, MEDIA_ITEMS, KEYS, BOUNDS)
+        files = [stack.enter_context(replacing(fs, f"{inside}/{name}")) for name in names]
+        of_shards, of_samples, of_media, of_keys, of_bounds = files
         _write_npy_header(of_samples, SAMPLE, samples)
         _write_npy_header(of_media, MEDIA, media)
         for rows in tables:
+            counts.add(rows)
+            bounds.add(rows.samples, rows.media)
+            of_shards.write(json.dumps(rows.shard).encode() + b"\n")
             of_samples.write(rows.samples.tobytes())
             of_media.write(rows.media.tobytes())
             of_keys.write(rows.keys)
-    fs.pipe_file(f"{inside}/index.json", header.with_accounting(samples, media, accounting).encode())
+        table = bounds.table()
+        _write_npy_header(of_bounds, table.dtype, len(table))
+        of_bounds.write(table.tobytes())
+        if fs.exists(f"{inside}/index.json"):
+            fs.rm_file(f"{inside}/index.json")
+    with replacing(fs, f"{inside}/index.json") as file:
+        file.write(header.with_accounting(samples, media, {**accounting, "counts": counts.to_json()}).encode())
+
+
+@contextmanager
+def replacing(fs: Any, path: str) -> Iterator[IO[bytes]]:
+    """A new file that replaces the one at `path` when it is complete, as object stores do by themselves.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if not is_local(fs):
+        with fs.open(path, "wb") as file:
+            yield file
+        return
+    # A process on another machine may be writing the same file.
+    part = f"{path}.{secrets.token_hex(6)}.part"
+    try:
+        with open(part, "wb") as file:
+            yield file
+        os.replace(part, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(part)
+        raise
 
 
 def _write_npy_header(file: Any, table: np.dtype, rows: int) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import IO, Any, Optional
 
 # Folder of an index, next to its shards.
 INDEX_FOLDER = "index"
@@ -89,7 +89,7 @@ class LeftOut:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not empty."""
-        return {key: value for key, value in asdict(self).items() if value != ""}
+        return {name: value for name, value in vars(self).items() if value != ""}
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> LeftOut:
@@ -97,10 +97,9 @@ class LeftOut:
         return LeftOut(**{"shard": "", **value})
 
 
-def to_lines(entries: Iterable[LeftOut]) -> Iterator[bytes]:
-    """The lines of the ledger file."""
-    for entry in entries:
-        yield json.dumps(entry.to_dict()).encode() + b"\n"
+def to_line(entry: LeftOut) -> bytes:
+    """The line of an entry in the ledger file."""
+    return json.dumps(entry.to_dict()).encode() + b"\n"
 
 
 def by_rule(entries: Iterable[LeftOut]) -> Counter[str]:
@@ -113,6 +112,40 @@ def read_ledger(fs: Any, path: str) -> list[LeftOut]:
     if not fs.exists(path):
         return []
     return [LeftOut.from_dict(json.loads(line)) for line in fs.cat_file(path).splitlines() if line]
+
+
+class LedgerWriter:
+    """Writes a ledger line by line; keeps the counts, and the first entries that no filter made."""
+
+    def __init__(self, file: IO[bytes], shown: int):
+        """Start an empty ledger.
+
+        Args:
+            shown: number of entries to keep in `first`.
+        """
+        self._file, self._shown = file, shown
+        # Number of entries by code, in the order of their first ones.
+        self.codes: Counter[str] = Counter()
+        # Number of samples that each --filter rule excludes.
+        self.rules: Counter[str] = Counter()
+        # Number of entries about what should have been used, those of them about a sample, and the first one.
+        self.bad = self.bad_samples = 0
+        self.first_bad: Optional[LeftOut] = None
+        self.first: list[LeftOut] = []
+
+    def add(self, entries: Iterable[LeftOut]) -> None:
+        """Write entries."""
+        for entry in entries:
+            self._file.write(to_line(entry))
+            self.codes[entry.code] += 1
+            if entry.rule:
+                self.rules[entry.rule] += 1
+            if entry.is_bad:
+                self.bad += 1
+                self.bad_samples += bool(entry.key)
+                self.first_bad = self.first_bad or entry
+            if not entry.rule and len(self.first) < self._shown:
+                self.first.append(entry)
 
 
 def grouped(entries: Iterable[LeftOut], examples: int = 2) -> Iterator[str]:

@@ -80,7 +80,7 @@ def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
         if counted != (tokens, targets):
             raise DataError(
                 f"it has {counted[0]} text tokens, {counted[1]} of them targets, but the index states {tokens} and "
-                f"{targets}. Rebuild the index with `anymal prepare --index-only`."
+                f"{targets}. Rebuild the index with `anymal prepare --rebuild --index-only`."
             )
     rows = index.media_rows(number)
     media = index.read_media(number, sample.documents[0], range(len(rows)))

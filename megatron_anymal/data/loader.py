@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
-import signal
-import socket
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,17 +10,18 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
+from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, start_worker, worker_died
+from megatron_anymal.data.media_pieces import PieceReader, PlannedItem
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
-from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.modalities.base import MediaError, Modality
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
     ):
         self._planner, self._tokenizer = planner, tokenizer
         self._modalities, self._needs = modalities, needs
+        self._pieces = PieceReader(planner)
         self._placeholders = {name: m.placeholder for name, m in modalities.items()}
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
@@ -126,7 +124,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
         if lengths != sample.documents or sum(sum(document.is_target) for document in documents) != sample.targets:
             raise DataError(
                 f"{self._planner.key(sample.dataset, sample.sample)}: it has {sum(lengths)} tokens, but the index "
-                f"states {sample.length}. Rebuild the index with `anymal prepare --index-only`."
+                f"states {sample.length}. Rebuild the index with `anymal prepare --rebuild --index-only`."
             )
         for document, span in zip(documents, places):
             tokens, before_last = torch.tensor(document.tokens), slice(span.start, span.stop - 1)
@@ -147,7 +145,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
     def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[Part]]) -> None:
         for name, entry in self._modalities.items():
             items = [
-                (sample, number, planned.pieces)
+                PlannedItem(sample, number, planned.pieces)
                 for sample in micro_batch.plan.samples
                 for number, planned in enumerate(sample.media)
                 if planned.modality == name
@@ -155,58 +153,16 @@ class MicroBatchReader(Dataset[MicroBatch]):
             if not items:
                 continue
             needs = self._needs
-            shares = share_out(sum(count for _, _, count in items), needs.context_size * needs.tensor_size)
+            shares = share_out(sum(item.pieces for item in items), needs.context_size * needs.tensor_size)
             own = needs.context_rank * needs.tensor_size + needs.tensor_rank
             first = sum(shares[:own])
             mine = slice(first, first + shares[own])
             micro_batch.media[name] = MediaBatch(
-                pieces=self._read_pieces(micro_batch, entry.modality, items, mine, parts_of),
+                pieces=self._pieces.read(entry.modality, items, mine, parts_of, micro_batch.bad),
                 shares=tuple(shares[i : i + needs.tensor_size] for i in range(0, len(shares), needs.tensor_size)),
                 token_index=torch.nonzero(micro_batch.tokens[0] == entry.placeholder).flatten(),
                 soft_index=_shared_soft_tokens(micro_batch.plan, name, entry.soft_tokens_per_piece),
             )
-
-    def _read_pieces(
-        self,
-        micro_batch: MicroBatch,
-        modality: Modality,
-        items: Sequence[tuple[PlannedSample, int, int]],
-        mine: slice,
-        parts_of: Mapping[int, list[Part]],
-    ) -> Tensor:
-        """Read this rank's share of the pieces.
-
-        Args:
-            mine: range of pieces to return, counted over the concatenated pieces of all items. Items without pieces in
-                this range are not read.
-
-        Returns:
-            [pieces, *piece_shape]; zeros for items that cannot be read.
-        """
-        pieces, stop = [torch.zeros(0, *modality.piece_shape)], 0
-        for sample, number, count in items:
-            start, stop = stop, stop + count
-            wanted = slice(max(mine.start, start) - start, min(mine.stop, stop) - start)
-            if wanted.start >= wanted.stop:
-                continue
-            tensor = torch.zeros(count, *modality.piece_shape)
-            if sample.position in parts_of:
-                try:
-                    tensor = self._read_item(modality, sample, number, count, parts_of[sample.position])
-                except (DataError, MediaError) as error:
-                    name = self._planner.key(sample.dataset, sample.sample)
-                    micro_batch.bad[sample.position] = f"{name}: {error}"
-            pieces.append(tensor[wanted])
-        return torch.cat(pieces)
-
-    def _read_item(
-        self, modality: Modality, sample: PlannedSample, number: int, count: int, parts: Sequence[Part]
-    ) -> Tensor:
-        [item] = self._planner.indexes[sample.dataset].read_media(sample.sample, parts, [number])
-        pieces = modality.load(item.data, item.extension, item.part.attributes)
-        if len(pieces) != count:
-            raise MediaError(f"media {item.part.media!r} yields {len(pieces)} pieces, but the index states {count}")
-        return pieces
 
 
 def _document_places(plan: PlannedMicroBatch) -> list[list[slice]]:
@@ -237,28 +193,19 @@ def share_out(pieces: int, ranks: int) -> tuple[int, ...]:
     return tuple(pieces * (rank + 1) // ranks - pieces * rank // ranks for rank in range(ranks))
 
 
-class _Announced(Dataset[MicroBatch]):
-    """A reader that calls `before_read` in the worker process before each read."""
-
-    def __init__(self, reader: MicroBatchReader, before_read: Callable[[int, int], None]):
-        self._reader, self._before_read = reader, before_read
-
-    def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
-        worker = get_worker_info()
-        if worker is not None:
-            self._before_read(worker.id, plan.step)
-        return self._reader[plan]
-
-
 class _PlanSampler(Sampler[PlannedMicroBatch]):
     """Plans steps as far ahead as the loader prefetches, and keeps each plan until its step runs."""
 
     def __init__(self, planner: BatchPlanner, replica: int, start: int, stop: int):
         self._planner, self._replica, self._steps = planner, replica, range(start, stop)
         self.plans: deque[StepPlan] = deque()
+        # Set to plan no further step than the one in progress.
+        self.ended = False
 
     def __iter__(self) -> Iterator[PlannedMicroBatch]:
         for step in self._steps:
+            if self.ended:
+                return
             plan = self._planner.plan(step)
             self.plans.append(plan)
             yield from plan.of_replica(self._replica)
@@ -275,38 +222,52 @@ def steps(
     prefetch_steps: int,
     pin: bool = False,
     before_read: Optional[Callable[[int, int], None]] = None,
+    memory: Optional[LoaderMemory] = None,
 ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
     """The steps [start, stop) of one replica, prefetched by worker processes.
 
-    The result does not depend on the number of workers, because each worker reads whole planned micro-batches.
+    The result does not depend on the number of workers, because each worker reads whole planned micro-batches. If one
+    outgrows its limit, no further steps are handed out; the workers read those that were, and end as they do after the
+    last step. New ones begin with the next step.
 
     Args:
         pin: return micro-batches in pinned memory, which allows asynchronous copies to the GPU. A thread of this
             process pins what the workers have read. Without workers nothing is pinned, since the training thread would
             have to do it.
         before_read: called in a worker before it reads a micro-batch, with the worker's id and the step (from 0).
+        memory: keeps the memory of the workers, and holds their limit.
 
     Raises:
         WorkerDied: a worker process has exited. torch can also report this elsewhere; see `worker_died`.
     """
     if start >= stop:
         return
-    sampler = _PlanSampler(planner, replica, start, stop)
-    per_step = len(planner.plan(start).of_replica(replica))
-    loader: DataLoader[MicroBatch] = DataLoader(
-        _Announced(reader, before_read) if before_read else reader,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        # Not the default start method of the calling process: workers watch for the exit of their parent, which must
-        # be this process.
-        multiprocessing_context="fork" if num_workers else None,
-        prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
-        pin_memory=pin and num_workers > 0,
-        worker_init_fn=_start_worker,
-    )
-    batches = _read(loader)
-    first: Optional[MicroBatch] = next(batches)
+    per_step = len(planner.plan(start).micro_batches[replica])
+    while start < stop:
+        sampler = _PlanSampler(planner, replica, start, stop)
+        loader: DataLoader[ReadMicroBatch] = DataLoader(
+            WorkerReader(reader, before_read),
+            batch_size=None,
+            sampler=sampler,
+            num_workers=num_workers,
+            # Not the default start method of the calling process: workers watch for the exit of their parent, which
+            # must be this process.
+            multiprocessing_context="fork" if num_workers else None,
+            prefetch_factor=max(1, -(-prefetch_steps * per_step // num_workers)) if num_workers else None,
+            pin_memory=pin and num_workers > 0,
+            worker_init_fn=start_worker,
+            # A worker's seed; from torch's global generator it would change the numbers of plug-ins at each start.
+            generator=torch.Generator(),
+        )
+        for plan, micro_batches in _by_step(_read(loader, sampler, memory), sampler, replica):
+            start = plan.step + 1
+            yield plan, micro_batches
+
+
+def _by_step(
+    batches: Iterator[MicroBatch], sampler: _PlanSampler, replica: int
+) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
+    first: Optional[MicroBatch] = next(batches, None)
     while first is not None:
         plan = sampler.plans.popleft()
         rest = [next(batches) for _ in range(len(plan.micro_batches[replica]) - 1)]
@@ -314,34 +275,13 @@ def steps(
         first = next(batches, None)
 
 
-def _read(loader: DataLoader[MicroBatch]) -> Iterator[MicroBatch]:
+def _read(
+    loader: DataLoader[ReadMicroBatch], sampler: _PlanSampler, memory: Optional[LoaderMemory]
+) -> Iterator[MicroBatch]:
     try:
-        yield from loader
+        for read in loader:
+            if memory is not None and read.memory is not None and memory.note(read.memory):
+                sampler.ended = True
+            yield read.micro_batch
     except RuntimeError as error:
         raise worker_died(error) or error from error
-
-
-class WorkerDied(RuntimeError):
-    """A loader process exited unexpectedly."""
-
-
-def worker_died(error: BaseException) -> Optional[WorkerDied]:
-    """Translate torch's error about a lost loader process; None for any other error and for a `WorkerDied`."""
-    match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?", str(error))
-    if match is None or isinstance(error, WorkerDied):
-        return None
-    how = f"was killed by a signal ({match[2].strip()})" if match[2] else "exited"
-    return WorkerDied(
-        f"The loader process {match[1]} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} {how} while it "
-        "was reading samples. Often the machine ran out of memory: lower data.num_workers or data.prefetch_steps."
-    )
-
-
-def _start_worker(number: int) -> None:
-    # The trainer keeps the cores busy; extra threads in a worker would only slow both down.
-    torch.set_num_threads(1)
-    # Signals sent to the whole job are handled by the trainer, which still needs its workers for the current step.
-    for one in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(one, signal.SIG_IGN)
-    # Exit with the trainer even while hanging in a read.
-    end_with_parent()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
@@ -116,7 +116,23 @@ class Journal:
         self._path.unlink(missing_ok=True)
 
 
-@dataclass
+def write_journal(folder: Path, header: Mapping[str, Any], shards: Iterable[PackedShard]) -> None:
+    """Write the journal of a packing that is complete.
+
+    Args:
+        folder: of the shards; the journal goes next to their index.
+        header: describes the packing.
+        shards: all of them, in the order of the source.
+    """
+    path = folder / INDEX_FOLDER / JOURNAL
+    renewed = path.with_suffix(".new")
+    with renewed.open("w") as file:
+        file.write(json.dumps(header) + "\n")
+        file.writelines(shard.to_line() for shard in shards)
+    os.replace(renewed, path)
+
+
+@dataclass(frozen=True)
 class Packed:
     """Accounting of a source's samples, for the index of its shards."""
 
@@ -124,8 +140,16 @@ class Packed:
     source: str
     # Number of samples in the source.
     samples: int
-    # Samples that were not packed.
-    left_out: list[LeftOut]
+    # File system and path of the journal.
+    fs: Any
+    path: str
+
+    def left_out(self) -> Iterator[LeftOut]:
+        """The samples that were not packed, in the order of the source."""
+        with self.fs.open(self.path) as file:
+            file.readline()
+            for line in file:
+                yield from PackedShard.of_line(line).left_out
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -154,12 +178,10 @@ def packed_of(fs: Any, root: str, sizes: Mapping[str, int]) -> Optional[Packed]:
     names: dict[str, int] = {}
     with fs.open(path) as file:
         header = json.loads(file.readline())
-        packed = Packed(header["source"], header["samples"], [])
         for line in file:
             shard = PackedShard.of_line(line)
             names.update({shard.name: shard.size} if shard.name else {})
-            packed.left_out += shard.left_out
-    return packed if names == dict(sizes) else None
+    return Packed(header["source"], header["samples"], fs, path) if names == dict(sizes) else None
 
 
 def _shards_of(path: Path, header: str) -> Iterator[PackedShard]:

@@ -6,21 +6,26 @@ not change the loss, because a step's loss is averaged over the target tokens of
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Optional
 
 import numpy as np
 
 from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, ModelConfig
-from megatron_anymal.data.configured_modality import PlannedModality
+from megatron_anymal.data.configured_modality import PlannedModality, integer_costs
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
+from megatron_anymal.data.length_bounds import LengthBounds
 from megatron_anymal.data.packing import pack
-from megatron_anymal.data.records import SAMPLE_KINDS, DataError, PlannedMedia, PlannedMicroBatch, PlannedSample
-from megatron_anymal.data.shard_index import ShardIndex, take_rows
+from megatron_anymal.data.records import SAMPLE_KINDS, DataError
+from megatron_anymal.data.row_reader import RowReader
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.step_plan import BatchMedia, StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
 
 # JSON keys that identify each kind of sample.
@@ -75,56 +80,6 @@ def length_multiple(model: ModelConfig) -> int:
 
 
 @dataclass(frozen=True)
-class StepPlan:
-    """A packed global batch. All arrays are indexed by the sample's position in the batch."""
-
-    # Step number, counted from 0.
-    step: int
-    # [n] int64: dataset of each sample.
-    dataset: np.ndarray
-    # [n] int64: its position in the dataset.
-    sample: np.ndarray
-    # [n, 2]: LLM tokens of the only or chosen document, and of the rejected document of a preference pair (0 if none).
-    documents: np.ndarray
-    # [n]: target tokens of both documents; 0 for a dropped sample.
-    targets: np.ndarray
-    # Media items of each sample.
-    media: tuple[tuple[PlannedMedia, ...], ...]
-    # Positions of samples that are left out because they are longer than a pack.
-    dropped: tuple[int, ...]
-    # Positions of the samples of each micro-batch, by replica and micro-batch.
-    micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
-    # Tokens per micro-batch after padding.
-    padded_length: int
-    # Document lengths within a pack are padded to a multiple of this.
-    document_multiple: int
-
-    @property
-    def length(self) -> np.ndarray:
-        """[n]: LLM tokens of each sample."""
-        return self.documents.sum(axis=1)
-
-    def of_replica(self, replica: int) -> tuple[PlannedMicroBatch, ...]:
-        """The micro-batches of one data-parallel replica, in the order they run."""
-        return tuple(
-            PlannedMicroBatch(
-                self.step, self.padded_length, tuple(self._sample(p) for p in positions), self.document_multiple
-            )
-            for positions in self.micro_batches[replica]
-        )
-
-    def _sample(self, place: int) -> PlannedSample:
-        return PlannedSample(
-            position=place,
-            dataset=int(self.dataset[place]),
-            sample=int(self.sample[place]),
-            documents=tuple(int(length) for length in self.documents[place] if length),
-            targets=int(self.targets[place]),
-            media=self.media[place],
-        )
-
-
-@dataclass(frozen=True)
 class Measures:
     """Lengths and costs of n samples with m media items in total, from the index."""
 
@@ -132,12 +87,12 @@ class Measures:
     documents: np.ndarray
     # [n]: target tokens of both documents.
     targets: np.ndarray
-    # [n]: encoder cost of the sample's media, in input elements.
+    # [n] int64: encoder cost of the sample's media, in units of `integer_costs`.
     costs: np.ndarray
     # [m]: row of each media item's sample.
     owner: np.ndarray
-    # [m]: number of each media item's kind in the index.
-    kind: np.ndarray
+    # [m]: position of each media item's modality among those of the planner.
+    modality: np.ndarray
     # [m]: number of pieces of each media item.
     pieces: np.ndarray
 
@@ -145,6 +100,43 @@ class Measures:
     def length(self) -> np.ndarray:
         """[n]: LLM tokens."""
         return self.documents.sum(axis=1)
+
+
+def measure_samples(
+    index: ShardIndex,
+    sample: np.ndarray,
+    by_kind: Mapping[str, PlannedModality],
+    readers: Optional[tuple[RowReader, RowReader]] = None,
+) -> Measures:
+    """Lengths and costs of samples of one dataset, computed without a loop over samples.
+
+    Args:
+        sample: [n] row numbers.
+        by_kind: the configured modalities by their kind of media.
+        readers: of the index's samples and media, if they exist already.
+    """
+    samples, items = readers or (RowReader(index.samples), RowReader(index.media))
+    rows = samples.take(sample)
+    documents, targets = index.lengths_in(rows)
+    has = documents > 0
+    counts = rows["media_count"].astype(np.int64)
+    owner = np.repeat(np.arange(len(sample)), counts)
+    media = items.take_ranges(rows["media_start"].astype(np.int64), counts)
+    costs = np.zeros(len(sample), np.int64)
+    pieces, modality = np.zeros(len(media), np.int64), np.zeros(len(media), np.int64)
+    cost_per_piece = integer_costs([planned.cost_per_piece for planned in by_kind.values()])
+    for number, (kind, planned) in enumerate(by_kind.items()):
+        if kind not in index.header.kinds:
+            continue
+        mine = np.flatnonzero(media["kind"] == index.header.kinds.index(kind))
+        modality[mine] = number
+        pieces[mine] = planned.modality.count_pieces(media["size"][mine])
+        # Sums of integers, which are exact in float64.
+        of_sample = np.bincount(owner[mine], pieces[mine], len(sample)).astype(np.int64)
+        # Each document of a sample contains all its media, but they are encoded only once.
+        documents += has * (of_sample * planned.soft_tokens_per_piece)[:, None]
+        costs += of_sample * cost_per_piece[number]
+    return Measures(documents, targets.sum(axis=1), costs, owner, modality, pieces)
 
 
 class BatchPlanner:
@@ -213,89 +205,101 @@ class BatchPlanner:
         """Name of a sample: dataset/key."""
         return f"{self.names[dataset]}/{self.indexes[dataset].key(sample)}"
 
+    def use_encoder_costs(self, costs: Mapping[str, float]) -> None:
+        """Balance encoder work by these costs from now on.
+
+        Args:
+            costs: cost of one piece by modality, in any unit; the same on every rank.
+        """
+        self._by_kind = {kind: dataclasses.replace(m, cost=costs[m.name]) for kind, m in self._by_kind.items()}
+
     def plan(self, step: int) -> StepPlan:
-        """Plan a step. The result is a pure function of the index, the configuration and the step."""
+        """Plan a step. The result is a pure function of the index, the configuration, encoder costs and the step."""
         start = step * self.global_batch_size
         dataset, sample = self._order.samples(start, start + self.global_batch_size)
         documents = np.zeros((len(sample), 2), np.int64)
-        targets, costs = np.zeros(len(sample), np.int64), np.zeros(len(sample))
-        media: list[tuple[PlannedMedia, ...]] = [()] * len(sample)
+        targets, costs = np.zeros(len(sample), np.int64), np.zeros(len(sample), np.int64)
+        measured = []
         for number, index in enumerate(self.indexes):
             positions = np.flatnonzero(dataset == number)
+            # In the order of the rows, which takes less time to read.
+            positions = positions[np.argsort(sample[positions])]
             if len(positions):
                 measures = self.measure(index, sample[positions])
                 documents[positions], targets[positions] = measures.documents, measures.targets
                 costs[positions] = measures.costs
-                for position, items in zip(positions, self._items(index, measures)):
-                    media[position] = items
+                measured.append((positions, measures))
         fits = documents.sum(axis=1) <= self.layout.seq_length
         targets[~fits] = 0
-        in_pack = padded(documents, self.layout.document_multiple).sum(axis=1)
-        micro_batches = self._lay_out(np.flatnonzero(fits), in_pack, costs)
-        longest = max(sum(int(in_pack[p]) for p in positions) for replica in micro_batches for positions in replica)
+        micro_batches, padded_length = self._lay_out(np.flatnonzero(fits), documents, costs)
         return StepPlan(
             step=step,
             dataset=dataset,
             sample=sample,
             documents=documents,
             targets=targets,
-            media=tuple(media),
-            dropped=tuple(int(p) for p in np.flatnonzero(~fits)),
+            media=self._media(measured, len(sample)),
+            dropped=tuple(np.flatnonzero(~fits).tolist()),
             micro_batches=micro_batches,
-            padded_length=padded(max(1, longest), self.layout.length_multiple),
+            padded_length=padded_length,
             document_multiple=self.layout.document_multiple,
         )
 
+    @cached_property
+    def _readers(self) -> dict[ShardIndex, tuple[RowReader, RowReader]]:
+        """Readers of the samples and the media of each index."""
+        return {index: (RowReader(index.samples), RowReader(index.media)) for index in self.indexes}
+
     def _lay_out(
-        self, places: np.ndarray, length: np.ndarray, costs: np.ndarray
-    ) -> tuple[tuple[tuple[int, ...], ...], ...]:
-        replicas, size = self.layout.data_parallel_size, self.layout.micro_batch_size
-        multiple = replicas * size * self.layout.micro_batches_multiple
+        self, positions: np.ndarray, documents: np.ndarray, costs: np.ndarray
+    ) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], int]:
+        """Micro-batches of each replica, and their padded length."""
+        replicas = self.layout.data_parallel_size
+        length = padded(documents[positions], self.layout.document_multiple).sum(axis=1)
         # Padding the documents of a pair can slightly exceed seq_length. Which samples count as too long must not
         # depend on the layout, so the capacity grows instead.
-        capacity = max(self.layout.seq_length, int(length[places].max(initial=0)))
-        packs = pack(length[places], costs[places], capacity, multiple)
-        # Packs are sorted by load, so that replicas process similar loads at the same time.
-        groups = [packs[i : i + size] for i in range(0, len(packs), size)]
-        merged = [tuple(sorted(int(places[i]) for p in group for i in p)) for group in groups]
-        return tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
+        longest = max(self.layout.seq_length, int(length.max(initial=0)))
+        packs = pack(
+            length,
+            costs[positions],
+            # Attention stays within documents, so the packs of a micro-batch are one long pack.
+            longest * self.layout.micro_batch_size,
+            replicas * self.layout.micro_batches_multiple,
+            replicas=replicas,
+            length_multiple=self.layout.length_multiple,
+        )
+        position_of, length_of = positions.tolist(), length.tolist()
+        merged = [tuple(map(position_of.__getitem__, chosen)) for chosen in packs]
+        most = max(sum(map(length_of.__getitem__, chosen)) for chosen in packs)
+        micro_batches = tuple(tuple(merged[replica::replicas]) for replica in range(replicas))
+        return micro_batches, padded(max(1, most), self.layout.length_multiple)
 
     def measure(self, index: ShardIndex, sample: np.ndarray) -> Measures:
-        """Lengths and costs of samples of one dataset, computed without a loop over samples.
+        """Lengths and costs of samples of one dataset; see `measure_samples`.
 
         Args:
             sample: [n] row numbers.
         """
-        rows = take_rows(index.samples, sample)
-        documents, targets = index.lengths(sample)
-        has = documents > 0
-        counts = rows["media_count"].astype(np.int64)
-        owner = np.repeat(np.arange(len(sample)), counts)
-        within = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
-        media = take_rows(index.media, np.repeat(rows["media_start"].astype(np.int64), counts) + within)
-        costs = np.zeros(len(sample))
-        pieces = np.zeros(len(media), np.int64)
-        for number, kind in enumerate(index.header.kinds):
-            mine = np.flatnonzero(media["kind"] == number)
-            if len(mine):
-                planned = self._by_kind[kind]
-                pieces[mine] = planned.modality.count_pieces(media["size"][mine])
-                # Sums of integers, which are exact in float64.
-                of_sample = np.bincount(owner[mine], pieces[mine], len(sample))
-                # Each document of a sample contains all its media, but they are encoded only once.
-                documents += has * (of_sample.astype(np.int64) * planned.soft_tokens_per_piece)[:, None]
-                costs += of_sample * planned.cost_per_piece
-        return Measures(documents, targets.sum(axis=1), costs, owner, media["kind"], pieces)
+        return measure_samples(index, sample, self._by_kind, self._readers[index])
 
-    def _items(self, index: ShardIndex, measures: Measures) -> list[tuple[PlannedMedia, ...]]:
-        """Media items of each sample."""
-        names = [self._by_kind[kind].name for kind in index.header.kinds]
-        numbers = list(zip(measures.kind.tolist(), measures.pieces.tolist()))
-        # Most items are alike and share one object.
-        planned = {(kind, pieces): PlannedMedia(names[kind], pieces) for kind, pieces in set(numbers)}
-        items = [planned[number] for number in numbers]
-        ends = np.cumsum(np.bincount(measures.owner, minlength=len(measures.targets))).tolist()
-        return [tuple(items[start:end]) for start, end in zip([0, *ends], ends)]
+    def _media(self, measured: Sequence[tuple[np.ndarray, Measures]], samples: int) -> BatchMedia:
+        """Put the media items of all datasets in the order of the samples.
+
+        Args:
+            measured: positions of samples of one dataset, [n] int64, and their measures.
+            samples: number of samples of all datasets.
+        """
+        counts = np.zeros(samples, np.int64)
+        for positions, measures in measured:
+            counts[positions] = np.bincount(measures.owner, minlength=len(positions))
+        start = np.append(0, np.cumsum(counts))
+        modality, pieces = np.empty(start[-1], np.int64), np.empty(start[-1], np.int64)
+        for positions, measures in measured:
+            own = counts[positions]
+            # How far each item moves: its sample's first item goes to the start of the sample's position.
+            places = np.arange(len(measures.owner)) + (start[positions] - (np.cumsum(own) - own))[measures.owner]
+            modality[places], pieces[places] = measures.modality, measures.pieces
+        return BatchMedia(tuple(m.name for m in self._by_kind.values()), start, modality, pieces)
 
     def _check_index(self, index: ShardIndex, tokenizer: Tokenizer, sample_kinds: Collection[str]) -> None:
         strange = set(index.sample_kinds()) - set(sample_kinds)
@@ -316,10 +320,9 @@ class BatchPlanner:
                 f"Rebuild it: anymal prepare --index-only {index.folder} --tokenizer {tokenizer.hf.name_or_path}"
             )
 
-    def _refuse_long(self, rows_at_once: int = 1_000_000) -> None:
+    def _refuse_long(self) -> None:
         for number, index in enumerate(self.indexes):
-            for start in range(0, len(index), rows_at_once):
-                rows = np.arange(start, min(start + rows_at_once, len(index)))
+            for rows in self._doubtful_rows(index):
                 length = self.measure(index, rows).length
                 if (length > self.layout.seq_length).any():
                     too_long = int((length > self.layout.seq_length).sum())
@@ -330,3 +333,18 @@ class BatchPlanner:
                         f"{int(length[worst])} tokens. Raise data.seq_length, or set data.too_long=drop to leave "
                         "them out (media are never cut)."
                     )
+
+    def _doubtful_rows(self, index: ShardIndex, rows_at_once: int = 1_000_000) -> Iterator[np.ndarray]:
+        """Row numbers of the samples that may be longer than `seq_length` by the index's bounds, in ascending order."""
+        bounds = index.bounds
+        # An index of an earlier version has no bounds: all of its rows are read.
+        doubtful = np.ones(1, bool) if bounds is None else self._exceeding(index, bounds)
+        block = len(index) if bounds is None else bounds.block
+        for start in range(0, len(index), rows_at_once):
+            stop = min(start + rows_at_once, len(index))
+            if doubtful[start // block : -(-stop // block)].any():
+                rows = np.arange(start, stop)
+                yield rows[doubtful[rows // block]]
+
+    def _exceeding(self, index: ShardIndex, bounds: LengthBounds) -> np.ndarray:
+        return bounds.exceeding(self.layout.seq_length, index.header.kinds, self._by_kind)

@@ -85,16 +85,36 @@ def read_lines(path: Path, limits: LimitsConfig = DEFAULT_LIMITS) -> Iterator[tu
     Raises:
         DataError: a line is not a JSON object or exceeds a limit; the message names the line.
     """
+    for number, line in raw_lines(path, limits):
+        yield f"{path}:{number}", parse_line(line, f"{path}:{number}", limits)
+
+
+def raw_lines(path: Path, limits: LimitsConfig = DEFAULT_LIMITS) -> Iterator[tuple[int, bytes]]:
+    """The lines of a .jsonl file, each with its number, counted from 1; empty lines are skipped.
+
+    Raises:
+        DataError: the file is UTF-16, or a line exceeds a limit.
+    """
     with path.open("rb") as file:
         number = 0
         while line := file.readline(limits.max_text_bytes + 1):
             number += 1
-            where = f"{path}:{number}"
             if number == 1 and line.startswith(UTF16_MARKS):
                 raise DataError(f"{path}: the file is UTF-16. Save it as UTF-8.")
-            if not line.strip():
-                continue
-            value = parse_json_text(line, where, limits)
-            if not isinstance(value, dict):
-                raise DataError(f"{where}: not a JSON object.")
-            yield where, value
+            if len(line) > limits.max_text_bytes:
+                limit = f"data.limits.max_text_bytes={limits.max_text_bytes}"
+                raise DataError(f"{path}:{number}: {len(line)} bytes, above {limit}.")
+            if line.strip():
+                yield number, line
+
+
+def parse_line(line: bytes, where: str, limits: LimitsConfig = DEFAULT_LIMITS) -> dict[str, Any]:
+    """The object of a line of a .jsonl file.
+
+    Raises:
+        DataError: it is not a JSON object or exceeds a limit; the message begins with `where`.
+    """
+    value = parse_json_text(line, where, limits)
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: not a JSON object.")
+    return value

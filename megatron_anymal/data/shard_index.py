@@ -1,15 +1,7 @@
 """Shard index: byte range, token counts and media sizes of each sample.
 
-The index is a folder next to the shards:
-
-    index.json      version, shards with their sizes, kinds of media, file extensions, tokenizer fingerprint, counts
-    left_out.jsonl  every sample and member that is not in the index (data/left_out.py)
-    samples.npy     one row per sample (SAMPLE)
-    media.npy       one row per media item (MEDIA), in the order of the samples and of their parts
-    keys.bin        concatenated sample keys, UTF-8
-
-The arrays are memory-mapped, so an index of a hundred million samples takes no memory and planning a step reads only
-the rows of that step.
+The tables (data/index_format.py) are memory-mapped, so an index of a hundred million samples takes no memory and
+planning a step reads only the rows of that step.
 """
 
 from __future__ import annotations
@@ -18,7 +10,8 @@ import dataclasses
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Optional
@@ -28,92 +21,23 @@ import numpy as np
 
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.content_parts import name_modalities
+from megatron_anymal.data.index_format import (
+    BOUNDS,
+    KEYS,
+    MEDIA_ITEMS,
+    READABLE,
+    SAMPLE,
+    SAMPLES,
+    VERSION,
+    IndexHeader,
+)
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import INDEX_FOLDER, LEDGER, LeftOut, read_ledger
+from megatron_anymal.data.length_bounds import LengthBounds
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.samples import parse_sample, parse_text
+from megatron_anymal.data.shard_files import ShardFiles
 from megatron_anymal.data.tar.byte_source import is_local
-
-VERSION = 3
-# Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has
-# no attributes; an index without attributes is still written as version 2, because it is identical.
-_READABLE = (1, 2, VERSION)
-
-SAMPLE = np.dtype(
-    [
-        ("shard", "<u4"),
-        # The .txt or .json member: bytes [offset, offset + length) of the shard.
-        ("text_offset", "<u8"),
-        ("text_length", "<u4"),
-        ("text_crc", "<u4"),
-        ("text_is_json", "u1"),
-        # Position in SAMPLE_KINDS.
-        ("kind", "u1"),
-        # Tokens without media, and target tokens; for a preference pair, those of the chosen document.
-        ("tokens", "<u4"),
-        ("targets", "<u4"),
-        # The same for the rejected document of a preference pair; 0 for other samples.
-        ("rejected_tokens", "<u4"),
-        ("rejected_targets", "<u4"),
-        ("media_start", "<u8"),
-        ("media_count", "<u2"),
-        ("key_offset", "<u8"),
-        ("key_length", "<u2"),
-    ]
-)
-MEDIA = np.dtype(
-    [
-        ("offset", "<u8"),
-        ("length", "<u8"),
-        ("crc", "<u4"),
-        ("kind", "u1"),
-        ("extension", "u1"),
-        # The result of the modality's `probe`: (width, height) or (duration, rate).
-        ("size", "<f8", (2,)),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class IndexHeader:
-    """The metadata in index.json."""
-
-    # File names of the shards.
-    shards: tuple[str, ...]
-    # Size of each shard in bytes.
-    shard_bytes: tuple[int, ...]
-    # Kinds of media; the media table holds positions in this list.
-    kinds: tuple[str, ...]
-    # File extensions of media; the media table holds positions in this list.
-    extensions: tuple[str, ...]
-    # Fingerprint of the tokenizer that counted the tokens.
-    tokenizer: str
-    # Version of the format as read; 0 for a new index.
-    version: int = 0
-    # Kind -> default attributes of its media; attributes of a media item take precedence.
-    attributes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def to_json(self, samples: int, media: int) -> str:
-        """The identity of an index as JSON: everything that determines its samples and how they are read."""
-        return json.dumps(self._body(samples, media), indent=1)
-
-    def with_accounting(self, samples: int, media: int, accounting: Mapping[str, Any]) -> str:
-        """The content of index.json: `to_json` plus the counts of everything that is not in the index."""
-        return json.dumps({**self._body(samples, media), **accounting}, indent=1)
-
-    def _body(self, samples: int, media: int) -> dict[str, Any]:
-        shards = [{"name": n, "bytes": b} for n, b in zip(self.shards, self.shard_bytes)]
-        attributes = {kind: dict(values) for kind, values in self.attributes.items() if values}
-        return {
-            "version": self.version or (VERSION if attributes else 2),
-            "samples": samples,
-            "media": media,
-            "kinds": list(self.kinds),
-            "extensions": list(self.extensions),
-            "tokenizer": self.tokenizer,
-            "shards": shards,
-            **({"attributes": attributes} if attributes else {}),
-        }
 
 
 @dataclass(frozen=True)
@@ -144,6 +68,7 @@ class ShardIndex:
         self.folder = folder.rstrip("/")
         self._fs, self._root = fsspec.core.url_to_fs(self.folder)
         self._local = is_local(self._fs)
+        self._shards = ShardFiles(self._root)
         if not self._fs.isdir(self._root):
             raise DataError(f"There is no shard folder {folder!r}. Create it with `anymal prepare`.")
         try:
@@ -156,7 +81,7 @@ class ShardIndex:
             raise DataError(
                 f"{folder!r} has no index. Create one with `anymal prepare --index-only {folder}`."
             ) from None
-        if body.get("version") not in _READABLE:
+        if body.get("version") not in READABLE:
             raise DataError(f"The index in {folder!r} has version {body.get('version')}, not {VERSION}. Rebuild it.")
         self.header = IndexHeader(
             shards=tuple(entry["name"] for entry in body["shards"]),
@@ -169,12 +94,18 @@ class ShardIndex:
         )
         # Counts of members that were seen, used, ignored and bad; empty in an index of an earlier version.
         self.members: Mapping[str, Any] = body.get("members", {})
+        # Everything besides the shards that it was built from (IndexOptions.identity); empty likewise.
+        self.options: Mapping[str, Any] = body.get("options", {})
+        # Numbers of ledger entries by code; empty likewise.
+        self.left_out_codes: Mapping[str, int] = body.get("left_out", {})
+        # Numbers of samples and media items by kind, and samples per block of the bounds; empty likewise.
+        self._counts: Mapping[str, Any] = body.get("counts", {})
         self.limits = limits or _limits(body.get("limits", {}))
-        self.samples, self.media = self._array("samples.npy"), self._array("media.npy")
+        self.samples, self.media = self._array(SAMPLES), self._array(MEDIA_ITEMS)
         if len(self.samples) == 0:
             raise DataError(f"The index in {folder!r} is empty: it contains no samples.")
         if len(self.samples) != body["samples"] or len(self.media) != body["media"]:
-            raise DataError(f"The index in {folder!r} is incomplete. Rebuild it with `anymal prepare --index-only`.")
+            raise self._incomplete()
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -183,16 +114,46 @@ class ShardIndex:
         """Key of a sample."""
         row = self.samples[sample]
         start = int(row["key_offset"])
-        return bytes(self._keys[start : start + int(row["key_length"])]).decode()
+        return self.keys_between(start, start + int(row["key_length"])).decode()
+
+    def keys_between(self, start: int, stop: int) -> bytes:
+        """Concatenated keys in a range of bytes."""
+        return bytes(self._keys[start:stop])
+
+    @property
+    def key_bytes(self) -> int:
+        """Length of all keys in bytes."""
+        return len(self._keys)
 
     def kinds_used(self) -> set[str]:
         """Kinds of media in the index."""
+        if self._counts:
+            return set(self._counts["media"])
         return {self.header.kinds[k] for k in np.unique(self.media["kind"])}
 
     def sample_kinds(self) -> dict[str, int]:
         """Number of samples of each kind in the index."""
+        if self._counts:
+            return dict(self._counts["samples"])
         kinds, counts = np.unique(self._column(self.samples, "kind"), return_counts=True)
         return {SAMPLE_KINDS[kind]: int(count) for kind, count in zip(kinds, counts)}
+
+    @cached_property
+    def bounds(self) -> Optional[LengthBounds]:
+        """Bounds on the lengths of samples; None for an index of an earlier version.
+
+        Raises:
+            DataError: they are incomplete.
+        """
+        if not self._counts:
+            return None
+        try:
+            bounds = LengthBounds(np.array(self._array(BOUNDS)), int(self._counts["block"]))
+        except FileNotFoundError:
+            raise self._incomplete() from None
+        if not bounds.cover(len(self)):
+            raise self._incomplete()
+        return bounds
 
     def lengths(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Token counts of samples' documents, without media.
@@ -204,7 +165,17 @@ class ShardIndex:
             Tokens and targets, both [n, 2] int64: for the only or chosen document, and for the rejected one (0 if there
             is none).
         """
-        rows = take_rows(self.samples, samples)
+        return self.lengths_in(take_rows(self.samples, samples))
+
+    def lengths_in(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """`lengths` of samples whose rows have been read.
+
+        Args:
+            rows: [n] SAMPLE.
+
+        Returns:
+            Tokens and targets, both [n, 2] int64.
+        """
         tokens, targets = (
             np.stack([self._column(rows, name) for name in names], axis=1).astype(np.int64)
             for names in (("tokens", "rejected_tokens"), ("targets", "rejected_targets"))
@@ -217,13 +188,13 @@ class ShardIndex:
         Raises:
             DataError: naming the first shard that is missing or has another size.
         """
+        sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in self._fs.ls(self._root, detail=True)}
         for name, size in zip(self.header.shards, self.header.shard_bytes):
-            path = f"{self._root}/{name}"
-            if not self._fs.exists(path):
+            if name not in sizes:
                 raise DataError(f"Shard {name!r} of {self.folder!r} is missing.")
-            if self._fs.size(path) != size:
+            if sizes[name] != size:
                 raise DataError(
-                    f"Shard {name!r} of {self.folder!r} has {self._fs.size(path)} bytes, but the index states {size}. "
+                    f"Shard {name!r} of {self.folder!r} has {sizes[name]} bytes, but the index states {size}. "
                     "Rebuild the index with `anymal prepare --index-only`."
                 )
 
@@ -247,6 +218,14 @@ class ShardIndex:
         read = parse_sample(parse_json_text(data, where, self.limits), where)
         return Sample(read.kind, tuple(self._completed(parts, kinds) for parts in read.documents))
 
+    def read_file(self, name: str) -> bytes:
+        """Content of a file of the index.
+
+        Raises:
+            FileNotFoundError: there is none, as in an index of an earlier version.
+        """
+        return bytes(self._fs.cat_file(self._inside(name)))
+
     def left_out(self) -> list[LeftOut]:
         """The ledger of everything that was left out when the index was built."""
         return read_ledger(self._fs, self._inside(LEDGER))
@@ -255,7 +234,9 @@ class ShardIndex:
         """A kind or extension by its number in a row."""
         known: tuple[str, ...] = getattr(self.header, names)
         if number >= len(known):
-            raise DataError(f"{where}: its row in the index is damaged. Rebuild it with `anymal prepare --index-only`.")
+            raise DataError(
+                f"{where}: its row in the index is damaged. Rebuild it with `anymal prepare --rebuild --index-only`."
+            )
         return known[number]
 
     def _attributes(self, kind: str) -> Mapping[str, Any]:
@@ -327,25 +308,34 @@ class ShardIndex:
         return str(PurePosixPath(self._root) / INDEX_FOLDER / name)
 
     def _array(self, name: str) -> np.ndarray:
-        if self._local:
-            try:
-                return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
-            except ValueError:
-                # An empty array cannot be memory-mapped.
-                return np.load(self._inside(name), allow_pickle=False)
-        with self._fs.open(self._inside(name), "rb") as file:
-            return np.load(file, allow_pickle=False)
+        try:
+            if self._local:
+                with suppress(ValueError):
+                    return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
+            # Also an empty array, which cannot be memory-mapped.
+            with self._fs.open(self._inside(name), "rb") as file:
+                return np.load(file, allow_pickle=False)
+        except (EOFError, ValueError):
+            raise self._incomplete() from None
+
+    def _incomplete(self) -> DataError:
+        return DataError(
+            f"The index in {self.folder!r} is incomplete. Rebuild it with `anymal prepare --rebuild --index-only`."
+        )
 
     @cached_property
     def _keys(self) -> Any:
         if self._local:
-            return np.memmap(self._inside("keys.bin"), dtype=np.uint8, mode="r")
-        return np.frombuffer(self._fs.cat_file(self._inside("keys.bin")), dtype=np.uint8)
+            return np.memmap(self._inside(KEYS), dtype=np.uint8, mode="r")
+        return np.frombuffer(self._fs.cat_file(self._inside(KEYS)), dtype=np.uint8)
 
     def _read(self, shard: int, offset: int, length: int, crc: int, where: str) -> bytes:
         name = self.header.shards[shard]
         try:
-            data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
+            if self._local:
+                data = self._shards.read(name, offset, length)
+            else:
+                data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
         except OSError as error:
             raise DataError(f"{where}: shard {name!r} cannot be read ({error}).") from None
         if len(data) != length or zlib.crc32(data) != crc:

@@ -8,16 +8,20 @@ from array import array
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
+from megatron_anymal.data.global_order import scramble
+from megatron_anymal.data.index_format import MEDIA, SAMPLE
 from megatron_anymal.data.left_out import LeftOut
-from megatron_anymal.data.shard_index import MEDIA, SAMPLE
 from megatron_anymal.data.shard_samples import MemberCounts
 
 HASH = np.dtype("<u8")
+# Bytes of keys that are hashed together; more than the longest key has.
+_HASHED_BYTES = 2**20
+# Ledger code of samples that were left out because they have no media although others do.
+LOST_MEDIA = "no_media"
 # struct's codes of the types of columns.
 _CODES = {"|u1": "B", "<u2": "H", "<u4": "I", "<u8": "Q", "<f8": "d"}
 
@@ -39,12 +43,12 @@ class ShardRows:
     name: str
     # Size of the shard in bytes.
     size: int
+    # When it was last modified, as its file system states it; empty if that is not known.
+    modified: str = ""
     # [n] SAMPLE; media_start and key_offset are relative to the shard.
     samples: np.ndarray = field(default_factory=lambda: np.zeros(0, SAMPLE))
     # [m] MEDIA; kinds and extensions are positions in the lists below.
     media: np.ndarray = field(default_factory=lambda: np.zeros(0, MEDIA))
-    # [n] HASH: `key_hash` of each sample's key.
-    key_hashes: np.ndarray = field(default_factory=lambda: np.zeros(0, HASH))
     # Concatenated sample keys, UTF-8.
     keys: bytes = b""
     # Kinds of the shard's media.
@@ -57,6 +61,21 @@ class ShardRows:
     members: MemberCounts = field(default_factory=MemberCounts)
     # Bytes that could not be read as members.
     damaged_bytes: int = 0
+
+    def key_hashes(self) -> np.ndarray:
+        """[n] HASH: `hash_keys` of the keys."""
+        return hash_keys(self.keys, self.samples["key_offset"], self.samples["key_length"])
+
+    @property
+    def text_with_media(self) -> bool:
+        """Whether a sample that is described by a .txt has media."""
+        return bool(((self.samples["text_is_json"] == 0) & (self.samples["media_count"] > 0)).any())
+
+    def without_lost_media(self) -> ShardRows:
+        """The rows without samples that have only a .txt: in a folder where such samples have media, they lost them."""
+        lost = np.flatnonzero((self.samples["text_is_json"] == 0) & (self.samples["media_count"] == 0)).tolist()
+        reason = "it has no media although other samples do. If text-only samples are intended, add --text-only."
+        return self.without(lost, LOST_MEDIA, reason) if lost else self
 
     def key(self, number: int) -> str:
         """Key of a sample."""
@@ -75,15 +94,52 @@ class ShardRows:
         return replace(
             self,
             samples=self.samples[kept],
-            key_hashes=self.key_hashes[kept],
             left_out=[*self.left_out, *left_out],
             members=members,
         )
 
 
-def key_hash(key: bytes) -> bytes:
-    """8 bytes that are equal for equal keys, and different for others but by rare chance."""
-    return blake2b(key, digest_size=HASH.itemsize).digest()
+def hash_keys(keys: bytes, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Numbers that are equal for equal keys, and different for others but by rare chance.
+
+    Args:
+        keys: concatenated keys.
+        offsets: [n] where each key begins, in bytes.
+        lengths: [n] length of each key in bytes, not 0.
+
+    Returns:
+        [n] HASH.
+    """
+    data = np.frombuffer(keys, np.uint8)
+    hashes = np.empty(len(lengths), HASH)
+    at_once = _HASHED_BYTES // int(lengths.max(initial=1))
+    for start in range(0, len(lengths), at_once):
+        some = slice(start, start + at_once)
+        hashes[some] = _hashed(data, offsets[some].astype(np.int64), lengths[some].astype(np.int64))
+    return hashes
+
+
+def _hashed(data: np.ndarray, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Sum of the scrambled words of each key, where a word is 8 bytes (the last one padded with zeros)."""
+    words = -(-lengths // 8)
+    first = np.cumsum(words) - words
+    padded = np.zeros(int(words.sum()) * 8, np.uint8)
+    width = int(lengths[0])
+    if (lengths == width).all() and (np.diff(offsets) == width).all():
+        # The usual case, which needs no index of each byte.
+        start, stop = int(offsets[0]), int(offsets[-1]) + width
+        padded.reshape(len(lengths), -1)[:, :width] = data[start:stop].reshape(-1, width)
+    else:
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        padded[np.repeat(first * 8, lengths) + within] = data[np.repeat(offsets, lengths) + within]
+    position = np.arange(len(padded) // 8) - np.repeat(first, words)
+    scrambled = scramble(padded.view(HASH), scramble(position.astype(HASH), np.uint64(1)))
+    return scramble(np.add.reduceat(scrambled, first), lengths.astype(HASH))
+
+
+def _hashes_of(keys: Sequence[bytes]) -> np.ndarray:
+    lengths = np.array([len(key) for key in keys], np.int64)
+    return hash_keys(b"".join(keys), np.cumsum(lengths) - lengths, lengths)
 
 
 def repeated(hashes: np.ndarray) -> np.ndarray:
@@ -110,7 +166,7 @@ class RowBuffer:
     """The rows of a shard's usable samples: about 100 bytes per sample and 40 per media item."""
 
     def __init__(self) -> None:
-        self._samples, self._media, self._hashes, self._keys = bytearray(), bytearray(), bytearray(), bytearray()
+        self._samples, self._media, self._keys = bytearray(), bytearray(), bytearray()
         # Per sample: offset of its first member, and position in `_uses` of the members that it uses and ignores.
         self._starts, self._use = array("Q"), array("I")
         self._uses: dict[tuple[int, tuple[str, ...]], int] = {}
@@ -139,7 +195,6 @@ class RowBuffer:
         for item in media:
             self._media += _MEDIA_ROW.pack(*item)
         self._keys += encoded
-        self._hashes += key_hash(encoded)
         self._starts.append(start)
         self._use.append(self._uses.setdefault((used, ignored), len(self._uses)))
 
@@ -150,8 +205,9 @@ class RowBuffer:
             others: keys of samples that are not in the rows.
         """
         counts = Counter(others)
-        hashes = np.frombuffer(self._hashes, HASH)
-        elsewhere = np.frombuffer(b"".join(key_hash(key.encode()) for key in counts), HASH)
+        samples = np.frombuffer(self._samples, SAMPLE)
+        hashes = hash_keys(bytes(self._keys), samples["key_offset"], samples["key_length"])
+        elsewhere = _hashes_of([key.encode() for key in counts])
         suspects = np.flatnonzero(np.isin(hashes, np.concatenate([repeated(hashes), elsewhere]))).tolist()
         keys = {number: self._key(number) for number in suspects}
         counts.update(keys.values())
@@ -165,14 +221,14 @@ class RowBuffer:
     def move_to(self, rows: ShardRows, dropped: Collection[int]) -> None:
         """Set the tables of `rows` and count the members of the samples, except for the samples `dropped`."""
         rows.samples, rows.media = np.frombuffer(self._samples, SAMPLE), np.frombuffer(self._media, MEDIA)
-        rows.key_hashes, rows.keys = np.frombuffer(self._hashes, HASH), bytes(self._keys)
+        rows.keys = bytes(self._keys)
         uses = np.array(self._use)
         if dropped:
             kept = np.ones(len(rows.samples), bool)
             kept[list(dropped)] = False
             rows.keys = b"".join(self._key(number).encode() for number in np.flatnonzero(kept).tolist())
             rows.media = rows.media[np.repeat(kept, rows.samples["media_count"])]
-            rows.samples, rows.key_hashes, uses = rows.samples[kept], rows.key_hashes[kept], uses[kept]
+            rows.samples, uses = rows.samples[kept], uses[kept]
             for first, length in (("key_offset", "key_length"), ("media_start", "media_count")):
                 lengths = rows.samples[length].astype(np.int64)
                 rows.samples[first] = np.cumsum(lengths) - lengths

@@ -16,6 +16,8 @@ from megatron_anymal.data.tar.reader import TarMember, TarPassed, TarProblem, Ta
 # Longest key in bytes that an index can store (column key_length).
 MAX_KEY_BYTES = 65_535
 TEXT_ENDINGS = ("txt", "json")
+# Answers that a rule keeps.
+_MOST_ENDINGS = 1000
 
 
 class SampleError(DataError):
@@ -155,6 +157,8 @@ class MemberRule:
     known: frozenset[str] = frozenset()
     # Endings with a kind assigned by the user.
     assigned: frozenset[str] = frozenset()
+    # The answers of `is_media`: endings are few, and it is asked for every member.
+    _media: dict[str, bool] = field(default_factory=dict, compare=False, repr=False)
 
     def counted(self, members: Mapping[str, TarMember]) -> dict[str, TarMember]:
         """The members that match the patterns; all members if there are no patterns."""
@@ -164,6 +168,14 @@ class MemberRule:
 
     def is_media(self, ending: str) -> bool:
         """Whether a member with this ending is a media file."""
+        known = self._media.get(ending)
+        if known is None:
+            if len(self._media) >= _MOST_ENDINGS:
+                self._media.clear()
+            known = self._media[ending] = self._is_media(ending)
+        return known
+
+    def _is_media(self, ending: str) -> bool:
         if ending in TEXT_ENDINGS:
             return False
         last = ending.rpartition(".")[2]

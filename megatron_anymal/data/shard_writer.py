@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.filters import FilteredError
-from megatron_anymal.data.left_out import INDEX_FOLDER, REFUSED_LEDGER, LeftOut, by_rule, to_lines
+from megatron_anymal.data.left_out import INDEX_FOLDER, REFUSED_LEDGER, LeftOut, by_rule, to_line
 from megatron_anymal.data.packing_journal import Journal, PackedShard, continues, is_unfinished
 from megatron_anymal.data.records import DataError, Sample, TextPart
 from megatron_anymal.data.samples import media_entries, parse_sample, to_json
@@ -56,13 +56,12 @@ def pack(
     total = source.count()
     if not total:
         raise DataError(f"{source.path!r} has no lines or samples.")
-    options = {"limits": vars(limits), "samples_per_shard": samples_per_shard, **settings}
-    header = {"source": source.path, "samples": total, "fingerprint": source.fingerprint(options)}
+    header = packing_header(source, total, packing_options(samples_per_shard, limits, settings))
     if holds_shards and not continues(folder, header):
         raise _holds_shards(out)
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder, header)
-    packer = _Packer(source, journal, total, max_bad_share, limits, apply_filters)
+    packer = _Packer(source, journal, total, max_bad_share, SampleWriter(source, limits, apply_filters))
     try:
         packer.run(samples_per_shard)
     except DataError:
@@ -73,54 +72,93 @@ def pack(
     print(packer.summary())
 
 
+def packing_options(samples_per_shard: int, limits: LimitsConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that packed shards depend on, as JSON values.
+
+    Args:
+        settings: the options that the filters depend on.
+    """
+    return {"limits": dict(vars(limits)), "samples_per_shard": samples_per_shard, **settings}
+
+
+def packing_header(source: Source, samples: int, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The first line of a packing's journal.
+
+    Args:
+        samples: number of samples of the source.
+        options: `packing_options`.
+    """
+    return {"source": source.path, "samples": samples, "fingerprint": source.fingerprint(options)}
+
+
+def shard_name(number: int) -> str:
+    """File name of the shard of a stretch of the source, counted from 0."""
+    return f"shard-{number:06d}.tar"
+
+
 def _holds_shards(out: str) -> DataError:
     return DataError(
         f"{out!r} already holds shards. Name another folder, add --overwrite, or index them: --index-only {out}."
     )
 
 
-class _Packer:
-    """One packing."""
+class SampleWriter:
+    """Writes samples of a source into shards; all of them have keys of their own."""
 
-    def __init__(
-        self,
-        source: Source,
-        journal: Journal,
-        total: int,
-        max_bad_share: float,
-        limits: LimitsConfig,
-        apply_filters: Optional[ApplyFilters],
-    ):
-        self._source, self._journal, self._total = source, journal, total
-        self._max_bad_share, self._limits, self._apply_filters = max_bad_share, limits, apply_filters
+    def __init__(self, source: Source, limits: LimitsConfig, apply_filters: Optional[ApplyFilters]):
+        """Nothing is read or written yet.
+
+        Args:
+            apply_filters: leaves out the samples that a filter excludes.
+        """
+        self._source, self._limits, self._apply_filters = source, limits, apply_filters
         self._keys: set[str] = set()
         # Hashes of the paths of media files, and how often one was used again.
         self._files: set[int] = set()
-        self._reused = 0
-        self._bad: list[LeftOut] = []
-        # Rule -> samples that it excludes.
-        self._filtered: Counter[str] = Counter()
+        self.reused = 0
 
-    def run(self, samples_per_shard: int) -> None:
-        """Write every shard that the journal does not have."""
-        records = self._source.records()
-        progress = Progress("packing", self._total)
-        if self._journal.finished:
-            print(f"continuing after {len(self._journal.finished)} finished shards", file=sys.stderr)
-        for number, first in enumerate(range(0, self._total, samples_per_shard)):
-            size = min(samples_per_shard, self._total - first)
-            stretch = ((record, self._key(record)) for record in islice(records, size))
-            shard = self._journal.finished.get(number)
-            if shard is None:
-                shard = self._write(number, stretch, progress)
-                self._journal.add(shard)
-            else:
-                deque(stretch, maxlen=0)
-                progress.skip(size)
-                self._count(shard.left_out)
-            if shard.samples + len(shard.left_out) != size:
-                raise DataError(f"{self._source.path!r} changed while it was read. Start again.")
-        progress.finish()
+    def write(
+        self, number: int, path: Path, records: Iterable[Record], report: Callable[[Optional[LeftOut]], None]
+    ) -> PackedShard:
+        """Write the shard of a stretch of the source; there is no file if none of its samples can be used.
+
+        Args:
+            number: of the stretch, from 0.
+            path: the file to write.
+            report: called after each sample; None for one that is in the shard.
+
+        Raises:
+            DataError: a key occurs a second time, or is none.
+        """
+        import webdataset
+
+        left_out: list[LeftOut] = []
+        samples = 0
+        with webdataset.TarWriter(str(path), mtime=0) as writer:
+            for record in records:
+                key = self._key(record)
+                try:
+                    writer.write(self._members(record, key))
+                    samples += 1
+                    report(None)
+                except SampleError as error:
+                    rule = error.rule if isinstance(error, FilteredError) else ""
+                    left_out.append(LeftOut("", error.code, str(error), key=key, source=record.where, rule=rule))
+                    report(left_out[-1])
+        if not samples:
+            path.unlink()
+            return PackedShard(number, "", 0, 0, left_out)
+        _flush(path)
+        return PackedShard(number, shard_name(number), path.stat().st_size, samples, left_out)
+
+    def require_new_keys(self, records: Iterable[Record]) -> None:
+        """Check the keys of samples that are in a shard already.
+
+        Raises:
+            DataError: a key occurs a second time, or is none.
+        """
+        for record in records:
+            self._key(record)
 
     def _key(self, record: Record) -> str:
         """The key of a record, which must not have occurred before."""
@@ -129,29 +167,6 @@ class _Packer:
             raise DataError(f"{record.where}: the key {key!r} occurs twice. Give each sample a key of its own.")
         self._keys.add(key)
         return key
-
-    def _write(self, number: int, stretch: Iterable[tuple[Record, str]], progress: Progress) -> PackedShard:
-        import webdataset
-
-        name = f"shard-{number:06d}.tar"
-        path = self._journal.part(name)
-        left_out: list[LeftOut] = []
-        samples = 0
-        with webdataset.TarWriter(str(path), mtime=0) as writer:
-            for record, key in stretch:
-                progress.advance()
-                try:
-                    writer.write(self._members(record, key))
-                    samples += 1
-                except SampleError as error:
-                    rule = error.rule if isinstance(error, FilteredError) else ""
-                    left_out.append(LeftOut("", error.code, str(error), key=key, source=record.where, rule=rule))
-                    self._count(left_out[-1:])
-        if not samples:
-            path.unlink()
-            return PackedShard(number, "", 0, 0, left_out)
-        _flush(path)
-        return PackedShard(number, name, path.stat().st_size, samples, left_out)
 
     def _members(self, record: Record, key: str) -> dict[str, Any]:
         """The members of a sample.
@@ -190,7 +205,7 @@ class _Packer:
             data = path.read_bytes()
         except OSError as error:
             raise SampleError("media", f"its media file cannot be read: {error}.") from None
-        self._reused += hash(path) in self._files
+        self.reused += hash(path) in self._files
         self._files.add(hash(path))
         return data
 
@@ -198,6 +213,51 @@ class _Packer:
         limit = self._limits.max_member_bytes
         if size > limit:
             raise SampleError("limit", f"{name!r} has {size} bytes, above data.limits.max_member_bytes={limit}.")
+
+
+class _Packer:
+    """One packing."""
+
+    def __init__(
+        self,
+        source: Source,
+        journal: Journal,
+        total: int,
+        max_bad_share: float,
+        writer: SampleWriter,
+    ):
+        self._source, self._journal, self._total = source, journal, total
+        self._max_bad_share, self._writer = max_bad_share, writer
+        self._progress = Progress("packing", total)
+        self._bad: list[LeftOut] = []
+        # Rule -> samples that it excludes.
+        self._filtered: Counter[str] = Counter()
+
+    def run(self, samples_per_shard: int) -> None:
+        """Write every shard that the journal does not have."""
+        records, progress = self._source.records(), self._progress
+        if self._journal.finished:
+            print(f"continuing after {len(self._journal.finished)} finished shards", file=sys.stderr)
+        for number, first in enumerate(range(0, self._total, samples_per_shard)):
+            size = min(samples_per_shard, self._total - first)
+            stretch = islice(records, size)
+            shard = self._journal.finished.get(number)
+            if shard is None:
+                path = self._journal.part(shard_name(number))
+                shard = self._writer.write(number, path, stretch, self._report)
+                self._journal.add(shard)
+            else:
+                self._writer.require_new_keys(stretch)
+                progress.skip(size)
+                self._count(shard.left_out)
+            if shard.samples + len(shard.left_out) != size:
+                raise DataError(f"{self._source.path!r} changed while it was read. Start again.")
+        progress.finish()
+
+    def _report(self, left_out: Optional[LeftOut]) -> None:
+        self._progress.advance()
+        if left_out:
+            self._count([left_out])
 
     def _count(self, left_out: Sequence[LeftOut]) -> None:
         """Count samples; stop as soon as the share of bad ones must exceed the allowed one at the end."""
@@ -215,21 +275,35 @@ class _Packer:
         """Write the ledger of a refused packing into a folder."""
         if self._bad:
             folder.mkdir(exist_ok=True)
-            (folder / REFUSED_LEDGER).write_bytes(b"".join(to_lines(self._bad)))
+            (folder / REFUSED_LEDGER).write_bytes(b"".join(map(to_line, self._bad)))
 
     def summary(self) -> str:
         """Samples in = samples in shards + left out + excluded, with the reasons."""
         shards = [shard for shard in self._journal.finished.values() if shard.name]
         packed = sum(shard.samples for shard in shards)
         assert self._total == packed + len(self._bad) + self._filtered.total()
-        text = f"{self._source.path}: {self._total} samples = {packed} in {len(shards)} shards"
-        if self._bad:
-            text += f" + {len(self._bad)} left out ({_counts(Counter(entry.code for entry in self._bad))})"
-        if self._filtered:
-            text += f" + {self._filtered.total()} filtered ({_counts(self._filtered)})"
-        if self._reused:
-            text += f"; {self._reused} times a media file was stored again, because each sample has its own copy"
+        text = f"{self._source.path}: "
+        text += packing_summary(packed, len(shards), Counter(entry.code for entry in self._bad), self._filtered)
+        if self._writer.reused:
+            text += f"; {self._writer.reused} times a media file was stored again, because each sample has its own copy"
         return "\n".join([text, *self._source.remarks()])
+
+
+def packing_summary(packed: int, shards: int, codes: Counter[str], rules: Counter[str]) -> str:
+    """Samples in = samples in shards + left out + filtered.
+
+    Args:
+        packed: samples in shards.
+        shards: number of shards.
+        codes: samples that cannot be used, by code.
+        rules: samples that a filter excludes, by rule.
+    """
+    text = f"{packed + codes.total() + rules.total()} samples = {packed} in {shards} shards"
+    if codes:
+        text += f" + {codes.total()} left out ({_counts(codes)})"
+    if rules:
+        text += f" + {rules.total()} filtered ({_counts(rules)})"
+    return text
 
 
 def _parse(record: Record) -> Sample:

@@ -229,10 +229,19 @@ class Tokenizer:
         Raises:
             DataError: as in `document`.
         """
+        if not any(isinstance(part, TextPart) and part.control for part in parts):
+            return self._count_plain([part for part in parts if isinstance(part, TextPart)], closed)
         media = [part for part in parts if isinstance(part, MediaPart)]
         # Media items separate the texts around them but contribute no tokens here.
         bare = self.document(parts, [0] * len(media), {part.modality: -1 for part in media}, closed=closed)
         return len(bare.tokens), sum(bare.is_target)
+
+    def _count_plain(self, texts: Sequence[TextPart], closed: bool) -> tuple[int, int]:
+        """The lengths of the document that `_plain` lays out, without laying it out."""
+        lengths = [(len(self.encode(part.text)), part.loss) for part in texts]
+        learned = texts[-1].loss if texts else True
+        tokens = 1 + sum(length for length, _ in lengths) + closed
+        return tokens, sum(length for length, loss in lengths if loss) + (closed and learned)
 
     def document(
         self,

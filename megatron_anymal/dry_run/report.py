@@ -10,7 +10,7 @@ from megatron_anymal.config import RunConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.dry_run.simulate import ChunkSize, DryRun, Stage, examine
-from megatron_anymal.train.auto_recompute import configured
+from megatron_anymal.model.memory.recompute import configured
 
 
 def print_dry_run(config: RunConfig) -> None:

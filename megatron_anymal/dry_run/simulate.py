@@ -32,19 +32,14 @@ from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import assemble
-from megatron_anymal.model.llama import check_model, read_llama_config
+from megatron_anymal.model.llama import check_model
+from megatron_anymal.model.llama_shape import read_llama_config
+from megatron_anymal.model.memory.recompute import Choice, choose, configured, judge
+from megatron_anymal.model.memory.run_sizes import optimizer_bytes
 from megatron_anymal.model.meta_device import on_meta, without_weights
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
 from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
-from megatron_anymal.train.auto_recompute import (
-    Choice,
-    choose,
-    configured,
-    judge,
-    memory_to_fit,
-    optimizer_bytes,
-    run_sizes,
-)
+from megatron_anymal.train.auto_recompute import memory_to_fit, sizes_of_run
 from megatron_anymal.train.build import build_data, check_vocabulary, loaded_modalities
 
 _META = torch.device("meta")
@@ -193,7 +188,7 @@ def _memory(found: DryRun, model: ModelConfig, hf: LlamaConfig, modalities: dict
     precision = config.trainer.precision
     planned = has_gpu or model.memory_gb > 0 or precision == "bf16"
     batches = BatchLayout.of(model, config.data.seq_length, config.data_parallel_size)
-    sizes = run_sizes(model, precision, batches, hf, modalities, reference=config.job == "dpo", planned=planned)
+    sizes = sizes_of_run(model, precision, batches, hf, modalities, reference=config.job == "dpo", planned=planned)
     known = has_gpu or not planned or model.memory_gb > 0
     memory = memory_to_fit(model.memory_gb, config.trainer.devices) if known else 0
     if model.recompute_granularity == "auto" and known:
@@ -286,7 +281,7 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
     ranks = config.world_size // config.model.pipeline_model_parallel_size
     trainable = sum(chunk.trainable for chunk in chunks)
     sharers = config.data_parallel_size * config.model.context_parallel_size
-    state = optimizer_bytes(config.trainer.precision) * trainable
+    state = optimizer_bytes(backend.compute_dtype(config.trainer.precision).itemsize) * trainable
     if config.model.ddp.use_distributed_optimizer:
         state = -(-state // sharers)
     found.stages.append(Stage(range(number * ranks, (number + 1) * ranks), tuple(chunks), 4 * trainable, state))

@@ -1,7 +1,8 @@
 """Generation from a training checkpoint.
 
-The whole prompt is recomputed for each new token: simple, identical under tensor and pipeline parallelism, and fast
-enough for one-line answers. Exported folders generate with a key-value cache (generation/export_generator.py).
+The prompts of a batch are computed as one pack; after that, each pass has one new token per answer and reads the rest
+from a key-value cache (model/key_value_cache.py), the same under tensor and pipeline parallelism. Exported folders use
+transformers' cache (generation/export_generator.py).
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.generator import Generator, Watch
-from megatron_anymal.generation.next_token import choose
+from megatron_anymal.generation.next_token import choose_each
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
+from megatron_anymal.model.key_value_cache import KeyValueCache
 from megatron_anymal.parallel import ParallelLayout, initialize
 from megatron_anymal.train.build import build_inputs, check_vocabulary
 from megatron_anymal.train.device_prefetch import to_device
@@ -49,8 +51,8 @@ class _Running:
     """A prompt being answered."""
 
     prompt: list[int]
-    # Modality -> soft tokens [k, H]; only on the first pipeline stage.
-    soft: dict[str, Tensor]
+    # Modality and encoder input [pieces, *piece_shape] of each media item.
+    pieces: Sequence[tuple[str, Tensor]]
     answer: Answer
 
     @property
@@ -154,12 +156,15 @@ class NativeGenerator(Generator):
     @torch.no_grad()
     def _answer(self, prompts: Sequence[Prompt], first: int, sampling: Sampling, watch: Watch) -> list[str]:
         everyone = self._begin(prompts, first, sampling)
-        running = everyone
+        running, cache = everyone, KeyValueCache(len(everyone))
         while running:
-            for one, token in zip(running, self._next_tokens(running, sampling)):
+            for one, token in zip(running, self._next_tokens(running, cache, sampling)):
                 one.answer.add(token)
                 watch(one.answer)
-            running = [one for one in running if not one.answer.done]
+            left = [row for row, one in enumerate(running) if not one.answer.done]
+            if left and len(left) < len(running):
+                cache.keep(left)
+            running = [running[row] for row in left]
         return [one.answer.text for one in everyone]
 
     def _begin(self, prompts: Sequence[Prompt], first: int, sampling: Sampling) -> list[_Running]:
@@ -168,28 +173,16 @@ class NativeGenerator(Generator):
             read = self._reader.read(prompt.parts, prompt.media)
             room = self._room(number, len(read.tokens), sampling)
             answer = Answer(number, self._decode, self._ends, sampling.stop, room)
-            running.append(_Running(read.tokens, self._encode(read.pieces), answer))
+            running.append(_Running(read.tokens, read.pieces, answer))
         return running
 
-    def _encode(self, pieces: Sequence[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Soft tokens of one prompt's media, by modality."""
-        if not self.layout.is_first_stage:
-            return {}
-        media = {}
-        for name in dict.fromkeys(name for name, _ in pieces):
-            together = torch.cat([tensor for other, tensor in pieces if other == name])
-            media[name] = MediaBatch(together, ((len(together),),), torch.empty(0, dtype=torch.int64))
-        return self.model.soft_tokens(to_device(MicroBatch.unlabelled([], media), self.layout.device))
-
-    def _next_tokens(self, running: Sequence[_Running], sampling: Sampling) -> list[int]:
-        micro_batch = to_device(self._batch(running), self.layout.device)
+    def _next_tokens(self, running: Sequence[_Running], cache: KeyValueCache, sampling: Sampling) -> list[int]:
+        micro_batch = to_device(self._batch(running, cache), self.layout.device)
         # Later pipeline stages get their input from the previous stage.
-        names = list(micro_batch.media) if self.layout.is_first_stage else []
-        soft = {name: torch.cat([one.soft[name] for one in running if name in one.soft]) for name in names}
-        lasts = torch.tensor([len(one.tokens) for one in running], device=self.layout.device).cumsum(0) - 1
+        soft = self.model.soft_tokens(micro_batch) if self.layout.is_first_stage else {}
 
         def forward_step(batches: Iterator[MicroBatch], model: AnyMALModel) -> tuple[Tensor, Any]:
-            return model(next(batches), soft=soft), lambda logits, non_loss_data: logits[0, lasts]
+            return model(next(batches), soft=soft, cache=cache), lambda logits, non_loss_data: logits[0]
 
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
@@ -206,28 +199,27 @@ class NativeGenerator(Generator):
             logits = gather_from_tensor_model_parallel_region(outputs[0].float())[:, : self.model.vocab_size]
             # A placeholder stands for a media item; in an answer it would have no content.
             logits[:, list(self._placeholders.values())] = float("-inf")
-            tokens = [
-                choose(row, sampling, one.tokens, one.answer.number, len(one.answer.tokens))
-                for row, one in zip(logits, running)
-            ]
-            chosen.copy_(torch.tensor(tokens))
+            places = [(one.tokens, one.answer.number, len(one.answer.tokens)) for one in running]
+            chosen.copy_(torch.tensor(choose_each(logits, sampling, places)))
         last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(chosen, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
         return chosen.tolist()
 
-    def _batch(self, running: Sequence[_Running]) -> MicroBatch:
-        """The prompts and answers so far, padded to a length that sequence parallelism can divide."""
-        documents = [one.tokens for one in running]
+    def _batch(self, running: Sequence[_Running], cache: KeyValueCache) -> MicroBatch:
+        """The prompts, or then the newest token of each answer, padded to a length that sequence parallelism can
+        divide."""
+        documents = [one.tokens if cache.is_empty else one.tokens[-1:] for one in running]
         if missing := -sum(map(len, documents)) % self._length_multiple:
             documents.append([self._end] * missing)
-        return MicroBatch.unlabelled(documents, self._media(running))
+        return MicroBatch.unlabelled(documents, self._media(running) if cache.is_empty else {})
 
     def _media(self, running: Sequence[_Running]) -> dict[str, MediaBatch]:
-        """Positions of the soft tokens, without media data, which is already encoded."""
-        tokens = torch.tensor([token for one in running for token in one.tokens])
+        """The prompts' media, with the positions of their soft tokens."""
+        tokens = torch.tensor([token for one in running for token in one.prompt])
         media = {}
         for name, placeholder in self._placeholders.items():
-            index = (tokens == placeholder).nonzero().flatten()
-            if len(index):
-                media[name] = MediaBatch(torch.empty(0), ((0,),), index)
+            pieces = [tensor for one in running for other, tensor in one.pieces if other == name]
+            if pieces:
+                together, index = torch.cat(pieces), (tokens == placeholder).nonzero().flatten()
+                media[name] = MediaBatch(together, ((len(together),),), index)
         return media

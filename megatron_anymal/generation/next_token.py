@@ -11,6 +11,19 @@ from megatron_anymal.data.global_order import mix64
 from megatron_anymal.generation.sampling import Sampling
 
 
+def choose_each(logits: Tensor, sampling: Sampling, places: Sequence[tuple[Sequence[int], int, int]]) -> list[int]:
+    """Choose the next token of several answers, each as `choose` does.
+
+    Args:
+        logits: [R, V] float32.
+        places: `seen`, `prompt` and `place` of each answer.
+    """
+    if sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0:
+        # One synchronization with the GPU for all rows.
+        return logits.argmax(-1).tolist()
+    return [choose(row, sampling, *one) for row, one in zip(logits, places)]
+
+
 def choose(logits: Tensor, sampling: Sampling, seen: Sequence[int], prompt: int, place: int) -> int:
     """Choose the next token; the result is the same on every rank and in any batch.
 

@@ -103,17 +103,21 @@ _DEFERRED_WITHOUT_GPU = {
 }
 
 
-@contextmanager
-def _without_wandb(module: ModuleType) -> Iterator[None]:
-    if "wandb" in sys.modules:
-        yield
-        return
-    # An import of a module that is None here fails, as if it were not installed.
-    sys.modules["wandb"] = None  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del sys.modules["wandb"]
+def _without(*packages: str) -> Callable[[ModuleType], Any]:
+    """Make a module run as if packages were not installed, unless they have been imported."""
+
+    @contextmanager
+    def without(module: ModuleType) -> Iterator[None]:
+        hidden = [name for name in packages if name not in sys.modules]
+        # An import of a module that is None here fails.
+        sys.modules.update(dict.fromkeys(hidden))  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            for name in hidden:
+                del sys.modules[name]
+
+    return without
 
 
 def _replace(module: ModuleType, name: str, replacement: Callable[[Any], Any]) -> None:
@@ -172,10 +176,42 @@ def _read_once(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return structure
 
 
+@contextmanager
+def _whole_or_missing(module: ModuleType) -> Iterator[None]:
+    """Make half an installation of Transformer Engine count as none.
+
+    Without its torch extension, version 2.11 raises FileNotFoundError, which megatron-core 0.16.1 does not expect.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ImportError(
+            "its torch extension is missing: pip install --no-build-isolation -e '.[te]', or uninstall it"
+        ) from error
+
+
+@contextmanager
+def _asking_local_folders_first(module: ModuleType) -> Iterator[None]:
+    """Lightning imports every installed package for object storage to tell whether a local folder is in one."""
+    yield
+    _replace(module, "_is_object_storage", lambda ask: functools.partial(_is_object_storage, ask))
+
+
+def _is_object_storage(ask: Callable[[Any], bool], fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem
+
+    return not isinstance(fs, LocalFileSystem) and ask(fs)
+
+
 # Module -> what happens around its execution.
 AROUND: dict[str, Callable[[ModuleType], Any]] = {
-    "megatron.core": _without_wandb,
+    "lightning.fabric.utilities.cloud_io": _asking_local_folders_first,
+    "megatron.core": _without("wandb"),
     "megatron.core.jit": _compiling_later,
+    # For event files on S3; those of a run are in its folder.
+    "tensorboard.compat.tensorflow_stub.io.gfile": _without("boto3", "botocore"),
+    "transformer_engine": _whole_or_missing,
+    "transformer_engine.pytorch": _whole_or_missing,
     "transformers.utils.import_utils": _reading_once,
 }
 

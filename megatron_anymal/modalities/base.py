@@ -145,6 +145,9 @@ class Modality(ABC):
     Options: ClassVar[type]
     # Whether it, or the part of transformers that it uses, needs torch, which commands then import.
     needs_torch: ClassVar[bool] = True
+    # Whether `count_pieces` never falls if a number of a size grows. The largest sizes in an index's block then bound
+    # the pieces of its samples; otherwise a run reads every sample with this kind of media when it starts.
+    pieces_grow_with_size: ClassVar[bool] = False
 
     def __init__(self, config: ModalityConfig) -> None:
         self.config = config
@@ -182,13 +185,52 @@ class Modality(ABC):
     def piece_shape(self) -> tuple[int, ...]:
         """Shape of one piece, the encoder's input without the batch dimension."""
 
+    @property
+    def decoded_shape(self) -> tuple[int, ...]:
+        """Shape of one piece as returned by `decode`; that of the encoder's input unless `write` is overridden."""
+        return self.piece_shape
+
     @abstractmethod
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> np.ndarray:
-        """Decode a media file to [pieces, *piece_shape]. Called by `load`, which checks the size and the result.
+        """Decode a media file to [pieces, *decoded_shape]. Called by `load_array`, which checks size and result.
 
         Raises:
             MediaError: the file is corrupt, truncated or empty.
         """
+
+    def decode_with_size(
+        self, data: bytes, extension: str, attributes: Mapping[str, Any]
+    ) -> tuple[tuple[float, float], np.ndarray]:
+        """Probe and decode a file. Override it if both together cost less than one after the other.
+
+        Returns:
+            The result of `probe`, and that of `decode`, [pieces, *decoded_shape].
+
+        Raises:
+            MediaError: as `probe` and `decode`.
+        """
+        size = self.probe(data, extension, attributes, self.limits)
+        return size, self.decode(data, extension, attributes, self._count(size))
+
+    def _count(self, size: tuple[float, float]) -> int:
+        return int(self.count_pieces(np.array([size], dtype=np.float64))[0])
+
+    def write(self, decoded: np.ndarray, out: np.ndarray) -> None:
+        """Write the result of `decode` as encoder input. Override it, with `decoded_shape`, if `decode` returns a more
+        compact form, such as 8-bit pixels.
+
+        Args:
+            decoded: [pieces, *decoded_shape].
+            out: [pieces, *piece_shape] float32.
+
+        Raises:
+            MediaError: there are non-finite values.
+        """
+        # A float64 may be finite and yet exceed float32.
+        with np.errstate(over="ignore"):
+            out[...] = decoded
+        if decoded.dtype.kind not in "biu" and not np.isfinite(out).all():
+            raise MediaError("contains non-finite values")
 
     def load(self, data: bytes, extension: str, attributes: Mapping[str, Any]) -> torch.Tensor:
         """Decode a media file to encoder input, [pieces, *piece_shape] float32. The result is deterministic.
@@ -200,22 +242,30 @@ class Modality(ABC):
 
         return torch.from_numpy(self.load_array(data, extension, attributes))
 
-    def load_array(self, data: bytes, extension: str, attributes: Mapping[str, Any]) -> np.ndarray:
+    def load_array(
+        self, data: bytes, extension: str, attributes: Mapping[str, Any], out: np.ndarray | None = None
+    ) -> np.ndarray:
         """`load` for processes that do without torch, which takes seconds to import; [pieces, *piece_shape] float32.
 
+        Args:
+            out: array of that shape to write to and to return; its contents are undefined after an error. None: a new
+                array.
+
         Raises:
-            MediaError: the file is corrupt, truncated or empty, has non-finite values, or does not match its probed
-                size.
+            MediaError: the file is corrupt, truncated or empty, has non-finite values, does not match its probed size,
+                or has another number of pieces than `out`.
         """
-        size = self.probe(data, extension, attributes, self.limits)
-        expected = int(self.count_pieces(np.array([size], dtype=np.float64))[0])
+        size, returned = self.decode_with_size(data, extension, attributes)
         # Plug-ins may return a tensor on the CPU.
-        pieces = np.asarray(self.decode(data, extension, attributes, expected))
-        if pieces.shape != (expected, *self.piece_shape):
+        decoded, expected = np.asarray(returned), self._count(size)
+        if out is not None and len(out) != expected:
+            raise MediaError(f"yields {expected} pieces, but the index states {len(out)}")
+        if decoded.shape != (expected, *self.decoded_shape):
             raise MediaError(
-                f"yields pieces of shape {pieces.shape}, but its size {size} implies "
-                f"{(expected, *self.piece_shape)}: the file is damaged or its header is wrong"
+                f"yields pieces of shape {decoded.shape}, but its size {size} implies "
+                f"{(expected, *self.decoded_shape)}: the file is damaged or its header is wrong"
             )
-        if not np.isfinite(pieces).all():
-            raise MediaError("contains non-finite values")
-        return np.ascontiguousarray(pieces, dtype=np.float32)
+        if out is None:
+            out = np.empty((expected, *self.piece_shape), dtype=np.float32)
+        self.write(decoded, out)
+        return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,10 +92,15 @@ def start(stream: Any) -> float:
     return float((stream.start_time or 0) * stream.time_base)
 
 
-def stream_seconds(container: Any, stream: Any, limits: LimitsConfig) -> float:
+def stream_seconds(
+    container: Any, stream: Any, limits: LimitsConfig, each: Callable[[Any], None] | None = None
+) -> float:
     """Seconds from the start of a stream to the end of its last packet; reads all packets without decoding.
 
     A header may state less than the actual duration. If it states more, the file is truncated.
+
+    Args:
+        each: called with each packet of the stream, those outside the edit list included.
 
     Raises:
         MediaError: the stream is longer than the limit, or truncated.
@@ -103,6 +108,8 @@ def stream_seconds(container: Any, stream: Any, limits: LimitsConfig) -> float:
     ends: dict[int, float] = {}
     begin = start(stream)
     for packet in container.demux():
+        if each is not None and packet.stream_index == stream.index:
+            each(packet)
         # Packets outside the edit list are needed by the decoder but not displayed.
         if packet.pts is None or packet.is_discard:
             continue

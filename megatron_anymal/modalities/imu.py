@@ -50,6 +50,7 @@ class IMUModality(Modality):
     extensions: ClassVar[tuple[str, ...]] = ("npy", "csv")
     Options: ClassVar[type] = IMUOptions
     needs_torch: ClassVar[bool] = False
+    pieces_grow_with_size: ClassVar[bool] = True
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)

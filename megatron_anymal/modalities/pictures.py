@@ -84,9 +84,7 @@ def opened(data: bytes, limits: LimitsConfig) -> Iterator[Image.Image]:
         raise MediaError("is empty (0 bytes)")
     try:
         with _no_bomb_check, pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
-            _require_size(picture, limits)
-            pixels = picture.size[0] * picture.size[1]
-            require_loadable(limits, len(data), pixels * DECODING.get(picture.format or "", USUAL_DECODING))
+            require_decodable(picture.size, picture.format or "", len(data), limits)
             # A camera's MPO file is a JPEG followed by further views; the first one is the image.
             frames = getattr(picture, "n_frames", 1)
             if frames > 1 and picture.format != "MPO":
@@ -101,14 +99,25 @@ def opened(data: bytes, limits: LimitsConfig) -> Iterator[Image.Image]:
         raise MediaError(f"cannot be decoded as an image: {reason(error)}") from error
 
 
-def _require_size(picture: Image.Image, limits: LimitsConfig) -> None:
-    width, height = picture.size
+def require_decodable(size: tuple[int, int], form: str, file_bytes: int, limits: LimitsConfig) -> None:
+    """Refuse an image that is too large.
+
+    Args:
+        size: width and height in pixels.
+        form: Pillow's name of the format.
+        file_bytes: size of the file.
+
+    Raises:
+        MediaError: it has no pixels, or exceeds a limit.
+    """
+    width, height = size
     if min(width, height) < 1:
         raise MediaError("has no pixels")
     what = f"has {width * height} pixels ({width} x {height})"
     require_within(limits, "max_pixels", width * height, what, "scale it down")
     if max(width, height) > LONGEST_SIDE:
         raise MediaError(f"{what}; no side may be longer than {LONGEST_SIDE}: cut it")
+    require_loadable(limits, file_bytes, width * height * DECODING.get(form, USUAL_DECODING))
 
 
 def orientation_and_size(picture: Image.Image) -> tuple[int, tuple[int, int]]:

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, ModalityConfig
@@ -75,10 +76,13 @@ def kind_for_extension(extension: str, kinds: Iterable[str]) -> str:
         MediaError: no kind or several kinds read it.
         ConfigError: `kinds` contains an unknown kind.
     """
-    extension = extension.lower().lstrip(".")
-    classes = {kind: _class_of(kind) for kind in kinds}
+    return _kind_for(extension.lower().lstrip("."), tuple((kind, _class_of(kind)) for kind in kinds))
+
+
+@lru_cache(maxsize=256)
+def _kind_for(extension: str, classes: tuple[tuple[str, type[Modality]], ...]) -> str:
     for candidate in dict.fromkeys((extension, extension.rpartition(".")[2])):
-        matches = [kind for kind, cls in classes.items() if candidate in cls.extensions]
+        matches = [kind for kind, cls in classes if candidate in cls.extensions]
         if len(matches) == 1:
             return matches[0]
         if matches:
@@ -86,7 +90,7 @@ def kind_for_extension(extension: str, kinds: Iterable[str]) -> str:
                 f"the extension {extension!r} belongs to several modalities ({', '.join(sorted(matches))}): "
                 "state the modality of this media item"
             )
-    known = sorted({known for cls in classes.values() for known in cls.extensions})
+    known = sorted({known for _, cls in classes for known in cls.extensions})
     elsewhere = sorted(kind for kind, cls in MODALITIES.items() if extension.rpartition(".")[2] in cls.extensions)
     hint = f"; add a section model.modalities.{elsewhere[0]} to read it" if elsewhere else ""
     raise MediaError(

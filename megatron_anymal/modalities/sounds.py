@@ -25,8 +25,10 @@ from megatron_anymal.modalities.sound_headers import (
 
 # Formats that are read with libsndfile. It supports others, for which the stated length has not been verified.
 FORMATS = ("WAV", "WAVEX", "RF64", "AIFF", "FLAC", "OGG", "MP3")
-# Values (samples x channels) per block.
-BLOCK = 2**18
+# Values (samples x channels) per block; for four times as many, the memory is new each time and costs a fifth more.
+BLOCK = 2**16
+# Recordings have at most a few megahertz. For much higher rates, a resampler computes filters for seconds.
+HIGHEST_RATE = 16_000_000
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Sound:
             if not finite.all():
                 raise MediaError(f"sample {done + int(np.flatnonzero(~finite)[0])} is not finite")
             done += len(block)
-            yield block.mean(axis=1)
+            yield block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
             if done >= expected:
                 return
         if self.stated is not None:
@@ -189,26 +191,25 @@ def _pyav_blocks(first: Any, others: Iterator[Any]) -> Iterator[np.ndarray]:
 def resample(blocks: Iterable[np.ndarray], rate: int, target: int) -> np.ndarray:
     """Resample a mono waveform, given as blocks of [samples] float32, to another rate in Hz.
 
-    Uses FFmpeg's windowed-sinc resampler with its delay removed; the result does not depend on the block size.
+    Uses soxr's "HQ" filter, whose delay is removed. Of what lies below 0.9 of half the lower rate, it changes less than
+    -70 dB, and of what would alias, it lets less than -130 dB through. The result does not depend on the block size.
 
     Raises:
-        MediaError: the rate cannot be resampled.
+        MediaError: the rate is impossible.
     """
+    if rate > HIGHEST_RATE:
+        raise MediaError(f"states a sampling rate of {rate} Hz, above {HIGHEST_RATE}: its header is wrong")
     if rate == target:
         return np.concatenate([np.zeros(0, dtype=np.float32), *blocks])
-    av = library("av")
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=target)
-    count, chunks = 0, [np.zeros(0, dtype=np.float32)]
-    try:
-        for block in blocks:
-            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(block[None]), format="fltp", layout="mono")
-            frame.sample_rate = rate
-            count += len(block)
-            chunks += [chunk.to_ndarray()[0] for chunk in resampler.resample(frame)]
-        chunks += [chunk.to_ndarray()[0] for chunk in resampler.resample(None)]
-    except av.error.FFmpegError as error:
-        raise MediaError(f"states a sampling rate of {rate} Hz, which cannot be used: {error.strerror}") from error
-    # Audio shorter than the filter may yield no samples.
-    out = np.concatenate(chunks)
-    wanted = round(count * target / rate)
-    return np.pad(out[:wanted], (0, max(0, wanted - len(out))))
+    stream = library("soxr").ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
+    count, chunks = 0, []
+    for block in blocks:
+        count += len(block)
+        chunks.append(stream.resample_chunk(np.ascontiguousarray(block)))
+    chunks.append(stream.resample_chunk(np.zeros(0, dtype=np.float32), last=True))
+    return to_length(np.concatenate(chunks), round(count * target / rate))
+
+
+def to_length(wave: np.ndarray, samples: int) -> np.ndarray:
+    """Cut [n] to a length, or append zeros: [samples]."""
+    return wave[:samples] if len(wave) >= samples else np.pad(wave, (0, samples - len(wave)))

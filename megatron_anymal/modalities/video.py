@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,27 +14,25 @@ from megatron_anymal.config import DEFAULT_LIMITS, ConfigError, LimitsConfig, Mo
 from megatron_anymal.modalities.architecture import transformers_config
 from megatron_anymal.modalities.base import (
     MediaError,
-    Modality,
     count_in_time,
     require_above,
     require_loadable,
     require_within,
 )
-from megatron_anymal.modalities.containers import opened_container, start, stream_seconds
+from megatron_anymal.modalities.containers import opened_container, stream_seconds
 from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.pictures import flat_and_upright
-from megatron_anymal.modalities.pixels import PixelTransform
+from megatron_anymal.modalities.pixels import PixelModality, PixelOptions, PixelTransform
 from megatron_anymal.modalities.registry import register
+from megatron_anymal.modalities.video_frames import Decoder, PacketTable, frames_at
 from megatron_anymal.modalities.video_memory import decoding_bytes
 
 # Default frames per clip for an image encoder, which takes single frames.
 FRAMES_OF_AN_IMAGE_ENCODER = 8
-# If the next frame is further ahead than this (seconds), seek with the container's index instead of decoding up to it.
-SEEK_AHEAD = 10.0
 
 
 @dataclass
-class VideoOptions:
+class VideoOptions(PixelOptions):
     """Options of the video modality."""
 
     # Length of a clip in seconds; each clip is one piece.
@@ -43,12 +41,6 @@ class VideoOptions:
     num_frames: int = 0
     # Maximum number of clips per video; in a longer video, this many clips are spread evenly.
     max_clips: int = 8
-    # Side of a frame in pixels. 0: the encoder's resolution.
-    resolution: int = 0
-    # Mean per channel on the scale 0 to 1. None: that of the encoder's folder, else the default of its type.
-    image_mean: list[float] | None = None
-    # Standard deviation per channel, likewise.
-    image_std: list[float] | None = None
 
 
 # Signs of the linear part of a display matrix, (a, b, c, d) in x' = ax + cy and y' = bx + dy -> EXIF orientation.
@@ -64,8 +56,6 @@ DISPLAYED = {
 }
 # Entries of the display matrix below this share of the largest one count as zero.
 ROUNDING = 1e-3
-# FFmpeg's own VP8 and VP9 decoders ignore the transparency of WebM; those of libvpx support it.
-WITH_TRANSPARENCY = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @contextmanager
@@ -93,9 +83,11 @@ def _require_frames(context: Any, frame: Any, file_bytes: int, limits: LimitsCon
     require_loadable(limits, file_bytes, decoding_bytes(context, width, height, frame.format))
 
 
-def _timing(container: Any, stream: Any, limits: LimitsConfig) -> tuple[float, float]:
-    """Duration in seconds and frames per second of the stream."""
-    seconds = stream_seconds(container, stream, limits)
+def _timing(
+    container: Any, stream: Any, limits: LimitsConfig, each: Callable[[Any], None] | None = None
+) -> tuple[float, float]:
+    """Duration in seconds and frames per second of the stream; `each` is called with its packets."""
+    seconds = stream_seconds(container, stream, limits, each)
     rate = stream.average_rate or stream.guessed_rate
     if not rate or seconds <= 0:
         raise MediaError("has no frames, or states no frame rate")
@@ -103,7 +95,7 @@ def _timing(container: Any, stream: Any, limits: LimitsConfig) -> tuple[float, f
 
 
 @register("video")
-class VideoModality(Modality):
+class VideoModality(PixelModality):
     """A video as clips [frames, 3, R, R]; frames are stretched to the encoder's resolution R.
 
     A video encoder takes a whole clip; an image encoder takes its frames one by one.
@@ -115,13 +107,12 @@ class VideoModality(Modality):
     extensions: ClassVar[tuple[str, ...]] = ("mp4", "mov", "m4v", "webm", "mkv", "avi")
     Options: ClassVar[type] = VideoOptions
     needs_torch: ClassVar[bool] = False
+    pieces_grow_with_size: ClassVar[bool] = True
 
     def __init__(self, config: ModalityConfig) -> None:
         super().__init__(config)
         require_above(self.options, clip_seconds=0, max_clips=0, num_frames=-1)
-        self.pixels = PixelTransform(
-            config.encoder, self.options.resolution, self.options.image_mean, self.options.image_std
-        )
+        self.pixels = PixelTransform(config.encoder, self.options)
         self.num_frames = self.options.num_frames or FRAMES_OF_AN_IMAGE_ENCODER
         if config.encoder.type == "videomae":
             own = transformers_config(config.encoder).num_frames
@@ -177,63 +168,34 @@ class VideoModality(Modality):
         return starts[:, None] + centres * (ends - starts)[:, None]
 
     def decode(self, data: bytes, extension: str, attributes: Mapping[str, Any], pieces: int) -> np.ndarray:
-        """Clips of the video, [pieces, frames, 3, R, R] float32.
+        """Clips of the video, [pieces, frames, R, R, 3] uint8.
 
         Raises:
             MediaError: the file is corrupt or truncated, or a frame is beyond a limit.
         """
+        return self.decode_with_size(data, extension, attributes)[1]
+
+    def decode_with_size(
+        self, data: bytes, extension: str, attributes: Mapping[str, Any]
+    ) -> tuple[tuple[float, float], np.ndarray]:
+        """Probe and decode a file, reading its packets once before decoding.
+
+        Returns:
+            The result of `probe`, and clips, [pieces, frames, R, R, 3] uint8.
+
+        Raises:
+            MediaError: as `probe` and `decode`.
+        """
         side = self.pixels.resolution
         with opened(data, self.limits) as (container, stream):
-            seconds, rate = _timing(container, stream, self.limits)
-            times = self.sample_times(seconds, pieces).ravel()
+            table = PacketTable(Decoder(container, stream))
+            seconds, rate = _timing(container, stream, self.limits, table.add)
+            times = self.sample_times(seconds, self._count((seconds, rate)))
             frames = np.empty((times.size, side, side, 3), dtype=np.uint8)
-            # Spread clips may overlap, so frames are decoded in the order of time, not clip by clip.
-            order = np.argsort(times, kind="stable")
-            container.seek(0)
-            decoder = _Decoder(container, stream)
-            for number, frame in zip(order, _frames_at(decoder, times[order], rate), strict=True):
+            for numbers, frame in frames_at(table, times.ravel(), rate):
                 _require_frames(stream.codec_context, frame, len(data), self.limits)
-                frames[number] = self.pixels.resize(_picture(frame))
-        clips = frames.reshape(pieces, self.num_frames, side, side, 3)
-        return self.pixels.normalise(clips)
-
-
-class _Decoder:
-    """Decodes the frames of a stream, including transparency.
-
-    Raises:
-        MediaError: the stream has transparency and FFmpeg was built without the decoder for it.
-    """
-
-    def __init__(self, container: Any, stream: Any) -> None:
-        self.container, self.stream = container, stream
-        self._own: Any = None
-        coder = WITH_TRANSPARENCY.get(stream.codec_context.name)
-        if coder and stream.metadata.get("alpha_mode") == "1":
-            av = library("av")
-            try:
-                self._own = av.CodecContext.create(coder, "r")
-            except av.codec.codec.UnknownCodecError:
-                raise MediaError(
-                    f"has transparency, which only {coder} can decode, but PyAV was built without it: convert it"
-                ) from None
-            self._own.options = dict(stream.codec_context.options)
-            self._own.extradata = stream.codec_context.extradata
-            self._own.thread_count = 1
-
-    def seek(self, seconds: float) -> None:
-        """Seek to the last key frame at or before a time."""
-        self.container.seek(int(seconds / float(self.stream.time_base)), stream=self.stream, backward=True)
-        if self._own is not None:
-            self._own.flush_buffers()
-
-    def frames(self) -> Iterator[Any]:
-        """Decode frames from the current position on."""
-        if self._own is None:
-            yield from self.container.decode(self.stream)
-            return
-        for packet in self.container.demux(self.stream):
-            yield from self._own.decode(packet)
+                frames[numbers] = self.pixels.resize(_picture(frame))
+        return (seconds, rate), frames.reshape(*times.shape, side, side, 3)
 
 
 def _picture(frame: Any) -> Any:
@@ -260,51 +222,3 @@ def _orientation(frame: Any) -> int:
     if signs not in DISPLAYED:
         raise MediaError("has a rotation that is not a multiple of 90 degrees: convert it to upright frames")
     return DISPLAYED[signs]
-
-
-def _frames_at(decoder: _Decoder, times: np.ndarray, rate: float) -> Iterator[Any]:
-    """For each time (seconds, ascending), the frame displayed then: the last one that does not start later.
-
-    Only the current and the next frame are kept in memory.
-
-    Raises:
-        MediaError: the video ends before one of the times, or a decoded frame is damaged.
-    """
-    begin, time_base = start(decoder.stream), float(decoder.stream.time_base)
-    slack = 1e-6 + 1e-3 / rate
-
-    def seconds(frame: Any) -> float:
-        if frame.time is None:
-            raise MediaError("has frames without timestamps")
-        return frame.time - begin
-
-    def check(frame: Any) -> None:
-        if frame.is_corrupt:
-            raise MediaError(f"is damaged at {seconds(frame):.2f} s")
-
-    frames = decoder.frames()
-    shown, following, jumped = None, next(frames, None), False
-    for time in times:
-        if following is not None and time - seconds(following) > SEEK_AHEAD:
-            decoder.seek(time + begin)
-            frames = decoder.frames()
-            shown, following, jumped = None, next(frames, None), True
-            if following is None or seconds(following) > time + slack:
-                raise MediaError(f"cannot be read at {time:.2f} s: it is cut off or its index is wrong")
-        while following is not None and (shown is None or seconds(following) <= time + slack):
-            shown = following
-            following = next(frames, None)
-            # A damaged frame also spoils the frames predicted from it, which are not marked as corrupt. Directly after
-            # a seek, the mark may only mean that a reference frame was skipped.
-            if not jumped:
-                check(shown)
-        if shown is None:
-            raise MediaError("has no frame that can be decoded")
-        if following is None:
-            # The last frame may have a long duration, which the container states.
-            lasts = max(float((shown.duration or 0) * time_base), 1.5 / rate)
-            end = seconds(shown) + lasts
-            if time > end + slack:
-                raise MediaError(f"ends at {end:.2f} s although a frame at {time:.2f} s is expected: it is cut off")
-        check(shown)
-        yield shown

@@ -25,7 +25,8 @@ from megatron_anymal.model.attention import DocumentPack, document_pack
 from megatron_anymal.model.embedding_merge import merge
 from megatron_anymal.model.encoder_sharding import gather_features, gather_soft_tokens
 from megatron_anymal.model.encoders import Encoder
-from megatron_anymal.model.lm_head import all_logits, label_losses
+from megatron_anymal.model.key_value_cache import KeyValueCache
+from megatron_anymal.model.lm_head import all_logits, label_losses, logits_of
 from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.neftune import neftune_noise
 
@@ -106,6 +107,7 @@ class AnyMALModel(MegatronModule):
         micro_batch: MicroBatch,
         labels: Optional[Tensor] = None,
         soft: Optional[Mapping[str, Tensor]] = None,
+        cache: Optional[KeyValueCache] = None,
     ) -> Tensor:
         """Run this stage on a micro-batch.
 
@@ -113,10 +115,13 @@ class AnyMALModel(MegatronModule):
             micro_batch: on this model's device.
             labels: [1, T]; the last stage then returns losses instead of logits.
             soft: an earlier result of `soft_tokens`, to skip encoding.
+            cache: the documents' earlier tokens, which the micro-batch continues; without gradients and context
+                parallelism.
 
         Returns:
             On the last stage [1, T] fp32 cross-entropy (0 where the loss mask is), or [1, T, V / tensor-parallel size]
-            logits; else the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
+            logits (with a cache [1, R, V / tensor-parallel size], those after each document's last token); else the
+            hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
         """
         if self.lora_dropout is not None:
             self.lora_dropout.set_tokens(self._seed, micro_batch.plan.step, *_name_tokens(micro_batch))
@@ -125,21 +130,30 @@ class AnyMALModel(MegatronModule):
         else:
             stage_input = self.language_model.decoder.input_tensor
         if not torch.is_grad_enabled() or self._has_gradient(micro_batch):
-            return self._run_llama(stage_input, micro_batch, labels)
+            return self._run_llama(stage_input, micro_batch, labels, cache)
         with torch.no_grad():
             output = self._run_llama(stage_input, micro_batch, labels)
         return without_gradient(output, stage_input)
 
-    def _run_llama(self, given: Tensor, micro_batch: MicroBatch, labels: Optional[Tensor]) -> Tensor:
+    def _run_llama(
+        self,
+        given: Tensor,
+        micro_batch: MicroBatch,
+        labels: Optional[Tensor],
+        cache: Optional[KeyValueCache] = None,
+    ) -> Tensor:
         """Run this stage's layers and, on the last stage, the head."""
         llama = self.language_model
         hidden = llama.decoder(
             hidden_states=given if self.pre_process else None,
             attention_mask=None,
-            packed_seq_params=self._packing(micro_batch),
+            packed_seq_params=self._packing(micro_batch, cache),
         )
         if not self.post_process:
             return hidden
+        if cache is not None:
+            last = cache.last_tokens(micro_batch.document_lengths).to(hidden.device)
+            return logits_of(llama, hidden, last, self.vocab_size)[None]
         if labels is None:
             return all_logits(llama, hidden, self.vocab_size)
         assert micro_batch.label_index is not None
@@ -237,10 +251,13 @@ class AnyMALModel(MegatronModule):
             encoded = torch.cat([encoder(chunk) for chunk in pieces.split(self._pieces_per_call[name])])
         return encoded, encoded[:count]
 
-    def _packing(self, micro_batch: MicroBatch) -> DocumentPack:
+    def _packing(self, micro_batch: MicroBatch, cache: Optional[KeyValueCache] = None) -> DocumentPack:
+        lengths, device = micro_batch.document_lengths, micro_batch.tokens.device
+        if cache is not None:
+            return cache.pack(lengths, device, self.language_model.inv_freq, self._attention)
         return document_pack(
-            micro_batch.document_lengths,
-            micro_batch.tokens.device,
+            lengths,
+            device,
             self.language_model.inv_freq,
             self._attention,
             parallel_state.get_context_parallel_rank(),

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_anymal.data.context_parallel import held_tokens
-from megatron_anymal.model.attention_kernels import KERNELS, Kernel
+from megatron_anymal.model.attention_kernels import KERNELS, Attend
 from megatron_anymal.model.compiled_ops import apply_rotary
 
 
@@ -61,8 +61,8 @@ class DocumentPack(PackedSeqParams):
 
     # Rotation of this rank's queries and keys.
     rotation: Optional[Rotation] = None
-    # Attention kernel for these documents; None if Transformer Engine computes attention.
-    kernel: Optional[Kernel] = None
+    # Attention within these documents; None if Transformer Engine computes it.
+    kernel: Optional[Attend] = None
     # [T] int64: index of each token of the pack among the gathered ones; None without context parallelism.
     from_gathered: Optional[Tensor] = None
 

@@ -22,14 +22,18 @@ from torch import Tensor
 from megatron_anymal.data.context_parallel import held_chunks
 
 
-class Kernel(Protocol):
+class Attend(Protocol):
     """Attention within the documents of one pack."""
-
-    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None: ...
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
         """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""
         ...
+
+
+class Kernel(Attend, Protocol):
+    """An implementation of `Attend`, made for documents of these lengths."""
+
+    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,8 @@ class FlashKernel:
             max_seqlen_k=self._longest[1],
             softmax_scale=scale,
             causal=True,
+            # Its usual backward pass adds in any order, so that a resumed run would differ.
+            deterministic=True,
         )
 
 

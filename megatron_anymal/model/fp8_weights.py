@@ -22,6 +22,11 @@ def is_quantized(parameter: Any) -> bool:
     return hasattr(parameter, "update_usage")
 
 
+def unquantized(tensor: Any) -> Tensor:
+    """A tensor's values, [...] of its shape: those of a quantized tensor in its nominal dtype, any other itself."""
+    return tensor.dequantize() if is_quantized(tensor) else tensor
+
+
 def building(transformer: TransformerConfig) -> AbstractContextManager[Any]:
     """Context manager for building a model.
 

@@ -42,6 +42,20 @@ def all_logits(gpt: GPTModel, hidden: Tensor, vocab_size: int) -> Tensor:
     return _hide_padding(logits, vocab_size).transpose(0, 1).contiguous()
 
 
+def logits_of(gpt: GPTModel, hidden: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Compute the logits of some positions. Collective over the tensor-parallel ranks under sequence parallelism.
+
+    Args:
+        hidden: [T, 1, H], or [T / tensor-parallel size, 1, H] under sequence parallelism.
+        positions: [r] int64.
+        vocab_size: without padding.
+
+    Returns:
+        [r, V], at least fp32; minus infinity in the rows that pad the vocabulary.
+    """
+    return _logits(_rows(gpt, hidden, positions), _head_weight(gpt), vocab_size)
+
+
 def label_losses(gpt: GPTModel, hidden: Tensor, labels: Tensor, label_index: Tensor, vocab_size: int) -> Tensor:
     """Compute the cross-entropy at the positions that have a label; 0 elsewhere. Collective over the tensor-parallel
     ranks.
@@ -55,18 +69,25 @@ def label_losses(gpt: GPTModel, hidden: Tensor, labels: Tensor, label_index: Ten
     Returns:
         [1, T] fp32 (fp64 if the model is).
     """
-    if gpt.config.sequence_parallel:
-        rows = gather_from_sequence_parallel_region(hidden)[:, 0].index_select(0, label_index)
-    else:
-        rows = copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, label_index))
-    weight = _tied_weight(gpt)
-    weight = gpt.output_layer.weight if weight is None else weight
-    losses = _HeadLoss.apply(rows, weight, labels[0].index_select(0, label_index), vocab_size)
+    rows = _rows(gpt, hidden, label_index)
+    losses = _HeadLoss.apply(rows, _head_weight(gpt), labels[0].index_select(0, label_index), vocab_size)
     return losses.new_zeros(labels.size(1)).index_copy(0, label_index, losses)[None]
 
 
 def _tied_weight(gpt: GPTModel) -> Optional[Tensor]:
     return gpt.shared_embedding_or_output_weight() if gpt.share_embeddings_and_output_weights else None
+
+
+def _head_weight(gpt: GPTModel) -> Tensor:
+    tied = _tied_weight(gpt)
+    return gpt.output_layer.weight if tied is None else tied
+
+
+def _rows(gpt: GPTModel, hidden: Tensor, positions: Tensor) -> Tensor:
+    """Select hidden states [r, H], whole on every tensor-parallel rank, from [T or T / tensor-parallel size, 1, H]."""
+    if gpt.config.sequence_parallel:
+        return gather_from_sequence_parallel_region(hidden)[:, 0].index_select(0, positions)
+    return copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, positions))
 
 
 def _hide_padding(logits: Tensor, vocab_size: int) -> Tensor:

@@ -20,7 +20,6 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Optional
 
@@ -39,16 +38,11 @@ from torch import Tensor, nn
 
 from megatron_anymal.config import ConfigError, LoraConfig
 from megatron_anymal.data.global_order import mix64
+from megatron_anymal.model.fp8_weights import unquantized
+from megatron_anymal.model.lora_targets import PROJECTIONS, is_target, short_name
 from megatron_anymal.model.neftune import GOLDEN, scramble, signed
 from megatron_anymal.model.unsharded_weights import list_weights
 
-# Linear layer of a megatron-core layer -> the HuggingFace projections that it fuses, in the order of its outputs.
-_PROJECTIONS = {
-    "self_attention.linear_qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "self_attention.linear_proj": ("self_attn.o_proj",),
-    "mlp.linear_fc1": ("mlp.gate_proj", "mlp.up_proj"),
-    "mlp.linear_fc2": ("mlp.down_proj",),
-}
 _COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1")
 
 
@@ -70,9 +64,9 @@ def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDrop
         _check_targets(lora.targets, llama.config.num_layers)
         llama.requires_grad_(False)
         for layer in llama.decoder.layers:
-            for path, inside in _PROJECTIONS.items():
+            for path, inside in PROJECTIONS.items():
                 names = [f"layers.{layer.layer_number - 1}.{name}" for name in inside]
-                if any(_is_target(name, lora.targets) for name in names):
+                if any(is_target(name, lora.targets) for name in names):
                     linear = layer.get_submodule(path)
                     linear.lora = LoraAdapter(names, path, linear.weight, llama.config, lora, dropout)
                     linear.lora.hook = linear.register_forward_hook(_add_output)
@@ -82,32 +76,13 @@ def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDrop
 
 
 def _check_targets(targets: Sequence[str], layers: int) -> None:
-    names = [f"layers.{n}.{name}" for n in range(layers) for inside in _PROJECTIONS.values() for name in inside]
+    names = [f"layers.{n}.{name}" for n in range(layers) for inside in PROJECTIONS.values() for name in inside]
     for pattern in targets:
-        if not any(_is_target(name, [pattern]) for name in names):
+        if not any(is_target(name, [pattern]) for name in names):
             raise ConfigError(
                 f"model.lora.targets: {pattern!r} matches no projection of the Llama's {layers} layers. Use names like "
-                f"{names[0]!r}, or {_short(names[0])!r} for every layer."
+                f"{names[0]!r}, or {short_name(names[0])!r} for every layer."
             )
-
-
-def _is_target(name: str, targets: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) or fnmatchcase(_short(name), pattern) for pattern in targets)
-
-
-def adapted_projections(layer: int, lora: LoraConfig) -> dict[str, tuple[str, ...]]:
-    """Return which projections of a layer get an adapter, by their linear layer: {"qkv": ("q", "v"), "fc2": ...}."""
-    adapted = {
-        path.rpartition("_")[2]: tuple(
-            _short(name).removesuffix("_proj") for name in inside if _is_target(f"layers.{layer}.{name}", lora.targets)
-        )
-        for path, inside in _PROJECTIONS.items()
-    }
-    return {linear: names for linear, names in adapted.items() if names}
-
-
-def _short(name: str) -> str:
-    return name.rpartition(".")[2]
 
 
 def initialise_lora(models: Iterable[nn.Module], seed: int) -> None:
@@ -213,8 +188,8 @@ class LoraAdapter(nn.ModuleDict):
         self._column_parallel, self._sequence_parallel = place in _COLUMN_PARALLEL, config.sequence_parallel
         self._groups, rows = _output_rows(place, weight.size(0), config)
         # Number of output rows of every projection of the layer, including those without an adapter.
-        self._rows = dict(zip(map(_short, names), rows))
-        self._streams = {_short(name): _stream(name) for name in names if _is_target(name, lora.targets)}
+        self._rows = dict(zip(map(short_name, names), rows))
+        self._streams = {short_name(name): _stream(name) for name in names if is_target(name, lora.targets)}
         for name in self._streams:
             self[name] = _Projection(lora.r, self._rows[name], weight, self._column_parallel, self._sequence_parallel)
 
@@ -243,7 +218,7 @@ class LoraAdapter(nn.ModuleDict):
         """Return this rank's shard [out, in] of the layer's weight with the adapters added; summed at least in fp32."""
         wide = torch.promote_types(weight.dtype, torch.float32)
         change = self._up().to(wide) @ self._down().to(wide)
-        return (weight.to(wide) + self.scaling * change).to(weight.dtype)
+        return (unquantized(weight).to(wide) + self.scaling * change).to(weight.dtype)
 
     def _down(self) -> Tensor:
         """Stack the As, [R, in]."""
@@ -292,8 +267,10 @@ class _Projection(nn.Module):
 
     def __init__(self, r: int, rows: int, weight: Tensor, column_parallel: bool, sequence_parallel: bool):
         super().__init__()
-        a: Any = nn.Parameter(weight.new_zeros(r, weight.size(1)))
-        b: Any = nn.Parameter(weight.new_zeros(rows, r))
+        # Not weight.new_zeros, which for a quantized weight makes a quantized tensor.
+        plain: Any = {"dtype": weight.dtype, "device": weight.device}
+        a: Any = nn.Parameter(torch.zeros(r, weight.size(1), **plain))
+        b: Any = nn.Parameter(torch.zeros(rows, r, **plain))
         split, whole, dim = (b, a, 0) if column_parallel else (a, b, 1)
         set_tensor_model_parallel_attributes(split, True, dim, 1)
         # Makes megatron-core sum its gradient over the ranks that share the sequence.
@@ -321,7 +298,7 @@ def _output_rows(place: str, rows: int, config: TransformerConfig) -> tuple[int,
         groups = config.num_query_groups // parallel_state.get_tensor_model_parallel_world_size()
         keys = groups * config.kv_channels
         return groups, [rows - 2 * keys, keys, keys]
-    parts = len(_PROJECTIONS[place])
+    parts = len(PROJECTIONS[place])
     return 1, [rows // parts] * parts
 
 

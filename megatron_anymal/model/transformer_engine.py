@@ -7,6 +7,7 @@ layer.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Optional
 
 from megatron.core.extensions.transformer_engine import TEDotProductAttention, TELayerNormColumnParallelLinear
@@ -22,7 +23,12 @@ from megatron_anymal.model.unsharded_weights import leave_unset
 
 
 def layer_spec() -> ModuleSpec:
-    """Return the specification of a Llama layer with Transformer Engine modules."""
+    """Return the specification of a Llama layer with Transformer Engine modules.
+
+    Their attention's backward pass repeats bit by bit, unless NVTE_ALLOW_NONDETERMINISTIC_ALGO is set to 1.
+    """
+    # Read when layers are built. Transformer Engine's default allows other bits each time.
+    os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     spec = get_gpt_layer_with_transformer_engine_spec()
     spec.submodules.self_attention.submodules.core_attention = TurnedAttention
     return spec
@@ -49,6 +55,9 @@ class TurnedAttention(TEDotProductAttention):
         """
         assert packed_seq_params is not None and packed_seq_params.rotation is not None
         query, key = apply_rotary(query, key, *packed_seq_params.rotation)
+        if packed_seq_params.kernel is not None:
+            # A pass of the key-value cache, which has a kernel of its own.
+            return packed_seq_params.kernel(query, key, value, None).flatten(1)
         return super().forward(
             query, key, value, attention_mask, attn_mask_type, attention_bias, packed_seq_params, **more
         )

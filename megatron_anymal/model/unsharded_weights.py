@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_anymal.model.fp8_weights import is_quantized, remember_source, source_of
+from megatron_anymal.model.fp8_weights import is_quantized, remember_source, source_of, unquantized
 from megatron_anymal.safetensors_io import raw_bytes
 
 _CPU = torch.device("cpu")
@@ -98,9 +98,9 @@ class Weight:
             local: the shape of the parameter; None: its value.
 
         Returns:
-            [*shape].
+            [*shape], not quantized.
         """
-        local = (self.parameter if local is None else local).detach().contiguous()
+        local = unquantized(self.parameter if local is None else local).detach().contiguous()
         if self.split_dim is None:
             return local
         ranks = parallel_state.get_tensor_model_parallel_world_size()

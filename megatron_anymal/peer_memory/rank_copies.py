@@ -47,9 +47,9 @@ def place(environment: Mapping[str, str] = os.environ) -> Optional[Place]:
     """Where the launcher lets this rank keep its copies; None without a launcher."""
     if MEMORY not in environment:
         return None
-    told = json.loads(environment[MEMORY])
+    given = json.loads(environment[MEMORY])
     number = int(environment["LOCAL_RANK"])
-    return Place(told["files"][number], told["server"], told["neighbour"])
+    return Place(given["files"][number], given["server"], given["neighbour"])
 
 
 class RankCopies:

@@ -28,7 +28,7 @@ from megatron_anymal.model.build import agree_on_trainable, build_models
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.stragglers import OwnTime
-from megatron_anymal.train.auto_recompute import fit_recompute, run_sizes
+from megatron_anymal.train.auto_recompute import fit_recompute, sizes_of_run
 from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
 from megatron_anymal.train.reference_logprobs import ReferenceAnswers
@@ -121,7 +121,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     model, recompute = config.model, ""
     if model.recompute_granularity == "auto":
         batches = BatchLayout.of(model, config.data.seq_length, config.data_parallel_size)
-        sizes = run_sizes(model, precision, batches, hf, modalities, reference=config.job == "dpo")
+        sizes = sizes_of_run(model, precision, batches, hf, modalities, reference=config.job == "dpo")
         model, recompute = fit_recompute(model, config.trainer.devices, sizes, layout.device)
     load = partial(load_base, model.language_model.checkpoint)
     models = build_models(model, precision, hf, layout, modalities, load)

@@ -14,9 +14,10 @@ from megatron_anymal.checkpoint.run_lock import run_lock
 from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.config import ConfigError
 from megatron_anymal.config.validation import max_time_seconds
-from megatron_anymal.data.loader import steps, worker_died
+from megatron_anymal.data.loader import steps
+from megatron_anymal.data.loader_workers import LoaderMemory, worker_died
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.unsharded_weights import hash_weights
 from megatron_anymal.resilience import fault_injection, heartbeat, stop_signals
 from megatron_anymal.resilience.events import record
@@ -28,6 +29,8 @@ from megatron_anymal.resilience.stragglers import look_for_stragglers
 from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train import restore
 from megatron_anymal.train.build import DataSource, TrainState
+from megatron_anymal.train.encoder_costs import agree_on_costs
+from megatron_anymal.train.memory_metrics import memory_metrics
 from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.peer_copies import PeerCopies
 from megatron_anymal.train.skipped_samples import SkippedSamples
@@ -106,6 +109,7 @@ class Trainer:
         # DPO: hash of the checkpoint that the reference was loaded from.
         self.reference_hash = ""
         self.window = MetricsWindow()
+        self.loader_memory = LoaderMemory(self.config.data.worker_memory_limit_gib)
 
     def fit(self) -> Exit:
         """Run to the end.
@@ -150,7 +154,7 @@ class Trainer:
         first, last = self.state.step, self.config.trainer.max_steps
         # Stop requests received during setup: there is nothing new to save.
         self._note_stop(stop_asked_for(self.state))
-        batches = self._steps(self.state.train_data, first, last, fault_injection.in_loader)
+        batches = self._steps(self.state.train_data, first, last, training=True)
         while self.state.step < last and not self.stop:
             self.under_way = self.state.step + 1
             heartbeat.beat(Phase.DATA, self.under_way)
@@ -183,6 +187,7 @@ class Trainer:
 
     def _start(self) -> None:
         self._introduce()
+        agree_on_costs(self.state, self.run_dir, self.log.say)
         if self.config.job != "pretrain" and self.state.tokenizer.joins_headers:
             self.log.say(
                 "warning: data.tokenizer merges the line breaks after a turn's header with the turn's content, so "
@@ -212,17 +217,19 @@ class Trainer:
         chunks = model.virtual_pipeline_model_parallel_size
         stages = f"{layout.pipeline_size}" + (f" ({chunks} virtual chunks each)" if chunks > 1 else "")
         trainable = sum(p.numel() for chunk in self.state.models for p in chunk.parameters() if p.requires_grad)
+        kernel = backend.attention_kernel(model, precision)
+        repeats = "" if backend.attention_repeats(kernel) else " (not deterministic)"
         self.log.say(
             f"{layout.world_size} process(es) on {layout.device.type}: tensor {layout.tensor_size} x pipeline "
             f"{stages} x context {layout.context_size} x data {layout.data_size}{split}; "
             f"precision {precision}, {backend.transformer_impl(model)} layers, "
-            f"{backend.attention_kernel(model, precision)} attention; rank 0 trains {trainable:,} parameters"
+            f"{kernel} attention{repeats}; rank 0 trains {trainable:,} parameters"
         )
         if self.state.recompute:
             self.log.say(self.state.recompute)
 
     def _steps(
-        self, data: DataSource, start: int, stop: int, before_read: Optional[Callable[[int, int], None]] = None
+        self, data: DataSource, start: int, stop: int, *, training: bool = False
     ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
         return steps(
             data.planner,
@@ -233,7 +240,9 @@ class Trainer:
             num_workers=self.config.data.num_workers,
             prefetch_steps=self.config.data.prefetch_steps,
             pin=self.state.layout.device.type == "cuda",
-            before_read=before_read if self.config.resilience.faults else None,
+            before_read=fault_injection.in_loader if training and self.config.resilience.faults else None,
+            # Validations end before their loader processes can grow.
+            memory=self.loader_memory if training else None,
         )
 
     def _every(self, interval: int) -> bool:
@@ -258,6 +267,7 @@ class Trainer:
     def _log_step(self) -> None:
         steps, metrics = self.window.take()
         metrics["skipped_samples"] = float(self.skipped_samples.count)
+        metrics.update(memory_metrics(self.loader_memory, self.state.layout.device))
         metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)
         eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
         line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta)

@@ -9,13 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional, Protocol
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_anymal.config import DpoConfig, ModelConfig
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import StepPlan
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.train.losses import (
     DPO_METRICS,
     batch_mean,
@@ -57,11 +58,12 @@ class GlobalBatch:
             reference: [n, 2] float64, see the field.
         """
         counts = [0 if position in bad else count for position, count in enumerate(plan.targets.tolist())]
-        groups = [names.index(media[0].modality) if media else names.index("text") for media in plan.media]
+        # The last entry is for samples without media, whose first modality is -1.
+        name_of = np.array([names.index(name) for name in [*plan.media.names, "text"]])
         return GlobalBatch(
             targets=torch.tensor(counts, device=device),
             counts=tuple(counts),
-            groups=torch.tensor(groups, device=device),
+            groups=torch.from_numpy(name_of[plan.media.first_modality()]).to(device),
             names=tuple(names),
             reference=reference,
         )

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megatron_anymal import step_lines
-from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError
+from megatron_anymal.data.step_plan import StepPlan
 
 
 class SkippedSamples:

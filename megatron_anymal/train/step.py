@@ -16,7 +16,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.planner import BatchPlanner, StepPlan
+from megatron_anymal.data.planner import BatchPlanner
+from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.lora import as_reference
 from megatron_anymal.parallel import sum_over_ranks
 from megatron_anymal.resilience import fault_injection, heartbeat, nonfinite, stop_signals
@@ -268,13 +269,12 @@ def _result(
     losses, counts = report[: len(names)], report[len(names) : 2 * len(names)]
     total = state.objective.count(batch)
     assert round(sum(counts)) == total, f"counted {sum(counts)}, planned {total}"
-    dropped = set(plan.dropped)
     return StepResult(
         loss=sum(losses) / max(1, total),
         loss_by_modality={n: loss / count for n, loss, count in zip(names, losses, counts) if count},
         counts_by_modality={n: count for n, count in zip(names, counts) if count},
         measures=state.objective.measures(report[2 * len(names) :]),
-        tokens=sum(int(n) for position, n in enumerate(plan.length) if position not in dropped),
+        tokens=plan.tokens,
         padded_tokens=plan.padded_length * sum(len(replica) for replica in plan.micro_batches),
         bad=_name_bad(planner, plan, bad),
         stop=reduced.stop,

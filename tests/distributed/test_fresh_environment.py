@@ -22,7 +22,7 @@ from megatron_anymal.generation.prompts import prompt_of_files, read_prompts
 from megatron_anymal.generation.sampling import Sampling
 
 PIPELINE = Path(__file__).parents[1] / "unit" / "hf" / "ask_pipeline.py"
-LIBRARIES = ["transformers=={transformers}", "peft", "pillow", "soundfile", "av<19"]
+LIBRARIES = ["transformers=={transformers}", "peft", "pillow", "soundfile", "soxr", "av<19"]
 # Runs in that environment. Prints the answers to all prompts, and the largest difference between the logits of merged
 # weights and of separate peft adapters.
 SCRIPT = """

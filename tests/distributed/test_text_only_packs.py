@@ -65,7 +65,8 @@ def test_nothing_changes(config: RunConfig, layout: str, tmp_path: Path) -> None
     processes, _ = LAYOUTS[layout]
     (skipped, seen), *_ = run_ranks(processes, run, config, layout, True, tmp_path)
     (whole, _), *_ = run_ranks(processes, run, config, layout, False, tmp_path)
-    assert 0.3 < np.mean(seen) < 0.8
+    # Both kinds of packs occur.
+    assert 0.3 < np.mean(seen) < 0.9
     assert skipped["losses"] == whole["losses"]
     assert skipped["weights"].keys() == whole["weights"].keys()
     for name, weight in whole["weights"].items():

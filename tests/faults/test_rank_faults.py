@@ -18,7 +18,7 @@ from tiny import make_config
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.fault_grammar import KINDS
 from megatron_anymal.config.validation import check
-from megatron_anymal.data.loader import WorkerDied, worker_died
+from megatron_anymal.data.loader_workers import WorkerDied, worker_died
 from megatron_anymal.resilience import events, fault_injection, heartbeat
 from megatron_anymal.resilience.exit_codes import Exit, code_of
 from megatron_anymal.resilience.heartbeat import Phase

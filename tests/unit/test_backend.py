@@ -85,3 +85,12 @@ def test_what_cannot_run_is_refused(
     config = config_with(**model)
     with pytest.raises(ConfigError, match=says):
         backend.check_backend(config.model, config.trainer.precision)
+
+
+@pytest.mark.parametrize(("allowed", "repeats"), [("0", True), ("1", False), (None, False)])
+def test_attention_that_may_differ_is_known(monkeypatch, allowed, repeats):
+    monkeypatch.delenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", allowed)
+    assert backend.attention_repeats("transformer_engine") is repeats
+    assert backend.attention_repeats("flash_attn") and backend.attention_repeats("sdpa")

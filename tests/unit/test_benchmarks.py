@@ -124,12 +124,22 @@ def test_head(tmp_path: Path) -> None:
     assert "bitwise equal" in printed
 
 
-def test_packing() -> None:
-    rows = [json.loads(line) for line in run("benchmarks/packing.py").splitlines()]
-    assert [row["samples"] for row in rows] == [1024, 1024, 26_880, 26_880]
-    for row in rows:
-        assert row["packs"] >= row["fewest"] and row["packs"] % row["multiple"] == 0
-        assert 0.9 < row["share"] <= 1
+def test_packing(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/packing.py", "--index", "100000", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert [row["samples"] for row in found["packs"]] == [1024, 1024, 26_880, 26_880]
+    bars = found["bars"]
+    for row in found["packs"]:
+        assert row["packs"] == -(-row["fewest"] // row["multiple"]) * row["multiple"]
+        assert bars["share"] <= row["share"] <= row["highest_share"] <= 1
+        assert 1 <= row["cost_over_replicas"] <= bars["cost_over_replicas"]
+    for by in found["balanced_by"].values():
+        assert by["operations"] < 1.005 < by["input size"]
+    [plan] = found["plans"]
+    assert plan["samples"] == 100_000 and len(plan["seconds"]) == 10 and min(plan["shares"]) >= bars["share"]
+    assert plan["memory"]["peak"] < bars["memory"]
+    assert "real tokens at least 0.99" in printed and "100,000 samples" in printed
 
 
 def test_indexing_is_timed_beside_its_floors(tmp_path: Path) -> None:
@@ -142,6 +152,28 @@ def test_indexing_is_timed_beside_its_floors(tmp_path: Path) -> None:
     assert found["samples"] == 40 and {len(turns) for turns in found["microseconds_per_sample"].values()} == {2}
     assert found["workers"]["processes"] == 1 and len(found["workers"]["ratios"]["whole"]) == 1
     assert found["rows"]["per_sample"]["index_bytes"] > 100 and found["rows"]["runs"][1]["samples"] == 30_000
+
+
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_the_loader_takes_turns_with_webdataset(kind: str, tmp_path: Path) -> None:
+    """The benchmark itself compares the encoder inputs of all sides."""
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/loader.py", "--only", kind, "--rounds=2", "--samples=4", "--out", str(out), tests=True)
+    found = json.loads(out.read_text())["kinds"][kind]
+    sides = {"webdataset", *({"anymal, pillow", "anymal, torch"} if kind == "image" else {"anymal"})}
+    assert found["samples_per_cpu_second"].keys() == sides and "x webdataset" in printed
+    rates = found["samples_per_cpu_second"].values()
+    assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in rates)
+    assert found["floors_ms"] and all(min(times) > 0 for times in found["parts_ms"].values())
+
+
+def test_index_scale(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/index_scale.py", "--samples", "60000", "--steps", "2", "--out", str(out))
+    found = json.loads(out.read_text())
+    assert "60,000 samples" in printed and "without bounds" in printed and found["index_bytes"] > 60_000 * 90
+    assert len(found["seconds"]["plan"]) == len(found["seconds"]["bare reads"]) == 2
+    assert str(tmp_path) not in out.read_text()
 
 
 def test_damaged_shards_lose_nothing_in_silence(tmp_path: Path) -> None:
@@ -170,3 +202,20 @@ def test_startup(tmp_path: Path) -> None:
         assert name in shown and row.keys() == {"this", "other"}
         for side in row.values():
             assert side["cpu"] > 0 and side["wall"] > 0 and len(side["rounds"]) == 1
+
+
+def test_plan_accuracy(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    words = ("--published", "--measured", "--layouts=3", "--steps=1", "--out", str(out))
+    printed = run("benchmarks/plan_accuracy.py", *words, tests=True)
+    found = json.loads(out.read_text())
+    rows = found["published"]["rows"]
+    assert len(rows) == 11 and f"mean absolute error {found['published']['mean_error']:.1%}" in printed
+    # Predictions are of the published order of magnitude, whatever they are.
+    assert all(0.4 < row["predicted"] / row["published"] < 2 for row in rows)
+    measured = found["measured"]["rows"]
+    # Recomputation takes longer, two replicas less time.
+    for key in ("predicted", "measured"):
+        assert measured[2][key] < measured[0][key] < measured[1][key]
+    assert found["measured"]["rank_correlation"] == 1.0
+    assert str(tmp_path) not in out.read_text()

@@ -5,16 +5,15 @@ POSIX.1-2017, pax, "ustar Interchange Format" and "pax Header Block"; GNU tar's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional
+import zlib
+from typing import NamedTuple, Optional
 
 BLOCK = 512
 GNU_LONG_NAME, GNU_LONG_LINK, GNU_SPARSE = ord("L"), ord("K"), ord("S")
 PAX_NEXT, PAX_GLOBAL = b"xX", ord("g")
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(NamedTuple):
     """A valid header block."""
 
     # Path of the member, with its prefix; not yet checked to be UTF-8.
@@ -81,7 +80,7 @@ def parse_header(block: bytes) -> Optional[Header]:
     stated = _number(block[148:156])
     if stated is None:
         return None
-    total = sum(block) - sum(block[148:156]) + 8 * 32
+    total = _sum(block) - sum(block[148:156]) + 8 * 32
     # Some old writers summed signed characters.
     if stated != total and stated != total - 256 * sum(byte > 127 for byte in block[:148] + block[156:]):
         return None
@@ -94,6 +93,11 @@ def parse_header(block: bytes) -> Optional[Header]:
         prefix = block[345:500].partition(b"\0")[0]
         name = prefix + b"/" + name if prefix else name
     return Header(name, size, block[156])
+
+
+def _sum(block: bytes) -> int:
+    """Sum of the bytes of a block: the low half of Adler-32 is 1 + the sum, below its modulus for half a block."""
+    return (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
 
 
 def stated_size(block: bytes) -> Optional[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Optional
+from typing import NamedTuple, Optional
 
 from megatron_anymal.data.tar.byte_source import ByteSource
 from megatron_anymal.data.tar.headers import (
@@ -44,6 +44,8 @@ _NOT_FILES = {
     ord("6"): "is a FIFO, not a file",
     ord("M"): "continues a file of another archive",
 }
+_EXTENSIONS = (GNU_LONG_NAME, GNU_LONG_LINK, PAX_GLOBAL, *PAX_NEXT)
+_NO_EXTENSION = Extension()
 # Entry types without data, regardless of the size in the header.
 _WITHOUT_DATA = b"123456"
 # Chunk size for scanning damaged bytes for the next valid header.
@@ -58,8 +60,7 @@ _COMPRESSED = {
 }
 
 
-@dataclass(frozen=True)
-class TarMember:
+class TarMember(NamedTuple):
     """A regular file in an archive. Offsets and sizes are in bytes."""
 
     # Path in the archive.
@@ -160,7 +161,9 @@ class TarWalk:
             if header is None:
                 yield self._damaged("a block that is not a valid tar header")
                 continue
-            yield from self._entry(header)
+            entry = self._entry(header)
+            if entry is not None:
+                yield entry
         if not self._ended:
             yield TarProblem(
                 "no_end",
@@ -260,28 +263,24 @@ class TarWalk:
                     return at + offset
         return None
 
-    def _entry(self, header: Header) -> Iterator[TarEntry]:
-        """Read a member, including the extension headers before it."""
+    def _entry(self, header: Header) -> Optional[TarEntry]:
+        """Read a member, including the extension headers before it; None for a global header at the end."""
         start = self._at
-        extension = Extension()
-        while True:
-            if header.type in (GNU_LONG_NAME, GNU_LONG_LINK, PAX_GLOBAL) or header.type in PAX_NEXT:
-                problem = self._extend(header, extension)
-            else:
-                yield from self._member(header, extension, start)
-                return
+        extension = _NO_EXTENSION
+        while header.type in _EXTENSIONS:
+            extension = Extension() if extension is _NO_EXTENSION else extension
+            problem = self._extend(header, extension)
             if problem is not None:
-                yield problem
-                return
+                return problem
             block = self._source.read_at(self._at, BLOCK)
             following = parse_header(block)
             if following is None:
                 if header.type == PAX_GLOBAL and not block.strip(b"\0"):
-                    return
+                    return None
                 # The extension header itself was counted under headers; the damage begins after it.
-                yield self._damaged("an extension header is not followed by a tar header")
-                return
+                return self._damaged("an extension header is not followed by a tar header")
             header = following
+        return self._member(header, extension, start)
 
     def _extend(self, header: Header, extension: Extension) -> Optional[TarProblem]:
         """Read an extension header; returns a problem if its size is invalid."""
@@ -296,7 +295,7 @@ class TarWalk:
             extension.wrong = reason
         return None
 
-    def _member(self, header: Header, extension: Extension, start: int) -> Iterator[TarEntry]:
+    def _member(self, header: Header, extension: Extension, start: int) -> TarEntry:
         name = extension.name if extension.name is not None else header.name
         text = name.decode("utf-8", "backslashreplace")
         size = extension.size if extension.size is not None else header.size
@@ -307,8 +306,7 @@ class TarWalk:
             data_offset = self._behind_sparse_map(data_offset)
         stop = data_offset + padded(stored)
         if data_offset + stored > self._source.size:
-            yield self._cut_off(text, start, data_offset, stored)
-            return
+            return self._cut_off(text, start, data_offset, stored)
         stop = min(stop, self._source.size)
         self.bytes.headers += data_offset - self._at
         self.bytes.data += stored
@@ -316,19 +314,18 @@ class TarWalk:
         self._at = stop
         covers = stop - start
         if extension.wrong:
-            yield TarProblem("bad_header", start, covers, extension.wrong, text, tears=True)
-        elif is_folder or header.type in _LABELS:
-            yield TarPassed(text, "directories" if is_folder else "volume labels")
-        elif header.type == GNU_SPARSE or extension.is_sparse:
-            yield TarProblem("not_a_file", start, covers, "is stored as a sparse file; pack it without --sparse", text)
-        elif header.type not in _REGULAR:
+            return TarProblem("bad_header", start, covers, extension.wrong, text, tears=True)
+        if is_folder or header.type in _LABELS:
+            return TarPassed(text, "directories" if is_folder else "volume labels")
+        if header.type == GNU_SPARSE or extension.is_sparse:
+            return TarProblem("not_a_file", start, covers, "is stored as a sparse file; pack it without --sparse", text)
+        if header.type not in _REGULAR:
             why = _NOT_FILES.get(header.type, f"is an entry of unknown type {chr(header.type)!r}")
-            yield TarProblem("not_a_file", start, covers, why, text)
-        elif not name or not is_utf8(name):
+            return TarProblem("not_a_file", start, covers, why, text)
+        if not name or not is_utf8(name):
             why = "has a name that is not UTF-8" if name else "has an empty name"
-            yield TarProblem("name", start, covers, why, text)
-        else:
-            yield TarMember(text, start, data_offset, stored)
+            return TarProblem("name", start, covers, why, text)
+        return TarMember(text, start, data_offset, stored)
 
     def _behind_sparse_map(self, offset: int) -> int:
         """Offset after the continuation blocks of an old GNU sparse header."""

@@ -10,8 +10,10 @@ parallelism), own those tokens outside attention and feed-forward (fewer under s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from functools import cache, cached_property
 
 # Logits that the head holds at a time, and bytes of each: matrix product, fp32 copy, gradient.
 HEAD_CHUNK, HEAD_BYTES = 1 << 26, 10
@@ -85,11 +87,10 @@ class LlamaSizes:
         trains: whether the Llama's own weights train.
         lora_r: rank of the adapters; 0 without LoRA.
         lora_dropout: whether the adapters' inputs are dropped out.
-        adapted: with LoRA, per layer: linear layer -> projections with an adapter. Linear layers are qkv, proj, fc1 and
-            fc2; projections are named by their outputs: q, k, v, o, gate, up, down.
+        adapted: with LoRA, per layer: pairs of a linear layer and its projections with an adapter. Linear layers are
+            qkv, proj, fc1 and fc2; projections are named by their outputs: q, k, v, o, gate, up, down.
         attention: transformer_engine, flash_attn, flex or sdpa.
         on_cpu: whether the run is on a CPU.
-        fused_swiglu: whether SwiGLU saves only its input.
     """
 
     hidden: int
@@ -107,10 +108,27 @@ class LlamaSizes:
     attention: str
     on_cpu: bool
     matrix_number: int
-    fused_swiglu: bool = True
     lora_r: int = 0
     lora_dropout: bool = False
-    adapted: tuple[Mapping[str, tuple[str, ...]], ...] = ()
+    adapted: tuple[tuple[tuple[str, tuple[str, ...]], ...], ...] = ()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        # The layout search looks up what layers keep millions of times.
+        return hash(astuple(self))
+
+    def alike(self, layers: Sequence[int]) -> Counter[int]:
+        """Count layers that have the same adapters, each kind by the first layer of the Llama that has them."""
+        if not self.adapted:
+            return Counter({0: len(layers)}) if layers else Counter()
+        return Counter(self._first_alike[layer] for layer in layers)
+
+    @cached_property
+    def _first_alike(self) -> tuple[int, ...]:
+        return tuple(self.adapted.index(adapters) for adapters in self.adapted)
 
     @property
     def queries(self) -> int:
@@ -144,19 +162,19 @@ class LlamaSizes:
 LINEARS = ("qkv", "proj", "fc1", "fc2")
 
 
+@cache
 def matrix_parameters(llama: LlamaSizes) -> int:
     """Parameters of one layer's matrices on this rank, without adapters and the two norms."""
     return sum(llama.inputs(linear) * sum(llama.outputs(linear).values()) for linear in LINEARS)
 
 
+@cache
 def adapter_parameters(llama: LlamaSizes, layer: int) -> int:
     """Parameters of a layer's adapters on this rank."""
     if not llama.lora_r:
         return 0
     return llama.lora_r * sum(
-        llama.inputs(linear) + llama.outputs(linear)[name]
-        for linear, names in llama.adapted[layer].items()
-        for name in names
+        llama.inputs(linear) + llama.outputs(linear)[name] for linear, names in llama.adapted[layer] for name in names
     )
 
 
@@ -192,7 +210,7 @@ def kept_by_layer(llama: LlamaSizes, pack: Pack, layer: int, repeated: Sequence[
     else:
         ffn = llama.ffn // llama.tensor
         kept["input of fc1"] = e * own * h if llama.trains else 0
-        kept["gate and up"] = e * q * ffn * (2 if llama.fused_swiglu else 4)
+        kept["gate and up"] = e * q * ffn * 2
         kept["input of fc2"] = e * q * ffn if llama.trains else 0
     kept["adapters"] = sum(adapters.values())
     return kept
@@ -227,7 +245,7 @@ def _adapters(llama: LlamaSizes, tokens: int, layer: int) -> dict[str, int]:
     if not llama.lora_r:
         return kept
     e, own = llama.number, llama.own(tokens)
-    for linear, names in llama.adapted[layer].items():
+    for linear, names in llama.adapted[layer]:
         column = linear in ("qkv", "fc1")
         tokens_in, tokens_out = (own, tokens) if column else (tokens, own)
         inputs, width = llama.inputs(linear), llama.lora_r * len(names)
@@ -246,7 +264,13 @@ def kept_by_layers(llama: LlamaSizes, pack: Pack, layers: Sequence[int], recompu
     whole = recompute.repeated(len(layers))
     chunks = -(-whole // recompute.layers) if recompute.method == "uniform" else whole
     inputs = chunks * llama.number * llama.own(pack.tokens) * llama.hidden
-    return inputs + sum(sum(kept_by_layer(llama, pack, layer, modules).values()) for layer in layers[whole:])
+    kinds = llama.alike(layers[whole:]).items()
+    return inputs + sum(number * _kept_in_total(llama, pack, layer, modules) for layer, number in kinds)
+
+
+@cache
+def _kept_in_total(llama: LlamaSizes, pack: Pack, layer: int, modules: tuple[str, ...] = ()) -> int:
+    return sum(kept_by_layer(llama, pack, layer, modules).values())
 
 
 def kept_by_head(llama: LlamaSizes, pack: Pack) -> int:
@@ -262,10 +286,10 @@ def working(llama: LlamaSizes, pack: Pack, layers: Sequence[int], recompute: Rec
     recomputed = 0
     if layers and recompute.granularity == "full":
         number = recompute.layers if recompute.method == "uniform" else 1
-        recomputed = number * sum(kept_by_layer(llama, pack, layers[0]).values())
+        recomputed = number * _kept_in_total(llama, pack, layers[0])
     elif layers and recompute.modules:
-        kept = [kept_by_layer(llama, pack, layers[0], modules) for modules in ((), recompute.modules)]
-        recomputed = max(0, sum(kept[0].values()) - sum(kept[1].values()))
+        kept = _kept_in_total(llama, pack, layers[0]), _kept_in_total(llama, pack, layers[0], recompute.modules)
+        recomputed = max(0, kept[0] - kept[1])
     gradients = e * pack.tokens * (3 * ffn + 2 * llama.hidden)
     vocabulary = llama.vocabulary // llama.tensor
     head = HEAD_BYTES * min(HEAD_CHUNK, pack.labels * vocabulary) if last else 0
@@ -285,6 +309,9 @@ def peak(stage: int, stages: int, micro_batches: int, parts: Sequence[int]) -> t
     if len(parts) == 1:
         number = min(micro_batches, stages - stage)
         return number * parts[0], (number,)
+    if micro_batches % stages == 0:
+        # The order repeats after each group of micro-batches, and the warm-up ends within two groups.
+        micro_batches = min(micro_batches, 4 * stages)
     groups = range(0, micro_batches, stages)
     order = [
         chunk for first in groups for chunk in range(len(parts)) for _ in range(min(stages, micro_batches - first))
@@ -333,6 +360,20 @@ class MediaMemory:
 
 
 @dataclass(frozen=True)
+class ChunkParameters:
+    """Parameters of a model chunk of one rank."""
+
+    # Those that are frozen.
+    frozen: int
+    # Those that train.
+    trainable: int
+    # Those in the layers' matrices, trained or not.
+    matrices: int
+    # Those of adapters.
+    adapters: int
+
+
+@dataclass(frozen=True)
 class RunSizes:
     """All sizes of a run that affect its memory use.
 
@@ -355,6 +396,26 @@ class RunSizes:
     sharers: int
     media: MediaMemory = field(default_factory=MediaMemory)
     reference: bool = False
+
+    @cached_property
+    def chunk_lengths(self) -> frozenset[tuple[int, ...]]:
+        """The different numbers of layers that a stage's chunks have."""
+        return frozenset(tuple(len(chunk.layers) for chunk in chunks) for chunks in self.stages)
+
+    def parameters(self, chunk: PipelineChunk) -> ChunkParameters:
+        """Count the parameters of a model chunk of one rank."""
+        llama = self.llama
+        matrices = len(chunk.layers) * matrix_parameters(llama)
+        base = matrices + len(chunk.layers) * 2 * llama.hidden
+        tied = llama.tied and chunk.first and chunk.last
+        base += (chunk.first + chunk.last - tied) * vocabulary_parameters(llama) + chunk.last * llama.hidden
+        adapters = sum(n * adapter_parameters(llama, layer) for layer, n in llama.alike(chunk.layers).items())
+        return ChunkParameters(
+            frozen=(0 if llama.trains else base) + chunk.first * self.media.frozen,
+            trainable=(base if llama.trains else 0) + adapters + chunk.first * self.media.trainable,
+            matrices=matrices,
+            adapters=adapters,
+        )
 
 
 @dataclass(frozen=True)
@@ -380,26 +441,23 @@ class Held:
         return self.weights + self.gradients + self.optimizer + self.activations + self.working
 
 
+def kept_by_chunk(run: RunSizes, chunk: PipelineChunk, recompute: Recompute) -> int:
+    """Bytes that a model chunk holds per micro-batch from its forward to its backward pass."""
+    llama, pack = run.llama, run.pack
+    kept = kept_by_layers(llama, pack, chunk.layers, recompute) + chunk.first * run.media.kept
+    # A chunk's output is held until its backward pass.
+    return kept + (kept_by_head(llama, pack) if chunk.last else llama.number * llama.own(pack.tokens) * llama.hidden)
+
+
 def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
     """Compute the memory use of a rank of a pipeline stage."""
     llama, pack, chunks = run.llama, run.pack, run.stages[stage]
-    frozen, trainable, copies, matrices, kept_by_chunk = 0, 0, 0, 0, []
-    for chunk in chunks:
-        layer_matrices = len(chunk.layers) * matrix_parameters(llama)
-        matrices += layer_matrices
-        base = layer_matrices + len(chunk.layers) * 2 * llama.hidden
-        tied = llama.tied and chunk.first and chunk.last
-        base += (chunk.first + chunk.last - tied) * vocabulary_parameters(llama) + chunk.last * llama.hidden
-        adapters = sum(adapter_parameters(llama, layer) for layer in chunk.layers)
-        frozen += (0 if llama.trains else base) + chunk.first * run.media.frozen
-        trainable += (base if llama.trains else 0) + adapters + chunk.first * run.media.trainable
-        copies += adapters if run.reference else 0
-        kept = kept_by_layers(llama, pack, chunk.layers, recompute)
-        kept += chunk.first * run.media.kept
-        # A chunk's output is held until its backward pass.
-        kept += kept_by_head(llama, pack) if chunk.last else llama.number * llama.own(pack.tokens) * llama.hidden
-        kept_by_chunk.append(kept)
-    activations, in_flight = peak(stage, len(run.stages), run.micro_batches, kept_by_chunk)
+    counts = [run.parameters(chunk) for chunk in chunks]
+    frozen, trainable = sum(count.frozen for count in counts), sum(count.trainable for count in counts)
+    copies = sum(count.adapters for count in counts) if run.reference else 0
+    matrices = sum(count.matrices for count in counts)
+    kept = [kept_by_chunk(run, chunk, recompute) for chunk in chunks]
+    activations, in_flight = peak(stage, len(run.stages), run.micro_batches, kept)
     in_use = [
         max(working(llama, pack, chunk.layers, recompute, chunk.last), chunk.first * run.media.working)
         for chunk in chunks

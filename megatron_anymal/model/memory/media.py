@@ -1,24 +1,16 @@
 """Compute the memory use of encoders and projectors; see language_model.py.
 
-Encoders can have any architecture, so theirs is measured on one built without weight data (meta_device.py).
+Encoders can have any architecture, so theirs is measured (encoder_sizes.py).
 Shapes: n pieces, F features of width w per piece, T soft tokens per piece, h the projector's width, H the Llama's.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-
 from megatron_anymal.config import ModalityConfig, ProjectorConfig
-from megatron_anymal.modalities import Modality
-from megatron_anymal.model.build import seeded_encoder
 from megatron_anymal.model.memory.language_model import MediaMemory
-from megatron_anymal.model.meta_device import on_meta
 
 # Elements per feature and unit of its width that a frozen encoder holds at a time: a layer's input, its feed-forward's
 # hidden values before and after the activation, and intermediates.
@@ -35,6 +27,7 @@ class EncoderSizes:
         width: w, width of a feature.
         piece: elements per piece.
         kept: bytes saved per piece for a backward pass through the encoder.
+        operations: floating-point operations of a forward pass per piece; 0 unless they were counted.
     """
 
     parameters: int
@@ -42,57 +35,7 @@ class EncoderSizes:
     width: int
     piece: int
     kept: int
-
-
-def encoder_sizes(name: str, section: ModalityConfig, modality: Modality, dtype: torch.dtype) -> EncoderSizes:
-    """Build an encoder without weight data and measure its sizes.
-
-    Args:
-        section: its encoder must not load weights.
-
-    Raises:
-        ConfigError: the encoder cannot be built.
-    """
-    with on_meta():
-        encoder = seeded_encoder(name, section.encoder, modality, 0).to(dtype)
-        kept = 0 if section.encoder.freeze else _kept(encoder, modality.piece_shape)
-    parameters = sum(p.numel() for p in encoder.parameters())
-    piece = math.prod(modality.piece_shape)
-    return EncoderSizes(parameters, encoder.feature_tokens, encoder.width, piece, kept)
-
-
-def _kept(encoder: nn.Module, piece_shape: Sequence[int]) -> int:
-    """Bytes that autograd saves for one piece, excluding weights."""
-    weights = {t.untyped_storage()._cdata for t in [*encoder.parameters(), *encoder.buffers()]}
-    kept: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), _FusedAttention():
-        encoder(torch.zeros(1, *piece_shape, device="meta"))
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in kept}
-    return sum(size for pointer, size in storages.items() if pointer not in weights)
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Replaces torch's attention, which on the meta device would be decomposed and save its probabilities."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
-
-
-class _Attention(torch.autograd.Function):
-    """Saves the same tensors as fused attention: queries, keys, values, output and log-sum-exps."""
-
-    @staticmethod
-    def forward(ctx, query, key, value):
-        out = query.new_empty(query.shape[:-1] + value.shape[-1:])
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return out
+    operations: int = 0
 
 
 def media_bytes(

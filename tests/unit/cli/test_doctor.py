@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 from megatron_anymal import backend, environment
 from megatron_anymal.cli import doctor
 from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.environment import has_nvidia_driver
 
 ROOT = Path(__file__).parents[3]
 
@@ -65,6 +69,50 @@ def test_version_out_of_range_and_exit_code(site, capsys):
     assert doctor.main([]) == 1
     shown = capsys.readouterr().out
     assert "pip install 'psutil>=5.9'" in shown and "Fix first: psutil." in shown
+
+
+def test_half_of_transformer_engine_is_named(site):
+    add_distribution(site, "transformer_engine", "2.11.0", "transformer_engine/__init__.py")
+    found = finding("transformer-engine")
+    assert found.state == environment.BROKEN and "--force-reinstall" in found.fix and "[te]" in found.fix
+    (site / "transformer_engine_torch.py").write_text("")
+    importlib.invalidate_caches()
+    # The rest can only be checked with a GPU.
+    assert has_nvidia_driver() or finding("transformer-engine").state == environment.OK
+
+
+HALF = """
+import sys
+from megatron_anymal import lean_imports
+if sys.argv[1] == "hooks":
+    lean_imports.install()
+try:
+    import transformer_engine
+except ImportError as error:
+    print(error)
+from megatron_anymal import backend
+print(backend._transformer_engine(True))
+"""
+
+
+@pytest.mark.parametrize(("hooks", "code"), [("hooks", 0), ("none", 1)])
+def test_half_of_transformer_engine_counts_as_none(site, hooks, code):
+    """As version 2.11 does without its torch extension: an error that `except ImportError` does not catch."""
+    (site / "transformer_engine" / "pytorch").mkdir(parents=True)
+    (site / "transformer_engine" / "__init__.py").write_text("from . import pytorch\n")
+    (site / "transformer_engine" / "pytorch" / "__init__.py").write_text("raise FileNotFoundError('no library')\n")
+    environment = {**os.environ, "PYTHONPATH": f"{site}:{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HALF, hooks],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+    )
+    assert done.returncode == code
+    if not code:
+        assert done.stdout.startswith("its torch extension is missing: pip install")
+        assert "it does not import (ImportError: its torch extension is missing" in done.stdout.splitlines()[1]
 
 
 def test_missing_required_part(monkeypatch, capsys):

@@ -55,6 +55,10 @@ REFUSED = {
     "prepare --index-only=/none --tokenizer=/nowhere --filter=min_sied=3": "min_sied",
     "inspect /none --tokenizer=/nowhere": "/none",
     "plan goodput --gpus=0": "gpus",
+    "plan --config-name=sft_70b --gpus=64 --gpu=h100": "h100-80gb",
+    "plan --config-name=sft_70b --gpus=63 --gpu=h100-80gb": "--nodes-of",
+    "plan --config-name=sft_70b --gpus=64 --gpu=h100-80gb --data=/none": "anymal prepare",
+    "plan --config-name=nothing --gpus=64 --gpu=h100-80gb": "nothing.yaml",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from megatron_anymal.data import length_bounds
 from megatron_anymal.data.index_builder import IndexOptions, _Indexer, _Row
-from megatron_anymal.data.index_folder import find_shards
-from megatron_anymal.data.left_out import LeftOut, to_lines
-from megatron_anymal.data.shard_index import MEDIA, SAMPLE, IndexHeader
+from megatron_anymal.data.index_format import MEDIA, SAMPLE, IndexHeader
+from megatron_anymal.data.left_out import LeftOut
+from megatron_anymal.data.records import SAMPLE_KINDS
+from megatron_anymal.data.shard_listing import ShardFile, find_shards
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.shard_samples import Group, MemberCounts, SampleError, groups
 from megatron_anymal.data.tar.byte_source import LocalBytes
@@ -28,6 +31,7 @@ class Shard:
 
     name: str
     size: int
+    modified: str
     samples: list[tuple[Group, _Row]] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
     extensions: list[str] = field(default_factory=list)
@@ -35,11 +39,12 @@ class Shard:
     members: MemberCounts = field(default_factory=MemberCounts)
     # Keys in keys.bin; those of samples that lost their media stay there.
     keys: list[str] = field(default_factory=list)
+    damaged_bytes: int = 0
 
 
 def index_files(folder: Path, options: IndexOptions, tokenizer: Tokenizer) -> dict[str, bytes]:
     """The content of each file of the index, however much is left out."""
-    shards = [_read(folder, name, options, tokenizer) for name in find_shards(str(folder))]
+    shards = [_read(folder, file, options, tokenizer) for file in find_shards(str(folder)).values()]
     plain = [(g, r) for shard in shards for g, r in shard.samples if not _is_json(r)]
     if not options.text_only and any(row.media for _, row in plain):
         for shard in shards:
@@ -64,23 +69,84 @@ def index_files(folder: Path, options: IndexOptions, tokenizer: Tokenizer) -> di
         "members": {"seen": members.seen, "used": members.used, "ignored": ignored, "bad": members.bad},
         "left_out": dict(Counter(entry.code for entry in left_out)),
         "limits": dataclasses.asdict(options.limits),
+        "options": options.identity(tokenizer.fingerprint()),
+        "counts": _counts(samples, media, kinds),
     }
     return {
         "samples.npy": _npy(samples),
         "media.npy": _npy(media),
         "keys.bin": "".join(key for shard in shards for key in shard.keys).encode(),
-        "left_out.jsonl": b"".join(to_lines(left_out)),
+        "bounds.npy": _npy(_bounds(samples, media, len(kinds))),
+        "shards.jsonl": _lines([_accounting(shard) for shard in shards]),
+        "left_out.jsonl": _lines([entry.to_dict() for entry in left_out]),
         "index.json": header.with_accounting(len(samples), len(media), accounting).encode(),
     }
 
 
-def _read(folder: Path, name: str, options: IndexOptions, tokenizer: Tokenizer) -> Shard:
-    size = (folder / name).stat().st_size
+def _lines(values: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(value) + "\n" for value in values).encode()
+
+
+def _accounting(shard: Shard) -> dict[str, Any]:
+    return {
+        "name": shard.name,
+        "bytes": shard.size,
+        "modified": shard.modified,
+        "samples": len(shard.samples),
+        "media": sum(len(row.media) for _, row in shard.samples),
+        "key_bytes": len("".join(shard.keys).encode()),
+        "kinds": shard.kinds,
+        "extensions": shard.extensions,
+        "members": {**vars(shard.members), "ignored": dict(shard.members.ignored)},
+        "damaged_bytes": shard.damaged_bytes,
+        "text_with_media": any(row.media and not _is_json(row) for _, row in shard.samples),
+    }
+
+
+def _counts(samples: np.ndarray, media: np.ndarray, kinds: list[str]) -> dict[str, Any]:
+    of_samples, of_media = Counter(samples["kind"].tolist()), Counter(media["kind"].tolist())
+    return {
+        "samples": {kind: of_samples[n] for n, kind in enumerate(SAMPLE_KINDS) if of_samples[n]},
+        "media": {kind: of_media[n] for n, kind in enumerate(kinds) if of_media[n]},
+        "block": length_bounds.BLOCK,
+    }
+
+
+def _bounds(samples: np.ndarray, media: np.ndarray, kinds: int) -> np.ndarray:
+    """Sample by sample."""
+    groups: list[dict[bytes, Any]] = [{} for _ in range(-(-len(samples) // length_bounds.BLOCK))]
+    for number, row in enumerate(samples):
+        items = media[row["media_start"] : row["media_start"] + row["media_count"]]
+        bound = np.zeros(1, length_bounds.bound_type(kinds))
+        bound["block"] = number // length_bounds.BLOCK
+        bound["tokens"] = int(row["tokens"]) + int(row["rejected_tokens"])
+        bound["documents"] = 1 + (row["rejected_tokens"] > 0)
+        for item in items:
+            bound["media"][0, item["kind"]] += 1
+            bound["size"][0, item["kind"]] = np.maximum(bound["size"][0, item["kind"]], item["size"])
+        group = groups[number // length_bounds.BLOCK]
+        key = bound["documents"].tobytes() + bound["media"].tobytes()
+        group[key] = _maximum([group[key], bound]) if key in group else bound
+    rows = [[group[key] for key in sorted(group)] for group in groups]
+    rows = [[_maximum(block)] if len(block) > length_bounds.MAX_GROUPS else block for block in rows]
+    return np.concatenate([np.zeros(0, length_bounds.bound_type(kinds)), *(bound for block in rows for bound in block)])
+
+
+def _maximum(bounds: list[np.ndarray]) -> np.ndarray:
+    highest = bounds[0].copy()
+    for bound in bounds:
+        for name in highest.dtype.names or ():
+            highest[name] = np.maximum(highest[name], bound[name])
+    return highest
+
+
+def _read(folder: Path, file: ShardFile, options: IndexOptions, tokenizer: Tokenizer) -> Shard:
+    name, size = file.name, (folder / file.name).stat().st_size
     rows = ShardRows(name, size)
-    with (folder / name).open("rb") as file:
-        indexer = _Indexer(LocalBytes(file.fileno()), rows, tokenizer, options)
+    with (folder / name).open("rb") as opened:
+        indexer = _Indexer(LocalBytes(opened.fileno()), rows, tokenizer, options)
         try:
-            walk = TarWalk(LocalBytes(file.fileno()), options.limits.max_text_bytes)
+            walk = TarWalk(LocalBytes(opened.fileno()), options.limits.max_text_bytes)
             good: list[tuple[Group, _Row]] = []
             seen: Counter[str] = Counter()
             for group in groups(walk, name, rows.members, rows.left_out):
@@ -91,7 +157,9 @@ def _read(folder: Path, name: str, options: IndexOptions, tokenizer: Tokenizer) 
                     rows.members.bad += group.seen
                     rows.left_out.append(LeftOut(name, error.code, str(error), group.offset, group.key))
         except TarError as error:
-            return Shard(name, size, left_out=[LeftOut(name, "unreadable", str(error))])
+            return Shard(
+                name, size, file.modified, left_out=[LeftOut(name, "unreadable", str(error))], damaged_bytes=size
+            )
     kept = []
     for group, row in good:
         if seen[group.key] > 1:
@@ -106,7 +174,18 @@ def _read(folder: Path, name: str, options: IndexOptions, tokenizer: Tokenizer) 
         rows.members.ignored.update(row.ignored)
         kept.append((group, row))
     keys = [group.key for group, _ in kept]
-    return Shard(name, size, kept, rows.kinds, rows.extensions, rows.left_out, rows.members, keys)
+    return Shard(
+        name,
+        size,
+        file.modified,
+        kept,
+        rows.kinds,
+        rows.extensions,
+        rows.left_out,
+        rows.members,
+        keys,
+        walk.bytes.damaged,
+    )
 
 
 def _is_json(row: _Row) -> bool:

@@ -6,132 +6,27 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import plain_index
 import pytest
-from tars import header_of, tar_bytes, write_tar
-from tiny import flac, npy, png
+from index_folders import FOLDERS, damaged, pictures
+from tars import write_tar
+from tiny import png
 
-from megatron_anymal.data import index_processes
+from megatron_anymal.data import index_processes, length_bounds
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
+from megatron_anymal.data.index_format import MEDIA, SAMPLE
 from megatron_anymal.data.index_processes import useful_workers
 from megatron_anymal.data.index_writer import open_spool
+from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
-from megatron_anymal.data.shard_index import MEDIA, SAMPLE
-from megatron_anymal.data.shard_rows import RowBuffer, ShardRows, repeated
+from megatron_anymal.data.shard_rows import HASH, RowBuffer, ShardRows, hash_keys, repeated
 from megatron_anymal.data.tokenizer import Tokenizer
 
-Members = list[tuple[str, bytes]]
 ROOT = Path(__file__).parents[3]
-
-
-def parts(*media: str, **more: Any) -> bytes:
-    named = [{"media": name, **more} for name in media]
-    return json.dumps({"parts": [*named, {"text": "what is this", "loss": False}, {"text": "one two"}]}).encode()
-
-
-def pictures(first: int, last: int) -> Members:
-    return [(f"{n}.{e}", png(n) if e == "png" else b"one two") for n in range(first, last) for e in ("png", "txt")]
-
-
-def mixed(folder: Path) -> None:
-    """Media in another order in each shard, several per sample, one twice in a sample; texts alone; an empty shard."""
-    both = [("b.0.flac", flac(1)), ("b.1.PNG", png(1)), ("b.json", parts("1.png", "0.flac", "1.png"))]
-    motion = [("m.npy", npy(2)), ("m.json", parts("npy", rate=50)), ("t.json", parts())]
-    write_tar(folder / "a.tar", [*motion, *both])
-    write_tar(folder / "b.tar", [*pictures(0, 3), ("é/k.0.flac", flac(3)), ("é/k.json", parts("0.flac"))])
-    write_tar(folder / "c.tar", [])
-    write_tar(folder / "d.tar", [("z.json", parts()), *both])
-
-
-def with_metadata(folder: Path) -> None:
-    """Like img2dataset's, with masks, hidden files and folders, so that some endings are ignored equally often."""
-    for shard in range(3):
-        members: Members = [(f"._{shard}.png", b"x")]
-        for n in range(3):
-            key = f"{shard}{n}"
-            members += [(f"{key}.json", b'{"w": 8}'), (f"{key}.seg.png", png(n)), (f"{key}.png", png(n))]
-            members += [(f"{key}.txt", b"one")] + [(f"{key}.cls", b"3")] * (n == 1)
-        write_tar(folder / f"{shard}.tar", members)
-    with tarfile.open(folder / "folders.tar", "w") as tar:
-        info = tarfile.TarInfo("00")
-        info.type = tarfile.DIRTYPE
-        tar.addfile(info)
-
-
-def recurring(folder: Path) -> None:
-    """Keys that come back: of good samples, of a good and a bad one, of two bad ones; their kinds occur only there."""
-    bad = ("1.txt", b"\xff")
-    members = [
-        *pictures(0, 3),
-        ("r.flac", flac(1)),
-        ("r.cls", b"3"),
-        ("r.txt", b"one"),
-        ("s.seg", b""),
-        ("s.txt", b"a"),
-    ]
-    members += [*pictures(3, 5), bad, *pictures(0, 1), ("r.txt", b"one"), bad, ("x.txt", b""), ("y.txt", b"one")]
-    # Ignored equally often; the sample with the first .cls is dropped.
-    members += [
-        ("u.png", png(5)),
-        ("u.seg", b""),
-        ("u.txt", b"one"),
-        ("v.png", png(6)),
-        ("v.cls", b""),
-        ("v.txt", b"a"),
-    ]
-    write_tar(folder / "0.tar", [*members, ("x.txt", b"")])
-    write_tar(folder / "1.tar", pictures(0, 4))
-
-
-def damaged(folder: Path) -> None:
-    """A damaged header, a media file that cannot be read after one that can, a truncated and an unreadable shard."""
-    archive = tar_bytes([*pictures(0, 6), ("b.flac", flac(1)), ("b.png", b"broken"), ("b.txt", b"one")])
-    folder.mkdir()
-    at = header_of(archive, "3.png")
-    (folder / "0.tar").write_bytes(archive[: at + 150] + b"9" + archive[at + 151 :])
-    (folder / "1.tar").write_bytes(b"\x1f\x8b" + bytes(100))
-    (folder / "2.tar").write_bytes(archive[:3000])
-    write_tar(folder / "3.tar", pictures(6, 9))
-
-
-def lost_media(folder: Path) -> None:
-    """Only the last shard shows that samples of the others have lost their media; keys repeat in many shards."""
-    for shard in range(6):
-        write_tar(folder / f"{shard}.tar", [(f"{n}.txt", b"one") for n in range(shard + 1)])
-    write_tar(folder / "6.tar", [*pictures(2, 4), ("4.json", parts()), ("1.txt", b"two")])
-    write_tar(folder / "7.tar", pictures(3, 5))
-    write_tar(folder / "8.tar", [("8.txt", b"one")])
-
-
-def conversations(folder: Path) -> None:
-    question = [{"role": "user", "content": [{"media": "png"}, {"text": "what is this"}]}]
-    pair = {"messages": question, "chosen": "one", "rejected": "two three four"}
-    told = {"messages": [*question, {"role": "assistant", "content": "five"}]}
-    members: Members = []
-    for n, value in enumerate((pair, told, {"messages": question})):
-        members += [(f"{n}.png", png(n)), (f"{n}.json", json.dumps(value).encode())]
-    write_tar(folder / "0.tar", members)
-
-
-# Name -> how the folder is made, settings, and the codes in its ledger.
-FOLDERS: dict[str, tuple[Callable[[Path], None], dict[str, Any], set[str]]] = {
-    "mixed": (mixed, {}, {"repeated_key"}),
-    "metadata": (with_metadata, {}, set()),
-    "members": (with_metadata, {"members": ("png", "seg.png", "txt")}, set()),
-    "recurring": (recurring, {"text_only": True}, {"duplicate_key", "repeated_key", "text", "media"}),
-    "damaged": (damaged, {}, {"damaged", "torn", "media", "no_end", "unreadable", "repeated_key"}),
-    "lost media": (lost_media, {}, {"no_media", "repeated_key"}),
-    "text only": (lost_media, {"text_only": True}, {"repeated_key"}),
-    "conversations": (conversations, {}, {"text"}),
-    "attributes": (mixed, {"attributes": {"imu": {"rate": 50}}}, {"repeated_key"}),
-}
 
 
 @pytest.fixture
@@ -142,8 +37,11 @@ def many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_index_files_are_those_of_plain_rows(
-    name: str, tmp_path: Path, tokenizer_folder: str, many_workers: None
+    name: str, tmp_path: Path, tokenizer_folder: str, many_workers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(length_bounds, "BLOCK", 3)
+    monkeypatch.setattr(length_bounds, "MAX_GROUPS", 2)
+    monkeypatch.setattr("megatron_anymal.data.index_writer.BLOCK", 3)
     make, settings, codes = FOLDERS[name]
     folder, options = tmp_path / "shards", IndexOptions(tokenizer_folder, **settings)
     make(folder)
@@ -173,7 +71,7 @@ PLUGIN = """
 import sys
 from megatron_anymal.modalities import Modality, register
 
-HEAVY = {"torch", "transformers", "megatron", "lightning", "av", "soundfile", "pandas"}
+HEAVY = {"torch", "transformers", "megatron", "lightning", "av", "soundfile", "soxr", "simplejpeg", "pandas"}
 
 @register("modules")
 class Modules(Modality):
@@ -233,25 +131,29 @@ def test_rows_are_packed_as_the_tables_lay_them_out() -> None:
     assert [rows.key(n) for n in range(300)] == [f"k{n}" for n in range(300)]
 
 
-def test_a_spool_returns_shards_in_their_order_and_again(tmp_path: Path) -> None:
-    made = []
+def test_a_spool_returns_the_rows_of_a_shard_each_time(tmp_path: Path) -> None:
+    made = {}
     for number in range(4):
         buffer = RowBuffer()
         for n in range(number):
-            buffer.add(f"{number}{n}", n, [n] * 9, [(number, n, 0, 0, 0, 1.0, 2.0)] * n, 1, ())
-        rows = ShardRows(f"{number}.tar", number)
+            buffer.add(f"{number}{n}", n, [n] * 9, [(number, n, 0, 0, 0, 1.0, 2.0)] * n, 1, (".x",))
+        left_out = [LeftOut(f"{number}.tar", "text", "é", number, "k")] * number
+        rows = ShardRows(f"{number}.tar", number, kinds=["a"], extensions=["b", "c"], left_out=left_out)
         buffer.move_to(rows, ())
-        made.append(rows)
+        made[rows.name] = rows
     with open_spool(str(tmp_path)) as spool:
-        for number in (2, 0, 3, 1):
-            spool.add(number, made[number])
-        for _ in range(2):
-            for found, rows in zip(spool, made, strict=True):
-                assert (found.name, found.size, found.keys) == (rows.name, rows.size, rows.keys)
-                for table in ("samples", "media", "key_hashes"):
-                    np.testing.assert_array_equal(getattr(found, table), getattr(rows, table))
-                # Also if the caller changes what it gets.
-                found.samples["shard"] = 7
+        for rows in made.values():
+            spool.add(rows)
+        for name in [*reversed(made), *made]:
+            found, rows = spool.rows(name), made[name]
+            tables = ("samples", "media")
+            assert {k: v for k, v in vars(found).items() if k not in tables} == {
+                k: v for k, v in vars(rows).items() if k not in tables
+            }
+            for table in tables:
+                np.testing.assert_array_equal(getattr(found, table), getattr(rows, table))
+            # Also if the caller changes what it gets.
+            found.samples["shard"] = 7
         assert list((tmp_path / "index").iterdir()) == []
 
 
@@ -262,10 +164,32 @@ def test_repeated_values() -> None:
     assert not len(repeated(values[:0])) and not len(repeated(values[:1]))
 
 
+def test_hashes_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    keys = [b"a", b"a\0", b"a\0\0\0\0\0\0\0", b"aaaaaaaa", b"aaaaaaaaa", b"aaaaaaaabbbbbbbb", b"bbbbbbbbaaaaaaaa"]
+    keys += [b"%d" % number for number in range(20_000)] + [b"k/" * 40 + b"%d" % number for number in range(500)]
+    numbers = np.concatenate([rng.permutation(len(keys)), rng.permutation(len(keys))])
+    lengths = np.array([len(keys[number]) for number in numbers])
+    content, offsets = b"".join(keys[number] for number in numbers), np.cumsum(lengths) - lengths
+    hashes = hash_keys(content, offsets, lengths)
+    by_number = np.empty(len(keys), HASH)
+    by_number[numbers] = hashes
+    np.testing.assert_array_equal(by_number[numbers], hashes)
+    assert len(np.unique(by_number)) == len(keys)
+    # Keys of one length that follow each other have hashes of their own way.
+    same = hash_keys(b"".join(keys[5000:5100]), np.arange(0, 400, 4), np.full(100, 4))
+    np.testing.assert_array_equal(same, by_number[5000:5100])
+    monkeypatch.setattr("megatron_anymal.data.shard_rows._HASHED_BYTES", 1000)
+    np.testing.assert_array_equal(hash_keys(content, offsets, lengths), hashes)
+
+
 def test_keys_of_equal_hashes_are_told_apart(
     tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_anymal.data.shard_rows.key_hash", lambda key: bytes(7) + key[:1])
+    def first_bytes(keys: bytes, offsets: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        return np.frombuffer(keys, np.uint8)[offsets.astype(int)].astype(HASH)
+
+    monkeypatch.setattr("megatron_anymal.data.shard_rows.hash_keys", first_bytes)
     write_tar(tmp_path / "f" / "0.tar", [(f"a{n}.txt", b"one") for n in range(5)] + [("b.txt", b"one")])
     write_tar(tmp_path / "f" / "1.tar", [(f"a{n}.txt", b"one") for n in range(4, 9)])
     make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder), max_bad_share=0.0)

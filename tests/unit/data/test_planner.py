@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from megatron_anymal.config import DatasetConfig
+from megatron_anymal.data.index_format import MEDIA, SAMPLE
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModality
 from megatron_anymal.data.records import DataError, PlannedMedia
-from megatron_anymal.data.shard_index import MEDIA, SAMPLE, ShardIndex, take_rows
+from megatron_anymal.data.shard_index import ShardIndex, take_rows
 
 SAMPLES, SEQ_LENGTH = 3000, 350
 
@@ -99,15 +100,22 @@ def test_measures(folder: Path, rows: str) -> None:
     expected = [by_hand(index, int(number)) for number in sample]
     assert found.documents.tolist() == [documents for documents, *_ in expected]
     assert found.targets.tolist() == [targets for _, targets, *_ in expected]
-    assert found.costs.tolist() == [cost for *_, cost, _ in expected]
-    assert plans._items(index, found) == [items for *_, items in expected]
+    # Each cost is rounded to a millionth of the costliest piece's.
+    np.testing.assert_allclose(found.costs / 2**20, [cost / 270 for _, _, cost, _ in expected], rtol=1e-5)
+    names = [modality.name for modality in MODALITIES]
+    items = [
+        PlannedMedia(names[modality], pieces)
+        for modality, pieces in zip(found.modality.tolist(), found.pieces.tolist())
+    ]
+    assert items == [item for *_, items in expected for item in items]
+    assert found.owner.tolist() == [owner for owner, (*_, items) in enumerate(expected) for _ in items]
 
 
 def test_a_plan_has_its_samples_media_and_drops_what_is_too_long(folder: Path) -> None:
     plans = planner(folder, too_long="drop")
     plan = plans.plan(3)
     expected = [by_hand(plans.indexes[0], int(number)) for number in plan.sample]
-    assert list(plan.media) == [items for *_, items in expected]
+    assert [plan.media.of(position) for position in range(200)] == [items for *_, items in expected]
     assert plan.documents.tolist() == [documents for documents, *_ in expected]
     assert list(plan.dropped) == [n for n, (documents, *_) in enumerate(expected) if sum(documents) > SEQ_LENGTH]
     assert plan.dropped and len(plan.dropped) < 20
@@ -151,3 +159,41 @@ def test_consecutive_rows_are_a_view(rows: list[int]) -> None:
 def test_rows_that_a_damaged_index_does_not_have(rows: list[int]) -> None:
     with pytest.raises(IndexError):
         take_rows(np.arange(10), np.array(rows))
+
+
+def test_plans_of_a_mixture(tmp_path: Path) -> None:
+    """Media of two datasets end up at the positions of their samples, and packs hold every sample that fits."""
+    folders = {name: write_index(tmp_path / name) for name in ("a", "b")}
+    datasets = {name: DatasetConfig(path=str(folder)) for name, folder in folders.items()}
+    tokenizer: Any = AnyTokenizer()
+    layout = BatchLayout(2, 2, SEQ_LENGTH, length_multiple=8)
+    plans = BatchPlanner(datasets, MODALITIES, tokenizer, layout, global_batch_size=300, seed=1, too_long="drop")
+    plan = plans.plan(2)
+    assert set(plan.dataset.tolist()) == {0, 1}
+    for position, (dataset, sample) in enumerate(zip(plan.dataset.tolist(), plan.sample.tolist())):
+        documents, targets, _, items = by_hand(plans.indexes[dataset], sample)
+        assert plan.documents[position].tolist() == documents and plan.media.of(position) == items
+        assert plan.targets[position] == (0 if position in plan.dropped else targets)
+    placed = [p for replica in plan.micro_batches for positions in replica for p in positions]
+    assert sorted([*placed, *plan.dropped]) == list(range(300))
+    lengths = [int(plan.length[list(positions)].sum()) for replica in plan.micro_batches for positions in replica]
+    assert max(lengths) <= plan.padded_length <= 2 * SEQ_LENGTH + 7 and plan.padded_length % 8 == 0
+    assert len({len(replica) for replica in plan.micro_batches}) == 1
+    assert plan.tokens == sum(lengths)
+
+
+def test_encoder_costs_decide_what_is_balanced(folder: Path) -> None:
+    plans = planner(folder, too_long="drop")
+    for costs in ({"pictures": 1000.0, "audio": 1.0}, {"pictures": 1.0, "audio": 1000.0}):
+        plans.use_encoder_costs(costs)
+        plan = plans.plan(5)
+        work = [
+            sum(
+                costs[item.modality] * item.pieces
+                for batch in plan.of_replica(r)
+                for s in batch.samples
+                for item in s.media
+            )
+            for r in range(2)
+        ]
+        assert max(work) / np.mean(work) < 1.01

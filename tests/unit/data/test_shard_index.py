@@ -15,9 +15,10 @@ from replicas import replica_data
 from tiny import make_config, make_shards, png
 
 from megatron_anymal.data.index_builder import IndexOptions
-from megatron_anymal.data.index_folder import find_shards, make_index
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.records import DataError, MediaPart, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.shard_listing import find_shards
 
 
 def tar(path: Path, members: dict[str, bytes]) -> None:

@@ -69,6 +69,20 @@ def content(rng: random.Random) -> Any:
     return [*parts, {"text": "."}] if all("media" not in part for part in parts) else parts
 
 
+@pytest.mark.parametrize("name", ["llama 3", "dropout"])
+def test_counts_are_those_of_the_document(name: str, folders: dict[str, str]) -> None:
+    tokenizer, rng = Tokenizer(folders[name]), random.Random(0)
+    for _ in range(300):
+        parts: list[Part] = []
+        for _ in range(rng.randrange(6)):
+            written = TextPart(text(rng), rng.random() < 0.5)
+            parts.append(MediaPart("m", "image") if rng.random() < 0.4 else written)
+        closed = rng.random() < 0.5
+        count = sum(isinstance(part, MediaPart) for part in parts)
+        document = tokenizer.document(parts, [0] * count, {"image": -1}, closed=closed)
+        assert tokenizer.count(parts, closed=closed) == (len(document.tokens), sum(document.is_target))
+
+
 def conversation(rng: random.Random) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if rng.random() < 0.4:

@@ -15,7 +15,7 @@ import megatron_anymal.model.encoders.imu as imu
 from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig, ModelConfig
 from megatron_anymal.dry_run.published_models import ENCODERS, LLAMAS, assume_shapes
 from megatron_anymal.modalities.architecture import ARCHITECTURES, transformers_config
-from megatron_anymal.model.llama import read_llama_config
+from megatron_anymal.model.llama_shape import read_llama_config
 
 # Parameters in the safetensors files of the repositories.
 LLAMA_PARAMETERS = {

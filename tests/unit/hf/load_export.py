@@ -53,7 +53,7 @@ def main(folder: str, prompts_file: str) -> None:
         "logits": logits.tolist(),
         "answers": processor.answers(output, inputs),
         "dtypes": sorted({str(tensor.dtype) for tensor in half.parameters()}),
-        "libraries": sorted({"av", "soundfile", "PIL"} & sys.modules.keys()),
+        "libraries": sorted({"av", "soundfile", "soxr", "simplejpeg", "PIL"} & sys.modules.keys()),
         "config": model.config.text_config.to_dict(),
     }
     print(json.dumps(result))

@@ -78,7 +78,7 @@ def test_images_alone_need_neither_sound_nor_video(tokenizer_folder: str, tmp_pa
     write_export(tmp_path / "export", model, tokenizer_folder)
     (tmp_path / "a.png").write_bytes(png(0))
     prompts = [{"parts": [{"media": str(tmp_path / "a.png")}, {"text": "what"}]}]
-    found = load(tmp_path / "export", prompts, hidden="av,soundfile")
+    found = load(tmp_path / "export", prompts, hidden="av,soundfile,soxr,simplejpeg")
     assert found["libraries"] == ["PIL"]
     assert found["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
 
@@ -89,7 +89,7 @@ def test_motion_alone_needs_no_library_of_media(tokenizer_folder: str, tmp_path:
     write_export(tmp_path / "export", model, tokenizer_folder)
     (tmp_path / "a.npy").write_bytes(npy(0))
     prompts = [{"parts": [{"media": str(tmp_path / "a.npy"), "rate": 50}, {"text": "what"}]}]
-    found = load(tmp_path / "export", prompts, hidden="av,soundfile,PIL")
+    found = load(tmp_path / "export", prompts, hidden="av,soundfile,soxr,simplejpeg,PIL")
     assert found["libraries"] == [] and found["answers"] == expected_of(model, tokenizer_folder, prompts)[2]
 
 

@@ -78,6 +78,23 @@ def test_tokens_and_pieces_are_the_native_ones(
         assert torch.equal(inputs["media"][name], torch.cat(expected)) and len(torch.cat(expected)) > 1
 
 
+def test_the_trained_resize_backend_is_used(files: dict[str, str], tokenizer_folder: str) -> None:
+    own = {name: section for name, section in sections("towers").items() if name in ("image", "video")}
+    loaded = {}
+    for backend in ("pillow", "torch"):
+        for section in own.values():
+            section.options["resize_backend"] = backend
+        saved = json.loads(json.dumps(make_config(own, tokenizer_folder).modalities))
+        processor = AnyMALProcessor(AutoTokenizer.from_pretrained(tokenizer_folder), saved)
+        for name, section in own.items():
+            path = Path(files[name])
+            expected = build_modality(name, section).load(path.read_bytes(), path.suffix[1:], {})
+            found = processor(media=[files[name]])["media"][name]
+            assert torch.equal(found, expected)
+            loaded[backend, name] = found
+    assert not torch.equal(loaded["pillow", "image"], loaded["torch", "image"])
+
+
 def test_media_before_a_text_as_on_the_command_line(processor: AnyMALProcessor, files: dict[str, str]) -> None:
     imu = {"media": files["imu"], "rate": 50}
     given = processor(text="what is this", media=[files["image"], imu])

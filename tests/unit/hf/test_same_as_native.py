@@ -18,7 +18,7 @@ from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.llama import read_llama_config
+from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build_inputs
 

@@ -41,9 +41,10 @@ def flash_by_definition(
     max_seqlen_k: int,
     softmax_scale: float | None,
     causal: bool,
+    deterministic: bool,
 ) -> Tensor:
     """flash_attn_varlen_func as documented: with `causal`, the mask is aligned to the bottom right."""
-    assert causal and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
+    assert causal and deterministic and cu_seqlens_q.dtype == cu_seqlens_k.dtype == torch.int32
     outputs, repeat = [], q.size(1) // k.size(1)
     queries, keys = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     assert max_seqlen_q == max(b - a for a, b in itertools.pairwise(queries))

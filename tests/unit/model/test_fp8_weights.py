@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine import train
@@ -16,17 +17,32 @@ from torch import nn
 
 from megatron_anymal.checkpoint.state import read_language_model
 from megatron_anymal.checkpoint.store import resolve
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.model.fp8_weights import drop_transposes
+from megatron_anymal.model.lora import add_lora, merged_weights
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights, load_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 
 
 class Quantized(nn.Parameter):
-    """FP8 values stored as floats, with only those methods of Transformer Engine's tensors that the trainer calls."""
+    """FP8 values stored as floats, with only those methods of Transformer Engine's tensors that the trainer calls.
+
+    As there, tensors made like it are of its class, and without `dequantize` its values cannot be read.
+    """
 
     transposed = False
+
+    def new_zeros(self, *shape: int, **settings: Any) -> Quantized:  # type: ignore[override]
+        return Quantized(torch.zeros(*shape), requires_grad=False)
+
+    def contiguous(self, *args: Any) -> torch.Tensor:  # type: ignore[override]
+        raise AssertionError("a quantized tensor's own bytes were about to be read")
+
+    to = detach = contiguous
+
+    def dequantize(self) -> torch.Tensor:  # type: ignore[override]
+        return self.data
 
     def copy_(self, source: torch.Tensor, *args: Any) -> torch.Tensor:  # type: ignore[override]
         assert source.shape == self.shape, "must be quantized whole: one scale per tensor"
@@ -177,3 +193,37 @@ def test_its_scaling_continues_with_the_run(config: RunConfig, tmp_path: Path) -
         resumed = run_ranks(1, run_scaled, copy.deepcopy(config))[0]
     assert len(undisturbed) == 16 and len(set(undisturbed.values())) == 16
     assert resumed == undisturbed
+
+
+def adapted(config: RunConfig, tp: int) -> tuple[list[str], dict[str, Any], dict[str, Any]]:
+    """Classes of the adapters on a quantized base, its merged weights, and those of a plain base of the same values."""
+    config.trainer.devices = config.model.tensor_model_parallel_size = tp
+    state = build(config, initialize(config))
+    [model] = state.models
+    for weight in quantize_layers(model):
+        weight.copy_(weight.data)
+    add_lora([model], LoraConfig(r=2, alpha=4.0))
+    adapters: Any = {n: p for n, p in model.named_parameters() if ".lora." in n}
+    generator = torch.Generator().manual_seed(1)
+    for parameter in adapters.values():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    merged = {name: value.numpy() for name, value in merged_weights([model])}
+    for module in model.language_model.decoder.layers.modules():
+        if isinstance(getattr(module, "weight", None), Quantized):
+            plain: Any = nn.Parameter(module.weight.data, requires_grad=False)
+            plain.__dict__.update(vars(module.weight))
+            module.weight = plain
+    return (
+        [type(p).__name__ for p in adapters.values()],
+        merged,
+        {name: value.numpy() for name, value in merged_weights([model])},
+    )
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_adapters_on_it_are_plain_and_merge(config: RunConfig, tp: int) -> None:
+    classes, merged, of_plain = run_ranks(tp, adapted, config, tp)[0]
+    assert len(classes) > 10 and set(classes) == {"Parameter"}
+    assert merged.keys() == of_plain.keys()
+    for name, value in merged.items():
+        np.testing.assert_array_equal(value, of_plain[name], err_msg=name)

@@ -22,7 +22,8 @@ from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.model.attention import document_pack
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config
+from megatron_anymal.model.llama import build_gpt, transformer_config
+from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build, build_inputs
 from megatron_anymal.train.step import train_step

@@ -22,7 +22,8 @@ from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.llama import check_model, layers_of_stages, read_llama_config
+from megatron_anymal.model.llama import check_model
+from megatron_anymal.model.llama_shape import layers_of_stages, read_llama_config
 from megatron_anymal.parallel import initialize
 
 BASE: dict[str, Any] = {

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from megatron_anymal.config import RunConfig
 from megatron_anymal.model import lm_head
-from megatron_anymal.model.llama import build_gpt, read_llama_config, transformer_config
+from megatron_anymal.model.llama import build_gpt, transformer_config
+from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.model.lm_head import label_losses
 from megatron_anymal.parallel import initialize
 

@@ -26,7 +26,7 @@ from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.hf_llama import from_hf
-from megatron_anymal.model.llama import read_llama_config
+from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.model.lora import LoraDropout, add_lora, initialise_lora, merge_lora, merged_weights
 from megatron_anymal.model.unsharded_weights import gather_weights, list_weights
 from megatron_anymal.parallel import initialize

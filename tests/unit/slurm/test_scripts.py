@@ -163,7 +163,7 @@ def test_shellcheck() -> None:
     scripts = sorted(map(str, (ROOT / "slurm").glob("*.sh")))
     shellcheck = str(Path(sys.executable).with_name("shellcheck"))
     done = subprocess.run([shellcheck, "-x", f"--source-path={ROOT}", *scripts], capture_output=True, text=True)
-    assert len(scripts) == 4 and done.returncode == 0, done.stdout
+    assert len(scripts) == 5 and done.returncode == 0, done.stdout
 
 
 @pytest.mark.parametrize("verb", SCRIPTS)

@@ -12,6 +12,7 @@ import pytest
 from tars import BLOCK, changed_header, header_of, tar_bytes
 
 from megatron_anymal.data.tar.byte_source import open_bytes
+from megatron_anymal.data.tar.headers import parse_header
 from megatron_anymal.data.tar.reader import TarEntry, TarError, TarMember, TarPassed, TarProblem, TarWalk
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
@@ -60,6 +61,19 @@ def test_sound_archives_are_read_as_tarfile_reads_them(form: int) -> None:
 def test_an_old_archive_without_magic(tmp_path: Path) -> None:
     archive = changed_header(tar_bytes(SAMPLES[:1]), "0000.png", 257, b"\0" * 8)
     assert members(walk(archive)) == ["0000.png"]
+
+
+def test_checksums_of_any_bytes() -> None:
+    """Also sums that are equal modulo 65521, the modulus of Adler-32."""
+    rng = random.Random(0)
+    for fill in [b"\xff" * BLOCK, bytes(BLOCK), *(rng.randbytes(BLOCK) for _ in range(200))]:
+        block = fill[:100] + fill[100:124] + b"%011o\0" % 7 + fill[136:148] + b" " * 8 + fill[156:]
+        for difference in (0, 65521, -65521, 1):
+            stated = sum(block) + difference
+            if 0 <= stated < 8**6:
+                found = parse_header(block[:148] + b"%06o\0 " % stated + block[156:])
+                signed = sum(byte - 256 * (byte > 127) for byte in block)
+                assert (found is not None) == (stated in (sum(block), signed))
 
 
 def test_a_flipped_checksum_byte_loses_one_member_and_says_where() -> None:

@@ -1,0 +1,114 @@
+"""Numbers of the page: lengths and costs from the indexes, and sums over planned samples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_anymal.config import DatasetConfig
+from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
+from megatron_anymal.data.planner import BatchPlanner
+from megatron_anymal.data.records import PlannedSample
+from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.step_plan import StepPlan
+from megatron_anymal.data.tokenizer import Tokenizer
+
+# Steps that shares and fill are measured over.
+MEASURED_STEPS = 20
+_ROWS_AT_ONCE = 1_000_000
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run's training data, and how it plans and reads them."""
+
+    # Name of the configuration.
+    name: str
+    # Plans the steps.
+    planner: BatchPlanner
+    # The run's tokenizer.
+    tokenizer: Tokenizer
+    # What planning needs of each modality.
+    planned: Sequence[PlannedModality]
+    # What loading needs of each modality, by its name in the configuration.
+    loaded: Mapping[str, LoadedModality]
+    # `data.train`.
+    datasets: Mapping[str, DatasetConfig]
+    # `trainer.max_steps`.
+    max_steps: int
+
+
+@dataclass(frozen=True)
+class DatasetNumbers:
+    """Lengths and costs of all samples of a dataset."""
+
+    # Name in the configuration.
+    name: str
+    # Its index.
+    index: ShardIndex
+    # Weight in the mixture.
+    weight: float
+    # [n] LLM tokens, soft tokens included.
+    lengths: np.ndarray
+    # [n] encoder cost, in the planner's units.
+    costs: np.ndarray
+
+
+@dataclass
+class Tally:
+    """Sums over samples."""
+
+    # Samples.
+    samples: int = 0
+    # LLM tokens.
+    tokens: int = 0
+    # Target tokens.
+    targets: int = 0
+    # Soft tokens.
+    soft: int = 0
+    # Encoder inputs: tiles, clips or windows.
+    pieces: int = 0
+    # Encoder cost, in the planner's units.
+    cost: float = 0.0
+
+
+def dataset_numbers(view: RunView) -> list[DatasetNumbers]:
+    """Measure all samples of all datasets."""
+    found = []
+    for (name, dataset), index in zip(view.datasets.items(), view.planner.indexes):
+        starts = range(0, len(index), _ROWS_AT_ONCE)
+        rows = [np.arange(start, min(start + _ROWS_AT_ONCE, len(index))) for start in starts]
+        measures = [view.planner.measure(index, some) for some in rows]
+        lengths = np.concatenate([m.length for m in measures])
+        costs = np.concatenate([m.costs for m in measures])
+        found.append(DatasetNumbers(name, index, dataset.weight, lengths, costs))
+    return found
+
+
+def fill(plan: StepPlan) -> float:
+    """Share of a step's computed tokens that are real."""
+    packs = sum(len(replica) for replica in plan.micro_batches)
+    return plan.tokens / (plan.padded_length * packs)
+
+
+def tally(view: RunView, samples: Sequence[PlannedSample]) -> Tally:
+    """Sum up samples."""
+    cost = {modality.name: modality.cost_per_piece for modality in view.planned}
+    sums = Tally(samples=len(samples))
+    for sample in samples:
+        sums.tokens += sample.length
+        sums.targets += sample.targets
+        for item in sample.media:
+            sums.pieces += item.pieces
+            # Each document of a sample contains all its media, which are encoded once.
+            soft = item.pieces * view.loaded[item.modality].soft_tokens_per_piece
+            sums.soft += soft * len(sample.documents)
+            sums.cost += item.pieces * cost[item.modality]
+    return sums
+
+
+def planned_samples(plan: StepPlan) -> list[PlannedSample]:
+    """The samples of a step that are in its packs."""
+    return [s for replica in range(len(plan.micro_batches)) for m in plan.of_replica(replica) for s in m.samples]

@@ -1,0 +1,119 @@
+"""From a configuration to the sizes from which language_model.py computes a run's memory use; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers import LlamaConfig
+
+from megatron_anymal.config import ModalityConfig, ModelConfig
+from megatron_anymal.data.context_parallel import padded
+from megatron_anymal.data.planner import BatchLayout
+from megatron_anymal.model.llama_shape import layers_of_stages
+from megatron_anymal.model.lora_targets import adapted_projections
+from megatron_anymal.model.memory.language_model import LlamaSizes, Pack, PipelineChunk, RunSizes
+from megatron_anymal.model.memory.media import EncoderSizes, media_bytes
+
+
+def run_sizes(
+    model: ModelConfig,
+    layout: BatchLayout,
+    hf: LlamaConfig,
+    llama: LlamaSizes,
+    encoders: Sequence[tuple[ModalityConfig, EncoderSizes]],
+    *,
+    reference: bool = False,
+) -> RunSizes:
+    """Return the sizes from which a run's memory use is computed.
+
+    Args:
+        layout: of the run's batches.
+        hf: the Llama's HuggingFace configuration.
+        llama: its sizes on one rank.
+        encoders: section and sizes of each modality's encoder.
+        reference: whether a frozen copy of the adapters is held (DPO).
+
+    Raises:
+        ConfigError: the layers do not divide.
+    """
+    everywhere = padded(layout.seq_length * layout.micro_batch_size, layout.length_multiple)
+    tokens = everywhere // model.context_parallel_size
+    # Padding for scaled dot-product attention may double a pack; under context parallelism, every chunk of a document
+    # needs the keys of the document's beginning.
+    keys = everywhere * (2 * model.context_parallel_size + 1) // (2 * model.context_parallel_size)
+    doubled = 2 if llama.attention == "sdpa" else 1
+    pack = Pack(tokens, tokens, doubled * tokens, doubled * (keys if model.context_parallel_size > 1 else tokens))
+    packs = -(-model.global_batch_size // (layout.data_parallel_size * layout.micro_batch_size))
+    sizes = (model.tensor_model_parallel_size, model.context_parallel_size, llama.number)
+    return RunSizes(
+        llama=llama,
+        pack=pack,
+        stages=chunks_of_stages(model, hf),
+        micro_batches=padded(packs, layout.micro_batches_multiple),
+        # Two fp32 moments, and the fp32 main weight if the model is bf16.
+        optimizer_bytes=optimizer_bytes(llama.number),
+        sharers=layout.data_parallel_size * model.context_parallel_size if model.ddp.use_distributed_optimizer else 1,
+        media=media_bytes(encoders, hf.hidden_size, everywhere, *sizes),
+        reference=reference,
+    )
+
+
+def optimizer_bytes(number: int) -> int:
+    """Optimizer bytes per trainable parameter: two fp32 moments, and the fp32 main weight if the model is bf16.
+
+    Args:
+        number: bytes per element of the model's weights.
+    """
+    return 12 if number == 2 else 8
+
+
+def llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, *, attention: str, on_cpu: bool) -> LlamaSizes:
+    """Return the Llama's sizes on one rank.
+
+    Args:
+        precision: `trainer.precision`.
+        hf: the Llama's HuggingFace configuration.
+        attention: transformer_engine, flash_attn, flex or sdpa.
+        on_cpu: whether the run is on a CPU.
+    """
+    ranks = model.tensor_model_parallel_size
+    number = 2 if precision == "bf16" else 4
+    layers = range(hf.num_hidden_layers) if model.lora.r else range(0)
+    return LlamaSizes(
+        hidden=hf.hidden_size,
+        ffn=hf.intermediate_size,
+        heads=hf.num_attention_heads,
+        groups=hf.num_key_value_heads,
+        head_size=hf.head_dim,
+        vocabulary=-(-hf.vocab_size // ranks) * ranks,
+        tied=hf.tie_word_embeddings,
+        tensor=ranks,
+        context=model.context_parallel_size,
+        sequence_parallel=model.sequence_parallel,
+        number=number,
+        matrix_number=1 if model.fp8_primary_weights else number + (2 if model.fp8 else 0),
+        trains=not model.language_model.freeze,
+        attention=attention,
+        on_cpu=on_cpu,
+        lora_r=model.lora.r,
+        lora_dropout=model.lora.dropout > 0,
+        adapted=tuple(tuple(adapted_projections(layer, model.lora).items()) for layer in layers),
+    )
+
+
+def chunks_of_stages(model: ModelConfig, hf: LlamaConfig) -> tuple[tuple[PipelineChunk, ...], ...]:
+    """Return the model chunks of each stage: a virtual pipeline passes through all stages once per chunk.
+
+    Raises:
+        ConfigError: the layers do not divide.
+    """
+    chunks = model.virtual_pipeline_model_parallel_size
+    counts = [layers // chunks for layers in layers_of_stages(model, hf)]
+    stages: list[list[PipelineChunk]] = [[] for _ in counts]
+    first = 0
+    for chunk in range(chunks):
+        for stage, count in enumerate(counts):
+            at_end = chunk == chunks - 1 and stage == len(counts) - 1
+            stages[stage].append(PipelineChunk(tuple(range(first, first + count)), not chunk and not stage, at_end))
+            first += count
+    return tuple(map(tuple, stages))

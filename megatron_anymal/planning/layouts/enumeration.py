@@ -1,0 +1,133 @@
+"""Every parallel layout of a run that the checks allow."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+from transformers import LlamaConfig
+
+from megatron_anymal.config import ConfigError, ModelConfig, RunConfig
+from megatron_anymal.config.validation import check_layout
+from megatron_anymal.model.llama_shape import check_sizes
+
+
+class Layout(NamedTuple):
+    """A parallel layout, without the recomputation. Fields have the names of the keys of `model` that they set.
+
+    Attributes:
+        tensor_model_parallel_size: tensor-parallel ranks.
+        sequence_parallel: whether norms and residuals are split over them.
+        pipeline_model_parallel_size: pipeline stages.
+        virtual_pipeline_model_parallel_size: model chunks per stage.
+        context_parallel_size: context-parallel ranks.
+        num_layers_in_first_pipeline_stage: layers of the first stage; 0: as many as the others.
+        num_layers_in_last_pipeline_stage: the same for the last stage.
+        fp8: number format of matrix products, "" for that of the precision.
+        fp8_primary_weights: whether the frozen Llama's matrices are stored in FP8.
+    """
+
+    tensor_model_parallel_size: int
+    sequence_parallel: bool
+    pipeline_model_parallel_size: int
+    virtual_pipeline_model_parallel_size: int
+    context_parallel_size: int
+    num_layers_in_first_pipeline_stage: int
+    num_layers_in_last_pipeline_stage: int
+    fp8: str
+    fp8_primary_weights: bool
+
+    def __str__(self) -> str:
+        text = f"TP{self.tensor_model_parallel_size}{'+SP' if self.sequence_parallel else ''}"
+        text += f" PP{self.pipeline_model_parallel_size}"
+        if self.virtual_pipeline_model_parallel_size > 1:
+            text += f"x{self.virtual_pipeline_model_parallel_size}"
+        edges = self.num_layers_in_first_pipeline_stage, self.num_layers_in_last_pipeline_stage
+        if any(edges):
+            text += f"({edges[0] or '='},{edges[1] or '='})"
+        text += f" CP{self.context_parallel_size}"
+        return text + (f" fp8{' weights' if self.fp8_primary_weights else ''}" if self.fp8 else "")
+
+    def applied(self, model: ModelConfig) -> ModelConfig:
+        """Return a copy of the section with this layout; its own sections are shared."""
+        result = copy.copy(model)
+        for name, value in self._asdict().items():
+            setattr(result, name, value)
+        if not self.fp8:
+            result.fp8_recipe = ModelConfig().fp8_recipe
+        return result
+
+
+def allowed_layouts(config: RunConfig, hf: LlamaConfig, kept: Collection[str], *, fp8: bool) -> list[Layout]:
+    """Return all layouts of the run's number of processes that the configuration's checks and the Llama's sizes allow.
+
+    An uneven split gives the first and the last stage at most as many layers as the others: with more, such a stage
+    would be the slowest.
+
+    Args:
+        config: a configuration that passes the checks; it sets the number of processes.
+        kept: keys of `model` that stay as configured.
+        fp8: whether the GPU and the layers compute in FP8.
+    """
+    trial = copy.copy(config)
+    found = []
+    for layout in _candidates(config, hf.num_hidden_layers, fp8):
+        if any(getattr(layout, key) != getattr(config.model, key) for key in kept):
+            continue
+        trial.model = layout.applied(config.model)
+        if trial.world_size % trial.model.model_parallel_size == 0 and _is_allowed(trial, hf):
+            found.append(layout)
+    return found
+
+
+def _is_allowed(config: RunConfig, hf: LlamaConfig) -> bool:
+    try:
+        check_layout(config)
+        check_sizes(config.model, hf)
+    except ConfigError:
+        return False
+    return True
+
+
+def _candidates(config: RunConfig, layers: int, fp8: bool) -> Iterator[Layout]:
+    """Yield combinations of divisors of the number of processes, of splits of the layers and of number formats."""
+    ranks = config.world_size
+    sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
+    splits = {stages: list(_splits(layers, stages)) for stages in sizes if stages <= layers}
+    for tensor in sizes:
+        for context in (size for size in sizes if ranks % (tensor * size) == 0):
+            for stages in (size for size in splits if ranks % (tensor * context * size) == 0):
+                for first, last, common in splits[stages]:
+                    for chunks in (size for size in range(1, common + 1) if common % size == 0):
+                        for sequence in (False, True):
+                            for number_format in _formats(config.model, fp8):
+                                yield Layout(tensor, sequence, stages, chunks, context, first, last, *number_format)
+
+
+def _splits(layers: int, stages: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the layers of the first and of the last stage (0: as many as the others), and the greatest common divisor
+    of all stages' layers."""
+    if stages == 1:
+        yield 0, 0, 1
+        return
+    if stages == 2:
+        for first in range(1, layers):
+            rest = layers - first
+            yield (0 if first == rest else first), 0, math.gcd(first, rest)
+        return
+    for middle in range(1, layers // (stages - 2) + 1):
+        edges = layers - middle * (stages - 2)
+        for first in range(max(1, edges - middle), min(middle, edges - 1) + 1):
+            last = edges - first
+            common = math.gcd(middle, first, last)
+            yield (0 if first == middle else first), (0 if last == middle else last), common
+
+
+def _formats(model: ModelConfig, fp8: bool) -> list[tuple[str, bool]]:
+    """The values of model.fp8 and model.fp8_primary_weights to try."""
+    if not fp8:
+        return [(model.fp8, model.fp8_primary_weights)]
+    name = model.fp8 or "hybrid"
+    return [("", False), (name, False), (name, True)]

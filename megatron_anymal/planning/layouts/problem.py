@@ -1,0 +1,113 @@
+"""From a configuration and options to the problem that the search solves."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from transformers import LlamaConfig
+
+from megatron_anymal.config import ConfigError, LanguageModelConfig, ModalityConfig, ModelConfig, RunConfig
+from megatron_anymal.data.configured_modality import PlannedModality
+from megatron_anymal.dry_run.published_models import assume_shapes
+from megatron_anymal.modalities import Modality, build_modality, load_plugins
+from megatron_anymal.model.llama_shape import read_llama_config
+from megatron_anymal.model.memory.media import EncoderSizes
+from megatron_anymal.model.memory.recompute import MARGIN
+from megatron_anymal.planning.layouts.hardware import Hardware
+from megatron_anymal.planning.layouts.search import Problem
+from megatron_anymal.planning.layouts.workload import Workload, assumed_workload, measured_workload
+
+_GB = 1e9
+
+
+def with_job_size(config: RunConfig, gpus: int, node: int) -> RunConfig:
+    """Return a copy of a configuration for another number of GPUs.
+
+    Args:
+        node: GPUs of a node.
+    """
+    result = copy.deepcopy(config)
+    result.trainer.num_nodes, result.trainer.devices = -(-gpus // node), min(gpus, node)
+    return result
+
+
+def build_problem(
+    config: RunConfig, gpu: Hardware, data: Sequence[str], sample_tokens: int = 0, label_share: float = 0.0
+) -> tuple[Problem, list[str]]:
+    """Read the shapes of the models and the lengths of the data. Imports torch if an encoder has to be measured.
+
+    Args:
+        config: a checked configuration with the job's nodes and devices.
+        data: folders whose indexes replace those of the configuration.
+        sample_tokens: LLM tokens of a sample without an index; 0: see `assumed_workload`.
+        label_share: share of the tokens with a label, likewise.
+
+    Returns:
+        The problem, and a line for each model folder that is not on this machine.
+
+    Raises:
+        ConfigError: a model is neither on this machine nor a published one, or a sample is longer than a pack.
+        DataError: an index does not fit the configuration.
+        CheckpointError: the Llama's checkpoint does not exist.
+    """
+    assumed, notes = assume_shapes(config.model)
+    load_plugins(assumed.plugins)
+    modalities = {name: build_modality(name, section) for name, section in assumed.modalities.items()}
+    hf = _llama(assumed.language_model)
+    work = _workload(config, assumed.modalities, modalities, data, sample_tokens, label_share)
+    memory = config.model.memory_gb or gpu.memory_gb * (1 - MARGIN)
+    trial = copy.copy(config)
+    trial.model = assumed
+    encoders = _encoders(assumed, config.trainer.precision, modalities)
+    return Problem(trial, hf, gpu, work, encoders, int(memory * _GB)), notes
+
+
+def _llama(section: LanguageModelConfig) -> LlamaConfig:
+    if not section.checkpoint:
+        return read_llama_config(section)
+    # Imports torch.
+    from megatron_anymal.checkpoint.frozen_base import resolve_language_model
+
+    return resolve_language_model(section)[1]
+
+
+def _encoders(
+    model: ModelConfig, precision: str, modalities: Mapping[str, Modality]
+) -> list[tuple[ModalityConfig, EncoderSizes]]:
+    if not modalities:
+        return []
+    # Imports torch.
+    from megatron_anymal.model.memory.encoder_sizes import measured_encoders
+
+    return measured_encoders(model, precision, modalities, operations=True)
+
+
+def _workload(
+    config: RunConfig,
+    sections: Mapping[str, ModalityConfig],
+    modalities: Mapping[str, Modality],
+    data: Sequence[str],
+    sample_tokens: int,
+    label_share: float,
+) -> Workload:
+    """Measure the given folders, or those of the configuration if they are all on this machine, or assume."""
+    configured = [(dataset.path, dataset.weight) for dataset in config.data.train.values()]
+    folders = [(folder, 1.0) for folder in data] or configured
+    if data or (
+        folders and not sample_tokens and all(Path(folder, "index", "index.json").is_file() for folder, _ in folders)
+    ):
+        planned = [
+            PlannedModality(name, section.kind or name, modalities[name], section.projector.num_tokens)
+            for name, section in sections.items()
+        ]
+        return measured_workload(folders, planned, config.model.global_batch_size, config.data.seq_length)
+    if sample_tokens > config.data.seq_length:
+        raise ConfigError(
+            f"--sample-tokens={sample_tokens} is more than data.seq_length={config.data.seq_length}. Lower it, or "
+            "raise data.seq_length."
+        )
+    trial = copy.copy(config.model)
+    trial.modalities = dict(sections)
+    return assumed_workload(trial, config.data.seq_length, sample_tokens, label_share)

@@ -1,0 +1,159 @@
+"""A page that shows one step of a layout or two: what each stage does when, and what it holds."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from megatron_anymal.model.memory.language_model import kept_by_chunk
+from megatron_anymal.planning.layouts.report import row_of
+from megatron_anymal.planning.layouts.search import Candidate, Problem
+from megatron_anymal.planning.layouts.simulation import Span
+from megatron_anymal.planning.layouts.step_time import StepTime, step_time
+
+# Passes that a page shows at most, over all stages; a longer step is cut to fewer micro-batches.
+_MOST_SPANS = 5000
+_WIDTH, _ROW, _GAP, _LEFT, _PLOT = 900, 20, 4, 60, 170
+
+_STYLE = """
+:root { color-scheme: light dark; --text: #1b1f24; --paper: #ffffff; --line: #c9d1d9; --idle: #eceff2;
+  --forward: #3b78c3; --backward: #d98324; --exchange: #8f5fbf; --reduce: #c2455e; --update: #4a8f5c; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e9ec; --paper: #14171a; --line: #3a4149; --idle: #24292e;
+  --forward: #6aa5ec; --backward: #f0a34e; --exchange: #b68be0; --reduce: #ea7188; --update: #74bf88; } }
+body { font: 14px/1.5 system-ui, sans-serif; color: var(--text); background: var(--paper); margin: 24px; }
+.layouts { display: grid; grid-template-columns: repeat(auto-fit, minmax(480px, 1fr)); gap: 32px; }
+svg { width: 100%; height: auto; } svg text { fill: var(--text); font-size: 11px; }
+.idle { fill: var(--idle); } .forward { fill: var(--forward); } .backward { fill: var(--backward); }
+.exchange { fill: var(--exchange); } .reduce { fill: var(--reduce); } .update { fill: var(--update); }
+.axis { stroke: var(--line); } .limit { stroke: var(--reduce); stroke-dasharray: 4 3; }
+.curve { fill: none; stroke-width: 1.5; } td { padding: 0 12px 0 0; }
+.key { display: inline-block; width: 12px; height: 12px; margin: 0 4px 0 12px; vertical-align: -1px; }
+"""
+_KEYS = {
+    "forward": "forward",
+    "backward": "backward, with recomputation",
+    "exchange": "messages, and waiting for them",
+    "reduce": "gradients (exposed)",
+    "update": "optimizer and weights",
+    "idle": "bubble",
+}
+
+
+def timeline_page(problem: Problem, found: Sequence[Candidate]) -> str:
+    """Return the page for the given layouts, side by side."""
+    keys = "".join(f'<span class="key" style="background: var(--{name})"></span>{text}' for name, text in _KEYS.items())
+    title = f"{problem.config.world_size:,} x {problem.gpu.name}"
+    sections = "".join(f"<section>{_section(problem, one)}</section>" for one in found)
+    return (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>One step: {html.escape(title)}</title>'
+        f"<style>{_STYLE}</style></head><body><h1>One step on {html.escape(title)}</h1>"
+        f'<p>{keys}</p><div class="layouts">{sections}</div></body></html>\n'
+    )
+
+
+def _section(problem: Problem, found: Candidate) -> str:
+    row = row_of(problem, found)
+    shown, step = _shown_step(found)
+    facts = {
+        "step": f"{row.seconds:.3g} s",
+        "tokens/s": f"{row.tokens_per_second:,.0f}",
+        "MFU": f"{row.mfu:.1%}",
+        "bubble": f"{row.bubble:.1%}",
+        "exposed communication": f"{row.exposed:.1%}",
+        "memory": f"{row.memory_gb:.1f} GB, {row.free_gb:.1f} GB free",
+        "recompute": str(row.recompute),
+    }
+    table = "".join(f"<tr><td>{name}</td><td>{html.escape(value)}</td></tr>" for name, value in facts.items())
+    note = f"Shown: {shown} of {row.micro_batches} micro-batches." if shown < row.micro_batches else ""
+    title = html.escape(str(row.layout))
+    return f"<h2>{title}</h2><table>{table}</table><p>{note}</p>{_timeline(step)}{_memory(problem, found, step)}"
+
+
+def _shown_step(found: Candidate) -> tuple[int, StepTime]:
+    """Simulate the step with its timeline, with as many micro-batches as a page can show."""
+    inputs = found.inputs
+    stages = len(inputs.sizes.stages)
+    per_batch = 2 * sum(len(chunks) for chunks in inputs.sizes.stages)
+    most = max(2, _MOST_SPANS // per_batch // stages) * stages
+    shown = min(inputs.load.number, most)
+    load = replace(inputs.load, number=shown)
+    return shown, step_time(replace(inputs, load=load), found.choice.recompute, timeline=True)
+
+
+def _timeline(step: StepTime) -> str:
+    height = len(step.pipeline.spans) * (_ROW + _GAP) + 24
+    scale = (_WIDTH - _LEFT) / step.seconds
+    marks = []
+    for stage, spans in enumerate(step.pipeline.spans):
+        top = stage * (_ROW + _GAP)
+        marks.append(f'<text x="0" y="{top + 14}">stage {stage}</text>')
+        marks.append(_box("idle", 0.0, step.seconds, top, scale, "waiting"))
+        marks += [_box(span.kind, span.start, span.end, top, scale, _name(span)) for span in spans]
+        end, reduction = step.pipeline.ends[stage], step.reductions[stage]
+        marks.append(_box("reduce", end, end + reduction, top, scale, "reduction of gradients"))
+        marks.append(_box("update", step.seconds - step.update, step.seconds, top, scale, "optimizer"))
+    marks.append(_axis(step.seconds, height - 20, scale))
+    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="timeline">{"".join(marks)}</svg>'
+
+
+def _name(span: Span) -> str:
+    if span.kind == "exchange":
+        return f"messages {1000 * (span.end - span.start):.3g} ms"
+    return f"{span.kind} of micro-batch {span.micro_batch}, chunk {span.chunk}: {1000 * (span.end - span.start):.3g} ms"
+
+
+def _box(kind: str, start: float, end: float, top: float, scale: float, title: str) -> str:
+    if end <= start:
+        return ""
+    x, width = _LEFT + start * scale, max(0.3, (end - start) * scale - 0.3)
+    return (
+        f'<rect class="{kind}" x="{x:.2f}" y="{top}" width="{width:.2f}" height="{_ROW}"><title>{title}</title></rect>'
+    )
+
+
+def _axis(seconds: float, top: float, scale: float) -> str:
+    ticks = "".join(
+        f'<text x="{_LEFT + part * seconds * scale - 12:.0f}" y="{top + 14}">{part * seconds:.3g} s</text>'
+        for part in (0.0, 0.25, 0.5, 0.75, 0.97)
+    )
+    return f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{top}" y2="{top}"/>{ticks}'
+
+
+def _memory(problem: Problem, found: Candidate, step: StepTime) -> str:
+    """Stored state and held activations of a rank of each stage over the step, below the limit."""
+    scale, height = (_WIDTH - _LEFT) / step.seconds, _PLOT + 30
+    unit = _PLOT / (1.05 * problem.memory)
+    limit = _PLOT - problem.memory * unit
+    marks = [
+        f'<line class="limit" x1="{_LEFT}" x2="{_WIDTH}" y1="{limit:.1f}" y2="{limit:.1f}"/>',
+        f'<text x="0" y="{limit + 4:.1f}">{problem.memory / 1e9:.0f} GB</text>',
+    ]
+    stages = len(step.pipeline.spans)
+    for stage in range(stages):
+        points = " ".join(
+            f"{_LEFT + time * scale:.1f},{_PLOT - size * unit:.1f}"
+            for time, size in _held_over_time(found, step, stage)
+        )
+        color = f"hsl({210 + 130 * stage // stages} 60% 50%)"
+        marks.append(
+            f'<polyline class="curve" stroke="{color}" points="{points}"><title>stage {stage}</title></polyline>'
+        )
+    marks.append(_axis(step.seconds, _PLOT, scale))
+    picture = f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="memory">{"".join(marks)}</svg>'
+    return f"<p>Memory of a rank of each stage, without temporary tensors</p>{picture}"
+
+
+def _held_over_time(found: Candidate, step: StepTime, stage: int) -> Iterator[tuple[float, int]]:
+    """Yield the corners of the curve: seconds and bytes."""
+    held, chunks = found.choice.held[stage], found.inputs.sizes.stages[stage]
+    kept = [kept_by_chunk(found.inputs.sizes, chunk, found.choice.recompute) for chunk in chunks]
+    size = held.weights + held.gradients + held.optimizer
+    yield 0.0, size
+    for span in step.pipeline.spans[stage]:
+        if span.kind != "exchange":
+            time, change = (span.start, kept[span.chunk]) if span.kind == "forward" else (span.end, -kept[span.chunk])
+            yield time, size
+            size += change
+            yield time, size
+    yield step.seconds, size

@@ -1,0 +1,194 @@
+"""`anymal plan`: what it prints, writes and refuses, and how much it takes."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny import make_config
+
+from megatron_anymal.__main__ import main
+from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.data.planner import BatchLayout
+from megatron_anymal.dry_run.simulate import _ALONE, examine
+from megatron_anymal.planning.layouts.hardware import load_hardware
+from megatron_anymal.planning.layouts.problem import build_problem
+from megatron_anymal.planning.layouts.workload import pack_load
+from megatron_anymal.train.build import build_data, build_inputs
+
+ROOT = Path(__file__).parents[3]
+TEXT = ("plan", "--config-name=pretrain_8b_image", "--gpus=64", "--gpu=h100-80gb")
+WITHOUT_MEDIA = ("~model.modalities.image", "model.language_model.freeze=false")
+
+
+def answer(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
+    assert main([*TEXT, "--json", *options, *WITHOUT_MEDIA]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_figures_follow_from_the_step(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "--sample-tokens=1024", "--label-share=0.5", "model.global_batch_size=512")
+    assert found["workload"]["tokens"] == 512 * 1024 and found["workload"]["labels"] == 512 * 512
+    seconds = [row["seconds"] for row in found["layouts"]]
+    assert len(seconds) == 10 and seconds == sorted(seconds)
+    gpu = load_hardware("h100-80gb")
+    for row in found["layouts"]:
+        layout = row["layout"]
+        ranks = layout["tensor_model_parallel_size"] * layout["pipeline_model_parallel_size"]
+        assert row["replicas"] * ranks * layout["context_parallel_size"] == 64
+        assert row["tokens_per_second"] == pytest.approx(512 * 1024 / row["seconds"])
+        assert row["days"] == pytest.approx(100_000 * row["seconds"] / 86400)
+        assert row["gpu_hours"] == pytest.approx(64 * 24 * row["days"])
+        most = max(
+            sum(held[kind] for kind in ("weights", "gradients", "optimizer", "activations", "working"))
+            for held in row["held_by_stage"]
+        )
+        assert row["memory_gb"] == pytest.approx(most / 1e9) and row["memory_gb"] + row["free_gb"] == pytest.approx(
+            72.0
+        )
+        # 7.5e9 parameters outside embedding and head, 6 operations for each and token; half the head.
+        operations = (6 * 6.98e9 + 3 * 128256 * 4096) * 512 * 1024
+        assert row["mfu"] == pytest.approx(operations / (row["seconds"] * 64 * gpu.peak("bf16")), rel=0.02)
+        assert 0 <= row["bubble"] < 1 and 0 <= row["exposed"] < 1 and row["mfu"] < 1.45
+
+
+def test_kept_keys_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys, "--keep=fp8", "--keep=context_parallel_size", "--best=3")
+    assert len(found["layouts"]) == 3
+    assert {(row["layout"]["fp8"], row["layout"]["context_parallel_size"]) for row in found["layouts"]} == {("", 1)}
+
+
+def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    found = answer(capsys)
+    assert main([*TEXT, *WITHOUT_MEDIA]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("layout "))
+    for line, row in zip(lines[start + 1 :], found["layouts"]):
+        assert line.startswith(row["name"]) and f" {row['tokens_per_second']:,.0f} " in line
+    assert "72.0 GB of each may be used" in lines[0] and f"{found['allowed']:,} layouts are allowed" in "\n".join(lines)
+
+
+def test_the_written_configuration_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It holds differences only, and its dry run needs the memory that the plan says."""
+    target = tmp_path / "planned.yaml"
+    options = ("--gpus=128", "--gpu=h100-80gb", "--keep=fp8", "--json", f"--write={target}", "model.seed=7")
+    assert main(["plan", "--config-name=sft_70b", *options]) == 0
+    [best, *_] = json.loads(capsys.readouterr().out)["layouts"]
+    body = yaml.safe_load(target.read_text())
+    assert body.pop("defaults") == ["sft_70b", "_self_"]
+    assert body["trainer"]["num_nodes"] == 16 and "devices" not in body["trainer"] and body["model"]["seed"] == 7
+    composed = compose("planned", tmp_path, []).config
+    base = compose("sft_70b", default_config_dir(), []).config
+    for name, value in best["layout"].items():
+        assert getattr(composed.model, name) == value
+        assert (name in body["model"]) == (getattr(base.model, name) != value), name
+    memory = examine(composed).memory
+    assert memory is not None
+    assert [stage.total for stage in memory.choice.held] == [
+        sum(held[kind] for kind in ("weights", "gradients", "optimizer", "activations", "working"))
+        for held in best["held_by_stage"]
+    ]
+
+
+def test_lengths_come_from_an_index(
+    mixed_shards: str, capsys: pytest.CaptureFixture[str], tokenizer_folder: str, tmp_path: Path
+) -> None:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    # One epoch, so that the expected sums are those of every step.
+    config.model.global_batch_size = 40
+    work = build_problem(config, load_hardware("h100-80gb"), [])[0].work
+
+    tokenizer, modalities = build_inputs(config.model, config.data)
+    plan = build_data(config, _ALONE, tokenizer, modalities, "train").planner.plan(0)
+    assert work.samples == 40 and work.tokens == pytest.approx(plan.documents.sum())
+    assert work.squares == pytest.approx((plan.documents**2).sum()) and work.labels == pytest.approx(plan.targets.sum())
+    planned = [item for position in range(len(plan.targets)) for item in plan.media.of(position)]
+    pieces = {name: sum(item.pieces for item in planned if item.modality == name) for name in work.pieces}
+    assert work.pieces == pytest.approx(pieces) and mixed_shards in work.origin
+    load = pack_load(work, BatchLayout.of(config.model, config.data.seq_length, 1))
+    batches = plan.micro_batches[0]
+    assert load.number == len(batches) and load.tokens == pytest.approx(plan.padded_length, rel=0.1)
+
+
+REFUSED = {
+    "unknown GPU": (["--gpu=h100"], ["--gpu=h100", "Did you mean h100-80gb?"]),
+    "GPUs that fill no node": (["--gpus=100"], ["--gpus=100", "96 or 104", "--nodes-of"]),
+    "no GPUs": (["--gpus=0"], ["--gpus=0", "1 or more"]),
+    "data without an index": (["--data=/nowhere"], ["--data=/nowhere", "anymal prepare --index-only"]),
+    "a key that is not searched": (["--keep=seed"], ["--keep=seed", "tensor_model_parallel_size"]),
+    "a folder for --write": (["--write=/nowhere/x.yaml"], ["--write=/nowhere/x.yaml", "no folder"]),
+    "no layout to print": (["--best=0"], ["--best=0", "1 or more"]),
+    "negative tokens": (["--sample-tokens=-1"], ["--sample-tokens=-1", "0 or more"]),
+    "a share above 1": (["--label-share=1.5"], ["--label-share=1.5", "at most 1"]),
+    "two sources": (["--data=HERE", "--sample-tokens=5"], ["exclude --data"]),
+    "tokens above a pack": (["--sample-tokens=5000"], ["--sample-tokens=5000", "data.seq_length=4096"]),
+    "no configuration": (["--config-name=nothing"], ["nothing.yaml"]),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mistakes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options, words = REFUSED[name]
+    assert main([*TEXT, *options]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and all(word in line for word in words)
+
+
+def test_missing_options(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, missing in (
+        (["--gpus=8"], "--config-name"),
+        (["--config-name=x", "--gpu=y"], "--gpus"),
+        (["gopdut"], "gopdut"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(["plan", *words])
+        assert ended.value.code == 2 and missing in capsys.readouterr().err
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--gpus=8", "--gpu=h100-80gb", "--keep=fp8", *WITHOUT_MEDIA]
+    assert main(["plan", "--config-name=pretrain_70b_image", *options]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(r"no layout fits\. The nearest: TP8\+SP .*GB too much on stage \d .*weights", line)
+    assert "--gpus" in line and "lora.r=8" in line
+
+
+def test_a_page_with_two_timelines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = tmp_path / "page.html"
+    assert main([*TEXT, f"--html={page}", *WITHOUT_MEDIA]) == 0
+    text = page.read_text()
+    assert text.count("<section>") == 2 and text.count('aria-label="timeline"') == 2
+    assert "prefers-color-scheme: dark" in text
+    # Nothing is loaded from anywhere.
+    assert not re.search(r"(src|href)=|url\(|@import", text)
+
+
+def test_refusals_are_quick() -> None:
+    code = "import time; begun = time.process_time(); from megatron_anymal.__main__ import main; import sys; "
+    code += "code = main(sys.argv[1:]); print(time.process_time() - begun); sys.exit(code)"
+    for option in ("--gpu=h100", "--gpus=100", "--data=/nowhere"):
+        taken = []
+        for _ in range(3):
+            done = subprocess.run([sys.executable, "-c", code, *TEXT, option], capture_output=True, text=True, cwd=ROOT)
+            assert done.returncode == 2
+            taken.append(float(done.stdout))
+        assert min(taken) < 0.3, option
+
+
+def test_70b_on_1024_gpus_within_bounds() -> None:
+    words = ["-m", "megatron_anymal", "plan", "--config-name=pretrain_70b_image", "--gpus=1024", "--gpu=h100-80gb"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=280)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
+    # The largest child so far: kilobytes.
+    assert after.ru_maxrss < 1e6

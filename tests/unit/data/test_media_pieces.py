@@ -1,0 +1,61 @@
+"""Media are written straight into the tensor of their micro-batch, in loader processes into shared memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from manifests import shards_of
+from replicas import replica_data
+from tiny import make_config, png
+
+from megatron_anymal.data import media_pieces
+from megatron_anymal.data.loader import steps
+from megatron_anymal.train.build import DataSource
+
+
+@pytest.fixture
+def data(tmp_path: Path, tokenizer_folder: str) -> DataSource:
+    samples = [
+        {"key": f"{n}", "parts": [{"media": f"{n}.png", "modality": "image"}, {"text": "one two"}]} for n in range(8)
+    ]
+    files = {f"{n}.png": png(n, (64, 64)) for n in range(8)}
+    folder = shards_of(tmp_path / "shards", tokenizer_folder, samples, files)
+    config = make_config(folder, tokenizer_folder, tmp_path / "run")
+    config.data.seq_length = 128
+    return replica_data(config)
+
+
+def test_only_loader_processes_use_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not media_pieces._new_batch((2, 3)).is_shared()
+    monkeypatch.setattr(media_pieces, "get_worker_info", lambda: object())
+    batch = media_pieces._new_batch((2, 3))
+    assert batch.is_shared() and batch.shape == (2, 3) and batch.dtype == torch.float32 and batch.is_contiguous()
+    assert media_pieces._new_batch((0, 3)).shape == (0, 3)
+
+
+def test_workers_and_this_process_read_the_same(data: DataSource) -> None:
+    def read(workers: int) -> list[torch.Tensor]:
+        plans = steps(data.planner, data.reader, replica=0, start=0, stop=3, num_workers=workers, prefetch_steps=2)
+        return [media.pieces for _, batches in plans for batch in batches for media in batch.media.values()]
+
+    alone, by_workers = read(0), read(2)
+    assert len(alone) == len(by_workers) > 0
+    for one, other in zip(alone, by_workers):
+        assert torch.equal(one, other) and other.is_shared()
+
+
+def test_what_was_written_before_an_error_is_cleared(data: DataSource, monkeypatch: pytest.MonkeyPatch) -> None:
+    modality = data.reader._modalities["image"].modality
+    write = type(modality).write
+
+    def failing(self: object, decoded: object, out: object) -> None:
+        write(self, decoded, out)  # type: ignore[arg-type]
+        raise media_pieces.MediaError("broke off")
+
+    monkeypatch.setattr(type(modality), "write", failing)
+    for plan in data.planner.plan(0).of_replica(0):
+        batch = data.reader[plan]
+        assert len(batch.bad) == len(plan.samples) and all("broke off" in why for why in batch.bad.values())
+        assert not batch.media["image"].pieces.any()

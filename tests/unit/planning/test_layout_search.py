@@ -1,0 +1,193 @@
+"""The layouts that are enumerated, the memory that is counted, and the order in which they are ranked."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig, ModelConfig, ProjectorConfig, RunConfig
+from megatron_anymal.config.validation import check
+from megatron_anymal.dry_run.simulate import examine
+from megatron_anymal.model.llama import check_model
+from megatron_anymal.model.llama_shape import layers_of_stages, read_llama_config
+from megatron_anymal.planning.layouts.config_file import planned_config
+from megatron_anymal.planning.layouts.enumeration import Layout
+from megatron_anymal.planning.layouts.hardware import known_gpus, load_hardware, sources
+from megatron_anymal.planning.layouts.problem import build_problem
+from megatron_anymal.planning.layouts.report import nothing_fits
+from megatron_anymal.planning.layouts.search import Candidate, Miss, Problem, _group, search
+
+SHAPE = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+def make_config(gpus: int, **model: Any) -> RunConfig:
+    config = RunConfig()
+    config.trainer.devices = gpus
+    config.model = ModelConfig(global_batch_size=16, **model)
+    config.model.language_model.config = dict(SHAPE)
+    config.model.language_model.freeze = False
+    config.data.tokenizer, config.data.seq_length = "none is needed", 64
+    return config
+
+
+def problem_of(config: RunConfig, memory: int = 10**12, gpu: str = "h100-80gb") -> Problem:
+    problem, _ = build_problem(config, load_hardware(gpu), [])
+    problem.memory = memory
+    return problem
+
+
+def works(config: RunConfig) -> bool:
+    """Whether the checks of a run and megatron-core's configuration accept it."""
+    try:
+        check(config)
+        check_model(config.model, config.trainer.precision, read_llama_config(config.model.language_model))
+    except ConfigError:
+        return False
+    return True
+
+
+def test_all_layouts_that_work_are_enumerated() -> None:
+    """Every combination of every key's values, through the checks that a run makes."""
+    config = make_config(4)
+    expected = set()
+    sizes, edges = (1, 2, 4), range(6)
+    formats = (("", False), ("hybrid", False))
+    for values in itertools.product(sizes, (False, True), sizes, (1, 2, 3), sizes, edges, edges, formats):
+        layout = Layout(*values[:7], *values[7])
+        trial = make_config(4)
+        trial.model = layout.applied(trial.model)
+        if works(trial):
+            stages = layers_of_stages(trial.model, read_llama_config(trial.model.language_model))
+            middle = stages[1] if len(stages) > 2 else max(stages)
+            # An even split has one spelling, and one of two stages sets the first.
+            given = layout[5:7]
+            spelled = all(not edge or edge != middle for edge in given) if len(stages) > 2 else not given[1]
+            if len(stages) == 2 and given[0] * 2 == 6:
+                spelled = False
+            if spelled and max(stages[0], stages[-1]) <= middle:
+                expected.add(layout)
+    found = problem_of(config).layouts()
+    assert len(found) == len(set(found))
+    # A trained Llama cannot be stored in FP8, so that format is absent on both sides.
+    assert set(found) == expected and len(expected) > 40
+
+
+def test_the_best_first_search_finds_what_all_layouts_contain() -> None:
+    """Against counting and simulating every layout, with memory for some of them only."""
+    config = make_config(8, recompute_granularity="auto")
+    config.data.seq_length = 1024
+    everything = problem_of(config)
+    layouts = everything.layouts()
+    needs = sorted(
+        found.choice.held[found.choice.worst].total
+        for found in map(lambda layout: everything.examine(layout, 0.0), layouts)
+        if isinstance(found, Candidate)
+    )
+    problem = problem_of(config, memory=needs[len(needs) // 3])
+    fastest: dict[tuple[Any, ...], float] = {}
+    for layout in layouts:
+        found = problem.examine(layout, 0.0)
+        if isinstance(found, Candidate):
+            key = (*layout[:5], *layout[7:])
+            fastest[key] = min(fastest.get(key, 1e9), found.step.seconds)
+    result = search(problem, layouts, wanted=5)
+    assert [found.step.seconds for found in result.ranked] == sorted(fastest.values())[:5]
+    assert result.allowed == len(layouts) > result.examined >= result.simulated >= 5
+    assert all(miss.held.total > problem.memory for miss in result.misses)
+
+
+def test_no_step_is_faster_than_its_bound() -> None:
+    config = make_config(8)
+    config.data.seq_length = 512
+    problem = problem_of(config)
+    layouts = problem.layouts()
+    result = search(problem, layouts, wanted=10**6)
+    assert result.simulated > 50
+    for layout in layouts[::5]:
+        found = problem.examine(layout, 0.0)
+        assert isinstance(found, Candidate)
+        assert found.step.seconds >= _group(problem, layout).bound(layout)
+
+
+# TP, SP, PP, VPP, CP, first, last, trains, recompute
+COUNTED = [
+    (1, False, 1, 1, 1, 0, 0),
+    (2, False, 1, 1, 1, 0, 0),
+    (2, True, 1, 1, 1, 0, 0),
+    (1, False, 2, 1, 1, 0, 0),
+    (1, False, 2, 1, 1, 2, 0),
+    (1, False, 2, 3, 1, 0, 0),
+    (1, False, 2, 2, 1, 2, 0),
+    (1, False, 4, 1, 1, 1, 1),
+    (1, False, 1, 1, 2, 0, 0),
+    (2, True, 2, 3, 1, 0, 0),
+    (2, True, 1, 1, 2, 0, 0),
+    (1, False, 2, 1, 2, 4, 0),
+]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("values", COUNTED)
+def test_memory_is_that_of_a_dry_run(values: tuple[Any, ...], trains: bool, tmp_path: Path) -> None:
+    """A dry run builds every stage of the layout's configuration; the search does arithmetic on shared sizes."""
+    config = make_config(8, recompute_granularity="auto")
+    config.data.tokenizer = str(tmp_path / "none")
+    if not trains:
+        config.model.language_model.freeze, config.model.lora.r = True, 4
+        config.model.modalities = {
+            "image": ModalityConfig(
+                "image",
+                EncoderConfig(
+                    "clip", config={"image_size": 28, "patch_size": 14, "hidden_size": 32, "num_attention_heads": 2}
+                ),
+                ProjectorConfig(num_layers=1, num_tokens=4, num_attention_heads=4),
+                placeholder="<|reserved_special_token_0|>",
+            )
+        }
+    layout = Layout(*values, "", False)
+    plenty = problem_of(config)
+    assert layout in plenty.layouts()
+    most = plenty.examine(layout, 0.0)
+    assert isinstance(most, Candidate) and not most.choice.recompute.granularity
+    # Tight enough to need recomputation.
+    problem = problem_of(config, memory=most.choice.held[most.choice.worst].total - 1)
+    found = problem.examine(layout, 0.0)
+    if isinstance(found, Miss):
+        found = most
+    planned = planned_config(config, layout, found.choice.recompute)
+    memory = examine(planned).memory
+    assert memory is not None and memory.choice.recompute == found.choice.recompute
+    if memory.attention == "sdpa":
+        pytest.skip("this machine's dry run assumes a CPU")
+    assert memory.choice.held == found.choice.held
+
+
+def test_what_does_not_fit_is_explained() -> None:
+    config = make_config(2)
+    problem = problem_of(config, memory=10**5)
+    result = search(problem, problem.layouts())
+    assert not result.ranked and result.misses
+    text = str(nothing_fits(problem, result))
+    least = min(result.misses, key=lambda miss: miss.held.total)
+    assert str(least.layout) in text and f"{(least.held.total - 10**5) / 1e9:.1f} GB too much" in text
+    assert "\n" not in text and "--gpus" in text
+
+
+@pytest.mark.parametrize("gpu", ["a100-80gb", "h100-80gb", "h200-141gb", "b200-180gb", "gb200-186gb"])
+def test_every_number_of_a_gpu_has_a_source(gpu: str) -> None:
+    assert gpu in known_gpus() and load_hardware(gpu.upper()) == load_hardware(gpu)
+    for key, (value, source) in sources(gpu).items():
+        assert value is not None and len(source) > 5, key
+    json.dumps(sources(gpu))
