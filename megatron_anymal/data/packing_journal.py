@@ -140,8 +140,9 @@ class Packed:
     source: str
     # Number of samples in the source.
     samples: int
-    # File system and path of the journal.
+    # File system of the journal.
     fs: Any
+    # Its path there.
     path: str
 
     def left_out(self) -> Iterator[LeftOut]:

@@ -52,6 +52,8 @@ REFUSED = {
     "prepare --from llava /none.json --out=/tmp/never --tokenizer=/nowhere": "/none.json",
     "prepare --from lava /none.json --out=/tmp/never --tokenizer=/nowhere": "llava",
     "prepare --from coco EXPORT/config.json --out=/tmp/never --tokenizer=/nowhere": "captions_",
+    "prepare --from llava /none.json --out=/tmp/never --tokenizer=/nowhere --part=1/2": "/none.json",
+    "prepare --manifest=/none.jsonl --out=/tmp/never --tokenizer=/nowhere --rebuild": "--rebuild",
     "prepare --index-only=/none --tokenizer=/nowhere --filter=min_sied=3": "min_sied",
     "inspect /none --tokenizer=/nowhere": "/none",
     "plan goodput --gpus=0": "gpus",
