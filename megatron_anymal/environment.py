@@ -71,6 +71,7 @@ REQUIREMENTS = (
         "`anymal launch --launcher=ft` does not start; torchrun, the default, does",
     ),
     Requirement("s3fs", "s3fs", ">=2024.2", "s3", "shards on S3 cannot be read"),
+    Requirement("pyarrow", "pyarrow", ">=15.0", "huggingface", "`anymal prepare --from huggingface` reads nothing"),
     Requirement("wandb", "wandb", "", "wandb", "exp_manager.create_wandb_logger=true fails"),
 )
 

@@ -51,8 +51,8 @@ class IndexedShards:
         if index and Counter(one.code for one in ledger) != index.left_out_codes:
             raise DataError(f"The ledger of the index in {index.folder!r} is incomplete.")
         for one in ledger:
-            # Repeated keys are determined anew.
-            if one.code != "repeated_key":
+            # Repeated keys are determined anew, and samples that were not packed are those of the packing's journal.
+            if one.code != "repeated_key" and one.shard:
                 self._left_out[one.shard].append(one)
 
     def unchanged(self, file: ShardFile) -> bool:

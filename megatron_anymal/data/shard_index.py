@@ -23,7 +23,6 @@ from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.index_format import (
     BOUNDS,
-    INDEX_FOLDER,
     KEYS,
     MEDIA_ITEMS,
     READABLE,
@@ -33,7 +32,7 @@ from megatron_anymal.data.index_format import (
     IndexHeader,
 )
 from megatron_anymal.data.json_text import parse_json_text
-from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
+from megatron_anymal.data.left_out import INDEX_FOLDER, LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.length_bounds import LengthBounds
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.row_reader import RowReader
