@@ -16,13 +16,14 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
 from megatron_anymal.config import DatasetConfig
 from megatron_anymal.data.configured_modality import PlannedModality
-from megatron_anymal.data.index_format import MEDIA, SAMPLE
+from megatron_anymal.data.index_format import MEDIA, SAMPLE, IndexHeader
+from megatron_anymal.data.index_writer import TableRows, write_index
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 
 # Samples per step, and steps that are planned.
@@ -66,42 +67,27 @@ def long_tailed_rows(count: int) -> tuple[np.ndarray, np.ndarray]:
     return samples, media
 
 
-def write_index(folder: Path, count: int) -> None:
+def write(folder: Path, count: int) -> None:
     """Write an index without shards."""
-    folder.mkdir(parents=True, exist_ok=True)
     samples, media = long_tailed_rows(min(count, _REPEATED))
     times = -(-count // len(samples))
-    with open(folder / "samples.npy", "wb") as file:
-        _write_header(file, SAMPLE, times * len(samples))
-        for _ in range(times):
-            samples.tofile(file)
-            samples["media_start"] += len(media)
-    with open(folder / "media.npy", "wb") as file:
-        _write_header(file, MEDIA, times * len(media))
-        for _ in range(times):
-            media.tofile(file)
-    (folder / "keys.bin").write_bytes(b"\0")
-    sizes = {"samples": times * len(samples), "media": times * len(media)}
-    header = {"version": 2, "kinds": ["image"], "extensions": ["jpg"], "tokenizer": "made up", "shards": []}
-    (folder / "index.json").write_text(json.dumps({**header, **sizes}))
+    header = IndexHeader((), (), ("image",), ("jpg",), "made up")
+    tables = (TableRows(_moved(samples, turn * len(media)), media, b"", {}) for turn in range(times))
+    write_index(str(folder), header, times * len(samples), times * len(media), tables)
 
 
-def _write_header(file: BinaryIO, dtype: np.dtype, rows: int) -> None:
-    described = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
-    np.lib.format.write_array_header_1_0(file, described)
-
-
-class UncheckedPlanner(BatchPlanner):
-    """Opens an index without looking for its kinds of samples and media, which reads all of it."""
-
-    def _check_index(self, *arguments: Any) -> None: ...
+def _moved(samples: np.ndarray, items: int) -> np.ndarray:
+    """Samples whose media items come so many items later."""
+    moved = samples.copy()
+    moved["media_start"] += items
+    return moved
 
 
 def planner(folder: Path) -> BatchPlanner:
     """The planner of a run on 64 replicas with packs of 8,192 tokens."""
     modality: Any = OnePiece()
     tokenizer: Any = AnyTokenizer()
-    return UncheckedPlanner(
+    return BatchPlanner(
         {"made up": DatasetConfig(path=str(folder))},
         [PlannedModality("image", "image", modality, 64)],
         tokenizer,
@@ -152,7 +138,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary)
         if not (folder / "index" / "index.json").exists():
-            write_index(folder / "index", arguments.samples)
+            write(folder, arguments.samples)
         print(json.dumps(measure(folder)))
 
 

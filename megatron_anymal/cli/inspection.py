@@ -11,7 +11,7 @@ from typing import Optional
 import numpy as np
 
 from megatron_anymal.cli.data_page.markup import file_size
-from megatron_anymal.cli.data_page.numbers import MEASURED_STEPS, fill
+from megatron_anymal.cli.data_page.numbers import MEASURED_STEPS, fill, row_chunks
 from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.left_out import grouped
@@ -34,7 +34,6 @@ from megatron_anymal.modalities import MODALITIES, MediaError, build_modality, l
 
 # Number of bad samples that are named; the others are only counted.
 _SHOWN = 20
-_ROWS_AT_ONCE = 1_000_000
 _SCALE = 40
 _KIND_NAMES = {"messages": "conversations", "preference": "preference pairs"}
 
@@ -305,19 +304,16 @@ def planner_of(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPl
         too_long="drop",
         check_shards=False,
         storage=config.data.storage,
+        limits=config.data.limits,
     )
 
 
 def _lengths(planner: BatchPlanner) -> np.ndarray:
     """Number of LLM tokens of every sample, for a planner of one dataset."""
     [index] = planner.indexes
-    return np.concatenate([planner.measure(index, rows).length for rows in _row_chunks(index)])
+    return np.concatenate([planner.measure(index, rows).length for rows in row_chunks(index)])
 
 
 def _text_tokens(index: ShardIndex) -> np.ndarray:
     """Number of text tokens of every sample."""
-    return np.concatenate([index.lengths(rows)[0].sum(axis=1) for rows in _row_chunks(index)])
-
-
-def _row_chunks(index: ShardIndex) -> list[np.ndarray]:
-    return [np.arange(at, min(at + _ROWS_AT_ONCE, len(index))) for at in range(0, len(index), _ROWS_AT_ONCE)]
+    return np.concatenate([index.lengths(rows)[0].sum(axis=1) for rows in row_chunks(index)])

@@ -14,6 +14,8 @@ from megatron_anymal.cli.inspection import build_run, find_sample, planner_of
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.records import DataError
 from megatron_anymal.modalities import load_plugins
+from megatron_anymal.model.memory.encoder_sizes import measured_encoders
+from megatron_anymal.train.encoder_costs import FILE, passes, read_costs
 
 # Samples that are shown unless --samples says otherwise.
 _SAMPLES = 8
@@ -42,17 +44,35 @@ def inspect_page(arguments: argparse.Namespace, config: RunConfig) -> int:
         name=arguments.config_name,
         planner=planner_of(run, config.data.train),
         tokenizer=run.reading.tokenizer,
-        planned=run.modalities,
         loaded={modality.name: run.reading.loaded[modality.kind] for modality in run.modalities},
         datasets=config.data.train,
         max_steps=config.trainer.max_steps,
     )
+    view.planner.use_encoder_costs(_encoder_costs(config, view))
     chosen = _named(view, arguments.sample) if arguments.sample else choose(view, step - 1, samples)
     page = write_page(file, view, chosen)
     for name, why in page.bad:
         print(f"bad: {name}: {why}")
     print(f"wrote {file}: {page.samples} sample(s) in {page.packs} pack(s), {file_size(file.stat().st_size)}")
     return 1 if page.bad else 0
+
+
+def _encoder_costs(config: RunConfig, view: RunView) -> dict[str, float]:
+    """Costs of one piece by which the run balances its packs; of operations as long as it has not measured them."""
+    sections = config.model.modalities
+    if config.model.encoder_costs == "configured":
+        return {name: section.cost_per_piece for name, section in sections.items()}
+    if config.model.encoder_costs == "measured":
+        kept = read_costs(config.run_dir / FILE)
+        if kept.keys() == sections.keys():
+            return kept
+        print(f"the run has not measured its encoders yet (no {FILE}): packs are planned by their operations")
+    modalities = {name: entry.modality for name, entry in view.loaded.items()}
+    counted = measured_encoders(config.model, config.trainer.precision, modalities, operations=True)
+    return {
+        name: passes(trains=not section.encoder.freeze) * sizes.operations
+        for name, (section, sizes) in zip(sections, counted)
+    }
 
 
 def _named(view: RunView, names: Sequence[str]) -> list[tuple[int, int]]:

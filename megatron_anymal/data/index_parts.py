@@ -14,6 +14,7 @@ from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_processes import ShardReader, index_shards
 from megatron_anymal.data.index_totals import RowStore, complete_index
 from megatron_anymal.data.indexed_shards import IndexedShards, indexed_shards
+from megatron_anymal.data.manifest_parts import join_journals
 from megatron_anymal.data.part_files import PartFiles, digest
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
@@ -56,7 +57,7 @@ def index_part(
     left_out = 0
     for rows in index_shards(reader, new, workers):
         parts.store(rows, made_with)
-        left_out += sum(not entry.is_note for entry in rows.left_out)
+        left_out += sum(entry.is_bad for entry in rows.left_out)
     parts.mark(part, identity, len(files))
     print(f"{folder}: part {part}: {len(files) - len(new)} shards kept, {len(new)} read, {left_out} left out of them")
 
@@ -91,6 +92,8 @@ def merge_parts(folder: str, max_bad_share: float = 0.01) -> None:
     stores: dict[str, RowStore] = {name: parts if name in current else indexed for name in files}
     if kept:
         print(f"{folder}: {len(kept)} shards kept, {len(current)} from {of} parts")
+    if from_manifest:
+        join_journals(folder)
     complete_index(folder, stores, identity, max_bad_share, unique_keys=from_manifest)
     parts.remove()
 

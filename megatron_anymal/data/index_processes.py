@@ -5,11 +5,13 @@ from __future__ import annotations
 import multiprocessing
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Optional
 
 from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.data.index_builder import IndexOptions, index_shard
+from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_listing import ShardFile
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.tokenizer import Tokenizer
@@ -24,6 +26,12 @@ def useful_workers(asked: int, sizes: Iterable[int]) -> int:
     """Number of processes, at most `asked`, that index shards of these sizes (bytes) faster than one fewer."""
     sizes = list(sizes)
     return max(1, min(asked, len(sizes), sum(sizes) // BYTES_PER_WORKER))
+
+
+class WorkerKilled(DataError):
+    """A process that was indexing shards has been killed."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -67,7 +75,7 @@ def index_shards(reader: ShardReader, files: Sequence[ShardFile], workers: int) 
     Raises:
         ConfigError: a plug-in cannot be imported.
         StorageError: the object store cannot be used.
-        BrokenProcessPool: a process was killed.
+        WorkerKilled: a process was killed.
     """
     if not files:
         return
@@ -87,6 +95,11 @@ def _in_processes(reader: ShardReader, files: Sequence[ShardFile], workers: int)
         # Without names for the jobs, the rows of a finished one are freed.
         for job in as_completed([pool.submit(_read, file) for file in files]):
             yield job.result()
+    except BrokenProcessPool:
+        raise WorkerKilled(
+            f"One of {workers} processes that index {reader.folder!r} was killed. Often the machine ran out of memory: "
+            "lower --workers, and start again."
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 

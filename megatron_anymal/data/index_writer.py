@@ -16,7 +16,6 @@ import numpy as np
 
 from megatron_anymal.data.index_format import (
     BOUNDS,
-    INDEX_FOLDER,
     KEYS,
     MEDIA,
     MEDIA_ITEMS,
@@ -25,6 +24,7 @@ from megatron_anymal.data.index_format import (
     SHARDS,
     IndexHeader,
 )
+from megatron_anymal.data.left_out import INDEX_FOLDER
 from megatron_anymal.data.length_bounds import BLOCK, BoundsBuilder
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError
 from megatron_anymal.data.shard_rows import ShardRows

@@ -52,14 +52,19 @@ class IndexedShards:
         if index and Counter(one.code for one in ledger) != index.left_out_codes:
             raise DataError(f"The ledger of the index in {index.folder!r} is incomplete.")
         for one in ledger:
-            # Repeated keys are determined anew.
-            if one.code != "repeated_key":
+            # Repeated keys are determined anew, and samples that were not packed are those of the packing's journal.
+            if one.code != "repeated_key" and one.shard:
                 self._left_out[one.shard].append(one)
 
     def unchanged(self, file: ShardFile) -> bool:
-        """Whether the index has the rows of a shard as it is now. One that could not be read counts as changed."""
+        """Whether the index has the rows of a shard as it is now.
+
+        One that could not be read counts as changed, and so does one whose version the store does not state.
+        """
         shard = self._shards.get(file.name)
-        if shard is None or (shard.entry["bytes"], shard.entry["modified"]) != (file.size, file.modified):
+        if shard is None or not file.modified:
+            return False
+        if (shard.entry["bytes"], shard.entry["modified"]) != (file.size, file.modified):
             return False
         return not any(one.code == "unreadable" for one in self._left_out.get(file.name, ()))
 

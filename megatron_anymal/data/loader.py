@@ -59,13 +59,14 @@ class MicroBatchReader(Dataset[MicroBatch]):
         self._modalities, self._needs = modalities, needs
         self._pieces = PieceReader(planner)
         self._placeholders = {name: m.placeholder for name, m in modalities.items()}
+        self._remote = any(index.remote for index in planner.indexes)
         # Byte ranges of micro-batches that were requested from object storage, by dataset.
         self._requested: dict[PlannedMicroBatch, dict[int, list[ByteRange]]] = {}
 
     def request(self, plan: PlannedMicroBatch) -> None:
         """Start to read a micro-batch's bytes from object storage, unless that has happened. They stay in memory until
         the micro-batch is read, which must follow."""
-        if plan in self._requested or not any(index.remote for index in self._planner.indexes):
+        if not self._remote or plan in self._requested:
             return
         self._requested[plan] = ranges = self._byte_ranges(plan)
         for dataset, wanted in ranges.items():
@@ -99,6 +100,8 @@ class MicroBatchReader(Dataset[MicroBatch]):
         Raises:
             StorageError: an object store cannot be used, which no sample is to blame for.
         """
+        if not self._remote:
+            return self._read(plan)
         self.request(plan)
         try:
             return self._read(plan)

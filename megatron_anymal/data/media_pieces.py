@@ -82,7 +82,10 @@ class PieceReader:
         [media] = index.read_media(item.sample.sample, parts, [item.number])
         whole = len(out) == item.pieces
         pieces = out if whole else np.empty((item.pieces, *modality.piece_shape), dtype=np.float32)
-        modality.load_array(media.data, media.extension, media.part.attributes, pieces)
+        try:
+            modality.load_array(media.data, media.extension, media.part.attributes, pieces)
+        except MediaError as error:
+            raise MediaError(f"media {media.part.media!r} {error}") from None
         if not whole:
             out[...] = pieces[wanted]
 

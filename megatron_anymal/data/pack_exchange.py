@@ -56,7 +56,8 @@ class PackTable:
         """Exchange one document, or none, between the packs of each pair, so that their surplus becomes smallest.
 
         Args:
-            high, low: [k] the packs of each pair; no pack occurs twice.
+            high: [k] the longer or costlier pack of each pair; no pack occurs twice.
+            low: [k] the other pack of each pair.
             surplus: [k] int64 by how much `high` exceeds `low`, at least 0. Moving a value changes it twice.
             values: [n + 1] int64 `lengths` or `costs`.
             limit: no pack becomes longer than this.
@@ -124,7 +125,7 @@ def deal_to_replicas(packs: PackTable, replicas: int) -> np.ndarray:
     order = np.empty_like(costliest_first)
     for position, row in enumerate(costliest_first):
         order[position, np.argsort(load, kind="stable")] = row
-        load = packs.work[order[: position + 1]].sum(axis=0)
+        load += packs.work[order[position]]
     _exchange_packs(packs.work, order)
     return order
 

@@ -7,10 +7,12 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from typing import IO, Any, Optional
 
-from megatron_anymal.data.index_format import INDEX_FOLDER
 from megatron_anymal.data.index_writer import replacing
+from megatron_anymal.data.left_out import INDEX_FOLDER
+from megatron_anymal.data.packing_journal import PackedShard
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_listing import ShardFile
@@ -21,8 +23,9 @@ from megatron_anymal.object_storage.client import file_system
 
 PARTS_FOLDER = "parts"
 _MARK = "part-"
-# What parts that make shards from a manifest must agree on.
+# What parts that pack a source must agree on.
 _MANIFEST = "manifest.json"
+_PACKED = "packed-"
 # The entries of a head that are kept in memory.
 _KEPT = ("bytes", "modified", "samples", "text_with_media", "options", "unreadable")
 
@@ -118,10 +121,21 @@ class PartFiles:
             self._fs.rm_file(path)
 
     def marks(self) -> dict[PartOf, Mapping[str, Any]]:
-        """What `mark` has noted of each finished part, in the order of their numbers."""
-        paths = [path for path in sorted(self._paths()) if path.rpartition("/")[2].startswith(_MARK)]
-        marks = [json.loads(self._fs.cat_file(path)) for path in paths]
-        return {PartOf(mark["part"], mark["of"]): mark for mark in marks}
+        """What `mark` has noted of each finished part, in the order of their numbers.
+
+        Raises:
+            DataError: naming the file that is damaged.
+        """
+        marks = {}
+        for path in sorted(self._paths()):
+            if not fnmatchcase(path.rpartition("/")[2], f"{_MARK}*.json"):
+                continue
+            try:
+                mark = json.loads(self._fs.cat_file(path))
+                marks[PartOf(mark["part"], mark["of"])] = mark
+            except (ValueError, KeyError, TypeError):
+                raise DataError(f"{path!r} is damaged. Remove it, and run its part again.") from None
+        return marks
 
     def manifest(self) -> Optional[dict[str, Any]]:
         """What `set_manifest` has noted; None if the shards are not made by the parts."""
@@ -129,8 +143,18 @@ class PartFiles:
         return dict(json.loads(self._fs.cat_file(path))) if self._fs.exists(path) else None
 
     def set_manifest(self, note: Mapping[str, Any]) -> None:
-        """Note what parts that make shards from a manifest must agree on, as JSON values."""
+        """Note what parts that pack a source must agree on, as JSON values."""
         self._write(_MANIFEST, note)
+
+    def packed(self, number: int) -> Optional[PackedShard]:
+        """What `set_packed` has noted of a shard; None if it is not packed yet."""
+        path = f"{self._root}/{_PACKED}{number:06d}.json"
+        return PackedShard.of_line(self._fs.cat_file(path)) if self._fs.exists(path) else None
+
+    def set_packed(self, shard: PackedShard) -> None:
+        """Note a shard that a part has packed."""
+        with replacing(self._fs, f"{self._root}/{_PACKED}{shard.number:06d}.json") as file:
+            file.write(shard.to_line().encode())
 
     def remove(self) -> None:
         """Remove all files."""

@@ -11,7 +11,6 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Optional
 
 import numpy as np
@@ -23,7 +22,6 @@ from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.length_bounds import LengthBounds
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError
-from megatron_anymal.data.row_reader import RowReader
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.step_plan import BatchMedia, StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
@@ -106,16 +104,14 @@ def measure_samples(
     index: ShardIndex,
     sample: np.ndarray,
     by_kind: Mapping[str, PlannedModality],
-    readers: Optional[tuple[RowReader, RowReader]] = None,
 ) -> Measures:
     """Lengths and costs of samples of one dataset, computed without a loop over samples.
 
     Args:
         sample: [n] row numbers.
         by_kind: the configured modalities by their kind of media.
-        readers: of the index's samples and media, if they exist already.
     """
-    samples, items = readers or (RowReader(index.samples), RowReader(index.media))
+    samples, items = index.readers
     rows = samples.take(sample)
     documents, targets = index.lengths_in(rows)
     has = documents > 0
@@ -213,6 +209,11 @@ class BatchPlanner:
         """Name of a sample: dataset/key."""
         return f"{self.names[dataset]}/{self.indexes[dataset].key(sample)}"
 
+    @property
+    def encoder_costs(self) -> dict[str, float]:
+        """Cost of one piece by modality, by which packs are balanced."""
+        return {m.name: m.cost_per_piece for m in self._by_kind.values()}
+
     def use_encoder_costs(self, costs: Mapping[str, float]) -> None:
         """Balance encoder work by these costs from now on.
 
@@ -253,11 +254,6 @@ class BatchPlanner:
             document_multiple=self.layout.document_multiple,
         )
 
-    @cached_property
-    def _readers(self) -> dict[ShardIndex, tuple[RowReader, RowReader]]:
-        """Readers of the samples and the media of each index."""
-        return {index: (RowReader(index.samples), RowReader(index.media)) for index in self.indexes}
-
     def _lay_out(
         self, positions: np.ndarray, documents: np.ndarray, costs: np.ndarray
     ) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], int]:
@@ -288,7 +284,7 @@ class BatchPlanner:
         Args:
             sample: [n] row numbers.
         """
-        return measure_samples(index, sample, self._by_kind, self._readers[index])
+        return measure_samples(index, sample, self._by_kind)
 
     def _media(self, measured: Sequence[tuple[np.ndarray, Measures]], samples: int) -> BatchMedia:
         """Put the media items of all datasets in the order of the samples.

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
+import weakref
 from collections import OrderedDict
 
 from megatron_anymal.data.tar.byte_source import LocalBytes
 
-# Shards that an index keeps open per thread. A run may have dozens of indexes, and a process usually 1,024 descriptors.
-MOST_OPEN = 16
+# Shards of all folders that a thread keeps open. A process has usually 1,024 descriptors, and loader workers need some
+# for shared memory.
+MOST_OPEN = 256
 
 
-class ShardFiles(threading.local):
-    """Reads from local shards; those read last stay open.
+class _Opened(threading.local):
+    """This thread's open shards by (number of their `ShardFiles`, name), least recently used first."""
+
+    def __init__(self) -> None:
+        self.shards: OrderedDict[tuple[int, str], _Shard] = OrderedDict()
+
+
+_OPENED = _Opened()
+_NUMBERS = itertools.count()
+
+
+class ShardFiles:
+    """Reads from a folder's local shards; those read last stay open.
 
     Descriptors are read by position (pread), so that processes forked from this one can share them. Each thread has its
     own, so that none closes a descriptor that another is reading.
     """
 
     def __init__(self, folder: str, most: int = MOST_OPEN):
-        self._folder, self._most = folder, most
-        # Least recently used first.
-        self._opened: OrderedDict[str, _Shard] = OrderedDict()
+        self._folder, self._most, self._number = folder, most, next(_NUMBERS)
+        weakref.finalize(self, _close, self._number).atexit = False
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         """The bytes [offset, offset + length) of a shard, fewer if it ends before.
@@ -30,13 +43,24 @@ class ShardFiles(threading.local):
         Raises:
             OSError: it cannot be read.
         """
-        shard = self._opened.get(name)
+        opened, key = _OPENED.shards, (self._number, name)
+        shard = opened.get(key)
         if shard is None:
-            shard = self._opened[name] = _Shard(os.open(os.path.join(self._folder, name), os.O_RDONLY))
-            if len(self._opened) > self._most:
-                self._opened.popitem(last=False)
-        self._opened.move_to_end(name)
-        return shard.read_exactly(offset, length)
+            shard = opened[key] = _Shard(os.open(os.path.join(self._folder, name), os.O_RDONLY))
+            while len(opened) > self._most:
+                opened.popitem(last=False)
+        opened.move_to_end(key)
+        try:
+            return shard.read_exactly(offset, length)
+        except OSError:
+            # Such as a stale handle of a network file system: the next read opens the shard again.
+            del opened[key]
+            raise
+
+
+def _close(number: int) -> None:
+    for key in [key for key in _OPENED.shards if key[0] == number]:
+        del _OPENED.shards[key]
 
 
 class _Shard(LocalBytes):

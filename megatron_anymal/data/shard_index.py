@@ -21,7 +21,6 @@ from megatron_anymal.config import LimitsConfig, StorageConfig
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.index_format import (
     BOUNDS,
-    INDEX_FOLDER,
     KEYS,
     MEDIA_ITEMS,
     READABLE,
@@ -31,9 +30,10 @@ from megatron_anymal.data.index_format import (
     IndexHeader,
 )
 from megatron_anymal.data.json_text import parse_json_text
-from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
+from megatron_anymal.data.left_out import INDEX_FOLDER, LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.length_bounds import LengthBounds
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
+from megatron_anymal.data.row_reader import RowReader
 from megatron_anymal.data.samples import parse_sample, parse_text
 from megatron_anymal.data.stored_shards import StoredShards
 from megatron_anymal.object_storage.byte_ranges import ByteRange
@@ -127,6 +127,11 @@ class ShardIndex:
         """Concatenated keys in a range of bytes."""
         return bytes(self._keys[start:stop])
 
+    @cached_property
+    def readers(self) -> tuple[RowReader, RowReader]:
+        """Readers of scattered samples and media."""
+        return RowReader(self.samples), RowReader(self.media)
+
     @property
     def key_bytes(self) -> int:
         """Length of all keys in bytes."""
@@ -172,7 +177,7 @@ class ShardIndex:
             Tokens and targets, both [n, 2] int64: for the only or chosen document, and for the rejected one (0 if there
             is none).
         """
-        return self.lengths_in(take_rows(self.samples, samples))
+        return self.lengths_in(self.readers[0].take(samples))
 
     def lengths_in(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """`lengths` of samples whose rows have been read.
@@ -358,24 +363,6 @@ class ShardIndex:
 
     def _read(self, shard: int, offset: int, length: int, crc: int, where: str) -> bytes:
         return self._shards.read(self.header.shards[shard], offset, length, crc, where)
-
-
-def take_rows(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Rows of a table by their numbers; a view, without a copy of each, if they are consecutive.
-
-    Args:
-        table: [m] SAMPLE or MEDIA.
-        rows: [n] row numbers.
-
-    Returns:
-        [n] of the table's type.
-
-    Raises:
-        IndexError: the table has no such row.
-    """
-    first, last = (int(rows[0]), int(rows[-1])) if len(rows) else (0, -1)
-    consecutive = last - first == len(rows) - 1 and bool((rows[1:] > rows[:-1]).all())
-    return table[first : last + 1] if consecutive and first >= 0 and last < len(table) else table[rows]
 
 
 def _limits(given: Mapping[str, Any]) -> LimitsConfig:

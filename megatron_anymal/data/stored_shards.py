@@ -9,8 +9,8 @@ from typing import Optional
 import fsspec
 
 from megatron_anymal.config import StorageConfig, is_remote
-from megatron_anymal.data.index_format import BOUNDS, INDEX_FOLDER, KEYS, MEDIA_ITEMS, SAMPLES, SHARDS
-from megatron_anymal.data.left_out import LEDGER
+from megatron_anymal.data.index_format import BOUNDS, KEYS, MEDIA_ITEMS, SAMPLES, SHARDS
+from megatron_anymal.data.left_out import INDEX_FOLDER, LEDGER
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_files import ShardFiles
 from megatron_anymal.object_storage.byte_ranges import ByteRange

@@ -186,7 +186,8 @@ def _whole_or_missing(module: ModuleType) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise ImportError(
-            "its torch extension is missing: pip install --no-build-isolation -e '.[te]', or uninstall it"
+            f"{' '.join(str(error).split()) or 'a file is missing'}; if that is its torch extension, pip install "
+            "--no-build-isolation -e '.[te]', or uninstall it"
         ) from error
 
 

@@ -13,7 +13,6 @@ import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -150,6 +149,12 @@ class Modality(ABC):
     # the pieces of its samples; otherwise a run reads every sample with this kind of media when it starts.
     pieces_grow_with_size: ClassVar[bool] = False
 
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        # An inherited one would ignore a `probe` or `decode` that the subclass overrides.
+        if "decode_with_size" not in vars(cls) and not vars(cls).keys().isdisjoint(("probe", "decode")):
+            cls.decode_with_size = Modality.decode_with_size  # type: ignore[method-assign]
+
     def __init__(self, config: ModalityConfig) -> None:
         self.config = config
         # Replaced by the run's limits in `build_modality`.
@@ -213,15 +218,6 @@ class Modality(ABC):
         size = self.probe(data, extension, attributes, self.limits)
         return size, self.decode(data, extension, attributes, self._count(size))
 
-    @classmethod
-    def _decodes_with_size(cls) -> bool:
-        """Whether `decode_with_size` belongs to the newest `probe` and `decode`: a subclass may override only those."""
-        newest = {
-            name: next(depth for depth, owner in enumerate(cls.__mro__) if name in vars(owner))
-            for name in ("decode_with_size", "probe", "decode")
-        }
-        return newest["decode_with_size"] <= min(newest["probe"], newest["decode"])
-
     def _count(self, size: tuple[float, float]) -> int:
         return int(self.count_pieces(np.array([size], dtype=np.float64))[0])
 
@@ -265,8 +261,7 @@ class Modality(ABC):
             MediaError: the file is corrupt, truncated or empty, has non-finite values, does not match its probed size,
                 or has another number of pieces than `out`.
         """
-        read = self.decode_with_size if self._decodes_with_size() else partial(Modality.decode_with_size, self)
-        size, returned = read(data, extension, attributes)
+        size, returned = self.decode_with_size(data, extension, attributes)
         # Plug-ins may return a tensor on the CPU.
         decoded, expected = np.asarray(returned), self._count(size)
         if out is not None and len(out) != expected:

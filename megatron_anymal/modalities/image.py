@@ -88,7 +88,7 @@ class ImageModality(PixelModality):
         Raises:
             MediaError: the file is corrupt or truncated.
         """
-        return self.decode_with_size(data, extension, attributes)[1]
+        return ImageModality.decode_with_size(self, data, extension, attributes)[1]
 
     def decode_with_size(
         self, data: bytes, extension: str, attributes: Mapping[str, Any]

@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_anymal.config import ConfigError, EncoderConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor, transformers_config
-from megatron_anymal.modalities.base import Modality, nearest
+from megatron_anymal.modalities.base import MediaError, Modality, nearest
 from megatron_anymal.modalities.resizing import (
     BACKENDS,
     BICUBIC,
@@ -156,5 +156,10 @@ class PixelModality(Modality):
         Args:
             decoded: [pieces, *decoded_shape] uint8.
             out: [pieces, *piece_shape] float32.
+
+        Raises:
+            MediaError: a subclass's `decode` returned something else.
         """
+        if decoded.dtype != np.uint8:
+            raise MediaError(f"is decoded to {decoded.dtype} by {type(self).__name__}, which must return 8-bit pixels")
         self.pixels.normalise(decoded, out)

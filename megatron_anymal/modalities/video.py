@@ -173,7 +173,7 @@ class VideoModality(PixelModality):
         Raises:
             MediaError: the file is corrupt or truncated, or a frame is beyond a limit.
         """
-        return self.decode_with_size(data, extension, attributes)[1]
+        return VideoModality.decode_with_size(self, data, extension, attributes)[1]
 
     def decode_with_size(
         self, data: bytes, extension: str, attributes: Mapping[str, Any]

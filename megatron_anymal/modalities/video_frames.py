@@ -25,7 +25,7 @@ WITH_TRANSPARENCY = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Codecs whose key frames reset the decoder: VP8, VP9 and AV1 by definition, the others code every frame alone. H.264
 # and H.265 are examined (nal_units.py). MPEG-4 part 2 is absent because of packed B-frames in AVI, and what remains
 # because its key frames have not been examined.
-_RESETS = ("vp8", "vp9", "av1", "mjpeg", "prores", "png", "qtrle")
+_RESETS = ("vp8", "vp9", "av1", "mjpeg", "prores", "png")
 _EXAMINED = ("h264", "hevc")
 # Packets that are decoded rather than jumped over. A decoder needs some of them anyway, to return frames in order.
 _SMALL_GAP = 16
@@ -191,6 +191,9 @@ def _numbers_by_position(table: PacketTable, times: np.ndarray, slack: float) ->
     """Position of a packet -> numbers of the times at which its frame is displayed."""
     stamps: list[Any] = [table.pts[position] for position in table.shown]
     if not stamps or None in table.pts or len(set(stamps)) < len(stamps):
+        raise CannotSeek
+    # AVI, for example, states no times of display: those that ascend although pictures are reordered are guesses.
+    if table.decoder.stream.codec_context.has_b_frames and stamps == sorted(stamps):
         raise CannotSeek
     order = np.argsort(stamps, kind="stable")
     begin, time_base = start(table.decoder.stream), float(table.decoder.stream.time_base)

@@ -51,7 +51,7 @@ def _of_first_rank(state: TrainState, run_dir: Path, say: Callable[[str], None])
         # Rank 0 belongs to the first pipeline stage, which holds the encoders.
         encoders: Any = dict(state.models[0].encoders)
         if state.config.model.encoder_costs == "operations":
-            agreed = [{name: _passes(encoder) * encoder.flops_per_piece() for name, encoder in encoders.items()}]
+            agreed = [{n: passes(trains=_trains(e)) * e.flops_per_piece() for n, e in encoders.items()}]
         else:
             try:
                 agreed = [_kept_or_measured(encoders, run_dir / FILE, state.layout.device, say)]
@@ -114,11 +114,16 @@ def seconds_per_piece(encoder: Encoder, device: torch.device) -> float:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - begun)
-    return _passes(encoder) * min(times[1:]) / _PIECES
+    return passes(trains=_trains(encoder)) * min(times[1:]) / _PIECES
 
 
-def _passes(encoder: Encoder) -> int:
-    return _TRAINED if any(parameter.requires_grad for parameter in encoder.parameters()) else 1
+def passes(*, trains: bool) -> int:
+    """Operations of a step relative to those of a forward pass."""
+    return _TRAINED if trains else 1
+
+
+def _trains(encoder: Encoder) -> bool:
+    return any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 def _describe(costs: Mapping[str, float]) -> str:

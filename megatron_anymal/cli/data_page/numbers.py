@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_anymal.config import DatasetConfig
-from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
+from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import PlannedSample
 from megatron_anymal.data.shard_index import ShardIndex
@@ -30,8 +30,6 @@ class RunView:
     planner: BatchPlanner
     # The run's tokenizer.
     tokenizer: Tokenizer
-    # What planning needs of each modality.
-    planned: Sequence[PlannedModality]
     # What loading needs of each modality, by its name in the configuration.
     loaded: Mapping[str, LoadedModality]
     # `data.train`.
@@ -74,13 +72,16 @@ class Tally:
     cost: float = 0.0
 
 
+def row_chunks(index: ShardIndex) -> list[np.ndarray]:
+    """Row numbers of an index, [at most a million] int64 each."""
+    return [np.arange(at, min(at + _ROWS_AT_ONCE, len(index))) for at in range(0, len(index), _ROWS_AT_ONCE)]
+
+
 def dataset_numbers(view: RunView) -> list[DatasetNumbers]:
     """Measure all samples of all datasets."""
     found = []
     for (name, dataset), index in zip(view.datasets.items(), view.planner.indexes):
-        starts = range(0, len(index), _ROWS_AT_ONCE)
-        rows = [np.arange(start, min(start + _ROWS_AT_ONCE, len(index))) for start in starts]
-        measures = [view.planner.measure(index, some) for some in rows]
+        measures = [view.planner.measure(index, rows) for rows in row_chunks(index)]
         lengths = np.concatenate([m.length for m in measures])
         costs = np.concatenate([m.costs for m in measures])
         found.append(DatasetNumbers(name, index, dataset.weight, lengths, costs))
@@ -95,7 +96,7 @@ def fill(plan: StepPlan) -> float:
 
 def tally(view: RunView, samples: Sequence[PlannedSample]) -> Tally:
     """Sum up samples."""
-    cost = {modality.name: modality.cost_per_piece for modality in view.planned}
+    cost = view.planner.encoder_costs
     sums = Tally(samples=len(samples))
     for sample in samples:
         sums.tokens += sample.length

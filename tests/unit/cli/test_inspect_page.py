@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import html
 import io
 import json
@@ -18,14 +19,17 @@ import pytest
 import yaml
 from manifests import shards_of
 from PIL import Image
+from ranks import run_ranks
 from replicas import replica_data
 from tiny import flac, make_config, make_conversations, make_shards, npy, png
 from tokenizer_folders import byte_level, save
 from transformers import PreTrainedTokenizerFast
 
+from megatron_anymal.cli import inspection_page
 from megatron_anymal.cli.data_page.contents import ShownMedia
 from megatron_anymal.cli.data_page.markup import text, token_text
 from megatron_anymal.cli.data_page.media import item as media_item
+from megatron_anymal.cli.data_page.numbers import RunView
 from megatron_anymal.cli.data_page.style import STYLE
 from megatron_anymal.cli.inspect import main
 from megatron_anymal.config import EncoderConfig, ModalityConfig, RunConfig
@@ -35,6 +39,9 @@ from megatron_anymal.data.records import DataError, PlannedMedia
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.modalities import Modality, build_modality
 from megatron_anymal.modalities.video import VideoModality
+from megatron_anymal.parallel import initialize
+from megatron_anymal.train.build import build
+from megatron_anymal.train.encoder_costs import FILE, agree_on_costs
 
 VOID = {"meta", "img", "br", "hr", "input"}
 HOSTILE = "</sub></mark><script>alert(1)</script>&lt;\u202eevil\n\"quoted\" 'x'"
@@ -435,6 +442,72 @@ def test_numbers_are_those_of_the_plan(shards: str, tokenizer: str, tmp_path: Pa
     # Every sample is in one bar of the histogram.
     [bars] = re.findall(r"length<br>.*?<div class=bars>(.*?)</div>", source)
     assert sum(int(n) for n in re.findall(r"LLM tokens: (\d+)'", bars)) == 40
+
+
+def costs_of_the_run(config: RunConfig) -> dict[str, float]:
+    """In a rank: the costs that training plans with."""
+    state = build(config, initialize(config))
+    agree_on_costs(state, config.run_dir, print)
+    return state.train_data.planner.encoder_costs
+
+
+def costs_of_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    views: list[RunView] = []
+    original = inspection_page.write_page
+    monkeypatch.setattr(
+        inspection_page, "write_page", lambda file, view, chosen: (views.append(view), original(file, view, chosen))[1]
+    )
+    page_of(folder)
+    return views[-1].planner.encoder_costs
+
+
+def test_packs_are_balanced_by_the_runs_costs(
+    shards: str, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = config_of(shards, tokenizer, tmp_path)
+    config.model.modalities["image"].encoder.freeze = False
+    config.model.language_model.config["vocab_size"] = 400
+    write(config, tmp_path)
+    [expected] = run_ranks(1, costs_of_the_run, _on_one(config))
+    assert len(set(expected.values())) > 1
+    assert costs_of_the_page(tmp_path, monkeypatch) == pytest.approx(expected)
+    # Measured, before and after the run's first start.
+    config.model.encoder_costs = "measured"
+    write(config, tmp_path)
+    assert costs_of_the_page(tmp_path, monkeypatch) == pytest.approx(expected)
+    assert "the run has not measured its encoders yet" in capsys.readouterr().out
+    kept = {name: 1.0 + number for number, name in enumerate(expected)}
+    config.run_dir.mkdir(exist_ok=True)
+    (config.run_dir / FILE).write_text(json.dumps({"seconds_per_piece": kept}))
+    assert costs_of_the_page(tmp_path, monkeypatch) == kept
+    config.model.encoder_costs = "configured"
+    for number, modality in enumerate(config.model.modalities.values()):
+        modality.cost_per_piece = 5.0 - number
+    write(config, tmp_path)
+    assert costs_of_the_page(tmp_path, monkeypatch) == {name: 5.0 - n for n, name in enumerate(expected)}
+
+
+def _on_one(config: RunConfig) -> RunConfig:
+    alone = copy.deepcopy(config)
+    alone.trainer.devices = 1
+    return alone
+
+
+def test_limits_of_the_run_hold(shards: str, tokenizer: str, tmp_path: Path) -> None:
+    config = config_of(shards, tokenizer, tmp_path)
+    config.data.limits.max_member_bytes = 150
+    write(config, tmp_path)
+    _, page = page_of(tmp_path, "--samples=40", code=1)
+    bad = {name for name, (batch, position) in as_loaded(config, 0).items() if position in batch.bad}
+    assert bad and {article.name for article in page.articles if "max_member_bytes=150" in article.words} == bad
+
+
+def test_sound_is_shown_in_decibels() -> None:
+    options = {"piece_seconds": 1.0, "sampling_rate": 8000, "mel_mean": -20.0, "mel_std": 10.0, "n_mels": 16}
+    audio = build_modality("audio", ModalityConfig(encoder=EncoderConfig(type="identity"), options=options))
+    pieces = np.zeros((1, *audio.piece_shape), np.float32)
+    pieces[0, 0, 0], pieces[0, 1, 1] = -3.0, 2.0
+    assert "dark -50 dB to light 0 dB" in shown_item(audio, pieces, (1.0, 8000.0)).words
 
 
 def test_a_chosen_sample_is_shown_in_its_pack(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -185,10 +185,8 @@ def test_refusals_are_quick() -> None:
 
 def test_70b_on_1024_gpus_within_bounds() -> None:
     words = ["-m", "megatron_anymal", "plan", "--config-name=pretrain_70b_image", "--gpus=1024", "--gpu=h100-80gb"]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=280)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0, done.stderr
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 20
-    # The largest child so far: kilobytes.
-    assert after.ru_maxrss < 1e6
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0 and used.ru_utime + used.ru_stime < 20
+    # Kilobytes.
+    assert used.ru_maxrss < 1e6

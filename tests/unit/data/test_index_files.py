@@ -19,12 +19,13 @@ from megatron_anymal.data import index_processes, length_bounds
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.index_format import MEDIA, SAMPLE
-from megatron_anymal.data.index_processes import useful_workers
+from megatron_anymal.data.index_processes import WorkerKilled, useful_workers
 from megatron_anymal.data.index_writer import open_spool
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_rows import HASH, RowBuffer, ShardRows, hash_keys, repeated
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.resilience.exit_codes import Exit, code_of
 
 ROOT = Path(__file__).parents[3]
 
@@ -100,6 +101,16 @@ def test_workers_import_only_what_they_use(tmp_path: Path, tokenizer_folder: str
     reasons = [entry["reason"] for entry in ledger if entry["code"] == "media"]
     assert len(reasons) == 4 and all("imported []" in reason for reason in reasons), reasons
     assert not any(f"pid {os.getpid()} " in reason for reason in reasons)
+
+
+def test_a_worker_that_is_killed_is_named(tmp_path: Path, tokenizer_folder: str, many_workers: None) -> None:
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("import os\nos.kill(os.getpid(), 9)\n")
+    for shard in "ab":
+        write_tar(tmp_path / "f" / f"{shard}.tar", pictures(0, 1))
+    with pytest.raises(WorkerKilled, match=r"One of 2 processes that index .* was killed\..*lower --workers") as error:
+        make_index(str(tmp_path / "f"), IndexOptions(tokenizer_folder, plugins=[str(plugin)]), 2)
+    assert code_of(error.value) == Exit.CRASH
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,21 @@ def test_what_was_written_before_an_error_is_cleared(data: DataSource, monkeypat
         batch = data.reader[plan]
         assert len(batch.bad) == len(plan.samples) and all("broke off" in why for why in batch.bad.values())
         assert not batch.media["image"].pieces.any()
+
+
+def test_a_rank_reads_its_part_of_an_item(data: DataSource) -> None:
+    """Ranks of one replica read disjoint parts of the pieces, also of a single item, in order."""
+    modality = data.reader._modalities["image"].modality
+    for plan in data.planner.plan(0).of_replica(0):
+        items = [
+            media_pieces.PlannedItem(sample, number, media.pieces)
+            for sample in plan.samples
+            for number, media in enumerate(sample.media)
+        ]
+        parts = {s.position: data.planner.indexes[s.dataset].sample(s.sample).documents[0] for s in plan.samples}
+        count, reader = sum(item.pieces for item in items), media_pieces.PieceReader(data.planner)
+        whole = reader.read(modality, items, slice(0, count), parts, {})
+        assert max(item.pieces for item in items) > 3
+        for number in range(count):
+            part = reader.read(modality, items, slice(number, number + 1), parts, {})
+            assert torch.equal(part, whole[number : number + 1])

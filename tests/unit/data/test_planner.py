@@ -13,7 +13,7 @@ from megatron_anymal.config import DatasetConfig
 from megatron_anymal.data.index_format import MEDIA, SAMPLE
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner, PlannedModality
 from megatron_anymal.data.records import DataError, PlannedMedia
-from megatron_anymal.data.shard_index import ShardIndex, take_rows
+from megatron_anymal.data.shard_index import ShardIndex
 
 SAMPLES, SEQ_LENGTH = 3000, 350
 
@@ -127,38 +127,6 @@ def test_the_longest_sample_is_named(folder: Path) -> None:
     too_long = sum(length > SEQ_LENGTH for length in lengths)
     with pytest.raises(DataError, match=rf"^{too_long} sample\(s\) .* with {max(lengths)} tokens"):
         planner(folder)
-
-
-ROWS = [
-    [3],
-    [0, 1, 2],
-    [5, 6, 7, 8],
-    [9],
-    [],
-    [1, 0],
-    [0, 2],
-    [0, 0, 2],
-    [2, 2, 2],
-    [4, 5, 5, 7],
-    [3, 1, 5],
-    [-1],
-    [-2, -1],
-]
-
-
-@pytest.mark.parametrize("rows", ROWS)
-def test_consecutive_rows_are_a_view(rows: list[int]) -> None:
-    table, given = np.arange(10), np.array(rows, np.int64)
-    found = take_rows(table, given)
-    np.testing.assert_array_equal(found, table[given])
-    is_range = bool(rows) and rows == list(range(rows[0], rows[0] + len(rows))) and rows[0] >= 0
-    assert np.shares_memory(found, table) == is_range
-
-
-@pytest.mark.parametrize("rows", [[9, 10], [10], [-11]])
-def test_rows_that_a_damaged_index_does_not_have(rows: list[int]) -> None:
-    with pytest.raises(IndexError):
-        take_rows(np.arange(10), np.array(rows))
 
 
 def test_plans_of_a_mixture(tmp_path: Path) -> None:

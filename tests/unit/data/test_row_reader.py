@@ -31,7 +31,9 @@ def reader(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     return RowReader(np.load(tmp_path / "table.npy", mmap_mode="r"))
 
 
-@pytest.mark.parametrize("rows", [[3], [0, 1, 2], [299], [], [1, 0], [0, 2], [0, 0, 2], [4, 5, 5, 7], [299, 3, 150]])
+@pytest.mark.parametrize(
+    "rows", [[3], [0, 1, 2], [299], [], [1, 0], [0, 2], [0, 0, 2], [2, 2, 2], [4, 5, 5, 7], [299, 3, 150]]
+)
 def test_rows(reader: RowReader, rows: list[int]) -> None:
     given = np.array(rows, np.int64)
     np.testing.assert_array_equal(reader.take(given), made_up()[given])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from pathlib import Path
@@ -92,3 +93,32 @@ def test_a_fork_reads_the_same_descriptors(folder: Path) -> None:
     process = fork_server.start(read_in_two_processes, folder)
     process.join(60)
     assert process.exitcode == 0
+
+
+def test_the_limit_holds_for_all_folders_together(tmp_path: Path) -> None:
+    """A run may have dozens of data sets."""
+    folders = [tmp_path / str(number) for number in range(5)]
+    for folder in folders:
+        folder.mkdir()
+        for name, data in CONTENT.items():
+            (folder / name).write_bytes(data)
+    many = [ShardFiles(str(folder), most=12) for folder in folders]
+    for name, data in CONTENT.items():
+        assert all(files.read(name, 7, 9) == data[7:16] for files in many)
+    assert sum(len(still_open(folder)) for folder in folders) == 12
+
+
+def test_after_an_error_a_shard_is_opened_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files, pread = ShardFiles(str(folder)), os.pread
+    files.read("0.tar", 0, 1)
+
+    def stale(*arguments: int) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(OSError, match="Stale"):
+        files.read("0.tar", 0, 1)
+    monkeypatch.setattr(os, "pread", pread)
+    (folder / "new").write_bytes(b"new content")
+    (folder / "new").replace(folder / "0.tar")
+    assert files.read("0.tar", 0, 11) == b"new content"

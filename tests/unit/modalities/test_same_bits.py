@@ -120,3 +120,36 @@ def test_video_frames_have_pillows_bits() -> None:
     assert pixels.shape == (2, 4, 32, 32, 3) and pixels.dtype == np.uint8
     expected = normalised(pixels.reshape(-1, 32, 32, 3), modality.pixels.mean, modality.pixels.std)
     np.testing.assert_array_equal(modality.load_array(data, "mp4", {}).reshape(-1, 3, 32, 32), expected)
+
+
+class Narrower(ImageModality):
+    """States another size than the file's, and decodes as before."""
+
+    @classmethod
+    def probe(cls, data: bytes, extension: str, attributes: Any, limits: Any = None) -> tuple[float, float]:
+        return 10.0, 10.0
+
+
+class Brighter(ImageModality):
+    """Changes what was decoded."""
+
+    def decode(self, data: bytes, extension: str, attributes: Any, pieces: int) -> np.ndarray:
+        return super().decode(data, extension, attributes, pieces) | 1
+
+
+class WithFloats(ImageModality):
+    """Returns what only `write` should make."""
+
+    def decode(self, data: bytes, extension: str, attributes: Any, pieces: int) -> np.ndarray:
+        return super().decode(data, extension, attributes, pieces) / 255
+
+
+def test_what_a_subclass_overrides_is_asked() -> None:
+    data, config = oriented(photo(NAMES[0]), "JPEG"), SECTIONS["clip"]
+    plain = image(config).load_array(data, "jpg", {})
+    # One tile by the stated size, several by the file's.
+    with pytest.raises(MediaError, match="implies"):
+        Narrower(config).load_array(data, "jpg", {})
+    assert not np.array_equal(Brighter(config).load_array(data, "jpg", {}), plain)
+    with pytest.raises(MediaError, match=r"float64 by WithFloats, which must return 8-bit pixels"):
+        WithFloats(config).load_array(data, "jpg", {})

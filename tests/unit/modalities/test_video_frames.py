@@ -163,7 +163,7 @@ def test_every_frame_can_be_reached_alone_in_any_order(case: str, tmp_path: Path
     assert watched.fallbacks == 0
 
 
-# Where key frames prove nothing, and why: recovery points, packed B-frames.
+# Where key frames or times prove nothing, and why: recovery points, packed B-frames, no times of display.
 NOT_TRUSTED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "open GOP": ("libx264", "mp4", {"options": {"x264-params": "keyint=20:min-keyint=20:open-gop=1:bframes=3"}}),
     "intra refresh": ("libx264", "mp4", {"options": {"x264-params": "keyint=20:intra-refresh=1"}}),
@@ -183,6 +183,36 @@ def test_untrusted_key_frames_are_not_jumped_to(case: str, tmp_path: Path, watch
     assert len(key_frames) > 3 or case == "intra refresh"
     # Every picture that others may refer to was decoded, from the first one on.
     assert watched.packets > 60
+
+
+def test_pictures_out_of_order_without_times_are_decoded_from_the_start(
+    tmp_path: Path, watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An AVI file states no times of display: FFmpeg guesses those of packets, in the order of the file."""
+    data = moving(tmp_path, "libx264", "avi", options=X264)
+    for clips in (1, 2, 3):
+        modality = video(max_clips=clips)
+        found = modality.decode(data, "avi", {}, clips)
+        with monkeypatch.context() as patched:
+            patched.setattr(video_frames, "_by_jumps", _never)
+            np.testing.assert_array_equal(found, modality.decode(data, "avi", {}, clips))
+    assert watched.fallbacks == 6
+
+
+def _never(*arguments: Any) -> Any:
+    raise video_frames.CannotSeek
+
+
+def test_the_end_of_a_file_is_that_of_its_last_frame(tmp_path: Path, watched: Watched) -> None:
+    data = moving(tmp_path, "libx264", "mp4", options=X264)
+    with av.open(io.BytesIO(data)) as container:
+        table = video_frames.PacketTable(video_frames.Decoder(container, container.streams.video[0]))
+        for packet in container.demux(video=0):
+            table.add(packet)
+        late = np.array([float(container.duration / av.time_base) + 1.0])
+        with pytest.raises(MediaError, match="it is cut off"):
+            list(video_frames.frames_at(table, late, RATE))
+    assert watched.fallbacks == 0
 
 
 def test_what_a_wrong_index_gives_is_not_used(
