@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_anymal.config.schema import (
-    ConfigError,
-    DataConfig,
-    ResilienceConfig,
-    StorageConfig,
-    is_remote,
-    shows_credentials,
-)
+from megatron_anymal.config.data_section import DataConfig, StorageConfig, is_remote, shows_credentials
+from megatron_anymal.config.schema import ConfigError, ResilienceConfig
 
 # A cache with room for fewer blocks would lose most of them before their second use.
 _FEWEST_BLOCKS = 64

@@ -129,6 +129,7 @@ def join_journals(folder: str) -> None:
 
     Raises:
         DataError: a part has not packed one of its shards.
+        StorageError: the object store cannot be used.
     """
     parts = PartFiles(folder)
     note = parts.manifest() or {}

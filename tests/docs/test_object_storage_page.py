@@ -13,7 +13,7 @@ from commands import PAGES, ROOT, blocks, commands, run
 from object_store import ENVIRONMENT, object_store
 from tiny import make_tokenizer
 
-from megatron_anymal.config import schema
+from megatron_anymal.config import data_section
 from megatron_anymal.config.compose import from_dict
 from megatron_anymal.config.validation import check
 from megatron_anymal.object_storage.client import REQUEST_BYTES
@@ -50,9 +50,9 @@ def test_configuration_is_valid() -> None:
 def test_numbers() -> None:
     text = " ".join(PAGE.split())
     assert f"requests of {REQUEST_BYTES // 2**20} MiB of which four are ahead" in text and _AHEAD == 4
-    assert f"double from {schema.FIRST_PAUSE} s to {schema.LONGEST_PAUSE:.0f} s" in text
+    assert f"double from {data_section.FIRST_PAUSE} s to {data_section.LONGEST_PAUSE:.0f} s" in text
     names = set(re.findall(r"`([a-z]+_[a-z_]+|attempts|connections)`", PAGE)) - {"max_bad_share", "num_workers"}
-    assert names <= set(vars(schema.StorageConfig()))
+    assert names <= set(vars(data_section.StorageConfig()))
 
 
 def test_measured_times() -> None:

@@ -211,7 +211,7 @@ def test_an_odd_manifest_is_refused_in_one_line(source: Path, odd: str) -> None:
         write_shards(table(source, data, name), str(source.parent / "out"))
     message = str(error.value)
     assert all(words in message for words in said), message
-    assert "\n" not in message and len(message) < 500
+    assert "\n" not in message and len(message.replace(str(source.parent), "")) < 500
     assert not list((source.parent / "out").glob("*.part"))
 
 
