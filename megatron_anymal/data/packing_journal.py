@@ -9,6 +9,8 @@ Its first line describes the packing; each further line is one finished shard.
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,6 +19,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_anymal.data.left_out import INDEX_FOLDER, LeftOut
+from megatron_anymal.data.tar.byte_source import is_local
 
 JOURNAL = "packing.jsonl"
 _UNFINISHED = f"{JOURNAL}.part"
@@ -147,10 +150,8 @@ class Packed:
 
     def left_out(self) -> Iterator[LeftOut]:
         """The samples that were not packed, in the order of the source."""
-        with self.fs.open(self.path) as file:
-            file.readline()
-            for line in file:
-                yield from PackedShard.of_line(line).left_out
+        for line in itertools.islice(_lines(self.fs, self.path), 1, None):
+            yield from PackedShard.of_line(line).left_out
 
 
 def is_unfinished(folder: Path) -> bool:
@@ -177,12 +178,17 @@ def packed_of(fs: Any, root: str, sizes: Mapping[str, int]) -> Optional[Packed]:
     if not fs.exists(path):
         return None
     names: dict[str, int] = {}
-    with fs.open(path) as file:
-        header = json.loads(file.readline())
-        for line in file:
-            shard = PackedShard.of_line(line)
-            names.update({shard.name: shard.size} if shard.name else {})
+    lines = _lines(fs, path)
+    header = json.loads(next(lines))
+    for line in lines:
+        shard = PackedShard.of_line(line)
+        names.update({shard.name: shard.size} if shard.name else {})
     return Packed(header["source"], header["samples"], fs, path) if names == dict(sizes) else None
+
+
+def _lines(fs: Any, path: str) -> Iterator[bytes]:
+    with open(path, "rb") if is_local(fs) else io.BytesIO(fs.cat_file(path)) as file:
+        yield from file
 
 
 def _shards_of(path: Path, header: str) -> Iterator[PackedShard]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from object_store import ENVIRONMENT, ObjectStore, object_store
 
-from megatron_anymal.config import StorageConfig, schema
+from megatron_anymal.config import StorageConfig, data_section
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +23,7 @@ def store(server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """The server without faults, found through the environment, with short pauses between attempts."""
     for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(schema, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(data_section, "FIRST_PAUSE", 0.01)
     server.fail()
     return server
 

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 from object_store import BUCKET, ObjectStore
 
-from megatron_anymal.config import StorageConfig, schema
+from megatron_anymal.config import StorageConfig, data_section
 from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.object_storage.client import REQUEST_BYTES, ObjectClient, file_system
 from megatron_anymal.object_storage.errors import Fault, ObjectMissing, StorageError, StoreUnavailable, examine
@@ -189,7 +189,7 @@ def test_local_folders(tmp_path: Path) -> None:
 def test_pauses_double_and_differ(store: ObjectStore, client: ObjectClient, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
-    monkeypatch.setattr(schema, "FIRST_PAUSE", 0.5)
+    monkeypatch.setattr(data_section, "FIRST_PAUSE", 0.5)
     client.settings.attempts = 12
     store.fail("client/object", "slow_down", times=11)
     client.cat_file(f"{client.root}/object", 0, 10)
