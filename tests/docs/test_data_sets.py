@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import source_folders as made
 from commands import PAGES, commands, run
+from engine import train
+from ranks import run_ranks
 from tars import write_tar
-from tiny import make_tokenizer
+from tiny import SPECIAL, make_config, make_tokenizer
 
+from megatron_anymal.config import DatasetConfig, EncoderConfig, ModalityConfig, ProjectorConfig
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.sources.registry import FORMATS
 
@@ -72,7 +77,8 @@ DATA: dict[str, tuple[Callable[[Path], object], str, tuple[int, int, int]]] = {
 
 @pytest.mark.timeout(240)
 def test_the_page(tmp_path: Path) -> None:
-    make_tokenizer(tmp_path / "checkpoints" / "Llama-3.2-1B")
+    """The counts of every command, and then ten steps of a run on all that the commands prepared."""
+    tokenizer = make_tokenizer(tmp_path / "checkpoints" / "Llama-3.2-1B")
     for name, (make, _, _) in DATA.items():
         make(tmp_path / name)
     ran = set()
@@ -86,6 +92,27 @@ def test_the_page(tmp_path: Path) -> None:
         assert counts in said, f"{command}\n{said}"
         ran.add(name)
     assert ran == DATA.keys()
+    _train_ten_steps(tokenizer, {name: str(tmp_path / folder) for name, (_, folder, _) in DATA.items()}, tmp_path)
+
+
+def _train_ten_steps(tokenizer: str, folders: dict[str, str], tmp_path: Path) -> None:
+    config = make_config("", tokenizer, tmp_path / "run")
+    config.data.train = {name: DatasetConfig(path=folder) for name, folder in folders.items()}
+    config.model.modalities["video"] = ModalityConfig(
+        encoder=EncoderConfig(type="identity"),
+        projector=ProjectorConfig(type="linear", num_layers=1, num_tokens=2),
+        options={"num_frames": 2, "resolution": 8},
+        placeholder=SPECIAL[5],
+    )
+    config.data.seq_length, config.model.global_batch_size = 256, 20
+    config.trainer.max_steps, config.exp_manager.checkpoint.every_n_train_steps = 10, 0
+    [result] = run_ranks(1, train, config)
+    assert len(result["losses"]) == 10 and np.isfinite(result["losses"]).all()
+    assert result["losses"][-1] < result["losses"][0]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    seen = set().union(*rows)
+    assert {f"loss/{kind}" for kind in ("image", "video", "audio", "imu")} <= seen
+    assert not (tmp_path / "run" / "skipped_samples.jsonl").exists()
 
 
 def test_every_layout_has_a_command_and_a_row() -> None:

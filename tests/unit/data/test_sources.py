@@ -11,12 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import source_folders as made
-from engine import train
-from ranks import run_ranks
-from tiny import make_config
 
 from megatron_anymal.cli.prepare import main
-from megatron_anymal.config import DatasetConfig
 from megatron_anymal.data.records import DataError, MediaPart, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.sources.ego4d_imu import plain_text
@@ -482,32 +478,6 @@ def test_other_input_and_options_that_do_not_apply(prepare: Prepare, tmp_path: P
     assert "needs --out" in prepare.refused("--from", "llava", path, out=False)
     assert "--media applies only to --from" in prepare.refused("--manifest", manifest, "--media", tmp_path)
     assert "ROLE=NAME" in prepare.refused("--from", "sharegpt", path, "--column", "image")
-
-
-def test_ten_steps_on_every_kind(tmp_path: Path, tokenizer_folder: str, prepare: Prepare) -> None:
-    """Captions of images, sounds and motions, and conversations about images, in one run."""
-    prepared = {}
-
-    def add(name: str, *words: str | Path) -> None:
-        prepare.out = tmp_path / f"shards_{name}"
-        prepare.run("--from", *words)
-        prepared[name] = DatasetConfig(path=str(prepare.out))
-
-    coco, sounds = made.coco(tmp_path / "coco"), made.audiocaps(tmp_path / "audiocaps")
-    ego4d, llava = made.ego4d_imu(tmp_path / "ego4d"), made.llava(tmp_path / "llava")
-    add("coco", "coco", coco / "annotations" / "captions_train2017.json", "--media", coco / "train2017")
-    add("audiocaps", "audiocaps", sounds / "train.csv", "--media", sounds / "audio")
-    add("ego4d", "ego4d-imu", ego4d / "imu", "--narrations", ego4d / "annotations" / "narration.json")
-    add("llava", "llava", llava / "llava_v1_5_mix665k.json", "--media", llava / "images")
-    config = make_config("", tokenizer_folder, tmp_path / "run")
-    config.data.train, config.data.seq_length = prepared, 128
-    config.trainer.max_steps, config.exp_manager.checkpoint.every_n_train_steps = 10, 0
-    [result] = run_ranks(1, train, config)
-    assert len(result["losses"]) == 10 and np.isfinite(result["losses"]).all()
-    assert result["losses"][-1] < result["losses"][0]
-    seen = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert {f"loss/{kind}" for kind in ("image", "audio", "imu")} <= set().union(*seen)
-    assert not (tmp_path / "run" / "skipped_samples.jsonl").exists()
 
 
 def test_texts_are_targets_where_they_should_be(prepare: Prepare, tmp_path: Path) -> None:
