@@ -133,7 +133,9 @@ def test_every_root_names_all_files_and_none_of_the_packages(tmp_path: Path) -> 
         assert ("anymal_plugin_thermal_modality.py" in needs[root]) == (root != "configuration_anymal.py")
     assert needs["configuration_anymal.py"] == {
         "anymal_config.py",
+        "anymal_config_data_section.py",
         "anymal_config_field_docs.py",
+        "anymal_config_model_section.py",
         "anymal_config_schema.py",
     }
 
