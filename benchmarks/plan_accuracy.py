@@ -28,8 +28,8 @@ from measuring import surroundings
 
 from megatron_anymal.config import DistributedDataParallelConfig, RunConfig
 from megatron_anymal.model.llama_shape import read_llama_config
-from megatron_anymal.model.memory.language_model import Recompute
 from megatron_anymal.model.memory.run_sizes import chunks_of_stages
+from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.hardware import load_hardware
 from megatron_anymal.planning.layouts.measurement import collective_rate

@@ -11,7 +11,8 @@ import copy
 from dataclasses import dataclass
 
 from megatron_anymal.config import ConfigError, ModelConfig
-from megatron_anymal.model.memory.language_model import Held, Recompute, RunSizes, held
+from megatron_anymal.model.memory.rank_memory import Held, held
+from megatron_anymal.model.memory.sizes import Recompute, RunSizes
 
 # Share of GPU memory that is reserved for CUDA, NCCL and fragmentation.
 MARGIN = 0.1

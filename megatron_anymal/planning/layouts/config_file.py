@@ -11,7 +11,7 @@ import yaml
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import default_config_dir
 from megatron_anymal.config.parsing import leaves
-from megatron_anymal.model.memory.language_model import Recompute
+from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts.enumeration import Layout
 
 

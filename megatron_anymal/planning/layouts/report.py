@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_anymal.config import ConfigError
-from megatron_anymal.model.memory.language_model import Held, Recompute
+from megatron_anymal.model.memory.rank_memory import Held
+from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.operations import step_operations
 from megatron_anymal.planning.layouts.search import Candidate, Miss, Problem, SearchResult

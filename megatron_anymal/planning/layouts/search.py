@@ -15,10 +15,11 @@ from transformers import LlamaConfig
 
 from megatron_anymal.config import ModalityConfig, RunConfig
 from megatron_anymal.data.planner import BatchLayout
-from megatron_anymal.model.memory.language_model import Held, LlamaSizes, RunSizes, held
 from megatron_anymal.model.memory.media import EncoderSizes
+from megatron_anymal.model.memory.rank_memory import Held, held
 from megatron_anymal.model.memory.recompute import Choice, candidates, cheapest_that_fits, judge, planned_attention
 from megatron_anymal.model.memory.run_sizes import llama_sizes, run_sizes
+from megatron_anymal.model.memory.sizes import LlamaSizes, RunSizes
 from megatron_anymal.planning.layouts.collectives import links_of_layout
 from megatron_anymal.planning.layouts.enumeration import Layout, allowed_layouts
 from megatron_anymal.planning.layouts.hardware import Hardware

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_anymal.config import DistributedDataParallelConfig, ModalityConfig
-from megatron_anymal.model.memory.language_model import PipelineChunk, Recompute, RunSizes
 from megatron_anymal.model.memory.media import EncoderSizes
+from megatron_anymal.model.memory.sizes import PipelineChunk, Recompute, RunSizes
 from megatron_anymal.planning.layouts.collectives import Links
 from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.layer_time import (

@@ -6,7 +6,7 @@ import html
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_anymal.model.memory.language_model import kept_by_chunk
+from megatron_anymal.model.memory.rank_memory import kept_by_chunk
 from megatron_anymal.planning.layouts.report import row_of
 from megatron_anymal.planning.layouts.search import Candidate, Problem
 from megatron_anymal.planning.layouts.simulation import Span
