@@ -17,7 +17,7 @@ from megatron_anymal.config import ModalityConfig, RunConfig
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.model.memory.rank_memory import Held, held
-from megatron_anymal.model.memory.recompute import Choice, candidates, cheapest_that_fits, judge, planned_attention
+from megatron_anymal.model.memory.recompute import Choice, candidates, judge, least_that_fit, planned_attention
 from megatron_anymal.model.memory.run_sizes import llama_sizes, run_sizes
 from megatron_anymal.model.memory.sizes import LlamaSizes, RunSizes
 from megatron_anymal.planning.layouts.collectives import links_of_layout
@@ -165,15 +165,21 @@ class Problem:
             ConfigError: the layout does not divide the layers.
         """
         inputs = self.inputs(layout)
-        recompute = cheapest_that_fits(inputs.sizes, self.memory)
-        if recompute is None:
-            most = candidates(inputs.sizes)[-1]
-            # Stages after the second hold fewer micro-batches of as many layers.
-            last = len(inputs.sizes.stages) - 1
-            stages = {stage: held(inputs.sizes, stage, most) for stage in (0, min(1, last), last)}
-            worst = max(stages, key=lambda stage: stages[stage].total)
-            return Miss(layout, worst, stages[worst], bound)
-        return Candidate(layout, judge(inputs.sizes, recompute, self.memory), step_time(inputs, recompute), inputs)
+        options = least_that_fit(inputs.sizes, self.memory)
+        if not options:
+            return self._miss(layout, inputs, bound)
+        step, recompute = min(
+            ((step_time(inputs, recompute), recompute) for recompute in options), key=lambda both: both[0].seconds
+        )
+        return Candidate(layout, judge(inputs.sizes, recompute, self.memory), step, inputs)
+
+    def _miss(self, layout: Layout, inputs: StepInputs, bound: float) -> Miss:
+        most = candidates(inputs.sizes)[-1]
+        # Stages after the second hold fewer micro-batches of as many layers.
+        last = len(inputs.sizes.stages) - 1
+        stages = {stage: held(inputs.sizes, stage, most) for stage in (0, min(1, last), last)}
+        worst = max(stages, key=lambda stage: stages[stage].total)
+        return Miss(layout, worst, stages[worst], bound)
 
 
 @dataclass(frozen=True)
