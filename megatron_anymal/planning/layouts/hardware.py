@@ -21,7 +21,7 @@ class Hardware:
 
     Attributes:
         name: display name.
-        memory_gb: memory in 1e9 bytes.
+        memory_gb: memory that CUDA reports, in 1e9 bytes (a data sheet's GB are larger units).
         memory_gb_per_s: memory bandwidth in 1e9 bytes per second.
         bf16_tflops: peak of dense bf16 matrix products in 1e12 operations per second.
         fp8_tflops: the same for FP8; 0 if the GPU has none.

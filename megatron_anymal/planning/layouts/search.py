@@ -13,7 +13,7 @@ from functools import cached_property
 
 from transformers import LlamaConfig
 
-from megatron_anymal.config import ModalityConfig, RunConfig
+from megatron_anymal.config import ConfigError, ModalityConfig, RunConfig
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.model.memory.rank_memory import Held, held
@@ -121,7 +121,15 @@ class Problem:
 
         Args:
             kept: keys of `model` that stay as configured.
+
+        Raises:
+            ConfigError: the configuration computes in FP8, which the GPU cannot.
         """
+        if self.config.model.fp8 and not self.gpu.fp8_tflops:
+            raise ConfigError(
+                f"model.fp8={self.config.model.fp8}, but {self.gpu.name} has no FP8 rate. Set model.fp8='' "
+                "model.fp8_primary_weights=false, or name another --gpu."
+            )
         return allowed_layouts(self.config, self.hf, kept, fp8=self.computes_fp8)
 
     def inputs(self, layout: Layout) -> StepInputs:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megatron_anymal.model.memory.rank_memory import kept_by_chunk
-from megatron_anymal.planning.layouts.report import row_of
+from megatron_anymal.planning.layouts.report import mfu_of, row_of
 from megatron_anymal.planning.layouts.search import Candidate, Problem
 from megatron_anymal.planning.layouts.simulation import Span
 from megatron_anymal.planning.layouts.step_time import StepTime, step_time
@@ -58,7 +58,7 @@ def _section(problem: Problem, found: Candidate) -> str:
     facts = {
         "step": f"{row.seconds:.3g} s",
         "tokens/s": f"{row.tokens_per_second:,.0f}",
-        "MFU": f"{row.mfu:.1%}",
+        "MFU": mfu_of(row),
         "bubble": f"{row.bubble:.1%}",
         "exposed communication": f"{row.exposed:.1%}",
         "memory": f"{row.memory_gb:.1f} GB, {row.free_gb:.1f} GB free",

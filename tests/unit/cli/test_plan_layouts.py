@@ -52,12 +52,15 @@ def test_figures_follow_from_the_step(capsys: pytest.CaptureFixture[str]) -> Non
             for held in row["held_by_stage"]
         )
         assert row["memory_gb"] == pytest.approx(most / 1e9) and row["memory_gb"] + row["free_gb"] == pytest.approx(
-            72.0
+            76.446
         )
         # 7.5e9 parameters outside embedding and head, 6 operations for each and token; half the head.
         operations = (6 * 6.98e9 + 3 * 128256 * 4096) * 512 * 1024
-        assert row["mfu"] == pytest.approx(operations / (row["seconds"] * 64 * gpu.peak("bf16")), rel=0.02)
-        assert 0 <= row["bubble"] < 1 and 0 <= row["exposed"] < 1 and row["mfu"] < 1.45
+        peak = gpu.peak("fp8" if layout["fp8"] else "bf16")
+        assert row["mfu"] == pytest.approx(operations / (row["seconds"] * 64 * peak), rel=0.02)
+        assert row["number_format"] == ("fp8" if layout["fp8"] else "bf16")
+        assert 0 <= row["bubble"] < 1 and 0 <= row["exposed"] < 1 and row["mfu"] < 1
+    assert {row["number_format"] for row in found["layouts"]} == {"fp8"}
 
 
 def test_kept_keys_stay(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +76,8 @@ def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("layout "))
     for line, row in zip(lines[start + 1 :], found["layouts"]):
         assert line.startswith(row["name"]) and f" {row['tokens_per_second']:,.0f} " in line
-    assert "72.0 GB of each may be used" in lines[0] and f"{found['allowed']:,} layouts are allowed" in "\n".join(lines)
+        assert (f"{row['mfu']:.1%} of fp8" in line) == bool(row["layout"]["fp8"])
+    assert "76.4 GB of each may be used" in lines[0] and f"{found['allowed']:,} layouts are allowed" in "\n".join(lines)
 
 
 def test_the_written_configuration_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,6 +127,7 @@ REFUSED = {
     "GPUs that fill no node": (["--gpus=100"], ["--gpus=100", "96 or 104", "--nodes-of"]),
     "no GPUs": (["--gpus=0"], ["--gpus=0", "1 or more"]),
     "data without an index": (["--data=/nowhere"], ["--data=/nowhere", "anymal prepare --index-only"]),
+    "FP8 on a GPU without it": (["--gpu=a100-80gb", "model.fp8=hybrid"], ["model.fp8=hybrid", "A100", "--gpu"]),
     "a key that is not searched": (["--keep=seed"], ["--keep=seed", "tensor_model_parallel_size"]),
     "a folder for --write": (["--write=/nowhere/x.yaml"], ["--write=/nowhere/x.yaml", "no folder"]),
     "no layout to print": (["--best=0"], ["--best=0", "1 or more"]),

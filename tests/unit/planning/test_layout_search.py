@@ -237,3 +237,28 @@ def test_every_number_of_a_gpu_has_a_source(gpu: str) -> None:
     for key, (value, source) in sources(gpu).items():
         assert value is not None and len(source) > 5, key
     json.dumps(sources(gpu))
+
+
+# Tensor cores, operations of one per clock, MHz; memory bits and MHz; NVLinks and GB/s of one per direction; Gb/s of the
+# network adapters per GPU; GiB of the memory.
+PARTS = {
+    "a100-80gb": (432, 512, 1410, 5120, 1593, 12, 25, 200, 79.15),
+    "h100-80gb": (528, 1024, 1830, 5120, 2619, 18, 25, 400, 79.11),
+    "h200-141gb": (528, 1024, 1830, 6144, 3125, 18, 25, 400, 139.80),
+    "b200-180gb": (None, None, None, 7680, 3996, 18, 50, 400, 178.35),
+    "gb200-186gb": (None, None, None, None, None, 18, 50, 400, 184.31),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_rates_follow_from_clocks_widths_and_links(name: str) -> None:
+    """Dense operations, bytes instead of bits, one direction of a link, and no GB where GiB are meant."""
+    gpu = load_hardware(name)
+    cores, operations, clock, bits, memory_clock, links, link, network, gibibytes = PARTS[name]
+    if cores:
+        assert gpu.bf16_tflops == pytest.approx(cores * operations * clock * 1e-6, rel=1e-3)
+    if bits:
+        assert gpu.memory_gb_per_s == pytest.approx(bits / 8 * memory_clock * 2e-3, rel=2e-3)
+    assert gpu.fp8_tflops == pytest.approx(0 if name.startswith("a100") else 2 * gpu.bf16_tflops, rel=1e-4)
+    assert gpu.node_gb_per_s == links * link and gpu.network_gb_per_s == network / 8
+    assert gpu.memory_gb == pytest.approx(gibibytes * 2**30 / 1e9, rel=1e-3)
