@@ -41,6 +41,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.measure:
         return _measure(arguments)
+    if arguments.run:
+        return _compare(Path(arguments.run), arguments.gpu)
     strange = [text for text in arguments.overrides if "=" not in text and not text.startswith("~")]
     if strange:
         parser.error(f"{strange[0]!r} is neither `goodput` nor an override of the form key=value")
@@ -121,7 +123,7 @@ def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
     if arguments.html:
         _write_html(Path(arguments.html), problem, result)
     if target:
-        _write(target, arguments, base, config_file.planned_config(job, *_winner(result)))
+        _write(target, arguments, base, config_file.planned_config(job, *_winner(result), arguments.gpu))
     return 0
 
 
@@ -144,6 +146,17 @@ def _write_html(path: Path, problem: Problem, result: SearchResult) -> None:
     path.write_text(timeline_page(problem, result.ranked[:2]), encoding="utf-8")
 
 
+def _compare(run_dir: Path, gpu: str | None) -> int:
+    from megatron_anymal.planning.layouts.comparison import compare, config_of_run
+
+    given = load_hardware(gpu) if gpu else None
+    config = config_of_run(run_dir)
+    if given is None and not config.trainer.gpu:
+        raise ConfigError(f"--run={run_dir}: the run names no GPU (trainer.gpu). Add --gpu.")
+    print(compare(config, given or load_hardware(config.trainer.gpu, "trainer.gpu"), run_dir))
+    return 0
+
+
 def _measure(arguments: argparse.Namespace) -> int:
     from megatron_anymal.planning.layouts.measurement import measure_machine, write_measurement
 
@@ -161,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="anymal plan --config-name NAME --gpus NUMBER --gpu NAME [options] [key=value ...]\n"
+        "       anymal plan --run FOLDER [--gpu NAME]\n"
         "       anymal plan --measure FILE.yaml\n"
         "       anymal plan goodput [options]",
     )
@@ -185,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write", metavar="FILE", help="write the fastest layout as a configuration")
     parser.add_argument("--html", metavar="FILE", help="write a page with the timelines of the two fastest layouts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--run", metavar="FOLDER", help="compare what this run has measured with its plan, then stop")
     parser.add_argument("--measure", metavar="FILE", help="measure this machine into a file for --gpu, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     return parser

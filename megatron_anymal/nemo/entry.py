@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 import warnings
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from megatron_anymal.parallel import ParallelLayout
+    from megatron_anymal.planning.layouts.hardware import Hardware
 
 # Files that exp_manager writes into the run folder at every start.
 _NEMO_FILES = {"cmd-args.log", "git-info.log", "nemo_error_log.txt", "lightning_logs.txt"}
@@ -86,15 +88,30 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
             f"`anymal {composed.config.job}`, or set job={job}."
         )
     check(composed.config)
+    gpu = _planned_gpu(composed.config)
     if arguments.dry_run:
         from megatron_anymal.dry_run.report import print_dry_run
 
         _check_loggers(composed.config.exp_manager)
         print_dry_run(composed.config)
+        if gpu is not None and os.environ.get("RANK", "0") == "0":
+            from megatron_anymal.planning.layouts.prediction import describe_prediction
+
+            print("\n" + describe_prediction(composed.config, gpu))
         return 0
     # From here on, which is before the slow imports, a signal is a stop request.
     with stop_signals.handle_stop_signals():
         return int(_run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed))
+
+
+def _planned_gpu(config: RunConfig) -> Hardware | None:
+    """Return the hardware that trainer.gpu names; None if it names none."""
+    if not config.trainer.gpu:
+        return None
+    # Imports yaml.
+    from megatron_anymal.planning.layouts.hardware import load_hardware
+
+    return load_hardware(config.trainer.gpu, "trainer.gpu")
 
 
 def run(config: RunConfig) -> Exit:
@@ -128,7 +145,22 @@ def _run(config: RunConfig) -> Exit:
             outcome = MegatronAnyMALModel(config, trainer, layout=layout).fit()
         # Only after success: if a rank has failed, the others would wait for it here.
         shutdown()
+    if layout.reports and outcome == Exit.DONE:
+        _compare_with_plan(config)
     return outcome
+
+
+def _compare_with_plan(config: RunConfig) -> None:
+    """Print where a finished run stands against its plan, if trainer.gpu names a GPU. Nothing here fails the run."""
+    gpu = _planned_gpu(config)
+    if gpu is None:
+        return
+    from megatron_anymal.planning.layouts.comparison import compare
+
+    try:
+        print(compare(config, gpu, config.run_dir), flush=True)
+    except (OSError, ValueError) as error:
+        print(f"warning: the run could not be compared with its plan: {error}", flush=True)
 
 
 def unfitted_trainer(max_steps: int) -> Trainer:

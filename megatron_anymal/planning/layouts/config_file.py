@@ -32,9 +32,14 @@ def check_target(path: Path, config_dir: Path) -> None:
         )
 
 
-def planned_config(config: RunConfig, layout: Layout, recompute: Recompute) -> RunConfig:
-    """Return a copy of a configuration with a layout and its recomputation."""
+def planned_config(config: RunConfig, layout: Layout, recompute: Recompute, gpu: str = "") -> RunConfig:
+    """Return a copy of a configuration with a layout and its recomputation.
+
+    Args:
+        gpu: `trainer.gpu`.
+    """
     result = copy.deepcopy(config)
+    result.trainer.gpu = gpu
     result.model = layout.applied(result.model)
     result.model.recompute_granularity = recompute.granularity
     if recompute.granularity == "selective":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
@@ -97,13 +98,13 @@ def _candidates(config: RunConfig, layers: int, fp8: bool) -> Iterator[list[Layo
     ranks = config.world_size
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
     splits = {(n, chunks): pairs for n in sizes if n <= layers for chunks, pairs in _splits(layers, n).items()}
-    switches = [(sequence, *formats) for sequence in (False, True) for formats in _formats(config.model, fp8)]
+    formats = _formats(config.model, fp8)
     for tensor in sizes:
         for context in (size for size in sizes if ranks % (tensor * size) == 0):
             for (stages, chunks), pairs in splits.items():
                 if ranks % (tensor * context * stages) == 0:
-                    for sequence, *formats in switches:
-                        yield [Layout(tensor, sequence, stages, chunks, context, *pair, *formats) for pair in pairs]
+                    for sequence, name in itertools.product((False, True), formats):
+                        yield [Layout(tensor, sequence, stages, chunks, context, *pair, *name) for pair in pairs]
 
 
 def _splits(layers: int, stages: int) -> dict[int, list[tuple[int, int]]]:

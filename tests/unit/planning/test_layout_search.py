@@ -239,8 +239,8 @@ def test_every_number_of_a_gpu_has_a_source(gpu: str) -> None:
     json.dumps(sources(gpu))
 
 
-# Tensor cores, operations of one per clock, MHz; memory bits and MHz; NVLinks and GB/s of one per direction; Gb/s of the
-# network adapters per GPU; GiB of the memory.
+# Tensor cores, operations of one per clock, MHz; memory bits and MHz; NVLinks and GB/s of one per direction; Gb/s of
+# the network adapters per GPU; GiB of the memory.
 PARTS = {
     "a100-80gb": (432, 512, 1410, 5120, 1593, 12, 25, 200, 79.15),
     "h100-80gb": (528, 1024, 1830, 5120, 2619, 18, 25, 400, 79.11),
