@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_anymal.config import ConfigError, ExpManagerConfig, RunConfig
+from megatron_anymal.config import ConfigError, ExpManagerConfig, RunConfig, TrainerConfig
 from megatron_anymal.config.compose import (
     Composed,
     compose,
@@ -88,7 +88,7 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
             f"`anymal {composed.config.job}`, or set job={job}."
         )
     check(composed.config)
-    gpu = _planned_gpu(composed.config)
+    gpu = _planned_gpu(composed.config.trainer)
     if arguments.dry_run:
         from megatron_anymal.dry_run.report import print_dry_run
 
@@ -104,14 +104,14 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
         return int(_run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed))
 
 
-def _planned_gpu(config: RunConfig) -> Hardware | None:
+def _planned_gpu(trainer: TrainerConfig) -> Hardware | None:
     """Return the hardware that trainer.gpu names; None if it names none."""
-    if not config.trainer.gpu:
+    if not trainer.gpu:
         return None
     # Imports yaml.
     from megatron_anymal.planning.layouts.hardware import load_hardware
 
-    return load_hardware(config.trainer.gpu, "trainer.gpu")
+    return load_hardware(trainer.gpu, "trainer.gpu")
 
 
 def run(config: RunConfig) -> Exit:
@@ -145,22 +145,12 @@ def _run(config: RunConfig) -> Exit:
             outcome = MegatronAnyMALModel(config, trainer, layout=layout).fit()
         # Only after success: if a rank has failed, the others would wait for it here.
         shutdown()
-    if layout.reports and outcome == Exit.DONE:
-        _compare_with_plan(config)
+    gpu = _planned_gpu(config.trainer)
+    if gpu is not None and layout.reports and outcome == Exit.DONE:
+        from megatron_anymal.planning.layouts.comparison import compare_or_warn
+
+        print(compare_or_warn(config, gpu), flush=True)
     return outcome
-
-
-def _compare_with_plan(config: RunConfig) -> None:
-    """Print where a finished run stands against its plan, if trainer.gpu names a GPU. Nothing here fails the run."""
-    gpu = _planned_gpu(config)
-    if gpu is None:
-        return
-    from megatron_anymal.planning.layouts.comparison import compare
-
-    try:
-        print(compare(config, gpu, config.run_dir), flush=True)
-    except (OSError, ValueError) as error:
-        print(f"warning: the run could not be compared with its plan: {error}", flush=True)
 
 
 def unfitted_trainer(max_steps: int) -> Trainer:

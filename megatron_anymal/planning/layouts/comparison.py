@@ -166,6 +166,14 @@ def compare(config: RunConfig, gpu: Hardware, run_dir: Path) -> str:
     )
 
 
+def compare_or_warn(config: RunConfig, gpu: Hardware) -> str:
+    """Return the comparison of a run that has just ended, or a warning: nothing here may fail the run."""
+    try:
+        return compare(config, gpu, config.run_dir)
+    except (OSError, ValueError) as error:
+        return f"warning: the run could not be compared with its plan: {error}"
+
+
 def _table(rows: Sequence[tuple[str, float, float]]) -> list[str]:
     whole = rows[0]
     lines = [f"{'':<26}{'predicted':>11}{'measured':>20}"]
