@@ -2,10 +2,10 @@
 
     PYTHONPATH=.:tests python benchmarks/plan_ranking.py --out results.json
 
-Each layer sleeps, as long as its share of the tokens is large, so that the schedule and not this machine decides. What a
-layer, a collective and a message take besides is measured apart, none of it on the layouts that are compared: with one,
-two and four processes that compute at the same time, because four share two cores. Layouts are measured in turns, and the
-median over the turns counts; so do the costs.
+Each layer sleeps, as long as its share of the tokens is large, so that the schedule and not this machine decides. What
+a layer, a collective and a message take besides is measured apart, none of it on the layouts that are compared: with
+one, two and four processes that compute at the same time, because four share two cores. Layouts and costs are measured
+in turns, and the median over the turns counts.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ MEASURED = (
     (4, 1, False, 1, 1, 2, 0, 0, 0),
     (4, 1, False, 2, 1, 2, 0, 0, 0),
 )
-# Repetitions of a collective and of a message, and seconds between them: in training a layer's computation lies between.
+# Repetitions of a collective and of a message, and seconds between them: in training, computation lies between.
 REPEATS, PAUSE = 60, 0.003
 
 
@@ -189,11 +189,9 @@ def predicted_step(config: RunConfig, micro_batches: int, recomputed: int, costs
     def passes(chunk: PipelineChunk) -> tuple[float, float]:
         layers = len(chunk.layers)
         # Embedding: one sum. Head: maximum, sum of exponentials and target; one sum of its input's gradient.
-        edges = (chunk.first + 3 * chunk.last) * tensor, chunk.last * tensor
+        there, back = (chunk.first + 3 * chunk.last) * tensor, chunk.last * tensor
         repeated = min(recomputed, layers) * forward
-        return layers * forward + edges[0] * costs.collective, layers * backward + edges[
-            1
-        ] * costs.collective + repeated
+        return layers * forward + there * costs.collective, layers * backward + back * costs.collective + repeated
 
     stages = chunks_of_stages(model, read_llama_config(model.language_model))
     times = [[passes(chunk) for chunk in chunks] for chunks in stages]
@@ -203,8 +201,8 @@ def predicted_step(config: RunConfig, micro_batches: int, recomputed: int, costs
 def collectives_of_layer(config: RunConfig) -> tuple[int, int]:
     """Collectives that a layer's forward and backward passes wait for.
 
-    Tensor parallelism: a sum after each of two row-parallel layers, and two of gradients. With sequence parallelism each
-    is a gather and a scatter, and the gather is repeated in the backward pass for the weight's gradient. Context
+    Tensor parallelism: a sum after each of two row-parallel layers, and two of gradients. With sequence parallelism
+    each is a gather and a scatter, and the gather is repeated in the backward pass for the weight's gradient. Context
     parallelism: one gather of keys and values, one sum of their gradients.
     """
     model = config.model
