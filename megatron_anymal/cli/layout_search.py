@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_anymal import lean_imports
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.planning.layouts.hardware import Hardware, known_gpus, load_hardware
+from megatron_anymal.planning.layouts.job_size import SEARCHED
 
 if TYPE_CHECKING:
     from megatron_anymal.planning.layouts.search import Problem, SearchResult
@@ -21,18 +22,6 @@ Every layout that the configuration's checks allow is considered. Memory is coun
 from the model of docs/guides/plan.md.
 
 `anymal plan goodput --help` predicts what failures cost."""
-
-_SEARCHED = (
-    "tensor_model_parallel_size",
-    "sequence_parallel",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "fp8",
-    "fp8_primary_weights",
-)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -66,8 +55,8 @@ def _checked_gpu(arguments: argparse.Namespace) -> Hardware:
         )
     _check_numbers(arguments)
     for key in arguments.keep:
-        if key not in _SEARCHED:
-            raise ConfigError(f"--keep={key} is not one of the searched keys: {', '.join(_SEARCHED)}.")
+        if key not in SEARCHED:
+            raise ConfigError(f"--keep={key} is not one of the searched keys: {', '.join(SEARCHED)}.")
     for folder in arguments.data:
         if "://" not in folder and not (Path(folder) / "index" / "index.json").is_file():
             raise ConfigError(
@@ -83,6 +72,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--sample-tokens={arguments.sample_tokens} must be 0 or more.")
     if not 0 <= arguments.label_share <= 1:
         raise ConfigError(f"--label-share={arguments.label_share} must be at least 0 and at most 1.")
+    if arguments.html and not Path(arguments.html).resolve().parent.is_dir():
+        raise ConfigError(f"--html={arguments.html}: there is no folder {Path(arguments.html).resolve().parent}.")
     if arguments.data and (arguments.sample_tokens or arguments.label_share):
         raise ConfigError("--sample-tokens and --label-share replace an index: they exclude --data. Give one of them.")
 
@@ -90,21 +81,22 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
     from megatron_anymal.config.compose import compose, default_config_dir
     from megatron_anymal.config.validation import check
+    from megatron_anymal.planning.layouts.job_size import with_job_size, with_kept_layout
 
     folder = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
     if not folder.is_dir():
         raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {folder}.")
     target = Path(arguments.write) if arguments.write else None
     config = compose(arguments.config_name, folder, arguments.overrides).config
-    check(config)
+    job = with_job_size(config, arguments.gpus, arguments.nodes_of or gpu.node_gpus)
+    check(with_kept_layout(job, arguments.keep))
     if not (config.model.modalities or config.model.plugins or config.model.language_model.checkpoint):
         lean_imports.hide_torch()
     from megatron_anymal.planning.layouts import config_file
-    from megatron_anymal.planning.layouts.problem import build_problem, with_job_size
+    from megatron_anymal.planning.layouts.problem import build_problem
     from megatron_anymal.planning.layouts.report import nothing_fits, render, to_dict
     from megatron_anymal.planning.layouts.search import search
 
-    job = with_job_size(config, arguments.gpus, arguments.nodes_of or gpu.node_gpus)
     base = compose(arguments.config_name, folder, []).config if target else config
     if target:
         config_file.check_target(target, folder)
@@ -112,7 +104,10 @@ def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
     problem, notes = build_problem(job, gpu, arguments.data, arguments.sample_tokens, arguments.label_share)
     layouts = problem.layouts(arguments.keep)
     if not layouts:
-        raise ConfigError(f"no layout of {arguments.gpus} GPUs passes the checks. Change --gpus, or remove --keep.")
+        kept = ", ".join(f"{key}={getattr(config.model, key)}" for key in arguments.keep) or "none"
+        raise ConfigError(
+            f"no layout of {arguments.gpus} GPUs passes the checks (kept: {kept}). Change --gpus, or remove a --keep."
+        )
     result = search(problem, layouts, arguments.best)
     if not result.ranked:
         raise nothing_fits(problem, result)

@@ -93,6 +93,10 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
         from megatron_anymal.dry_run.report import print_dry_run
 
         _check_loggers(composed.config.exp_manager)
+        if gpu is not None:
+            from megatron_anymal.model.memory.recompute import MARGIN
+
+            composed.config.model.memory_gb = composed.config.model.memory_gb or gpu.memory_gb * (1 - MARGIN)
         print_dry_run(composed.config)
         if gpu is not None and os.environ.get("RANK", "0") == "0":
             from megatron_anymal.planning.layouts.prediction import describe_prediction

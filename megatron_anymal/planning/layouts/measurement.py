@@ -32,7 +32,7 @@ _PAUSE = 0.002
 
 
 def measure_machine() -> dict[str, tuple[Any, str]]:
-    """Measure this machine's first device and the collectives between its devices (on a CPU, two gloo processes).
+    """Measure this machine's first device and the collectives between its devices (on a CPU, gloo processes).
 
     Returns:
         Entries of a hardware file: value and source. A machine without several GPUs has no link between them: then the
@@ -114,8 +114,8 @@ def copy_rate(device: torch.device) -> float:
 def collective_rate(device: torch.device) -> tuple[float, float]:
     """Measure all-gathers between this machine's devices: bytes per second that a rank sends, and seconds of latency.
 
-    A single GPU has nobody to send to: its own copy rate stands for a link then. On a CPU there are as many processes as
-    cores, at least two, and each collective follows a pause.
+    A single GPU has nobody to send to: its own copy rate stands for a link then. On a CPU there are as many processes
+    as cores, at least two, and each collective follows a pause.
     """
     on_gpu = device.type == "cuda"
     ranks = torch.cuda.device_count() if on_gpu else max(2, os.cpu_count() or 1)

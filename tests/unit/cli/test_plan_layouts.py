@@ -16,9 +16,11 @@ from tiny import make_config
 
 from megatron_anymal.__main__ import main
 from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.config.parsing import leaves
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.dry_run.simulate import _ALONE, examine
 from megatron_anymal.planning.layouts.hardware import load_hardware
+from megatron_anymal.planning.layouts.prediction import predict
 from megatron_anymal.planning.layouts.problem import build_problem
 from megatron_anymal.planning.layouts.workload import pack_load
 from megatron_anymal.train.build import build_data, build_inputs
@@ -102,6 +104,104 @@ def test_the_written_configuration_runs_dry(tmp_path: Path, capsys: pytest.Captu
     ]
 
 
+# Job, configuration, GPUs, GPU, keys of `model` to keep, other overrides, whether layers are recomputed.
+WRITTEN: dict[str, tuple[str, str, int, str, dict[str, Any], tuple[str, ...], bool]] = {
+    "pre-training": (
+        "pretrain",
+        "pretrain_8b_image",
+        16,
+        "a100-80gb",
+        {},
+        ("model.language_model.freeze=false",),
+        False,
+    ),
+    "chunks": (
+        *("sft", "sft_70b", 64, "h100-80gb"),
+        {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "fp8": "''"},
+        ("trainer.sampled_answers=0",),
+        False,
+    ),
+    "preferences": ("dpo", "dpo_70b", 16, "h100-80gb", {"fp8": "''"}, (), False),
+    "uneven stages": (
+        *("dpo", "dpo_8b", 16, "h100-80gb"),
+        {
+            "pipeline_model_parallel_size": 4,
+            "num_layers_in_first_pipeline_stage": 6,
+            "num_layers_in_last_pipeline_stage": 6,
+        },
+        (),
+        False,
+    ),
+    "context": (
+        *("pretrain", "pretrain_70b_image", 64, "h100-80gb"),
+        {
+            "context_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "tensor_model_parallel_size": 4,
+            "sequence_parallel": "true",
+            "fp8": "''",
+        },
+        ("data.seq_length=32768",),
+        True,
+    ),
+    "FP8": (
+        *("pretrain", "pretrain_70b_image_fp8", 64, "h200-141gb"),
+        {
+            "fp8": "hybrid",
+            "context_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "tensor_model_parallel_size": 1,
+        },
+        (),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_dry_run_of_the_written_winner_needs_the_planned_memory(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a user does it: plan, write, dry run."""
+    job, config, gpus, gpu, kept, overrides, recomputed = WRITTEN[name]
+    target = tmp_path / "planned.yaml"
+    words = [f"--config-name={config}", f"--gpus={gpus}", f"--gpu={gpu}", "--json", f"--write={target}"]
+    words += [word for key, value in kept.items() for word in (f"--keep={key}", f"model.{key}={value}")]
+    assert main(["plan", *words, *overrides]) == 0
+    [best, *_] = json.loads(capsys.readouterr().out)["layouts"]
+    assert all(str(best["layout"][key]).lower() == str(value).strip("'") for key, value in kept.items())
+    assert bool(best["recompute"]["granularity"]) == recomputed
+    body = yaml.safe_load(target.read_text())
+    given, base = compose("planned", tmp_path, []).config, compose(config, default_config_dir(), []).config
+    before = dict(leaves(base.to_dict()))
+    changed = {key for key, value in leaves(given.to_dict()) if before.get(key) != value}
+    assert {key for key, _ in leaves(body)} - {"defaults"} == changed and given.trainer.gpu == gpu
+    assert main([job, f"--config-path={tmp_path}", "--config-name=planned", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    [counted] = re.findall(r"^([\d.]+) GB on stage \d+ fits in", shown, re.M)
+    assert float(counted) == pytest.approx(best["memory_gb"], rel=0.01)
+    [planned] = re.findall(r"^  ([\d.]+) GB on a rank of stage \d+ fits in", shown, re.M)
+    assert float(planned) == pytest.approx(best["memory_gb"], rel=0.01)
+    [seconds] = re.findall(r"^  ([\d.e+-]+)s per step", shown, re.M)
+    assert float(seconds) == pytest.approx(best["seconds"], rel=0.01)
+
+
+@pytest.mark.parametrize("gpu", ["h100-80gb", "h200-141gb"])
+@pytest.mark.parametrize(
+    "name", ["dpo_70b", "sft_70b", "pretrain_70b_image", "pretrain_70b_audio", "pretrain_70b_video"]
+)
+def test_shipped_runs_fit_the_gpus_that_their_comments_name(name: str, gpu: str) -> None:
+    problem, found = predict(compose(name, default_config_dir(), []).config, load_hardware(gpu))
+    assert found.choice.held[found.choice.worst].total <= problem.memory
+
+
+def test_the_shipped_fp8_run_fits_an_h200_only() -> None:
+    config = compose("pretrain_70b_image_fp8", default_config_dir(), []).config
+    for gpu, fits in (("h200-141gb", True), ("h100-80gb", False)):
+        problem, found = predict(config, load_hardware(gpu))
+        assert (found.choice.held[found.choice.worst].total <= problem.memory) == fits
+
+
 def test_lengths_come_from_an_index(
     mixed_shards: str, capsys: pytest.CaptureFixture[str], tokenizer_folder: str, tmp_path: Path
 ) -> None:
@@ -135,6 +235,11 @@ REFUSED = {
     "a share above 1": (["--label-share=1.5"], ["--label-share=1.5", "at most 1"]),
     "two sources": (["--data=HERE", "--sample-tokens=5"], ["exclude --data"]),
     "tokens above a pack": (["--sample-tokens=5000"], ["--sample-tokens=5000", "data.seq_length=4096"]),
+    "a folder for --html": (["--html=/nowhere/x.html"], ["--html=/nowhere/x.html", "no folder"]),
+    "kept keys that allow nothing": (
+        ["--keep=tensor_model_parallel_size", "model.tensor_model_parallel_size=16"],
+        ["no layout of 64 GPUs", "tensor_model_parallel_size=16", "--keep"],
+    ),
     "no configuration": (["--config-name=nothing"], ["nothing.yaml"]),
 }
 
@@ -145,6 +250,18 @@ def test_mistakes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TEXT, *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and all(word in line for word in words)
+
+
+def test_a_configured_layout_need_not_fit_the_planned_job(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is replaced, unless it is kept; and a kept one is checked against the planned number of GPUs."""
+    options = ["plan", "--config-name=pretrain_8b_image", "--gpu=h100-80gb", "--json", *WITHOUT_MEDIA]
+    assert main([*options, "--gpus=8", "model.tensor_model_parallel_size=5"]) == 0
+    eight = ["model.tensor_model_parallel_size=8", "--keep=tensor_model_parallel_size"]
+    assert main([*options, "--gpus=8", *eight, "trainer.devices=1", "trainer.num_nodes=1"]) == 0
+    assert main([*options, "--gpus=16", "model.overlap_p2p_comm=false"]) == 0
+    capsys.readouterr()
+    assert main([*options, "--gpus=4", *eight]) == 2
+    assert "4 processes do not divide" in capsys.readouterr().err
 
 
 def test_missing_options(capsys: pytest.CaptureFixture[str]) -> None:
