@@ -293,6 +293,26 @@ def test_a_page_with_two_timelines(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not re.search(r"(src|href)=|url\(|@import", text)
 
 
+@pytest.mark.parametrize(("batch", "whole"), [(16, True), (8192, False)])
+def test_timelines_are_legible_and_comparable(
+    batch: int, whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few enough passes to tell them apart; one time axis if the steps are whole; every stage's curve has its key."""
+    page = tmp_path / "page.html"
+    kept = ["--keep=pipeline_model_parallel_size", "model.pipeline_model_parallel_size=8", "--keep=fp8"]
+    assert main([*TEXT, f"--html={page}", *kept, *WITHOUT_MEDIA, f"model.global_batch_size={batch}", "--json"]) == 0
+    layouts = json.loads(capsys.readouterr().out)["layouts"][:2]
+    text = page.read_text()
+    for section, row in zip(text.split("<section>")[1:], layouts):
+        chunks = row["layout"]["virtual_pipeline_model_parallel_size"]
+        passes = len(re.findall(r'<rect class="(?:forward|backward)"', section)) / 8
+        assert passes <= max(96, 2 * chunks * 2 * 8)
+        assert ("The whole step" in section) == whole and section.count('class="curve"') == 8
+        assert [int(key) for key in re.findall(r"</span>(\d+)", section)] == list(range(8))
+    ends = {max(re.findall(r">([\d.]+) s</text>", section), key=float) for section in text.split("<section>")[1:]}
+    assert (len(ends) == 1) == whole
+
+
 def test_refusals_are_quick() -> None:
     code = "import time; begun = time.process_time(); from megatron_anymal.__main__ import main; import sys; "
     code += "code = main(sys.argv[1:]); print(time.process_time() - begun); sys.exit(code)"
