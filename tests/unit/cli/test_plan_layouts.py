@@ -325,8 +325,9 @@ def test_refusals_are_quick() -> None:
         assert min(taken) < 0.3, option
 
 
-def test_70b_on_1024_gpus_within_bounds() -> None:
-    words = ["-m", "megatron_anymal", "plan", "--config-name=pretrain_70b_image", "--gpus=1024", "--gpu=h100-80gb"]
+@pytest.mark.parametrize("gpus", [16, 1024, 16384])
+def test_70b_within_bounds_of_time_and_memory(gpus: int) -> None:
+    words = ["-m", "megatron_anymal", "plan", "--config-name=pretrain_70b_image", f"--gpus={gpus}", "--gpu=h100-80gb"]
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     assert status == 0 and used.ru_utime + used.ru_stime < 20
