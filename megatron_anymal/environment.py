@@ -70,7 +70,9 @@ REQUIREMENTS = (
         "resiliency",
         "`anymal launch --launcher=ft` does not start; torchrun, the default, does",
     ),
-    Requirement("s3fs", "s3fs", ">=2024.2", "s3", "shards on S3 cannot be read"),
+    Requirement("s3fs", "s3fs", ">=2024.12", "s3", "datasets on S3 (s3://) cannot be read"),
+    Requirement("gcsfs", "gcsfs", ">=2024.12", "gcs", "datasets on Google Cloud Storage (gs://) cannot be read"),
+    Requirement("pyarrow", "pyarrow", ">=15.0", "huggingface", "`anymal prepare --from huggingface` reads nothing"),
     Requirement("wandb", "wandb", "", "wandb", "exp_manager.create_wandb_logger=true fails"),
 )
 

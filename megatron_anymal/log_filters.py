@@ -33,6 +33,10 @@ _RECORDS = (
     ("transformers.configuration_utils", r"You are using a model of type `anymal` to instantiate a model of type ``"),
     # Where torch is kept out (lean_imports.hide_torch).
     ("transformers", r"PyTorch was not found"),
+    # Every loader process connects to an object store; only what is missing matters.
+    ("botocore.credentials", r"Found credentials "),
+    ("aiobotocore.credentials", r"Found credentials "),
+    ("botocore.configprovider", r"Found endpoint for "),
     # A restarted run continues in its folder.
     ("nemo_logger", r"Exp_manager is logging to .*, but it already exists"),
 )

@@ -56,6 +56,10 @@ class Progress:
             left = (now - self._start) / self._done * (self._total - self._done)
             self._write(f"{self._done}/{self._total}{self._unit}{self._rate(now)}, {duration(left)} left")
 
+    def skip(self, count: int) -> None:
+        """Leave out work that was done before, which says nothing about the rate."""
+        self._total -= count
+
     def finish(self) -> None:
         """Print the total count and time."""
         now = time.monotonic()

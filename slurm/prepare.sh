@@ -1,8 +1,9 @@
 #!/bin/bash
-# Indexes a folder of shards, or makes one from a manifest, in PARTS tasks of a job array; a further job, which waits for
-# all of them, joins the parts:
+# Indexes a folder of shards, or makes one from a manifest or a data set, in PARTS tasks of a job array; a further job,
+# which waits for all of them, joins the parts:
 #   bash slurm/prepare.sh PARTS --index-only FOLDER --tokenizer FOLDER [option of anymal prepare ...]
 #   bash slurm/prepare.sh PARTS --manifest FILE --out FOLDER --tokenizer FOLDER [option of anymal prepare ...]
+#   bash slurm/prepare.sh PARTS --from LAYOUT PATH --out FOLDER --tokenizer FOLDER [option of anymal prepare ...]
 # It submits both jobs and prints their numbers. Options of sbatch, written with =, go before PARTS:
 #   bash slurm/prepare.sh --partition=cpu --time=4:00:00 64 ...
 # A task that reaches its time limit or loses its node is requeued, and continues with the shards that it lacks. If tasks
@@ -44,13 +45,14 @@ submit() {
             --part | --part=* | --merge | --merge=*) refuse "$1 is set for each job. Leave it out" ;;
             --max-bad-share) of_merge+=("$1" "${2:-}"); shift ;;
             --max-bad-share=*) of_merge+=("$1") ;;
+            --from) [[ ${2:-} != img2dataset ]] || folder=${3:-}; of_parts+=("$1" "${2:-}" "${3:-}"); shift 2 ;;
             --index-only | --out) folder=${2:-}; of_parts+=("$1" "${2:-}"); shift ;;
             --index-only=* | --out=*) folder=${1#*=}; of_parts+=("$1") ;;
             *) of_parts+=("$1") ;;
         esac
         shift
     done
-    [[ $folder ]] || refuse "the folder is missing: --index-only FOLDER, or --manifest FILE --out FOLDER"
+    [[ $folder ]] || refuse "the folder is missing: --index-only FOLDER, or --manifest FILE or --from LAYOUT PATH with --out FOLDER"
     array=$(sbatch --parsable "${options[@]}" --array="1-$parts" "$script" "$parts" "${of_parts[@]}") || exit 2
     merge=$(sbatch --parsable "${options[@]}" --dependency="afterok:${array%%;*}" --kill-on-invalid-dep=yes \
         --cpus-per-task=1 --job-name=prepare_merge "$script" --merge "$folder" "${of_merge[@]}") || exit 2

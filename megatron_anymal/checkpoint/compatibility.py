@@ -52,6 +52,7 @@ HARMLESS = (
     "data.max_bad_share",
     "data.num_workers",
     "data.prefetch_steps",
+    "data.storage.*",
     "data.worker_memory_limit_gib",
 )
 # Keys of a Llama's configuration that do not describe the model.

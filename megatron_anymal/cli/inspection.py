@@ -59,7 +59,8 @@ def inspect(arguments: argparse.Namespace, folders: Sequence[str], tokenizer: st
         ConfigError: a plug-in cannot be imported.
     """
     load_plugins([*arguments.plugin, *(config.model.plugins if config else ())])
-    indexes = [ShardIndex(folder, config.data.limits if config else None) for folder in folders]
+    limits, storage = (config.data.limits, config.data.storage) if config else (None, None)
+    indexes = [ShardIndex(folder, limits, storage) for folder in folders]
     kinds = set().union(*(index.kinds_used() for index in indexes))
     kinds |= {section.kind or name for name, section in config.model.modalities.items()} if config else set()
     if all(kind in MODALITIES and not MODALITIES[kind].needs_torch for kind in kinds):
@@ -302,6 +303,7 @@ def planner_of(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPl
         # Counted here, not rejected.
         too_long="drop",
         check_shards=False,
+        storage=config.data.storage,
         limits=config.data.limits,
     )
 

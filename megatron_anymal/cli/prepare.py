@@ -1,4 +1,5 @@
-"""`anymal prepare`: build shards and their index from a manifest, or index existing shards, at once or in parts."""
+"""`anymal prepare`: build shards and their index from a manifest or a data set, or index existing shards; at once or in
+parts."""
 
 from __future__ import annotations
 
@@ -7,12 +8,16 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 from megatron_anymal import lean_imports
+from megatron_anymal.cli.prepare_sources import add_arguments, opened, packed, refuse_addresses, refuse_options
 from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.filters import Rule, parse_rules
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
+from megatron_anymal.data.source_records import Source
+from megatron_anymal.data.sources.source_format import ShardFolder
 
 if TYPE_CHECKING:
     from megatron_anymal.data.index_builder import IndexOptions
@@ -23,60 +28,45 @@ def main(argv: Sequence[str]) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     part = PartOf.parse(arguments.part) if arguments.part else None
-    _check(parser, arguments)
+    refuse_options(parser, arguments)
+    refuse_addresses(arguments)
+    limits, filters = _limits(arguments.limit), parse_rules(arguments.filter)
+    source = None if arguments.merge else opened(arguments, limits)
     # These import numpy and the media libraries' readers, which --help does without.
     from megatron_anymal.modalities import load_plugins
 
     if not arguments.plugin:
         # A plug-in may need torch; what this verb does itself, does not.
         lean_imports.hide_torch()
-    if arguments.merge:
+    if source is None:
         from megatron_anymal.data.index_parts import merge_parts
 
         merge_parts(arguments.merge, arguments.max_bad_share)
         return 0
     load_plugins(arguments.plugin)
-    if arguments.manifest:
-        _prepare_manifest(arguments, _options(arguments), part)
-    else:
-        _index(arguments, arguments.index_only, _options(arguments), part, arguments.rebuild, None)
+    _prepare(arguments, source, _options(arguments, limits, filters), part)
     return 0
 
 
-def _check(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    """Refuse options that are missing, or that would have no effect.
-
-    Raises:
-        DataError: naming the option.
-    """
-    given = [name for name, value in vars(arguments).items() if value != parser.get_default(name)]
-    # Option -> the options that it works with.
-    users = {"out": "manifest", "overwrite": "manifest", "samples_per_shard": "manifest", "rebuild": "index_only"}
-    for name, user in users.items():
-        if name in given and user not in given:
-            raise DataError(f"{_spelled(name)} has no effect without {_spelled(user)}. Leave it out.")
-    if arguments.samples_per_shard < 1:
-        raise DataError(f"--samples-per-shard {arguments.samples_per_shard} must be at least 1.")
-    if arguments.merge:
-        others = [_spelled(name) for name in given if name not in ("merge", "max_bad_share")]
-        if others:
-            raise DataError(f"--merge uses the options that its parts were made with. Leave out {', '.join(others)}.")
+def _prepare(
+    arguments: argparse.Namespace, source: Union[Source, ShardFolder], options: IndexOptions, part: Optional[PartOf]
+) -> None:
+    """Pack a source, or a part of it, and index the shards; or index existing ones."""
+    if isinstance(source, ShardFolder):
+        options = dataclasses.replace(options, members=options.members or list(source.members))
+        _index(arguments, source.folder, options, part, arguments.rebuild, None)
+        print("".join(f"{remark}\n" for remark in source.remarks), end="")
         return
-    if not arguments.tokenizer:
-        raise DataError("--tokenizer is missing: the index holds lengths in tokens. Name a tokenizer's folder.")
-    if arguments.manifest and not arguments.out:
-        raise DataError("--manifest needs --out, the folder to write shards into.")
-    if arguments.part:
-        for name, fix in (("max_bad_share", "Give it to --merge"), ("overwrite", "Empty the folder first")):
-            if name in given:
-                raise DataError(f"{_spelled(name)} applies to a whole folder, not to --part. {fix}.")
+    from megatron_anymal.data.tokenizer import Tokenizer
+
+    # Before the shards are written: the same command can then be started again.
+    Tokenizer(arguments.tokenizer)
+    names = packed(source, arguments, options, part)
+    # Excluded samples are not in the shards.
+    _index(arguments, arguments.out, dataclasses.replace(options, filters=()), part, True, names)
 
 
-def _spelled(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _options(arguments: argparse.Namespace) -> IndexOptions:
+def _options(arguments: argparse.Namespace, limits: LimitsConfig, filters: Sequence[Rule]) -> IndexOptions:
     from megatron_anymal.data.index_builder import IndexOptions
 
     return IndexOptions(
@@ -85,27 +75,10 @@ def _options(arguments: argparse.Namespace) -> IndexOptions:
         arguments.plugin,
         members=[p.strip().lower().lstrip(".") for text in arguments.members for p in text.split(",")],
         attributes=_attributes(arguments.attribute),
-        limits=_limits(arguments.limit),
+        limits=limits,
         text_only=arguments.text_only,
+        filters=filters,
     )
-
-
-def _prepare_manifest(arguments: argparse.Namespace, options: IndexOptions, part: Optional[PartOf]) -> None:
-    """Write the shards of a manifest, or a part of them, and index them."""
-    from megatron_anymal.data.manifest import existing, write_shards
-    from megatron_anymal.data.manifest_parts import write_part
-    from megatron_anymal.data.tokenizer import Tokenizer
-
-    manifest, out, size = arguments.manifest, arguments.out, arguments.samples_per_shard
-    existing(manifest)
-    # Before the shards are written: the same command can then be started again.
-    Tokenizer(arguments.tokenizer)
-    if part:
-        names = write_part(manifest, out, part, size, options.limits)
-        _index(arguments, out, options, part, True, names)
-    else:
-        write_shards(manifest, out, size, arguments.overwrite, options.limits)
-        _index(arguments, out, options, None, True, None)
 
 
 def _index(
@@ -127,11 +100,7 @@ def _index(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="anymal prepare", description=__doc__)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--manifest", help="a .jsonl or .csv file of media paths and texts to pack into shards")
-    source.add_argument("--index-only", metavar="FOLDER", help="a folder of WebDataset shards to index in place")
-    source.add_argument("--merge", metavar="FOLDER", help="a folder whose parts are finished: write its index")
-    parser.add_argument("--out", help="with --manifest: the folder to create")
+    add_arguments(parser)
     parser.add_argument("--tokenizer", help="folder of the tokenizer that training will use")
     parser.add_argument("--samples-per-shard", type=int, default=2000)
     parser.add_argument("--overwrite", action="store_true", help="replace the contents of --out")
@@ -139,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rebuild",
         action="store_true",
-        help="with --index-only: read all shards, also those that the folder's index has unchanged",
+        help="with shards that are indexed in place: read all, also those that the folder's index has unchanged",
     )
     parser.add_argument(
         "--workers",
@@ -218,14 +187,14 @@ def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 def _limits(given: Sequence[str]) -> LimitsConfig:
     """Return the default limits with the given ones replaced."""
-    from megatron_anymal.modalities.base import nearest
-
     limits = LimitsConfig()
     known = {field.name: type(getattr(limits, field.name)) for field in dataclasses.fields(limits)}
     values = {}
     for text in given:
         name, value = _pair("--limit", text, "NAME=NUMBER, for example max_pixels=20000000")
         if name not in known:
+            from megatron_anymal.modalities.base import nearest
+
             raise DataError(f"--limit {text!r}: there is no limit {name!r}. {nearest(name, known)}")
         try:
             values[name] = known[name](value)

@@ -1,27 +1,34 @@
 """The configuration of a run: its schema, and the error raised for every invalid setting."""
 
-from megatron_anymal.config.schema import (
+from megatron_anymal.config.data_section import (
     DEFAULT_LIMITS,
-    FP8_MULTIPLE,
-    CheckpointConfig,
-    ConfigError,
     DataConfig,
     DatasetConfig,
+    LimitsConfig,
+    StorageConfig,
+    is_remote,
+    shows_credentials,
+)
+from megatron_anymal.config.model_section import (
+    FP8_MULTIPLE,
     DistributedDataParallelConfig,
     DpoConfig,
     EncoderConfig,
-    ExpManagerConfig,
     LanguageModelConfig,
-    LimitsConfig,
     LoraConfig,
     ModalityConfig,
     ModelConfig,
     NeftuneConfig,
     OptimConfig,
     ProjectorConfig,
+    ScheduleConfig,
+)
+from megatron_anymal.config.schema import (
+    CheckpointConfig,
+    ConfigError,
+    ExpManagerConfig,
     ResilienceConfig,
     RunConfig,
-    ScheduleConfig,
     TrainerConfig,
 )
 
@@ -47,5 +54,8 @@ __all__ = [
     "ProjectorConfig",
     "ResilienceConfig",
     "ScheduleConfig",
+    "StorageConfig",
     "TrainerConfig",
+    "is_remote",
+    "shows_credentials",
 ]

@@ -48,7 +48,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Every key, its default and its meaning, from `megatron_anymal/config/schema.py`. `anymal pretrain",
+        "Every key, its default and its meaning, from the dataclasses in `megatron_anymal/config/`. `anymal pretrain",
         "--config-name=CONFIG --print-config --explain` shows the same text with a run's own values. In the headings,",
         "NAME stands for a name of your choice.",
     ]

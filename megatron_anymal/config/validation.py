@@ -6,17 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Any, Optional
 
+from megatron_anymal.config.data_section import DataConfig
 from megatron_anymal.config.fault_grammar import check_faults
-from megatron_anymal.config.schema import (
-    CheckpointConfig,
-    ConfigError,
-    DataConfig,
-    DpoConfig,
-    ExpManagerConfig,
-    ModalityConfig,
-    ModelConfig,
-    RunConfig,
-)
+from megatron_anymal.config.layout_validation import check_layout
+from megatron_anymal.config.model_section import ModalityConfig
+from megatron_anymal.config.model_validation import check_model
+from megatron_anymal.config.schema import CheckpointConfig, ConfigError, ExpManagerConfig, RunConfig
+from megatron_anymal.config.storage_validation import check_storage
 
 # The global order is built in blocks with at least two slots per data set: a smaller share would make them huge.
 SMALLEST_SHARE = 1e-5
@@ -88,6 +84,13 @@ AT_LEAST = {
     "data.limits.max_member_bytes": 1,
     "data.limits.max_text_bytes": 1,
     "data.limits.max_json_depth": 4,
+    "data.storage.attempts": 1,
+    "data.storage.timeout_seconds": 1,
+    "data.storage.connections": 1,
+    "data.storage.read_ahead": 0,
+    "data.storage.gap_kib": 0,
+    "data.storage.cache_gib": 0,
+    "data.storage.cache_block_kib": 4,
     "resilience.hang_timeout": 0,
     "resilience.startup_timeout": 1,
     "resilience.checkpoint_timeout": 1,
@@ -114,8 +117,9 @@ def check(config: RunConfig) -> None:
     _check_values(config)
     _check_checkpoints(config)
     check_layout(config)
-    _check_model(config)
+    check_model(config.job, config.model)
     _check_data(config.data, config.model.modalities)
+    check_storage(config.data, config.resilience)
     _check_resilience(config)
 
 
@@ -166,205 +170,6 @@ def _check_best(config: RunConfig, rules: CheckpointConfig) -> None:
     metric = rules.keep_best_metric
     if metric not in known and not (config.job == "dpo" and metric.startswith("val_")):
         raise ConfigError(f"{where}.keep_best_metric={metric!r} is not one of {', '.join(known)}.")
-
-
-def check_layout(config: RunConfig) -> None:
-    """Reject parallel sizes, recomputation and number formats that cannot work together, whatever the Llama.
-
-    Raises:
-        ConfigError: the message names the key and the fix.
-    """
-    _check_parallel_sizes(config)
-    _check_recompute(config.model)
-    _check_fp8(config.model)
-
-
-def _check_parallel_sizes(config: RunConfig) -> None:
-    m = config.model
-    if config.world_size % m.model_parallel_size:
-        raise ConfigError(
-            f"trainer.num_nodes x trainer.devices = {config.world_size} processes do not divide into replicas of "
-            f"model.tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = "
-            f"{m.model_parallel_size}. Change trainer.devices, trainer.num_nodes or the parallel sizes."
-        )
-    if m.sequence_parallel and m.tensor_model_parallel_size == 1:
-        raise ConfigError(
-            "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1: it splits the sequence over "
-            "the tensor-parallel ranks. Set it to false."
-        )
-    # Every document, even the longest, is padded so that it splits evenly over the context-parallel ranks.
-    if m.context_parallel_size > 1 and config.data.seq_length % (2 * m.context_parallel_size):
-        raise ConfigError(
-            f"data.seq_length={config.data.seq_length} must be a multiple of {2 * m.context_parallel_size}: each "
-            f"document is cut into 2 x model.context_parallel_size={m.context_parallel_size} equal chunks."
-        )
-    if not m.overlap_p2p_comm and m.virtual_pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            "model.overlap_p2p_comm=false has no effect without a virtual pipeline "
-            "(model.virtual_pipeline_model_parallel_size > 1). Remove it."
-        )
-    if m.virtual_pipeline_model_parallel_size > 1 and m.pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            "model.virtual_pipeline_model_parallel_size > 1 needs model.pipeline_model_parallel_size > 1: it splits "
-            "pipeline stages into chunks. Set it to 1."
-        )
-    for name, modality in m.modalities.items():
-        heads = modality.projector.num_attention_heads
-        if modality.projector.type == "resampler" and heads % m.tensor_model_parallel_size:
-            raise ConfigError(
-                f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} does not divide "
-                f"model.modalities.{name}.projector.num_attention_heads={heads}."
-            )
-    edges = m.num_layers_in_first_pipeline_stage or m.num_layers_in_last_pipeline_stage
-    if edges and m.pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            "model.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need "
-            "model.pipeline_model_parallel_size > 1. Set them to 0."
-        )
-    if config.trainer.sampled_answers and not config.data.validation:
-        raise ConfigError(
-            f"trainer.sampled_answers={config.trainer.sampled_answers} has no validation samples to answer. Name a "
-            "folder in data.validation, or set it to 0."
-        )
-    if config.trainer.sampled_answers and (m.context_parallel_size > 1 or m.virtual_pipeline_model_parallel_size > 1):
-        raise ConfigError(
-            "trainer.sampled_answers needs model.context_parallel_size=1 and "
-            "model.virtual_pipeline_model_parallel_size=1: generation during training supports neither. Set it to 0."
-        )
-    if m.ddp.overlap_param_gather and not (m.ddp.use_distributed_optimizer and m.ddp.overlap_grad_reduce):
-        raise ConfigError(
-            "model.ddp.overlap_param_gather=true needs model.ddp.use_distributed_optimizer=true and "
-            "model.ddp.overlap_grad_reduce=true."
-        )
-
-
-def _check_model(config: RunConfig) -> None:
-    lm = config.model.language_model
-    given = [name for name in ("path", "config", "checkpoint") if getattr(lm, name)]
-    if len(given) != 1:
-        raise ConfigError(
-            "model.language_model needs exactly one of path (a HuggingFace folder), config (a shape with random "
-            f"weights) and checkpoint (written by this trainer); given: {', '.join(given) or 'none'}."
-        )
-    _check_encoder_costs(config.model)
-    _check_lora(config.model)
-    if config.job == "dpo":
-        _check_dpo(config.model)
-    elif config.model.dpo != DpoConfig():
-        raise ConfigError(f"model.dpo has no effect on the job {config.job}. Remove it, or set job=dpo.")
-    placeholders: dict[str, str] = {}
-    kinds: dict[str, str] = {}
-    for name, modality in config.model.modalities.items():
-        where = f"model.modalities.{name}"
-        if not modality.encoder.type:
-            raise ConfigError(f"{where}.encoder.type is empty. Name the architecture, for example clip.")
-        if modality.encoder.path and modality.encoder.config:
-            raise ConfigError(
-                f"{where}.encoder has both path and config. The folder has its own config; remove config."
-            )
-        if modality.projector.type not in ("resampler", "linear"):
-            raise ConfigError(f"{where}.projector.type={modality.projector.type!r} is not resampler or linear.")
-        if modality.projector.num_tokens < 1 or modality.projector.num_layers < 1:
-            raise ConfigError(f"{where}.projector needs num_tokens and num_layers of at least 1.")
-        if not modality.placeholder:
-            raise ConfigError(f"{where}.placeholder is empty. Name a reserved token of the vocabulary.")
-        if modality.placeholder in placeholders:
-            raise ConfigError(
-                f"{where}.placeholder={modality.placeholder!r} is also the placeholder of "
-                f"{placeholders[modality.placeholder]!r}. Each modality needs its own."
-            )
-        placeholders[modality.placeholder] = name
-        kind = modality.kind or name
-        if kind in kinds:
-            raise ConfigError(
-                f"{where} and model.modalities.{kinds[kind]} are both of the kind {kind!r}, so it is "
-                "ambiguous which of them reads a sample's media. Remove one."
-            )
-        kinds[kind] = name
-
-
-def _check_recompute(model: ModelConfig) -> None:
-    defaults = ModelConfig()
-    if model.recompute_granularity != "auto":
-        return
-    for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
-        if getattr(model, name) != getattr(defaults, name):
-            raise ConfigError(
-                f"model.{name} has no effect with model.recompute_granularity=auto, which chooses it. Remove it, or "
-                "name the granularity."
-            )
-
-
-def _check_encoder_costs(model: ModelConfig) -> None:
-    configured = model.encoder_costs == "configured"
-    if model.encoder_costs != "operations" and not model.modalities:
-        raise ConfigError(
-            f"model.encoder_costs={model.encoder_costs} has no effect without model.modalities. Remove it."
-        )
-    for name, modality in model.modalities.items():
-        cost, key = modality.cost_per_piece, f"model.modalities.{name}.cost_per_piece"
-        if cost and not configured:
-            raise ConfigError(
-                f"{key}={cost} has no effect with model.encoder_costs={model.encoder_costs}. Set "
-                "model.encoder_costs=configured, or remove it."
-            )
-        if configured and not 0 < cost < math.inf:
-            raise ConfigError(
-                f"{key}={cost} must be above 0, because model.encoder_costs=configured compares all modalities by it."
-            )
-
-
-def _check_lora(model: ModelConfig) -> None:
-    lora = model.lora
-    if not lora.r:
-        return
-    if not model.language_model.freeze:
-        raise ConfigError(
-            f"model.lora.r={lora.r} adds adapters to a frozen Llama, but "
-            "model.language_model.freeze=false. Set that to true, or model.lora.r to 0."
-        )
-    if not (lora.alpha > 0 and math.isfinite(lora.alpha)):
-        raise ConfigError(f"model.lora.alpha={lora.alpha} must be above 0.")
-    if lora.dropout >= 1:
-        raise ConfigError(f"model.lora.dropout={lora.dropout} must be less than 1.")
-    if not lora.targets:
-        raise ConfigError(
-            'model.lora.targets is empty: nothing would be adapted. Set it to ["*"], or model.lora.r to 0.'
-        )
-
-
-def _check_fp8(model: ModelConfig) -> None:
-    if not model.fp8 and (model.fp8_primary_weights or model.fp8_recipe != ModelConfig().fp8_recipe):
-        raise ConfigError(
-            "model.fp8_recipe and model.fp8_primary_weights have no effect without model.fp8. Set it to hybrid or "
-            "e4m3, or remove them."
-        )
-    if model.fp8_primary_weights and not model.language_model.freeze:
-        raise ConfigError(
-            "model.fp8_primary_weights=true needs a frozen Llama, but model.language_model.freeze=false: updates are "
-            "smaller than the spacing of FP8 numbers. Change one of them."
-        )
-
-
-def _check_dpo(model: ModelConfig) -> None:
-    dpo = model.dpo
-    if not dpo.beta > 0:
-        raise ConfigError(f"model.dpo.beta={dpo.beta} must be above 0.")
-    if dpo.label_smoothing >= 0.5:
-        raise ConfigError(f"model.dpo.label_smoothing={dpo.label_smoothing} must be less than 0.5.")
-    if model.loss_normalization != "token":
-        raise ConfigError("model.loss_normalization has no effect on the job dpo, which counts pairs. Set it to token.")
-    if not (model.lora.r and model.restore_from_path):
-        raise ConfigError(
-            "The job dpo continues from the adapters of an SFT run, which also serve as its reference: it needs "
-            "model.lora as in that run, and model.restore_from_path set to that run's folder or checkpoint."
-        )
-    for name, modality in model.modalities.items():
-        if not (modality.encoder.freeze and modality.projector.freeze):
-            raise ConfigError(
-                f"The job dpo trains the adapters only: set model.modalities.{name}.projector.freeze and "
-                f"model.modalities.{name}.encoder.freeze to true."
-            )
 
 
 def _check_data(data: DataConfig, modalities: Mapping[str, ModalityConfig]) -> None:

@@ -13,9 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from megatron_anymal.config import ConfigError, LimitsConfig
+from megatron_anymal.data.filters import Facts, FilteredError, Rule, apply_rules, learned_text
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
@@ -27,6 +26,7 @@ from megatron_anymal.data.tar.reader import TarError, TarMember, TarWalk
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import MODALITIES, kind_for_extension
 from megatron_anymal.modalities.base import MediaError
+from megatron_anymal.object_storage.client import file_system
 
 # Increased by every change that gives a shard other rows: indexes that were built before are then not built upon.
 RULES = 1
@@ -52,6 +52,8 @@ class IndexOptions:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     # Keep samples that have only a .txt even if other such samples have media.
     text_only: bool = False
+    # Samples that one of these rules excludes are left out.
+    filters: Sequence[Rule] = ()
 
     def identity(self, tokenizer: str) -> dict[str, Any]:
         """Everything besides a shard that determines its rows, as JSON values.
@@ -77,6 +79,7 @@ class IndexOptions:
             "attributes": {kind: dict(values) for kind, values in self.attributes.items()},
             "limits": dataclasses.asdict(self.limits),
             "text_only": self.text_only,
+            "filters": [rule.text for rule in self.filters],
             "plugins": plugins,
         }
         return dict(json.loads(json.dumps(body)))
@@ -99,6 +102,40 @@ class IndexOptions:
             raise MediaError(f"has the unknown modality {kind!r}; known: {', '.join(sorted(MODALITIES))}")
         return kind
 
+    def probe(self, part: MediaPart, data: bytes) -> tuple[str, float, float]:
+        """Kind of a media item, and the two numbers of its modality's `probe`.
+
+        Raises:
+            SampleError: the item cannot be used.
+        """
+        extension = part.media.lower().rpartition(".")[2]
+        try:
+            kind = self.kind_of(part, extension)
+            attributes = {**self.attributes.get(kind, {}), **part.attributes}
+            first, second = map(float, MODALITIES[kind].probe(data, extension, attributes, self.limits))
+        except MediaError as error:
+            fix = "" if part.modality else " If it is not media, select the endings to use with --members."
+            raise SampleError("media", f"its member {part.media!r} {error}.{fix}") from None
+        # A plug-in may raise anything, and a single sample must not abort the indexing.
+        except Exception as error:
+            raise SampleError("media", f"its member {part.media!r} cannot be read: {error!r}.") from error
+        return kind, first, second
+
+    def apply_filters(self, sample: Sample, media: Mapping[str, bytes], columns: Mapping[str, Any]) -> None:
+        """Check a sample before it is packed.
+
+        Args:
+            media: content of each media item, by the name that the sample's parts state.
+            columns: further values that its source lists.
+
+        Raises:
+            FilteredError: a rule excludes it.
+            SampleError: a media item cannot be used, or it lacks a column that a rule reads.
+        """
+        parts = [part for part in sample.documents[0] if isinstance(part, MediaPart)]
+        sizes = [self.probe(part, media[part.media]) for part in parts]
+        apply_rules(self.filters, Facts(learned_text(sample), sizes, columns))
+
 
 @dataclass
 class _Row:
@@ -111,8 +148,12 @@ class _Row:
 
 
 def index_shard(folder: str, name: str, tokenizer: Tokenizer, options: IndexOptions) -> ShardRows:
-    """Index one shard. A shard that cannot be read at all yields no rows and one ledger entry with the reason."""
-    fs, root = fsspec.core.url_to_fs(folder)
+    """Index one shard. A shard that cannot be read at all yields no rows and one ledger entry with the reason.
+
+    Raises:
+        StorageError: the object store cannot be used, which does not make the shard unreadable.
+    """
+    fs, root = file_system(folder)
     rows = ShardRows(name, 0)
     try:
         rows.size = int(fs.size(f"{root}/{name}"))
@@ -139,6 +180,10 @@ class _Indexer:
         for group in groups(walk, rows.name, rows.members, rows.left_out):
             try:
                 row = self._row(group)
+            except FilteredError as error:
+                rows.members.ignored["members of filtered samples"] += group.seen
+                entry = LeftOut(rows.name, error.code, str(error), group.offset, group.key, rule=error.rule)
+                rows.left_out.append(entry)
             except SampleError as error:
                 self._leave_out(group.key, group.offset, group.seen, error.code, str(error))
             else:
@@ -184,6 +229,9 @@ class _Indexer:
         counts = self._counts(sample)
         if len(media) > MAX_MEDIA:
             raise SampleError("limit", f"it has {len(media)} media items, above the index's maximum of {MAX_MEDIA}.")
+        if self._options.filters:
+            sizes = [(self._rows.kinds[row[3]], row[5], row[6]) for row in media]
+            apply_rules(self._options.filters, Facts(learned_text(sample), sizes, self._columns(group)))
         row = (text.offset, text.size, zlib.crc32(data), is_json, SAMPLE_KINDS.index(sample.kind), *counts)
         return _Row(row, media, len(is_used), tuple(f".{ending}" for ending in unused))
 
@@ -209,6 +257,17 @@ class _Indexer:
             raise SampleError("torn" if group.torn else "text", str(error)) from None
         return text, data, False, Sample("parts", (parts,))
 
+    def _columns(self, group: Group) -> dict[str, Any]:
+        """The values in a sample's .json, which is its own or another tool's metadata."""
+        member = group.members.get("json")
+        if member is None or not any(rule.column for rule in self._options.filters):
+            return {}
+        try:
+            value = parse_json_text(self._text(member), "its .json", self._options.limits)
+        except DataError as error:
+            raise SampleError("text", str(error)) from None
+        return value if isinstance(value, dict) else {}
+
     def _text(self, member: TarMember) -> bytes:
         limit = self._options.limits.max_text_bytes
         if member.size > limit:
@@ -222,17 +281,8 @@ class _Indexer:
             reason = f"its {member.name!r} has {member.size} bytes, above data.limits.max_member_bytes={limit}."
             raise SampleError("limit", reason)
         data = self._source.read_at(member.offset, member.size)
+        kind, first, second = self._options.probe(part, data)
         extension = part.media.lower().rpartition(".")[2]
-        try:
-            kind = self._options.kind_of(part, extension)
-            attributes = {**self._options.attributes.get(kind, {}), **part.attributes}
-            first, second = map(float, MODALITIES[kind].probe(data, extension, attributes, self._options.limits))
-        except MediaError as error:
-            fix = "" if part.modality else " If it is not media, select the endings to use with --members."
-            raise SampleError("media", f"its member {part.media!r} {error}.{fix}") from None
-        # A plug-in may raise anything, and a single sample must not abort the indexing.
-        except Exception as error:
-            raise SampleError("media", f"its member {part.media!r} cannot be read: {error!r}.") from error
         rows = self._rows
         return (
             member.offset,

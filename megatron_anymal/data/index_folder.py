@@ -25,6 +25,7 @@ def make_index(
         DataError: there are no shards, the tokenizer cannot be used, nothing can be written next to the shards, or
             more is left out than allowed. The ledger is written in the last case, too.
         ConfigError: a plug-in cannot be imported.
+        StorageError: the object store cannot be used.
     """
     files = find_shards(folder)
     reader = ShardReader(folder, options, Tokenizer(options.tokenizer))

@@ -25,7 +25,6 @@ VERSION = 3
 # Version 1 has no conversations: its samples lack the columns kind, rejected_tokens and rejected_targets. Version 2 has
 # no attributes; an index without attributes is still written as version 2, because it is identical.
 READABLE = (1, 2, VERSION)
-INDEX_FOLDER = "index"
 SHARDS, SAMPLES, MEDIA_ITEMS, BOUNDS, KEYS = "shards.jsonl", "samples.npy", "media.npy", "bounds.npy", "keys.bin"
 
 SAMPLE = np.dtype(

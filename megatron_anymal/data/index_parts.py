@@ -14,6 +14,7 @@ from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_processes import ShardReader, index_shards
 from megatron_anymal.data.index_totals import RowStore, complete_index
 from megatron_anymal.data.indexed_shards import IndexedShards, indexed_shards
+from megatron_anymal.data.manifest_parts import join_journals
 from megatron_anymal.data.part_files import PartFiles, digest
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
@@ -42,6 +43,7 @@ def index_part(
     Raises:
         DataError: there are no shards, the tokenizer cannot be used, or nothing can be written next to the shards.
         ConfigError: a plug-in cannot be imported.
+        StorageError: the object store cannot be used.
     """
     found = {} if names is not None and not names else find_shards(folder)
     files = part.items(list(found.values())) if names is None else [found[name] for name in names]
@@ -55,7 +57,7 @@ def index_part(
     left_out = 0
     for rows in index_shards(reader, new, workers):
         parts.store(rows, made_with)
-        left_out += sum(not entry.is_note for entry in rows.left_out)
+        left_out += sum(entry.is_bad for entry in rows.left_out)
     parts.mark(part, identity, len(files))
     print(f"{folder}: part {part}: {len(files) - len(new)} shards kept, {len(new)} read, {left_out} left out of them")
 
@@ -69,6 +71,7 @@ def merge_parts(folder: str, max_bad_share: float = 0.01) -> None:
     Raises:
         DataError: a part is missing, parts were made with different options, a shard was added or has changed since,
             or more is left out than allowed.
+        StorageError: the object store cannot be used.
     """
     files = find_shards(folder)
     parts = PartFiles(folder)
@@ -89,6 +92,8 @@ def merge_parts(folder: str, max_bad_share: float = 0.01) -> None:
     stores: dict[str, RowStore] = {name: parts if name in current else indexed for name in files}
     if kept:
         print(f"{folder}: {len(kept)} shards kept, {len(current)} from {of} parts")
+    if from_manifest:
+        join_journals(folder)
     complete_index(folder, stores, identity, max_bad_share, unique_keys=from_manifest)
     parts.remove()
 

@@ -58,6 +58,7 @@ class ShardReader:
 
         Raises:
             ConfigError: a plug-in cannot be imported.
+            StorageError: the object store cannot be used.
         """
         load_plugins(list(self.options.plugins))
         rows = index_shard(self.folder, file.name, self.tokenizer, self.options)
@@ -73,6 +74,7 @@ def index_shards(reader: ShardReader, files: Sequence[ShardFile], workers: int) 
 
     Raises:
         ConfigError: a plug-in cannot be imported.
+        StorageError: the object store cannot be used.
         WorkerKilled: a process was killed.
     """
     if not files:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Optional, Protocol
 
-import fsspec
-
-from megatron_anymal.data.index_format import INDEX_FOLDER, IndexHeader
+from megatron_anymal.data.index_format import IndexHeader
 from megatron_anymal.data.index_writer import join_shards, local_folder, write_index
-from megatron_anymal.data.left_out import LEDGER, REFUSED_LEDGER, LedgerWriter, LeftOut
+from megatron_anymal.data.left_out import INDEX_FOLDER, LEDGER, REFUSED_LEDGER, LedgerWriter, LeftOut
+from megatron_anymal.data.packing_journal import Packed, packed_of
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.repeated_keys import KeyHashes, open_hashes, repeated_keys
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.shard_samples import MemberCounts
+from megatron_anymal.object_storage.client import file_system
 
 # Maximum number of ledger lines that are printed; the file contains all of them.
 _SHOWN = 20
@@ -25,7 +25,7 @@ class RowStore(Protocol):
     """The rows of shards."""
 
     def entry(self, name: str) -> Mapping[str, Any]:
-        """`accounting` of a shard, or the part of it that its rows depend on: `samples` and `text_with_media`."""
+        """`accounting` of a shard, or a part of it: `bytes`, `samples` and `text_with_media`."""
 
     def rows(self, name: str) -> ShardRows:
         """The rows of a shard; the caller may change the arrays."""
@@ -48,12 +48,15 @@ def complete_index(
 
     Raises:
         DataError: more is left out than allowed, or a key repeats although it may not. The ledger is written, too.
+        StorageError: the object store cannot be used.
     """
     entries = [store.entry(name) for name, store in stores.items()]
     text_with_media = any(entry["text_with_media"] for entry in entries)
     shards = _Shards(stores, text_with_media and not options["text_only"])
     samples = sum(entry["samples"] for entry in entries)
-    totals, ledger, repeats = _write_ledger(folder, samples, shards)
+    fs, root = file_system(folder)
+    packed = packed_of(fs, root, {name: entry["bytes"] for name, entry in zip(stores, entries)})
+    totals, ledger, repeats = _write_ledger(folder, samples, shards, packed)
     problem = totals.problem(folder, ledger.bad, max_bad_share)
     first = f" The first: {ledger.first_bad}" if ledger.first_bad else ""
     if not problem and unique_keys and repeats:
@@ -67,6 +70,7 @@ def complete_index(
     accounting = {
         **totals.accounting(),
         "left_out": dict(ledger.codes),
+        **({"filtered": dict(ledger.rules)} if ledger.rules else {}),
         "limits": options["limits"],
         "options": options,
     }
@@ -74,19 +78,25 @@ def complete_index(
     write_index(folder, header, totals.samples, totals.media, tables, accounting)
     _rename_ledger(folder, LEDGER)
     print(totals.summary(folder, ledger.bad))
+    if packed or options["filters"]:
+        print(_samples_in(totals.samples, ledger, packed))
 
 
-def _write_ledger(folder: str, samples: int, shards: _Shards) -> tuple[_Totals, LedgerWriter, list[LeftOut]]:
+def _write_ledger(
+    folder: str, samples: int, shards: _Shards, packed: Optional[Packed]
+) -> tuple[_Totals, LedgerWriter, list[LeftOut]]:
     """Write the ledger under a temporary name; returns the notes on repeated keys as well."""
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     inside, totals = f"{root}/{INDEX_FOLDER}", _Totals()
     beside = local_folder(folder)
-    # Remains of a killed process.
+    # Remains of a killed process. An object store has no folder before its first object.
     for path in fs.ls(inside, detail=False) if fs.isdir(inside) else ():
         if path.endswith(".part"):
             fs.rm_file(path)
     with fs.open(f"{inside}/{LEDGER}.part", "wb") as file, open_hashes(samples, beside) as hashes:
         ledger = LedgerWriter(file, _SHOWN)
+        if packed:
+            ledger.add(packed.left_out())
         for rows in shards:
             totals.add(rows, hashes)
             ledger.add(rows.left_out)
@@ -99,9 +109,22 @@ def _write_ledger(folder: str, samples: int, shards: _Shards) -> tuple[_Totals, 
 def _print_first(ledger: LedgerWriter) -> None:
     for entry in ledger.first:
         print(f"{'note' if entry.is_note else 'left out'}: {entry}", file=sys.stderr)
-    more = ledger.codes.total() - len(ledger.first)
+    more = ledger.codes.total() - ledger.rules.total() - len(ledger.first)
     if more:
         print(f"{more} more in {INDEX_FOLDER}/{LEDGER}; anymal inspect groups them", file=sys.stderr)
+
+
+def _samples_in(used: int, ledger: LedgerWriter, packed: Optional[Packed]) -> str:
+    """Samples in = used + left out + filtered; in is the number that a source has, or else that of samples found."""
+    filtered = ledger.rules.total()
+    found = used + ledger.bad_samples + filtered
+    counts = ", ".join(f"{rule} {count}" for rule, count in ledger.rules.most_common())
+    text = f"{found} samples in = {used} used + {ledger.bad_samples} left out + {filtered} filtered"
+    text += f" ({counts})" if counts else ""
+    if packed and packed.samples != found:
+        # Damage to a shard may cost samples whose keys are lost with them.
+        text += f"; {packed.source!r} had {packed.samples}"
+    return text
 
 
 @dataclass(frozen=True)
@@ -186,7 +209,7 @@ class _Totals:
 
 def _rename_ledger(folder: str, name: str) -> None:
     """Rename the ledger to its final name. Once an index is built, the ledger of a refused attempt is removed."""
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     inside = f"{root}/{INDEX_FOLDER}"
     if name == LEDGER and fs.exists(f"{inside}/{REFUSED_LEDGER}"):
         fs.rm_file(f"{inside}/{REFUSED_LEDGER}")

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import IO, Any, Optional
 
-import fsspec
 import numpy as np
 
 from megatron_anymal.data.index_format import (
     BOUNDS,
-    INDEX_FOLDER,
     KEYS,
     MEDIA,
     MEDIA_ITEMS,
@@ -26,11 +24,13 @@ from megatron_anymal.data.index_format import (
     SHARDS,
     IndexHeader,
 )
+from megatron_anymal.data.left_out import INDEX_FOLDER
 from megatron_anymal.data.length_bounds import BLOCK, BoundsBuilder
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.stored_rows import accounting, read_rows, write_rows
 from megatron_anymal.data.tar.byte_source import is_local
+from megatron_anymal.object_storage.client import file_system
 
 
 class RowSpool:
@@ -72,6 +72,7 @@ def open_spool(folder: str) -> Iterator[RowSpool]:
 
     Raises:
         DataError: nothing can be written there.
+        StorageError: nothing can be written to the object store.
     """
     with ExitStack() as stack:
         try:
@@ -87,8 +88,9 @@ def local_folder(folder: str) -> Optional[str]:
 
     Raises:
         OSError: it cannot be created.
+        StorageError: nothing can be written to the object store.
     """
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     inside = f"{root}/{INDEX_FOLDER}"
     fs.makedirs(inside, exist_ok=True)
     return inside if is_local(fs) else None
@@ -174,8 +176,11 @@ def write_index(
         media: number of media items in `tables`.
         tables: all rows, in order.
         accounting: further content of index.json: counts of everything that is not in the index.
+
+    Raises:
+        StorageError: the object store cannot be used.
     """
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     inside = f"{root}/{INDEX_FOLDER}"
     fs.makedirs(inside, exist_ok=True)
     counts, bounds = _Counts(header.kinds), BoundsBuilder(len(header.kinds))
@@ -207,6 +212,7 @@ def replacing(fs: Any, path: str) -> Iterator[IO[bytes]]:
 
     Raises:
         OSError: it cannot be written.
+        StorageError: it cannot be written to the object store.
     """
     if not is_local(fs):
         with fs.open(path, "wb") as file:

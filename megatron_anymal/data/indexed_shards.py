@@ -10,7 +10,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from megatron_anymal.data.index_format import SAMPLE
+from megatron_anymal.data.index_format import SAMPLE, SHARDS
 from megatron_anymal.data.index_writer import renumber
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
@@ -18,6 +18,7 @@ from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.shard_listing import ShardFile
 from megatron_anymal.data.shard_rows import LOST_MEDIA, ShardRows
 from megatron_anymal.data.stored_rows import restored
+from megatron_anymal.object_storage.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class IndexedShards:
         if index and Counter(one.code for one in ledger) != index.left_out_codes:
             raise DataError(f"The ledger of the index in {index.folder!r} is incomplete.")
         for one in ledger:
-            # Repeated keys are determined anew.
-            if one.code != "repeated_key":
+            # Repeated keys are determined anew, and samples that were not packed are those of the packing's journal.
+            if one.code != "repeated_key" and one.shard:
                 self._left_out[one.shard].append(one)
 
     def unchanged(self, file: ShardFile) -> bool:
@@ -106,6 +107,9 @@ def indexed_shards(folder: str, identity: Mapping[str, Any]) -> IndexedShards:
 
     Args:
         identity: `IndexOptions.identity` of the rows that are needed.
+
+    Raises:
+        StorageError: the object store, or the cache for its indexes, cannot be used.
     """
     try:
         index = ShardIndex(folder)
@@ -114,13 +118,16 @@ def indexed_shards(folder: str, identity: Mapping[str, Any]) -> IndexedShards:
             how = f"with another {', '.join(other)}" if index.options else "by an earlier version"
             return IndexedShards(None, f"the index was built {how}")
         return IndexedShards(index)
+    # No reason to read every shard.
+    except StorageError:
+        raise
     # No index, or a damaged one: every shard is read.
     except (DataError, OSError, ValueError, KeyError):
         return IndexedShards(None)
 
 
 def _located(index: ShardIndex) -> dict[str, _Indexed]:
-    entries = [json.loads(line) for line in index.read_file("shards.jsonl").splitlines()]
+    entries = [json.loads(line) for line in index.read_file(SHARDS).splitlines()]
     columns = ("samples", "media", "key_bytes")
     sizes = np.array([[entry[name] for name in columns] for entry in entries], np.int64).reshape(-1, 3)
     starts = np.cumsum(sizes, axis=0) - sizes

@@ -1,7 +1,8 @@
 """The ledger of an index, `left_out.jsonl`: every sample and member that was left out, and why.
 
-One JSON object per line, in the order of the shards: `shard`, `offset` (bytes from the start of the shard), `key` and
-`member` if known, `code` (CODES) and `reason`.
+One JSON object per line, first the samples of the source that were not packed, then in the order of the shards:
+`source` or `shard`, `offset` (bytes from the start of the shard), `key` and `member` if known, `code` (CODES),
+`reason`, and `rule` for a sample that a filter excludes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import IO, Any, Optional
 
+# Folder of an index, next to its shards.
+INDEX_FOLDER = "index"
 LEDGER = "left_out.jsonl"
 # The ledger of a refused indexing has its own name, so that it cannot be mistaken for that of an older index.
 REFUSED_LEDGER = "left_out.refused.jsonl"
@@ -30,8 +33,11 @@ CODES = {
     "limit": "samples that exceed one of data.limits",
     "text": "samples whose text or JSON cannot be used",
     "media": "samples whose media cannot be used",
-    "missing_media": "samples whose JSON names media that are not in the shard",
+    "missing_media": "samples that name media that do not exist",
     "unused_media": "samples with media that their JSON does not name",
+    "placeholders": "samples whose placeholders and media differ in number",
+    "column": "samples without a column that a filter or an option names",
+    "filtered": "samples that a --filter rule excludes",
     "no_media": "samples without media among samples with media",
     "joined": "places where one archive follows another in the same file (both are read)",
     "long_end": "shards that end with many zeros, as if their last members had been overwritten",
@@ -39,13 +45,15 @@ CODES = {
 }
 # Informational: nothing is left out.
 NOTES = ("joined", "long_end", "repeated_key")
+# Left out because the user asked for it.
+FILTERED = "filtered"
 
 
 @dataclass(frozen=True)
 class LeftOut:
     """One line of the ledger."""
 
-    # File name of the shard.
+    # File name of the shard; empty for a sample that was not packed.
     shard: str
     # A key of CODES.
     code: str
@@ -57,17 +65,27 @@ class LeftOut:
     key: str = ""
     # Name of the member; empty if the entry is not about a single one.
     member: str = ""
+    # Where the source lists a sample that was not packed, such as FILE:LINE.
+    source: str = ""
+    # The --filter rule that excludes the sample.
+    rule: str = ""
 
     @property
     def is_note(self) -> bool:
         """Whether the entry is informational and leaves nothing out."""
         return self.code in NOTES
 
+    @property
+    def is_bad(self) -> bool:
+        """Whether the entry is about something that should have been used; --max-bad-share bounds these."""
+        return not self.is_note and self.code != FILTERED
+
     def __str__(self) -> str:
         """Human-readable line: the sample, member or shard, then the reason."""
         what = f"sample {self.key!r} of " if self.key else ""
         member = f", member {self.member!r}" if self.member else ""
-        return f"{what}shard {self.shard!r}{member}: {self.reason}"
+        place = f"shard {self.shard!r}" if self.shard else self.source
+        return f"{what}{place}{member}: {self.reason}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not empty."""
@@ -76,7 +94,17 @@ class LeftOut:
     @staticmethod
     def from_dict(value: dict[str, Any]) -> LeftOut:
         """The entry that `to_dict` returned as `value`."""
-        return LeftOut(**value)
+        return LeftOut(**{"shard": "", **value})
+
+
+def to_line(entry: LeftOut) -> bytes:
+    """The line of an entry in the ledger file."""
+    return json.dumps(entry.to_dict()).encode() + b"\n"
+
+
+def by_rule(entries: Iterable[LeftOut]) -> Counter[str]:
+    """Number of samples that each --filter rule excludes."""
+    return Counter(entry.rule for entry in entries if entry.rule)
 
 
 def read_ledger(fs: Any, path: str) -> list[LeftOut]:
@@ -87,7 +115,7 @@ def read_ledger(fs: Any, path: str) -> list[LeftOut]:
 
 
 class LedgerWriter:
-    """Writes a ledger line by line, and keeps the counts and the first entries."""
+    """Writes a ledger line by line; keeps the counts, and the first entries that no filter made."""
 
     def __init__(self, file: IO[bytes], shown: int):
         """Start an empty ledger.
@@ -98,20 +126,25 @@ class LedgerWriter:
         self._file, self._shown = file, shown
         # Number of entries by code, in the order of their first ones.
         self.codes: Counter[str] = Counter()
-        # Number of entries that leave something out, and the first of them.
-        self.bad = 0
+        # Number of samples that each --filter rule excludes.
+        self.rules: Counter[str] = Counter()
+        # Number of entries about what should have been used, those of them about a sample, and the first one.
+        self.bad = self.bad_samples = 0
         self.first_bad: Optional[LeftOut] = None
         self.first: list[LeftOut] = []
 
     def add(self, entries: Iterable[LeftOut]) -> None:
         """Write entries."""
         for entry in entries:
-            self._file.write(json.dumps(entry.to_dict()).encode() + b"\n")
+            self._file.write(to_line(entry))
             self.codes[entry.code] += 1
-            if not entry.is_note:
+            if entry.rule:
+                self.rules[entry.rule] += 1
+            if entry.is_bad:
                 self.bad += 1
+                self.bad_samples += bool(entry.key)
                 self.first_bad = self.first_bad or entry
-            if len(self.first) < self._shown:
+            if not entry.rule and len(self.first) < self._shown:
                 self.first.append(entry)
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.content_parts import name_modalities
@@ -18,10 +17,13 @@ from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, start_worker, worker_died
 from megatron_anymal.data.media_pieces import PieceReader, PlannedItem
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
+from megatron_anymal.data.plan_queue import PlanSampler
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.object_storage.byte_ranges import ByteRange
+from megatron_anymal.object_storage.errors import StorageError
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,57 @@ class MicroBatchReader(Dataset[MicroBatch]):
         self._modalities, self._needs = modalities, needs
         self._pieces = PieceReader(planner)
         self._placeholders = {name: m.placeholder for name, m in modalities.items()}
+        self._remote = any(index.remote for index in planner.indexes)
+        # Byte ranges of micro-batches that were requested from object storage, by dataset.
+        self._requested: dict[PlannedMicroBatch, dict[int, list[ByteRange]]] = {}
+
+    def request(self, plan: PlannedMicroBatch) -> None:
+        """Start to read a micro-batch's bytes from object storage, unless that has happened. They stay in memory until
+        the micro-batch is read, which must follow."""
+        if not self._remote or plan in self._requested:
+            return
+        self._requested[plan] = ranges = self._byte_ranges(plan)
+        for dataset, wanted in ranges.items():
+            self._planner.indexes[dataset].request(wanted)
+
+    def _byte_ranges(self, plan: PlannedMicroBatch) -> dict[int, list[ByteRange]]:
+        """What this rank reads from object storage for a micro-batch, by dataset."""
+        if not self._needs.text:
+            return {}
+        # Position of a sample -> numbers of its media items.
+        media: dict[int, list[int]] = {sample.position: [] for sample in plan.samples}
+        for name in self._modalities if self._needs.media else ():
+            stop = 0
+            items = _items_of(plan, name)
+            mine = self._share(sum(item.pieces for item in items))[1]
+            for item in items:
+                start, stop = stop, stop + item.pieces
+                if max(start, mine.start) < min(stop, mine.stop):
+                    media[item.sample.position].append(item.number)
+        ranges: dict[int, list[ByteRange]] = {}
+        for sample in plan.samples:
+            index = self._planner.indexes[sample.dataset]
+            if index.remote:
+                wanted = index.byte_ranges(sample.sample, sorted(media[sample.position]))
+                ranges.setdefault(sample.dataset, []).extend(wanted)
+        return ranges
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
-        """Read a micro-batch. A sample that cannot be read is listed in `bad` and keeps its span of tokens."""
+        """Read a micro-batch. A sample that cannot be read is listed in `bad` and keeps its span of tokens.
+
+        Raises:
+            StorageError: an object store cannot be used, which no sample is to blame for.
+        """
+        if not self._remote:
+            return self._read(plan)
+        self.request(plan)
+        try:
+            return self._read(plan)
+        finally:
+            for dataset, ranges in self._requested.pop(plan, {}).items():
+                self._planner.indexes[dataset].release(ranges)
+
+    def _read(self, plan: PlannedMicroBatch) -> MicroBatch:
         lengths = [padded(length, plan.document_multiple) for s in plan.samples for length in s.documents]
         padding = plan.padded_length - sum(lengths)
         branch = torch.full((1, plan.padded_length), -1, dtype=torch.int64)
@@ -144,25 +194,25 @@ class MicroBatchReader(Dataset[MicroBatch]):
 
     def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[Part]]) -> None:
         for name, entry in self._modalities.items():
-            items = [
-                PlannedItem(sample, number, planned.pieces)
-                for sample in micro_batch.plan.samples
-                for number, planned in enumerate(sample.media)
-                if planned.modality == name
-            ]
+            items = _items_of(micro_batch.plan, name)
             if not items:
                 continue
             needs = self._needs
-            shares = share_out(sum(item.pieces for item in items), needs.context_size * needs.tensor_size)
-            own = needs.context_rank * needs.tensor_size + needs.tensor_rank
-            first = sum(shares[:own])
-            mine = slice(first, first + shares[own])
+            shares, mine = self._share(sum(item.pieces for item in items))
             micro_batch.media[name] = MediaBatch(
                 pieces=self._pieces.read(entry.modality, items, mine, parts_of, micro_batch.bad),
                 shares=tuple(shares[i : i + needs.tensor_size] for i in range(0, len(shares), needs.tensor_size)),
                 token_index=torch.nonzero(micro_batch.tokens[0] == entry.placeholder).flatten(),
                 soft_index=_shared_soft_tokens(micro_batch.plan, name, entry.soft_tokens_per_piece),
             )
+
+    def _share(self, pieces: int) -> tuple[tuple[int, ...], slice]:
+        """Number of pieces that each rank encodes, and the range of this rank."""
+        needs = self._needs
+        shares = share_out(pieces, needs.context_size * needs.tensor_size)
+        own = needs.context_rank * needs.tensor_size + needs.tensor_rank
+        first = sum(shares[:own])
+        return shares, slice(first, first + shares[own])
 
 
 def _document_places(plan: PlannedMicroBatch) -> list[list[slice]]:
@@ -175,6 +225,16 @@ def _document_places(plan: PlannedMicroBatch) -> list[list[slice]]:
             start += padded(length, plan.document_multiple)
         spans.append(own_spans)
     return spans
+
+
+def _items_of(plan: PlannedMicroBatch, name: str) -> list[PlannedItem]:
+    """Media items of a modality, in the order of the samples."""
+    return [
+        PlannedItem(sample, number, planned.pieces)
+        for sample in plan.samples
+        for number, planned in enumerate(sample.media)
+        if planned.modality == name
+    ]
 
 
 def _shared_soft_tokens(plan: PlannedMicroBatch, name: str, per_piece: int) -> Optional[Tensor]:
@@ -191,24 +251,6 @@ def _shared_soft_tokens(plan: PlannedMicroBatch, name: str, per_piece: int) -> O
 def share_out(pieces: int, ranks: int) -> tuple[int, ...]:
     """Number of pieces that each rank encodes, split as evenly as possible."""
     return tuple(pieces * (rank + 1) // ranks - pieces * rank // ranks for rank in range(ranks))
-
-
-class _PlanSampler(Sampler[PlannedMicroBatch]):
-    """Plans steps as far ahead as the loader prefetches, and keeps each plan until its step runs."""
-
-    def __init__(self, planner: BatchPlanner, replica: int, start: int, stop: int):
-        self._planner, self._replica, self._steps = planner, replica, range(start, stop)
-        self.plans: deque[StepPlan] = deque()
-        # Set to plan no further step than the one in progress.
-        self.ended = False
-
-    def __iter__(self) -> Iterator[PlannedMicroBatch]:
-        for step in self._steps:
-            if self.ended:
-                return
-            plan = self._planner.plan(step)
-            self.plans.append(plan)
-            yield from plan.of_replica(self._replica)
 
 
 def steps(
@@ -238,14 +280,15 @@ def steps(
         memory: keeps the memory of the workers, and holds their limit.
 
     Raises:
+        StorageError: an object store cannot be read; see ObjectClient.cat_file.
         WorkerDied: a worker process has exited. torch can also report this elsewhere; see `worker_died`.
     """
     if start >= stop:
         return
     per_step = len(planner.plan(start).micro_batches[replica])
     while start < stop:
-        sampler = _PlanSampler(planner, replica, start, stop)
-        loader: DataLoader[ReadMicroBatch] = DataLoader(
+        sampler = PlanSampler(planner, replica, start, stop, num_workers, planner.read_ahead)
+        loader: DataLoader[ReadMicroBatch | StorageError] = DataLoader(
             WorkerReader(reader, before_read),
             batch_size=None,
             sampler=sampler,
@@ -265,7 +308,7 @@ def steps(
 
 
 def _by_step(
-    batches: Iterator[MicroBatch], sampler: _PlanSampler, replica: int
+    batches: Iterator[MicroBatch], sampler: PlanSampler, replica: int
 ) -> Iterator[tuple[StepPlan, list[MicroBatch]]]:
     first: Optional[MicroBatch] = next(batches, None)
     while first is not None:
@@ -276,10 +319,12 @@ def _by_step(
 
 
 def _read(
-    loader: DataLoader[ReadMicroBatch], sampler: _PlanSampler, memory: Optional[LoaderMemory]
+    loader: DataLoader[ReadMicroBatch | StorageError], sampler: PlanSampler, memory: Optional[LoaderMemory]
 ) -> Iterator[MicroBatch]:
     try:
         for read in loader:
+            if isinstance(read, StorageError):
+                raise read
             if memory is not None and read.memory is not None and memory.note(read.memory):
                 sampler.ended = True
             yield read.micro_batch

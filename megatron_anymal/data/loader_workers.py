@@ -9,14 +9,16 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Optional
+from typing import NamedTuple, Optional, Protocol
 
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
 from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.plan_queue import QueuedPlan
 from megatron_anymal.data.records import PlannedMicroBatch
+from megatron_anymal.object_storage.errors import StorageError
 from megatron_anymal.process_memory import GIB, resident_bytes
 
 
@@ -77,10 +79,23 @@ class ReadMicroBatch(NamedTuple):
     memory: Optional[WorkerMemory]
 
 
-class WorkerReader(Dataset[ReadMicroBatch]):
-    """Reads micro-batches, and adds the memory of the loader process that it runs in."""
+class Reader(Protocol):
+    """Reads planned micro-batches; see data.loader.MicroBatchReader."""
 
-    def __init__(self, reader: Dataset[MicroBatch], before_read: Optional[Callable[[int, int], None]] = None):
+    def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
+        """Read a micro-batch."""
+
+    def request(self, plan: PlannedMicroBatch) -> None:
+        """Start to read a micro-batch that will be needed."""
+
+
+class WorkerReader(Dataset[ReadMicroBatch | StorageError]):
+    """Reads micro-batches, and adds the memory of the loader process that it runs in.
+
+    An error of an object store is returned: torch would bury it in a traceback.
+    """
+
+    def __init__(self, reader: Reader, before_read: Optional[Callable[[int, int], None]] = None):
         """Wrap a reader.
 
         Args:
@@ -91,15 +106,21 @@ class WorkerReader(Dataset[ReadMicroBatch]):
         # These count in a loader process, which has its own copy of this object.
         self._at_start, self._micro_batches = 0, 0
 
-    def __getitem__(self, plan: PlannedMicroBatch) -> ReadMicroBatch:
-        """Read a planned micro-batch."""
+    def __getitem__(self, queued: QueuedPlan) -> ReadMicroBatch | StorageError:
+        """Read a planned micro-batch, and request the coming ones."""
         worker = get_worker_info()
+        if worker is not None:
+            self._at_start = self._at_start or resident_bytes()
+            if self._before_read is not None:
+                self._before_read(worker.id, queued.plan.step)
+        try:
+            for plan in (queued.plan, *queued.coming):
+                self._reader.request(plan)
+            micro_batch = self._reader[queued.plan]
+        except StorageError as error:
+            return error
         if worker is None:
-            return ReadMicroBatch(self._reader[plan], None)
-        self._at_start = self._at_start or resident_bytes()
-        if self._before_read is not None:
-            self._before_read(worker.id, plan.step)
-        micro_batch = self._reader[plan]
+            return ReadMicroBatch(micro_batch, None)
         self._micro_batches += 1
         memory = WorkerMemory(worker.id, os.getpid(), self._at_start, resident_bytes(), self._micro_batches)
         return ReadMicroBatch(micro_batch, memory)

@@ -7,23 +7,25 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from typing import IO, Any, Optional
 
-import fsspec
-
-from megatron_anymal.data.index_format import INDEX_FOLDER
 from megatron_anymal.data.index_writer import replacing
+from megatron_anymal.data.left_out import INDEX_FOLDER
+from megatron_anymal.data.packing_journal import PackedShard
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_listing import ShardFile
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.stored_rows import read_head, read_rows, write_rows
 from megatron_anymal.data.tar.byte_source import is_local
+from megatron_anymal.object_storage.client import file_system
 
 PARTS_FOLDER = "parts"
 _MARK = "part-"
-# What parts that make shards from a manifest must agree on.
+# What parts that pack a source must agree on.
 _MANIFEST = "manifest.json"
+_PACKED = "packed-"
 # The entries of a head that are kept in memory.
 _KEPT = ("bytes", "modified", "samples", "text_with_media", "options", "unreadable")
 
@@ -34,12 +36,15 @@ def digest(identity: Mapping[str, Any]) -> str:
 
 
 class PartFiles:
-    """The files of all parts, next to the index of the shards in a folder."""
+    """The files of all parts, next to the index of the shards in a folder.
+
+    Every method may raise a StorageError if the folder is on an object store.
+    """
 
     def __init__(self, folder: str):
         """Nothing is read or created yet."""
         self._folder = folder
-        self._fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+        self._fs, root = file_system(folder)
         self._root = f"{root}/{INDEX_FOLDER}/{PARTS_FOLDER}"
         self._heads: dict[str, Mapping[str, Any]] = {}
 
@@ -122,7 +127,9 @@ class PartFiles:
             DataError: naming the file that is damaged.
         """
         marks = {}
-        for path in (path for path in sorted(self._paths()) if path.rpartition("/")[2].startswith(_MARK)):
+        for path in sorted(self._paths()):
+            if not fnmatchcase(path.rpartition("/")[2], f"{_MARK}*.json"):
+                continue
             try:
                 mark = json.loads(self._fs.cat_file(path))
                 marks[PartOf(mark["part"], mark["of"])] = mark
@@ -136,8 +143,18 @@ class PartFiles:
         return dict(json.loads(self._fs.cat_file(path))) if self._fs.exists(path) else None
 
     def set_manifest(self, note: Mapping[str, Any]) -> None:
-        """Note what parts that make shards from a manifest must agree on, as JSON values."""
+        """Note what parts that pack a source must agree on, as JSON values."""
         self._write(_MANIFEST, note)
+
+    def packed(self, number: int) -> Optional[PackedShard]:
+        """What `set_packed` has noted of a shard; None if it is not packed yet."""
+        path = f"{self._root}/{_PACKED}{number:06d}.json"
+        return PackedShard.of_line(self._fs.cat_file(path)) if self._fs.exists(path) else None
+
+    def set_packed(self, shard: PackedShard) -> None:
+        """Note a shard that a part has packed."""
+        with replacing(self._fs, f"{self._root}/{_PACKED}{shard.number:06d}.json") as file:
+            file.write(shard.to_line().encode())
 
     def remove(self) -> None:
         """Remove all files."""

@@ -15,7 +15,7 @@ from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, ModelConfig
+from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, ModelConfig, StorageConfig
 from megatron_anymal.data.configured_modality import PlannedModality, integer_costs
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
@@ -151,6 +151,7 @@ class BatchPlanner:
         check_shards: bool = True,
         sample_kinds: Collection[str] = SAMPLE_KINDS,
         limits: Optional[LimitsConfig] = None,
+        storage: Optional[StorageConfig] = None,
         section: str = "data.train",
     ):
         """Open the indexes and check that the mixture can be planned.
@@ -159,12 +160,14 @@ class BatchPlanner:
             sample_kinds: kinds of samples that the training objective accepts.
             limits: samples that exceed these limits are skipped and named when they are read. None: use the limits
                 stored in each index.
+            storage: how folders on object storage are read. None: the defaults.
             section: key of `datasets` in the configuration, for messages.
 
         Raises:
             DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
                 samples of another kind or media without a configured modality; with too_long="refuse", a sample is
                 longer than seq_length.
+            StorageError: an object store, or the cache for its indexes, cannot be used.
         """
         if not datasets:
             raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
@@ -172,7 +175,7 @@ class BatchPlanner:
         self.indexes = []
         for name, dataset in datasets.items():
             try:
-                self.indexes.append(ShardIndex(dataset.path, limits))
+                self.indexes.append(ShardIndex(dataset.path, limits, storage))
             except DataError as error:
                 raise DataError(f"{section}.{name}.path: {error}") from None
         self.layout, self.global_batch_size = layout, global_batch_size
@@ -186,6 +189,11 @@ class BatchPlanner:
         self._order = GlobalOrder(tuple(len(i) for i in self.indexes), self._weights, seed)
         if too_long == "refuse":
             self._refuse_long()
+
+    @property
+    def read_ahead(self) -> int:
+        """Micro-batches that a loader process requests ahead from object storage; 0 if all folders are local."""
+        return max((index.remote.settings.read_ahead for index in self.indexes if index.remote), default=0)
 
     def fingerprint(self) -> str:
         """Hash of everything that determines which samples a step uses."""

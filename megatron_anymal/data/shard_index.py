@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,14 +15,12 @@ from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any, Optional
 
-import fsspec
 import numpy as np
 
-from megatron_anymal.config import LimitsConfig
+from megatron_anymal.config import LimitsConfig, StorageConfig
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.index_format import (
     BOUNDS,
-    INDEX_FOLDER,
     KEYS,
     MEDIA_ITEMS,
     READABLE,
@@ -33,13 +30,14 @@ from megatron_anymal.data.index_format import (
     IndexHeader,
 )
 from megatron_anymal.data.json_text import parse_json_text
-from megatron_anymal.data.left_out import LEDGER, LeftOut, read_ledger
+from megatron_anymal.data.left_out import INDEX_FOLDER, LEDGER, LeftOut, read_ledger
 from megatron_anymal.data.length_bounds import LengthBounds
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.row_reader import RowReader
 from megatron_anymal.data.samples import parse_sample, parse_text
-from megatron_anymal.data.shard_files import ShardFiles
-from megatron_anymal.data.tar.byte_source import is_local
+from megatron_anymal.data.stored_shards import StoredShards
+from megatron_anymal.object_storage.byte_ranges import ByteRange
+from megatron_anymal.object_storage.remote_shards import RemoteShards
 
 
 @dataclass(frozen=True)
@@ -55,22 +53,23 @@ class MediaBytes:
 
 
 class ShardIndex:
-    """An opened index and its shards, on a local disk or any file system supported by fsspec."""
+    """An opened index and its shards, on a local disk or an object store."""
 
-    def __init__(self, folder: str, limits: Optional[LimitsConfig] = None):
+    def __init__(self, folder: str, limits: Optional[LimitsConfig] = None, storage: Optional[StorageConfig] = None):
         """Open an index.
 
         Args:
             limits: maximum size of a member in bytes and maximum depth of a sample's JSON. None: the limits that the
                 index was built with.
+            storage: how a folder on an object store is read. None: the defaults.
 
         Raises:
             DataError: the index is missing, incomplete, empty, or has an unsupported version.
+            StorageError: the object store, or the cache for its indexes, cannot be used.
         """
         self.folder = folder.rstrip("/")
-        self._fs, self._root = fsspec.core.url_to_fs(self.folder)
-        self._local = is_local(self._fs)
-        self._shards = ShardFiles(self._root)
+        self._shards = StoredShards(self.folder, storage)
+        self._fs, self._root = self._shards.fs, self._shards.root
         if not self._fs.isdir(self._root):
             raise DataError(f"There is no shard folder {folder!r}. Create it with `anymal prepare`.")
         try:
@@ -108,6 +107,12 @@ class ShardIndex:
             raise DataError(f"The index in {folder!r} is empty: it contains no samples.")
         if len(self.samples) != body["samples"] or len(self.media) != body["media"]:
             raise self._incomplete()
+        self._shards.open(dict(zip(self.header.shards, self.header.shard_bytes)))
+
+    @property
+    def remote(self) -> Optional[RemoteShards]:
+        """The shards' folder on an object store; None if it is local."""
+        return self._shards.remote
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -194,8 +199,9 @@ class ShardIndex:
 
         Raises:
             DataError: naming the first shard that is missing or has another size.
+            StorageError: the object store cannot be used.
         """
-        sizes = {entry["name"].rpartition("/")[2]: entry["size"] for entry in self._fs.ls(self._root, detail=True)}
+        sizes = self._shards.sizes(self.header.shards)
         for name, size in zip(self.header.shards, self.header.shard_bytes):
             if name not in sizes:
                 raise DataError(f"Shard {name!r} of {self.folder!r} is missing.")
@@ -302,6 +308,29 @@ class ShardIndex:
             contents.append(MediaBytes(part, data, self._named("extensions", row["extension"], where)))
         return contents
 
+    def byte_ranges(self, sample: int, media: Sequence[int]) -> list[ByteRange]:
+        """The bytes of a sample's text and of some of its media items on the object store.
+
+        Args:
+            sample: row number of the sample.
+            media: numbers of the items, counted over the sample's media.
+        """
+        assert self.remote is not None, "a local folder has no byte ranges to request"
+        row, items = self.samples[sample], self.media_rows(sample)
+        spans = [(row["text_offset"], row["text_length"]), *((items[n]["offset"], items[n]["length"]) for n in media)]
+        shard = self.header.shards[int(row["shard"])]
+        return [self.remote.byte_range(shard, int(offset), int(length)) for offset, length in spans]
+
+    def request(self, ranges: Sequence[ByteRange]) -> None:
+        """Start to read byte ranges from the object store; they stay in memory until `release`."""
+        assert self.remote is not None, "a local folder has no byte ranges to request"
+        self.remote.reads.request(ranges)
+
+    def release(self, ranges: Sequence[ByteRange]) -> None:
+        """Forget byte ranges that were requested."""
+        assert self.remote is not None, "a local folder has no byte ranges to request"
+        self.remote.reads.release(ranges)
+
     def media_rows(self, sample: int) -> np.ndarray:
         """[m] MEDIA: rows of a sample in the media table, in the order of its parts."""
         row = self.samples[sample]
@@ -316,12 +345,10 @@ class ShardIndex:
 
     def _array(self, name: str) -> np.ndarray:
         try:
-            if self._local:
-                with suppress(ValueError):
-                    return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
-            # Also an empty array, which cannot be memory-mapped.
-            with self._fs.open(self._inside(name), "rb") as file:
-                return np.load(file, allow_pickle=False)
+            with suppress(ValueError):
+                return np.load(self._inside(name), mmap_mode="r", allow_pickle=False)
+            # An empty array cannot be memory-mapped.
+            return np.load(self._inside(name), allow_pickle=False)
         except (EOFError, ValueError):
             raise self._incomplete() from None
 
@@ -332,22 +359,10 @@ class ShardIndex:
 
     @cached_property
     def _keys(self) -> Any:
-        if self._local:
-            return np.memmap(self._inside(KEYS), dtype=np.uint8, mode="r")
-        return np.frombuffer(self._fs.cat_file(self._inside(KEYS)), dtype=np.uint8)
+        return np.memmap(self._inside(KEYS), dtype=np.uint8, mode="r")
 
     def _read(self, shard: int, offset: int, length: int, crc: int, where: str) -> bytes:
-        name = self.header.shards[shard]
-        try:
-            if self._local:
-                data = self._shards.read(name, offset, length)
-            else:
-                data = self._fs.cat_file(f"{self._root}/{name}", start=offset, end=offset + length)
-        except OSError as error:
-            raise DataError(f"{where}: shard {name!r} cannot be read ({error}).") from None
-        if len(data) != length or zlib.crc32(data) != crc:
-            raise DataError(f"{where}: its bytes in shard {name!r} differ from those indexed (damaged shard?).")
-        return data
+        return self._shards.read(self.header.shards[shard], offset, length, crc, where)
 
 
 def _limits(given: Mapping[str, Any]) -> LimitsConfig:

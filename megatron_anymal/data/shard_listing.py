@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
 from megatron_anymal.data.records import DataError
+from megatron_anymal.object_storage.client import file_system
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.Z")
 # Fields by which file systems state the version of a file: object stores by a hash, others by a time.
@@ -33,8 +32,9 @@ def find_shards(folder: str) -> dict[str, ShardFile]:
     Raises:
         DataError: the folder does not exist or contains no shards, or some of its shards could not be read: compressed
             ones, ones in subfolders, or ones whose extension is in capitals.
+        StorageError: the object store cannot be used.
     """
-    fs, root = fsspec.core.url_to_fs(folder.rstrip("/"))
+    fs, root = file_system(folder)
     if not fs.isdir(root):
         raise DataError(f"There is no shard folder {folder!r}. Correct the path.")
     listed = {entry["name"].rpartition("/")[2]: entry for entry in fs.ls(root, detail=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,6 +83,10 @@ class StepPlan:
             )
             for positions in self.micro_batches[replica]
         )
+
+    def in_order(self) -> Iterator[tuple[PlannedMicroBatch, ...]]:
+        """The micro-batches that the replicas run at the same time, in the order they run."""
+        return zip(*(self.of_replica(replica) for replica in range(len(self.micro_batches))))
 
     def _sample(self, position: int) -> PlannedSample:
         return PlannedSample(

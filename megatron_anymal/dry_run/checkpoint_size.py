@@ -16,7 +16,7 @@ def bytes_needed(config: RunConfig) -> int:
     """Return the bytes for all checkpoints kept at once and the one being written, less the existing ones.
 
     Raises:
-        ConfigError, DataError, CheckpointError: errors that would also stop the run.
+        ConfigError, DataError, CheckpointError, StorageError: errors that would also stop the run.
     """
     existing = committed(config.run_dir / "checkpoints")
     rules = config.exp_manager.checkpoint

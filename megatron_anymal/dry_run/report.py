@@ -17,7 +17,7 @@ def print_dry_run(config: RunConfig) -> None:
     """Check a run and print the memory use of each rank, without GPU, launcher or weights; start and write nothing.
 
     Raises:
-        ConfigError, DataError, CheckpointError: see `examine`.
+        ConfigError, DataError, CheckpointError, StorageError: see `examine`.
     """
     # A launcher's other processes would print the same.
     if os.environ.get("RANK", "0") == "0":

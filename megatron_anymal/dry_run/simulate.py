@@ -22,7 +22,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig, RunConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig, RunConfig, is_remote
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.data.shard_index import ShardIndex
@@ -150,8 +150,8 @@ def examine(config: RunConfig) -> DryRun:
     """Check a run and build its model without weight data. Leaves no process group behind and writes nothing.
 
     Raises:
-        ConfigError, DataError, CheckpointError: anything that would also stop the run, naming the key, folder or sample
-            and the fix; or a model that is neither on this machine nor a published one.
+        ConfigError, DataError, CheckpointError, StorageError: anything that would also stop the run, naming the key,
+            folder or sample and the fix; or a model that is neither on this machine nor a published one.
         RuntimeError: this process is a rank of a job.
     """
     check(config)
@@ -342,7 +342,7 @@ def _missing_weights(path: str, instead: Sequence[str] = ()) -> list[str]:
 def _look_at_data(found: DryRun, split: str, tokenizer: Tokenizer | None, modalities: dict[str, Modality]) -> None:
     configured, existing = getattr(found.config.data, split), {}
     for name, dataset in configured.items():
-        if "://" in dataset.path:
+        if is_remote(dataset.path):
             found.notes.append(f"data.{split}.{name}.path={dataset.path} was not checked: it is not a local folder")
         elif Path(dataset.path).exists():
             existing[name] = dataset

@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from megatron_anymal.config import StorageConfig
 from megatron_anymal.data.chat_format import last_answer
 from megatron_anymal.data.global_order import permute
 from megatron_anymal.data.prompt_encoder import MediaFile
@@ -57,13 +58,18 @@ class Score:
         return self.correct / self.samples
 
 
-def read_questions(folder: str, limit: Optional[int] = None) -> list[Question]:
+def read_questions(folder: str, limit: Optional[int] = None, storage: Optional[StorageConfig] = None) -> list[Question]:
     """Read the samples of a prepared folder as questions.
+
+    Args:
+        limit: number of samples to read. None: all.
+        storage: how a folder on object storage is read. None: the defaults.
 
     Raises:
         DataError: the folder has no index, or a sample does not end with exactly one answer.
+        StorageError: the object store cannot be used.
     """
-    index = ShardIndex(folder)
+    index = ShardIndex(folder, storage=storage)
     questions = []
     for number in range(min(len(index), limit or len(index))):
         asked, answer = _split(index.sample(number), f"sample {index.key(number)!r} of {folder!r}")

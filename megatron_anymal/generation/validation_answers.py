@@ -24,14 +24,16 @@ class SampledAnswers:
 
         Raises:
             DataError: a sample does not have an answer.
+            StorageError: an object store cannot be used.
         """
         self._state, self._file, self._loggers = state, run_dir / "answers.jsonl", loggers
+        storage = state.config.data.storage
         count, sets = state.config.trainer.sampled_answers, list(state.config.data.validation.items())
         self._questions: list[tuple[str, Question]] = []
         for number, (name, dataset) in enumerate(sets):
             share = count * (number + 1) // len(sets) - count * number // len(sets)
             if share:
-                self._questions += [(name, question) for question in read_questions(dataset.path, share)]
+                self._questions += [(name, question) for question in read_questions(dataset.path, share, storage)]
 
     def __call__(self) -> None:
         """Answer the questions and write the answers. Collective."""

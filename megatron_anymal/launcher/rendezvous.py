@@ -115,7 +115,7 @@ class MultiNode(SingleNode):
                     self._job, self._name = replace(self._job, node=node), spare.name
                     self._pulse = Pulse(self._connect, f"{self._prefix}/node/{node}")
                     return node
-                self._pause("here")
+                self._pause("joined")
             self._ask(spare.leave)
             return None
         finally:
@@ -134,9 +134,9 @@ class MultiNode(SingleNode):
         self._check_place()
         self._round = self._next_round()
         self._looked, self._failed = 0.0, False
-        self._set(f"here/{self._job.node}", address)
+        self._set(f"joined/{self._job.node}", address)
         if self._job.node == 0:
-            self._await_all("here", "did not join")
+            self._await_all("joined", "did not join")
             self._set("number", str(number()))
         return int(self._await("number", "node 0 did not start the attempt"))
 
@@ -146,7 +146,7 @@ class MultiNode(SingleNode):
         Raises:
             HeadLost: node 0's launcher is gone.
         """
-        return self._get(f"here/{(self._job.node + 1) % self._job.nodes}")
+        return self._get(f"joined/{(self._job.node + 1) % self._job.nodes}")
 
     def alarm(self) -> None:
         """Notify the other nodes that this attempt has failed."""
@@ -163,7 +163,7 @@ class MultiNode(SingleNode):
             self._looked = time.monotonic()
             # Without node 0 there can be no decision either.
             try:
-                self._failed = self._there("alarm") or self._finds_silent()
+                self._failed = self._exists("alarm") or self._finds_silent()
             except NodeLost:
                 self._failed = True
         return self._failed
@@ -207,7 +207,9 @@ class MultiNode(SingleNode):
             self._pulse.stop()
 
     def _all_left(self) -> bool:
-        return all(self._there(f"seen/{node}") for node in range(self._job.nodes)) and self._ask(self._places.have_left)
+        return all(self._exists(f"seen/{node}") for node in range(self._job.nodes)) and self._ask(
+            self._places.have_left
+        )
 
     def _check_place(self) -> None:
         if self._ask(partial(self._places.holder, self._job.node)) not in ("", self._name):
@@ -226,14 +228,14 @@ class MultiNode(SingleNode):
         while not self._ask(lambda: self._store.check([self._rounds])):
             if time.monotonic() > deadline:
                 raise NodeLost(f"node 0 did not start within {self._job.rdzv_timeout:g} s.")
-            self._pause("here")
+            self._pause("joined")
         self._round = int(self._ask(lambda: self._store.get(self._rounds)))
-        if not self._there(f"here/{self._job.node}"):
+        if not self._exists(f"joined/{self._job.node}"):
             return self._round
         # An earlier launcher of this node took part in this round and can no longer report its ending.
         what = "was lost, and a spare takes its place" if self._name else "was lost and started again"
         text = f"the launcher of node {self._job.node} {what}"
-        attempt = int(self._get("number")) if self._there("number") else 0
+        attempt = int(self._get("number")) if self._exists("number") else 0
         record(self._job.run_dir, "death", text, attempt=attempt)
         self.alarm()
         self._set(f"ending/{self._job.node}", json.dumps(asdict(Ending(Exit.CRASH, text))))
@@ -284,7 +286,7 @@ class MultiNode(SingleNode):
         deadline = time.monotonic() + self._job.rdzv_timeout
         missing = list(range(self._job.nodes))
         while missing:
-            missing = [node for node in missing if not self._there(f"{what}/{node}")]
+            missing = [node for node in missing if not self._exists(f"{what}/{node}")]
             if missing and time.monotonic() > deadline:
                 names = ", ".join(map(str, missing))
                 raise NodeLost(f"node {names} of {self._job.nodes} {failed} within {self._job.rdzv_timeout:g} s.")
@@ -297,7 +299,7 @@ class MultiNode(SingleNode):
     def _await(self, what: str, failed: str) -> str:
         # Twice the timeout, since node 0 itself waits for all nodes first.
         deadline = time.monotonic() + 2 * self._job.rdzv_timeout
-        while not self._there(what):
+        while not self._exists(what):
             if time.monotonic() > deadline:
                 raise NodeLost(f"{failed} within {2 * self._job.rdzv_timeout:g} s.")
             self._pause(what)
@@ -305,7 +307,7 @@ class MultiNode(SingleNode):
 
     def _pause(self, what: str) -> None:
         # A stop request ends the wait for an attempt, but not the agreement on how one ended.
-        if what in ("here", "number"):
+        if what in ("joined", "number"):
             self._check()
         time.sleep(_LOOK)
 
@@ -319,7 +321,7 @@ class MultiNode(SingleNode):
         value = self._ask(lambda: self._store.get(self._key(what)))
         return bytes(value).decode()
 
-    def _there(self, what: str) -> bool:
+    def _exists(self, what: str) -> bool:
         return bool(self._ask(lambda: self._store.check([self._key(what)])))
 
     def _ask(self, question: Callable[[], Any]) -> Any:

@@ -69,13 +69,13 @@ def compose_report(run_dir: Path, code: Exit, text: str) -> str:
     sections = [
         _summary(run_dir, code, text, events, last, effective),
         _section("What to do next", [NEXT[code]]),
-        _section("What failed", _told_failures(failures(events))),
+        _section("What failed", _failure_lines(failures(events))),
         _section("What happened", _timeline(events)),
         _section("Skipped steps", _skipped(run_dir, events)),
         _section("Checkpoints", _checkpoints(last, events)),
         _section("Slow ranks", _stragglers(events)),
         _section("Restarts", [f"- {recovery}" for recovery in recoveries(events)]),
-        _section("Time", _told_time(effective)),
+        _section("Time", _time_lines(effective)),
     ]
     return "\n".join(sections)
 
@@ -104,7 +104,7 @@ def _section(title: str, lines: Iterable[str]) -> str:
     return "\n".join([f"## {title}", "", *(list(lines) or ["Nothing."]), ""])
 
 
-def _told_failures(found: list[Failure]) -> list[str]:
+def _failure_lines(found: list[Failure]) -> list[str]:
     lines = [f"The last {_FAILURES} of {len(found)}:", ""] if len(found) > _FAILURES else []
     for failure in found[-_FAILURES:]:
         lines += [f"### Attempt {failure.attempt}: {_place(failure.first)}", "", _one_line(failure.first["text"]), ""]
@@ -175,7 +175,7 @@ def _stragglers(events: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _told_time(effective: Effective) -> list[str]:
+def _time_lines(effective: Effective) -> list[str]:
     if not effective.wall:
         return ["No start was recorded."]
     return [

@@ -62,7 +62,7 @@ class Places:
     def spares(self) -> list[int]:
         """Numbers of the spares that wait for a place and are alive."""
         count = int(self._store.add(f"{self._prefix}/spares", 0))
-        return [n for n in range(count) if not self._there(f"place/{n}") and self._silence(f"spare/{n}") < SILENT]
+        return [n for n in range(count) if not self._exists(f"place/{n}") and self._silence(f"spare/{n}") < SILENT]
 
     def silent(self) -> list[int]:
         """Nodes without a sign of life, apart from node 0."""
@@ -89,11 +89,11 @@ class Places:
 
     def have_left(self) -> bool:
         """Whether all waiting spares know that the run has ended."""
-        return all(self._there(f"left/{spare}") for spare in self.spares())
+        return all(self._exists(f"left/{spare}") for spare in self.spares())
 
     def holder(self, node: int) -> str:
         """Name of the spare that has been given a node's place; empty: none."""
-        return self._store.get(f"{self._prefix}/given/{node}").decode() if self._there(f"given/{node}") else ""
+        return self._store.get(f"{self._prefix}/given/{node}").decode() if self._exists(f"given/{node}") else ""
 
     def _limit(self, node: int) -> float:
         return SILENT if self._count(f"node/{node}") else _ABSENT
@@ -114,7 +114,7 @@ class Places:
     def _count(self, key: str) -> int:
         return int(self._store.add(f"{self._prefix}/{key}", 0))
 
-    def _there(self, key: str) -> bool:
+    def _exists(self, key: str) -> bool:
         return bool(self._store.check([f"{self._prefix}/{key}"]))
 
 

@@ -56,18 +56,21 @@ def pretrain(argv: Sequence[str]) -> int:
 
     Raises:
         ConfigError: a setting cannot work; raised before any process group or file is created.
-        DataError, CheckpointError: with --dry-run, see `dry_run.simulate.examine`; otherwise as in `train.loop.fit`.
+        DataError, CheckpointError, StorageError: with --dry-run, see `dry_run.simulate.examine`; otherwise as in
+            `train.loop.fit`.
     """
     return _main("pretrain", "Align modalities to a frozen Llama.", argv)
 
 
 def sft(argv: Sequence[str]) -> int:
-    """Run instruction tuning; otherwise, including ConfigError, DataError and CheckpointError, as `pretrain`."""
+    """Run instruction tuning; otherwise, including ConfigError, DataError, CheckpointError and StorageError, as
+    `pretrain`."""
     return _main("sft", "Tune an aligned model on conversations: adapters, projectors only, or the whole Llama.", argv)
 
 
 def dpo(argv: Sequence[str]) -> int:
-    """Run conservative DPO; otherwise, including ConfigError, DataError and CheckpointError, as `pretrain`."""
+    """Run conservative DPO; otherwise, including ConfigError, DataError, CheckpointError and StorageError, as
+    `pretrain`."""
     return _main("dpo", "Continue an SFT run's adapters on pairs of preferred and rejected answers.", argv)
 
 

@@ -80,7 +80,7 @@ class MegatronAnyMALModel(ModelPT):
 
         Raises:
             ConfigError: the configuration cannot be built in this environment.
-            DataError, CheckpointError: data or a checkpoint that it names cannot be used.
+            DataError, CheckpointError, StorageError: data or a checkpoint that it names cannot be used.
             RuntimeError: in place of an AttributeError, which torch would hide.
         """
         if self._state is None:
@@ -113,7 +113,8 @@ class MegatronAnyMALModel(ModelPT):
             DONE, or REQUEUE if the run was asked to stop before its end.
 
         Raises:
-            ConfigError, DataError, CheckpointError: see `state` and `train.loop.fit`, which also names further errors.
+            ConfigError, DataError, CheckpointError, StorageError: see `state` and `train.loop.fit`, which also names
+                further errors.
         """
         from megatron_anymal.generation.validation_answers import SampledAnswers
         from megatron_anymal.train.loop import fit

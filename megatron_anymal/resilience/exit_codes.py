@@ -11,6 +11,7 @@ USER_ERRORS = (
     ("megatron_anymal.data.records", "DataError"),
     ("megatron_anymal.modalities.base", "MediaError"),
     ("megatron_anymal.checkpoint.store", "CheckpointError"),
+    ("megatron_anymal.object_storage.errors", "StorageError"),
 )
 
 

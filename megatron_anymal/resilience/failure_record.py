@@ -17,14 +17,14 @@ from typing import NoReturn
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit, code_of
 
-_told: list[BaseException] = []
+_recorded: list[BaseException] = []
 
 
 def record_failure(run_dir: Path, error: BaseException, step: int = -1) -> None:
     """Add an exception to the run's events, once; do nothing if the run folder does not exist yet."""
-    if any(error is recorded for recorded in _told) or not run_dir.is_dir():
+    if any(error is recorded for recorded in _recorded) or not run_dir.is_dir():
         return
-    _told.append(error)
+    _recorded.append(error)
     code = code_of(error)
     kind = "locked" if code is Exit.LOCKED else "exception"
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"

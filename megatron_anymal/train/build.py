@@ -110,7 +110,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     """Build data, model and optimizer; cheap checks come before anything large is allocated.
 
     Raises:
-        ConfigError, DataError, CheckpointError: naming the key, folder or sample and the fix.
+        ConfigError, DataError, CheckpointError, StorageError: naming the key, folder or sample and the fix.
     """
     config = copy.deepcopy(config)
     config.model.language_model, hf = resolve_language_model(config.model.language_model)
@@ -202,7 +202,7 @@ def build_data(
     """Build the mixture of data.train or data.validation.
 
     Raises:
-        DataError: see BatchPlanner.
+        DataError, StorageError: see BatchPlanner.
     """
     planned = [
         PlannedModality(name, section.kind or name, modalities[name], section.projector.num_tokens)
@@ -219,6 +219,7 @@ def build_data(
         check_shards=layout.reports,
         sample_kinds=build_objective(config.job, config.model).sample_kinds,
         limits=config.data.limits,
+        storage=config.data.storage,
         section=f"data.{split}",
     )
     loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)

@@ -57,6 +57,7 @@ def fit(
         ConfigError: another job is using the run folder, or its checkpoint belongs to another run.
         NotFinite: the gradient was not finite in resilience.max_skipped_steps consecutive steps.
         DataError: more of a step's samples are unreadable than data.max_bad_share allows.
+        StorageError: an object store cannot be read.
         CheckpointError: checkpoints exist and none is valid, or the last one could not be written.
         RuntimeError: a loader process died (WorkerDied), or the frozen Llama's weights have changed.
     """
@@ -119,7 +120,8 @@ class Trainer:
             DONE, or REQUEUE if the run was stopped before the last step.
 
         Raises:
-            ConfigError, NotFinite, DataError, CheckpointError, RuntimeError: as in the module-level `fit`.
+            ConfigError, NotFinite, DataError, StorageError, CheckpointError, RuntimeError: as in the module-level
+                `fit`.
         """
         processes = self.state.layout.world_size
         self._record("start", f"{processes} process(es)", processes=processes)

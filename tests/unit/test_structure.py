@@ -22,7 +22,7 @@ ORDER = [
         "safetensors_io",
         "hf_weights",
     ),
-    ("backend", "cpu_shim", "environment", "lean_imports"),
+    ("backend", "cpu_shim", "environment", "lean_imports", "object_storage"),
     ("parallel",),
     ("modalities",),
     ("data",),
@@ -105,6 +105,7 @@ def test_functions_fit_a_screen() -> None:
 # values that it reads.
 WHOLE_RUN = {
     "megatron_anymal.config.validation": "checks sections against each other",
+    "megatron_anymal.config.layout_validation": "checks sections against each other",
     "megatron_anymal.config.compose.Composed": "what a command line composes",
     "megatron_anymal.parallel.initialize": "checks the configuration before it joins the job",
     "megatron_anymal.train.build.check_run": "checks a run",

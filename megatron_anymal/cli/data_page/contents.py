@@ -66,8 +66,7 @@ class ShownPack:
 
 def choose(view: RunView, step: int, count: int) -> list[tuple[int, int]]:
     """Step and position of the first `count` samples of a step, in the order in which its packs run."""
-    plan = view.planner.plan(step)
-    rounds = zip(*(plan.of_replica(replica) for replica in range(len(plan.micro_batches))))
+    rounds = view.planner.plan(step).in_order()
     in_order = [sample.position for packs in rounds for pack in packs for sample in pack.samples]
     return [(step, position) for position in in_order[:count]]
 

@@ -21,8 +21,7 @@ _KEY = (
 def step_table(view: RunView, plan: StepPlan) -> str:
     """Fill of all packs of a step, in the order in which they run."""
     rows = []
-    packs = zip(*(plan.of_replica(replica) for replica in range(len(plan.micro_batches))))
-    for number, round_of in enumerate(packs):
+    for number, round_of in enumerate(plan.in_order()):
         for replica, pack in enumerate(round_of):
             sums, length = tally(view, pack.samples), plan.padded_length
             other = sums.tokens - sums.targets - sums.soft

@@ -1,4 +1,4 @@
-"""Random access to a file's bytes, on a local disk or any file system supported by fsspec."""
+"""Random access to a file's bytes, on a local disk or an object store."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
+
+from megatron_anymal.object_storage.client import ObjectClient
+from megatron_anymal.object_storage.sequential import SequentialBytes
 
 
 class ByteSource(Protocol):
@@ -53,36 +56,27 @@ class LocalBytes:
         return data
 
 
-class FileBytes:
-    """An open fsspec file."""
-
-    def __init__(self, file: Any, size: int):
-        self._file, self.size = file, size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """The bytes [offset, offset + length), fewer if the file ends before."""
-        self._file.seek(offset)
-        return bytes(self._file.read(length))
-
-
 def is_local(fs: Any) -> bool:
-    """Whether an fsspec file system is that of this machine."""
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+    """Whether a file system is that of this machine; see `file_system`."""
+    return not isinstance(fs, ObjectClient)
 
 
 @contextmanager
 def open_bytes(fs: Any, path: str) -> Iterator[ByteSource]:
-    """Open a file of an fsspec file system.
+    """Open a file.
+
+    Args:
+        fs: its file system, see `file_system`.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read from the local disk.
+        StorageError: it cannot be read from the object store.
     """
-    if is_local(fs):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            yield LocalBytes(descriptor)
-        finally:
-            os.close(descriptor)
+    if isinstance(fs, ObjectClient):
+        yield SequentialBytes(fs, path)
         return
-    with fs.open(path, "rb") as file:
-        yield FileBytes(file, int(fs.size(path)))
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield LocalBytes(descriptor)
+    finally:
+        os.close(descriptor)

@@ -234,13 +234,13 @@ class Preflight:
         """
         ranks = range(self.place.world)
         if self.place.rank == 0:
-            self.here = self.reports.heard("node", ranks, time.monotonic() + self._left(2 / 3))
+            self.arrived = self.reports.heard("node", ranks, time.monotonic() + self._left(2 / 3))
             # A node that could not write is only reported once.
             silent = {
-                row["node"] for row in self.here.values() if any(p["check"] == "run folder" for p in row["problems"])
+                row["node"] for row in self.arrived.values() if any(p["check"] == "run folder" for p in row["problems"])
             }
-            writing = sorted({row["node"] for row in self.here.values()} - silent)
-            self.reports.say("go", writing if len(self.here) == self.place.world else None)
+            writing = sorted({row["node"] for row in self.arrived.values()} - silent)
+            self.reports.say("go", writing if len(self.arrived) == self.place.world else None)
         nodes = self.reports.heard("go", [0], time.monotonic() + self._left(1)).get(0)
         if nodes is None:
             return None
@@ -258,7 +258,7 @@ class Preflight:
         """On the first process: combine all reports, print them, and send the exit code to the others."""
         rows = self._rows()
         if traffic is not None:
-            leaders = [rank for rank, report in self.here.items() if report["leads"]]
+            leaders = [rank for rank, report in self.arrived.items() if report["leads"]]
             self._add("signs", leaders, rows)
             self._add_traffic(traffic, rows)
         wrong = any(row.problems for row in rows.values())
@@ -267,7 +267,7 @@ class Preflight:
         code = Exit.MISTAKE if wrong else Exit.DONE
         self.reports.say("verdict", int(code))
         # The store ends with this process, so let the others leave first.
-        self.reports.heard("left", [rank for rank in self.here if rank], time.monotonic() + 5)
+        self.reports.heard("left", [rank for rank in self.arrived if rank], time.monotonic() + 5)
         checks.remove_signs(self.config.run_dir)
         if self.lock:
             self.lock.release()
@@ -277,7 +277,7 @@ class Preflight:
         """Reports by node, including nodes that did not report."""
         rows: dict[str, Row] = {}
         for rank in range(self.place.world):
-            report = self.here.get(rank)
+            report = self.arrived.get(rank)
             number = rank // self.place.per_node
             name = report["node"] if report else self.names[number] if self.names else f"node {number}"
             row = rows.setdefault(name, Row(name))
@@ -294,20 +294,22 @@ class Preflight:
     def _add(self, what: str, ranks: Sequence[int], rows: dict[str, Row]) -> None:
         reported = self.reports.heard(what, ranks, time.monotonic() + self._left(1))
         for rank, problems in reported.items():
-            row = rows[self.here[rank]["node"]]
+            row = rows[self.arrived[rank]["node"]]
             known = {problem.check for problem in row.problems}
             row.problems += [Problem(**one) for one in problems if one["check"] not in known]
 
     def _add_traffic(self, traffic: Traffic, rows: dict[str, Row]) -> None:
-        reported = self.reports.heard("traffic", self.here, time.monotonic() + self._left(1))
+        reported = self.reports.heard("traffic", self.arrived, time.monotonic() + self._left(1))
         fix = "check the network of that node (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME)"
-        for rank, report in self.here.items():
+        for rank, report in self.arrived.items():
             problem = reported.get(rank, "it did not return from the all-reduce")
             row = rows[report["node"]]
             if problem and all(known.check != "network" for known in row.problems):
                 row.problems.append(Problem("network", problem, fix))
         if traffic.offsets:
-            first = {report["node"]: traffic.offsets[rank] for rank, report in sorted(self.here.items(), reverse=True)}
+            first = {
+                report["node"]: traffic.offsets[rank] for rank, report in sorted(self.arrived.items(), reverse=True)
+            }
             for name, offset in first.items():
                 rows[name].clock = offset
             for name, skew in checks.skewed(list(first.values()), list(first), _SKEW).items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.config import ConfigError, DataConfig, ModelConfig, TrainerConfig
+from megatron_anymal.config import ConfigError, DataConfig, ModelConfig, TrainerConfig, is_remote
 from megatron_anymal.resilience.exit_codes import is_users
 
 # Subfolder of the run's folder; each node writes a file with its name into it.
@@ -88,7 +88,7 @@ def files(model: ModelConfig, data: DataConfig) -> list[Problem]:
     """Input folders of the configuration that this node cannot read. URLs such as s3://... are not checked."""
     problems = []
     for key, path in _inputs(model, data):
-        if path and "://" not in path and not os.access(path, os.R_OK):
+        if path and not is_remote(path) and not os.access(path, os.R_OK):
             state = "cannot be read" if os.path.exists(path) else "does not exist"
             fix = f"put it on storage that all nodes share, or set {key}"
             problems.append(Problem("files", f"{key}={path!r} {state}", fix))

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ConfigError, ModelConfig, RunConfig
-from megatron_anymal.config.validation import check_layout
+from megatron_anymal.config.layout_validation import check_layout
 from megatron_anymal.model.llama_shape import check_sizes
 
 

@@ -40,6 +40,7 @@ def build_problem(
     Raises:
         ConfigError: a model is neither on this machine nor a published one, or a sample is longer than a pack.
         DataError: an index does not fit the configuration.
+        StorageError: an object store cannot be used.
         CheckpointError: the Llama's checkpoint does not exist.
     """
     assumed, notes = assume_shapes(config.model)
@@ -94,7 +95,8 @@ def _workload(
             PlannedModality(name, section.kind or name, modalities[name], section.projector.num_tokens)
             for name, section in sections.items()
         ]
-        return measured_workload(folders, planned, config.model.global_batch_size, config.data.seq_length)
+        samples, length = config.model.global_batch_size, config.data.seq_length
+        return measured_workload(folders, planned, samples, length, config.data.storage)
     if sample_tokens > config.data.seq_length:
         raise ConfigError(
             f"--sample-tokens={sample_tokens} is more than data.seq_length={config.data.seq_length}. Lower it, or "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import ModelConfig
+from megatron_anymal.config import ModelConfig, StorageConfig
 from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout, measure_samples
@@ -109,7 +110,11 @@ def assumed_workload(model: ModelConfig, seq_length: int, sample_tokens: int = 0
 
 
 def measured_workload(
-    folders: Sequence[tuple[str, float]], modalities: Sequence[PlannedModality], samples: int, seq_length: int
+    folders: Sequence[tuple[str, float]],
+    modalities: Sequence[PlannedModality],
+    samples: int,
+    seq_length: int,
+    storage: Optional[StorageConfig] = None,
 ) -> Workload:
     """Expect the mean of what the indexes of data sets hold.
 
@@ -118,15 +123,17 @@ def measured_workload(
         modalities: of the configuration.
         samples: `model.global_batch_size`.
         seq_length: `data.seq_length`; longer samples are left out.
+        storage: how folders on object storage are read. None: the defaults.
 
     Raises:
         DataError: a folder has no index, media without a configured modality, or no sample that fits.
+        StorageError: an object store, or the cache for its indexes, cannot be used.
     """
     by_kind = {modality.kind: modality for modality in modalities}
     total = sum(weight for _, weight in folders)
     sums, longest, pieces = np.zeros(3), 0, dict.fromkeys((m.name for m in modalities), 0.0)
     for folder, weight in folders:
-        index = ShardIndex(folder)
+        index = ShardIndex(folder, storage=storage)
         missing = index.kinds_used() - set(by_kind)
         if missing:
             raise DataError(

@@ -211,7 +211,7 @@ def test_an_odd_manifest_is_refused_in_one_line(source: Path, odd: str) -> None:
         write_shards(table(source, data, name), str(source.parent / "out"))
     message = str(error.value)
     assert all(words in message for words in said), message
-    assert "\n" not in message and len(message) < 500
+    assert "\n" not in message and len(message.replace(str(source.parent), "")) < 500
     assert not list((source.parent / "out").glob("*.part"))
 
 
@@ -255,13 +255,14 @@ def test_a_wrong_manifest_does_not_cost_the_old_shards(lines: list[dict[str, str
     path = source / "good.jsonl"
     path.write_text(json.dumps({"key": "k", "media": "a.png", "text": "one"}) + "\n")
     write_shards(str(path), str(out))
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = {file.name: file.read_bytes() for file in out.glob("*.tar*")}
     wrong = source / "wrong.jsonl"
     if lines is not None:
         wrong.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(DataError):
         write_shards(str(wrong), str(out), overwrite=True)
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in out.glob("*.tar*")} == before
+    assert not list(out.glob("packing*"))
 
 
 def _nan() -> bytes:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from megatron_anymal.config import ModelConfig, RunConfig, schema
+from megatron_anymal import config
+from megatron_anymal.config import ModelConfig, RunConfig
 from megatron_anymal.config.explain import configuration_page, documentation
 from megatron_anymal.config.field_docs import field_docs
 from megatron_anymal.nemo.entry import pretrain
 
 PAGE = Path(__file__).parents[3] / "docs" / "reference" / "configuration.md"
-SECTIONS = [thing for thing in vars(schema).values() if inspect.isclass(thing) and dataclasses.is_dataclass(thing)]
+SECTIONS = [thing for thing in vars(config).values() if inspect.isclass(thing) and dataclasses.is_dataclass(thing)]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

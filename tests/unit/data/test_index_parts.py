@@ -15,9 +15,11 @@ from typing import Any
 import fsspec
 import plain_index
 import pytest
+import source_folders
 from fsspec.implementations.memory import MemoryFileSystem
 from index_folders import FOLDERS, lost_media, mixed, pictures
 from tars import write_tar
+from tiny import png
 from tokenizer_folders import make as make_tokenizer
 
 from megatron_anymal.cli.prepare import main as prepare
@@ -25,6 +27,7 @@ from megatron_anymal.data import index_processes
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.index_parts import index_part, merge_parts
+from megatron_anymal.data.packing_journal import JOURNAL
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_index import ShardIndex
@@ -516,11 +519,98 @@ def test_a_key_that_comes_back_in_another_part(tmp_path: Path, tokenizer_folder:
         merge_parts(str(out))
 
 
-def test_an_error_of_a_line_names_it(tmp_path: Path, tokenizer_folder: str) -> None:
+def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, tokenizer_folder: str) -> None:
     path = manifest(tmp_path / "m", 10)
-    (tmp_path / "m" / "4.png").unlink()
-    with pytest.raises(DataError, match=r"manifest\.jsonl:9: there is no media file"):
+    path.write_text(path.read_text() + "{\n")
+    with pytest.raises(DataError, match=r"manifest\.jsonl:20: .*not JSON"):
         prepare_parts(path, tmp_path / "out", tokenizer_folder, 2)
+
+
+def packed_alike(words: list[str], out: Path, whole: Path, of: int) -> None:
+    """Check that parts make the shards, the index and the journal that a single command makes."""
+    assert prepare([*words, f"--out={whole}", "--max-bad-share=0.5"]) == 0
+    for number in range(of, 0, -1):
+        assert prepare([*words, f"--out={out}", f"--part={number}/{of}"]) == 0
+    assert prepare([f"--merge={out}", "--max-bad-share=0.5"]) == 0
+    assert {p.name: p.read_bytes() for p in out.glob("*.tar")} == {p.name: p.read_bytes() for p in whole.glob("*.tar")}
+    for shard in whole.glob("*.tar"):
+        os.utime(out / shard.name, ns=(7, shard.stat().st_mtime_ns))
+    make_index(str(out), IndexOptions(words[1]), max_bad_share=0.5, rebuild=True)
+    assert files_of(out) == files_of(whole) and (out / "index" / JOURNAL).exists()
+
+
+def test_samples_that_parts_leave_out(
+    tmp_path: Path, tokenizer_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines without media files, filtered lines and a stretch of which nothing is left, by parts and at once."""
+    path = manifest(tmp_path / "m", 20)
+    lines = [{**json.loads(line), "score": n} for n, line in enumerate(path.read_text().splitlines()[::2])]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    for number in (4, 6, 7, 8):
+        (tmp_path / "m" / lines[number]["media"]).unlink()
+    words = ["--tokenizer", tokenizer_folder, f"--manifest={path}", "--samples-per-shard=3"]
+    words += ["--filter=max_column:score=15", "--workers=1"]
+    packed_alike(words, tmp_path / "out", tmp_path / "whole", 3)
+    shown = capsys.readouterr().out
+    assert "part 3/3: 6 samples = 1 in 1 shards + 3 left out (missing_media 3) + 2 filtered" in shown
+    assert "20 samples in = 12 used + 4 left out + 4 filtered (max_column:score=15 4)" in shown
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 5
+
+
+def test_missing_media_of_a_part_are_looked_for_again(tmp_path: Path, tokenizer_folder: str) -> None:
+    path, out = manifest(tmp_path / "m", 10), tmp_path / "out"
+    picture = tmp_path / "m" / "4.png"
+    data = picture.read_bytes()
+    picture.unlink()
+    prepare_parts(path, out, tokenizer_folder, 2)
+    refused(out, r"1 of 10 samples .*--max-bad-share.*manifest\.jsonl:9: there is no media file")
+    picture.write_bytes(data)
+    prepare_parts(path, out, tokenizer_folder, 2)
+    merge_parts(str(out))
+    assert len(ShardIndex(str(out))) == 10 and not ShardIndex(str(out)).left_out()
+
+
+@pytest.mark.parametrize("layout", ["llava", "energon"])
+def test_a_data_set_by_parts(layout: str, tmp_path: Path, tokenizer_folder: str) -> None:
+    entries = [
+        {
+            "id": f"{n}",
+            "image": f"{n}.png",
+            "conversations": [{"from": "human", "value": "<image>\nwhat"}, {"from": "gpt", "value": "one"}],
+        }
+        for n in range(7)
+    ]
+    for n in range(7):
+        source_folders.put(tmp_path / "d" / f"{n}.png", png(n))
+    path = source_folders.put(tmp_path / "d" / "list.json", json.dumps(entries))
+    if layout == "energon":
+        path = tmp_path / "e"
+        members = [(f"{n}.{e}", d) for n in range(7) for e, d in (("png", png(n)), ("json", b'{"c": "one two"}'))]
+        write_tar(path / "0.tar", members)
+        fields = "field_map: {image: png, caption: 'json[c]'}\n"
+        source_folders.put(path / ".nv-meta" / "dataset.yaml", f"__class__: CaptioningWebdataset\n{fields}")
+        source_folders.put(path / ".nv-meta" / "split.yaml", "split_parts: {train: [0.tar]}\n")
+    words = ["--tokenizer", tokenizer_folder, "--from", layout, str(path), "--samples-per-shard=2"]
+    packed_alike([*words, "--filter=min_side=4"], tmp_path / "out", tmp_path / "whole", 2)
+    with pytest.raises(DataError, match=rf"--rebuild has no effect .*--from {layout} is packed"):
+        prepare([*words, f"--out={tmp_path / 'other'}", "--rebuild"])
+
+
+def test_shards_in_place_by_parts(tmp_path: Path, tokenizer_folder: str, read_shards: list[str]) -> None:
+    folder = tmp_path / "laion"
+    source_folders.img2dataset(folder)
+    words = ["--from", "img2dataset", str(folder), "--tokenizer", tokenizer_folder, "--workers=1"]
+    words += ["--filter=min_column:similarity=0.3"]
+    assert prepare(words) == 0
+    at_once = files_of(folder)
+    for number in (1, 2):
+        assert prepare([*words, "--rebuild", f"--part={number}/2"]) == 0
+    merge_parts(str(folder))
+    assert files_of(folder) == at_once and b"filtered" in at_once["left_out.jsonl"]
+    # An index without changes is extended with its filtered samples; other filters read everything.
+    read_shards.clear()
+    assert prepare(words) == 0 and not read_shards and files_of(folder) == at_once
+    assert prepare([*words[:-1], "--filter=min_column:similarity=0.2"]) == 0 and len(read_shards) == 2
 
 
 def test_hashes_that_wait_in_files(tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ TASK = {
         (["--index-only=my data", "--tokenizer=t"], "my data"),
         (["--manifest=m.jsonl", "--out", "o", "--limit=max_pixels=9"], "o"),
         (["--manifest=m.jsonl", "--out=o"], "o"),
+        (["--from", "llava", "list of all.json", "--out", "o", "--media=m"], "o"),
+        (["--from", "img2dataset", "my data", "--tokenizer=t"], "my data"),
     ],
 )
 def test_both_jobs_are_submitted(script: Script, given: list[str], folder: str) -> None:
@@ -123,6 +125,7 @@ def test_both_jobs_are_submitted(script: Script, given: list[str], folder: str) 
         (["0", "--index-only=f"], "'0' is not a number of parts"),
         (["--index-only=f", "--tokenizer=t"], "'' is not a number of parts"),
         (["8", "--tokenizer=t"], "the folder is missing"),
+        (["8", "--from", "llava", "list.json", "--tokenizer=t"], "the folder is missing"),
         (["8", "--index-only=f", "--part=1/8"], "--part=1/8 is set for each job"),
     ],
 )

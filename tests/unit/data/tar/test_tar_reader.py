@@ -14,6 +14,7 @@ from tars import BLOCK, changed_header, header_of, tar_bytes
 from megatron_anymal.data.tar.byte_source import open_bytes
 from megatron_anymal.data.tar.headers import parse_header
 from megatron_anymal.data.tar.reader import TarEntry, TarError, TarMember, TarPassed, TarProblem, TarWalk
+from megatron_anymal.object_storage.client import file_system
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)
 
@@ -254,10 +255,10 @@ def test_more_zeros_at_the_end_than_writers_add_are_noted() -> None:
 
 def test_files_on_other_file_systems(tmp_path: Path) -> None:
     archive = tar_bytes(SAMPLES)
-    memory = fsspec.filesystem("memory")
-    memory.pipe_file("/shards/0.tar", archive)
+    fsspec.filesystem("memory").pipe_file("/shards/0.tar", archive)
     (tmp_path / "0.tar").write_bytes(archive)
-    for fs, path in ((memory, "/shards/0.tar"), (fsspec.filesystem("file"), str(tmp_path / "0.tar"))):
-        with open_bytes(fs, path) as source:
+    for folder in ("memory://shards", str(tmp_path)):
+        fs, root = file_system(folder)
+        with open_bytes(fs, f"{root}/0.tar") as source:
             assert members(list(TarWalk(source, 2**20))) == [name for name, _ in SAMPLES]
             assert source.read_at(len(archive) - 5, 100) == archive[-5:]

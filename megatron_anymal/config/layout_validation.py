@@ -1,0 +1,101 @@
+"""Validation of parallel sizes, recomputation and number formats."""
+
+from __future__ import annotations
+
+from megatron_anymal.config.model_section import ModelConfig
+from megatron_anymal.config.schema import ConfigError, RunConfig
+
+
+def check_layout(config: RunConfig) -> None:
+    """Reject parallel sizes, recomputation and number formats that cannot work together, whatever the Llama.
+
+    Raises:
+        ConfigError: the message names the key and the fix.
+    """
+    _check_parallel_sizes(config)
+    _check_recompute(config.model)
+    _check_fp8(config.model)
+
+
+def _check_parallel_sizes(config: RunConfig) -> None:
+    m = config.model
+    if config.world_size % m.model_parallel_size:
+        raise ConfigError(
+            f"trainer.num_nodes x trainer.devices = {config.world_size} processes do not divide into replicas of "
+            f"model.tensor_model_parallel_size x pipeline_model_parallel_size x context_parallel_size = "
+            f"{m.model_parallel_size}. Change trainer.devices, trainer.num_nodes or the parallel sizes."
+        )
+    if m.sequence_parallel and m.tensor_model_parallel_size == 1:
+        raise ConfigError(
+            "model.sequence_parallel=true needs model.tensor_model_parallel_size > 1: it splits the sequence over "
+            "the tensor-parallel ranks. Set it to false."
+        )
+    # Every document, even the longest, is padded so that it splits evenly over the context-parallel ranks.
+    if m.context_parallel_size > 1 and config.data.seq_length % (2 * m.context_parallel_size):
+        raise ConfigError(
+            f"data.seq_length={config.data.seq_length} must be a multiple of {2 * m.context_parallel_size}: each "
+            f"document is cut into 2 x model.context_parallel_size={m.context_parallel_size} equal chunks."
+        )
+    if not m.overlap_p2p_comm and m.virtual_pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "model.overlap_p2p_comm=false has no effect without a virtual pipeline "
+            "(model.virtual_pipeline_model_parallel_size > 1). Remove it."
+        )
+    if m.virtual_pipeline_model_parallel_size > 1 and m.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "model.virtual_pipeline_model_parallel_size > 1 needs model.pipeline_model_parallel_size > 1: it splits "
+            "pipeline stages into chunks. Set it to 1."
+        )
+    for name, modality in m.modalities.items():
+        heads = modality.projector.num_attention_heads
+        if modality.projector.type == "resampler" and heads % m.tensor_model_parallel_size:
+            raise ConfigError(
+                f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} does not divide "
+                f"model.modalities.{name}.projector.num_attention_heads={heads}."
+            )
+    edges = m.num_layers_in_first_pipeline_stage or m.num_layers_in_last_pipeline_stage
+    if edges and m.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "model.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need "
+            "model.pipeline_model_parallel_size > 1. Set them to 0."
+        )
+    if config.trainer.sampled_answers and not config.data.validation:
+        raise ConfigError(
+            f"trainer.sampled_answers={config.trainer.sampled_answers} has no validation samples to answer. Name a "
+            "folder in data.validation, or set it to 0."
+        )
+    if config.trainer.sampled_answers and (m.context_parallel_size > 1 or m.virtual_pipeline_model_parallel_size > 1):
+        raise ConfigError(
+            "trainer.sampled_answers needs model.context_parallel_size=1 and "
+            "model.virtual_pipeline_model_parallel_size=1: generation during training supports neither. Set it to 0."
+        )
+    if m.ddp.overlap_param_gather and not (m.ddp.use_distributed_optimizer and m.ddp.overlap_grad_reduce):
+        raise ConfigError(
+            "model.ddp.overlap_param_gather=true needs model.ddp.use_distributed_optimizer=true and "
+            "model.ddp.overlap_grad_reduce=true."
+        )
+
+
+def _check_recompute(model: ModelConfig) -> None:
+    defaults = ModelConfig()
+    if model.recompute_granularity != "auto":
+        return
+    for name in ("recompute_method", "recompute_num_layers", "recompute_modules"):
+        if getattr(model, name) != getattr(defaults, name):
+            raise ConfigError(
+                f"model.{name} has no effect with model.recompute_granularity=auto, which chooses it. Remove it, or "
+                "name the granularity."
+            )
+
+
+def _check_fp8(model: ModelConfig) -> None:
+    if not model.fp8 and (model.fp8_primary_weights or model.fp8_recipe != ModelConfig().fp8_recipe):
+        raise ConfigError(
+            "model.fp8_recipe and model.fp8_primary_weights have no effect without model.fp8. Set it to hybrid or "
+            "e4m3, or remove them."
+        )
+    if model.fp8_primary_weights and not model.language_model.freeze:
+        raise ConfigError(
+            "model.fp8_primary_weights=true needs a frozen Llama, but model.language_model.freeze=false: updates are "
+            "smaller than the spacing of FP8 numbers. Change one of them."
+        )

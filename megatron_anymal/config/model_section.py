@@ -1,0 +1,258 @@
+"""The section `model:` of a configuration: encoders, projectors, Llama, layout, objective and optimizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_anymal.config.field_docs import add_field_docs
+
+# FP8 matrix dimensions must be multiples of this (Transformer Engine).
+FP8_MULTIPLE = 16
+
+
+@dataclass
+class EncoderConfig:
+    """Encoder of one modality: its architecture, and pre-trained weights or a small random shape."""
+
+    type: str = ""
+    """clip, dinov2, videomae, clap (transformers), imu2clip, identity, or a type that a plug-in registers."""
+    path: str = ""
+    """Local HuggingFace folder (config.json and weights). Empty: random weights of the shape in `config`."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Keys of the architecture's own configuration. Must be empty if `path` is set."""
+    preprocessor: dict[str, Any] = field(default_factory=dict)
+    """Preprocessing, as in a preprocessor_config.json. Empty: the one in the encoder's folder."""
+    freeze: bool = True
+    """Keep the encoder's weights fixed (AnyMAL section 3.1)."""
+    max_pieces_per_call: int = 64
+    """Pieces (image tiles, video clips, audio or IMU windows) per encoder call; bounds activation memory."""
+
+
+@dataclass
+class ProjectorConfig:
+    """Projector of one modality (AnyMAL table 11: a Perceiver resampler for vision, linear layers otherwise)."""
+
+    type: str = "resampler"
+    """`resampler` or `linear`."""
+    num_layers: int = 6
+    """Number of layers."""
+    num_tokens: int = 64
+    """Soft tokens per piece."""
+    hidden_size: int = 0
+    """Width of the resampler, or of the hidden layers of a deeper linear projector. 0: the encoder's width."""
+    num_attention_heads: int = 16
+    """Attention heads of a resampler."""
+    ffn_multiplier: int = 4
+    """Feed-forward width of a resampler, as a multiple of its width."""
+    freeze: bool = False
+    """Keep the projector's weights fixed."""
+
+
+@dataclass
+class ModalityConfig:
+    """How one kind of media becomes soft tokens."""
+
+    kind: str = ""
+    """Loader of the media: image, video, audio, imu, or one that a plug-in registers. Empty: the section's name."""
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    """Encoder of the pieces."""
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    """Maps encoder features to soft tokens."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the modality itself (max_grid, clip_seconds, ...); see the data guide and
+    megatron_anymal/modalities/."""
+    placeholder: str = ""
+    """Reserved vocabulary token that stands for one soft token of this modality."""
+    cost_per_piece: float = 0.0
+    """Encoder time of one piece relative to the other modalities', in any unit. Needed for, and used by,
+    model.encoder_costs=configured only."""
+
+
+@dataclass
+class LanguageModelConfig:
+    """The Llama."""
+
+    path: str = ""
+    """Local HuggingFace folder: config.json, and weights if load_weights is true."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Keys of a transformers LlamaConfig, instead of `path`: random weights of that shape."""
+    load_weights: bool = True
+    """Load the weights in `path`; false starts from random weights of its shape."""
+    checkpoint: str = ""
+    """A checkpoint of this trainer (e.g. from import_hf) whose Llama is the base; it defines the shape, too."""
+    freeze: bool = True
+    """Keep the Llama's weights fixed. LoRA adapters train regardless."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters on the frozen Llama (AnyMAL section 4: r 8, alpha 32, all linear layers)."""
+
+    r: int = 0
+    """Rank of each adapter. 0: no adapters."""
+    alpha: float = 32.0
+    """The adapter's output is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Dropout probability on the adapter's input during training."""
+    targets: list[str] = field(default_factory=lambda: ["*"])
+    """Which linear layers get an adapter: patterns over q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj and
+    down_proj, or over full names such as layers.3.self_attn.q_proj."""
+
+
+@dataclass
+class NeftuneConfig:
+    """Uniform noise on the Llama's input embeddings during training (NEFTune; AnyMAL uses alpha 10 in SFT and DPO)."""
+
+    alpha: float = 0.0
+    """Noise magnitude: values are uniform within alpha / sqrt(document length x hidden size). 0: no noise."""
+    embeddings: str = "all"
+    """`all` adds noise to text and soft tokens alike, as in NEFTune's algorithm 1; `text` leaves soft tokens clean,
+    like implementations that hook the word embedding."""
+
+
+@dataclass
+class DpoConfig:
+    """Conservative DPO (AnyMAL equation 5; Mitchell 2023). Used by `anymal dpo` only."""
+
+    beta: float = 0.1
+    """Strength of the KL constraint to the reference model. The paper states no value; 0.1 is DPO's usual one."""
+    label_smoothing: float = 0.05
+    """Assumed probability that a preference label is flipped."""
+    reference: str = "cached"
+    """`cached` keeps the reference's log-probabilities in the run's folder; `recomputed` computes them in every step.
+"""
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning-rate schedule: linear warm-up, then `name`."""
+
+    name: str = "cosine"
+    """`cosine`, `linear` or `constant`."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    min_lr_ratio: float = 0.1
+    """Final learning rate as a fraction of optim.lr."""
+    decay_steps: int = 0
+    """Step at which the final learning rate is reached. 0: trainer.max_steps."""
+
+
+@dataclass
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 2.0e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay rates of the first and second moment."""
+    eps: float = 1.0e-8
+    """Term added to the denominator."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never applied to biases and norm weights."""
+    sched: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """Learning-rate schedule."""
+
+
+@dataclass
+class DistributedDataParallelConfig:
+    """Gradient and parameter communication between data-parallel replicas."""
+
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state over data-parallel ranks (ZeRO stage 1)."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs the distributed optimizer."""
+    bucket_size: int = 0
+    """Parameters per gradient bucket. 0: megatron-core's default."""
+
+
+@dataclass
+class ModelConfig:
+    """The model, its parallel layout, and its optimizer."""
+
+    language_model: LanguageModelConfig = field(default_factory=LanguageModelConfig)
+    """The Llama."""
+    modalities: dict[str, ModalityConfig] = field(default_factory=dict)
+    """Encoder and projector of each modality, by a name of your choice."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Low-rank adapters."""
+    neftune: NeftuneConfig = field(default_factory=NeftuneConfig)
+    """Embedding noise."""
+    dpo: DpoConfig = field(default_factory=DpoConfig)
+    """Preference optimization."""
+    loss_normalization: str = "token"
+    """`token` averages the loss over the batch's target tokens; `sample` averages over samples of each sample's mean,
+    so that short answers count as much as long ones. Not used by DPO."""
+    plugins: list[str] = field(default_factory=list)
+    """Python files to import first; each registers a modality or an encoder. Their code runs: see the trust guide."""
+
+    tensor_model_parallel_size: int = 1
+    """Tensor-parallel ranks."""
+    sequence_parallel: bool = False
+    """Shard activations of norms and residuals over the tensor-parallel ranks."""
+    pipeline_model_parallel_size: int = 1
+    """Pipeline stages."""
+    num_layers_in_first_pipeline_stage: int = 0
+    """Transformer layers of the first stage, if it should hold fewer than the others (it also runs encoders). 0: an
+    even split."""
+    num_layers_in_last_pipeline_stage: int = 0
+    """The same for the last stage, which also computes the logits."""
+    virtual_pipeline_model_parallel_size: int = 1
+    """Model chunks per stage (interleaved 1F1B), to shrink the pipeline bubble."""
+    overlap_p2p_comm: bool = True
+    """Overlap pipeline sends and receives with compute; interleaved schedules only."""
+    context_parallel_size: int = 1
+    """Context-parallel ranks: each holds a zig-zag share of every document's tokens."""
+
+    micro_batch_size: int = 1
+    """Packs per forward pass and replica."""
+    global_batch_size: int = 128
+    """Samples per optimizer step, over all replicas."""
+    encoder_costs: str = "operations"
+    """Costs of encoder inputs by which packs are balanced: `operations` (floating-point operations, from the encoders'
+    shapes), `measured` (rank 0 times the encoders at the run's first start; encoder_costs.json in the run's folder
+    keeps the times for all later ones) or `configured` (modalities.NAME.cost_per_piece)."""
+
+    recompute_granularity: str = ""
+    """Activation recomputation: `""` (none), `full`, `selective`, or `auto` (the cheapest setting that fits in
+    memory)."""
+    recompute_method: str = "uniform"
+    """`uniform` or `block`; full recomputation only."""
+    recompute_num_layers: int = 1
+    """Layers per recomputed group (uniform) or recomputed layers per stage (block); full recomputation only."""
+    recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
+    """Modules that selective recomputation repeats."""
+    memory_gb: float = 0.0
+    """Memory budget per process for recompute_granularity=auto, in GB (1e9 bytes). 0: 90 % of the GPU's memory, or on
+    CPUs this process's share of the free memory."""
+
+    transformer_impl: str = "auto"
+    """`auto` (Transformer Engine if it can run), `local` or `transformer_engine`."""
+    attention: str = "auto"
+    """Attention kernel of local layers: `auto` (the fastest that can run), `flash_attn`, `flex` or `sdpa`."""
+    fp8: str = ""
+    """`""` (off), `hybrid` or `e4m3`; needs Transformer Engine and a GPU with FP8."""
+    fp8_recipe: str = "tensorwise"
+    """FP8 scaling: `tensorwise` (current scaling) or `delayed` (from an amax history, which checkpoints then hold)."""
+    fp8_primary_weights: bool = False
+    """Store the frozen Llama's matrices in FP8 only, one byte per parameter."""
+
+    seed: int = 1234
+    """Seed of initialization, data order, dropout and noise."""
+    restore_from_path: str = ""
+    """Checkpoint whose trained weights this run starts from (without its step and optimizer state). DPO: the SFT run.
+"""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer."""
+    ddp: DistributedDataParallelConfig = field(default_factory=DistributedDataParallelConfig)
+    """Data parallelism."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one replica of the model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+
+add_field_docs(__name__)

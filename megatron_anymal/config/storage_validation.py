@@ -1,0 +1,54 @@
+"""Validation of data.storage and of the addresses of datasets."""
+
+from __future__ import annotations
+
+from megatron_anymal.config.data_section import DataConfig, StorageConfig, is_remote, shows_credentials
+from megatron_anymal.config.schema import ConfigError, ResilienceConfig
+
+# A cache with room for fewer blocks would lose most of them before their second use.
+_FEWEST_BLOCKS = 64
+
+
+def check_storage(data: DataConfig, resilience: ResilienceConfig) -> None:
+    """Reject addresses that hold credentials, and settings of data.storage that cannot work or have no effect.
+
+    Raises:
+        ConfigError: the message names the key and the fix.
+    """
+    _check_addresses(data)
+    if not data.remote_paths:
+        if data.storage != StorageConfig():
+            raise ConfigError("data.storage has no effect: all folders of data sets are local. Remove it.")
+        return
+    _check_cache(data.storage)
+    storage, limit = data.storage, resilience.hang_timeout
+    if 0 < limit <= storage.longest_wait:
+        raise ConfigError(
+            f"data.storage: {storage.attempts} attempts of {storage.timeout_seconds:g} s and the pauses between them "
+            f"take up to {storage.longest_wait:.0f} s, but resilience.hang_timeout={limit:g} ends the run before. "
+            "Lower attempts or timeout_seconds, or raise hang_timeout."
+        )
+
+
+def _check_addresses(data: DataConfig) -> None:
+    for split in ("train", "validation"):
+        for name, dataset in getattr(data, split).items():
+            if shows_credentials(dataset.path):
+                raise ConfigError(
+                    f"data.{split}.{name}.path holds credentials or a query, which logs would show. Remove them: they "
+                    "are found in the environment, a profile or the instance's role."
+                )
+
+
+def _check_cache(storage: StorageConfig) -> None:
+    if is_remote(storage.cache_folder):
+        raise ConfigError("data.storage.cache_folder must be a folder on a local disk, not an address. Correct it.")
+    if not storage.cache_gib and storage.cache_block_kib != StorageConfig().cache_block_kib:
+        raise ConfigError(
+            "data.storage.cache_block_kib has no effect with data.storage.cache_gib=0. Set that, or remove it."
+        )
+    if 0 < storage.cache_gib * 2**20 < _FEWEST_BLOCKS * storage.cache_block_kib:
+        raise ConfigError(
+            f"data.storage.cache_gib={storage.cache_gib} holds fewer than {_FEWEST_BLOCKS} blocks of "
+            f"data.storage.cache_block_kib={storage.cache_block_kib}. Raise it, or set it to 0."
+        )

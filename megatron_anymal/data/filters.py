@@ -1,0 +1,162 @@
+"""Rules of `anymal prepare --filter`: which samples are kept out of an index.
+
+    RULE     = BOUND "=" NUMBER | "column:" NAME "=" VALUE {"," VALUE}
+    BOUND    = ("min_" | "max_") QUANTITY
+    QUANTITY = "side" | "pixels" | "aspect" | "seconds" | "words" | "characters" | "column:" NAME
+
+Bounds are inclusive. A rule about media applies to each medium of the sample that has the quantity: `side` (the shorter
+side in pixels), `pixels` (width x height) and `aspect` (longer / shorter side) to images, `seconds` to videos, audio
+and IMU signals. `words` and `characters` count the text that the sample's loss covers. A column is a further value that
+the source lists for the sample, such as a CLIP score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Optional
+
+from megatron_anymal.data.left_out import FILTERED
+from megatron_anymal.data.records import DataError, Sample, TextPart
+from megatron_anymal.data.shard_samples import SampleError
+
+_OF_IMAGES, _OF_TIMES, _OF_TEXT = ("side", "pixels", "aspect"), ("seconds",), ("words", "characters")
+_QUANTITIES = (*_OF_IMAGES, *_OF_TIMES, *_OF_TEXT)
+_COLUMN = "column:"
+# Kinds whose `Modality.probe` returns width and height, and those for which it returns seconds first.
+_IMAGES, _TIMED = ("image",), ("video", "audio", "imu")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """The values that rules are applied to."""
+
+    # The text that the loss covers.
+    text: str
+    # Kind and the two numbers of `Modality.probe`, for each media item.
+    media: Sequence[tuple[str, float, float]]
+    # Further values that the source lists.
+    columns: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule."""
+
+    # As the user wrote it.
+    text: str
+    # One of the quantities, or "column:NAME".
+    quantity: str
+    # Lower bound; None if there is none.
+    least: Optional[float] = None
+    # Upper bound; None if there is none.
+    most: Optional[float] = None
+    # The values that a column may have, instead of bounds.
+    values: tuple[str, ...] = ()
+
+    @property
+    def column(self) -> str:
+        """Name of the column that the rule reads; empty if it reads none."""
+        return self.quantity.removeprefix(_COLUMN) if self.quantity.startswith(_COLUMN) else ""
+
+    def refusal(self, facts: Facts) -> str:
+        """Why the rule excludes a sample; empty if it does not.
+
+        Raises:
+            SampleError: the sample lacks the column, or it is not a number.
+        """
+        if self.values:
+            value = str(self._listed(facts))
+            return "" if value in self.values else f"{self.column} is {value!r}"
+        for number, what in self._numbers(facts):
+            if (self.least is not None and number < self.least) or (self.most is not None and number > self.most):
+                return f"{what}, {self.quantity.removeprefix(_COLUMN)} {number:g}"
+        return ""
+
+    def _numbers(self, facts: Facts) -> Iterator[tuple[float, str]]:
+        """Values of the quantity, each with a description of what has it."""
+        if self.column:
+            value = self._listed(facts)
+            try:
+                yield float(value), "its column"
+            except (TypeError, ValueError):
+                raise SampleError("column", f"its {self.column!r} is {value!r}, not a number ({self.text}).") from None
+        elif self.quantity in _OF_TEXT:
+            yield float(len(facts.text.split() if self.quantity == "words" else facts.text)), "its text"
+        for kind, first, second in facts.media:
+            if self.quantity in _OF_TIMES and kind in _TIMED:
+                yield first, f"its {kind}"
+            elif self.quantity in _OF_IMAGES and kind in _IMAGES:
+                short, long = sorted((first, second))
+                values = {"side": short, "pixels": short * long, "aspect": long / max(short, 1.0)}
+                yield values[self.quantity], f"its image of {first:g} x {second:g}"
+
+    def _listed(self, facts: Facts) -> Any:
+        value = facts.columns.get(self.column)
+        if value is None:
+            known = ", ".join(map(str, facts.columns)) or "none"
+            raise SampleError(
+                "column", f"it has no column {self.column!r} for --filter {self.text}; its columns: {known}."
+            )
+        return value
+
+
+class FilteredError(SampleError):
+    """A sample that a rule excludes."""
+
+    def __init__(self, rule: Rule, reason: str):
+        super().__init__(FILTERED, f"{rule.text}: {reason}.")
+        self.rule = rule.text
+
+
+def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:
+    """Parse rules.
+
+    Raises:
+        DataError: naming the rule and the grammar.
+    """
+    return tuple(_rule(text) for text in texts)
+
+
+def apply_rules(rules: Iterable[Rule], facts: Facts) -> None:
+    """Check a sample.
+
+    Raises:
+        FilteredError: a rule excludes it; the first one is named.
+        SampleError: it lacks a column that a rule reads.
+    """
+    for rule in rules:
+        if reason := rule.refusal(facts):
+            raise FilteredError(rule, reason)
+
+
+def learned_text(sample: Sample) -> str:
+    """The text of a sample that the loss covers, without control tokens."""
+    parts = (part for part in sample.documents[0] if isinstance(part, TextPart))
+    return "".join(part.text for part in parts if part.loss and not part.control)
+
+
+def _rule(text: str) -> Rule:
+    name, equals, value = text.partition("=")
+    if not equals or not value:
+        raise _unreadable(text, "it has no `=` with a value behind it")
+    if name.startswith(_COLUMN) and len(name) > len(_COLUMN):
+        return Rule(text, name, values=tuple(value.split(",")))
+    bound, _, quantity = name.partition("_")
+    known = quantity in _QUANTITIES or (quantity.startswith(_COLUMN) and len(quantity) > len(_COLUMN))
+    if bound not in ("min", "max") or not known:
+        raise _unreadable(text, f"{name!r} is not a bound")
+    try:
+        number = float(value)
+    except ValueError:
+        raise _unreadable(text, f"{value!r} is not a number") from None
+    if number != number:
+        raise _unreadable(text, f"{value!r} is not a number")
+    return Rule(text, quantity, least=number) if bound == "min" else Rule(text, quantity, most=number)
+
+
+def _unreadable(text: str, why: str) -> DataError:
+    return DataError(
+        f"--filter {text!r}: {why}. Write min_X=NUMBER or max_X=NUMBER with X one of {', '.join(_QUANTITIES)} or "
+        "column:NAME, or column:NAME=VALUE,VALUE; for example min_side=224, max_aspect=2, min_column:similarity=0.28."
+    )
