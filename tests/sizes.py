@@ -8,7 +8,7 @@ from megatron_anymal.config import RunConfig
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.llama_shape import read_llama_config
-from megatron_anymal.model.memory.language_model import RunSizes
+from megatron_anymal.model.memory.sizes import RunSizes
 from megatron_anymal.train.auto_recompute import sizes_of_run
 
 

@@ -18,6 +18,7 @@ from megatron_anymal.config.validation import CHANGES
 HARMLESS = (
     "trainer.num_nodes",
     "trainer.devices",
+    "trainer.gpu",
     "trainer.max_steps",
     "trainer.log_every_n_steps",
     "trainer.val_check_interval",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_anymal import lean_imports
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.planning.layouts.hardware import Hardware, known_gpus, load_hardware
+from megatron_anymal.planning.layouts.job_size import SEARCHED
 
 if TYPE_CHECKING:
     from megatron_anymal.planning.layouts.search import Problem, SearchResult
@@ -22,18 +23,6 @@ from the model of docs/guides/plan.md.
 
 `anymal plan goodput --help` predicts what failures cost."""
 
-_SEARCHED = (
-    "tensor_model_parallel_size",
-    "sequence_parallel",
-    "pipeline_model_parallel_size",
-    "virtual_pipeline_model_parallel_size",
-    "context_parallel_size",
-    "num_layers_in_first_pipeline_stage",
-    "num_layers_in_last_pipeline_stage",
-    "fp8",
-    "fp8_primary_weights",
-)
-
 
 def main(argv: Sequence[str]) -> int:
     """Run the search, or with --measure the measurement, and return the exit code."""
@@ -41,6 +30,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_intermixed_args(argv)
     if arguments.measure:
         return _measure(arguments)
+    if arguments.run:
+        return _compare(Path(arguments.run), arguments.gpu)
     strange = [text for text in arguments.overrides if "=" not in text and not text.startswith("~")]
     if strange:
         parser.error(f"{strange[0]!r} is neither `goodput` nor an override of the form key=value")
@@ -64,8 +55,8 @@ def _checked_gpu(arguments: argparse.Namespace) -> Hardware:
         )
     _check_numbers(arguments)
     for key in arguments.keep:
-        if key not in _SEARCHED:
-            raise ConfigError(f"--keep={key} is not one of the searched keys: {', '.join(_SEARCHED)}.")
+        if key not in SEARCHED:
+            raise ConfigError(f"--keep={key} is not one of the searched keys: {', '.join(SEARCHED)}.")
     for folder in arguments.data:
         if "://" not in folder and not (Path(folder) / "index" / "index.json").is_file():
             raise ConfigError(
@@ -81,6 +72,8 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--sample-tokens={arguments.sample_tokens} must be 0 or more.")
     if not 0 <= arguments.label_share <= 1:
         raise ConfigError(f"--label-share={arguments.label_share} must be at least 0 and at most 1.")
+    if arguments.html and not Path(arguments.html).resolve().parent.is_dir():
+        raise ConfigError(f"--html={arguments.html}: there is no folder {Path(arguments.html).resolve().parent}.")
     if arguments.data and (arguments.sample_tokens or arguments.label_share):
         raise ConfigError("--sample-tokens and --label-share replace an index: they exclude --data. Give one of them.")
 
@@ -88,21 +81,22 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
     from megatron_anymal.config.compose import compose, default_config_dir
     from megatron_anymal.config.validation import check
+    from megatron_anymal.planning.layouts.job_size import with_job_size, with_kept_layout
 
     folder = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
     if not folder.is_dir():
         raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {folder}.")
     target = Path(arguments.write) if arguments.write else None
     config = compose(arguments.config_name, folder, arguments.overrides).config
-    check(config)
+    job = with_job_size(config, arguments.gpus, arguments.nodes_of or gpu.node_gpus)
+    check(with_kept_layout(job, arguments.keep))
     if not (config.model.modalities or config.model.plugins or config.model.language_model.checkpoint):
         lean_imports.hide_torch()
     from megatron_anymal.planning.layouts import config_file
-    from megatron_anymal.planning.layouts.problem import build_problem, with_job_size
+    from megatron_anymal.planning.layouts.problem import build_problem
     from megatron_anymal.planning.layouts.report import nothing_fits, render, to_dict
     from megatron_anymal.planning.layouts.search import search
 
-    job = with_job_size(config, arguments.gpus, arguments.nodes_of or gpu.node_gpus)
     base = compose(arguments.config_name, folder, []).config if target else config
     if target:
         config_file.check_target(target, folder)
@@ -110,7 +104,10 @@ def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
     problem, notes = build_problem(job, gpu, arguments.data, arguments.sample_tokens, arguments.label_share)
     layouts = problem.layouts(arguments.keep)
     if not layouts:
-        raise ConfigError(f"no layout of {arguments.gpus} GPUs passes the checks. Change --gpus, or remove --keep.")
+        kept = ", ".join(f"{key}={getattr(config.model, key)}" for key in arguments.keep) or "none"
+        raise ConfigError(
+            f"no layout of {arguments.gpus} GPUs passes the checks (kept: {kept}). Change --gpus, or remove a --keep."
+        )
     result = search(problem, layouts, arguments.best)
     if not result.ranked:
         raise nothing_fits(problem, result)
@@ -121,7 +118,7 @@ def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
     if arguments.html:
         _write_html(Path(arguments.html), problem, result)
     if target:
-        _write(target, arguments, base, config_file.planned_config(job, *_winner(result)))
+        _write(target, arguments, base, config_file.planned_config(job, *_winner(result), arguments.gpu))
     return 0
 
 
@@ -144,6 +141,17 @@ def _write_html(path: Path, problem: Problem, result: SearchResult) -> None:
     path.write_text(timeline_page(problem, result.ranked[:2]), encoding="utf-8")
 
 
+def _compare(run_dir: Path, gpu: str | None) -> int:
+    from megatron_anymal.planning.layouts.comparison import compare, config_of_run
+
+    given = load_hardware(gpu) if gpu else None
+    config = config_of_run(run_dir)
+    if given is None and not config.trainer.gpu:
+        raise ConfigError(f"--run={run_dir}: the run names no GPU (trainer.gpu). Add --gpu.")
+    print(compare(config, given or load_hardware(config.trainer.gpu, "trainer.gpu"), run_dir))
+    return 0
+
+
 def _measure(arguments: argparse.Namespace) -> int:
     from megatron_anymal.planning.layouts.measurement import measure_machine, write_measurement
 
@@ -161,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="anymal plan --config-name NAME --gpus NUMBER --gpu NAME [options] [key=value ...]\n"
+        "       anymal plan --run FOLDER [--gpu NAME]\n"
         "       anymal plan --measure FILE.yaml\n"
         "       anymal plan goodput [options]",
     )
@@ -185,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--write", metavar="FILE", help="write the fastest layout as a configuration")
     parser.add_argument("--html", metavar="FILE", help="write a page with the timelines of the two fastest layouts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--run", metavar="FOLDER", help="compare what this run has measured with its plan, then stop")
     parser.add_argument("--measure", metavar="FILE", help="measure this machine into a file for --gpu, then stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the configuration")
     return parser

@@ -28,6 +28,9 @@ class TrainerConfig:
     """Number of nodes."""
     devices: int = 1
     """Processes per node, one per GPU."""
+    gpu: str = ""
+    """The job's GPU as `anymal plan --gpu` names it. If set, `--dry-run` prints what the plan predicts for the run, and
+    a run that ends compares itself with it. `anymal plan --write` sets it."""
     precision: str = "bf16"
     """`bf16` (bf16 compute, fp32 main weights and gradients) or `32` (fp32 throughout)."""
     max_steps: int = 1000

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
+import os
 import shutil
 import sys
 import warnings
@@ -17,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_anymal.config import ConfigError, ExpManagerConfig, RunConfig
+from megatron_anymal.config import ConfigError, ExpManagerConfig, RunConfig, TrainerConfig
 from megatron_anymal.config.compose import (
     Composed,
     compose,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from megatron_anymal.parallel import ParallelLayout
+    from megatron_anymal.planning.layouts.hardware import Hardware
 
 # Files that exp_manager writes into the run folder at every start.
 _NEMO_FILES = {"cmd-args.log", "git-info.log", "nemo_error_log.txt", "lightning_logs.txt"}
@@ -89,15 +91,34 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
             f"`anymal {composed.config.job}`, or set job={job}."
         )
     check(composed.config)
+    gpu = _planned_gpu(composed.config.trainer)
     if arguments.dry_run:
         from megatron_anymal.dry_run.report import print_dry_run
 
         _check_loggers(composed.config.exp_manager)
+        if gpu is not None:
+            from megatron_anymal.model.memory.recompute import MARGIN
+
+            composed.config.model.memory_gb = composed.config.model.memory_gb or gpu.memory_gb * (1 - MARGIN)
         print_dry_run(composed.config)
+        if gpu is not None and os.environ.get("RANK", "0") == "0":
+            from megatron_anymal.planning.layouts.prediction import describe_prediction
+
+            print("\n" + describe_prediction(composed.config, gpu))
         return 0
     # From here on, which is before the slow imports, a signal is a stop request.
     with stop_signals.handle_stop_signals():
         return int(_run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed))
+
+
+def _planned_gpu(trainer: TrainerConfig) -> Hardware | None:
+    """Return the hardware that trainer.gpu names; None if it names none."""
+    if not trainer.gpu:
+        return None
+    # Imports yaml.
+    from megatron_anymal.planning.layouts.hardware import load_hardware
+
+    return load_hardware(trainer.gpu, "trainer.gpu")
 
 
 def run(config: RunConfig) -> Exit:
@@ -131,6 +152,11 @@ def _run(config: RunConfig) -> Exit:
             outcome = MegatronAnyMALModel(config, trainer, layout=layout).fit()
         # Only after success: if a rank has failed, the others would wait for it here.
         shutdown()
+    gpu = _planned_gpu(config.trainer)
+    if gpu is not None and layout.reports and outcome == Exit.DONE:
+        from megatron_anymal.planning.layouts.comparison import compare_or_warn
+
+        print(compare_or_warn(config, gpu), flush=True)
     return outcome
 
 

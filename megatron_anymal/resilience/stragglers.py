@@ -27,22 +27,32 @@ class OwnTime:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._seconds = 0.0
+        self._seconds = self._begun = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextmanager
     def counted(self) -> Iterator[None]:
         """Count the time spent in the block."""
-        if not self._on_gpu:
-            begun = time.perf_counter()
-            yield
-            self._seconds += time.perf_counter() - begun
-            return
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
+        self.start()
         yield
+        self.stop()
+
+    def start(self) -> None:
+        """Begin a section; sections are not nested."""
+        if not self._on_gpu:
+            self._begun = time.perf_counter()
+            return
+        self._open = torch.cuda.Event(enable_timing=True)
+        self._open.record()
+
+    def stop(self) -> None:
+        """Count the section that `start` began."""
+        if not self._on_gpu:
+            self._seconds += time.perf_counter() - self._begun
+            return
+        end = torch.cuda.Event(enable_timing=True)
         end.record()
-        self._events.append((begin, end))
+        self._events.append((self._open, end))
 
     def take(self) -> float:
         """Return the seconds counted since the last call."""

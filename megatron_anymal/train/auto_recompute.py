@@ -15,9 +15,9 @@ from megatron_anymal.config import ModelConfig
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.memory.encoder_sizes import measured_encoders
-from megatron_anymal.model.memory.language_model import RunSizes
 from megatron_anymal.model.memory.recompute import MARGIN, choose, planned_attention
 from megatron_anymal.model.memory.run_sizes import llama_sizes, run_sizes
+from megatron_anymal.model.memory.sizes import RunSizes
 
 _GB = 1e9
 

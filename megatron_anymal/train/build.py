@@ -31,6 +31,7 @@ from megatron_anymal.resilience.stragglers import OwnTime
 from megatron_anymal.train.auto_recompute import fit_recompute, sizes_of_run
 from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
+from megatron_anymal.train.pass_times import PassTimes
 from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 
 
@@ -72,6 +73,8 @@ class TrainState:
     objective: Objective
     # Time spent in this rank's own forward passes, in training and validation.
     own_time: OwnTime
+    # Time spent in the parts of a step.
+    pass_times: PassTimes
     # Which activation recomputation was chosen and why; "" if the configuration sets it.
     recompute: str = ""
     # DPO only, once the reference is loaded.
@@ -129,7 +132,8 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     agree_on_trainable(models, list(model.modalities), layout.device, every_pass=every_pass)
     wrapped = [_wrap(model.ddp, chunk, first=chunk is models[0]) for chunk in models]
     optimizer = build_optimizer(model.optim, model.ddp, config.trainer, wrapped)
-    _connect(model.ddp, wrapped, optimizer)
+    times = PassTimes(layout.device)
+    _connect(model.ddp, wrapped, optimizer, times)
     return TrainState(
         config=config,
         llama=hf,
@@ -143,6 +147,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
         validation_data=validation_data,
         objective=build_objective(config.job, model),
         own_time=OwnTime(layout.device),
+        pass_times=times,
         recompute=recompute,
     )
 
@@ -248,10 +253,14 @@ def _wrap(ddp: DistributedDataParallelConfig, chunk: AnyMALModel, *, first: bool
 
 
 def _connect(
-    ddp: DistributedDataParallelConfig, wrapped: list[DistributedDataParallel], optimizer: MegatronOptimizer
+    ddp: DistributedDataParallelConfig,
+    wrapped: list[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    times: PassTimes,
 ) -> None:
-    """Set the hooks with which megatron-core's schedules finish a step."""
+    """Set the hooks with which megatron-core's schedules time and finish a step."""
     settings: Any = wrapped[0].config
+    settings.timers = times
     settings.grad_scale_func = optimizer.scale_loss
     settings.finalize_model_grads_func = _finalize
     if ddp.overlap_grad_reduce:

@@ -32,6 +32,7 @@ from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.encoder_costs import agree_on_costs
 from megatron_anymal.train.memory_metrics import memory_metrics
 from megatron_anymal.train.optim import begin_state
+from megatron_anymal.train.pass_times import pass_metrics
 from megatron_anymal.train.peer_copies import PeerCopies
 from megatron_anymal.train.skipped_samples import SkippedSamples
 from megatron_anymal.train.step import stop_asked_for, train_step, validation_step
@@ -270,6 +271,7 @@ class Trainer:
         steps, metrics = self.window.take()
         metrics["skipped_samples"] = float(self.skipped_samples.count)
         metrics.update(memory_metrics(self.loader_memory, self.state.layout.device))
+        metrics.update(pass_metrics(self.state.pass_times, steps, metrics, self.state.layout))
         metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)
         eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
         line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta)
@@ -297,8 +299,9 @@ class Trainer:
             for name, count in result.counts_by_modality.items():
                 sums[name] = sums.get(name, 0.0) + result.loss_by_modality[name] * count
                 counts[name] = counts.get(name, 0) + count
-        # Discarded: stragglers are detected in training only.
+        # Discarded: these are times of training only.
         self.state.own_time.take()
+        self.state.pass_times.take()
         if not counts:
             return
         metrics = {"val_loss": sum(sums.values()) / sum(counts.values())}

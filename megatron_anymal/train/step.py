@@ -86,7 +86,10 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
     fault_injection.inject("update", number)
     grad_norm: Any = math.inf
     if reduced.finite:
+        update = state.pass_times("update")
+        update.start()
         _, grad_norm, _ = state.optimizer.step()
+        update.stop()
     # A skipped update still counts as a step: its samples are not seen again.
     state.step += 1
     heartbeat.beat(settled=True)

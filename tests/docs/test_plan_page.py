@@ -31,13 +31,16 @@ def test_options_and_gpus_are_listed() -> None:
 
 
 def test_accuracy_is_that_of_the_results() -> None:
-    stored = json.loads((ROOT / "benchmarks" / "results" / "2026-11-28-plan-accuracy.json").read_text())
+    stored = json.loads((ROOT / "benchmarks" / "results" / "2026-11-29-plan-accuracy.json").read_text())
     for row in stored["published"]["rows"]:
         line = f"| {row['name']} | {row['published']:.2f} s | {row['predicted']:.2f} s | {100 * row['error']:+.0f} % |"
         assert line in PAGE, line
     assert f"{100 * stored['published']['mean_error']:.1f} %" in PAGE
-    measured = stored["measured"]
+    measured = json.loads((ROOT / "benchmarks" / "results" / "2026-11-29-plan-ranking.json").read_text())
     flowing = " ".join(PAGE.split())
     assert f"{measured['rank_correlation']:.2f} over {len(measured['rows'])} layouts" in flowing
     alone = measured["rank_correlation_of_pipelines"]
     assert f"{alone:.2f} over the {measured['pipelines']} without tensor" in flowing
+    assert f"is {100 * measured['shortfall']:.1f} % slower" in flowing
+    assert f"load average {measured['load'][1]:.0f})" in flowing
+    assert f"instead of {1e3 * measured['costs']['4']['collective']:.1f})" in flowing

@@ -1,4 +1,4 @@
-"""Compute the memory use of encoders and projectors; see language_model.py.
+"""Compute the memory use of encoders and projectors; see activations.py.
 
 Encoders can have any architecture, so theirs is measured (encoder_sizes.py).
 Shapes: n pieces, F features of width w per piece, T soft tokens per piece, h the projector's width, H the Llama's.
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_anymal.config import ModalityConfig, ProjectorConfig
-from megatron_anymal.model.memory.language_model import MediaMemory
+from megatron_anymal.model.memory.sizes import MediaMemory
 
 # Elements per feature and unit of its width that a frozen encoder holds at a time: a layer's input, its feed-forward's
 # hidden values before and after the activation, and intermediates.

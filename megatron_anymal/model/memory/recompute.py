@@ -8,10 +8,12 @@ them wait longer.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megatron_anymal.config import ConfigError, ModelConfig
-from megatron_anymal.model.memory.language_model import Held, Recompute, RunSizes, held
+from megatron_anymal.model.memory.rank_memory import Held, held
+from megatron_anymal.model.memory.sizes import Recompute, RunSizes
 
 # Share of GPU memory that is reserved for CUDA, NCCL and fragmentation.
 MARGIN = 0.1
@@ -96,12 +98,35 @@ def cheapest_that_fits(run: RunSizes, memory: int) -> Recompute | None:
     Args:
         memory: bytes available to a rank.
     """
+    return next(_that_fit(run, memory), None)
+
+
+def least_that_fit(run: RunSizes, memory: int) -> list[Recompute]:
+    """Return, of each kind of recomputation, the least with which every rank fits, from the least extra work on.
+
+    Which of them is fastest depends on the documents, whose attention may take far less than that of a full pack.
+
+    Args:
+        memory: bytes available to a rank.
+    """
+    least: dict[tuple[str, tuple[str, ...]], Recompute] = {}
+    for one in _that_fit(run, memory):
+        if not one.granularity:
+            return [one]
+        least.setdefault((one.granularity, one.modules), one)
+    return list(least.values())
+
+
+def _that_fit(run: RunSizes, memory: int) -> Iterator[Recompute]:
+    """Yield the candidates with which every rank fits, from the least extra work on."""
     # The stages that usually hold most come first.
     stages = sorted(range(len(run.stages)), key=lambda stage: (0 < stage < len(run.stages) - 1, stage))
     options = candidates(run)
     if held(run, 0, options[-1]).total > _HOPELESS * memory:
-        return None
-    return next((one for one in options if all(held(run, stage, one).total <= memory for stage in stages)), None)
+        return
+    for one in options:
+        if all(held(run, stage, one).total <= memory for stage in stages):
+            yield one
 
 
 def judge(run: RunSizes, recompute: Recompute, memory: int) -> Choice:
@@ -110,7 +135,7 @@ def judge(run: RunSizes, recompute: Recompute, memory: int) -> Choice:
 
 
 def candidates(run: RunSizes) -> list[Recompute]:
-    """Return the recomputations that megatron-core supports, from the least extra work to the most (every layer)."""
+    """Return the recomputations that are considered, from the least extra work to the most (every layer)."""
     longest = max(map(max, run.chunk_lengths))
     options = [Recompute(), Recompute("selective", ("core_attn",)), Recompute("selective", ("core_attn", "mlp"))]
     options += [Recompute("full", (), "block", layers) for layers in range(1, longest + 1)]

@@ -1,4 +1,4 @@
-"""From a configuration to the sizes from which language_model.py computes a run's memory use; needs no torch."""
+"""From a configuration to the sizes from which rank_memory.py computes a run's memory use; needs no torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.model.llama_shape import layers_of_stages
 from megatron_anymal.model.lora_targets import adapted_projections
-from megatron_anymal.model.memory.language_model import LlamaSizes, Pack, PipelineChunk, RunSizes
 from megatron_anymal.model.memory.media import EncoderSizes, media_bytes
+from megatron_anymal.model.memory.sizes import LlamaSizes, Pack, PipelineChunk, RunSizes
 
 
 def run_sizes(

@@ -11,7 +11,7 @@ import yaml
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.compose import default_config_dir
 from megatron_anymal.config.parsing import leaves
-from megatron_anymal.model.memory.language_model import Recompute
+from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts.enumeration import Layout
 
 
@@ -32,9 +32,14 @@ def check_target(path: Path, config_dir: Path) -> None:
         )
 
 
-def planned_config(config: RunConfig, layout: Layout, recompute: Recompute) -> RunConfig:
-    """Return a copy of a configuration with a layout and its recomputation."""
+def planned_config(config: RunConfig, layout: Layout, recompute: Recompute, gpu: str = "") -> RunConfig:
+    """Return a copy of a configuration with a layout and its recomputation.
+
+    Args:
+        gpu: `trainer.gpu`.
+    """
     result = copy.deepcopy(config)
+    result.trainer.gpu = gpu
     result.model = layout.applied(result.model)
     result.model.recompute_granularity = recompute.granularity
     if recompute.granularity == "selective":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
@@ -63,8 +64,7 @@ class Layout(NamedTuple):
 def allowed_layouts(config: RunConfig, hf: LlamaConfig, kept: Collection[str], *, fp8: bool) -> list[Layout]:
     """Return all layouts of the run's number of processes that the configuration's checks and the Llama's sizes allow.
 
-    An uneven split gives the first and the last stage at most as many layers as the others: with more, such a stage
-    would be the slowest.
+    The configured recomputation restricts none of them, since it is chosen for each.
 
     Args:
         config: a configuration that passes the checks; it sets the number of processes.
@@ -72,14 +72,15 @@ def allowed_layouts(config: RunConfig, hf: LlamaConfig, kept: Collection[str], *
         fp8: whether the GPU and the layers compute in FP8.
     """
     trial = copy.copy(config)
-    found = []
-    for layout in _candidates(config, hf.num_hidden_layers, fp8):
-        if any(getattr(layout, key) != getattr(config.model, key) for key in kept):
-            continue
-        trial.model = layout.applied(config.model)
+    base = copy.copy(config.model)
+    base.recompute_granularity = ""
+    allowed: list[Layout] = []
+    for splits in _candidates(config, hf.num_hidden_layers, fp8):
+        # Splits differ in nothing that the checks see but their divisibility, which all of them have.
+        trial.model = splits[0].applied(base)
         if trial.world_size % trial.model.model_parallel_size == 0 and _is_allowed(trial, hf):
-            found.append(layout)
-    return found
+            allowed += (one for one in splits if all(getattr(one, key) == getattr(config.model, key) for key in kept))
+    return allowed
 
 
 def _is_allowed(config: RunConfig, hf: LlamaConfig) -> bool:
@@ -91,38 +92,47 @@ def _is_allowed(config: RunConfig, hf: LlamaConfig) -> bool:
     return True
 
 
-def _candidates(config: RunConfig, layers: int, fp8: bool) -> Iterator[Layout]:
-    """Yield combinations of divisors of the number of processes, of splits of the layers and of number formats."""
+def _candidates(config: RunConfig, layers: int, fp8: bool) -> Iterator[list[Layout]]:
+    """Yield combinations of divisors of the number of processes and of number formats, each with all splits of the
+    layers."""
     ranks = config.world_size
     sizes = [size for size in range(1, ranks + 1) if ranks % size == 0]
-    splits = {stages: list(_splits(layers, stages)) for stages in sizes if stages <= layers}
+    splits = {(n, chunks): pairs for n in sizes if n <= layers for chunks, pairs in _splits(layers, n).items()}
+    formats = _formats(config.model, fp8)
     for tensor in sizes:
         for context in (size for size in sizes if ranks % (tensor * size) == 0):
-            for stages in (size for size in splits if ranks % (tensor * context * size) == 0):
-                for first, last, common in splits[stages]:
-                    for chunks in (size for size in range(1, common + 1) if common % size == 0):
-                        for sequence in (False, True):
-                            for number_format in _formats(config.model, fp8):
-                                yield Layout(tensor, sequence, stages, chunks, context, first, last, *number_format)
+            for (stages, chunks), pairs in splits.items():
+                if ranks % (tensor * context * stages) == 0:
+                    for sequence, name in itertools.product((False, True), formats):
+                        yield [Layout(tensor, sequence, stages, chunks, context, *pair, *name) for pair in pairs]
 
 
-def _splits(layers: int, stages: int) -> Iterator[tuple[int, int, int]]:
-    """Yield the layers of the first and of the last stage (0: as many as the others), and the greatest common divisor
-    of all stages' layers."""
+def _splits(layers: int, stages: int) -> dict[int, list[tuple[int, int]]]:
+    """Return, by the number of chunks per stage, the layers of the first and of the last stage (0: as many as the
+    others have)."""
+    found: dict[int, list[tuple[int, int]]] = {}
+    for counts in _counts(layers, stages):
+        first, middle, last = counts
+        common = math.gcd(*counts)
+        pair = first if first != middle else 0, last if last != middle else 0
+        for chunks in range(1, (common if stages > 1 else 1) + 1):
+            if common % chunks == 0:
+                found.setdefault(chunks, []).append(pair)
+    return found
+
+
+def _counts(layers: int, stages: int) -> Iterator[tuple[int, int, int]]:
+    """Yield the layers of the first, of each middle and of the last stage."""
     if stages == 1:
-        yield 0, 0, 1
+        yield layers, layers, layers
         return
     if stages == 2:
-        for first in range(1, layers):
-            rest = layers - first
-            yield (0 if first == rest else first), 0, math.gcd(first, rest)
+        # The second stage has what the first one leaves.
+        yield from ((first, layers - first, layers - first) for first in range(1, layers))
         return
     for middle in range(1, layers // (stages - 2) + 1):
         edges = layers - middle * (stages - 2)
-        for first in range(max(1, edges - middle), min(middle, edges - 1) + 1):
-            last = edges - first
-            common = math.gcd(middle, first, last)
-            yield (0 if first == middle else first), (0 if last == middle else last), common
+        yield from ((first, middle, edges - first) for first in range(1, edges))
 
 
 def _formats(model: ModelConfig, fp8: bool) -> list[tuple[str, bool]]:

@@ -21,7 +21,7 @@ class Hardware:
 
     Attributes:
         name: display name.
-        memory_gb: memory in 1e9 bytes.
+        memory_gb: memory that CUDA reports, in 1e9 bytes (a data sheet's GB are larger units).
         memory_gb_per_s: memory bandwidth in 1e9 bytes per second.
         bf16_tflops: peak of dense bf16 matrix products in 1e12 operations per second.
         fp8_tflops: the same for FP8; 0 if the GPU has none.
@@ -86,11 +86,12 @@ def known_gpus() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
-def load_hardware(name: str) -> Hardware:
+def load_hardware(name: str, key: str = "--gpu") -> Hardware:
     """Read the description of a GPU.
 
     Args:
         name: one of `known_gpus`, or a file that `anymal plan --measure` has written.
+        key: what names it, for messages.
 
     Raises:
         ConfigError: no such GPU or file (the message suggests the nearest name), or the file lacks a number.
@@ -102,7 +103,7 @@ def load_hardware(name: str) -> Hardware:
             near = difflib.get_close_matches(name.lower(), known_gpus(), n=1, cutoff=0.3)
             hint = f"Did you mean {near[0]}? " if near else ""
             raise ConfigError(
-                f"--gpu={name}: no such GPU. {hint}Known: {', '.join(known_gpus())}. Or name a file that `anymal plan "
+                f"{key}={name}: no such GPU. {hint}Known: {', '.join(known_gpus())}. Or name a file that `anymal plan "
                 "--measure FILE.yaml` has written."
             )
     return _parse(yaml.safe_load(path.read_text()), str(path))

@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_anymal.config import ModalityConfig
-from megatron_anymal.model.memory.language_model import LINEARS, LlamaSizes
 from megatron_anymal.model.memory.media import EncoderSizes
+from megatron_anymal.model.memory.sizes import LINEARS, LlamaSizes
 from megatron_anymal.planning.layouts.collectives import Link, Links
 from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.rates import attention_seconds, elementwise_seconds, matrix_rate, matrix_seconds

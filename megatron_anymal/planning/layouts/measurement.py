@@ -26,12 +26,13 @@ _SIZES = ((64, 256, 1024, 4096), (64, 256, 1024, 4096), (64, 256, 1024, 4096))
 _LARGEST = (2**28, 2**37)
 # Seconds that one shape is repeated for, and bytes of the collectives.
 _SECONDS, _MESSAGES = 0.05, (2**12, 2**16, 2**20, 2**24)
-# Ranks of the measured collectives on a CPU.
-_PROCESSES = 2
+# Seconds between two collectives on a CPU: in training, computation lies between them, and processes that have waited
+# take longer to start one than processes that do nothing else.
+_PAUSE = 0.002
 
 
 def measure_machine() -> dict[str, tuple[Any, str]]:
-    """Measure this machine's first device and the collectives between its devices (on a CPU, two gloo processes).
+    """Measure this machine's first device and the collectives between its devices (on a CPU, gloo processes).
 
     Returns:
         Entries of a hardware file: value and source. A machine without several GPUs has no link between them: then the
@@ -113,10 +114,11 @@ def copy_rate(device: torch.device) -> float:
 def collective_rate(device: torch.device) -> tuple[float, float]:
     """Measure all-gathers between this machine's devices: bytes per second that a rank sends, and seconds of latency.
 
-    A single GPU has nobody to send to: its own copy rate stands for a link then.
+    A single GPU has nobody to send to: its own copy rate stands for a link then. On a CPU there are as many processes
+    as cores, at least two, and each collective follows a pause.
     """
     on_gpu = device.type == "cuda"
-    ranks = torch.cuda.device_count() if on_gpu else _PROCESSES
+    ranks = torch.cuda.device_count() if on_gpu else max(2, os.cpu_count() or 1)
     if ranks == 1:
         return copy_rate(device), 0.0
     with socket.socket() as free:
@@ -139,17 +141,19 @@ def _gather_times(rank: int, ranks: int, port: int, backend: str, times: Any) ->
     for size in _MESSAGES:
         own = torch.ones(size // 4 // ranks, device=device)
         parts = [torch.empty_like(own) for _ in range(ranks)]
-        found.append(_seconds(partial(dist.all_gather, parts, own), device, repeats=20))
+        gather = partial(dist.all_gather, parts, own)
+        found.append(_seconds(gather, device, repeats=20, pause=0.0 if device.type == "cuda" else _PAUSE))
     if rank == 0:
         times.put(found)
     dist.destroy_process_group()
 
 
-def _seconds(action: Callable[[], object], device: torch.device, repeats: int = 0) -> float:
+def _seconds(action: Callable[[], object], device: torch.device, repeats: int = 0, pause: float = 0.0) -> float:
     """Median seconds of an action.
 
     Args:
         repeats: number of runs, the same on every rank; 0: as many as _SECONDS allow, at least 3.
+        pause: seconds before each run.
     """
     for _ in range(2):
         action()
@@ -157,6 +161,7 @@ def _seconds(action: Callable[[], object], device: torch.device, repeats: int = 
     begun = time.perf_counter()
     while len(taken) < max(3, repeats) or (not repeats and time.perf_counter() - begun < _SECONDS):
         _wait(device)
+        time.sleep(pause)
         start = time.perf_counter()
         action()
         _wait(device)

@@ -22,17 +22,6 @@ from megatron_anymal.planning.layouts.workload import Workload, assumed_workload
 _GB = 1e9
 
 
-def with_job_size(config: RunConfig, gpus: int, node: int) -> RunConfig:
-    """Return a copy of a configuration for another number of GPUs.
-
-    Args:
-        node: GPUs of a node.
-    """
-    result = copy.deepcopy(config)
-    result.trainer.num_nodes, result.trainer.devices = -(-gpus // node), min(gpus, node)
-    return result
-
-
 def build_problem(
     config: RunConfig, gpu: Hardware, data: Sequence[str], sample_tokens: int = 0, label_share: float = 0.0
 ) -> tuple[Problem, list[str]]:
@@ -45,7 +34,8 @@ def build_problem(
         label_share: share of the tokens with a label, likewise.
 
     Returns:
-        The problem, and a line for each model folder that is not on this machine.
+        The problem, and lines for the reader: model folders that are not on this machine, layouts that a setting rules
+        out.
 
     Raises:
         ConfigError: a model is neither on this machine nor a published one, or a sample is longer than a pack.
@@ -62,6 +52,8 @@ def build_problem(
     trial = copy.copy(config)
     trial.model = assumed
     encoders = _encoders(assumed, config.trainer.precision, modalities)
+    if config.trainer.sampled_answers:
+        notes.append("trainer.sampled_answers rules out context parallelism and virtual pipelines: 0 includes them")
     return Problem(trial, hf, gpu, work, encoders, int(memory * _GB)), notes
 
 

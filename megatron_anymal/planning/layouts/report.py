@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_anymal.config import ConfigError
-from megatron_anymal.model.memory.language_model import Held, Recompute
+from megatron_anymal.model.memory.rank_memory import Held
+from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.operations import step_operations
 from megatron_anymal.planning.layouts.search import Candidate, Miss, Problem, SearchResult
@@ -28,7 +29,8 @@ class Row:
         micro_batches: per step and replica.
         seconds: of a step.
         tokens_per_second: LLM tokens of the whole job.
-        mfu: share of the bf16 (fp32) peak of all GPUs that the model's own operations are.
+        mfu: the model's own operations as a share of all GPUs' peak in `number_format`.
+        number_format: of the layers' matrix products: bf16, fp8 or fp32.
         bubble: share of the step in which stages wait for each other.
         exposed: share of the step that is communication which nothing hides.
         memory_gb: what the fullest rank holds, in 1e9 bytes.
@@ -44,6 +46,7 @@ class Row:
     seconds: float
     tokens_per_second: float
     mfu: float
+    number_format: str
     bubble: float
     exposed: float
     memory_gb: float
@@ -55,7 +58,7 @@ class Row:
 def row_of(problem: Problem, found: Candidate) -> Row:
     """Compute a layout's figures."""
     config, step = problem.config, found.step
-    plain = "fp32" if config.trainer.precision == "32" else "bf16"
+    number_format = found.inputs.number_format
     needed = step_operations(config.model, problem.hf, problem.work, problem.encoders)
     most = found.choice.held[found.choice.worst].total
     hours = config.trainer.max_steps * step.seconds / 3600
@@ -66,7 +69,8 @@ def row_of(problem: Problem, found: Candidate) -> Row:
         micro_batches=found.inputs.load.number,
         seconds=step.seconds,
         tokens_per_second=problem.work.tokens / step.seconds,
-        mfu=needed / (step.seconds * config.world_size * problem.gpu.peak(plain)),
+        mfu=needed / (step.seconds * config.world_size * problem.gpu.peak(number_format)),
+        number_format=number_format,
         bubble=step.bubble,
         exposed=step.exposed,
         memory_gb=most / _GB,
@@ -94,6 +98,11 @@ def render(problem: Problem, result: SearchResult, notes: Sequence[str]) -> str:
         lines += ["", "Might be faster, but do not fit even with every layer recomputed:"]
         lines += [f"  {_miss(miss, problem.memory)}" for miss in result.misses]
     return "\n".join(lines)
+
+
+def mfu_of(row: Row) -> str:
+    """Format the share of the peak, naming the peak if it is not that of bf16."""
+    return f"{row.mfu:.1%}" + ("" if row.number_format == "bf16" else f" of {row.number_format}")
 
 
 def to_dict(problem: Problem, result: SearchResult, notes: Sequence[str]) -> dict[str, Any]:
@@ -152,7 +161,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         cells.append(
             (
                 *(str(row.layout), str(row.recompute), f"{row.replicas:,}", f"{row.micro_batches:,}"),
-                *(f"{row.seconds:.3g}s", f"{row.tokens_per_second:,.0f}", f"{row.mfu:.1%}"),
+                *(f"{row.seconds:.3g}s", f"{row.tokens_per_second:,.0f}", mfu_of(row)),
                 *(f"{row.bubble:.1%}", f"{row.exposed:.1%}", f"{row.memory_gb:.1f} GB", f"{row.free_gb:.1f}"),
                 *(duration(row.days * 86400), f"{row.gpu_hours:,.0f}"),
             )

@@ -13,12 +13,13 @@ from functools import cached_property
 
 from transformers import LlamaConfig
 
-from megatron_anymal.config import ModalityConfig, RunConfig
+from megatron_anymal.config import ConfigError, ModalityConfig, RunConfig
 from megatron_anymal.data.planner import BatchLayout
-from megatron_anymal.model.memory.language_model import Held, LlamaSizes, RunSizes, held
 from megatron_anymal.model.memory.media import EncoderSizes
-from megatron_anymal.model.memory.recompute import Choice, candidates, cheapest_that_fits, judge, planned_attention
+from megatron_anymal.model.memory.rank_memory import Held, held
+from megatron_anymal.model.memory.recompute import Choice, candidates, judge, least_that_fit, planned_attention
 from megatron_anymal.model.memory.run_sizes import llama_sizes, run_sizes
+from megatron_anymal.model.memory.sizes import LlamaSizes, RunSizes
 from megatron_anymal.planning.layouts.collectives import links_of_layout
 from megatron_anymal.planning.layouts.enumeration import Layout, allowed_layouts
 from megatron_anymal.planning.layouts.hardware import Hardware
@@ -120,7 +121,15 @@ class Problem:
 
         Args:
             kept: keys of `model` that stay as configured.
+
+        Raises:
+            ConfigError: the configuration computes in FP8, which the GPU cannot.
         """
+        if self.config.model.fp8 and not self.gpu.fp8_tflops:
+            raise ConfigError(
+                f"model.fp8={self.config.model.fp8}, but {self.gpu.name} has no FP8 rate. Set model.fp8='' "
+                "model.fp8_primary_weights=false, or name another --gpu."
+            )
         return allowed_layouts(self.config, self.hf, kept, fp8=self.computes_fp8)
 
     def inputs(self, layout: Layout) -> StepInputs:
@@ -164,15 +173,21 @@ class Problem:
             ConfigError: the layout does not divide the layers.
         """
         inputs = self.inputs(layout)
-        recompute = cheapest_that_fits(inputs.sizes, self.memory)
-        if recompute is None:
-            most = candidates(inputs.sizes)[-1]
-            # Stages after the second hold fewer micro-batches of as many layers.
-            last = len(inputs.sizes.stages) - 1
-            stages = {stage: held(inputs.sizes, stage, most) for stage in (0, min(1, last), last)}
-            worst = max(stages, key=lambda stage: stages[stage].total)
-            return Miss(layout, worst, stages[worst], bound)
-        return Candidate(layout, judge(inputs.sizes, recompute, self.memory), step_time(inputs, recompute), inputs)
+        options = least_that_fit(inputs.sizes, self.memory)
+        if not options:
+            return self._miss(layout, inputs, bound)
+        step, recompute = min(
+            ((step_time(inputs, recompute), recompute) for recompute in options), key=lambda both: both[0].seconds
+        )
+        return Candidate(layout, judge(inputs.sizes, recompute, self.memory), step, inputs)
+
+    def _miss(self, layout: Layout, inputs: StepInputs, bound: float) -> Miss:
+        most = candidates(inputs.sizes)[-1]
+        # Stages after the second hold fewer micro-batches of as many layers.
+        last = len(inputs.sizes.stages) - 1
+        stages = {stage: held(inputs.sizes, stage, most) for stage in (0, min(1, last), last)}
+        worst = max(stages, key=lambda stage: stages[stage].total)
+        return Miss(layout, worst, stages[worst], bound)
 
 
 @dataclass(frozen=True)

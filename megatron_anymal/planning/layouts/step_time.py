@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_anymal.config import DistributedDataParallelConfig, ModalityConfig
-from megatron_anymal.model.memory.language_model import PipelineChunk, Recompute, RunSizes
 from megatron_anymal.model.memory.media import EncoderSizes
+from megatron_anymal.model.memory.sizes import PipelineChunk, Recompute, RunSizes
 from megatron_anymal.planning.layouts.collectives import Links
 from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.layer_time import (
@@ -58,6 +58,7 @@ class StepTime:
 
     Attributes:
         pipeline: passes and messages of all stages.
+        forward: forward passes, per stage.
         reductions: exposed reduction of the gradients, per stage.
         update: optimizer and gathering of the updated weights.
         waits: communication inside the passes, per stage.
@@ -65,6 +66,7 @@ class StepTime:
     """
 
     pipeline: PipelineTime
+    forward: tuple[float, ...]
     reductions: tuple[float, ...]
     update: float
     waits: tuple[float, ...]
@@ -98,8 +100,9 @@ def step_time(inputs: StepInputs, recompute: Recompute, *, timeline: bool = Fals
         reductions.append(_reduction(inputs, trainable, sum(time.backward_total for time in times)))
         updates.append(_update(inputs, trainable))
     waits = tuple(number * sum(t.forward_wait + t.backward_wait for t in times) for times in stages)
+    forward = tuple(number * sum(time.forward_total for time in times) for times in stages)
     last = max(end + reduction for end, reduction in zip(pipeline.ends, reductions))
-    return StepTime(pipeline, tuple(reductions), max(updates), waits, last + max(updates))
+    return StepTime(pipeline, forward, tuple(reductions), max(updates), waits, last + max(updates))
 
 
 def message_seconds(inputs: StepInputs) -> float:

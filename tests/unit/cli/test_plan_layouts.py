@@ -16,9 +16,11 @@ from tiny import make_config
 
 from megatron_anymal.__main__ import main
 from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.config.parsing import leaves
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.dry_run.simulate import _ALONE, examine
 from megatron_anymal.planning.layouts.hardware import load_hardware
+from megatron_anymal.planning.layouts.prediction import predict
 from megatron_anymal.planning.layouts.problem import build_problem
 from megatron_anymal.planning.layouts.workload import pack_load
 from megatron_anymal.train.build import build_data, build_inputs
@@ -52,12 +54,15 @@ def test_figures_follow_from_the_step(capsys: pytest.CaptureFixture[str]) -> Non
             for held in row["held_by_stage"]
         )
         assert row["memory_gb"] == pytest.approx(most / 1e9) and row["memory_gb"] + row["free_gb"] == pytest.approx(
-            72.0
+            76.446
         )
         # 7.5e9 parameters outside embedding and head, 6 operations for each and token; half the head.
         operations = (6 * 6.98e9 + 3 * 128256 * 4096) * 512 * 1024
-        assert row["mfu"] == pytest.approx(operations / (row["seconds"] * 64 * gpu.peak("bf16")), rel=0.02)
-        assert 0 <= row["bubble"] < 1 and 0 <= row["exposed"] < 1 and row["mfu"] < 1.45
+        peak = gpu.peak("fp8" if layout["fp8"] else "bf16")
+        assert row["mfu"] == pytest.approx(operations / (row["seconds"] * 64 * peak), rel=0.02)
+        assert row["number_format"] == ("fp8" if layout["fp8"] else "bf16")
+        assert 0 <= row["bubble"] < 1 and 0 <= row["exposed"] < 1 and row["mfu"] < 1
+    assert {row["number_format"] for row in found["layouts"]} == {"fp8"}
 
 
 def test_kept_keys_stay(capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,7 +78,8 @@ def test_the_text_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     start = next(number for number, line in enumerate(lines) if line.startswith("layout "))
     for line, row in zip(lines[start + 1 :], found["layouts"]):
         assert line.startswith(row["name"]) and f" {row['tokens_per_second']:,.0f} " in line
-    assert "72.0 GB of each may be used" in lines[0] and f"{found['allowed']:,} layouts are allowed" in "\n".join(lines)
+        assert (f"{row['mfu']:.1%} of fp8" in line) == bool(row["layout"]["fp8"])
+    assert "76.4 GB of each may be used" in lines[0] and f"{found['allowed']:,} layouts are allowed" in "\n".join(lines)
 
 
 def test_the_written_configuration_runs_dry(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,6 +102,104 @@ def test_the_written_configuration_runs_dry(tmp_path: Path, capsys: pytest.Captu
         sum(held[kind] for kind in ("weights", "gradients", "optimizer", "activations", "working"))
         for held in best["held_by_stage"]
     ]
+
+
+# Job, configuration, GPUs, GPU, keys of `model` to keep, other overrides, whether layers are recomputed.
+WRITTEN: dict[str, tuple[str, str, int, str, dict[str, Any], tuple[str, ...], bool]] = {
+    "pre-training": (
+        "pretrain",
+        "pretrain_8b_image",
+        16,
+        "a100-80gb",
+        {},
+        ("model.language_model.freeze=false",),
+        False,
+    ),
+    "chunks": (
+        *("sft", "sft_70b", 64, "h100-80gb"),
+        {"virtual_pipeline_model_parallel_size": 2, "pipeline_model_parallel_size": 4, "fp8": "''"},
+        ("trainer.sampled_answers=0",),
+        False,
+    ),
+    "preferences": ("dpo", "dpo_70b", 16, "h100-80gb", {"fp8": "''"}, (), False),
+    "uneven stages": (
+        *("dpo", "dpo_8b", 16, "h100-80gb"),
+        {
+            "pipeline_model_parallel_size": 4,
+            "num_layers_in_first_pipeline_stage": 6,
+            "num_layers_in_last_pipeline_stage": 6,
+        },
+        (),
+        False,
+    ),
+    "context": (
+        *("pretrain", "pretrain_70b_image", 64, "h100-80gb"),
+        {
+            "context_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "tensor_model_parallel_size": 4,
+            "sequence_parallel": "true",
+            "fp8": "''",
+        },
+        ("data.seq_length=32768",),
+        True,
+    ),
+    "FP8": (
+        *("pretrain", "pretrain_70b_image_fp8", 64, "h200-141gb"),
+        {
+            "fp8": "hybrid",
+            "context_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "tensor_model_parallel_size": 1,
+        },
+        (),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_dry_run_of_the_written_winner_needs_the_planned_memory(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a user does it: plan, write, dry run."""
+    job, config, gpus, gpu, kept, overrides, recomputed = WRITTEN[name]
+    target = tmp_path / "planned.yaml"
+    words = [f"--config-name={config}", f"--gpus={gpus}", f"--gpu={gpu}", "--json", f"--write={target}"]
+    words += [word for key, value in kept.items() for word in (f"--keep={key}", f"model.{key}={value}")]
+    assert main(["plan", *words, *overrides]) == 0
+    [best, *_] = json.loads(capsys.readouterr().out)["layouts"]
+    assert all(str(best["layout"][key]).lower() == str(value).strip("'") for key, value in kept.items())
+    assert bool(best["recompute"]["granularity"]) == recomputed
+    body = yaml.safe_load(target.read_text())
+    given, base = compose("planned", tmp_path, []).config, compose(config, default_config_dir(), []).config
+    before = dict(leaves(base.to_dict()))
+    changed = {key for key, value in leaves(given.to_dict()) if before.get(key) != value}
+    assert {key for key, _ in leaves(body)} - {"defaults"} == changed and given.trainer.gpu == gpu
+    assert main([job, f"--config-path={tmp_path}", "--config-name=planned", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    [counted] = re.findall(r"^([\d.]+) GB on stage \d+ fits in", shown, re.M)
+    assert float(counted) == pytest.approx(best["memory_gb"], rel=0.01)
+    [planned] = re.findall(r"^  ([\d.]+) GB on a rank of stage \d+ fits in", shown, re.M)
+    assert float(planned) == pytest.approx(best["memory_gb"], rel=0.01)
+    [seconds] = re.findall(r"^  ([\d.e+-]+)s per step", shown, re.M)
+    assert float(seconds) == pytest.approx(best["seconds"], rel=0.01)
+
+
+@pytest.mark.parametrize("gpu", ["h100-80gb", "h200-141gb"])
+@pytest.mark.parametrize(
+    "name", ["dpo_70b", "sft_70b", "pretrain_70b_image", "pretrain_70b_audio", "pretrain_70b_video"]
+)
+def test_shipped_runs_fit_the_gpus_that_their_comments_name(name: str, gpu: str) -> None:
+    problem, found = predict(compose(name, default_config_dir(), []).config, load_hardware(gpu))
+    assert found.choice.held[found.choice.worst].total <= problem.memory
+
+
+def test_the_shipped_fp8_run_fits_an_h200_only() -> None:
+    config = compose("pretrain_70b_image_fp8", default_config_dir(), []).config
+    for gpu, fits in (("h200-141gb", True), ("h100-80gb", False)):
+        problem, found = predict(config, load_hardware(gpu))
+        assert (found.choice.held[found.choice.worst].total <= problem.memory) == fits
 
 
 def test_lengths_come_from_an_index(
@@ -123,6 +227,7 @@ REFUSED = {
     "GPUs that fill no node": (["--gpus=100"], ["--gpus=100", "96 or 104", "--nodes-of"]),
     "no GPUs": (["--gpus=0"], ["--gpus=0", "1 or more"]),
     "data without an index": (["--data=/nowhere"], ["--data=/nowhere", "anymal prepare --index-only"]),
+    "FP8 on a GPU without it": (["--gpu=a100-80gb", "model.fp8=hybrid"], ["model.fp8=hybrid", "A100", "--gpu"]),
     "a key that is not searched": (["--keep=seed"], ["--keep=seed", "tensor_model_parallel_size"]),
     "a folder for --write": (["--write=/nowhere/x.yaml"], ["--write=/nowhere/x.yaml", "no folder"]),
     "no layout to print": (["--best=0"], ["--best=0", "1 or more"]),
@@ -130,6 +235,11 @@ REFUSED = {
     "a share above 1": (["--label-share=1.5"], ["--label-share=1.5", "at most 1"]),
     "two sources": (["--data=HERE", "--sample-tokens=5"], ["exclude --data"]),
     "tokens above a pack": (["--sample-tokens=5000"], ["--sample-tokens=5000", "data.seq_length=4096"]),
+    "a folder for --html": (["--html=/nowhere/x.html"], ["--html=/nowhere/x.html", "no folder"]),
+    "kept keys that allow nothing": (
+        ["--keep=tensor_model_parallel_size", "model.tensor_model_parallel_size=16"],
+        ["no layout of 64 GPUs", "tensor_model_parallel_size=16", "--keep"],
+    ),
     "no configuration": (["--config-name=nothing"], ["nothing.yaml"]),
 }
 
@@ -140,6 +250,18 @@ def test_mistakes(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TEXT, *options]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and all(word in line for word in words)
+
+
+def test_a_configured_layout_need_not_fit_the_planned_job(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is replaced, unless it is kept; and a kept one is checked against the planned number of GPUs."""
+    options = ["plan", "--config-name=pretrain_8b_image", "--gpu=h100-80gb", "--json", *WITHOUT_MEDIA]
+    assert main([*options, "--gpus=8", "model.tensor_model_parallel_size=5"]) == 0
+    eight = ["model.tensor_model_parallel_size=8", "--keep=tensor_model_parallel_size"]
+    assert main([*options, "--gpus=8", *eight, "trainer.devices=1", "trainer.num_nodes=1"]) == 0
+    assert main([*options, "--gpus=16", "model.overlap_p2p_comm=false"]) == 0
+    capsys.readouterr()
+    assert main([*options, "--gpus=4", *eight]) == 2
+    assert "4 processes do not divide" in capsys.readouterr().err
 
 
 def test_missing_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,6 +293,26 @@ def test_a_page_with_two_timelines(tmp_path: Path, capsys: pytest.CaptureFixture
     assert not re.search(r"(src|href)=|url\(|@import", text)
 
 
+@pytest.mark.parametrize(("batch", "whole"), [(16, True), (8192, False)])
+def test_timelines_are_legible_and_comparable(
+    batch: int, whole: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Few enough passes to tell them apart; one time axis if the steps are whole; every stage's curve has its key."""
+    page = tmp_path / "page.html"
+    kept = ["--keep=pipeline_model_parallel_size", "model.pipeline_model_parallel_size=8", "--keep=fp8"]
+    assert main([*TEXT, f"--html={page}", *kept, *WITHOUT_MEDIA, f"model.global_batch_size={batch}", "--json"]) == 0
+    layouts = json.loads(capsys.readouterr().out)["layouts"][:2]
+    text = page.read_text()
+    for section, row in zip(text.split("<section>")[1:], layouts):
+        chunks = row["layout"]["virtual_pipeline_model_parallel_size"]
+        passes = len(re.findall(r'<rect class="(?:forward|backward)"', section)) / 8
+        assert passes <= max(96, 2 * chunks * 2 * 8)
+        assert ("The whole step" in section) == whole and section.count('class="curve"') == 8
+        assert [int(key) for key in re.findall(r"</span>(\d+)", section)] == list(range(8))
+    ends = {max(re.findall(r">([\d.]+) s</text>", section), key=float) for section in text.split("<section>")[1:]}
+    assert (len(ends) == 1) == whole
+
+
 def test_refusals_are_quick() -> None:
     code = "import time; begun = time.process_time(); from megatron_anymal.__main__ import main; import sys; "
     code += "code = main(sys.argv[1:]); print(time.process_time() - begun); sys.exit(code)"
@@ -183,8 +325,9 @@ def test_refusals_are_quick() -> None:
         assert min(taken) < 0.3, option
 
 
-def test_70b_on_1024_gpus_within_bounds() -> None:
-    words = ["-m", "megatron_anymal", "plan", "--config-name=pretrain_70b_image", "--gpus=1024", "--gpu=h100-80gb"]
+@pytest.mark.parametrize("gpus", [16, 1024, 16384])
+def test_70b_within_bounds_of_time_and_memory(gpus: int) -> None:
+    words = ["-m", "megatron_anymal", "plan", "--config-name=pretrain_70b_image", f"--gpus={gpus}", "--gpu=h100-80gb"]
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     assert status == 0 and used.ru_utime + used.ru_stime < 20

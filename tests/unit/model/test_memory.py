@@ -24,9 +24,11 @@ from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.model.lm_head import label_losses
+from megatron_anymal.model.memory.activations import kept_by_head, kept_by_layers
 from megatron_anymal.model.memory.encoder_sizes import encoder_sizes
-from megatron_anymal.model.memory.language_model import Pack, Recompute, held, kept_by_head, kept_by_layers, peak
 from megatron_anymal.model.memory.media import media_bytes
+from megatron_anymal.model.memory.rank_memory import held, peak
+from megatron_anymal.model.memory.sizes import Pack, Recompute
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
 from megatron_anymal.train.step import train_step

@@ -19,8 +19,9 @@ from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.model.lm_head import label_losses
-from megatron_anymal.model.memory.language_model import Pack, kept_by_head, kept_by_layers
+from megatron_anymal.model.memory.activations import kept_by_head, kept_by_layers
 from megatron_anymal.model.memory.recompute import configured
+from megatron_anymal.model.memory.sizes import Pack
 from megatron_anymal.parallel import ParallelLayout, initialize
 
 SHAPE = {

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_anymal.config import ConfigError, EncoderConfig, ModalityConfig, ModelConfig, ProjectorConfig, RunConfig
+from megatron_anymal.config import (
+    ConfigError,
+    DistributedDataParallelConfig,
+    EncoderConfig,
+    ModalityConfig,
+    ModelConfig,
+    ProjectorConfig,
+    RunConfig,
+)
 from megatron_anymal.config.validation import check
 from megatron_anymal.dry_run.simulate import examine
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.model.llama_shape import layers_of_stages, read_llama_config
+from megatron_anymal.model.memory.rank_memory import held
+from megatron_anymal.model.memory.recompute import candidates
 from megatron_anymal.planning.layouts.config_file import planned_config
 from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.hardware import known_gpus, load_hardware, sources
 from megatron_anymal.planning.layouts.problem import build_problem
 from megatron_anymal.planning.layouts.report import nothing_fits
 from megatron_anymal.planning.layouts.search import Candidate, Miss, Problem, _group, search
+from megatron_anymal.planning.layouts.step_time import step_time
 
 SHAPE = {
     "vocab_size": 96,
@@ -64,7 +76,7 @@ def test_all_layouts_that_work_are_enumerated() -> None:
     expected = set()
     sizes, edges = (1, 2, 4), range(6)
     formats = (("", False), ("hybrid", False))
-    for values in itertools.product(sizes, (False, True), sizes, (1, 2, 3), sizes, edges, edges, formats):
+    for values in itertools.product(sizes, (False, True), sizes, range(1, 6), sizes, edges, edges, formats):
         layout = Layout(*values[:7], *values[7])
         trial = make_config(4)
         trial.model = layout.applied(trial.model)
@@ -76,7 +88,7 @@ def test_all_layouts_that_work_are_enumerated() -> None:
             spelled = all(not edge or edge != middle for edge in given) if len(stages) > 2 else not given[1]
             if len(stages) == 2 and given[0] * 2 == 6:
                 spelled = False
-            if spelled and max(stages[0], stages[-1]) <= middle:
+            if spelled:
                 expected.add(layout)
     found = problem_of(config).layouts()
     assert len(found) == len(set(found))
@@ -84,28 +96,62 @@ def test_all_layouts_that_work_are_enumerated() -> None:
     assert set(found) == expected and len(expected) > 40
 
 
-def test_the_best_first_search_finds_what_all_layouts_contain() -> None:
-    """Against counting and simulating every layout, with memory for some of them only."""
-    config = make_config(8, recompute_granularity="auto")
-    config.data.seq_length = 1024
-    everything = problem_of(config)
-    layouts = everything.layouts()
-    needs = sorted(
-        found.choice.held[found.choice.worst].total
-        for found in map(lambda layout: everything.examine(layout, 0.0), layouts)
-        if isinstance(found, Candidate)
-    )
-    problem = problem_of(config, memory=needs[len(needs) // 3])
-    fastest: dict[tuple[Any, ...], float] = {}
-    for layout in layouts:
-        found = problem.examine(layout, 0.0)
-        if isinstance(found, Candidate):
-            key = (*layout[:5], *layout[7:])
-            fastest[key] = min(fastest.get(key, 1e9), found.step.seconds)
-    result = search(problem, layouts, wanted=5)
-    assert [found.step.seconds for found in result.ranked] == sorted(fastest.values())[:5]
-    assert result.allowed == len(layouts) > result.examined >= result.simulated >= 5
-    assert all(miss.held.total > problem.memory for miss in result.misses)
+def random_problem(dice: random.Random) -> Problem:
+    """A model, a GPU and lengths that give computation, memory and communication different weights."""
+    config = make_config(dice.choice((2, 4, 6, 8)), recompute_granularity="auto")
+    hidden, ffn = dice.choice(((64, 160), (512, 1408), (4096, 14336)))
+    shape = {"hidden_size": hidden, "intermediate_size": ffn, "num_attention_heads": 8, "num_key_value_heads": 2}
+    vocabulary, layers = dice.choice((96, 128256)), dice.choice((2, 3, 4, 6, 7))
+    config.model.language_model.config.update(shape, vocab_size=vocabulary, num_hidden_layers=layers)
+    config.data.seq_length, config.model.global_batch_size = dice.choice((256, 2048, 8192)), dice.choice((8, 16, 64))
+    if dice.random() < 0.4:
+        config.model.language_model.freeze, config.model.lora.r = True, dice.choice((4, 64))
+    if dice.random() < 0.3:
+        config.model.ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
+    gpu = load_hardware(dice.choice(("a100-80gb", "h100-80gb", "b200-180gb")))
+    return build_problem(config, gpu, [], dice.choice((0, 128, config.data.seq_length // 2)))[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_search_finds_what_all_layouts_with_all_recomputations_contain(seed: int) -> None:
+    """Against the time and memory of every layout with every recomputation, with memory for some of them only."""
+    dice = random.Random(seed)
+    for _ in range(8):
+        problem = random_problem(dice)
+        layouts = problem.layouts()
+        every = []
+        for layout in layouts:
+            inputs = problem.inputs(layout)
+            stages = range(len(inputs.sizes.stages))
+            for recompute in candidates(inputs.sizes):
+                needed = max(held(inputs.sizes, stage, recompute).total for stage in stages)
+                every.append((needed, step_time(inputs, recompute).seconds, (*layout[:5], *layout[7:])))
+        needs = sorted(needed for needed, _, _ in every)
+        problem.memory = needs[int(dice.random() ** 1.5 * len(needs))]
+        fastest: dict[tuple[Any, ...], float] = {}
+        for needed, seconds, sizes in every:
+            if needed <= problem.memory:
+                fastest[sizes] = min(fastest.get(sizes, seconds), seconds)
+        result = search(problem, layouts, wanted=10)
+        assert [found.step.seconds for found in result.ranked] == pytest.approx(sorted(fastest.values())[:10], rel=1e-9)
+        assert all(found.choice.held[found.choice.worst].total <= problem.memory for found in result.ranked)
+        assert result.allowed == len(layouts) >= result.examined >= result.simulated
+        assert all(miss.held.total > problem.memory for miss in result.misses)
+
+
+def test_the_search_leaves_layouts_out() -> None:
+    """Otherwise the comparison above would say nothing about what it prunes."""
+    problem = problem_of(make_config(8))
+    layouts = problem.layouts()
+    result = search(problem, layouts, wanted=10)
+    assert result.examined < len(layouts) / 2
+
+
+def test_the_configured_recomputation_restricts_no_layout() -> None:
+    """Groups of four layers divide no stage of three, but the plan chooses the recomputation itself."""
+    expected = problem_of(make_config(4)).layouts()
+    configured = make_config(4, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=6)
+    assert problem_of(configured).layouts() == expected
 
 
 def test_no_step_is_faster_than_its_bound() -> None:
@@ -191,3 +237,28 @@ def test_every_number_of_a_gpu_has_a_source(gpu: str) -> None:
     for key, (value, source) in sources(gpu).items():
         assert value is not None and len(source) > 5, key
     json.dumps(sources(gpu))
+
+
+# Tensor cores, operations of one per clock, MHz; memory bits and MHz; NVLinks and GB/s of one per direction; Gb/s of
+# the network adapters per GPU; GiB of the memory.
+PARTS = {
+    "a100-80gb": (432, 512, 1410, 5120, 1593, 12, 25, 200, 79.15),
+    "h100-80gb": (528, 1024, 1830, 5120, 2619, 18, 25, 400, 79.11),
+    "h200-141gb": (528, 1024, 1830, 6144, 3125, 18, 25, 400, 139.80),
+    "b200-180gb": (None, None, None, 7680, 3996, 18, 50, 400, 178.35),
+    "gb200-186gb": (None, None, None, None, None, 18, 50, 400, 184.31),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_rates_follow_from_clocks_widths_and_links(name: str) -> None:
+    """Dense operations, bytes instead of bits, one direction of a link, and no GB where GiB are meant."""
+    gpu = load_hardware(name)
+    cores, operations, clock, bits, memory_clock, links, link, network, gibibytes = PARTS[name]
+    if cores:
+        assert gpu.bf16_tflops == pytest.approx(cores * operations * clock * 1e-6, rel=1e-3)
+    if bits:
+        assert gpu.memory_gb_per_s == pytest.approx(bits / 8 * memory_clock * 2e-3, rel=2e-3)
+    assert gpu.fp8_tflops == pytest.approx(0 if name.startswith("a100") else 2 * gpu.bf16_tflops, rel=1e-4)
+    assert gpu.node_gb_per_s == links * link and gpu.network_gb_per_s == network / 8
+    assert gpu.memory_gb == pytest.approx(gibibytes * 2**30 / 1e9, rel=1e-3)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_anymal.config import ConfigError, DistributedDataParallelConfig, ModelConfig, RunConfig
 from megatron_anymal.data.planner import BatchLayout
-from megatron_anymal.model.memory.language_model import Recompute
+from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts import measurement
 from megatron_anymal.planning.layouts.collectives import Link, link_of_group, links_of_layout
 from megatron_anymal.planning.layouts.enumeration import Layout

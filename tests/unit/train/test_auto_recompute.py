@@ -19,8 +19,9 @@ from tiny import make_config
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.model.llama_shape import read_llama_config
-from megatron_anymal.model.memory.language_model import LlamaSizes, Pack, PipelineChunk, Recompute, RunSizes, held
+from megatron_anymal.model.memory.rank_memory import held
 from megatron_anymal.model.memory.recompute import candidates, choose, repeated_share
+from megatron_anymal.model.memory.sizes import LlamaSizes, Pack, PipelineChunk, Recompute, RunSizes
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train import auto_recompute
 from megatron_anymal.train.auto_recompute import fit_recompute
