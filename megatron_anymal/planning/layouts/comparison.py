@@ -143,7 +143,7 @@ def compare(config: RunConfig, gpu: Hardware, run_dir: Path) -> str:
 
     Raises:
         ConfigError: the folder has no times of steps.
-        DataError, CheckpointError: as `predict`.
+        DataError, CheckpointError, StorageError: as `predict`.
     """
     measured = measured_terms(run_dir)
     _, found = predict(config, gpu)

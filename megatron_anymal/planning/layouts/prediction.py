@@ -20,7 +20,7 @@ def predict(config: RunConfig, gpu: Hardware) -> tuple[Problem, Candidate]:
         config: a checked configuration with the job's nodes and devices.
 
     Raises:
-        ConfigError, DataError, CheckpointError: as `build_problem`.
+        ConfigError, DataError, CheckpointError, StorageError: as `build_problem`.
     """
     problem, _ = build_problem(config, gpu, [])
     model = config.model
@@ -37,7 +37,7 @@ def describe_prediction(config: RunConfig, gpu: Hardware) -> str:
     """Return what the plan predicts, for the report of a dry run.
 
     Raises:
-        ConfigError, DataError, CheckpointError: as `build_problem`.
+        ConfigError, DataError, CheckpointError, StorageError: as `build_problem`.
     """
     problem, found = predict(config, gpu)
     row = row_of(problem, found)
