@@ -24,6 +24,7 @@ class Asking:
 
     # Name of the task, for messages.
     task: str
+    # Settings of the answers.
     sampling: Sampling
     # Prompts, or candidates, computed together.
     batch_size: int

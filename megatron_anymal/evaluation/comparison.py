@@ -20,14 +20,17 @@ _DRAWS = 1 << 22
 class Difference:
     """A metric's difference between two results, in the unit of the scores."""
 
+    # Name of the task.
     task: str
+    # Name of the metric.
     metric: str
     # Number of samples that both have.
     samples: int
     # This result's score minus the other's, on those samples.
     difference: float
-    # Percentile interval of 95 %.
+    # Lower end of the percentile interval of 95 %.
     low: float
+    # Its upper end.
     high: float
     # Two-sided probability of such a difference if there were none.
     p: float

@@ -20,6 +20,7 @@ _SETTINGS = "settings.json"
 class AnswerRow:
     """The model's answer to a sample."""
 
+    # Key of the sample.
     key: str
     # As generated, without surrounding white space.
     text: str

@@ -30,6 +30,7 @@ class MediaItem:
 
     # Name in error messages.
     name: str
+    # Returns its content.
     read: Callable[[], MediaFile]
     # Attributes of the media part, such as the rate of an IMU signal.
     attributes: Mapping[str, Any] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from megatron_anymal.evaluation.samples import LETTERS, TaskSample
 class Answered:
     """A sample with the model's answer."""
 
+    # The sample.
     sample: TaskSample
     # As generated.
     text: str

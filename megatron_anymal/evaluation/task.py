@@ -82,7 +82,11 @@ class PaperNumbers:
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark."""
+    """A benchmark.
+
+    Raises:
+        ConfigError: a value is not one of the known names, or out of range.
+    """
 
     # Name on the command line.
     name: str
@@ -96,6 +100,7 @@ class Task:
     prompt: str
     # Columns that together identify a sample; `_row` is the number of the row.
     key: tuple[str, ...]
+    # Where media are.
     media: MediaColumn
     # Metrics; the first one is the headline.
     metrics: tuple[str, ...]
@@ -105,6 +110,7 @@ class Task:
     texts: dict[str, str] = field(default_factory=dict)
     # Column with the reference answers.
     references: str = ""
+    # Options of multiple choice.
     options: OptionColumns | None = None
     # Whether rows with the same key are one sample, with the references of all.
     merge_rows: bool = False
@@ -114,11 +120,13 @@ class Task:
     parse: str = "text"
     # Fixed candidates whose likelihood is computed for every sample.
     candidates: tuple[str, ...] = ()
+    # Longest answer in tokens.
     max_new_tokens: int = 16
     # Column by which scores are broken down.
     breakdown: str = ""
     # Where the task departs from the paper or from the public data.
     notes: str = ""
+    # What to set beside the scores.
     paper: PaperNumbers | None = None
 
     def __post_init__(self) -> None:

@@ -36,6 +36,7 @@ NEVER_RAISED = {
     "data.lint.Reading.without_configuration": ({"ConfigError"}, "the stand-ins are sections of this package"),
     "data.loader.MicroBatchReader.__getitem__": ({"DataError"}, "it pads documents to the plan's multiple"),
     "data.prompt_encoder.PromptReader.read": ({"ConfigError"}, "it only asks for kinds of modalities that were built"),
+    "data.prompt_encoder.PromptReader.read_answered": ({"ConfigError"}, "as `read`"),
     "model.anymal.AnyMALModel.forward": ({"DataError"}, "the reader has padded the documents of a micro-batch"),
     "model.anymal.AnyMALModel.embed": ({"DataError"}, "the reader has padded the documents of a micro-batch"),
     "hf.remote_code.foreign_code": (
