@@ -69,9 +69,8 @@ def _task(name: str, result: Mapping[str, Any], samples: Sequence[TaskSample]) -
     for metric in result["scores"]:
         compared = paper_rows(result, metric)
         if len(compared) > 1:
-            caption = (
-                f"{text(result['scores'][metric]['title'])}, beside the paper's ({text(result['paper']['where'])})"
-            )
+            title, where = result["scores"][metric]["title"], result["paper"]["where"]
+            caption = f"{text(title)}, beside {text(where)} of the paper"
             cells = [[text(model), bar(max(0.0, value), 100, f"{value:.1f}")] for model, value in compared]
             parts.append(table(["model", "score"], cells, caption))
     if result["breakdown"]:

@@ -12,6 +12,7 @@ from typing import Any
 import fork_server
 import pytest
 import torch
+from benchmark_data import MAKERS
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import CHAT, LLAMA, SPECIAL, flac, make_config, make_conversations, npy, png
@@ -381,3 +382,20 @@ def test_both_have_the_same_likelihoods_with_media(config: RunConfig, export: Pa
     [exported] = run_ranks(1, likelihoods, export, prompts, 16)
     assert native == [pytest.approx(row, abs=1e-3) for row in exported]
     assert len({round(row[0], 2) for row in native}) > 20
+
+
+def test_benchmarks_take_exported_folders(export: Path, tmp_path: Path) -> None:
+    """Tasks of every modality here, with likelihoods; a second run computes nothing."""
+    for name in ("mmbench", "audiocaps", "ego4d_imu"):
+        (tmp_path / name).mkdir()
+        MAKERS[name](tmp_path / name)
+    tasks = [f"{name}={tmp_path / name}" for name in ("mmbench", "audiocaps", "ego4d_imu")]
+    words = ["--checkpoint", export, "--likelihood", "--without-metric", "spice", "spider", "--out", tmp_path / "out"]
+    done = fork_server.python("-m", "megatron_anymal", "evaluate", "--task", *tasks, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert [len(task["answers"]) for task in results.values()] == [5, 5, 4]
+    assert all(max(row["log_likelihoods"]) < 0 for row in results["mmbench"]["answers"])
+    again = fork_server.python("-m", "megatron_anymal", "evaluate", "--task", *tasks, *words, cwd=tmp_path)
+    assert again.returncode == 0 and "to answer" in done.stderr and "to answer" not in again.stderr
+    assert again.stdout == done.stdout
