@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_anymal.cli.model_arguments import load_generator, model_fingerprint, sampling_of
 from megatron_anymal.config import ConfigError
-from megatron_anymal.evaluation.task import Task, require_known
+from megatron_anymal.data.records import DataError
+from megatron_anymal.evaluation.task import METRICS, Task, require_known
 from megatron_anymal.evaluation.task_files import find_task, task_paths
 from megatron_anymal.generation.sampling import Sampling
 
@@ -95,8 +96,8 @@ def _job(text: str, arguments: argparse.Namespace) -> _Job:
     if not equals and not arguments.data_root:
         raise ConfigError(f"--task {name}: where are its data? Use --task {name}=FOLDER, or --data-root.")
     for metric in arguments.without_metric:
-        require_known(metric, _CAPTION_METRICS + task.metrics, "--without-metric")
-    likelihood = bool(task.candidates) or arguments.likelihood
+        require_known(metric, METRICS, "--without-metric")
+    likelihood = bool(task.candidates) or (arguments.likelihood and "choice_likelihood" in task.metrics)
     metrics = tuple(
         metric
         for metric in task.metrics
@@ -121,7 +122,13 @@ def _samples(job: _Job, limit: int | None) -> tuple[list[Any], str]:
     from megatron_anymal.evaluation.readers import samples_of
 
     samples, fingerprint = samples_of(job.task, job.folder)
-    return samples[:limit], fingerprint
+    chosen = samples[:limit]
+    if "auroc" in job.metrics and len({sample.references[0] for sample in chosen}) < 2:
+        raise DataError(
+            f"--task {job.task.name}: the samples have one label only, but AUROC ranks two. Raise --limit, or leave it "
+            "out with --without-metric auroc."
+        )
+    return chosen, fingerprint
 
 
 def _answers(
