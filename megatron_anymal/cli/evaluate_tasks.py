@@ -72,10 +72,16 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
     jobs = [_job(text, arguments) for text in arguments.task]
     _check_metrics(jobs)
     fingerprint = model_fingerprint(arguments)
+    from megatron_anymal.evaluation.metrics.captions import has_java
     from megatron_anymal.evaluation.results import FORMAT, read_results
 
     other = read_results(Path(arguments.against)) if arguments.against else None
-    results: dict[str, Any] = {"format": FORMAT, "checkpoint": arguments.checkpoint, "tasks": {}}
+    results: dict[str, Any] = {
+        "format": FORMAT,
+        "checkpoint": arguments.checkpoint,
+        "caption_tokens": "java" if has_java() else "python",
+        "tasks": {},
+    }
     examples = {}
     load = cache(lambda: load_generator(arguments, replicated=True))
     for job, (samples, data) in [(job, _samples(job, arguments.limit)) for job in jobs]:

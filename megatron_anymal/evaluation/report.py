@@ -47,6 +47,8 @@ def difference_rows(differences: Sequence[Difference], results: Mapping[str, Any
 def markdown(results: Mapping[str, Any], differences: Sequence[Difference] = (), against: str = "") -> str:
     """The whole report."""
     lines = ["# Evaluation", "", f"Checkpoint: `{results['checkpoint']}`", "", *_table(*score_rows(results))]
+    if results["caption_tokens"] == "python" and any("cider" in r["scores"] for r in results["tasks"].values()):
+        lines += ["", "Captions were split in Python, because there is no Java: scores may differ slightly."]
     if differences:
         lines += ["", f"## Against `{against}`", "", "Paired bootstrap over the samples.", ""]
         lines += _table(*difference_rows(differences, results))

@@ -11,6 +11,7 @@ from sklearn.metrics import roc_auc_score
 
 from megatron_anymal.data.records import DataError
 from megatron_anymal.evaluation.comparison import bootstrap, compare
+from megatron_anymal.evaluation.report import markdown
 
 
 def test_interval_and_p_of_a_mean() -> None:
@@ -55,6 +56,15 @@ def result(**values: list[float]) -> dict[str, Any]:
         for n in range(count)
     ]
     return {"tasks": {"vqav2": {"scores": {name: {} for name in values}, "answers": rows}}}
+
+
+def test_the_report_says_how_captions_were_split() -> None:
+    task = {"title": "T", "samples": 1, "unparsed": 0, "notes": "", "breakdown": {}, "paper": None}
+    score = {"title": "CIDEr", "value": 1.0, "standard_error": None}
+    for tokens in ("java", "python"):
+        tasks = {"coco_captions": {**task, "scores": {"cider": score}}}
+        text = markdown({"checkpoint": "c", "caption_tokens": tokens, "tasks": tasks})
+        assert ("split in Python" in text) == (tokens == "python") and "| T | CIDEr | 1.0 | 1 |" in text
 
 
 def test_only_shared_samples_and_metrics_are_compared() -> None:
