@@ -45,6 +45,9 @@ EXTRAS_REQUIRE = {
     "gcs": ["gcsfs>=2024.12"],
     # Reads the files of HuggingFace data sets; `datasets` itself is not needed.
     "huggingface": ["pyarrow>=15.0"],
+    # Reads data sets (NeMo brings it, too); CIDEr, ROUGE-L and SPICE. 1.2 is the release whose CIDEr was compared; it
+    # runs Java for SPICE.
+    "evaluate": ["datasets>=4.0", "pycocoevalcap>=1.2"],
     "quickstart": ["scikit-learn>=1.5"],
     "test": [
         "pytest>=8.0",
@@ -61,7 +64,8 @@ EXTRAS_REQUIRE = {
         "moto[server]>=5.0",
         "s3fs>=2024.12",
         # Writes data sets in its layout for tests; trl needs it, too.
-        "datasets>=3.0",
+        "datasets>=4.0",
+        "pycocoevalcap>=1.2",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],
@@ -80,7 +84,11 @@ if __name__ == "__main__":
         ],
         # The shipped configurations stand beside the package here and inside it once installed.
         package_dir={"megatron_anymal.nemo_configs": "nemo_configs"},
-        package_data={"megatron_anymal.nemo_configs": ["*.yaml"], "megatron_anymal.planning": ["hardware/*.yaml"]},
+        package_data={
+            "megatron_anymal.nemo_configs": ["*.yaml"],
+            "megatron_anymal.planning": ["hardware/*.yaml"],
+            "megatron_anymal.evaluation": ["tasks/*.yaml"],
+        },
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,
         entry_points={"console_scripts": ["anymal = megatron_anymal.__main__:command"]},

@@ -25,7 +25,7 @@ VERBS = {
         "run a training verb in several processes, monitored and restarted: launch VERB ...",
     ),
     "generate": ("cli.generate:main", "answer prompts with media, from a checkpoint or an export"),
-    "evaluate": ("cli.evaluate:main", "score a checkpoint or an export on prepared data"),
+    "evaluate": ("cli.evaluate:main", "score a checkpoint or an export on benchmarks or prepared data"),
     "prepare": ("cli.prepare:main", "build shards and their index"),
     "inspect": ("cli.inspect:main", "check shards; show samples as the model sees them"),
     "plan": ("cli.plan:main", "predict, before a run: layout, time, memory; plan goodput: failures, save interval"),

@@ -7,6 +7,7 @@ import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,6 +141,19 @@ def sum_over_ranks(values: torch.Tensor) -> None:
     """
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes of the job, in rank order; without a job, only this one. Collective.
+
+    Args:
+        value: anything that can be pickled.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _join(world_size: int, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""`anymal evaluate`: accuracy of exact answers on prepared samples.
+"""`anymal evaluate`: scores on public benchmarks (--task), or accuracy of exact answers on prepared samples (--data).
 
-The last text of a sample, or the last turn of a conversation, is the expected answer; the model gets everything before
-it and answers, greedily by default.
+On prepared samples the last text, or the last turn of a conversation, is the expected answer; the model gets everything
+before it. Answers are greedy by default.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_anymal.cli.evaluate_tasks import ListTasks, add_task_arguments, evaluate_tasks
 from megatron_anymal.cli.model_arguments import (
     add_model_arguments,
     add_sampling_arguments,
@@ -19,20 +20,48 @@ from megatron_anymal.cli.model_arguments import (
     load_generator,
     sampling_of,
 )
+from megatron_anymal.config import ConfigError
+from megatron_anymal.generation.sampling import Sampling
+
+# Options of one of the two kinds of data only.
+_OF_PREPARED = ("permute_media", "untrained")
+_OF_TASKS = ("data_root", "task_folder", "likelihood", "without_metric", "against")
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb and return the exit code."""
+    arguments = _parser().parse_args(argv)
+    if bool(arguments.task) == bool(arguments.data):
+        raise ConfigError("Name either benchmarks with --task or prepared folders with --data. See --list-tasks.")
+    kind, others = ("task", _OF_PREPARED) if arguments.task else ("data", _OF_TASKS)
+    for name in others:
+        if getattr(arguments, name):
+            raise ConfigError(f"--{name.replace('_', '-')} does not go with --{kind}. Remove it.")
+    if arguments.task:
+        return evaluate_tasks(arguments)
+    arguments.max_new_tokens = arguments.max_new_tokens or Sampling().max_new_tokens
+    return _evaluate_prepared(arguments, sampling_of(arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="anymal evaluate", description=__doc__)
-    parser.add_argument("--data", action="append", required=True, help="a prepared folder; may be repeated")
-    parser.add_argument("--limit", type=int, help="number of samples per folder; default: all")
+    parser.add_argument("--list-tasks", action=ListTasks, help="list the benchmarks and exit")
+    parser.add_argument("--data", action="append", help="a prepared folder; may be repeated")
+    parser.add_argument("--limit", type=int, help="number of samples per folder or task; default: all")
     parser.add_argument("--permute-media", action="store_true", help="also score with media swapped between samples")
     parser.add_argument("--untrained", action="store_true", help="also score with the projectors' initial values")
-    parser.add_argument("--out", help="write scores and answers to this .json file")
+    parser.add_argument(
+        "--out", help="write scores and answers to this .json file; with --task: the folder of answers and reports"
+    )
+    add_task_arguments(parser)
     add_model_arguments(parser)
     add_sampling_arguments(parser)
-    arguments = parser.parse_args(argv)
-    sampling = sampling_of(arguments)
+    # Tasks have lengths of their own.
+    parser.set_defaults(max_new_tokens=None)
+    return parser
+
+
+def _evaluate_prepared(arguments: argparse.Namespace, sampling: Sampling) -> int:
     from megatron_anymal.generation.evaluation import evaluate, permute_media, read_questions
 
     questions = [question for folder in arguments.data for question in read_questions(folder, arguments.limit)]

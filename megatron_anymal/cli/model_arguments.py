@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -134,8 +135,12 @@ def _manifest(folder: Path) -> Optional[store.Manifest]:
         return None
 
 
-def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) -> Generator:
-    """Load the model of `--checkpoint`; with `untrained`, its projectors keep their initial values.
+def load_generator(arguments: argparse.Namespace, *, untrained: bool = False, replicated: bool = False) -> Generator:
+    """Load the model of `--checkpoint`.
+
+    Args:
+        untrained: keep the projectors' initial values.
+        replicated: let processes beyond the parallel sizes hold further copies of the model.
 
     Raises:
         CheckpointError, ConfigError: the folder does not hold a model, or the arguments do not apply to it.
@@ -150,6 +155,7 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
             arguments.pipeline_model_parallel_size or 1,
             untrained=untrained,
             trust_plugins=bool(arguments.trust_plugins),
+            replicated=replicated,
         )
     from megatron_anymal.generation.export_generator import ExportedGenerator
 
@@ -160,6 +166,24 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False) ->
         arguments.dtype or "auto",
         trust_remote_code=bool(arguments.trust_remote_code),
     )
+
+
+def model_fingerprint(arguments: argparse.Namespace) -> str:
+    """Hash of the model of `--checkpoint` and of the number format it is computed in.
+
+    Raises:
+        CheckpointError, ConfigError: as `check_model`.
+    """
+    digest = hashlib.sha256()
+    if check_model(arguments) is None:
+        # It has the hashes of all files.
+        digest.update((store.resolve(arguments.checkpoint) / store.MANIFEST).read_bytes())
+    else:
+        folder = Path(arguments.checkpoint)
+        for path in sorted(folder.rglob("*.*")):
+            content = path.read_bytes() if path.suffix == ".json" else b""
+            digest.update(f"{path.relative_to(folder)} {path.stat().st_size} {arguments.dtype}".encode() + content)
+    return digest.hexdigest()
 
 
 def _exported_config(folder: Path) -> Optional[dict[str, Any]]:

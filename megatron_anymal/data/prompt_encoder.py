@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_anymal.config import ModalityConfig
 from megatron_anymal.data.chat_format import open_prompt, parse_messages
 from megatron_anymal.data.content_parts import parse_parts
-from megatron_anymal.data.records import DataError, MediaPart, Part
-from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.modalities import MediaError, Modality, kind_for_extension
 
 if TYPE_CHECKING:
@@ -117,6 +117,33 @@ class PromptReader:
         Raises:
             DataError, MediaError: a media item has no modality or cannot be read; a text contains a placeholder.
         """
+        named, pieces, soft = self._load_all(parts, files)
+        tokens = self._tokenizer.document(named, soft, self._placeholders, closed=False).tokens
+        return TokenizedPrompt(tokens, pieces)
+
+    def read_answered(
+        self, parts: Sequence[Part], files: Sequence[MediaFile], answers: Sequence[str]
+    ) -> tuple[list[Document], list[tuple[str, Tensor]]]:
+        """Encode a prompt with each of several answers, whose tokens are the targets, without an end token.
+
+        Returns:
+            A document per answer, and the media pieces, which they share, as in `TokenizedPrompt`.
+
+        Raises:
+            DataError, MediaError: as in `read`.
+        """
+        named, pieces, soft = self._load_all(parts, files)
+        asked = [TextPart(part.text, False, part.control) if isinstance(part, TextPart) else part for part in named]
+        documents = [
+            self._tokenizer.document([*asked, TextPart(answer)], soft, self._placeholders, closed=False)
+            for answer in answers
+        ]
+        return documents, pieces
+
+    def _load_all(
+        self, parts: Sequence[Part], files: Sequence[MediaFile]
+    ) -> tuple[list[Part], list[tuple[str, Tensor]], list[int]]:
+        """The parts with their modalities named, the pieces, and the number of soft tokens of each media item."""
         remaining = iter(files)
         named: list[Part] = []
         pieces: list[tuple[str, Tensor]] = []
@@ -126,9 +153,7 @@ class PromptReader:
                 pieces.append((name, tensor))
                 part = MediaPart(part.media, name, part.attributes)
             named.append(part)
-        soft = [len(tensor) * self._soft_tokens[name] for name, tensor in pieces]
-        tokens = self._tokenizer.document(named, soft, self._placeholders, closed=False).tokens
-        return TokenizedPrompt(tokens, pieces)
+        return named, pieces, [len(tensor) * self._soft_tokens[name] for name, tensor in pieces]
 
     def _load(self, part: MediaPart, file: MediaFile) -> tuple[str, Tensor]:
         try:

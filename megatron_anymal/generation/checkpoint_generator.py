@@ -8,7 +8,7 @@ transformers' cache (generation/export_generator.py).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from megatron_anymal.data.prompt_encoder import PromptReader
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.generation.answers import Answer
+from megatron_anymal.generation.candidates import candidate_batch
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.next_token import choose_each
 from megatron_anymal.generation.prompts import Prompt
@@ -80,6 +81,8 @@ class NativeGenerator(Generator):
         """
         self.layout, self.model = layout, model
         self.reports, self.max_positions = layout.reports, max_positions
+        self.replica, self.replicas = layout.data_rank, layout.data_size
+        self.leads_replica = layout.is_first_stage and layout.tensor_rank == 0
         self.kinds = [modality.kind or name for name, modality in section.modalities.items()]
         self._reader = PromptReader(tokenizer, section.modalities, modalities)
         self._placeholders = {
@@ -120,6 +123,7 @@ class NativeGenerator(Generator):
         *,
         untrained: bool = False,
         trust_plugins: bool = False,
+        replicated: bool = False,
     ) -> NativeGenerator:
         """Load the model of a checkpoint or of a run's newest one, spread over all started processes.
 
@@ -128,6 +132,7 @@ class NativeGenerator(Generator):
             stages: pipeline-parallel size.
             untrained: keep the projectors' initial values.
             trust_plugins: import the plug-ins that the checkpoint names.
+            replicated: let the processes beyond `tensor_size` x `stages` hold further copies of the model.
 
         Raises:
             CheckpointError, ConfigError: there is no such checkpoint, its plug-ins are not trusted, or the layout does
@@ -146,16 +151,22 @@ class NativeGenerator(Generator):
         config.model.fp8, config.model.fp8_recipe, config.model.fp8_primary_weights = "", "tensorwise", False
         config.model.num_layers_in_first_pipeline_stage = config.model.num_layers_in_last_pipeline_stage = 0
         config.model.context_parallel_size = config.model.virtual_pipeline_model_parallel_size = 1
-        if config.model.tensor_model_parallel_size * stages != world:
+        model_size = config.model.tensor_model_parallel_size * stages
+        if world % model_size and replicated:
+            raise DataError(
+                f"{world} process(es) were started, which copies of a model over {model_size} processes (tensor- x "
+                "pipeline-parallel size) cannot divide among themselves. Start a multiple of that."
+            )
+        if model_size != world and not replicated:
             raise DataError(
                 f"{world} process(es) were started, but the tensor- and pipeline-parallel sizes make "
-                f"{config.model.tensor_model_parallel_size * stages}. Their product must be the number of processes."
+                f"{model_size}. Their product must be the number of processes."
             )
         return cls.of_checkpoint(config, initialize(config), None if untrained else folder)
 
     @torch.no_grad()
-    def _answer(self, prompts: Sequence[Prompt], first: int, sampling: Sampling, watch: Watch) -> list[str]:
-        everyone = self._begin(prompts, first, sampling)
+    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+        everyone = self._begin(prompts, numbers, sampling)
         running, cache = everyone, KeyValueCache(len(everyone))
         while running:
             for one, token in zip(running, self._next_tokens(running, cache, sampling)):
@@ -167,9 +178,32 @@ class NativeGenerator(Generator):
             running = [running[row] for row in left]
         return [one.answer.text for one in everyone]
 
-    def _begin(self, prompts: Sequence[Prompt], first: int, sampling: Sampling) -> list[_Running]:
+    @torch.no_grad()
+    def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
+        asked = [self._reader.read_answered(p.parts, p.media, texts) for p, texts in zip(prompts, candidates)]
+        documents = [document for several, _ in asked for document in several]
+        for number, document in enumerate(documents):
+            self._room(number, len(document.tokens) - 1, Sampling())
+        micro_batch = candidate_batch(asked, self._placeholders, self._end, self._length_multiple)
+        micro_batch = to_device(micro_batch, self.layout.device)
+        soft = self.model.soft_tokens(micro_batch) if self.layout.is_first_stage else {}
+
+        def forward_step(batches: Iterator[MicroBatch], model: AnyMALModel) -> tuple[Tensor, Any]:
+            batch = next(batches)
+            return model(batch, labels=batch.labels, soft=soft), lambda losses, non_loss_data: losses[0]
+
+        outputs = self._run(forward_step, micro_batch)
+        scores = torch.zeros(len(documents), dtype=torch.float64, device=self.layout.device)
+        if self.layout.is_last_stage:
+            own = outputs[0].double()[: sum(len(document.tokens) for document in documents)]
+            scores.copy_(-torch.stack([part.sum() for part in own.split([len(d.tokens) for d in documents])]))
+        self._share(scores)
+        values = iter(scores.tolist())
+        return [[next(values) for _ in texts] for texts in candidates]
+
+    def _begin(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling) -> list[_Running]:
         running = []
-        for number, prompt in enumerate(prompts, start=first):
+        for number, prompt in zip(numbers, prompts):
             read = self._reader.read(prompt.parts, prompt.media)
             room = self._room(number, len(read.tokens), sampling)
             answer = Answer(number, self._decode, self._ends, sampling.stop, room)
@@ -184,7 +218,20 @@ class NativeGenerator(Generator):
         def forward_step(batches: Iterator[MicroBatch], model: AnyMALModel) -> tuple[Tensor, Any]:
             return model(next(batches), soft=soft, cache=cache), lambda logits, non_loss_data: logits[0]
 
-        outputs = get_forward_backward_func()(
+        outputs = self._run(forward_step, micro_batch)
+        chosen = torch.zeros(len(running), dtype=torch.int64, device=self.layout.device)
+        if self.layout.is_last_stage:
+            logits = gather_from_tensor_model_parallel_region(outputs[0].float())[:, : self.model.vocab_size]
+            # A placeholder stands for a media item; in an answer it would have no content.
+            logits[:, list(self._placeholders.values())] = float("-inf")
+            places = [(one.tokens, one.answer.number, len(one.answer.tokens)) for one in running]
+            chosen.copy_(torch.tensor(choose_each(logits, sampling, places)))
+        self._share(chosen)
+        return chosen.tolist()
+
+    def _run(self, forward_step: Callable[..., Any], micro_batch: MicroBatch) -> list[Tensor]:
+        """Run a forward pass over all stages; the last one returns what `forward_step` collects."""
+        return get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iter([micro_batch]),
             model=self.model,
@@ -194,16 +241,12 @@ class NativeGenerator(Generator):
             forward_only=True,
             collect_non_loss_data=True,
         )
-        chosen = torch.zeros(len(running), dtype=torch.int64, device=self.layout.device)
-        if self.layout.is_last_stage:
-            logits = gather_from_tensor_model_parallel_region(outputs[0].float())[:, : self.model.vocab_size]
-            # A placeholder stands for a media item; in an answer it would have no content.
-            logits[:, list(self._placeholders.values())] = float("-inf")
-            places = [(one.tokens, one.answer.number, len(one.answer.tokens)) for one in running]
-            chosen.copy_(torch.tensor(choose_each(logits, sampling, places)))
+
+    @staticmethod
+    def _share(values: Tensor) -> None:
+        """Overwrite `values` on all stages with those of the last one."""
         last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast(chosen, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
-        return chosen.tolist()
+        dist.broadcast(values, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
 
     def _batch(self, running: Sequence[_Running], cache: KeyValueCache) -> MicroBatch:
         """The prompts, or then the newest token of each answer, padded to a length that sequence parallelism can

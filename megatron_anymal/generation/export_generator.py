@@ -111,13 +111,12 @@ class ExportedGenerator(Generator):
         adapter = Path(folder) / "adapter"
         return cls(_with_adapters(model.to(target), adapter) if adapter.is_dir() else model.to(target), processor)
 
-    def _answer(self, prompts: Sequence[Prompt], first: int, sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
         inputs = self._inputs(prompts).to(self._model.device)
         lengths = inputs["attention_mask"].sum(1).tolist()
-        rooms = [self._room(number, length, sampling) for number, length in enumerate(lengths, start=first)]
+        rooms = [self._room(number, length, sampling) for number, length in zip(numbers, lengths)]
         answers = [
-            Answer(number, self._decode, self._ends, sampling.stop, room)
-            for number, room in enumerate(rooms, start=first)
+            Answer(number, self._decode, self._ends, sampling.stop, room) for number, room in zip(numbers, rooms)
         ]
         chooser = [_Chooser(answers, lengths, sampling)] if not _greedy(sampling) else []
         self._model.generate(
@@ -128,9 +127,40 @@ class ExportedGenerator(Generator):
         )
         return [answer.text for answer in answers]
 
+    @torch.no_grad()
+    def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
+        return [self._likelihoods_of(prompt, texts) for prompt, texts in zip(prompts, candidates)]
+
+    def _likelihoods_of(self, prompt: Prompt, candidates: Sequence[str]) -> list[float]:
+        """Log-likelihoods of one prompt's candidates, in one pass."""
+        inputs = self._answered(prompt, candidates).to(self._model.device)
+        length = self._inputs([prompt])["input_ids"].size(1)
+        counts = (inputs["attention_mask"].sum(1) - length).tolist()
+        self._room(0, length + max(counts) - 1, Sampling())
+        longest = max(counts)
+        logits = self._model(**inputs, logits_to_keep=longest + 1).logits[:, :-1]
+        targets = inputs["input_ids"][:, -longest:]
+        scores = logits.float().log_softmax(-1).gather(2, targets[:, :, None])[:, :, 0].double()
+        return [float(row[longest - count :].sum()) for row, count in zip(scores, counts)]
+
     def _inputs(self, prompts: Sequence[Prompt]) -> Any:
         try:
             return self._processor([_as_json(prompt) for prompt in prompts])
+        except ValueError as error:
+            if type(error).__name__ in _MISTAKES:
+                raise DataError(str(error)) from error
+            raise
+
+    def _answered(self, prompt: Prompt, answers: Sequence[str]) -> Any:
+        """Inputs of a prompt with each of several answers, without an end token."""
+        asked = [_as_json(prompt) for _ in answers]
+        try:
+            if "parts" in asked[0]:
+                return self._processor([{"parts": [*one["parts"], {"text": t}]} for one, t in zip(asked, answers)])
+            return self._processor.apply_chat_template(
+                [[*one["messages"], {"role": "assistant", "content": t}] for one, t in zip(asked, answers)],
+                continue_final_message=True,
+            )
         except ValueError as error:
             if type(error).__name__ in _MISTAKES:
                 raise DataError(str(error)) from error

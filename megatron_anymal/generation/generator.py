@@ -30,6 +30,11 @@ class Generator(ABC):
     kinds: Collection[str]
     # Most tokens that a prompt and its answer may have together; None: no limit.
     max_positions: Optional[int] = None
+    # Number of this process's copy of the model, and number of copies.
+    replica: int = 0
+    replicas: int = 1
+    # Whether this process is the one of its copy that writes.
+    leads_replica: bool = True
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64, watch: Optional[Watch] = None
@@ -56,15 +61,55 @@ class Generator(ABC):
         progress = Progress("answering", len(prompts)) if self.reports and len(prompts) > batch_size else None
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            yield self._answer(batch, start, sampling, watch or _nobody)
+            yield self.answer_batch(batch, range(start, start + len(batch)), sampling, watch)
             if progress:
                 progress.advance(len(batch))
         if progress:
             progress.finish()
 
+    def answer_batch(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Optional[Watch] = None
+    ) -> list[str]:
+        """Answer prompts together. Collective over the processes of this copy of the model.
+
+        Args:
+            numbers: of the prompts; a sampled answer depends on its prompt's number, not on the batch.
+
+        Raises:
+            DataError, MediaError: as in `answer`.
+        """
+        return self._answer(prompts, numbers, sampling, watch or _nobody)
+
+    def log_likelihoods(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], batch_size: int = 64
+    ) -> list[list[float]]:
+        """Sum of the log-probabilities of each candidate's tokens as the answer to its prompt, without an end token.
+        Collective over the processes of this copy of the model.
+
+        Args:
+            candidates: of each prompt; every one of them has at least one token.
+            batch_size: largest number of candidates computed together, but all candidates of a prompt are.
+
+        Raises:
+            DataError, MediaError: as in `answer`.
+        """
+        scores: list[list[float]] = []
+        start = 0
+        while start < len(prompts):
+            end = start + 1
+            while end < len(prompts) and sum(map(len, candidates[start : end + 1])) <= batch_size:
+                end += 1
+            scores += self._log_likelihoods(prompts[start:end], candidates[start:end])
+            start = end
+        return scores
+
     @abstractmethod
-    def _answer(self, prompts: Sequence[Prompt], first: int, sampling: Sampling, watch: Watch) -> list[str]:
-        """Answer one batch; `first` is the number of its first prompt."""
+    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+        """Answer one batch."""
+
+    @abstractmethod
+    def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
+        """As `log_likelihoods`, of one batch."""
 
     def _room(self, number: int, length: int, sampling: Sampling) -> int:
         """Largest number of tokens in the answer to a prompt of `length` tokens."""

@@ -12,6 +12,7 @@ from typing import Any
 import fork_server
 import pytest
 import torch
+from benchmark_data import MAKERS
 from ranks import run_ranks
 from safetensors.torch import load_file, save_file
 from tiny import CHAT, LLAMA, SPECIAL, flac, make_config, make_conversations, npy, png
@@ -339,3 +340,62 @@ def test_a_folder_without_all_weights_is_refused(export: Path, tmp_path: Path) -
     config["text_config"]["hidden_size"] += 1
     (folder / "config.json").write_text(json.dumps(config))
     assert "cannot be loaded" in run_ranks(1, damaged, folder)[0]
+
+
+CANDIDATES = ("two", "seven is a walk", "motion")
+
+
+def likelihoods(source: RunConfig | Path, prompts: list[Prompt], batch: int) -> list[list[float]]:
+    """In a rank: log-likelihoods of the candidates as answers to all prompts."""
+    return load(source).log_likelihoods(prompts, [CANDIDATES[: 2 + n % 2] for n in range(len(prompts))], batch)
+
+
+def likelihoods_by_hand(export: Path, prompts: list[Prompt]) -> list[list[float]]:
+    """In a rank: the same of prompts without media, one candidate at a time, by transformers' Llama alone."""
+    model = AnyMALForConditionalGeneration.from_pretrained(export).eval().language_model
+    tokenizer = Tokenizer(str(export))
+    found = []
+    for prompt in prompts:
+        asked = tokenizer.document(prompt.parts, [], {}, closed=False).tokens
+        scores = []
+        for candidate in CANDIDATES[:2]:
+            answer = tokenizer.encode(candidate)
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([[*asked, *answer]])).logits[0].double()
+            places = logits[len(asked) - 1 : -1].log_softmax(-1)
+            scores.append(float(sum(row[token] for row, token in zip(places, answer))))
+        found.append(scores)
+    return found
+
+
+def test_likelihoods_are_those_of_transformers(config: RunConfig, export: Path, prompts: list[Prompt]) -> None:
+    plain = [prompt for prompt in prompts if not prompt.media]
+    assert len(plain) > 5
+    [expected] = run_ranks(1, likelihoods_by_hand, export, plain)
+    for source in (config, export):
+        [found] = run_ranks(1, likelihoods, source, plain, 4)
+        assert [row[:2] for row in found] == [pytest.approx(row, abs=1e-3) for row in expected]
+
+
+def test_both_have_the_same_likelihoods_with_media(config: RunConfig, export: Path, prompts: list[Prompt]) -> None:
+    [native] = run_ranks(1, likelihoods, config, prompts, 16)
+    [exported] = run_ranks(1, likelihoods, export, prompts, 16)
+    assert native == [pytest.approx(row, abs=1e-3) for row in exported]
+    assert len({round(row[0], 2) for row in native}) > 20
+
+
+def test_benchmarks_take_exported_folders(export: Path, tmp_path: Path) -> None:
+    """Tasks of every modality here, with likelihoods; a second run computes nothing."""
+    for name in ("mmbench", "audiocaps", "ego4d_imu"):
+        (tmp_path / name).mkdir()
+        MAKERS[name](tmp_path / name)
+    tasks = [f"{name}={tmp_path / name}" for name in ("mmbench", "audiocaps", "ego4d_imu")]
+    words = ["--checkpoint", export, "--likelihood", "--without-metric", "spice", "spider", "--out", tmp_path / "out"]
+    done = fork_server.python("-m", "megatron_anymal", "evaluate", "--task", *tasks, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text())["tasks"]
+    assert [len(task["answers"]) for task in results.values()] == [5, 5, 4]
+    assert all(max(row["log_likelihoods"]) < 0 for row in results["mmbench"]["answers"])
+    again = fork_server.python("-m", "megatron_anymal", "evaluate", "--task", *tasks, *words, cwd=tmp_path)
+    assert again.returncode == 0 and "to answer" in done.stderr and "to answer" not in again.stderr
+    assert again.stdout == done.stdout

@@ -37,6 +37,7 @@ NEVER_RAISED = {
     "data.loader.MicroBatchReader.__getitem__": ({"DataError"}, "it pads documents to the plan's multiple"),
     "data.prompt_encoder.PromptReader.read": ({"ConfigError"}, "it only asks for kinds of modalities that were built"),
     "data.manifest_parts.write_part": ({"StorageError"}, "anymal prepare refuses --out on an object store"),
+    "data.prompt_encoder.PromptReader.read_answered": ({"ConfigError"}, "as `read`"),
     "model.anymal.AnyMALModel.forward": ({"DataError"}, "the reader has padded the documents of a micro-batch"),
     "model.anymal.AnyMALModel.embed": ({"DataError"}, "the reader has padded the documents of a micro-batch"),
     "hf.remote_code.foreign_code": (

@@ -30,8 +30,11 @@ class Parrot(Generator):
         self._interrupt_at = interrupt_at
         self.silent = False
 
-    def _answer(self, prompts: Sequence[Prompt], first: int, sampling: Sampling, watch: Watch) -> list[str]:
-        [prompt] = prompts
+    def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
+        raise NotImplementedError
+
+    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+        [prompt], [first] = prompts, numbers
         if any(file.data == b"broken" for file in prompt.media):
             raise MediaError("'broken.png': cannot be decoded.")
         self._room(first, 3 * len(prompt.parts), sampling)
