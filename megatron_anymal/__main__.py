@@ -26,6 +26,7 @@ VERBS = {
     ),
     "generate": ("cli.generate:main", "answer prompts with media, from a checkpoint or an export"),
     "evaluate": ("cli.evaluate:main", "score a checkpoint or an export on prepared data"),
+    "compare": ("cli.compare:main", "let people judge the answers of two models"),
     "prepare": ("cli.prepare:main", "build shards and their index"),
     "inspect": ("cli.inspect:main", "check shards; show samples as the model sees them"),
     "plan": ("cli.plan:main", "predict, before a run: layout, time, memory; plan goodput: failures, save interval"),

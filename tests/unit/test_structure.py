@@ -34,6 +34,7 @@ ORDER = [
     ("train",),
     ("dry_run",),
     ("generation",),
+    ("judgement",),
     ("launcher",),
     ("planning",),
     ("nemo",),
