@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fork_server
 from tiny import WORDS, flac, npy, png
 
 from megatron_anymal.judgement.items import Item, read_answers, read_questions
@@ -47,3 +51,17 @@ def row(
     names = ("recognition", "accuracy", "integrity")
     scores = {"a": dict(zip(names, a)), "b": dict(zip(names, b))}
     return {"item": item, "annotator": annotator, "choice": choice, "first": "a", "scores": scores}
+
+
+SOURCES = ("compare", "source/a.jsonl", "source/b.jsonl", "--prompts=source/prompts.jsonl", "--out=out")
+
+
+def served(folder: Path, *arguments: str, words: Sequence[str] = SOURCES) -> tuple[fork_server.Interpreter, str]:
+    """`anymal compare` in a process of its own, on folder/source; the process and the page's address."""
+    log = folder / "compare.log"
+    process = fork_server.Interpreter("-m", "megatron_anymal", *words, *arguments, output=[log], cwd=folder)
+    deadline = time.monotonic() + 90
+    while not (found := re.search(r"http://\S+", log.read_text())):
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    return process, found[0]

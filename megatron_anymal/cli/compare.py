@@ -13,7 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_anymal.cli.model_arguments import (
     add_loading_arguments,
@@ -24,14 +24,21 @@ from megatron_anymal.cli.model_arguments import (
 )
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.records import DataError
-from megatron_anymal.generation.sampling import Sampling
-from megatron_anymal.judgement.comparison import ITEMS, JUDGEMENTS, SETTINGS, keep_settings
-from megatron_anymal.judgement.items import Item, Question, read_answers, read_questions
+
+if TYPE_CHECKING:
+    from megatron_anymal.generation.sampling import Sampling
+    from megatron_anymal.judgement.items import Item, Question
+
+# Files of a comparison's folder.
+_JUDGEMENTS, _SETTINGS, _ITEMS = "judgements.jsonl", "comparison.json", "items.json"
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb and return the exit code."""
     arguments = _parser().parse_args(argv)
+    from megatron_anymal.judgement.comparison import keep_settings
+    from megatron_anymal.judgement.items import Item, read_answers, read_questions
+
     sampling, questions = sampling_of(arguments), read_questions(arguments.prompts)
     sources = {"a": arguments.a, "b": arguments.b}
     models = [side for side, source in sources.items() if not source.endswith(".jsonl")]
@@ -41,13 +48,13 @@ def main(argv: Sequence[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     settings = {**sources, "seed": arguments.order_seed, "sampling": asdict(sampling) if models else None}
     # As JSON has it: lists for tuples.
-    keep_settings(folder / SETTINGS, json.loads(json.dumps(settings)))
+    keep_settings(folder / _SETTINGS, json.loads(json.dumps(settings)))
     for side in models:
         given[side] = _model_answers(_of_side(arguments, side), sampling, questions, folder / f"answers_{side}.jsonl")
     items = [Item(question, a, b) for question, a, b in zip(questions, given["a"], given["b"])]
-    keep_settings(folder / ITEMS, {item.question.key: item.fingerprint for item in items})
+    keep_settings(folder / _ITEMS, {item.question.key: item.fingerprint for item in items})
     if not arguments.report_only:
-        _serve(arguments, items, folder / JUDGEMENTS)
+        _serve(arguments, items, folder / _JUDGEMENTS)
     _report(arguments, items, folder)
     return 0
 
@@ -94,6 +101,8 @@ def _model_answers(
     arguments: argparse.Namespace, sampling: Sampling, questions: Sequence[Question], path: Path
 ) -> list[str]:
     """A model's answers, from the folder if an earlier start has written them."""
+    from megatron_anymal.judgement.items import read_answers
+
     if not path.is_file():
         from megatron_anymal.generation.prompts import read_prompts
 
@@ -132,7 +141,7 @@ def _report(arguments: argparse.Namespace, items: Sequence[Item], folder: Path) 
     from megatron_anymal.judgement.report import summary, write_report
     from megatron_anymal.judgement.results import compute
 
-    rows = read_journal(folder / JUDGEMENTS)
+    rows = read_journal(folder / _JUDGEMENTS)
     result = compute(rows, len(items), (arguments.a, arguments.b))
     paths = write_report(folder, result)
     print(f"{summary(result)}\nwrote {', '.join(map(str, paths))}")

@@ -78,8 +78,11 @@ class Journal:
                 raise
 
     def close(self) -> None:
-        """Close the file, which unlocks it."""
-        os.close(self._descriptor)
+        """Close the file, which unlocks it; a thread that appends later gets an OSError."""
+        with self._lock:
+            os.close(self._descriptor)
+            # The number may be given to another file.
+            self._descriptor = -1
 
     def _lock_file(self, path: Path) -> None:
         try:

@@ -16,8 +16,6 @@ from megatron_anymal.data.records import DataError
 from megatron_anymal.judgement.items import Item
 from megatron_anymal.judgement.rubrics import RUBRICS
 
-# Files of a comparison's folder.
-JUDGEMENTS, SETTINGS, ITEMS = "judgements.jsonl", "comparison.json", "items.json"
 _NAME = re.compile(r"[\w.@+-]([\w .@+-]{0,62}[\w.@+-])?")
 # Longest time on an item that is recorded, in seconds.
 _LONGEST = 86_400.0

@@ -47,6 +47,8 @@ def test_one_process_writes(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="another process"):
         Journal(tmp_path / "journal.jsonl")
     first.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        first.append({"n": 0})
     Journal(tmp_path / "journal.jsonl").close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import browser
 import pytest
-from judgements import make_items
+from judgements import make_items, served
 from PIL import Image, ImageDraw
 
 from megatron_anymal.data.journal import Journal, read_journal
@@ -25,11 +26,10 @@ SHOTS = os.environ.get("SCREENSHOTS")
 
 
 @contextmanager
-def serving(items: list[Item], folder: Path, port: int = 0, token: str = "") -> Iterator[JudgementServer]:
+def serving(items: list[Item], folder: Path) -> Iterator[JudgementServer]:
     """A server in this process; its journal is folder/judgements.jsonl."""
     journal = Journal(folder / "judgements.jsonl")
-    server = JudgementServer(Comparison(items, journal, 0), port)
-    server.token = token or server.token
+    server = JudgementServer(Comparison(items, journal, 0))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:
@@ -81,35 +81,40 @@ def test_twenty_judgements_by_keyboard(tmp_path: Path) -> None:
     assert len(rows) == 20 and found == expected and {row["annotator"] for row in rows} == {"ann"}
 
 
-def test_the_page_survives_its_server(tmp_path: Path) -> None:
-    """What is entered stays on the page until it is saved, and a later judgement replaces an earlier one."""
-    items = make_items(tmp_path / "source", 3)
+def test_the_page_outlives_its_server(tmp_path: Path) -> None:
+    """What is entered stays on the page if it cannot be saved, and a later judgement replaces an earlier one."""
+    make_items(tmp_path / "source", 3)
+    process, url = served(tmp_path)
     with browser.tab(tmp_path) as tab:
-        with serving(items, tmp_path) as server:
-            tab.open(f"{server.url}?annotator=bob")
-            tab.wait("!document.getElementById('judge').hidden")
-            port, token = server.server_address[1], server.token
-            # Enter first goes to the question that is open.
-            tab.press("1")
-            tab.press("Enter")
-            assert tab.value(FOCUS) == "Recognition accuracy"
-            for key in "222222":
-                tab.press(key)
+        tab.open(f"{url}?annotator=bob")
+        tab.wait("!document.getElementById('judge').hidden")
+        # Enter first goes to the question that is open.
+        tab.press("1")
+        tab.press("Enter")
+        assert tab.value(FOCUS) == "Recognition accuracy"
+        for key in "222222":
+            tab.press(key)
+        tab.press("Enter")
+        tab.wait("document.getElementById('count').textContent === '1 of 3 judged'")
+        tab.press("p")
+        tab.wait("document.querySelectorAll(':checked').length === 7")
+        tab.press("0")
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait(30)
         tab.press("Enter")
         tab.wait("document.getElementById('problem').textContent.includes('does not answer')")
-        assert not read_journal(tmp_path / "judgements.jsonl")
-        with serving(items, tmp_path, port, token):
-            tab.press("Enter")
-            tab.wait("document.getElementById('count').textContent === '1 of 3 judged'")
-            assert tab.value("document.getElementById('problem').hidden")
-            tab.press("p")
-            tab.wait("document.querySelectorAll(':checked').length === 7")
-            tab.press("0")
-            tab.press("Enter")
-            tab.wait("document.getElementById('who').textContent === 'item 2, bob'")
-            tab.open(f"http://127.0.0.1:{port}/{token}/?annotator=bob")
-            tab.wait("document.getElementById('count').textContent === '1 of 3 judged'")
-    rows = read_journal(tmp_path / "judgements.jsonl")
+        assert tab.value("document.querySelector('[name=choice][value=tie]').checked")
+        process, url = served(tmp_path)
+        tab.open(f"{url}?annotator=bob")
+        tab.wait("document.getElementById('who').textContent === 'item 2, bob'")
+        tab.press("p")
+        tab.wait("document.querySelectorAll(':checked').length === 7")
+        tab.press("0")
+        tab.press("Enter")
+        tab.wait("document.getElementById('who').textContent === 'item 2, bob'")
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(60) == 0
+    rows = read_journal(tmp_path / "out" / "judgements.jsonl")
     assert [(row["item"], row["choice"] == "tie") for row in rows] == [("q0", False), ("q0", True)]
 
 

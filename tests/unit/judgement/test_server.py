@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import fork_server
 import pytest
-from judgements import make_items, make_prompts
+from judgements import make_items, make_prompts, served
 
 from megatron_anymal.data.journal import Journal, read_journal
 from megatron_anymal.judgement.comparison import Comparison
@@ -188,21 +187,10 @@ def test_it_listens_on_this_machine_only(client: Client) -> None:
             socket.create_connection((str(address), int(port)), timeout=5)
 
 
-def served(folder: Path, *arguments: str) -> tuple[fork_server.Interpreter, Client]:
-    """`anymal compare` in a process of its own."""
-    log = folder / "compare.log"
-    words = ("compare", "source/a.jsonl", "source/b.jsonl", "--prompts=source/prompts.jsonl", "--out=out", *arguments)
-    process = fork_server.Interpreter("-m", "megatron_anymal", *words, output=[log], cwd=folder)
-    deadline = time.monotonic() + 90
-    while not (found := re.search(r"http://\S+", log.read_text())):
-        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    return process, Client(found[0])
-
-
 def test_a_killed_server_loses_no_judgement(tmp_path: Path) -> None:
     make_prompts(tmp_path / "source", 60)
-    process, client = served(tmp_path)
+    process, url = served(tmp_path)
+    client = Client(url)
     answered: list[tuple[str, int]] = []
 
     def annotate(name: str) -> None:
@@ -228,8 +216,8 @@ def test_a_killed_server_loses_no_judgement(tmp_path: Path) -> None:
     assert len(kept) == len(set(kept)) and 40 <= len(answered) < 180
     # At most the judgement in flight of each annotator is kept without having been answered.
     assert set(answered) <= set(kept) and len(kept) - len(answered) <= 3
-    process, client = served(tmp_path, "--export-pairs=pairs.jsonl")
-    state = json.loads(client.ask("state?annotator=ann")[1])
+    process, url = served(tmp_path, "--export-pairs=pairs.jsonl")
+    state = json.loads(Client(url).ask("state?annotator=ann")[1])
     assert state["judged"] == sorted(number for name, number in kept if name == "ann")
     os.kill(process.pid, signal.SIGINT)
     assert process.wait(60) == 0
