@@ -49,6 +49,9 @@ class ChatServer(ThreadingHTTPServer):
         self.lives = 10**9
         self.times: dict[str, list[float]] = {}
 
+    def handle_error(self, request: Any, address: Any) -> None:
+        """Clients that no longer listen are expected."""
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"

@@ -102,7 +102,8 @@ class Client:
             Refused: the server refuses the content of the request.
             DataError: the server refuses the key, the address or the model.
         """
-        for attempt in range(self._endpoint.retries + 1):
+        attempt = 0
+        while True:
             try:
                 reply = await self._once(messages, format)
             except _Repeat as failure:
@@ -110,10 +111,10 @@ class Client:
                 if attempt == self._endpoint.retries:
                     raise ServerFailed(failure.reason) from None
                 await asyncio.sleep(self._wait(attempt, failure.after))
+                attempt += 1
                 continue
             self.answered += 1
             return reply
-        raise AssertionError("unreachable")
 
     def _wait(self, attempt: int, asked: Optional[float]) -> float:
         """Seconds before a repetition: those that the server asks for, else exponential with jitter."""

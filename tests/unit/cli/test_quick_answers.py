@@ -22,7 +22,20 @@ module, *sys.argv[1:] = sys.argv[1:]
 atexit.register(lambda: print("FOUND" + json.dumps([name for name in {SLOW + ("numpy",)} if name in sys.modules])))
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
-VERBS = ("pretrain", "sft", "dpo", "launch", "generate", "evaluate", "compare", "prepare", "inspect", "plan", "doctor")
+VERBS = (
+    "pretrain",
+    "sft",
+    "dpo",
+    "launch",
+    "generate",
+    "evaluate",
+    "compare",
+    "synthesize",
+    "prepare",
+    "inspect",
+    "plan",
+    "doctor",
+)
 TOOLS = ("export_hf", "import_hf", "verify", "reshard", "inspect")
 HELP = [
     ["megatron_anymal", "--help"],
@@ -50,6 +63,10 @@ REFUSED = {
     "compare a.jsonl a.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "both 'a.jsonl'",
     "compare /nowhere b.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "/nowhere",
     "compare a.jsonl /none.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "a.jsonl",
+    "synthesize --manifest=/none.jsonl --server=http://h --model=m --task=detail --out=/tmp/never.jsonl": "/none.jsonl",
+    "synthesize --manifest=/none.jsonl --server=h --model=m --task=detail --out=/tmp/never.jsonl": "--server",
+    "synthesize --manifest=/none.jsonl --server=http://h --model=m --task=detial --out=/tmp/never.jsonl": "detail",
+    "synthesize --manifest=/none.jsonl": "--server is missing",
     "prepare --manifest=/none.jsonl --out=/tmp/never --tokenizer=/nowhere": "/none.jsonl",
     "prepare --index-only=/none --tokenizer=/nowhere": "/none",
     "prepare --index-only=/none --tokenizer=/nowhere --limit=max_pixel=3": "max_pixels",
