@@ -89,6 +89,6 @@ def test_tasks_and_options_of_synthesis_are_listed() -> None:
     table = dict(re.findall(r"^\| `(\w+)` \| (.*?) \|$", SYNTHESIS.partition("| task |")[2].partition("\n\n")[0], re.M))
     assert table == {name: task.about for name, task in shipped_tasks().items()}
     reference = PAGES["docs/reference/cli.md"].partition("## anymal synthesize")[2].partition("\n## ")[0]
-    rows: dict[str, Any] = dict(re.findall(r"^\| `(--[\w-]+)` \| `?([^`|]*?)`? \|", reference, re.M))
+    rows: dict[str, Any] = dict(re.findall(r"^\| `(--[\w-]+)` \|\s*`?([^`|]*?)`?\s*\|", reference, re.M))
     options = {action.option_strings[-1]: action.default for action in synthesize._parser()._actions[1:]}
     assert rows == {name: f"{d:g}" if isinstance(d, (int, float)) and d else d or "" for name, d in options.items()}
