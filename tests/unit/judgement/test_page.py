@@ -48,7 +48,7 @@ def answers_of(item: Item) -> dict[str, str]:
 def test_twenty_judgements_by_keyboard(tmp_path: Path) -> None:
     """A judges two thirds better; every key press is a real one."""
     items = make_items(tmp_path / "source", 20)
-    expected = {}
+    expected, seen = {}, []
     with serving(items, tmp_path) as server, browser.tab(tmp_path) as tab:
         tab.open(server.url)
         tab.wait("!document.getElementById('login').hidden")
@@ -66,11 +66,13 @@ def test_twenty_judgements_by_keyboard(tmp_path: Path) -> None:
                 for score in scores[model]:
                     tab.press(str(score))
             if number == 7:
-                # Corrected before it is saved: the last question of the second answer.
-                tab.press("0")
-                tab.press("Backspace")
-                tab.press("2" if scores[order[1]][1] else "0")
-                tab.press("2")
+                # The accuracy of the second answer is wrong at first, and corrected before it is saved.
+                right = str(scores[order[1]][1])
+                for key in ("Backspace", {"0": "2", "2": "0"}[right], "Backspace", right, "2"):
+                    tab.press(key)
+                    if key != "Backspace":
+                        chosen = tab.value("document.querySelector('[name=\"1-accuracy\"]:checked').value")
+                        seen.append(chosen == right)
             tab.press("Enter")
             expected[item.question.key] = (better, order[0], scores)
         tab.wait("!document.getElementById('done').hidden")
@@ -78,7 +80,12 @@ def test_twenty_judgements_by_keyboard(tmp_path: Path) -> None:
         assert {url.split("?")[0].startswith(server.url) or url.startswith("data:") for url in tab.requests} == {True}
     rows = read_journal(tmp_path / "judgements.jsonl")
     found = {r["item"]: (r["choice"], r["first"], {m: tuple(r["scores"][m].values()) for m in "ab"}) for r in rows}
-    assert len(rows) == 20 and found == expected and {row["annotator"] for row in rows} == {"ann"}
+    assert (
+        seen == [False, True, True]
+        and len(rows) == 20
+        and found == expected
+        and {row["annotator"] for row in rows} == {"ann"}
+    )
 
 
 def test_the_page_outlives_its_server(tmp_path: Path) -> None:
