@@ -28,6 +28,10 @@ INSTALL_REQUIRES = [
     "tensorboard>=2.16",
     # megatron-core's checkpoint writer needs it and does not say so: without it a rank hangs.
     "psutil>=5.9",
+    # Asks servers of language models; transformers requires it, too.
+    "httpx>=0.27",
+    # Fills the templates of reports and prompts; torch requires it, too.
+    "jinja2>=3.1",
 ]
 
 EXTRAS_REQUIRE = {
@@ -66,6 +70,10 @@ EXTRAS_REQUIRE = {
         # Writes data sets in its layout for tests; trl needs it, too.
         "datasets>=4.0",
         "pycocoevalcap>=1.2",
+        # `transformers serve` imports its types; a slow test asks such a server.
+        "openai>=2",
+        # The reference for agreement of annotators. 0.7 is the first release for numpy 2.
+        "krippendorff>=0.7",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],
@@ -88,6 +96,8 @@ if __name__ == "__main__":
             "megatron_anymal.nemo_configs": ["*.yaml"],
             "megatron_anymal.planning": ["hardware/*.yaml"],
             "megatron_anymal.evaluation": ["tasks/*.yaml"],
+            "megatron_anymal.judgement": ["templates/*"],
+            "megatron_anymal.synthesis": ["tasks/*.yaml"],
         },
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,

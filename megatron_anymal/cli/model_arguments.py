@@ -30,10 +30,15 @@ _OF_EXPORTS = {"device": "--device", "dtype": "--dtype", "trust_remote_code": "-
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of every verb that loads a model."""
+    """Add the arguments of every verb that loads one model."""
     parser.add_argument(
         "--checkpoint", required=True, help="folder of a training checkpoint, of its run, or of an export"
     )
+    add_loading_arguments(parser)
+
+
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that say how a model is loaded."""
     native = parser.add_argument_group("training checkpoints")
     native.add_argument(FLAG, action="store_true", default=None, help="import the plug-ins that the checkpoint names")
     native.add_argument("--tensor-model-parallel-size", type=int, help="default: all processes")

@@ -33,6 +33,8 @@ ELSEWHERE = {
 NEVER_RAISED = {
     "data.index_builder.IndexOptions.kind_of": ({"ConfigError"}, "it only asks for registered kinds"),
     "data.indexed_shards.indexed_shards": ({"DataError"}, "a damaged index counts as none, of which nothing is read"),
+    "judgement.items.read_questions": ({"ConfigError"}, "it only asks for registered kinds"),
+    "synthesis.tasks.shipped_tasks": ({"DataError"}, "the package's own files have the form of a task"),
     "data.lint.Reading.without_configuration": ({"ConfigError"}, "the stand-ins are sections of this package"),
     "data.loader.MicroBatchReader.__getitem__": ({"DataError"}, "it pads documents to the plan's multiple"),
     "data.prompt_encoder.PromptReader.read": ({"ConfigError"}, "it only asks for kinds of modalities that were built"),

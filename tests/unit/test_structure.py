@@ -35,6 +35,8 @@ ORDER = [
     ("dry_run",),
     ("generation",),
     ("evaluation",),
+    ("judgement",),
+    ("synthesis",),
     ("launcher",),
     ("planning",),
     ("nemo",),

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from browser import BROWSERS
 from manifests import shards_of
 from PIL import Image
 from ranks import run_ranks
@@ -45,8 +46,6 @@ from megatron_anymal.train.encoder_costs import FILE, agree_on_costs
 
 VOID = {"meta", "img", "br", "hr", "input"}
 HOSTILE = "</sub></mark><script>alert(1)</script>&lt;\u202eevil\n\"quoted\" 'x'"
-# Looked for in this order.
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 @dataclass

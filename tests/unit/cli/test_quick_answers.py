@@ -22,7 +22,20 @@ module, *sys.argv[1:] = sys.argv[1:]
 atexit.register(lambda: print("FOUND" + json.dumps([name for name in {SLOW + ("numpy",)} if name in sys.modules])))
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
-VERBS = ("pretrain", "sft", "dpo", "launch", "generate", "evaluate", "prepare", "inspect", "plan", "doctor")
+VERBS = (
+    "pretrain",
+    "sft",
+    "dpo",
+    "launch",
+    "generate",
+    "evaluate",
+    "compare",
+    "synthesize",
+    "prepare",
+    "inspect",
+    "plan",
+    "doctor",
+)
 TOOLS = ("export_hf", "import_hf", "verify", "reshard", "inspect")
 HELP = [
     ["megatron_anymal", "--help"],
@@ -50,6 +63,14 @@ REFUSED = {
     "evaluate --checkpoint=/nowhere --task=vqa2=/none --out=/tmp/never": "vqav2",
     "evaluate --checkpoint=/nowhere --task=vqav2 --out=/tmp/never": "--data-root",
     "evaluate --checkpoint=/nowhere --task=coco_captions=/none --out=/tmp/never": "/nowhere",
+    "compare a.jsonl b.jsonl --prompts=/none.jsonl --out=/tmp/never": "/none.jsonl",
+    "compare a.jsonl a.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "both 'a.jsonl'",
+    "compare /nowhere b.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "/nowhere",
+    "compare a.jsonl /none.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "a.jsonl",
+    "synthesize --manifest=/none.jsonl --server=http://h --model=m --task=detail --out=/tmp/never.jsonl": "/none.jsonl",
+    "synthesize --manifest=/none.jsonl --server=h --model=m --task=detail --out=/tmp/never.jsonl": "--server",
+    "synthesize --manifest=/none.jsonl --server=http://h --model=m --task=detial --out=/tmp/never.jsonl": "detail",
+    "synthesize --manifest=/none.jsonl": "--server is missing",
     "prepare --manifest=/none.jsonl --out=/tmp/never --tokenizer=/nowhere": "/none.jsonl",
     "prepare --index-only=/none --tokenizer=/nowhere": "/none",
     "prepare --index-only=/none --tokenizer=/nowhere --limit=max_pixel=3": "max_pixels",
@@ -89,6 +110,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"model_type": "anymal", "modalities": {"image": {"kind": "image"}}}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "walk.npy").write_bytes(b"")
+    (folder / "prompts.jsonl").write_text('{"parts": [{"text": "hi"}]}')
     return folder
 
 
