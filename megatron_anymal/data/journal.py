@@ -59,13 +59,14 @@ class Journal:
             raise
         self._lock = threading.Lock()
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Write a row and wait until it is on disk.
+    def append(self, *rows: Mapping[str, Any]) -> None:
+        """Write rows and wait until they are on disk.
 
         Raises:
-            OSError: it cannot be written; the file is as before.
+            OSError: they cannot be written; the file is as before.
         """
-        data = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        lines = (json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for row in rows)
+        data = b"".join(lines)
         with self._lock:
             size = os.fstat(self._descriptor).st_size
             try:

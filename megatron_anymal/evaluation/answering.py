@@ -51,7 +51,10 @@ def answer_samples(
     answers = _joined(gather_objects(journal.read()), wanted)
     missing = [sample for sample in samples if sample.key not in answers]
     if missing:
-        new = _answer_share(get(), missing, asking, journal, len(answers))
+        try:
+            new = _answer_share(get(), missing, asking, journal, len(answers))
+        finally:
+            journal.close()
         answers |= _joined(gather_objects(new), wanted)
     return answers
 

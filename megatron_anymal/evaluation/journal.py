@@ -9,8 +9,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Optional
 
+from megatron_anymal.data import journal
 from megatron_anymal.data.records import DataError
 
 _SETTINGS = "settings.json"
@@ -33,6 +34,7 @@ class Journal:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._file: Optional[journal.Journal] = None
 
     def check_settings(self, settings: Mapping[str, str], *, write: bool) -> None:
         """Compare the settings with those of the answers that the folder holds.
@@ -60,35 +62,35 @@ class Journal:
             part.replace(path)
 
     def read(self) -> dict[str, AnswerRow]:
-        """Answers of all copies by key; lines that were cut off are left out."""
+        """Answers of all copies by key; lines that were cut off are left out.
+
+        Raises:
+            DataError: a line is damaged.
+        """
         rows: dict[str, AnswerRow] = {}
         for path in sorted(self.folder.glob("answers.*.jsonl")):
-            for line in path.read_bytes().splitlines(keepends=True):
-                if line.endswith(b"\n"):
-                    value = json.loads(line)
-                    row = AnswerRow(value["key"], value["text"], tuple(value["log_likelihoods"]))
-                    rows.setdefault(row.key, row)
+            for value in journal.read_journal(path):
+                row = AnswerRow(value["key"], value["text"], tuple(value["log_likelihoods"]))
+                rows.setdefault(row.key, row)
         return rows
 
     def append(self, replica: int, rows: Iterable[AnswerRow]) -> None:
-        """Add answers of a copy of the model, after cutting off an incomplete last line.
+        """Add answers of a copy of the model.
+
+        Args:
+            replica: the copy; a journal writes the answers of one.
 
         Raises:
+            DataError: another process adds answers of this copy, or a line is damaged.
             OSError: the file cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"answers.{replica}.jsonl"
-        text = "".join(json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows)
-        with path.open("a+b") as file:
-            _cut(file.seek(0, 2), file)
-            file.write(text.encode("utf-8", "surrogatepass"))
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = journal.Journal(self.folder / f"answers.{replica}.jsonl")
+        self._file.append(*map(asdict, rows))
 
-
-def _cut(size: int, file: BinaryIO) -> None:
-    """Truncate a file after its last complete line."""
-    while size:
-        file.seek(size - 1)
-        if file.read(1) == b"\n":
-            break
-        size -= 1
-    file.truncate(size)
+    def close(self) -> None:
+        """Let another process add answers."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None

@@ -4,6 +4,7 @@ and take the section of the configuration that they read."""
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -166,3 +167,9 @@ def test_builders_take_the_section_they_read() -> None:
     assert not sorted(name for name, entries in reasons.items() if not entries)
     # No entry remains after its last function.
     assert set().union(*reasons.values()) == WHOLE_RUN.keys()
+
+
+def test_test_files_have_names_of_their_own() -> None:
+    """pytest imports them by their names: a second file of a name is an error, but only where both are collected."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert not [name for name, count in names.items() if count > 1]

@@ -15,6 +15,7 @@ from megatron_anymal.evaluation.samples import TaskSample
 def test_lines_that_were_cut_off(tmp_path: Path) -> None:
     journal, rows = Journal(tmp_path / "task"), [AnswerRow(str(n), f"text\n{n} \u2028", (0.5, -n)) for n in range(4)]
     journal.append(0, rows[:2])
+    journal.close()
     path = tmp_path / "task" / "answers.0.jsonl"
     whole = path.read_bytes()
     for length in range(len(whole)):
@@ -22,6 +23,7 @@ def test_lines_that_were_cut_off(tmp_path: Path) -> None:
         kept = journal.read()
         assert len(kept) == whole[:length].count(b"\n")
         journal.append(0, rows[2:3])
+        journal.close()
         assert list(journal.read()) == [*kept, "2"]
     journal.append(1, rows[1:])
     assert journal.read() == {row.key: row for row in rows}
