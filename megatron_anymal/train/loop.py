@@ -30,6 +30,7 @@ from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train import restore
 from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.encoder_costs import agree_on_costs
+from megatron_anymal.train.feature_cache import use_feature_cache
 from megatron_anymal.train.memory_metrics import memory_metrics
 from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.peer_copies import PeerCopies
@@ -141,6 +142,7 @@ class Trainer:
                 raise
             raise worker from error
         self.copies.close()
+        self.features.finish()
         heartbeat.beat(Phase.CHECKPOINT)
         self.writer.finish()
         self._check_base()
@@ -164,6 +166,7 @@ class Trainer:
             fault_injection.inject("data", self.under_way)
             plan, micro_batches = next(batches)
             waited = time.monotonic() - begun
+            self.features.count(micro_batches)
             result = train_step(self.state, plan, micro_batches)
             took = time.monotonic() - begun
             self.window.add(took, waited, result)
@@ -211,6 +214,8 @@ class Trainer:
             self._record("resume", f"from {source}, at step {self.state.step}", source=source)
         for kept in (self.log, self.skipped_samples, self.skipped_steps):
             kept.rewind(self.state.step)
+        # After the encoders' weights were restored.
+        self.features = use_feature_cache(self.state)
 
     def _introduce(self) -> None:
         """Log the layout, precision and kernels, which also reveals what a machine lacks."""
@@ -269,6 +274,7 @@ class Trainer:
     def _log_step(self) -> None:
         steps, metrics = self.window.take()
         metrics["skipped_samples"] = float(self.skipped_samples.count)
+        metrics.update(self.features.metrics())
         metrics.update(memory_metrics(self.loader_memory, self.state.layout.device))
         metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)
         eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
