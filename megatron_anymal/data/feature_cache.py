@@ -103,13 +103,13 @@ class FeatureCache:
         """
         assert features.shape == self.shape and features.dtype == self.dtype
         if not self.holds(key):
-            data = _bytes_of(features)
-            self._blocks.add(self._item(key), key.number, data.tobytes() + self._checksum(key, data))
+            data = _bytes_of(features).tobytes()
+            self._blocks.add(self._item(key), key.number, data + self._checksum(key, data))
 
     def _item(self, key: PieceKey) -> CachedObject:
         return self._blocks.object(f"{self._identity}/{key.item}", key.pieces * self.entry_bytes)
 
-    def _checksum(self, key: PieceKey, features: memoryview | np.ndarray) -> bytes:
+    def _checksum(self, key: PieceKey, features: bytes | memoryview) -> bytes:
         """CRC-32 of the key and the features, so that an entry under another's name counts as damaged, too."""
         start = zlib.crc32(f"{self._identity}/{key.item}/{key.number}".encode())
         return zlib.crc32(features, start).to_bytes(_CHECKSUM, "little")

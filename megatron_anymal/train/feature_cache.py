@@ -43,11 +43,12 @@ def use_feature_cache(state: TrainState) -> FeatureWriter:
     Raises:
         ConfigError: see `open_caches`.
     """
-    section, encoders = state.config.data.feature_cache, state.models[0].encoders
+    section: FeatureCacheConfig = state.config.data.feature_cache
+    encoders: Any = state.models[0].encoders
     caches: dict[str, FeatureCache] = {}
     if section.names(encoders.keys()):
         try:
-            caches = open_caches(section, open_folder(section), state.modalities, dict(encoders.items()))
+            caches = open_caches(section, open_folder(section), state.modalities, dict(encoders))
         except StorageError as error:
             print(f"warning: {error} Training continues without the feature cache.", file=sys.stderr, flush=True)
     writer = FeatureWriter(caches)

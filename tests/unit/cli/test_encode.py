@@ -113,7 +113,9 @@ def test_refusals(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixtu
 
     assert "data.feature_cache.gib is 0" in said("data.feature_cache.gib=0", "data.feature_cache.folder=''")
     assert "--processes=0" in said("--processes=0")
-    assert "fewer than 64 pieces of 'image'" in said("data.feature_cache.gib=0.00001")
+    assert "fewer than 64 pieces of 'image'" in said(
+        "data.feature_cache.gib=0.00001", "data.feature_cache.modalities=[image]"
+    )
     assert "its encoder is trained" in said("model.modalities.image.encoder.freeze=false")
     assert "names 'thermal'" in said("data.feature_cache.modalities=[thermal]")
     (tmp_path / "file").write_text("")

@@ -22,7 +22,7 @@ module, *sys.argv[1:] = sys.argv[1:]
 atexit.register(lambda: print("FOUND" + json.dumps([name for name in {SLOW + ("numpy",)} if name in sys.modules])))
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
-VERBS = ("pretrain", "sft", "dpo", "launch", "generate", "evaluate", "prepare", "inspect", "plan", "doctor")
+VERBS = ("pretrain", "sft", "dpo", "launch", "generate", "evaluate", "prepare", "inspect", "plan", "encode", "doctor")
 TOOLS = ("export_hf", "import_hf", "verify", "reshard", "inspect")
 HELP = [
     ["megatron_anymal", "--help"],
@@ -60,6 +60,10 @@ REFUSED = {
     "plan --config-name=sft_70b --gpus=64 --gpu=h100": "h100-80gb",
     "plan --config-name=sft_70b --gpus=63 --gpu=h100-80gb": "--nodes-of",
     "plan --config-name=sft_70b --gpus=64 --gpu=h100-80gb --data=/none": "anymal prepare",
+    "encode --config-name=nothing": "nothing.yaml",
+    "encode --config-name=sft_8b": "data.feature_cache.gib",
+    "encode --config-name=sft_8b --processes=0": "--processes",
+    "encode --config-name=pretrain_8b_imu data.feature_cache.gib=1 model.modalities.imu.encoder.freeze=false": "trained",
     "plan --config-name=nothing --gpus=64 --gpu=h100-80gb": "nothing.yaml",
 }
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from engine import train
 from ranks import run_ranks
-from tiny import make_config, make_shards
+from tiny import make_config, make_conversations, make_shards
 
 from megatron_anymal.config import ConfigError, RunConfig
 
@@ -221,3 +221,46 @@ def spoiled(config: RunConfig) -> dict[str, Any]:
 
     ImageModality.decode_with_size = failing  # type: ignore[method-assign]
     return train(config)
+
+
+def depends_on_calls(config: RunConfig) -> dict[str, Any]:
+    """In a rank: train with an encoder whose features of a piece depend on the number of pieces in its call."""
+    from megatron_anymal.model.encoders.vision import CLIPEncoder
+
+    forward = CLIPEncoder.forward
+    CLIPEncoder.forward = lambda self, pieces: forward(self, pieces) * (1 + 1e-3 * len(pieces))  # type: ignore
+    return train(config)
+
+
+@pytest.mark.parametrize("pieces_per_call", [1, 64])
+def test_one_piece_per_call_is_the_same_with_every_encoder(
+    config: RunConfig, pieces_per_call: int, tmp_path: Path
+) -> None:
+    config.model.modalities["image"].encoder.max_pieces_per_call = pieces_per_call
+    [off] = run_ranks(1, depends_on_calls, config)
+    run_ranks(1, depends_on_calls, with_cache(config, tmp_path / "cache", tmp_path / "cold"))
+    [warm] = run_ranks(1, depends_on_calls, with_cache(config, tmp_path / "cache", tmp_path / "warm"))
+    if pieces_per_call == 1:
+        same(off, warm)
+    else:
+        assert off["losses"] != warm["losses"]
+
+
+def test_preference_training_takes_features(config: RunConfig, tokenizer_folder: str, tmp_path: Path) -> None:
+    """DPO continues an SFT run, both answers of a pair share their media, and the encoder never runs."""
+    kinds = ("image", "audio")
+    config.data.train["mix"].path = make_conversations(tmp_path / "turns", tokenizer_folder, 16, kinds)
+    config.job, config.model.lora.r, config.trainer.max_steps = "sft", 4, 2
+    config.exp_manager.checkpoint.every_n_train_steps = 2
+    run_ranks(1, train, with_cache(config, tmp_path / "cache", tmp_path / "sft"))
+    config.data.train["mix"].path = make_conversations(tmp_path / "pairs", tokenizer_folder, 16, kinds, pairs=True)
+    config.job, config.trainer.max_steps = "dpo", 6
+    config.model.restore_from_path = str(tmp_path / "sft")
+    for modality in config.model.modalities.values():
+        modality.projector.freeze = True
+    config.data.seq_length = 128
+    [off] = run_ranks(1, train, config)
+    [warm] = run_ranks(1, counting, with_cache(config, tmp_path / "cache", tmp_path / "dpo"))
+    same(off, warm)
+    # All of them were seen in two steps of eight samples.
+    assert warm["decoded"] == 0 and warm["encoded"] == 1
