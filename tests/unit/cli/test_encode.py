@@ -17,6 +17,7 @@ from tiny import make_config, make_shards
 
 from megatron_anymal.__main__ import main
 from megatron_anymal.config import RunConfig
+from megatron_anymal.train import feature_cache
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -123,10 +124,13 @@ def test_refusals(config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_a_limit_below_the_features_is_announced(
-    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = "data.feature_cache.modalities=[image]"
     # An image's features take 4 x 16 floats and a checksum; there are 27 images.
     entry = 4 * 16 * 4 + 4
     assert encode(tmp_path, f"data.feature_cache.gib={64.5 * entry / 2**30}", images) == 0
     assert "take up to" not in capsys.readouterr().err
+    monkeypatch.setattr(feature_cache, "_FEWEST_ENTRIES", 1)
+    assert encode(tmp_path, f"data.feature_cache.gib={26.5 * entry / 2**30}", images) == 0
+    assert "warning: the features take up to" in capsys.readouterr().err

@@ -63,7 +63,7 @@ REFUSED = {
     "encode --config-name=nothing": "nothing.yaml",
     "encode --config-name=sft_8b": "data.feature_cache.gib",
     "encode --config-name=sft_8b --processes=0": "--processes",
-    "encode --config-name=pretrain_8b_imu data.feature_cache.gib=1 model.modalities.imu.encoder.freeze=false": "trained",
+    "encode --config-name=pretrain_8b_image data.feature_cache.modalities=[image]": "gib=0",
     "plan --config-name=nothing --gpus=64 --gpu=h100-80gb": "nothing.yaml",
 }
 
