@@ -110,7 +110,8 @@ class PieceReader:
             bad: as for `read`.
 
         Returns:
-            The decoded pieces, as `read` returns them, and the features of the others.
+            The decoded pieces, [m, *piece_shape] float32 as `read` returns them, and the features of the others,
+            [h, feature tokens, width].
         """
         keys = [key for pieces in wanted for key in self._keys(pieces, parts_of)]
         rows = _new_batch((len(keys), *cache.shape), cache.dtype)

@@ -46,6 +46,9 @@ def encoder_identity(modality: Modality, encoder: Encoder) -> str:
 
     Args:
         encoder: with the weights that it will use, on its device.
+
+    Raises:
+        ConfigError: the encoder's preprocessor settings are not JSON.
     """
     section = modality.config.encoder
     described: dict[str, Any] = {

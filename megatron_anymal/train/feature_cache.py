@@ -140,16 +140,21 @@ class FeatureWriter:
 
     def __init__(self, caches: Mapping[str, FeatureCache]):
         self._caches = caches
-        self._thread = DaemonPool(1)
+        self._thread: Optional[DaemonPool] = None
         self._pending: deque[Future[None]] = deque()
         self._failed = False
         # This rank's pieces since the last `metrics`: those from the cache, and all.
         self._cached, self._pieces = 0, 0
 
     def store(self, name: str, keys: Sequence[Optional[PieceKey]], features: Tensor) -> None:
-        """Store the features of pieces; see AnyMALModel.store_features."""
+        """Store the features of pieces; see AnyMALModel.store_features.
+
+        Args:
+            features: [n, feature tokens, width], on any device.
+        """
         if self._failed or name not in self._caches:
             return
+        self._thread = self._thread or DaemonPool(1)
         while len(self._pending) >= _PENDING:
             self._pending.popleft().result()
         copy, wait = _to_host(features)
