@@ -67,7 +67,7 @@ def test_digest_covers_content_and_how_it_is_read() -> None:
     part = MediaPart("walk.npy", "imu", {"rate": 50})
     media = MediaBytes(part, b"content", "npy")
     others = [
-        dataclasses.replace(media, data=b"Content"),
+        dataclasses.replace(media, data=b"contents"),
         dataclasses.replace(media, extension="csv"),
         dataclasses.replace(media, part=dataclasses.replace(part, attributes={"rate": 100})),
     ]

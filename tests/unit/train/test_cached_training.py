@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +265,23 @@ def test_preference_training_takes_features(config: RunConfig, tokenizer_folder:
     same(off, warm)
     # All of them were seen in two steps of eight samples.
     assert warm["decoded"] == 0 and warm["encoded"] == 1
+
+
+def slowly(config: RunConfig) -> dict[str, Any]:
+    """In a rank: train with a disk that falls behind."""
+    from megatron_anymal.data.feature_cache import FeatureCache
+
+    add = FeatureCache.add
+
+    def adding(*arguments: Any) -> None:
+        time.sleep(0.1)
+        add(*arguments)
+
+    FeatureCache.add = adding  # type: ignore[method-assign]
+    return train(config)
+
+
+def test_a_run_ends_when_everything_is_stored(config: RunConfig, tmp_path: Path) -> None:
+    run_ranks(1, slowly, with_cache(config, tmp_path / "cache", tmp_path / "cold"))
+    [warm] = run_ranks(1, counting, with_cache(config, tmp_path / "cache", tmp_path / "warm"))
+    assert warm["encoded"] == 1
