@@ -274,7 +274,7 @@ def slowly(config: RunConfig) -> dict[str, Any]:
     add = FeatureCache.add
 
     def adding(*arguments: Any) -> None:
-        time.sleep(0.1)
+        time.sleep(0.4)
         add(*arguments)
 
     FeatureCache.add = adding  # type: ignore[method-assign]
@@ -282,6 +282,8 @@ def slowly(config: RunConfig) -> dict[str, Any]:
 
 
 def test_a_run_ends_when_everything_is_stored(config: RunConfig, tmp_path: Path) -> None:
+    # One epoch, so that the last features are new.
+    config.trainer.max_steps = 2
     run_ranks(1, slowly, with_cache(config, tmp_path / "cache", tmp_path / "cold"))
     [warm] = run_ranks(1, counting, with_cache(config, tmp_path / "cache", tmp_path / "warm"))
     assert warm["encoded"] == 1
