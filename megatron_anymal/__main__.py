@@ -31,6 +31,7 @@ VERBS = {
     "synthesize": ("cli.synthesize:main", "turn captions and boxes into conversations, by a served language model"),
     "inspect": ("cli.inspect:main", "check shards; show samples as the model sees them"),
     "plan": ("cli.plan:main", "predict, before a run: layout, time, memory; plan goodput: failures, save interval"),
+    "encode": ("cli.encode:main", "fill the feature cache of a run before it trains: --config-name=NAME"),
     "doctor": ("cli.doctor:main", "show what is installed, what is missing and how to fix it"),
 }
 

@@ -53,6 +53,7 @@ HARMLESS = (
     "data.num_workers",
     "data.prefetch_steps",
     "data.storage.*",
+    "data.feature_cache.*",
     "data.worker_memory_limit_gib",
 )
 # Keys of a Llama's configuration that do not describe the model.

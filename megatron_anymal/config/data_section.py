@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -97,6 +98,23 @@ class StorageConfig:
 
 
 @dataclass
+class FeatureCacheConfig:
+    """Cache of frozen encoders' features on a local disk: media in it are neither decoded nor encoded again."""
+
+    gib: float = 0.0
+    """Largest size of the features, in GiB (2**30 bytes); the least recently used ones are removed. 0: no cache."""
+    folder: str = ""
+    """Folder on a local disk, shared by all processes of a node and by all runs that name it. Empty:
+    anymal-features-UID in the system's folder for temporary files."""
+    modalities: list[str] = field(default_factory=list)
+    """Modalities whose features are cached; their encoders must be frozen. Empty: all modalities."""
+
+    def names(self, known: Iterable[str]) -> list[str]:
+        """Cached modalities among all those of the model; none without a cache."""
+        return [name for name in known if self.gib > 0 and (not self.modalities or name in self.modalities)]
+
+
+@dataclass
 class DataConfig:
     """Datasets, tokenizer, packing and loading."""
 
@@ -123,6 +141,8 @@ class DataConfig:
     """Largest accepted inputs."""
     storage: StorageConfig = field(default_factory=StorageConfig)
     """Reading of datasets on object storage."""
+    feature_cache: FeatureCacheConfig = field(default_factory=FeatureCacheConfig)
+    """Cache of frozen encoders' features."""
 
     @property
     def remote_paths(self) -> list[str]:

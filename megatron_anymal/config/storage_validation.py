@@ -1,8 +1,17 @@
-"""Validation of data.storage and of the addresses of datasets."""
+"""Validation of data.storage, of data.feature_cache and of the addresses of datasets."""
 
 from __future__ import annotations
 
-from megatron_anymal.config.data_section import DataConfig, StorageConfig, is_remote, shows_credentials
+from collections.abc import Mapping
+
+from megatron_anymal.config.data_section import (
+    DataConfig,
+    FeatureCacheConfig,
+    StorageConfig,
+    is_remote,
+    shows_credentials,
+)
+from megatron_anymal.config.model_section import ModalityConfig
 from megatron_anymal.config.schema import ConfigError, ResilienceConfig
 
 # A cache with room for fewer blocks would lose most of them before their second use.
@@ -52,3 +61,32 @@ def _check_cache(storage: StorageConfig) -> None:
             f"data.storage.cache_gib={storage.cache_gib} holds fewer than {_FEWEST_BLOCKS} blocks of "
             f"data.storage.cache_block_kib={storage.cache_block_kib}. Raise it, or set it to 0."
         )
+
+
+def check_feature_cache(cache: FeatureCacheConfig, modalities: Mapping[str, ModalityConfig]) -> None:
+    """Reject a cache of encoders that are trained, and settings of data.feature_cache that have no effect.
+
+    Raises:
+        ConfigError: the message names the key and the fix.
+    """
+    section = "data.feature_cache"
+    if not cache.gib:
+        if cache != FeatureCacheConfig():
+            raise ConfigError(f"{section} has no effect with {section}.gib=0. Set that, or remove the section.")
+        return
+    if is_remote(cache.folder):
+        raise ConfigError(f"{section}.folder must be a folder on a local disk, not an address. Correct it.")
+    for name in cache.modalities:
+        if name not in modalities:
+            raise ConfigError(
+                f"{section}.modalities names {name!r}, which is not in model.modalities ({', '.join(modalities)}). "
+                "Correct it."
+            )
+    for name in cache.names(modalities):
+        if not modalities[name].encoder.freeze:
+            raise ConfigError(
+                f"{section} cannot cache features of {name!r}: its encoder is trained. Set "
+                f"model.modalities.{name}.encoder.freeze=true, or list only the others in {section}.modalities."
+            )
+    if not modalities:
+        raise ConfigError(f"{section}.gib={cache.gib} has no effect without model.modalities. Remove it.")

@@ -12,7 +12,7 @@ from megatron_anymal.config.layout_validation import check_layout
 from megatron_anymal.config.model_section import ModalityConfig
 from megatron_anymal.config.model_validation import check_model
 from megatron_anymal.config.schema import CheckpointConfig, ConfigError, ExpManagerConfig, RunConfig
-from megatron_anymal.config.storage_validation import check_storage
+from megatron_anymal.config.storage_validation import check_feature_cache, check_storage
 
 # The global order is built in blocks with at least two slots per data set: a smaller share would make them huge.
 SMALLEST_SHARE = 1e-5
@@ -91,6 +91,7 @@ AT_LEAST = {
     "data.storage.gap_kib": 0,
     "data.storage.cache_gib": 0,
     "data.storage.cache_block_kib": 4,
+    "data.feature_cache.gib": 0,
     "resilience.hang_timeout": 0,
     "resilience.startup_timeout": 1,
     "resilience.checkpoint_timeout": 1,
@@ -120,6 +121,7 @@ def check(config: RunConfig) -> None:
     check_model(config.job, config.model)
     _check_data(config.data, config.model.modalities)
     check_storage(config.data, config.resilience)
+    check_feature_cache(config.data.feature_cache, config.model.modalities)
     _check_resilience(config)
 
 

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.content_parts import name_modalities
 from megatron_anymal.data.context_parallel import held_tokens, padded
+from megatron_anymal.data.feature_cache import FeatureCache
 from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, start_worker, worker_died
-from megatron_anymal.data.media_pieces import PieceReader, PlannedItem
+from megatron_anymal.data.media_pieces import PieceReader, PlannedItem, pieces_in
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
 from megatron_anymal.data.plan_queue import PlanSampler
 from megatron_anymal.data.planner import BatchPlanner
@@ -62,6 +63,11 @@ class MicroBatchReader(Dataset[MicroBatch]):
         self._remote = any(index.remote for index in planner.indexes)
         # Byte ranges of micro-batches that were requested from object storage, by dataset.
         self._requested: dict[PlannedMicroBatch, dict[int, list[ByteRange]]] = {}
+        self._caches: Mapping[str, FeatureCache] = {}
+
+    def use_caches(self, caches: Mapping[str, FeatureCache]) -> None:
+        """Read features from caches, by the modality's name, instead of media. To be called before `steps`."""
+        self._caches = caches
 
     def request(self, plan: PlannedMicroBatch) -> None:
         """Start to read a micro-batch's bytes from object storage, unless that has happened. They stay in memory until
@@ -199,11 +205,18 @@ class MicroBatchReader(Dataset[MicroBatch]):
                 continue
             needs = self._needs
             shares, mine = self._share(sum(item.pieces for item in items))
+            wanted, features = list(pieces_in(items, mine)), None
+            if name in self._caches:
+                cache = self._caches[name]
+                pieces, features = self._pieces.read_cached(entry.modality, cache, wanted, parts_of, micro_batch.bad)
+            else:
+                pieces = self._pieces.read(entry.modality, wanted, parts_of, micro_batch.bad)
             micro_batch.media[name] = MediaBatch(
-                pieces=self._pieces.read(entry.modality, items, mine, parts_of, micro_batch.bad),
+                pieces=pieces,
                 shares=tuple(shares[i : i + needs.tensor_size] for i in range(0, len(shares), needs.tensor_size)),
                 token_index=torch.nonzero(micro_batch.tokens[0] == entry.placeholder).flatten(),
                 soft_index=_shared_soft_tokens(micro_batch.plan, name, entry.soft_tokens_per_piece),
+                features=features,
             )
 
     def _share(self, pieces: int) -> tuple[tuple[int, ...], slice]:

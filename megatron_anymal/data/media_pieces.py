@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from megatron_anymal.data.feature_cache import FeatureCache, PieceKey, item_digest
+from megatron_anymal.data.micro_batch import CachedFeatures
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError, Part, PlannedSample
+from megatron_anymal.data.shard_index import MediaBytes
 from megatron_anymal.modalities.base import MediaError, Modality
 
 
@@ -28,8 +32,33 @@ class PlannedItem:
     pieces: int
 
 
+@dataclass(frozen=True)
+class WantedPieces:
+    """Some pieces of a media item."""
+
+    # The item.
+    item: PlannedItem
+    # Numbers of the pieces, ascending.
+    numbers: Sequence[int]
+
+    @property
+    def whole(self) -> bool:
+        """Whether these are all pieces of the item."""
+        return len(self.numbers) == self.item.pieces
+
+
+def pieces_in(items: Sequence[PlannedItem], mine: slice) -> Iterator[WantedPieces]:
+    """The pieces in a range that is counted over the concatenated pieces of all items, by item."""
+    stop = 0
+    for item in items:
+        start, stop = stop, stop + item.pieces
+        numbers = range(max(mine.start, start) - start, min(mine.stop, stop) - start)
+        if numbers:
+            yield WantedPieces(item, numbers)
+
+
 class PieceReader:
-    """Decodes media items directly into the tensor of their micro-batch."""
+    """Decodes media items directly into the tensor of their micro-batch, or reads their features from a cache."""
 
     def __init__(self, planner: BatchPlanner):
         self._planner = planner
@@ -37,64 +66,114 @@ class PieceReader:
     def read(
         self,
         modality: Modality,
-        items: Sequence[PlannedItem],
-        mine: slice,
+        wanted: Sequence[WantedPieces],
         parts_of: Mapping[int, Sequence[Part]],
         bad: dict[int, str],
     ) -> Tensor:
-        """Read a rank's share of the pieces.
+        """Decode pieces.
 
         Args:
-            mine: range of pieces to return, counted over the concatenated pieces of all items. Items without pieces in
-                this range are not read.
             parts_of: position of a sample in the global batch -> its parts; samples that are missing are not read.
             bad: position of a sample -> why it could not be read; receives the samples that cannot be read here.
 
         Returns:
             [pieces, *piece_shape] float32; zeros for items that cannot be read.
         """
-        batch = _new_batch((mine.stop - mine.start, *modality.piece_shape))
+        batch = _new_batch((sum(len(pieces.numbers) for pieces in wanted), *modality.piece_shape), torch.float32)
         rows, stop = batch.numpy(), 0
-        for item in items:
-            start, stop = stop, stop + item.pieces
-            wanted = slice(max(mine.start, start) - start, min(mine.stop, stop) - start)
-            if wanted.start >= wanted.stop:
-                continue
-            first = start + wanted.start - mine.start
-            out = rows[first : first + wanted.stop - wanted.start]
-            position = item.sample.position
-            if position not in parts_of:
+        for pieces in wanted:
+            start, stop = stop, stop + len(pieces.numbers)
+            out, sample = rows[start:stop], pieces.item.sample
+            if sample.position not in parts_of:
                 out[...] = 0
                 continue
             try:
-                self._load(modality, item, parts_of[position], wanted, out)
+                self._load(modality, pieces, parts_of[sample.position], out)
             except (DataError, MediaError) as error:
                 # Some of its pieces may have been written.
                 out[...] = 0
-                bad[position] = f"{self._planner.key(item.sample.dataset, item.sample.sample)}: {error}"
+                bad[sample.position] = f"{self._planner.key(sample.dataset, sample.sample)}: {error}"
         return batch
 
-    def _load(
-        self, modality: Modality, item: PlannedItem, parts: Sequence[Part], wanted: slice, out: np.ndarray
-    ) -> None:
-        """Write the pieces `wanted` of an item to `out`."""
+    def read_cached(
+        self,
+        modality: Modality,
+        cache: FeatureCache,
+        wanted: Sequence[WantedPieces],
+        parts_of: Mapping[int, Sequence[Part]],
+        bad: dict[int, str],
+    ) -> tuple[Tensor, CachedFeatures]:
+        """Read features from a cache, and decode only the pieces that are not in it.
+
+        Args:
+            parts_of: as for `read`.
+            bad: as for `read`.
+
+        Returns:
+            The decoded pieces, [m, *piece_shape] float32 as `read` returns them, and the features of the others,
+            [h, feature tokens, width].
+        """
+        keys = [key for pieces in wanted for key in self._keys(pieces, parts_of)]
+        rows = _new_batch((len(keys), *cache.shape), cache.dtype)
+        known: list[int] = []
+        for number, key in enumerate(keys):
+            if key is not None and cache.read(key, rows[len(known)]):
+                known.append(number)
+        missing = sorted(set(range(len(keys))) - set(known))
+        batch = self.read(modality, _remaining(wanted, missing), parts_of, bad)
+        owners = [pieces.item.sample.position for pieces in wanted for _ in pieces.numbers]
+        # Zeros stand for what could not be read.
+        good = [keys[n] if owners[n] not in bad else None for n in missing]
+        known_at, missing_at = (torch.tensor(at, dtype=torch.int64) for at in (known, missing))
+        return batch, CachedFeatures(rows[: len(known)], known_at, missing_at, tuple(good))
+
+    def _keys(self, pieces: WantedPieces, parts_of: Mapping[int, Sequence[Part]]) -> list[Optional[PieceKey]]:
+        """Keys of an item's pieces; None if it cannot be read, which `read` will report."""
+        item = pieces.item
+        parts = parts_of.get(item.sample.position)
+        try:
+            digest = "" if parts is None else item_digest(self._media(item, parts))
+        except DataError:
+            digest = ""
+        return [PieceKey(digest, item.pieces, number) if digest else None for number in pieces.numbers]
+
+    def _media(self, item: PlannedItem, parts: Sequence[Part]) -> MediaBytes:
         index = self._planner.indexes[item.sample.dataset]
         [media] = index.read_media(item.sample.sample, parts, [item.number])
-        whole = len(out) == item.pieces
-        pieces = out if whole else np.empty((item.pieces, *modality.piece_shape), dtype=np.float32)
+        return media
+
+    def _load(self, modality: Modality, wanted: WantedPieces, parts: Sequence[Part], out: np.ndarray) -> None:
+        """Write pieces of an item to `out`."""
+        media = self._media(wanted.item, parts)
+        whole = wanted.whole
+        pieces = out if whole else np.empty((wanted.item.pieces, *modality.piece_shape), dtype=np.float32)
         try:
             modality.load_array(media.data, media.extension, media.part.attributes, pieces)
         except MediaError as error:
             raise MediaError(f"media {media.part.media!r} {error}") from None
         if not whole:
-            out[...] = pieces[wanted]
+            out[...] = pieces[list(wanted.numbers)]
 
 
-def _new_batch(shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised float32 tensor; in a loader process in shared memory, so that handing it over copies nothing."""
-    if get_worker_info() is None or not math.prod(shape):
+def _remaining(wanted: Sequence[WantedPieces], missing: Sequence[int]) -> list[WantedPieces]:
+    """The pieces at some positions, counted over the concatenated pieces, by item."""
+    left, remaining, stop = set(missing), [], 0
+    for pieces in wanted:
+        start, stop = stop, stop + len(pieces.numbers)
+        numbers = [number for position, number in zip(range(start, stop), pieces.numbers) if position in left]
+        if numbers:
+            remaining.append(WantedPieces(pieces.item, numbers))
+    return remaining
+
+
+def _new_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor; in a loader process in shared memory, so that handing it over copies nothing."""
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.empty(shape, dtype=dtype)
+    if get_worker_info() is None:
         # Unlike torch, numpy asks for huge pages, which take a third of the time to be touched first.
-        return torch.from_numpy(np.empty(shape, dtype=np.float32))
+        return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(dtype).view(shape)
     # As torch's own collation of samples does.
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * torch.float32.itemsize)
-    return torch.empty(0).set_(storage).view(shape)
+    storage = torch.UntypedStorage._new_shared(size)
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)

@@ -10,14 +10,41 @@ from typing import Any, Optional, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_anymal.data.feature_cache import PieceKey
 from megatron_anymal.data.records import PlannedMicroBatch
+
+
+@dataclass
+class CachedFeatures:
+    """Features of pieces that need no encoding, and where those of the others are stored."""
+
+    # [h, feature tokens, width]: features from the cache, in the encoder's dtype.
+    rows: Tensor
+    # [h] int64: their positions among this rank's pieces.
+    index: Tensor
+    # [m] int64: positions of the pieces to encode among this rank's pieces.
+    missing: Tensor
+    # Keys under which the features of the pieces to encode are to be stored, [m]; None for a piece of zeros.
+    keys: tuple[Optional[PieceKey], ...]
+
+    def with_encoded(self, encoded: Tensor) -> Tensor:
+        """The features of all pieces in order, [h + m, feature tokens, width].
+
+        Args:
+            encoded: [m, feature tokens, width], of the dtype and device of `rows`.
+        """
+        if not len(self.rows) or not len(encoded):
+            return encoded if len(encoded) else self.rows
+        whole = encoded.new_empty(len(self.index) + len(self.missing), *encoded.shape[1:])
+        whole[self.index], whole[self.missing] = self.rows, encoded
+        return whole
 
 
 @dataclass
 class MediaBatch:
     """The media of one modality in a micro-batch that this rank encodes."""
 
-    # [pieces, *piece_shape], float32: this rank's share of the pieces.
+    # [pieces, *piece_shape], float32: this rank's share of the pieces, without those whose features are cached.
     pieces: Tensor
     # Number of pieces that each rank encodes, by context-parallel and tensor-parallel rank; the ranks hold consecutive
     # ranges. A single entry means that the ranks do not share the encoding.
@@ -27,6 +54,13 @@ class MediaBatch:
     # [k]: index of the soft token for each position, among all soft tokens of the micro-batch in the order of the
     # pieces; None: all of them in order. Both documents of a preference pair refer to the same soft tokens.
     soft_index: Optional[Tensor] = None
+    # Without a cache None.
+    features: Optional[CachedFeatures] = None
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MediaBatch:
+        """Apply `change` to every tensor."""
+        features = None if self.features is None else _with_tensors(self.features, change)
+        return dataclasses.replace(_with_tensors(self, change), features=features)
 
 
 @dataclass
@@ -57,7 +91,7 @@ class MicroBatch:
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         """Apply `change` to every tensor, including those of the media."""
-        media = {name: _with_tensors(batch, change) for name, batch in self.media.items()}
+        media = {name: batch.with_tensors(change) for name, batch in self.media.items()}
         return dataclasses.replace(_with_tensors(self, change), media=media)
 
     def pin_memory(self) -> MicroBatch:
@@ -81,7 +115,7 @@ class MicroBatch:
         )
 
 
-_Record = TypeVar("_Record", MediaBatch, MicroBatch)
+_Record = TypeVar("_Record", CachedFeatures, MediaBatch, MicroBatch)
 
 
 def _with_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Record:

@@ -6,7 +6,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from megatron_anymal.config import NeftuneConfig
 from megatron_anymal.data.context_parallel import held_tokens, token_lengths
+from megatron_anymal.data.feature_cache import PieceKey
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.model.attention import DocumentPack, document_pack
 from megatron_anymal.model.embedding_merge import merge
@@ -29,6 +30,13 @@ from megatron_anymal.model.key_value_cache import KeyValueCache
 from megatron_anymal.model.lm_head import all_logits, label_losses, logits_of
 from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.neftune import neftune_noise
+
+# Takes a modality's name, the keys of pieces [n], and their features [n, F, w].
+StoreFeatures = Callable[[str, Sequence[Optional[PieceKey]], Tensor], None]
+
+
+def _store_nowhere(name: str, keys: Sequence[Optional[PieceKey]], features: Tensor) -> None:
+    """Without a cache."""
 
 
 class AnyMALModel(MegatronModule):
@@ -60,6 +68,8 @@ class AnyMALModel(MegatronModule):
         self.lora_dropout: Optional[LoraDropout] = None
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        # Called with the features of pieces that a cache lacks.
+        self.store_features: StoreFeatures = _store_nowhere
         # Required by megatron-core's schedules.
         self.model_type = ModelType.encoder_or_decoder
         self._pieces_per_call = pieces_per_call
@@ -234,22 +244,29 @@ class AnyMALModel(MegatronModule):
         )
 
     def _encode(self, name: str, media: Optional[MediaBatch], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Encode this rank's share of the pieces, in calls of bounded size.
+        """Encode those of this rank's pieces whose features are not cached, in calls of bounded size.
 
         Returns:
             Features [at least 1, F, w] (of a dummy piece of zeros if there are none), and those of real pieces
             [n, F, w].
         """
         encoder: Any = self.encoders[name]
+        cached = media.features if media else None
         frozen = not any(p.requires_grad for p in encoder.parameters())
         count = len(media.pieces) if media else 0
+        if not count and cached is not None and len(cached.rows):
+            return cached.rows, cached.rows
         if not count and frozen:
             encoded = torch.zeros(1, encoder.feature_tokens, encoder.width, dtype=encoder.dtype, device=device)
             return encoded, encoded[:0]
         pieces = media.pieces if media and count else torch.zeros(1, *encoder.piece_shape, device=device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             encoded = torch.cat([encoder(chunk) for chunk in pieces.split(self._pieces_per_call[name])])
-        return encoded, encoded[:count]
+        if cached is None:
+            return encoded, encoded[:count]
+        self.store_features(name, cached.keys, encoded)
+        features = cached.with_encoded(encoded)
+        return features, features
 
     def _packing(self, micro_batch: MicroBatch, cache: Optional[KeyValueCache] = None) -> DocumentPack:
         lengths, device = micro_batch.document_lengths, micro_batch.tokens.device

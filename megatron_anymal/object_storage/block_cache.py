@@ -77,7 +77,9 @@ class BlockCache:
             try:
                 complete = os.fstat(descriptor).st_size == after - first
                 data = os.pread(descriptor, stop - start, start - first) if complete else b""
-                os.utime(descriptor)
+                # Not possible in another user's cache.
+                with suppress(PermissionError):
+                    os.utime(descriptor)
             finally:
                 os.close(descriptor)
         # Most often: the block is not there. A disk that fails must not end a run that can do without it.
@@ -92,6 +94,15 @@ class BlockCache:
 
     def put(self, entry: CachedObject, number: int, data: bytes) -> None:
         """Add a block. A full disk, or a block larger than the cache, leaves it out."""
+        with suppress(OSError):
+            self.add(entry, number, data)
+
+    def add(self, entry: CachedObject, number: int, data: bytes) -> None:
+        """Add a block, unless it is larger than the cache.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written.
+        """
         if len(data) > self._limit:
             return
         partial = self._folder / "partial" / f"{entry.folder.name}-{number}-{os.getpid()}-{time.monotonic_ns()}"
@@ -110,6 +121,11 @@ class BlockCache:
         except OSError:
             with suppress(OSError):
                 partial.unlink()
+            raise
+
+    def holds(self, entry: CachedObject, number: int) -> bool:
+        """Whether a block is in the cache. This is not a use of it."""
+        return (entry.folder / str(number)).exists()
 
     def drop(self, entry: CachedObject, numbers: Iterable[int]) -> None:
         """Remove blocks. Their size is no longer counted after the next eviction."""

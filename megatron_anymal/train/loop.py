@@ -30,6 +30,7 @@ from megatron_anymal.telemetry import MetricsLogger, RunLog, describe
 from megatron_anymal.train import restore
 from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.encoder_costs import agree_on_costs
+from megatron_anymal.train.feature_cache import use_feature_cache
 from megatron_anymal.train.memory_metrics import memory_metrics
 from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.pass_times import pass_metrics
@@ -142,6 +143,7 @@ class Trainer:
                 raise
             raise worker from error
         self.copies.close()
+        self.features.finish()
         heartbeat.beat(Phase.CHECKPOINT)
         self.writer.finish()
         self._check_base()
@@ -165,6 +167,7 @@ class Trainer:
             fault_injection.inject("data", self.under_way)
             plan, micro_batches = next(batches)
             waited = time.monotonic() - begun
+            self.features.count(micro_batches)
             result = train_step(self.state, plan, micro_batches)
             took = time.monotonic() - begun
             self.window.add(took, waited, result)
@@ -212,6 +215,8 @@ class Trainer:
             self._record("resume", f"from {source}, at step {self.state.step}", source=source)
         for kept in (self.log, self.skipped_samples, self.skipped_steps):
             kept.rewind(self.state.step)
+        # After the encoders' weights were restored.
+        self.features = use_feature_cache(self.state)
 
     def _introduce(self) -> None:
         """Log the layout, precision and kernels, which also reveals what a machine lacks."""
@@ -270,6 +275,7 @@ class Trainer:
     def _log_step(self) -> None:
         steps, metrics = self.window.take()
         metrics["skipped_samples"] = float(self.skipped_samples.count)
+        metrics.update(self.features.metrics())
         metrics.update(memory_metrics(self.loader_memory, self.state.layout.device))
         metrics.update(pass_metrics(self.state.pass_times, steps, metrics, self.state.layout))
         metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)

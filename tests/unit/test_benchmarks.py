@@ -228,3 +228,13 @@ def test_plan_ranking(tmp_path: Path) -> None:
     assert costs.keys() == {"1", "2", "4"} and costs["1"]["collective"] == 0
     assert all(costs[processes]["collective"] > 0 for processes in "24")
     assert str(tmp_path) not in out.read_text()
+
+
+def test_feature_cache(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    sizes = ("--layers=1", "--encoder-layers=1", "--width=64", "--rounds=2", "--entries=20")
+    printed = run("benchmarks/feature_cache.py", *sizes, "--out", str(out), tests=True)
+    found = json.loads(out.read_text())
+    assert 0 < found["encoder_share"] < 1 and found["reading"]["entries"] == 20
+    assert f"{found['speedup']['median']:.2f} x (bar 1.35)" in printed
+    assert set(found["rounds"]) == {"off", "warm"} and all(len(turns) == 2 for turns in found["rounds"].values())

@@ -116,6 +116,7 @@ WHOLE_RUN = {
     "megatron_anymal.train.build.build": "builds a run",
     "megatron_anymal.train.build.build_data": "reads the data, the model, the job and the number of replicas",
     "megatron_anymal.train.build.TrainState": "a run in memory",
+    "megatron_anymal.train.encode_ahead": "encodes a run's data in several processes",
     "megatron_anymal.dry_run.simulate.examine": "builds a run without its weights",
     "megatron_anymal.dry_run.simulate.DryRun": "a run that was examined",
     "megatron_anymal.dry_run.report.print_dry_run": "examines a run",

@@ -44,6 +44,11 @@ class Encoder(nn.Module):
         tensors = itertools.chain(self.parameters(), self.buffers())
         return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights (or, without weights, of the buffers)."""
+        return next(itertools.chain(self.parameters(), self.buffers())).device
+
     @abstractmethod
     def forward(self, pieces: Tensor) -> Tensor:
         """[n, *piece_shape] of any floating dtype to [n, feature_tokens, width] in the weights' dtype."""

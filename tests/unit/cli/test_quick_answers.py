@@ -34,6 +34,7 @@ VERBS = (
     "prepare",
     "inspect",
     "plan",
+    "encode",
     "doctor",
 )
 TOOLS = ("export_hf", "import_hf", "verify", "reshard", "inspect")
@@ -85,6 +86,10 @@ REFUSED = {
     "plan --config-name=sft_70b --gpus=64 --gpu=h100": "h100-80gb",
     "plan --config-name=sft_70b --gpus=63 --gpu=h100-80gb": "--nodes-of",
     "plan --config-name=sft_70b --gpus=64 --gpu=h100-80gb --data=/none": "anymal prepare",
+    "encode --config-name=nothing": "nothing.yaml",
+    "encode --config-name=sft_8b": "data.feature_cache.gib",
+    "encode --config-name=sft_8b --processes=0": "--processes",
+    "encode --config-name=pretrain_8b_image data.feature_cache.modalities=[image]": "gib=0",
     "plan --config-name=nothing --gpus=64 --gpu=h100-80gb": "nothing.yaml",
 }
 

@@ -28,11 +28,11 @@ def data(tmp_path: Path, tokenizer_folder: str) -> DataSource:
 
 
 def test_only_loader_processes_use_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not media_pieces._new_batch((2, 3)).is_shared()
+    assert not media_pieces._new_batch((2, 3), torch.float32).is_shared()
     monkeypatch.setattr(media_pieces, "get_worker_info", lambda: object())
-    batch = media_pieces._new_batch((2, 3))
+    batch = media_pieces._new_batch((2, 3), torch.float32)
     assert batch.is_shared() and batch.shape == (2, 3) and batch.dtype == torch.float32 and batch.is_contiguous()
-    assert media_pieces._new_batch((0, 3)).shape == (0, 3)
+    assert media_pieces._new_batch((0, 3), torch.float32).shape == (0, 3)
 
 
 def test_workers_and_this_process_read_the_same(data: DataSource) -> None:
@@ -72,8 +72,9 @@ def test_a_rank_reads_its_part_of_an_item(data: DataSource) -> None:
         ]
         parts = {s.position: data.planner.indexes[s.dataset].sample(s.sample).documents[0] for s in plan.samples}
         count, reader = sum(item.pieces for item in items), media_pieces.PieceReader(data.planner)
-        whole = reader.read(modality, items, slice(0, count), parts, {})
+        whole = reader.read(modality, list(media_pieces.pieces_in(items, slice(0, count))), parts, {})
         assert max(item.pieces for item in items) > 3
         for number in range(count):
-            part = reader.read(modality, items, slice(number, number + 1), parts, {})
+            wanted = list(media_pieces.pieces_in(items, slice(number, number + 1)))
+            part = reader.read(modality, wanted, parts, {})
             assert torch.equal(part, whole[number : number + 1])
