@@ -129,9 +129,7 @@ def _run(config: RunConfig, partial: bool, count: int, before: Callable[[], None
     if start is None or end is None:
         return None
     trace = Trace(losses, [g for g in gradients if g is not None], {name: end[name].numpy() for name in names})
-    return EngineRun(
-        trace, {name: value.numpy() for name, value in start.items()}, frozenset(names), tuple(measures)
-    )
+    return EngineRun(trace, {name: value.numpy() for name, value in start.items()}, frozenset(names), tuple(measures))
 
 
 def _train_a_part() -> None:
