@@ -148,5 +148,6 @@ def _tokens(view: RunView, shown: ShownPack, sample: ShownSample, own: str) -> s
     for number, span in enumerate(sample.documents):
         branch = _branch(sample.planned, number)
         title = f"<p><b>{branch}</b></p>" if branch else ""
-        written.append(f"{title}{tokens.document(view, shown, sample, span, own)}")
+        first = sample.planned.shared if number else 0
+        written.append(f"{title}{tokens.document(view, shown, sample, span, own, first)}")
     return "".join(written)
