@@ -219,3 +219,17 @@ def test_plan_accuracy(tmp_path: Path) -> None:
         assert measured[2][key] < measured[0][key] < measured[1][key]
     assert found["measured"]["rank_correlation"] == 1.0
     assert str(tmp_path) not in out.read_text()
+
+
+def test_a_shared_prompt_gives_the_same_first_step_in_fewer_tokens(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    own = {"pairs": 4, "prompt-tokens": 80, "answer-tokens": 6, "warm-up": 1, "rounds": 2}
+    model = {name: SIZES[name] for name in ("hidden", "layers", "heads", "key-value-heads", "ffn", "vocabulary")}
+    sizes = [word for name, size in (model | own).items() for word in (f"--{name}", str(size))]
+    printed = run("benchmarks/shared_prompt.py", "--out", str(out), *sizes)
+    found = json.loads(out.read_text())
+    assert "the bar of 1.5" in printed and "pairs per CPU second" in printed
+    assert found["tokens"] == {"whole": 4 * 2 * (80 + 6), "shared": 4 * (80 + 2 * 6 + 1)}
+    for value in ("loss", "grad_norm"):
+        whole, shared = (found["first_step"][side][value] for side in ("whole", "shared"))
+        assert shared == pytest.approx(whole, rel=1e-6)
