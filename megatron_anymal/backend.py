@@ -153,6 +153,11 @@ def check_backend(model: ModelConfig, precision: str) -> None:
         )
     if model.fp8:
         _check_fp8(model, precision, found)
+    if model.dpo.share_prompt == "always" and transformer_impl(model) == "transformer_engine":
+        raise ConfigError(
+            "model.dpo.share_prompt=always: Transformer Engine's attention cannot give one prompt to two answers. Set "
+            "model.transformer_impl=local, or model.dpo.share_prompt=auto."
+        )
     _check_attention(model, precision, found)
     interleaved = model.virtual_pipeline_model_parallel_size > 1
     if interleaved and not model.overlap_p2p_comm and collectives_backend() == "gloo":

@@ -127,8 +127,8 @@ def _config_lines(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[
 
 
 def _is_harmless(key: str, current: Mapping[str, Any]) -> bool:
-    if key == "data.seq_length":
-        # With "refuse" it only sets the length of packs; otherwise it also decides which samples are dropped.
+    if key in ("data.seq_length", "model.dpo.share_prompt"):
+        # With "refuse" they only shape the packs; otherwise they also decide which samples are dropped.
         return bool(current["data"]["too_long"] == "refuse")
     if key == "model.optim.sched.decay_steps":
         # Checked by _schedule.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from megatron_anymal.data.lint import (
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import DataError, MediaPart, Part
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
+from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.lean_imports import hide_torch
 from megatron_anymal.modalities import MODALITIES, MediaError, build_modality, load_plugins
@@ -297,7 +299,7 @@ def planner_of(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPl
         datasets,
         run.modalities,
         tokenizer,
-        BatchLayout.of(config.model, config.data.seq_length, config.data_parallel_size),
+        _batch_layout(config),
         global_batch_size=config.model.global_batch_size,
         seed=config.model.seed,
         # Counted here, not rejected.
@@ -306,6 +308,13 @@ def planner_of(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPl
         storage=config.data.storage,
         limits=config.data.limits,
     )
+
+
+def _batch_layout(config: RunConfig) -> BatchLayout:
+    """What affects packing, if the run uses Transformer Engine wherever it is installed. Imports no torch."""
+    engine = config.model.transformer_impl != "local" and importlib.util.find_spec("transformer_engine")
+    shared = shares_prompts(config.job, config.model, "transformer_engine" if engine else "sdpa")
+    return BatchLayout.of(config.model, config.data.seq_length, config.data_parallel_size, shared_prompts=shared)
 
 
 def _lengths(planner: BatchPlanner) -> np.ndarray:

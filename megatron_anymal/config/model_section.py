@@ -122,6 +122,10 @@ class DpoConfig:
     reference: str = "cached"
     """`cached` keeps the reference's log-probabilities in the run's folder; `recomputed` computes them in every step.
 """
+    share_prompt: str = "auto"
+    """Compute the prompt of a pair, media included, once for both answers: `auto` (if results stay the same up to
+    rounding), `always` (also with model.neftune and model.lora.dropout, whose random numbers the prompt then has once)
+    or `never`. Needs an attention other than Transformer Engine's."""
 
 
 @dataclass

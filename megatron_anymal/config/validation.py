@@ -32,6 +32,7 @@ CHOICES = {
     "model.fp8_recipe": ("tensorwise", "delayed"),
     "model.neftune.embeddings": ("all", "text"),
     "model.dpo.reference": ("cached", "recomputed"),
+    "model.dpo.share_prompt": ("auto", "always", "never"),
     "model.loss_normalization": ("token", "sample"),
     "model.encoder_costs": ("operations", "measured", "configured"),
     "model.optim.sched.name": ("cosine", "linear", "constant"),

@@ -1,7 +1,8 @@
 """Distribution of a pack's tokens over context-parallel ranks.
 
-Each document is cut into 2 x size equal chunks and rank r holds chunks r and 2 x size - 1 - r, which balances the work
-of causal attention (the order of Transformer Engine and Megatron-Core for packed sequences).
+Each document (each span, if pairs share a prompt: data/shared_prompts.py) is cut into 2 x size equal chunks and rank r
+holds chunks r and 2 x size - 1 - r, which balances the work of causal attention (the order of Transformer Engine and
+Megatron-Core for packed sequences).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from megatron_anymal.data.records import DataError, PlannedMicroBatch
+from megatron_anymal.data.records import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,14 +58,3 @@ def held_tokens(lengths: Sequence[int], context_rank: int, context_size: int) ->
             chunks.append(torch.arange(offset + start, offset + stop))
         offset += length
     return torch.cat(chunks)
-
-
-def token_lengths(plan: PlannedMicroBatch) -> Tensor:
-    """[T] int64: for each token of a whole pack, the unpadded length of its document; 0 for the padding at the end."""
-    import torch
-
-    own = [length for sample in plan.samples for length in sample.documents]
-    in_pack = [padded(length, plan.document_multiple) for length in own]
-    own.append(0)
-    in_pack.append(plan.padded_length - sum(in_pack))
-    return torch.tensor(own).repeat_interleave(torch.tensor(in_pack))

@@ -21,8 +21,9 @@ from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with
 from megatron_anymal.data.plan_queue import PlanSampler
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
+from megatron_anymal.data.shared_prompts import prompts_of, spans_of
 from megatron_anymal.data.step_plan import StepPlan
-from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.object_storage.byte_ranges import ByteRange
 from megatron_anymal.object_storage.errors import StorageError
 
@@ -116,7 +117,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
                 self._planner.indexes[dataset].release(ranges)
 
     def _read(self, plan: PlannedMicroBatch) -> MicroBatch:
-        lengths = [padded(length, plan.document_multiple) for s in plan.samples for length in s.documents]
+        lengths = [padded(length, plan.document_multiple) for s in plan.samples for length in s.spans]
         padding = plan.padded_length - sum(lengths)
         branch = torch.full((1, plan.padded_length), -1, dtype=torch.int64)
         micro_batch = MicroBatch(
@@ -129,12 +130,14 @@ class MicroBatchReader(Dataset[MicroBatch]):
             media={},
             bad={},
             branch=branch,
+            prompts=prompts_of(plan),
         )
         parts_of: dict[int, list[Part]] = {}
-        for sample, spans in zip(plan.samples, _document_places(plan)):
+        for sample, spans in zip(plan.samples, spans_of(plan)):
             for number, span in enumerate(spans):
                 micro_batch.sample_positions[0, span] = sample.position
-                branch[0, span] = number
+                # The first span of three is the prompt.
+                branch[0, span] = max(0, number - 1) if sample.shared else number
             if self._needs.text:
                 try:
                     parts_of[sample.position] = self._fill_text(micro_batch, sample, spans)
@@ -182,16 +185,21 @@ class MicroBatchReader(Dataset[MicroBatch]):
                 f"{self._planner.key(sample.dataset, sample.sample)}: it has {sum(lengths)} tokens, but the index "
                 f"states {sample.length}. Rebuild the index with `anymal prepare --rebuild --index-only`."
             )
-        for document, span in zip(documents, places):
-            tokens, before_last = torch.tensor(document.tokens), slice(span.start, span.stop - 1)
-            micro_batch.tokens[0, span] = tokens
-            micro_batch.labels[0, before_last] = tokens[1:]
-            micro_batch.loss_mask[0, before_last] = torch.tensor(document.is_target[1:]).float()
+        starts = [document.tokens[: sample.shared] for document in documents]
+        if any(start != starts[0] for start in starts[1:]):
+            raise DataError(
+                f"{self._planner.key(sample.dataset, sample.sample)}: data.tokenizer splits the prompt in different "
+                "ways before its two answers. Set model.dpo.share_prompt=never."
+            )
+        if sample.shared:
+            _write(micro_batch, documents[0], 0, places[0])
+        for document, span in zip(documents, places[-len(documents) :]):
+            _write(micro_batch, document, sample.shared, span)
         return parts_of[0]
 
     def _hold_places(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> None:
         """Write placeholders for an unreadable sample's media, so that shapes still agree across ranks."""
-        for start in (span.start for span in places):
+        for start in (span.start for span in (places[:1] if sample.shared else places)):
             for planned in sample.media:
                 entry = self._modalities[planned.modality]
                 stop = start + planned.pieces * entry.soft_tokens_per_piece
@@ -228,16 +236,14 @@ class MicroBatchReader(Dataset[MicroBatch]):
         return shares, slice(first, first + shares[own])
 
 
-def _document_places(plan: PlannedMicroBatch) -> list[list[slice]]:
-    """Token ranges of each sample's documents within the pack, excluding padding."""
-    spans, start = [], 0
-    for sample in plan.samples:
-        own_spans = []
-        for length in sample.documents:
-            own_spans.append(slice(start, start + length))
-            start += padded(length, plan.document_multiple)
-        spans.append(own_spans)
-    return spans
+def _write(micro_batch: MicroBatch, document: Document, first: int, span: slice) -> None:
+    """Write a document's tokens from `first` on into a span. A token's label is the document's next one, if any."""
+    length = span.stop - span.start
+    tokens = torch.tensor(document.tokens[first : first + length + 1])
+    labelled = slice(span.start, span.start + len(tokens) - 1)
+    micro_batch.tokens[0, span] = tokens[:length]
+    micro_batch.labels[0, labelled] = tokens[1:]
+    micro_batch.loss_mask[0, labelled] = torch.tensor(document.is_target[first + 1 : first + len(tokens)]).float()
 
 
 def _items_of(plan: PlannedMicroBatch, name: str) -> list[PlannedItem]:
@@ -251,13 +257,15 @@ def _items_of(plan: PlannedMicroBatch, name: str) -> list[PlannedItem]:
 
 
 def _shared_soft_tokens(plan: PlannedMicroBatch, name: str, per_piece: int) -> Optional[Tensor]:
-    """[k]: the soft token for each placeholder of the modality, as `MediaBatch.soft_index`; None without pairs."""
-    if all(len(sample.documents) == 1 for sample in plan.samples):
+    """[k]: the soft token for each placeholder of the modality, as `MediaBatch.soft_index`; None if each
+    is used once."""
+    copies = [1 if sample.shared else len(sample.documents) for sample in plan.samples]
+    if all(count == 1 for count in copies):
         return None
     indexes, stop = [], 0
-    for sample in plan.samples:
+    for sample, count in zip(plan.samples, copies):
         start, stop = stop, stop + per_piece * sum(m.pieces for m in sample.media if m.modality == name)
-        indexes += [torch.arange(start, stop)] * len(sample.documents)
+        indexes += [torch.arange(start, stop)] * count
     return torch.cat(indexes)
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Optional, TypeVar
 
 import torch
 from torch import Tensor
 
 from megatron_anymal.data.feature_cache import PieceKey
-from megatron_anymal.data.records import PlannedMicroBatch
+from megatron_anymal.data.records import PlannedMicroBatch, Prompt
 
 
 @dataclass
@@ -52,7 +52,7 @@ class MediaBatch:
     # [k]: positions of soft tokens among this rank's tokens.
     token_index: Tensor
     # [k]: index of the soft token for each position, among all soft tokens of the micro-batch in the order of the
-    # pieces; None: all of them in order. Both documents of a preference pair refer to the same soft tokens.
+    # pieces; None: all of them in order. Both whole documents of a pair refer to the same soft tokens.
     soft_index: Optional[Tensor] = None
     # Without a cache None.
     features: Optional[CachedFeatures] = None
@@ -69,7 +69,7 @@ class MicroBatch:
 
     # The plan that it was read from.
     plan: PlannedMicroBatch
-    # Document lengths over all context-parallel ranks, padding last.
+    # Lengths of documents, or of the spans of pairs that share a prompt, over all context-parallel ranks, padding last.
     document_lengths: tuple[int, ...]
     # [1, T] int64; media positions hold placeholder tokens.
     tokens: Tensor
@@ -83,11 +83,14 @@ class MicroBatch:
     media: dict[str, MediaBatch]
     # Position in the global batch -> why the sample could not be read.
     bad: dict[int, str]
-    # [1, T] int64: 1 in the rejected document of a pair, else 0; -1 for padding. None without a plan (generation).
+    # [1, T] int64: 1 in the rejected document of a pair, else 0, also in a shared prompt; -1 for padding. None without
+    # a plan (generation).
     branch: Optional[Tensor] = None
     # [L] int64: positions where the loss mask is 1, or a single position if there are none. Computed on the host to
     # avoid a GPU synchronization. None without labels.
     label_index: Optional[Tensor] = None
+    # Position in `document_lengths` of each answer without its prompt -> the shared prompt that it continues.
+    prompts: Mapping[int, Prompt] = field(default_factory=dict)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         """Apply `change` to every tensor, including those of the media."""

@@ -16,13 +16,15 @@ from typing import Optional
 import numpy as np
 
 from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, ModelConfig, StorageConfig
-from megatron_anymal.data.configured_modality import PlannedModality, integer_costs
+from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.length_bounds import LengthBounds
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError
+from megatron_anymal.data.sample_measures import Measures, measure_samples
 from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.shared_prompts import span_lengths
 from megatron_anymal.data.step_plan import BatchMedia, StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
 
@@ -38,22 +40,27 @@ class BatchLayout:
     data_parallel_size: int
     # Packs per forward pass and replica.
     micro_batch_size: int
-    # Longest document and longest pack, in tokens.
+    # Longest sample and longest pack, in tokens.
     seq_length: int
     # Micro-batch lengths are multiples of this (sequence and context parallelism split the length evenly).
     length_multiple: int = 1
-    # Document lengths within a pack are multiples of this (context parallelism splits each document).
+    # Lengths of spans within a pack are multiples of this (context parallelism splits each of them).
     document_multiple: int = 1
     # The number of micro-batches per replica is a multiple of this (virtual pipelines run them in groups).
     micro_batches_multiple: int = 1
+    # Packs hold the prompt of a preference pair once (data/shared_prompts.py).
+    shared_prompts: bool = False
 
     @staticmethod
-    def of(model: ModelConfig, seq_length: int, data_parallel_size: int) -> BatchLayout:
+    def of(
+        model: ModelConfig, seq_length: int, data_parallel_size: int, *, shared_prompts: bool = False
+    ) -> BatchLayout:
         """The layout that a configuration specifies.
 
         Args:
             seq_length: `data.seq_length`, the longest document and pack in tokens.
             data_parallel_size: replicas of the model.
+            shared_prompts: see `data.shared_prompts.shares_prompts`.
         """
         multiple = document_multiple(model.context_parallel_size)
         virtual = model.virtual_pipeline_model_parallel_size > 1
@@ -64,6 +71,7 @@ class BatchLayout:
             length_multiple=length_multiple(model),
             document_multiple=multiple,
             micro_batches_multiple=model.pipeline_model_parallel_size if virtual else 1,
+            shared_prompts=shared_prompts,
         )
 
 
@@ -75,64 +83,6 @@ def length_multiple(model: ModelConfig) -> int:
     """
     ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
     return document_multiple(model.context_parallel_size) * ranks * (FP8_MULTIPLE if model.fp8 else 1)
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Lengths and costs of n samples with m media items in total, from the index."""
-
-    # [n, 2]: LLM tokens of each sample's documents; 0 if there is no second document.
-    documents: np.ndarray
-    # [n]: target tokens of both documents.
-    targets: np.ndarray
-    # [n] int64: encoder cost of the sample's media, in units of `integer_costs`.
-    costs: np.ndarray
-    # [m]: row of each media item's sample.
-    owner: np.ndarray
-    # [m]: position of each media item's modality among those of the planner.
-    modality: np.ndarray
-    # [m]: number of pieces of each media item.
-    pieces: np.ndarray
-
-    @property
-    def length(self) -> np.ndarray:
-        """[n]: LLM tokens."""
-        return self.documents.sum(axis=1)
-
-
-def measure_samples(
-    index: ShardIndex,
-    sample: np.ndarray,
-    by_kind: Mapping[str, PlannedModality],
-) -> Measures:
-    """Lengths and costs of samples of one dataset, computed without a loop over samples.
-
-    Args:
-        sample: [n] row numbers.
-        by_kind: the configured modalities by their kind of media.
-    """
-    samples, items = index.readers
-    rows = samples.take(sample)
-    documents, targets = index.lengths_in(rows)
-    has = documents > 0
-    counts = rows["media_count"].astype(np.int64)
-    owner = np.repeat(np.arange(len(sample)), counts)
-    media = items.take_ranges(rows["media_start"].astype(np.int64), counts)
-    costs = np.zeros(len(sample), np.int64)
-    pieces, modality = np.zeros(len(media), np.int64), np.zeros(len(media), np.int64)
-    cost_per_piece = integer_costs([planned.cost_per_piece for planned in by_kind.values()])
-    for number, (kind, planned) in enumerate(by_kind.items()):
-        if kind not in index.header.kinds:
-            continue
-        mine = np.flatnonzero(media["kind"] == index.header.kinds.index(kind))
-        modality[mine] = number
-        pieces[mine] = planned.modality.count_pieces(media["size"][mine])
-        # Sums of integers, which are exact in float64.
-        of_sample = np.bincount(owner[mine], pieces[mine], len(sample)).astype(np.int64)
-        # Each document of a sample contains all its media, but they are encoded only once.
-        documents += has * (of_sample * planned.soft_tokens_per_piece)[:, None]
-        costs += of_sample * cost_per_piece[number]
-    return Measures(documents, targets.sum(axis=1), costs, owner, modality, pieces)
 
 
 class BatchPlanner:
@@ -202,6 +152,8 @@ class BatchPlanner:
             "weights": self._weights,
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
+            # Then more pairs fit into a pack and fewer are left out.
+            **({"shared_prompts": True} if self.layout.shared_prompts and self.too_long == "drop" else {}),
         }
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -227,7 +179,7 @@ class BatchPlanner:
         start = step * self.global_batch_size
         dataset, sample = self._order.samples(start, start + self.global_batch_size)
         documents = np.zeros((len(sample), 2), np.int64)
-        targets, costs = np.zeros(len(sample), np.int64), np.zeros(len(sample), np.int64)
+        targets, costs, shared = (np.zeros(len(sample), np.int64) for _ in range(3))
         measured = []
         for number, index in enumerate(self.indexes):
             positions = np.flatnonzero(dataset == number)
@@ -236,11 +188,12 @@ class BatchPlanner:
             if len(positions):
                 measures = self.measure(index, sample[positions])
                 documents[positions], targets[positions] = measures.documents, measures.targets
-                costs[positions] = measures.costs
+                costs[positions], shared[positions] = measures.costs, measures.shared
                 measured.append((positions, measures))
-        fits = documents.sum(axis=1) <= self.layout.seq_length
+        spans = span_lengths(documents, shared)
+        fits = spans.sum(axis=1) <= self.layout.seq_length
         targets[~fits] = 0
-        micro_batches, padded_length = self._lay_out(np.flatnonzero(fits), documents, costs)
+        micro_batches, padded_length = self._lay_out(np.flatnonzero(fits), spans, costs)
         return StepPlan(
             step=step,
             dataset=dataset,
@@ -252,15 +205,16 @@ class BatchPlanner:
             micro_batches=micro_batches,
             padded_length=padded_length,
             document_multiple=self.layout.document_multiple,
+            shared=shared,
         )
 
     def _lay_out(
-        self, positions: np.ndarray, documents: np.ndarray, costs: np.ndarray
+        self, positions: np.ndarray, spans: np.ndarray, costs: np.ndarray
     ) -> tuple[tuple[tuple[tuple[int, ...], ...], ...], int]:
         """Micro-batches of each replica, and their padded length."""
         replicas = self.layout.data_parallel_size
-        length = padded(documents[positions], self.layout.document_multiple).sum(axis=1)
-        # Padding the documents of a pair can slightly exceed seq_length. Which samples count as too long must not
+        length = padded(spans[positions], self.layout.document_multiple).sum(axis=1)
+        # Padding the spans of a pair can slightly exceed seq_length. Which samples count as too long must not
         # depend on the layout, so the capacity grows instead.
         longest = max(self.layout.seq_length, int(length.max(initial=0)))
         packs = pack(
@@ -284,7 +238,7 @@ class BatchPlanner:
         Args:
             sample: [n] row numbers.
         """
-        return measure_samples(index, sample, self._by_kind)
+        return measure_samples(index, sample, self._by_kind, shared_prompts=self.layout.shared_prompts)
 
     def _media(self, measured: Sequence[tuple[np.ndarray, Measures]], samples: int) -> BatchMedia:
         """Put the media items of all datasets in the order of the samples.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
 
 class DataError(ValueError):
@@ -85,16 +85,34 @@ class PlannedSample:
     targets: int
     # Each document contains all media; they are encoded once.
     media: tuple[PlannedMedia, ...]
+    # Tokens at the start of both documents of a pair that the pack holds once; 0 if it holds whole documents.
+    shared: int = 0
+
+    @property
+    def spans(self) -> tuple[int, ...]:
+        """Tokens of each of its spans in a pack: the documents, or the shared prompt and the rest of each document."""
+        if not self.shared:
+            return self.documents
+        return (self.shared, *(length - self.shared for length in self.documents))
 
     @property
     def length(self) -> int:
-        """LLM tokens of all documents."""
-        return sum(self.documents)
+        """LLM tokens that it takes in a pack."""
+        return sum(self.spans)
+
+
+class Prompt(NamedTuple):
+    """A shared prompt in a pack."""
+
+    # Position of its first token in the pack.
+    first: int
+    # Its tokens, without padding.
+    length: int
 
 
 @dataclass(frozen=True)
 class PlannedMicroBatch:
-    """Input of one forward pass of one replica: consecutive documents, then padding."""
+    """Input of one forward pass of one replica: consecutive spans of samples, then padding."""
 
     # Step number, counted from 0.
     step: int
@@ -102,5 +120,5 @@ class PlannedMicroBatch:
     padded_length: int
     # The samples whose documents make up the pack, in order.
     samples: tuple[PlannedSample, ...]
-    # Document lengths in the pack are padded to a multiple of this (data/context_parallel.py).
+    # Lengths of spans in the pack are padded to a multiple of this (data/context_parallel.py).
     document_multiple: int = 1

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_anymal.data.records import PlannedMedia, PlannedMicroBatch, PlannedSample
+from megatron_anymal.data.shared_prompts import span_lengths
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class StepPlan:
     micro_batches: tuple[tuple[tuple[int, ...], ...], ...]
     # Tokens per micro-batch after padding.
     padded_length: int
-    # Document lengths within a pack are padded to a multiple of this.
+    # Lengths of spans within a pack are padded to a multiple of this.
     document_multiple: int
+    # [n]: tokens of the prompt that both documents of a pair share in a pack; 0 for all other samples.
+    shared: np.ndarray
 
     @property
     def length(self) -> np.ndarray:
-        """[n]: LLM tokens of each sample."""
-        return self.documents.sum(axis=1)
+        """[n]: LLM tokens that each sample takes in a pack."""
+        return span_lengths(self.documents, self.shared).sum(axis=1)
 
     @property
     def tokens(self) -> int:
@@ -96,4 +99,5 @@ class StepPlan:
             documents=tuple(int(length) for length in self.documents[position] if length),
             targets=int(self.targets[position]),
             media=self.media.of(position),
+            shared=int(self.shared[position]),
         )

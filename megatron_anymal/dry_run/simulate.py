@@ -24,7 +24,6 @@ from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
 from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig, RunConfig, is_remote
 from megatron_anymal.config.validation import check
-from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.dry_run.published_models import ENCODERS, assume_shapes
@@ -34,13 +33,13 @@ from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import assemble
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.model.llama_shape import read_llama_config
-from megatron_anymal.model.memory.recompute import Choice, choose, configured, judge
+from megatron_anymal.model.memory.recompute import Choice, choose, configured, judge, planned_attention
 from megatron_anymal.model.memory.run_sizes import optimizer_bytes
 from megatron_anymal.model.meta_device import on_meta, without_weights
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
 from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
 from megatron_anymal.train.auto_recompute import memory_to_fit, sizes_of_run
-from megatron_anymal.train.build import build_data, check_vocabulary, loaded_modalities
+from megatron_anymal.train.build import batch_layout, build_data, check_vocabulary, loaded_modalities
 
 _META = torch.device("meta")
 # The older weight format, which transformers also reads.
@@ -187,7 +186,8 @@ def _memory(found: DryRun, model: ModelConfig, hf: LlamaConfig, modalities: dict
     has_gpu, config = torch.cuda.is_available(), found.config
     precision = config.trainer.precision
     planned = has_gpu or model.memory_gb > 0 or precision == "bf16"
-    batches = BatchLayout.of(model, config.data.seq_length, config.data_parallel_size)
+    attention = planned_attention(model) if planned and not has_gpu else ""
+    batches = batch_layout(config, attention)
     sizes = sizes_of_run(model, precision, batches, hf, modalities, reference=config.job == "dpo", planned=planned)
     known = has_gpu or not planned or model.memory_gb > 0
     memory = memory_to_fit(model.memory_gb, config.trainer.devices) if known else 0

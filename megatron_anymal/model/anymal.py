@@ -19,9 +19,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from megatron_anymal.config import NeftuneConfig
-from megatron_anymal.data.context_parallel import held_tokens, token_lengths
+from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.data.feature_cache import PieceKey
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
+from megatron_anymal.data.shared_prompts import token_lengths, token_positions
 from megatron_anymal.model.attention import DocumentPack, document_pack
 from megatron_anymal.model.embedding_merge import merge
 from megatron_anymal.model.encoder_sharding import gather_features, gather_soft_tokens
@@ -279,6 +280,7 @@ class AnyMALModel(MegatronModule):
             self._attention,
             parallel_state.get_context_parallel_rank(),
             parallel_state.get_context_parallel_world_size(),
+            micro_batch.prompts,
         )
 
 
@@ -287,11 +289,12 @@ def _name_tokens(micro_batch: MicroBatch) -> tuple[Tensor, Tensor]:
 
     Returns:
         [T] int64 each: the token's document in the global batch (twice the sample's position, plus 1 for a pair's
-        rejected answer; -1 for padding), and its position in the document.
+        rejected answer, while a shared prompt belongs to the chosen one; -1 for padding), and its position in the
+        document.
     """
     owners, branch = micro_batch.sample_positions[0], micro_batch.branch
     documents = 2 * owners if branch is None else 2 * owners + branch[0]
-    positions = torch.cat([torch.arange(length) for length in micro_batch.document_lengths])
+    positions = token_positions(micro_batch.document_lengths, micro_batch.prompts)
     return documents.where(owners >= 0, -1), _own_tokens(positions, micro_batch).to(owners.device)
 
 

@@ -13,7 +13,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Optional
 
@@ -26,6 +26,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_anymal.data.context_parallel import held_tokens
+from megatron_anymal.data.records import Prompt
+from megatron_anymal.data.shared_prompts import NO_PROMPTS, token_positions
 from megatron_anymal.model.attention_kernels import KERNELS, Attend
 from megatron_anymal.model.compiled_ops import apply_rotary
 
@@ -74,18 +76,20 @@ def document_pack(
     kernel: str = "sdpa",
     context_rank: int = 0,
     context_size: int = 1,
+    prompts: Mapping[int, Prompt] = NO_PROMPTS,
 ) -> DocumentPack:
     """Describe a pack of documents with these lengths, in order; no document is empty.
 
     Args:
         inv_freq: [d / 2], see `rotation`.
         kernel: a key of `attention_kernels.KERNELS`, or "transformer_engine", whose attention splits documents over
-            context-parallel ranks itself.
+            context-parallel ranks itself and knows no prompts.
+        prompts: `MicroBatch.prompts`: the documents, by their position, that continue a prompt within the pack.
 
     Raises:
         DataError: a document is not padded for this many context-parallel ranks.
     """
-    positions = torch.cat([torch.arange(length) for length in lengths])
+    positions = token_positions(lengths, prompts)
     from_gathered = None
     if context_size > 1:
         gathered = torch.cat([held_tokens(lengths, rank, context_size) for rank in range(context_size)])
@@ -94,6 +98,7 @@ def document_pack(
         positions = positions[held_tokens(lengths, context_rank, context_size)]
     rotated = rotation(positions.to(device), inv_freq)
     if kernel == "transformer_engine":
+        assert not prompts, "shares_prompts excludes Transformer Engine's attention"
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device)
         return DocumentPack(
             qkv_format="thd",
@@ -108,7 +113,7 @@ def document_pack(
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         rotation=rotated,
-        kernel=KERNELS[kernel](lengths, context_rank, context_size, device),
+        kernel=KERNELS[kernel](lengths, context_rank, context_size, device, prompts),
         from_gathered=None if from_gathered is None else from_gathered.to(device),
     )
 

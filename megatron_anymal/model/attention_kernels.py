@@ -1,15 +1,19 @@
-"""Attention kernels for packed sequences: each document attends only to itself.
+"""Attention kernels for packed sequences: each document attends only to itself, and to the prompt that it continues.
 
 A kernel is built once per pass from the documents' lengths and then called in every layer. A rank computes a list of
 segments, each with some consecutive tokens of a document as queries and the document up to the last of them as keys.
 Without context parallelism a segment is a whole document; with it every document has two (data/context_parallel.py).
+
+Two answers can continue the same prompt, which the pack holds once (data/shared_prompts.py): the keys of a segment are
+then the prompt and the answer up to the last query. This is the attention of the whole document, prompt and answer in a
+row, for the answer's queries only, so a kernel needs no more than a causal mask that is aligned to the last key.
 
 Shapes: T tokens of the pack, Q of them on this rank, n heads, g key/value groups, d head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -20,6 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_anymal.data.context_parallel import held_chunks
+from megatron_anymal.data.records import Prompt
+from megatron_anymal.data.shared_prompts import NO_PROMPTS
+
+_NO_PROMPT = Prompt(0, 0)
 
 
 class Attend(Protocol):
@@ -31,27 +39,50 @@ class Attend(Protocol):
 
 
 class Kernel(Attend, Protocol):
-    """An implementation of `Attend`, made for documents of these lengths."""
+    """An implementation of `Attend`, made for documents of these lengths, some of which continue a prompt."""
 
-    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None: ...
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        context_rank: int,
+        context_size: int,
+        device: torch.device,
+        prompts: Mapping[int, Prompt] = NO_PROMPTS,
+    ) -> None: ...
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """`queries` tokens from `first_query` on (in this rank's order) attend causally to `keys` tokens from `first_key`
-    on (in pack order): the last query attends to all of them."""
+    """`queries` tokens from `first_query` on (in this rank's order) attend causally to the prompt, if there is one, and
+    `keys` tokens from `first_key` on (both in pack order): the last query attends to all of them."""
 
     first_query: int
     queries: int
     first_key: int
     keys: int
+    prompt: Prompt
+
+    @property
+    def all_keys(self) -> int:
+        """Number of keys, those of the prompt included."""
+        return self.prompt.length + self.keys
+
+    def key_index(self) -> Tensor:
+        """[all_keys] int64: indices of the keys in the pack."""
+        first, length = self.prompt
+        return torch.cat(
+            [torch.arange(first, first + length), torch.arange(self.first_key, self.first_key + self.keys)]
+        )
 
 
-def _segments(lengths: Sequence[int], context_rank: int, context_size: int) -> list[_Segment]:
+def _segments(
+    lengths: Sequence[int], context_rank: int, context_size: int, prompts: Mapping[int, Prompt] = NO_PROMPTS
+) -> list[_Segment]:
     segments, query = [], 0
-    for length, first_key in zip(lengths, accumulate(lengths, initial=0)):
+    for number, (length, first_key) in enumerate(zip(lengths, accumulate(lengths, initial=0))):
+        prompt = prompts.get(number, _NO_PROMPT)
         for start, stop in held_chunks(length, context_rank, context_size):
-            segments.append(_Segment(query, stop - start, first_key, stop))
+            segments.append(_Segment(query, stop - start, first_key, stop, prompt))
             query += stop - start
     return segments
 
@@ -60,18 +91,26 @@ class SdpaKernel:
     """torch's scaled dot-product attention, which runs on every device.
 
     Segments of similar size are gathered into a batch and padded at the end. Whole documents use `is_causal`, under
-    which a document's tokens never attend to the padding after them; chunks of documents get masks of their own size.
+    which a document's tokens never attend to the padding after them; chunks of documents, and answers that continue a
+    prompt, get masks of their own size.
 
     Raises:
         DataError: a document is not padded for `context_size` ranks.
     """
 
-    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
-        groups: dict[tuple[int, int], list[_Segment]] = {}
-        segments = _segments(lengths, context_rank, context_size)
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        context_rank: int,
+        context_size: int,
+        device: torch.device,
+        prompts: Mapping[int, Prompt] = NO_PROMPTS,
+    ) -> None:
+        groups: dict[tuple[int, int, bool], list[_Segment]] = {}
+        segments = _segments(lengths, context_rank, context_size, prompts)
         for segment in segments:
-            size = ((segment.queries - 1).bit_length(), (segment.keys - 1).bit_length())
-            groups.setdefault(size, []).append(segment)
+            size = ((segment.queries - 1).bit_length(), (segment.all_keys - 1).bit_length())
+            groups.setdefault((*size, segment.prompt.length > 0), []).append(segment)
         self._buckets = [_Bucket.of(group, device) for group in groups.values()]
         places, offset = torch.empty(sum(s.queries for s in segments), dtype=torch.int64), 0
         for group, bucket in zip(groups.values(), self._buckets):
@@ -117,18 +156,19 @@ class _Bucket:
 
     @staticmethod
     def of(segments: Sequence[_Segment], device: torch.device) -> _Bucket:
-        first_query, queries, first_key, keys = torch.tensor(
-            [(s.first_query, s.queries, s.first_key, s.keys) for s in segments]
+        first_query, queries, first_key, keys, first_prompt, prompt = torch.tensor(
+            [(s.first_query, s.queries, s.first_key, s.all_keys, *s.prompt) for s in segments]
         ).T.unsqueeze(2)
         query_offsets = torch.arange(max(s.queries for s in segments))
-        key_offsets = torch.arange(max(s.keys for s in segments))
+        key_offsets = torch.arange(max(s.all_keys for s in segments))
         mask = None
-        if any(s.queries != s.keys for s in segments):
+        if any(s.queries != s.all_keys for s in segments):
             sees = (query_offsets + keys - queries)[:, :, None] >= key_offsets
             mask = sees[:, None].to(device)
+        offsets = key_offsets.minimum(keys - 1)
         return _Bucket(
             (first_query + query_offsets.minimum(queries - 1)).to(device),
-            (first_key + key_offsets.minimum(keys - 1)).to(device),
+            torch.where(offsets < prompt, first_prompt + offsets, first_key - prompt + offsets).to(device),
             mask,
         )
 
@@ -140,16 +180,23 @@ class FlashKernel:
         DataError: a document is not padded for `context_size` ranks.
     """
 
-    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
-        segments = _segments(lengths, context_rank, context_size)
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        context_rank: int,
+        context_size: int,
+        device: torch.device,
+        prompts: Mapping[int, Prompt] = NO_PROMPTS,
+    ) -> None:
+        segments = _segments(lengths, context_rank, context_size, prompts)
         self._cu_queries = _cumulative([s.queries for s in segments], device)
-        self._cu_keys = _cumulative([s.keys for s in segments], device)
-        self._longest = max(s.queries for s in segments), max(s.keys for s in segments)
-        # Whole documents are already contiguous; a chunk also needs the keys from its document's beginning.
+        self._cu_keys = _cumulative([s.all_keys for s in segments], device)
+        self._longest = max(s.queries for s in segments), max(s.all_keys for s in segments)
+        # Whole documents are already contiguous; a chunk also needs the keys from its document's beginning, and an
+        # answer those of its prompt.
         self._keys: Optional[Tensor] = None
-        if context_size > 1:
-            parts = [torch.arange(s.first_key, s.first_key + s.keys) for s in segments]
-            self._keys = torch.cat(parts).to(device)
+        if context_size > 1 or prompts:
+            self._keys = torch.cat([segment.key_index() for segment in segments]).to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
         """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""
@@ -179,11 +226,22 @@ class FlexKernel:
         DataError: a document is not padded for `context_size` ranks.
     """
 
-    def __init__(self, lengths: Sequence[int], context_rank: int, context_size: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        context_rank: int,
+        context_size: int,
+        device: torch.device,
+        prompts: Mapping[int, Prompt] = NO_PROMPTS,
+    ) -> None:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        segments = _segments(lengths, context_rank, context_size)
+        segments = _segments(lengths, context_rank, context_size, prompts)
         documents = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+        # [T]: where the prompt that a token's document continues begins and ends; both 0 without one.
+        of_documents = [prompts.get(number, _NO_PROMPT) for number in range(len(lengths))]
+        first = torch.tensor([prompt.first for prompt in of_documents], device=device)[documents]
+        stop = torch.tensor([prompt.first + prompt.length for prompt in of_documents], device=device)[documents]
         # Position of each query in the pack: a segment's last query is its last key.
         places = torch.cat([torch.arange(s.first_key + s.keys - s.queries, s.first_key + s.keys) for s in segments]).to(
             device
@@ -191,7 +249,8 @@ class FlexKernel:
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             place = places[query]
-            return (documents[place] == documents[key]) & (place >= key)
+            in_prompt = (first[place] <= key) & (key < stop[place])
+            return ((documents[place] == documents[key]) & (place >= key)) | in_prompt
 
         self._mask = create_block_mask(sees, None, None, len(places), len(documents), device=str(device))
 

@@ -21,6 +21,7 @@ from megatron_anymal.data.configured_modality import LoadedModality, PlannedModa
 from megatron_anymal.data.loader import MicroBatchReader, RankNeeds
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import DataError
+from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.anymal import AnyMALModel
@@ -123,8 +124,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     )
     model, recompute = config.model, ""
     if model.recompute_granularity == "auto":
-        batches = BatchLayout.of(model, config.data.seq_length, config.data_parallel_size)
-        sizes = sizes_of_run(model, precision, batches, hf, modalities, reference=config.job == "dpo")
+        sizes = sizes_of_run(model, precision, batch_layout(config), hf, modalities, reference=config.job == "dpo")
         model, recompute = fit_recompute(model, config.trainer.devices, sizes, layout.device)
     load = partial(load_base, model.language_model.checkpoint)
     models = build_models(model, precision, hf, layout, modalities, load)
@@ -196,6 +196,21 @@ def rank_needs(layout: ParallelLayout) -> RankNeeds:
     )
 
 
+def batch_layout(config: RunConfig, attention: str = "") -> BatchLayout:
+    """Return the settings of a run that affect packing.
+
+    Args:
+        attention: attention kernel; "": the one that the run would use on this machine.
+    """
+    attention = attention or backend.attention_kernel(config.model, config.trainer.precision)
+    return BatchLayout.of(
+        config.model,
+        config.data.seq_length,
+        config.data_parallel_size,
+        shared_prompts=shares_prompts(config.job, config.model, attention),
+    )
+
+
 def build_data(
     config: RunConfig, layout: ParallelLayout, tokenizer: Tokenizer, modalities: dict[str, Modality], split: str
 ) -> DataSource:
@@ -212,7 +227,7 @@ def build_data(
         getattr(config.data, split),
         planned,
         tokenizer,
-        BatchLayout.of(config.model, config.data.seq_length, config.data_parallel_size),
+        batch_layout(config),
         global_batch_size=config.model.global_batch_size,
         seed=config.model.seed,
         too_long=config.data.too_long,

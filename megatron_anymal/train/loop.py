@@ -17,6 +17,7 @@ from megatron_anymal.config.validation import max_time_seconds
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.loader_workers import LoaderMemory, worker_died
 from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.shared_prompts import introduction
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.unsharded_weights import hash_weights
 from megatron_anymal.resilience import fault_injection, heartbeat, stop_signals
@@ -233,8 +234,9 @@ class Trainer:
             f"precision {precision}, {backend.transformer_impl(model)} layers, "
             f"{kernel} attention{repeats}; rank 0 trains {trainable:,} parameters"
         )
-        if self.state.recompute:
-            self.log.say(self.state.recompute)
+        for line in (introduction(self.config.job, model, kernel), self.state.recompute):
+            if line:
+                self.log.say(line)
 
     def _steps(
         self, data: DataSource, start: int, stop: int, *, training: bool = False

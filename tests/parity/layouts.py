@@ -60,6 +60,8 @@ class Layout:
     smoothing: float = 0.05
     reference: str = "recomputed"
     start: str = "one"
+    # DPO only: model.dpo.share_prompt. By default the prompt is shared in runs without noise.
+    share: str = "auto"
     # Decoder layers of the Llama.
     layers: int = LAYERS
 
@@ -111,6 +113,7 @@ class Layout:
                 ("sure", self.smoothing == 0),
                 (self.reference, self.reference == "cached"),
                 (f"from-{self.start}", self.start != "one"),
+                (f"share-{self.share}", self.share != "auto"),
             )
             if on
         ]
@@ -140,6 +143,7 @@ class Layout:
         model.loss_normalization = self.mean
         if self.job == "dpo":
             model.dpo.label_smoothing, model.dpo.reference = self.smoothing, self.reference
+            model.dpo.share_prompt = self.share
         model.tensor_model_parallel_size, model.sequence_parallel = self.tensor, self.sequence
         model.pipeline_model_parallel_size = self.pipeline
         model.virtual_pipeline_model_parallel_size = self.virtual

@@ -111,6 +111,35 @@ def _attention_crosses_documents() -> None:
     _wrap(anymal, "document_pack", leaking)
 
 
+def _answer_sees_the_other_one() -> None:
+    def leaking(original: Any, lengths: Any, *args: Any) -> Any:
+        *more, prompts = args
+        first = {prompt: number for number, prompt in sorted(prompts.items(), reverse=True)}
+        # The chosen answer follows its prompt, so a longer prompt includes it.
+        longer = {
+            number: prompt._replace(length=prompt.length + (lengths[first[prompt]] if number > first[prompt] else 0))
+            for number, prompt in prompts.items()
+        }
+        pack = original(lengths, *args)
+        pack.kernel = original(lengths, *more, longer).kernel
+        return pack
+
+    _wrap(anymal, "document_pack", leaking)
+
+
+def _answer_behind_the_other_one() -> None:
+    def behind(original: Any, lengths: Any, prompts: Any) -> Any:
+        positions = original(lengths, prompts).split(list(lengths))
+        first = {prompt: number for number, prompt in sorted(prompts.items(), reverse=True)}
+        moved = [
+            own + (lengths[first[prompts[number]]] if number in prompts and number > first[prompts[number]] else 0)
+            for number, own in enumerate(positions)
+        ]
+        return torch.cat(moved)
+
+    _wrap(attention, "token_positions", behind)
+
+
 def _contiguous_positions() -> None:
     def contiguous(original: Any, lengths: Any, *args: Any) -> Any:
         pack = original(lengths, *args)
@@ -280,6 +309,8 @@ _CP2 = Layout(context=2, recompute="full")
 _TP2_SP = Layout(tensor=2, sequence=True, trains="full", recompute="selective")
 _SFT = Layout(job="sft", trains="lora", noise="all")
 _DPO_CP2 = Layout(job="dpo", trains="lora", noise="all", context=2, reference="cached")
+# Pairs share their prompts if nothing is random.
+_DPO_SHARED = Layout(job="dpo", trains="lora", smoothing=0.0, media="few media")
 
 BUGS = (
     Bug(
@@ -378,5 +409,7 @@ BUGS = (
         _pairs_counted_once_per_context_rank,
         _DPO_CP2,
     ),
+    Bug("the rejected answer sees the chosen one", _answer_sees_the_other_one, _DPO_SHARED),
+    Bug("the rejected answer's positions follow the chosen one's", _answer_behind_the_other_one, _DPO_SHARED),
     Bug("chosen and rejected swapped on one context-parallel rank", _answers_swapped_on_one_rank, _DPO_CP2),
 )

@@ -42,6 +42,8 @@ class EngineRun:
     # All unsharded weights before the first step, and names of the trainable ones.
     start: dict[str, np.ndarray]
     trainable: frozenset[str]
+    # The objective's metrics of each step.
+    measures: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _run(config: RunConfig, partial: bool, count: int, before: Callable[[], None
             read_reference(state, base_hash, config.run_dir, print)
     start = gather_weights(state.models)
     names = _all_of({w.name for m in state.models for w in list_weights(m) if w.parameter.requires_grad})
-    losses, gradients = [], []
+    losses, measures, gradients = [], [], []
     update: Any = state.optimizer.step
     state.optimizer.step = lambda: (gradients.append(whole_gradients(state)), update())[1]
     data = state.train_data
@@ -119,13 +121,15 @@ def _run(config: RunConfig, partial: bool, count: int, before: Callable[[], None
     for plan, batches in steps(
         data.planner, data.reader, replica=replica, start=0, stop=count, num_workers=0, prefetch_steps=1
     ):
-        losses.append(train_step(state, plan, batches).loss)
+        result = train_step(state, plan, batches)
+        losses.append(result.loss)
+        measures.append(result.measures)
     state.wait_for_param_gather()
     end = gather_weights(state.models)
     if start is None or end is None:
         return None
     trace = Trace(losses, [g for g in gradients if g is not None], {name: end[name].numpy() for name in names})
-    return EngineRun(trace, {name: value.numpy() for name, value in start.items()}, frozenset(names))
+    return EngineRun(trace, {name: value.numpy() for name, value in start.items()}, frozenset(names), tuple(measures))
 
 
 def _train_a_part() -> None:

@@ -67,4 +67,6 @@ def _one_process(config: RunConfig) -> RunConfig:
     model.tensor_model_parallel_size, model.sequence_parallel = 1, False
     model.pipeline_model_parallel_size = model.virtual_pipeline_model_parallel_size = 1
     model.context_parallel_size = model.micro_batch_size = 1
+    # Whole documents, whatever the engine packs.
+    model.dpo.share_prompt = "never"
     return config

@@ -52,6 +52,10 @@ class Suite:
             self._clean[layout] = compare(run, self._reference(layout.alone, self.steps))
         return self._clean[layout]
 
+    def run(self, layout: Layout, steps: int) -> EngineRun:
+        """Run the engine under a layout."""
+        return run_layout(self._config(layout), layout, steps)
+
     def _one(self, alone: Layout) -> EngineRun:
         """Run the engine on one process."""
         if alone not in self._ones:

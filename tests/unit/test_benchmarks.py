@@ -238,3 +238,15 @@ def test_feature_cache(tmp_path: Path) -> None:
     assert 0 < found["encoder_share"] < 1 and found["reading"]["entries"] == 20
     assert f"{found['speedup']['median']:.2f} x (bar 1.35)" in printed
     assert set(found["rounds"]) == {"off", "warm"} and all(len(turns) == 2 for turns in found["rounds"].values())
+def test_a_shared_prompt_gives_the_same_first_step_in_fewer_tokens(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    own = {"pairs": 4, "prompt-tokens": 80, "answer-tokens": 6, "warm-up": 1, "rounds": 2}
+    model = {name: SIZES[name] for name in ("hidden", "layers", "heads", "key-value-heads", "ffn", "vocabulary")}
+    sizes = [word for name, size in (model | own).items() for word in (f"--{name}", str(size))]
+    printed = run("benchmarks/shared_prompt.py", "--out", str(out), *sizes)
+    found = json.loads(out.read_text())
+    assert "the bar of 1.5" in printed and "pairs per CPU second" in printed
+    assert found["tokens"] == {"whole": 4 * 2 * (80 + 6), "shared": 4 * (80 + 2 * 6 + 1)}
+    for value in ("loss", "grad_norm"):
+        whole, shared = (found["first_step"][side][value] for side in ("whole", "shared"))
+        assert shared == pytest.approx(whole, rel=1e-6)

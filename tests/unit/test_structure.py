@@ -114,6 +114,7 @@ WHOLE_RUN = {
     "megatron_anymal.parallel.initialize": "checks the configuration before it joins the job",
     "megatron_anymal.train.build.check_run": "checks a run",
     "megatron_anymal.train.build.build": "builds a run",
+    "megatron_anymal.train.build.batch_layout": "the job, the model, the precision and the number of replicas decide",
     "megatron_anymal.train.build.build_data": "reads the data, the model, the job and the number of replicas",
     "megatron_anymal.train.build.TrainState": "a run in memory",
     "megatron_anymal.train.encode_ahead": "encodes a run's data in several processes",

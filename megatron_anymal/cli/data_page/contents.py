@@ -12,6 +12,7 @@ from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.loader import MicroBatchReader, RankNeeds
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.records import DataError, MediaPart, PlannedMedia, PlannedSample
+from megatron_anymal.data.shared_prompts import spans_of
 
 _POSITIONS_AT_ONCE = 1 << 18
 
@@ -136,11 +137,5 @@ def _media_parts(view: RunView, planned: PlannedSample) -> list[MediaPart | None
 
 
 def _spans(micro_batch: MicroBatch, planned: PlannedSample) -> list[slice]:
-    """Positions of a sample's documents in its pack."""
-    assert micro_batch.branch is not None
-    own = micro_batch.sample_positions[0] == planned.position
-    spans = []
-    for number, length in enumerate(planned.documents):
-        start = int((own & (micro_batch.branch[0] == number)).nonzero()[0])
-        spans.append(slice(start, start + length))
-    return spans
+    """Positions of a sample's documents in its pack, or of its prompt and answers."""
+    return spans_of(micro_batch.plan)[micro_batch.plan.samples.index(planned)]

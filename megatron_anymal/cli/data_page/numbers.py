@@ -103,9 +103,9 @@ def tally(view: RunView, samples: Sequence[PlannedSample]) -> Tally:
         sums.targets += sample.targets
         for item in sample.media:
             sums.pieces += item.pieces
-            # Each document of a sample contains all its media, which are encoded once.
+            # Each document of a sample contains all its media, which are encoded once; a shared prompt has them once.
             soft = item.pieces * view.loaded[item.modality].soft_tokens_per_piece
-            sums.soft += soft * len(sample.documents)
+            sums.soft += soft * (1 if sample.shared else len(sample.documents))
             sums.cost += item.pieces * cost[item.modality]
     return sums
 

@@ -53,7 +53,8 @@ def pack(view: RunView, shown: ShownPack) -> str:
     )
     return (
         f"<section id='pack-{shown.step}-{shown.replica}-{shown.number}'><h3>{title}</h3><p>{numbers}. Attention never "
-        f"crosses a border between two documents, and positions start again at 0.</p>{_strip(view, shown)}"
+        "crosses a border between two documents, and positions start again at 0; the two answers of a pair may "
+        f"continue the same prompt.</p>{_strip(view, shown)}"
         f"{_documents(view, shown)}{''.join(_sample(view, shown, sample) for sample in shown.samples)}</section>"
     )
 
@@ -70,7 +71,7 @@ def _strip(view: RunView, shown: ShownPack) -> str:
     for number, sample in enumerate(shown.micro_batch.plan.samples):
         name = text(view.planner.key(sample.dataset, sample.sample))
         look = " class=bad" if sample.position in shown.micro_batch.bad else ""
-        for _ in sample.documents:
+        for _ in sample.spans:
             length = next(lengths)
             attributes = f"{look} style='flex-grow:{length}' title='{name}: {count(length)} tokens'"
             if sample.position in targets:
@@ -96,7 +97,7 @@ def _documents(view: RunView, shown: ShownPack) -> str:
         if sample.position in linked:
             name = f"<a href='#{anchor(shown, sample.position)}'>{name}</a>"
         state = "not read" if sample.position in shown.micro_batch.bad else "read"
-        for branch, length in enumerate(sample.documents):
+        for branch, length in enumerate(sample.spans):
             which = f" {_branch(sample, branch)}" if len(sample.documents) > 1 else ""
             first, at = at, at + next(lengths)
             end = first + length - 1
@@ -108,7 +109,8 @@ def _documents(view: RunView, shown: ShownPack) -> str:
 
 
 def _branch(sample: PlannedSample, number: int) -> str:
-    return ("chosen", "rejected")[number] if len(sample.documents) > 1 else ""
+    names = ("prompt", "chosen", "rejected") if sample.shared else ("chosen", "rejected")
+    return names[number] if len(sample.documents) > 1 else ""
 
 
 def _sample(view: RunView, shown: ShownPack, sample: ShownSample) -> str:
@@ -145,5 +147,6 @@ def _tokens(view: RunView, shown: ShownPack, sample: ShownSample, own: str) -> s
     for number, span in enumerate(sample.documents):
         branch = _branch(sample.planned, number)
         title = f"<p><b>{branch}</b></p>" if branch else ""
-        written.append(f"{title}{tokens.document(view, shown, sample, span, own)}")
+        first = sample.planned.shared if number else 0
+        written.append(f"{title}{tokens.document(view, shown, sample, span, own, first)}")
     return "".join(written)

@@ -25,16 +25,17 @@ class Entry:
     targets: int
 
 
-def document(view: RunView, pack: ShownPack, sample: ShownSample, span: slice, anchor: str) -> str:
-    """The tokens of one document of a sample.
+def document(view: RunView, pack: ShownPack, sample: ShownSample, span: slice, anchor: str, first: int = 0) -> str:
+    """The tokens of one document of a sample, or of a prompt or an answer that continues it.
 
     A token is marked as a target if the loader's loss mask is 1 at the position before it, which predicts it.
 
     Args:
         span: its positions in the pack.
         anchor: start of the link targets of the sample's media.
+        first: position of the first token in its document.
     """
-    entries = list(_entries(view, pack, sample, span, anchor))
+    entries = list(_entries(view, pack, sample, span, anchor, first))
     if len(entries) > FIRST + LAST:
         hidden = entries[FIRST:-LAST]
         tokens, targets = sum(e.tokens for e in hidden), sum(e.targets for e in hidden)
@@ -43,7 +44,9 @@ def document(view: RunView, pack: ShownPack, sample: ShownSample, span: slice, a
     return f"<div class=tokens>{''.join(entry.shown for entry in entries)}</div>"
 
 
-def _entries(view: RunView, pack: ShownPack, sample: ShownSample, span: slice, anchor: str) -> Iterator[Entry]:
+def _entries(
+    view: RunView, pack: ShownPack, sample: ShownSample, span: slice, anchor: str, first: int
+) -> Iterator[Entry]:
     ids = pack.micro_batch.tokens[0, span].tolist()
     # The mask at a position is about the next token.
     target = [False, *(value > 0 for value in pack.micro_batch.loss_mask[0, span].tolist()[:-1])]
@@ -57,7 +60,7 @@ def _entries(view: RunView, pack: ShownPack, sample: ShownSample, span: slice, a
             continue
         shown = token_text(view.tokenizer.hf.decode([ids[at]]))
         tag = "mark" if target[at] else "span"
-        yield Entry(f"<{tag}><sup>{at}</sup>{shown}<sub>{ids[at]}</sub></{tag}>", 1, int(target[at]))
+        yield Entry(f"<{tag}><sup>{first + at}</sup>{shown}<sub>{ids[at]}</sub></{tag}>", 1, int(target[at]))
         at += 1
 
 

@@ -42,7 +42,10 @@ def run_sizes(
     # needs the keys of the document's beginning.
     keys = everywhere * (2 * model.context_parallel_size + 1) // (2 * model.context_parallel_size)
     doubled = 2 if llama.attention == "sdpa" else 1
-    pack = Pack(tokens, tokens, doubled * tokens, doubled * (keys if model.context_parallel_size > 1 else tokens))
+    keys = keys if model.context_parallel_size > 1 else tokens
+    # Each of the two answers needs the keys of the prompt, which may be almost the whole pair.
+    keys = keys + 2 * everywhere if layout.shared_prompts else keys
+    pack = Pack(tokens, tokens, doubled * tokens, doubled * keys)
     packs = -(-model.global_batch_size // (layout.data_parallel_size * layout.micro_batch_size))
     sizes = (model.tensor_model_parallel_size, model.context_parallel_size, llama.number)
     return RunSizes(

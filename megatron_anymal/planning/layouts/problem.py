@@ -10,11 +10,12 @@ from transformers import LlamaConfig
 
 from megatron_anymal.config import ConfigError, LanguageModelConfig, ModalityConfig, ModelConfig, RunConfig
 from megatron_anymal.data.configured_modality import PlannedModality
+from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.dry_run.published_models import assume_shapes
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.model.memory.media import EncoderSizes
-from megatron_anymal.model.memory.recompute import MARGIN
+from megatron_anymal.model.memory.recompute import MARGIN, planned_attention
 from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.search import Problem
 from megatron_anymal.planning.layouts.workload import Workload, assumed_workload, measured_workload
@@ -96,7 +97,8 @@ def _workload(
             for name, section in sections.items()
         ]
         samples, length = config.model.global_batch_size, config.data.seq_length
-        return measured_workload(folders, planned, samples, length, config.data.storage)
+        shared = shares_prompts(config.job, config.model, planned_attention(config.model))
+        return measured_workload(folders, planned, samples, length, config.data.storage, shared_prompts=shared)
     if sample_tokens > config.data.seq_length:
         raise ConfigError(
             f"--sample-tokens={sample_tokens} is more than data.seq_length={config.data.seq_length}. Lower it, or "

@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal.config import ConfigError, ModalityConfig, RunConfig
 from megatron_anymal.data.planner import BatchLayout
+from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.model.memory.rank_memory import Held, held
 from megatron_anymal.model.memory.recompute import Choice, candidates, judge, least_that_fit, planned_attention
@@ -140,7 +141,8 @@ class Problem:
         """
         config, model = self.config, layout.applied(self.config.model)
         replicas = config.world_size // model.model_parallel_size
-        batches = BatchLayout.of(model, config.data.seq_length, replicas)
+        shared = shares_prompts(config.job, model, planned_attention(model))
+        batches = BatchLayout.of(model, config.data.seq_length, replicas, shared_prompts=shared)
         tensor, context = layout.tensor_model_parallel_size, layout.context_parallel_size
         names = config.model.modalities
         return StepInputs(

@@ -11,8 +11,9 @@ import numpy as np
 from megatron_anymal.config import ModelConfig, StorageConfig
 from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import padded
-from megatron_anymal.data.planner import BatchLayout, measure_samples
+from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.data.records import DataError
+from megatron_anymal.data.sample_measures import measure_samples
 from megatron_anymal.data.shard_index import ShardIndex
 
 # Packs are padded to the longest one, which is this much longer than the mean (data/packing.py).
@@ -115,6 +116,8 @@ def measured_workload(
     samples: int,
     seq_length: int,
     storage: Optional[StorageConfig] = None,
+    *,
+    shared_prompts: bool = False,
 ) -> Workload:
     """Expect the mean of what the indexes of data sets hold.
 
@@ -124,6 +127,7 @@ def measured_workload(
         samples: `model.global_batch_size`.
         seq_length: `data.seq_length`; longer samples are left out.
         storage: how folders on object storage are read. None: the defaults.
+        shared_prompts: packs hold the prompt of a pair once.
 
     Raises:
         DataError: a folder has no index, media without a configured modality, or no sample that fits.
@@ -141,12 +145,14 @@ def measured_workload(
                 f"model.modalities.{min(missing)}, or name another folder."
             )
         rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), _MEASURED)).astype(np.int64))
-        found = measure_samples(index, rows, by_kind)
+        found = measure_samples(index, rows, by_kind, shared_prompts=shared_prompts)
         fits = found.length <= seq_length
         if not fits.any():
             raise DataError(f"{folder!r} has no sample within data.seq_length={seq_length}. Raise it.")
-        share, documents = samples * weight / total / fits.sum(), found.documents[fits]
-        sums += share * np.array([documents.sum(), (documents**2).sum(), found.targets[fits].sum()])
+        share = samples * weight / total / fits.sum()
+        # The square of a shared prompt is part of both documents' squares, but it is computed once.
+        squares = (found.documents[fits] ** 2).sum() - (found.shared[fits] ** 2).sum()
+        sums += share * np.array([found.length[fits].sum(), squares, found.targets[fits].sum()])
         longest = max(longest, int(found.length[fits].max()))
         for number, modality in enumerate(modalities):
             mine = (found.modality == number) & fits[found.owner]

@@ -218,12 +218,31 @@ def test_both_documents_of_a_pair_are_shown(tokenizer: str, tmp_path: Path) -> N
     data = make_conversations(tmp_path / "pairs", tokenizer, 8, pairs=True)
     config = config_of(data, tokenizer, tmp_path)
     _, page = page_of(tmp_path)
-    config.job = "dpo"
+    # The page is of a job that takes every kind of sample, which packs whole documents.
+    config.job, config.model.dpo.share_prompt = "dpo", "never"
     expected = as_loaded(config, 0)
     assert len(page.articles) == 8
     for article in page.articles:
         assert len(article.documents) == 2 and "chosen" in article.words and "rejected" in article.words
         assert shown(article) == loaded(*expected[article.name])
+
+
+def test_a_shared_prompt_is_shown_once(tokenizer: str, tmp_path: Path) -> None:
+    data = make_conversations(tmp_path / "pairs", tokenizer, 8, pairs=True)
+    config = config_of(data, tokenizer, tmp_path)
+    config.job, config.model.lora.r, config.model.restore_from_path = "dpo", 2, "unused"
+    for modality in config.model.modalities.values():
+        modality.encoder.freeze = modality.projector.freeze = True
+    write(config, tmp_path)
+    _, page = page_of(tmp_path)
+    whole = copy.deepcopy(config)
+    whole.model.dpo.share_prompt = "never"
+    expected = as_loaded(whole, 0)
+    assert len(page.articles) == 8
+    for article in page.articles:
+        prompt, *answers = shown(article)
+        assert len(answers) == 2 and "prompt" in article.words and "rejected" in article.words
+        assert [prompt + answer for answer in answers] == loaded(*expected[article.name])
 
 
 def pixels_of(picture: bytes) -> np.ndarray:

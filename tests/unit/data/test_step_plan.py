@@ -30,6 +30,7 @@ def plan() -> StepPlan:
         micro_batches=(((0, 2), (1,)), ((3,), ())),
         padded_length=64,
         document_multiple=2,
+        shared=np.zeros(5, np.int64),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,18 +14,36 @@ import torch
 from torch import Tensor
 
 from megatron_anymal.data.context_parallel import held_tokens
-from megatron_anymal.data.records import DataError
+from megatron_anymal.data.records import DataError, Prompt
+from megatron_anymal.data.shared_prompts import NO_PROMPTS
 from megatron_anymal.model import attention_kernels
 
 HEAD = 16
 PACKS = [[8], [16, 8, 40], [64, 8, 8, 24], [8] * 7]
 
 
-def by_definition(query: Tensor, key: Tensor, value: Tensor, lengths: list[int], scale: float | None) -> Tensor:
-    """[T, n, d]: softmax over the current and earlier tokens of the same document."""
+# Lengths of spans, and which of them continue a prompt; with context parallelism prompts are padded.
+PAIRS: list[tuple[list[int], dict[int, Prompt]]] = [
+    ([24, 8, 16], {1: Prompt(0, 24), 2: Prompt(0, 24)}),
+    ([16, 40, 8, 8, 16], {2: Prompt(16, 37), 3: Prompt(16, 37)}),
+    ([8, 8, 8, 64, 16, 8, 24], {1: Prompt(0, 1), 2: Prompt(0, 1), 4: Prompt(24, 60), 5: Prompt(24, 60)}),
+]
+
+
+def by_definition(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: list[int],
+    scale: float | None,
+    prompts: Mapping[int, Prompt] = NO_PROMPTS,
+) -> Tensor:
+    """[T, n, d]: softmax over the current and earlier tokens of the same document, and the prompt that it continues."""
     document = torch.repeat_interleave(torch.tensor(lengths))
     place = torch.arange(len(document))
     unseen = (document[:, None] != document) | (place[:, None] < place)
+    for number, (first, length) in prompts.items():
+        unseen[(document == number).nonzero(), torch.arange(first, first + length)] = False
     repeat = query.size(1) // key.size(1)
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     scores = torch.einsum("ihd,jhd->hij", query, key) * (scale or 1 / math.sqrt(HEAD))
@@ -85,17 +104,44 @@ def test_outputs(kernel: str, size: int, lengths: list[int], heads: int, groups:
         torch.testing.assert_close(attend(query[held], key, value, scale), expected[held], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize("lengths", PACKS, ids=lambda lengths: "-".join(map(str, lengths)))
-def test_gradients_of_all_ranks_add_up(size: int, lengths: list[int]) -> None:
+@pytest.mark.parametrize("lengths, prompts", PAIRS)
+def test_answers_see_their_prompt_and_themselves(
+    kernel: str, size: int, lengths: list[int], prompts: dict[int, Prompt]
+) -> None:
+    query, key, value = (torch.randn(sum(lengths), n, HEAD) for n in (4, 2, 2))
+    expected = by_definition(query, key, value, lengths, None, prompts)
+    for rank in range(size):
+        held = held_tokens(lengths, rank, size)
+        attend = attention_kernels.KERNELS[kernel](lengths, rank, size, torch.device("cpu"), prompts)
+        torch.testing.assert_close(attend(query[held], key, value, None), expected[held], rtol=1e-5, atol=1e-5)
+
+
+def test_an_answer_and_its_prompt_are_one_document() -> None:
+    """Attention of the whole documents, prompt and answer in a row, is the oracle."""
+    prompt, chosen, rejected = 24, 8, 16
+    parts = [torch.randn(prompt + chosen + rejected, n, HEAD, dtype=torch.float64) for n in (4, 2, 2)]
+    prompts = {1: Prompt(0, prompt), 2: Prompt(0, prompt)}
+    kernel = attention_kernels.SdpaKernel([prompt, chosen, rejected], 0, 1, torch.device("cpu"), prompts)
+    shared = kernel(*parts, None).split([prompt, chosen, rejected])
+    for number, answer in ((1, slice(prompt, prompt + chosen)), (2, slice(prompt + chosen, None))):
+        whole = [torch.cat([x[:prompt], x[answer]]) for x in parts]
+        alone = by_definition(*whole, [len(whole[0])], None)
+        torch.testing.assert_close(torch.cat([shared[0], shared[number]]), alone)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("lengths, prompts", [*((lengths, NO_PROMPTS) for lengths in PACKS), *PAIRS])
+def test_gradients_of_all_ranks_add_up(size: int, lengths: list[int], prompts: Mapping[int, Prompt]) -> None:
     whole = [torch.randn(sum(lengths), n, HEAD, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
     direction = torch.randn(sum(lengths), 4, HEAD, dtype=torch.float64)
-    by_definition(*whole, lengths, None).backward(direction)
+    by_definition(*whole, lengths, None, prompts).backward(direction)
     expected = [x.grad for x in whole]
     split = [x.detach().clone().requires_grad_() for x in whole]
     for rank in range(size):
         held = held_tokens(lengths, rank, size)
-        attend = attention_kernels.SdpaKernel(lengths, rank, size, torch.device("cpu"))
+        attend = attention_kernels.SdpaKernel(lengths, rank, size, torch.device("cpu"), prompts)
         attend(split[0][held], split[1], split[2], None).backward(direction[held])
     for mine, theirs in zip(split, expected):
         torch.testing.assert_close(mine.grad, theirs)
