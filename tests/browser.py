@@ -62,9 +62,9 @@ class Tab:
         return reply["result"].get("value")
 
     def wait(self, expression: str, seconds: float = 60) -> None:
-        """Wait until an expression is true."""
+        """Wait until an expression is true. Until the page is loaded, it may fail."""
         deadline = time.monotonic() + seconds
-        while not self.value(f"!!document.body && !!({expression})"):
+        while not self.value(f"(() => {{ try {{ return !!({expression}) }} catch {{ return false }} }})()"):
             assert time.monotonic() < deadline, (expression, self.value("document.body.innerText"))
             time.sleep(0.02)
 

@@ -238,6 +238,8 @@ def test_feature_cache(tmp_path: Path) -> None:
     assert 0 < found["encoder_share"] < 1 and found["reading"]["entries"] == 20
     assert f"{found['speedup']['median']:.2f} x (bar 1.35)" in printed
     assert set(found["rounds"]) == {"off", "warm"} and all(len(turns) == 2 for turns in found["rounds"].values())
+
+
 def test_a_shared_prompt_gives_the_same_first_step_in_fewer_tokens(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     own = {"pairs": 4, "prompt-tokens": 80, "answer-tokens": 6, "warm-up": 1, "rounds": 2}
