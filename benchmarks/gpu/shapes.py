@@ -143,6 +143,8 @@ def make_config(case: Case, folder: Path, mean_tokens: float) -> RunConfig:
         model.lora.r, model.lora.alpha = 8, 32.0
     if case.job == "dpo":
         model.dpo.reference = "recomputed"
+        # The same work as the peers', which compute whole documents.
+        model.dpo.share_prompt = "never"
         # Required by validation only; the adapters of the SFT run are random, too.
         model.restore_from_path = "drawn"
     model.optim.lr, model.optim.sched.name = 1e-5, "constant"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -116,12 +117,14 @@ def _model_answers(
 
 
 def _serve(arguments: argparse.Namespace, items: Sequence[Item], path: Path) -> None:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C or SIGTERM."""
     from megatron_anymal.data.journal import Journal
     from megatron_anymal.judgement.comparison import Comparison
     from megatron_anymal.judgement.server import JudgementServer
 
     journal = Journal(path)
+    # As Ctrl-C, which a shell's background job ignores.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server = JudgementServer(Comparison(items, journal, arguments.order_seed), arguments.port)
         with server:

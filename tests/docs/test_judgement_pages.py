@@ -14,6 +14,7 @@ from typing import Any
 from chat_server import good, serving
 from commands import PAGES, blocks, run
 from judgements import make_prompts, row, served, write_lines
+from ports import free_port
 from tiny import png
 
 from megatron_anymal.cli import compare, synthesize
@@ -33,11 +34,13 @@ def test_comparison_commands(tmp_path: Path) -> None:
     for old, new in (("a", "ours"), ("b", "theirs")):
         (tmp_path / "source" / f"{old}.jsonl").rename(tmp_path / "source" / f"{new}.jsonl")
     [serve, report] = [line for line in lines_of(COMPARISON) if "ours.jsonl" in line]
-    process, _ = served(tmp_path / "source", words=shlex.split(serve)[1:])
+    # The page's port may be in use.
+    words = [str(free_port()) if word == "8765" else word for word in shlex.split(serve)[1:]]
+    process, _ = served(tmp_path / "source", words=words)
     write_lines(tmp_path / "source" / "comparison" / "judgements.jsonl", [row("q0", "ann", "a"), row("q1", "ann", "b")])
     printed = run(report, tmp_path / "source")
     assert "2 judgement(s) of 2 of 3 items" in printed and "2 pair(s), 1 without (not judged)" in printed
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 0
     names = set(
         re.findall(r"`([\w.]+\.(?:jsonl?|md|html))`", COMPARISON.partition("## Results")[2].partition("- **")[0])

@@ -119,7 +119,7 @@ def test_the_page_outlives_its_server(tmp_path: Path) -> None:
         tab.press("0")
         tab.press("Enter")
         tab.wait("document.getElementById('who').textContent === 'item 2, bob'")
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 0
     rows = read_journal(tmp_path / "out" / "judgements.jsonl")
     assert [(row["item"], row["choice"] == "tie") for row in rows] == [("q0", False), ("q0", True)]

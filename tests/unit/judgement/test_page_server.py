@@ -219,7 +219,7 @@ def test_a_killed_server_loses_no_judgement(tmp_path: Path) -> None:
     process, url = served(tmp_path, "--export-pairs=pairs.jsonl")
     state = json.loads(Client(url).ask("state?annotator=ann")[1])
     assert state["judged"] == sorted(number for name, number in kept if name == "ann")
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGTERM)
     assert process.wait(60) == 0
     assert json.loads((tmp_path / "out" / "results.json").read_text())["judgements"] == len(kept)
     assert (tmp_path / "pairs.jsonl").read_text().count("\n") > 10

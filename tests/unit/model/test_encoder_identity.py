@@ -85,7 +85,8 @@ def test_code_of_a_plug_in(tmp_path: Path) -> None:
         file.write_text(
             "from megatron_anymal.modalities.image import ImageModality\n"
             "from megatron_anymal.modalities import register\n"
-            f'@register("own{number}")\nclass Own(ImageModality):\n    pass\n{line}'
+            # Files of its own: the registration outlives the test.
+            f'@register("own{number}")\nclass Own(ImageModality):\n    extensions = ("own{number}",)\n{line}'
         )
         load_plugins([str(file)])
         section = modalities()["image"]
