@@ -25,6 +25,7 @@ from megatron_anymal.data import index_folder, index_processes
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.shard_rows import RowBuffer, ShardRows
 from megatron_anymal.data.tokenizer import Tokenizer as TextTokenizer
+from megatron_anymal.process_memory import peak_resident_bytes
 
 # Samples per shard.
 SHARD = 10_000
@@ -58,12 +59,6 @@ def write_tokenizer(folder: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
 
 
-def peak_bytes() -> int:
-    """Peak memory of this process. getrusage would include that of the process that started it."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-
-
 def measure(count: int) -> dict[str, float]:
     """Index `count` made-up samples in this process."""
     made_up = MadeUp()
@@ -88,7 +83,7 @@ def measure(count: int) -> dict[str, float]:
         "fill_microseconds": made_up.seconds / samples * 1e6,
         "rest_microseconds": rest / samples * 1e6,
         "index_bytes": size,
-        "peak_bytes": peak_bytes(),
+        "peak_bytes": peak_resident_bytes(),
     }
 
 

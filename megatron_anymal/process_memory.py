@@ -24,3 +24,12 @@ def resident_bytes() -> int:
         return int(psutil.Process().memory_info().rss)
     _, resident, of_files, *_ = map(int, _STATM.read_text().split())
     return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    """Peak of the calling process's resident memory since its program started, in bytes. Linux only.
+
+    Not getrusage's ru_maxrss: the kernel carries that over an exec, so a child reports at least what its parent held.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

@@ -18,7 +18,6 @@ from checkpoint_tools.exporting.card import write_card
 from checkpoint_tools.exporting.model_files import TOKENIZER_SETTINGS, write_llama_files, write_model_files
 from checkpoint_tools.exporting.shard_files import write_shards
 from checkpoint_tools.exporting.weights import LLAMA, ExportedWeights
-from checkpoint_tools.memory import peak_memory
 from checkpoint_tools.verifying.chat_ids import compare_chat_ids
 from checkpoint_tools.verifying.comparison import verify
 from checkpoint_tools.verifying.samples import choose_samples
@@ -27,6 +26,7 @@ from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.checkpoint.trust import config_of
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.process_memory import peak_resident_bytes
 
 _GIB = 1 << 30
 # Allowance for the tokenizer and code, on top of the weights.
@@ -41,7 +41,7 @@ def export(arguments: argparse.Namespace, folder: Path, out: Path) -> None:
         VerificationError, ChatIdsError: the export differs from the trainer's model or token ids.
         OSError: the disk is full or cannot be written.
     """
-    begun, memory = time.monotonic(), peak_memory()
+    begun, memory = time.monotonic(), peak_resident_bytes()
     manifest = store.read_manifest(folder)
     # The Llama alone needs no plug-ins.
     trusted = arguments.trust_plugins or arguments.llama_only
@@ -56,7 +56,7 @@ def export(arguments: argparse.Namespace, folder: Path, out: Path) -> None:
                 samples = choose_samples(config.model, config.data, arguments.data, arguments.samples, llama_only)
             staging.mkdir(parents=True)
             adapter, files = _write(arguments, staging, folder, manifest, config, llama_only)
-        memory = peak_memory() - memory
+        memory = peak_resident_bytes() - memory
         seconds = time.monotonic() - begun
         if (staging / TOKENIZER_SETTINGS).is_file():
             tokenizer = Tokenizer(config.data.tokenizer)

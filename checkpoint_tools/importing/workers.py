@@ -7,8 +7,8 @@ import queue
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from checkpoint_tools.memory import peak_memory
 from megatron_anymal.child_processes import end_with_parent
+from megatron_anymal.process_memory import peak_resident_bytes
 
 
 class WorkerError(Exception):
@@ -77,11 +77,11 @@ def _check_alive(workers: Sequence[Any], finished: int) -> None:
 
 def _work(todo: Any, messages: Any, work: Callable[[Any, Callable[[int], None]], None]) -> None:
     end_with_parent()
-    before = peak_memory()
+    before = peak_resident_bytes()
     try:
         while (job := todo.get()) is not None:
             work(job, lambda count: messages.put(("done", count)))
-        messages.put(("peak", peak_memory() - before))
+        messages.put(("peak", peak_resident_bytes() - before))
     except OSError as error:
         # An OSError without an errno carries a library's own message.
         messages.put(("disk", (error.errno, error.strerror, error.filename)) if error.errno else ("failed", str(error)))

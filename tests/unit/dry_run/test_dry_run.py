@@ -482,11 +482,12 @@ def test_clap_on_the_meta_device_counts_its_tokens() -> None:
 
 
 SEVENTY = """
-import resource, sys, time
+import sys, time
 from megatron_anymal.__main__ import main
+from megatron_anymal.process_memory import peak_resident_bytes
 start = time.perf_counter()
 code = main(sys.argv[1:])
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = peak_resident_bytes()
 print("MEASURED", time.perf_counter() - start, peak, [name for name in ("nemo", "lightning") if name in sys.modules])
 sys.exit(code)
 """
