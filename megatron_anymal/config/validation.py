@@ -206,8 +206,7 @@ def _check_resilience(config: RunConfig) -> None:
     interval = config.resilience.peer_memory_interval
     if interval and not config.resilience.peer_memory:
         raise ConfigError(
-            f"resilience.peer_memory_interval={interval} has no effect with resilience.peer_memory=false. Remove one of "
-            "them."
+            f"resilience.peer_memory_interval={interval} has no effect with resilience.peer_memory=false. Remove one."
         )
     check_faults(config.resilience.faults, config.world_size, config.data.num_workers)
 
