@@ -16,6 +16,7 @@ ORDER = [
     (
         "child_processes",
         "config",
+        "installed",
         "log_filters",
         "process_memory",
         "step_lines",
