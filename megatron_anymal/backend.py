@@ -157,12 +157,6 @@ def check_backend(model: ModelConfig, precision: str) -> None:
             "model.transformer_impl=local, or model.dpo.share_prompt=auto."
         )
     _check_attention(model, precision, found)
-    interleaved = model.virtual_pipeline_model_parallel_size > 1
-    if interleaved and not model.overlap_p2p_comm and collectives_backend() == "gloo":
-        raise ConfigError(
-            "model.virtual_pipeline_model_parallel_size > 1 with model.overlap_p2p_comm=false gives wrong results over "
-            "gloo: megatron-core pairs sends and receives in a different order. Set model.overlap_p2p_comm=true."
-        )
     if (
         model.recompute_granularity == "selective"
         and "layernorm" in model.recompute_modules

@@ -63,15 +63,6 @@ def test_the_attention_that_is_chosen(
         (dataclasses.replace(H100, transformer_engine="2.11"), {"attention": "sdpa"}, "has no effect on Transformer"),
         (
             CPU,
-            {
-                "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-                "overlap_p2p_comm": False,
-            },
-            r"virtual_pipeline_model_parallel_size.*overlap_p2p_comm=false gives wrong results over gloo",
-        ),
-        (
-            CPU,
             {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},
             r"recompute_modules=\[layernorm\] needs Transformer Engine",
         ),
