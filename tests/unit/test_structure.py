@@ -37,6 +37,7 @@ ORDER = [
     ("generation",),
     ("evaluation",),
     ("judgement",),
+    ("serving",),
     ("synthesis",),
     ("launcher",),
     ("planning",),
