@@ -23,7 +23,7 @@ def export_generator(tokenizer_folder: str) -> ExportedGenerator:
 
 def mixed_prompts(*, with_video: bool = True) -> list[Prompt]:
     """24 prompts: texts of several lengths, conversations, one medium or all of them."""
-    words = "what is this zero one two seven a sound a motion a run".split()
+    words = ["what", "is", "this", "zero", "one", "two", "seven", "a", "sound", "a", "motion", "a", "run"]
     prompts = [_prompt([{"text": " ".join(words[: 1 + n])}]) for n in (0, 2, 5, 9)]
     for n in range(6):
         prompts.append(_prompt([{"media": "a.png"}, {"text": words[n]}], MediaFile(png(n, (9 + 4 * n, 9)), "png")))

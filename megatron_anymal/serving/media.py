@@ -59,7 +59,9 @@ def read_media_part(
         )
     given = part.get(kind_of_part)
     if not isinstance(given, Mapping) or set(part) != {"type", kind_of_part}:
-        raise invalid(at, f"a part of the type {kind_of_part} is an object with `type` and the object `{kind_of_part}`.")
+        raise invalid(
+            at, f"a part of the type {kind_of_part} is an object with `type` and the object `{kind_of_part}`."
+        )
     field = f"{at}.{kind_of_part}"
     if kind_of_part.endswith(_URL):
         file, attributes = _from_url(given, f"{field}.url"), {}
@@ -117,5 +119,3 @@ def _extension(mime: str) -> str:
     """Extension for a media type; empty if unknown, in which case the file's content decides."""
     known = _EXTENSIONS.get(mime.strip().lower()) or mimetypes.guess_extension(mime.strip()) or ""
     return known.lstrip(".")
-
-

@@ -115,8 +115,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "part of another kind": (ask(part("input_audio", data="AA==")), "messages[0].content[0].type", "'audio'"),
     "remote": (ask(part("image_url", url="https://a.b/c.png")), "messages[0].content[0].image_url.url", "not fetch"),
     "file": (ask(part("image_url", url="file:///etc/passwd")), "messages[0].content[0].image_url.url", "not fetch"),
-    "not base64": (ask(part("image_url", url="data:image/png;base64,@@")), "messages[0].content[0].image_url.url", "64"),
-    "no base64": (ask(part("image_url", url="data:image/png,AA")), "messages[0].content[0].image_url.url", "has the form"),
+    "not base64": (
+        ask(part("image_url", url="data:image/png;base64,@@")),
+        "messages[0].content[0].image_url.url",
+        "64",
+    ),
+    "no base64": (
+        ask(part("image_url", url="data:image/png,AA")),
+        "messages[0].content[0].image_url.url",
+        "has the form",
+    ),
     "detail": (ask(part("image_url", url="AA==", detail="high")), "messages[0].content[0].image_url.detail", "auto"),
     "no data": (ask(part("input_imu", rate=3)), "messages[0].content[0].input_imu.data", "a string"),
     "reserved": (ask(part("input_imu", data="AA==", media="x")), "messages[0].content[0].input_imu.media", "unknown"),

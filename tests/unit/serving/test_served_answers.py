@@ -25,7 +25,7 @@ KINDS = {
     "audio": ("input_audio", "flac", lambda n: flac(n, 0.5 + n / 30), {}),
     "imu": ("input_imu", "npy", lambda n: npy(n, 60 + 4 * n), {"rate": 50}),
 }
-WORDS = "what is this zero one two seven a sound a motion a run".split()
+WORDS = ["what", "is", "this", "zero", "one", "two", "seven", "a", "sound", "a", "motion", "a", "run"]
 
 
 def question(number: int) -> tuple[list[dict[str, Any]], Prompt]:

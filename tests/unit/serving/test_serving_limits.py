@@ -160,7 +160,9 @@ def test_sixty_four_clients_share_one_batch() -> None:
         barrier.wait(30)
         reply = served.post(ask(f"client {number}", stream=number % 2 == 0))
         assert reply.status_code == 200
-        return text_of(chunks(reply.iter_lines())) if number % 2 == 0 else reply.json()["choices"][0]["message"]["content"]
+        return (
+            text_of(chunks(reply.iter_lines())) if number % 2 == 0 else reply.json()["choices"][0]["message"]["content"]
+        )
 
     with serving(script) as served, ThreadPoolExecutor(64) as pool:
         texts = set(pool.map(client, range(64)))
