@@ -39,7 +39,8 @@ class Answer:
         # Without the end token.
         self.tokens: list[int] = []
         self.done = False
-        self._decode, self._ends, self._stops, self._room = decode, ends, stops, room
+        self.room = room
+        self._decode, self._ends, self._stops = decode, ends, stops
 
     def add(self, token: int) -> None:
         """Append the next token; has no effect once the answer is done."""
@@ -49,7 +50,12 @@ class Answer:
             self.done = True
             return
         self.tokens.append(token)
-        self.done = len(self.tokens) >= self._room or (bool(self._stops) and self._stop(self._whole) is not None)
+        self.done = len(self.tokens) >= self.room or (bool(self._stops) and self._stop(self._whole) is not None)
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the answer is done only because of the limit on its tokens."""
+        return self.done and len(self.tokens) >= self.room and self._stop(self._whole) is None
 
     @property
     def text(self) -> str:

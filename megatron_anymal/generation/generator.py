@@ -10,6 +10,7 @@ from megatron_anymal.config import ConfigError
 from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.running_batch import RunningBatch
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.telemetry import Progress
 
@@ -102,6 +103,10 @@ class Generator(ABC):
             scores += self._log_likelihoods(prompts[start:end], candidates[start:end])
             start = end
         return scores
+
+    @abstractmethod
+    def running_batch(self) -> RunningBatch:
+        """Start an empty batch that prompts can join and leave between steps; for one process."""
 
     @abstractmethod
     def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:

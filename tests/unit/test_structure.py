@@ -38,6 +38,7 @@ ORDER = [
     ("generation",),
     ("evaluation",),
     ("judgement",),
+    ("serving",),
     ("synthesis",),
     ("launcher",),
     ("planning",),
