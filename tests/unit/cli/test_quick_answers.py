@@ -83,6 +83,7 @@ REFUSED = {
     "prepare --from lava /none.json --out=/tmp/never --tokenizer=/nowhere": "llava",
     "prepare --from coco EXPORT/config.json --out=/tmp/never --tokenizer=/nowhere": "captions_",
     "prepare --from llava /none.json --out=/tmp/never --tokenizer=/nowhere --part=1/2": "/none.json",
+    "prepare --index-only=/none --tokenizer=/none --part=65/64": "from 1 to 64",
     "prepare --manifest=/none.jsonl --out=/tmp/never --tokenizer=/nowhere --rebuild": "--rebuild",
     "prepare --index-only=/none --tokenizer=/nowhere --filter=min_sied=3": "min_sied",
     "inspect /none --tokenizer=/nowhere": "/none",
