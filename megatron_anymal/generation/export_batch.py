@@ -1,8 +1,8 @@
 """Continuous batching for exported folders, with transformers' cache.
 
-Rows are padded on the left, as `generate` pads them: the newest tokens of all rows are in the last column. A prompt that
-joins is computed on its own and its cache is padded to the length of the others'; when rows leave, columns that hold only
-padding go as well.
+Rows are padded on the left, as `generate` pads them: the newest tokens of all rows are in the last column. A prompt
+that joins is computed on its own and its cache is padded to the length of the others'; when rows leave, columns that
+hold only padding go as well.
 
 Shapes: R rows, L columns of the cache, g key/value groups, d head size.
 """

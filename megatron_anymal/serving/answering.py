@@ -29,7 +29,7 @@ _FILTERED = "content_filter"
 
 
 class AnswerResponse(Response):
-    """The reply to a request in the engine. Frees its place when the reply is sent, or the client leaves or is stuck."""
+    """The reply to a request in the engine. Frees its place once it is sent, or the client leaves or is stuck."""
 
     def __init__(self, service: Service, chat: ChatRequest, ticket: Ticket):
         """Prepare the reply to an admitted request."""

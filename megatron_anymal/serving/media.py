@@ -59,14 +59,11 @@ def read_media_part(
         )
     given = part.get(kind_of_part)
     if not isinstance(given, Mapping) or set(part) != {"type", kind_of_part}:
-        raise invalid(
-            at, f"a part of the type {kind_of_part} is an object with `type` and the object `{kind_of_part}`."
-        )
+        raise invalid(at, f"a part of the type {kind_of_part} has `type` and the object `{kind_of_part}`.")
     field = f"{at}.{kind_of_part}"
     if kind_of_part.endswith(_URL):
-        file, attributes = _from_url(given, f"{field}.url"), {}
-    else:
-        file, attributes = _from_data(given, field)
+        return {"media": field, "modality": kind}, _from_url(given, f"{field}.url")
+    file, attributes = _from_data(given, field)
     return {"media": field, "modality": kind, **attributes}, file
 
 

@@ -66,6 +66,7 @@ class GracefulServer(uvicorn.Server):
             timeout_graceful_shutdown=_LAST_WRITES,
         )
         super().__init__(config)
+        self.should_exit = False
         self._service, self._seconds, self._ready = service, shutdown_seconds, ready
         self._deadline: Optional[float] = None
 

@@ -70,7 +70,7 @@ class Service:
         if self.in_flight >= self.limits.max_batch + self.limits.max_queue:
             raise RequestError(
                 HTTPStatus.TOO_MANY_REQUESTS,
-                f"{self.limits.max_batch} requests are being answered and {self.limits.max_queue} wait. Try again later.",
+                f"{self.limits.max_batch} requests are being answered, {self.limits.max_queue} wait. Try again later.",
                 code="queue_full",
             )
         self.in_flight += 1
