@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart
+
+
+# A media item whose name ends in this is codes of the Llama's vocabulary.
+CODES_ENDING = "codes.npy"
+
+
+def is_codes(name: str) -> bool:
+    """Whether a media item is codes, by the name of its file or member: codes.npy or ANYTHING.codes.npy."""
+    return f".{name.lower().rpartition('/')[2]}".endswith(f".{CODES_ENDING}")
 
 
 def parse_part(entry: Any, at: str) -> Part:
@@ -22,9 +32,15 @@ def parse_part(entry: Any, at: str) -> Part:
             raise DataError(f"{at}: a text part has a string `text`, optionally a boolean `loss`, and no other keys.")
         return TextPart(entry["text"], entry.get("loss", True))
     attributes = {key: item for key, item in entry.items() if key not in ("media", "modality")}
-    if not isinstance(entry["media"], str) or not isinstance(entry.get("modality", ""), str):
+    name, modality = entry["media"], entry.get("modality", "")
+    if not isinstance(name, str) or not isinstance(modality, str):
         raise DataError(f"{at}: `media` and `modality` must be strings.")
-    return MediaPart(entry["media"], entry.get("modality", ""), attributes)
+    if not is_codes(name):
+        return MediaPart(name, modality, attributes)
+    loss = attributes.pop("loss", False)
+    if not isinstance(loss, bool):
+        raise DataError(f"{at}: the `loss` of codes must be true or false.")
+    return CodesPart(name, modality, attributes, generated=loss, loss=loss)
 
 
 def parse_parts(value: Any, where: str) -> list[Part]:
@@ -36,7 +52,7 @@ def parse_parts(value: Any, where: str) -> list[Part]:
     if not isinstance(value, list) or not value:
         raise DataError(f"{where}: `parts` must be a list of text and media parts.")
     parts = [parse_part(entry, f"{where}: part {number}") for number, entry in enumerate(value)]
-    if not any(isinstance(part, TextPart) for part in parts):
+    if not any(isinstance(part, TextPart) or (isinstance(part, CodesPart) and part.loss) for part in parts):
         raise DataError(f"{where}: it has no text, so there is nothing to learn from it.")
     return parts
 
@@ -45,6 +61,5 @@ def name_modalities(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
     """Set the modalities of the media parts to `names`, in order."""
     remaining = iter(names)
     return [
-        MediaPart(part.media, next(remaining), part.attributes) if isinstance(part, MediaPart) else part
-        for part in parts
+        dataclasses.replace(part, modality=next(remaining)) if isinstance(part, MediaPart) else part for part in parts
     ]
