@@ -16,6 +16,7 @@ ORDER = [
     (
         "child_processes",
         "config",
+        "discrete_vocabulary",
         "log_filters",
         "process_memory",
         "step_lines",
