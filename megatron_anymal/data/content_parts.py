@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
-from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart, TokensPart
 
 
 # A media item whose name ends in this is codes of the Llama's vocabulary.
@@ -35,12 +35,18 @@ def parse_part(entry: Any, at: str) -> Part:
     name, modality = entry["media"], entry.get("modality", "")
     if not isinstance(name, str) or not isinstance(modality, str):
         raise DataError(f"{at}: `media` and `modality` must be strings.")
-    if not is_codes(name):
-        return MediaPart(name, modality, attributes)
+    part = media_part(name, modality, attributes)
+    if not isinstance(part, CodesPart):
+        return part
     loss = attributes.pop("loss", False)
     if not isinstance(loss, bool):
         raise DataError(f"{at}: the `loss` of codes must be true or false.")
-    return CodesPart(name, modality, attributes, generated=loss, loss=loss)
+    return dataclasses.replace(part, generated=loss, loss=loss)
+
+
+def media_part(name: str, modality: str, attributes: Mapping[str, Any]) -> MediaPart:
+    """The part of a media item, which its name tells whether it is codes; those are not targets."""
+    return (CodesPart if is_codes(name) else MediaPart)(name, modality, attributes)
 
 
 def parse_parts(value: Any, where: str) -> list[Part]:
@@ -62,4 +68,19 @@ def name_modalities(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
     remaining = iter(names)
     return [
         dataclasses.replace(part, modality=next(remaining)) if isinstance(part, MediaPart) else part for part in parts
+    ]
+
+
+def with_tokens(parts: Sequence[Part], tokens: Sequence[Optional[tuple[int, ...]]]) -> list[Part]:
+    """Replace codes by their token ids.
+
+    Args:
+        tokens: for each media part, in order, its token ids; None for one that is not codes.
+    """
+    remaining = iter(tokens)
+    return [
+        TokensPart(ids, part.loss)
+        if isinstance(part, MediaPart) and (ids := next(remaining)) is not None and isinstance(part, CodesPart)
+        else part
+        for part in parts
     ]
