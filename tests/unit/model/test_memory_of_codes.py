@@ -21,7 +21,7 @@ from megatron_anymal.parallel import initialize
 
 SHAPE = {
     "vocab_size": 97,
-    "hidden_size": 64,
+    "hidden_size": 512,
     "intermediate_size": 96,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -95,4 +95,4 @@ def test_the_estimate_is_what_a_rank_holds(tp: int, pp: int) -> None:
         for case, (total, all_of_them, trainable, counted, *head) in zip(CASES, found, strict=True):
             assert (total, trainable) == (all_of_them, counted), case
             if head:
-                assert head[0] == pytest.approx(head[1], rel=0.02), case
+                assert head[0] == pytest.approx(head[1], rel=0.01), case
