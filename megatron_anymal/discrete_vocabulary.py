@@ -168,6 +168,11 @@ class DiscreteVocabulary:
         """Written forms of all marks and codes, in the order of their ids."""
         return map(self.text, range(self.base_size, self.total_size))
 
+    @property
+    def layout(self) -> list[tuple[str, tuple[str, str], list[int]]]:
+        """Name, marks and codebook sizes of each kind of media: what decides which id stands for what."""
+        return [(name, self._marks[name], [len(ids) for ids in self._codebooks[name]]) for name in self.names]
+
     def _books(self, name: str) -> list[range]:
         if name not in self._codebooks:
             raise DiscreteCodeError(

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from server_thread import in_thread
+
 
 def good(key: str, pairs: int = 2) -> str:
     """A valid answer about a sample."""
@@ -145,12 +147,5 @@ class _Handler(BaseHTTPRequestHandler):
 @contextmanager
 def serving(**arguments: Any) -> Iterator[ChatServer]:
     """A server that runs in threads of this process."""
-    server = ChatServer(**arguments)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
+    with in_thread(ChatServer(**arguments)) as server:
         yield server
-    finally:
-        server.shutdown()
-        thread.join(10)
-        server.server_close()

@@ -183,6 +183,19 @@ def make_conversations(
     return str(folder)
 
 
+# Shape of a video encoder of one layer.
+VIDEOMAE = {
+    "image_size": 8,
+    "patch_size": 4,
+    "num_frames": 2,
+    "tubelet_size": 2,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+
+
 def modalities() -> dict[str, ModalityConfig]:
     """Small image, audio and IMU sections; the IMU encoder is trainable."""
     return {

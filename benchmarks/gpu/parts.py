@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_anymal.model import compiled_ops
-from megatron_anymal.model.attention_kernels import KERNELS
+from megatron_anymal.model.attention_kernels import KERNELS, PackedDocuments
 
 EPSILON = 1e-5
 Call = Callable[..., Tensor]
@@ -272,7 +272,7 @@ def _attention(sizes: Sizes, random: Any, device: torch.device) -> Part:
             _module("flash_attn")
         if name == "flex" and device.type == "cpu":
             raise ImportError("no backward pass on CPUs")
-        made = KERNELS[name](documents, 0, 1, device)
+        made = KERNELS[name](PackedDocuments(documents), device)
         return lambda query, key, value: made(query, key, value, None)
 
     def transformer_engine(documents: tuple[int, ...]) -> Call:

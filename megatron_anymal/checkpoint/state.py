@@ -17,7 +17,8 @@ from megatron_anymal.checkpoint.fp8_scaling import set_scaling, sharded_scaling
 from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import LoraConfig, ModalityConfig
+from megatron_anymal.config import DiscreteConfig, LoraConfig, ModalityConfig, ModelConfig
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.fp8_weights import is_quantized
 from megatron_anymal.model.hf_llama import checkpoint_place
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
@@ -25,7 +26,8 @@ from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
 def content(state: Any, step: int, *, is_loading: bool) -> dict[str, Any]:
     """Sharded state dict that this rank saves from, or loads into, a TrainState. Collective."""
-    weights = sharded_weights(state.models, partial(_is_saved, state.carried))
+    whole = not state.config.model.language_model.freeze
+    weights = sharded_weights(state.models, partial(_is_saved, state.carried, whole))
     return {
         "model": weights,
         "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=is_loading),
@@ -76,16 +78,20 @@ def restore(state: Any, folder: Path, base_hash: str, optimizer: Any) -> list[st
     saved = StreamReader(folder).tensors
     _check_adapters(state.config.model.lora, saved, folder, base_hash)
     _check_projectors(state.config.model.modalities, saved, folder)
-    missing = load_media_parts(state.models, folder)
+    check_discrete_rows(state.config.model, saved, folder)
+    missing = load_media_parts(state.models, folder, llama=not state.config.model.language_model.freeze)
     state.carried = {name for name in saved if name.startswith("encoders.")}
     optimizer.reload_model_params()
     return missing
 
 
-def load_media_parts(models: Sequence[nn.Module], folder: Path) -> list[str]:
-    """Load the encoders, projectors and trainable weights that a checkpoint contains. Collective.
+def load_media_parts(models: Sequence[nn.Module], folder: Path, *, llama: bool = False) -> list[str]:
+    """Load the encoders, projectors, rows of marks and codes, and trainable weights that a checkpoint contains.
 
-    Weights that it does not contain keep their values.
+    Weights that it does not contain keep their values. Collective.
+
+    Args:
+        llama: also load the Llama's own weights that do not train.
 
     Returns:
         Names of trainable weights that were not in the checkpoint.
@@ -93,7 +99,7 @@ def load_media_parts(models: Sequence[nn.Module], folder: Path) -> list[str]:
     Raises:
         CheckpointError: the checkpoint holds none of these weights, or one has another shape.
     """
-    return _load_some(models, sharded_weights(models, _is_media_part), folder)
+    return _load_some(models, sharded_weights(models, partial(_is_media_part, llama)), folder)
 
 
 def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
@@ -107,7 +113,7 @@ def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
         # megatron-core would copy straight into the FP8 tensors; whole weights can be quantized one at a time.
         read_language_model(weights, folder)
         return
-    shards = sharded_weights(models, lambda name, trains: name.startswith("language_model.") and ".lora." not in name)
+    shards = sharded_weights(models, lambda name, trains: _is_llama(name))
     _load_some(models, shards, folder)
     saved = StreamReader(folder).tensors
     missing = [name for chunk in shards.values() for name, shard in chunk.items() if shard.key not in saved]
@@ -123,7 +129,7 @@ def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
     """
     reader = StreamReader(folder)
     for weight in weights:
-        if not weight.name.startswith("language_model.") or ".lora." in weight.name:
+        if not _is_llama(weight.name):
             continue
         key, layer = checkpoint_place(weight.name)
         if key not in reader.tensors:
@@ -136,13 +142,44 @@ def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
             raise CheckpointError(f"{str(folder)!r} holds a different Llama: {error}") from None
 
 
-def _is_saved(carried: Collection[str], name: str, trains: bool) -> bool:
-    # A frozen projector was trained earlier, and its weights are stored nowhere else.
-    return trains or name.startswith("projectors.") or name in carried
+def _is_saved(carried: Collection[str], llama: bool, name: str, trains: bool) -> bool:
+    # Frozen projectors and rows of codes were trained earlier, and their weights are stored nowhere else. A Llama that
+    # trains is stored with its frozen rows of the vocabulary.
+    return trains or name.startswith(("projectors.", "discrete.")) or name in carried or (llama and _is_llama(name))
 
 
-def _is_media_part(name: str, trains: bool) -> bool:
-    return trains or name.startswith(("projectors.", "encoders."))
+def _is_media_part(llama: bool, name: str, trains: bool) -> bool:
+    return trains or name.startswith(("projectors.", "encoders.", "discrete.")) or (llama and _is_llama(name))
+
+
+def _is_llama(name: str) -> bool:
+    return name.startswith("language_model.") and ".lora." not in name
+
+
+def check_discrete_rows(model: ModelConfig, saved: Collection[str], folder: Path) -> None:
+    """Refuse a checkpoint whose rows of marks and codes have other meanings than this run's, or would be lost.
+
+    Args:
+        saved: names of the checkpoint's tensors.
+
+    Raises:
+        CheckpointError: `model.discrete` differs from that of the checkpoint's run, or a run that does not train these
+            rows finds none.
+    """
+    if not any(name.startswith("discrete.") for name in saved):
+        if model.discrete and model.discrete_rows == "none":
+            raise CheckpointError(
+                f"{str(folder)!r} has no rows of marks and codes, and model.discrete_rows=none would leave them "
+                "random. Set model.discrete_rows=new, or use a checkpoint of a run that trained them."
+            )
+        return
+    sections = store.read_manifest(folder).config["model"]["discrete"]
+    theirs = DiscreteVocabulary(0, {name: DiscreteConfig(**section) for name, section in sections.items()}).layout
+    if theirs != DiscreteVocabulary(0, model.discrete).layout:
+        raise CheckpointError(
+            f"{str(folder)!r} was trained with model.discrete={sections}; its rows of marks and codes would be lost, "
+            "or stand for others. Set model.discrete as in that run, in the same order."
+        )
 
 
 def _check_adapters(lora: LoraConfig, saved: Collection[str], folder: Path, base_hash: str) -> None:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Optional
 
+from megatron_anymal.data.journal import sync_folder
 from megatron_anymal.resilience.exit_codes import Exit
 
 MANIFEST = "manifest.json"
@@ -102,10 +103,10 @@ def commit(staging: Path, final: Path, manifest: Manifest, digests: Optional[Map
         file.flush()
         os.fsync(file.fileno())
     for folder in {(staging / name).parent for name in [*files, MANIFEST]}:
-        _sync_folder(folder)
+        sync_folder(folder)
     replaced = _set_aside(final) if final.exists() else None
     staging.rename(final)
-    _sync_folder(final.parent)
+    sync_folder(final.parent)
     if replaced:
         _remove(replaced)
 
@@ -113,7 +114,7 @@ def commit(staging: Path, final: Path, manifest: Manifest, digests: Optional[Map
 def delete(folder: Path) -> None:
     """Delete a committed checkpoint atomically: no reader ever sees a partially deleted one."""
     aside = _set_aside(folder)
-    _sync_folder(folder.parent)
+    sync_folder(folder.parent)
     _remove(aside)
 
 
@@ -231,11 +232,11 @@ def sync_tree(folder: Path) -> None:
     """Fsync every file and directory under a folder, and the folder itself."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir():
-            _sync_folder(path)
+            sync_folder(path)
         elif path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _checksum(body: dict[str, Any]) -> str:
@@ -252,14 +253,6 @@ def _sync_and_hash(path: Path) -> str:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _set_aside(path: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from megatron_anymal.config import ConfigError
 
@@ -20,12 +19,10 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     if arguments.processes < 1:
         raise ConfigError(f"--processes={arguments.processes} must be 1 or more.")
-    from megatron_anymal.config.compose import compose, default_config_dir
+    from megatron_anymal.config.compose import compose, config_folder
     from megatron_anymal.config.validation import check
 
-    folder = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
-    if not folder.is_dir():
-        raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {folder}.")
+    folder = config_folder(arguments.config_path)
     config = compose(arguments.config_name, folder, arguments.overrides).config
     check(config)
     if not config.data.feature_cache.gib:

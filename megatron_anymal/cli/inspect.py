@@ -11,9 +11,8 @@ import argparse
 import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
-from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.config.compose import compose, config_folder
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.records import DataError
 
@@ -27,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     overrides = [text for text in arguments.folders if text not in folders]
     config = None
     if arguments.config_name:
-        folder = Path(arguments.config_path) if arguments.config_path else default_config_dir()
+        folder = config_folder(arguments.config_path)
         config = compose(arguments.config_name, folder, overrides).config
         check(config)
     tokenizer = arguments.tokenizer or (config.data.tokenizer if config else "")

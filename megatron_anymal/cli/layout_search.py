@@ -79,13 +79,11 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
 
 
 def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
-    from megatron_anymal.config.compose import compose, default_config_dir
+    from megatron_anymal.config.compose import compose, config_folder
     from megatron_anymal.config.validation import check
     from megatron_anymal.planning.layouts.job_size import with_job_size, with_kept_layout
 
-    folder = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
-    if not folder.is_dir():
-        raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {folder}.")
+    folder = config_folder(arguments.config_path)
     target = Path(arguments.write) if arguments.write else None
     config = compose(arguments.config_name, folder, arguments.overrides).config
     job = with_job_size(config, arguments.gpus, arguments.nodes_of or gpu.node_gpus)

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.config.explain import explain
 from megatron_anymal.config.parsing import Reader, entry_of, from_dict, hint_at, leaves
@@ -48,6 +48,18 @@ def default_config_dir() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "nemo_configs"
     return installed if installed.is_dir() else package.parent / "nemo_configs"
+
+
+def config_folder(option: Optional[str]) -> Path:
+    """Folder of the run's YAML files: that of --config-path, else the shipped ones.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    folder = Path(option).expanduser().resolve() if option else default_config_dir()
+    if not folder.is_dir():
+        raise ConfigError(f"--config-path={option}: there is no folder {folder}.")
+    return folder
 
 
 def compose(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Composed:

@@ -13,7 +13,7 @@ INTERLEAVINGS = ("sequential", "alternating")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
-def check_discrete(model: ModelConfig) -> None:
+def check_discrete(job: str, model: ModelConfig) -> None:
     """Reject sections of `model.discrete`, and related keys, that cannot work.
 
     Raises:
@@ -24,7 +24,7 @@ def check_discrete(model: ModelConfig) -> None:
             if getattr(model, key) != default:
                 raise ConfigError(f"model.{key}={getattr(model, key)} has no effect without model.discrete. Remove it.")
         return
-    _check_rows(model)
+    _check_rows(job, model)
     marks: dict[str, str] = {}
     for name, section in model.discrete.items():
         _check_section(model, name, section)
@@ -41,12 +41,27 @@ def check_discrete(model: ModelConfig) -> None:
             )
 
 
-def _check_rows(model: ModelConfig) -> None:
-    frozen = model.language_model.freeze
-    if model.discrete_rows == "new" and not frozen:
+def _check_rows(job: str, model: ModelConfig) -> None:
+    rows = model.discrete_rows
+    if rows == "all" and model.language_model.freeze:
         raise ConfigError(
-            "model.discrete_rows=new keeps the Llama's own rows of the embedding and the head fixed, but "
-            "model.language_model.freeze=false trains the whole Llama. Set model.discrete_rows=all."
+            "model.discrete_rows=all also trains the Llama's own rows of the embedding and the head, but "
+            "model.language_model.freeze=true keeps them fixed. Set model.discrete_rows=new, or train the whole Llama."
+        )
+    if rows == "none" and not model.restore_from_path:
+        raise ConfigError(
+            "model.discrete_rows=none would leave the rows of marks and codes at their first, random values. Set "
+            "model.restore_from_path to a run that trained them, or model.discrete_rows=new."
+        )
+    if job == "dpo" and rows != "none":
+        raise ConfigError(
+            f"The job dpo trains the adapters only, so that its reference has the same embedding and head: "
+            f"model.discrete_rows={rows} would train them. Set model.discrete_rows=none."
+        )
+    if model.fp8:
+        raise ConfigError(
+            f"model.fp8={model.fp8} has not been tested with model.discrete. Set model.fp8='', or remove "
+            "model.discrete."
         )
 
 

@@ -214,7 +214,7 @@ class ModelConfig:
     each column has over the Llama's own rows) or `normal` (normal with mean 0 and the Llama's initializer_range)."""
     discrete_rows: str = "new"
     """Which rows of the embedding and the head train: `new` (those of marks and codes; the Llama's own stay fixed and
-    need no gradient or optimizer state) or `all`."""
+    need no gradient or optimizer state), `all`, or `none` (they come from model.restore_from_path)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
     neftune: NeftuneConfig = field(default_factory=NeftuneConfig)

@@ -30,7 +30,7 @@ def check_model(job: str, model: ModelConfig) -> None:
     elif model.dpo != DpoConfig():
         raise ConfigError(f"model.dpo has no effect on the job {job}. Remove it, or set job=dpo.")
     _check_modalities(model.modalities)
-    check_discrete(model)
+    check_discrete(job, model)
 
 
 def _check_modalities(modalities: Mapping[str, ModalityConfig]) -> None:

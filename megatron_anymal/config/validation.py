@@ -32,7 +32,7 @@ CHOICES = {
     "model.fp8_recipe": ("tensorwise", "delayed"),
     "model.neftune.embeddings": ("all", "text"),
     "model.discrete_init": ("statistics", "normal"),
-    "model.discrete_rows": ("new", "all"),
+    "model.discrete_rows": ("new", "all", "none"),
     "model.dpo.reference": ("cached", "recomputed"),
     "model.dpo.share_prompt": ("auto", "always", "never"),
     "model.loss_normalization": ("token", "sample"),
@@ -205,6 +205,11 @@ def _check_resilience(config: RunConfig) -> None:
     for name in config.resilience.allow_changes:
         if name not in CHANGES:
             raise ConfigError(f"resilience.allow_changes: {name!r} is not one of {', '.join(CHANGES)}.")
+    interval = config.resilience.peer_memory_interval
+    if interval and not config.resilience.peer_memory:
+        raise ConfigError(
+            f"resilience.peer_memory_interval={interval} has no effect with resilience.peer_memory=false. Remove one."
+        )
     check_faults(config.resilience.faults, config.world_size, config.data.num_workers)
 
 

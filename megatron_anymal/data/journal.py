@@ -53,7 +53,7 @@ class Journal:
             # The rows that were found.
             self.rows = read_journal(path)
             os.ftruncate(self._descriptor, path.read_bytes().rfind(b"\n") + 1)
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         except BaseException:
             os.close(self._descriptor)
             raise
@@ -92,8 +92,8 @@ class Journal:
             raise DataError(f"{str(path)!r} is being written by another process. Wait for it, or end it.") from None
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make a new file's name durable."""
+def sync_folder(folder: Path) -> None:
+    """Make the names of new and renamed files in a folder durable."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

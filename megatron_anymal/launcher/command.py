@@ -13,7 +13,7 @@ from collections.abc import Sequence, Set
 from pathlib import Path
 
 from megatron_anymal.config import ConfigError, ResilienceConfig, RunConfig, TrainerConfig
-from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.config.compose import compose, config_folder
 from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.job import Job
 from megatron_anymal.launcher.supervisor import Supervisor
@@ -65,9 +65,7 @@ def _config(verb: str, arguments: Sequence[str]) -> RunConfig:
     options, unknown = parser.parse_known_intermixed_args(list(arguments))
     if unknown:
         raise ConfigError(f"{unknown[0]} cannot be used with `anymal launch`. Use it with `anymal {verb}` directly.")
-    folder = Path(options.config_path).expanduser().resolve() if options.config_path else default_config_dir()
-    if not folder.is_dir():
-        raise ConfigError(f"--config-path={options.config_path}: there is no folder {folder}.")
+    folder = config_folder(options.config_path)
     config = compose(options.config_name, folder, options.overrides).config
     if config.job != verb:
         raise ConfigError(

@@ -28,7 +28,7 @@ from torch import Tensor
 from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.data.records import Prompt
 from megatron_anymal.data.shared_prompts import NO_PROMPTS, token_positions
-from megatron_anymal.model.attention_kernels import KERNELS, Attend
+from megatron_anymal.model.attention_kernels import KERNELS, Attend, PackedDocuments
 from megatron_anymal.model.compiled_ops import apply_rotary
 
 
@@ -113,7 +113,7 @@ def document_pack(
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
         rotation=rotated,
-        kernel=KERNELS[kernel](lengths, context_rank, context_size, device, prompts),
+        kernel=KERNELS[kernel](PackedDocuments(lengths, context_rank, context_size, prompts), device),
         from_gathered=None if from_gathered is None else from_gathered.to(device),
     )
 

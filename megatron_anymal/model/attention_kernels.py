@@ -14,7 +14,7 @@ Shapes: T tokens of the pack, Q of them on this rank, n heads, g key/value group
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
 from typing import Any, Optional, Protocol
@@ -38,21 +38,8 @@ class Attend(Protocol):
         ...
 
 
-class Kernel(Attend, Protocol):
-    """An implementation of `Attend`, made for documents of these lengths, some of which continue a prompt."""
-
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        context_rank: int,
-        context_size: int,
-        device: torch.device,
-        prompts: Mapping[int, Prompt] = NO_PROMPTS,
-    ) -> None: ...
-
-
 @dataclass(frozen=True)
-class _Segment:
+class Segment:
     """`queries` tokens from `first_query` on (in this rank's order) attend causally to the prompt, if there is one, and
     `keys` tokens from `first_key` on (both in pack order): the last query attends to all of them."""
 
@@ -75,16 +62,40 @@ class _Segment:
         )
 
 
-def _segments(
-    lengths: Sequence[int], context_rank: int, context_size: int, prompts: Mapping[int, Prompt] = NO_PROMPTS
-) -> list[_Segment]:
-    segments, query = [], 0
-    for number, (length, first_key) in enumerate(zip(lengths, accumulate(lengths, initial=0))):
-        prompt = prompts.get(number, _NO_PROMPT)
-        for start, stop in held_chunks(length, context_rank, context_size):
-            segments.append(_Segment(query, stop - start, first_key, stop, prompt))
-            query += stop - start
-    return segments
+@dataclass(frozen=True)
+class PackedDocuments:
+    """The documents of a pack, of which this rank computes a share under context parallelism."""
+
+    # Tokens of each document, in order.
+    lengths: Sequence[int]
+    # Rank and size of the context-parallel group.
+    context_rank: int = 0
+    context_size: int = 1
+    # Documents, by their position, that continue a prompt within the pack.
+    prompts: Mapping[int, Prompt] = field(default_factory=lambda: NO_PROMPTS)
+
+    def prompt(self, number: int) -> Prompt:
+        """The prompt that a document continues; of length 0 without one."""
+        return self.prompts.get(number, _NO_PROMPT)
+
+    def segments(self) -> list[Segment]:
+        """The segments that this rank computes.
+
+        Raises:
+            DataError: a document is not padded for `context_size` ranks.
+        """
+        segments, query = [], 0
+        for number, (length, first_key) in enumerate(zip(self.lengths, accumulate(self.lengths, initial=0))):
+            for start, stop in held_chunks(length, self.context_rank, self.context_size):
+                segments.append(Segment(query, stop - start, first_key, stop, self.prompt(number)))
+                query += stop - start
+        return segments
+
+
+class Kernel(Attend, Protocol):
+    """An implementation of `Attend`, made for these documents."""
+
+    def __init__(self, documents: PackedDocuments, device: torch.device) -> None: ...
 
 
 class SdpaKernel:
@@ -98,16 +109,9 @@ class SdpaKernel:
         DataError: a document is not padded for `context_size` ranks.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        context_rank: int,
-        context_size: int,
-        device: torch.device,
-        prompts: Mapping[int, Prompt] = NO_PROMPTS,
-    ) -> None:
-        groups: dict[tuple[int, int, bool], list[_Segment]] = {}
-        segments = _segments(lengths, context_rank, context_size, prompts)
+    def __init__(self, documents: PackedDocuments, device: torch.device) -> None:
+        groups: dict[tuple[int, int, bool], list[Segment]] = {}
+        segments = documents.segments()
         for segment in segments:
             size = ((segment.queries - 1).bit_length(), (segment.all_keys - 1).bit_length())
             groups.setdefault((*size, segment.prompt.length > 0), []).append(segment)
@@ -155,7 +159,7 @@ class _Bucket:
     mask: Optional[Tensor]
 
     @staticmethod
-    def of(segments: Sequence[_Segment], device: torch.device) -> _Bucket:
+    def of(segments: Sequence[Segment], device: torch.device) -> _Bucket:
         first_query, queries, first_key, keys, first_prompt, prompt = torch.tensor(
             [(s.first_query, s.queries, s.first_key, s.all_keys, *s.prompt) for s in segments]
         ).T.unsqueeze(2)
@@ -180,22 +184,15 @@ class FlashKernel:
         DataError: a document is not padded for `context_size` ranks.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        context_rank: int,
-        context_size: int,
-        device: torch.device,
-        prompts: Mapping[int, Prompt] = NO_PROMPTS,
-    ) -> None:
-        segments = _segments(lengths, context_rank, context_size, prompts)
+    def __init__(self, documents: PackedDocuments, device: torch.device) -> None:
+        segments = documents.segments()
         self._cu_queries = _cumulative([s.queries for s in segments], device)
         self._cu_keys = _cumulative([s.all_keys for s in segments], device)
         self._longest = max(s.queries for s in segments), max(s.all_keys for s in segments)
         # Whole documents are already contiguous; a chunk also needs the keys from its document's beginning, and an
         # answer those of its prompt.
         self._keys: Optional[Tensor] = None
-        if context_size > 1 or prompts:
+        if documents.context_size > 1 or documents.prompts:
             self._keys = torch.cat([segment.key_index() for segment in segments]).to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
@@ -226,22 +223,15 @@ class FlexKernel:
         DataError: a document is not padded for `context_size` ranks.
     """
 
-    def __init__(
-        self,
-        lengths: Sequence[int],
-        context_rank: int,
-        context_size: int,
-        device: torch.device,
-        prompts: Mapping[int, Prompt] = NO_PROMPTS,
-    ) -> None:
+    def __init__(self, documents: PackedDocuments, device: torch.device) -> None:
         from torch.nn.attention.flex_attention import create_block_mask
 
-        segments = _segments(lengths, context_rank, context_size, prompts)
-        documents = torch.repeat_interleave(torch.tensor(lengths)).to(device)
+        segments = documents.segments()
+        document_of = torch.repeat_interleave(torch.tensor(documents.lengths)).to(device)
         # [T]: where the prompt that a token's document continues begins and ends; both 0 without one.
-        of_documents = [prompts.get(number, _NO_PROMPT) for number in range(len(lengths))]
-        first = torch.tensor([prompt.first for prompt in of_documents], device=device)[documents]
-        stop = torch.tensor([prompt.first + prompt.length for prompt in of_documents], device=device)[documents]
+        prompts = [documents.prompt(number) for number in range(len(documents.lengths))]
+        first = torch.tensor([prompt.first for prompt in prompts], device=device)[document_of]
+        stop = torch.tensor([prompt.first + prompt.length for prompt in prompts], device=device)[document_of]
         # Position of each query in the pack: a segment's last query is its last key.
         places = torch.cat([torch.arange(s.first_key + s.keys - s.queries, s.first_key + s.keys) for s in segments]).to(
             device
@@ -250,9 +240,9 @@ class FlexKernel:
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
             place = places[query]
             in_prompt = (first[place] <= key) & (key < stop[place])
-            return ((documents[place] == documents[key]) & (place >= key)) | in_prompt
+            return ((document_of[place] == document_of[key]) & (place >= key)) | in_prompt
 
-        self._mask = create_block_mask(sees, None, None, len(places), len(documents), device=str(device))
+        self._mask = create_block_mask(sees, None, None, len(places), len(document_of), device=str(device))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
         """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""

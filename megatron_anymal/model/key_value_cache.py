@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from megatron_anymal.model.attention import DocumentPack, document_pack, rotation
-from megatron_anymal.model.attention_kernels import Attend, SdpaKernel
+from megatron_anymal.model.attention_kernels import Attend, PackedDocuments, SdpaKernel
 
 # Tokens by which a full cache grows.
 _GROWTH = 64
@@ -66,7 +66,7 @@ class KeyValueCache:
         documents = len(self.lengths)
         if self.is_empty:
             pack = document_pack(lengths, device, inv_freq, "sdpa" if attention == "flex" else attention)
-            kernel = pack.kernel or SdpaKernel(lengths, 0, 1, device)
+            kernel = pack.kernel or SdpaKernel(PackedDocuments(lengths), device)
             pack.kernel = _Storing(kernel, self._layers, lengths[:documents])
         else:
             assert all(length == 1 for length in lengths[:documents])

@@ -22,7 +22,7 @@ from megatron_anymal.config import ConfigError, ExpManagerConfig, RunConfig, Tra
 from megatron_anymal.config.compose import (
     Composed,
     compose,
-    default_config_dir,
+    config_folder,
     from_dict,
     print_config,
     search_path_override,
@@ -76,9 +76,7 @@ def dpo(argv: Sequence[str]) -> int:
 
 def _main(job: str, description: str, argv: Sequence[str]) -> int:
     arguments = _parser(job, description).parse_intermixed_args(argv)
-    config_dir = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
-    if not config_dir.is_dir():
-        raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {config_dir}.")
+    config_dir = config_folder(arguments.config_path)
     composed = compose(arguments.config_name, config_dir, arguments.overrides)
     if arguments.print_config:
         print_config(composed, explained=arguments.explain)

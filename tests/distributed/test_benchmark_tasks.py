@@ -15,7 +15,7 @@ import pytest
 from benchmark_data import COUNT, MAKERS, make_all, video_file
 from engine import train
 from ranks import run_ranks
-from tiny import SPECIAL, make_config, modalities
+from tiny import SPECIAL, VIDEOMAE, make_config, modalities
 
 from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig
 from megatron_anymal.evaluation.readers import samples_of
@@ -23,17 +23,6 @@ from megatron_anymal.evaluation.samples import build_prompt
 from megatron_anymal.evaluation.task_files import find_task
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.sampling import Sampling
-
-VIDEO = {
-    "image_size": 8,
-    "patch_size": 4,
-    "num_frames": 2,
-    "tubelet_size": 2,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +32,7 @@ def run_dir(mixed_shards: str, tokenizer_folder: str, tmp_path_factory: pytest.T
     config = make_config(mixed_shards, tokenizer_folder, folder)
     config.model.modalities = modalities()
     config.model.modalities["video"] = ModalityConfig(
-        encoder=EncoderConfig(type="videomae", config=VIDEO),
+        encoder=EncoderConfig(type="videomae", config=VIDEOMAE),
         projector=ProjectorConfig(
             type="resampler", num_layers=1, num_tokens=2, hidden_size=16, num_attention_heads=4, ffn_multiplier=2
         ),

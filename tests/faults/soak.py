@@ -53,20 +53,23 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints, and between validations")
     parser.add_argument("--nodes", type=int, default=1, help="nodes, which share the ranks; above 1, nodes are lost")
     parser.add_argument(
-        "--faults", nargs="+", choices=_FAULTS, default=list(_FAULTS), help="on one node: of which kinds"
+        "--faults", nargs="+", choices=_FAULTS, help="on one node: kinds of faults (default: all of them)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the faults and their times")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
     if options.out and not options.out.absolute().parent.is_dir():
         parser.error(f"--out: there is no folder {str(options.out.absolute().parent)!r}.")
+    if options.faults and options.nodes > 1:
+        parser.error("--faults has no effect with --nodes, where whole nodes are lost. Leave one of them out.")
     around = surroundings()
     folder = Path(tempfile.mkdtemp(prefix="anymal_soak_"))
     print(f"working in {folder}", flush=True)
     tokenizer = make_tokenizer(folder / "tokenizer")
     train = make_shards(folder / "mixed", tokenizer, 40, ("image", "audio", "imu", "text", "mixed"))
     write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1000, options.every)
-    kind = partial(NodesSoak, nodes=options.nodes) if options.nodes > 1 else partial(Soak, kinds=options.faults)
+    kinds = options.faults or list(_FAULTS)
+    kind = partial(NodesSoak, nodes=options.nodes) if options.nodes > 1 else partial(Soak, kinds=kinds)
     soak = kind(folder, options.processes, random.Random(options.seed), options.seconds_between)
     soak.run(options.minutes * 60)
     found = soak.compare()

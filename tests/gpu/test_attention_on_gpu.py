@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_anymal.data.context_parallel import held_tokens
-from megatron_anymal.model.attention_kernels import KERNELS
+from megatron_anymal.model.attention_kernels import KERNELS, PackedDocuments
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ def test_equals_scaled_dot_product_attention(kernel: str, size: int) -> None:
         results = []
         for name in (kernel, "sdpa"):
             query, key, value = (x.clone().requires_grad_() for x in whole)
-            out = KERNELS[name](LENGTHS, rank, size, device)(query[held], key, value, None)
+            out = KERNELS[name](PackedDocuments(LENGTHS, rank, size), device)(query[held], key, value, None)
             out.float().square().sum().backward()
             results.append([out, query.grad, key.grad, value.grad])
         for mine, theirs in zip(*results):

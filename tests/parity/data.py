@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tiny import LLAMA, SPECIAL, flac, make_config, make_conversations, make_shards, modalities, npy, png
+from tiny import LLAMA, SPECIAL, VIDEOMAE, flac, make_config, make_conversations, make_shards, modalities, npy, png
 
 from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig, RunConfig
 from parity.layouts import LAYERS
@@ -93,18 +93,8 @@ def _used(media: str) -> list[str]:
 
 
 def _video_section() -> ModalityConfig:
-    shape = {
-        "image_size": 8,
-        "patch_size": 4,
-        "num_frames": 2,
-        "tubelet_size": 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
     return ModalityConfig(
-        encoder=EncoderConfig(type="videomae", config=shape, max_pieces_per_call=2),
+        encoder=EncoderConfig(type="videomae", config=VIDEOMAE, max_pieces_per_call=2),
         projector=ProjectorConfig(
             type="resampler", num_layers=2, num_tokens=3, hidden_size=16, num_attention_heads=4, ffn_multiplier=2
         ),

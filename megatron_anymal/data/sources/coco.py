@@ -4,42 +4,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_samples import SampleError
-from megatron_anymal.data.source_records import Record, Source
+from megatron_anymal.data.source_records import Record
 from megatron_anymal.data.sources.source_format import (
+    FileSource,
     Peek,
     SourceFormat,
-    SourceOptions,
     caption_parts,
     chosen_captions,
     clean_key,
 )
 
 
-class CocoSource(Source):
+class CocoSource(FileSource):
     """The captions of a file in COCO's layout. The file is parsed whole, once.
 
     Args:
         options: `path` is the .json file, `media` the folder of the images, `captions` which captions to use.
     """
-
-    def __init__(self, options: SourceOptions):
-        super().__init__(str(options.path), options.media_folder)
-        self._options = options
-
-    def files(self) -> Sequence[Path]:
-        """The file of captions."""
-        return [self._options.path]
-
-    def settings(self) -> Mapping[str, Any]:
-        """Which captions are used."""
-        return {"captions": self._options.captions}
 
     def records(self) -> Iterator[Record]:
         """One sample per caption that is used, in the order of the images; images without a caption are left out.
@@ -50,7 +37,7 @@ class CocoSource(Source):
         images, captions = self._content
         number = 0
         for identifier, image in images.items():
-            chosen = chosen_captions([text for _, text in captions.get(identifier, [])], self._options.captions)
+            chosen = chosen_captions([text for _, text in captions.get(identifier, [])], self.options.captions)
             for position, caption in chosen:
                 number += 1
                 value = caption_parts(image["file_name"], "image", caption)
@@ -71,7 +58,7 @@ class CocoSource(Source):
     def _content(self) -> tuple[dict[Any, dict[str, Any]], dict[Any, list[tuple[Any, str]]]]:
         """Images by identifier; identifier and text of the captions of each."""
         try:
-            with self._options.path.open("rb") as file:
+            with self.options.path.open("rb") as file:
                 content = json.load(file)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: not JSON ({error}).") from None

@@ -8,31 +8,22 @@ are, also a first answer without a question, which LLaVA's own loader skips.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_anymal.data.json_array import read_objects
 from megatron_anymal.data.shard_samples import SampleError
-from megatron_anymal.data.source_records import Record, Source
+from megatron_anymal.data.source_records import Record
 from megatron_anymal.data.sources.conversations import media_paths, messages_of, turns_of
-from megatron_anymal.data.sources.source_format import Peek, SourceFormat, SourceOptions, clean_key
+from megatron_anymal.data.sources.source_format import FileSource, Peek, SourceFormat, clean_key
 
 
-class LlavaSource(Source):
+class LlavaSource(FileSource):
     """The conversations of a file in LLaVA's layout.
 
     Args:
         options: `path` is a .json or .jsonl file; `media` the folder that its paths are relative to.
     """
-
-    def __init__(self, options: SourceOptions):
-        super().__init__(str(options.path), options.media_folder)
-        self._options = options
-
-    def files(self) -> Sequence[Path]:
-        """The file of conversations."""
-        return [self._options.path]
 
     def records(self) -> Iterator[Record]:
         """One sample per conversation.
@@ -40,7 +31,7 @@ class LlavaSource(Source):
         Raises:
             DataError: the file is not a JSON array of objects.
         """
-        for where, number, entry in read_objects(self._options.path, self._options.limits):
+        for where, number, entry in read_objects(self.options.path, self.options.limits):
             key = clean_key(number, entry.get("id"))
             try:
                 value = {"messages": _messages(entry)}

@@ -8,21 +8,20 @@ columns: --column messages=NAME, image=NAME, video=NAME, audio=NAME, system=NAME
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_anymal.data.json_array import read_objects
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_samples import SampleError
-from megatron_anymal.data.source_records import Record, Source
+from megatron_anymal.data.source_records import Record
 from megatron_anymal.data.sources.conversations import KINDS, media_paths, messages_of, turns_of
-from megatron_anymal.data.sources.source_format import Peek, SourceFormat, SourceOptions, clean_key
+from megatron_anymal.data.sources.source_format import FileSource, Peek, SourceFormat, SourceOptions, clean_key
 
 _ROLES = ("messages", *KINDS, "system")
 
 
-class ShareGptSource(Source):
+class ShareGptSource(FileSource):
     """The conversations of a file in ShareGPT's layout.
 
     Args:
@@ -33,8 +32,7 @@ class ShareGptSource(Source):
     """
 
     def __init__(self, options: SourceOptions):
-        super().__init__(str(options.path), options.media_folder)
-        self._options = options
+        super().__init__(options)
         first = Peek.of(options.path).first
         for role, name in options.columns.items():
             if role not in _ROLES:
@@ -42,21 +40,13 @@ class ShareGptSource(Source):
             if role == "messages" and name not in first:
                 raise DataError(f"--column {role}={name}: {str(options.path)!r} has the columns {', '.join(first)}.")
 
-    def files(self) -> Sequence[Path]:
-        """The file of conversations."""
-        return [self._options.path]
-
-    def settings(self) -> Mapping[str, Any]:
-        """The names of columns."""
-        return {"columns": dict(self._options.columns)}
-
     def records(self) -> Iterator[Record]:
         """One sample per conversation.
 
         Raises:
             DataError: the file is not a JSON array of objects.
         """
-        for where, number, entry in read_objects(self._options.path, self._options.limits):
+        for where, number, entry in read_objects(self.options.path, self.options.limits):
             key = clean_key(number, entry.get("id"))
             try:
                 value = self._value(entry)
@@ -66,7 +56,7 @@ class ShareGptSource(Source):
                 yield Record(where, number, value, key, entry)
 
     def _value(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        columns = self._options.columns
+        columns = self.options.columns
         if entry.get("tools"):
             raise SampleError("text", "it calls tools, which are not supported.")
         name = columns.get("messages") or ("messages" if "messages" in entry else "conversations")

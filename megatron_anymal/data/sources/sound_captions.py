@@ -8,16 +8,14 @@ in milliseconds, AUDIOCAPID, YYOUTUBEID and YOUTUBEID.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from megatron_anymal.data.shard_samples import SampleError
-from megatron_anymal.data.source_records import Record, Source
+from megatron_anymal.data.source_records import Record
 from megatron_anymal.data.sources.source_format import (
+    FileSource,
     SourceFormat,
-    SourceOptions,
     caption_parts,
     chosen_captions,
     clean_key,
@@ -29,20 +27,12 @@ _ENDINGS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "webm", "mka", "m
 _CLIP = 10
 
 
-class AudioCapsSource(Source):
+class AudioCapsSource(FileSource):
     """The captions of AudioCaps.
 
     Args:
         options: `path` is the .csv, `media` a folder with the sounds, also in folders of it.
     """
-
-    def __init__(self, options: SourceOptions):
-        super().__init__(str(options.path), options.media_folder)
-        self._options = options
-
-    def files(self) -> Sequence[Path]:
-        """The table."""
-        return [self._options.path]
 
     def records(self) -> Iterator[Record]:
         """One sample per row; rows whose sound was not downloaded are left out.
@@ -51,7 +41,7 @@ class AudioCapsSource(Source):
             DataError: the table cannot be read, or lacks a column.
         """
         columns = ("audiocap_id", "youtube_id", "start_time", "caption")
-        for row in read_table(self._options.path, columns, self._options.limits):
+        for row in read_table(self.options.path, columns, self.options.limits):
             key = clean_key(row.number - 1, row.cells.get("audiocap_id"))
             try:
                 value = caption_parts(self._sound(row), "audio", row.cells.get("caption", ""))
@@ -95,24 +85,12 @@ def _names(cells: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys([*names, cells.get("audiocap_id", ""), f"Y{youtube}", youtube]))
 
 
-class ClothoSource(Source):
+class ClothoSource(FileSource):
     """The captions of Clotho: `file_name` and `caption_1` to `caption_5`.
 
     Args:
         options: `path` is the .csv, `media` the folder of the sounds, `captions` which captions to use.
     """
-
-    def __init__(self, options: SourceOptions):
-        super().__init__(str(options.path), options.media_folder)
-        self._options = options
-
-    def files(self) -> Sequence[Path]:
-        """The table."""
-        return [self._options.path]
-
-    def settings(self) -> Mapping[str, Any]:
-        """Which captions are used."""
-        return {"captions": self._options.captions}
 
     def records(self) -> Iterator[Record]:
         """One sample per caption that is used.
@@ -121,9 +99,9 @@ class ClothoSource(Source):
             DataError: the table cannot be read, or lacks a column.
         """
         number = 0
-        for row in read_table(self._options.path, ("file_name", "caption_1"), self._options.limits):
+        for row in read_table(self.options.path, ("file_name", "caption_1"), self.options.limits):
             names = [name for name in row.cells if name.startswith("caption_")]
-            chosen = chosen_captions([row.cells[name] for name in names], self._options.captions)
+            chosen = chosen_captions([row.cells[name] for name in names], self.options.captions)
             for position, caption in chosen or [(0, "")]:
                 number += 1
                 value = caption_parts(row.cells.get("file_name", ""), "audio", caption)

@@ -52,6 +52,27 @@ class SourceOptions:
         return self.media or (self.path if self.path.is_dir() else self.path.parent)
 
 
+class FileSource(Source):
+    """The samples that one file describes.
+
+    Args:
+        options: `path` is the file; `media` is the folder that its paths of media are relative to.
+    """
+
+    def __init__(self, options: SourceOptions):
+        super().__init__(str(options.path), options.media_folder)
+        self.options = options
+
+    def files(self) -> Sequence[Path]:
+        """The file."""
+        return [self.options.path]
+
+    def settings(self) -> Mapping[str, Any]:
+        """Options that decide which samples there are: --captions and --column."""
+        chosen = {"captions": self.options.captions, "columns": dict(self.options.columns)}
+        return {name: value for name, value in chosen.items() if value}
+
+
 @dataclass(frozen=True)
 class ShardFolder:
     """Existing shards, which are indexed in place."""

@@ -16,12 +16,11 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal import lean_imports
 from megatron_anymal.config import ConfigError, RunConfig
-from megatron_anymal.config.compose import compose, default_config_dir
+from megatron_anymal.config.compose import compose, config_folder
 from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.preflight import node_checks as checks
 from megatron_anymal.launcher.preflight import table
@@ -97,9 +96,7 @@ def read_config(arguments: argparse.Namespace) -> RunConfig:
     Raises:
         ConfigError: the configuration is invalid.
     """
-    folder = Path(arguments.config_path).expanduser().resolve() if arguments.config_path else default_config_dir()
-    if not folder.is_dir():
-        raise ConfigError(f"--config-path={arguments.config_path}: there is no folder {folder}.")
+    folder = config_folder(arguments.config_path)
     config = compose(arguments.config_name, folder, arguments.overrides).config
     if config.job != arguments.job:
         raise ConfigError(

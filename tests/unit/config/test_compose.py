@@ -219,6 +219,18 @@ def test_user_error_is_one_line_and_exit_code_2(folder, argument, capsys):
     assert error.startswith("error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [["pretrain"], ["launch", "sft"], ["inspect"], ["encode"], ["plan", "--gpus=8", "--gpu=h100-80gb"]],
+    ids=lambda words: words[0],
+)
+def test_every_command_names_a_configuration_folder_that_is_missing(
+    verb: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*verb, "--config-path=/nowhere", "--config-name=base"]) == 2
+    assert "--config-path=/nowhere: there is no folder /nowhere." in capsys.readouterr().err
+
+
 def composed_by_hydra_runner(name: str, overrides: list[str]) -> RunConfig:
     """In a separate process: the configuration that NeMo's hydra_runner passes to its task."""
     register_schema()

@@ -228,6 +228,15 @@ def test_sizes_that_do_not_divide(devices, tensor, stages):
         check(config)
 
 
+def test_an_interval_between_copies_that_are_off() -> None:
+    config = valid()
+    config.resilience.peer_memory_interval = 2
+    check(config)
+    config.resilience.peer_memory = False
+    with pytest.raises(ConfigError, match=r"peer_memory_interval=2 has no effect with resilience\.peer_memory=false"):
+        check(config)
+
+
 def test_a_pack_length_that_context_parallel_ranks_cannot_share():
     config = valid()
     config.trainer.devices = config.model.context_parallel_size = 4

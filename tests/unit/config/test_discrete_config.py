@@ -26,6 +26,8 @@ def test_good_sections_pass_in_their_order():
     assert list(config.model.discrete) == ["picture", "speech"]
     assert list(from_dict(config.to_dict()).model.discrete) == ["picture", "speech"]
     check(run(MIO, discrete_rows="all", freeze=False, discrete_init="normal"))
+    check(run(MIO, discrete_rows="new", freeze=False))
+    check(run(MIO, discrete_rows="none", restore_from_path="r"))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +60,11 @@ def test_bad_sections_are_refused(discrete, says):
     [
         ({}, {"discrete_rows": "all"}, "discrete_rows=all has no effect without model.discrete"),
         ({}, {"discrete_init": "normal"}, "discrete_init=normal has no effect without model.discrete"),
-        (MIO, {"discrete_rows": "some"}, "discrete_rows='some'.*'new', 'all'"),
+        (MIO, {"discrete_rows": "some"}, "discrete_rows='some'.*'new', 'all', 'none'"),
         (MIO, {"discrete_init": "zero"}, "discrete_init='zero'.*'statistics', 'normal'"),
-        (MIO, {"freeze": False}, "freeze=false trains the whole Llama. Set model.discrete_rows=all"),
+        (MIO, {"discrete_rows": "all"}, "freeze=true keeps them fixed. Set model.discrete_rows=new"),
+        (MIO, {"discrete_rows": "none"}, "discrete_rows=none would leave.*Set model.restore_from_path"),
+        (MIO, {"fp8": "hybrid"}, "fp8=hybrid has not been tested with model.discrete"),
     ],
 )
 def test_bad_rows_are_refused(discrete, model, says):

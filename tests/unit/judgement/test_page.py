@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ import browser
 import pytest
 from judgements import make_items, served
 from PIL import Image, ImageDraw
+from server_thread import in_thread
 
 from megatron_anymal.data.journal import Journal, read_journal
 from megatron_anymal.judgement.comparison import Comparison
@@ -29,15 +29,10 @@ SHOTS = os.environ.get("SCREENSHOTS")
 def serving(items: list[Item], folder: Path) -> Iterator[JudgementServer]:
     """A server in this process; its journal is folder/judgements.jsonl."""
     journal = Journal(folder / "judgements.jsonl")
-    server = JudgementServer(Comparison(items, journal, 0))
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
     try:
-        yield server
+        with in_thread(JudgementServer(Comparison(items, journal, 0))) as server:
+            yield server
     finally:
-        server.shutdown()
-        thread.join(10)
-        server.server_close()
         journal.close()
 
 

@@ -17,6 +17,7 @@ from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.data.records import DataError, Prompt
 from megatron_anymal.data.shared_prompts import NO_PROMPTS
 from megatron_anymal.model import attention_kernels
+from megatron_anymal.model.attention_kernels import PackedDocuments
 
 HEAD = 16
 PACKS = [[8], [16, 8, 40], [64, 8, 8, 24], [8] * 7]
@@ -100,7 +101,7 @@ def test_outputs(kernel: str, size: int, lengths: list[int], heads: int, groups:
     expected = by_definition(query, key, value, lengths, scale)
     for rank in range(size):
         held = held_tokens(lengths, rank, size)
-        attend = attention_kernels.KERNELS[kernel](lengths, rank, size, torch.device("cpu"))
+        attend = attention_kernels.KERNELS[kernel](PackedDocuments(lengths, rank, size), torch.device("cpu"))
         torch.testing.assert_close(attend(query[held], key, value, scale), expected[held], rtol=1e-5, atol=1e-5)
 
 
@@ -114,7 +115,7 @@ def test_answers_see_their_prompt_and_themselves(
     expected = by_definition(query, key, value, lengths, None, prompts)
     for rank in range(size):
         held = held_tokens(lengths, rank, size)
-        attend = attention_kernels.KERNELS[kernel](lengths, rank, size, torch.device("cpu"), prompts)
+        attend = attention_kernels.KERNELS[kernel](PackedDocuments(lengths, rank, size, prompts), torch.device("cpu"))
         torch.testing.assert_close(attend(query[held], key, value, None), expected[held], rtol=1e-5, atol=1e-5)
 
 
@@ -123,7 +124,8 @@ def test_an_answer_and_its_prompt_are_one_document() -> None:
     prompt, chosen, rejected = 24, 8, 16
     parts = [torch.randn(prompt + chosen + rejected, n, HEAD, dtype=torch.float64) for n in (4, 2, 2)]
     prompts = {1: Prompt(0, prompt), 2: Prompt(0, prompt)}
-    kernel = attention_kernels.SdpaKernel([prompt, chosen, rejected], 0, 1, torch.device("cpu"), prompts)
+    documents = PackedDocuments([prompt, chosen, rejected], prompts=prompts)
+    kernel = attention_kernels.SdpaKernel(documents, torch.device("cpu"))
     shared = kernel(*parts, None).split([prompt, chosen, rejected])
     for number, answer in ((1, slice(prompt, prompt + chosen)), (2, slice(prompt + chosen, None))):
         whole = [torch.cat([x[:prompt], x[answer]]) for x in parts]
@@ -141,7 +143,7 @@ def test_gradients_of_all_ranks_add_up(size: int, lengths: list[int], prompts: M
     split = [x.detach().clone().requires_grad_() for x in whole]
     for rank in range(size):
         held = held_tokens(lengths, rank, size)
-        attend = attention_kernels.SdpaKernel(lengths, rank, size, torch.device("cpu"), prompts)
+        attend = attention_kernels.SdpaKernel(PackedDocuments(lengths, rank, size, prompts), torch.device("cpu"))
         attend(split[0][held], split[1], split[2], None).backward(direction[held])
     for mine, theirs in zip(split, expected):
         torch.testing.assert_close(mine.grad, theirs)
@@ -153,7 +155,7 @@ def test_ranks_have_the_same_work(lengths: list[int]) -> None:
         # Query-key pairs that a rank computes.
         return sum(
             s.queries * (s.keys - s.queries) + s.queries * (s.queries + 1) // 2
-            for s in attention_kernels._segments(lengths, rank, 4)
+            for s in PackedDocuments(lengths, rank, 4).segments()
         )
 
     assert len({work(rank) for rank in range(4)}) == 1
@@ -162,15 +164,14 @@ def test_ranks_have_the_same_work(lengths: list[int]) -> None:
 
 def test_masks_are_never_as_large_as_the_pack() -> None:
     lengths = [256] * 16
-    kernel = attention_kernels.SdpaKernel(lengths, 0, 2, torch.device("cpu"))
+    kernel = attention_kernels.SdpaKernel(PackedDocuments(lengths, 0, 2), torch.device("cpu"))
     masks = sum(bucket.mask.numel() for bucket in kernel._buckets if bucket.mask is not None)
     # Half of each document's queries with all of its keys; a mask over the pack would have 4096 x 4096 pairs.
     assert masks <= 16 * 64 * 256 * 2
-    assert all(
-        bucket.mask is None for bucket in attention_kernels.SdpaKernel(lengths, 0, 1, torch.device("cpu"))._buckets
-    )
+    whole = attention_kernels.SdpaKernel(PackedDocuments(lengths), torch.device("cpu"))
+    assert all(bucket.mask is None for bucket in whole._buckets)
 
 
 def test_a_pack_that_is_not_padded_for_context_parallelism_is_refused() -> None:
     with pytest.raises(DataError, match=r"document of 10 tokens .* 4 context-parallel ranks.*multiple of 8"):
-        attention_kernels.SdpaKernel([16, 10], 0, 4, torch.device("cpu"))
+        attention_kernels.SdpaKernel(PackedDocuments([16, 10], 0, 4), torch.device("cpu"))
