@@ -8,7 +8,6 @@ from typing import Any, Optional
 
 from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart, TokensPart
 
-
 # A media item whose name ends in this is codes of the Llama's vocabulary.
 CODES_ENDING = "codes.npy"
 

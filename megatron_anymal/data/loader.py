@@ -21,7 +21,15 @@ from megatron_anymal.data.media_pieces import PieceReader, PlannedItem, pieces_i
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
 from megatron_anymal.data.plan_queue import PlanSampler
 from megatron_anymal.data.planner import BatchPlanner
-from megatron_anymal.data.records import CodesPart, DataError, MediaPart, PlannedMedia, PlannedMicroBatch, PlannedSample, Sample
+from megatron_anymal.data.records import (
+    CodesPart,
+    DataError,
+    MediaPart,
+    PlannedMedia,
+    PlannedMicroBatch,
+    PlannedSample,
+    Sample,
+)
 from megatron_anymal.data.shared_prompts import prompts_of, spans_of
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.data.tokenizer import Document, Tokenizer
@@ -173,9 +181,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
         tensors = {name: getattr(micro_batch, name)[:, held] for name in names}
         return dataclasses.replace(micro_batch, media=media, **tensors)
 
-    def _fill_text(
-        self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]
-    ) -> list[MediaPart]:
+    def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> list[MediaPart]:
         """Write a sample's documents into the micro-batch.
 
         Returns:
