@@ -1,9 +1,9 @@
 """Conversations: converts JSON messages to documents in Llama 3's chat format.
 
 A conversation is `{"messages": [{"role": "system" | "user" | "assistant", "content": TEXT or [parts]}, ...]}`. The
-parts are those of data/content_parts.py without `loss`; media are allowed in system and user turns only, unless they are
-codes of the Llama's vocabulary. A preference pair adds `"chosen"` and `"rejected"`, two answers to messages that end
-with a user turn. Each answer is TEXT, a list of parts, or an assistant message.
+parts are those of data/content_parts.py without `loss`; assistant turns have media only as codes of the Llama's
+vocabulary. A preference pair adds `"chosen"` and `"rejected"`, two answers to messages that end with a user turn. Each
+answer is TEXT, a list of parts, or an assistant message.
 
 A document is `<|begin_of_text|>`, then for each message
 

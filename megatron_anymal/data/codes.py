@@ -1,7 +1,7 @@
 """Media as codes of the Llama's own vocabulary (MIO section 2.1): their files, and their token ids.
 
-A file of codes is an array of integers in numpy's .npy format, [codes] for a single codebook or [codebooks, codes], with
-a name that ends in `codes.npy`. In a document it becomes
+A file of codes is an array of integers in numpy's .npy format, [codes] for a single codebook or [codebooks, codes].
+Its name ends in `codes.npy`. In a document it becomes
 
     <image> code code ... </image>
 
@@ -179,14 +179,6 @@ class CodeLayout:
             sections: `model.discrete`, from which the vocabulary was made.
         """
         self.vocabulary, self.sections = vocabulary, sections
-
-    def of(self, part: CodesPart, data: bytes) -> tuple[int, ...]:
-        """`tokens` of an item whose part has the name of its section as its modality.
-
-        Raises:
-            MediaError: see `tokens`.
-        """
-        return self.tokens(part.modality, data, generated=part.generated)
 
     def tokens(self, name: str, data: bytes, *, generated: bool) -> tuple[int, ...]:
         """Begin mark, codes and end mark of an item.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
-from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart, TokensPart
+from megatron_anymal.data.records import CodesPart, DataError, DocumentPart, MediaPart, Part, TextPart, TokensPart
 
 # A media item whose name ends in this is codes of the Llama's vocabulary.
 CODES_ENDING = "codes.npy"
@@ -70,7 +70,7 @@ def name_modalities(parts: Sequence[Part], names: Sequence[str]) -> list[Part]:
     ]
 
 
-def with_tokens(parts: Sequence[Part], tokens: Sequence[Optional[tuple[int, ...]]]) -> list[Part]:
+def with_tokens(parts: Sequence[Part], tokens: Sequence[Optional[tuple[int, ...]]]) -> list[DocumentPart]:
     """Replace codes by their token ids.
 
     Args:

@@ -228,18 +228,18 @@ class MicroBatchReader(Dataset[MicroBatch]):
 
     def _tokens_of_codes(self, sample: PlannedSample, media: Sequence[MediaPart]) -> dict[int, tuple[int, ...]]:
         """Token ids of a sample's items of codes, by their numbers among its media."""
-        wanted = [number for number, part in enumerate(media) if isinstance(part, CodesPart)]
-        if not wanted:
+        items = {number: part for number, part in enumerate(media) if isinstance(part, CodesPart)}
+        if not items:
             return {}
         assert self._codes is not None, "the planner has refused codes without model.discrete"
         tokens = {}
-        read = self._planner.indexes[sample.dataset].read_media(sample.sample, media, wanted)
-        for number, item in zip(wanted, read):
+        read = self._planner.indexes[sample.dataset].read_media(sample.sample, media, list(items))
+        for (number, part), item in zip(items.items(), read):
             try:
-                tokens[number] = self._codes.of(item.part, item.data)
+                tokens[number] = self._codes.tokens(part.modality, item.data, generated=part.generated)
             except MediaError as error:
                 key = self._planner.key(sample.dataset, sample.sample)
-                raise DataError(f"{key}: media {item.part.media!r} {error}.") from None
+                raise DataError(f"{key}: media {part.media!r} {error}.") from None
         return tokens
 
     def _hold_places(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> None:

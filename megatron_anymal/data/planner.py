@@ -264,8 +264,8 @@ class BatchPlanner:
             # How far each item moves: its sample's first item goes to the start of the sample's position.
             places = np.arange(len(measures.owner)) + (start[positions] - (np.cumsum(own) - own))[measures.owner]
             modality[places], pieces[places] = measures.modality, measures.pieces
-        names = (m.name for m in (*self._by_kind.values(), *self._codes.values()))
-        return BatchMedia(tuple(names), start, modality, pieces)
+        names = *(m.name for m in self._by_kind.values()), *(c.name for c in self._codes.values())
+        return BatchMedia(names, start, modality, pieces)
 
     def _plan_codes(self, index: ShardIndex, discrete: Mapping[str, DiscreteConfig]) -> None:
         for name in sorted(index.kinds_used()):

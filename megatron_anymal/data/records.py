@@ -55,7 +55,9 @@ class TokensPart:
     loss: bool = False
 
 
-Part = Union[TextPart, MediaPart, TokensPart]
+Part = Union[TextPart, MediaPart]
+# A part of a document that is ready for the tokenizer.
+DocumentPart = Union[TextPart, MediaPart, TokensPart]
 
 # Kinds of samples. An index stores the position in this tuple.
 SAMPLE_KINDS = ("parts", "messages", "preference")

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_anymal.data.chat_format import BEGIN, CHAT_TOKENS, END_HEADER, START_HEADER
 from megatron_anymal.data.literal_text import Piece, TextEncoder, build_encoder
-from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart, TokensPart
+from megatron_anymal.data.records import CodesPart, DataError, DocumentPart, MediaPart, TextPart, TokensPart
 
 # Stands for the ids of a part while the texts around it are tokenized.
 _HELD = -1
@@ -226,7 +226,7 @@ class Tokenizer:
         # Versions of transformers differ in when they clean up spaces by default, and it alters the answer.
         return self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def count(self, parts: Sequence[Part], *, closed: bool = True) -> tuple[int, int]:
+    def count(self, parts: Sequence[DocumentPart], *, closed: bool = True) -> tuple[int, int]:
         """Number of tokens of a document without media, and number of targets among them; `closed` as in `document`.
 
         Raises:
@@ -239,7 +239,7 @@ class Tokenizer:
         bare = self.document(parts, [0] * len(media), {part.modality: -1 for part in media}, closed=closed)
         return len(bare.tokens), sum(bare.is_target)
 
-    def _count_plain(self, parts: Sequence[Part], closed: bool) -> tuple[int, int]:
+    def _count_plain(self, parts: Sequence[DocumentPart], closed: bool) -> tuple[int, int]:
         """The lengths of the document that `_plain` lays out, without laying it out."""
         lengths = [(len(self.encode(part.text)), part.loss) for part in parts if isinstance(part, TextPart)]
         tokens = 1 + sum(length for length, _ in lengths) + closed
@@ -247,7 +247,7 @@ class Tokenizer:
 
     def document(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[DocumentPart],
         soft_tokens: Sequence[int],
         placeholders: dict[str, int],
         *,
@@ -288,7 +288,7 @@ class Tokenizer:
             is_target.append(_learns_end(parts))
         return Document(tokens, is_target, starts)
 
-    def _plain(self, parts: Sequence[Part], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
+    def _plain(self, parts: Sequence[DocumentPart], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
         """Tokens, each with the number of its part. Texts are tokenized separately; media and codes yield one token."""
         for number, part in enumerate(parts):
             if isinstance(part, MediaPart):
@@ -301,7 +301,7 @@ class Tokenizer:
             self._refuse_placeholders(ids, placeholders)
             yield from ((token, number) for token in ids)
 
-    def _conversation(self, parts: Sequence[Part], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
+    def _conversation(self, parts: Sequence[DocumentPart], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
         """Like `_plain`, for parts with control tokens, tokenized as one string after the begin token."""
         _ = self.chat_tokens
         pieces: list[Piece] = [self.begin]
@@ -330,7 +330,7 @@ class Tokenizer:
             raise DataError(f"a text contains {token!r}, which is reserved for media. Remove it.")
 
 
-def _learns_end(parts: Sequence[Part]) -> bool:
+def _learns_end(parts: Sequence[DocumentPart]) -> bool:
     """Whether the end token is a target: if the last text is, or codes after it are."""
     losses = [
         part.loss

@@ -169,7 +169,7 @@ def _mixture(view: RunView, plans: Sequence[StepPlan]) -> str:
     head = ("samples", "tokens", "targets", "encoder inputs", "encoder cost")
     by_dataset = table(("dataset", "weight", *head), rows, f"Shares of the datasets in the first {len(plans)} steps")
     rows = []
-    for name in [*view.loaded, "text"]:
+    for name in [*view.loaded, *(view.codes.sections if view.codes else ()), "text"]:
         own = tally(view, [s for s in planned if (s.media[0].modality if s.media else "text") == name])
         if own.samples:
             rows.append([text(name), *_shares(own, whole)])

@@ -131,6 +131,7 @@ def test_the_answers_of_a_pair_have_codes_of_their_own(tmp_path: Path, tokenizer
     earlier = [*asked(WHAT), said(item("s", "speech")), *asked(item("a", "picture"))]
     pair = {"messages": earlier, "chosen": [item("b", "picture")], "rejected": [{"text": "one"}, item("s", "speech")]}
     config = run(tmp_path, tokenizer_folder, [{"key": "k", **pair}, {"key": "c", **SAMPLES["chat"][0]}])
+    config.data.seq_length = 128
     # An earlier answer has all codebooks, as when it was generated, but is not learned.
     turn = [26, 6, 27]
     prompt = [0, *turn, 17, 18, 28, *turn, 39, 42, 43, 48, 45, 40, 28, *turn, 32, 35, 34, 38, 33, 28, *turn]
@@ -203,7 +204,7 @@ def test_bad_settings_are_refused(key: str, value: Any, says: str) -> None:
     config = with_codes(RunConfig())
     setattr(config.model.discrete["speech"], key, value)
     with pytest.raises(ConfigError, match=says):
-        check_discrete(config.model)
+        check_discrete("pretrain", config.model)
 
 
 def test_planned_lengths_are_exact_for_every_dtype(tmp_path: Path, tokenizer_folder: str) -> None:
