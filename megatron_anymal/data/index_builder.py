@@ -34,6 +34,8 @@ from megatron_anymal.object_storage.client import file_system
 RULES = 1
 # Largest value of the column media_count.
 MAX_MEDIA = 65_535
+# Most values of the columns kind and extension of a shard.
+MAX_NAMES = 255
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,15 @@ class _Indexer:
 
 
 def _number(names: list[str], name: str) -> int:
-    """Position of a name in a list; a new name is appended."""
+    """Position of a name in a list; a new name is appended.
+
+    Raises:
+        SampleError: the list is full.
+    """
     if name not in names:
+        if len(names) == MAX_NAMES:
+            raise SampleError(
+                "limit", f"it needs a {MAX_NAMES + 1}th kind or ending of media. Index it in another folder."
+            )
         names.append(name)
     return names.index(name)
