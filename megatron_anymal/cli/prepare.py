@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     # These import numpy and the media libraries' readers, which --help does without.
     from megatron_anymal.modalities import load_plugins
 
-    if not arguments.plugin:
-        # A plug-in may need torch; what this verb does itself, does not.
+    if not (arguments.plugin or arguments.encode):
+        # A plug-in or a tokenizer of media may need torch; what this verb does itself, does not.
         lean_imports.hide_torch()
     if source is None:
         from megatron_anymal.data.index_parts import merge_parts

@@ -16,6 +16,7 @@ import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Optional
 
 import numpy as np
@@ -126,6 +127,9 @@ class PlannedCodes:
         return 2 + codes.astype(np.int64) * self.codebooks
 
 
+NO_CODES: Mapping[str, PlannedCodes] = MappingProxyType({})
+
+
 def plan_codes(kind: CodesKind, sections: Mapping[str, DiscreteConfig], where: str) -> PlannedCodes:
     """Find the section of `model.discrete` for items of a kind.
 
@@ -155,7 +159,7 @@ def plan_codes(kind: CodesKind, sections: Mapping[str, DiscreteConfig], where: s
         )
     generated, have = kind.role != PROMPT, len(section.codebooks)
     used = have if generated else prompt_codebooks(section)
-    if not (used <= kind.codebooks <= have):
+    if kind.codebooks < used or (have == 1 and kind.codebooks > 1):
         raise DataError(
             f"{where} has codes of {name!r} with {kind.codebooks} codebook(s), but model.discrete.{name}.codebooks has "
             f"{have}, of which {'an answer' if generated else 'a prompt'} needs {used}. Store that many, or change it."
@@ -194,8 +198,10 @@ class CodeLayout:
         """
         section, codes = self.sections[name], read_codes(data)
         used = len(section.codebooks) if generated else prompt_codebooks(section)
-        if not (used <= len(codes) <= len(section.codebooks)):
+        if len(codes) < used:
             raise MediaError(f"has {len(codes)} codebook(s); model.discrete.{name}.codebooks needs {used}")
+        # The last levels of a residual quantizer may be left out (MIO keeps 4 of 8).
+        codes = codes[: len(section.codebooks)]
         each = section.codes_per_item // len(section.codebooks)
         if each and codes.shape[1] != each:
             raise MediaError(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_anymal.data.codes import PlannedCodes
+from megatron_anymal.data.codes import NO_CODES, PlannedCodes
 from megatron_anymal.data.configured_modality import PlannedModality
 
 # Samples per block.
@@ -146,7 +146,7 @@ class LengthBounds:
         seq_length: int,
         kinds: Sequence[str],
         modalities: Mapping[str, PlannedModality],
-        codes: Mapping[str, PlannedCodes],
+        codes: Mapping[str, PlannedCodes] = NO_CODES,
     ) -> np.ndarray:
         """[blocks] bool: whether a bound of a block allows a sample that is longer than `seq_length`.
 

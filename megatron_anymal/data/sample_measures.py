@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 
-from megatron_anymal.data.codes import PlannedCodes
+from megatron_anymal.data.codes import NO_CODES, PlannedCodes
 from megatron_anymal.data.configured_modality import PlannedModality, integer_costs
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.shared_prompts import shared_tokens, span_lengths
-
-NO_CODES: Mapping[str, PlannedCodes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
