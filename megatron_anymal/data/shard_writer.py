@@ -191,7 +191,7 @@ class SampleWriter:
         """
         if record.wrong:
             raise record.wrong
-        value, names = self._encoder.named(record.value) if self._encoder else (record.value, [])
+        value, tokenizers = self._encoder.named(record.value) if self._encoder else (record.value, [])
         parsed = _parse(value)
         media = list(self._media(record))
         if self._apply_filters:
@@ -199,7 +199,7 @@ class SampleWriter:
             seen = self._encoder.unencoded(parsed, record.value) if self._encoder else parsed
             self._apply_filters(seen, dict(zip(names, (data for _, data in media))), record.columns)
         if self._encoder:
-            media = self._encoder.encode(media, names)
+            media = self._encoder.encode(media, tokenizers)
         members = {f"{number}.{ending}": data for number, (ending, data) in enumerate(media)}
         return {"__key__": key, **members, "json": to_json(value, list(members))}
 

@@ -80,7 +80,7 @@ class _Sounds:
             raise DataError(f"{where}: it scales or cuts sounds (normalize, chunk_length_s), which codes cannot state.")
         self.sampling_rate = int(config.sampling_rate)
         levels = config.n_codebooks if kind == "dac" else config.num_quantizers
-        self.codebooks = (int(config.codebook_size),) * int(levels)
+        self.codebooks: tuple[int, ...] = (int(config.codebook_size),) * int(levels)
 
     def encode(self, items: Sequence[np.ndarray]) -> list[np.ndarray]:
         """One item at a time: padding to a common length would change the codes at the end."""
@@ -134,7 +134,7 @@ class _Pictures:
             np.array(stated.get(key, [0.5] * 3), np.float32) for key in ("image_mean", "image_std")
         )
         self._model, self.hash = _loaded(Emu3VQVAE, folder, where), _hash(folder)
-        self.codebooks = (int(self._model.config.codebook_size),)
+        self.codebooks: tuple[int, ...] = (int(self._model.config.codebook_size),)
         factor = int(self._model.spatial_scale_factor)
         if any(side % factor for side in self._size):
             raise DataError(f"{where}: height and width in preprocessor_config.json must be multiples of {factor}.")
@@ -164,7 +164,6 @@ class _Pictures:
 
         tokens = np.stack([np.asarray(one, np.int64).reshape(self._grid) for one in codes])
         with torch.no_grad():
-            # Each picture becomes as many frames as the model joins; they show the same.
-            pixels = self._model.decode(torch.from_numpy(tokens).to(self._model.device))[:, 0]
+            pixels = self._model.decode(torch.from_numpy(tokens).to(self._model.device))
         shown = pixels.permute(0, 2, 3, 1).cpu().numpy() * self._std + self._mean
         return [*(shown.clip(0, 1) * 255).round().astype(np.uint8)]
