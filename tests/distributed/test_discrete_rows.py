@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint_tools.reshard import main as reshard
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import DiscreteConfig, RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
@@ -253,10 +253,34 @@ def test_other_codes_are_refused(config: RunConfig) -> None:
     config.model.discrete = dict(reversed(config.model.discrete.items()))
     with pytest.raises(pytest.fail.Exception, match=r"the order of model.discrete \['picture', 'speech'\] -> "):
         run_ranks(1, train_on_codes, config)
+    config.resilience.allow_changes = ["config"]
+    with pytest.raises(pytest.fail.Exception, match=r"for picture \[5\].*, speech \[3, 3\].*in the same order"):
+        run_ranks(1, train_on_codes, config)
+    config.resilience.allow_changes = []
     config.model.restore_from_path = config.exp_manager.explicit_log_dir
     config.exp_manager.explicit_log_dir += "_next"
-    with pytest.raises(pytest.fail.Exception, match=r"was trained with model\.discrete=.*in the same order"):
+    with pytest.raises(pytest.fail.Exception, match=r"for picture \[5\].*, speech \[3, 3\].*in the same order"):
         run_ranks(1, train_on_codes, config)
     config.model.discrete = {}
     with pytest.raises(pytest.fail.Exception, match="would be lost"):
+        run_ranks(1, train_on_codes, config)
+
+
+def test_a_kind_of_media_is_appended(config: RunConfig) -> None:
+    """A later run has one more: it begins with the earlier rows, under another layout, and draws the new ones."""
+    config.trainer.max_steps = 1
+    first = run_ranks(1, train_on_codes, config)[0]["weights"]
+    config.model.restore_from_path = config.exp_manager.explicit_log_dir
+    config.exp_manager.explicit_log_dir += "_next"
+    config.model.discrete["music"] = DiscreteConfig(codebooks=[4])
+    config.model.optim.lr = 0.0
+    two = laid_out(config, 2, tensor_model_parallel_size=2)
+    fresh = run_ranks(2, first_values, two)[0]
+    second = run_ranks(2, train_on_codes, two)[0]["weights"]
+    for name in (CODES, CODES_HEAD):
+        assert np.array_equal(second[name][: VOCABULARY.added], first[name])
+        assert np.array_equal(second[name][VOCABULARY.added :], fresh[name][VOCABULARY.added :])
+    config.model.discrete_rows = "none"
+    config.exp_manager.explicit_log_dir += "_again"
+    with pytest.raises(pytest.fail.Exception, match=r"has no rows of music \[4\].*would leave them random"):
         run_ranks(1, train_on_codes, config)
