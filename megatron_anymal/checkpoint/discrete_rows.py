@@ -21,6 +21,9 @@ def saved_vocabulary(saved: Collection[str], folder: Path) -> DiscreteVocabulary
 
     Args:
         saved: names of the checkpoint's tensors.
+
+    Raises:
+        CheckpointError: the checkpoint's manifest cannot be read.
     """
     held = any(name.startswith("discrete.") for name in saved)
     sections = store.read_manifest(folder).config["model"]["discrete"] if held else {}
@@ -55,7 +58,11 @@ def check_discrete_rows(model: ModelConfig, saved: Collection[str], folder: Path
 
 
 def load_first_rows(models: Sequence[nn.Module], folder: Path) -> None:
-    """Load the rows of a checkpoint that has fewer kinds of media; the others keep their values. Collective."""
+    """Load the rows of a checkpoint that has fewer kinds of media; the others keep their values. Collective.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+    """
     reader = StreamReader(folder)
     count = saved_vocabulary(reader.tensors, folder).added
     for weight in (weight for model in models for weight in list_weights(model)):
