@@ -54,6 +54,7 @@ def check_codes_are_kept(model: ModelConfig) -> None:
         model: with its `language_model` resolved.
 
     Raises:
+        CheckpointError: the checkpoint does not exist.
         ConfigError: naming the checkpoint.
     """
     checkpoint = model.language_model.checkpoint

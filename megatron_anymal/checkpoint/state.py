@@ -13,12 +13,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
 from megatron_anymal.checkpoint import safe_loading, store
+from megatron_anymal.checkpoint.discrete_rows import check_discrete_rows, load_first_rows, saved_vocabulary
 from megatron_anymal.checkpoint.fp8_scaling import set_scaling, sharded_scaling
 from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
-from megatron_anymal.config import DiscreteConfig, LoraConfig, ModalityConfig, ModelConfig
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.config import LoraConfig, ModalityConfig
 from megatron_anymal.model.fp8_weights import is_quantized
 from megatron_anymal.model.hf_llama import checkpoint_place
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
@@ -43,9 +43,12 @@ def load(state: Any, folder: Path) -> int:
         The step at which the checkpoint was saved.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or contains a pickle that could run code.
+        CheckpointError: the checkpoint is damaged, contains a pickle that could run code, or has rows of other marks
+            and codes.
     """
     saved = StreamReader(folder)
+    # Even an allowed change of the configuration must not load rows of codes as those of others.
+    check_discrete_rows(state.config.model, saved.tensors, folder, appended=False)
     state.carried = {name for name in saved.tensors if name.startswith("encoders.")}
     wanted = content(state, 0, is_loading=True)
     # If the FP8 recipe differs from the one that was saved, scaling starts from its initial state.
@@ -78,20 +81,26 @@ def restore(state: Any, folder: Path, base_hash: str, optimizer: Any) -> list[st
     saved = StreamReader(folder).tensors
     _check_adapters(state.config.model.lora, saved, folder, base_hash)
     _check_projectors(state.config.model.modalities, saved, folder)
-    check_discrete_rows(state.config.model, saved, folder)
-    missing = load_media_parts(state.models, folder, llama=not state.config.model.language_model.freeze)
+    check_discrete_rows(state.config.model, saved, folder, appended=True)
+    llama, rows = not state.config.model.language_model.freeze, saved_vocabulary(saved, folder)
+    appended = [name for name in state.config.model.discrete if rows.added and name not in rows.names]
+    missing = load_media_parts(state.models, folder, llama=llama, first_rows=bool(appended))
+    missing += [f"the rows of {name}" for name in appended]
     state.carried = {name for name in saved if name.startswith("encoders.")}
     optimizer.reload_model_params()
     return missing
 
 
-def load_media_parts(models: Sequence[nn.Module], folder: Path, *, llama: bool = False) -> list[str]:
+def load_media_parts(
+    models: Sequence[nn.Module], folder: Path, *, llama: bool = False, first_rows: bool = False
+) -> list[str]:
     """Load the encoders, projectors, rows of marks and codes, and trainable weights that a checkpoint contains.
 
     Weights that it does not contain keep their values. Collective.
 
     Args:
         llama: also load the Llama's own weights that do not train.
+        first_rows: the checkpoint has the rows of some kinds of discrete media only.
 
     Returns:
         Names of trainable weights that were not in the checkpoint.
@@ -99,7 +108,10 @@ def load_media_parts(models: Sequence[nn.Module], folder: Path, *, llama: bool =
     Raises:
         CheckpointError: the checkpoint holds none of these weights, or one has another shape.
     """
-    return _load_some(models, sharded_weights(models, partial(_is_media_part, llama)), folder)
+    if first_rows:
+        load_first_rows(models, folder)
+    shards = sharded_weights(models, partial(_is_media_part, llama, not first_rows))
+    return _load_some(models, shards, folder, loaded=first_rows)
 
 
 def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
@@ -148,38 +160,14 @@ def _is_saved(carried: Collection[str], llama: bool, name: str, trains: bool) ->
     return trains or name.startswith(("projectors.", "discrete.")) or name in carried or (llama and _is_llama(name))
 
 
-def _is_media_part(llama: bool, name: str, trains: bool) -> bool:
-    return trains or name.startswith(("projectors.", "encoders.", "discrete.")) or (llama and _is_llama(name))
+def _is_media_part(llama: bool, codes: bool, name: str, trains: bool) -> bool:
+    if name.startswith("discrete."):
+        return codes
+    return trains or name.startswith(("projectors.", "encoders.")) or (llama and _is_llama(name))
 
 
 def _is_llama(name: str) -> bool:
     return name.startswith("language_model.") and ".lora." not in name
-
-
-def check_discrete_rows(model: ModelConfig, saved: Collection[str], folder: Path) -> None:
-    """Refuse a checkpoint whose rows of marks and codes have other meanings than this run's, or would be lost.
-
-    Args:
-        saved: names of the checkpoint's tensors.
-
-    Raises:
-        CheckpointError: `model.discrete` differs from that of the checkpoint's run, or a run that does not train these
-            rows finds none.
-    """
-    if not any(name.startswith("discrete.") for name in saved):
-        if model.discrete and model.discrete_rows == "none":
-            raise CheckpointError(
-                f"{str(folder)!r} has no rows of marks and codes, and model.discrete_rows=none would leave them "
-                "random. Set model.discrete_rows=new, or use a checkpoint of a run that trained them."
-            )
-        return
-    sections = store.read_manifest(folder).config["model"]["discrete"]
-    theirs = DiscreteVocabulary(0, {name: DiscreteConfig(**section) for name, section in sections.items()}).layout
-    if theirs != DiscreteVocabulary(0, model.discrete).layout:
-        raise CheckpointError(
-            f"{str(folder)!r} was trained with model.discrete={sections}; its rows of marks and codes would be lost, "
-            "or stand for others. Set model.discrete as in that run, in the same order."
-        )
 
 
 def _check_adapters(lora: LoraConfig, saved: Collection[str], folder: Path, base_hash: str) -> None:
@@ -221,7 +209,8 @@ def _check_projectors(modalities: Mapping[str, ModalityConfig], saved: Collectio
             )
 
 
-def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path) -> list[str]:
+def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path, *, loaded: bool = False) -> list[str]:
+    """Load the shards that the checkpoint has, at least one unless others were `loaded`; return the trainable rest."""
     saved = StreamReader(folder).tensors
     vocab_size = store.read_manifest(folder).llama.get("vocab_size")
     same_vocabulary = all(model.vocab_size == vocab_size for model in models)
@@ -243,9 +232,10 @@ def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path
             )
     count = torch.tensor([sum(map(len, wanted.values()))], device=torch.device("cuda"))
     dist.all_reduce(count)
-    if not int(count):
+    if not int(count) and not loaded:
         raise CheckpointError(f"{str(folder)!r} holds none of the weights that this model would load from it.")
-    _set(models, safe_loading.load({"model": wanted}, folder).get("model", {}))
+    if int(count):
+        _set(models, safe_loading.load({"model": wanted}, folder).get("model", {}))
     trains = {name for model in models for name, parameter in model.named_parameters() if parameter.requires_grad}
     return sorted(
         name for index, chunk in shards.items() for name in chunk.keys() - wanted[index].keys() if name in trains

@@ -38,8 +38,9 @@ class StepResult:
     loss_by_modality: dict[str, float]
     # Number of targets, samples or pairs that each of these means is over.
     counts_by_modality: dict[str, float]
-    # With discrete media: mean loss by kind of target token, "text" or a kind of media, and numbers of these targets.
+    # With discrete media: mean loss by kind of target token, "text" or a kind of media.
     loss_by_kind: dict[str, float]
+    # Number of these targets.
     targets_by_kind: dict[str, float]
     # The objective's additional metrics, as means.
     measures: dict[str, float]

@@ -26,7 +26,9 @@ from megatron_anymal.config.discrete_validation import check_discrete
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.nemo.archive import portable
+from megatron_anymal.nemo.model import MegatronAnyMALModel, from_cfg
 
 # More entries than tokens: the export must fill the gap.
 VOCABULARY = DiscreteVocabulary(33, SECTIONS)
@@ -112,6 +114,39 @@ def test_a_mark_that_is_a_token_already_is_refused(tokenizer_folder: str) -> Non
     sections = {"x": DiscreteConfig(codebooks=[2], begin="<|eot_id|>")}
     with pytest.raises(DataError, match=r"'<\|eot_id\|>' is already a token of .*Choose other marks"):
         with_discrete_tokens(Tokenizer(tokenizer_folder), DiscreteVocabulary(33, sections))
+
+
+def save(config: RunConfig, path: Path) -> dict[str, np.ndarray] | None:
+    """In a rank: train on codes, write an archive, and return the weights it must hold."""
+    with codes_in_documents(config.model):
+        model = MegatronAnyMALModel(config)
+        model.fit()
+        model.save_to(path)
+    weights = gather_weights(model.state.models)
+    return weights and {name: weight.numpy() for name, weight in weights.items()}
+
+
+def restore(path: Path) -> dict[str, np.ndarray] | None:
+    """In a rank: the weights of an archive, on one process and with another seed."""
+    cfg: Any = MegatronAnyMALModel.restore_from(path, return_config=True)
+    config = from_cfg(cfg)
+    config.trainer.devices = config.model.tensor_model_parallel_size = 1
+    config.model.seed = 999
+    model: Any = MegatronAnyMALModel.restore_from(path, override_config_path=config)
+    weights = gather_weights(model.state.models)
+    return weights and {name: weight.numpy() for name, weight in weights.items()}
+
+
+def test_an_archive_carries_the_rows(text_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    config = make_config(text_shards, tokenizer_folder, tmp_path / "run")
+    config.model.modalities, config.model.discrete = {}, dict(SECTIONS)
+    config.model.language_model.config = {**LLAMA, "vocab_size": 33}
+    config.trainer.max_steps, config.trainer.devices = 1, 2
+    config.model.tensor_model_parallel_size = 2
+    expected = run_ranks(2, save, config, tmp_path / "model.nemo")[0]
+    [found] = run_ranks(1, restore, tmp_path / "model.nemo")
+    assert found.keys() == expected.keys() >= {"discrete.embedding.weight", "discrete.head.weight"}
+    assert all(np.array_equal(value, expected[name]) for name, value in found.items())
 
 
 def test_an_archive_keeps_frozen_rows(tmp_path: Path) -> None:

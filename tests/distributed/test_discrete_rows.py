@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from engine import losses, train
 from parity.discrete import SECTIONS, codes_in_documents
 from parity.reference import Reference
-from parity.samples import read_steps
+from parity.samples import Sample, read_steps
 from ranks import run_ranks
 from tiny import LLAMA, make_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint_tools.reshard import main as reshard
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import DiscreteConfig, RunConfig
 from megatron_anymal.data.loader import steps
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.parallel import initialize
@@ -33,6 +34,8 @@ EMBEDDING, HEAD = "language_model.embedding.word_embeddings.weight", "language_m
 CODES, CODES_HEAD = "discrete.embedding.weight", "discrete.head.weight"
 # 15 marks and codes after an odd number of the Llama's own entries.
 VOCABULARY = DiscreteVocabulary(33, SECTIONS)
+# Text, marks and codes from both ends of their ranges.
+TOKENS = [0, 8, 32, 33, 34, 35, 39, 40, 41, 47, 9, 1]
 
 
 @pytest.fixture
@@ -210,6 +213,30 @@ def test_losses_by_kind_of_target(config: RunConfig, world: int, layout: dict[st
         assert result["losses"] == pytest.approx(expected, rel=1e-5)
 
 
+def logits_of_all(config: RunConfig) -> tuple[dict[str, np.ndarray] | None, np.ndarray]:
+    """In a rank: the weights, and the logits of every position of a document, over the whole vocabulary."""
+    state = build(config, initialize(config))
+    [model] = state.models
+    start = gather_weights(state.models)
+    with torch.no_grad():
+        logits = model.eval().whole_logits(model(MicroBatch.unlabelled([TOKENS], {})))
+    return start and {name: weight.numpy() for name, weight in start.items()}, logits[0].numpy()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gathered_logits_are_in_the_order_of_the_ids(config: RunConfig, tied: bool) -> None:
+    config.model.language_model.config["tie_word_embeddings"] = tied
+    two = laid_out(config, 2, tensor_model_parallel_size=2, sequence_parallel=True)
+    results = run_ranks(2, logits_of_all, two)
+    model = Reference(config, LlamaConfig(**config.model.language_model.config), results[0][0]).eval()
+    tokens = torch.tensor(TOKENS)
+    with torch.no_grad():
+        expected = model(Sample(tokens, tokens, torch.ones(len(tokens)), {}, {})).numpy()
+    for _, logits in results:
+        assert logits.shape == (len(TOKENS), VOCABULARY.total_size)
+        assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_they_are_logged(config: RunConfig, text_shards: str) -> None:
     config.data.validation = dict(config.data.train)
     config.trainer.max_steps = config.trainer.val_check_interval = 1
@@ -226,10 +253,34 @@ def test_other_codes_are_refused(config: RunConfig) -> None:
     config.model.discrete = dict(reversed(config.model.discrete.items()))
     with pytest.raises(pytest.fail.Exception, match=r"the order of model.discrete \['picture', 'speech'\] -> "):
         run_ranks(1, train_on_codes, config)
+    config.resilience.allow_changes = ["config"]
+    with pytest.raises(pytest.fail.Exception, match=r"for picture \[5\].*, speech \[3, 3\].*in the same order"):
+        run_ranks(1, train_on_codes, config)
+    config.resilience.allow_changes = []
     config.model.restore_from_path = config.exp_manager.explicit_log_dir
     config.exp_manager.explicit_log_dir += "_next"
-    with pytest.raises(pytest.fail.Exception, match=r"was trained with model\.discrete=.*in the same order"):
+    with pytest.raises(pytest.fail.Exception, match=r"for picture \[5\].*, speech \[3, 3\].*in the same order"):
         run_ranks(1, train_on_codes, config)
     config.model.discrete = {}
     with pytest.raises(pytest.fail.Exception, match="would be lost"):
+        run_ranks(1, train_on_codes, config)
+
+
+def test_a_kind_of_media_is_appended(config: RunConfig) -> None:
+    """A later run has one more: it begins with the earlier rows, under another layout, and draws the new ones."""
+    config.trainer.max_steps = 1
+    first = run_ranks(1, train_on_codes, config)[0]["weights"]
+    config.model.restore_from_path = config.exp_manager.explicit_log_dir
+    config.exp_manager.explicit_log_dir += "_next"
+    config.model.discrete["music"] = DiscreteConfig(codebooks=[4])
+    config.model.optim.lr = 0.0
+    two = laid_out(config, 2, tensor_model_parallel_size=2)
+    fresh = run_ranks(2, first_values, two)[0]
+    second = run_ranks(2, train_on_codes, two)[0]["weights"]
+    for name in (CODES, CODES_HEAD):
+        assert np.array_equal(second[name][: VOCABULARY.added], first[name])
+        assert np.array_equal(second[name][VOCABULARY.added :], fresh[name][VOCABULARY.added :])
+    config.model.discrete_rows = "none"
+    config.exp_manager.explicit_log_dir += "_again"
+    with pytest.raises(pytest.fail.Exception, match=r"has no rows of music \[4\].*would leave them random"):
         run_ranks(1, train_on_codes, config)
