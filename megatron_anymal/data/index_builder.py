@@ -31,7 +31,7 @@ from megatron_anymal.modalities.base import MediaError
 from megatron_anymal.object_storage.client import file_system
 
 # Increased by every change that gives a shard other rows: indexes that were built before are then not built upon.
-RULES = 1
+RULES = 2
 # Largest value of the column media_count.
 MAX_MEDIA = 65_535
 # Most values of the columns kind and extension of a shard.

@@ -16,10 +16,12 @@ from tiny import make_config, png
 
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.discrete_validation import check_discrete
+from megatron_anymal.data.codes import PlannedCodes
 from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.records import SAMPLE_KINDS
+from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.train.objective import TokenObjective
 
 PICTURE, OTHER, SPEECH = codes([1, 0, 4]), codes([[2, 2, 3]]), codes([[1, 2], [3, 0]])
@@ -187,6 +189,14 @@ def test_codes_without_a_name_belong_to_the_only_section(tmp_path: Path, tokeniz
     assert read(config)["k"] == [([0, 32, 35, 34, 38, 33, 8, 1], [8, 1])]
 
 
+def test_an_option_names_the_section_of_codes(tmp_path: Path, tokenizer_folder: str) -> None:
+    write_tar(tmp_path / "data" / "0.tar", [("k.codes.npy", PICTURE), ("k.txt", b"one")])
+    make_index(str(tmp_path / "data"), IndexOptions(tokenizer_folder, {"codes.npy": "picture"}))
+    config = with_codes(make_config(str(tmp_path / "data"), tokenizer_folder, tmp_path / "run"))
+    config.model.global_batch_size = 1
+    assert read(config)["k"] == [([0, 32, 35, 34, 38, 33, 8, 1], [8, 1])]
+
+
 def test_samples_that_are_too_long_count_their_codes(tmp_path: Path, tokenizer_folder: str) -> None:
     config = run(tmp_path, tokenizer_folder, [{"key": "k", **SAMPLES["interleaved"][0]}])
     config.data.seq_length = 14
@@ -218,3 +228,28 @@ def test_planned_lengths_are_exact_for_every_dtype(tmp_path: Path, tokenizer_fol
     config.model.global_batch_size = 3
     assert {tuple(found[0][0]) for found in read(config).values()} == {(0, 32, 35, 34, 38, 33, 8, 1)}
     assert np.array_equal(replica_data(config).planner.plan(0).length, [8, 8, 8])
+
+
+def test_an_end_mark_outside_the_loss_is_caught(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run(tmp_path, tokenizer_folder, [{"key": "k", **SAMPLES["generated"][0]}])
+    document = Tokenizer.document
+
+    def planted(self: Tokenizer, *arguments: Any, **more: Any) -> Document:
+        right = document(self, *arguments, **more)
+        learned = [target and token != 33 for token, target in zip(right.tokens, right.is_target)]
+        return Document(right.tokens, learned, right.media_starts)
+
+    monkeypatch.setattr(Tokenizer, "document", planted)
+    with pytest.raises(AssertionError, match="Rebuild the index"):
+        read(config)
+
+
+def test_a_plan_without_end_marks_is_caught(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = run(tmp_path, tokenizer_folder, [{"key": "k", **SAMPLES["generated"][0]}])
+    monkeypatch.setattr(PlannedCodes, "tokens", lambda self, codes: 1 + codes.astype(np.int64) * self.codebooks)
+    with pytest.raises(AssertionError, match="Rebuild the index"):
+        read(config)
