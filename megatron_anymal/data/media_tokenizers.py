@@ -43,7 +43,14 @@ class MediaTokenizer(Protocol):
         """
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Media of codes: the inverse of `encode`, as close as the tokenizer comes."""
+        """Media of codes: the inverse of `encode`, as close as the tokenizer comes.
+
+        Args:
+            codes: of each item, [codebooks, codes].
+
+        Returns:
+            Pictures, [height, width, 3] uint8, or sounds, [samples] float32.
+        """
 
 
 def open_tokenizer(name: str, spec: str) -> MediaTokenizer:
