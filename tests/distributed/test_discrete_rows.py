@@ -16,12 +16,14 @@ from parity.discrete import SECTIONS, codes_in_documents
 from parity.reference import Reference
 from parity.samples import Sample, read_steps
 from ranks import run_ranks
-from tiny import LLAMA, make_config
+from tiny import LLAMA, make_config, make_conversations
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint_tools.reshard import main as reshard
 from megatron_anymal.checkpoint import store
-from megatron_anymal.config import DiscreteConfig, RunConfig
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
+from megatron_anymal.config import ConfigError, DatasetConfig, DiscreteConfig, LoraConfig, RunConfig
+from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
@@ -284,3 +286,28 @@ def test_a_kind_of_media_is_appended(config: RunConfig) -> None:
     config.exp_manager.explicit_log_dir += "_again"
     with pytest.raises(pytest.fail.Exception, match=r"has no rows of music \[4\].*would leave them random"):
         run_ranks(1, train_on_codes, config)
+
+
+def test_dpo_keeps_the_rows_of_its_sft_run(config: RunConfig, tokenizer_folder: str, tmp_path: Path) -> None:
+    """Preference optimization trains the adapters only; its checkpoint holds the rows that it started from."""
+    config.job, config.model.lora, config.trainer.max_steps = "sft", LoraConfig(r=2), 1
+    data = make_conversations(tmp_path / "sft", tokenizer_folder, 24, ("text",))
+    config.data.train, config.data.seq_length = {"mix": DatasetConfig(path=data)}, 128
+    sft = run_ranks(1, train_on_codes, config)[0]["weights"]
+    config.job, config.model.discrete_rows = "dpo", "none"
+    config.model.restore_from_path = config.exp_manager.explicit_log_dir
+    config.exp_manager.explicit_log_dir += "_dpo"
+    pairs = make_conversations(tmp_path / "pairs", tokenizer_folder, 24, ("text",), pairs=True)
+    config.data.train = {"mix": DatasetConfig(path=pairs)}
+    dpo = run_ranks(2, train_on_codes, laid_out(config, 2, tensor_model_parallel_size=2))[0]["weights"]
+    assert any(not np.array_equal(value, sft[name]) for name, value in dpo.items())
+    saved = StreamReader(store.resolve(config.exp_manager.explicit_log_dir))
+    for name in (CODES, CODES_HEAD):
+        assert np.array_equal(dpo[name], sft[name])
+        assert np.array_equal(saved.read(name)[: VOCABULARY.added].numpy(), sft[name])
+
+
+def test_dpo_may_not_train_the_rows(config: RunConfig) -> None:
+    config.job, config.model.lora, config.model.restore_from_path = "dpo", LoraConfig(r=2), "somewhere"
+    with pytest.raises(ConfigError, match=r"Set model\.discrete_rows=none"):
+        check(config)
