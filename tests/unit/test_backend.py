@@ -20,7 +20,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities) -> Non
     monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: bool(found.cuda_devices))
     engine = (found.transformer_engine, found.transformer_engine_problem)
     monkeypatch.setattr(backend, "_transformer_engine", lambda has_cuda: engine)
-    monkeypatch.setattr(backend, "_version", lambda name: found.flash_attn if name == "flash-attn" else "")
+    monkeypatch.setattr(backend, "version_of", lambda name: found.flash_attn if name == "flash-attn" else "")
 
 
 def config_with(**model: Any) -> RunConfig:
