@@ -14,7 +14,7 @@ import numpy as np
 from megatron_anymal.cli.data_page.markup import file_size
 from megatron_anymal.cli.data_page.numbers import MEASURED_STEPS, fill, row_chunks
 from megatron_anymal.config import DatasetConfig, ModelConfig, RunConfig
-from megatron_anymal.data.codes import CodeLayout, CodesKind, plan_codes
+from megatron_anymal.data.codes import CodeLayout, CodesKind, plan_kinds
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.left_out import grouped
 from megatron_anymal.data.lint import (
@@ -147,10 +147,8 @@ def _inspect(
 
 
 def _refuse_unread(index: ShardIndex, run: InspectedRun) -> None:
-    kinds = {name: CodesKind.parse(name) for name in sorted(index.kinds_used())}
-    for kind in filter(None, kinds.values()):
-        plan_codes(kind, run.config.model.discrete, repr(index.folder))
-    missing = {name for name, kind in kinds.items() if kind is None} - set(run.reading.modalities)
+    codes = plan_kinds(index.kinds_used(), run.config.model.discrete, repr(index.folder))
+    missing = index.kinds_used() - set(codes) - set(run.reading.modalities)
     if missing:
         raise DataError(
             f"{index.folder!r} holds {', '.join(sorted(missing))}, for which the configuration has no modality. Add "

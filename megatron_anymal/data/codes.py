@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Optional
@@ -166,6 +166,16 @@ def plan_codes(kind: CodesKind, sections: Mapping[str, DiscreteConfig], where: s
         )
     documents = (kind.role != REJECTED, kind.role != ANSWER)
     return PlannedCodes(name, used, documents, kind.role in (ANSWER, REJECTED))
+
+
+def plan_kinds(kinds: Iterable[str], sections: Mapping[str, DiscreteConfig], where: str) -> dict[str, PlannedCodes]:
+    """`plan_codes` of those kinds of an index that are codes, by kind.
+
+    Raises:
+        DataError: as `plan_codes`.
+    """
+    parsed = {kind: CodesKind.parse(kind) for kind in sorted(kinds)}
+    return {kind: plan_codes(codes, sections, where) for kind, codes in parsed.items() if codes}
 
 
 def prompt_codebooks(section: DiscreteConfig) -> int:

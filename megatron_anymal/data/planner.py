@@ -17,7 +17,7 @@ from typing import Optional
 import numpy as np
 
 from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, DiscreteConfig, LimitsConfig, ModelConfig, StorageConfig
-from megatron_anymal.data.codes import CodesKind, PlannedCodes, plan_codes
+from megatron_anymal.data.codes import PlannedCodes, plan_kinds
 from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
@@ -139,7 +139,7 @@ class BatchPlanner:
         # Kind of the index -> lengths of its items of codes.
         self._codes: dict[str, PlannedCodes] = {}
         for index in self.indexes:
-            self._plan_codes(index, discrete)
+            self._codes.update(plan_kinds(index.kinds_used(), discrete, repr(index.folder)))
             self._check_index(index, tokenizer, sample_kinds)
             if check_shards:
                 index.check_shards()
@@ -266,11 +266,6 @@ class BatchPlanner:
             modality[places], pieces[places] = measures.modality, measures.pieces
         names = *(m.name for m in self._by_kind.values()), *(c.name for c in self._codes.values())
         return BatchMedia(names, start, modality, pieces)
-
-    def _plan_codes(self, index: ShardIndex, discrete: Mapping[str, DiscreteConfig]) -> None:
-        for name in sorted(index.kinds_used()):
-            if kind := CodesKind.parse(name):
-                self._codes[name] = plan_codes(kind, discrete, repr(index.folder))
 
     def _check_index(self, index: ShardIndex, tokenizer: Tokenizer, sample_kinds: Collection[str]) -> None:
         strange = set(index.sample_kinds()) - set(sample_kinds)

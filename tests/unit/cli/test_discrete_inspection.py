@@ -74,5 +74,6 @@ def test_codes_outside_their_codebook_are_listed(
 def test_the_page_names_items(named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert inspect.main(["--html", str(tmp_path / "page.html"), "--samples", "1", *named]) == 0
     page = (tmp_path / "page.html").read_text()
+    assert "speech codes (prompt in 2 codebooks) 1" in page
     assert "speech: 2 codes</span>" in page
     assert "picture: 3 codes</mark>" in page

@@ -22,6 +22,7 @@ from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.records import SAMPLE_KINDS
 from megatron_anymal.data.tokenizer import Document, Tokenizer
+from megatron_anymal.planning.layouts.workload import measured_workload
 from megatron_anymal.train.objective import TokenObjective
 
 PICTURE, OTHER, SPEECH = codes([1, 0, 4]), codes([[2, 2, 3]]), codes([[1, 2], [3, 0]])
@@ -187,6 +188,12 @@ def test_codes_without_a_name_belong_to_the_only_section(tmp_path: Path, tokeniz
     config.model.global_batch_size = 1
     del config.model.discrete["speech"]
     assert read(config)["k"] == [([0, 32, 35, 34, 38, 33, 8, 1], [8, 1])]
+
+
+def test_an_expected_step_counts_codes(tmp_path: Path, tokenizer_folder: str) -> None:
+    config = run(tmp_path, tokenizer_folder, [{"key": "k", **SAMPLES["generated"][0]}])
+    expected = measured_workload([(config.data.train["mix"].path, 1.0)], [], 2, 64, discrete=config.model.discrete)
+    assert (expected.tokens, expected.labels) == (18, 12)
 
 
 def test_an_option_names_the_section_of_codes(tmp_path: Path, tokenizer_folder: str) -> None:
