@@ -134,7 +134,8 @@ def measured_workload(
         discrete: `model.discrete`.
 
     Raises:
-        DataError: a folder has no index, media without a configured modality, codes that `discrete` does not fit, or no sample that fits.
+        DataError: a folder has no index, media without a configured modality, codes that `discrete` does not fit, or
+            no sample that fits.
         StorageError: an object store, or the cache for its indexes, cannot be used.
     """
     by_kind = {modality.kind: modality for modality in modalities}
