@@ -145,9 +145,11 @@ def _write(
         print(f"left out: {part}, {count} tensor(s)")
     check_space(staging, sum(math.prod(shape) * dtype.itemsize for dtype, shape in weights.entries.values()) + _SPARE)
     if llama_only:
-        write_llama_files(staging, config.data.tokenizer, weights.llama.hf, weights.entries)
+        write_llama_files(
+            staging, config.data.tokenizer, weights.llama.exported, weights.llama.vocabulary, weights.entries
+        )
     else:
-        write_model_files(staging, config.model, config.data.tokenizer, weights.llama.hf, weights.entries)
+        write_model_files(staging, config.model, config.data.tokenizer, weights.llama.exported, weights.entries)
     files = write_shards(staging, weights.entries, iter(weights), int(arguments.max_shard_gib * _GIB))
     if not weights.adapters.pairs:
         return "", files

@@ -13,8 +13,19 @@ from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import ModelConfig
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.hf_weights import HFWeights
-from megatron_anymal.model.hf_llama import account, checkpoint_place, from_hf, to_hf, whole_names, whole_shape
+from megatron_anymal.model import discrete_rows
+from megatron_anymal.model.hf_llama import (
+    EMBEDDING,
+    HEAD,
+    account,
+    checkpoint_place,
+    from_hf,
+    to_hf,
+    whole_names,
+    whole_shape,
+)
 from megatron_anymal.model.unsharded_weights import hash_together, hash_weight, initial_value
 
 
@@ -23,7 +34,8 @@ class LlamaSource:
 
     Attributes:
         hf: its HuggingFace configuration.
-        own_keys: checkpoint keys of the Llama's weights; empty if it was frozen.
+        vocabulary: its vocabulary with the marks and codes of discrete media, which exports include.
+        own_keys: checkpoint keys of the Llama's weights, and of rows of marks and codes; empty if there are none.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, model: ModelConfig, precision: str) -> None:
@@ -39,6 +51,7 @@ class LlamaSource:
                 configuration, or is incomplete.
         """
         self._manifest, self._digests = manifest, dict[str, str]()
+        self._rows = StreamReader(folder)
         run_type = torch.bfloat16 if precision == "bf16" else torch.float32
         self.own_keys: set[str] = set()
         if not model.language_model.freeze:
@@ -46,6 +59,7 @@ class LlamaSource:
             self._open_checkpoint(folder, None)
             self.own_keys = {checkpoint_place(name)[0] for name in whole_names(self.hf)}
             self._where = str(folder)
+            self._find_rows(model, folder)
             return
         lm, self.hf = resolve_language_model(model.language_model)
         self._where = lm.checkpoint or lm.path or "model.language_model.config"
@@ -60,6 +74,14 @@ class LlamaSource:
             seed, std = model.seed, self.hf.initializer_range
             self._read = lambda name: _drawn(name, whole_shape(name, self.hf), seed, std)
             self._dtype = lambda name: run_type
+        self._find_rows(model, folder)
+
+    @property
+    def exported(self) -> LlamaConfig:
+        """The Llama's HuggingFace configuration with the vocabulary of the export."""
+        if not self.vocabulary.added:
+            return self.hf
+        return LlamaConfig.from_dict({**self.hf.to_dict(), "vocab_size": self.vocabulary.total_size})
 
     def tensors(self, name: str) -> dict[str, Tensor]:
         """Return a whole weight as HuggingFace tensors, in the run's dtype, or in the stored dtype if the checkpoint
@@ -69,12 +91,19 @@ class LlamaSource:
         whole = whole[: whole_shape(name, self.hf)[0]]
         if self._manifest.base_hash:
             self._digests[name] = hash_weight(name, whole)
+        if key := self._row_keys.get(name):
+            rows = self._rows.read(key)[: self.vocabulary.added].to(whole.dtype)
+            return {to: torch.cat([text, rows]) for to, text in to_hf(name, self.hf, whole).items()}
         return to_hf(name, self.hf, whole)
 
     def entries(self, name: str) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Name, dtype and shape of the tensors that `tensors` returns, without reading them."""
         whole = torch.empty(whole_shape(name, self.hf), dtype=self._dtype(name), device="meta")
-        return {to: (tensor.dtype, tuple(tensor.shape)) for to, tensor in to_hf(name, self.hf, whole).items()}
+        added = self.vocabulary.added if name in self._row_keys else 0
+        return {
+            to: (tensor.dtype, (tensor.size(0) + added, *tensor.shape[1:]))
+            for to, tensor in to_hf(name, self.hf, whole).items()
+        }
 
     def check_base(self) -> None:
         """Verify that the frozen base is the one used in training; call it after all weights were read.
@@ -87,6 +116,21 @@ class LlamaSource:
                 f"The Llama in {self._where!r} does not have the weights that this checkpoint was trained with "
                 f"(hash {self._manifest.base_hash[:16]}). Restore the original Llama."
             )
+
+    def _find_rows(self, model: ModelConfig, folder: Path) -> None:
+        """Locate the rows of marks and codes, if there are any.
+
+        Raises:
+            CheckpointError: the checkpoint lacks them.
+        """
+        self.vocabulary = DiscreteVocabulary(self.hf.vocab_size, model.discrete)
+        pairs = {EMBEDDING: discrete_rows.EMBEDDING, HEAD: discrete_rows.HEAD}
+        pairs = {name: key for name, key in pairs.items() if model.discrete and name in whole_names(self.hf)}
+        for key in pairs.values():
+            if key not in self._rows.tensors:
+                raise CheckpointError(f"{str(folder)!r} is missing {key!r}, the rows of model.discrete.")
+        self._row_keys = pairs
+        self.own_keys |= set(pairs.values())
 
     def _open_checkpoint(self, folder: Path, dtype: torch.dtype | None) -> None:
         reader = StreamReader(folder)

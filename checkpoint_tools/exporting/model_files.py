@@ -12,11 +12,13 @@ import torch
 from transformers import GenerationConfig, LlamaConfig
 
 from checkpoint_tools.exporting.chat_template import chat_template
+from checkpoint_tools.exporting.discrete_tokens import with_discrete_tokens
 from checkpoint_tools.exporting.weights import Entries
 from megatron_anymal.config import ModelConfig
 from megatron_anymal.data.chat_format import CHAT_TOKENS, END_TURN
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modality_configs import export_sections
 from megatron_anymal.hf.remote_code import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
@@ -35,6 +37,7 @@ def write_model_files(
         folder: the export.
         model: `model` of the run's configuration.
         tokenizer_folder: `data.tokenizer` of the run.
+        hf: of the exported Llama, with marks and codes.
 
     Raises:
         ConfigError, DataError: the tokenizer or an encoder's folder is missing or differs from the run's.
@@ -42,6 +45,8 @@ def write_model_files(
     tokenizer = Tokenizer(tokenizer_folder)
     sections = export_sections(model.modalities, tokenizer)
     ends = _ends(tokenizer)
+    added = DiscreteVocabulary(0, model.discrete).added
+    vocabulary = DiscreteVocabulary(hf.vocab_size - added, model.discrete)
     exported = AnyMALConfig(text_config=hf.to_dict(), modalities=sections, **_tokens(tokenizer, ends))
     exported.auto_map, exported.architectures = dict(CONFIG_AUTO_MAP), [ARCHITECTURE]
     exported.dtype = _main_type(entries)
@@ -53,17 +58,21 @@ def write_model_files(
     processor = {"processor_class": "AnyMALProcessor", "auto_map": dict(PROCESSOR_AUTO_MAP), "modalities": sections}
     _write_json(folder / "processor_config.json", processor)
     placeholders = {section["kind"]: section["placeholder"] for section in sections.values()}
-    _write_tokenizer(folder, tokenizer, placeholders)
+    _write_tokenizer(folder, tokenizer, placeholders, vocabulary)
     hidden = sorted(section["placeholder_id"] for section in sections.values())
     _write_generation_config(folder, tokenizer, ends, hidden)
 
 
-def write_llama_files(folder: Path, tokenizer_folder: str, hf: LlamaConfig, entries: Entries) -> None:
+def write_llama_files(
+    folder: Path, tokenizer_folder: str, hf: LlamaConfig, vocabulary: DiscreteVocabulary, entries: Entries
+) -> None:
     """Write all files of a LlamaForCausalLM except weights and model card; no tokenizer if the run's is missing.
 
     Args:
         folder: the export.
         tokenizer_folder: `data.tokenizer` of the run; "" if it had none.
+        hf: of the exported Llama, with marks and codes.
+        vocabulary: the marks and codes.
     """
     # AnyMALConfig writes a form that both transformers 4 and 5 read.
     exported: dict[str, Any] = AnyMALConfig(text_config=hf.to_dict()).to_dict()["text_config"]
@@ -73,7 +82,7 @@ def write_llama_files(folder: Path, tokenizer_folder: str, hf: LlamaConfig, entr
     if tokenizer is None:
         GenerationConfig(bos_token_id=hf.bos_token_id, eos_token_id=hf.eos_token_id).save_pretrained(folder)
         return
-    _write_tokenizer(folder, tokenizer, {})
+    _write_tokenizer(folder, tokenizer, {}, vocabulary)
     _write_generation_config(folder, tokenizer, _ends(tokenizer), [])
 
 
@@ -89,9 +98,12 @@ def _of_run(folder: str) -> Tokenizer | None:
         return None
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, placeholders: dict[str, str]) -> None:
-    """Write the tokenizer as it was loaded, with the chat template of training if it has the format's tokens."""
-    tokenizer.hf.save_pretrained(folder)
+def _write_tokenizer(
+    folder: Path, tokenizer: Tokenizer, placeholders: dict[str, str], vocabulary: DiscreteVocabulary
+) -> None:
+    """Write the tokenizer as it was loaded, with the chat template of training if it has the format's tokens, and with
+    marks and codes."""
+    with_discrete_tokens(tokenizer, vocabulary).save_pretrained(folder)
     settings = json.loads((folder / TOKENIZER_SETTINGS).read_text(encoding="utf-8"))
     _write_json(folder / TOKENIZER_SETTINGS, _of_both_versions(settings))
     if set(CHAT_TOKENS) <= tokenizer.control.keys():

@@ -55,7 +55,7 @@ class NativeModel:
         [native] = build_models(model, config.trainer.precision, hf, self._layout, modalities, load)
         saved = [name for name in StreamReader(folder).tensors if not name.startswith("optimizer.")]
         # For a frozen Llama alone, without adapters, the checkpoint contains no weights.
-        media = () if llama_only else ("projectors.", "encoders.")
+        media = ("discrete.",) if llama_only else ("projectors.", "encoders.", "discrete.")
         if any(name.startswith(media) or ".lora." in name for name in saved):
             load_media_parts([native], folder)
         # Encoders and base were rounded to the run's dtype above; the comparison itself runs in fp32.
@@ -75,7 +75,7 @@ class NativeModel:
         positions = {name: (ids == self._placeholders[name]).nonzero().flatten() for name in media}
         batches = {name: MediaBatch(pieces, ((len(pieces),),), positions[name]) for name, pieces in media.items()}
         micro_batch = to_device(MicroBatch.unlabelled([tokens], batches), self._layout.device)
-        logits = self._model(micro_batch)[0, :, : self._model.vocab_size]
+        logits = self._model.whole_logits(self._model(micro_batch)[0])
         return {"tokens": ids, "media": media, "logits": logits.float().cpu()}
 
 

@@ -13,12 +13,16 @@ from transformers import LlamaConfig
 from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.config import DataConfig, ModelConfig
 from megatron_anymal.data.chat_format import last_answer, messages_of
-from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.generation.prompts import MediaFile, Prompt
 
 TOGETHER = "all together"
 RANDOM = "random tokens"
+CODES = "random codes"
+# Number of these codes.
+_CODES = 32
 _RANDOM_LENGTHS = (1, 7, 33, 128)
 
 
@@ -26,7 +30,7 @@ _RANDOM_LENGTHS = (1, 7, 33, 128)
 class VerificationSample:
     """A prompt with its media, or token ids for a plain Llama."""
 
-    # Modality, "text", TOGETHER or RANDOM.
+    # Modality, "text", TOGETHER, RANDOM or CODES.
     group: str
     key: str
     prompt: Prompt | None = None
@@ -66,7 +70,7 @@ def choose_samples(
         DataError: a modality has no sample there, or a folder is missing.
     """
     if llama_only:
-        return _random_tokens(resolve_language_model(model.language_model)[1])
+        return _random_tokens(resolve_language_model(model.language_model)[1], model)
     if count < 1:
         raise DataError(f"--samples={count} must be at least 1.")
     sets = [*data.validation.values(), *data.train.values()]
@@ -86,6 +90,11 @@ def choose_samples(
     chosen = [sample for samples in by_kind.values() for sample in samples]
     if len(kinds) > 1:
         chosen.append(_together([by_kind[kind][0] for kind in kinds]))
+    if model.discrete:
+        vocabulary = DiscreteVocabulary(resolve_language_model(model.language_model)[1].vocab_size, model.discrete)
+        generator = torch.Generator().manual_seed(0)
+        codes = torch.randint(vocabulary.base_size, vocabulary.total_size, (_CODES,), generator=generator)
+        chosen.append(VerificationSample(CODES, "0", tokens=codes.tolist()))
     return chosen
 
 
@@ -96,6 +105,9 @@ def _collect(folder: str, found: dict[str, list[VerificationSample]], count: int
         raise DataError(f"{error} It is needed to verify the export: name another folder with --data.") from None
     for number in range(len(index)):
         sample = index.sample(number)
+        if any(isinstance(part, CodesPart) for part in sample.media):
+            # Random codes are compared instead (CODES).
+            continue
         # A conversation is cut before its last answer.
         parts = list(sample.documents[0] if sample.closed else last_answer(sample.documents[0])[0])
         kinds = {part.modality for part in parts if isinstance(part, MediaPart)} or {"text"}
@@ -118,12 +130,13 @@ def _together(samples: Sequence[VerificationSample]) -> VerificationSample:
     return VerificationSample(TOGETHER, "+".join(sample.key for sample in samples), Prompt(parts, media))
 
 
-def _random_tokens(hf: LlamaConfig) -> list[VerificationSample]:
+def _random_tokens(hf: LlamaConfig, model: ModelConfig) -> list[VerificationSample]:
+    vocabulary = DiscreteVocabulary(hf.vocab_size, model.discrete)
     generator = torch.Generator().manual_seed(0)
     lengths = [min(length, hf.max_position_embeddings) for length in _RANDOM_LENGTHS]
     return [
         VerificationSample(
-            RANDOM, str(length), tokens=torch.randint(hf.vocab_size, (length,), generator=generator).tolist()
+            RANDOM, str(length), tokens=torch.randint(vocabulary.total_size, (length,), generator=generator).tolist()
         )
         for length in lengths
     ]

@@ -98,7 +98,7 @@ def _of_kind(kind: str, saved: Manifest, current: Manifest) -> list[str]:
     if kind == "config":
         lines = _config_lines(saved.config, current.config)
         learned = [line for key, line in lines if not _is_harmless(key, current.config)]
-        return learned + _schedule(saved.config, current.config)
+        return learned + _order(saved.config, current.config) + _schedule(saved.config, current.config)
     if kind == "tokenizer":
         # Older checkpoints have no tokenizer hash.
         return _hashes("data.tokenizer (its content)", saved.tokenizer, current.tokenizer) if saved.tokenizer else []
@@ -121,7 +121,7 @@ def _config_lines(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[
         if key in old and key in new:
             if old[key] != new[key]:
                 lines.append((key, f"{key} {old[key]!r} -> {new[key]!r}"))
-        elif key.startswith(("model.modalities.", "data.train", "data.validation")):
+        elif key.startswith(("model.modalities.", "model.discrete.", "data.train", "data.validation")):
             lines.append((key, f"{key} {old.get(key, 'none')!r} -> {new.get(key, 'none')!r}"))
     return lines
 
@@ -134,6 +134,12 @@ def _is_harmless(key: str, current: Mapping[str, Any]) -> bool:
         # Checked by _schedule.
         return True
     return any(fnmatchcase(key, pattern) for pattern in HARMLESS)
+
+
+def _order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Compare the order of kinds of discrete media, which decides their ids."""
+    old, new = (list(config["model"].get("discrete", {})) for config in (saved, current))
+    return [f"the order of model.discrete {old} -> {new}"] if sorted(old) == sorted(new) and old != new else []
 
 
 def _schedule(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.state import load_language_model
-from megatron_anymal.config import ConfigError, LanguageModelConfig
+from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig
 from megatron_anymal.model.llama_shape import read_llama_config
 
 
@@ -38,8 +38,33 @@ def resolve_language_model(section: LanguageModelConfig) -> tuple[LanguageModelC
                 f"model.language_model.checkpoint={str(folder)!r} holds adapters of a frozen Llama, which would be "
                 "lost. Continue training them with model.restore_from_path."
             )
+        if manifest.config["model"].get("discrete"):
+            raise ConfigError(
+                f"model.language_model.checkpoint={str(folder)!r} holds rows of marks and codes next to a frozen "
+                "Llama, which would be lost. Continue training them with model.restore_from_path."
+            )
         section = LanguageModelConfig(**{**inner, "freeze": section.freeze})
     return section, read_llama_config(section)
+
+
+def check_codes_are_kept(model: ModelConfig) -> None:
+    """Refuse a Llama that was trained with marks and codes if their rows would start anew.
+
+    Args:
+        model: with its `language_model` resolved.
+
+    Raises:
+        CheckpointError: the checkpoint does not exist.
+        ConfigError: naming the checkpoint.
+    """
+    checkpoint = model.language_model.checkpoint
+    if not checkpoint or model.restore_from_path:
+        return
+    if store.read_manifest(store.resolve(checkpoint)).config["model"].get("discrete"):
+        raise ConfigError(
+            f"model.language_model.checkpoint={checkpoint!r} was trained with marks and codes of discrete media, whose "
+            "rows this run would not load. Set model.restore_from_path to the same checkpoint."
+        )
 
 
 def load_base(checkpoint: str, models: Sequence[Any]) -> None:

@@ -6,13 +6,13 @@ import gc
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any, Optional
+from typing import Any
 
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
-from megatron_anymal.model.unsharded_weights import list_weights
+from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
 # Makes optimizer state loadable under any layout.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -36,7 +36,7 @@ def _shards_of(model: nn.Module, wanted: Callable[[str, bool], bool]) -> dict[st
             continue
         # megatron-core's layers would treat the adapters inside them as replicated.
         if not name.startswith("language_model.") or ".lora." in name:
-            shards[name] = _shard(weight.name, parameter, weight.split_dim)
+            shards[name] = _shard(weight)
             continue
         if not llama_shards:
             llama_shards = llama.sharded_state_dict(prefix="language_model.", metadata=dict(METADATA))
@@ -99,10 +99,18 @@ def _places_without_padding(optimizer: Any) -> Iterator[None]:
             buffer.param_index_map = index_map
 
 
-def _shard(name: str, parameter: nn.Parameter, split_dim: Optional[int]) -> ShardedTensor:
+def _shard(weight: Weight) -> ShardedTensor:
     rank = parallel_state.get_tensor_model_parallel_rank()
     replica = parallel_state.get_data_parallel_rank(with_context_parallel=True)
-    if split_dim is None:
-        return ShardedTensor.from_rank_offsets(name, parameter, replica_id=(0, rank, replica))
+    if weight.split_dim is None:
+        return ShardedTensor.from_rank_offsets(weight.name, weight.parameter, replica_id=(0, rank, replica))
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    return ShardedTensor.from_rank_offsets(name, parameter, (split_dim, rank, ranks), replica_id=(0, 0, replica))
+    return ShardedTensor.from_rank_offsets(
+        weight.name,
+        weight.parameter,
+        (weight.split_dim, rank, ranks),
+        # The last stage's copy of tied rows is marked as shared.
+        replica_id=(int(getattr(weight.parameter, "shared", False)), 0, replica),
+        # The number of rows that pad a vocabulary depends on the tensor-parallel size.
+        allow_shape_mismatch=weight.rows is not None,
+    )

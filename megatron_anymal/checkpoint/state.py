@@ -13,6 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
 from megatron_anymal.checkpoint import safe_loading, store
+from megatron_anymal.checkpoint.discrete_rows import check_discrete_rows, load_first_rows, saved_vocabulary
 from megatron_anymal.checkpoint.fp8_scaling import set_scaling, sharded_scaling
 from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
@@ -25,7 +26,8 @@ from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
 def content(state: Any, step: int, *, is_loading: bool) -> dict[str, Any]:
     """Sharded state dict that this rank saves from, or loads into, a TrainState. Collective."""
-    weights = sharded_weights(state.models, partial(_is_saved, state.carried))
+    whole = not state.config.model.language_model.freeze
+    weights = sharded_weights(state.models, partial(_is_saved, state.carried, whole))
     return {
         "model": weights,
         "optimizer": sharded_optimizer(state.optimizer, weights, is_loading=is_loading),
@@ -41,9 +43,12 @@ def load(state: Any, folder: Path) -> int:
         The step at which the checkpoint was saved.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, or contains a pickle that could run code.
+        CheckpointError: the checkpoint is damaged, contains a pickle that could run code, or has rows of other marks
+            and codes.
     """
     saved = StreamReader(folder)
+    # Even an allowed change of the configuration must not load rows of codes as those of others.
+    check_discrete_rows(state.config.model, saved.tensors, folder, appended=False)
     state.carried = {name for name in saved.tensors if name.startswith("encoders.")}
     wanted = content(state, 0, is_loading=True)
     # If the FP8 recipe differs from the one that was saved, scaling starts from its initial state.
@@ -76,16 +81,26 @@ def restore(state: Any, folder: Path, base_hash: str, optimizer: Any) -> list[st
     saved = StreamReader(folder).tensors
     _check_adapters(state.config.model.lora, saved, folder, base_hash)
     _check_projectors(state.config.model.modalities, saved, folder)
-    missing = load_media_parts(state.models, folder)
+    check_discrete_rows(state.config.model, saved, folder, appended=True)
+    llama, rows = not state.config.model.language_model.freeze, saved_vocabulary(saved, folder)
+    appended = [name for name in state.config.model.discrete if rows.added and name not in rows.names]
+    missing = load_media_parts(state.models, folder, llama=llama, first_rows=bool(appended))
+    missing += [f"the rows of {name}" for name in appended]
     state.carried = {name for name in saved if name.startswith("encoders.")}
     optimizer.reload_model_params()
     return missing
 
 
-def load_media_parts(models: Sequence[nn.Module], folder: Path) -> list[str]:
-    """Load the encoders, projectors and trainable weights that a checkpoint contains. Collective.
+def load_media_parts(
+    models: Sequence[nn.Module], folder: Path, *, llama: bool = False, first_rows: bool = False
+) -> list[str]:
+    """Load the encoders, projectors, rows of marks and codes, and trainable weights that a checkpoint contains.
 
-    Weights that it does not contain keep their values.
+    Weights that it does not contain keep their values. Collective.
+
+    Args:
+        llama: also load the Llama's own weights that do not train.
+        first_rows: the checkpoint has the rows of some kinds of discrete media only.
 
     Returns:
         Names of trainable weights that were not in the checkpoint.
@@ -93,7 +108,10 @@ def load_media_parts(models: Sequence[nn.Module], folder: Path) -> list[str]:
     Raises:
         CheckpointError: the checkpoint holds none of these weights, or one has another shape.
     """
-    return _load_some(models, sharded_weights(models, _is_media_part), folder)
+    if first_rows:
+        load_first_rows(models, folder)
+    shards = sharded_weights(models, partial(_is_media_part, llama, not first_rows))
+    return _load_some(models, shards, folder, loaded=first_rows)
 
 
 def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
@@ -107,7 +125,7 @@ def load_language_model(models: Sequence[nn.Module], folder: Path) -> None:
         # megatron-core would copy straight into the FP8 tensors; whole weights can be quantized one at a time.
         read_language_model(weights, folder)
         return
-    shards = sharded_weights(models, lambda name, trains: name.startswith("language_model.") and ".lora." not in name)
+    shards = sharded_weights(models, lambda name, trains: _is_llama(name))
     _load_some(models, shards, folder)
     saved = StreamReader(folder).tensors
     missing = [name for chunk in shards.values() for name, shard in chunk.items() if shard.key not in saved]
@@ -123,7 +141,7 @@ def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
     """
     reader = StreamReader(folder)
     for weight in weights:
-        if not weight.name.startswith("language_model.") or ".lora." in weight.name:
+        if not _is_llama(weight.name):
             continue
         key, layer = checkpoint_place(weight.name)
         if key not in reader.tensors:
@@ -136,13 +154,20 @@ def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
             raise CheckpointError(f"{str(folder)!r} holds a different Llama: {error}") from None
 
 
-def _is_saved(carried: Collection[str], name: str, trains: bool) -> bool:
-    # A frozen projector was trained earlier, and its weights are stored nowhere else.
-    return trains or name.startswith("projectors.") or name in carried
+def _is_saved(carried: Collection[str], llama: bool, name: str, trains: bool) -> bool:
+    # Frozen projectors and rows of codes were trained earlier, and their weights are stored nowhere else. A Llama that
+    # trains is stored with its frozen rows of the vocabulary.
+    return trains or name.startswith(("projectors.", "discrete.")) or name in carried or (llama and _is_llama(name))
 
 
-def _is_media_part(name: str, trains: bool) -> bool:
-    return trains or name.startswith(("projectors.", "encoders."))
+def _is_media_part(llama: bool, codes: bool, name: str, trains: bool) -> bool:
+    if name.startswith("discrete."):
+        return codes
+    return trains or name.startswith(("projectors.", "encoders.")) or (llama and _is_llama(name))
+
+
+def _is_llama(name: str) -> bool:
+    return name.startswith("language_model.") and ".lora." not in name
 
 
 def _check_adapters(lora: LoraConfig, saved: Collection[str], folder: Path, base_hash: str) -> None:
@@ -184,7 +209,8 @@ def _check_projectors(modalities: Mapping[str, ModalityConfig], saved: Collectio
             )
 
 
-def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path) -> list[str]:
+def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path, *, loaded: bool = False) -> list[str]:
+    """Load the shards that the checkpoint has, at least one unless others were `loaded`; return the trainable rest."""
     saved = StreamReader(folder).tensors
     vocab_size = store.read_manifest(folder).llama.get("vocab_size")
     same_vocabulary = all(model.vocab_size == vocab_size for model in models)
@@ -206,9 +232,10 @@ def _load_some(models: Sequence[nn.Module], shards: dict[str, Any], folder: Path
             )
     count = torch.tensor([sum(map(len, wanted.values()))], device=torch.device("cuda"))
     dist.all_reduce(count)
-    if not int(count):
+    if not int(count) and not loaded:
         raise CheckpointError(f"{str(folder)!r} holds none of the weights that this model would load from it.")
-    _set(models, safe_loading.load({"model": wanted}, folder).get("model", {}))
+    if int(count):
+        _set(models, safe_loading.load({"model": wanted}, folder).get("model", {}))
     trains = {name for model in models for name, parameter in model.named_parameters() if parameter.requires_grad}
     return sorted(
         name for index, chunk in shards.items() for name in chunk.keys() - wanted[index].keys() if name in trains

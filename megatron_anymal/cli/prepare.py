@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
     # These import numpy and the media libraries' readers, which --help does without.
     from megatron_anymal.modalities import load_plugins
 
-    if not arguments.plugin:
-        # A plug-in may need torch; what this verb does itself, does not.
+    if not (arguments.plugin or arguments.encode):
+        # A plug-in or a tokenizer of media may need torch; what this verb does itself, does not.
         lean_imports.hide_torch()
     if source is None:
         from megatron_anymal.data.index_parts import merge_parts
@@ -167,6 +167,7 @@ def _kinds(given: Sequence[str]) -> dict[str, str]:
 
 def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Parse KIND.NAME=VALUE pairs, grouped by kind; values are parsed as JSON if possible."""
+    from megatron_anymal.data.codes import HASH_ATTRIBUTE
     from megatron_anymal.modalities import MODALITIES
     from megatron_anymal.modalities.base import nearest
 
@@ -176,7 +177,8 @@ def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         kind, _, name = path.partition(".")
         if not name:
             raise DataError(f"--attribute {text!r} is not of the form KIND.NAME=VALUE, for example imu.rate=200.")
-        if kind not in MODALITIES:
+        # Names in model.discrete are not known here.
+        if kind not in MODALITIES and name != HASH_ATTRIBUTE:
             raise DataError(f"--attribute {text!r}: there is no modality {kind!r}. {nearest(kind, MODALITIES)}")
         try:
             by_kind.setdefault(kind, {})[name] = json.loads(value)

@@ -12,6 +12,7 @@ from megatron_anymal.config.data_section import (
 )
 from megatron_anymal.config.model_section import (
     FP8_MULTIPLE,
+    DiscreteConfig,
     DistributedDataParallelConfig,
     DpoConfig,
     EncoderConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "DEFAULT_LIMITS",
     "DataConfig",
     "DatasetConfig",
+    "DiscreteConfig",
     "DistributedDataParallelConfig",
     "DpoConfig",
     "EncoderConfig",

@@ -70,6 +70,32 @@ class ModalityConfig:
 
 
 @dataclass
+class DiscreteConfig:
+    """A kind of media that the Llama reads and writes as codes of its own vocabulary (MIO section 2.1)."""
+
+    codebooks: list[int] = field(default_factory=list)
+    """Number of codes in each codebook: [8192] for an image tokenizer, [1024, 1024, 1024, 1024] for four levels of a
+    speech tokenizer. Each codebook has vocabulary entries of its own."""
+    codes_per_item: int = 0
+    """Codes of one item, over all its codebooks, for example 32 for an image. 0: any number."""
+    begin: str = ""
+    """Token that precedes the codes of an item. Empty: <NAME>."""
+    end: str = ""
+    """Token that follows them. Empty: </NAME>."""
+    tokenizer: str = ""
+    """What turns media into codes: `module:Class` of a plug-in, or the folder of a HuggingFace model with a codebook.
+    Empty: the shards hold codes."""
+    tokenizer_hash: str = ""
+    """Identity of the tokenizer that the shards' codes must have. Empty: any."""
+    prompt_codebooks: int = 1
+    """Codebooks whose codes stand for an item in a prompt: 1 is the content codebook alone. In an answer all codebooks
+    count. 0: all."""
+    interleaving: str = "sequential"
+    """Order of the codes of several codebooks: `sequential`, one codebook after the other (a1 a2 b1 b2), or
+    `alternating` (a1 b1 a2 b2)."""
+
+
+@dataclass
 class LanguageModelConfig:
     """The Llama."""
 
@@ -180,6 +206,15 @@ class ModelConfig:
     """The Llama."""
     modalities: dict[str, ModalityConfig] = field(default_factory=dict)
     """Encoder and projector of each modality, by a name of your choice."""
+    discrete: dict[str, DiscreteConfig] = field(default_factory=dict)
+    """Media as codes of the Llama's vocabulary, by a name of your choice. Marks and codes follow the Llama's own
+    vocabulary in this order, so that new entries belong at the end."""
+    discrete_init: str = "statistics"
+    """First values of their embedding and head rows: `statistics` (normal, with the mean and standard deviation that
+    each column has over the Llama's own rows) or `normal` (normal with mean 0 and the Llama's initializer_range)."""
+    discrete_rows: str = "new"
+    """Which rows of the embedding and the head train: `new` (those of marks and codes; the Llama's own stay fixed and
+    need no gradient or optimizer state), `all`, or `none` (they come from model.restore_from_path)."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Low-rank adapters."""
     neftune: NeftuneConfig = field(default_factory=NeftuneConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from megatron_anymal.config.discrete_validation import check_discrete
 from megatron_anymal.config.model_section import DpoConfig, ModalityConfig, ModelConfig
 from megatron_anymal.config.schema import ConfigError
 
@@ -29,6 +30,7 @@ def check_model(job: str, model: ModelConfig) -> None:
     elif model.dpo != DpoConfig():
         raise ConfigError(f"model.dpo has no effect on the job {job}. Remove it, or set job=dpo.")
     _check_modalities(model.modalities)
+    check_discrete(job, model)
 
 
 def _check_modalities(modalities: Mapping[str, ModalityConfig]) -> None:

@@ -31,6 +31,8 @@ CHOICES = {
     "model.fp8": ("", "hybrid", "e4m3"),
     "model.fp8_recipe": ("tensorwise", "delayed"),
     "model.neftune.embeddings": ("all", "text"),
+    "model.discrete_init": ("statistics", "normal"),
+    "model.discrete_rows": ("new", "all", "none"),
     "model.dpo.reference": ("cached", "recomputed"),
     "model.dpo.share_prompt": ("auto", "always", "never"),
     "model.loss_normalization": ("token", "sample"),

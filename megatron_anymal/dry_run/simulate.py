@@ -26,6 +26,7 @@ from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.dry_run.published_models import ENCODERS, assume_shapes
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
@@ -39,7 +40,7 @@ from megatron_anymal.model.meta_device import on_meta, without_weights
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
 from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
 from megatron_anymal.train.auto_recompute import memory_to_fit, sizes_of_run
-from megatron_anymal.train.build import batch_layout, build_data, check_vocabulary, loaded_modalities
+from megatron_anymal.train.build import batch_layout, build_data, check_codes, check_vocabulary, loaded_modalities
 
 _META = torch.device("meta")
 # The older weight format, which transformers also reads.
@@ -316,6 +317,7 @@ def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]
     if Path(config.data.tokenizer).exists():
         tokenizer = Tokenizer(config.data.tokenizer)
         check_vocabulary(tokenizer, hf.vocab_size)
+        check_codes(tokenizer, DiscreteVocabulary(hf.vocab_size, config.model.discrete))
         loaded_modalities(config.model.modalities, tokenizer, modalities)
     else:
         found.missing.append(("data.tokenizer", config.data.tokenizer))

@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
 from megatron_anymal.checkpoint import store
@@ -210,7 +209,7 @@ class NativeGenerator(Generator):
         outputs = self._run(forward_step, micro_batch)
         chosen = torch.zeros(len(running), dtype=torch.int64, device=self.layout.device)
         if self.layout.is_last_stage:
-            logits = gather_from_tensor_model_parallel_region(outputs[0].float())[:, : self.model.vocab_size]
+            logits = self.model.whole_logits(outputs[0].float())
             # A placeholder stands for a media item; in an answer it would have no content.
             logits[:, list(self._placeholders.values())] = float("-inf")
             places = [(one.tokens, one.answer.number, len(one.answer.tokens)) for one in running]

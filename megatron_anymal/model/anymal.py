@@ -24,11 +24,12 @@ from megatron_anymal.data.feature_cache import PieceKey
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.shared_prompts import token_lengths, token_positions
 from megatron_anymal.model.attention import DocumentPack, document_pack
+from megatron_anymal.model.discrete_rows import DiscreteRows, embed_tokens
 from megatron_anymal.model.embedding_merge import merge
 from megatron_anymal.model.encoder_sharding import gather_features, gather_soft_tokens
 from megatron_anymal.model.encoders import Encoder
 from megatron_anymal.model.key_value_cache import KeyValueCache
-from megatron_anymal.model.lm_head import all_logits, label_losses, logits_of
+from megatron_anymal.model.lm_head import all_logits, label_losses, logits_of, whole_logits
 from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.neftune import neftune_noise
 
@@ -58,6 +59,7 @@ class AnyMALModel(MegatronModule):
         attention: str,
         neftune: NeftuneConfig,
         seed: int,
+        discrete: Optional[DiscreteRows] = None,
     ):
         """Assemble the components."""
         super().__init__(config=config)
@@ -65,6 +67,8 @@ class AnyMALModel(MegatronModule):
         self.encoders = nn.ModuleDict(encoders)
         self.projectors = nn.ModuleDict(projectors)
         self.vocab_size = vocab_size
+        # On the chunks of the embedding and the head, if the configuration has discrete media.
+        self.discrete = discrete
         # Gets each micro-batch's tokens if the adapters use dropout.
         self.lora_dropout: Optional[LoraDropout] = None
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
@@ -83,7 +87,7 @@ class AnyMALModel(MegatronModule):
         """Allow packs that reach nothing trainable to skip their backward pass; the same on every rank.
 
         Args:
-            llama: whether a weight or adapter of the Llama trains on any stage.
+            llama: whether a weight or adapter of the Llama, or a row of marks and codes, trains on any stage.
             modalities: those whose encoder or projector trains, on whichever stage they are.
             every_pass: every trainable weight must take part in every backward pass, because gradients are reduced
                 while it runs.
@@ -131,8 +135,8 @@ class AnyMALModel(MegatronModule):
 
         Returns:
             On the last stage [1, T] fp32 cross-entropy (0 where the loss mask is), or [1, T, V / tensor-parallel size]
-            logits (with a cache [1, R, V / tensor-parallel size], those after each document's last token); else the
-            hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
+            logits (with a cache [1, R, V / tensor-parallel size], those after each document's last token), which
+            `whole_logits` gathers; else the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
         """
         if self.lora_dropout is not None:
             self.lora_dropout.set_tokens(self._seed, micro_batch.plan.step, *_name_tokens(micro_batch))
@@ -164,11 +168,18 @@ class AnyMALModel(MegatronModule):
             return hidden
         if cache is not None:
             last = cache.last_tokens(micro_batch.document_lengths).to(hidden.device)
-            return logits_of(llama, hidden, last, self.vocab_size)[None]
+            return logits_of(llama, hidden, last, self.vocab_size, self.discrete)[None]
         if labels is None:
-            return all_logits(llama, hidden, self.vocab_size)
+            return all_logits(llama, hidden, self.vocab_size, self.discrete)
         assert micro_batch.label_index is not None
-        return label_losses(llama, hidden, labels, micro_batch.label_index, self.vocab_size)
+        return label_losses(llama, hidden, labels, micro_batch.label_index, self.vocab_size, self.discrete)
+
+    def whole_logits(self, local: Tensor) -> Tensor:
+        """Gather the last stage's logits [..., V / tensor-parallel size] to [..., vocabulary] without padding.
+
+        Collective over the tensor-parallel ranks.
+        """
+        return whole_logits(local, self.vocab_size, self.discrete)
 
     def _has_gradient(self, micro_batch: MicroBatch) -> bool:
         """Whether the micro-batch's loss can have a nonzero gradient; the same on every rank of the replica.
@@ -210,7 +221,7 @@ class AnyMALModel(MegatronModule):
 
     def embed(self, micro_batch: MicroBatch, soft: Mapping[str, Tensor]) -> Tensor:
         """Return the Llama's input [T, 1, H] (this rank's share of T under sequence parallelism)."""
-        text = self.language_model.embedding(input_ids=micro_batch.tokens, position_ids=None)
+        text = self._embed_tokens(micro_batch.tokens)
         nowhere = torch.empty(0, dtype=torch.int64, device=micro_batch.tokens.device)
         tokens, positions = [], []
         for name, tensor in soft.items():
@@ -224,6 +235,11 @@ class AnyMALModel(MegatronModule):
             # Nothing before the Llama trains, but the pipeline still sends gradients backwards.
             merged.requires_grad_()
         return scatter_to_sequence_parallel_region(merged) if self.config.sequence_parallel else merged
+
+    def _embed_tokens(self, tokens: Tensor) -> Tensor:
+        if self.discrete is None:
+            return self.language_model.embedding(input_ids=tokens, position_ids=None)
+        return embed_tokens(self.language_model, self.discrete, tokens, self.vocab_size)
 
     def _noise(self, micro_batch: MicroBatch, soft_places: Sequence[Tensor]) -> Tensor:
         """Return NEFTune's noise [T, H]; zero at the soft tokens' positions if the configuration says so."""

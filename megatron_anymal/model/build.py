@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.model_parallel_config import ModelParallelConfig
+from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.config import EncoderConfig, ModelConfig
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
+from megatron_anymal.model.discrete_rows import DiscreteRows, initialise_rows
 from megatron_anymal.model.encoder_sharding import share_gradients
 from megatron_anymal.model.encoders import Encoder, build_encoder
 from megatron_anymal.model.hf_llama import load_hf_llama
@@ -51,7 +54,10 @@ def build_models(
     models = [chunk.to(layout.device) for chunk in assemble(model, precision, hf, modalities)]
     lm = model.language_model
     weights = [
-        w for m in models for w in list_weights(m) if not w.name.startswith("encoders.") and ".lora." not in w.name
+        w
+        for m in models
+        for w in list_weights(m)
+        if not w.name.startswith(("encoders.", "discrete.")) and ".lora." not in w.name
     ]
     if lm.path and lm.load_weights:
         set_initial_values((w for w in weights if w.name.startswith("projectors.")), model.seed, 0.02)
@@ -61,6 +67,7 @@ def build_models(
         if lm.checkpoint:
             load_base(models)
     _set_gains(models[0])
+    initialise_rows(models, model.seed, model.discrete_init, hf.initializer_range)
     initialise_lora(models, model.seed)
     return models
 
@@ -91,6 +98,7 @@ def assemble(
             attention,
             model.neftune,
             model.seed,
+            _discrete_rows(model, transformer, gpt, hf.vocab_size),
         )
         _freeze(model, chunk)
         models.append(chunk)
@@ -99,6 +107,16 @@ def assemble(
         for chunk in models:
             chunk.lora_dropout = dropout
     return models
+
+
+def _discrete_rows(
+    model: ModelConfig, transformer: TransformerConfig, gpt: GPTModel, vocab_size: int
+) -> Optional[DiscreteRows]:
+    if not model.discrete or not (gpt.pre_process or gpt.post_process):
+        return None
+    added = DiscreteVocabulary(vocab_size, model.discrete).added
+    tied = gpt.share_embeddings_and_output_weights
+    return DiscreteRows(transformer, added, first=gpt.pre_process, last=gpt.post_process, tied=tied)
 
 
 def _media_parts(
@@ -168,7 +186,7 @@ def agree_on_trainable(
     def trains(*modules: nn.Module) -> bool:
         return any(parameter.requires_grad for module in modules for parameter in module.parameters())
 
-    flags = [trains(*(chunk.language_model for chunk in models))]
+    flags = [trains(*(part for chunk in models for part in (chunk.language_model, chunk.discrete) if part))]
     for name in names:
         holders = [chunk for chunk in models if name in chunk.projectors]
         flags.append(trains(*(part[name] for chunk in holders for part in (chunk.encoders, chunk.projectors))))
@@ -186,6 +204,11 @@ def _freeze(model: ModelConfig, chunk: AnyMALModel) -> None:
             parameter.requires_grad_(not frozen)
 
     hold(chunk.language_model, model.language_model.freeze)
+    if chunk.discrete is not None:
+        hold(chunk.discrete, model.discrete_rows == "none")
+        for name, parameter in chunk.language_model.named_parameters():
+            if model.discrete_rows != "all" and name.startswith(("embedding.", "output_layer.")):
+                parameter.requires_grad_(False)
     for name in chunk.projectors:
         hold(chunk.encoders[name], model.modalities[name].encoder.freeze)
         hold(chunk.projectors[name], model.modalities[name].projector.freeze)

@@ -114,18 +114,19 @@ class Weight:
 def list_weights(model: nn.Module) -> list[Weight]:
     """List the weights of this rank's part of an AnyMALModel, in its order."""
     vocab_size: Any = model.vocab_size
+    discrete: Any = model.discrete
     weights = []
     parameter: Any
     for name, parameter in model.named_parameters():
         split = getattr(parameter, "tensor_model_parallel", False)
-        vocabulary = name.endswith(("word_embeddings.weight", "output_layer.weight"))
+        rows = vocab_size if name.endswith(("word_embeddings.weight", "output_layer.weight")) else None
         weights.append(
             Weight(
                 name=whole_name(model, name),
                 parameter=parameter,
                 split_dim=int(parameter.partition_dim) if split else None,
                 blocks=2 if name.endswith("mlp.linear_fc1.weight") and name.startswith("language_model.") else 1,
-                rows=vocab_size if vocabulary else None,
+                rows=discrete.added if name.startswith("discrete.") else rows,
             )
         )
     return weights
@@ -137,6 +138,8 @@ def whole_name(model: nn.Module, name: str) -> str:
     first_layer = llama.decoder.layers[0].layer_number - 1 if len(llama.decoder.layers) else 0
     if llama.share_embeddings_and_output_weights and name == "language_model.output_layer.weight":
         return "language_model.embedding.word_embeddings.weight"
+    if llama.share_embeddings_and_output_weights and name == "discrete.head.weight":
+        return "discrete.embedding.weight"
     match = re.match(r"(language_model\.decoder\.layers\.)(\d+)\.(.*)", name)
     if not match:
         return _FUSED_IN_PROJECTORS.sub(r"\1_norm.\2", name)

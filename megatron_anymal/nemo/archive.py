@@ -110,6 +110,9 @@ def portable(config: RunConfig, llama: Mapping[str, Any]) -> tuple[RunConfig, di
         result.data.tokenizer = f"{PREFIX}tokenizer"
     # The archive's weights already include what this would load.
     result.model.restore_from_path = ""
+    if result.model.discrete_rows == "none":
+        # Rows that come from nowhere else must be able to train; those of the archive are loaded all the same.
+        result.model.discrete_rows = "new"
     return result, folders
 
 

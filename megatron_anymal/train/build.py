@@ -14,18 +14,21 @@ from megatron.core.optimizer import MegatronOptimizer
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
-from megatron_anymal.checkpoint.frozen_base import load_base, resolve_language_model
+from megatron_anymal.checkpoint.frozen_base import check_codes_are_kept, load_base, resolve_language_model
 from megatron_anymal.config import DataConfig, DistributedDataParallelConfig, ModalityConfig, ModelConfig, RunConfig
 from megatron_anymal.config.validation import check
+from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.loader import MicroBatchReader, RankNeeds
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import agree_on_trainable, build_models
+from megatron_anymal.model.discrete_rows import add_tied_gradients
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.stragglers import OwnTime
@@ -115,13 +118,14 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     """
     config = copy.deepcopy(config)
     config.model.language_model, hf = resolve_language_model(config.model.language_model)
+    check_codes_are_kept(config.model)
     precision = config.trainer.precision
     tokenizer, modalities = build_inputs(config.model, config.data)
     check_vocabulary(tokenizer, hf.vocab_size)
-    train_data = build_data(config, layout, tokenizer, modalities, "train")
-    validation_data = (
-        build_data(config, layout, tokenizer, modalities, "validation") if config.data.validation else None
-    )
+    check_codes(tokenizer, DiscreteVocabulary(hf.vocab_size, config.model.discrete))
+    read = partial(build_data, config, layout, tokenizer, modalities, vocab_size=hf.vocab_size)
+    train_data = read("train")
+    validation_data = read("validation") if config.data.validation else None
     model, recompute = config.model, ""
     if model.recompute_granularity == "auto":
         sizes = sizes_of_run(model, precision, batch_layout(config), hf, modalities, reference=config.job == "dpo")
@@ -145,7 +149,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
         optimizer=optimizer,
         train_data=train_data,
         validation_data=validation_data,
-        objective=build_objective(config.job, model),
+        objective=build_objective(config.job, model, hf.vocab_size),
         own_time=OwnTime(layout.device),
         pass_times=times,
         recompute=recompute,
@@ -212,9 +216,23 @@ def batch_layout(config: RunConfig, attention: str = "") -> BatchLayout:
 
 
 def build_data(
-    config: RunConfig, layout: ParallelLayout, tokenizer: Tokenizer, modalities: dict[str, Modality], split: str
+    config: RunConfig,
+    layout: ParallelLayout,
+    tokenizer: Tokenizer,
+    modalities: dict[str, Modality],
+    split: str,
+    *,
+    vocab_size: int = 0,
 ) -> DataSource:
     """Build the mixture of data.train or data.validation.
+
+    Args:
+        config: of the run.
+        layout: of this rank.
+        tokenizer: `data.tokenizer`.
+        modalities: by their names in the configuration.
+        split: train or validation.
+        vocab_size: of the Llama, without padding; needed to read discrete media.
 
     Raises:
         DataError, StorageError: see BatchPlanner.
@@ -236,9 +254,11 @@ def build_data(
         limits=config.data.limits,
         storage=config.data.storage,
         section=f"data.{split}",
+        discrete=config.model.discrete,
     )
     loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)
-    return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))
+    codes = CodeLayout(DiscreteVocabulary(vocab_size, config.model.discrete), config.model.discrete)
+    return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout), codes))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -253,6 +273,21 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"data.tokenizer={tokenizer.hf.name_or_path!r} has ids up to {largest}, but the Llama's vocabulary has "
             f"only {vocab_size} entries. Set it to the tokenizer that belongs to the Llama."
         )
+
+
+def check_codes(tokenizer: Tokenizer, vocabulary: DiscreteVocabulary) -> None:
+    """Reject marks and codes of discrete media that are tokens of the tokenizer already.
+
+    Raises:
+        DataError: naming the first of them.
+    """
+    known = tokenizer.hf.get_vocab()
+    for text in vocabulary.texts():
+        if text in known:
+            raise DataError(
+                f"model.discrete: {text!r} is already a token of data.tokenizer={tokenizer.hf.name_or_path!r}, with "
+                f"the id {known[text]}. Choose other marks or another name."
+            )
 
 
 def _wrap(ddp: DistributedDataParallelConfig, chunk: AnyMALModel, *, first: bool) -> DistributedDataParallel:
@@ -285,3 +320,4 @@ def _connect(
 def _finalize(models: list[Any], num_tokens: Any = None, **settings: Any) -> None:
     """Reduce gradients; they already belong to the batch's mean loss, so they are not divided by a token count."""
     finalize_model_grads(models, None, **settings)
+    add_tied_gradients([chunk.module for chunk in models])

@@ -298,6 +298,7 @@ class Trainer:
         self.state.wait_for_param_gather()
         sums: dict[str, float] = {}
         counts: dict[str, float] = {}
+        kinds: dict[str, list[float]] = {}
         measures: list[dict[str, float]] = []
         for plan, micro_batches in self._steps(data, 0, batches):
             fault_injection.inject("validation", self.state.step)
@@ -307,6 +308,9 @@ class Trainer:
             for name, count in result.counts_by_modality.items():
                 sums[name] = sums.get(name, 0.0) + result.loss_by_modality[name] * count
                 counts[name] = counts.get(name, 0) + count
+            for kind, count in result.targets_by_kind.items():
+                loss, targets = kinds.get(kind, (0.0, 0.0))
+                kinds[kind] = [loss + result.loss_by_kind[kind] * count, targets + count]
         # Discarded: these are times of training only.
         self.state.own_time.take()
         self.state.pass_times.take()
@@ -314,6 +318,7 @@ class Trainer:
             return
         metrics = {"val_loss": sum(sums.values()) / sum(counts.values())}
         metrics.update({f"val_loss/{name}": sums[name] / counts[name] for name in sums})
+        metrics.update({f"val_target_loss/{kind}": loss / targets for kind, (loss, targets) in kinds.items()})
         metrics.update({f"val_{name}": sum(m[name] for m in measures) / len(measures) for name in measures[0]})
         shown = " ".join(f"{name.removeprefix('val_loss/')} {value:.4f}" for name, value in metrics.items())
         self.log.write(self.state.step, metrics, f"step {self.state.step} validation: {shown}")

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_anymal.config import DpoConfig, ModelConfig
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.step_plan import StepPlan
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.train.losses import (
     DPO_METRICS,
     batch_mean,
@@ -76,6 +77,9 @@ class Objective(Protocol):
     sample_kinds: tuple[str, ...]
     # Names of the values that follow a report's losses and counts.
     extras: tuple[str, ...]
+    # With discrete media: "text" and the kinds of media that target tokens belong to. Sums of losses by kind and
+    # numbers of targets by kind are then the extras.
+    kinds: tuple[str, ...]
 
     def count(self, batch: GlobalBatch) -> int:
         """Denominator of the mean loss: target tokens, samples or pairs of the global batch."""
@@ -99,11 +103,15 @@ class Objective(Protocol):
         ...
 
 
-def build_objective(job: str, model: ModelConfig) -> Objective:
-    """Build the objective of a job: pretrain, sft or dpo."""
+def build_objective(job: str, model: ModelConfig, vocab_size: int = 0) -> Objective:
+    """Build the objective of a job: pretrain, sft or dpo.
+
+    Args:
+        vocab_size: of the Llama, without padding; needed for losses by kind of discrete media.
+    """
     if job == "dpo":
         return PreferenceObjective(model.dpo)
-    return TokenObjective(model.loss_normalization)
+    return TokenObjective(model.loss_normalization, DiscreteVocabulary(vocab_size, model.discrete))
 
 
 def _with_targets(batch: GlobalBatch) -> int:
@@ -115,10 +123,13 @@ class TokenObjective:
     """Likelihood of the target tokens (AnyMAL eq. 1), averaged over tokens or over samples."""
 
     sample_kinds: tuple[str, ...] = ("parts", "messages")
-    extras: tuple[str, ...] = ()
 
-    def __init__(self, normalization: str):
+    def __init__(self, normalization: str, vocabulary: DiscreteVocabulary):
         self._by_sample = normalization == "sample"
+        self.kinds = ("text", *vocabulary.names) if vocabulary.added else ()
+        self.extras = tuple(f"{sums}/{kind}" for sums in ("loss", "targets") for kind in self.kinds)
+        # First id of each kind of media.
+        self._bounds = [vocabulary.begin(name) for name in vocabulary.names]
 
     def count(self, batch: GlobalBatch) -> int:
         """Target tokens, or samples that have any."""
@@ -136,13 +147,18 @@ class TokenObjective:
             mask: [1, T]: 1 where the label counts.
 
         Returns:
-            A scalar, and [2 x names] float64.
+            A scalar, and [2 x names + 2 x kinds] float64.
         """
         owners = micro_batch.sample_positions
         weights = sample_weights(mask, owners, batch.targets) if self._by_sample else mask
         groups = torch.where(owners >= 0, batch.groups[owners.clamp(min=0)], -1)
-        report = sums_by_group(losses * weights, weights, groups, len(batch.names))
-        return batch_mean(losses, weights, self.count(batch)), report.flatten()
+        report = sums_by_group(losses * weights, weights, groups, len(batch.names)).flatten()
+        if self.kinds:
+            bounds = torch.tensor(self._bounds, device=losses.device)
+            kinds = torch.bucketize(micro_batch.labels, bounds, right=True).masked_fill(owners < 0, -1)
+            of_kinds = sums_by_group(losses * mask, mask, kinds, len(self.kinds))
+            report = torch.cat([report, of_kinds.flatten()])
+        return batch_mean(losses, weights, self.count(batch)), report
 
 
 class PreferenceObjective:
@@ -150,6 +166,7 @@ class PreferenceObjective:
 
     sample_kinds: tuple[str, ...] = ("preference",)
     extras: tuple[str, ...] = DPO_METRICS
+    kinds: tuple[str, ...] = ()
 
     def __init__(self, dpo: DpoConfig):
         self._dpo = dpo

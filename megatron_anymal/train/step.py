@@ -38,6 +38,10 @@ class StepResult:
     loss_by_modality: dict[str, float]
     # Number of targets, samples or pairs that each of these means is over.
     counts_by_modality: dict[str, float]
+    # With discrete media: mean loss by kind of target token, "text" or a kind of media.
+    loss_by_kind: dict[str, float]
+    # Number of these targets.
+    targets_by_kind: dict[str, float]
     # The objective's additional metrics, as means.
     measures: dict[str, float]
     # LLM tokens over all replicas, without padding.
@@ -132,7 +136,7 @@ def _begin(
 ) -> tuple[dict[int, str], GlobalBatch]:
     """Gather what the passes need: unreadable samples, counts and reference log-probabilities. Collective."""
     bad = _agree_on_bad(plan, micro_batches, state.layout.device)
-    batch = GlobalBatch.of(plan, bad, ["text", *state.modalities], state.layout.device)
+    batch = GlobalBatch.of(plan, bad, ["text", *state.modalities, *state.config.model.discrete], state.layout.device)
     if state.reference is not None:
         data = planner.fingerprint()[:8]
         names = [
@@ -270,13 +274,17 @@ def _result(
 ) -> StepResult:
     names, report = batch.names, reduced.report
     losses, counts = report[: len(names)], report[len(names) : 2 * len(names)]
+    extras, kinds = report[2 * len(names) :], state.objective.kinds
+    of_kinds = list(zip(kinds, extras, extras[len(kinds) :]))
     total = state.objective.count(batch)
     assert round(sum(counts)) == total, f"counted {sum(counts)}, planned {total}"
     return StepResult(
         loss=sum(losses) / max(1, total),
         loss_by_modality={n: loss / count for n, loss, count in zip(names, losses, counts) if count},
         counts_by_modality={n: count for n, count in zip(names, counts) if count},
-        measures=state.objective.measures(report[2 * len(names) :]),
+        loss_by_kind={kind: loss / count for kind, loss, count in of_kinds if count},
+        targets_by_kind={kind: count for kind, _, count in of_kinds if count},
+        measures=state.objective.measures(extras),
         tokens=plan.tokens,
         padded_tokens=plan.padded_length * sum(len(replica) for replica in plan.micro_batches),
         bad=_name_bad(planner, plan, bad),

@@ -31,6 +31,8 @@ class MetricsWindow:
             "loss": last.loss,
             **{f"loss/{name}": value for name, value in last.loss_by_modality.items()},
             **{f"targets/{name}": float(count) for name, count in last.counts_by_modality.items()},
+            **{f"target_loss/{kind}": value for kind, value in last.loss_by_kind.items()},
+            **{f"target_tokens/{kind}": count for kind, count in last.targets_by_kind.items()},
             **last.measures,
             "grad_norm": last.grad_norm,
             "lr": last.lr,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from parity.discrete import DISCRETE
+from parity.discrete_bugs import DISCRETE_BUGS
 from parity.layouts import DPO, SFT, Layout, cover
 from parity.planted import BUGS, Bug
 from parity.runs import PARAMETER_TOLERANCE, TOLERANCE, Difference
@@ -54,7 +56,7 @@ def main() -> int:
 
 def run_layouts(folder: Path, count: int, steps: int) -> dict[Layout, Difference]:
     """Run every layout and print one line per layout."""
-    suite, layouts = Suite(folder, steps), [*cover(count), *SFT, *DPO]
+    suite, layouts = Suite(folder, steps), [*cover(count), *SFT, *DPO, *DISCRETE]
     print(f"{'layout':{WIDTH}} {'processes':>9} {'loss':>9} {'gradient':>9} {'parameter':>9} {'weight':>9} {'left':>9}")
     found: dict[Layout, Difference] = {}
     begun = time.monotonic()
@@ -76,7 +78,7 @@ def run_bugs(folder: Path) -> dict[Bug, tuple[Difference, Difference]]:
     """Run every planted bug. Return the difference of its layout without and with the bug."""
     suite = Suite(folder, BUG_STEPS)
     found: dict[Bug, tuple[Difference, Difference]] = {}
-    for bug in BUGS:
+    for bug in (*BUGS, *DISCRETE_BUGS):
         clean, planted = suite.difference(bug.layout), suite.difference(bug.layout, bug)
         found[bug] = clean, planted
         seen = "caught" if clean.allowed and not planted.allowed else "NOT CAUGHT"
@@ -141,6 +143,9 @@ replicas and micro-batches have no media.
   with "from-", under the named layout; these initial adapters are also the reference model. label_smoothing is 0.05, or
   0 with "sure". The reference model's log-probabilities are recomputed in every step or, with "cached", read from a
   cache when a pair is repeated.
+- "rows-new", "rows-all": documents with marks and codes of discrete media in place of some of their words, whose rows
+  of the embedding and the head train alone or with the Llama's own. Neither the Llama's vocabulary nor the number of
+  marks and codes is divisible by a tensor-parallel size.
 
 The table shows the largest relative differences of each run. The tolerance is {TOLERANCE:.0e} for losses and whole
 gradients, and {PARAMETER_TOLERANCE:.0e} for single parameters.

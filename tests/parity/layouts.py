@@ -23,7 +23,7 @@ STARTS: dict[str, dict[str, Any]] = {
     "pp2-cp2": {"pipeline": 2, "context": 2},
 }
 # Fields that determine a run's results. All others change only the layout.
-_DECIDES = ("media", "trains", "tied_head", "job", "noise", "mean", "smoothing", "start", "layers")
+_DECIDES = ("media", "trains", "tied_head", "job", "noise", "mean", "smoothing", "start", "layers", "rows")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ class Layout:
     share: str = "auto"
     # Decoder layers of the Llama.
     layers: int = LAYERS
+    # Documents with marks and codes of discrete media, and which rows train (model.discrete_rows); "": text only.
+    rows: str = ""
 
     @property
     def shallow(self) -> Layout:
@@ -117,6 +119,7 @@ class Layout:
                 (self.reference, self.reference == "cached"),
                 (f"from-{self.start}", self.start != "one"),
                 (f"share-{self.share}", self.share != "auto"),
+                (f"rows-{self.rows}", self.rows),
             )
             if on
         ]

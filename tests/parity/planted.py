@@ -44,7 +44,7 @@ class Bug:
     layout: Layout
 
 
-def _wrap(owner: Any, name: str, change: Callable[..., Any]) -> None:
+def wrap(owner: Any, name: str, change: Callable[..., Any]) -> None:
     """Replace `owner.name` with `change`, which gets the original as its first argument."""
     original = getattr(owner, name)
     setattr(owner, name, lambda *args, **kwargs: change(original, *args, **kwargs))
@@ -55,7 +55,7 @@ def _stage_without_document_lengths() -> None:
         whole = lengths if parallel_state.is_pipeline_first_stage() else (sum(lengths),)
         return original(whole, *args)
 
-    _wrap(anymal, "document_pack", one_document)
+    wrap(anymal, "document_pack", one_document)
 
 
 def _features_in_the_wrong_order() -> None:
@@ -63,14 +63,14 @@ def _features_in_the_wrong_order() -> None:
         features = original(mine, parts)
         return features.flip(0) if parallel_state.get_tensor_model_parallel_rank() == 1 else features
 
-    _wrap(anymal, "gather_features", swapped)
+    wrap(anymal, "gather_features", swapped)
 
 
 def _soft_tokens_shifted() -> None:
     def shifted(original: Any, mine: Any, parts: Any) -> Any:
         return original(mine, parts).roll(1, 0)
 
-    _wrap(anymal, "gather_soft_tokens", shifted)
+    wrap(anymal, "gather_soft_tokens", shifted)
 
 
 def _sequence_parallel_reduce_missing() -> None:
@@ -78,7 +78,7 @@ def _sequence_parallel_reduce_missing() -> None:
         original(self, config, *args, **kwargs)
         self.weight.sequence_parallel = False
 
-    _wrap(llama.RMSNorm, "__init__", unmarked)
+    wrap(llama.RMSNorm, "__init__", unmarked)
 
 
 def _key_value_gradients_doubled() -> None:
@@ -86,7 +86,7 @@ def _key_value_gradients_doubled() -> None:
         # Doubles the gradient without changing the value.
         return original(*(2 * x - x.detach() for x in (key, value)), index)
 
-    _wrap(attention, "_gather_keys", doubled)
+    wrap(attention, "_gather_keys", doubled)
 
 
 def _soft_token_gradients_not_reduced() -> None:
@@ -108,7 +108,7 @@ def _attention_crosses_documents() -> None:
             pack.kernel = joined.kernel
         return pack
 
-    _wrap(anymal, "document_pack", leaking)
+    wrap(anymal, "document_pack", leaking)
 
 
 def _answer_sees_the_other_one() -> None:
@@ -124,7 +124,7 @@ def _answer_sees_the_other_one() -> None:
         pack.kernel = original(lengths, *more, longer).kernel
         return pack
 
-    _wrap(anymal, "document_pack", leaking)
+    wrap(anymal, "document_pack", leaking)
 
 
 def _answer_behind_the_other_one() -> None:
@@ -137,7 +137,7 @@ def _answer_behind_the_other_one() -> None:
         ]
         return torch.cat(moved)
 
-    _wrap(attention, "token_positions", behind)
+    wrap(attention, "token_positions", behind)
 
 
 def _contiguous_positions() -> None:
@@ -148,7 +148,7 @@ def _contiguous_positions() -> None:
         pack.rotation = rotation(positions[rank * own : (rank + 1) * own], args[1])
         return pack
 
-    _wrap(anymal, "document_pack", contiguous)
+    wrap(anymal, "document_pack", contiguous)
 
 
 def _head_gradient_not_reduced() -> None:
@@ -164,7 +164,7 @@ def _mean_over_ranks() -> None:
         own = int(mask.sum()) * parallel_state.get_data_parallel_world_size()
         return original(losses, mask, own)
 
-    _wrap(objective, "batch_mean", of_own_tokens)
+    wrap(objective, "batch_mean", of_own_tokens)
 
 
 def _projector_gradient_overwritten_by_text() -> None:
@@ -176,14 +176,14 @@ def _projector_gradient_overwritten_by_text() -> None:
                 parameter.main_grad.zero_()
         return original(self, micro_batch, *args, **kwargs)
 
-    _wrap(anymal.AnyMALModel, "forward", forward)
+    wrap(anymal.AnyMALModel, "forward", forward)
 
 
 def _frozen_llama_passes_no_gradient() -> None:
     def cut(original: Any, text: Any, soft: Any, positions: Any) -> Any:
         return original(text, soft, positions).detach()
 
-    _wrap(anymal, "merge", cut)
+    wrap(anymal, "merge", cut)
 
 
 def _encoder_gradient_not_reduced() -> None:
@@ -200,7 +200,7 @@ def _first_micro_batch_dropped() -> None:
         steps.add(micro_batch.plan.step)
         return output.detach().requires_grad_()
 
-    _wrap(anymal.AnyMALModel, "forward", forward)
+    wrap(anymal.AnyMALModel, "forward", forward)
 
 
 def _only_last_micro_batch_kept() -> None:
@@ -223,7 +223,7 @@ def _only_last_micro_batch_kept() -> None:
         output.register_hook(overwrite)
         return output
 
-    _wrap(anymal.AnyMALModel, "forward", forward)
+    wrap(anymal.AnyMALModel, "forward", forward)
 
 
 def _recomputed_layers_without_gradient() -> None:
@@ -231,7 +231,7 @@ def _recomputed_layers_without_gradient() -> None:
         # Projectors are frozen in this layout, so the Llama's input requires a gradient only because the model sets it.
         return original(self, *args).detach()
 
-    _wrap(anymal.AnyMALModel, "embed", embed)
+    wrap(anymal.AnyMALModel, "embed", embed)
 
 
 def _tied_gradients_not_reduced() -> None:
@@ -248,7 +248,7 @@ def _virtual_chunks_swapped() -> None:
             parts[0].language_model.decoder.layers, parts[1].language_model.decoder.layers = last, first
         return parts
 
-    _wrap(train_build, "build_models", swapped)
+    wrap(train_build, "build_models", swapped)
 
 
 def _labels_not_split() -> None:
@@ -257,7 +257,7 @@ def _labels_not_split() -> None:
         own = mine.labels.size(1)
         return dataclasses.replace(mine, labels=micro_batch.labels[:, :own])
 
-    _wrap(loader.MicroBatchReader, "_own_part", unsplit)
+    wrap(loader.MicroBatchReader, "_own_part", unsplit)
 
 
 def _noise_by_position_in_pack() -> None:
@@ -265,7 +265,7 @@ def _noise_by_position_in_pack() -> None:
         documents, positions = original(micro_batch)
         return documents.clamp(max=0), torch.arange(len(positions))
 
-    _wrap(anymal, "_name_tokens", in_pack)
+    wrap(anymal, "_name_tokens", in_pack)
 
 
 def _adapters_sequence_parallel_reduce_missing() -> None:
@@ -273,7 +273,7 @@ def _adapters_sequence_parallel_reduce_missing() -> None:
         original(self, *args)
         self.A.sequence_parallel = False
 
-    _wrap(lora._Projection, "__init__", unmarked)
+    wrap(lora._Projection, "__init__", unmarked)
 
 
 def _reference_without_adapters() -> None:
@@ -283,7 +283,7 @@ def _reference_without_adapters() -> None:
             a, b = projection.kept
             projection.kept = a, torch.zeros_like(b)
 
-    _wrap(train_restore, "keep_reference", of_the_base)
+    wrap(train_restore, "keep_reference", of_the_base)
 
 
 def _pairs_counted_once_per_context_rank() -> None:
@@ -301,7 +301,7 @@ def _answers_swapped_on_one_rank() -> None:
             return mine
         return dataclasses.replace(mine, branch=torch.where(mine.branch < 0, -1, 1 - mine.branch))
 
-    _wrap(loader.MicroBatchReader, "_own_part", swapped)
+    wrap(loader.MicroBatchReader, "_own_part", swapped)
 
 
 # Layouts of test_parity.py if one of them shows the bug: their runs without it then serve both tests.

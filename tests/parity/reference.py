@@ -113,7 +113,7 @@ class Reference(nn.Module):
 
     def forward(self, sample: Sample) -> Tensor:
         """Logits [L, V] of one sample."""
-        x = self.weight(_EMBEDDING)[sample.tokens]
+        x = self._rows(_EMBEDDING, "discrete.embedding.weight")[sample.tokens]
         for name, pieces in sample.pieces.items():
             soft = self.soft_tokens(name, pieces).flatten(0, 1)
             assert len(soft) == len(sample.positions[name]), f"{name}: placeholders and soft tokens differ in number"
@@ -123,7 +123,13 @@ class Reference(nn.Module):
         for number in range(self.hf.num_hidden_layers):
             x = self._llama_layer(x, f"language_model.decoder.layers.{number}")
         x = self._rms_norm(x, "language_model.decoder.final_layernorm")
-        return x @ self.weight(_EMBEDDING if self.hf.tie_word_embeddings else _HEAD).T
+        if self.hf.tie_word_embeddings:
+            return x @ self._rows(_EMBEDDING, "discrete.embedding.weight").T
+        return x @ self._rows(_HEAD, "discrete.head.weight").T
+
+    def _rows(self, llama: str, discrete: str) -> Tensor:
+        """The whole vocabulary's rows [V, H]: the Llama's, then those of marks and codes."""
+        return torch.cat([self.weight(name) for name in (llama, discrete) if name in self._names])
 
     def _noise(self, sample: Sample) -> Tensor:
         """NEFTune's noise [L, H] for this document."""

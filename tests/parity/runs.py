@@ -25,6 +25,7 @@ from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.restore import read_reference
 from megatron_anymal.train.step import train_step
+from parity.discrete import SECTIONS, codes_in_documents
 from parity.layouts import Layout
 from parity.reference import Trace
 
@@ -98,6 +99,8 @@ def configured(base: RunConfig, layout: Layout) -> RunConfig:
     for modality in config.model.modalities.values() if layout.job == "dpo" else ():
         modality.encoder.freeze = modality.projector.freeze = True
     config.model.language_model.config["tie_word_embeddings"] = layout.tied_head
+    if layout.rows:
+        config.model.discrete, config.model.discrete_rows = dict(SECTIONS), layout.rows
     return config
 
 
@@ -106,6 +109,11 @@ def _run(config: RunConfig, partial: bool, count: int, before: Callable[[], None
         _train_a_part()
     if before is not None:
         before()
+    with codes_in_documents(config.model):
+        return _train(config, count)
+
+
+def _train(config: RunConfig, count: int) -> EngineRun | None:
     state = build(config, initialize(config))
     if config.job == "dpo":
         with redirect_stdout(io.StringIO()):

@@ -13,6 +13,7 @@ from tiny import make_tokenizer
 
 from megatron_anymal.config import RunConfig
 from parity.data import make_parity_shards, parity_config
+from parity.discrete import codes_in_documents
 from parity.layouts import Layout
 from parity.planted import Bug
 from parity.reference import Trace, run_reference
@@ -66,7 +67,8 @@ class Suite:
         """Run plain torch from the weights that the engine starts from."""
         if (alone, steps) not in self._references:
             config, one = configured(self._config(alone), alone), self._one(alone)
-            self._references[alone, steps] = run_reference(config, one.start, one.trainable, steps)
+            with codes_in_documents(config.model):
+                self._references[alone, steps] = run_reference(config, one.start, one.trainable, steps)
         return self._references[alone, steps]
 
     def _config(self, layout: Layout) -> RunConfig:

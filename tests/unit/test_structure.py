@@ -16,6 +16,7 @@ ORDER = [
     (
         "child_processes",
         "config",
+        "discrete_vocabulary",
         "installed",
         "log_filters",
         "process_memory",

@@ -109,10 +109,11 @@ def _kept_in_total(llama: LlamaSizes, pack: Pack, layer: int, modules: tuple[str
 
 
 def kept_by_head(llama: LlamaSizes, pack: Pack) -> int:
-    """Bytes that the last norm and the loss save: the hidden states of labeled positions (their gradients if the head
-    is frozen), indices and log-sum-exps."""
-    rows = pack.labels * (llama.number * llama.hidden + 8)
-    return _norm(llama, llama.own(pack.tokens)) + rows + (pack.labels * 12 if llama.trains else 0)
+    """Bytes that the last norm and the loss save: of labeled positions the hidden states (if a weight of the head
+    trains) and their gradients (if one is frozen), indices and log-sum-exps."""
+    trains = llama.head_trains
+    rows = pack.labels * (llama.number * llama.hidden * len(set(trains)) + 8)
+    return _norm(llama, llama.own(pack.tokens)) + rows + (pack.labels * 12 if any(trains) else 0)
 
 
 def working(llama: LlamaSizes, pack: Pack, layers: Sequence[int], recompute: Recompute, last: bool) -> int:
@@ -126,7 +127,8 @@ def working(llama: LlamaSizes, pack: Pack, layers: Sequence[int], recompute: Rec
         kept = _kept_in_total(llama, pack, layers[0]), _kept_in_total(llama, pack, layers[0], recompute.modules)
         recomputed = max(0, kept[0] - kept[1])
     gradients = e * pack.tokens * (3 * ffn + 2 * llama.hidden)
-    vocabulary = llama.vocabulary // llama.tensor
+    vocabulary = (llama.vocabulary + llama.added) // llama.tensor
     head = HEAD_BYTES * min(HEAD_CHUNK, pack.labels * vocabulary) if last else 0
-    head += 4 * vocabulary * llama.hidden if last and llama.trains else 0
+    trained = max(llama.vocabulary_trains * llama.vocabulary, llama.added_trains * llama.added) // llama.tensor
+    head += 4 * trained * llama.hidden if last else 0
     return max(recomputed + gradients, head)

@@ -9,6 +9,7 @@ from transformers import LlamaConfig
 from megatron_anymal.config import ModalityConfig, ModelConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.llama_shape import layers_of_stages
 from megatron_anymal.model.lora_targets import adapted_projections
 from megatron_anymal.model.memory.media import EncoderSizes, media_bytes
@@ -88,7 +89,9 @@ def llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, *, attentio
         heads=hf.num_attention_heads,
         groups=hf.num_key_value_heads,
         head_size=hf.head_dim,
-        vocabulary=-(-hf.vocab_size // ranks) * ranks,
+        vocabulary=padded(hf.vocab_size, ranks),
+        added=padded(DiscreteVocabulary(hf.vocab_size, model.discrete).added, ranks),
+        rows=model.discrete_rows if model.discrete else "all",
         tied=hf.tie_word_embeddings,
         tensor=ranks,
         context=model.context_parallel_size,

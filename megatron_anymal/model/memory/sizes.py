@@ -67,6 +67,8 @@ class LlamaSizes:
         groups: key/value heads of the whole Llama.
         head_size: channels per head.
         vocabulary: entries of the whole vocabulary, with padding.
+        added: marks and codes of discrete media in the whole vocabulary, with padding of their own.
+        rows: which rows of the vocabulary train besides what `trains` says: `all`, `new` (those added) or `none`.
         tied: whether the head shares the embedding's weight.
         tensor: tensor-parallel size.
         context: context-parallel size.
@@ -97,6 +99,8 @@ class LlamaSizes:
     attention: str
     on_cpu: bool
     matrix_number: int
+    added: int = 0
+    rows: str = "all"
     lora_r: int = 0
     lora_dropout: bool = False
     adapted: tuple[tuple[tuple[str, tuple[str, ...]], ...], ...] = ()
@@ -128,6 +132,21 @@ class LlamaSizes:
     def keys(self) -> int:
         """Channels of this rank's keys; its values have as many."""
         return self.groups * self.head_size // self.tensor
+
+    @property
+    def vocabulary_trains(self) -> bool:
+        """Whether the Llama's own rows of the embedding and the head train."""
+        return self.trains and self.rows == "all"
+
+    @property
+    def added_trains(self) -> bool:
+        """Whether there are rows of marks and codes that train."""
+        return self.added > 0 and self.rows != "none"
+
+    @property
+    def head_trains(self) -> tuple[bool, ...]:
+        """Whether each weight of the head trains: the Llama's rows and, if there are any, those added."""
+        return (self.vocabulary_trains, *([self.added_trains] if self.added else []))
 
     def own(self, tokens: int) -> int:
         """Tokens outside attention and feed-forward."""
@@ -168,8 +187,13 @@ def adapter_parameters(llama: LlamaSizes, layer: int) -> int:
 
 
 def vocabulary_parameters(llama: LlamaSizes) -> int:
-    """Parameters of the embedding, or of the head, on this rank."""
+    """Parameters of the embedding, or of the head, on this rank, without those added."""
     return llama.vocabulary // llama.tensor * llama.hidden
+
+
+def added_parameters(llama: LlamaSizes) -> int:
+    """Parameters of the embedding's, or the head's, rows of marks and codes on this rank."""
+    return llama.added // llama.tensor * llama.hidden
 
 
 @dataclass(frozen=True)
@@ -251,13 +275,17 @@ class RunSizes:
         """Count the parameters of a model chunk of one rank."""
         llama = self.llama
         matrices = len(chunk.layers) * matrix_parameters(llama)
-        base = matrices + len(chunk.layers) * 2 * llama.hidden
-        tied = llama.tied and chunk.first and chunk.last
-        base += (chunk.first + chunk.last - tied) * vocabulary_parameters(llama) + chunk.last * llama.hidden
+        base = matrices + len(chunk.layers) * 2 * llama.hidden + chunk.last * llama.hidden
+        tables = chunk.first + chunk.last - (llama.tied and chunk.first and chunk.last)
+        kinds = (
+            (base, llama.trains),
+            (tables * vocabulary_parameters(llama), llama.vocabulary_trains),
+            (tables * added_parameters(llama), llama.added_trains),
+        )
         adapters = sum(n * adapter_parameters(llama, layer) for layer, n in llama.alike(chunk.layers).items())
         return ChunkParameters(
-            frozen=(0 if llama.trains else base) + chunk.first * self.media.frozen,
-            trainable=(base if llama.trains else 0) + adapters + chunk.first * self.media.trainable,
+            frozen=sum(number for number, trains in kinds if not trains) + chunk.first * self.media.frozen,
+            trainable=sum(number for number, trains in kinds if trains) + adapters + chunk.first * self.media.trainable,
             matrices=matrices,
             adapters=adapters,
         )

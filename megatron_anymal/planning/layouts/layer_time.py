@@ -164,16 +164,17 @@ def head_time(gpu: Hardware, links: Links, llama: LlamaSizes, load: PackLoad, nu
     """The final norm, the head and the loss. Only positions with a label go through the head; a frozen one computes the
     gradient in its forward pass, and one that trains computes its logits twice, to keep none (model/lm_head.py)."""
     q, rows = load.tokens // llama.context, round(load.labels / llama.context)
-    vocabulary = llama.vocabulary // llama.tensor
+    vocabulary = (llama.vocabulary + llama.added) // llama.tensor
     plain = "fp32" if number_format == "fp32" else "bf16"
-    product = matrix_seconds(gpu, rows, vocabulary, llama.hidden, plain)
+    sizes = [llama.vocabulary // llama.tensor, *([llama.added // llama.tensor] if llama.added else [])]
+    products = [matrix_seconds(gpu, rows, size, llama.hidden, plain) for size in sizes]
     # Logits in fp32: maximum, exponentials and their sum, gradient.
     softmax = elementwise_seconds(gpu, 4.0 * rows * vocabulary * 4, kernels=4)
     moved = links.tensor.gather(float(llama.number * q * llama.hidden))
     norm = _memory_bound(gpu, 2 * llama.number * llama.own(q) * llama.hidden)
-    if llama.trains:
-        return norm.plus(PassTime(product + softmax, 3 * product + softmax, moved, moved))
-    return norm.plus(PassTime(2 * product + softmax, 0.0, moved, moved))
+    forward = sum((1 if trains else 2) * product for product, trains in zip(products, llama.head_trains))
+    backward = sum(3 * product for product, trains in zip(products, llama.head_trains) if trains)
+    return norm.plus(PassTime(forward + softmax, backward + softmax if backward else 0.0, moved, moved))
 
 
 def embedding_time(gpu: Hardware, links: Links, llama: LlamaSizes, load: PackLoad) -> PassTime:

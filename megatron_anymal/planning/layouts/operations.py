@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ModalityConfig, ModelConfig
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.planning.layouts.layer_time import projector_operations
 from megatron_anymal.planning.layouts.workload import Workload
@@ -31,7 +32,10 @@ def step_operations(
     keys = hf.num_key_value_heads * hf.head_dim
     matrices = hidden * (2 * heads + 2 * keys) + 3 * hidden * hf.intermediate_size
     layers = 2.0 * matrices * work.tokens * (3 if trains else 2) + 2.0 * heads * work.squares * 3
-    head = 2.0 * hidden * hf.vocab_size * work.labels * (3 if trains else 2)
+    added = DiscreteVocabulary(hf.vocab_size, model.discrete).added
+    text_trains = trains and (not added or model.discrete_rows == "all")
+    products = hf.vocab_size * (3 if text_trains else 2) + added * (2 if model.discrete_rows == "none" else 3)
+    head = 2.0 * hidden * products * work.labels
     media = sum(
         work.pieces.get(name, 0.0) * _per_piece(section, encoder, hidden)
         for name, (section, encoder) in zip(model.modalities, encoders)

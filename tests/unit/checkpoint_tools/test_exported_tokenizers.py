@@ -17,6 +17,7 @@ from checkpoint_tools.importing import llama as importing
 from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
 from megatron_anymal.config import DataConfig
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 
 TEXTS = ["What is <s>this</s>?\n\n  A cat, 1234.", "<|eot_id|> é 日本", "one two"]
 
@@ -26,7 +27,7 @@ def exported(tokenizer: str, out: Path) -> Path:
     import torch
 
     out.mkdir()
-    write_llama_files(out, tokenizer, LlamaConfig(**LLAMA), {"w": (torch.bfloat16, (1,))})
+    write_llama_files(out, tokenizer, LlamaConfig(**LLAMA), DiscreteVocabulary(0, {}), {"w": (torch.bfloat16, (1,))})
     return out
 
 
@@ -104,7 +105,7 @@ def test_real_conversations_are_compared(tmp_path: Path) -> None:
     # Six of the twelve are text only.
     assert compare_chat_ids(out, Tokenizer(source), {}, config.data) == 5 + 6
     placeholders = {name: section.placeholder for name, section in config.model.modalities.items()}
-    model_files._write_tokenizer(out, Tokenizer(source), placeholders)
+    model_files._write_tokenizer(out, Tokenizer(source), placeholders, DiscreteVocabulary(0, {}))
     assert compare_chat_ids(out, Tokenizer(source), config.model.modalities, config.data) == 5 + 12
     # A tokenizer that splits text differently from the run's.
     body = json.loads((out / "tokenizer.json").read_text())

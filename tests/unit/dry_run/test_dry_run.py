@@ -23,7 +23,7 @@ from tiny import LLAMA, make_config
 from transformers import CLIPVisionConfig
 
 from megatron_anymal.__main__ import main
-from megatron_anymal.config import ConfigError, DatasetConfig, RunConfig
+from megatron_anymal.config import ConfigError, DatasetConfig, DiscreteConfig, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.data.records import DataError
 from megatron_anymal.dry_run.report import render
@@ -199,6 +199,11 @@ BUILT: dict[str, tuple[int, str, dict[str, Any]]] = {
         {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     ),
     "cp2-bf16": (2, "bf16", {"context_parallel_size": 2}),
+    "tp2-codes-bf16": (
+        2,
+        "bf16",
+        {"tensor_model_parallel_size": 2, "discrete": {"x": DiscreteConfig(codebooks=[6, 5])}},
+    ),
 }
 
 
