@@ -35,6 +35,7 @@ ORDER = [
     ("train",),
     ("dry_run",),
     ("generation",),
+    ("integrity",),
     ("evaluation",),
     ("judgement",),
     ("synthesis",),
