@@ -94,7 +94,7 @@ class IntegrityChecks:
         """As in `Checks`.
 
         Raises:
-            MediaError: a media item cannot be read.
+            ConfigError, DataError, MediaError: a media item is of no kind that prompts may hold, or cannot be read.
         """
         verdicts: list[Optional[Rejection]] = [None] * len(prompts)
         with self._timed():
@@ -112,7 +112,11 @@ class IntegrityChecks:
         return verdicts
 
     def check_answers(self, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[Optional[Rejection]]:
-        """As in `Checks`."""
+        """As in `Checks`.
+
+        Raises:
+            ConfigError, DataError, MediaError: a media item is of no kind that prompts may hold.
+        """
         sentences = []
         for place, answer in enumerate(answers):
             splitter = Sentences(self._config.sentence_characters, self._config.overlap_characters)
@@ -129,7 +133,11 @@ class IntegrityChecks:
         )
 
     def check_sentence(self, prompt: Prompt, sentence: Sentence) -> Optional[Rejection]:
-        """Check one sentence of the answer to a prompt, and what precedes it."""
+        """Check one sentence of the answer to a prompt, and what precedes it.
+
+        Raises:
+            ConfigError, DataError, MediaError: a media item is of no kind that prompts may hold.
+        """
         with self._timed():
             [verdict] = self._check_sentences([prompt], [(0, sentence)])
             self.rejected.update([verdict.code] if verdict else [])

@@ -95,7 +95,11 @@ class IntegrityConfig:
         return {name: one for name, one in self.classifiers.items() if stage in stages_of(one)}
 
     def fingerprint(self) -> str:
-        """Hash of the settings and of the contents of the classifiers' folders."""
+        """Hash of the settings and of the contents of the classifiers' folders.
+
+        Raises:
+            CheckpointError, NoneLeft: the folder of a pair classifier has no valid checkpoint.
+        """
         folders = {name: content_hash(Path(one.path)) for name, one in self.classifiers.items()}
         return hashlib.sha256(f"{self} {sorted(folders.items())}".encode()).hexdigest()
 

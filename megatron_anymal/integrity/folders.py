@@ -67,7 +67,11 @@ def check_folder(kind: str, folder: Path, labels: Sequence[str], where: str) -> 
 
 
 def content_hash(folder: Path) -> str:
-    """Hash of a folder's files; a training checkpoint's manifest holds those of its own."""
+    """Hash of a folder's files; a training checkpoint's manifest holds those of its own.
+
+    Raises:
+        CheckpointError, NoneLeft: the folder has no valid checkpoint.
+    """
     digest = hashlib.sha256()
     if (folder / "config.json").is_file():
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):

@@ -28,6 +28,7 @@ class PairScorer:
 
         Raises:
             ConfigError: it cannot be loaded, or is a checkpoint and several processes were started.
+            DataError: its tokenizer cannot be used.
         """
         self._config, self._generator = config, _load(config, where)
 
