@@ -60,6 +60,9 @@ REFUSED = {
     "generate --checkpoint=/nowhere --text=hi --top-p=2": "top_p",
     "generate --checkpoint=EXPORT --media=EXPORT/walk.npy": "no modality of this run",
     "generate --checkpoint=EXPORT --media=EXPORT/walk.npy --modality=imu": "no modality 'imu'",
+    "generate --checkpoint=/nowhere --text=hi --integrity=/none.yaml": "/none.yaml",
+    "generate --checkpoint=/nowhere --text=hi --integrity=EXPORT/integrity.yaml": "Did you mean 'threshold'",
+    "evaluate --checkpoint=/nowhere --data=/none --integrity=/none.yaml": "/none.yaml",
     "evaluate --checkpoint=/nowhere --data=/none": "/none",
     "evaluate --checkpoint=/nowhere --task=vqa2=/none --out=/tmp/never": "vqav2",
     "evaluate --checkpoint=/nowhere --task=vqav2 --out=/tmp/never": "--data-root",
@@ -115,6 +118,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"model_type": "anymal", "modalities": {"image": {"kind": "image"}}}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "walk.npy").write_bytes(b"")
+    (folder / "integrity.yaml").write_text("classifiers: {words: {kind: text, treshold: 0.5}}")
     (folder / "prompts.jsonl").write_text('{"parts": [{"text": "hi"}]}')
     return folder
 

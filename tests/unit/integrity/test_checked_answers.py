@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +13,19 @@ import pytest
 from engine import train
 from integrity_classifiers import integrity_file, text_section
 from ranks import run_ranks
-from tiny import make_config
+from tiny import make_config, png
 
 from megatron_anymal.__main__ import main
-from megatron_anymal.data.records import TextPart
+from megatron_anymal.data.prompt_encoder import MediaFile
+from megatron_anymal.data.records import MediaPart, TextPart
 from megatron_anymal.generation.answers import Answer, Stream
 from megatron_anymal.generation.chat import Chat
+from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.integrity.checked_generator import CheckedGenerator
+from megatron_anymal.integrity.checks import IntegrityChecks
 from megatron_anymal.integrity.config import IntegrityConfig, read_integrity
 
 SAMPLING = Sampling(max_new_tokens=400)
@@ -181,3 +185,40 @@ def test_commands_with_and_without_the_option(run_dir: Path, mixed_shards: str, 
     for name in ("generate", "stream", "evaluate"):
         assert re.search(r"integrity: \d+ queries checked, . rejected.* s in checks, .*% of", checked[name][1])
         assert "integrity" not in "".join(plain[name])
+
+
+def test_two_processes_reject_the_same(run_dir: Path, mixed_shards: str, tmp_path: Path, words: str) -> None:
+    """The classifiers run on one process of a tensor-parallel model; the other one learns what they found."""
+    (tmp_path / "one").mkdir(), (tmp_path / "two").mkdir()
+    option = f"--integrity={words}"
+    [alone] = run_ranks(1, commands, run_dir, mixed_shards, tmp_path / "one", option)
+    first, second = run_ranks(2, commands, run_dir, mixed_shards, tmp_path / "two", option)
+    assert first["a"] == alone["a"] and first["e"] == alone["e"] and first["stream"][0] == alone["stream"][0]
+    assert second["stream"] == ["", ""]
+
+
+def pair_verdicts(run_dir: Path, folder: Path) -> tuple[list[Any], list[Any], list[float]]:
+    """In a rank: rejections by a pair classifier at two thresholds, and the expected probability of its first word."""
+    picture = MediaFile(png(1), "png")
+    about = Prompt([MediaPart("0.png", ""), TextPart("what is this")], [picture])
+    plain, answers = Prompt([TextPart("what is this")], []), ["one two", "seven", "walk"]
+    section = {"kind": "anymal", "path": str(run_dir), "question": "{answer} is this a motion", "chat": False}
+    section["words"] = ["three", "four"]
+    generator = NativeGenerator.of_run(str(run_dir))
+    asked = [Prompt([about.parts[0], TextPart(f"{answer} is this a motion")], [picture]) for answer in answers]
+    scores = generator.log_likelihoods(asked, [["three", "four"]] * 3)
+    expected = [1 / (1 + math.exp(second - first)) for first, second in scores]
+    found = []
+    for threshold in (1e-6, sorted(expected)[1]):
+        file = integrity_file(folder / "pair.yaml", {"pair": {**section, "threshold": threshold}})
+        checks = IntegrityChecks(read_integrity(file), ("image", "audio"))
+        found.append(checks.check_answers([about, about, about, plain], [*answers, "one"]))
+    return found[0], found[1], expected
+
+
+def test_a_pair_classifier_judges_by_likelihood(run_dir: Path, tmp_path: Path) -> None:
+    [(all_of_them, some, expected)] = run_ranks(1, pair_verdicts, run_dir, tmp_path)
+    # Without media there is no pair.
+    assert [r.score if r else None for r in all_of_them] == [*map(pytest.approx, expected), None]
+    assert {r.code for r in all_of_them if r} == {"image_and_output/pair/three"}
+    assert [bool(r) for r in some[:3]] == [p >= sorted(expected)[1] - 1e-9 for p in expected]
