@@ -84,6 +84,7 @@ REFUSED = {
     "prepare --from llava /none.json --out=/tmp/never --tokenizer=/nowhere --part=1/2": "/none.json",
     "prepare --manifest=/none.jsonl --out=/tmp/never --tokenizer=/nowhere --rebuild": "--rebuild",
     "prepare --index-only=/none --tokenizer=/nowhere --filter=min_sied=3": "min_sied",
+    "prepare --index-only=/none --tokenizer=/nowhere --filter=integrity=/none.yaml": "/none.yaml",
     "inspect /none --tokenizer=/nowhere": "/none",
     "plan goodput --gpus=0": "gpus",
     "plan --config-name=sft_70b --gpus=64 --gpu=h100": "h100-80gb",
