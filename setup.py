@@ -32,6 +32,8 @@ INSTALL_REQUIRES = [
     "httpx>=0.27",
     # Fills the templates of reports and prompts; torch requires it, too.
     "jinja2>=3.1",
+    # Unicode's classes of characters that end sentences; transformers requires it, too.
+    "regex>=2025.10",
 ]
 
 EXTRAS_REQUIRE = {

@@ -66,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="RULE",
-        help="leave out samples, for example min_side=224, max_aspect=2, max_seconds=15, min_column:similarity=0.28",
+        help="leave out samples, for example min_side=224, max_aspect=2, max_seconds=15, min_column:similarity=0.28, "
+        "integrity=FILE",
     )
     parser.add_argument(
         "--encode",
@@ -175,7 +176,7 @@ def packed(
         DataError: see `shard_writer.pack` and `manifest_parts.write_part`.
     """
     depends: dict[str, Any] = {
-        "filters": [rule.text for rule in options.filters],
+        "filters": [rule.identity for rule in options.filters],
         "kinds": dict(options.kinds),
         "attributes": {kind: dict(values) for kind, values in options.attributes.items()},
         "plugins": list(options.plugins),

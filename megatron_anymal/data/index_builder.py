@@ -10,6 +10,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ class IndexOptions:
             "attributes": {kind: dict(values) for kind, values in self.attributes.items()},
             "limits": dataclasses.asdict(self.limits),
             "text_only": self.text_only,
-            "filters": [rule.text for rule in self.filters],
+            "filters": [rule.identity for rule in self.filters],
             "plugins": plugins,
         }
         return dict(json.loads(json.dumps(body)))
@@ -150,7 +151,8 @@ class IndexOptions:
             SampleError: a media item cannot be used, or it lacks a column that a rule reads.
         """
         sizes = [self.probe(part, media[part.media]) for part in sample.media]
-        apply_rules(self.filters, Facts(learned_text(sample), sizes, columns))
+        facts = Facts(learned_text(sample), sizes, columns, sample, lambda part: media[part.media])
+        apply_rules(self.filters, facts)
 
 
 @dataclass
@@ -247,7 +249,8 @@ class _Indexer:
             raise SampleError("limit", f"it has {len(media)} media items, above the index's maximum of {MAX_MEDIA}.")
         if self._options.filters:
             sizes = [(self._rows.kinds[row[3]], row[5], row[6]) for row in media]
-            apply_rules(self._options.filters, Facts(learned_text(sample), sizes, self._columns(group)))
+            facts = Facts(learned_text(sample), sizes, self._columns(group), sample, partial(self._content, members))
+            apply_rules(self._options.filters, facts)
         row = (text.offset, text.size, zlib.crc32(data), is_json, SAMPLE_KINDS.index(sample.kind), *counts)
         return _Row(row, media, len(is_used), tuple(f".{ending}" for ending in unused))
 
@@ -283,6 +286,10 @@ class _Indexer:
         except DataError as error:
             raise SampleError("text", str(error)) from None
         return value if isinstance(value, dict) else {}
+
+    def _content(self, members: Mapping[str, TarMember], part: MediaPart) -> bytes:
+        member = members[part.media.lower()]
+        return self._source.read_at(member.offset, member.size)
 
     def _text(self, member: TarMember) -> bytes:
         limit = self._options.limits.max_text_bytes

@@ -34,7 +34,7 @@ from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.candidates import candidate_batch
 from megatron_anymal.generation.checkpoint_batch import CheckpointBatch
-from megatron_anymal.generation.generator import Generator, Watch
+from megatron_anymal.generation.generator import Generator, Result, Watch
 from megatron_anymal.generation.next_token import choose_each
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
@@ -150,6 +150,24 @@ class NativeGenerator(Generator):
                 f"{model_size}. Their product must be the number of processes."
             )
         return cls.of_checkpoint(config, initialize(config), None if untrained else folder)
+
+    def on_leader(self, compute: Callable[[], Result]) -> Result:
+        """The result of `compute` on the process that leads this copy of the model. Collective over its processes."""
+        group = parallel_state.get_model_parallel_group()
+        if dist.get_world_size(group) == 1:
+            return compute()
+        outcome: list[Any] = [None, None]
+        if self.leads_replica:
+            try:
+                outcome = [compute(), None]
+            # The other processes wait for the outcome.
+            except Exception as error:
+                outcome = [None, error]
+        # The first stage's first tensor-parallel rank is the group's first.
+        dist.broadcast_object_list(outcome, dist.get_process_group_ranks(group)[0], group, self.layout.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
 
     @torch.no_grad()
     def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:

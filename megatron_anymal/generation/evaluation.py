@@ -141,11 +141,14 @@ def evaluate(
     """Answer the questions and score the answers. Collective.
 
     Returns:
-        Scores by modality, and one row per question with its key, modality, expected and given answer.
+        Scores by modality, and one row per question with its key, modality, expected and given answer, and why its
+        query was rejected if it was.
     """
     answers = generator.answer([question.prompt for question in questions], sampling, batch_size)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"key": q.key, "modality": q.modality, "expected": q.answer, "given": answer.strip()}
         for q, answer in zip(questions, answers)
     ]
+    for number, rejection in generator.rejections.items():
+        rows[number]["rejected"] = rejection.to_dict()
     return score(questions, answers), rows

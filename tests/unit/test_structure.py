@@ -37,6 +37,7 @@ ORDER = [
     ("train",),
     ("dry_run",),
     ("generation",),
+    ("integrity",),
     ("evaluation",),
     ("judgement",),
     ("serving",),
