@@ -26,8 +26,8 @@ def connect(served: Served, body: dict[str, Any], receive_buffer: int = 0) -> so
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     client.connect((host, int(port)))
     data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
-    client.sendall(f"{head}\r\n\r\n".encode() + data)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json"
+    client.sendall(f"{head}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
     return client
 
 
