@@ -27,8 +27,7 @@ def connect(served: Served, body: dict[str, Any], receive_buffer: int = 0) -> so
     client.connect((host, int(port)))
     data = json.dumps(body).encode()
     head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json"
-    head += f"\r\nContent-Length: {len(data)}"
-    client.sendall(f"{head}\r\n\r\n".encode() + data)
+    client.sendall(f"{head}\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
     return client
 
 
