@@ -17,8 +17,8 @@ from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
+from megatron_anymal.integrity.checks import Checks
 from megatron_anymal.serving.limits import ServingLimits
-from megatron_anymal.serving.policy import ContentPolicy
 from megatron_anymal.serving.server import GracefulServer, listen
 from megatron_anymal.serving.service import Service
 
@@ -107,12 +107,12 @@ class Served:
 def serving(
     generator: Generator,
     limits: ServingLimits = ServingLimits(),  # noqa: B008  (frozen)
-    policies: Sequence[ContentPolicy] = (),
+    checks: Checks | None = None,
     shutdown_seconds: float = 10.0,
 ) -> Iterator[Served]:
     """A server of the model `tiny` in a thread of this process, which ends with the block."""
     opened, ready = listen("127.0.0.1", 0, limits.client_timeout), threading.Event()
-    service = Service(generator, "tiny", limits, policies)
+    service = Service(generator, "tiny", limits, checks)
     server = GracefulServer(service, shutdown_seconds, ready.set)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]})
     thread.start()

@@ -10,6 +10,7 @@ from megatron_anymal.cli.model_arguments import load_generator
 
 if TYPE_CHECKING:
     from megatron_anymal.generation.generator import Generator
+    from megatron_anymal.integrity.checks import IntegrityChecks
     from megatron_anymal.integrity.config import IntegrityConfig
 
 
@@ -56,6 +57,19 @@ def load_checked_generator(
     from megatron_anymal.integrity.checked_generator import CheckedGenerator
 
     return CheckedGenerator(generator, integrity)
+
+
+def load_checks(generator: Generator, integrity: Optional[IntegrityConfig]) -> Optional[IntegrityChecks]:
+    """Load the classifiers for a server of this model; None without the option.
+
+    Raises:
+        ConfigError: a classifier cannot be loaded.
+    """
+    if integrity is None:
+        return None
+    from megatron_anymal.integrity.checks import IntegrityChecks
+
+    return IntegrityChecks(integrity, generator.kinds)
 
 
 def report_overhead(generator: Generator, integrity: Optional[IntegrityConfig]) -> None:

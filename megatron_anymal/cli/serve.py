@@ -10,9 +10,12 @@ import argparse
 import importlib.util
 import logging
 import os
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_anymal.cli.integrity_arguments import add_integrity_argument, integrity_of, load_checks
 from megatron_anymal.cli.model_arguments import add_loading_arguments, check_model, load_generator
 from megatron_anymal.config import ConfigError
 from megatron_anymal.serving.limits import ServingLimits
@@ -26,8 +29,10 @@ def main(argv: Sequence[str]) -> int:
     limits = _limits(arguments)
     _check(arguments)
     check_model(arguments)
+    integrity = integrity_of(arguments)
     if missing := [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise ConfigError(f"`anymal serve` needs {missing[0]}, which is missing: pip install 'megatron-anymal[serve]'.")
+    from megatron_anymal.integrity.checks import overhead
     from megatron_anymal.serving.server import GracefulServer, listen
     from megatron_anymal.serving.service import Service
 
@@ -35,17 +40,22 @@ def main(argv: Sequence[str]) -> int:
     opened = listen(arguments.host, arguments.port, limits.client_timeout)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
     name = arguments.model_name or Path(arguments.checkpoint).resolve().name
-    service = Service(load_generator(arguments), name, limits)
+    generator = load_generator(arguments)
+    checks = load_checks(generator, integrity)
+    service = Service(generator, name, limits, checks)
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     address = f"http://{host}:{opened.getsockname()[1]}"
 
     def ready() -> None:
         print(f"serving {name!r} at {address}/v1, chat page at {address}/ (Ctrl-C ends)", flush=True)
 
+    began = time.perf_counter()
     try:
         GracefulServer(service, arguments.shutdown_seconds, ready).run(sockets=[opened])
     finally:
         service.close()
+        if checks:
+            print(overhead(checks, time.perf_counter() - began), file=sys.stderr, flush=True)
     return 0
 
 
@@ -74,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     limits.add_argument(
         "--shutdown-seconds", type=float, default=30.0, help="for running requests after SIGTERM; default: 30"
     )
+    add_integrity_argument(parser)
     add_loading_arguments(parser)
     return parser
 

@@ -14,9 +14,9 @@ from typing import Any, Optional
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
+from megatron_anymal.integrity.sentences import SentenceGate
 from megatron_anymal.serving.engine import Progress, Ticket
 from megatron_anymal.serving.errors import RequestError
-from megatron_anymal.serving.policy import Screen
 from megatron_anymal.serving.requests import ChatRequest
 from megatron_anymal.serving.service import Service
 
@@ -36,7 +36,10 @@ class AnswerResponse(Response):
         super().__init__()
         self._service, self._chat, self._ticket = service, chat, ticket
         self._id, self._created = f"chatcmpl-{secrets.token_hex(12)}", int(time.time())
-        self._screen = Screen(service.policies, chat.prompt)
+        # Lets checked sentences through; None: everything passes as it comes.
+        self._gate = service.checks.gate(chat.prompt) if service.checks else None
+        # Characters that the gate was given.
+        self._given = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the reply."""
@@ -74,8 +77,10 @@ class AnswerResponse(Response):
         if failure := _FAILURES.get(progress.finish):
             return JSONResponse(failure.body(), failure.status)
         text = await self._allowed(progress)
-        message = {"role": "assistant", "content": text, "refusal": None}
-        finish = _FILTERED if self._screen.refused else progress.finish
+        rejection = self._gate and self._gate.rejection
+        message = {"role": "assistant", "content": None if rejection else text}
+        message["refusal"] = rejection.text if rejection else None
+        finish = _FILTERED if rejection else progress.finish
         choice = {"index": 0, "message": message, "finish_reason": finish, "logprobs": None}
         return JSONResponse({**self._head("chat.completion"), "choices": [choice], "usage": self._usage(progress)})
 
@@ -91,7 +96,7 @@ class AnswerResponse(Response):
 
         await event(self._chunk({"role": "assistant", "content": ""}))
         written, progress = 0, Progress("", 0, "")
-        while not progress.finish and not self._screen.refused:
+        while not progress.finish and not (self._gate and self._gate.rejection):
             progress = await self._ticket.next()
             if progress.finish == "cancelled":
                 return
@@ -102,7 +107,11 @@ class AnswerResponse(Response):
             if new := text[written:]:
                 await event(self._chunk({"content": new}))
                 written = len(text)
-        await event(self._chunk({}, _FILTERED if self._screen.refused else progress.finish))
+        if self._gate and (rejection := self._gate.rejection):
+            await event(self._chunk({"refusal": rejection.text}))
+            await event(self._chunk({}, _FILTERED))
+        else:
+            await event(self._chunk({}, progress.finish))
         if self._chat.include_usage:
             head = self._head("chat.completion.chunk")
             await event({**head, "choices": [], "usage": self._usage(progress)})
@@ -110,10 +119,16 @@ class AnswerResponse(Response):
 
     async def _allowed(self, progress: Progress) -> str:
         """The text that may be sent: without surrounding white space, as `anymal generate` prints it."""
-        text, done = progress.text.strip(), bool(progress.finish)
-        if not self._service.policies:
-            return text
-        return await asyncio.to_thread(self._screen.pass_on, text, done=done)
+        text = progress.text.strip()
+        return await asyncio.to_thread(self._passed, self._gate, text, bool(progress.finish)) if self._gate else text
+
+    def _passed(self, gate: SentenceGate, text: str, done: bool) -> str:
+        """What has passed the checks of an answer that has grown to `text`."""
+        gate.add(text[self._given :])
+        self._given = len(text)
+        if done:
+            gate.finish()
+        return gate.released
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._service.name}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from http import HTTPStatus
+from typing import Optional
 
 from starlette.requests import ClientDisconnect, Request
 
@@ -15,11 +16,11 @@ from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.generator import Generator
 from megatron_anymal.generation.running_batch import RunningPrompt
+from megatron_anymal.integrity.checks import Checks
 from megatron_anymal.modalities import MediaError
 from megatron_anymal.serving.engine import Engine, Ticket, too_long
 from megatron_anymal.serving.errors import RequestError
 from megatron_anymal.serving.limits import ServingLimits
-from megatron_anymal.serving.policy import ContentPolicy
 from megatron_anymal.serving.requests import ChatRequest, read_request
 
 # Threads that decode media.
@@ -37,16 +38,14 @@ class Service:
         in_flight: accepted requests whose replies have not been sent completely.
     """
 
-    def __init__(
-        self, generator: Generator, name: str, limits: ServingLimits, policies: Sequence[ContentPolicy] = ()
-    ) -> None:
+    def __init__(self, generator: Generator, name: str, limits: ServingLimits, checks: Optional[Checks] = None) -> None:
         """Start the engine of a model.
 
         Args:
             name: of the model, in requests.
-            policies: a question or sentence is refused if one of them refuses it.
+            checks: reject prompts before they are computed, and end answers before a sentence that violates.
         """
-        self.name, self.limits, self.policies = name, limits, tuple(policies)
+        self.name, self.limits, self.checks = name, limits, checks
         self.kinds: Collection[str] = generator.kinds
         self.created = int(time.time())
         self.draining, self.in_flight = False, 0
@@ -123,9 +122,8 @@ class Service:
         try:
             value = parse_json_text(body, "the body", limits)
             chat = read_request(value, self.name, self.kinds, self.limits.max_new_tokens)
-            for policy in self.policies:
-                if reason := policy.refuse_question(chat.prompt):
-                    raise RequestError(HTTPStatus.BAD_REQUEST, reason, "messages", "content_policy_violation")
+            if self.checks and (rejection := self.checks.check_prompts([chat.prompt])[0]):
+                raise RequestError(HTTPStatus.BAD_REQUEST, rejection.text, "messages", "content_policy_violation")
             running = self._batch.read(chat.prompt, chat.sampling)
         except RequestError:
             raise
