@@ -59,8 +59,9 @@ class Facts:
     media: Sequence[tuple[str, float, float]]
     # Further values that the source lists.
     columns: Mapping[str, Any]
-    # The whole sample, and a function that reads the content of its media parts; for rules about content.
+    # The whole sample; for rules about content.
     sample: Optional[Sample] = None
+    # Reads the content of one of its media parts.
     read: Optional[Callable[[MediaPart], bytes]] = None
 
 
