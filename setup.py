@@ -32,6 +32,8 @@ INSTALL_REQUIRES = [
     "httpx>=0.27",
     # Fills the templates of reports and prompts; torch requires it, too.
     "jinja2>=3.1",
+    # Unicode's classes of characters that end sentences; transformers requires it, too.
+    "regex>=2025.10",
 ]
 
 EXTRAS_REQUIRE = {
@@ -52,6 +54,8 @@ EXTRAS_REQUIRE = {
     # Reads data sets (NeMo brings it, too); CIDEr, ROUGE-L and SPICE. 1.2 is the release whose CIDEr was compared; it
     # runs Java for SPICE.
     "evaluate": ["datasets>=4.0", "pycocoevalcap>=1.2"],
+    # `anymal serve`.
+    "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1"],
     "quickstart": ["scikit-learn>=1.5"],
     "test": [
         "pytest>=8.0",
@@ -74,6 +78,9 @@ EXTRAS_REQUIRE = {
         "openai>=2",
         # The reference for agreement of annotators. 0.7 is the first release for numpy 2.
         "krippendorff>=0.7",
+        # The extra "serve", whose server the tests ask.
+        "fastapi>=0.115,<1",
+        "uvicorn>=0.34,<1",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],
@@ -97,6 +104,7 @@ if __name__ == "__main__":
             "megatron_anymal.planning": ["hardware/*.yaml"],
             "megatron_anymal.evaluation": ["tasks/*.yaml"],
             "megatron_anymal.judgement": ["templates/*"],
+            "megatron_anymal.serving": ["templates/*"],
             "megatron_anymal.synthesis": ["tasks/*.yaml"],
         },
         install_requires=INSTALL_REQUIRES,

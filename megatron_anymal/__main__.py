@@ -26,6 +26,7 @@ VERBS = {
     ),
     "generate": ("cli.generate:main", "answer prompts with media, from a checkpoint or an export"),
     "evaluate": ("cli.evaluate:main", "score a checkpoint or an export on benchmarks or prepared data"),
+    "serve": ("cli.serve:main", "answer requests over HTTP: an OpenAI-compatible server with a chat page"),
     "compare": ("cli.compare:main", "let people judge the answers of two models"),
     "prepare": ("cli.prepare:main", "build shards and their index"),
     "synthesize": ("cli.synthesize:main", "turn captions and boxes into conversations, by a served language model"),

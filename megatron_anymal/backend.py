@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
-import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +10,7 @@ from typing import Literal
 import torch
 
 from megatron_anymal.config import ConfigError, ModelConfig
-from megatron_anymal.environment import apex_kind
+from megatron_anymal.installed import apex_kind, is_importable, version_of
 
 # Lowest compute capability of GPUs with FP8 (Ada, Hopper) and bf16 (Ampere) matrix products.
 _FP8_CAPABILITY = (8, 9)
@@ -59,10 +57,10 @@ def capabilities() -> Capabilities:
         compute_capability=lowest,
         transformer_engine=engine,
         transformer_engine_problem=problem,
-        flash_attn=_version("flash-attn"),
-        nvidia_apex=apex == "nvidia" and importlib.util.find_spec("amp_C") is not None,
+        flash_attn=version_of("flash-attn"),
+        nvidia_apex=apex == "nvidia" and is_importable("amp_C"),
         foreign_apex=apex == "foreign",
-        nvidia_resiliency_ext=_version("nvidia-resiliency-ext"),
+        nvidia_resiliency_ext=version_of("nvidia-resiliency-ext"),
         bf16=lowest is None or lowest >= _BF16_CAPABILITY,
         fp8=lowest is not None and lowest >= _FP8_CAPABILITY,
     )
@@ -122,7 +120,7 @@ def attention_kernel(model: ModelConfig, precision: str) -> str:
         return model.attention
     if not torch.cuda.is_available():
         return "sdpa"
-    return "flash_attn" if _version("flash-attn") and precision == "bf16" else "flex"
+    return "flash_attn" if version_of("flash-attn") and precision == "bf16" else "flex"
 
 
 def attention_repeats(kernel: str) -> bool:
@@ -159,12 +157,6 @@ def check_backend(model: ModelConfig, precision: str) -> None:
             "model.transformer_impl=local, or model.dpo.share_prompt=auto."
         )
     _check_attention(model, precision, found)
-    interleaved = model.virtual_pipeline_model_parallel_size > 1
-    if interleaved and not model.overlap_p2p_comm and collectives_backend() == "gloo":
-        raise ConfigError(
-            "model.virtual_pipeline_model_parallel_size > 1 with model.overlap_p2p_comm=false gives wrong results over "
-            "gloo: megatron-core pairs sends and receives in a different order. Set model.overlap_p2p_comm=true."
-        )
     if (
         model.recompute_granularity == "selective"
         and "layernorm" in model.recompute_modules
@@ -218,21 +210,14 @@ def _transformer_engine(has_cuda: bool) -> tuple[str, str]:
     """Return (version, "") if it can be used, else ("", reason)."""
     if not has_cuda:
         return "", "there is no CUDA device"
-    if importlib.util.find_spec("transformer_engine") is None:
+    if not is_importable("transformer_engine"):
         return "", "it is not installed"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except Exception as error:  # A wheel built for another torch or CUDA fails in many ways.
         return "", f"it does not import ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     module = importlib.import_module("transformer_engine")
-    return str(getattr(module, "__version__", "")) or _version("transformer-engine"), ""
-
-
-def _version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    return str(getattr(module, "__version__", "")) or version_of("transformer-engine"), ""
 
 
 def _shown(capability: tuple[int, int] | None) -> str:

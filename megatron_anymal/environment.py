@@ -7,13 +7,13 @@ a GPU; elsewhere its shared libraries are loaded, which shows a build that does 
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+
+from megatron_anymal.installed import apex_kind, has_nvidia_driver, is_importable, version_of
 
 OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN = "ok", "missing", "broken", "out of range", "not NVIDIA's"
 
@@ -116,7 +116,7 @@ def _python() -> Finding:
 def _cuda() -> Finding:
     cost = "training runs on the CPU over gloo: for tests and small models"
     fix = "on a machine with NVIDIA GPUs: install the driver and a CUDA build of torch"
-    if not _present("torch"):
+    if not is_importable("torch"):
         return Finding("CUDA", "-", MISSING, False, cost, fix)
     try:
         version = _cuda_of_torch()
@@ -134,11 +134,6 @@ def _cuda() -> Finding:
     formats = " and ".join([*(["bf16"] if found.bf16 else []), *(["FP8"] if found.fp8 else [])]) or "fp32 only"
     shown = f"{version}, {len(found.cuda_devices)} x {found.cuda_devices[0]} (capability {capability}, {formats})"
     return Finding("CUDA", shown, OK, False, cost, "")
-
-
-def has_nvidia_driver() -> bool:
-    """Whether the driver of an NVIDIA GPU is loaded, on Linux or in its Windows subsystem."""
-    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/dxg"))
 
 
 def _cuda_of_torch() -> str:
@@ -163,22 +158,12 @@ def _cuda_of_torch() -> str:
     return str(module.cuda or "-")
 
 
-def apex_kind() -> Literal["", "nvidia", "foreign"]:
-    """Which package named apex is installed, if any. The one on PyPI is an unrelated authentication toolkit."""
-    spec = importlib.util.find_spec("apex")
-    if spec is None:
-        return ""
-    # Only look for files: importing the unrelated package would run its code.
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    return "nvidia" if any((folder / "optimizers" / "__init__.py").is_file() for folder in folders) else "foreign"
-
-
 def _package(part: Requirement) -> Finding:
-    version, state, fix = _installed_version(part.distribution), OK, ""
+    version, state, fix = version_of(part.distribution), OK, ""
     if part.distribution == "apex":
         state = _apex_state()
         version = version if state == FOREIGN else (version or "-")
-    elif not _present(part.module):
+    elif not is_importable(part.module):
         # A distribution without its module is a broken installation.
         state = BROKEN if version else MISSING
     elif part.distribution == "transformer-engine":
@@ -196,11 +181,11 @@ def _apex_state() -> str:
         return FOREIGN
     if kind == "":
         return MISSING
-    return OK if _present("amp_C") else BROKEN
+    return OK if is_importable("amp_C") else BROKEN
 
 
 def _transformer_engine_state() -> str:
-    if not _present("transformer_engine_torch"):
+    if not is_importable("transformer_engine_torch"):
         return BROKEN
     if not has_nvidia_driver():
         # It cannot be checked; the CUDA row gives the cost of that.
@@ -230,20 +215,6 @@ def _fix(part: Requirement, state: str) -> str:
         return f"pip install{force} '{part.distribution}{part.versions}'"
     isolation = " --no-build-isolation" if part.extra in ("te", "flash") else ""
     return f"pip install{force}{isolation} -e '.[{part.extra}]'"
-
-
-def _present(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def _installed_version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _in_range(version: str, versions: str) -> bool:

@@ -39,4 +39,5 @@ def replica_data(
         context_size=context_size,
     )
     tokenizer, modalities = build_inputs(config.model, config.data)
-    return build_data(config, layout, tokenizer, modalities, "train")
+    vocab_size = config.model.language_model.config["vocab_size"]
+    return build_data(config, layout, tokenizer, modalities, "train", vocab_size=vocab_size)

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from megatron_anymal.config import DataConfig, ModalityConfig
 from megatron_anymal.data.chat_format import CHAT_TOKENS, last_answer, lay_out, messages_of, open_prompt, parse_messages
-from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def _conversations(data: DataConfig, kinds: Sequence[str]) -> Iterator[tuple[str
             continue
         for number in range(min(len(index), _PER_FOLDER)):
             sample = index.sample(number)
-            if not sample.closed:
+            if not sample.closed and not any(isinstance(part, CodesPart) for part in sample.media):
                 opened, answer = last_answer(sample.documents[0])
                 history = [
                     {"role": one.role, "content": [_ours(part) for part in one.content]}

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.config import DataConfig, ModelConfig
 from megatron_anymal.data.chat_format import last_answer, messages_of
-from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.generation.prompts import MediaFile, Prompt
@@ -105,6 +105,9 @@ def _collect(folder: str, found: dict[str, list[VerificationSample]], count: int
         raise DataError(f"{error} It is needed to verify the export: name another folder with --data.") from None
     for number in range(len(index)):
         sample = index.sample(number)
+        if any(isinstance(part, CodesPart) for part in sample.media):
+            # Random codes are compared instead (CODES).
+            continue
         # A conversation is cut before its last answer.
         parts = list(sample.documents[0] if sample.closed else last_answer(sample.documents[0])[0])
         kinds = {part.modality for part in parts if isinstance(part, MediaPart)} or {"text"}

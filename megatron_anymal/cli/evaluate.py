@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_anymal.cli.evaluate_tasks import ListTasks, add_task_arguments, evaluate_tasks
-from megatron_anymal.cli.model_arguments import (
-    add_model_arguments,
-    add_sampling_arguments,
-    check_model,
-    load_generator,
-    sampling_of,
+from megatron_anymal.cli.integrity_arguments import (
+    add_integrity_argument,
+    integrity_of,
+    load_checked_generator,
+    report_overhead,
 )
+from megatron_anymal.cli.model_arguments import add_model_arguments, add_sampling_arguments, check_model, sampling_of
 from megatron_anymal.config import ConfigError
 from megatron_anymal.generation.sampling import Sampling
 
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out", help="write scores and answers to this .json file; with --task: the folder of answers and reports"
     )
+    add_integrity_argument(parser)
     add_task_arguments(parser)
     add_model_arguments(parser)
     add_sampling_arguments(parser)
@@ -64,13 +66,14 @@ def _parser() -> argparse.ArgumentParser:
 def _evaluate_prepared(arguments: argparse.Namespace, sampling: Sampling) -> int:
     from megatron_anymal.generation.evaluation import evaluate, permute_media, read_questions
 
+    integrity = integrity_of(arguments)
     questions = [question for folder in arguments.data for question in read_questions(folder, arguments.limit)]
     check_model(arguments, untrained=arguments.untrained)
-    runs = {"trained": (load_generator(arguments), questions)}
+    runs = {"trained": (load_checked_generator(arguments, integrity), questions)}
     if arguments.permute_media:
         runs["permuted"] = (runs["trained"][0], permute_media(questions))
     if arguments.untrained:
-        runs["untrained"] = (load_generator(arguments, untrained=True), questions)
+        runs["untrained"] = (load_checked_generator(arguments, integrity, untrained=True), questions)
     result: dict[str, Any] = {"scores": {}, "answers": {}}
     for name, (generator, asked) in runs.items():
         scores, rows = evaluate(generator, asked, sampling, arguments.batch_size)
@@ -79,9 +82,14 @@ def _evaluate_prepared(arguments: argparse.Namespace, sampling: Sampling) -> int
             modality: {"accuracy": s.accuracy, "chance": s.chance, "samples": s.samples}
             for modality, s in scores.items()
         }
+        if integrity:
+            rejected = Counter(rejection.code for rejection in generator.rejections.values())
+            result.setdefault("rejected", {})[name] = dict(rejected.most_common())
         if generator.reports:
             for modality, s in scores.items():
                 print(f"{name:10s} {modality:8s} {s.accuracy:7.1%} of {s.samples} exact (guessing: {s.chance:.1%})")
+    for generator in dict.fromkeys(generator for generator, _ in runs.values()):
+        report_overhead(generator, integrity)
     if arguments.out and runs["trained"][0].reports:
         Path(arguments.out).write_text(json.dumps(result, indent=1, ensure_ascii=False))
     return 0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.cli.model_arguments import load_generator, model_fingerprint, sampling_of
+from megatron_anymal.cli.integrity_arguments import integrity_of, load_checked_generator, report_overhead
+from megatron_anymal.cli.model_arguments import model_fingerprint, sampling_of
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.records import DataError
 from megatron_anymal.evaluation.task import METRICS, Task, require_known
@@ -71,7 +73,9 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--limit={arguments.limit} must be at least 1.")
     jobs = [_job(text, arguments) for text in arguments.task]
     _check_metrics(jobs)
-    fingerprint = model_fingerprint(arguments)
+    integrity = integrity_of(arguments)
+    settings = {"model": model_fingerprint(arguments)}
+    settings |= {"integrity": integrity.fingerprint()} if integrity else {}
     from megatron_anymal.evaluation.metrics.captions import has_java
     from megatron_anymal.evaluation.results import FORMAT, read_results
 
@@ -83,14 +87,19 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
         "tasks": {},
     }
     examples = {}
-    load = cache(lambda: load_generator(arguments, replicated=True))
+    load = cache(lambda: load_checked_generator(arguments, integrity, replicated=True))
     for job, (samples, data) in [(job, _samples(job, arguments.limit)) for job in jobs]:
-        answers = _answers(job, samples, {"model": fingerprint, "data": data}, arguments, load)
+        answers = _answers(job, samples, {**settings, "data": data}, arguments, load)
         if int(os.environ.get("RANK", "0")) == 0:
             from megatron_anymal.evaluation.results import task_result
 
             results["tasks"][job.task.name] = task_result(job.task, samples, answers, job.metrics)
+            if integrity:
+                codes = Counter(answers[sample.key].rejected for sample in samples if answers[sample.key].rejected)
+                results["tasks"][job.task.name]["rejected"] = dict(codes.most_common())
             examples[job.task.name] = samples
+    if load.cache_info().currsize:
+        report_overhead(load(), integrity)
     if results["tasks"]:
         _report(Path(arguments.out), results, other, arguments.against or "", examples)
     return 0

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
-from megatron_anymal.cli.model_arguments import (
-    add_model_arguments,
-    add_sampling_arguments,
-    kinds_of,
-    load_generator,
-    sampling_of,
+from megatron_anymal.cli.integrity_arguments import (
+    add_integrity_argument,
+    integrity_of,
+    load_checked_generator,
+    report_overhead,
 )
+from megatron_anymal.cli.model_arguments import add_model_arguments, add_sampling_arguments, kinds_of, sampling_of
 from megatron_anymal.config import ConfigError
 
 if TYPE_CHECKING:
@@ -30,10 +30,14 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_args(argv)
     sampling = sampling_of(arguments)
     _check(arguments)
+    integrity = integrity_of(arguments)
     if arguments.interactive:
         from megatron_anymal.generation.chat import Chat
 
-        return Chat(load_generator(arguments), sampling, _read_line).run()
+        generator = load_checked_generator(arguments, integrity)
+        code = Chat(generator, sampling, _read_line).run()
+        report_overhead(generator, integrity)
+        return code
     prompts = _prompts(arguments)
     if arguments.stream and len(prompts) > 1:
         raise ConfigError(f"--stream shows one answer, but {arguments.prompts!r} has {len(prompts)} prompts.")
@@ -41,15 +45,24 @@ def main(argv: Sequence[str]) -> int:
     from megatron_anymal.generation.answers import Stream
     from megatron_anymal.generation.chat import show
 
-    generator = load_generator(arguments)
+    generator = load_checked_generator(arguments, integrity)
     if arguments.out:
         _write(generator, prompts, sampling, arguments.batch_size, Path(arguments.out))
-        return 0
-    stream = Stream(show) if arguments.stream and generator.reports else None
-    answers = generator.answer(prompts, sampling, arguments.batch_size, stream)
-    if generator.reports:
-        print("" if stream else "\n".join(answer.strip() for answer in answers))
+    else:
+        # On all processes if there are checks of what is shown, which are collective.
+        watched = arguments.stream and (generator.reports or integrity)
+        stream = Stream(show if generator.reports else _hide) if watched else None
+        answers = generator.answer(prompts, sampling, arguments.batch_size, stream)
+        if generator.reports and stream:
+            print("".join(f"\n{rejection.text}" for rejection in generator.rejections.values()))
+        elif generator.reports:
+            print("\n".join(answer.strip() for answer in answers))
+    report_overhead(generator, integrity)
     return 0
+
+
+def _hide(text: str) -> None:
+    """Show nothing, on processes that do not print."""
 
 
 def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
@@ -90,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", help="with --prompts: write prompt numbers (from 0) and answers to this .jsonl file")
     parser.add_argument("--stream", action="store_true", help="print the answer while it is generated")
     parser.add_argument("--interactive", action="store_true", help="chat with the model; /help lists the commands")
+    add_integrity_argument(parser)
     add_model_arguments(parser)
     add_sampling_arguments(parser)
     return parser
@@ -127,7 +141,10 @@ def _write(generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, 
     for batch in generator.batches(prompts, sampling, batch_size):
         for answer in batch:
             if file:
-                file.write(json.dumps({"prompt": number, "answer": answer.strip()}, ensure_ascii=False) + "\n")
+                rejection = generator.rejections.get(number)
+                row = {"prompt": number, "answer": answer.strip()}
+                row |= {"rejected": rejection.to_dict()} if rejection else {}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             number += 1
         if file:
             file.flush()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -13,24 +13,26 @@ import numpy as np
 
 from megatron_anymal.cli.data_page.markup import file_size
 from megatron_anymal.cli.data_page.numbers import MEASURED_STEPS, fill, row_chunks
-from megatron_anymal.config import DatasetConfig, RunConfig
+from megatron_anymal.config import DatasetConfig, ModelConfig, RunConfig
+from megatron_anymal.data.codes import CodeLayout, CodesKind, plan_kinds
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.left_out import grouped
 from megatron_anymal.data.lint import (
-    SIZE_NAMES,
-    TIMED,
     Reading,
     ReadSample,
+    kind_name,
     read_all,
     read_sample,
+    size_names,
     wrong_shards,
     wrong_tokenizer,
 )
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
-from megatron_anymal.data.records import DataError, MediaPart, Part
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.data.tokenizer import Document, Tokenizer
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.lean_imports import hide_torch
 from megatron_anymal.modalities import MODALITIES, MediaError, build_modality, load_plugins
 
@@ -65,7 +67,8 @@ def inspect(arguments: argparse.Namespace, folders: Sequence[str], tokenizer: st
     indexes = [ShardIndex(folder, limits, storage) for folder in folders]
     kinds = set().union(*(index.kinds_used() for index in indexes))
     kinds |= {section.kind or name for name, section in config.model.modalities.items()} if config else set()
-    if all(kind in MODALITIES and not MODALITIES[kind].needs_torch for kind in kinds):
+    media = [kind for kind in kinds if not CodesKind.parse(kind)]
+    if all(kind in MODALITIES and not MODALITIES[kind].needs_torch for kind in media):
         hide_torch()
     run = build_run(config) if config else None
     problems = sum(_inspect(index, tokenizer, run, arguments) for index in indexes)
@@ -88,7 +91,22 @@ def build_run(config: RunConfig) -> InspectedRun:
         planned.append(PlannedModality(section, kind, modality, tokens, cost))
         placeholder = tokenizer.placeholder(options.placeholder, f"model.modalities.{section}.placeholder")
         loaded[kind] = LoadedModality(modality, options.projector.num_tokens, placeholder)
-    return InspectedRun(config, Reading(tokenizer, {k: e.modality for k, e in loaded.items()}, loaded), planned)
+    codes = _code_layout(config.model) if config.model.discrete else None
+    return InspectedRun(config, Reading(tokenizer, {k: e.modality for k, e in loaded.items()}, loaded, codes), planned)
+
+
+def _code_layout(model: ModelConfig) -> CodeLayout:
+    """The ids of a run's marks and codes, which follow the Llama's vocabulary."""
+    section = model.language_model
+    if section.checkpoint:
+        from megatron_anymal.checkpoint.frozen_base import resolve_language_model
+
+        vocab_size = resolve_language_model(section)[1].vocab_size
+    else:
+        from megatron_anymal.model.llama_shape import read_llama_config
+
+        vocab_size = read_llama_config(section).vocab_size
+    return CodeLayout(DiscreteVocabulary(vocab_size, model.discrete), model.discrete)
 
 
 def _inspect(
@@ -101,7 +119,7 @@ def _inspect(
     kinds = sorted(index.kinds_used())
     if run:
         _refuse_unread(index, run)
-        reading = Reading(tokenizer, run.reading.modalities, run.reading.loaded)
+        reading = dataclasses.replace(run.reading, tokenizer=tokenizer)
     else:
         reading = Reading.without_configuration(tokenizer, index)
     wrong = [*wrong_shards(index), *wrong_tokenizer(index, tokenizer, tokenizer_folder)]
@@ -116,7 +134,7 @@ def _inspect(
         return len(wrong)
     numbers = range(min(len(index), arguments.limit or len(index)))
     if not run:
-        only_probed = [kind for kind in kinds if kind not in reading.modalities]
+        only_probed = [kind for kind in kinds if kind not in reading.modalities and not CodesKind.parse(kind)]
         if only_probed:
             print(f"not decoded without --config-name, only probed: {', '.join(only_probed)}")
     bad = read_all(index, numbers, reading, arguments.workers)
@@ -129,7 +147,8 @@ def _inspect(
 
 
 def _refuse_unread(index: ShardIndex, run: InspectedRun) -> None:
-    missing = index.kinds_used() - set(run.reading.modalities)
+    codes = plan_kinds(index.kinds_used(), run.config.model.discrete, repr(index.folder))
+    missing = index.kinds_used() - set(codes) - set(run.reading.modalities)
     if missing:
         raise DataError(
             f"{index.folder!r} holds {', '.join(sorted(missing))}, for which the configuration has no modality. Add "
@@ -150,9 +169,10 @@ def _print_media(index: ShardIndex) -> None:
     for number, kind in enumerate(index.header.kinds):
         rows = index.media[index.media["kind"] == number]
         if len(rows):
-            names = SIZE_NAMES.get(kind, TIMED)
+            names = size_names(kind)
             sizes = ", ".join(f"{name} {_spread(rows['size'][:, at])}" for at, name in enumerate(names))
-            print(f"  {kind}: {len(rows)} items, {sizes}, bytes {_spread(rows['length'])}  (min / median / max)")
+            size = f"bytes {_spread(rows['length'])}"
+            print(f"  {kind_name(kind)}: {len(rows)} items, {sizes}, {size}  (min / median / max)")
 
 
 def _print_left_out(index: ShardIndex) -> None:
@@ -207,11 +227,11 @@ def _show(index: ShardIndex, text: str, reading: Reading) -> int:
     except (DataError, MediaError) as error:
         print(f"bad: {error}")
         return 1
-    documents = list(zip(sample.sample.documents, sample.documents))
-    for name, (parts, document) in zip(("chosen", "rejected"), documents):
+    documents = list(zip(sample.sample.documents, sample.documents, sample.sample.item_numbers()))
+    for name, (parts, document, numbers) in zip(("chosen", "rejected"), documents):
         if len(documents) > 1:
             print(f"  {name}:")
-        _print_parts(parts, index.media_rows(number), sample)
+        _print_parts(parts, numbers, index.media_rows(number), sample)
         which = "" if reading.loaded else " without media"
         print(f"  {len(document.tokens)} tokens{which}, {sum(document.is_target)} targets:")
         for line in _token_lines(document, sample.media, reading):
@@ -219,20 +239,20 @@ def _show(index: ShardIndex, text: str, reading: Reading) -> int:
     return 0
 
 
-def _print_parts(parts: Sequence[Part], media_rows: np.ndarray, sample: ReadSample) -> None:
-    """Print one line per content part of a document."""
-    rows = zip(media_rows, sample.media, sample.pieces)
+def _print_parts(parts: Sequence[Part], numbers: Sequence[int], media_rows: np.ndarray, sample: ReadSample) -> None:
+    """Print one line per content part of a document, whose media have these numbers."""
+    rows = ((media_rows[n], sample.media[n], sample.pieces[n]) for n in numbers)
     for part in parts:
         if not isinstance(part, MediaPart):
             print(f"  text   {'target' if part.loss else '      '}  {part.text!r}")
             continue
         row, item, pieces = next(rows)
-        sizes = ", ".join(
-            f"{name} {value:.6g}" for name, value in zip(SIZE_NAMES.get(part.modality, TIMED), row["size"])
-        )
+        sizes = ", ".join(f"{name} {value:.6g}" for name, value in zip(size_names(part.modality), row["size"]))
         cut = f", {pieces} piece(s)" if pieces else ""
         given = "".join(f", {key}={value}" for key, value in part.attributes.items())
-        print(f"  media  {part.modality} {part.media!r}: {sizes}{given}, {file_size(len(item.data))}{cut}")
+        target = "target " if isinstance(part, CodesPart) and part.loss else ""
+        name = f"{target}{kind_name(part.modality)} {part.media!r}"
+        print(f"  media  {name}: {sizes}{given}, {file_size(len(item.data))}{cut}")
 
 
 def _token_lines(document: Document, media: Sequence[MediaBytes], reading: Reading) -> Iterator[str]:
@@ -241,8 +261,13 @@ def _token_lines(document: Document, media: Sequence[MediaBytes], reading: Readi
     starts = {} if reading.loaded else _media_at(document, media)
     placeholders = {entry.placeholder for entry in reading.loaded.values()}
     position = 0
-    for token, group in itertools.groupby(document.tokens):
-        count = len(list(group))
+    for token, count in _runs(document.tokens, reading):
+        if reading.codes and token >= reading.codes.vocabulary.base_size:
+            target = "  target" if document.is_target[position] else ""
+            name = reading.codes.vocabulary.lookup(token).name
+            yield f"{position:>5}  {token:>6}  {name}: {count - 2} codes between its marks{target}"
+            position += count
+            continue
         if token in placeholders:
             yield f"{position:>5}  {token:>6}  {hf.convert_ids_to_tokens(token)} x {count}"
             position += count
@@ -252,6 +277,22 @@ def _token_lines(document: Document, media: Sequence[MediaBytes], reading: Readi
             target = "  target" if document.is_target[position] else ""
             yield f"{position:>5}  {token:>6}  {hf.decode([token])!r}{target}"
             position += 1
+
+
+def _runs(tokens: Sequence[int], reading: Reading) -> Iterator[tuple[int, int]]:
+    """First token and length of each item of codes with its marks, and of each run of equal tokens between them."""
+    vocabulary = reading.codes.vocabulary if reading.codes else None
+    ends = {vocabulary.begin(name): vocabulary.end(name) for name in vocabulary.names} if vocabulary else {}
+    start = 0
+    while start < len(tokens):
+        token, stop = tokens[start], start + 1
+        if token in ends:
+            stop = tokens.index(ends[token], start) + 1
+        else:
+            while stop < len(tokens) and tokens[stop] == token:
+                stop += 1
+        yield token, stop - start
+        start = stop
 
 
 def _media_at(document: Document, media: Sequence[MediaBytes]) -> dict[int, list[str]]:
@@ -307,6 +348,7 @@ def planner_of(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPl
         check_shards=False,
         storage=config.data.storage,
         limits=config.data.limits,
+        discrete=config.model.discrete,
     )
 
 

@@ -45,6 +45,7 @@ def inspect_page(arguments: argparse.Namespace, config: RunConfig) -> int:
         planner=planner_of(run, config.data.train),
         tokenizer=run.reading.tokenizer,
         loaded={modality.name: run.reading.loaded[modality.kind] for modality in run.modalities},
+        codes=run.reading.codes,
         datasets=config.data.train,
         max_steps=config.trainer.max_steps,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
@@ -13,12 +12,12 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.trust import FLAG
 from megatron_anymal.config import ConfigError
+from megatron_anymal.generation.model_folder import exported_config
 from megatron_anymal.generation.sampling import Sampling
 
 if TYPE_CHECKING:
     from megatron_anymal.generation.generator import Generator
 
-MODEL_TYPE = "anymal"
 DTYPES = ("auto", "float32", "bfloat16")
 # Arguments that apply to one kind of folder only, and their spelling.
 _OF_CHECKPOINTS = {
@@ -96,7 +95,7 @@ def check_model(arguments: argparse.Namespace, *, untrained: bool = False) -> Op
         CheckpointError, ConfigError: the folder does not hold a model, or the arguments do not apply to it.
     """
     folder = arguments.checkpoint
-    exported = _exported_config(Path(folder))
+    exported = exported_config(Path(folder))
     if exported is None:
         _refuse(arguments, _OF_EXPORTS, f"{folder!r} is a training checkpoint; the option is for exported folders")
         return None
@@ -189,40 +188,6 @@ def model_fingerprint(arguments: argparse.Namespace) -> str:
             content = path.read_bytes() if path.suffix == ".json" else b""
             digest.update(f"{path.relative_to(folder)} {path.stat().st_size} {arguments.dtype}".encode() + content)
     return digest.hexdigest()
-
-
-def _exported_config(folder: Path) -> Optional[dict[str, Any]]:
-    """Read an exported folder's config.json; None if the folder holds a training checkpoint.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    if (folder / store.MANIFEST).is_file():
-        return None
-    path = folder / "config.json"
-    if path.is_file():
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise CheckpointError(f"{str(path)!r} is damaged ({error}). Export again.") from None
-        model_type = config.get("model_type") if isinstance(config, dict) else None
-        if model_type != MODEL_TYPE:
-            raise CheckpointError(
-                f"{str(path)!r} has the model_type {model_type!r}, not {MODEL_TYPE!r}. Name a folder that this trainer "
-                "exported, or a training checkpoint."
-            )
-        return config
-    if not folder.is_dir():
-        raise CheckpointError(
-            f"There is no folder {str(folder)!r}. Name the folder of a checkpoint, of its run, or an exported one."
-        )
-    if not any(list(parent.glob("step_*")) for parent in (folder, folder / "checkpoints")):
-        raise CheckpointError(
-            f"There is no checkpoint in {str(folder)!r}: no {store.MANIFEST}, no step_* and no checkpoints/step_*, and "
-            "no config.json of an exported folder either. Name the folder of a checkpoint, of its run, or an exported "
-            "one."
-        )
-    return None
 
 
 def _refuse(arguments: argparse.Namespace, names: dict[str, str], reason: str) -> None:

@@ -7,13 +7,15 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Optional, Union
 
 from megatron_anymal import lean_imports
 from megatron_anymal.cli.prepare_sources import add_arguments, opened, packed, refuse_addresses, refuse_options
 from megatron_anymal.config import LimitsConfig
-from megatron_anymal.data.filters import Rule, parse_rules
+from megatron_anymal.data.filters import ContentCheck, Rule, parse_rules
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.source_records import Source
@@ -30,13 +32,14 @@ def main(argv: Sequence[str]) -> int:
     part = PartOf.parse(arguments.part) if arguments.part else None
     refuse_options(parser, arguments)
     refuse_addresses(arguments)
-    limits, filters = _limits(arguments.limit), parse_rules(arguments.filter)
+    limits = _limits(arguments.limit)
+    filters = parse_rules(arguments.filter, partial(_open_integrity, limits))
     source = None if arguments.merge else opened(arguments, limits)
     # These import numpy and the media libraries' readers, which --help does without.
     from megatron_anymal.modalities import load_plugins
 
-    if not arguments.plugin:
-        # A plug-in may need torch; what this verb does itself, does not.
+    if not (arguments.plugin or arguments.encode or any(rule.check for rule in filters)):
+        # A plug-in, a tokenizer of media and classifiers may need torch; what this verb does itself, does not.
         lean_imports.hide_torch()
     if source is None:
         from megatron_anymal.data.index_parts import merge_parts
@@ -44,8 +47,21 @@ def main(argv: Sequence[str]) -> int:
         merge_parts(arguments.merge, arguments.max_bad_share)
         return 0
     load_plugins(arguments.plugin)
+    if any(rule.check for rule in filters):
+        # Each further process would load the classifiers again.
+        arguments.workers = 1
     _prepare(arguments, source, _options(arguments, limits, filters), part)
+    for rule in filters:
+        if rule.check:
+            print(rule.check.summary(), file=sys.stderr)
     return 0
+
+
+def _open_integrity(limits: LimitsConfig, path: str) -> ContentCheck:
+    """Read an integrity file of --filter; classifiers are loaded when the first sample needs them."""
+    from megatron_anymal.integrity.sample_filter import SampleFilter
+
+    return SampleFilter(path, limits)
 
 
 def _prepare(
@@ -167,6 +183,7 @@ def _kinds(given: Sequence[str]) -> dict[str, str]:
 
 def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Parse KIND.NAME=VALUE pairs, grouped by kind; values are parsed as JSON if possible."""
+    from megatron_anymal.data.codes import HASH_ATTRIBUTE
     from megatron_anymal.modalities import MODALITIES
     from megatron_anymal.modalities.base import nearest
 
@@ -176,7 +193,8 @@ def _attributes(given: Sequence[str]) -> dict[str, dict[str, Any]]:
         kind, _, name = path.partition(".")
         if not name:
             raise DataError(f"--attribute {text!r} is not of the form KIND.NAME=VALUE, for example imu.rate=200.")
-        if kind not in MODALITIES:
+        # Names in model.discrete are not known here.
+        if kind not in MODALITIES and name != HASH_ATTRIBUTE:
             raise DataError(f"--attribute {text!r}: there is no modality {kind!r}. {nearest(kind, MODALITIES)}")
         try:
             by_kind.setdefault(kind, {})[name] = json.loads(value)

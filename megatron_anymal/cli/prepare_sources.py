@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _USERS = {
     "out": ("manifest", "source"),
     "overwrite": ("manifest", "source"),
+    "encode": ("manifest", "source"),
     "samples_per_shard": ("manifest", "source"),
     "rebuild": ("index_only", "source"),
 }
@@ -65,7 +66,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="RULE",
-        help="leave out samples, for example min_side=224, max_aspect=2, max_seconds=15, min_column:similarity=0.28",
+        help="leave out samples, for example min_side=224, max_aspect=2, max_seconds=15, min_column:similarity=0.28, "
+        "integrity=FILE",
+    )
+    parser.add_argument(
+        "--encode",
+        action="append",
+        default=[],
+        metavar="NAME=TOKENIZER",
+        help="store media of this modality as codes for model.discrete.NAME; TOKENIZER is a HuggingFace folder with a "
+        "codebook, or module:Class",
     )
 
 
@@ -132,6 +142,7 @@ def opened(arguments: argparse.Namespace, limits: LimitsConfig) -> Union[Source,
     """
     if not arguments.source:
         _refuse_options_of_sources(arguments)
+    specifications(arguments.encode)
     if arguments.index_only:
         return ShardFolder(arguments.index_only)
     if arguments.manifest:
@@ -165,13 +176,23 @@ def packed(
         DataError: see `shard_writer.pack` and `manifest_parts.write_part`.
     """
     depends: dict[str, Any] = {
-        "filters": [rule.text for rule in options.filters],
+        "filters": [rule.identity for rule in options.filters],
         "kinds": dict(options.kinds),
         "attributes": {kind: dict(values) for kind, values in options.attributes.items()},
         "plugins": list(options.plugins),
     }
+    encoder = None
+    if arguments.encode:
+        # It imports torch and transformers.
+        from megatron_anymal.data.media_encoding import MediaEncoder
+        from megatron_anymal.data.media_tokenizers import open_tokenizer
+
+        named = specifications(arguments.encode)
+        encoder = MediaEncoder({name: open_tokenizer(name, spec) for name, spec in named.items()}, options)
+        depends["encode"] = encoder.identity
     out, size, share = arguments.out, arguments.samples_per_shard, arguments.max_bad_share
-    filtering = (options.apply_filters, depends) if options.filters else (None, {})
+    used = depends if options.filters or encoder else {}
+    filtering = (options.apply_filters if options.filters else None, used, encoder)
     if part:
         # It imports numpy, which refusals do without.
         from megatron_anymal.data.manifest_parts import write_part
@@ -181,12 +202,32 @@ def packed(
     return None
 
 
+def specifications(given: Sequence[str]) -> dict[str, str]:
+    """The tokenizers of --encode by name; nothing is loaded.
+
+    Raises:
+        DataError: an option has another form, names a section twice, or no tokenizer can have that name.
+    """
+    from megatron_anymal.data.media_tokenizers import check_spec
+
+    named: dict[str, str] = {}
+    for text in given:
+        name, _, spec = text.partition("=")
+        if not name or not spec:
+            raise DataError(f"--encode {text!r} is not of the form NAME=TOKENIZER, for example image=models/emu3-vq.")
+        if name in named:
+            raise DataError(f"--encode names {name!r} twice. Remove one.")
+        check_spec(name, spec)
+        named[name] = spec
+    return named
+
+
 def _check_out(arguments: argparse.Namespace, source: Union[Source, ShardFolder]) -> None:
     option = "--manifest" if arguments.manifest else f"--from {arguments.source[0]}"
     if isinstance(source, Source) and not arguments.out:
         raise DataError(f"{option} needs --out, the folder to write shards into.")
     if isinstance(source, ShardFolder):
-        for name, given in (("out", arguments.out), ("overwrite", arguments.overwrite)):
+        for name, given in (("out", arguments.out), ("overwrite", arguments.overwrite), ("encode", arguments.encode)):
             if given:
                 place = f"in place, in {source.folder}/index, without a copy"
                 raise DataError(f"{option} is indexed {place}. Remove --{name}.")

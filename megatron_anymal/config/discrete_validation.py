@@ -9,6 +9,7 @@ from megatron_anymal.config.schema import ConfigError
 
 # The written form of codes (DiscreteVocabulary.text).
 _CODE = re.compile(r"<([^:]*):[0-9]+:[0-9]+>")
+INTERLEAVINGS = ("sequential", "alternating")
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -82,6 +83,13 @@ def _check_section(model: ModelConfig, name: str, section: DiscreteConfig) -> No
             f"{where}.codes_per_item={codes} must be 0 or a multiple of the {books} codebook(s), because an item has "
             "as many codes of each."
         )
+    if not 0 <= section.prompt_codebooks <= books and section.prompt_codebooks != 1:
+        raise ConfigError(
+            f"{where}.prompt_codebooks={section.prompt_codebooks} must be at most the {books} codebook(s) of "
+            f"{where}.codebooks, or 0 for all."
+        )
+    if section.interleaving not in INTERLEAVINGS:
+        raise ConfigError(f"{where}.interleaving={section.interleaving!r} must be one of {', '.join(INTERLEAVINGS)}.")
     for key in ("begin", "end"):
         mark = getattr(section, key)
         if mark and mark.strip() != mark:

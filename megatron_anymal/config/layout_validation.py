@@ -13,6 +13,7 @@ def check_layout(config: RunConfig) -> None:
         ConfigError: the message names the key and the fix.
     """
     _check_parallel_sizes(config)
+    _check_pipeline(config.model)
     _check_recompute(config.model)
     _check_fp8(config.model)
 
@@ -36,16 +37,6 @@ def _check_parallel_sizes(config: RunConfig) -> None:
             f"data.seq_length={config.data.seq_length} must be a multiple of {2 * m.context_parallel_size}: each "
             f"document is cut into 2 x model.context_parallel_size={m.context_parallel_size} equal chunks."
         )
-    if not m.overlap_p2p_comm and m.virtual_pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            "model.overlap_p2p_comm=false has no effect without a virtual pipeline "
-            "(model.virtual_pipeline_model_parallel_size > 1). Remove it."
-        )
-    if m.virtual_pipeline_model_parallel_size > 1 and m.pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            "model.virtual_pipeline_model_parallel_size > 1 needs model.pipeline_model_parallel_size > 1: it splits "
-            "pipeline stages into chunks. Set it to 1."
-        )
     for name, modality in m.modalities.items():
         heads = modality.projector.num_attention_heads
         if modality.projector.type == "resampler" and heads % m.tensor_model_parallel_size:
@@ -53,12 +44,6 @@ def _check_parallel_sizes(config: RunConfig) -> None:
                 f"model.tensor_model_parallel_size={m.tensor_model_parallel_size} does not divide "
                 f"model.modalities.{name}.projector.num_attention_heads={heads}."
             )
-    edges = m.num_layers_in_first_pipeline_stage or m.num_layers_in_last_pipeline_stage
-    if edges and m.pipeline_model_parallel_size == 1:
-        raise ConfigError(
-            "model.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need "
-            "model.pipeline_model_parallel_size > 1. Set them to 0."
-        )
     if config.trainer.sampled_answers and not config.data.validation:
         raise ConfigError(
             f"trainer.sampled_answers={config.trainer.sampled_answers} has no validation samples to answer. Name a "
@@ -73,6 +58,31 @@ def _check_parallel_sizes(config: RunConfig) -> None:
         raise ConfigError(
             "model.ddp.overlap_param_gather=true needs model.ddp.use_distributed_optimizer=true and "
             "model.ddp.overlap_grad_reduce=true."
+        )
+
+
+def _check_pipeline(m: ModelConfig) -> None:
+    if not m.overlap_p2p_comm and m.virtual_pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "model.overlap_p2p_comm=false has no effect without a virtual pipeline "
+            "(model.virtual_pipeline_model_parallel_size > 1). Remove it."
+        )
+    if m.virtual_pipeline_model_parallel_size > 1 and m.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "model.virtual_pipeline_model_parallel_size > 1 needs model.pipeline_model_parallel_size > 1: it splits "
+            "pipeline stages into chunks. Set it to 1."
+        )
+    if not m.overlap_p2p_comm and m.virtual_pipeline_model_parallel_size > 1 and m.pipeline_model_parallel_size == 2:
+        raise ConfigError(
+            "model.overlap_p2p_comm=false with a virtual pipeline of two stages gives wrong gradients: "
+            "model.pipeline_model_parallel_size=2 makes the previous and the next stage the same rank, and "
+            "megatron-core then mixes up activations and gradients. Set model.overlap_p2p_comm=true."
+        )
+    edges = m.num_layers_in_first_pipeline_stage or m.num_layers_in_last_pipeline_stage
+    if edges and m.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "model.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need "
+            "model.pipeline_model_parallel_size > 1. Set them to 0."
         )
 
 

@@ -87,6 +87,12 @@ class DiscreteConfig:
     Empty: the shards hold codes."""
     tokenizer_hash: str = ""
     """Identity of the tokenizer that the shards' codes must have. Empty: any."""
+    prompt_codebooks: int = 1
+    """Codebooks whose codes stand for an item in a prompt: 1 is the content codebook alone. In an answer all codebooks
+    count. 0: all."""
+    interleaving: str = "sequential"
+    """Order of the codes of several codebooks: `sequential`, one codebook after the other (a1 a2 b1 b2), or
+    `alternating` (a1 b1 a2 b2)."""
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """Conversations: converts JSON messages to documents in Llama 3's chat format.
 
 A conversation is `{"messages": [{"role": "system" | "user" | "assistant", "content": TEXT or [parts]}, ...]}`. The
-parts are those of data/content_parts.py without `loss`; media are allowed in system and user turns only. A preference
-pair adds `"chosen"` and `"rejected"`, two answers to messages that end with a user turn. Each answer is TEXT, a list of
-text parts, or an assistant message.
+parts are those of data/content_parts.py without `loss`; assistant turns have media only as codes of the Llama's
+vocabulary. A preference pair adds `"chosen"` and `"rejected"`, two answers to messages that end with a user turn. Each
+answer is TEXT, a list of parts, or an assistant message.
 
 A document is `<|begin_of_text|>`, then for each message
 
@@ -19,13 +19,14 @@ content.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 from megatron_anymal.data.content_parts import parse_part
-from megatron_anymal.data.records import DataError, MediaPart, Part, Sample, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, Sample, TextPart
 
 # The template's control tokens; the first one must be the tokenizer's begin token.
 CHAT_TOKENS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
@@ -35,7 +36,7 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; the content of an assistant turn is a single text."""
+    """One turn; the content of an assistant turn is text, and media as codes."""
 
     # system, user or assistant.
     role: str
@@ -146,9 +147,18 @@ def _turns(messages: Sequence[Message], learned: bool) -> list[Part]:
     for message in messages:
         loss = learned and message.role == "assistant"
         parts.append(_header(message.role))
-        parts += [TextPart(part.text, loss) if isinstance(part, TextPart) else part for part in message.content]
+        parts += [_spoken(part, message.role, loss) for part in message.content]
         parts.append(TextPart(END_TURN, loss, control=True))
     return parts
+
+
+def _spoken(part: Part, role: str, loss: bool) -> Part:
+    """A part of a turn's content; media other than codes are never targets."""
+    if isinstance(part, TextPart):
+        return TextPart(part.text, loss)
+    if isinstance(part, CodesPart):
+        return dataclasses.replace(part, generated=role == "assistant", loss=loss)
+    return part
 
 
 def _header(role: str) -> TextPart:
@@ -181,8 +191,11 @@ def _content(value: Any, role: str, at: str) -> tuple[Part, ...]:
     parts = [parse_part(entry, f"{at}, part {number}") for number, entry in enumerate(value)]
     if any("loss" in entry for entry in value):
         raise DataError(f"{at}: a part has `loss`, but in a conversation the role decides it. Remove `loss`.")
-    if role == "assistant" and any(isinstance(part, MediaPart) for part in parts):
-        raise DataError(f"{at} is an assistant turn with media, which cannot be targets. Move them to a user turn.")
+    if role == "assistant" and any(isinstance(part, MediaPart) and not isinstance(part, CodesPart) for part in parts):
+        raise DataError(
+            f"{at} is an assistant turn with media, which cannot be targets unless they are codes. Move them to a user "
+            "turn, or encode them: anymal prepare --encode."
+        )
     content = _trimmed(parts)
     if not content:
         raise DataError(f"{at} has empty content. Remove the message, or add text.")

@@ -1,30 +1,52 @@
 """Rules of `anymal prepare --filter`: which samples are kept out of an index.
 
-    RULE     = BOUND "=" NUMBER | "column:" NAME "=" VALUE {"," VALUE}
+    RULE     = BOUND "=" NUMBER | "column:" NAME "=" VALUE {"," VALUE} | "integrity=" FILE
     BOUND    = ("min_" | "max_") QUANTITY
     QUANTITY = "side" | "pixels" | "aspect" | "seconds" | "words" | "characters" | "column:" NAME
 
 Bounds are inclusive. A rule about media applies to each medium of the sample that has the quantity: `side` (the shorter
 side in pixels), `pixels` (width x height) and `aspect` (longer / shorter side) to images, `seconds` to videos, audio
 and IMU signals. `words` and `characters` count the text that the sample's loss covers. A column is a further value that
-the source lists for the sample, such as a CLIP score.
+the source lists for the sample, such as a CLIP score. An integrity file names classifiers of texts and media.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any, Optional, Protocol
 
 from megatron_anymal.data.left_out import FILTERED
-from megatron_anymal.data.records import DataError, Sample, TextPart
+from megatron_anymal.data.records import DataError, MediaPart, Sample, TextPart
 from megatron_anymal.data.shard_samples import SampleError
 
 _OF_IMAGES, _OF_TIMES, _OF_TEXT = ("side", "pixels", "aspect"), ("seconds",), ("words", "characters")
 _QUANTITIES = (*_OF_IMAGES, *_OF_TIMES, *_OF_TEXT)
 _COLUMN = "column:"
+_INTEGRITY = "integrity"
 # Kinds whose `Modality.probe` returns width and height, and those for which it returns seconds first.
 _IMAGES, _TIMED = ("image",), ("video", "audio", "imu")
+
+
+class ContentCheck(Protocol):
+    """A rule about what the texts and media of a sample show."""
+
+    def fingerprint(self) -> str:
+        """Hash of everything that its decisions depend on."""
+
+    def summary(self) -> str:
+        """One line: samples checked and excluded, and the time that it took."""
+
+    def refusal(self, sample: Sample, kinds: Sequence[str], read: Callable[[MediaPart], bytes]) -> str:
+        """Why it excludes a sample; empty if it does not.
+
+        Args:
+            kinds: of the sample's media, in order.
+            read: returns the content of a media part.
+
+        Raises:
+            SampleError: the sample cannot be checked.
+        """
 
 
 @dataclass(frozen=True)
@@ -37,6 +59,9 @@ class Facts:
     media: Sequence[tuple[str, float, float]]
     # Further values that the source lists.
     columns: Mapping[str, Any]
+    # The whole sample, and a function that reads the content of its media parts; for rules about content.
+    sample: Optional[Sample] = None
+    read: Optional[Callable[[MediaPart], bytes]] = None
 
 
 @dataclass(frozen=True)
@@ -45,7 +70,7 @@ class Rule:
 
     # As the user wrote it.
     text: str
-    # One of the quantities, or "column:NAME".
+    # One of the quantities, "column:NAME" or "integrity".
     quantity: str
     # Lower bound; None if there is none.
     least: Optional[float] = None
@@ -53,6 +78,13 @@ class Rule:
     most: Optional[float] = None
     # The values that a column may have, instead of bounds.
     values: tuple[str, ...] = ()
+    # The check of the sample's content, instead of a quantity.
+    check: Optional[ContentCheck] = None
+
+    @property
+    def identity(self) -> str:
+        """Everything that its decisions depend on."""
+        return f"{self.text} {self.check.fingerprint()}" if self.check else self.text
 
     @property
     def column(self) -> str:
@@ -63,8 +95,11 @@ class Rule:
         """Why the rule excludes a sample; empty if it does not.
 
         Raises:
-            SampleError: the sample lacks the column, or it is not a number.
+            SampleError: the sample lacks the column, or it is not a number, or its content cannot be checked.
         """
+        if self.check:
+            assert facts.sample is not None and facts.read is not None
+            return self.check.refusal(facts.sample, [kind for kind, _, _ in facts.media], facts.read)
         if self.values:
             value = str(self._listed(facts))
             return "" if value in self.values else f"{self.column} is {value!r}"
@@ -109,13 +144,19 @@ class FilteredError(SampleError):
         self.rule = rule.text
 
 
-def parse_rules(texts: Iterable[str]) -> tuple[Rule, ...]:
+def parse_rules(
+    texts: Iterable[str], open_integrity: Optional[Callable[[str], ContentCheck]] = None
+) -> tuple[Rule, ...]:
     """Parse rules.
 
+    Args:
+        open_integrity: reads an integrity file.
+
     Raises:
+        ConfigError: an integrity file cannot be used.
         DataError: naming the rule and the grammar.
     """
-    return tuple(_rule(text) for text in texts)
+    return tuple(_rule(text, open_integrity) for text in texts)
 
 
 def apply_rules(rules: Iterable[Rule], facts: Facts) -> None:
@@ -136,10 +177,12 @@ def learned_text(sample: Sample) -> str:
     return "".join(part.text for part in parts if part.loss and not part.control)
 
 
-def _rule(text: str) -> Rule:
+def _rule(text: str, open_integrity: Optional[Callable[[str], ContentCheck]]) -> Rule:
     name, equals, value = text.partition("=")
     if not equals or not value:
         raise _unreadable(text, "it has no `=` with a value behind it")
+    if name == _INTEGRITY and open_integrity:
+        return Rule(text, name, check=open_integrity(value))
     if name.startswith(_COLUMN) and len(name) > len(_COLUMN):
         return Rule(text, name, values=tuple(value.split(",")))
     bound, _, quantity = name.partition("_")
@@ -158,5 +201,6 @@ def _rule(text: str) -> Rule:
 def _unreadable(text: str, why: str) -> DataError:
     return DataError(
         f"--filter {text!r}: {why}. Write min_X=NUMBER or max_X=NUMBER with X one of {', '.join(_QUANTITIES)} or "
-        "column:NAME, or column:NAME=VALUE,VALUE; for example min_side=224, max_aspect=2, min_column:similarity=0.28."
+        "column:NAME, or column:NAME=VALUE,VALUE, or integrity=FILE; for example min_side=224, max_aspect=2, "
+        "min_column:similarity=0.28."
     )

@@ -10,14 +10,17 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_anymal.config import ConfigError, LimitsConfig
+from megatron_anymal.data.codes import HASH_ATTRIBUTE, CodesKind, name_in_member, read_codes
+from megatron_anymal.data.content_parts import CODES_ENDING, media_part
 from megatron_anymal.data.filters import Facts, FilteredError, Rule, apply_rules, learned_text
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LeftOut
-from megatron_anymal.data.records import SAMPLE_KINDS, DataError, MediaPart, Part, Sample
+from megatron_anymal.data.records import SAMPLE_KINDS, CodesPart, DataError, MediaPart, Part, Sample
 from megatron_anymal.data.samples import is_sample, parse_sample, parse_text
 from megatron_anymal.data.shard_rows import RowBuffer, ShardRows
 from megatron_anymal.data.shard_samples import Group, MemberRule, SampleError, groups
@@ -29,9 +32,11 @@ from megatron_anymal.modalities.base import MediaError
 from megatron_anymal.object_storage.client import file_system
 
 # Increased by every change that gives a shard other rows: indexes that were built before are then not built upon.
-RULES = 1
+RULES = 2
 # Largest value of the column media_count.
 MAX_MEDIA = 65_535
+# Most values of the columns kind and extension of a shard.
+MAX_NAMES = 255
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class IndexOptions:
             "attributes": {kind: dict(values) for kind, values in self.attributes.items()},
             "limits": dataclasses.asdict(self.limits),
             "text_only": self.text_only,
-            "filters": [rule.text for rule in self.filters],
+            "filters": [rule.identity for rule in self.filters],
             "plugins": plugins,
         }
         return dict(json.loads(json.dumps(body)))
@@ -102,14 +107,19 @@ class IndexOptions:
             raise MediaError(f"has the unknown modality {kind!r}; known: {', '.join(sorted(MODALITIES))}")
         return kind
 
-    def probe(self, part: MediaPart, data: bytes) -> tuple[str, float, float]:
-        """Kind of a media item, and the two numbers of its modality's `probe`.
+    def probe(self, part: MediaPart, data: bytes, *, rejected: bool = False) -> tuple[str, float, float]:
+        """Kind of a media item, and the two numbers of its modality's `probe`; of codes, see `_probe_codes`.
+
+        Args:
+            rejected: it belongs to the rejected answer of a preference pair alone.
 
         Raises:
             SampleError: the item cannot be used.
         """
         extension = part.media.lower().rpartition(".")[2]
         try:
+            if isinstance(part, CodesPart):
+                return self._probe_codes(part, data, rejected)
             kind = self.kind_of(part, extension)
             attributes = {**self.attributes.get(kind, {}), **part.attributes}
             first, second = map(float, MODALITIES[kind].probe(data, extension, attributes, self.limits))
@@ -120,6 +130,14 @@ class IndexOptions:
         except Exception as error:
             raise SampleError("media", f"its member {part.media!r} cannot be read: {error!r}.") from error
         return kind, first, second
+
+    def _probe_codes(self, part: CodesPart, data: bytes, rejected: bool) -> tuple[str, float, float]:
+        """Kind of an item of codes, its number of codes per codebook, and its highest code."""
+        codes = read_codes(data)
+        name = part.modality or name_in_member(part.media) or self.kinds.get(CODES_ENDING, "")
+        stated = {**self.attributes.get(name, {}), **part.attributes}.get(HASH_ATTRIBUTE, "")
+        kind = CodesKind.of(part, name, len(codes), stated, rejected=rejected)
+        return str(kind), float(codes.shape[1]), float(codes.max())
 
     def apply_filters(self, sample: Sample, media: Mapping[str, bytes], columns: Mapping[str, Any]) -> None:
         """Check a sample before it is packed.
@@ -132,9 +150,9 @@ class IndexOptions:
             FilteredError: a rule excludes it.
             SampleError: a media item cannot be used, or it lacks a column that a rule reads.
         """
-        parts = [part for part in sample.documents[0] if isinstance(part, MediaPart)]
-        sizes = [self.probe(part, media[part.media]) for part in parts]
-        apply_rules(self.filters, Facts(learned_text(sample), sizes, columns))
+        sizes = [self.probe(part, media[part.media]) for part in sample.media]
+        facts = Facts(learned_text(sample), sizes, columns, sample, lambda part: media[part.media])
+        apply_rules(self.filters, facts)
 
 
 @dataclass
@@ -213,13 +231,13 @@ class _Indexer:
         text, data, is_json, sample = self._read(group, members)
         used = [text]
         media = []
-        for part in sample.documents[0]:
-            if isinstance(part, MediaPart):
-                member = members.get(part.media.lower())
-                if member is None:
-                    raise SampleError("missing_media", f"its JSON names {part.media!r}, which is not in the shard.")
-                media.append(self._media_row(part, member))
-                used += [member]
+        first = sum(isinstance(part, MediaPart) for part in sample.documents[0])
+        for number, part in enumerate(sample.media):
+            member = members.get(part.media.lower())
+            if member is None:
+                raise SampleError("missing_media", f"its JSON names {part.media!r}, which is not in the shard.")
+            media.append(self._media_row(part, member, rejected=number >= first))
+            used += [member]
         is_used = {member.offset for member in used}
         unused = [ending for ending, member in group.members.items() if member.offset not in is_used]
         for ending in unused:
@@ -231,7 +249,8 @@ class _Indexer:
             raise SampleError("limit", f"it has {len(media)} media items, above the index's maximum of {MAX_MEDIA}.")
         if self._options.filters:
             sizes = [(self._rows.kinds[row[3]], row[5], row[6]) for row in media]
-            apply_rules(self._options.filters, Facts(learned_text(sample), sizes, self._columns(group)))
+            facts = Facts(learned_text(sample), sizes, self._columns(group), sample, partial(self._content, members))
+            apply_rules(self._options.filters, facts)
         row = (text.offset, text.size, zlib.crc32(data), is_json, SAMPLE_KINDS.index(sample.kind), *counts)
         return _Row(row, media, len(is_used), tuple(f".{ending}" for ending in unused))
 
@@ -250,7 +269,7 @@ class _Indexer:
                 raise SampleError("text", "it has neither a .txt nor a .json with `parts` or `messages`.")
             data = self._text(text)
             media = self._rule.media(members)
-            parts: list[Part] = [*(MediaPart(ending, "") for ending in media), parse_text(data, "it")]
+            parts: list[Part] = [*(media_part(ending, "", {}) for ending in media), parse_text(data, "it")]
         except SampleError:
             raise
         except DataError as error:
@@ -268,6 +287,10 @@ class _Indexer:
             raise SampleError("text", str(error)) from None
         return value if isinstance(value, dict) else {}
 
+    def _content(self, members: Mapping[str, TarMember], part: MediaPart) -> bytes:
+        member = members[part.media.lower()]
+        return self._source.read_at(member.offset, member.size)
+
     def _text(self, member: TarMember) -> bytes:
         limit = self._options.limits.max_text_bytes
         if member.size > limit:
@@ -275,13 +298,13 @@ class _Indexer:
             raise SampleError("limit", reason)
         return self._source.read_at(member.offset, member.size)
 
-    def _media_row(self, part: MediaPart, member: TarMember) -> tuple[Any, ...]:
+    def _media_row(self, part: MediaPart, member: TarMember, *, rejected: bool) -> tuple[Any, ...]:
         limit = self._options.limits.max_member_bytes
         if member.size > limit:
             reason = f"its {member.name!r} has {member.size} bytes, above data.limits.max_member_bytes={limit}."
             raise SampleError("limit", reason)
         data = self._source.read_at(member.offset, member.size)
-        kind, first, second = self._options.probe(part, data)
+        kind, first, second = self._options.probe(part, data, rejected=rejected)
         extension = part.media.lower().rpartition(".")[2]
         rows = self._rows
         return (
@@ -307,7 +330,15 @@ class _Indexer:
 
 
 def _number(names: list[str], name: str) -> int:
-    """Position of a name in a list; a new name is appended."""
+    """Position of a name in a list; a new name is appended.
+
+    Raises:
+        SampleError: the list is full.
+    """
     if name not in names:
+        if len(names) == MAX_NAMES:
+            raise SampleError(
+                "limit", f"it needs a {MAX_NAMES + 1}th kind or ending of media. Index it in another folder."
+            )
         names.append(name)
     return names.index(name)

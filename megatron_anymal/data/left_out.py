@@ -38,6 +38,7 @@ CODES = {
     "placeholders": "samples whose placeholders and media differ in number",
     "column": "samples without a column that a filter or an option names",
     "filtered": "samples that a --filter rule excludes",
+    "unchecked": "samples that a classifier of an integrity file could not check",
     "no_media": "samples without media among samples with media",
     "joined": "places where one archive follows another in the same file (both are read)",
     "long_end": "shards that end with many zeros, as if their last members had been overwritten",

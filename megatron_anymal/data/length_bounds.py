@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_anymal.data.codes import NO_CODES, PlannedCodes
 from megatron_anymal.data.configured_modality import PlannedModality
 
 # Samples per block.
@@ -140,13 +141,20 @@ class LengthBounds:
         last = (samples - 1) // self.block
         return bool(len(blocks) and blocks[-1] == last and (np.diff(blocks, prepend=-1) < 2).all())
 
-    def exceeding(self, seq_length: int, kinds: Sequence[str], modalities: Mapping[str, PlannedModality]) -> np.ndarray:
+    def exceeding(
+        self,
+        seq_length: int,
+        kinds: Sequence[str],
+        modalities: Mapping[str, PlannedModality],
+        codes: Mapping[str, PlannedCodes] = NO_CODES,
+    ) -> np.ndarray:
         """[blocks] bool: whether a bound of a block allows a sample that is longer than `seq_length`.
 
         Args:
             seq_length: in tokens.
             kinds: kinds of media of the index's header.
             modalities: those of the run, by kind; kinds that no sample has may be missing.
+            codes: those of model.discrete, likewise.
         """
         soft = np.zeros(len(self.table), np.int64)
         unknown = np.zeros(len(self.table), bool)
@@ -154,6 +162,9 @@ class LengthBounds:
             count, size = self.table["media"][:, number].astype(np.int64), self.table["size"][:, number]
             used = np.flatnonzero(count)
             if not len(used):
+                continue
+            if kind in codes:
+                soft[used] += count[used] * codes[kind].tokens(size[used, 0])
                 continue
             planned = modalities[kind]
             if not planned.modality.pieces_grow_with_size:

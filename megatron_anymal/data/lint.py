@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Optional
 
 import numpy as np
 
 from megatron_anymal.config import EncoderConfig, LimitsConfig, ModalityConfig
+from megatron_anymal.data.codes import CodeLayout, CodesKind, plan_codes, read_codes
 from megatron_anymal.data.configured_modality import LoadedModality
-from megatron_anymal.data.records import DataError, Sample
+from megatron_anymal.data.content_parts import with_tokens
+from megatron_anymal.data.records import CodesPart, DataError, Sample
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.modalities import MODALITIES, MediaError, Modality, build_modality
@@ -19,6 +22,7 @@ from megatron_anymal.telemetry import Progress
 # Names of the two numbers of `Modality.probe`.
 SIZE_NAMES = {"image": ("width", "height"), "video": ("seconds", "frames/s")}
 TIMED = ("seconds", "Hz")
+_OF_CODES = ("codes", "highest code")
 # Stand-in encoders for test decoding without a run configuration.
 _STAND_INS = {
     "image": EncoderConfig(type="clip", config={"image_size": 224}),
@@ -28,6 +32,20 @@ _STAND_INS = {
 }
 # Samples submitted to the threads at a time.
 _CHUNK = 1024
+
+
+def size_names(kind: str) -> tuple[str, str]:
+    """Names of the two numbers that an index has of an item of a kind."""
+    return _OF_CODES if CodesKind.parse(kind) else SIZE_NAMES.get(kind, TIMED)
+
+
+def kind_name(kind: str) -> str:
+    """How a kind of an index is shown: codes by the name of their section."""
+    codes = CodesKind.parse(kind)
+    if codes is None:
+        return kind
+    books = f" in {codes.codebooks} codebooks" if codes.codebooks > 1 else ""
+    return f"{codes.name or 'unnamed'} codes ({codes.role}{books})"
 
 
 @dataclass(frozen=True)
@@ -40,6 +58,8 @@ class Reading:
     modalities: Mapping[str, Modality]
     # Kind -> placeholder and soft tokens; empty without a configuration.
     loaded: Mapping[str, LoadedModality] = field(default_factory=dict)
+    # Token ids of codes; None without a configuration.
+    codes: Optional[CodeLayout] = None
 
     @staticmethod
     def without_configuration(tokenizer: Tokenizer, index: ShardIndex) -> Reading:
@@ -59,7 +79,7 @@ class ReadSample:
     sample: Sample
     # Content of its media items, in order.
     media: list[MediaBytes]
-    # Number of pieces of each media item; 0 without a configuration.
+    # Number of pieces of each media item; 0 for codes, and without a configuration.
     pieces: list[int]
     # One for each of the sample's documents.
     documents: list[Document]
@@ -83,18 +103,40 @@ def read_sample(index: ShardIndex, number: int, reading: Reading) -> ReadSample:
                 f"{targets}. Rebuild the index with `anymal prepare --rebuild --index-only`."
             )
     rows = index.media_rows(number)
-    media = index.read_media(number, sample.documents[0], range(len(rows)))
-    pieces = []
+    media = index.read_media(number, sample.media, range(len(rows)))
+    pieces, codes = [], []
     for item, media_row in zip(media, rows):
         try:
-            pieces.append(_decode(item, media_row["size"], reading, index.limits))
+            is_codes = isinstance(item.part, CodesPart)
+            codes.append(_tokens_of_codes(item, reading) if is_codes else None)
+            pieces.append(0 if is_codes else _decode(item, media_row["size"], reading, index.limits))
         except MediaError as error:
             raise MediaError(f"media {item.part.media!r} {error}") from None
     soft = [n * reading.loaded[m.part.modality].soft_tokens_per_piece if n else 0 for n, m in zip(pieces, media)]
     # Without a configuration there are no soft tokens, and the placeholder is never used.
     ids = {kind: entry.placeholder for kind, entry in reading.loaded.items()} or {m.part.modality: -1 for m in media}
-    documents = [tokenizer.document(parts, soft, ids, closed=sample.closed) for parts in sample.documents]
+    documents = [
+        tokenizer.document(
+            with_tokens(parts, [codes[n] for n in own]),
+            [soft[n] for n in own if codes[n] is None],
+            ids,
+            closed=sample.closed,
+        )
+        for parts, own in zip(sample.documents, sample.item_numbers())
+    ]
     return ReadSample(sample, media, pieces, documents)
+
+
+def _tokens_of_codes(item: MediaBytes, reading: Reading) -> tuple[int, ...]:
+    """Token ids of an item of codes; none without a configuration, which only reads it."""
+    assert isinstance(item.part, CodesPart)
+    if reading.codes is None:
+        read_codes(item.data)
+        return ()
+    kind = CodesKind.parse(item.part.modality)
+    assert kind is not None, "an index has a kind of codes for each item of codes"
+    name = plan_codes(kind, reading.codes.sections, "it").name
+    return reading.codes.tokens(name, item.data, generated=item.part.generated)
 
 
 def _decode(item: MediaBytes, indexed_size: np.ndarray, reading: Reading, limits: LimitsConfig) -> int:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.configured_modality import LoadedModality
-from megatron_anymal.data.content_parts import name_modalities
+from megatron_anymal.data.content_parts import name_modalities, with_tokens
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.feature_cache import FeatureCache
 from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, start_worker, worker_died
@@ -20,10 +21,19 @@ from megatron_anymal.data.media_pieces import PieceReader, PlannedItem, pieces_i
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
 from megatron_anymal.data.plan_queue import PlanSampler
 from megatron_anymal.data.planner import BatchPlanner
-from megatron_anymal.data.records import DataError, Part, PlannedMicroBatch, PlannedSample
+from megatron_anymal.data.records import (
+    CodesPart,
+    DataError,
+    MediaPart,
+    PlannedMedia,
+    PlannedMicroBatch,
+    PlannedSample,
+    Sample,
+)
 from megatron_anymal.data.shared_prompts import prompts_of, spans_of
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.data.tokenizer import Document, Tokenizer
+from megatron_anymal.modalities.base import MediaError
 from megatron_anymal.object_storage.byte_ranges import ByteRange
 from megatron_anymal.object_storage.errors import StorageError
 
@@ -56,7 +66,9 @@ class MicroBatchReader(Dataset[MicroBatch]):
         tokenizer: Tokenizer,
         modalities: Mapping[str, LoadedModality],
         needs: RankNeeds,
+        codes: Optional[CodeLayout] = None,
     ):
+        self._codes = codes
         self._planner, self._tokenizer = planner, tokenizer
         self._modalities, self._needs = modalities, needs
         self._pieces = PieceReader(planner)
@@ -83,8 +95,11 @@ class MicroBatchReader(Dataset[MicroBatch]):
         """What this rank reads from object storage for a micro-batch, by dataset."""
         if not self._needs.text:
             return {}
-        # Position of a sample -> numbers of its media items.
-        media: dict[int, list[int]] = {sample.position: [] for sample in plan.samples}
+        # Position of a sample -> numbers of its media items; codes are part of the text.
+        media = {
+            sample.position: [n for n, item in enumerate(sample.media) if item.modality not in self._modalities]
+            for sample in plan.samples
+        }
         for name in self._modalities if self._needs.media else ():
             stop = 0
             items = _items_of(plan, name)
@@ -132,7 +147,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
             branch=branch,
             prompts=prompts_of(plan),
         )
-        parts_of: dict[int, list[Part]] = {}
+        parts_of: dict[int, list[MediaPart]] = {}
         for sample, spans in zip(plan.samples, spans_of(plan)):
             for number, span in enumerate(spans):
                 micro_batch.sample_positions[0, span] = sample.position
@@ -166,18 +181,29 @@ class MicroBatchReader(Dataset[MicroBatch]):
         tensors = {name: getattr(micro_batch, name)[:, held] for name in names}
         return dataclasses.replace(micro_batch, media=media, **tensors)
 
-    def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> list[Part]:
+    def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> list[MediaPart]:
         """Write a sample's documents into the micro-batch.
 
         Returns:
-            The parts of the first document; all documents of a sample contain the same media.
+            The sample's media.
         """
         read = self._planner.indexes[sample.dataset].sample(sample.sample)
-        soft = [m.pieces * self._modalities[m.modality].soft_tokens_per_piece for m in sample.media]
         # From here on, media parts carry the modality's name in the configuration.
-        parts_of = [name_modalities(parts, [m.modality for m in sample.media]) for parts in read.documents]
+        numbers = read.item_numbers()
+        named = [
+            name_modalities(parts, [sample.media[n].modality for n in own])
+            for parts, own in zip(read.documents, numbers)
+        ]
+        media = Sample(read.kind, tuple(named)).media
+        tokens = self._tokens_of_codes(sample, media)
         documents = [
-            self._tokenizer.document(parts, soft, self._placeholders, closed=read.closed) for parts in parts_of
+            self._tokenizer.document(
+                with_tokens(parts, [tokens.get(n) for n in own]),
+                [self._soft_tokens(sample.media[n]) for n in own if n not in tokens],
+                self._placeholders,
+                closed=read.closed,
+            )
+            for parts, own in zip(named, numbers)
         ]
         lengths = tuple(len(document.tokens) for document in documents)
         if lengths != sample.documents or sum(sum(document.is_target) for document in documents) != sample.targets:
@@ -195,18 +221,39 @@ class MicroBatchReader(Dataset[MicroBatch]):
             _write(micro_batch, documents[0], 0, places[0])
         for document, span in zip(documents, places[-len(documents) :]):
             _write(micro_batch, document, sample.shared, span)
-        return parts_of[0]
+        return media
+
+    def _soft_tokens(self, planned: PlannedMedia) -> int:
+        return planned.pieces * self._modalities[planned.modality].soft_tokens_per_piece
+
+    def _tokens_of_codes(self, sample: PlannedSample, media: Sequence[MediaPart]) -> dict[int, tuple[int, ...]]:
+        """Token ids of a sample's items of codes, by their numbers among its media."""
+        items = {number: part for number, part in enumerate(media) if isinstance(part, CodesPart)}
+        if not items:
+            return {}
+        assert self._codes is not None, "the planner has refused codes without model.discrete"
+        tokens = {}
+        read = self._planner.indexes[sample.dataset].read_media(sample.sample, media, list(items))
+        for (number, part), item in zip(items.items(), read):
+            try:
+                tokens[number] = self._codes.tokens(part.modality, item.data, generated=part.generated)
+            except MediaError as error:
+                key = self._planner.key(sample.dataset, sample.sample)
+                raise DataError(f"{key}: media {part.media!r} {error}.") from None
+        return tokens
 
     def _hold_places(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> None:
         """Write placeholders for an unreadable sample's media, so that shapes still agree across ranks."""
         for start in (span.start for span in (places[:1] if sample.shared else places)):
             for planned in sample.media:
+                if planned.modality not in self._modalities:
+                    continue
                 entry = self._modalities[planned.modality]
                 stop = start + planned.pieces * entry.soft_tokens_per_piece
                 micro_batch.tokens[0, start:stop] = entry.placeholder
                 start = stop
 
-    def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[Part]]) -> None:
+    def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[MediaPart]]) -> None:
         for name, entry in self._modalities.items():
             items = _items_of(micro_batch.plan, name)
             if not items:

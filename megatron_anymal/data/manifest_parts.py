@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.left_out import by_rule
@@ -27,6 +27,9 @@ from megatron_anymal.data.shard_writer import (
 )
 from megatron_anymal.data.source_records import Record, Source
 from megatron_anymal.telemetry import Progress
+
+if TYPE_CHECKING:
+    from megatron_anymal.data.media_encoding import MediaEncoder
 
 # Options that parts must agree on -> how they are given.
 _SPELLED = {
@@ -47,6 +50,7 @@ def write_part(
     limits: LimitsConfig = DEFAULT_LIMITS,
     apply_filters: Optional[ApplyFilters] = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
+    encoder: Optional[MediaEncoder] = None,
 ) -> list[str]:
     """Write each N-th shard of a source, except for those that the part has written before.
 
@@ -56,7 +60,8 @@ def write_part(
     Args:
         samples_per_shard: samples of the source per shard, those left out included.
         apply_filters: leaves out the samples that a filter excludes.
-        settings: the options that `apply_filters` depends on.
+        settings: the options that `apply_filters` and `encoder` depend on.
+        encoder: encodes media as codes.
 
     Returns:
         File names of the part's shards.
@@ -67,9 +72,8 @@ def write_part(
     parts = PartFiles(out)
     total = _samples(source, out, parts, packing_options(samples_per_shard, limits, settings))
     sizes = [min(samples_per_shard, total - first) for first in range(0, total, samples_per_shard)]
-    packer = _PartPacker(
-        Path(out), parts, SampleWriter(source, limits, apply_filters), sum(part.items(sizes)), source.path
-    )
+    writer = SampleWriter(source, limits, apply_filters, encoder)
+    packer = _PartPacker(Path(out), parts, writer, sum(part.items(sizes)), source.path)
     shards = []
     numbered = itertools.groupby(enumerate(source.records()), lambda entry: entry[0] // samples_per_shard)
     for number, stretch in numbered:

@@ -11,11 +11,13 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, LimitsConfig, ModelConfig, StorageConfig
+from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, DiscreteConfig, LimitsConfig, ModelConfig, StorageConfig
+from megatron_anymal.data.codes import PlannedCodes, plan_kinds
 from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import document_multiple, padded
 from megatron_anymal.data.global_order import GlobalOrder
@@ -103,6 +105,7 @@ class BatchPlanner:
         limits: Optional[LimitsConfig] = None,
         storage: Optional[StorageConfig] = None,
         section: str = "data.train",
+        discrete: Mapping[str, DiscreteConfig] = MappingProxyType({}),
     ):
         """Open the indexes and check that the mixture can be planned.
 
@@ -112,11 +115,12 @@ class BatchPlanner:
                 stored in each index.
             storage: how folders on object storage are read. None: the defaults.
             section: key of `datasets` in the configuration, for messages.
+            discrete: `model.discrete`.
 
         Raises:
             DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
-                samples of another kind or media without a configured modality; with too_long="refuse", a sample is
-                longer than seq_length.
+                samples of another kind, media without a configured modality or codes that `discrete` does not fit;
+                with too_long="refuse", a sample is longer than seq_length.
             StorageError: an object store, or the cache for its indexes, cannot be used.
         """
         if not datasets:
@@ -132,7 +136,10 @@ class BatchPlanner:
         self.seed, self.too_long = seed, too_long
         self._weights = tuple(d.weight for d in datasets.values())
         self._by_kind = {m.kind: m for m in modalities}
+        # Kind of the index -> lengths of its items of codes.
+        self._codes: dict[str, PlannedCodes] = {}
         for index in self.indexes:
+            self._codes.update(plan_kinds(index.kinds_used(), discrete, repr(index.folder)))
             self._check_index(index, tokenizer, sample_kinds)
             if check_shards:
                 index.check_shards()
@@ -238,7 +245,7 @@ class BatchPlanner:
         Args:
             sample: [n] row numbers.
         """
-        return measure_samples(index, sample, self._by_kind, shared_prompts=self.layout.shared_prompts)
+        return measure_samples(index, sample, self._by_kind, self._codes, shared_prompts=self.layout.shared_prompts)
 
     def _media(self, measured: Sequence[tuple[np.ndarray, Measures]], samples: int) -> BatchMedia:
         """Put the media items of all datasets in the order of the samples.
@@ -257,7 +264,8 @@ class BatchPlanner:
             # How far each item moves: its sample's first item goes to the start of the sample's position.
             places = np.arange(len(measures.owner)) + (start[positions] - (np.cumsum(own) - own))[measures.owner]
             modality[places], pieces[places] = measures.modality, measures.pieces
-        return BatchMedia(tuple(m.name for m in self._by_kind.values()), start, modality, pieces)
+        names = *(m.name for m in self._by_kind.values()), *(c.name for c in self._codes.values())
+        return BatchMedia(names, start, modality, pieces)
 
     def _check_index(self, index: ShardIndex, tokenizer: Tokenizer, sample_kinds: Collection[str]) -> None:
         strange = set(index.sample_kinds()) - set(sample_kinds)
@@ -266,7 +274,7 @@ class BatchPlanner:
                 f"{index.folder!r} contains samples with {_MARK[min(strange)]}, but this run trains on samples with "
                 f"{' or '.join(_MARK[kind] for kind in SAMPLE_KINDS if kind in sample_kinds)}. Use another folder."
             )
-        missing = index.kinds_used() - set(self._by_kind)
+        missing = index.kinds_used() - set(self._by_kind) - set(self._codes)
         if missing:
             raise DataError(
                 f"{index.folder!r} contains {', '.join(sorted(missing))}, for which no modality is configured "
@@ -305,4 +313,4 @@ class BatchPlanner:
                 yield rows[doubtful[rows // block]]
 
     def _exceeding(self, index: ShardIndex, bounds: LengthBounds) -> np.ndarray:
-        return bounds.exceeding(self.layout.seq_length, index.header.kinds, self._by_kind)
+        return bounds.exceeding(self.layout.seq_length, index.header.kinds, self._by_kind, self._codes)

@@ -35,7 +35,29 @@ class MediaPart:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class CodesPart(MediaPart):
+    """A media item as codes of the Llama's own vocabulary (data/codes.py); `modality` is a name in model.discrete."""
+
+    # Whether it belongs to an answer: then all codebooks count, and in a prompt only the first ones.
+    generated: bool = False
+    # Whether its marks and codes are loss targets.
+    loss: bool = False
+
+
+@dataclass(frozen=True)
+class TokensPart:
+    """A part of a sample that is token ids already: marks and codes of a `CodesPart` whose file has been read."""
+
+    # The ids.
+    tokens: tuple[int, ...]
+    # Whether they are loss targets.
+    loss: bool = False
+
+
 Part = Union[TextPart, MediaPart]
+# A part of a document that is ready for the tokenizer.
+DocumentPart = Union[TextPart, MediaPart, TokensPart]
 
 # Kinds of samples. An index stores the position in this tuple.
 SAMPLE_KINDS = ("parts", "messages", "preference")
@@ -45,7 +67,7 @@ SAMPLE_KINDS = ("parts", "messages", "preference")
 class Sample:
     """A sample's documents as lists of parts: a single one, or the chosen and the rejected one of a preference pair.
 
-    Both documents of a pair contain the same media.
+    Both documents of a pair contain the same media, except for codes in their answers.
     """
 
     # One of SAMPLE_KINDS.
@@ -57,6 +79,28 @@ class Sample:
     def closed(self) -> bool:
         """Whether the tokenizer's end token is appended; the last turn of a conversation has its own end token."""
         return self.kind == "parts"
+
+    @property
+    def media(self) -> list[MediaPart]:
+        """Its media items in the order of the index: those of the first document, then codes of the rejected answer."""
+        first, *rest = self.documents
+        media = [part for part in first if isinstance(part, MediaPart)]
+        return media + [part for parts in rest for part in parts if isinstance(part, CodesPart) and part.loss]
+
+    def item_numbers(self) -> list[list[int]]:
+        """For each document, the positions in `media` of its media items, in order."""
+        numbers: list[list[int]] = []
+        count = 0
+        for parts in self.documents:
+            own, shared = [], 0
+            for part in parts:
+                if isinstance(part, MediaPart):
+                    # Media of the prompt come first in every document.
+                    new = not numbers or (isinstance(part, CodesPart) and part.loss)
+                    own.append(count if new else shared)
+                    count, shared = count + new, shared + 1
+            numbers.append(own)
+        return numbers
 
 
 @dataclass(frozen=True)

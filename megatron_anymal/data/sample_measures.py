@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_anymal.data.codes import NO_CODES, PlannedCodes
 from megatron_anymal.data.configured_modality import PlannedModality, integer_costs
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.shared_prompts import shared_tokens, span_lengths
@@ -24,9 +25,9 @@ class Measures:
     costs: np.ndarray
     # [m]: row of each media item's sample.
     owner: np.ndarray
-    # [m]: position of each media item's modality among those of the planner.
+    # [m]: position of each media item's modality among those of the planner, those of codes last.
     modality: np.ndarray
-    # [m]: number of pieces of each media item.
+    # [m]: number of pieces of each media item; of codes, the number of their tokens.
     pieces: np.ndarray
     # [n]: tokens of the prompt that a pack holds once for both documents; 0 if it holds whole documents.
     shared: np.ndarray
@@ -41,6 +42,7 @@ def measure_samples(
     index: ShardIndex,
     sample: np.ndarray,
     by_kind: Mapping[str, PlannedModality],
+    codes: Mapping[str, PlannedCodes] = NO_CODES,
     *,
     shared_prompts: bool = False,
 ) -> Measures:
@@ -49,6 +51,7 @@ def measure_samples(
     Args:
         sample: [n] row numbers.
         by_kind: the configured modalities by their kind of media.
+        codes: those of model.discrete, likewise.
         shared_prompts: packs hold the prompt of a pair once.
     """
     samples, items = index.readers
@@ -72,5 +75,14 @@ def measure_samples(
         # Each document of a sample contains all its media, but they are encoded only once.
         documents += has * (of_sample * planned.soft_tokens_per_piece)[:, None]
         costs += of_sample * cost_per_piece[number]
+    for number, (kind, of_kind) in enumerate(codes.items(), start=len(by_kind)):
+        if kind not in index.header.kinds:
+            continue
+        mine = np.flatnonzero(media["kind"] == index.header.kinds.index(kind))
+        modality[mine] = number
+        pieces[mine] = of_kind.tokens(media["size"][mine, 0])
+        of_sample = np.bincount(owner[mine], pieces[mine], len(sample)).astype(np.int64)[:, None]
+        documents += has * np.array(of_kind.documents) * of_sample
+        targets += has * np.array(of_kind.documents) * of_kind.loss * of_sample
     shared = shared_tokens(documents, targets) if shared_prompts else np.zeros(len(sample), np.int64)
     return Measures(documents, targets.sum(axis=1), costs, owner, modality, pieces, shared)

@@ -65,7 +65,11 @@ def parse_text(data: bytes, where: str) -> TextPart:
 
 def media_entries(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The media parts in a sample's JSON (as accepted by `parse_sample`), in document order."""
-    lists = [value["parts"]] if "parts" in value else [message["content"] for message in value["messages"]]
+    if "parts" in value:
+        lists = [value["parts"]]
+    else:
+        turns = [*value["messages"], *(value[name] for name in ("chosen", "rejected") if name in value)]
+        lists = [turn["content"] if isinstance(turn, dict) else turn for turn in turns]
     for entries in lists:
         if isinstance(entries, list):
             yield from (entry for entry in entries if "media" in entry)

@@ -18,7 +18,8 @@ from typing import Any, Optional
 import numpy as np
 
 from megatron_anymal.config import LimitsConfig, StorageConfig
-from megatron_anymal.data.content_parts import name_modalities
+from megatron_anymal.data.codes import CodesKind
+from megatron_anymal.data.content_parts import CODES_ENDING, media_part, name_modalities
 from megatron_anymal.data.index_format import (
     BOUNDS,
     KEYS,
@@ -38,6 +39,8 @@ from megatron_anymal.data.samples import parse_sample, parse_text
 from megatron_anymal.data.stored_shards import StoredShards
 from megatron_anymal.object_storage.byte_ranges import ByteRange
 from megatron_anymal.object_storage.remote_shards import RemoteShards
+
+_REBUILD = "Rebuild it with `anymal prepare --rebuild --index-only`."
 
 
 @dataclass(frozen=True)
@@ -226,10 +229,13 @@ class ShardIndex:
         kinds = [self._named("kinds", m["kind"], where) for m in media]
         if not row["text_is_json"]:
             names = [self._named("extensions", m["extension"], where) for m in media]
-            plain = [MediaPart(name, kind, self._attributes(kind)) for name, kind in zip(names, kinds)]
+            plain = [self._plain(name, kind) for name, kind in zip(names, kinds)]
             return Sample("parts", ([*plain, parse_text(data, where)],))
         read = parse_sample(parse_json_text(data, where, self.limits), where)
-        return Sample(read.kind, tuple(self._completed(parts, kinds) for parts in read.documents))
+        if len(read.media) != len(kinds):
+            raise DataError(f"{where}: its row in the index has {len(kinds)} media items. {_REBUILD}")
+        named = zip(read.documents, read.item_numbers())
+        return Sample(read.kind, tuple(self._completed(parts, [kinds[n] for n in own]) for parts, own in named))
 
     def read_file(self, name: str) -> bytes:
         """Content of a file of the index.
@@ -247,10 +253,13 @@ class ShardIndex:
         """A kind or extension by its number in a row."""
         known: tuple[str, ...] = getattr(self.header, names)
         if number >= len(known):
-            raise DataError(
-                f"{where}: its row in the index is damaged. Rebuild it with `anymal prepare --rebuild --index-only`."
-            )
+            raise DataError(f"{where}: its row in the index is damaged. {_REBUILD}")
         return known[number]
+
+    def _plain(self, extension: str, kind: str) -> MediaPart:
+        """A media item of a sample with a .txt, which has no name there."""
+        name = CODES_ENDING if CodesKind.parse(kind) else extension
+        return media_part(name, kind, self._attributes(kind))
 
     def _attributes(self, kind: str) -> Mapping[str, Any]:
         return self.header.attributes.get(kind, {})
@@ -261,7 +270,7 @@ class ShardIndex:
         if not self.header.attributes:
             return named
         return [
-            MediaPart(part.media, part.modality, {**self._attributes(part.modality), **part.attributes})
+            dataclasses.replace(part, attributes={**self._attributes(part.modality), **part.attributes})
             if isinstance(part, MediaPart)
             else part
             for part in named
@@ -291,7 +300,7 @@ class ShardIndex:
 
         Args:
             sample: row number of the sample.
-            parts: one of the sample's documents.
+            parts: the sample's media (`Sample.media`), or its first document.
             wanted: numbers of the items, counted over the sample's media.
 
         Raises:

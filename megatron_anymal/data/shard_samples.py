@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Optional
 
+from megatron_anymal.data.content_parts import is_codes
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tar.reader import TarMember, TarPassed, TarProblem, TarWalk
@@ -180,7 +181,7 @@ class MemberRule:
             return False
         last = ending.rpartition(".")[2]
         whole = re.sub(r"^\d+\.", "", ending)
-        return bool(self.patterns) or whole in self.known or last in self.assigned
+        return bool(self.patterns) or whole in self.known or last in self.assigned or is_codes(whole)
 
     def media(self, members: Mapping[str, TarMember]) -> list[str]:
         """Endings of the media of a sample with a `.txt`, in the order of the shard.

@@ -9,17 +9,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.filters import FilteredError
 from megatron_anymal.data.left_out import INDEX_FOLDER, REFUSED_LEDGER, LeftOut, by_rule, to_line
 from megatron_anymal.data.packing_journal import Journal, PackedShard, continues, is_unfinished
-from megatron_anymal.data.records import DataError, Sample, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, Sample, TextPart
 from megatron_anymal.data.samples import media_entries, parse_sample, to_json
 from megatron_anymal.data.shard_samples import SampleError
 from megatron_anymal.data.source_records import Record, Source
 from megatron_anymal.telemetry import Progress
+
+if TYPE_CHECKING:
+    from megatron_anymal.data.media_encoding import MediaEncoder
 
 # Given a sample, its media by name and its columns: raises FilteredError if a rule excludes it.
 ApplyFilters = Callable[[Sample, Mapping[str, bytes], Mapping[str, Any]], None]
@@ -34,6 +37,7 @@ def pack(
     limits: LimitsConfig = DEFAULT_LIMITS,
     apply_filters: Optional[ApplyFilters] = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
+    encoder: Optional[MediaEncoder] = None,
 ) -> None:
     """Pack a source's samples into shards; samples that cannot be used are left out by name.
 
@@ -44,7 +48,8 @@ def pack(
         samples_per_shard: samples of the source per shard, those left out included.
         max_bad_share: maximum share of samples that may be left out.
         apply_filters: leaves out the samples that a filter excludes.
-        settings: the options that `apply_filters` depends on.
+        settings: the options that `apply_filters` and `encoder` depend on.
+        encoder: encodes media as codes.
 
     Raises:
         DataError: the folder holds shards, the source has no samples or a key twice, or more is left out than allowed.
@@ -61,7 +66,7 @@ def pack(
         raise _holds_shards(out)
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder, header)
-    packer = _Packer(source, journal, total, max_bad_share, SampleWriter(source, limits, apply_filters))
+    packer = _Packer(source, journal, total, max_bad_share, SampleWriter(source, limits, apply_filters, encoder))
     try:
         packer.run(samples_per_shard)
     except DataError:
@@ -105,12 +110,22 @@ def _holds_shards(out: str) -> DataError:
 class SampleWriter:
     """Writes samples of a source into shards; all of them have keys of their own."""
 
-    def __init__(self, source: Source, limits: LimitsConfig, apply_filters: Optional[ApplyFilters]):
+    def __init__(
+        self,
+        source: Source,
+        limits: LimitsConfig,
+        apply_filters: Optional[ApplyFilters],
+        encoder: Optional[MediaEncoder] = None,
+    ):
         """Nothing is read or written yet.
 
         Args:
+            source: of the samples.
+            limits: `data.limits`.
             apply_filters: leaves out the samples that a filter excludes.
+            encoder: encodes media as codes.
         """
+        self._encoder = encoder
         self._source, self._limits, self._apply_filters = source, limits, apply_filters
         self._keys: set[str] = set()
         # Hashes of the paths of media files, and how often one was used again.
@@ -176,13 +191,17 @@ class SampleWriter:
         """
         if record.wrong:
             raise record.wrong
-        parsed = _parse(record)
+        value, tokenizers = self._encoder.named(record.value) if self._encoder else (record.value, [])
+        parsed = _parse(value)
         media = list(self._media(record))
         if self._apply_filters:
             names = [entry["media"] for entry in media_entries(record.value)]
-            self._apply_filters(parsed, dict(zip(names, (data for _, data in media))), record.columns)
+            seen = self._encoder.unencoded(parsed, record.value) if self._encoder else parsed
+            self._apply_filters(seen, dict(zip(names, (data for _, data in media))), record.columns)
+        if self._encoder:
+            media = self._encoder.encode(media, tokenizers)
         members = {f"{number}.{ending}": data for number, (ending, data) in enumerate(media)}
-        return {"__key__": key, **members, "json": to_json(record.value, list(members))}
+        return {"__key__": key, **members, "json": to_json(value, list(members))}
 
     def _media(self, record: Record) -> Iterator[tuple[str, bytes]]:
         """Ending and content of each media item."""
@@ -306,20 +325,22 @@ def packing_summary(packed: int, shards: int, codes: Counter[str], rules: Counte
     return text
 
 
-def _parse(record: Record) -> Sample:
+def _parse(value: dict[str, Any]) -> Sample:
     """Check a record's JSON.
 
     Raises:
         SampleError: it cannot be used, or has no text.
     """
-    value = record.value
     if "parts" not in value and "messages" not in value:
         raise SampleError("text", "its entry needs `parts`, `messages`, or `media` and `text`.")
     try:
         parsed = parse_sample(value, "its entry")
     except DataError as error:
         raise SampleError("text", str(error)) from None
-    if parsed.kind == "parts" and not any(isinstance(p, TextPart) and p.text.strip() for p in parsed.documents[0]):
+    learned = (
+        p.text.strip() if isinstance(p, TextPart) else isinstance(p, CodesPart) and p.loss for p in parsed.documents[0]
+    )
+    if parsed.kind == "parts" and not any(learned):
         fix = "Write its text, or remove the line."
         raise SampleError("text", f"its text is empty, so there is nothing to learn from it. {fix}")
     return parsed

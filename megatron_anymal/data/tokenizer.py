@@ -13,7 +13,10 @@ from typing import Any
 
 from megatron_anymal.data.chat_format import BEGIN, CHAT_TOKENS, END_HEADER, START_HEADER
 from megatron_anymal.data.literal_text import Piece, TextEncoder, build_encoder
-from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, DocumentPart, MediaPart, TextPart, TokensPart
+
+# Stands for the ids of a part while the texts around it are tokenized.
+_HELD = -1
 
 
 @dataclass(frozen=True)
@@ -223,29 +226,28 @@ class Tokenizer:
         # Versions of transformers differ in when they clean up spaces by default, and it alters the answer.
         return self.hf.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
-    def count(self, parts: Sequence[Part], *, closed: bool = True) -> tuple[int, int]:
+    def count(self, parts: Sequence[DocumentPart], *, closed: bool = True) -> tuple[int, int]:
         """Number of tokens of a document without media, and number of targets among them; `closed` as in `document`.
 
         Raises:
             DataError: as in `document`.
         """
         if not any(isinstance(part, TextPart) and part.control for part in parts):
-            return self._count_plain([part for part in parts if isinstance(part, TextPart)], closed)
+            return self._count_plain(parts, closed)
         media = [part for part in parts if isinstance(part, MediaPart)]
         # Media items separate the texts around them but contribute no tokens here.
         bare = self.document(parts, [0] * len(media), {part.modality: -1 for part in media}, closed=closed)
         return len(bare.tokens), sum(bare.is_target)
 
-    def _count_plain(self, texts: Sequence[TextPart], closed: bool) -> tuple[int, int]:
+    def _count_plain(self, parts: Sequence[DocumentPart], closed: bool) -> tuple[int, int]:
         """The lengths of the document that `_plain` lays out, without laying it out."""
-        lengths = [(len(self.encode(part.text)), part.loss) for part in texts]
-        learned = texts[-1].loss if texts else True
+        lengths = [(len(self.encode(part.text)), part.loss) for part in parts if isinstance(part, TextPart)]
         tokens = 1 + sum(length for length, _ in lengths) + closed
-        return tokens, sum(length for length, loss in lengths if loss) + (closed and learned)
+        return tokens, sum(length for length, loss in lengths if loss) + (closed and _learns_end(parts))
 
     def document(
         self,
-        parts: Sequence[Part],
+        parts: Sequence[DocumentPart],
         soft_tokens: Sequence[int],
         placeholders: dict[str, int],
         *,
@@ -254,7 +256,7 @@ class Tokenizer:
         """Lay out a document.
 
         Args:
-            parts: text and media parts.
+            parts: text and media parts; codes as `TokensPart`.
             soft_tokens: number of soft tokens of each media item, in order.
             placeholders: modality -> placeholder id.
             closed: append the end token; false for a conversation, and for a prompt whose answer is to be generated.
@@ -275,26 +277,31 @@ class Tokenizer:
                 starts.append(len(tokens))
                 tokens += [token] * counts[number]
                 is_target += [False] * counts[number]
+            elif isinstance(part, TokensPart):
+                tokens += part.tokens
+                is_target += [part.loss] * len(part.tokens)
             else:
                 tokens.append(token)
                 is_target.append(part.loss)
         if closed:
-            texts = [part for part in parts if isinstance(part, TextPart)]
             tokens.append(self.end)
-            is_target.append(texts[-1].loss if texts else True)
+            is_target.append(_learns_end(parts))
         return Document(tokens, is_target, starts)
 
-    def _plain(self, parts: Sequence[Part], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
-        """Tokens, each with the number of its part. Texts are tokenized separately; a media item yields one token."""
+    def _plain(self, parts: Sequence[DocumentPart], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
+        """Tokens, each with the number of its part. Texts are tokenized separately; media and codes yield one token."""
         for number, part in enumerate(parts):
             if isinstance(part, MediaPart):
                 yield placeholders[part.modality], number
+                continue
+            if isinstance(part, TokensPart):
+                yield _HELD, number
                 continue
             ids = self.encode(part.text)
             self._refuse_placeholders(ids, placeholders)
             yield from ((token, number) for token in ids)
 
-    def _conversation(self, parts: Sequence[Part], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
+    def _conversation(self, parts: Sequence[DocumentPart], placeholders: dict[str, int]) -> Iterator[tuple[int, int]]:
         """Like `_plain`, for parts with control tokens, tokenized as one string after the begin token."""
         _ = self.chat_tokens
         pieces: list[Piece] = [self.begin]
@@ -302,6 +309,8 @@ class Tokenizer:
         for number, part in enumerate(parts):
             if isinstance(part, MediaPart):
                 added: list[Piece] = [placeholders[part.modality]]
+            elif isinstance(part, TokensPart):
+                added = [_HELD]
             elif part.control:
                 texts = self._written_control.split(part.text)
                 added = [self.control.get(text, text) for text in texts if text]
@@ -319,3 +328,13 @@ class Tokenizer:
         if produced := set(placeholders.values()).intersection(ids):
             token = self.hf.convert_ids_to_tokens(min(produced))
             raise DataError(f"a text contains {token!r}, which is reserved for media. Remove it.")
+
+
+def _learns_end(parts: Sequence[DocumentPart]) -> bool:
+    """Whether the end token is a target: if the last text is, or codes after it are."""
+    losses = [
+        part.loss
+        for part in parts
+        if isinstance(part, TextPart) or (isinstance(part, (CodesPart, TokensPart)) and part.loss)
+    ]
+    return losses[-1] if losses else True

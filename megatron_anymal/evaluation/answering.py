@@ -97,7 +97,8 @@ def _answer_batch(generator: Generator, batch: Sequence[TaskSample], asking: Ask
         prompts = [build_prompt(sample) for sample in batch]
         texts = generator.answer_batch(prompts, [sample.number for sample in batch], asking.sampling)
         likelihoods: dict[int, tuple[float, ...]] = {}
-        scored = [place for place, sample in enumerate(batch) if asking.likelihood and sample.candidates]
+        rejected = {place: generator.rejections.get(sample.number) for place, sample in enumerate(batch)}
+        scored = [place for place, s in enumerate(batch) if asking.likelihood and s.candidates and not rejected[place]]
         if scored:
             candidates = [batch[place].candidates for place in scored]
             found = generator.log_likelihoods([prompts[place] for place in scored], candidates, asking.batch_size)
@@ -105,7 +106,12 @@ def _answer_batch(generator: Generator, batch: Sequence[TaskSample], asking: Ask
     except (DataError, MediaError) as error:
         raise DataError(f"{asking.task}: samples {batch[0].key!r} to {batch[-1].key!r}: {error}") from error
     return [
-        AnswerRow(sample.key, text.strip(), likelihoods.get(place, ()))
+        AnswerRow(
+            sample.key,
+            text.strip(),
+            likelihoods.get(place, ()),
+            rejection.code if (rejection := rejected[place]) else "",
+        )
         for place, (sample, text) in enumerate(zip(batch, texts))
     ]
 

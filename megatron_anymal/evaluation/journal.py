@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 from megatron_anymal.data import journal
 from megatron_anymal.data.records import DataError
@@ -27,6 +27,12 @@ class AnswerRow:
     text: str
     # Log-likelihood of each candidate; empty if it was not asked for.
     log_likelihoods: tuple[float, ...] = ()
+    # Reason code of a query that an integrity check rejected; empty if none did.
+    rejected: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, without an empty `rejected`."""
+        return {name: value for name, value in asdict(self).items() if name != "rejected" or value}
 
 
 class Journal:
@@ -70,7 +76,7 @@ class Journal:
         rows: dict[str, AnswerRow] = {}
         for path in sorted(self.folder.glob("answers.*.jsonl")):
             for value in journal.read_journal(path):
-                row = AnswerRow(value["key"], value["text"], tuple(value["log_likelihoods"]))
+                row = AnswerRow(value["key"], value["text"], tuple(value["log_likelihoods"]), value.get("rejected", ""))
                 rows.setdefault(row.key, row)
         return rows
 
@@ -87,7 +93,7 @@ class Journal:
         if self._file is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = journal.Journal(self.folder / f"answers.{replica}.jsonl")
-        self._file.append(*map(asdict, rows))
+        self._file.append(*(row.to_dict() for row in rows))
 
     def close(self) -> None:
         """Let another process add answers."""

@@ -67,7 +67,9 @@ def _choice(row: Answered) -> float:
 
 
 def _likeliest(row: Answered) -> float:
-    """Whether the correct option is the likeliest; open questions count as in `_choice`."""
+    """Whether the correct option is the likeliest; open questions count as in `_choice`, rejected queries as wrong."""
+    if not row.log_likelihoods:
+        return 0.0 if row.sample.options else _choice(row)
     if row.sample.options:
         return float(row.log_likelihoods.index(max(row.log_likelihoods)) == row.sample.correct)
     return _choice(row)
@@ -80,7 +82,9 @@ def _mathvista(row: Answered) -> float:
 
 
 def _positive(row: Answered) -> float:
-    """Probability of the second of two candidates, given that it is one of them."""
+    """Probability of the second of two candidates, given that it is one of them; one half for a rejected query."""
+    if not row.log_likelihoods:
+        return 0.5
     negative, positive = row.log_likelihoods
     return 1 / (1 + math.exp(min(700.0, negative - positive)))
 

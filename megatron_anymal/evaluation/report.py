@@ -56,6 +56,9 @@ def markdown(results: Mapping[str, Any], differences: Sequence[Difference] = (),
         lines += ["", f"## {result['title']}", ""]
         if result["unparsed"]:
             lines += [f"{result['unparsed']} of {result['samples']} texts hold no answer; they count as wrong.", ""]
+        if result.get("rejected"):
+            codes = ", ".join(f"{code} {count}" for code, count in result["rejected"].items())
+            lines += [f"{sum(result['rejected'].values())} queries were rejected ({codes}); they count as wrong.", ""]
         if result["notes"]:
             lines += [" ".join(result["notes"].split()), ""]
         for name in result["scores"]:

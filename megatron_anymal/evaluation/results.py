@@ -71,7 +71,9 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def _answered(task: Task, sample: TaskSample, row: AnswerRow) -> Answered:
-    return Answered(sample, row.text, parse_answer(task, sample, row.text), row.log_likelihoods)
+    # A refusal holds no answer, whatever a parser would find in its text.
+    answer = "" if row.rejected else parse_answer(task, sample, row.text)
+    return Answered(sample, row.text, answer, row.log_likelihoods)
 
 
 def _score(name: str, values: Sequence[float], labels: Sequence[int]) -> dict[str, Any]:

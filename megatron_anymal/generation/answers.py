@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 # White space and up to three characters may still be joined by the decoder (" n", " n't" -> "n't") or stripped as the
 # end.
 _UNSETTLED = re.compile(r"\s+\S{0,3}\Z")
 # Replacement character that decoders return for an incomplete character.
 _INCOMPLETE = "\ufffd"
+
+
+class GrowingAnswer(Protocol):
+    """An answer during generation, as those who watch it see it."""
+
+    # Number of the prompt.
+    number: int
+    # Whether it has ended.
+    done: bool
+
+    def halt(self) -> None:
+        """End the answer now."""
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+
+    @property
+    def settled(self) -> str:
+        """The beginning of the text that further tokens cannot change."""
 
 
 class Answer:
@@ -39,7 +60,8 @@ class Answer:
         # Without the end token.
         self.tokens: list[int] = []
         self.done = False
-        self._decode, self._ends, self._stops, self._room = decode, ends, stops, room
+        self.room = room
+        self._decode, self._ends, self._stops = decode, ends, stops
 
     def add(self, token: int) -> None:
         """Append the next token; has no effect once the answer is done."""
@@ -49,7 +71,16 @@ class Answer:
             self.done = True
             return
         self.tokens.append(token)
-        self.done = len(self.tokens) >= self._room or (bool(self._stops) and self._stop(self._whole) is not None)
+        self.done = len(self.tokens) >= self.room or (bool(self._stops) and self._stop(self._whole) is not None)
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the answer is done only because of the limit on its tokens."""
+        return self.done and len(self.tokens) >= self.room and self._stop(self._whole) is None
+
+    def halt(self) -> None:
+        """End the answer now."""
+        self.done = True
 
     @property
     def text(self) -> str:
@@ -82,7 +113,7 @@ class Stream:
     def __init__(self, write: Callable[[str], object]):
         self._write, self._written = write, 0
 
-    def __call__(self, answer: Answer) -> None:
+    def __call__(self, answer: GrowingAnswer) -> None:
         """Write the text that has settled since the last call."""
         text = answer.settled.strip()
         if new := text[self._written :]:

@@ -15,7 +15,7 @@ from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.prompt_encoder import MediaFile, open_parts, read_media_file
 from megatron_anymal.data.records import DataError
-from megatron_anymal.generation.answers import Answer, Stream
+from megatron_anymal.generation.answers import GrowingAnswer, Stream
 from megatron_anymal.generation.generator import Generator, PromptTooLong
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.sampling import Sampling
@@ -129,9 +129,9 @@ class Chat:
 
     def _answer(self, prompt: Prompt) -> str:
         stream = Stream(self._write)
-        latest: list[Answer] = []
+        latest: list[GrowingAnswer] = []
 
-        def watch(answer: Answer) -> None:
+        def watch(answer: GrowingAnswer) -> None:
             latest[:] = [answer]
             stream(answer)
 
@@ -143,9 +143,12 @@ class Chat:
             self._say(" (stopped)")
             # Keep exactly the text that was shown.
             return latest[0].settled.strip() if latest else ""
-        text = latest[0].text.strip()
+        text = latest[0].text.strip() if latest else ""
         if text:
             self._say("")
+        if rejection := self._generator.rejections.get(0):
+            self._say(rejection.text)
+            return ""
         return text
 
     def _system(self, text: str) -> None:

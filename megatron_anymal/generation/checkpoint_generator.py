@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -33,9 +33,11 @@ from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.candidates import candidate_batch
-from megatron_anymal.generation.generator import Generator, Watch
+from megatron_anymal.generation.checkpoint_batch import CheckpointBatch
+from megatron_anymal.generation.generator import Generator, Result, Watch
 from megatron_anymal.generation.next_token import choose_each
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
@@ -44,20 +46,6 @@ from megatron_anymal.model.key_value_cache import KeyValueCache
 from megatron_anymal.parallel import ParallelLayout, initialize
 from megatron_anymal.train.build import build_inputs, check_vocabulary
 from megatron_anymal.train.device_prefetch import to_device
-
-
-@dataclass
-class _Running:
-    """A prompt being answered."""
-
-    prompt: list[int]
-    # Modality and encoder input [pieces, *piece_shape] of each media item.
-    pieces: Sequence[tuple[str, Tensor]]
-    answer: Answer
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.prompt + self.answer.tokens
 
 
 class NativeGenerator(Generator):
@@ -163,12 +151,30 @@ class NativeGenerator(Generator):
             )
         return cls.of_checkpoint(config, initialize(config), None if untrained else folder)
 
+    def on_leader(self, compute: Callable[[], Result]) -> Result:
+        """The result of `compute` on the process that leads this copy of the model. Collective over its processes."""
+        group = parallel_state.get_model_parallel_group()
+        if dist.get_world_size(group) == 1:
+            return compute()
+        outcome: list[Any] = [None, None]
+        if self.leads_replica:
+            try:
+                outcome = [compute(), None]
+            # The other processes wait for the outcome.
+            except Exception as error:
+                outcome = [None, error]
+        # The first stage's first tensor-parallel rank is the group's first.
+        dist.broadcast_object_list(outcome, dist.get_process_group_ranks(group)[0], group, self.layout.device)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
     @torch.no_grad()
     def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
-        everyone = self._begin(prompts, numbers, sampling)
+        everyone = [self._open(number, prompt, sampling) for number, prompt in zip(numbers, prompts)]
         running, cache = everyone, KeyValueCache(len(everyone))
         while running:
-            for one, token in zip(running, self._next_tokens(running, cache, sampling)):
+            for one, token in zip(running, self._next_tokens(running, cache)):
                 one.answer.add(token)
                 watch(one.answer)
             left = [row for row, one in enumerate(running) if not one.answer.done]
@@ -200,16 +206,17 @@ class NativeGenerator(Generator):
         values = iter(scores.tolist())
         return [[next(values) for _ in texts] for texts in candidates]
 
-    def _begin(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling) -> list[_Running]:
-        running = []
-        for number, prompt in zip(numbers, prompts):
-            read = self._reader.read(prompt.parts, prompt.media)
-            room = self._room(number, len(read.tokens), sampling)
-            answer = Answer(number, self._decode, self._ends, sampling.stop, room)
-            running.append(_Running(read.tokens, read.pieces, answer))
-        return running
+    def running_batch(self) -> RunningBatch:
+        """Start an empty batch that prompts can join and leave; for one process."""
+        return CheckpointBatch(partial(self._open, 0), self._next_tokens)
 
-    def _next_tokens(self, running: Sequence[_Running], cache: KeyValueCache, sampling: Sampling) -> list[int]:
+    def _open(self, number: int, prompt: Prompt, sampling: Sampling) -> RunningPrompt:
+        read = self._reader.read(prompt.parts, prompt.media)
+        room = self._room(number, len(read.tokens), sampling)
+        answer = Answer(number, self._decode, self._ends, sampling.stop, room)
+        return RunningPrompt(read.tokens, read.pieces, answer, sampling)
+
+    def _next_tokens(self, running: Sequence[RunningPrompt], cache: KeyValueCache) -> list[int]:
         micro_batch = to_device(self._batch(running, cache), self.layout.device)
         # Later pipeline stages get their input from the previous stage.
         soft = self.model.soft_tokens(micro_batch) if self.layout.is_first_stage else {}
@@ -224,7 +231,7 @@ class NativeGenerator(Generator):
             # A placeholder stands for a media item; in an answer it would have no content.
             logits[:, list(self._placeholders.values())] = float("-inf")
             places = [(one.tokens, one.answer.number, len(one.answer.tokens)) for one in running]
-            chosen.copy_(torch.tensor(choose_each(logits, sampling, places)))
+            chosen.copy_(torch.tensor(choose_each(logits, [one.sampling for one in running], places)))
         self._share(chosen)
         return chosen.tolist()
 
@@ -247,7 +254,7 @@ class NativeGenerator(Generator):
         last_stage = parallel_state.get_pipeline_model_parallel_last_rank()
         dist.broadcast(values, src=last_stage, group=parallel_state.get_pipeline_model_parallel_group())
 
-    def _batch(self, running: Sequence[_Running], cache: KeyValueCache) -> MicroBatch:
+    def _batch(self, running: Sequence[RunningPrompt], cache: KeyValueCache) -> MicroBatch:
         """The prompts, or then the newest token of each answer, padded to a length that sequence parallelism can
         divide."""
         documents = [one.tokens if cache.is_empty else one.tokens[-1:] for one in running]
@@ -255,7 +262,7 @@ class NativeGenerator(Generator):
             documents.append([self._end] * missing)
         return MicroBatch.unlabelled(documents, self._media(running) if cache.is_empty else {})
 
-    def _media(self, running: Sequence[_Running]) -> dict[str, MediaBatch]:
+    def _media(self, running: Sequence[RunningPrompt]) -> dict[str, MediaBatch]:
         """The prompts' media, with the positions of their soft tokens."""
         tokens = torch.tensor([token for one in running for token in one.prompt])
         media = {}

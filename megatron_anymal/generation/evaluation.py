@@ -17,7 +17,7 @@ from megatron_anymal.config import StorageConfig
 from megatron_anymal.data.chat_format import last_answer
 from megatron_anymal.data.global_order import permute
 from megatron_anymal.data.prompt_encoder import MediaFile
-from megatron_anymal.data.records import DataError, MediaPart, Part, Sample, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, Sample, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.generation.generator import Generator
 from megatron_anymal.generation.prompts import Prompt
@@ -85,6 +85,10 @@ def _split(sample: Sample, where: str) -> tuple[list[Part], str]:
         raise DataError(
             f"{where} is a preference pair, which does not have a single answer. Name a folder of other samples."
         )
+    if any(isinstance(part, CodesPart) for part in sample.media):
+        raise DataError(
+            f"{where} has codes, with which questions cannot be asked. Name a folder without discrete media."
+        )
     [document] = sample.documents
     if sample.kind == "messages":
         return last_answer(document)
@@ -137,11 +141,14 @@ def evaluate(
     """Answer the questions and score the answers. Collective.
 
     Returns:
-        Scores by modality, and one row per question with its key, modality, expected and given answer.
+        Scores by modality, and one row per question with its key, modality, expected and given answer, and why its
+        query was rejected if it was.
     """
     answers = generator.answer([question.prompt for question in questions], sampling, batch_size)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"key": q.key, "modality": q.modality, "expected": q.answer, "given": answer.strip()}
         for q, answer in zip(questions, answers)
     ]
+    for number, rejection in generator.rejections.items():
+        rows[number]["rejected"] = rejection.to_dict()
     return score(questions, answers), rows

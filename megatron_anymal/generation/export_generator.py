@@ -32,9 +32,11 @@ from megatron_anymal.config import ConfigError
 from megatron_anymal.data.chat_format import messages_of
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.generation.answers import Answer
+from megatron_anymal.generation.export_batch import ExportedBatch
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.next_token import choose
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
@@ -126,6 +128,16 @@ class ExportedGenerator(Generator):
             stopping_criteria=StoppingCriteriaList([_Watcher(answers, watch)]),
         )
         return [answer.text for answer in answers]
+
+    def running_batch(self) -> RunningBatch:
+        """Start an empty batch that prompts can join and leave."""
+        return ExportedBatch(self._model, self._open, self._placeholders)
+
+    def _open(self, prompt: Prompt, sampling: Sampling) -> RunningPrompt:
+        inputs = self._inputs([prompt])
+        [tokens] = inputs["input_ids"].tolist()
+        answer = Answer(0, self._decode, self._ends, sampling.stop, self._room(0, len(tokens), sampling))
+        return RunningPrompt(tokens, list(inputs["media"].items()), answer, sampling)
 
     @torch.no_grad()
     def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:

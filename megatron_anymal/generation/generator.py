@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Optional
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Optional, TypeVar
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.records import DataError
-from megatron_anymal.generation.answers import Answer
+from megatron_anymal.generation.answers import GrowingAnswer
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.rejection import Rejection
+from megatron_anymal.generation.running_batch import RunningBatch
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.telemetry import Progress
 
 # Called with an answer after each of its tokens.
-Watch = Callable[[Answer], None]
+Watch = Callable[[GrowingAnswer], None]
+Result = TypeVar("Result")
 
 
 class PromptTooLong(DataError):
@@ -35,6 +38,8 @@ class Generator(ABC):
     replicas: int = 1
     # Whether this process is the one of its copy that writes.
     leads_replica: bool = True
+    # Number of a prompt -> why its query was rejected and answered with a refusal. Only `integrity` rejects queries.
+    rejections: Mapping[int, Rejection] = {}
 
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64, watch: Optional[Watch] = None
@@ -78,7 +83,7 @@ class Generator(ABC):
         Raises:
             DataError, MediaError: as in `answer`.
         """
-        return self._answer(prompts, numbers, sampling, watch or _nobody)
+        return self._answer(prompts, numbers, sampling, watch or unwatched)
 
     def log_likelihoods(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], batch_size: int = 64
@@ -103,6 +108,17 @@ class Generator(ABC):
             start = end
         return scores
 
+    def on_leader(self, compute: Callable[[], Result]) -> Result:
+        """The result of `compute` on the process that leads this copy of the model. Collective over its processes.
+
+        An exception is raised on all of them.
+        """
+        return compute()
+
+    @abstractmethod
+    def running_batch(self) -> RunningBatch:
+        """Start an empty batch that prompts can join and leave between steps; for one process."""
+
     @abstractmethod
     def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
         """Answer one batch."""
@@ -123,5 +139,5 @@ class Generator(ABC):
         return min(sampling.max_new_tokens, self.max_positions - length)
 
 
-def _nobody(answer: Answer) -> None:
-    """Ignore the answer."""
+def unwatched(answer: GrowingAnswer) -> None:
+    """Watch an answer that nobody watches."""

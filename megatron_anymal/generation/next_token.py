@@ -11,17 +11,22 @@ from megatron_anymal.data.global_order import mix64
 from megatron_anymal.generation.sampling import Sampling
 
 
-def choose_each(logits: Tensor, sampling: Sampling, places: Sequence[tuple[Sequence[int], int, int]]) -> list[int]:
+def choose_each(
+    logits: Tensor, samplings: Sequence[Sampling], places: Sequence[tuple[Sequence[int], int, int]]
+) -> list[int]:
     """Choose the next token of several answers, each as `choose` does.
 
     Args:
         logits: [R, V] float32.
+        samplings: settings of each answer.
         places: `seen`, `prompt` and `place` of each answer.
     """
-    if sampling.temperature == 0.0 and sampling.repetition_penalty == 1.0:
-        # One synchronization with the GPU for all rows.
-        return logits.argmax(-1).tolist()
-    return [choose(row, sampling, *one) for row, one in zip(logits, places)]
+    # One synchronization with the GPU for all greedy rows.
+    tokens: list[int] = logits.argmax(-1).tolist()
+    for row, sampling in enumerate(samplings):
+        if sampling.temperature != 0.0 or sampling.repetition_penalty != 1.0:
+            tokens[row] = choose(logits[row], sampling, *places[row])
+    return tokens
 
 
 def choose(logits: Tensor, sampling: Sampling, seen: Sequence[int], prompt: int, place: int) -> int:

@@ -198,6 +198,23 @@ class VideoModality(PixelModality):
         return (seconds, rate), frames.reshape(*times.shape, side, side, 3)
 
 
+def evenly_spread_pictures(data: bytes, count: int, limits: LimitsConfig = DEFAULT_LIMITS) -> list[Any]:
+    """Frames of a video at the centres of `count` equal intervals, as upright RGB images of the video's own size.
+
+    Raises:
+        MediaError: the file is corrupt or truncated, or beyond a limit.
+    """
+    shown: dict[int, Any] = {}
+    with opened(data, limits) as (container, stream):
+        table = PacketTable(Decoder(container, stream))
+        seconds, rate = _timing(container, stream, limits, table.add)
+        times = (np.arange(count) + 0.5) * (seconds / count)
+        for numbers, frame in frames_at(table, times, rate):
+            _require_frames(stream.codec_context, frame, len(data), limits)
+            shown.update(dict.fromkeys(numbers, _picture(frame)))
+    return [shown[number] for number in range(count)]
+
+
 def _picture(frame: Any) -> Any:
     """Convert a frame to RGB over white, rotated and mirrored according to its display matrix (phone videos)."""
     has_alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)

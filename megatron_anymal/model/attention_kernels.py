@@ -43,10 +43,15 @@ class Segment:
     """`queries` tokens from `first_query` on (in this rank's order) attend causally to the prompt, if there is one, and
     `keys` tokens from `first_key` on (both in pack order): the last query attends to all of them."""
 
+    # First query token, in the order of this rank's tokens.
     first_query: int
+    # Number of query tokens.
     queries: int
+    # First key token after the prompt, in the order of the pack.
     first_key: int
+    # Number of key tokens after the prompt.
     keys: int
+    # The prompt; of length 0 without one.
     prompt: Prompt
 
     @property
@@ -68,8 +73,9 @@ class PackedDocuments:
 
     # Tokens of each document, in order.
     lengths: Sequence[int]
-    # Rank and size of the context-parallel group.
+    # Rank in the context-parallel group.
     context_rank: int = 0
+    # Size of the context-parallel group.
     context_size: int = 1
     # Documents, by their position, that continue a prompt within the pack.
     prompts: Mapping[int, Prompt] = field(default_factory=lambda: NO_PROMPTS)

@@ -6,7 +6,6 @@ On CPUs the same functions run eagerly.
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, Optional
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_anymal import backend
+from megatron_anymal.installed import apex_kind, is_importable
 
 
 def fused_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +33,7 @@ def fused_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def can_compile() -> bool:
     """Whether torch can generate GPU kernels, which requires Triton."""
-    return importlib.util.find_spec("triton") is not None
+    return is_importable("triton")
 
 
 @fused_on_gpu
@@ -76,7 +75,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Returns:
         [..., d].
     """
-    if x.is_cuda and not can_compile() and backend.apex_kind() == "nvidia":
+    if x.is_cuda and not can_compile() and apex_kind() == "nvidia":
         from apex.normalization.fused_layer_norm import fused_rms_norm_affine
 
         return fused_rms_norm_affine(x, weight, (x.size(-1),), eps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import inspect
 import itertools
 import json
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from megatron_anymal import modalities
+from megatron_anymal.installed import version_of
 from megatron_anymal.modalities import Modality
 from megatron_anymal.modalities.architecture import preprocessor
 from megatron_anymal.model import encoders
@@ -61,7 +61,7 @@ def encoder_identity(modality: Modality, encoder: Encoder) -> str:
         "weights": weights_hash(encoder),
         "numbers": [str(encoder.dtype), encoder.device.type, torch.get_float32_matmul_precision()],
         "code": [_file_hash(path) for path in _source_files(modality, encoder)],
-        "versions": [_version(package) for package in _PACKAGES],
+        "versions": [version_of(package) for package in _PACKAGES],
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=repr).encode()).hexdigest()
 
@@ -90,10 +90,3 @@ def _source_files(modality: Modality, encoder: Encoder) -> Iterator[Path]:
 
 def _file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

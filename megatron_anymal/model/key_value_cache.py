@@ -41,11 +41,23 @@ class KeyValueCache:
     def keep(self, rows: Sequence[int]) -> None:
         """Drop all documents except those with these numbers, which keep their order."""
         self.lengths = [self.lengths[row] for row in rows]
-        index = torch.tensor(rows)
+        index, size = torch.tensor(rows, dtype=torch.int64), max(self.lengths, default=0) + _GROWTH
         self._layers = [
-            (key.index_select(0, index.to(key.device)), value.index_select(0, index.to(value.device)))
+            (
+                key[:, :, :size].index_select(0, index.to(key.device)),
+                value[:, :, :size].index_select(0, index.to(value.device)),
+            )
             for key, value in self._layers
         ]
+
+    def append(self, other: KeyValueCache) -> None:
+        """Add the documents of another cache after these. `other` must not be used any more."""
+        if self._layers:
+            pairs = zip(self._layers, other._layers)
+            self._layers = [(_stacked(key, k), _stacked(value, v)) for (key, value), (k, v) in pairs]
+        else:
+            self._layers = other._layers
+        self.lengths = self.lengths + other.lengths
 
     def last_tokens(self, lengths: Sequence[int]) -> Tensor:
         """[R] int64: position of each document's last token in a pass over documents of these lengths."""
@@ -81,6 +93,12 @@ class KeyValueCache:
             )
         self.lengths = [before + new for before, new in zip(self.lengths, lengths)]
         return pack
+
+
+def _stacked(one: Tensor, two: Tensor) -> Tensor:
+    """Keys or values [R, g, size, d] of two groups of documents -> [sum of R, g, larger size, d]."""
+    size = max(one.size(2), two.size(2))
+    return torch.cat([F.pad(tensor, (0, 0, 0, size - tensor.size(2))) for tensor in (one, two)])
 
 
 class _Storing:

@@ -17,6 +17,7 @@ from megatron_anymal import backend
 from megatron_anymal.checkpoint.frozen_base import check_codes_are_kept, load_base, resolve_language_model
 from megatron_anymal.config import DataConfig, DistributedDataParallelConfig, ModalityConfig, ModelConfig, RunConfig
 from megatron_anymal.config.validation import check
+from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.loader import MicroBatchReader, RankNeeds
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
@@ -122,10 +123,9 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     tokenizer, modalities = build_inputs(config.model, config.data)
     check_vocabulary(tokenizer, hf.vocab_size)
     check_codes(tokenizer, DiscreteVocabulary(hf.vocab_size, config.model.discrete))
-    train_data = build_data(config, layout, tokenizer, modalities, "train")
-    validation_data = (
-        build_data(config, layout, tokenizer, modalities, "validation") if config.data.validation else None
-    )
+    read = partial(build_data, config, layout, tokenizer, modalities, vocab_size=hf.vocab_size)
+    train_data = read("train")
+    validation_data = read("validation") if config.data.validation else None
     model, recompute = config.model, ""
     if model.recompute_granularity == "auto":
         sizes = sizes_of_run(model, precision, batch_layout(config), hf, modalities, reference=config.job == "dpo")
@@ -216,9 +216,23 @@ def batch_layout(config: RunConfig, attention: str = "") -> BatchLayout:
 
 
 def build_data(
-    config: RunConfig, layout: ParallelLayout, tokenizer: Tokenizer, modalities: dict[str, Modality], split: str
+    config: RunConfig,
+    layout: ParallelLayout,
+    tokenizer: Tokenizer,
+    modalities: dict[str, Modality],
+    split: str,
+    *,
+    vocab_size: int = 0,
 ) -> DataSource:
     """Build the mixture of data.train or data.validation.
+
+    Args:
+        config: of the run.
+        layout: of this rank.
+        tokenizer: `data.tokenizer`.
+        modalities: by their names in the configuration.
+        split: train or validation.
+        vocab_size: of the Llama, without padding; needed to read discrete media.
 
     Raises:
         DataError, StorageError: see BatchPlanner.
@@ -240,9 +254,11 @@ def build_data(
         limits=config.data.limits,
         storage=config.data.storage,
         section=f"data.{split}",
+        discrete=config.model.discrete,
     )
     loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)
-    return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout)))
+    codes = CodeLayout(DiscreteVocabulary(vocab_size, config.model.discrete), config.model.discrete)
+    return DataSource(planner, MicroBatchReader(planner, tokenizer, loaded, rank_needs(layout), codes))
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:

@@ -136,7 +136,7 @@ def _begin(
 ) -> tuple[dict[int, str], GlobalBatch]:
     """Gather what the passes need: unreadable samples, counts and reference log-probabilities. Collective."""
     bad = _agree_on_bad(plan, micro_batches, state.layout.device)
-    batch = GlobalBatch.of(plan, bad, ["text", *state.modalities], state.layout.device)
+    batch = GlobalBatch.of(plan, bad, ["text", *state.modalities, *state.config.model.discrete], state.layout.device)
     if state.reference is not None:
         data = planner.fingerprint()[:8]
         names = [

@@ -19,15 +19,15 @@ from megatron_anymal.resilience.exit_codes import Exit
 # Followed word for word by a test of its own.
 OWN_DATA = "docs/start/your-own-data.md"
 # Their commands are run by tests of their own: with a server, on folders in the layouts of published data sets, and
-# with a cache in the test's folder.
+# with a cache in the test's folder, and with classifiers.
 OBJECT_STORAGE, DATA_SETS = "docs/guides/object-storage.md", "docs/guides/data-sets.md"
-FEATURE_CACHE = "docs/guides/feature-cache.md"
+FEATURE_CACHE, INTEGRITY = "docs/guides/feature-cache.md", "docs/guides/integrity.md"
 DATA_GUIDE = PAGES["docs/guides/data.md"]
 
 
 def of_all_pages() -> list[str]:
     """Commands of all pages, once each and in order; not those that install."""
-    elsewhere = (OWN_DATA, OBJECT_STORAGE, DATA_SETS, FEATURE_CACHE, "README.md")
+    elsewhere = (OWN_DATA, OBJECT_STORAGE, DATA_SETS, FEATURE_CACHE, INTEGRITY, "README.md")
     lines = [line for page, text in PAGES.items() if page not in elsewhere for line in commands(text)]
     lines += [line for line in commands(PAGES["README.md"]) if line not in commands(PAGES[OWN_DATA])]
     ours = [x for x in dict.fromkeys(lines) if not x.startswith("make ") and not re.search(r"pip install|-m venv", x)]

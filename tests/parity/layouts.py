@@ -46,6 +46,8 @@ class Layout:
     uneven: bool = False
     # Overlap gradient reduction and weight gathering with the forward and backward passes.
     overlap: bool = False
+    # Send and receive between pipeline stages in batches, instead of overlapped; virtual pipelines only.
+    batched_messages: bool = False
     distributed_optimizer: bool = True
     tied_head: bool = False
     # Packs per forward pass (the micro-batch size).
@@ -107,6 +109,7 @@ class Layout:
                 (self.recompute, self.recompute),
                 ("uneven", self.uneven),
                 ("overlap", self.overlap),
+                ("batched", self.batched_messages),
                 ("plain-optimizer", not self.distributed_optimizer),
                 ("tied", self.tied_head),
                 ("two-packs", self.packs > 1),
@@ -134,6 +137,8 @@ class Layout:
             # Two stages of 2 and 6 layers, in one or two virtual chunks. More stages allow no uneven split of 8 layers.
             and (not self.uneven or self.pipeline == 2)
             and (self.distributed_optimizer or not self.overlap)
+            # With two stages megatron-core confuses the messages (config/layout_validation.py).
+            and (not self.batched_messages or (self.virtual > 1 and self.pipeline > 2))
             and (self.trains == "lora" or self.job != "dpo")
         )
 
@@ -150,6 +155,7 @@ class Layout:
         model.tensor_model_parallel_size, model.sequence_parallel = self.tensor, self.sequence
         model.pipeline_model_parallel_size = self.pipeline
         model.virtual_pipeline_model_parallel_size = self.virtual
+        model.overlap_p2p_comm = not self.batched_messages
         model.context_parallel_size = self.context
         model.language_model.config["num_hidden_layers"] = self.layers
         model.recompute_granularity, model.micro_batch_size = self.recompute, self.packs

@@ -27,6 +27,7 @@ SMALL = (
     Layout(data=2, overlap=True, trains="lora"),
     Layout(tensor=4, media="mixed"),
     Layout(pipeline=4, virtual=2, trains="partial", media="few media"),
+    Layout(pipeline=4, virtual=2, trains="full", media="image", batched_messages=True),
     Layout(job="sft", tensor=2, sequence=True, trains="lora", noise="all"),
     Layout(job="sft", pipeline=2, virtual=2, overlap=True, trains="full", noise="text", mean="sample", media="image"),
     Layout(job="sft", context=2, data=2, noise="text", mean="sample", media="few media", recompute="full"),

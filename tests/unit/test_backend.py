@@ -20,7 +20,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, found: backend.Capabilities) -> Non
     monkeypatch.setattr(backend.torch.cuda, "is_available", lambda: bool(found.cuda_devices))
     engine = (found.transformer_engine, found.transformer_engine_problem)
     monkeypatch.setattr(backend, "_transformer_engine", lambda has_cuda: engine)
-    monkeypatch.setattr(backend, "_version", lambda name: found.flash_attn if name == "flash-attn" else "")
+    monkeypatch.setattr(backend, "version_of", lambda name: found.flash_attn if name == "flash-attn" else "")
 
 
 def config_with(**model: Any) -> RunConfig:
@@ -61,15 +61,6 @@ def test_the_attention_that_is_chosen(
         (dataclasses.replace(H100, flash_attn=""), {"attention": "flash_attn"}, "flash-attn is not installed"),
         (H100, {"attention": "flash_attn", "precision": "32"}, r"needs trainer\.precision=bf16"),
         (dataclasses.replace(H100, transformer_engine="2.11"), {"attention": "sdpa"}, "has no effect on Transformer"),
-        (
-            CPU,
-            {
-                "pipeline_model_parallel_size": 2,
-                "virtual_pipeline_model_parallel_size": 2,
-                "overlap_p2p_comm": False,
-            },
-            r"virtual_pipeline_model_parallel_size.*overlap_p2p_comm=false gives wrong results over gloo",
-        ),
         (
             CPU,
             {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "layernorm"]},

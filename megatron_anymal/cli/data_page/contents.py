@@ -43,7 +43,7 @@ class ShownSample:
     name: str
     # Positions of its documents in the pack.
     documents: list[slice]
-    # Its media items, in order.
+    # Its media items, in order, without codes.
     media: list[ShownMedia]
     # Why the loader could not read it; empty if it could.
     bad: str
@@ -96,7 +96,7 @@ def occurrence(view: RunView, dataset: int, sample: int) -> tuple[int, int]:
 def read_packs(view: RunView, chosen: Collection[tuple[int, int]]) -> Iterator[ShownPack]:
     """Read the packs of some samples, given by step and position, in the order in which they run."""
     # That of a rank without tensor, pipeline and context parallelism, which reads everything.
-    reader = MicroBatchReader(view.planner, view.tokenizer, view.loaded, RankNeeds(text=True, media=True))
+    reader = MicroBatchReader(view.planner, view.tokenizer, view.loaded, RankNeeds(text=True, media=True), view.codes)
     for step in sorted({step for step, _ in chosen}):
         plan, wanted = view.planner.plan(step), {position for at, position in chosen if at == step}
         for number in range(len(plan.micro_batches[0])):
@@ -115,6 +115,9 @@ def _samples(view: RunView, micro_batch: MicroBatch, wanted: Collection[int]) ->
         parts = _media_parts(view, planned)
         rows = view.planner.indexes[planned.dataset].media_rows(planned.sample)
         for item, part, row in zip(planned.media, parts, rows):
+            if item.modality not in view.loaded:
+                # Codes are shown among the tokens.
+                continue
             start = before.get(item.modality, 0)
             before[item.modality] = start + item.pieces
             pieces = micro_batch.media[item.modality].pieces[start : start + item.pieces].numpy()
@@ -130,10 +133,9 @@ def _samples(view: RunView, micro_batch: MicroBatch, wanted: Collection[int]) ->
 def _media_parts(view: RunView, planned: PlannedSample) -> list[MediaPart | None]:
     """The media parts of a sample; None for each if it cannot be read, which the loader has reported."""
     try:
-        parts = view.planner.indexes[planned.dataset].sample(planned.sample).documents[0]
+        return [*view.planner.indexes[planned.dataset].sample(planned.sample).media]
     except DataError:
         return [None] * len(planned.media)
-    return [part for part in parts if isinstance(part, MediaPart)]
 
 
 def _spans(micro_batch: MicroBatch, planned: PlannedSample) -> list[slice]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_anymal.config import DatasetConfig
+from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import PlannedSample
@@ -32,6 +33,8 @@ class RunView:
     tokenizer: Tokenizer
     # What loading needs of each modality, by its name in the configuration.
     loaded: Mapping[str, LoadedModality]
+    # Token ids of codes; None without discrete media.
+    codes: CodeLayout | None
     # `data.train`.
     datasets: Mapping[str, DatasetConfig]
     # `trainer.max_steps`.
@@ -102,6 +105,9 @@ def tally(view: RunView, samples: Sequence[PlannedSample]) -> Tally:
         sums.tokens += sample.length
         sums.targets += sample.targets
         for item in sample.media:
+            if item.modality not in view.loaded:
+                # Codes are tokens of the Llama's vocabulary.
+                continue
             sums.pieces += item.pieces
             # Each document of a sample contains all its media, which are encoded once; a shared prompt has them once.
             soft = item.pieces * view.loaded[item.modality].soft_tokens_per_piece

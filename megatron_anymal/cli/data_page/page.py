@@ -24,6 +24,7 @@ from megatron_anymal.cli.data_page.numbers import (
 )
 from megatron_anymal.cli.data_page.style import STYLE
 from megatron_anymal.data.left_out import CODES, LeftOut
+from megatron_anymal.data.lint import kind_name
 from megatron_anymal.data.step_plan import StepPlan
 
 # Names that are given of each kind of what was left out.
@@ -109,7 +110,10 @@ def _index(view: RunView, numbers: Sequence[DatasetNumbers]) -> str:
     for one in numbers:
         index, kinds = one.index, one.index.sample_kinds()
         items = zip(*np.unique(index.media["kind"], return_counts=True))
-        media = ", ".join(f"{text(index.header.kinds[kind])} {count(number)}" for kind, number in items) or "none"
+        media = (
+            ", ".join(f"{text(kind_name(index.header.kinds[kind]))} {count(number)}" for kind, number in items)
+            or "none"
+        )
         documents = ", ".join(f"{kind} {count(number)}" for kind, number in kinds.items())
         too_long = int((one.lengths > view.planner.layout.seq_length).sum())
         ignored = sum(index.members.get("ignored", {}).values())
@@ -169,7 +173,7 @@ def _mixture(view: RunView, plans: Sequence[StepPlan]) -> str:
     head = ("samples", "tokens", "targets", "encoder inputs", "encoder cost")
     by_dataset = table(("dataset", "weight", *head), rows, f"Shares of the datasets in the first {len(plans)} steps")
     rows = []
-    for name in [*view.loaded, "text"]:
+    for name in [*view.loaded, *(view.codes.sections if view.codes else ()), "text"]:
         own = tally(view, [s for s in planned if (s.media[0].modality if s.media else "text") == name])
         if own.samples:
             rows.append([text(name), *_shares(own, whole)])

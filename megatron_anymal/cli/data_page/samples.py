@@ -119,7 +119,7 @@ def _sample(view: RunView, shown: ShownPack, sample: ShownSample) -> str:
         ("position in the batch", count(planned.position)),
         ("tokens", count(planned.length)),
         ("targets", count(planned.targets)),
-        ("encoder inputs", count(sum(item.pieces for item in planned.media))),
+        ("encoder inputs", count(sum(len(item.pieces) for item in sample.media))),
         ("tokens of the pack", ", ".join(f"{count(s.start)}\u2013{count(s.stop - 1)}" for s in sample.documents)),
     ]
     if sample.bad:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from megatron_anymal.cli.data_page.contents import ShownPack, ShownSample
 from megatron_anymal.cli.data_page.markup import count, text, token_text
 from megatron_anymal.cli.data_page.numbers import RunView
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 
 # Tokens at the start and at the end of a long document that are shown; a media item counts as one.
 FIRST, LAST = 300, 100
@@ -58,6 +59,11 @@ def _entries(
             yield _media(sample, item, at, lengths[item], ids[at], anchor)
             at, item = at + lengths[item], item + 1
             continue
+        if view.codes and ids[at] >= view.codes.vocabulary.base_size:
+            entry = _codes(view.codes.vocabulary, ids, at, target[at], first)
+            yield entry
+            at += entry.tokens
+            continue
         shown = token_text(view.tokenizer.hf.decode([ids[at]]))
         tag = "mark" if target[at] else "span"
         yield Entry(f"<{tag}><sup>{first + at}</sup>{shown}<sub>{ids[at]}</sub></{tag}>", 1, int(target[at]))
@@ -65,8 +71,17 @@ def _entries(
 
 
 def _soft_tokens(view: RunView, sample: ShownSample) -> Sequence[int]:
-    media = sample.planned.media
+    media = (item.planned for item in sample.media)
     return [item.pieces * view.loaded[item.modality].soft_tokens_per_piece for item in media]
+
+
+def _codes(vocabulary: DiscreteVocabulary, ids: list[int], at: int, target: bool, first: int) -> Entry:
+    """An item of codes with its marks."""
+    name = vocabulary.lookup(ids[at]).name
+    stop = ids.index(vocabulary.end(name), at) + 1
+    length, tag = stop - at, "mark" if target else "span"
+    place = f"<sup>{first + at}\u2013{first + stop - 1}</sup>"
+    return Entry(f"<{tag}>{place}{text(name)}: {count(length - 2)} codes</{tag}>", length, length * target)
 
 
 def _media(sample: ShownSample, item: int, at: int, length: int, token: int, anchor: str) -> Entry:

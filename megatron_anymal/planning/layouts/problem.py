@@ -98,7 +98,15 @@ def _workload(
         ]
         samples, length = config.model.global_batch_size, config.data.seq_length
         shared = shares_prompts(config.job, config.model, planned_attention(config.model))
-        return measured_workload(folders, planned, samples, length, config.data.storage, shared_prompts=shared)
+        return measured_workload(
+            folders,
+            planned,
+            samples,
+            length,
+            config.data.storage,
+            shared_prompts=shared,
+            discrete=config.model.discrete,
+        )
     if sample_tokens > config.data.seq_length:
         raise ConfigError(
             f"--sample-tokens={sample_tokens} is more than data.seq_length={config.data.seq_length}. Lower it, or "

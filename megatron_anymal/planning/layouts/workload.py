@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import ModelConfig, StorageConfig
+from megatron_anymal.config import DiscreteConfig, ModelConfig, StorageConfig
+from megatron_anymal.data.codes import plan_kinds
 from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
@@ -118,6 +120,7 @@ def measured_workload(
     storage: Optional[StorageConfig] = None,
     *,
     shared_prompts: bool = False,
+    discrete: Mapping[str, DiscreteConfig] = MappingProxyType({}),
 ) -> Workload:
     """Expect the mean of what the indexes of data sets hold.
 
@@ -128,9 +131,11 @@ def measured_workload(
         seq_length: `data.seq_length`; longer samples are left out.
         storage: how folders on object storage are read. None: the defaults.
         shared_prompts: packs hold the prompt of a pair once.
+        discrete: `model.discrete`.
 
     Raises:
-        DataError: a folder has no index, media without a configured modality, or no sample that fits.
+        DataError: a folder has no index, media without a configured modality, codes that `discrete` does not fit, or
+            no sample that fits.
         StorageError: an object store, or the cache for its indexes, cannot be used.
     """
     by_kind = {modality.kind: modality for modality in modalities}
@@ -138,14 +143,15 @@ def measured_workload(
     sums, longest, pieces = np.zeros(3), 0, dict.fromkeys((m.name for m in modalities), 0.0)
     for folder, weight in folders:
         index = ShardIndex(folder, storage=storage)
-        missing = index.kinds_used() - set(by_kind)
+        codes = plan_kinds(index.kinds_used(), discrete, repr(folder))
+        missing = index.kinds_used() - set(by_kind) - set(codes)
         if missing:
             raise DataError(
                 f"{folder!r} contains {min(missing)}, for which no modality is configured. Add "
                 f"model.modalities.{min(missing)}, or name another folder."
             )
         rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), _MEASURED)).astype(np.int64))
-        found = measure_samples(index, rows, by_kind, shared_prompts=shared_prompts)
+        found = measure_samples(index, rows, by_kind, codes, shared_prompts=shared_prompts)
         fits = found.length <= seq_length
         if not fits.any():
             raise DataError(f"{folder!r} has no sample within data.seq_length={seq_length}. Raise it.")

@@ -14,7 +14,7 @@ import pytest
 from megatron_anymal import backend, environment
 from megatron_anymal.cli import doctor
 from megatron_anymal.config import ConfigError, RunConfig
-from megatron_anymal.environment import has_nvidia_driver
+from megatron_anymal.installed import apex_kind, has_nvidia_driver
 
 ROOT = Path(__file__).parents[3]
 
@@ -44,7 +44,7 @@ def add_distribution(site: Path, name: str, version: str, *files: str) -> None:
 
 def test_foreign_apex_is_recognised_and_not_imported(site):
     add_distribution(site, "apex", "0.9.10.dev0", "apex/__init__.py", "apex/models.py")
-    assert environment.apex_kind() == "foreign" and backend.capabilities().foreign_apex
+    assert apex_kind() == "foreign" and backend.capabilities().foreign_apex
     assert not backend.capabilities().nvidia_apex
     found = finding("apex")
     assert (found.state, found.version) == (environment.FOREIGN, "0.9.10.dev0")
@@ -53,7 +53,7 @@ def test_foreign_apex_is_recognised_and_not_imported(site):
 
 def test_nvidia_apex(site):
     add_distribution(site, "apex", "0.1", "apex/__init__.py", "apex/optimizers/__init__.py")
-    assert environment.apex_kind() == "nvidia"
+    assert apex_kind() == "nvidia"
     # The Python modules without the compiled kernels are not enough.
     assert not backend.capabilities().nvidia_apex and finding("apex").state == environment.BROKEN
     (site / "amp_C.py").write_text("")
@@ -116,9 +116,9 @@ def test_half_of_transformer_engine_counts_as_none(site, hooks, code):
 
 
 def test_missing_required_part(monkeypatch, capsys):
-    present, version = environment._present, environment._installed_version
-    monkeypatch.setattr(environment, "_present", lambda module: module != "webdataset" and present(module))
-    monkeypatch.setattr(environment, "_installed_version", lambda name: "" if name == "webdataset" else version(name))
+    present, version = environment.is_importable, environment.version_of
+    monkeypatch.setattr(environment, "is_importable", lambda module: module != "webdataset" and present(module))
+    monkeypatch.setattr(environment, "version_of", lambda name: "" if name == "webdataset" else version(name))
     assert finding("webdataset").state == environment.MISSING
     assert doctor.main(["--json"]) == 1
     rows = {row["part"]: row for row in json.loads(capsys.readouterr().out)}
@@ -130,9 +130,9 @@ def test_missing_required_part(monkeypatch, capsys):
 
 
 def test_missing_optional_part_does_not_fail(monkeypatch):
-    present = environment._present
-    monkeypatch.setattr(environment, "_present", lambda module: module != "s3fs" and present(module))
-    monkeypatch.setattr(environment, "_installed_version", lambda name: "" if name == "s3fs" else "1")
+    present = environment.is_importable
+    monkeypatch.setattr(environment, "is_importable", lambda module: module != "s3fs" and present(module))
+    monkeypatch.setattr(environment, "version_of", lambda name: "" if name == "s3fs" else "1")
     found = finding("s3fs")
     assert (found.state, found.required, found.fix) == (environment.MISSING, False, "pip install -e '.[s3]'")
 

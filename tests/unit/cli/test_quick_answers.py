@@ -30,6 +30,7 @@ VERBS = (
     "generate",
     "evaluate",
     "compare",
+    "serve",
     "synthesize",
     "prepare",
     "inspect",
@@ -60,10 +61,16 @@ REFUSED = {
     "generate --checkpoint=/nowhere --text=hi --top-p=2": "top_p",
     "generate --checkpoint=EXPORT --media=EXPORT/walk.npy": "no modality of this run",
     "generate --checkpoint=EXPORT --media=EXPORT/walk.npy --modality=imu": "no modality 'imu'",
+    "generate --checkpoint=/nowhere --text=hi --integrity=/none.yaml": "/none.yaml",
+    "generate --checkpoint=/nowhere --text=hi --integrity=EXPORT/integrity.yaml": "Did you mean 'threshold'",
+    "evaluate --checkpoint=/nowhere --data=/none --integrity=/none.yaml": "/none.yaml",
     "evaluate --checkpoint=/nowhere --data=/none": "/none",
     "evaluate --checkpoint=/nowhere --task=vqa2=/none --out=/tmp/never": "vqav2",
     "evaluate --checkpoint=/nowhere --task=vqav2 --out=/tmp/never": "--data-root",
     "evaluate --checkpoint=/nowhere --task=coco_captions=/none --out=/tmp/never": "/nowhere",
+    "serve /nowhere": "/nowhere",
+    "serve EXPORT --max-batch=0": "--max-batch",
+    "serve EXPORT --shutdown-seconds=-1": "--shutdown-seconds",
     "compare a.jsonl b.jsonl --prompts=/none.jsonl --out=/tmp/never": "/none.jsonl",
     "compare a.jsonl a.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "both 'a.jsonl'",
     "compare /nowhere b.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "/nowhere",
@@ -79,8 +86,10 @@ REFUSED = {
     "prepare --from lava /none.json --out=/tmp/never --tokenizer=/nowhere": "llava",
     "prepare --from coco EXPORT/config.json --out=/tmp/never --tokenizer=/nowhere": "captions_",
     "prepare --from llava /none.json --out=/tmp/never --tokenizer=/nowhere --part=1/2": "/none.json",
+    "prepare --index-only=/none --tokenizer=/none --part=65/64": "from 1 to 64",
     "prepare --manifest=/none.jsonl --out=/tmp/never --tokenizer=/nowhere --rebuild": "--rebuild",
     "prepare --index-only=/none --tokenizer=/nowhere --filter=min_sied=3": "min_sied",
+    "prepare --index-only=/none --tokenizer=/nowhere --filter=integrity=/none.yaml": "/none.yaml",
     "inspect /none --tokenizer=/nowhere": "/none",
     "plan goodput --gpus=0": "gpus",
     "plan --config-name=sft_70b --gpus=64 --gpu=h100": "h100-80gb",
@@ -115,6 +124,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {"model_type": "anymal", "modalities": {"image": {"kind": "image"}}}
     (folder / "config.json").write_text(json.dumps(settings))
     (folder / "walk.npy").write_bytes(b"")
+    (folder / "integrity.yaml").write_text("classifiers: {words: {kind: text, treshold: 0.5}}")
     (folder / "prompts.jsonl").write_text('{"parts": [{"text": "hi"}]}')
     return folder
 

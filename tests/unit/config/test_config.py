@@ -237,6 +237,17 @@ def test_an_interval_between_copies_that_are_off() -> None:
         check(config)
 
 
+def test_two_stages_of_chunks_need_overlapped_messages() -> None:
+    """`findings/virtual_pipeline_of_two_stages.sh` shows what megatron-core computes otherwise."""
+    config = valid()
+    config.model.overlap_p2p_comm, config.model.virtual_pipeline_model_parallel_size = False, 2
+    config.trainer.devices = config.model.pipeline_model_parallel_size = 2
+    with pytest.raises(ConfigError, match=r"overlap_p2p_comm=false with a virtual pipeline of two stages"):
+        check(config)
+    config.trainer.devices = config.model.pipeline_model_parallel_size = 4
+    check(config)
+
+
 def test_a_pack_length_that_context_parallel_ranks_cannot_share():
     config = valid()
     config.trainer.devices = config.model.context_parallel_size = 4

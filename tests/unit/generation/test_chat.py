@@ -15,6 +15,7 @@ from megatron_anymal.generation.answers import Answer
 from megatron_anymal.generation.chat import Chat
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.running_batch import RunningBatch
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import MediaError
 
@@ -29,6 +30,9 @@ class Parrot(Generator):
         self.asked: list[Prompt] = []
         self._interrupt_at = interrupt_at
         self.silent = False
+
+    def running_batch(self) -> RunningBatch:
+        raise NotImplementedError
 
     def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
         raise NotImplementedError

@@ -1,0 +1,73 @@
+"""Samples with codes through a run: the same losses under several layouts and after a resume, and losses by kind."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from codes import codes, item, with_codes
+from engine import train
+from manifests import shards_of
+from ranks import run_ranks
+from tiny import make_config, png
+
+from megatron_anymal.config import RunConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: str) -> str:
+    """Captions and drawings, with codes in questions and answers beside pictures for the encoder."""
+    draw = np.random.default_rng(0).integers
+    files = {"x.png": png(1)}
+    lines: list[dict[str, Any]] = []
+    for number in range(24):
+        files[f"p{number}.codes.npy"] = codes(draw(0, 5, 3))
+        files[f"s{number}.codes.npy"] = codes(draw(0, 4, (2, 1 + number % 4)))
+        picture, speech = item(f"p{number}", "picture"), item(f"s{number}", "speech")
+        asked = [{"text": "what is"}, *([{"media": "x.png"}] if number % 3 else []), speech if number % 2 else picture]
+        said = [{"text": "one"}, picture if number % 2 else speech]
+        turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
+        lines.append({"key": f"k{number}", "messages": turns})
+    return shards_of(tmp_path_factory.mktemp("codes") / "data", tokenizer_folder, lines, files)
+
+
+def run(folder: str, tokenizer: str, run_dir: Path, world: int = 1, **layout: Any) -> RunConfig:
+    config = with_codes(make_config(folder, tokenizer, run_dir))
+    config.job = "sft"
+    config.trainer.devices = world
+    for name, value in layout.items():
+        setattr(config.model, name, value)
+    return config
+
+
+def test_losses_are_those_of_one_process(folder: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    [alone] = run_ranks(1, train, run(folder, tokenizer_folder, tmp_path / "one"))
+    split = run(folder, tokenizer_folder, tmp_path / "two", 2, context_parallel_size=2)
+    apart = run(folder, tokenizer_folder, tmp_path / "three", 2)
+    for config in (split, apart):
+        found = run_ranks(2, train, config)[0]
+        np.testing.assert_allclose(found["losses"], alone["losses"], rtol=1e-5)
+    rows = [json.loads(line) for line in (tmp_path / "one/metrics.jsonl").read_text().splitlines()]
+    row = next(row for row in rows if "loss" in row)
+    assert {"loss/picture", "loss/speech", "target_loss/picture", "target_loss/speech"} <= row.keys()
+    assert row["target_tokens/picture"] % 5 == 0
+
+
+def test_a_resume_continues_exactly(folder: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    whole = run(folder, tokenizer_folder, tmp_path / "whole")
+    whole.model.optim.sched.decay_steps = 6
+    [expected] = run_ranks(1, train, whole)
+    first = copy.deepcopy(whole)
+    first.exp_manager.explicit_log_dir = str(tmp_path / "cut")
+    first.trainer.max_steps = 3
+    run_ranks(1, train, first)
+    second = copy.deepcopy(first)
+    second.trainer.max_steps = 6
+    [found] = run_ranks(1, train, second)
+    assert found["losses"] == expected["losses"]
+    for name, weight in expected["weights"].items():
+        np.testing.assert_array_equal(found["weights"][name], weight)

@@ -1,0 +1,131 @@
+"""`anymal prepare --filter integrity=FILE`: violating samples stay out by name, packed or indexed."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import source_folders as made
+from integrity_classifiers import digits, image_section, integrity_file, png_of, sentence, text_section
+
+from megatron_anymal.cli.prepare import main
+from megatron_anymal.config import ConfigError
+from megatron_anymal.data.shard_index import ShardIndex
+
+# Samples that violate: by their picture, by the question and by the answer.
+PICTURE, QUESTION, ANSWER = {1, 9}, {4, 12}, {6, 13, 14}
+COUNT = 18
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a manifest, whose pictures are in the folder."""
+    rng = np.random.default_rng(0)
+    good, bad = digits(False, 3, COUNT), digits(True, 1, COUNT)
+    rows = []
+    for n in range(COUNT):
+        made.put(folder / f"{n}.png", png_of((bad if n in PICTURE else good)[n]))
+        question = {"text": sentence(rng, "zorpal" if n in QUESTION else ""), "loss": False}
+        answer = {"text": sentence(rng, "blickum" if n in ANSWER else "")}
+        rows.append({"key": f"k{n}", "parts": [{"media": f"{n}.png"}, question, answer]})
+    return rows
+
+
+@pytest.fixture
+def integrity(text_model: Path, image_model: Path, tmp_path: Path) -> str:
+    sections = {"words": text_section(text_model), "squares": image_section(image_model)}
+    return integrity_file(tmp_path / "integrity.yaml", sections)
+
+
+def test_packed_and_indexed_samples_are_left_out_alike(
+    integrity: str, tokenizer_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = samples(tmp_path)
+    manifest = made.put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))
+    members = []
+    for n, row in enumerate(rows):
+        parts = [{"media": "png"}, *row["parts"][1:]]
+        document = json.dumps({"parts": parts}).encode()
+        members += [(f"k{n}.png", (tmp_path / f"{n}.png").read_bytes()), (f"k{n}.json", document)]
+    made.write_tar(tmp_path / "shards" / "0.tar", members)
+    rule = f"integrity={integrity}"
+    options = ["--filter", "max_side=900", "--filter", rule, "--tokenizer", tokenizer_folder, "--max-bad-share", "0"]
+    violating, keys = PICTURE | QUESTION | ANSWER, []
+    for folder, words in (
+        (tmp_path / "packed", ["--manifest", str(manifest), "--out", str(tmp_path / "packed")]),
+        (tmp_path / "shards", ["--index-only", str(tmp_path / "shards")]),
+    ):
+        assert main([*words, *options]) == 0
+        shown = capsys.readouterr()
+        index = ShardIndex(str(folder))
+        keys.append([index.key(n) for n in range(len(index))])
+        ledger = [json.loads(line) for line in (folder / "index" / "left_out.jsonl").read_text().splitlines()]
+        assert {row["key"] for row in ledger} == {f"k{n}" for n in violating}
+        assert {row["rule"] for row in ledger} == {rule} and {row["code"] for row in ledger} == {"filtered"}
+        codes = Counter(row["reason"].partition(f"{rule}: ")[2].partition(" ")[0] for row in ledger)
+        assert codes == {"input_image/squares/square": 2, "input_text/words/zorp": 2, "output_text/words/blick": 3}
+        kept = COUNT - len(violating)
+        assert f"{COUNT} samples in = {kept} used + 0 left out + {len(violating)} filtered" in shown.out
+        assert f"integrity: {COUNT} queries checked, 7 rejected (" in shown.err and " s in checks, " in shown.err
+    assert keys[0] == keys[1] == [f"k{n}" for n in range(COUNT) if n not in violating]
+
+
+def test_an_interrupted_packing_continues_unless_the_classifier_changed(
+    integrity: str, text_model: Path, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_anymal.data import shard_writer
+    from megatron_anymal.integrity.sample_filter import SampleFilter
+
+    manifest = made.put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, samples(tmp_path))))
+    words = ["--manifest", str(manifest), "--out", str(tmp_path / "out"), "--samples-per-shard", "6"]
+    words += ["--filter", f"integrity={integrity}", "--tokenizer", tokenizer_folder]
+    checked, refusal = [], SampleFilter.refusal
+
+    def stop_at(limit: int) -> None:
+        def refuse(self: SampleFilter, *arguments: Any) -> str:
+            if len(checked) == limit:
+                raise KeyboardInterrupt
+            checked.append(1)
+            return refusal(self, *arguments)
+
+        monkeypatch.setattr(SampleFilter, "refusal", refuse)
+
+    stop_at(14)
+    with pytest.raises(KeyboardInterrupt):
+        main(words)
+    # Two finished shards of six samples are not checked again.
+    checked.clear()
+    stop_at(-1)
+    assert main(words) == 0 and len(checked) == 6
+    assert len(ShardIndex(str(tmp_path / "out"))) == COUNT - 7 and shard_writer.is_unfinished(tmp_path / "out") is False
+    # With other classifiers, a packing is another one.
+    stop_at(len(checked) + 14)
+    with pytest.raises(KeyboardInterrupt):
+        main([*words, "--overwrite"])
+    integrity_file(Path(integrity), {"words": text_section(text_model, threshold=0.4)})
+    checked.clear()
+    stop_at(-1)
+    assert main([*words, "--overwrite"]) == 0 and len(checked) == COUNT
+
+
+def test_a_sample_that_cannot_be_checked_is_bad(
+    integrity: str, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_anymal.integrity.classifiers import TextScorer
+
+    def fail(self: Any, inputs: Any) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(TextScorer, "scores", fail)
+    manifest = made.put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, samples(tmp_path))))
+    words = ["--manifest", str(manifest), "--out", str(tmp_path / "out"), "--filter", f"integrity={integrity}"]
+    with pytest.raises(ValueError, match=r"cannot be used, above --max-bad-share.*input_text/words/failed.*no memory"):
+        main([*words, "--tokenizer", tokenizer_folder])
+
+
+def test_a_missing_file_is_refused_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no file '/none\.yaml'"):
+        main(["--manifest", "/none.jsonl", "--out", "x", "--tokenizer", "y", "--filter", "integrity=/none.yaml"])
