@@ -142,6 +142,9 @@ def _head(
     gpt: GPTModel, vocab_size: int, discrete: Optional[DiscreteRows]
 ) -> tuple[tuple[Tensor, ...], tuple[Extent, ...]]:
     """Return the head's weights, [rows, H] each, and which ids they cover."""
+    for wait in gpt.output_layer._forward_pre_hooks.values():
+        # With overlapped gathering of weights, megatron-core waits for a module's weights when the module is called.
+        wait(gpt.output_layer, ())
     tied = _tied_weight(gpt)
     llama = gpt.output_layer.weight if tied is None else tied
     extent = Extent(0, vocab_size, len(llama))

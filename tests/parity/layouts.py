@@ -164,8 +164,8 @@ class Layout:
             model.num_layers_in_last_pipeline_stage = self.layers - self.layers // 4
         model.ddp.use_distributed_optimizer = self.distributed_optimizer
         model.ddp.overlap_grad_reduce = model.ddp.overlap_param_gather = self.overlap
-        # Small buckets, so that several reductions are in flight at once.
-        model.ddp.bucket_size = 1000 if self.overlap else 0
+        # Small buckets, so that several reductions are in flight at once, and a large weight has one of its own.
+        model.ddp.bucket_size = 100 if self.overlap else 0
         return config
 
 
