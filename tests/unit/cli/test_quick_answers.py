@@ -70,6 +70,7 @@ REFUSED = {
     "evaluate --checkpoint=/nowhere --task=coco_captions=/none --out=/tmp/never": "/nowhere",
     "serve /nowhere": "/nowhere",
     "serve EXPORT --max-batch=0": "--max-batch",
+    "serve EXPORT --integrity=/none.yaml": "/none.yaml",
     "serve EXPORT --shutdown-seconds=-1": "--shutdown-seconds",
     "compare a.jsonl b.jsonl --prompts=/none.jsonl --out=/tmp/never": "/none.jsonl",
     "compare a.jsonl a.jsonl --prompts=EXPORT/prompts.jsonl --out=/tmp/never": "both 'a.jsonl'",
