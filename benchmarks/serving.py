@@ -3,8 +3,8 @@
     PYTHONPATH=tests python benchmarks/serving.py --clients 64
 
 A Llama with random weights is served over loopback; each request is a text and gets an answer of `--tokens` tokens.
-Both orders run in this process, `--rounds` times in turn, and the ratio of their medians is taken. Prints one JSON object:
-tokens per second of the clock and of processor time for both orders, and the ratios.
+Both orders run in this process, `--rounds` times in turn, and the ratio of their medians is taken. Prints one JSON
+object: tokens per second of the clock and of processor time for both orders, and the ratios.
 """
 
 from __future__ import annotations

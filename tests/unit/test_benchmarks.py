@@ -252,3 +252,11 @@ def test_a_shared_prompt_gives_the_same_first_step_in_fewer_tokens(tmp_path: Pat
     for value in ("loss", "grad_norm"):
         whole, shared = (found["first_step"][side][value] for side in ("whole", "shared"))
         assert shared == pytest.approx(whole, rel=1e-6)
+
+
+def test_clients_at_once_are_answered_faster_than_one_by_one() -> None:
+    sizes = {"clients": 16, "tokens": 8, "hidden": 64, "layers": 2, "rounds": 1}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    found = json.loads(run("benchmarks/serving.py", *words, tests=True))
+    assert found["sizes"] == sizes and found["ratio_processor"] > 1.5
+    assert found["together"]["tokens_per_second"] > found["one_by_one"]["tokens_per_second"]
