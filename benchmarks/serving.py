@@ -4,7 +4,7 @@
 
 A Llama with random weights is served over loopback; each request is a text and gets an answer of `--tokens` tokens.
 Both orders run in this process, `--rounds` times in turn, and the ratio of their medians is taken. Prints one JSON
-object: tokens per second of the clock and of processor time for both orders, and the ratios.
+object: tokens per second of the clock and of processor time for both orders, each round's, and the ratios.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from pathlib import Path
 import httpx
 from chat_service import Served, ask, serving
 from hf_parts import make_config, make_model
+from measuring import surroundings
 from tiny import make_tokenizer
 from transformers import AutoTokenizer
 
@@ -60,7 +62,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
-    sizes = parser.parse_args()
+    sizes, around = parser.parse_args(), surroundings()
     limits = ServingLimits(max_batch=sizes.clients, max_new_tokens=sizes.tokens)
     with tempfile.TemporaryDirectory() as folder:
         generator = build(make_tokenizer(Path(folder) / "tokenizer"), sizes.hidden, sizes.layers)
@@ -74,7 +76,11 @@ def main() -> None:
     medians = {together: [statistics.median(column) for column in zip(*rows)] for together, rows in found.items()}
     names = ("tokens_per_second", "tokens_per_processor_second")
     result = {
+        "command": " ".join(["python benchmarks/serving.py", *sys.argv[1:]]),
+        **around,
         "sizes": vars(sizes),
+        # Tokens per second of the clock and of processor time, by round.
+        "rounds": {"together": found[True], "one_by_one": found[False]},
         "together": dict(zip(names, medians[True])),
         "one_by_one": dict(zip(names, medians[False])),
         "ratio_clock": medians[True][0] / medians[False][0],
