@@ -105,6 +105,8 @@ class Trainer:
         )
         # Why to stop before the last step; "" to continue.
         self.stop = ""
+        # Step of the checkpoint that this start continues from; 0 without one.
+        self.saved_step = 0
         # The step in progress, counted from 1; 0 before the first.
         self.under_way = 0
         stop_signals.stop_after(max_time_seconds(self.config.exp_manager))
@@ -158,8 +160,11 @@ class Trainer:
 
     def _train(self) -> None:
         first, last = self.state.step, self.config.trainer.max_steps
-        # Stop requests received during setup: there is nothing new to save.
+        # Stop requests received during setup.
         self._note_stop(stop_asked_for(self.state))
+        if self._is_due_at_resume():
+            heartbeat.beat(Phase.CHECKPOINT)
+            self._save()
         batches = self._steps(self.state.train_data, first, last, training=True)
         while self.state.step < last and not self.stop:
             self.under_way = self.state.step + 1
@@ -208,6 +213,7 @@ class Trainer:
             restore.resume(self.state, folder, self._manifest(), self.log.say)
         elif self.config.model.restore_from_path and self.config.job != "dpo":
             restore.weights_of(self.state, self.config.model.restore_from_path, self.base_hash, self.log.say)
+        self.saved_step = self.state.step
         self.copies = PeerCopies(self.state, self._manifest(), self.log.say, self._record)
         if self.copies.resume():
             source = "memory"
@@ -258,6 +264,13 @@ class Trainer:
     def _every(self, interval: int) -> bool:
         at_end = self.state.step == self.config.trainer.max_steps
         return at_end or (interval > 0 and self.state.step % interval == 0)
+
+    def _is_due_at_resume(self) -> bool:
+        """Whether to save before the first step: memory can be ahead of the checkpoints. Those that were due since the
+        newest one were still being written when the run failed, and a stop would lose what memory holds."""
+        step, interval = self.state.step, self.config.exp_manager.checkpoint.every_n_train_steps
+        missed = self._every(0) or (interval > 0 and step // interval > self.saved_step // interval)
+        return step > self.saved_step and (bool(self.stop) or missed)
 
     def _record(self, kind: str, text: str, **more: Any) -> None:
         """Record an event, on one rank for all."""

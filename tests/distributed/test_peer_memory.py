@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from megatron_anymal.config import RunConfig
 from megatron_anymal.peer_memory.server import MEMORY, MemoryServer
 from megatron_anymal.peer_memory.slots import SlotFile
 from megatron_anymal.resilience.events import read
+from megatron_anymal.train.peer_copies import PeerCopies
 
 STEPS, FAULT = 6, 5
 
@@ -168,3 +171,49 @@ def test_the_interval_and_the_switch(config: RunConfig, server: MemoryServer) ->
     run_ranks(2, attempt, config, server.environment())
     run_ranks(2, attempt, config, server.environment())
     assert resumed_at(config) == []
+
+
+def checkpoints(config: RunConfig) -> list[str]:
+    return sorted(path.name for path in (config.run_dir / "checkpoints").glob("step_*"))
+
+
+@pytest.mark.parametrize("every", [0, 4])
+def test_a_checkpoint_that_was_lost_while_it_was_written_is_made_up(
+    config: RunConfig, server: MemoryServer, every: int
+) -> None:
+    """A copy in memory is complete before the checkpoint of its step."""
+    config.exp_manager.checkpoint.every_n_train_steps = every
+    config.resilience.faults = [f"exception:rank=1,step={FAULT}"] if every else []
+    run_ranks(2, attempt, config, server.environment())
+    lost = config.run_dir / "checkpoints" / f"step_{4 if every else STEPS:08d}"
+    before = (lost / "manifest.json").read_text()
+    shutil.rmtree(lost)
+    run_ranks(2, attempt, config, server.environment())
+    assert resumed_at(config)[0][0].startswith("from memory")
+    assert checkpoints(config) == sorted({lost.name, f"step_{STEPS:08d}"})
+    assert json.loads((lost / "manifest.json").read_text())["step"] == json.loads(before)["step"]
+
+
+def stopped(config: RunConfig, variables: dict[str, str]) -> Any:
+    """In a rank: `attempt`, with a SIGTERM to rank 0 between the resume and the first step."""
+    resume = PeerCopies.resume
+
+    def then_stop(copies: PeerCopies) -> bool:
+        found = resume(copies)
+        if os.environ["RANK"] == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
+
+    PeerCopies.resume = then_stop  # type: ignore[method-assign]
+    return attempt(config, variables)
+
+
+def test_a_stop_before_the_first_step_saves_what_memory_holds(config: RunConfig, server: MemoryServer) -> None:
+    config.resilience.faults = [f"exception:rank=1,step={FAULT}"]
+    run_ranks(2, attempt, config, server.environment())
+    assert checkpoints(config) == []
+    run_ranks(2, stopped, config, server.environment())
+    assert checkpoints(config) == ["step_00000004"]
+    server.clear()
+    run_ranks(2, attempt, config, server.environment())
+    assert resumed_at(config)[-1] == ("from step_00000004, at step 4", 4)
