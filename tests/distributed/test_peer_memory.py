@@ -167,7 +167,8 @@ def test_the_interval_and_the_switch(config: RunConfig, server: MemoryServer) ->
     run_ranks(2, attempt, config, server.environment())
     assert resumed_at(config) == [("from memory, at step 3", 3)]
     server.clear()
-    config.resilience.peer_memory, config.exp_manager.explicit_log_dir = False, f"{config.run_dir}_off"
+    config.resilience.peer_memory, config.resilience.peer_memory_interval = False, 0
+    config.exp_manager.explicit_log_dir = f"{config.run_dir}_off"
     run_ranks(2, attempt, config, server.environment())
     run_ranks(2, attempt, config, server.environment())
     assert resumed_at(config) == []
