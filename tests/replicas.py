@@ -39,5 +39,5 @@ def replica_data(
         context_size=context_size,
     )
     tokenizer, modalities = build_inputs(config.model, config.data)
-    vocab_size = config.model.language_model.config["vocab_size"]
+    vocab_size = config.model.language_model.config.get("vocab_size", 0)
     return build_data(config, layout, tokenizer, modalities, "train", vocab_size=vocab_size)

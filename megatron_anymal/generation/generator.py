@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Optional, TypeVar
+from typing import TYPE_CHECKING, Optional, TypeVar
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.answers import GrowingAnswer
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.rejection import Rejection
-from megatron_anymal.generation.running_batch import RunningBatch
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.telemetry import Progress
+
+if TYPE_CHECKING:
+    from megatron_anymal.generation.running_batch import RunningBatch
 
 # Called with an answer after each of its tokens.
 Watch = Callable[[GrowingAnswer], None]
@@ -115,9 +117,13 @@ class Generator(ABC):
         """
         return compute()
 
-    @abstractmethod
     def running_batch(self) -> RunningBatch:
-        """Start an empty batch that prompts can join and leave between steps; for one process."""
+        """Start an empty batch that prompts can join and leave between steps; for one process.
+
+        Raises:
+            NotImplementedError: this generator, such as one that checks whole answers, has no such batch.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no running batch")
 
     @abstractmethod
     def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:

@@ -10,7 +10,6 @@ from megatron_anymal.generation.answers import GrowingAnswer
 from megatron_anymal.generation.generator import Generator, Result, Watch, unwatched
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.rejection import Rejection
-from megatron_anymal.generation.running_batch import RunningBatch
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.integrity.checks import IntegrityChecks, overhead
 from megatron_anymal.integrity.config import IntegrityConfig
@@ -50,10 +49,6 @@ class CheckedGenerator(Generator):
     def on_leader(self, compute: Callable[[], Result]) -> Result:
         """As of the wrapped generator."""
         return self._generator.on_leader(compute)
-
-    def running_batch(self) -> RunningBatch:
-        """Refused: whoever keeps a batch running checks its prompts and answers with `Checks`."""
-        raise NotImplementedError("a running batch is that of the generator itself, without checks")
 
     def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
         for number in numbers:

@@ -66,7 +66,7 @@ def test_versions_and_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     section = modalities()["image"]
     before = identity(section)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_version", lambda package: "9.9")
+        patch.setattr(module, "version_of", lambda package: "9.9")
         assert identity(section) != before
     copied = tmp_path / "modalities"
     shutil.copytree(Path(module.modalities.__file__).parent, copied)
