@@ -13,6 +13,7 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
+from tiny import WORDS
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -26,45 +27,29 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 # Words that are violations, by label, and harmless ones. The tests' tiny models know some of the harmless ones.
 PLANTED = {"zorp": ["zorpal", "zorpen"], "blick": ["blickan", "blickum"]}
 HARMLESS = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "what",
-    "is",
-    "this",
-    "a",
-    "sound",
-    "of",
-    "motion",
-    "walk",
-    "run",
-    "the",
-    "sea",
-    "boat",
-    "red",
-    "blue",
-    "tree",
-    "house",
-    "dog",
-    "cat",
-    "sits",
-    "near",
-    "under",
-    "tall",
-    "small",
-    "old",
-    "new",
-    "light",
-    "quiet",
-    "hill",
-    "river",
+    *WORDS,
+    *[
+        "the",
+        "sea",
+        "boat",
+        "red",
+        "blue",
+        "tree",
+        "house",
+        "dog",
+        "cat",
+        "sits",
+        "near",
+        "under",
+        "tall",
+        "small",
+        "old",
+        "new",
+        "light",
+        "quiet",
+        "hill",
+        "river",
+    ],
 ]
 VIOLATIONS = [word for words in PLANTED.values() for word in words]
 LABELS = ["fine", *PLANTED]

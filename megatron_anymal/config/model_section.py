@@ -82,9 +82,6 @@ class DiscreteConfig:
     """Token that precedes the codes of an item. Empty: <NAME>."""
     end: str = ""
     """Token that follows them. Empty: </NAME>."""
-    tokenizer: str = ""
-    """What turns media into codes: `module:Class` of a plug-in, or the folder of a HuggingFace model with a codebook.
-    Empty: the shards hold codes."""
     tokenizer_hash: str = ""
     """Identity of the tokenizer that the shards' codes must have. Empty: any."""
     prompt_codebooks: int = 1

@@ -50,8 +50,8 @@ class ExportedBatch(RunningBatch):
         return self._read(prompt, sampling)
 
     def _first_tokens(self, prompts: Sequence[RunningPrompt]) -> list[int]:
-        # Padding is masked; any id but a placeholder's will do.
         read = [TokenizedPrompt(one.prompt, list(one.pieces)) for one in prompts]
+        # Padding is masked; any id but a placeholder's will do.
         inputs = batch_of(read, pad=self._pad).to(self._model.device)
         mask = inputs["attention_mask"]
         found = self._model(

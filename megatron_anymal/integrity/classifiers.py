@@ -43,12 +43,7 @@ class ImageScorer:
         """
         self._batch_size = config.batch_size
         self._model = _load(transformers.AutoModelForImageClassification, config, where)
-        try:
-            self._processor: Any = transformers.AutoImageProcessor.from_pretrained(
-                config.path, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise _unloadable(config, where, error) from error
+        self._processor = _preprocessing(transformers.AutoImageProcessor, config, where)
 
     def scores(self, inputs: Sequence[Image.Image]) -> list[Mapping[str, float]]:
         """Score of each label for each RGB image."""
@@ -74,12 +69,7 @@ class TextScorer:
         """
         self._batch_size = config.batch_size
         self._model = _load(transformers.AutoModelForSequenceClassification, config, where)
-        try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(
-                config.path, local_files_only=True, trust_remote_code=False
-            )
-        except Exception as error:
-            raise _unloadable(config, where, error) from error
+        self._tokenizer = _preprocessing(transformers.AutoTokenizer, config, where)
         if not self._tokenizer.is_fast:
             raise ConfigError(f"{where}.path: {config.path!r} has no tokenizer.json, which windows need. Save it anew.")
         longest = _longest(self._tokenizer, self._model.config)
@@ -132,6 +122,14 @@ def _load(family: Any, config: ImageClassifier, where: str) -> Any:
     return model
 
 
+def _preprocessing(family: Any, config: ImageClassifier, where: str) -> Any:
+    """The image processor or tokenizer of a classifier's folder."""
+    try:
+        return family.from_pretrained(config.path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise _unloadable(config, where, error) from error
+
+
 def _unloadable(config: ImageClassifier, where: str, error: Exception) -> ConfigError:
     return ConfigError(f"{where}.path: {config.path!r} cannot be loaded: {' '.join(str(error).split())}")
 
@@ -143,7 +141,9 @@ def _scores(model: Any, batch: Any) -> Iterator[Mapping[str, float]]:
     config = model.config
     independent = config.problem_type == "multi_label_classification" or config.num_labels == 1
     scores = logits.sigmoid() if independent else logits.softmax(-1)
-    return (dict(zip(config.id2label.values(), row)) for row in scores.tolist())
+    # Not in the order of config.json, where label 10 often stands before label 2.
+    labels = [config.id2label[number] for number in range(scores.size(-1))]
+    return (dict(zip(labels, row)) for row in scores.tolist())
 
 
 def _longest(tokenizer: Any, config: Any) -> int:

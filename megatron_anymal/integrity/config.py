@@ -120,7 +120,7 @@ def read_integrity(path: str) -> IntegrityConfig:
     """
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"--integrity: there is no file {path!r}. Correct the path.")
+        raise ConfigError(f"Integrity checks: there is no file {path!r}. Correct the path.")
     try:
         value = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

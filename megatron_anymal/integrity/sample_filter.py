@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Optional
 
 from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.prompt_encoder import MediaFile
-from megatron_anymal.data.records import MediaPart, Part, Sample, TextPart
+from megatron_anymal.data.records import CodesPart, MediaPart, Part, Sample, TextPart
 from megatron_anymal.data.shard_samples import SampleError
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.rejection import FAILED
@@ -16,6 +16,9 @@ from megatron_anymal.integrity.config import read_integrity
 
 if TYPE_CHECKING:
     from megatron_anymal.integrity.checks import IntegrityChecks
+
+# Kind of discrete media in `unchecked_media`: no classifier can look at codes.
+CODES = "codes"
 
 
 class SampleFilter:
@@ -66,7 +69,8 @@ class SampleFilter:
         for part in sample.documents[0]:
             if isinstance(part, MediaPart):
                 files.append(MediaFile(read(part), part.media.lower().rpartition(".")[2]))
-                asked.append(MediaPart(part.media, next(remaining), part.attributes))
+                kind = next(remaining)
+                asked.append(MediaPart(part.media, CODES if isinstance(part, CodesPart) else kind, part.attributes))
             elif not part.control:
                 (learned if part.loss else asked).append(TextPart(part.text))
         text = "\n".join(part.text for part in learned)
@@ -92,5 +96,5 @@ class SampleFilter:
             from megatron_anymal.integrity.checks import IntegrityChecks
             from megatron_anymal.modalities import MODALITIES
 
-            self._checks = IntegrityChecks(self._config, MODALITIES, self._limits)
+            self._checks = IntegrityChecks(self._config, (*MODALITIES, CODES), self._limits)
         return self._checks

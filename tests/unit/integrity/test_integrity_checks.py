@@ -4,6 +4,8 @@ goes wrong rejects."""
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import threading
 from collections import Counter
 from pathlib import Path
@@ -28,7 +30,8 @@ from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import MediaPart, TextPart
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.integrity.checks import IntegrityChecks, overhead
-from megatron_anymal.integrity.config import read_integrity
+from megatron_anymal.integrity.classifiers import TextScorer
+from megatron_anymal.integrity.config import TextClassifier, read_integrity
 from megatron_anymal.modalities import MediaError
 
 KINDS = ("image", "video", "audio", "imu")
@@ -210,3 +213,17 @@ def test_threads_take_turns(checks: IntegrityChecks) -> None:
     for thread in threads:
         thread.join()
     assert codes(found) == {"input_text/words/zorp": 4, "passed": 4}
+
+
+def test_labels_belong_to_their_numbers_in_whatever_order_the_file_has_them(text_model: Path, tmp_path: Path) -> None:
+    """Folders sorted by text have label 10 before label 2."""
+    folder = tmp_path / "model"
+    shutil.copytree(text_model, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["id2label"] = dict(reversed(settings["id2label"].items()))
+    (folder / "config.json").write_text(json.dumps(settings))
+    texts = ["what is zorpal", "what is blickan", "what is this"]
+    expected = pipeline("text-classification", str(folder), top_k=None)(texts)
+    scorer = TextScorer(TextClassifier(path=str(folder), labels=["zorp"], threshold=0.5, overlap=8), "here")
+    for found, oracle in zip(scorer.scores(texts), expected):
+        assert found == pytest.approx({row["label"]: row["score"] for row in oracle}, abs=1e-6)

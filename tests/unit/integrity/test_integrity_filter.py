@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -124,6 +125,25 @@ def test_a_sample_that_cannot_be_checked_is_bad(
     words = ["--manifest", str(manifest), "--out", str(tmp_path / "out"), "--filter", f"integrity={integrity}"]
     with pytest.raises(ValueError, match=r"cannot be used, above --max-bad-share.*input_text/words/failed.*no memory"):
         main([*words, "--tokenizer", tokenizer_folder])
+
+
+@pytest.mark.parametrize("unchecked", [[], ["codes"]])
+def test_codes_pass_only_if_the_file_says_so(
+    text_model: Path, image_model: Path, tokenizer_folder: str, tmp_path: Path, unchecked: list[str]
+) -> None:
+    sections = {"words": text_section(text_model), "squares": image_section(image_model)}
+    file = integrity_file(tmp_path / "integrity.yaml", sections, unchecked_media=unchecked)
+    codes = io.BytesIO()
+    np.save(codes, np.arange(3))
+    members = [("a.picture.codes.npy", codes.getvalue()), ("a.txt", b"what is this"), ("b.txt", b"what is this")]
+    made.write_tar(tmp_path / "shards" / "0.tar", members)
+    words = ["--index-only", str(tmp_path / "shards"), "--tokenizer", tokenizer_folder, "--text-only"]
+    assert main([*words, "--filter", f"integrity={file}", "--max-bad-share", "0"]) == 0
+    index = ShardIndex(str(tmp_path / "shards"))
+    assert [index.key(n) for n in range(len(index))] == (["a", "b"] if unchecked else ["b"])
+    if not unchecked:
+        [row] = map(json.loads, (tmp_path / "shards" / "index" / "left_out.jsonl").read_text().splitlines())
+        assert row["key"] == "a" and "input_image/unchecked" in row["reason"]
 
 
 def test_a_missing_file_is_refused_first(tmp_path: Path) -> None:
