@@ -7,13 +7,7 @@
 #
 # Output seen: outputs equal True, warnings about FP8: 0
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3.11 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6
-"$folder/venv/bin/pip" install --quiet megatron-core==0.16.1
-cp "$here/cuda_on_cpu.py" "$folder"
+source "$(dirname "$0")/megatron_core_on_cpu.sh"
 cat > "$folder/run.py" <<'PY'
 import logging
 import warnings

@@ -9,13 +9,7 @@
 #
 # Output seen: 1 bucket: wrong values of exp_avg 0, 0, 0; 3 buckets: 0, 25, 25 (of 25 per weight, the first bucket first)
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3.11 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 psutil==7.2.2
-"$folder/venv/bin/pip" install --quiet megatron-core==0.16.1
-cp "$here/cuda_on_cpu.py" "$folder"
+source "$(dirname "$0")/megatron_core_on_cpu.sh" psutil==7.2.2
 cat > "$folder/run.py" <<'PY'
 import os
 import sys

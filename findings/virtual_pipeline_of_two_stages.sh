@@ -11,13 +11,7 @@
 #
 # Output seen: largest relative error of a gradient: 2 stages 10.30, 4 stages 0.00, 2 stages with overlap 0.00
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3.11 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6
-"$folder/venv/bin/pip" install --quiet megatron-core==0.16.1
-cp "$here/cuda_on_cpu.py" "$folder"
+source "$(dirname "$0")/megatron_core_on_cpu.sh"
 cat > "$folder/run.py" <<'PY'
 import datetime
 import math

@@ -26,31 +26,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 # Words that are violations, by label, and harmless ones. The tests' tiny models know some of the harmless ones.
 PLANTED = {"zorp": ["zorpal", "zorpen"], "blick": ["blickan", "blickum"]}
-HARMLESS = [
-    *WORDS,
-    *[
-        "the",
-        "sea",
-        "boat",
-        "red",
-        "blue",
-        "tree",
-        "house",
-        "dog",
-        "cat",
-        "sits",
-        "near",
-        "under",
-        "tall",
-        "small",
-        "old",
-        "new",
-        "light",
-        "quiet",
-        "hill",
-        "river",
-    ],
-]
+_FURTHER = "the sea boat red blue tree house dog cat sits near under tall small old new light quiet hill river"
+HARMLESS = [*WORDS, *_FURTHER.split()]
 VIOLATIONS = [word for words in PLANTED.values() for word in words]
 LABELS = ["fine", *PLANTED]
 MARKS = [".", ",", "!", "?"]
