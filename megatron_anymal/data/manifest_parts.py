@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -108,7 +109,16 @@ class _PartPacker:
             self._writer.require_new_keys(records)
             self._progress.skip(size)
         else:
-            unfinished = self._folder / f"{shard_name(number)}.part"
+            shard = self._write(number, records, size)
+        self._samples, self._shards = self._samples + shard.samples, self._shards + bool(shard.name)
+        self._codes.update(entry.code for entry in shard.left_out if entry.is_bad)
+        self._rules.update(by_rule(shard.left_out))
+        return shard
+
+    def _write(self, number: int, records: Iterator[Record], size: int) -> PackedShard:
+        # A name of its own: a scheduler may have started the same part twice.
+        unfinished = self._folder / f"{shard_name(number)}.{secrets.token_hex(6)}.part"
+        try:
             shard = self._writer.write(number, unfinished, records, lambda _: self._progress.advance())
             if shard.samples + len(shard.left_out) != size:
                 raise _changed(self._source)
@@ -116,10 +126,9 @@ class _PartPacker:
                 os.replace(unfinished, self._folder / shard.name)
             else:
                 (self._folder / shard_name(number)).unlink(missing_ok=True)
-            self._parts.set_packed(shard)
-        self._samples, self._shards = self._samples + shard.samples, self._shards + bool(shard.name)
-        self._codes.update(entry.code for entry in shard.left_out if entry.is_bad)
-        self._rules.update(by_rule(shard.left_out))
+        finally:
+            unfinished.unlink(missing_ok=True)
+        self._parts.set_packed(shard)
         return shard
 
     def finish(self, what: str) -> None:
@@ -147,6 +156,9 @@ def join_journals(folder: str) -> None:
             yield shard
 
     write_journal(Path(folder), note["header"], shards())
+    # Of processes that were killed.
+    for unfinished in Path(folder).glob("*.tar.*.part"):
+        unfinished.unlink(missing_ok=True)
 
 
 def _samples(source: Source, out: str, parts: PartFiles, options: Mapping[str, Any]) -> int:

@@ -27,10 +27,11 @@ from megatron_anymal.data import index_processes
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.index_parts import index_part, merge_parts
-from megatron_anymal.data.packing_journal import JOURNAL
+from megatron_anymal.data.packing_journal import JOURNAL, PackedShard
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.shard_writer import SampleWriter
 from megatron_anymal.data.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -488,6 +489,31 @@ def test_a_manifest_by_parts(suffix: str, of: int, tmp_path: Path, tokenizer_fol
         os.utime(out / shard.name, ns=(7, shard.stat().st_mtime_ns))
     make_index(str(out), IndexOptions(tokenizer_folder), rebuild=True)
     assert files_of(out) == files_of(whole)
+
+
+def test_a_part_that_two_processes_pack_at_once(
+    tmp_path: Path, tokenizer_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process begins a shard and ends it only after another one has packed the whole part."""
+    path, whole, out = manifest(tmp_path / "m", 10), tmp_path / "whole", tmp_path / "out"
+    prepare_parts(path, whole, tokenizer_folder, 2)
+    write, calls = SampleWriter.write, []
+
+    def write_slowly(*arguments: Any) -> PackedShard:
+        calls.append(arguments[1])
+        shard = write(*arguments)
+        if len(calls) == 1:
+            prepare_parts(path, out, tokenizer_folder, 2)
+        return shard
+
+    monkeypatch.setattr(SampleWriter, "write", write_slowly)
+    prepare_parts(path, out, tokenizer_folder, 2)
+    # Left by a process that was killed.
+    (out / "shard-000000.tar.0123456789ab.part").write_bytes(b"anymal")
+    merge_parts(str(whole))
+    merge_parts(str(out))
+    shards, of_one = ({p.name: p.read_bytes() for p in folder.glob("*.tar*")} for folder in (out, whole))
+    assert shards == of_one and len(shards) == 4 and len(calls) > len(shards)
 
 
 def test_parts_of_a_manifest_that_changed(tmp_path: Path, tokenizer_folder: str) -> None:
