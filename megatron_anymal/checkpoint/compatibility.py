@@ -46,6 +46,7 @@ HARMLESS = (
     "model.language_model.checkpoint",
     "model.modalities.*.encoder.max_pieces_per_call",
     "data.train.*",
+    "data.schedule",
     "data.validation.*",
     "data.validation",
     "data.tokenizer",
