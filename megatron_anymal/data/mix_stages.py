@@ -1,8 +1,8 @@
 """Stages of a run's mixture (`data.schedule`): the weights of each, and the order of samples over all of them.
 
-A stage is a `GlobalOrder` of its own that begins where the one before ends. Each dataset continues with the sample after
-the last one that earlier stages took, so that no sample repeats before its dataset is used up. Which samples a step uses
-depends on the stages up to that step, not on later ones.
+A stage is a `GlobalOrder` of its own that begins where the one before ends. Each dataset continues with the sample
+after the last one that earlier stages took, so that no sample repeats before its dataset is used up. Which samples a
+step uses depends on the stages up to that step, not on later ones.
 """
 
 from __future__ import annotations

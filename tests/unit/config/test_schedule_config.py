@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import ConfigError, DatasetConfig, RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir, from_dict
 from megatron_anymal.config.validation import check
 
-# MIO (Table 2, section 2.2, appendices B and C): steps, GPUs, weights, warm-up of 3 %. The paper has no numbers of its own
-# for fine-tuning but the rate and the length.
+# MIO (Table 2, section 2.2, appendix B): steps, GPUs, weights, warm-up of 3 %.
 MIO = {
     "align": (24_800, 128, {"image_text": 12, "text": 2, "speech": 2}, 744),
     "interleave": (12_800, 128, {"image_text": 2, "text": 2, "interleaved": 6, "speech": 6}, 384),
@@ -54,8 +53,8 @@ def test_schedules_that_work() -> None:
         ([stage(3), {"steps": 7}], r"data.schedule\[1\].weights uses no dataset"),
         (
             [stage(weights={"picture": 1, "text": 1})],
-            r"data.schedule\[0\].weights names 'picture', which is neither a dataset of data.train \(pictures, text\) "
-            r"nor the type of one \(none\). Did you mean pictures\?",
+            r"data.schedule\[0\].weights names 'picture', which is neither a dataset of data.train \(pictures, "
+            r"text\) nor the type of one \(none\). Did you mean pictures\?",
         ),
         ([stage(weights={"pictures": -1, "text": 1})], r"data.schedule\[0\].weights.pictures=-1.0 must be at least 0"),
         ([stage(weights={"pictures": float("nan"), "text": 1})], r"weights.pictures=nan must be at least 0"),
@@ -102,14 +101,14 @@ def test_datasets_that_are_refused(schedule: Any, dataset: dict[str, Any], messa
 
 def test_validation_has_no_types() -> None:
     config = run([stage()])
-    config.data.validation = {"held_out": from_dict({"data": {"train": {"x": {"path": "v", "type": "t"}}}}).data.train["x"]}
+    config.data.validation = {"held_out": DatasetConfig("v", type="t")}
     with pytest.raises(ConfigError, match=r"data.validation.held_out.type='t' has no effect in validation"):
         check(config)
 
 
 def test_an_override_replaces_the_whole_list() -> None:
-    given = "data.schedule=[{name: first, steps: 5, weights: {image_text: 1}}, {weights: {text: 1, speech: 3}, by: token}]"
-    composed = compose("mio_7b_align", default_config_dir(), [given])
+    given = "[{name: first, steps: 5, weights: {image_text: 1}}, {weights: {text: 1, speech: 3}, by: token}]"
+    composed = compose("mio_7b_align", default_config_dir(), [f"data.schedule={given}"])
     first, second = composed.config.data.schedule
     assert (first.name, first.steps, first.weights, first.by) == ("first", 5, {"image_text": 1.0}, "sample")
     assert (second.name, second.steps, second.weights, second.by) == ("", 0, {"text": 1.0, "speech": 3.0}, "token")

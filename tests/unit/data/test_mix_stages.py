@@ -1,4 +1,4 @@
-"""The order of a run with stages is that of its definition, and each dataset continues where the stage before left it."""
+"""The order of a run with stages is that of its definition; each dataset continues where the stage before left it."""
 
 from __future__ import annotations
 
