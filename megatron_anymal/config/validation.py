@@ -10,8 +10,8 @@ from megatron_anymal.config.fault_grammar import check_faults
 from megatron_anymal.config.layout_validation import check_layout
 from megatron_anymal.config.model_section import ModalityConfig
 from megatron_anymal.config.model_validation import check_model
-from megatron_anymal.config.schema import CheckpointConfig, ConfigError, ExpManagerConfig, RunConfig
 from megatron_anymal.config.schedule_validation import check_mixtures
+from megatron_anymal.config.schema import CheckpointConfig, ConfigError, ExpManagerConfig, RunConfig
 from megatron_anymal.config.storage_validation import check_feature_cache, check_storage
 
 # Valid entries of resilience.allow_changes.

@@ -468,15 +468,15 @@ def test_the_mixture_is_that_of_the_steps_stage(shards: str, tokenizer: str, tmp
     config.data.train["text"] = DatasetConfig(text_shards)
     config.data.schedule = [StageConfig("one", 4, {"mix": 1}), StageConfig("two", 26, {"mix": 1, "text": 3})]
     write(config, tmp_path)
-    for step, caption, text in (
+    for step, caption, share in (
         (4, "first 4 steps of stage one", "0.0%"),
         (5, "first 20 steps of stage two", "75.0%"),
     ):
-        source, page = page_of(tmp_path, f"--step={step}")
+        source, _ = page_of(tmp_path, f"--step={step}")
         assert f"Shares of the datasets in the {caption}" in source
         assert "<li>stage 2 of 2, two: steps 5 to 30, mix 25.00%, text 75.00% of the samples</li>" in source
         row = re.search(r"Shares of the datasets.*?<tr><t[hd][^>]*>text</t[hd]>(.*?)</tr>", source, re.S)
-        assert row and re.findall(r">([^<>]+%|\u2013)<", row[1])[0] == text
+        assert row and re.findall(r">([^<>]+%|\u2013)<", row[1])[0] == share
 
 
 def test_a_sample_is_found_in_a_later_stage(shards: str, tokenizer: str, tmp_path: Path, text_shards: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,10 @@ def test_schedules_that_work() -> None:
         ([stage(10), stage()], r"ends at trainer.max_steps=10, before the last stage of data.schedule begins at .* 10"),
         ([stage(5, name="a"), stage(5, name="a")], r"data.schedule\[1\].name='a' is also the name of an earlier stage"),
         ([{**stage(), "shares": 1}], r"unknown key data.schedule\[0\].shares"),
-        ([{**stage(), "weigths": {}}], r"unknown key data.schedule\[0\].weigths.* Did you mean data.schedule\[0\].weig"),
+        (
+            [{**stage(), "weigths": {}}],
+            r"unknown key data.schedule\[0\].weigths.* Did you mean data.schedule\[0\].weig",
+        ),
         ({"a": stage()}, r"data.schedule=.* must be a list"),
         ([stage(weights=[1, 2])], r"data.schedule\[0\].weights=\[1, 2\] must be a section"),
         ([stage(weights={"text": "many"})], r"data.schedule\[0\].weights.text='many' must be a number"),
@@ -146,6 +150,6 @@ def test_all_stages_of_mio_share_what_the_paper_shares(name: str) -> None:
 def test_each_stage_of_mio_continues_the_one_before() -> None:
     names = [*MIO, "sft"]
     configs = [compose(f"mio_7b_{name}", default_config_dir(), []).config for name in names]
-    for before, after in zip(configs, configs[1:]):
+    for before, after in pairwise(configs):
         assert Path(after.model.restore_from_path) == before.run_dir
         assert after.model.discrete == before.model.discrete

@@ -397,7 +397,9 @@ def test_stages_are_shown_with_the_epochs_of_their_data(tiny: RunConfig, text_sh
     assert "  stage 2 of 2: steps 41 to 60, mix 25.00%, text 75.00% of the samples" in said
     # By tokens, shares of samples are shown as well, if all data are here.
     tiny.data.schedule[1].by = "token"
-    assert re.search(r"mix 25\.00%, text 75\.00% of the tokens \(mix [\d.]+%, text [\d.]+% of the samples\)", render(examine(tiny)))
+    assert re.search(
+        r"mix 25\.00%, text 75\.00% of the tokens \(mix [\d.]+%, text [\d.]+% of the samples\)", render(examine(tiny))
+    )
     tiny.data.train["text"].path = "nowhere"
     said = render(examine(tiny))
     assert "mix 25.00%, text 75.00% of the tokens" in said and "epoch" not in said
