@@ -118,18 +118,19 @@ class RunLog:
             print(text, flush=True)
 
 
-def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: float) -> str:
+def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: float, stage: str = "") -> str:
     """Console line of a step; each modality's loss is followed by the number of target tokens it was averaged over.
 
     Args:
         eta: seconds until the end of the run.
+        stage: name of the step's stage in data.schedule; "" without one.
     """
     names = [name.removeprefix("loss/") for name in metrics if name.startswith("loss/")]
     losses = ", ".join(f"{name} {metrics[f'loss/{name}']:.4f} of {metrics[f'targets/{name}']:,.0f}" for name in names)
     loader = f", loader {metrics['loader_memory_gib']:.2f} ({metrics['loader_growth_gib']:+.2f})"
     memory = f"{metrics['host_memory_gib']:.2f} GiB{loader if metrics['loader_memory_gib'] else ''}"
     return (
-        f"step {step}/{max_steps}  loss {metrics['loss']:.6f}  [{losses}]  "
+        f"step {step}/{max_steps}  {f'stage {stage}  ' if stage else ''}loss {metrics['loss']:.6f}  [{losses}]  "
         f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_share']:.1%}  "
         f"grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.3e}  {metrics['step_seconds']:.2f} s/step  "
         f"memory {memory}  {duration(eta)} left"

@@ -46,6 +46,7 @@ HARMLESS = (
     "model.language_model.checkpoint",
     "model.modalities.*.encoder.max_pieces_per_call",
     "data.train.*",
+    "data.schedule",
     "data.validation.*",
     "data.validation",
     "data.tokenizer",
@@ -104,7 +105,7 @@ def _of_kind(kind: str, saved: Manifest, current: Manifest) -> list[str]:
         return _hashes("data.tokenizer (its content)", saved.tokenizer, current.tokenizer) if saved.tokenizer else []
     if kind == "base":
         return _hashes("the Llama's weights", saved.base_hash, current.base_hash) + _llama(saved.llama, current.llama)
-    name = "data (its content, weights, model.seed or model.global_batch_size)"
+    name = "data (its content, weights, data.schedule, model.seed or model.global_batch_size)"
     changed = _hashes(name, saved.data_fingerprint, current.data_fingerprint)
     return [f"{line}, so that resuming would repeat or lose samples" for line in changed]
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_anymal.cli.data_page.markup import file_size
 from megatron_anymal.cli.data_page.numbers import MEASURED_STEPS, fill, row_chunks
-from megatron_anymal.config import DatasetConfig, ModelConfig, RunConfig
+from megatron_anymal.config import DatasetConfig, ModelConfig, RunConfig, StageConfig
 from megatron_anymal.data.codes import CodeLayout, CodesKind, plan_kinds
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.left_out import grouped
@@ -27,6 +27,7 @@ from megatron_anymal.data.lint import (
     wrong_shards,
     wrong_tokenizer,
 )
+from megatron_anymal.data.mix_stages import stage_lines
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
@@ -316,9 +317,19 @@ def _packing(run: InspectedRun) -> int:
             bad = "bad: " if too_long and config.data.too_long == "refuse" else ""
             print(f"{bad}longer than data.seq_length={config.data.seq_length}: {too_long} of {len(lengths)}{note}")
             problems += bool(bad)
-    planner = planner_of(run, config.data.train)
+    planner = planner_of(run, config.data.train, config.data.schedule)
+    last = config.trainer.max_steps
+    lines = stage_lines(config.data.train, config.data.schedule, last, planner.stages)
+    for number in range(len(planner.stages)):
+        if lines:
+            print(lines[number])
+        _print_fill(planner, planner.steps_of(number, last)[:MEASURED_STEPS])
+    return problems
+
+
+def _print_fill(planner: BatchPlanner, steps: range) -> None:
     fills, packs = [], []
-    for step in range(min(MEASURED_STEPS, config.trainer.max_steps)):
+    for step in steps:
         plan = planner.plan(step)
         fills.append(fill(plan))
         packs.append(sum(len(replica) for replica in plan.micro_batches))
@@ -326,11 +337,15 @@ def _packing(run: InspectedRun) -> int:
         f"first {len(fills)} steps: {np.mean(fills):.1%} of the computed tokens are real (worst step "
         f"{min(fills):.1%}), {min(packs)} to {max(packs)} micro-batches per step"
     )
-    return problems
 
 
-def planner_of(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPlanner:
+def planner_of(
+    run: InspectedRun, datasets: dict[str, DatasetConfig], schedule: Sequence[StageConfig] = ()
+) -> BatchPlanner:
     """The run's planner for some datasets; samples that are too long are dropped, not refused.
+
+    Args:
+        schedule: `data.schedule`, if these are all datasets of `data.train`.
 
     Raises:
         DataError: see BatchPlanner.
@@ -349,6 +364,7 @@ def planner_of(run: InspectedRun, datasets: dict[str, DatasetConfig]) -> BatchPl
         storage=config.data.storage,
         limits=config.data.limits,
         discrete=config.model.discrete,
+        schedule=schedule,
     )
 
 

@@ -42,11 +42,12 @@ def inspect_page(arguments: argparse.Namespace, config: RunConfig) -> int:
     run = build_run(config)
     view = RunView(
         name=arguments.config_name,
-        planner=planner_of(run, config.data.train),
+        planner=planner_of(run, config.data.train, config.data.schedule),
         tokenizer=run.reading.tokenizer,
         loaded={modality.name: run.reading.loaded[modality.kind] for modality in run.modalities},
         codes=run.reading.codes,
         datasets=config.data.train,
+        schedule=config.data.schedule,
         max_steps=config.trainer.max_steps,
     )
     view.planner.use_encoder_costs(_encoder_costs(config, view))

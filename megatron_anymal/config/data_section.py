@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
@@ -30,7 +30,34 @@ class DatasetConfig:
     path: str = ""
     """The folder."""
     weight: float = 1.0
-    """Sampling weight relative to the other datasets of the mixture."""
+    """Sampling weight relative to the other datasets of the mixture. With `data.schedule`: relative to the other
+    datasets of its type."""
+    type: str = ""
+    """A name, such as image_text, by which stages of `data.schedule` can give a weight to several datasets at once."""
+
+
+@dataclass
+class StageConfig:
+    """A stage of a run: how long it lasts and how it mixes the datasets."""
+
+    name: str = ""
+    """Name for logs. Empty: its number, from 1."""
+    steps: int = 0
+    """Optimizer steps. 0, in the last stage only: up to trainer.max_steps."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Weight of each dataset or type of datasets in `data.train`. A dataset that is missing here, or has weight 0, is
+    left out of the stage."""
+    by: str = "sample"
+    """Weights are shares of samples (`sample`) or of LLM tokens (`token`), soft tokens and codes included."""
+
+    def weights_of(self, datasets: Mapping[str, DatasetConfig]) -> dict[str, float]:
+        """Weight of every dataset of `data.train`; a type's weight is divided by its datasets' own weights."""
+        found = dict.fromkeys(datasets, 0.0)
+        for key, weight in self.weights.items():
+            own = {name: dataset.weight for name, dataset in datasets.items() if dataset.type == key} or {key: 1.0}
+            for name, share in own.items():
+                found[name] += weight * share / sum(own.values())
+        return found
 
 
 @dataclass
@@ -120,6 +147,8 @@ class DataConfig:
 
     train: dict[str, DatasetConfig] = field(default_factory=dict)
     """Training datasets by name; a weighted mixture."""
+    schedule: list[StageConfig] = field(default_factory=list)
+    """Stages of the run, each with its own mixture of the training datasets. Empty: their own weights throughout."""
     validation: dict[str, DatasetConfig] = field(default_factory=dict)
     """Validation datasets by name."""
     tokenizer: str = ""

@@ -83,6 +83,8 @@ def _sections(section: Any, prefix: str) -> Iterator[tuple[str, Any]]:
             entry = typing.get_args(hint)[1]
             if name != "validation":
                 yield from _sections(entry, f"{dotted}.NAME")
+        elif typing.get_origin(hint) is list and is_dataclass(typing.get_args(hint)[0]):
+            yield from _sections(typing.get_args(hint)[0], f"{dotted}[N]")
 
 
 def _holds_sections(hint: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -11,11 +10,9 @@ from megatron_anymal.config.fault_grammar import check_faults
 from megatron_anymal.config.layout_validation import check_layout
 from megatron_anymal.config.model_section import ModalityConfig
 from megatron_anymal.config.model_validation import check_model
+from megatron_anymal.config.schedule_validation import check_mixtures
 from megatron_anymal.config.schema import CheckpointConfig, ConfigError, ExpManagerConfig, RunConfig
 from megatron_anymal.config.storage_validation import check_feature_cache, check_storage
-
-# The global order is built in blocks with at least two slots per data set: a smaller share would make them huge.
-SMALLEST_SHARE = 1e-5
 
 # Valid entries of resilience.allow_changes.
 CHANGES = ("config", "tokenizer", "base", "data")
@@ -123,6 +120,7 @@ def check(config: RunConfig) -> None:
     check_layout(config)
     check_model(config.job, config.model)
     _check_data(config.data, config.model.modalities)
+    check_mixtures(config.data, config.trainer.max_steps)
     check_storage(config.data, config.resilience)
     check_feature_cache(config.data.feature_cache, config.model.modalities)
     _check_resilience(config)
@@ -179,17 +177,9 @@ def _check_best(config: RunConfig, rules: CheckpointConfig) -> None:
 
 def _check_data(data: DataConfig, modalities: Mapping[str, ModalityConfig]) -> None:
     for split in ("train", "validation"):
-        total = sum(dataset.weight for dataset in getattr(data, split).values())
         for name, dataset in getattr(data, split).items():
             if not dataset.path:
                 raise ConfigError(f"data.{split}.{name}.path is empty. Name a folder created by `anymal prepare`.")
-            if not (dataset.weight > 0 and math.isfinite(dataset.weight)):
-                raise ConfigError(f"data.{split}.{name}.weight={dataset.weight} must be above 0.")
-            if dataset.weight < SMALLEST_SHARE * total:
-                raise ConfigError(
-                    f"data.{split}.{name}.weight={dataset.weight} is less than {SMALLEST_SHARE} of the mix. Raise it, "
-                    "or remove the data set."
-                )
     # A Llama without data sets or modalities gets token ids as input and needs no tokenizer.
     if not data.tokenizer and (data.train or data.validation or modalities):
         raise ConfigError("data.tokenizer is empty. Name a local folder with a HuggingFace tokenizer.")

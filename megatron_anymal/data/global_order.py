@@ -107,13 +107,18 @@ class GlobalOrder:
 
     # Number of samples of each dataset.
     sizes: tuple[int, ...]
-    # Share of each dataset in the order, relative to the sum.
+    # Share of each dataset in the order, relative to the sum; 0 leaves it out.
     weights: tuple[float, ...]
     # Seed of all permutations.
     seed: int
+    # Samples of each dataset that earlier stages of the run took; empty: none.
+    taken: tuple[int, ...] = ()
+    # Number of the stage of the run: each shuffles its blocks in its own way.
+    stage: int = 0
 
     def __post_init__(self) -> None:
-        assert len(self.sizes) == len(self.weights) and min(self.sizes) > 0 and min(self.weights) > 0
+        assert len(self.sizes) == len(self.weights) and min(self.sizes) > 0
+        assert min(self.weights) >= 0 and max(self.weights) > 0
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """The samples at positions [start, stop).
@@ -127,8 +132,14 @@ class GlobalOrder:
         dataset, sample = _blocks(self, first, last, block)
         return dataset[wanted].copy(), sample[wanted].copy()
 
+    def counts(self, places: int) -> np.ndarray:
+        """[datasets] int64: how many of the first `places` positions are of each dataset."""
+        whole = places - places % self._block_size()
+        dataset, _ = self.samples(whole, places)
+        return np.diff(self._bounds(whole)) + np.bincount(dataset, minlength=len(self.sizes))
+
     def _block_size(self) -> int:
-        smallest = min(self.weights) / sum(self.weights)
+        smallest = min(weight for weight in self.weights if weight) / sum(self.weights)
         # At least two positions for the rarest dataset, so that no rounded share is ever negative.
         return max(256, int(2 / smallest) + 1)
 
@@ -141,15 +152,16 @@ class GlobalOrder:
         # The positions of a single dataset need no shuffling.
         if len(self.sizes) > 1:
             number = np.repeat(np.arange(len(shares)), block)
-            keys = _mix64_each(self.seed, 1, first + np.arange(len(shares)))
+            seed = mix64(self.seed, 3, self.stage) if self.stage else self.seed
+            keys = _mix64_each(seed, 1, first + np.arange(len(shares)))
             slots = _permute_each(np.tile(np.arange(block), len(shares)), block, keys[number])
             # Block k covers [k * block, (k + 1) * block), so that one search serves all blocks.
             ends = np.cumsum(shares, axis=1) + block * np.arange(len(shares))[:, None]
             found = np.searchsorted(ends.ravel(), slots + block * number, side="right")
             dataset = found - len(self.sizes) * number
         sample = np.empty_like(dataset)
-        for d in range(len(self.sizes)):
-            sample[dataset == d] = self._shuffled(d, np.arange(drawn[0, d], drawn[-1, d]))
+        for d, taken in enumerate(self.taken or [0] * len(self.sizes)):
+            sample[dataset == d] = self._shuffled(d, taken + np.arange(drawn[0, d], drawn[-1, d]))
         return dataset, sample
 
     @cached_property

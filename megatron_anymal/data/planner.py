@@ -11,17 +11,26 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Optional
 
 import numpy as np
 
-from megatron_anymal.config import FP8_MULTIPLE, DatasetConfig, DiscreteConfig, LimitsConfig, ModelConfig, StorageConfig
+from megatron_anymal.config import (
+    FP8_MULTIPLE,
+    DatasetConfig,
+    DiscreteConfig,
+    LimitsConfig,
+    ModelConfig,
+    StageConfig,
+    StorageConfig,
+)
 from megatron_anymal.data.codes import PlannedCodes, plan_kinds
 from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import document_multiple, padded
-from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.length_bounds import LengthBounds
+from megatron_anymal.data.mix_stages import StagedOrder, mean_tokens, plan_stages
 from megatron_anymal.data.packing import pack
 from megatron_anymal.data.records import SAMPLE_KINDS, DataError
 from megatron_anymal.data.sample_measures import Measures, measure_samples
@@ -106,6 +115,7 @@ class BatchPlanner:
         storage: Optional[StorageConfig] = None,
         section: str = "data.train",
         discrete: Mapping[str, DiscreteConfig] = MappingProxyType({}),
+        schedule: Sequence[StageConfig] = (),
     ):
         """Open the indexes and check that the mixture can be planned.
 
@@ -116,11 +126,12 @@ class BatchPlanner:
             storage: how folders on object storage are read. None: the defaults.
             section: key of `datasets` in the configuration, for messages.
             discrete: `model.discrete`.
+            schedule: `data.schedule`, checked against `datasets`. Empty: the datasets' own weights throughout.
 
         Raises:
             DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
                 samples of another kind, media without a configured modality or codes that `discrete` does not fit;
-                with too_long="refuse", a sample is longer than seq_length.
+                with too_long="refuse", a sample is longer than seq_length; a stage by tokens cannot be planned.
             StorageError: an object store, or the cache for its indexes, cannot be used.
         """
         if not datasets:
@@ -134,7 +145,6 @@ class BatchPlanner:
                 raise DataError(f"{section}.{name}.path: {error}") from None
         self.layout, self.global_batch_size = layout, global_batch_size
         self.seed, self.too_long = seed, too_long
-        self._weights = tuple(d.weight for d in datasets.values())
         self._by_kind = {m.kind: m for m in modalities}
         # Kind of the index -> lengths of its items of codes.
         self._codes: dict[str, PlannedCodes] = {}
@@ -143,9 +153,11 @@ class BatchPlanner:
             self._check_index(index, tokenizer, sample_kinds)
             if check_shards:
                 index.check_shards()
-        self._order = GlobalOrder(tuple(len(i) for i in self.indexes), self._weights, seed)
         if too_long == "refuse":
             self._refuse_long()
+        # At least one: without a schedule, the whole run is a stage.
+        self.stages = plan_stages(datasets, schedule, global_batch_size, self._mean_tokens)
+        self._order = StagedOrder([len(i) for i in self.indexes], self.stages, seed)
 
     @property
     def read_ahead(self) -> int:
@@ -156,13 +168,27 @@ class BatchPlanner:
         """Hash of everything that determines which samples a step uses."""
         body = {
             "indexes": [[i.header.to_json(len(i), len(i.media))] for i in self.indexes],
-            "weights": self._weights,
+            "weights": self.stages[0].weights,
+            **({"later": [(stage.start, stage.weights) for stage in self.stages[1:]]} if self.stages[1:] else {}),
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
             # Then more pairs fit into a pack and fewer are left out.
             **({"shared_prompts": True} if self.layout.shared_prompts and self.too_long == "drop" else {}),
         }
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+    def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
+        """The samples at positions [start, stop) of the run: dataset and row number, [stop - start] int64 each."""
+        return self._order.samples(start, stop)
+
+    def stage_of(self, step: int) -> int:
+        """Number of the stage in `stages` that a step belongs to; steps count from 0."""
+        return self._order.stage_at(step * self.global_batch_size)
+
+    def steps_of(self, stage: int, max_steps: int) -> range:
+        """The steps of a stage, which count from 0, in a run of `max_steps` steps."""
+        starts = [*(stage.start // self.global_batch_size for stage in self.stages), max_steps]
+        return range(starts[stage], starts[stage + 1])
 
     def key(self, dataset: int, sample: int) -> str:
         """Name of a sample: dataset/key."""
@@ -184,7 +210,7 @@ class BatchPlanner:
     def plan(self, step: int) -> StepPlan:
         """Plan a step. The result is a pure function of the index, the configuration, encoder costs and the step."""
         start = step * self.global_batch_size
-        dataset, sample = self._order.samples(start, start + self.global_batch_size)
+        dataset, sample = self.samples(start, start + self.global_batch_size)
         documents = np.zeros((len(sample), 2), np.int64)
         targets, costs, shared = (np.zeros(len(sample), np.int64) for _ in range(3))
         measured = []
@@ -246,6 +272,10 @@ class BatchPlanner:
             sample: [n] row numbers.
         """
         return measure_samples(index, sample, self._by_kind, self._codes, shared_prompts=self.layout.shared_prompts)
+
+    def _mean_tokens(self, number: int) -> float:
+        index = self.indexes[number]
+        return mean_tokens(partial(self.measure, index), len(index), self.layout.seq_length)
 
     def _media(self, measured: Sequence[tuple[np.ndarray, Measures]], samples: int) -> BatchMedia:
         """Put the media items of all datasets in the order of the samples.

@@ -94,6 +94,12 @@ LLAMAS = (
         ("Llama-3.2-3B", "Llama-3.2-3B-Instruct"),
         _llama(3072, 8192, 28, 24, 8, head_dim=128, **_LLAMA_3_2),
     ),
+    # Of Llama's architecture; MIO's base.
+    Published(
+        "Yi 6B",
+        ("Yi-6B", "Yi-6B-Chat"),
+        _llama(4096, 11008, 32, 32, 4, vocab_size=64000, max_position_embeddings=4096, rope_theta=5000000.0),
+    ),
 )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.context_parallel import padded
+from megatron_anymal.data.mix_stages import mean_shares, stage_lines
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.dry_run.simulate import ChunkSize, DryRun, Stage, examine
 from megatron_anymal.model.memory.recompute import configured
@@ -34,6 +35,10 @@ def render(found: DryRun) -> str:
     ]
     if found.samples:
         sections.append("Data:\n" + _data(found))
+    data = found.config.data
+    if data.schedule:
+        lines = stage_lines(data.train, data.schedule, found.config.trainer.max_steps, found.mixture)
+        sections.append("Stages of the training data:\n" + "\n".join(f"  {line}" for line in lines))
     if found.missing:
         rows = [(f"  {key}", path) for key, path in found.missing]
         sections.append(f"Not on this machine yet (paths relative to {Path.cwd()}):\n" + _table(rows, left=2))
@@ -169,10 +174,14 @@ def _data(found: DryRun) -> str:
     rows: list[tuple[str, ...]] = []
     for (split, name), count in found.samples.items():
         row: tuple[str, ...] = (f"  data.{split}.{name}", f"{count:,} samples")
-        if split == "train":
+        if split == "train" and not config.data.schedule:
             share = config.data.train[name].weight / sum(dataset.weight for dataset in config.data.train.values())
             steps = count / (share * config.model.global_batch_size)
             row = (*row, f"one epoch in {steps:,.1f} steps ({share:.0%} of the mix)")
+        elif split == "train" and found.mixture:
+            samples = config.trainer.max_steps * config.model.global_batch_size
+            share = dict(zip(config.data.train, mean_shares(found.mixture, samples)))[name]
+            row = (*row, f"{samples * share / count:,.2f} epochs in the run ({share:.2%} of its samples)")
         rows.append(row)
     return _table(rows, left=1, left_from=2)
 

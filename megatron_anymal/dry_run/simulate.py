@@ -24,6 +24,7 @@ from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
 from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig, RunConfig, is_remote
 from megatron_anymal.config.validation import check
+from megatron_anymal.data.mix_stages import MixStage
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
@@ -134,6 +135,7 @@ class DryRun:
         notes: assumptions, and limitations of this machine.
         missing: key and path of everything that is not on this machine yet.
         samples: number of samples of the existing data sets, by the names of the split and of the data set.
+        mixture: the stages of the training data, if all of it is here.
         memory: memory use of the ranks; None until it has been estimated.
     """
 
@@ -143,6 +145,7 @@ class DryRun:
     notes: list[str] = field(default_factory=list)
     missing: list[tuple[str, str]] = field(default_factory=list)
     samples: dict[tuple[str, str], int] = field(default_factory=dict)
+    mixture: tuple[MixStage, ...] = ()
     memory: Memory | None = None
 
 
@@ -355,7 +358,13 @@ def _look_at_data(found: DryRun, split: str, tokenizer: Tokenizer | None, modali
     elif existing or (split == "train" and not configured):
         config = copy.deepcopy(found.config)
         setattr(config.data, split, existing)
-        indexes = build_data(config, _ALONE, tokenizer, modalities, split).planner.indexes
+        if len(existing) < len(configured):
+            # Some of its data are not here.
+            config.data.schedule = []
+        planner = build_data(config, _ALONE, tokenizer, modalities, split).planner
+        indexes = planner.indexes
+        if split == "train" and len(existing) == len(configured):
+            found.mixture = planner.stages
     else:
         return
     found.samples.update({(split, name): len(index) for name, index in zip(existing, indexes)})

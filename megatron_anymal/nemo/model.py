@@ -128,6 +128,8 @@ class MegatronAnyMALModel(ModelPT):
     def setup_training_data(self, train_data_config: DictConfig | Mapping[str, Any]) -> None:
         """Replace the training data. Must be called before the first use of `state`.
 
+        Stages of `data.schedule` must name these datasets: change `config.data.schedule` if they do not.
+
         Args:
             train_data_config: in the form of the section `data.train`: name -> {"path": folder, "weight": share}.
 

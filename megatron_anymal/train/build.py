@@ -255,6 +255,7 @@ def build_data(
         storage=config.data.storage,
         section=f"data.{split}",
         discrete=config.model.discrete,
+        schedule=config.data.schedule if split == "train" else (),
     )
     loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)
     codes = CodeLayout(DiscreteVocabulary(vocab_size, config.model.discrete), config.model.discrete)

@@ -17,6 +17,7 @@ from megatron_anymal.config.validation import max_time_seconds
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.loader_workers import LoaderMemory, worker_died
 from megatron_anymal.data.micro_batch import MicroBatch
+from megatron_anymal.data.mix_stages import stage_lines
 from megatron_anymal.data.shared_prompts import introduction
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.unsharded_weights import hash_weights
@@ -109,6 +110,8 @@ class Trainer:
         self.saved_step = 0
         # The step in progress, counted from 1; 0 before the first.
         self.under_way = 0
+        # Number of its stage in data.schedule, from 0; -1 before the first step.
+        self.stage = -1
         stop_signals.stop_after(max_time_seconds(self.config.exp_manager))
         fault_injection.schedule(self.config.resilience.faults, state.layout.rank, run_dir)
         self.base_hash = self._hash_base()
@@ -167,6 +170,7 @@ class Trainer:
             self._save()
         batches = self._steps(self.state.train_data, first, last, training=True)
         while self.state.step < last and not self.stop:
+            self._enter_stage()
             self.under_way = self.state.step + 1
             heartbeat.beat(Phase.DATA, self.under_way)
             begun = time.monotonic()
@@ -261,6 +265,16 @@ class Trainer:
             memory=self.loader_memory if training else None,
         )
 
+    def _enter_stage(self) -> None:
+        """Log the mixture of the next step's stage, if that is not the stage of the step before."""
+        data, planner = self.config.data, self.state.train_data.planner
+        number = planner.stage_of(self.state.step)
+        if number != self.stage:
+            self.stage = number
+            if data.schedule:
+                lines = stage_lines(data.train, data.schedule, self.config.trainer.max_steps, planner.stages)
+                self.log.say(f"step {self.state.step + 1}: {lines[number]}")
+
     def _every(self, interval: int) -> bool:
         at_end = self.state.step == self.config.trainer.max_steps
         return at_end or (interval > 0 and self.state.step % interval == 0)
@@ -294,8 +308,11 @@ class Trainer:
         metrics.update(memory_metrics(self.loader_memory, self.state.layout.device))
         metrics.update(pass_metrics(self.state.pass_times, steps, metrics, self.state.layout))
         metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)
+        if self.config.data.schedule:
+            metrics["stage"] = float(self.stage + 1)
+        name = self.state.train_data.planner.stages[self.stage].name
         eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
-        line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta)
+        line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta, stage=name)
         self.log.write(self.state.step, metrics, line)
         own = self.state.own_time.take() / steps
         slow = look_for_stragglers(

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_anymal.cli.data_page.numbers import RunView
-from megatron_anymal.data.global_order import GlobalOrder
 from megatron_anymal.data.loader import MicroBatchReader, RankNeeds
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.records import DataError, MediaPart, PlannedMedia, PlannedSample
@@ -79,11 +78,9 @@ def occurrence(view: RunView, dataset: int, sample: int) -> tuple[int, int]:
         DataError: it ends before that, or leaves the sample out.
     """
     planner, name = view.planner, view.planner.key(dataset, sample)
-    sizes, weights = tuple(map(len, planner.indexes)), tuple(d.weight for d in view.datasets.values())
-    order = GlobalOrder(sizes, weights, planner.seed)
     end = view.max_steps * planner.global_batch_size
     for start in range(0, end, _POSITIONS_AT_ONCE):
-        datasets, samples = order.samples(start, min(start + _POSITIONS_AT_ONCE, end))
+        datasets, samples = planner.samples(start, min(start + _POSITIONS_AT_ONCE, end))
         matches = np.flatnonzero((datasets == dataset) & (samples == sample))
         if len(matches):
             step, position = divmod(start + int(matches[0]), planner.global_batch_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_anymal.config import DatasetConfig
+from megatron_anymal.config import DatasetConfig, StageConfig
 from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.configured_modality import LoadedModality
 from megatron_anymal.data.planner import BatchPlanner
@@ -37,6 +37,8 @@ class RunView:
     codes: CodeLayout | None
     # `data.train`.
     datasets: Mapping[str, DatasetConfig]
+    # `data.schedule`.
+    schedule: Sequence[StageConfig]
     # `trainer.max_steps`.
     max_steps: int
 
@@ -49,8 +51,6 @@ class DatasetNumbers:
     name: str
     # Its index.
     index: ShardIndex
-    # Weight in the mixture.
-    weight: float
     # [n] LLM tokens, soft tokens included.
     lengths: np.ndarray
     # [n] encoder cost, in the planner's units.
@@ -83,11 +83,11 @@ def row_chunks(index: ShardIndex) -> list[np.ndarray]:
 def dataset_numbers(view: RunView) -> list[DatasetNumbers]:
     """Measure all samples of all datasets."""
     found = []
-    for (name, dataset), index in zip(view.datasets.items(), view.planner.indexes):
+    for name, index in zip(view.datasets, view.planner.indexes):
         measures = [view.planner.measure(index, rows) for rows in row_chunks(index)]
         lengths = np.concatenate([m.length for m in measures])
         costs = np.concatenate([m.costs for m in measures])
-        found.append(DatasetNumbers(name, index, dataset.weight, lengths, costs))
+        found.append(DatasetNumbers(name, index, lengths, costs))
     return found
 
 

@@ -25,6 +25,7 @@ from megatron_anymal.cli.data_page.numbers import (
 from megatron_anymal.cli.data_page.style import STYLE
 from megatron_anymal.data.left_out import CODES, LeftOut
 from megatron_anymal.data.lint import kind_name
+from megatron_anymal.data.mix_stages import stage_lines
 from megatron_anymal.data.step_plan import StepPlan
 
 # Names that are given of each kind of what was left out.
@@ -56,7 +57,8 @@ def write_page(file: Path, view: RunView, chosen: Sequence[tuple[int, int]]) -> 
     """
     step = min((step for step, _ in chosen), default=0)
     numbers, packs = dataset_numbers(view), list(read_packs(view, chosen))
-    plans = [view.planner.plan(at) for at in range(min(MEASURED_STEPS, view.max_steps))]
+    of_stage = view.planner.steps_of(view.planner.stage_of(step), view.max_steps)
+    plans = [view.planner.plan(at) for at in of_stage[:MEASURED_STEPS]]
     body = [
         _head(view, numbers, packs),
         _index(view, numbers),
@@ -163,21 +165,23 @@ def _left_out(numbers: Sequence[DatasetNumbers]) -> str:
 
 
 def _mixture(view: RunView, plans: Sequence[StepPlan]) -> str:
-    """Shares of datasets and modalities, and the fill of packs, over the first steps."""
+    """Shares of datasets and modalities, and the fill of packs, over the first steps of the stage."""
     planned = [sample for plan in plans for sample in planned_samples(plan)]
-    whole, weights = tally(view, planned), [dataset.weight for dataset in view.datasets.values()]
+    stage = view.planner.stages[view.planner.stage_of(plans[0].step)]
+    whole, weights = tally(view, planned), stage.weights
+    first = f"first {len(plans)} steps" + (f" of stage {text(stage.name)}" if stage.name else "")
     rows = []
     for number, name in enumerate(view.datasets):
         own = tally(view, [sample for sample in planned if sample.dataset == number])
         rows.append([text(name), share(weights[number], sum(weights)), *_shares(own, whole)])
     head = ("samples", "tokens", "targets", "encoder inputs", "encoder cost")
-    by_dataset = table(("dataset", "weight", *head), rows, f"Shares of the datasets in the first {len(plans)} steps")
+    by_dataset = table(("dataset", "weight", *head), rows, f"Shares of the datasets in the {first}")
     rows = []
     for name in [*view.loaded, *(view.codes.sections if view.codes else ()), "text"]:
         own = tally(view, [s for s in planned if (s.media[0].modality if s.media else "text") == name])
         if own.samples:
             rows.append([text(name), *_shares(own, whole)])
-    caption = f"Shares of the modalities in the first {len(plans)} steps, by a sample's first media item"
+    caption = f"Shares of the modalities in the {first}, by a sample's first media item"
     fills = [fill(plan) for plan in plans]
     packs = [sum(len(replica) for replica in plan.micro_batches) for plan in plans]
     dropped = sum(len(plan.dropped) for plan in plans)
@@ -187,7 +191,9 @@ def _mixture(view: RunView, plans: Sequence[StepPlan]) -> str:
         f"{count(dropped) if dropped else 'No'} sample(s) are longer than a pack.</p>"
     )
     by_modality = table(("modality", *head), rows, caption)
-    return f"<section id=mixture><h2>Mixture</h2>{filled}{by_dataset}{by_modality}</section>"
+    lines = stage_lines(view.datasets, view.schedule, view.max_steps, view.planner.stages)
+    stages = f"<ul>{''.join(f'<li>{text(line)}</li>' for line in lines)}</ul>" if lines else ""
+    return f"<section id=mixture><h2>Mixture</h2>{stages}{filled}{by_dataset}{by_modality}</section>"
 
 
 def _from_to(counts: Sequence[int]) -> str:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ConfigError, LanguageModelConfig, ModalityConfig, ModelConfig, RunConfig
+from megatron_anymal.data.codes import plan_kinds
 from megatron_anymal.data.configured_modality import PlannedModality
+from megatron_anymal.data.mix_stages import mean_shares, mean_tokens, plan_stages, stage_lines
+from megatron_anymal.data.sample_measures import measure_samples
+from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.dry_run.published_models import assume_shapes
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
@@ -53,6 +58,8 @@ def build_problem(
     trial = copy.copy(config)
     trial.model = assumed
     encoders = _encoders(assumed, config.trainer.precision, modalities)
+    if not data:
+        notes += stage_lines(config.data.train, config.data.schedule, config.trainer.max_steps)
     if config.trainer.sampled_answers:
         notes.append("trainer.sampled_answers rules out context parallelism and virtual pipelines: 0 includes them")
     return Problem(trial, hf, gpu, work, encoders, int(memory * _GB)), notes
@@ -87,18 +94,16 @@ def _workload(
     label_share: float,
 ) -> Workload:
     """Measure the given folders, or those of the configuration if they are all on this machine, or assume."""
-    configured = [(dataset.path, dataset.weight) for dataset in config.data.train.values()]
-    folders = [(folder, 1.0) for folder in data] or configured
-    if data or (
-        folders and not sample_tokens and all(Path(folder, "index", "index.json").is_file() for folder, _ in folders)
-    ):
+    paths = list(data) or [dataset.path for dataset in config.data.train.values()]
+    if data or (paths and not sample_tokens and all(Path(path, "index", "index.json").is_file() for path in paths)):
         planned = [
             PlannedModality(name, section.kind or name, modalities[name], section.projector.num_tokens)
             for name, section in sections.items()
         ]
         samples, length = config.model.global_batch_size, config.data.seq_length
+        folders = [(path, 1.0) for path in data] or _mixture(config, planned)
         shared = shares_prompts(config.job, config.model, planned_attention(config.model))
-        return measured_workload(
+        work = measured_workload(
             folders,
             planned,
             samples,
@@ -107,6 +112,8 @@ def _workload(
             shared_prompts=shared,
             discrete=config.model.discrete,
         )
+        of_stages = "" if data or not config.data.schedule else ", the mean over all stages of data.schedule"
+        return dataclasses.replace(work, origin=f"{work.origin}{of_stages}")
     if sample_tokens > config.data.seq_length:
         raise ConfigError(
             f"--sample-tokens={sample_tokens} is more than data.seq_length={config.data.seq_length}. Lower it, or "
@@ -115,3 +122,17 @@ def _workload(
     trial = copy.copy(config.model)
     trial.modalities = dict(sections)
     return assumed_workload(trial, config.data.seq_length, sample_tokens, label_share)
+
+
+def _mixture(config: RunConfig, modalities: Sequence[PlannedModality]) -> list[tuple[str, float]]:
+    """Folder of each training dataset, and its share in the samples of the whole run."""
+    data, by_kind = config.data, {modality.kind: modality for modality in modalities}
+    paths = [dataset.path for dataset in data.train.values()]
+
+    def tokens_of(number: int) -> float:
+        index = ShardIndex(paths[number], storage=data.storage)
+        codes = plan_kinds(index.kinds_used(), config.model.discrete, repr(paths[number]))
+        return mean_tokens(lambda rows: measure_samples(index, rows, by_kind, codes), len(index), data.seq_length)
+
+    stages = plan_stages(data.train, data.schedule, 1, tokens_of)
+    return list(zip(paths, mean_shares(stages, config.trainer.max_steps)))

@@ -185,6 +185,21 @@ def test_a_run_tells_what_is_too_long_and_how_full_its_packs_are(
     assert f"{too_long} of 40 (they are left out" in capsys.readouterr().out
 
 
+def test_every_stage_of_a_run_is_shown(run_folder: Path, text_shards: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = "[{name: a, steps: 3, weights: {mix: 1}}, {weights: {mix: 1, text: 3}, by: token}]"
+    more = ["trainer.max_steps=100", f"+data.train.text.path={text_shards}", f"data.schedule={stages}"]
+    assert main(["--config-name=tiny", f"--config-path={run_folder}", *more]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    [first, second] = [number for number, line in enumerate(shown) if line.startswith("stage ")]
+    assert shown[first] == "stage 1 of 2, a: steps 1 to 3, mix 100.00% of the samples"
+    assert shown[second].startswith("stage 2 of 2: steps 4 to 100, mix 25.00%, text 75.00% of the tokens (mix ")
+    # The mix has media, whose soft tokens make its samples longer: by samples it has less than a quarter.
+    found = re.search(r"\(mix ([\d.]+)%, text", shown[second])
+    assert found and float(found[1]) < 22
+    assert shown[first + 1].startswith("first 3 steps: ") and shown[second + 1].startswith("first 20 steps: ")
+    assert shown[first + 1].split("real")[0] != shown[second + 1].split("real")[0]
+
+
 def test_mistakes(mixed_shards: str, tokenizer_folder: str, run_folder: Path) -> None:
     with pytest.raises(DataError, match="--tokenizer is missing"):
         main([mixed_shards])

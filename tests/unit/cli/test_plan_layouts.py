@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tiny import make_config
 
 from megatron_anymal.__main__ import main
+from megatron_anymal.config import DatasetConfig, StageConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.config.parsing import leaves
 from megatron_anymal.data.planner import BatchLayout
@@ -199,6 +201,24 @@ def test_the_shipped_fp8_run_fits_an_h200_only() -> None:
     for gpu, fits in (("h200-141gb", True), ("h100-80gb", False)):
         problem, found = predict(config, load_hardware(gpu))
         assert (found.choice.held[found.choice.worst].total <= problem.memory) == fits
+
+
+def test_a_run_with_stages_is_planned_by_its_mean_step(
+    mixed_shards: str, text_shards: str, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.data.train["text"] = DatasetConfig(text_shards)
+    config.model.global_batch_size, config.trainer.max_steps = 320, 9
+    config.data.schedule = [StageConfig("first", 3, {"mix": 1}), StageConfig("last", 6, {"mix": 1, "text": 2}, "token")]
+    problem, notes = build_problem(config, load_hardware("h100-80gb"), [])
+    tokenizer, modalities = build_inputs(config.model, config.data)
+    planner = build_data(config, _ALONE, tokenizer, modalities, "train").planner
+    means = [planner.plan(step).documents.sum() for step in range(9)]
+    assert problem.work.tokens == pytest.approx(np.mean(means), rel=0.02)
+    assert problem.work.origin.endswith("the mean over all stages of data.schedule")
+    assert "stage 2 of 2, last: steps 4 to 9, mix 33.33%, text 66.67% of the tokens" in notes
+    # Not that of the first stage.
+    assert problem.work.tokens < 0.9 * np.mean(means[:3])
 
 
 def test_lengths_come_from_an_index(

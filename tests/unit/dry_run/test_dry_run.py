@@ -23,7 +23,7 @@ from tiny import LLAMA, make_config
 from transformers import CLIPVisionConfig
 
 from megatron_anymal.__main__ import main
-from megatron_anymal.config import ConfigError, DatasetConfig, DiscreteConfig, RunConfig
+from megatron_anymal.config import ConfigError, DatasetConfig, DiscreteConfig, RunConfig, StageConfig
 from megatron_anymal.config.compose import compose, default_config_dir
 from megatron_anymal.data.records import DataError
 from megatron_anymal.dry_run.report import render
@@ -383,6 +383,26 @@ def test_what_is_not_there_is_listed(tiny: RunConfig, tmp_path: Path, text_shard
     assert found.samples == {("train", "text"): 24}
     (note,) = found.notes
     assert "s3://bucket/far was not checked" in note
+
+
+def test_stages_are_shown_with_the_epochs_of_their_data(tiny: RunConfig, text_shards: str) -> None:
+    tiny.data.train["text"] = DatasetConfig(text_shards)
+    tiny.trainer.max_steps = 60
+    tiny.data.schedule = [StageConfig("first", 40, {"mix": 1}), StageConfig(weights={"mix": 1, "text": 3})]
+    said = render(examine(tiny))
+    # 8 samples per step: 40 x 8 + 20 x 2 of the mix, 20 x 6 of the text.
+    assert re.search(r"data\.train\.mix +40 samples +9\.00 epochs in the run \(75\.00% of its samples\)", said)
+    assert re.search(r"data\.train\.text +24 samples +5\.00 epochs in the run \(25\.00% of its samples\)", said)
+    assert "  stage 1 of 2, first: steps 1 to 40, mix 100.00% of the samples\n" in said
+    assert "  stage 2 of 2: steps 41 to 60, mix 25.00%, text 75.00% of the samples" in said
+    # By tokens, shares of samples are shown as well, if all data are here.
+    tiny.data.schedule[1].by = "token"
+    assert re.search(
+        r"mix 25\.00%, text 75\.00% of the tokens \(mix [\d.]+%, text [\d.]+% of the samples\)", render(examine(tiny))
+    )
+    tiny.data.train["text"].path = "nowhere"
+    said = render(examine(tiny))
+    assert "mix 25.00%, text 75.00% of the tokens" in said and "epoch" not in said
 
 
 def test_data_that_is_there_is_checked_and_counted(tiny: RunConfig, tmp_path: Path, text_shards: str) -> None:

@@ -29,6 +29,7 @@ LLAMA_PARAMETERS = {
     "Llama-3.3-70B-Instruct": 70_553_706_496,
     "Llama-3.2-1B": 1_235_814_400,
     "Llama-3.2-3B-Instruct": 3_212_749_824,
+    "Yi-6B": 6_061_035_520,
 }
 # Vision and audio towers: OpenCLIP's table minus the final projection (303.97 M - 1024 x 768 and 1844.91 M - 1664 x
 # 1280), DINOv2's safetensors, VideoMAE's paper (87 M and 305 M with a classifier and rounding).
