@@ -462,30 +462,33 @@ def test_numbers_are_those_of_the_plan(shards: str, tokenizer: str, tmp_path: Pa
     assert sum(int(n) for n in re.findall(r"LLM tokens: (\d+)'", bars)) == 40
 
 
-def test_the_mixture_is_that_of_the_steps_stage(shards: str, tokenizer: str, tmp_path: Path, text_shards: str) -> None:
+@pytest.fixture
+def staged(shards: str, tokenizer: str, tmp_path: Path) -> RunConfig:
+    """A run with two stages, written to a file: four steps of the mix, then mostly text."""
     config = config_of(shards, tokenizer, tmp_path)
     config.trainer.max_steps = 30
-    config.data.train["text"] = DatasetConfig(text_shards)
+    config.data.train["text"] = DatasetConfig(make_shards(tmp_path / "text", tokenizer, 24, ("text",)))
     config.data.schedule = [StageConfig("one", 4, {"mix": 1}), StageConfig("two", 26, {"mix": 1, "text": 3})]
     write(config, tmp_path)
-    for step, caption, share in (
-        (4, "first 4 steps of stage one", "0.0%"),
-        (5, "first 20 steps of stage two", "75.0%"),
-    ):
-        source, _ = page_of(tmp_path, f"--step={step}")
-        assert f"Shares of the datasets in the {caption}" in source
-        assert "<li>stage 2 of 2, two: steps 5 to 30, mix 25.00%, text 75.00% of the samples</li>" in source
-        row = re.search(r"Shares of the datasets.*?<tr><t[hd][^>]*>text</t[hd]>(.*?)</tr>", source, re.S)
-        assert row and re.findall(r">([^<>]+%|\u2013)<", row[1])[0] == share
+    return config
 
 
-def test_a_sample_is_found_in_a_later_stage(shards: str, tokenizer: str, tmp_path: Path, text_shards: str) -> None:
-    config = config_of(shards, tokenizer, tmp_path)
-    config.trainer.max_steps = 30
-    config.data.train["text"] = DatasetConfig(text_shards)
-    config.data.schedule = [StageConfig("one", 4, {"mix": 1}), StageConfig("two", 26, {"mix": 1, "text": 3})]
-    write(config, tmp_path)
-    planner = replica_data(config, 2).planner
+@pytest.mark.parametrize(
+    ("step", "caption", "share"),
+    [(4, "first 4 steps of stage one", "0.0%"), (5, "first 20 steps of stage two", "75.0%")],
+)
+def test_the_mixture_is_that_of_the_steps_stage(
+    staged: RunConfig, tmp_path: Path, step: int, caption: str, share: str
+) -> None:
+    source, _ = page_of(tmp_path, f"--step={step}")
+    assert f"Shares of the datasets in the {caption}" in source
+    assert "<li>stage 2 of 2, two: steps 5 to 30, mix 25.00%, text 75.00% of the samples</li>" in source
+    row = re.search(r"Shares of the datasets.*?<tr><t[hd][^>]*>text</t[hd]>(.*?)</tr>", source, re.DOTALL)
+    assert row and re.findall(r">([^<>]+%|\u2013)<", row[1])[0] == share
+
+
+def test_a_sample_is_found_in_a_later_stage(staged: RunConfig, tmp_path: Path) -> None:
+    planner = replica_data(staged, 2).planner
     plans = [planner.plan(step) for step in range(4, 12)]
     step, row = next((p.step, int(s)) for p in plans for d, s in zip(p.dataset, p.sample) if d == 1)
     source, _ = page_of(tmp_path, f"--sample={planner.key(1, row).partition('/')[2]}")
