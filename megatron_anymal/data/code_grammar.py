@@ -203,8 +203,8 @@ class CodeGrammar:
                 found.append(self.item(before.name, tokens[start + 1 : place]))
         if item is not None:
             raise DiscreteCodeError(
-                f"The item of {item.name!r} that begins at token {start} is not closed: it has {item.codes} code(s) and "
-                f"no {self._vocabulary.text(self._vocabulary.end(item.name))}."
+                f"The item of {item.name!r} that begins at token {start} is not closed: it has {item.codes} code(s) "
+                f"and no {self._vocabulary.text(self._vocabulary.end(item.name))}."
             )
         return found
 

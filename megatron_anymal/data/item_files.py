@@ -123,8 +123,8 @@ def check_tokenizer(name: str, sections: Mapping[str, DiscreteConfig], tokenizer
     if section.tokenizer_hash and tokenizer.hash != section.tokenizer_hash:
         raise DataError(
             f"The tokenizer of {name!r} has the hash {tokenizer.hash!r}, but the model's codes are of "
-            f"model.discrete.{name}.tokenizer_hash={section.tokenizer_hash}. Use the tokenizer that encoded the training "
-            "data."
+            f"model.discrete.{name}.tokenizer_hash={section.tokenizer_hash}. Use the tokenizer that encoded the "
+            "training data."
         )
 
 

@@ -1,8 +1,8 @@
 """Tokenizers of media: from pictures and sounds to codes and back. A plug-in is a class with this interface.
 
 `anymal prepare --encode NAME=SPEC` and `anymal generate --media-tokenizer NAME=SPEC` name one: the folder of a
-HuggingFace model with a codebook (data/vq_folders.py), or `module:Class`, whose module Python can import and whose class
-takes no arguments.
+HuggingFace model with a codebook (data/vq_folders.py), or `module:Class`, whose module Python can import and whose
+class takes no arguments.
 """
 
 from __future__ import annotations

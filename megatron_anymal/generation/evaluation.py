@@ -1,7 +1,7 @@
 """Accuracy of exact answers on prepared samples, also with media swapped between samples.
 
-The last text or learned item of codes of a sample, or the last turn of a conversation, is the expected answer; the model
-gets everything before it and answers, greedily by default.
+The last text or learned item of codes of a sample, or the last turn of a conversation, is the expected answer; the
+model gets everything before it and answers, by default with the likeliest text.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _item(part: Part, data: bytes) -> CodeItem:
 
 
 def _named(part: Part) -> Part:
-    """A part of an index in the form that prompts have: codes with the name and the tokenizer that their kind states."""
+    """A part of an index as prompts have it: codes with the name and the tokenizer that their kind states."""
     kind = CodesKind.parse(part.modality) if isinstance(part, CodesPart) else None
     if kind is None or not isinstance(part, CodesPart):
         return part

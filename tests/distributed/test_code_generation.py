@@ -91,7 +91,7 @@ def with_transformers(folder: str) -> tuple[list[Any], list[Any], np.ndarray]:
     """In a rank: greedy media of the folder's own code with and without the key-value cache, and logits of a batch."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    inputs = processor([{"parts": [{"text": prompt.parts[0].text}]} for prompt in PROMPTS])
+    inputs = processor(text=[prompt.parts[0].text for prompt in PROMPTS])
     settings = {"modalities": ["picture", "speech"], "max_new_tokens": 14, "do_sample": False}
     written = []
     for cache in (True, False):

@@ -139,7 +139,7 @@ def test_pictures_in_prompts_become_codes(folders: Folders, tmp_path: Path, caps
     said = run(generate.main, folders, capsys, f"--media={tmp_path}/a.png", *asked, tokenizer)
     [item] = folders.tokenizer.encode([np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))])
     (tmp_path / "a.codes.npy").write_bytes(codes(item))
-    with pytest.raises(DataError, match="of an unknown tokenizer, but model.discrete.picture.tokenizer_hash="):
+    with pytest.raises(DataError, match=r"of an unknown tokenizer, but model\.discrete\.picture\.tokenizer_hash="):
         run(generate.main, folders, capsys, f"--media={tmp_path}/a.codes.npy", *asked)
     part = {"media": "a.codes.npy", "modality": "picture", "tokenizer_hash": folders.tokenizer.hash}
     line = {"parts": [part, {"text": "what is this"}]}

