@@ -194,9 +194,10 @@ class CodeGrammar:
             except DiscreteCodeError as error:
                 raise DiscreteCodeError(f"Token {place}: {error}.") from None
             if before is None and item is None:
-                if not found or not isinstance(found[-1], list):
-                    found.append([])
-                found[-1].append(token)
+                last = found[-1] if found else None
+                if not isinstance(last, list):
+                    found.append(last := [])
+                last.append(token)
             elif before is None:
                 start = place
             elif item is None:
@@ -214,7 +215,7 @@ class CodeGrammar:
         books = len(section.codebooks)
         ids = np.array(tokens, dtype=np.int64)
         codes = ids.reshape(books, -1) if section.interleaving == "sequential" else ids.reshape(-1, books).T
-        first = np.array([self._vocabulary.codebook(name, book).start for book in range(books)])
+        first = np.array([self._vocabulary.id_of(name, book, 0) for book in range(books)])
         return CodeItem(name, codes - first[:, None])
 
     def _options(self, item: OpenItem) -> list[tuple[range, Optional[OpenItem]]]:

@@ -60,7 +60,7 @@ def test_a_thousand_answers_of_an_untrained_model_obey_the_grammar(generator: Ex
     sampling = Sampling(room, temperature=1.5, modalities=ALL, codes=HOT, seed=room)
     answers = ids_of(generator, [words(1 + n % 3) for n in range(500)], sampling)
     assert all(map(is_grammatical, answers))
-    assert sum(32 in answer for answer in answers) > 50 and sum(39 in answer for answer in answers) > 50
+    assert sum(32 in answer for answer in answers) > 15 and sum(39 in answer for answer in answers) > 15
     assert len(set(map(tuple, answers))) > 300
 
 
