@@ -165,7 +165,11 @@ class CodeGrammar:
         return True
 
     def open_item(self, tokens: Sequence[int]) -> Optional[OpenItem]:
-        """Where a sequence stands whose items before the last mark are known to be complete; None outside an item."""
+        """Where a sequence stands whose items before the last mark are known to be complete; None outside an item.
+
+        Raises:
+            DiscreteCodeError: a token cannot follow the last mark.
+        """
         base, marks = self._vocabulary.base_size, self._vocabulary
         for place in range(len(tokens) - 1, -1, -1):
             if tokens[place] < base:
