@@ -63,7 +63,7 @@ REFUSED = {
     "generate --checkpoint=EXPORT --media=EXPORT/walk.npy --modality=imu": "no modality 'imu'",
     "generate --checkpoint=/nowhere --text=hi --integrity=/none.yaml": "/none.yaml",
     "generate --checkpoint=/nowhere --text=hi --integrity=EXPORT/integrity.yaml": "Did you mean 'threshold'",
-    "generate --checkpoint=EXPORT --text=hi --modalities=picture": "--modalities: 'picture' is not in the model.discrete",
+    "generate --checkpoint=EXPORT --text=hi --modalities=picture": "'picture' is not in the model.discrete",
     "generate --checkpoint=EXPORT --text=hi --code-sampling=picture:top_p=2": "top_p=2.0 must be",
     "generate --checkpoint=EXPORT --text=hi --media-out=/tmp/never": "--media-out has no effect",
     "evaluate --checkpoint=/nowhere --task=vqav2=/none --out=/tmp/never --modalities=text": "--modalities",
