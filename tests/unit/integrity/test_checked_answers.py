@@ -234,7 +234,7 @@ def test_media_that_nothing_can_look_at_are_not_written(text_model: Path, image_
     item = CodesPart("a.codes.npy", "picture")
     with_codes = Prompt([item, TextPart("what")], [MediaFile(b"", "npy")])
     strict = CheckedGenerator(Reciter([HARMLESS] * 2), read_integrity(integrity_file(tmp_path / "a.yaml", sections)))
-    with pytest.raises(ConfigError, match=r"none can look at 'picture'.*--modalities text, or add codes to unchecked_m"):
+    with pytest.raises(ConfigError, match=r"none can look at 'picture'.*--modalities text, or add codes to unch"):
         strict.replies([prompt("what")], drawn)
     assert strict.replies([with_codes], SAMPLING)[0].text == strict.rejections[0].text
     assert strict.rejections[0].code == "input_image/unchecked"
