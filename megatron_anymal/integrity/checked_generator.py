@@ -134,6 +134,11 @@ class _PassedAnswer:
         """The text that has passed."""
         return self.gate.released
 
+    @property
+    def reply(self) -> Reply:
+        """The text that has passed."""
+        return Reply.of_parts([self.gate.released])
+
     def halt(self) -> None:
         """End the answer now."""
         self._halt()
