@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_anymal.data.chat_format import END_TURN, lay_out, parse_messages
+from megatron_anymal.data.code_grammar import CodeGrammar, CodeItem
+from megatron_anymal.data.item_files import ItemFiles
+from megatron_anymal.data.media_tokenizers import open_tokenizer
 from megatron_anymal.data.prompt_encoder import PromptReader, TokenizedPrompt, open_parts
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.hf.configuration_anymal import modality_config
+from megatron_anymal.hf.configuration_anymal import code_layout, modality_config
 from megatron_anymal.hf.inputs import AnyMALInputs, batch_of
 from megatron_anymal.hf.media_inputs import GivenMedia, given_by_kind
 from megatron_anymal.hf.rendered import is_rendered, parts_of, render, without_items
@@ -27,6 +31,7 @@ class AnyMALProcessor(ProcessorMixin):
     Args:
         tokenizer: tokenizer of the model.
         modalities: the modality sections of its configuration, see AnyMALConfig.
+        discrete: media as codes, see AnyMALConfig.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012  (transformers 4 declares it)
@@ -36,10 +41,12 @@ class AnyMALProcessor(ProcessorMixin):
         self,
         tokenizer: Any = None,
         modalities: Optional[Mapping[str, Mapping[str, Any]]] = None,
+        discrete: Optional[Mapping[str, Any]] = None,
         chat_template: Optional[str] = None,
         **kwargs: Any,
     ):
         self.modalities = {name: dict(section) for name, section in (modalities or {}).items()}
+        self.discrete = dict(discrete or {})
         super().__init__(tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -163,6 +170,52 @@ class AnyMALProcessor(ProcessorMixin):
         new = output_ids[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._tokenizer.decode(self._until_end(tokens)).strip() for tokens in new]
 
+    def parts(self, output_ids: Tensor, inputs: Mapping[str, Any]) -> list[list[Union[str, CodeItem]]]:
+        """Take generated answers apart into texts and media, in order.
+
+        Args:
+            output_ids: [rows, T + new tokens], the result of `generate`.
+            inputs: the inputs of `generate`.
+
+        Returns:
+            For each row, texts and items with `name` and `codes` [codebooks, codes].
+
+        Raises:
+            ValueError: the codes of an answer break the grammar, which those of this model's `generate` do not.
+        """
+        grammar = CodeGrammar(code_layout(self.discrete))
+        new = output_ids[:, inputs["input_ids"].shape[1] :].tolist()
+        found = [grammar.parts(self._until_end(tokens)) for tokens in new]
+        return [[self._tokenizer.decode(one) if isinstance(one, list) else one for one in parts] for parts in found]
+
+    def save_media(
+        self,
+        parts: Sequence[Union[str, CodeItem]],
+        folder: str,
+        tokenizers: Optional[Mapping[str, str]] = None,
+        *,
+        stem: str = "0",
+        frame_rates: Optional[Mapping[str, float]] = None,
+    ) -> list[dict[str, Any]]:
+        """Write the media of one answer to files: PNG, WAV or MP4, or their codes as .npy.
+
+        Args:
+            parts: a row of `parts`.
+            folder: where the files go.
+            tokenizers: kind of media -> folder of its tokenizer, or module:Class. Items of other kinds stay codes.
+            stem: beginning of the files' names.
+            frame_rates: kind of media -> frames per second: consecutive pictures are one video.
+
+        Returns:
+            {"text": TEXT} or {"media": FILE, "modality": KIND}, in order.
+
+        Raises:
+            DataError: a tokenizer cannot be loaded, or is not the one of the model's codes.
+        """
+        opened = {name: open_tokenizer(name, spec, "tokenizers") for name, spec in (tokenizers or {}).items()}
+        sections = code_layout(self.discrete).sections
+        return ItemFiles(Path(folder), sections, opened, frame_rates).write(stem, parts)
+
     def batch_decode(self, *arguments: Any, **kwargs: Any) -> list[str]:
         """Call `batch_decode` of the tokenizer."""
         return self.tokenizer.batch_decode(*arguments, **kwargs)
@@ -193,7 +246,7 @@ class AnyMALProcessor(ProcessorMixin):
     def _reader(self) -> PromptReader:
         sections = {name: modality_config(section) for name, section in self.modalities.items()}
         modalities: dict[str, Modality] = {name: build_modality(name, section) for name, section in sections.items()}
-        return PromptReader(self._tokenizer, sections, modalities)
+        return PromptReader(self._tokenizer, sections, modalities, code_layout(self.discrete))
 
     def _read_json(self, prompt: Any, where: str) -> TokenizedPrompt:
         if not isinstance(prompt, Mapping):

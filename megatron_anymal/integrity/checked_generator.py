@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Optional
 
-from megatron_anymal.generation.answers import GrowingAnswer
+from megatron_anymal.config import ConfigError
+from megatron_anymal.discrete_vocabulary import TEXT
+from megatron_anymal.generation.answers import GrowingAnswer, Reply
 from megatron_anymal.generation.generator import Generator, Result, Watch, unwatched
 from megatron_anymal.generation.prompts import Prompt
-from megatron_anymal.generation.rejection import Rejection
+from megatron_anymal.generation.rejection import INPUT_IMAGE, Rejection
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.integrity.checks import IntegrityChecks, overhead
-from megatron_anymal.integrity.config import IntegrityConfig
+from megatron_anymal.integrity.config import CODES, IntegrityConfig
 from megatron_anymal.integrity.sentences import Sentence, SentenceGate
 
 
@@ -32,7 +34,7 @@ class CheckedGenerator(Generator):
         self._generator = generator
         self.reports, self.kinds, self.max_positions = generator.reports, generator.kinds, generator.max_positions
         self.replica, self.replicas = generator.replica, generator.replicas
-        self.leads_replica = generator.leads_replica
+        self.leads_replica, self.grammar = generator.leads_replica, generator.grammar
         self.rejections: dict[int, Rejection] = {}
         self._checks = IntegrityChecks(config, generator.kinds) if generator.leads_replica else None
         self._config, self._began = config, time.perf_counter()
@@ -50,7 +52,10 @@ class CheckedGenerator(Generator):
         """As of the wrapped generator."""
         return self._generator.on_leader(compute)
 
-    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
+    ) -> list[Reply]:
+        self._check_codes(sampling)
         for number in numbers:
             self.rejections.pop(number, None)
         self._reject(numbers, self.on_leader(lambda: self._leader.check_prompts(prompts)))
@@ -59,15 +64,25 @@ class CheckedGenerator(Generator):
             asked, theirs = [prompts[place] for place in passed], [numbers[place] for place in passed]
             if watch is unwatched:
                 answers = self._generator.answer_batch(asked, theirs, sampling)
-                self._reject(theirs, self.on_leader(lambda: self._leader.check_answers(asked, answers)))
+                texts = [answer.text for answer in answers]
+                self._reject(theirs, self.on_leader(lambda: self._leader.check_answers(asked, texts)))
             else:
                 answers = self._streamed(asked, theirs, sampling, watch)
-        texts = dict(zip(theirs, answers)) if passed else {}
-        return [self.rejections[n].text if n in self.rejections else texts[n] for n in numbers]
+        replies = dict(zip(theirs, answers)) if passed else {}
+        return [Reply.of_parts([self.rejections[n].text]) if n in self.rejections else replies[n] for n in numbers]
+
+    def _check_codes(self, sampling: Sampling) -> None:
+        """Refuse media in answers that nothing would look at."""
+        written = [name for name in sampling.modalities if name != TEXT]
+        if written and self._config.of_stage(INPUT_IMAGE) and CODES not in self._config.unchecked_media:
+            raise ConfigError(
+                f"The integrity file has a classifier of images, but none can look at {written[0]!r}, which answers "
+                f"would have as codes. Answer with --modalities {TEXT}, or add {CODES} to unchecked_media."
+            )
 
     def _streamed(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
-    ) -> list[str]:
+    ) -> list[Reply]:
         """Answer prompts while others watch; those who watch see the text that has passed."""
         views = {number: _PassedAnswer(number, self._gate(prompt)) for number, prompt in zip(numbers, prompts)}
 
@@ -81,7 +96,7 @@ class CheckedGenerator(Generator):
         answers = self._generator.answer_batch(prompts, numbers, sampling, checked)
         for number, answer in zip(numbers, answers):
             # Nothing is left to check unless a generator ended an answer unwatched.
-            views[number].complete(answer)
+            views[number].complete(answer.text)
         self._reject(numbers, [views[number].gate.rejection for number in numbers])
         return answers
 
@@ -118,6 +133,11 @@ class _PassedAnswer:
     def settled(self) -> str:
         """The text that has passed."""
         return self.gate.released
+
+    @property
+    def reply(self) -> Reply:
+        """The text that has passed."""
+        return Reply.of_parts([self.gate.released])
 
     def halt(self) -> None:
         """End the answer now."""
