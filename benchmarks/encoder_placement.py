@@ -30,11 +30,11 @@ from megatron_anymal.planning.layouts.simulation import simulate
 BAR = 0.85
 STAGES, LAYERS, MICRO_BATCHES = 4, 8, 16
 # Seconds that a layer sleeps in its forward pass; its backward pass takes twice as long.
-DELAY = 0.015
+DELAY = 0.03
 # The encoder's seconds per micro-batch, of which a stage's layers take three quarters of the first stage's total.
 ENCODER = 3 * DELAY * LAYERS / STAGES / 3
 # Steps of a turn. The first encodes when it begins, and the last encodes nothing ahead.
-STEPS = 5
+STEPS = 4
 
 
 def configuration(folder: Path) -> RunConfig:
