@@ -3,15 +3,15 @@
     PYTHONPATH=.:tests python benchmarks/encoder_placement.py --out results.json
 
 Four stages in four gloo processes. Each layer and each encoder call sleeps, so that the schedule and not this machine
-decides: the encoder takes 25 % of what the first stage takes for a micro-batch. Both placements take turns. The floor
-is the simulated schedule in which the encoder costs nothing, over the one in which the first stage runs it.
+decides: the encoder takes 25 % of what the first stage takes for a micro-batch. Both placements take turns, and the
+fastest step of each counts, since other load only adds time. The floor is the simulated schedule in which the encoder
+costs nothing, over the one in which the first stage runs it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -100,7 +100,7 @@ def measured(turns: int) -> dict[str, Any]:
                 ranks = run_ranks(STAGES, timed_steps, config)
                 assert all(rank[0] == MICRO_BATCHES for rank in ranks)
                 steps = [max(rank[1][number] for rank in ranks) for number in range(1, STEPS - 1)]
-                taken[placement].append(statistics.median(steps))
+                taken[placement].append(min(steps))
                 losses[placement] = ranks[0][2]
     assert losses["first_stage"] == losses["all_stages"]
     return {
@@ -119,14 +119,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", help="file for the results")
     arguments = parser.parse_args(argv)
     results = measured(arguments.turns)
-    first, spread = (statistics.median(results["seconds"][name]) for name in ("first_stage", "all_stages"))
+    first, spread = (min(results["seconds"][name]) for name in ("first_stage", "all_stages"))
     print(
         f"first_stage {first:.3f} s (simulated {results['simulated_seconds']['first_stage']:.3f} s), all_stages "
-        f"{spread:.3f} s: ratio {results['ratio']['median']:.3f}, floor {results['floor']:.3f}, bar {BAR}"
+        f"{spread:.3f} s: ratio {results['ratio']['fastest']:.3f}, floor {results['floor']:.3f}, bar {BAR}"
     )
     if arguments.out:
         Path(arguments.out).write_text(json.dumps({"surroundings": surroundings(), **results}, indent=1) + "\n")
-    return int(results["ratio"]["median"] > BAR)
+    return int(results["ratio"]["fastest"] > BAR)
 
 
 if __name__ == "__main__":

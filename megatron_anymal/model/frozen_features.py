@@ -16,7 +16,7 @@ StoreFeatures = Callable[[str, Sequence[Optional[PieceKey]], Tensor], None]
 
 
 def store_nowhere(name: str, keys: Sequence[Optional[PieceKey]], features: Tensor) -> None:
-    """Without a cache."""
+    """Drop the features [n, F, w]: without a cache."""
 
 
 def encode(encoder: Any, pieces: Tensor, pieces_per_call: int) -> Tensor:
