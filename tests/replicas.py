@@ -19,20 +19,23 @@ def replica_data(
     tensor_size: int = 1,
     context_rank: int = 0,
     context_size: int = 1,
+    stage: int = 0,
+    stages: int = 1,
 ) -> DataSource:
     """Training data source as a rank in a job of `size` replicas reads it."""
     config = copy.deepcopy(config)
-    config.trainer.devices = size * tensor_size * context_size
+    config.trainer.devices = size * tensor_size * context_size * stages
+    config.model.pipeline_model_parallel_size = stages
     config.model.tensor_model_parallel_size = tensor_size
     config.model.context_parallel_size = context_size
     layout = ParallelLayout(
         device=torch.device("cpu"),
         rank=0,
-        world_size=size * tensor_size * context_size,
+        world_size=size * tensor_size * context_size * stages,
         tensor_rank=tensor_rank,
         tensor_size=tensor_size,
-        pipeline_rank=0,
-        pipeline_size=1,
+        pipeline_rank=stage,
+        pipeline_size=stages,
         data_rank=0,
         data_size=size,
         context_rank=context_rank,

@@ -32,6 +32,7 @@ HARMLESS = (
     "model.overlap_p2p_comm",
     "model.micro_batch_size",
     "model.encoder_costs",
+    "model.encoder_placement",
     "model.modalities.*.cost_per_piece",
     "model.recompute_*",
     "model.memory_gb",

@@ -14,6 +14,7 @@ def check_layout(config: RunConfig) -> None:
     """
     _check_parallel_sizes(config)
     _check_pipeline(config.model)
+    _check_encoder_placement(config.model)
     _check_recompute(config.model)
     _check_fp8(config.model)
 
@@ -84,6 +85,25 @@ def _check_pipeline(m: ModelConfig) -> None:
             "model.num_layers_in_first_pipeline_stage and num_layers_in_last_pipeline_stage need "
             "model.pipeline_model_parallel_size > 1. Set them to 0."
         )
+
+
+def _check_encoder_placement(m: ModelConfig) -> None:
+    if m.encoder_placement != "all_stages":
+        return
+    if m.pipeline_model_parallel_size == 1:
+        raise ConfigError(
+            "model.encoder_placement=all_stages shares the encoders' work among pipeline stages, but "
+            "model.pipeline_model_parallel_size=1. Set it to first_stage, or use more stages."
+        )
+    if not m.modalities:
+        raise ConfigError("model.encoder_placement=all_stages has no effect without model.modalities. Remove it.")
+    for name, modality in m.modalities.items():
+        if not modality.encoder.freeze:
+            raise ConfigError(
+                f"model.encoder_placement=all_stages needs frozen encoders, but the encoder of {name!r} trains: its "
+                "gradient exists on the first stage only, and encoding ahead would use old weights. Set "
+                f"model.modalities.{name}.encoder.freeze=true, or encoder_placement to first_stage."
+            )
 
 
 def _check_recompute(model: ModelConfig) -> None:

@@ -251,6 +251,11 @@ class ModelConfig:
     shapes), `measured` (rank 0 times the encoders at the run's first start; encoder_costs.json in the run's folder
     keeps the times for all later ones) or `configured` (modalities.NAME.cost_per_piece)."""
 
+    encoder_placement: str = "first_stage"
+    """Pipeline stages that encode media: `first_stage`, or `all_stages`, which share the work: while a stage waits in
+    the pipeline, it encodes media of the coming step for the first stage. Needs frozen encoders, which every stage then
+    holds."""
+
     recompute_granularity: str = ""
     """Activation recomputation: `""` (none), `full`, `selective`, or `auto` (the cheapest setting that fits in
     memory)."""

@@ -34,6 +34,7 @@ CHOICES = {
     "model.dpo.share_prompt": ("auto", "always", "never"),
     "model.loss_normalization": ("token", "sample"),
     "model.encoder_costs": ("operations", "measured", "configured"),
+    "model.encoder_placement": ("first_stage", "all_stages"),
     "model.optim.sched.name": ("cosine", "linear", "constant"),
     "data.too_long": ("refuse", "drop"),
 }

@@ -45,8 +45,11 @@ class RankNeeds:
     # Whether the rank needs tokens and labels: the first and the last pipeline stage do; the stages in between need
     # only lengths.
     text: bool
-    # Whether the rank encodes media: only the first pipeline stage does.
+    # Whether the rank puts media into the Llama's input: only the first pipeline stage does. It also encodes those that
+    # the plan gives to no other stage.
     media: bool
+    # Pipeline stage.
+    stage: int = 0
     # Rank in the tensor-parallel group.
     tensor_rank: int = 0
     # Tensor-parallel size.
@@ -93,14 +96,15 @@ class MicroBatchReader(Dataset[MicroBatch]):
 
     def _byte_ranges(self, plan: PlannedMicroBatch) -> dict[int, list[ByteRange]]:
         """What this rank reads from object storage for a micro-batch, by dataset."""
-        if not self._needs.text:
+        encoded = self._encoded_here(plan)
+        if not self._needs.text and not encoded:
             return {}
         # Position of a sample -> numbers of its media items; codes are part of the text.
         media = {
             sample.position: [n for n, item in enumerate(sample.media) if item.modality not in self._modalities]
             for sample in plan.samples
         }
-        for name in self._modalities if self._needs.media else ():
+        for name in encoded:
             stop = 0
             items = _items_of(plan, name)
             mine = self._share(sum(item.pieces for item in items))[1]
@@ -147,20 +151,20 @@ class MicroBatchReader(Dataset[MicroBatch]):
             branch=branch,
             prompts=prompts_of(plan),
         )
+        encoded = self._encoded_here(plan)
         parts_of: dict[int, list[MediaPart]] = {}
         for sample, spans in zip(plan.samples, spans_of(plan)):
             for number, span in enumerate(spans):
                 micro_batch.sample_positions[0, span] = sample.position
                 # The first span of three is the prompt.
                 branch[0, span] = max(0, number - 1) if sample.shared else number
-            if self._needs.text:
+            if self._needs.text or encoded:
                 try:
                     parts_of[sample.position] = self._fill_text(micro_batch, sample, spans)
                 except DataError as error:
                     micro_batch.bad[sample.position] = str(error)
                     self._hold_places(micro_batch, sample, spans)
-        if self._needs.media:
-            self._fill_media(micro_batch, parts_of)
+        self._fill_media(micro_batch, parts_of, encoded)
         if self._needs.context_size > 1:
             micro_batch = self._own_part(micro_batch)
         micro_batch.label_index = places_with_label(micro_batch.loss_mask)
@@ -253,15 +257,24 @@ class MicroBatchReader(Dataset[MicroBatch]):
                 micro_batch.tokens[0, start:stop] = entry.placeholder
                 start = stop
 
-    def _fill_media(self, micro_batch: MicroBatch, parts_of: Mapping[int, list[MediaPart]]) -> None:
+    def _encoded_here(self, plan: PlannedMicroBatch) -> list[str]:
+        """The modalities of a micro-batch that this pipeline stage encodes."""
+        names = {item.modality for sample in plan.samples for item in sample.media}
+        needs, stages = self._needs, {name: plan.encoder_stage(name) for name in self._modalities if name in names}
+        return [name for name, stage in stages.items() if (stage == needs.stage if stage else needs.media)]
+
+    def _fill_media(
+        self, micro_batch: MicroBatch, parts_of: Mapping[int, list[MediaPart]], encoded: Sequence[str]
+    ) -> None:
+        """Add the media of the modalities in `encoded`, and on the first stage those without pieces of all others."""
         for name, entry in self._modalities.items():
             items = _items_of(micro_batch.plan, name)
-            if not items:
+            if not items or not (self._needs.media or name in encoded):
                 continue
             needs = self._needs
             shares, mine = self._share(sum(item.pieces for item in items))
-            wanted, features = list(pieces_in(items, mine)), None
-            if name in self._caches:
+            wanted, features = list(pieces_in(items, mine)) if name in encoded else [], None
+            if name in encoded and name in self._caches:
                 cache = self._caches[name]
                 pieces, features = self._pieces.read_cached(entry.modality, cache, wanted, parts_of, micro_batch.bad)
             else:

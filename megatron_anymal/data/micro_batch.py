@@ -56,11 +56,15 @@ class MediaBatch:
     soft_index: Optional[Tensor] = None
     # Without a cache None.
     features: Optional[CachedFeatures] = None
+    # [own share, feature tokens, width]: features of this rank's share that another pipeline stage has encoded, on the
+    # model's device; None: this rank encodes it.
+    encoded: Optional[Tensor] = None
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MediaBatch:
-        """Apply `change` to every tensor."""
+        """Apply `change` to every tensor but `encoded`."""
         features = None if self.features is None else _with_tensors(self.features, change)
-        return dataclasses.replace(_with_tensors(self, change), features=features)
+        others = _with_tensors(dataclasses.replace(self, encoded=None), change)
+        return dataclasses.replace(others, features=features, encoded=self.encoded)
 
 
 @dataclass
@@ -79,7 +83,8 @@ class MicroBatch:
     loss_mask: Tensor
     # [1, T] int64: position of the token's sample in the global batch; -1 for padding.
     sample_positions: Tensor
-    # By the modality's name in the configuration; empty except on the first pipeline stage.
+    # By the modality's name in the configuration: on the first pipeline stage all modalities, on others those that they
+    # encode.
     media: dict[str, MediaBatch]
     # Position in the global batch -> why the sample could not be read.
     bad: dict[int, str]

@@ -36,6 +36,7 @@ from megatron_anymal.data.records import SAMPLE_KINDS, DataError
 from megatron_anymal.data.sample_measures import Measures, measure_samples
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.shared_prompts import span_lengths
+from megatron_anymal.data.stage_shares import StageShares
 from megatron_anymal.data.step_plan import BatchMedia, StepPlan
 from megatron_anymal.data.tokenizer import Tokenizer
 
@@ -146,6 +147,7 @@ class BatchPlanner:
         self.layout, self.global_batch_size = layout, global_batch_size
         self.seed, self.too_long = seed, too_long
         self._by_kind = {m.kind: m for m in modalities}
+        self._stage_shares: Optional[StageShares] = None
         # Kind of the index -> lengths of its items of codes.
         self._codes: dict[str, PlannedCodes] = {}
         for index in self.indexes:
@@ -207,6 +209,10 @@ class BatchPlanner:
         """
         self._by_kind = {kind: dataclasses.replace(m, cost=costs[m.name]) for kind, m in self._by_kind.items()}
 
+    def share_encoding(self, shares: StageShares) -> None:
+        """Plan which pipeline stage encodes which media from now on; the same on every rank."""
+        self._stage_shares = shares
+
     def plan(self, step: int) -> StepPlan:
         """Plan a step. The result is a pure function of the index, the configuration, encoder costs and the step."""
         start = step * self.global_batch_size
@@ -239,6 +245,7 @@ class BatchPlanner:
             padded_length=padded_length,
             document_multiple=self.layout.document_multiple,
             shared=shared,
+            stage_shares=self._stage_shares,
         )
 
     def _lay_out(

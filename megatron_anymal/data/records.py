@@ -166,3 +166,9 @@ class PlannedMicroBatch:
     samples: tuple[PlannedSample, ...]
     # Lengths of spans in the pack are padded to a multiple of this (data/context_parallel.py).
     document_multiple: int = 1
+    # Modalities that a later pipeline stage encodes for the first one, and the stage (data/stage_shares.py).
+    encoded_on: tuple[tuple[str, int], ...] = ()
+
+    def encoder_stage(self, modality: str) -> int:
+        """Return the pipeline stage that encodes a modality's media."""
+        return dict(self.encoded_on).get(modality, 0)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 
 from megatron_anymal.data.records import PlannedMedia, PlannedMicroBatch, PlannedSample
 from megatron_anymal.data.shared_prompts import span_lengths
+from megatron_anymal.data.stage_shares import StageShares
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class StepPlan:
     document_multiple: int
     # [n]: tokens of the prompt that both documents of a pair share in a pack; 0 for all other samples.
     shared: np.ndarray
+    # How pipeline stages share the encoding; None: the first one does all of it.
+    stage_shares: Optional[StageShares] = None
 
     @property
     def length(self) -> np.ndarray:
@@ -80,12 +84,13 @@ class StepPlan:
 
     def of_replica(self, replica: int) -> tuple[PlannedMicroBatch, ...]:
         """The micro-batches of one data-parallel replica, in the order they run."""
-        return tuple(
+        planned = tuple(
             PlannedMicroBatch(
                 self.step, self.padded_length, tuple(self._sample(p) for p in positions), self.document_multiple
             )
             for positions in self.micro_batches[replica]
         )
+        return planned if self.stage_shares is None else self.stage_shares.assign(planned)
 
     def in_order(self) -> Iterator[tuple[PlannedMicroBatch, ...]]:
         """The micro-batches that the replicas run at the same time, in the order they run."""

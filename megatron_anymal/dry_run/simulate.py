@@ -7,8 +7,9 @@ the model on torch's meta device. No GPU, launcher or weights are needed.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -265,7 +266,7 @@ def _as_rank_of_stage(number: int, model: ModelConfig) -> Iterator[None]:
 
 
 def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
-    """Add the sizes of a stage's model chunks."""
+    """Add the sizes of a stage's model chunks, with the encoders that it holds for the first stage."""
     config, chunks = found.config, []
     for model in models:
         weights = list_weights(model)
@@ -282,6 +283,8 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
             )
         )
         found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
+    if number and config.model.encoder_placement == "all_stages":
+        chunks[0] = _with_encoders(chunks[0], found.weights, backend.compute_dtype(config.trainer.precision))
     ranks = config.world_size // config.model.pipeline_model_parallel_size
     trainable = sum(chunk.trainable for chunk in chunks)
     sharers = config.data_parallel_size * config.model.context_parallel_size
@@ -289,6 +292,23 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
     if config.model.ddp.use_distributed_optimizer:
         state = -(-state // sharers)
     found.stages.append(Stage(range(number * ranks, (number + 1) * ranks), tuple(chunks), 4 * trainable, state))
+
+
+def _with_encoders(chunk: ChunkSize, weights: Mapping[str, tuple[int, bool]], dtype: torch.dtype) -> ChunkSize:
+    """Add the encoders that a stage holds for the first one.
+
+    Args:
+        weights: those of the first stage by name: number of elements, and whether they train.
+    """
+    encoders = {name: count for name, (count, _) in weights.items() if name.startswith("encoders.")}
+    names = dict.fromkeys(f"{name.split('.')[1]} encoder" for name in encoders)
+    added = sum(encoders.values())
+    return dataclasses.replace(
+        chunk,
+        besides=(*names, *chunk.besides),
+        parameters=chunk.parameters + added,
+        weight_bytes=chunk.weight_bytes + added * dtype.itemsize,
+    )
 
 
 def _bytes_of(weight: Weight, fp8_primary_weights: bool) -> int:

@@ -6,7 +6,7 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Optional
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from megatron_anymal.config import NeftuneConfig
 from megatron_anymal.data.context_parallel import held_tokens
-from megatron_anymal.data.feature_cache import PieceKey
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.shared_prompts import token_lengths, token_positions
 from megatron_anymal.model.attention import DocumentPack, document_pack
@@ -28,17 +27,11 @@ from megatron_anymal.model.discrete_rows import DiscreteRows, embed_tokens
 from megatron_anymal.model.embedding_merge import merge
 from megatron_anymal.model.encoder_sharding import gather_features, gather_soft_tokens
 from megatron_anymal.model.encoders import Encoder
+from megatron_anymal.model.frozen_features import StoreFeatures, encode, frozen_features, store_nowhere
 from megatron_anymal.model.key_value_cache import KeyValueCache
 from megatron_anymal.model.lm_head import all_logits, label_losses, logits_of, whole_logits
 from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.neftune import neftune_noise
-
-# Takes a modality's name, the keys of pieces [n], and their features [n, F, w].
-StoreFeatures = Callable[[str, Sequence[Optional[PieceKey]], Tensor], None]
-
-
-def _store_nowhere(name: str, keys: Sequence[Optional[PieceKey]], features: Tensor) -> None:
-    """Without a cache."""
 
 
 class AnyMALModel(MegatronModule):
@@ -74,7 +67,7 @@ class AnyMALModel(MegatronModule):
         self.pre_process, self.post_process = language_model.pre_process, language_model.post_process
         self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
         # Called with the features of pieces that a cache lacks.
-        self.store_features: StoreFeatures = _store_nowhere
+        self.store_features: StoreFeatures = store_nowhere
         # Required by megatron-core's schedules.
         self.model_type = ModelType.encoder_or_decoder
         self._pieces_per_call = pieces_per_call
@@ -261,29 +254,25 @@ class AnyMALModel(MegatronModule):
         )
 
     def _encode(self, name: str, media: Optional[MediaBatch], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Encode those of this rank's pieces whose features are not cached, in calls of bounded size.
+        """Encode this rank's share of the pieces, unless their features are known.
 
         Returns:
             Features [at least 1, F, w] (of a dummy piece of zeros if there are none), and those of real pieces
             [n, F, w].
         """
         encoder: Any = self.encoders[name]
-        cached = media.features if media else None
-        frozen = not any(p.requires_grad for p in encoder.parameters())
-        count = len(media.pieces) if media else 0
-        if not count and cached is not None and len(cached.rows):
-            return cached.rows, cached.rows
-        if not count and frozen:
-            encoded = torch.zeros(1, encoder.feature_tokens, encoder.width, dtype=encoder.dtype, device=device)
-            return encoded, encoded[:0]
-        pieces = media.pieces if media and count else torch.zeros(1, *encoder.piece_shape, device=device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            encoded = torch.cat([encoder(chunk) for chunk in pieces.split(self._pieces_per_call[name])])
-        if cached is None:
+        per_call = self._pieces_per_call[name]
+        if any(p.requires_grad for p in encoder.parameters()):
+            count = len(media.pieces) if media else 0
+            pieces = media.pieces if media and count else torch.zeros(1, *encoder.piece_shape, device=device)
+            encoded = encode(encoder, pieces, per_call)
             return encoded, encoded[:count]
-        self.store_features(name, cached.keys, encoded)
-        features = cached.with_encoded(encoded)
-        return features, features
+        if media is not None:
+            features = frozen_features(name, encoder, media, per_call, self.store_features)
+            if len(features):
+                return features, features
+        dummy = torch.zeros(1, encoder.feature_tokens, encoder.width, dtype=encoder.dtype, device=device)
+        return dummy, dummy[:0]
 
     def _packing(self, micro_batch: MicroBatch, cache: Optional[KeyValueCache] = None) -> DocumentPack:
         lengths, device = micro_batch.document_lengths, micro_batch.tokens.device

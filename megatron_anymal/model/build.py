@@ -143,6 +143,29 @@ def _media_parts(
     return encoders, projectors
 
 
+def frozen_encoders(
+    model: ModelConfig, precision: str, modalities: Mapping[str, Modality], device: torch.device
+) -> dict[str, Encoder]:
+    """Build the encoders of all modalities for a rank whose model has none; they are the first stage's if those come
+    from folders or the seed.
+
+    Args:
+        precision: `trainer.precision`.
+        modalities: by their name in the configuration.
+
+    Raises:
+        ConfigError: see `build_encoder`.
+    """
+    dtype = backend.compute_dtype(precision)
+    return {
+        name: seeded_encoder(name, section.encoder, modalities[name], model.seed)
+        .requires_grad_(False)
+        .to(dtype)
+        .to(device)
+        for name, section in model.modalities.items()
+    }
+
+
 def seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: int) -> Encoder:
     """Build an encoder whose random initial values, if any, depend only on the seed and its name.
 

@@ -27,7 +27,7 @@ from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model.anymal import AnyMALModel
-from megatron_anymal.model.build import agree_on_trainable, build_models
+from megatron_anymal.model.build import agree_on_trainable, build_models, frozen_encoders
 from megatron_anymal.model.discrete_rows import add_tied_gradients
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
@@ -37,6 +37,7 @@ from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
 from megatron_anymal.train.pass_times import PassTimes
 from megatron_anymal.train.reference_logprobs import ReferenceAnswers
+from megatron_anymal.train.stage_encoding import StageEncoding
 
 
 @dataclass
@@ -85,6 +86,8 @@ class TrainState:
     reference: Optional[ReferenceAnswers] = None
     # Full names of frozen encoder weights that were restored from another run and must be saved with this one's.
     carried: set[str] = field(default_factory=set)
+    # With model.encoder_placement=all_stages: this rank's part in it.
+    stage_encoding: Optional[StageEncoding] = None
     # Updates made so far.
     step: int = 0
     # Called in each step before the ranks agree on the update.
@@ -136,9 +139,14 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     agree_on_trainable(models, list(model.modalities), layout.device, every_pass=every_pass)
     wrapped = [_wrap(model.ddp, chunk, first=chunk is models[0]) for chunk in models]
     optimizer = build_optimizer(model.optim, model.ddp, config.trainer, wrapped)
-    times = PassTimes(layout.device)
-    _connect(model.ddp, wrapped, optimizer, times)
-    return TrainState(
+    times, own_time = PassTimes(layout.device), OwnTime(layout.device)
+    encoding = None
+    if model.encoder_placement == "all_stages":
+        own: Any = dict(models[0].encoders) or frozen_encoders(model, precision, modalities, layout.device)
+        tokens = config.data.seq_length * model.micro_batch_size
+        encoding = StageEncoding(layout, model, hf, own, own_time, tokens)
+    _connect(model.ddp, wrapped, optimizer, times, encoding)
+    state = TrainState(
         config=config,
         llama=hf,
         layout=layout,
@@ -150,10 +158,27 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
         train_data=train_data,
         validation_data=validation_data,
         objective=build_objective(config.job, model, hf.vocab_size),
-        own_time=OwnTime(layout.device),
+        own_time=own_time,
         pass_times=times,
         recompute=recompute,
+        stage_encoding=encoding,
     )
+    share_encoding(state, encoding.operations if encoding else {})
+    return state
+
+
+def share_encoding(state: TrainState, costs: Mapping[str, float]) -> None:
+    """Let the planners share the encoding among the pipeline stages, if the run does so.
+
+    Args:
+        costs: encoder cost of a piece by modality, in any unit; the same on every rank.
+    """
+    if state.stage_encoding is None:
+        return
+    state.train_data.planner.share_encoding(state.stage_encoding.shares(costs, ahead=True))
+    if state.validation_data is not None:
+        # A validation's batches are encoded when they begin.
+        state.validation_data.planner.share_encoding(state.stage_encoding.shares(costs, ahead=False))
 
 
 def build_inputs(model: ModelConfig, data: DataConfig) -> tuple[Tokenizer, dict[str, Modality]]:
@@ -189,10 +214,14 @@ def loaded_modalities(
 
 
 def rank_needs(layout: ParallelLayout) -> RankNeeds:
-    """Return what this rank reads: the first stage tokens and media, the last stage labels, the others only lengths."""
+    """Return what this rank reads: the first stage tokens and media, the last stage labels, the others only lengths.
+
+    Besides, the plan may give a stage media to encode.
+    """
     return RankNeeds(
         text=layout.is_first_stage or layout.is_last_stage,
         media=layout.is_first_stage,
+        stage=layout.pipeline_rank,
         tensor_rank=layout.tensor_rank,
         tensor_size=layout.tensor_size,
         context_rank=layout.context_rank,
@@ -308,17 +337,21 @@ def _connect(
     wrapped: list[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     times: PassTimes,
+    encoding: Optional[StageEncoding],
 ) -> None:
     """Set the hooks with which megatron-core's schedules time and finish a step."""
     settings: Any = wrapped[0].config
     settings.timers = times
     settings.grad_scale_func = optimizer.scale_loss
-    settings.finalize_model_grads_func = _finalize
+    settings.finalize_model_grads_func = partial(_finalize, encoding)
     if ddp.overlap_grad_reduce:
         settings.no_sync_func = [chunk.no_sync for chunk in wrapped] if len(wrapped) > 1 else wrapped[0].no_sync
 
 
-def _finalize(models: list[Any], num_tokens: Any = None, **settings: Any) -> None:
+def _finalize(encoding: Optional[StageEncoding], models: list[Any], num_tokens: Any = None, **settings: Any) -> None:
     """Reduce gradients; they already belong to the batch's mean loss, so they are not divided by a token count."""
+    if encoding is not None:
+        # The first stage still computes.
+        encoding.finish()
     finalize_model_grads(models, None, **settings)
     add_tied_gradients([chunk.module for chunk in models])

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.model.encoders.base import Encoder
-from megatron_anymal.train.build import TrainState
+from megatron_anymal.train.build import TrainState, share_encoding
 
 FILE = "encoder_costs.json"
 # Pieces of a timed call, and how many calls are timed, after one that warms up.
@@ -43,6 +43,7 @@ def agree_on_costs(state: TrainState, run_dir: Path, say: Callable[[str], None])
     for data in (state.train_data, state.validation_data):
         if data is not None:
             data.planner.use_encoder_costs(costs)
+    share_encoding(state, costs)
 
 
 def _of_first_rank(state: TrainState, run_dir: Path, say: Callable[[str], None]) -> dict[str, float]:

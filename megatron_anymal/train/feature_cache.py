@@ -45,6 +45,9 @@ def use_feature_cache(state: TrainState) -> FeatureWriter:
     """
     section: FeatureCacheConfig = state.config.data.feature_cache
     encoders: Any = state.models[0].encoders
+    if state.stage_encoding is not None:
+        state.stage_encoding.take_weights()
+        encoders = state.stage_encoding.encoders
     caches: dict[str, FeatureCache] = {}
     if section.names(encoders.keys()):
         try:
@@ -56,6 +59,8 @@ def use_feature_cache(state: TrainState) -> FeatureWriter:
         if data is not None:
             data.reader.use_caches(caches)
     state.models[0].store_features = writer.store
+    if state.stage_encoding is not None:
+        state.stage_encoding.store = writer.store
     return writer
 
 

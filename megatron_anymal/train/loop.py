@@ -38,6 +38,7 @@ from megatron_anymal.train.optim import begin_state
 from megatron_anymal.train.pass_times import pass_metrics
 from megatron_anymal.train.peer_copies import PeerCopies
 from megatron_anymal.train.skipped_samples import SkippedSamples
+from megatron_anymal.train.stage_encoding import with_coming
 from megatron_anymal.train.step import stop_asked_for, train_step, validation_step
 from megatron_anymal.train.step_metrics import MetricsWindow
 
@@ -168,17 +169,18 @@ class Trainer:
         if self._is_due_at_resume():
             heartbeat.beat(Phase.CHECKPOINT)
             self._save()
-        batches = self._steps(self.state.train_data, first, last, training=True)
+        steps_of_data = self._steps(self.state.train_data, first, last, training=True)
+        batches = with_coming(steps_of_data, ahead=self.state.stage_encoding is not None)
         while self.state.step < last and not self.stop:
             self._enter_stage()
             self.under_way = self.state.step + 1
             heartbeat.beat(Phase.DATA, self.under_way)
             begun = time.monotonic()
             fault_injection.inject("data", self.under_way)
-            plan, micro_batches = next(batches)
+            plan, micro_batches, coming = next(batches)
             waited = time.monotonic() - begun
             self.features.count(micro_batches)
-            result = train_step(self.state, plan, micro_batches)
+            result = train_step(self.state, plan, micro_batches, coming)
             took = time.monotonic() - begun
             self.window.add(took, waited, result)
             if self.state.step == first + 1:

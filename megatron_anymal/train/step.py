@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.distributed as dist
@@ -72,12 +72,23 @@ class Reduced:
     stop: str
 
 
-def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroBatch]) -> StepResult:
-    """Forward, backward, reduce, update; no rank updates if a gradient is not finite on any rank."""
+def train_step(
+    state: TrainState,
+    plan: StepPlan,
+    micro_batches: Sequence[MicroBatch],
+    coming: Optional[Sequence[MicroBatch]] = None,
+) -> StepResult:
+    """Forward, backward, reduce, update; no rank updates if a gradient is not finite on any rank.
+
+    Args:
+        coming: the next step's micro-batches, if pipeline stages encode ahead (model.encoder_placement).
+    """
     number = state.step + 1
     heartbeat.beat(Phase.COMPUTE, number)
     with state.own_time.counted():
         fault_injection.inject("compute", number)
+    if state.stage_encoding is not None:
+        state.stage_encoding.prepare(micro_batches)
     bad, batch = _begin(state, state.train_data.planner, plan, micro_batches)
     rate = learning_rate(state.config.model.optim, state.config.trainer.max_steps, state.step)
     set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
@@ -85,7 +96,11 @@ def train_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[MicroB
         wrapped.zero_grad_buffer()
     _set_mode(state, training=True)
     state.optimizer.zero_grad()
+    if state.stage_encoding is not None and coming is not None:
+        state.stage_encoding.begin(coming)
     reduced = _pass(state, plan, micro_batches, bad, batch, forward_only=False)
+    if state.stage_encoding is not None and coming is not None:
+        state.stage_encoding.deliver(micro_batches)
     heartbeat.beat(Phase.UPDATE)
     fault_injection.inject("update", number)
     grad_norm: Any = math.inf
@@ -106,6 +121,8 @@ def validation_step(state: TrainState, plan: StepPlan, micro_batches: Sequence[M
     """Compute the loss of a validation batch."""
     assert state.validation_data is not None
     planner = state.validation_data.planner
+    if state.stage_encoding is not None:
+        state.stage_encoding.prepare(micro_batches)
     bad, batch = _begin(state, planner, plan, micro_batches)
     _set_mode(state, training=False)
     reduced = _pass(state, plan, micro_batches, bad, batch, forward_only=True)

@@ -230,6 +230,18 @@ def test_plan_ranking(tmp_path: Path) -> None:
     assert str(tmp_path) not in out.read_text()
 
 
+@pytest.mark.slow
+def test_encoder_placement(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    printed = run("benchmarks/encoder_placement.py", "--turns=2", "--out", str(out), tests=True)
+    found = json.loads(out.read_text())
+    # 19 and 23.3 slots of three units each: see the benchmark's configuration.
+    assert found["floor"] == pytest.approx(57 / 70)
+    assert found["floor"] - 0.02 < found["ratio"]["fastest"] <= 0.85
+    assert f"ratio {found['ratio']['fastest']:.3f}, floor 0.814, bar 0.85" in printed
+    assert str(tmp_path) not in out.read_text()
+
+
 def test_feature_cache(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     sizes = ("--layers=1", "--encoder-layers=1", "--width=64", "--rounds=2", "--entries=20")

@@ -56,6 +56,7 @@ def media_bytes(
         number: bytes per element.
     """
     frozen, trainable, kept, working = 0, 0, [0], [0]
+    encoding, features = [0], [0]
     for section, encoder in sections:
         projector = section.projector
         of_projector = projector_parameters(projector, encoder.features, encoder.width, hidden, tensor)
@@ -71,7 +72,10 @@ def media_bytes(
         in_use = call * _ENCODER_WORKING * number * encoder.features * encoder.width
         # fp32 pieces of two micro-batches, and all features.
         working.append(in_use + 2 * 4 * own * encoder.piece + number * projected * encoder.features * encoder.width)
-    return MediaMemory(frozen, trainable, max(kept), max(working))
+        features.append(number * own * encoder.features * encoder.width)
+        encoding.append(in_use + 4 * own * encoder.piece)
+    encoders = sum(encoder.parameters for _, encoder in sections)
+    return MediaMemory(frozen, trainable, max(kept), max(working), encoders, max(encoding), max(features))
 
 
 def projector_parameters(config: ProjectorConfig, features: int, width: int, hidden: int, tensor: int) -> int:

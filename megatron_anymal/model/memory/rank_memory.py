@@ -51,7 +51,7 @@ class Held:
     optimizer: int
     # Activations saved for backward passes, at their peak.
     activations: int
-    # Temporary tensors.
+    # Temporary tensors, and features of a step that were encoded during the one before.
     working: int
     # Micro-batches whose activations each model chunk holds.
     in_flight: tuple[int, ...]
@@ -70,6 +70,16 @@ def kept_by_chunk(run: RunSizes, chunk: PipelineChunk, recompute: Recompute) -> 
     return kept + (kept_by_head(llama, pack) if chunk.last else llama.number * llama.own(pack.tokens) * llama.hidden)
 
 
+def _features(run: RunSizes, stage: int) -> int:
+    """Bytes of the features that a stage holds if all stages encode: on the first one those of a step, on the others
+    their share of them."""
+    stages = len(run.stages)
+    if not any(chunk.helps for chunks in run.stages for chunk in chunks):
+        return 0
+    of_step = run.micro_batches * run.media.features
+    return -(-of_step * stage // sum(range(stages))) if stage else of_step
+
+
 def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
     """Compute the memory use of a rank of a pipeline stage."""
     llama, pack, chunks = run.llama, run.pack, run.stages[stage]
@@ -80,7 +90,11 @@ def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
     kept = [kept_by_chunk(run, chunk, recompute) for chunk in chunks]
     activations, in_flight = peak(stage, len(run.stages), run.micro_batches, kept)
     in_use = [
-        max(working(llama, pack, chunk.layers, recompute, chunk.last), chunk.first * run.media.working)
+        max(
+            working(llama, pack, chunk.layers, recompute, chunk.last),
+            chunk.first * run.media.working,
+            chunk.helps * run.media.encoding,
+        )
         for chunk in chunks
     ]
     return Held(
@@ -88,6 +102,6 @@ def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
         gradients=4 * trainable,
         optimizer=-(-run.optimizer_bytes * trainable // run.sharers),
         activations=activations,
-        working=max(in_use),
+        working=max(in_use) + _features(run, stage),
         in_flight=in_flight,
     )

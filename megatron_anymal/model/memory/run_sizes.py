@@ -120,6 +120,9 @@ def chunks_of_stages(model: ModelConfig, hf: LlamaConfig) -> tuple[tuple[Pipelin
     for chunk in range(chunks):
         for stage, count in enumerate(counts):
             at_end = chunk == chunks - 1 and stage == len(counts) - 1
-            stages[stage].append(PipelineChunk(tuple(range(first, first + count)), not chunk and not stage, at_end))
+            # The first chunk of each later stage stands for its rank.
+            helps = model.encoder_placement == "all_stages" and not chunk and stage > 0
+            at_begin = not chunk and not stage
+            stages[stage].append(PipelineChunk(tuple(range(first, first + count)), at_begin, at_end, helps))
             first += count
     return tuple(map(tuple, stages))

@@ -204,28 +204,37 @@ class PipelineChunk:
         layers: their indices in the whole Llama.
         first: whether the chunk holds the embedding and the media modules.
         last: whether it holds the head.
+        helps: whether its rank also holds encoders that work for the first stage.
     """
 
     layers: tuple[int, ...]
     first: bool
     last: bool
+    helps: bool = False
 
 
 @dataclass(frozen=True)
 class MediaMemory:
-    """Memory of encoders and projectors on the first stage (see media.py).
+    """Memory of encoders and projectors (see media.py), on the first stage unless stated otherwise.
 
     Attributes:
         frozen: number of frozen parameters.
         trainable: number of trainable parameters.
         kept: bytes that a micro-batch saves for its backward pass.
         working: temporary bytes, including media being copied.
+        encoders: number of the encoders' parameters, which a stage that helps holds as well.
+        encoding: temporary bytes of a stage that helps.
+        features: bytes of a micro-batch's features, which the first stage holds from the end of the step before if
+            other stages encode.
     """
 
     frozen: int = 0
     trainable: int = 0
     kept: int = 0
     working: int = 0
+    encoders: int = 0
+    encoding: int = 0
+    features: int = 0
 
 
 @dataclass(frozen=True)
@@ -284,7 +293,9 @@ class RunSizes:
         )
         adapters = sum(n * adapter_parameters(llama, layer) for layer, n in llama.alike(chunk.layers).items())
         return ChunkParameters(
-            frozen=sum(number for number, trains in kinds if not trains) + chunk.first * self.media.frozen,
+            frozen=sum(number for number, trains in kinds if not trains)
+            + chunk.first * self.media.frozen
+            + chunk.helps * self.media.encoders,
             trainable=sum(number for number, trains in kinds if trains) + adapters + chunk.first * self.media.trainable,
             matrices=matrices,
             adapters=adapters,

@@ -191,16 +191,19 @@ def media_time(
     load: PackLoad,
     encoders: Sequence[tuple[str, ModalityConfig, EncoderSizes]],
     number_format: str,
+    *,
+    encode: bool = True,
 ) -> PassTime:
     """Encoders and projectors of the first stage: ranks share the encoder inputs of a micro-batch.
 
     Args:
         encoders: name, section and sizes of each modality.
+        encode: count the encoders.
     """
     pieces = dict(load.pieces)
     return total(
         [
-            _modality(gpu, links, llama, pieces.get(name, 0.0), section, encoder, number_format)
+            _modality(gpu, links, llama, pieces.get(name, 0.0), section, encoder, number_format, encode=encode)
             for name, section, encoder in encoders
         ]
     )
@@ -214,6 +217,8 @@ def _modality(
     section: ModalityConfig,
     encoder: EncoderSizes,
     number_format: str,
+    *,
+    encode: bool,
 ) -> PassTime:
     if not pieces:
         return PassTime()
@@ -222,7 +227,7 @@ def _modality(
     call = max(1, round(min(own, section.encoder.max_pieces_per_call)))
     # The shape of a feed-forward's first product, which most of an encoder's operations belong to.
     rate = matrix_rate(gpu, encoder.features * call, 4 * encoder.width, encoder.width, plain)
-    encoding = own * encoder.operations / rate
+    encoding = own * encoder.operations / rate * encode
     width = section.projector.hidden_size or encoder.width
     rows = max(1, round(projected * section.projector.num_tokens))
     projecting = projected * projector_operations(section, encoder, llama.hidden) / llama.tensor

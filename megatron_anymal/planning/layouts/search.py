@@ -154,6 +154,7 @@ class Problem:
             number_format="fp8" if layout.fp8 else {"bf16": "bf16", "32": "fp32"}[config.trainer.precision],
             ddp=model.ddp,
             overlap_messages=model.overlap_p2p_comm,
+            all_stages_encode=model.encoder_placement == "all_stages",
         )
 
     def _sizes(self, layout: Layout, batches: BatchLayout) -> RunSizes:

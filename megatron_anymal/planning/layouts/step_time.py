@@ -40,6 +40,7 @@ class StepInputs:
         number_format: of the linear layers: bf16, fp8 or fp32.
         ddp: `model.ddp`.
         overlap_messages: `model.overlap_p2p_comm`.
+        all_stages_encode: whether `model.encoder_placement` is all_stages.
     """
 
     gpu: Hardware
@@ -50,6 +51,7 @@ class StepInputs:
     number_format: str
     ddp: DistributedDataParallelConfig
     overlap_messages: bool
+    all_stages_encode: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def step_time(inputs: StepInputs, recompute: Recompute, *, timeline: bool = Fals
         updates.append(_update(inputs, trainable))
     waits = tuple(number * sum(t.forward_wait + t.backward_wait for t in times) for times in stages)
     forward = tuple(number * sum(time.forward_total for time in times) for times in stages)
-    last = max(end + reduction for end, reduction in zip(pipeline.ends, reductions))
+    last = max(end + reduction for end, reduction in zip(pipeline.ends, reductions)) + late_encoding(inputs, pipeline)
     return StepTime(pipeline, forward, tuple(reductions), max(updates), waits, last + max(updates))
 
 
@@ -117,9 +119,21 @@ def layer_of(inputs: StepInputs, layer: int) -> LayerTime:
 
 
 def first_chunk_extra(inputs: StepInputs) -> PassTime:
-    """What the first stage computes besides its layers."""
+    """What the first stage computes besides its layers. If all stages encode, `late_encoding` counts the encoders."""
     shared = (inputs.gpu, inputs.links, inputs.sizes.llama, inputs.load)
-    return embedding_time(*shared).plus(media_time(*shared, inputs.encoders, inputs.number_format))
+    media = media_time(*shared, inputs.encoders, inputs.number_format, encode=not inputs.all_stages_encode)
+    return embedding_time(*shared).plus(media)
+
+
+def late_encoding(inputs: StepInputs, pipeline: PipelineTime) -> float:
+    """Seconds of encoding on all stages that do not fit into the waits of the pipeline (data/stage_shares.py)."""
+    if not inputs.all_stages_encode:
+        return 0.0
+    shared = (inputs.gpu, inputs.links, inputs.sizes.llama, inputs.load, inputs.encoders, inputs.number_format)
+    encoders = media_time(*shared).forward - media_time(*shared, encode=False).forward
+    stages, chunks, number = len(pipeline.busy), len(inputs.sizes.stages[0]), inputs.load.number
+    slot = sum(pipeline.busy) / stages / number / chunks
+    return max(0.0, number * encoders - slot * sum(range(stages))) / stages
 
 
 def last_chunk_extra(inputs: StepInputs) -> PassTime:

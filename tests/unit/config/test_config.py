@@ -248,6 +248,29 @@ def test_two_stages_of_chunks_need_overlapped_messages() -> None:
     check(config)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"pipeline_model_parallel_size": 1}, r"but model\.pipeline_model_parallel_size=1"),
+        ({"modalities": {}}, r"no effect without model\.modalities"),
+        ({"trains": "audio"}, r"the encoder of 'audio' trains.*model\.modalities\.audio\.encoder\.freeze=true"),
+        ({"encoder_placement": "last_stage"}, r"encoder_placement='last_stage' is not one of"),
+    ],
+)
+def test_encoders_on_all_stages_need_stages_and_frozen_encoders(change: dict[str, object], says: str) -> None:
+    config = valid()
+    config.trainer.devices = config.model.pipeline_model_parallel_size = 2
+    config.model.encoder_placement = "all_stages"
+    check(config)
+    for name, value in change.items():
+        if name == "trains":
+            config.model.modalities[str(value)].encoder.freeze = False
+        else:
+            setattr(config.model, name, value)
+    with pytest.raises(ConfigError, match=says):
+        check(config)
+
+
 def test_a_pack_length_that_context_parallel_ranks_cannot_share():
     config = valid()
     config.trainer.devices = config.model.context_parallel_size = 4

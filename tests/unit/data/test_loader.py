@@ -20,6 +20,7 @@ from megatron_anymal.data.context_parallel import held_tokens
 from megatron_anymal.data.loader import share_out, steps
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.records import DataError, TextPart
+from megatron_anymal.data.stage_shares import StageShares
 from megatron_anymal.train.build import DataSource
 
 
@@ -138,6 +139,33 @@ def test_ranks_share_the_encoding(config: RunConfig, tensor_size: int, context_s
             torch.testing.assert_close(torch.cat([p.pieces for row in parts for p in row]), media.pieces)
             shares = tuple(tuple(len(p.pieces) for p in row) for row in parts)
             assert all(p.shares == shares for row in parts for p in row)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"tensor_size": 2, "tensor_rank": 1}, {"context_size": 2, "context_rank": 1}])
+def test_stages_share_the_decoding(config: RunConfig, sizes: dict[str, int]) -> None:
+    """Each piece is decoded on one of three stages, and the first stage knows where its soft tokens go."""
+    alone = replica_data(config, **sizes)
+    parts = [replica_data(config, stage=stage, stages=3, **sizes) for stage in range(3)]
+    for part in parts:
+        part.planner.share_encoding(StageShares(3, {"image": 2.0, "audio": 1.0, "imu": 1.0}, 4.0))
+    decoded = [0, 0, 0]
+    for step in range(2):
+        plans = parts[0].planner.plan(step).of_replica(0)
+        for plan, before in zip(plans, alone.planner.plan(step).of_replica(0), strict=True):
+            assert plan.samples == before.samples
+            whole, read = alone.reader[before], [part.reader[plan] for part in parts]
+            assert list(read[0].media) == list(whole.media)
+            for name, media in whole.media.items():
+                stage, first = plan.encoder_stage(name), read[0].media[name]
+                torch.testing.assert_close(read[stage].media[name].pieces, media.pieces)
+                decoded[stage] += len(media.pieces)
+                for number, other in enumerate(read):
+                    if number and number != stage:
+                        assert name not in other.media
+                assert stage == 0 or not len(first.pieces)
+                assert first.shares == media.shares and torch.equal(first.token_index, media.token_index)
+            assert torch.equal(read[0].tokens, whole.tokens) and torch.equal(read[2].labels, whole.labels)
+    assert min(decoded[1:]) > decoded[0]
 
 
 @pytest.mark.parametrize("context_size", [2, 4])

@@ -127,6 +127,22 @@ def test_uneven_stages(tiny: RunConfig) -> None:
     assert second.parts[0].besides == ("head",)
 
 
+def test_encoders_on_all_stages(tiny: RunConfig) -> None:
+    tiny.model.modalities["imu"].encoder.freeze = True
+    layout = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    one, spread = (examine(laid_out(tiny, 2, encoder_placement=of, **layout)) for of in ("first_stage", "all_stages"))
+    assert spread.stages[0] == one.stages[0] and spread.weights == one.weights
+    (first, _), (before, _) = spread.stages[1].parts, one.stages[1].parts
+    assert first.parameters == before.parameters + IMAGE_ENCODER + IMU_ENCODER and first.trainable == before.trainable
+    assert first.besides == ("image encoder", "imu encoder") and spread.stages[1].parts[1] == one.stages[1].parts[1]
+    assert spread.stages[1].weight_bytes - one.stages[1].weight_bytes == 4 * (IMAGE_ENCODER + IMU_ENCODER)
+    # The estimate counts the same weights, and a step's features.
+    assert spread.memory is not None and one.memory is not None
+    for number, (held, was) in enumerate(zip(spread.memory.choice.held, one.memory.choice.held)):
+        assert held.weights == spread.stages[number].weight_bytes
+        assert held.working > was.working
+
+
 def test_virtual_stages_and_context(tiny: RunConfig) -> None:
     layout = {
         "pipeline_model_parallel_size": 2,

@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 
-from megatron_anymal.config import ConfigError, DistributedDataParallelConfig, ModelConfig, RunConfig
+from megatron_anymal.config import (
+    ConfigError,
+    DistributedDataParallelConfig,
+    EncoderConfig,
+    ModalityConfig,
+    ModelConfig,
+    ProjectorConfig,
+    RunConfig,
+)
 from megatron_anymal.data.planner import BatchLayout
+from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts import measurement
 from megatron_anymal.planning.layouts.collectives import Link, link_of_group, links_of_layout
@@ -20,6 +29,7 @@ from megatron_anymal.planning.layouts.rates import attention_seconds, matrix_rat
 from megatron_anymal.planning.layouts.search import Problem
 from megatron_anymal.planning.layouts.step_time import (
     StepInputs,
+    first_chunk_extra,
     last_chunk_extra,
     layer_of,
     message_seconds,
@@ -160,6 +170,36 @@ def test_overlap_hides_gradients() -> None:
     assert on.reductions[0] == pytest.approx(off.reductions[0] * 64e6 / 8.03e9, rel=0.01)
     assert on.update < off.update and on.seconds < off.seconds
     assert off.exposed > on.exposed > 0 and off.bubble == on.bubble == 0.0
+
+
+def test_encoding_on_all_stages_costs_what_the_waits_cannot_take() -> None:
+    layout = ONE._replace(pipeline_model_parallel_size=4)
+    inputs = with_encoder(problem_of(8).inputs(layout), 1.0)
+    nothing = replace(inputs, encoders=())
+    first = step_time(inputs, Recompute())
+    free = step_time(replace(inputs, all_stages_encode=True), Recompute())
+    # All of it fits: as if encoders took no time.
+    projectors = step_time(replace(with_encoder(inputs, 0.0), all_stages_encode=True), Recompute())
+    assert step_time(nothing, Recompute()).seconds < free.seconds == projectors.seconds < first.seconds
+    # A hundred times the work does not fit; the rest is shared by four stages.
+    much = with_encoder(inputs, 100.0)
+    number = inputs.load.number
+    encoding = (first_chunk_extra(much).forward - first_chunk_extra(with_encoder(inputs, 0.0)).forward) * number
+    busy = projectors.pipeline.busy
+    late = (encoding - 6 * sum(busy) / 4 / number) / 4
+    assert late > 0
+    spread = step_time(replace(much, all_stages_encode=True), Recompute())
+    assert spread.seconds == pytest.approx(projectors.seconds + late)
+    assert spread.seconds < step_time(much, Recompute()).seconds / 2
+
+
+def with_encoder(inputs: StepInputs, work: float) -> StepInputs:
+    """Two images per micro-batch for an encoder with `work` times the operations of two layers on a pack."""
+    section = ModalityConfig(encoder=EncoderConfig(type="clip"), projector=ProjectorConfig(type="linear"))
+    operations = round(work * 2 * 2 * 4096 * 4096 * 14336)
+    sizes = EncoderSizes(10**9, 576, 1024, 3 * 336 * 336, 0, operations)
+    load = replace(inputs.load, pieces=(("image", 2.0),))
+    return replace(inputs, encoders=(("image", section, sizes),), load=load)
 
 
 def test_a_message_is_a_micro_batch_of_hidden_states() -> None:
