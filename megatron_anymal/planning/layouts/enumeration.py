@@ -58,6 +58,9 @@ class Layout(NamedTuple):
             setattr(result, name, value)
         if not self.fp8:
             result.fp8_recipe = ModelConfig().fp8_recipe
+        if self.pipeline_model_parallel_size == 1:
+            # The checks refuse encoders on all stages of one.
+            result.encoder_placement = ModelConfig().encoder_placement
         return result
 
 

@@ -25,6 +25,7 @@ from megatron_anymal.model.llama import check_model
 from megatron_anymal.model.llama_shape import layers_of_stages, read_llama_config
 from megatron_anymal.model.memory.rank_memory import held
 from megatron_anymal.model.memory.recompute import candidates
+from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts.config_file import planned_config
 from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.hardware import known_gpus, load_hardware, sources
@@ -68,6 +69,18 @@ def works(config: RunConfig) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def test_encoders_on_all_stages_leave_out_no_layout() -> None:
+    image = ModalityConfig(encoder=EncoderConfig(type="clip"), placeholder="<a>")
+    first = make_config(4, modalities={"image": image})
+    spread = make_config(4, modalities={"image": image}, encoder_placement="all_stages", pipeline_model_parallel_size=2)
+    layouts = problem_of(spread).layouts()
+    assert layouts == problem_of(first).layouts()
+    for layout in layouts:
+        planned = planned_config(spread, layout, Recompute())
+        assert works(planned)
+        assert (planned.model.encoder_placement == "first_stage") == (layout.pipeline_model_parallel_size == 1)
 
 
 def test_all_layouts_that_work_are_enumerated() -> None:
