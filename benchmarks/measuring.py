@@ -171,12 +171,14 @@ class Dispatched(TorchDispatchMode):
 
     Attributes:
         operations: those that compute: no views and no allocations.
+        collectives: collectives and messages between ranks, by torch's name (allreduce, send, ...).
         waits: how often the host waits for a device to read a value, by the line that called the operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
+        self.collectives: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self._functions = _ReadsOfTensors(self.waits)
 
@@ -191,6 +193,8 @@ class Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if func.namespace == "c10d":
+            self.collectives[name.strip("_")] += 1
         if not (func.is_view or name.startswith(("empty", "new_empty", "detach"))):
             self.operations += 1
         if name in _WAITING or (name in _INDEXING and any(_is_mask(index) for index in args[1])):

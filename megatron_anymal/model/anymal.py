@@ -6,7 +6,8 @@ size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
@@ -277,13 +278,23 @@ class AnyMALModel(MegatronModule):
             encoded = torch.zeros(1, encoder.feature_tokens, encoder.width, dtype=encoder.dtype, device=device)
             return encoded, encoded[:0]
         pieces = media.pieces if media and count else torch.zeros(1, *encoder.piece_shape, device=device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        with self._timed("media-encoding"), torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             encoded = torch.cat([encoder(chunk) for chunk in pieces.split(self._pieces_per_call[name])])
         if cached is None:
             return encoded, encoded[:count]
         self.store_features(name, cached.keys, encoded)
         features = cached.with_encoded(encoded)
         return features, features
+
+    @contextmanager
+    def _timed(self, section: str) -> Iterator[None]:
+        """Count the time spent in the block for the run's log (train/pass_times.py)."""
+        timer = None if self.config.timers is None else self.config.timers(section)
+        if timer is not None:
+            timer.start()
+        yield
+        if timer is not None:
+            timer.stop()
 
     def _packing(self, micro_batch: MicroBatch, cache: Optional[KeyValueCache] = None) -> DocumentPack:
         lengths, device = micro_batch.document_lengths, micro_batch.tokens.device

@@ -44,6 +44,8 @@ class GlobalBatch:
     names: tuple[str, ...]
     # [n, 2] float64, DPO only: reference log-probability of the chosen and of the rejected answer.
     reference: Optional[Tensor] = None
+    # Whether the step computed them, instead of reading them from the run's folder.
+    reference_computed: bool = False
 
     @staticmethod
     def of(
