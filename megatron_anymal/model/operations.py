@@ -1,9 +1,9 @@
 """Floating-point operations of a training step: the one place that counts them, for a run's log and for the plan.
 
-Counted are matrix products, convolutions and attention, two operations per multiply-add. Backward of a product there are
-two of the same size: the gradient of its weight, if that trains, and the gradient of its input, if anything before it
-trains. So a weight takes 6 operations per token if it trains, 4 if it is frozen and a gradient passes it, and 2 if none
-does. Attention takes 2 products forward and 4 backward, over the half of each document's square that is not masked.
+Counted are matrix products, convolutions and attention, two operations per multiply-add. The backward pass of a product
+has two of the same size: the gradient of its weight, if that trains, and the gradient of its input, if anything before
+it trains. So a weight takes 6 operations per token if it trains, 4 if it is frozen and a gradient passes it, and 2 if
+none does. Attention takes 2 products forward and 4 backward, over the half of each document's square that is not masked.
 
 All numbers are of the whole model, whatever the layout, and without padding.
 """
@@ -76,8 +76,8 @@ class ModelCosts:
     """All costs of a model.
 
     Attributes:
-        reached: of the Llama for documents whose gradient goes on to something trainable before its layers: a projector,
-            an encoder or a row of the embedding.
+        reached: of the Llama for documents whose gradient goes on to something trainable before its layers: a
+            projector, an encoder or a row of the embedding.
         other: of the Llama for all other documents.
         media: of each modality, by its name.
     """

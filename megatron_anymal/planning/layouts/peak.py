@@ -16,8 +16,8 @@ _SIZE = 8192
 
 
 def peak_of_run(gpu: str, fp8: str, precision: str, device: torch.device) -> Optional[Peak]:
-    """Return the peak of one GPU: the data sheet's rate of dense products if `trainer.gpu` is set, else the measured rate
-    of a large product, which takes 0.1 s; None on a CPU without `trainer.gpu`, and if the GPU's file has no such rate.
+    """Return the peak of one GPU: the data sheet's rate of dense products if `trainer.gpu` is set, else the measured
+    rate of a large product, which takes 0.1 s; None on a CPU without `trainer.gpu`, and if the GPU has no such rate.
 
     Args:
         gpu: `trainer.gpu`.

@@ -171,7 +171,9 @@ def test_layers_before_the_first_adapter_have_no_backward_pass() -> None:
     assert costs.attention.backward == pytest.approx(2 * SQUARE_8B / 32)
     # Without any adapter or projector that trains there is nothing to learn.
     _, frozen = both(section(), LLAMA_8B)
-    assert frozen.linears.backward == frozen.attention.backward == frozen.head.backward == frozen.attention.repeated == 0
+    assert (
+        frozen.linears.backward == frozen.attention.backward == frozen.head.backward == frozen.attention.repeated == 0
+    )
 
 
 @pytest.mark.parametrize(
@@ -223,9 +225,7 @@ def test_amounts_are_those_of_the_samples_that_are_kept() -> None:
     """Image, text, codes and a sample that is left out, whose media are not encoded."""
     items = np.array([0, 1, 2, 0]), np.array([2, 5, 40, 9])
     media = BatchMedia(("image", "audio", "speech"), np.array([0, 2, 2, 3, 4]), *items)
-    plan = plan_of(
-        [(100, 0), (50, 0), (60, 0), (900, 0)], targets=np.array([10, 20, 30, 0]), media=media, dropped=(3,)
-    )
+    plan = plan_of([(100, 0), (50, 0), (60, 0), (900, 0)], targets=np.array([10, 20, 30, 0]), media=media, dropped=(3,))
     amounts = step_amounts(plan, frozenset(["audio"]), reference=False)
     assert amounts.reached == Documents(100, 100**2, 10)
     assert amounts.other == Documents(110, 50**2 + 60**2, 50)
