@@ -1,4 +1,4 @@
-"""Rates of floating-point operations, and the share of the GPUs' peak that they are (model/operations.py counts).
+"""Rates of floating-point operations, and the share of the GPUs' peak that they are (model/operations counts).
 
 Every rank knows the plan of the whole batch, so the operations of a step need no communication and no look at the
 device. Only seconds and cached features differ between ranks: they are summed once per log line, together with
@@ -15,16 +15,10 @@ import numpy as np
 
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.step_plan import StepPlan
+from megatron_anymal.model.memory.run_sizes import chunks_of_stages
 from megatron_anymal.model.memory.sizes import Recompute
-from megatron_anymal.model.operations import (
-    Amounts,
-    Documents,
-    ModelCosts,
-    Operations,
-    llama_costs,
-    media_costs,
-    step_operations,
-)
+from megatron_anymal.model.operations.costs import ModelCosts, llama_costs, media_costs
+from megatron_anymal.model.operations.step import Amounts, Documents, Operations, step_operations
 from megatron_anymal.train.build import TrainState
 
 # Names of the metrics; the last four only with a known peak.
@@ -62,6 +56,9 @@ class Utilization:
     Args:
         state: the run, with its model built.
         peak: of one GPU; None if unknown: then rates are reported, but no shares.
+
+    Raises:
+        ConfigError: the layers do not divide.
     """
 
     def __init__(self, state: TrainState, peak: Optional[Peak]):
@@ -141,7 +138,11 @@ def _rate(operations: float, seconds: float) -> float:
 
 
 def model_costs(state: TrainState) -> ModelCosts:
-    """Return the costs of a run's model, on a rank of the first stage."""
+    """Return the costs of a run's model, on a rank of the first stage.
+
+    Raises:
+        ConfigError: the layers do not divide.
+    """
     model, hf = state.config.model, state.llama
     encoders: Any = state.models[0].encoders
     media = {
@@ -155,7 +156,10 @@ def model_costs(state: TrainState) -> ModelCosts:
         )
         for name, section in model.modalities.items()
     }
-    reached, other = (llama_costs(model, hf, _recompute(state), reached=reached) for reached in (True, False))
+    chunks = [chunk.layers for stage in chunks_of_stages(model, hf) for chunk in stage]
+    reached, other = (
+        llama_costs(model, hf, reached=reached, recompute=_recompute(state), chunks=chunks) for reached in (True, False)
+    )
     return ModelCosts(reached, other, media)
 
 

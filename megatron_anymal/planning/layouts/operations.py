@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ModalityConfig, ModelConfig
-from megatron_anymal.model import operations
 from megatron_anymal.model.memory.media import EncoderSizes
-from megatron_anymal.model.memory.sizes import Recompute
-from megatron_anymal.model.operations import Amounts, Documents, MediaCosts, ModelCosts, llama_costs
+from megatron_anymal.model.operations import costs, step
+from megatron_anymal.model.operations.costs import MediaCosts, ModelCosts, llama_costs
+from megatron_anymal.model.operations.step import Amounts, Documents
 from megatron_anymal.planning.layouts.workload import Workload
 
 
@@ -32,10 +32,10 @@ def step_operations(
         for name, (section, encoder) in zip(model.modalities, encoders)
     }
     trains = any(not (section.encoder.freeze and section.projector.freeze) for section, _ in encoders)
-    llama = llama_costs(model, hf, Recompute(), reached=trains)
+    llama = llama_costs(model, hf, reached=trains)
     every = Documents(work.tokens, work.squares, work.labels)
     amounts = Amounts(every, Documents(), work.pieces)
-    return operations.step_operations(ModelCosts(llama, llama, media), amounts).needed
+    return step.step_operations(ModelCosts(llama, llama, media), amounts).needed
 
 
 def media_costs(section: ModalityConfig, encoder: EncoderSizes, hidden: int) -> MediaCosts:
@@ -44,7 +44,7 @@ def media_costs(section: ModalityConfig, encoder: EncoderSizes, hidden: int) -> 
     Args:
         hidden: the Llama's hidden size.
     """
-    return operations.media_costs(
+    return costs.media_costs(
         section.projector,
         encoder.features,
         encoder.width,

@@ -10,17 +10,10 @@ from transformers import LlamaConfig
 
 from megatron_anymal.config import DiscreteConfig, LoraConfig, ModelConfig, ProjectorConfig
 from megatron_anymal.data.step_plan import BatchMedia, StepPlan
+from megatron_anymal.model.memory.run_sizes import chunks_of_stages
 from megatron_anymal.model.memory.sizes import Recompute
-from megatron_anymal.model.operations import (
-    Amounts,
-    Cost,
-    Documents,
-    LlamaCosts,
-    ModelCosts,
-    llama_costs,
-    media_costs,
-    step_operations,
-)
+from megatron_anymal.model.operations.costs import Cost, LlamaCosts, ModelCosts, llama_costs, media_costs
+from megatron_anymal.model.operations.step import Amounts, Documents, step_operations
 from megatron_anymal.train.utilization import step_amounts
 
 LLAMA_8B = LlamaConfig(
@@ -57,7 +50,11 @@ def section(*, freeze: bool = True, r: int = 0, targets: list[str] | None = None
 
 def both(model: ModelConfig, hf: LlamaConfig, recompute: Recompute | None = None) -> tuple[LlamaCosts, LlamaCosts]:
     """Costs of documents with something trainable before the Llama, and of all others."""
-    reached, other = (llama_costs(model, hf, recompute or Recompute(), reached=reached) for reached in (True, False))
+    chunks = [chunk.layers for stage in chunks_of_stages(model, hf) for chunk in stage]
+    reached, other = (
+        llama_costs(model, hf, reached=reached, recompute=recompute or Recompute(), chunks=chunks)
+        for reached in (True, False)
+    )
     return reached, other
 
 

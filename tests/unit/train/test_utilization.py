@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.model import attention_kernels
-from megatron_anymal.model.operations import Operations, step_operations
+from megatron_anymal.model.operations.step import Operations, step_operations
 from megatron_anymal.parallel import initialize
 from megatron_anymal.planning.layouts import peak as peak_module
 from megatron_anymal.planning.layouts.peak import measured_peak, peak_of_run
