@@ -313,7 +313,7 @@ def _agree_on_bad(plan: StepPlan, micro_batches: Sequence[MicroBatch], device: t
     if mine:
         flags[list(mine)] = 1
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return {int(position): mine.get(int(position), "") for position in flags.cpu().nonzero().flatten()}
+    return {position: mine.get(position, "") for position, flag in enumerate(flags.tolist()) if flag}
 
 
 def _name_bad(planner: BatchPlanner, plan: StepPlan, bad: Mapping[int, str]) -> dict[str, str]:
