@@ -30,8 +30,8 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 # The optimizer's shards: gradients are reduced to them, weights are gathered from them.
 SHARDS = {"reduce_scatter_tensor_coalesced": 1, "allgather_into_tensor_coalesced": 1}
 # Three reductions for which all ranks wait: unreadable samples; losses, stops and finite gradients; the gradient's
-# norm. DPO adds the reference's log-probabilities, and under context parallelism the answers' sums of either pass. Under
-# tensor parallelism most reductions are those of the projectors' layers.
+# norm. DPO adds the reference's log-probabilities, and under context parallelism the answers' sums of either pass.
+# Under tensor parallelism most reductions are those of the projectors' layers.
 EXPECTED: dict[tuple[str, str], dict[str, int]] = {
     ("pretrain", "replicas"): {"allreduce": 3, **SHARDS},
     ("sft", "replicas"): {"allreduce": 3, **SHARDS},
