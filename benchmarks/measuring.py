@@ -171,12 +171,14 @@ class Dispatched(TorchDispatchMode):
 
     Attributes:
         operations: those that compute: no views and no allocations.
+        collectives: collectives and messages between ranks, by torch's name (allreduce, send, ...).
         waits: how often the host waits for a device to read a value, by the line that called the operation.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.operations = 0
+        self.collectives: Counter[str] = Counter()
         self.waits: Counter[str] = Counter()
         self._functions = _ReadsOfTensors(self.waits)
 
@@ -191,9 +193,11 @@ class Dispatched(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
+        if func.namespace == "c10d":
+            self.collectives[name.strip("_")] += 1
         if not (func.is_view or name.startswith(("empty", "new_empty", "detach"))):
             self.operations += 1
-        if name in _WAITING or (name in _INDEXING and any(_is_mask(index) for index in args[1])):
+        if name in _WAITING or (name in _INDEXING and _looks_up_mask(name, args)):
             self.waits[_calling_line()] += 1
         return func(*args, **(kwargs or {}))
 
@@ -220,13 +224,18 @@ class _ReadsOfTensors(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _is_mask(index: Any) -> bool:
-    return isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)
+def _looks_up_mask(name: str, args: Any) -> bool:
+    """Whether an indexing operation needs the positions where a mask is true; filling them with one value does not."""
+    masks = [index for index in args[1] if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8)]
+    fills = name != "index" and args[2].numel() == 1 and not any(args[3:4])
+    return bool(masks) and not fills
 
 
 def _calling_line() -> str:
     frames = traceback.extract_stack()[:-2]
-    outside = [f for f in frames if "/torch/" not in f.filename and f.filename != __file__]
+    # The lean imports wrap functions of torch, and some wrappers are made by `exec`.
+    inside = ("/torch/", "/lean_imports/", "<", __file__)
+    outside = [f for f in frames if not any(part in f.filename for part in inside)]
     return f"{outside[-1].filename}:{outside[-1].lineno}" if outside else ""
 
 

@@ -133,5 +133,14 @@ def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: floa
         f"step {step}/{max_steps}  {f'stage {stage}  ' if stage else ''}loss {metrics['loss']:.6f}  [{losses}]  "
         f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_share']:.1%}  "
         f"grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.3e}  {metrics['step_seconds']:.2f} s/step  "
-        f"memory {memory}  {duration(eta)} left"
+        f"{metrics['tflops_per_gpu']:.3g} TFLOP/s per GPU{_shares(metrics)}  memory {memory}  {duration(eta)} left"
     )
+
+
+def _shares(metrics: Mapping[str, Any]) -> str:
+    """MFU, and the utilization of encoders and Llama while they run, if the peak is known."""
+    if "mfu" not in metrics:
+        return ""
+    names = [("encoders", "encoder"), ("Llama", "llama")] if metrics["encoder_tflops"] else []
+    parts = ", ".join(f"{title} {metrics[f'{name}_utilization']:.1%}" for title, name in names)
+    return f"  MFU {metrics['mfu']:.1%}" + (f" ({parts})" if parts else "")

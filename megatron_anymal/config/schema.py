@@ -29,8 +29,9 @@ class TrainerConfig:
     devices: int = 1
     """Processes per node, one per GPU."""
     gpu: str = ""
-    """The job's GPU as `anymal plan --gpu` names it. If set, `--dry-run` prints what the plan predicts for the run, and
-    a run that ends compares itself with it. `anymal plan --write` sets it."""
+    """The job's GPU as `anymal plan --gpu` names it. If set, `--dry-run` prints what the plan predicts for the run,
+    the log gives MFU as a share of its data sheet's rate, and a run that ends compares itself with the plan. If empty,
+    MFU is a share of a rate measured at the start; on CPUs there is none. `anymal plan --write` sets it."""
     precision: str = "bf16"
     """`bf16` (bf16 compute, fp32 main weights and gradients) or `32` (fp32 throughout)."""
     max_steps: int = 1000

@@ -76,6 +76,7 @@ def compose_report(run_dir: Path, code: Exit, text: str) -> str:
         _section("Slow ranks", _stragglers(events)),
         _section("Restarts", [f"- {recovery}" for recovery in recoveries(events)]),
         _section("Time", _time_lines(effective)),
+        _section("Operations", _operation_lines(_rows(run_dir / "metrics.jsonl"))),
     ]
     return "\n".join(sections)
 
@@ -188,6 +189,33 @@ def _time_lines(effective: Effective) -> list[str]:
         "line. Steps that were lost and repeated count once; if the run is not complete, only steps up to the last "
         "good checkpoint count. Startup, validation, waits for saves, lost steps and time between jobs are not "
         "productive.",
+    ]
+
+
+def _operation_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Rates of floating-point operations, as means over the time of the steps."""
+    steps = [row for row in rows if "step_seconds" in row]
+    ends = [0, *(int(row["step"]) for row in steps)]
+    weighted = [
+        (float(row["step_seconds"]) * (end - begin), row)
+        for row, begin, end in zip(steps, ends, ends[1:])
+        if "tflops_per_gpu" in row
+    ]
+    whole = sum(seconds for seconds, _ in weighted)
+    if whole <= 0:
+        return ["Not logged."]
+
+    def mean(name: str) -> float:
+        return sum(seconds * float(row[name]) for seconds, row in weighted) / whole
+
+    def share(name: str, title: str = "") -> str:
+        return f", {mean(name):.1%} of the peak{title}" if all(name in row for _, row in weighted) else ""
+
+    return [
+        f"- Needed operations: {mean('tflops_per_gpu'):.3g} TFLOP/s per GPU{share('mfu', ' (MFU)')}",
+        f"- With repeated ones: {mean('hardware_tflops_per_gpu'):.3g} TFLOP/s per GPU{share('hfu', ' (HFU)')}",
+        f"- Encoders, while they run: {mean('encoder_tflops'):.3g} TFLOP/s per GPU{share('encoder_utilization')}",
+        f"- Llama and projectors, in passes: {mean('llama_tflops'):.3g} TFLOP/s per GPU{share('llama_utilization')}",
     ]
 
 

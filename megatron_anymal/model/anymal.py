@@ -27,7 +27,7 @@ from megatron_anymal.model.discrete_rows import DiscreteRows, embed_tokens
 from megatron_anymal.model.embedding_merge import merge
 from megatron_anymal.model.encoder_sharding import gather_features, gather_soft_tokens
 from megatron_anymal.model.encoders import Encoder
-from megatron_anymal.model.frozen_features import StoreFeatures, encode, frozen_features, store_nowhere
+from megatron_anymal.model.frozen_features import ENCODING, StoreFeatures, encode, frozen_features, store_nowhere
 from megatron_anymal.model.key_value_cache import KeyValueCache
 from megatron_anymal.model.lm_head import all_logits, label_losses, logits_of, whole_logits
 from megatron_anymal.model.lora import LoraDropout
@@ -191,14 +191,21 @@ class AnyMALModel(MegatronModule):
             Per modality [pieces x soft tokens, H]. Trainable modalities are included even without pieces if their
             weights must take part in every backward pass.
         """
-        device = micro_batch.tokens.device
-        return {
-            name: self._soft_tokens_of(name, micro_batch.media.get(name), device)
+        device, media = micro_batch.tokens.device, micro_batch.media
+        soft = {
+            name: self._own_soft_tokens(name, media.get(name), device)
             for name in self.projectors
-            if name in micro_batch.media or (self._every_pass and name in self._trainable_modalities)
+            if name in media or (self._every_pass and name in self._trainable_modalities)
         }
+        # Context-parallel ranks have encoded for each other.
+        shares = {n: [sum(of_rank) for of_rank in media[n].shares] for n in soft if n in media}
+        shared = {name: of_ranks for name, of_ranks in shares.items() if len(of_ranks) > 1}
+        if shared:
+            soft.update(zip(shared, gather_soft_tokens([soft[name] for name in shared], list(shared.values()))))
+        return {name: tokens.flatten(0, 1) for name, tokens in soft.items()}
 
-    def _soft_tokens_of(self, name: str, media: Optional[MediaBatch], device: torch.device) -> Tensor:
+    def _own_soft_tokens(self, name: str, media: Optional[MediaBatch], device: torch.device) -> Tensor:
+        """Return the soft tokens of this context-parallel rank's pieces, [n, soft tokens, H]."""
         shares = media.shares if media else ((0,),)
         own = shares[parallel_state.get_context_parallel_rank() if len(shares) > 1 else 0]
         encoded, features = self._encode(name, media, device)
@@ -207,10 +214,8 @@ class AnyMALModel(MegatronModule):
         # Without pieces, a dummy piece of zeros goes through and is cut off again, so that trainable weights still take
         # part in the backward pass.
         used = features if len(features) else encoded
-        soft = self.projectors[name](used.to(self.config.params_dtype))[: len(features)]
-        if len(shares) > 1:
-            soft = gather_soft_tokens(soft, [sum(rank_shares) for rank_shares in shares])
-        return soft.flatten(0, 1)
+        soft: Tensor = self.projectors[name](used.to(self.config.params_dtype))[: len(features)]
+        return soft
 
     def embed(self, micro_batch: MicroBatch, soft: Mapping[str, Tensor]) -> Tensor:
         """Return the Llama's input [T, 1, H] (this rank's share of T under sequence parallelism)."""
@@ -262,13 +267,14 @@ class AnyMALModel(MegatronModule):
         """
         encoder: Any = self.encoders[name]
         per_call = self._pieces_per_call[name]
+        timer = None if self.config.timers is None else self.config.timers(ENCODING)
         if any(p.requires_grad for p in encoder.parameters()):
             count = len(media.pieces) if media else 0
             pieces = media.pieces if media and count else torch.zeros(1, *encoder.piece_shape, device=device)
-            encoded = encode(encoder, pieces, per_call)
+            encoded = encode(encoder, pieces, per_call, timer)
             return encoded, encoded[:count]
         if media is not None:
-            features = frozen_features(name, encoder, media, per_call, self.store_features)
+            features = frozen_features(name, encoder, media, per_call, self.store_features, timer)
             if len(features):
                 return features, features
         dummy = torch.zeros(1, encoder.feature_tokens, encoder.width, dtype=encoder.dtype, device=device)

@@ -39,20 +39,26 @@ def share_gradients(encoder: torch.nn.Module) -> None:
         parameter.average_gradients_across_tp_domain = True
 
 
-def gather_soft_tokens(mine: Tensor, shares: Sequence[int]) -> Tensor:
-    """Gather the soft tokens of all context-parallel ranks; the backward pass sums the gradients of all ranks and
-    scatters them.
+def gather_soft_tokens(mine: Sequence[Tensor], shares: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Gather the soft tokens of all context-parallel ranks, those of all modalities at once; the backward pass sums the
+    gradients of all ranks and scatters them.
 
     Args:
-        mine: [shares[rank], k, H].
+        mine: for each modality [own share, k, H]; k differs, H does not.
+        shares: for each modality the shares of all ranks, in their order.
 
     Returns:
-        [sum(shares), k, H].
+        For each modality [sum of the shares, k, H].
     """
-    longest = max(shares)
-    padded = torch.cat([mine, mine.new_zeros(longest - len(mine), *mine.shape[1:])])
-    everything = gather_from_sequence_parallel_region(padded, group=parallel_state.get_context_parallel_group())
-    return torch.cat([chunk[:share] for chunk, share in zip(everything.split(longest), shares)])
+    padded = [torch.cat([x, x.new_zeros(max(of) - len(x), *x.shape[1:])]) for x, of in zip(mine, shares)]
+    flat = torch.cat([x.flatten(0, 1) for x in padded])
+    everything = gather_from_sequence_parallel_region(flat, group=parallel_state.get_context_parallel_group())
+    # By rank, then by modality.
+    chunks = [chunk.split([x.size(0) * x.size(1) for x in padded]) for chunk in everything.split(len(flat))]
+    return [
+        torch.cat([chunk[number].view_as(x)[:share] for chunk, share in zip(chunks, shares[number])])
+        for number, x in enumerate(padded)
+    ]
 
 
 class _GatherFeatures(torch.autograd.Function):

@@ -178,6 +178,9 @@ class LinearProjector(MegatronModule):
     def forward(self, features: Tensor) -> Tensor:
         """[n, F, w] -> [n, T, H]."""
         x = F.pad(features, (0, 0, 0, self.fill)).reshape(len(features), self.groups, -1)
+        # megatron-core would sum the gradient of frozen features over the tensor-parallel ranks, too.
+        first: Any = self.linears[0]
+        first.allreduce_dgrad = x.requires_grad and self.config.tensor_model_parallel_size > 1
         for number, linear in enumerate(self.linears):
             x, _ = linear(F.gelu(x) if number else x)
         return _to_rms(x.reshape(len(features), self.tokens, self.hidden_size), self.gain)

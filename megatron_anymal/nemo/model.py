@@ -117,13 +117,16 @@ class MegatronAnyMALModel(ModelPT):
                 further errors.
         """
         from megatron_anymal.generation.validation_answers import SampledAnswers
+        from megatron_anymal.planning.layouts.peak import peak_of_run
         from megatron_anymal.train.loop import fit
 
         loggers = list(self.trainer.loggers) if self._trainer is not None else []
         answers = (
             SampledAnswers(self.state, self.config.run_dir, loggers) if self.config.trainer.sampled_answers else None
         )
-        return fit(self.state, self.config.run_dir, loggers, answers)
+        trainer, device = self.config.trainer, self.state.layout.device
+        peak = peak_of_run(trainer.gpu, self.config.model.fp8, trainer.precision, device)
+        return fit(self.state, self.config.run_dir, loggers, answers, peak)
 
     def setup_training_data(self, train_data_config: DictConfig | Mapping[str, Any]) -> None:
         """Replace the training data. Must be called before the first use of `state`.

@@ -35,7 +35,7 @@ from megatron_anymal.resilience.stragglers import OwnTime
 from megatron_anymal.train.auto_recompute import fit_recompute, sizes_of_run
 from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
-from megatron_anymal.train.pass_times import PassTimes
+from megatron_anymal.train.pass_times import AHEAD, PassTimes
 from megatron_anymal.train.reference_logprobs import ReferenceAnswers
 from megatron_anymal.train.stage_encoding import StageEncoding
 
@@ -144,7 +144,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     if model.encoder_placement == "all_stages":
         own: Any = dict(models[0].encoders) or frozen_encoders(model, precision, modalities, layout.device)
         tokens = config.data.seq_length * model.micro_batch_size
-        encoding = StageEncoding(layout, model, hf, own, own_time, tokens)
+        encoding = StageEncoding(layout, model, hf, own, own_time, times(AHEAD), tokens)
     _connect(model.ddp, wrapped, optimizer, times, encoding)
     state = TrainState(
         config=config,

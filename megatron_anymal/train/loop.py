@@ -41,6 +41,7 @@ from megatron_anymal.train.skipped_samples import SkippedSamples
 from megatron_anymal.train.stage_encoding import with_coming
 from megatron_anymal.train.step import stop_asked_for, train_step, validation_step
 from megatron_anymal.train.step_metrics import MetricsWindow
+from megatron_anymal.train.utilization import Peak, Utilization
 
 
 def fit(
@@ -48,11 +49,13 @@ def fit(
     run_dir: Path,
     loggers: Sequence[MetricsLogger] = (),
     after_validation: Optional[Callable[[], None]] = None,
+    peak: Optional[Peak] = None,
 ) -> Exit:
     """Train until trainer.max_steps, or checkpoint and stop on SIGTERM, SIGUSR1 or exp_manager.max_time_per_run.
 
     Args:
         after_validation: called on all ranks after each validation.
+        peak: rate of a GPU, for MFU; None if unknown.
 
     Returns:
         DONE, or REQUEUE if the run was stopped before the last step.
@@ -69,7 +72,7 @@ def fit(
         stop_signals.handle_stop_signals(),
         run_lock(run_dir, state.config.exp_manager.lock_timeout_seconds) as check_lock,
     ):
-        return Trainer(state, run_dir, loggers, after_validation, check_lock).fit()
+        return Trainer(state, run_dir, loggers, after_validation, check_lock, peak).fit()
 
 
 class Trainer:
@@ -86,6 +89,7 @@ class Trainer:
         loggers: Sequence[MetricsLogger],
         after_validation: Optional[Callable[[], None]] = None,
         check_lock: Callable[[], None] = lambda: None,
+        peak: Optional[Peak] = None,
     ):
         self.state, self.config = state, state.config
         self.run_dir = run_dir
@@ -119,6 +123,7 @@ class Trainer:
         # DPO: hash of the checkpoint that the reference was loaded from.
         self.reference_hash = ""
         self.window = MetricsWindow()
+        self.utilization = Utilization(state, peak)
         self.loader_memory = LoaderMemory(self.config.data.worker_memory_limit_gib)
 
     def fit(self) -> Exit:
@@ -183,6 +188,7 @@ class Trainer:
             result = train_step(self.state, plan, micro_batches, coming)
             took = time.monotonic() - begun
             self.window.add(took, waited, result)
+            self.utilization.add(plan, micro_batches, reference=result.reference_computed)
             if self.state.step == first + 1:
                 self._record("first_step", f"the first step of this start took {took:.2f} s")
             self._note_stop(result.stop)
@@ -246,7 +252,7 @@ class Trainer:
             f"precision {precision}, {backend.transformer_impl(model)} layers, "
             f"{kernel} attention{repeats}; rank 0 trains {trainable:,} parameters"
         )
-        for line in (introduction(self.config.job, model, kernel), self.state.recompute):
+        for line in (introduction(self.config.job, model, kernel), self.state.recompute, self.utilization.describe()):
             if line:
                 self.log.say(line)
 
@@ -308,14 +314,18 @@ class Trainer:
         metrics["skipped_samples"] = float(self.skipped_samples.count)
         metrics.update(self.features.metrics())
         metrics.update(memory_metrics(self.loader_memory, self.state.layout.device))
-        metrics.update(pass_metrics(self.state.pass_times, steps, metrics, self.state.layout))
+        own_sums = self.utilization.own_sums()
+        passes, sums = pass_metrics(self.state.pass_times, steps, metrics, self.state.layout, own_sums)
+        metrics.update(passes)
+        metrics.update(self.utilization.metrics(steps, metrics, sums))
         metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)
         if self.config.data.schedule:
             metrics["stage"] = float(self.stage + 1)
-        name = self.state.train_data.planner.stages[self.stage].name
-        eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
-        line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta, stage=name)
-        self.log.write(self.state.step, metrics, line)
+        if self.state.layout.reports:
+            name = self.state.train_data.planner.stages[self.stage].name
+            eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
+            line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta, stage=name)
+            self.log.write(self.state.step, metrics, line)
         own = self.state.own_time.take() / steps
         slow = look_for_stragglers(
             own, self.state.step, self.state.layout, self.config.resilience.straggler_ratio, self.run_dir
@@ -346,6 +356,7 @@ class Trainer:
         # Discarded: these are times of training only.
         self.state.own_time.take()
         self.state.pass_times.take()
+        self.state.pass_times.take_encoding()
         if not counts:
             return
         metrics = {"val_loss": sum(sums.values()) / sum(counts.values())}

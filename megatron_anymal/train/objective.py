@@ -44,6 +44,8 @@ class GlobalBatch:
     names: tuple[str, ...]
     # [n, 2] float64, DPO only: reference log-probability of the chosen and of the rejected answer.
     reference: Optional[Tensor] = None
+    # Whether the step computed them, instead of reading them from the run's folder.
+    reference_computed: bool = False
 
     @staticmethod
     def of(
@@ -239,6 +241,6 @@ class PreferenceObjective:
         sums = [
             sequence_sums(values, mask, documents, 2 * len(positions)) for values in (-losses, torch.ones_like(mask))
         ]
-        group = parallel_state.get_context_parallel_group()
-        logs, tokens = (sum_over_context(part, group).view(-1, 2) for part in sums)
+        summed = sum_over_context(torch.stack(sums), parallel_state.get_context_parallel_group())
+        logs, tokens = summed.view(2, -1, 2)
         return positions, (logs, tokens)

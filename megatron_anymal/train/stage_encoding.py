@@ -23,7 +23,7 @@ from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.stage_shares import StageShares
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.encoders import Encoder
-from megatron_anymal.model.frozen_features import StoreFeatures, frozen_features, store_nowhere
+from megatron_anymal.model.frozen_features import StoreFeatures, Timer, frozen_features, store_nowhere
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience import heartbeat
 from megatron_anymal.resilience.stragglers import OwnTime
@@ -50,6 +50,7 @@ class StageEncoding:
         hf: LlamaConfig,
         encoders: Mapping[str, Encoder],
         own_time: OwnTime,
+        timer: Timer,
         tokens: int,
     ):
         """Prepare to encode.
@@ -58,12 +59,13 @@ class StageEncoding:
             hf: the Llama's HuggingFace configuration.
             encoders: on this rank's device.
             own_time: counts the time of encoding.
+            timer: likewise, for the run's log.
             tokens: longest micro-batch.
         """
         self.encoders = encoders
         self.operations = {name: encoder.flops_per_piece() for name, encoder in encoders.items()}
         self.store: StoreFeatures = store_nowhere
-        self._layout, self._own_time = layout, own_time
+        self._layout, self._own_time, self._timer = layout, own_time, timer
         self._per_call = {name: model.modalities[name].encoder.max_pieces_per_call for name in encoders}
         self._slot = slot_operations(model, hf, tokens)
         # Share of a micro-batch's time that is its forward pass.
@@ -161,7 +163,7 @@ class StageEncoding:
         name, media = self._left.popleft()
         device = self._layout.device
         copy = media.with_tensors(lambda tensor: tensor.to(device, non_blocking=True))
-        features = frozen_features(name, self.encoders[name], copy, self._per_call[name], self.store)
+        features = frozen_features(name, self.encoders[name], copy, self._per_call[name], self.store, self._timer)
         self._features.setdefault(name, []).append(features)
 
     def _send(self) -> None:

@@ -58,6 +58,8 @@ class StepResult:
     skipped: bool = False
     # Why a rank asks to stop after this step; empty if none does.
     stop: str = ""
+    # DPO: the step ran the reference, whose log-probabilities the run's folder did not have.
+    reference_computed: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,8 +162,14 @@ def _begin(
             f"{data}/{planner.key(int(d), int(s))}" if count else None
             for d, s, count in zip(plan.dataset, plan.sample, batch.counts)
         ]
-        ask = partial(_reference_pass, state, plan, micro_batches, bad, batch)
-        batch = dataclasses.replace(batch, reference=state.reference.log_probabilities(names, ask))
+        computed: list[Tensor] = []
+
+        def ask() -> Tensor:
+            computed.append(_reference_pass(state, plan, micro_batches, bad, batch))
+            return computed[0]
+
+        reference = state.reference.log_probabilities(names, ask)
+        return bad, dataclasses.replace(batch, reference=reference, reference_computed=bool(computed))
     return bad, batch
 
 
@@ -306,6 +314,7 @@ def _result(
         padded_tokens=plan.padded_length * sum(len(replica) for replica in plan.micro_batches),
         bad=_name_bad(planner, plan, bad),
         stop=reduced.stop,
+        reference_computed=batch.reference_computed,
     )
 
 
@@ -321,7 +330,7 @@ def _agree_on_bad(plan: StepPlan, micro_batches: Sequence[MicroBatch], device: t
     if mine:
         flags[list(mine)] = 1
     dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return {int(position): mine.get(int(position), "") for position in flags.cpu().nonzero().flatten()}
+    return {position: mine.get(position, "") for position, flag in enumerate(flags.tolist()) if flag}
 
 
 def _name_bad(planner: BatchPlanner, plan: StepPlan, bad: Mapping[int, str]) -> dict[str, str]:

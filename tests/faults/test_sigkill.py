@@ -27,6 +27,7 @@ from megatron_anymal.config import DatasetConfig, RunConfig
 from megatron_anymal.config.compose import compose
 from megatron_anymal.train.memory_metrics import MEMORY_METRICS
 from megatron_anymal.train.pass_times import PASS_METRICS
+from megatron_anymal.train.utilization import UTILIZATION_METRICS
 
 STEPS, EVERY = 14, 4
 
@@ -97,7 +98,14 @@ def steps_of(run: Path) -> list[int]:
 
 def figures(run: Path) -> list[dict[str, float]]:
     """Return the metrics that must be bit-identical, which excludes timings and memory."""
-    timed = ("tokens_per_second", "step_seconds", "data_wait_share", *MEMORY_METRICS, *PASS_METRICS)
+    timed = (
+        "tokens_per_second",
+        "step_seconds",
+        "data_wait_share",
+        *MEMORY_METRICS,
+        *PASS_METRICS,
+        *UTILIZATION_METRICS,
+    )
     return [{name: value for name, value in row.items() if name not in timed} for row in metrics(run)]
 
 

@@ -68,7 +68,7 @@ def _features_in_the_wrong_order() -> None:
 
 def _soft_tokens_shifted() -> None:
     def shifted(original: Any, mine: Any, parts: Any) -> Any:
-        return original(mine, parts).roll(1, 0)
+        return [soft.roll(1, 0) for soft in original(mine, parts)]
 
     wrap(anymal, "gather_soft_tokens", shifted)
 
@@ -92,10 +92,13 @@ def _key_value_gradients_doubled() -> None:
 def _soft_token_gradients_not_reduced() -> None:
     def gather(mine: Any, parts: Any) -> Any:
         with torch.no_grad():
-            gathered = shares.gather_soft_tokens(mine, parts).clone()
+            gathered = [soft.clone() for soft in shares.gather_soft_tokens(mine, parts)]
         # Soft tokens get gradients only from tokens on the rank that encoded them.
-        first = sum(parts[: parallel_state.get_context_parallel_rank()])
-        return torch.cat([gathered[:first], mine, gathered[first + len(mine) :]])
+        rank, whole = parallel_state.get_context_parallel_rank(), []
+        for own, soft, of_ranks in zip(mine, gathered, parts):
+            first = sum(of_ranks[:rank])
+            whole.append(torch.cat([soft[:first], own, soft[first + len(own) :]]))
+        return whole
 
     anymal.gather_soft_tokens = gather
 

@@ -23,13 +23,14 @@ from megatron_anymal.config.compose import compose
 from megatron_anymal.resilience.events import read
 from megatron_anymal.train.memory_metrics import MEMORY_METRICS
 from megatron_anymal.train.pass_times import PASS_METRICS
+from megatron_anymal.train.utilization import UTILIZATION_METRICS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "pretrain_70b.sh"
 STEPS, EVERY = 40, 10
 # Makes steps long enough for a stop request to arrive during one; does not change any results.
 SLOW = "resilience.faults=['slow:rank=0,seconds=0.3,every=1']"
-TIMED = ("tokens_per_second", "step_seconds", "data_wait_share", *MEMORY_METRICS, *PASS_METRICS)
+TIMED = ("tokens_per_second", "step_seconds", "data_wait_share", *MEMORY_METRICS, *PASS_METRICS, *UTILIZATION_METRICS)
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 

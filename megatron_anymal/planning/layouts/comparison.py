@@ -14,6 +14,7 @@ from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.parsing import from_dict
 from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.prediction import predict
+from megatron_anymal.planning.layouts.report import Row, mfu_of, row_of
 from megatron_anymal.planning.layouts.step_time import StepTime
 from megatron_anymal.process_memory import GIB
 
@@ -61,11 +62,13 @@ class Measured:
         terms: of a step.
         memory: bytes that tensors took at most on the GPU with the most; 0 on a CPU.
         lines: number of log lines.
+        rate: operations per second and GPU that the steps needed; 0 in runs of earlier versions.
     """
 
     terms: Terms
     memory: float
     lines: int
+    rate: float = 0.0
 
 
 def predicted_terms(step: StepTime) -> Terms:
@@ -101,7 +104,8 @@ def measured_terms(run_dir: Path) -> Measured:
         median("idle_seconds"),
         float(statistics.median(row["data_wait_share"] * row["step_seconds"] for row in kept)),
     )
-    return Measured(terms, max(row["device_memory_gib"] for row in kept) * GIB, len(kept))
+    rate = 1e12 * statistics.median(row.get("tflops_per_gpu", 0.0) for row in kept)
+    return Measured(terms, max(row["device_memory_gib"] for row in kept) * GIB, len(kept), rate)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -146,7 +150,7 @@ def compare(config: RunConfig, gpu: Hardware, run_dir: Path) -> str:
         DataError, CheckpointError, StorageError: as `predict`.
     """
     measured = measured_terms(run_dir)
-    _, found = predict(config, gpu)
+    problem, found = predict(config, gpu)
     predicted = predicted_terms(found.step)
     rows = [("step", predicted.step, measured.terms.step)]
     rows += [
@@ -161,6 +165,7 @@ def compare(config: RunConfig, gpu: Hardware, run_dir: Path) -> str:
             f"{title} (medians of {measured.lines} log line(s)):",
             *_table(rows),
             _memory(most, measured.memory),
+            *_operations(row_of(problem, found), gpu, measured.rate),
             _most_off(predicted, measured.terms),
         ]
     )
@@ -188,6 +193,16 @@ def _memory(predicted: float, measured: float) -> str:
         return f"memory: {predicted / 1e9:.2f} GB predicted, not measured on a CPU"
     off = measured / predicted - 1
     return f"memory: {predicted / 1e9:.2f} GB predicted, {measured / 1e9:.2f} GB measured ({off:+.1%})"
+
+
+def _operations(predicted: Row, gpu: Hardware, measured: float) -> list[str]:
+    if not measured:
+        return []
+    peak = gpu.peak(predicted.number_format)
+    return [
+        f"operations: {1e-12 * predicted.mfu * peak:.3g} TFLOP/s per GPU (MFU {mfu_of(predicted)}) predicted, "
+        f"{1e-12 * measured:.3g} (MFU {measured / peak:.1%}) measured"
+    ]
 
 
 def _most_off(predicted: Terms, measured: Terms) -> str:

@@ -81,6 +81,16 @@ class Hardware:
         return hash(self.name)
 
 
+def number_format(fp8: str, precision: str) -> str:
+    """Return the number format of the Llama's layers: fp8, bf16 or fp32.
+
+    Args:
+        fp8: `model.fp8`.
+        precision: `trainer.precision`.
+    """
+    return "fp8" if fp8 else {"bf16": "bf16", "32": "fp32"}[precision]
+
+
 def known_gpus() -> list[str]:
     """Return the names that `load_hardware` takes besides files."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml"))

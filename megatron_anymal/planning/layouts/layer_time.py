@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
 from typing import NamedTuple
 
 from megatron_anymal.config import ModalityConfig
@@ -16,6 +15,7 @@ from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.model.memory.sizes import LINEARS, LlamaSizes
 from megatron_anymal.planning.layouts.collectives import Link, Links
 from megatron_anymal.planning.layouts.hardware import Hardware
+from megatron_anymal.planning.layouts.operations import media_costs
 from megatron_anymal.planning.layouts.rates import attention_seconds, elementwise_seconds, matrix_rate, matrix_seconds
 from megatron_anymal.planning.layouts.workload import PackLoad
 
@@ -230,27 +230,10 @@ def _modality(
     encoding = own * encoder.operations / rate * encode
     width = section.projector.hidden_size or encoder.width
     rows = max(1, round(projected * section.projector.num_tokens))
-    projecting = projected * projector_operations(section, encoder, llama.hidden) / llama.tensor
+    cost = media_costs(section, encoder, llama.hidden).projector
+    projecting = projected * cost.forward / llama.tensor
     projecting /= matrix_rate(gpu, rows, max(1, width * section.projector.ffn_multiplier // llama.tensor), width, plain)
-    encoder_trains, projector_trains = not section.encoder.freeze, not section.projector.freeze
-    backward = 2 * encoding * encoder_trains + projecting * (projector_trains + encoder_trains)
+    encoder_trains = not section.encoder.freeze
+    backward = 2 * encoding * encoder_trains + projecting * (cost.backward + cost.repeated) / cost.forward
     gathered = links.tensor.gather(projected * encoder.features * encoder.width * llama.number)
     return PassTime(encoding + projecting, backward, gathered, gathered * encoder_trains)
-
-
-def projector_operations(section: ModalityConfig, encoder: EncoderSizes, hidden: int) -> float:
-    """Floating-point operations of a projector's matrix products and attention for one encoder input.
-
-    Args:
-        hidden: the Llama's hidden size.
-    """
-    config, features, width = section.projector, encoder.features, encoder.width
-    latents, h = config.num_tokens, config.hidden_size or encoder.width
-    if config.type == "linear":
-        groups = min(features, latents)
-        sizes = [width * -(-features // groups), *[h] * (config.num_layers - 1), hidden * latents // groups]
-        return 2.0 * groups * sum(a * b for a, b in pairwise(sizes))
-    both = features + latents
-    attention = 4 * h * h * latents + 4 * h * h * both + 4 * h * latents * both
-    feed_forward = 4 * config.ffn_multiplier * h * h * latents
-    return 2.0 * (features * width * h + latents * h * hidden) + config.num_layers * float(attention + feed_forward)

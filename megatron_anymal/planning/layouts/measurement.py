@@ -86,9 +86,14 @@ def matrix_rates(device: torch.device) -> list[tuple[int, int, int, float]]:
     found = []
     for m, n, k in ((m, n, k) for m in _SIZES[0] for n in _SIZES[1] for k in _SIZES[2]):
         if m * n * k <= largest:
-            a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
-            found.append((m, n, k, 2e-12 * m * n * k / _seconds(partial(torch.matmul, a, b), device)))
+            found.append((m, n, k, 1e-12 * product_rate(m, n, k, device, dtype)))
     return found
+
+
+def product_rate(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Measure a matrix product [m, k] x [k, n]: operations per second."""
+    a, b = torch.randn(m, k, device=device, dtype=dtype), torch.randn(k, n, device=device, dtype=dtype)
+    return 2.0 * m * n * k / _seconds(partial(torch.matmul, a, b), device)
 
 
 def attention_rates(device: torch.device) -> tuple[float, float]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ModalityConfig, ModelConfig
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.memory.media import EncoderSizes
-from megatron_anymal.planning.layouts.layer_time import projector_operations
+from megatron_anymal.model.operations import costs, step
+from megatron_anymal.model.operations.costs import MediaCosts, ModelCosts, llama_costs
+from megatron_anymal.model.operations.step import Amounts, Documents
 from megatron_anymal.planning.layouts.workload import Workload
 
 
@@ -21,30 +22,33 @@ def step_operations(
 ) -> float:
     """Operations of the forward and backward passes of a step, without recomputation and padding.
 
-    A product's backward pass computes the gradient of its input, and that of its weight if it trains. Causal attention
-    computes half of each document's square. Only positions with a label go through the head.
+    If a projector or an encoder trains, every document counts as if it had media.
 
     Args:
         encoders: section and sizes of each modality, in the configuration's order.
     """
-    trains = not model.language_model.freeze
-    heads, hidden = hf.num_attention_heads * hf.head_dim, hf.hidden_size
-    keys = hf.num_key_value_heads * hf.head_dim
-    matrices = hidden * (2 * heads + 2 * keys) + 3 * hidden * hf.intermediate_size
-    layers = 2.0 * matrices * work.tokens * (3 if trains else 2) + 2.0 * heads * work.squares * 3
-    added = DiscreteVocabulary(hf.vocab_size, model.discrete).added
-    text_trains = trains and (not added or model.discrete_rows == "all")
-    products = hf.vocab_size * (3 if text_trains else 2) + added * (2 if model.discrete_rows == "none" else 3)
-    head = 2.0 * hidden * products * work.labels
-    media = sum(
-        work.pieces.get(name, 0.0) * _per_piece(section, encoder, hidden)
+    media = {
+        name: media_costs(section, encoder, hf.hidden_size)
         for name, (section, encoder) in zip(model.modalities, encoders)
+    }
+    trains = any(not (section.encoder.freeze and section.projector.freeze) for section, _ in encoders)
+    llama = llama_costs(model, hf, reached=trains)
+    every = Documents(work.tokens, work.squares, work.labels)
+    amounts = Amounts(every, Documents(), work.pieces)
+    return step.step_operations(ModelCosts(llama, llama, media), amounts).needed
+
+
+def media_costs(section: ModalityConfig, encoder: EncoderSizes, hidden: int) -> MediaCosts:
+    """Operations for one encoder input.
+
+    Args:
+        hidden: the Llama's hidden size.
+    """
+    return costs.media_costs(
+        section.projector,
+        encoder.features,
+        encoder.width,
+        encoder.operations,
+        hidden,
+        encoder_trains=not section.encoder.freeze,
     )
-    return hf.num_hidden_layers * layers + head + media
-
-
-def _per_piece(section: ModalityConfig, encoder: EncoderSizes, hidden: int) -> float:
-    """Operations for one encoder input."""
-    encoder_trains, projector_trains = not section.encoder.freeze, not section.projector.freeze
-    projecting = projector_operations(section, encoder, hidden) * (1 + projector_trains + encoder_trains)
-    return encoder.operations * (1 + 2 * encoder_trains) + projecting

@@ -23,7 +23,7 @@ from megatron_anymal.model.memory.run_sizes import llama_sizes, run_sizes
 from megatron_anymal.model.memory.sizes import LlamaSizes, RunSizes
 from megatron_anymal.planning.layouts.collectives import links_of_layout
 from megatron_anymal.planning.layouts.enumeration import Layout, allowed_layouts
-from megatron_anymal.planning.layouts.hardware import Hardware
+from megatron_anymal.planning.layouts.hardware import Hardware, number_format
 from megatron_anymal.planning.layouts.layer_time import PassTime
 from megatron_anymal.planning.layouts.step_time import (
     StepInputs,
@@ -151,7 +151,7 @@ class Problem:
             sizes=self._sizes(layout, batches),
             load=pack_load(self.work, batches),
             encoders=tuple((name, *entry) for name, entry in zip(names, self.encoders)),
-            number_format="fp8" if layout.fp8 else {"bf16": "bf16", "32": "fp32"}[config.trainer.precision],
+            number_format=number_format(layout.fp8, config.trainer.precision),
             ddp=model.ddp,
             overlap_messages=model.overlap_p2p_comm,
             all_stages_encode=model.encoder_placement == "all_stages",

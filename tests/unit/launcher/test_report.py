@@ -99,6 +99,36 @@ def test_a_person_finds_what_they_look_for(run_dir: Path) -> None:
     assert len(order) == len(events.read(run_dir)) and "(+1m40s)" in order[-1]
 
 
+def test_rates_of_operations_are_means_over_time(tmp_path: Path) -> None:
+    def row(step: int, seconds: float, rate: float, **shares: float) -> dict[str, float]:
+        names = ("tflops_per_gpu", "hardware_tflops_per_gpu", "encoder_tflops", "llama_tflops")
+        rates = {name: rate * factor for name, factor in zip(names, (1, 2, 3, 4))}
+        return {"step": step, "step_seconds": seconds, **rates, **shares}
+
+    def lines_of(rows: list[dict[str, float]]) -> list[str]:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+        text = report.write_report(tmp_path, Exit.DONE, "").read_text()
+        return section(text, "Operations").strip().splitlines()
+
+    # A line of an earlier version, a step of 10 s at 100 and, after a validation, 10 steps of 3 s at 20: 40 s in all.
+    shares = dict.fromkeys(("mfu", "hfu", "encoder_utilization", "llama_utilization"), 0.25)
+    rows = [
+        {"step": 5, "step_seconds": 50.0},
+        row(6, 10.0, 100.0, **shares),
+        {"step": 6, "val_loss": 1.0},
+        row(16, 3.0, 20.0, **shares),
+    ]
+    assert lines_of(rows) == [
+        "- Needed operations: 40 TFLOP/s per GPU, 25.0% of the peak (MFU)",
+        "- With repeated ones: 80 TFLOP/s per GPU, 25.0% of the peak (HFU)",
+        "- Encoders, while they run: 120 TFLOP/s per GPU, 25.0% of the peak",
+        "- Llama and projectors, in passes: 160 TFLOP/s per GPU, 25.0% of the peak",
+    ]
+    # Without a peak there are no shares.
+    assert lines_of([row(2, 1.0, 0.5)])[0] == "- Needed operations: 0.5 TFLOP/s per GPU"
+    assert lines_of([{"step": 5, "step_seconds": 50.0}]) == ["Not logged."]
+
+
 @pytest.mark.parametrize("code", Exit)
 def test_every_ending_says_what_to_do(tmp_path: Path, code: Exit) -> None:
     text = report.write_report(tmp_path, code, "so it was").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from tiny import make_shards
 
 from megatron_anymal.__main__ import main
 from megatron_anymal.config import RunConfig
-from megatron_anymal.planning.layouts.comparison import Terms, compare, measured_terms, predicted_terms
+from megatron_anymal.planning.layouts.comparison import (
+    Terms,
+    compare,
+    config_of_run,
+    measured_terms,
+    predicted_terms,
+)
 from megatron_anymal.planning.layouts.hardware import load_hardware
 from megatron_anymal.planning.layouts.prediction import predict
 from megatron_anymal.process_memory import GIB
@@ -104,6 +111,13 @@ def test_a_run_says_where_it_stands_at_its_end(run_of: Path, capsys: pytest.Capt
     median = statistics.median(row["step_seconds"] for row in rows[1:])
     [step] = [line for line in said.splitlines() if line.startswith("step ")]
     assert float(step.split()[3].removesuffix("s")) == pytest.approx(median, rel=0.1)
+    # The run and the plan count the same operations.
+    _, found = predict(config_of_run(run_of / "run"), H100)
+    [line] = [line for line in said.splitlines() if line.startswith("operations: ")]
+    rates = [float(word) for word in re.findall(r"([\d.e-]+) (?:TFLOP/s|\(MFU)", line)]
+    assert rates[0] * found.step.seconds == pytest.approx(rates[1] * median, rel=0.2)
+    assert "MFU of 66.9 TFLOP/s per GPU (fp32, trainer.gpu=h100-80gb)" in done.stdout
+    assert all(row["mfu"] == row["tflops_per_gpu"] / 66.9 for row in rows)
 
 
 def test_mistakes(run_of: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

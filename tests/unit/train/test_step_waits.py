@@ -25,6 +25,8 @@ def test_reads_are_counted() -> None:
         x.cpu().tolist()
         x[mask] = x[mask] + 1
         bool(mask.any())
+        # Filling needs no positions.
+        x[mask] = 0.0
     # A mask is looked up twice: to read and to write.
     assert sum(counted.waits.values()) == 6
     assert all(line.startswith(__file__) for line in counted.waits)
@@ -85,5 +87,4 @@ def test_a_pipeline_stage_also_waits_for_unreadable_samples(pretrain: RunConfig)
     for length in (4096, 24):
         settings = {"pipeline_model_parallel_size": 2, "seq_length": length}
         for waits, _, _ in run_ranks(2, count, pretrain, settings):
-            # On a CPU, the host's own look at the flags counts too.
-            assert sum(waits.values()) <= 4, waits
+            assert sum(waits.values()) == 3, waits
