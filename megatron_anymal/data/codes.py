@@ -196,7 +196,7 @@ class CodeLayout:
 
     @staticmethod
     def of_export(discrete: Mapping[str, Any]) -> CodeLayout:
-        """The layout of an exported model, from `discrete` of its configuration or processor; empty without sections."""
+        """The layout of an export, from `discrete` of its configuration or processor; empty without sections."""
         sections = {name: DiscreteConfig(**section) for name, section in discrete.get("sections", {}).items()}
         return CodeLayout(DiscreteVocabulary(discrete.get("base_size", 0), sections), sections)
 
