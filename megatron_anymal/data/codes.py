@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -193,6 +193,12 @@ class CodeLayout:
             sections: `model.discrete`, from which the vocabulary was made.
         """
         self.vocabulary, self.sections = vocabulary, sections
+
+    @staticmethod
+    def of_export(discrete: Mapping[str, Any]) -> CodeLayout:
+        """The layout of an export, from `discrete` of its configuration or processor; empty without sections."""
+        sections = {name: DiscreteConfig(**section) for name, section in discrete.get("sections", {}).items()}
+        return CodeLayout(DiscreteVocabulary(discrete.get("base_size", 0), sections), sections)
 
     def tokens(self, name: str, data: bytes, *, generated: bool) -> tuple[int, ...]:
         """Begin mark, codes and end mark of an item.

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_anymal.data.media_tokenizers import MediaTokenizer
 from megatron_anymal.data.records import DataError
+from megatron_anymal.modalities.libraries import library
 
 _SOUNDS = ("encodec", "mimi", "dac")
 _PICTURES = ("emu3_vqgan",)
@@ -141,9 +142,8 @@ class _Pictures:
 
     def pixels(self, item: np.ndarray) -> np.ndarray:
         """[3, height, width] float32: a picture as the model takes it."""
-        from PIL import Image
-
-        resized = Image.fromarray(item).resize(self._size, Image.Resampling.BICUBIC)
+        image = library("PIL.Image")
+        resized = image.fromarray(item).resize(self._size, image.Resampling.BICUBIC)
         scaled = np.asarray(resized, np.float32) / 255
         return np.ascontiguousarray(((scaled - self._mean) / self._std).transpose(2, 0, 1))
 

@@ -32,6 +32,7 @@ from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.chat_format import messages_of
 from megatron_anymal.data.code_grammar import CodeGrammar
+from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart
 from megatron_anymal.generation.answers import Answer, Reply
 from megatron_anymal.generation.export_batch import ExportedBatch
@@ -40,7 +41,7 @@ from megatron_anymal.generation.next_token import choose_each, observe_each
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
-from megatron_anymal.hf.configuration_anymal import AnyMALConfig, code_layout
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 
@@ -72,7 +73,7 @@ class ExportedGenerator(Generator):
         # A placeholder stands for a media item; in an answer it would have no content.
         self._placeholders = [section["placeholder_id"] for section in sections.values()]
         if discrete := getattr(model.config, "discrete", {}):
-            self.grammar = CodeGrammar(code_layout(discrete))
+            self.grammar = CodeGrammar(CodeLayout.of_export(discrete))
 
     @classmethod
     def of_folder(

@@ -8,9 +8,7 @@ from typing import Any, Optional, Union
 
 from transformers import LlamaConfig, PretrainedConfig
 
-from megatron_anymal.config import DiscreteConfig, EncoderConfig, ModalityConfig, ProjectorConfig
-from megatron_anymal.data.codes import CodeLayout
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -71,12 +69,6 @@ def _of_version(keys: Mapping[str, Any]) -> dict[str, Any]:
             keys["rope_theta"] = rope.pop("rope_theta", theta)
             keys["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     return keys
-
-
-def code_layout(discrete: Mapping[str, Any]) -> CodeLayout:
-    """Ids of media as codes, from `discrete` of a configuration or processor."""
-    sections = {name: DiscreteConfig(**section) for name, section in discrete.get("sections", {}).items()}
-    return CodeLayout(DiscreteVocabulary(discrete.get("base_size", 0), sections), sections)
 
 
 def modality_config(section: Mapping[str, Any]) -> ModalityConfig:

@@ -11,9 +11,10 @@ from transformers import GenerationMixin, LlamaForCausalLM, LogitsProcessorList,
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatron_anymal.data.code_grammar import CodeGrammar
+from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.discrete_vocabulary import TEXT
 from megatron_anymal.hf.code_processor import CodeLogitsProcessor
-from megatron_anymal.hf.configuration_anymal import AnyMALConfig, code_layout, modality_config
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig, modality_config
 from megatron_anymal.hf.projectors import build_projector
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.embedding_merge import merge
@@ -62,7 +63,7 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._tokens = {name: section.projector.num_tokens for name, section in sections.items()}
         self._pieces_per_call = {name: section.encoder.max_pieces_per_call for name, section in sections.items()}
         self._placeholders = {name: section["placeholder_id"] for name, section in config.modalities.items()}
-        self._grammar = CodeGrammar(code_layout(config.discrete)) if config.discrete else None
+        self._grammar = CodeGrammar(CodeLayout.of_export(config.discrete)) if config.discrete else None
         encoders, projectors = {}, {}
         for name, section in sections.items():
             shape = build_modality(name, section).piece_shape

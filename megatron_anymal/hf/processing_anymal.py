@@ -13,12 +13,13 @@ from transformers import ProcessorMixin
 
 from megatron_anymal.data.chat_format import END_TURN, lay_out, parse_messages
 from megatron_anymal.data.code_grammar import CodeGrammar, CodeItem
+from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.item_files import ItemFiles
 from megatron_anymal.data.media_tokenizers import open_tokenizer
 from megatron_anymal.data.prompt_encoder import PromptReader, TokenizedPrompt, open_parts
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.hf.configuration_anymal import code_layout, modality_config
+from megatron_anymal.hf.configuration_anymal import modality_config
 from megatron_anymal.hf.inputs import AnyMALInputs, batch_of
 from megatron_anymal.hf.media_inputs import GivenMedia, given_by_kind
 from megatron_anymal.hf.rendered import is_rendered, parts_of, render, without_items
@@ -183,7 +184,7 @@ class AnyMALProcessor(ProcessorMixin):
         Raises:
             ValueError: the codes of an answer break the grammar, which those of this model's `generate` do not.
         """
-        grammar = CodeGrammar(code_layout(self.discrete))
+        grammar = CodeGrammar(CodeLayout.of_export(self.discrete))
         new = output_ids[:, inputs["input_ids"].shape[1] :].tolist()
         found = [grammar.parts(self._until_end(tokens)) for tokens in new]
         return [[self._tokenizer.decode(one) if isinstance(one, list) else one for one in parts] for parts in found]
@@ -213,7 +214,7 @@ class AnyMALProcessor(ProcessorMixin):
             DataError: a tokenizer cannot be loaded, or is not the one of the model's codes.
         """
         opened = {name: open_tokenizer(name, spec, "tokenizers") for name, spec in (tokenizers or {}).items()}
-        sections = code_layout(self.discrete).sections
+        sections = CodeLayout.of_export(self.discrete).sections
         return ItemFiles(Path(folder), sections, opened, frame_rates).write(stem, parts)
 
     def batch_decode(self, *arguments: Any, **kwargs: Any) -> list[str]:
@@ -246,7 +247,7 @@ class AnyMALProcessor(ProcessorMixin):
     def _reader(self) -> PromptReader:
         sections = {name: modality_config(section) for name, section in self.modalities.items()}
         modalities: dict[str, Modality] = {name: build_modality(name, section) for name, section in sections.items()}
-        return PromptReader(self._tokenizer, sections, modalities, code_layout(self.discrete))
+        return PromptReader(self._tokenizer, sections, modalities, CodeLayout.of_export(self.discrete))
 
     def _read_json(self, prompt: Any, where: str) -> TokenizedPrompt:
         if not isinstance(prompt, Mapping):
