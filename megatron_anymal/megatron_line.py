@@ -1,0 +1,75 @@
+"""The lines of megatron-core that this trainer runs on. What differs between them is known here and nowhere else.
+
+A line is one release, and the Python version that brings it. Both read and write the same checkpoints.
+
+    Python   megatron-core
+    3.11     0.16.1
+    3.12     0.19.2
+
+Needs only the standard library until one of the functions about an imported megatron-core is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+from megatron_anymal.installed import version_of
+
+
+@dataclass(frozen=True)
+class MegatronLine:
+    """A supported release of megatron-core.
+
+    Attributes:
+        version: the release.
+        python: the Python version it is installed with, (major, minor).
+        resiliency: the range of nvidia-resiliency-ext that fits.
+        checks_resiliency: it does not import if an older version of that is installed.
+        needs_triton: it imports triton, without requiring it.
+        lacks: what does not work, or works only under conditions, in one sentence each.
+    """
+
+    version: str
+    python: tuple[int, int]
+    resiliency: str
+    checks_resiliency: bool
+    needs_triton: bool
+    lacks: tuple[str, ...]
+
+
+OLDER = MegatronLine(
+    version="0.16.1",
+    python=(3, 11),
+    resiliency=">=0.4.1,<0.5",
+    checks_resiliency=False,
+    needs_triton=False,
+    lacks=("Python 3.12 and megatron-core 0.17 or later need each other",),
+)
+NEWER = MegatronLine(
+    version="0.19.2",
+    python=(3, 12),
+    # The wheels need glibc 2.39.
+    resiliency=">=0.6,<0.7",
+    checks_resiliency=True,
+    needs_triton=True,
+    lacks=(
+        "recomputing norms (model.recompute_modules=[layernorm]) compiles a C++ extension at its first use",
+        "nvidia-resiliency-ext needs glibc 2.39 or later",
+    ),
+)
+LINES = (OLDER, NEWER)
+
+
+def of_python(python: tuple[int, int] = sys.version_info[:2]) -> MegatronLine:
+    """Return the line that is installed with a version of Python.
+
+    Args:
+        python: major and minor number.
+    """
+    return NEWER if python >= NEWER.python else OLDER
+
+
+def is_newer() -> bool:
+    """Whether the installed megatron-core is that of the newer line."""
+    return version_of("megatron-core") == NEWER.version
