@@ -101,7 +101,7 @@ class Finding:
     cost: str
     # Command or advice that fixes it.
     fix: str
-    # What does not work even if nothing is wrong.
+    # What does not work with it even if nothing is wrong.
     lacks: tuple[str, ...] = ()
 
 

@@ -27,7 +27,7 @@ class MegatronLine:
         resiliency: the range of nvidia-resiliency-ext that fits.
         checks_resiliency: it does not import if an older version of that is installed.
         needs_triton: it imports triton, without requiring it.
-        lacks: what does not work, or works only under conditions, in one sentence each.
+        lacks: what does not work with it and does with the other line.
     """
 
     version: str
@@ -44,7 +44,7 @@ OLDER = MegatronLine(
     resiliency=">=0.4.1,<0.5",
     checks_resiliency=False,
     needs_triton=False,
-    lacks=("Python 3.12 and megatron-core 0.17 or later need each other",),
+    lacks=("Transformer Engine 2.12 and later",),
 )
 NEWER = MegatronLine(
     version="0.19.2",
@@ -54,8 +54,8 @@ NEWER = MegatronLine(
     checks_resiliency=True,
     needs_triton=True,
     lacks=(
-        "recomputing norms (model.recompute_modules=[layernorm]) compiles a C++ extension at its first use",
-        "nvidia-resiliency-ext needs glibc 2.39 or later",
+        "model.recompute_modules=[layernorm] without a C++ compiler: it builds an extension at the first use",
+        "nvidia-resiliency-ext on systems with glibc before 2.39",
     ),
 )
 LINES = (OLDER, NEWER)

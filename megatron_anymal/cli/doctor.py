@@ -32,7 +32,7 @@ def table(findings: Sequence[Finding]) -> str:
         if finding.state != OK:
             lines.append(f"{'':<{part_width}}    without it: {finding.cost}")
             lines.append(f"{'':<{part_width}}    fix: {finding.fix}")
-        lines += [f"{'':<{part_width}}    with it: {lacking}" for lacking in finding.lacks]
+        lines += [f"{'':<{part_width}}    lacks: {lacking}" for lacking in finding.lacks]
     wrong = [finding.part for finding in findings if finding.required and finding.state != OK]
     lines += ["", f"Fix first: {', '.join(wrong)}." if wrong else "All required components are installed."]
     lines.append("Run commands with -e in this project's folder.")

@@ -185,7 +185,7 @@ def test_the_line_in_use_is_shown_with_what_it_lacks(capsys):
     [row] = [number for number, text in enumerate(shown) if text.startswith("megatron-core")]
     assert of_python().version in shown[row]
     lacks = of_python().lacks
-    assert lacks and [text.strip() for text in shown[row + 1 : row + 1 + len(lacks)]] == [f"with it: {x}" for x in lacks]
+    assert lacks and [text.strip() for text in shown[row + 1 : row + 1 + len(lacks)]] == [f"lacks: {x}" for x in lacks]
 
 
 @pytest.mark.parametrize("breaks", [True, False])
