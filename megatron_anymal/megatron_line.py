@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
-from megatron_anymal.installed import version_of
+# What tells parameter groups apart: exactly what 0.16.1 compares.
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,14 @@ def of_python(python: tuple[int, int] = sys.version_info[:2]) -> MegatronLine:
     return NEWER if python >= NEWER.python else OLDER
 
 
-def is_newer() -> bool:
-    """Whether the installed megatron-core is that of the newer line."""
-    return version_of("megatron-core") == NEWER.version
+def match_parameter_groups() -> None:
+    """Make megatron-core's optimizers recognize their parameter groups in a checkpoint by what tells them apart here.
+
+    0.19.2 also compares the rates that a group was built with, so that no run could continue with another one. Here the
+    rates are set before each step.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    modules: tuple[Any, ...] = (distrib_optimizer, optimizer)
+    for module in modules:
+        module.param_group_identifier_keys = _GROUP_KEYS
