@@ -41,7 +41,7 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    # megatron-core 0.16.1 works with transformer-engine below 2.12, 0.19.2 with that too. Builds against the installed torch: install with
+    # megatron-core 0.16.1 works with transformer-engine below 2.12. Builds against the installed torch: install with
     # --no-build-isolation.
     "te": ["transformer-engine[pytorch]>=2.11,<2.12"],
     # Source only: needs nvcc and --no-build-isolation.
