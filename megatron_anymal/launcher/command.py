@@ -95,8 +95,8 @@ def _job(
     if options.launcher == "ft" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
         raise ConfigError(
             "--launcher=ft needs the package nvidia-resiliency-ext, which is not installed. Install it with "
-            f"`pip install 'nvidia-resiliency-ext{of_python().resiliency}'`, or omit --launcher=ft: torchrun's agent does "
-            "the same here."
+            f"`pip install 'nvidia-resiliency-ext{of_python().resiliency}'`, or omit --launcher=ft: torchrun's agent "
+            "does the same here."
         )
     return Job(
         run_dir=run_dir,
