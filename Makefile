@@ -1,5 +1,6 @@
 PYTHON ?= python3.11
-VENV ?= .venv
+# An environment for each Python: both lines of megatron-core can be installed side by side.
+VENV ?= .venv$(if $(filter python3.11,$(notdir $(PYTHON))),,-$(notdir $(PYTHON)))
 # The build for machines without CUDA; on a CUDA machine: make TORCH="torch==2.11.0" ...
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin

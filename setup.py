@@ -4,7 +4,11 @@ from setuptools import find_packages, setup
 
 INSTALL_REQUIRES = [
     "torch>=2.11,<2.14",
-    "megatron-core==0.16.1",
+    # One line of megatron-core per Python: megatron_anymal/megatron_line.py.
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core==0.19.2; python_version >= '3.12'",
+    # megatron-core 0.19 imports it and does not say so. torch's build for CUDA brings it, the one for CPUs does not.
+    "triton>=3; python_version >= '3.12'",
     "nemo_toolkit[common]==3.0.0",
     "transformers>=5.0,<6",
     "tokenizers>=0.22",
@@ -44,7 +48,11 @@ EXTRAS_REQUIRE = {
     "flash": ["flash-attn>=2.7,<3"],
     # NVIDIA's, from its source: the package named apex on PyPI is an unrelated authentication toolkit.
     "apex": ["apex @ git+https://github.com/NVIDIA/apex.git"],
-    "resiliency": ["nvidia-resiliency-ext>=0.4.1,<0.5"],
+    # megatron-core 0.19.2 does not import with a release before 0.6, whose wheels need glibc 2.39.
+    "resiliency": [
+        "nvidia-resiliency-ext>=0.4.1,<0.5; python_version < '3.12'",
+        "nvidia-resiliency-ext>=0.6,<0.7; python_version >= '3.12'",
+    ],
     # Both require the fsspec of their own version. nemo_toolkit needs fsspec 2024.12 or later, lightning one before
     # 2026.0 and datasets (with trl) at most 2026.9: pip installs 2025.12.0 of s3fs and fsspec.
     "s3": ["s3fs>=2024.12"],

@@ -1,8 +1,9 @@
-# Sourced by findings about megatron-core: sets $folder, a temporary folder with megatron-core 0.16.1 in a virtual
-# environment and cuda_on_cpu.py. Further packages may be given as arguments.
+# Sourced by findings about megatron-core: sets $folder, a temporary folder with megatron-core in a virtual environment and
+# cuda_on_cpu.py. $release names the version (0.16.1), $python the Python (python3.11). Further packages may be given as
+# arguments.
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
-python3.11 -m venv "$folder/venv"
+"${python:-python3.11}" -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet torch==2.13.0 numpy==2.4.6 "$@"
-"$folder/venv/bin/pip" install --quiet megatron-core==0.16.1
+"$folder/venv/bin/pip" install --quiet "megatron-core==${release:-0.16.1}"
 cp "$(dirname "${BASH_SOURCE[0]}")/cuda_on_cpu.py" "$folder"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_anymal.installed import apex_kind, has_nvidia_driver, is_importable, version_of
+from megatron_anymal.megatron_line import of_python
 
 OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN = "ok", "missing", "broken", "out of range", "not NVIDIA's"
 
@@ -28,6 +29,7 @@ class Requirement:
         versions: the supported range, as in setup.py; "" for any version.
         extra: the extra that installs it; "" if it is always installed.
         cost: what does not work without it.
+        breaks: a version out of range breaks what every installation needs.
     """
 
     distribution: str
@@ -35,6 +37,7 @@ class Requirement:
     versions: str
     extra: str
     cost: str
+    breaks: bool = False
 
     @property
     def required(self) -> bool:
@@ -42,9 +45,12 @@ class Requirement:
         return not self.extra
 
 
+# The line of megatron-core that belongs to this Python.
+LINE = of_python()
 REQUIREMENTS = (
     Requirement("torch", "torch", ">=2.11,<2.14", "", "nothing runs"),
-    Requirement("megatron-core", "megatron.core", "==0.16.1", "", "nothing runs"),
+    Requirement("megatron-core", "megatron.core", f"=={LINE.version}", "", "nothing runs"),
+    *([Requirement("triton", "triton", ">=3", "", "megatron-core does not import")] if LINE.needs_triton else []),
     Requirement("nemo_toolkit", "nemo", "==3.0.0", "", "`anymal pretrain` does not start"),
     Requirement("lightning", "lightning", "<=2.4.0", "", "`anymal pretrain` does not start; installed by nemo_toolkit"),
     Requirement("transformers", "transformers", ">=5.0,<6", "", "no encoders, no tokenizers"),
@@ -66,9 +72,11 @@ REQUIREMENTS = (
     Requirement(
         "nvidia-resiliency-ext",
         "nvidia_resiliency_ext",
-        ">=0.4.1,<0.5",
+        LINE.resiliency,
         "resiliency",
-        "`anymal launch --launcher=ft` does not start; torchrun, the default, does",
+        "`anymal launch --launcher=ft` does not start; torchrun, the default, does"
+        + (f"; with an older version megatron-core {LINE.version} does not import" if LINE.checks_resiliency else ""),
+        LINE.checks_resiliency,
     ),
     Requirement("s3fs", "s3fs", ">=2024.12", "s3", "datasets on S3 (s3://) cannot be read"),
     Requirement("gcsfs", "gcsfs", ">=2024.12", "gcs", "datasets on Google Cloud Storage (gs://) cannot be read"),
@@ -93,6 +101,8 @@ class Finding:
     cost: str
     # Command or advice that fixes it.
     fix: str
+    # What does not work with it even if nothing is wrong.
+    lacks: tuple[str, ...] = ()
 
 
 def examine() -> list[Finding]:
@@ -172,7 +182,9 @@ def _package(part: Requirement) -> Finding:
         state = OUT_OF_RANGE
     if state != OK:
         fix = _fix(part, state)
-    return Finding(part.distribution, version or "-", state, part.required, part.cost, fix)
+    lacks = LINE.lacks if part.distribution == "megatron-core" else ()
+    required = part.required or (part.breaks and state == OUT_OF_RANGE)
+    return Finding(part.distribution, version or "-", state, required, part.cost, fix, lacks)
 
 
 def _apex_state() -> str:

@@ -24,6 +24,12 @@ _WARNINGS = (
 )
 # Log records below ERROR: logger, message (a regular expression).
 _RECORDS = (
+    # megatron-core 0.19: its classes for other layers have no specification without Transformer Engine.
+    ("megatron.core.models.gpt.gpt_model", r"GPTModel IS DEPRECATED\."),
+    # It then computes the layout as the caller is asked to.
+    ("megatron.core.distributed.distributed_data_parallel", r"DistributedDataParallel: full_param_layout not provided"),
+    # Both lines read the file that holds the state of a checkpoint which is not sharded.
+    ("megatron.core.dist_checkpointing.strategies.common", r"load_common is deprecated"),
     # Lightning's Trainer only holds the loggers: the devices it reports are not those of the run.
     ("lightning.pytorch.utilities.rank_zero", r"(GPU|TPU|HPU) available: "),
     # NeMo's telemetry service, which is not used.

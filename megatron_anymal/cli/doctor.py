@@ -21,7 +21,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Format the findings as aligned text; each problem is followed by its cost and its fix."""
+    """Format the findings as aligned text; each problem is followed by its cost and its fix, and the line of
+    megatron-core by what it lacks."""
     part_width = max(len(finding.part) for finding in findings)
     version_width = max(len(finding.version) for finding in findings)
     lines = []
@@ -31,6 +32,7 @@ def table(findings: Sequence[Finding]) -> str:
         if finding.state != OK:
             lines.append(f"{'':<{part_width}}    without it: {finding.cost}")
             lines.append(f"{'':<{part_width}}    fix: {finding.fix}")
+        lines += [f"{'':<{part_width}}    lacks: {lacking}" for lacking in finding.lacks]
     wrong = [finding.part for finding in findings if finding.required and finding.state != OK]
     lines += ["", f"Fix first: {', '.join(wrong)}." if wrong else "All required components are installed."]
     lines.append("Run commands with -e in this project's folder.")

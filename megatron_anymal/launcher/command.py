@@ -17,6 +17,7 @@ from megatron_anymal.config.compose import compose, config_folder
 from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.job import Job
 from megatron_anymal.launcher.supervisor import Supervisor
+from megatron_anymal.megatron_line import of_python
 
 _JOBS = ("pretrain", "sft", "dpo")
 _EPILOG = """examples:
@@ -94,7 +95,8 @@ def _job(
     if options.launcher == "ft" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
         raise ConfigError(
             "--launcher=ft needs the package nvidia-resiliency-ext, which is not installed. Install it with "
-            "`pip install nvidia-resiliency-ext==0.4.1`, or omit --launcher=ft: torchrun's agent does the same here."
+            f"`pip install 'nvidia-resiliency-ext{of_python().resiliency}'`, or omit --launcher=ft: torchrun's agent "
+            "does the same here."
         )
     return Job(
         run_dir=run_dir,

@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 
 from megatron_anymal import backend
 from megatron_anymal.config import DistributedDataParallelConfig, OptimConfig, TrainerConfig
+from megatron_anymal.megatron_line import match_parameter_groups
 
 
 def learning_rate(optim: OptimConfig, max_steps: int, step: int) -> float:
@@ -49,6 +50,7 @@ def build_optimizer(
     """
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
         _use_torch()
+    match_parameter_groups()
     dtype = backend.compute_dtype(trainer.precision)
     settings = OptimizerConfig(
         optimizer="adam",

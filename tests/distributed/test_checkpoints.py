@@ -79,6 +79,19 @@ def test_resume_with_several_buckets_is_bit_identical(config: RunConfig, tmp_pat
     assert stopped_and_continued(config, {"world": 2}, {"world": 2}) == undisturbed
 
 
+@pytest.mark.parametrize("distributed", [True, False])
+def test_resume_with_another_rate(config: RunConfig, undisturbed: dict[bool, list[float]], distributed: bool) -> None:
+    config.model.ddp.use_distributed_optimizer = distributed
+    config.trainer.max_steps, config.model.optim.sched.decay_steps = 3, 6
+    run_ranks(1, train, config)
+    config.trainer.max_steps, config.model.optim.lr = 6, 2 * config.model.optim.lr
+    config.resilience.allow_changes = ["config"]
+    found = run_ranks(1, train, config)[0]["losses"]
+    # The first loss after the resume is of weights that were trained at the old rate.
+    assert found[:4] == undisturbed[True][:4]
+    assert not set(found[4:]) & set(undisturbed[True])
+
+
 def test_a_tied_trainable_head_is_the_same_over_pipeline_stages(config: RunConfig, tmp_path: Path) -> None:
     config.model.language_model.config["tie_word_embeddings"] = True
     config.model.language_model.freeze = False

@@ -43,3 +43,14 @@ def test_both_parts_of_all_run_and_report(first: int, second: int, tmp_path: Pat
     # The second part runs exactly what the first one leaves out.
     assert [f"--ignore={path}" for path in alone] == [word for word in calls[0].split() if "--ignore" in word]
     assert (made != 0) == bool(first or second)
+
+
+@pytest.mark.parametrize(
+    ("python", "folder"),
+    [("python3.11", ".venv"), ("/usr/bin/python3.11", ".venv"), ("python3.12", ".venv-python3.12")],
+)
+def test_each_python_has_an_environment_of_its_own(python: str, folder: str) -> None:
+    command = ["make", "--dry-run", "--always-make", "venv", f"PYTHON={python}"]
+    environment = {name: value for name, value in os.environ.items() if name != "VENV"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment)
+    assert f"{python} -m venv {folder}\n" in done.stdout

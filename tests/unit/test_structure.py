@@ -19,6 +19,7 @@ ORDER = [
         "discrete_vocabulary",
         "installed",
         "log_filters",
+        "megatron_line",
         "process_memory",
         "step_lines",
         "telemetry",

@@ -1,5 +1,6 @@
 """`anymal doctor`: states, exit codes, and the unrelated package named apex."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -10,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from megatron_anymal import backend, environment
 from megatron_anymal.cli import doctor
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.installed import apex_kind, has_nvidia_driver
+from megatron_anymal.megatron_line import LINES, of_python
 
 ROOT = Path(__file__).parents[3]
 
@@ -137,21 +141,62 @@ def test_missing_optional_part_does_not_fail(monkeypatch):
     assert (found.state, found.required, found.fix) == (environment.MISSING, False, "pip install -e '.[s3]'")
 
 
-def test_ranges_are_those_of_setup_py():
+def setup_requirements() -> tuple[list[str], dict[str, list[str]]]:
     setup: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="not_main")
-    listed = [*setup["INSTALL_REQUIRES"], *(one for extra in setup["EXTRAS_REQUIRE"].values() for one in extra)]
-    ranges = {}
-    for requirement in listed:
-        name = requirement.split("@")[0].split("[")[0]
-        for operator in (">=", "==", "<="):
-            name = name.split(operator)[0]
-        ranges[name.strip()] = requirement.split("]")[-1].removeprefix(name)
+    return setup["INSTALL_REQUIRES"], setup["EXTRAS_REQUIRE"]
+
+
+def ranges_of(listed: list[str], python: str) -> dict[str, set[str]]:
+    """Distribution -> its ranges under a version of Python."""
+    ranges: dict[str, set[str]] = {}
+    for requirement in map(Requirement, listed):
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            ranges.setdefault(requirement.name, set()).add(str(requirement.specifier))
+    return ranges
+
+
+def test_ranges_are_those_of_setup_py():
+    always, extras = setup_requirements()
+    ranges = ranges_of([*always, *(one for extra in extras.values() for one in extra)], python_version())
     # Lightning comes with nemo_toolkit, wandb with its logger; apex has no release that could be named.
     for part in environment.REQUIREMENTS:
         if part.distribution not in ("lightning", "wandb", "apex"):
-            assert ranges[part.distribution] == part.versions, part.distribution
+            assert str(SpecifierSet(part.versions)) in ranges[part.distribution], part.distribution
         if part.extra not in ("", "wandb"):
-            assert any(one.startswith(part.distribution) for one in setup["EXTRAS_REQUIRE"][part.extra])
+            assert any(one.startswith(part.distribution) for one in extras[part.extra])
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line.version)
+def test_each_python_brings_its_line_of_megatron_core(line):
+    always, extras = setup_requirements()
+    ranges = ranges_of([*always, *extras["resiliency"]], ".".join(map(str, line.python)))
+    assert ranges["megatron-core"] == {f"=={line.version}"} and of_python(line.python) is line
+    assert ranges["nvidia-resiliency-ext"] == {str(SpecifierSet(line.resiliency))}
+    assert ("triton" in ranges) == line.needs_triton
+
+
+def python_version() -> str:
+    return ".".join(map(str, sys.version_info[:2]))
+
+
+def test_the_line_in_use_is_shown_with_what_it_lacks(capsys):
+    doctor.main([])
+    shown = capsys.readouterr().out.splitlines()
+    [row] = [number for number, text in enumerate(shown) if text.startswith("megatron-core")]
+    assert of_python().version in shown[row]
+    lacks = of_python().lacks
+    assert lacks and [text.strip() for text in shown[row + 1 : row + 1 + len(lacks)]] == [f"lacks: {x}" for x in lacks]
+
+
+@pytest.mark.parametrize("breaks", [True, False])
+def test_a_version_that_breaks_the_others_is_required_to_change(site, monkeypatch, breaks):
+    [part] = [one for one in environment.REQUIREMENTS if one.distribution == "nvidia-resiliency-ext"]
+    part = dataclasses.replace(part, breaks=breaks, versions=">=0.6,<0.7")
+    monkeypatch.setattr(environment, "REQUIREMENTS", (environment.REQUIREMENTS[0], part))
+    assert not finding("nvidia-resiliency-ext").required
+    add_distribution(site, "nvidia_resiliency_ext", "0.4.1", "nvidia_resiliency_ext/__init__.py")
+    found = finding("nvidia-resiliency-ext")
+    assert (found.state, found.required) == (environment.OUT_OF_RANGE, breaks)
 
 
 FAKE = backend.Capabilities(("H100",), (9, 0), "2.11.0", "", "", False, False, "", True, True)
@@ -179,8 +224,6 @@ FAKE = backend.Capabilities(("H100",), (9, 0), "2.11.0", "", "", False, False, "
     ],
 )
 def test_check_backend_refuses(monkeypatch, changes, model, precision, says):
-    import dataclasses
-
     monkeypatch.setattr(backend, "capabilities", lambda: dataclasses.replace(FAKE, **changes))
     config = RunConfig()
     config.trainer.precision = precision

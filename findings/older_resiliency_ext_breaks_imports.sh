@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# megatron-core 0.19.2 with nvidia-resiliency-ext 0.4.1, the newest release that installs with glibc before 2.39.
+#
+# Guess: the package is optional; a release that megatron-core cannot use counts as none, and saving with
+# async_strategy="mcore" works.
+# Behaviour: the check whether it is there asserts that it is 0.6.0 or later, while megatron-core is imported. No
+# checkpoint can be read or written, and get_megatron_optimizer does not import. Without the package all is well.
+#
+# Output seen: with 0.4.1: AssertionError: Minimum required nvidia-resiliency-ext package version is 0.6.0.; without: imports
+set -euo pipefail
+release=0.19.2 python=python3.12
+source "$(dirname "$0")/megatron_core_on_cpu.sh" psutil==7.2.2 nvidia-resiliency-ext==0.4.1
+imports() {
+    "$folder/venv/bin/python" -W ignore -c "import megatron.core.dist_checkpointing" 2>&1 | tail -1
+}
+with=$(imports)
+"$folder/venv/bin/pip" uninstall --quiet --yes nvidia-resiliency-ext
+without=$(imports)
+echo "with 0.4.1: $with; without: ${without:-imports}"
+[[ $with == AssertionError:* && -z $without ]] || { echo "the behaviour has changed"; exit 1; }

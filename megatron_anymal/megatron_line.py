@@ -1,0 +1,85 @@
+"""The lines of megatron-core that this trainer runs on. What differs between them is known here and nowhere else.
+
+A line is one release, and the Python version that brings it. Both read and write the same checkpoints.
+
+    Python   megatron-core
+    3.11     0.16.1
+    3.12     0.19.2
+
+Needs only the standard library until one of the functions about an imported megatron-core is called.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+# What tells parameter groups apart: exactly what 0.16.1 compares.
+_GROUP_KEYS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
+
+
+@dataclass(frozen=True)
+class MegatronLine:
+    """A supported release of megatron-core.
+
+    Attributes:
+        version: the release.
+        python: the Python version it is installed with, (major, minor).
+        resiliency: the range of nvidia-resiliency-ext that fits.
+        checks_resiliency: it does not import if an older version of that is installed.
+        needs_triton: it imports triton, without requiring it.
+        lacks: what does not work with it and does with the other line.
+    """
+
+    version: str
+    python: tuple[int, int]
+    resiliency: str
+    checks_resiliency: bool
+    needs_triton: bool
+    lacks: tuple[str, ...]
+
+
+OLDER = MegatronLine(
+    version="0.16.1",
+    python=(3, 11),
+    resiliency=">=0.4.1,<0.5",
+    checks_resiliency=False,
+    needs_triton=False,
+    lacks=("Transformer Engine 2.12 and later",),
+)
+NEWER = MegatronLine(
+    version="0.19.2",
+    python=(3, 12),
+    # The wheels need glibc 2.39.
+    resiliency=">=0.6,<0.7",
+    checks_resiliency=True,
+    needs_triton=True,
+    lacks=(
+        "model.recompute_modules=[layernorm] without a C++ compiler: it builds an extension at the first use",
+        "nvidia-resiliency-ext on systems with glibc before 2.39",
+    ),
+)
+LINES = (OLDER, NEWER)
+
+
+def of_python(python: tuple[int, int] = sys.version_info[:2]) -> MegatronLine:
+    """Return the line that is installed with a version of Python.
+
+    Args:
+        python: major and minor number.
+    """
+    return NEWER if python >= NEWER.python else OLDER
+
+
+def match_parameter_groups() -> None:
+    """Make megatron-core's optimizers recognize their parameter groups in a checkpoint by what tells them apart here.
+
+    0.19.2 also compares the rates that a group was built with, so that no run could continue with another one. Here the
+    rates are set before each step.
+    """
+    from megatron.core.optimizer import distrib_optimizer, optimizer
+
+    modules: tuple[Any, ...] = (distrib_optimizer, optimizer)
+    for module in modules:
+        module.param_group_identifier_keys = _GROUP_KEYS
