@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -169,11 +170,12 @@ def run_scaled(config: RunConfig) -> dict[str, int]:
 
     train_build.build_models = build_models
     for kind in (ColumnParallelLinear, RowParallelLinear):
-        kind.get_extra_state = lambda self: torch.tensor(
-            list(int(getattr(self, "uses", 0)).to_bytes(8, "little")), dtype=torch.uint8
+        # As in Transformer Engine: the bytes of a pickle, with the recipe.
+        kind.get_extra_state = lambda self: torch.frombuffer(
+            bytearray(pickle.dumps({"recipe": print, "uses": getattr(self, "uses", 0)})), dtype=torch.uint8
         )
         kind.set_extra_state = lambda self, state: (
-            setattr(self, "uses", int.from_bytes(bytes(state.tolist()), "little")) if state is not None else None
+            setattr(self, "uses", pickle.loads(state.numpy().tobytes())["uses"]) if state is not None else None
         )
 
     def look(state: TrainState) -> dict[str, int]:
