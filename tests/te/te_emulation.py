@@ -1,9 +1,9 @@
 """TEST ONLY: Transformer Engine's own classes on a CPU, in a process that has the CPU shim.
 
 Its compiled functions that these tests reach are written in torch: casts to and from FP8, the transposed copy, matrix
-products, norms, and attention over documents. It is told that the GPU is a Hopper. Everything else is the package's own:
-modules, their autograd functions, tensors, quantizers, recipes, and the signatures of all that is called. Rounding is
-that of torch's casts, not of a GPU's kernels.
+products, norms, and attention over documents. It is told that the GPU is a Hopper. Everything else is its own: modules,
+their autograd functions, tensors, quantizers, recipes, and the signatures of all that is called. Rounding is that of
+torch's casts, not of a GPU's kernels.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _fp8(kind: Any) -> torch.dtype:
 
 
 def _quantize(source: Tensor, quantizer: Any, target: Any = None, skip: Any = None) -> Any:
-    """[...] -> a Float8Tensor of the same shape, by the quantizer's scale (delayed) or the values' largest (current)."""
+    """[...] -> a Float8Tensor of that shape, by the quantizer's scale (delayed) or the largest value (current)."""
     if target is None:
         target = quantizer.make_empty(source.shape, dtype=source.dtype, device=source.device)
     if source.device.type == "meta":

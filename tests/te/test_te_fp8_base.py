@@ -113,8 +113,8 @@ def test_whole_weights_are_its_values_rounded_to_fp8(config: RunConfig, tp: int)
 
 
 def adapted(config: RunConfig, tp: int) -> tuple[list[str], Any, Any, Any]:
-    """Classes of the adapters, and whole weights with adapters: of the FP8 base, of a plain base of the same values, and
-    of the FP8 base after they were merged into it."""
+    """Classes of the adapters, and whole weights with adapters: of the FP8 base, of a plain base of the same values,
+    and of the FP8 base after they were merged into it."""
     plain, held = states(config, tp, r=2, alpha=4.0)
     whole: list[Any] = [gather_weights(held.models)]
     torch.distributed.broadcast_object_list(whole)

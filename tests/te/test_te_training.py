@@ -85,8 +85,8 @@ def test_a_run_on_an_fp8_base_follows_bf16_and_resumes(config: RunConfig, recipe
         found[name] = run_ranks(1, run, copy.deepcopy(config), model)[0][0]
     np.testing.assert_allclose(found["whole"], found["bf16"], rtol=2e-2)
     config.exp_manager.explicit_log_dir = str(tmp_path / "resumed")
-    for steps in (2, 4):
-        config.trainer.max_steps, config.model.optim.sched.decay_steps = steps, 4
+    for last in (2, 4):
+        config.trainer.max_steps, config.model.optim.sched.decay_steps = last, 4
         resumed = run_ranks(1, run, copy.deepcopy(config), FP8 | {"fp8_recipe": recipe})[0][0]
     assert resumed == found["whole"]
     stored = StreamReader(store.resolve(config.exp_manager.explicit_log_dir))
