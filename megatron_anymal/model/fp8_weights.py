@@ -17,6 +17,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from megatron_anymal.config import ModelConfig
+
 
 def is_quantized(parameter: Any) -> bool:
     """Whether a parameter is one of Transformer Engine's quantized tensors."""
@@ -39,6 +41,15 @@ def stored_tensors(tensor: Any) -> list[Tensor]:
     if not is_quantized(tensor):
         return [tensor]
     return [part for part in tensor.get_metadata().values() if isinstance(part, Tensor)]
+
+
+def leave_out_fp8(model: ModelConfig) -> None:
+    """Change a run's section for answers and exports: they come from the unquantized base, whether or not the training
+    computed in FP8, also on a machine without Transformer Engine.
+    """
+    model.fp8, model.fp8_recipe, model.fp8_primary_weights = "", "tensorwise", False
+    if model.transformer_impl == "transformer_engine":
+        model.transformer_impl = "auto"
 
 
 def building(transformer: TransformerConfig) -> AbstractContextManager[Any]:

@@ -88,8 +88,6 @@ def _quantize(source: Tensor, quantizer: Any, target: Any = None, skip: Any = No
     """[...] -> a Float8Tensor of that shape, by the quantizer's scale (delayed) or the largest value (current)."""
     if target is None:
         target = quantizer.make_empty(source.shape, dtype=source.dtype, device=source.device)
-    if source.device.type == "meta":
-        return target
     kind = _fp8(quantizer.dtype)
     largest = source.detach().abs().max().float()
     if type(quantizer).__name__ == "Float8Quantizer":
@@ -206,14 +204,15 @@ def _attend(
     value: Tensor,
     attention_mask: Any = None,
     *,
-    qkv_format: str,
     cu_seqlens_q: Tensor,
     cu_seqlens_kv: Tensor,
-    attn_mask_type: str,
+    qkv_format: str = "",
+    attn_mask_type: str = "",
     **sizes: Any,
 ) -> Tensor:
     """Causal attention within documents: query [Q, n, d], key and value [Q, g, d] -> [Q, n * d]."""
-    assert qkv_format == "thd" and attn_mask_type == "padding_causal" and torch.equal(cu_seqlens_q, cu_seqlens_kv)
+    settings = (qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type)
+    assert settings == ("thd", "padding_causal") and torch.equal(cu_seqlens_q, cu_seqlens_kv)
     documents = []
     for first, last in cu_seqlens_q.unfold(0, 2, 1).tolist():
         parts = (x[first:last].transpose(0, 1) for x in (query, key, value))

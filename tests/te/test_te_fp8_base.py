@@ -122,8 +122,10 @@ def adapted(config: RunConfig, tp: int) -> tuple[list[str], Any, Any, Any]:
     for name in whole[0]:
         if ".lora." in name:
             whole[0][name] = torch.randn(whole[0][name].shape, generator=generator).to(torch.bfloat16)
-    load_weights(plain.models, whole[0])
     load_weights(held.models, whole[0])
+    whole = [gather_weights(held.models)]
+    torch.distributed.broadcast_object_list(whole)
+    load_weights(plain.models, whole[0])
     adapters = [p for n, p in held.models[0].named_parameters() if ".lora." in n]
     merged = [
         {name: value.float().numpy() for name, value in merged_weights(state.models, "language_model.")}
@@ -158,7 +160,7 @@ def counted(config: RunConfig) -> tuple[dict[str, int], dict[str, int], int, int
     assert all(t.untyped_storage().nbytes() for p in quantized for t in stored_tensors(p))
     with PeakMemory() as memory:
         copied = quantized[0].detach().clone()
-    assert storages([copied]).keys().isdisjoint(storages(quantized[:1]))
+    assert is_quantized(copied)
     return kinds[0], kinds[1], sum(p.numel() for p in quantized), memory.peak - quantized[0].numel()
 
 

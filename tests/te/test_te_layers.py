@@ -65,19 +65,15 @@ def described(model: Any) -> Described:
     }
 
 
-def both_on_meta(tp: int, sequence_parallel: bool) -> tuple[Described, Described, set[str]]:
-    from megatron_anymal.model.meta_device import on_meta
-
+def both(tp: int, sequence_parallel: bool) -> tuple[Described, Described, set[str]]:
     config = join(tp, sequence_parallel=sequence_parallel)
-    with on_meta():
-        local, engine = (llama(config, name) for name in ("local", "transformer_engine"))
-    assert all(p.device.type == "meta" for p in engine.parameters())
+    local, engine = (llama(config, name) for name in ("local", "transformer_engine"))
     return described(local), described(engine), {type(m).__name__ for m in engine.modules()}
 
 
 @pytest.mark.parametrize(("tp", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_weights_are_those_of_the_local_layers(tp: int, sequence_parallel: bool) -> None:
-    for local, engine, modules in run_ranks(tp, both_on_meta, tp, sequence_parallel):
+    for local, engine, modules in run_ranks(tp, both, tp, sequence_parallel):
         assert engine == local and len(local) == 27
         assert {"TELayerNormColumnParallelLinear", "TERowParallelLinear", "TurnedAttention"} <= modules
 
@@ -95,18 +91,13 @@ def test_attention_repeats_unless_told_otherwise(set_to: str | None, repeats: bo
     assert run_ranks(1, deterministic, set_to) == [{repeats}]
 
 
-def quantized(recipe: str, device: str) -> tuple[Described, Described, list[str], set[str], set[bool]]:
-    from contextlib import nullcontext
-
+def quantized(recipe: str) -> tuple[Described, Described, list[str], set[str], set[bool]]:
     from megatron_anymal.model.fp8_weights import is_quantized
-    from megatron_anymal.model.meta_device import on_meta
 
     config = join(1)
-    with on_meta() if device == "meta" else nullcontext():
-        plain = llama(config, "local")
-        engine = llama(config, "transformer_engine", fp8="hybrid", fp8_recipe=recipe, fp8_primary_weights=True)
+    plain = llama(config, "local")
+    engine = llama(config, "transformer_engine", fp8="hybrid", fp8_recipe=recipe, fp8_primary_weights=True)
     found = {n: p for n, p in engine.named_parameters() if is_quantized(p)}
-    assert {p.device.type for p in engine.parameters()} == {device}
     return (
         described(plain),
         described(engine),
@@ -116,10 +107,9 @@ def quantized(recipe: str, device: str) -> tuple[Described, Described, list[str]
     )
 
 
-@pytest.mark.parametrize("device", ["meta", "cpu"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
-def test_the_layers_matrices_are_held_in_fp8_alone(recipe: str, device: str) -> None:
-    [(plain, engine, names, kinds, untransposed)] = run_ranks(1, quantized, recipe, device)
+def test_the_layers_matrices_are_held_in_fp8_alone(recipe: str) -> None:
+    [(plain, engine, names, kinds, untransposed)] = run_ranks(1, quantized, recipe)
     assert engine == plain and kinds == {"Float8Tensor"}
     matrices = ("self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2")
     expected = [f"language_model.decoder.layers.{n}.{name}.weight" for n in range(4) for name in matrices]
