@@ -6,7 +6,14 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: venv quickstart test test-all parity soak fuzz lint format docs clean
+# An environment with Transformer Engine, for test-te; its torch extension is a wheel in the folder TE_WHEELS, or is built.
+TE_PYTHON ?= python3.12
+TE_VENV ?= .venv-te
+TE_TORCH ?= torch==2.11.0
+TE_WHEELS ?=
+TE_INSTALLED := $(TE_VENV)/.installed
+
+.PHONY: venv quickstart test test-te test-all parity soak fuzz lint format docs clean
 
 venv: $(INSTALLED)
 
@@ -30,7 +37,19 @@ ALONE := $(wildcard tests/faults/test_launch*.py tests/faults/test_sigkill*.py) 
 
 # Three processes on two cores: tests of launchers mostly wait.
 test: $(INSTALLED)
-	@$(BIN)/python -m pytest -m "not slow" -n 3 $(SPREAD)
+	@$(BIN)/python -m pytest -m "not slow and not te" -n 3 $(SPREAD)
+
+# Transformer Engine's own classes on the CPU: docs/start/install.md. TE_VENV may be an environment that has them.
+test-te: $(TE_INSTALLED)
+	$(TE_VENV)/bin/python -m pytest tests/te
+
+$(TE_INSTALLED):
+	test -x $(TE_VENV)/bin/python || $(TE_PYTHON) -m venv $(TE_VENV)
+	$(TE_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
+	$(TE_VENV)/bin/python -m pip install --quiet "$(TE_TORCH)"
+	$(TE_VENV)/bin/python -m pip install --quiet -e ".[test]"
+	$(TE_VENV)/bin/python -m pip install --quiet --no-build-isolation $(TE_WHEELS:%=--find-links=%) -e ".[te]"
+	touch $(TE_INSTALLED)
 
 # Both parts run and report, even if the first one fails.
 test-all: $(INSTALLED)
@@ -67,4 +86,4 @@ docs: $(INSTALLED)
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build site *.egg-info
+	rm -rf $(VENV) $(TE_VENV) .mypy_cache .ruff_cache .pytest_cache build site *.egg-info

@@ -23,6 +23,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from megatron_anymal.model.fp8_weights import stored_tensors
+
 
 @dataclass(frozen=True)
 class Turns:
@@ -88,8 +90,8 @@ def timed(owner: Any, method: str) -> list[float]:
 
 
 def storages(tensors: Iterable[Tensor]) -> dict[int, int]:
-    """Address -> size in bytes of the tensors' storages."""
-    untyped = (tensor.untyped_storage() for tensor in tensors)
+    """Address -> size in bytes of the tensors' storages; for a quantized tensor those of what it consists of."""
+    untyped = (part.untyped_storage() for tensor in tensors for part in stored_tensors(tensor))
     return {storage.data_ptr(): storage.nbytes() for storage in untyped if storage.nbytes()}
 
 
@@ -154,7 +156,7 @@ class PeakMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = storages(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor))
         out = func(*args, **(kwargs or {}))
-        for tensor in (x for x in tree_flatten(out)[0] if isinstance(x, Tensor)):
+        for tensor in (part for x in tree_flatten(out)[0] if isinstance(x, Tensor) for part in stored_tensors(x)):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in before:
                 self._held[StorageWeakRef(storage)] = storage.nbytes()

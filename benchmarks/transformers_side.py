@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.hf.projectors import build_projector
-from megatron_anymal.model.fp8_weights import is_quantized
+from megatron_anymal.model.fp8_weights import unquantized
 from megatron_anymal.model.hf_llama import to_hf
 from megatron_anymal.model.unsharded_weights import list_weights
 from megatron_anymal.train.build import TrainState
@@ -48,9 +48,7 @@ def frozen_llama(state: TrainState, attention: str) -> Any:
     tensors = {}
     for weight in list_weights(state.models[0]):
         if weight.name.startswith("language_model.") and ".lora." not in weight.name:
-            whole: Any = weight.parameter.detach()
-            plain = whole.dequantize() if is_quantized(whole) else whole
-            tensors |= to_hf(weight.name, state.llama, plain)
+            tensors |= to_hf(weight.name, state.llama, unquantized(weight.parameter.detach()))
     model.load_state_dict(tensors, assign=True)
     # The rotary frequencies are computed, not stored.
     model.model.rotary_emb = LlamaRotaryEmbedding(config=state.llama).to(state.layout.device)

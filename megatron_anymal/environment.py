@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_anymal.installed import apex_kind, has_nvidia_driver, is_importable, version_of
+from megatron_anymal.installed import (
+    apex_kind,
+    has_nvidia_driver,
+    has_transformer_engine_extension,
+    is_importable,
+    version_of,
+)
 from megatron_anymal.megatron_line import of_python
 
 OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN = "ok", "missing", "broken", "out of range", "not NVIDIA's"
+NOT_DETERMINISTIC = "not deterministic"
+# Transformer Engine reads it when layers are built; the trainer sets it to 0 if it is not set.
+_NONDETERMINISTIC = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,7 @@ class Finding:
     part: str
     # Installed version; "-" if there is none.
     version: str
-    # OK, MISSING, BROKEN, OUT_OF_RANGE or FOREIGN.
+    # OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN or NOT_DETERMINISTIC.
     state: str
     # Whether it belongs to every installation.
     required: bool
@@ -112,6 +122,7 @@ def examine() -> list[Finding]:
         *(_package(part) for part in REQUIREMENTS[:1]),
         _cuda(),
         *(_package(part) for part in REQUIREMENTS[1:]),
+        *_determinism(),
     ]
 
 
@@ -197,7 +208,7 @@ def _apex_state() -> str:
 
 
 def _transformer_engine_state() -> str:
-    if not is_importable("transformer_engine_torch"):
+    if not has_transformer_engine_extension():
         return BROKEN
     if not has_nvidia_driver():
         # It cannot be checked; the CUDA row gives the cost of that.
@@ -209,6 +220,17 @@ def _transformer_engine_state() -> str:
         return OK if found.transformer_engine or not found.cuda_devices else BROKEN
     except Exception:  # A broken torch can raise anything, and the other checks must still run.
         return BROKEN
+
+
+def _determinism() -> list[Finding]:
+    """Whether the backward pass of Transformer Engine's attention repeats bit by bit; nothing without the package."""
+    if not is_importable("transformer_engine"):
+        return []
+    value = os.environ.get(_NONDETERMINISTIC, "0")
+    state = OK if value == "0" else NOT_DETERMINISTIC
+    fix = "" if state == OK else f"unset {_NONDETERMINISTIC}, unless you prefer the faster backward pass of attention"
+    cost = "a resumed run on GPUs does not repeat bit by bit"
+    return [Finding(_NONDETERMINISTIC, value, state, False, cost, fix)]
 
 
 def _fix(part: Requirement, state: str) -> str:

@@ -37,3 +37,17 @@ def apex_kind() -> Literal["", "nvidia", "foreign"]:
     # Only look for files: importing the unrelated package would run its code.
     folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
     return "nvidia" if any((folder / "optimizers" / "__init__.py").is_file() for folder in folders) else "foreign"
+
+
+def has_transformer_engine_extension() -> bool:
+    """Whether Transformer Engine, which is installed, has its torch extension in one of the folders it looks in.
+
+    A build from source leaves it beside the package or in it; PyPI's packages have it in a folder from which it cannot
+    be imported by its name.
+    """
+    spec = importlib.util.find_spec("transformer_engine")
+    if spec is None or spec.origin is None:
+        return False
+    package = Path(spec.origin).parent
+    folders = (package.parent, package, package / "wheel_lib")
+    return any(any(folder.glob("transformer_engine_torch*.so")) for folder in folders)

@@ -2,18 +2,28 @@
 
 Without them, a resumed run would scale its first steps differently and diverge from the original run. Current scaling
 has no such state.
+
+Transformer Engine hands out and takes a module's state as a pickle of it and of its recipe, and unpickles it without
+restriction. A checkpoint stores the data alone, and the recipe is that of the run which loads it: nothing that a file
+says is unpickled, and a checkpoint refers to no class of another package.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch import nn
+from megatron.core.fp8_utils import get_fp8_recipe
+from torch import Tensor, nn
 
+from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.model.unsharded_weights import whole_name
+
+_RECIPE = "recipe"
 
 
 def sharded_scaling(models: Sequence[nn.Module]) -> dict[str, ShardedObject]:
@@ -21,14 +31,40 @@ def sharded_scaling(models: Sequence[nn.Module]) -> dict[str, ShardedObject]:
 
     Transformer Engine keeps it the same on all tensor-, context- and data-parallel ranks, so any of them can save it.
     """
-    return {name: _shard(name, module.get_extra_state()) for name, module in _scaled(models)}
+    return {name: _shard(name, _data(module.get_extra_state())) for name, module in _scaled(models)}
 
 
 def set_scaling(models: Sequence[nn.Module], loaded: Mapping[str, Any]) -> None:
-    """Set the modules' scaling state from a checkpoint."""
+    """Set the modules' scaling state from a checkpoint.
+
+    Raises:
+        CheckpointError: a state is not data, as this trainer stores it.
+    """
     for name, module in _scaled(models):
-        if name in loaded:
-            module.set_extra_state(loaded[name])
+        state = loaded.get(name)
+        if state is not None and not isinstance(state, dict):
+            raise CheckpointError(
+                f"The checkpoint's {name!r} is {type(state).__name__} instead of named data, and is not read: it could "
+                "be a pickle that runs code. Start from the checkpoint with model.restore_from_path, which leaves FP8 "
+                "scaling out."
+            )
+        if state:
+            module.set_extra_state(_pickled({**state, _RECIPE: get_fp8_recipe(module.config)}))
+
+
+def _data(state: Tensor) -> dict[str, Any]:
+    """A module's state, [bytes] of uint8, without its recipe; empty if the module has not computed in FP8."""
+    return {key: value for key, value in _unpickled(state).items() if key != _RECIPE} if state.numel() else {}
+
+
+def _unpickled(state: Tensor) -> dict[str, Any]:
+    """Read what this process's Transformer Engine has pickled."""
+    content: dict[str, Any] = pickle.loads(state.numpy().tobytes())
+    return content
+
+
+def _pickled(content: dict[str, Any]) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(content)), dtype=torch.uint8)
 
 
 def _scaled(models: Sequence[nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -180,14 +180,16 @@ def _read_once(read: Callable[[Any], Any]) -> Callable[[Any], Any]:
 def _whole_or_missing(module: ModuleType) -> Iterator[None]:
     """Make half an installation of Transformer Engine count as none.
 
-    Without its torch extension, version 2.11 raises FileNotFoundError, which megatron-core 0.16.1 does not expect.
+    megatron-core 0.16.1 expects ImportError alone. Version 2.11 raises FileNotFoundError without its torch extension,
+    RuntimeError without its core, AssertionError for parts of different versions, and OSError for a library of CUDA
+    that is missing.
     """
     try:
         yield
-    except FileNotFoundError as error:
+    except (OSError, RuntimeError, AssertionError) as error:
         raise ImportError(
-            f"{' '.join(str(error).split()) or 'a file is missing'}; if that is its torch extension, pip install "
-            "--no-build-isolation -e '.[te]', or uninstall it"
+            f"{' '.join(str(error).split()) or type(error).__name__}; pip install --no-build-isolation -e '.[te]' "
+            "installs all parts of Transformer Engine, or uninstall it"
         ) from error
 
 

@@ -8,13 +8,16 @@ Hashes are computed from the values before quantization, so a run in FP8 and one
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+from megatron_anymal.config import ModelConfig
 
 
 def is_quantized(parameter: Any) -> bool:
@@ -25,6 +28,28 @@ def is_quantized(parameter: Any) -> bool:
 def unquantized(tensor: Any) -> Tensor:
     """A tensor's values, [...] of its shape: those of a quantized tensor in its nominal dtype, any other itself."""
     return tensor.dequantize() if is_quantized(tensor) else tensor
+
+
+def stored_tensors(tensor: Any) -> list[Tensor]:
+    """The tensors that hold a tensor's bytes: itself, or a quantized tensor's FP8 values, transposed copy and scale.
+
+    A quantized tensor's own storage has no memory, whatever its `nbytes` and `data_ptr` say.
+
+    Returns:
+        Of any shapes [...].
+    """
+    if not is_quantized(tensor):
+        return [tensor]
+    return [part for part in tensor.get_metadata().values() if isinstance(part, Tensor)]
+
+
+def leave_out_fp8(model: ModelConfig) -> None:
+    """Change a run's section for answers and exports: they come from the unquantized base, whether or not the training
+    computed in FP8, also on a machine without Transformer Engine.
+    """
+    model.fp8, model.fp8_recipe, model.fp8_primary_weights = "", "tensorwise", False
+    if model.transformer_impl == "transformer_engine":
+        model.transformer_impl = "auto"
 
 
 def building(transformer: TransformerConfig) -> AbstractContextManager[Any]:
@@ -53,19 +78,20 @@ class _Drop:
             parameter.update_usage(rowwise_usage=True, columnwise_usage=False)
 
 
-def remember_source(parameter: Any, digest: str) -> None:
+def remember_source(parameter: Any, digest: Callable[[], str]) -> None:
     """Record the hash of the weight that a quantized parameter's current values were quantized from.
 
     Args:
-        digest: `unsharded_weights.hash_weight` of the whole unquantized weight.
+        digest: returns `unsharded_weights.hash_weight` of the whole unquantized weight; called once, if it is asked
+            for.
     """
-    parameter.source = digest, _checksum(parameter)
+    parameter.source = cache(digest), _checksum(parameter)
 
 
 def source_of(parameter: Any) -> str:
     """Return the hash recorded by `remember_source`, or a different string if the parameter has changed since."""
     digest, checksum = parameter.source
-    return digest if _checksum(parameter) == checksum else f"changed since {digest}"
+    return digest() if _checksum(parameter) == checksum else f"changed since {digest()}"
 
 
 def _checksum(parameter: Any, chunk: int = 1 << 24) -> int:

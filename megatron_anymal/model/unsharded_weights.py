@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -78,16 +79,26 @@ class Weight:
         blocks = whole.chunk(self.blocks, dim=self.split_dim)
         return torch.cat([block.chunk(ranks, dim=self.split_dim)[rank] for block in blocks], dim=self.split_dim)
 
-    def set(self, whole: Tensor) -> None:
+    def set(self, whole: Tensor, again: Optional[Callable[[], Tensor]] = None) -> None:
         """Set this rank's slice from the whole weight, [*shape].
+
+        Args:
+            again: returns `whole` once more. A quantized weight is then hashed only when its hash is asked for; without
+                it, at once.
 
         Raises:
             ValueError: `whole` has another shape.
         """
         with torch.no_grad():
             self.parameter.copy_(self.local_part(whole))
-        if is_quantized(self.parameter):
-            remember_source(self.parameter, hash_weight(self.name, whole.to(self.parameter.dtype)))
+        if not is_quantized(self.parameter):
+            return
+        dtype = self.parameter.dtype
+        if again is None:
+            digest = hash_weight(self.name, whole.to(dtype))
+            remember_source(self.parameter, lambda: digest)
+        else:
+            remember_source(self.parameter, lambda: hash_weight(self.name, again().to(dtype)))
 
     def gather(self, local: Optional[Tensor] = None) -> Tensor:
         """Gather the whole weight (or gradient, or any tensor of the parameter's shape) from the tensor-parallel ranks.
@@ -155,7 +166,8 @@ def set_initial_values(weights: Iterable[Weight], seed: int, default_std: float)
         if weight.parameter.dim() < 2:
             continue
         std = getattr(weight.parameter, "init_std", default_std)
-        weight.set(initial_value(weight.name, weight.shape, seed, std, weight.parameter.device))
+        draw = partial(initial_value, weight.name, weight.shape, seed, std, weight.parameter.device)
+        weight.set(draw(), again=draw)
 
 
 def initial_value(name: str, shape: tuple[int, ...], seed: int, std: float, device: torch.device = _CPU) -> Tensor:

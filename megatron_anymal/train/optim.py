@@ -15,6 +15,7 @@ from megatron.core.optimizer import (
     distrib_optimizer,
     get_megatron_optimizer,
 )
+from megatron.core.optimizer import optimizer as mixed_precision
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -48,7 +49,8 @@ def build_optimizer(
     Args:
         trainer: for its precision and gradient clipping.
     """
-    if mcore_optimizer.USING_PYTORCH_OPTIMIZER:
+    # megatron-core takes the kernels of an installed Transformer Engine or apex, which need a GPU.
+    if mcore_optimizer.USING_PYTORCH_OPTIMIZER or not torch.cuda.is_available():
         _use_torch()
     match_parameter_groups()
     dtype = backend.compute_dtype(trainer.precision)
@@ -96,7 +98,7 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
 class AdamW(torch.optim.Optimizer):
     """torch's AdamW with the step count in the parameter group, where megatron-core's checkpoints look for it.
 
-    Replaces the fused Adam of Transformer Engine or NVIDIA apex if neither is installed.
+    Replaces the fused Adam of Transformer Engine or NVIDIA apex if neither is installed, or there is no GPU.
     """
 
     def __init__(
@@ -155,10 +157,12 @@ def _use_torch() -> None:
     optimizer: Any = mcore_optimizer
     distributed: Any = distrib_optimizer
     clipping: Any = clip_grads
+    copying: Any = mixed_precision
     optimizer.Adam = distributed.Adam = AdamW
-    optimizer.USING_PYTORCH_OPTIMIZER = False
+    optimizer.USING_PYTORCH_OPTIMIZER = distributed.USING_TE_OPTIMIZER = False
     distributed.HAVE_APEX_OR_TE = distributed.USING_APEX_OPTIMIZER = True
-    clipping.l2_norm_impl, clipping.multi_tensor_scale_impl = _norm, _scale
+    clipping.l2_norm_impl = _norm
+    clipping.multi_tensor_scale_impl = copying.multi_tensor_scale_impl = _scale
 
 
 def _norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:

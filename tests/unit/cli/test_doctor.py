@@ -17,7 +17,7 @@ from packaging.specifiers import SpecifierSet
 from megatron_anymal import backend, environment
 from megatron_anymal.cli import doctor
 from megatron_anymal.config import ConfigError, RunConfig
-from megatron_anymal.installed import apex_kind, has_nvidia_driver
+from megatron_anymal.installed import apex_kind, has_nvidia_driver, is_importable
 from megatron_anymal.megatron_line import LINES, of_python
 
 ROOT = Path(__file__).parents[3]
@@ -79,32 +79,55 @@ def test_half_of_transformer_engine_is_named(site):
     add_distribution(site, "transformer_engine", "2.11.0", "transformer_engine/__init__.py")
     found = finding("transformer-engine")
     assert found.state == environment.BROKEN and "--force-reinstall" in found.fix and "[te]" in found.fix
-    (site / "transformer_engine_torch.py").write_text("")
-    importlib.invalidate_caches()
-    # The rest can only be checked with a GPU.
-    assert has_nvidia_driver() or finding("transformer-engine").state == environment.OK
+    # The folder of PyPI's package; a build from source has it in the others.
+    for folder in ("transformer_engine/wheel_lib", "transformer_engine", "."):
+        extension = site / folder / "transformer_engine_torch.cpython-311-x86_64-linux-gnu.so"
+        extension.parent.mkdir(exist_ok=True)
+        extension.write_text("")
+        # The rest can only be checked with a GPU.
+        assert has_nvidia_driver() or finding("transformer-engine").state == environment.OK
+        extension.unlink()
+    assert finding("transformer-engine").state == environment.BROKEN
+
+
+@pytest.mark.parametrize(("value", "state"), [(None, "ok"), ("0", "ok"), ("1", "not deterministic")])
+def test_attention_that_does_not_repeat_is_named(site, monkeypatch, value, state):
+    variable = "NVTE_ALLOW_NONDETERMINISTIC_ALGO"
+    monkeypatch.delenv(variable, raising=False)
+    if not is_importable("transformer_engine"):
+        assert variable not in {found.part for found in environment.examine()}
+        add_distribution(site, "transformer_engine", "2.11.0", "transformer_engine/__init__.py")
+    if value is not None:
+        monkeypatch.setenv(variable, value)
+    found = finding(variable)
+    assert (found.version, found.state) == (value or "0", state)
+    assert (f"unset {variable}" in found.fix) == (state != "ok") and not found.required
 
 
 HALF = """
+import builtins
 import sys
 from megatron_anymal import lean_imports
 if sys.argv[1] == "hooks":
     lean_imports.install()
-try:
-    import transformer_engine
-except ImportError as error:
-    print(error)
+for raised in (FileNotFoundError, OSError, RuntimeError, AssertionError):
+    builtins.raised = raised
+    try:
+        import transformer_engine
+    except ImportError as error:
+        print(error)
 from megatron_anymal import backend
 print(backend._transformer_engine(True))
 """
+RAISES = "import builtins\nraise builtins.raised('no library')\n"
 
 
 @pytest.mark.parametrize(("hooks", "code"), [("hooks", 0), ("none", 1)])
 def test_half_of_transformer_engine_counts_as_none(site, hooks, code):
-    """As version 2.11 does without its torch extension: an error that `except ImportError` does not catch."""
+    """As version 2.11 does without one of its parts: errors that `except ImportError` does not catch."""
     (site / "transformer_engine" / "pytorch").mkdir(parents=True)
     (site / "transformer_engine" / "__init__.py").write_text("from . import pytorch\n")
-    (site / "transformer_engine" / "pytorch" / "__init__.py").write_text("raise FileNotFoundError('no library')\n")
+    (site / "transformer_engine" / "pytorch" / "__init__.py").write_text(RAISES)
     environment = {**os.environ, "PYTHONPATH": f"{site}:{ROOT}"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", HALF, hooks],
@@ -115,8 +138,10 @@ def test_half_of_transformer_engine_counts_as_none(site, hooks, code):
     )
     assert done.returncode == code
     if not code:
-        assert done.stdout.startswith("no library; if that is its torch extension, pip install")
-        assert "it does not import (ImportError: no library; if that is its torch" in done.stdout.splitlines()[1]
+        *each, found = done.stdout.splitlines()
+        assert len(each) == 4
+        assert all(one.startswith("no library; pip install --no-build-isolation -e '.[te]'") for one in each)
+        assert "it does not import (ImportError: no library; pip install" in found
 
 
 def test_missing_required_part(monkeypatch, capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from ranks import run_ranks
 from tiny import make_config
 from torch import nn
 
+from checkpoint_tools.verifying.native_logits import _on_one_process
 from megatron_anymal.checkpoint.state import read_language_model
 from megatron_anymal.checkpoint.store import resolve
 from megatron_anymal.config import LoraConfig, RunConfig
-from megatron_anymal.model.fp8_weights import drop_transposes
+from megatron_anymal.model.fp8_weights import drop_transposes, leave_out_fp8
 from megatron_anymal.model.lora import add_lora, merged_weights
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights, load_weights
 from megatron_anymal.parallel import initialize
@@ -169,11 +171,12 @@ def run_scaled(config: RunConfig) -> dict[str, int]:
 
     train_build.build_models = build_models
     for kind in (ColumnParallelLinear, RowParallelLinear):
-        kind.get_extra_state = lambda self: torch.tensor(
-            list(int(getattr(self, "uses", 0)).to_bytes(8, "little")), dtype=torch.uint8
+        # As in Transformer Engine: the bytes of a pickle, with the recipe.
+        kind.get_extra_state = lambda self: torch.frombuffer(
+            bytearray(pickle.dumps({"recipe": print, "uses": getattr(self, "uses", 0)})), dtype=torch.uint8
         )
         kind.set_extra_state = lambda self, state: (
-            setattr(self, "uses", int.from_bytes(bytes(state.tolist()), "little")) if state is not None else None
+            setattr(self, "uses", pickle.loads(state.numpy().tobytes())["uses"]) if state is not None else None
         )
 
     def look(state: TrainState) -> dict[str, int]:
@@ -227,3 +230,18 @@ def test_adapters_on_it_are_plain_and_merge(config: RunConfig, tp: int) -> None:
     assert merged.keys() == of_plain.keys()
     for name, value in merged.items():
         np.testing.assert_array_equal(value, of_plain[name], err_msg=name)
+
+
+def test_answers_and_exports_leave_it_out() -> None:
+    """Also without Transformer Engine, which a machine that exports need not have."""
+    config = RunConfig()
+    config.model.fp8, config.model.fp8_recipe, config.model.fp8_primary_weights = "hybrid", "delayed", True
+    config.model.transformer_impl = "transformer_engine"
+    verified = _on_one_process(config).model
+    leave_out_fp8(config.model)
+    for model in (config.model, verified):
+        assert (model.fp8, model.fp8_recipe, model.fp8_primary_weights) == ("", "tensorwise", False)
+        assert model.transformer_impl == "auto"
+    config.model.transformer_impl = "local"
+    leave_out_fp8(config.model)
+    assert config.model.transformer_impl == "local"
