@@ -34,7 +34,8 @@ from ranks import run_ranks
 
 if __name__ == "__main__":
     config = pickle.load(open(sys.argv[1], "rb"))
-    run_ranks(config.trainer.devices, train, config)
+    ranks = config.trainer.devices
+    train(config) if ranks == 1 else run_ranks(ranks, train, config)
 """
 
 
@@ -78,7 +79,6 @@ def adapters_over_ranks(config: RunConfig) -> None:
 
 def everything_in_buckets(config: RunConfig) -> None:
     config.model.language_model.freeze = False
-    config.trainer.devices = 2
     config.model.ddp.overlap_grad_reduce, config.model.ddp.bucket_size = True, 1000
 
 
