@@ -39,6 +39,7 @@ ORDER = [
     ("generation",),
     ("integrity",),
     ("evaluation",),
+    ("harnesses",),
     ("judgement",),
     ("serving",),
     ("synthesis",),
