@@ -62,6 +62,10 @@ EXTRAS_REQUIRE = {
     # Reads data sets (NeMo brings it, too); CIDEr, ROUGE-L and SPICE. 1.2 is the release whose CIDEr was compared; it
     # runs Java for SPICE.
     "evaluate": ["datasets>=4.0", "pycocoevalcap>=1.2"],
+    # lmms-eval asks for torchvision, of which PyPI has no build for torch without CUDA, and requires av below 16 and
+    # one release of wandb: in an environment of its own. 0.7.3 is the release that the test runs; it imports a module
+    # that filelock 4 does not have.
+    "lmms-eval": ["lmms-eval>=0.7.3,<0.8", "filelock>=3.16,<4"],
     # `anymal serve`.
     "serve": ["fastapi>=0.115,<1", "uvicorn>=0.34,<1"],
     "quickstart": ["scikit-learn>=1.5"],
@@ -117,5 +121,8 @@ if __name__ == "__main__":
         },
         install_requires=INSTALL_REQUIRES,
         extras_require=EXTRAS_REQUIRE,
-        entry_points={"console_scripts": ["anymal = megatron_anymal.__main__:command"]},
+        entry_points={
+            "console_scripts": ["anymal = megatron_anymal.__main__:command"],
+            "lmms_eval.models": ["anymal = megatron_anymal.harnesses.registration:lmms_eval_models"],
+        },
     )

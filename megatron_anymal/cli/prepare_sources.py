@@ -195,7 +195,7 @@ def packed(
         depends["encode"] = encoder.identity
     out, size, share = arguments.out, arguments.samples_per_shard, arguments.max_bad_share
     used = depends if options.filters or encoder else {}
-    filtering = (options.apply_filters if options.filters else None, used, encoder)
+    filtering = (options if options.filters else None, used, encoder)
     if part:
         # It imports numpy, which refusals do without.
         from megatron_anymal.data.manifest_parts import write_part

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional, Protocol
+from typing import Any, Optional, Protocol, TypeVar, Union
 
 from megatron_anymal.data.left_out import FILTERED
 from megatron_anymal.data.records import DataError, MediaPart, Sample, TextPart
@@ -26,6 +26,10 @@ _COLUMN = "column:"
 _INTEGRITY = "integrity"
 # Kinds whose `Modality.probe` returns width and height, and those for which it returns seconds first.
 _IMAGES, _TIMED = ("image",), ("video", "audio", "imu")
+# Most samples whose contents are checked together, and bytes of their media from which on there are fewer: half of what
+# a reader of shards on object storage keeps behind it.
+_TOGETHER, _TOGETHER_BYTES = 64, 16 * 2**20
+Item = TypeVar("Item")
 
 
 class ContentCheck(Protocol):
@@ -37,15 +41,11 @@ class ContentCheck(Protocol):
     def summary(self) -> str:
         """One line: samples checked and excluded, and the time that it took."""
 
-    def refusal(self, sample: Sample, kinds: Sequence[str], read: Callable[[MediaPart], bytes]) -> str:
-        """Why it excludes a sample; empty if it does not.
+    def refusals(self, samples: Sequence[Facts]) -> list[Union[str, SampleError]]:
+        """For each sample, why it is excluded, empty if it is not; or the error of one that cannot be checked.
 
         Args:
-            kinds: of the sample's media, in order.
-            read: returns the content of a media part.
-
-        Raises:
-            SampleError: the sample cannot be checked.
+            samples: with `sample` and `read`.
         """
 
 
@@ -92,15 +92,18 @@ class Rule:
         """Name of the column that the rule reads; empty if it reads none."""
         return self.quantity.removeprefix(_COLUMN) if self.quantity.startswith(_COLUMN) else ""
 
-    def refusal(self, facts: Facts) -> str:
-        """Why the rule excludes a sample; empty if it does not.
+    def errors(self, samples: Sequence[Facts]) -> list[Optional[SampleError]]:
+        """For each sample, why it cannot be used: the rule excludes it, or a column or content cannot be checked."""
+        reasons = self.check.refusals(samples) if self.check else [self._refusal(facts) for facts in samples]
+        return [FilteredError(self, one) if isinstance(one, str) and one else one or None for one in reasons]
 
-        Raises:
-            SampleError: the sample lacks the column, or it is not a number, or its content cannot be checked.
-        """
-        if self.check:
-            assert facts.sample is not None and facts.read is not None
-            return self.check.refusal(facts.sample, [kind for kind, _, _ in facts.media], facts.read)
+    def _refusal(self, facts: Facts) -> Union[str, SampleError]:
+        try:
+            return self._reason(facts)
+        except SampleError as error:
+            return error
+
+    def _reason(self, facts: Facts) -> str:
         if self.values:
             value = str(self._listed(facts))
             return "" if value in self.values else f"{self.column} is {value!r}"
@@ -160,16 +163,40 @@ def parse_rules(
     return tuple(_rule(text, open_integrity) for text in texts)
 
 
-def apply_rules(rules: Iterable[Rule], facts: Facts) -> None:
-    """Check a sample.
+def apply_rules(rules: Iterable[Rule], samples: Sequence[Facts]) -> list[Optional[SampleError]]:
+    """Check samples.
 
-    Raises:
-        FilteredError: a rule excludes it; the first one is named.
-        SampleError: it lacks a column that a rule reads.
+    Returns:
+        For each sample a FilteredError with the first rule that excludes it, another SampleError if it lacks a column
+        or cannot be checked, or None if it is kept.
     """
+    errors: list[Optional[SampleError]] = [None] * len(samples)
     for rule in rules:
-        if reason := rule.refusal(facts):
-            raise FilteredError(rule, reason)
+        kept = [number for number, error in enumerate(errors) if error is None]
+        for number, error in zip(kept, rule.errors([samples[number] for number in kept])):
+            errors[number] = error
+    return errors
+
+
+def checked_together(
+    rules: Iterable[Rule], samples: Iterable[Item], media_bytes: Callable[[Item], int]
+) -> Iterator[list[Item]]:
+    """Group consecutive samples for `apply_rules`: one by one, unless a rule checks contents.
+
+    Args:
+        media_bytes: bytes of a sample's media, which stay in memory until its group is checked.
+    """
+    most = _TOGETHER if any(rule.check for rule in rules) else 1
+    group: list[Item] = []
+    held = 0
+    for sample in samples:
+        group.append(sample)
+        held += media_bytes(sample)
+        if len(group) >= most or held >= _TOGETHER_BYTES:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def learned_text(sample: Sample) -> str:

@@ -8,16 +8,16 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from megatron_anymal.config import ConfigError, LimitsConfig
 from megatron_anymal.data.codes import HASH_ATTRIBUTE, CodesKind, name_in_member, read_codes
 from megatron_anymal.data.content_parts import CODES_ENDING, media_part
-from megatron_anymal.data.filters import Facts, FilteredError, Rule, apply_rules, learned_text
+from megatron_anymal.data.filters import Facts, FilteredError, Rule, apply_rules, checked_together, learned_text
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.left_out import LeftOut
 from megatron_anymal.data.records import SAMPLE_KINDS, CodesPart, DataError, MediaPart, Part, Sample
@@ -139,20 +139,18 @@ class IndexOptions:
         kind = CodesKind.of(part, name, len(codes), stated, rejected=rejected)
         return str(kind), float(codes.shape[1]), float(codes.max())
 
-    def apply_filters(self, sample: Sample, media: Mapping[str, bytes], columns: Mapping[str, Any]) -> None:
-        """Check a sample before it is packed.
+    def facts(self, sample: Sample, media: Mapping[str, bytes], columns: Mapping[str, Any]) -> Facts:
+        """What the filters look at in a sample that is to be packed.
 
         Args:
             media: content of each media item, by the name that the sample's parts state.
             columns: further values that its source lists.
 
         Raises:
-            FilteredError: a rule excludes it.
-            SampleError: a media item cannot be used, or it lacks a column that a rule reads.
+            SampleError: a media item cannot be used.
         """
         sizes = [self.probe(part, media[part.media]) for part in sample.media]
-        facts = Facts(learned_text(sample), sizes, columns, sample, lambda part: media[part.media])
-        apply_rules(self.filters, facts)
+        return Facts(learned_text(sample), sizes, columns, sample, lambda part: media[part.media])
 
 
 @dataclass
@@ -163,6 +161,20 @@ class _Row:
     media: list[tuple[Any, ...]]
     used: int
     ignored: tuple[str, ...]
+    # What the filters look at; None if there are none.
+    facts: Optional[Facts]
+
+
+@dataclass
+class _Found:
+    """A sample of a shard, before the filters."""
+
+    group: Group
+    # None if the sample cannot be used.
+    row: Optional[_Row]
+    wrong: Optional[SampleError]
+    # What was found between the sample before and this one.
+    problems: list[LeftOut]
 
 
 def index_shard(folder: str, name: str, tokenizer: Tokenizer, options: IndexOptions) -> ShardRows:
@@ -195,17 +207,14 @@ class _Indexer:
         rows = self._rows
         walk = TarWalk(self._source, self._options.limits.max_text_bytes)
         buffer = RowBuffer()
-        for group in groups(walk, rows.name, rows.members, rows.left_out):
-            try:
-                row = self._row(group)
-            except FilteredError as error:
-                rows.members.ignored["members of filtered samples"] += group.seen
-                entry = LeftOut(rows.name, error.code, str(error), group.offset, group.key, rule=error.rule)
-                rows.left_out.append(entry)
-            except SampleError as error:
-                self._leave_out(group.key, group.offset, group.seen, error.code, str(error))
-            else:
-                buffer.add(group.key, group.offset, row.sample, row.media, row.used, row.ignored)
+        problems: list[LeftOut] = []
+        found = self._found(groups(walk, rows.name, rows.members, problems), problems)
+        for batch in checked_together(self._options.filters, found, _media_bytes):
+            self._filter(batch)
+            for one in batch:
+                rows.left_out += one.problems
+                self._add(one, buffer)
+        rows.left_out += problems
         recurring = buffer.recurring(entry.key for entry in rows.left_out if entry.key)
         for sample in recurring.values():
             occurrences = f"its key occurs in {sample.occurrences} places of the shard"
@@ -214,6 +223,36 @@ class _Indexer:
         buffer.move_to(rows, recurring)
         rows.damaged_bytes = walk.bytes.damaged
         rows.members.check(rows.name)
+
+    def _found(self, all_groups: Iterable[Group], problems: list[LeftOut]) -> Iterator[_Found]:
+        """The samples of a shard; `problems` is emptied into them, so that the ledger keeps the order of the shard."""
+        for group in all_groups:
+            before = problems[:]
+            problems.clear()
+            try:
+                yield _Found(group, self._row(group), None, before)
+            except SampleError as error:
+                yield _Found(group, None, error, before)
+
+    def _filter(self, batch: Sequence[_Found]) -> None:
+        """Set `wrong` of the samples that a filter excludes."""
+        checked = [(one, one.row.facts) for one in batch if one.row and one.row.facts]
+        errors = apply_rules(self._options.filters, [facts for _, facts in checked])
+        for (one, _), error in zip(checked, errors):
+            one.wrong = error
+
+    def _add(self, one: _Found, buffer: RowBuffer) -> None:
+        """Add a sample to the rows or to the ledger."""
+        group, row, rows = one.group, one.row, self._rows
+        if isinstance(one.wrong, FilteredError):
+            rows.members.ignored["members of filtered samples"] += group.seen
+            entry = LeftOut(rows.name, one.wrong.code, str(one.wrong), group.offset, group.key, rule=one.wrong.rule)
+            rows.left_out.append(entry)
+        elif one.wrong:
+            self._leave_out(group.key, group.offset, group.seen, one.wrong.code, str(one.wrong))
+        else:
+            assert row is not None
+            buffer.add(group.key, group.offset, row.sample, row.media, row.used, row.ignored)
 
     def _leave_out(self, key: str, offset: int, members: int, code: str, reason: str) -> None:
         self._rows.members.bad += members
@@ -247,12 +286,15 @@ class _Indexer:
         counts = self._counts(sample)
         if len(media) > MAX_MEDIA:
             raise SampleError("limit", f"it has {len(media)} media items, above the index's maximum of {MAX_MEDIA}.")
-        if self._options.filters:
-            sizes = [(self._rows.kinds[row[3]], row[5], row[6]) for row in media]
-            facts = Facts(learned_text(sample), sizes, self._columns(group), sample, partial(self._content, members))
-            apply_rules(self._options.filters, facts)
+        facts = self._facts(group, sample, members, media) if self._options.filters else None
         row = (text.offset, text.size, zlib.crc32(data), is_json, SAMPLE_KINDS.index(sample.kind), *counts)
-        return _Row(row, media, len(is_used), tuple(f".{ending}" for ending in unused))
+        return _Row(row, media, len(is_used), tuple(f".{ending}" for ending in unused), facts)
+
+    def _facts(
+        self, group: Group, sample: Sample, members: Mapping[str, TarMember], media: Sequence[tuple[Any, ...]]
+    ) -> Facts:
+        sizes = [(self._rows.kinds[row[3]], row[5], row[6]) for row in media]
+        return Facts(learned_text(sample), sizes, self._columns(group), sample, partial(self._content, members))
 
     def _read(self, group: Group, members: Mapping[str, TarMember]) -> tuple[TarMember, bytes, bool, Sample]:
         """A sample's text member, its bytes, whether it is JSON, and its documents."""
@@ -327,6 +369,10 @@ class _Indexer:
             raise SampleError("text", "none of its tokens is a target. Set `loss`: true in a text part.")
         (tokens, targets), (rejected_tokens, rejected_targets) = (*counts, (0, 0))[:2]
         return tokens, targets, rejected_tokens, rejected_targets
+
+
+def _media_bytes(one: _Found) -> int:
+    return sum(row[1] for row in one.row.media) if one.row else 0
 
 
 def _number(names: list[str], name: str) -> int:

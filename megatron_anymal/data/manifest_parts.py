@@ -19,7 +19,6 @@ from megatron_anymal.data.part_files import PartFiles
 from megatron_anymal.data.part_of import PartOf
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_writer import (
-    ApplyFilters,
     SampleWriter,
     packing_header,
     packing_options,
@@ -30,6 +29,7 @@ from megatron_anymal.data.source_records import Record, Source
 from megatron_anymal.telemetry import Progress
 
 if TYPE_CHECKING:
+    from megatron_anymal.data.index_builder import IndexOptions
     from megatron_anymal.data.media_encoding import MediaEncoder
 
 # Options that parts must agree on -> how they are given.
@@ -49,7 +49,7 @@ def write_part(
     part: PartOf,
     samples_per_shard: int = 2000,
     limits: LimitsConfig = DEFAULT_LIMITS,
-    apply_filters: Optional[ApplyFilters] = None,
+    filtering: Optional[IndexOptions] = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
     encoder: Optional[MediaEncoder] = None,
 ) -> list[str]:
@@ -60,8 +60,8 @@ def write_part(
 
     Args:
         samples_per_shard: samples of the source per shard, those left out included.
-        apply_filters: leaves out the samples that a filter excludes.
-        settings: the options that `apply_filters` and `encoder` depend on.
+        filtering: its filters leave samples out. None: there are none.
+        settings: the options that `filtering` and `encoder` depend on.
         encoder: encodes media as codes.
 
     Returns:
@@ -73,7 +73,7 @@ def write_part(
     parts = PartFiles(out)
     total = _samples(source, out, parts, packing_options(samples_per_shard, limits, settings))
     sizes = [min(samples_per_shard, total - first) for first in range(0, total, samples_per_shard)]
-    writer = SampleWriter(source, limits, apply_filters, encoder)
+    writer = SampleWriter(source, limits, filtering, encoder)
     packer = _PartPacker(Path(out), parts, writer, sum(part.items(sizes)), source.path)
     shards = []
     numbered = itertools.groupby(enumerate(source.records()), lambda entry: entry[0] // samples_per_shard)

@@ -6,13 +6,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
-from megatron_anymal.data.filters import FilteredError
+from megatron_anymal.data.filters import Facts, FilteredError, apply_rules, checked_together
 from megatron_anymal.data.left_out import INDEX_FOLDER, REFUSED_LEDGER, LeftOut, by_rule, to_line
 from megatron_anymal.data.packing_journal import Journal, PackedShard, continues, is_unfinished
 from megatron_anymal.data.records import CodesPart, DataError, Sample, TextPart
@@ -22,10 +23,8 @@ from megatron_anymal.data.source_records import Record, Source
 from megatron_anymal.telemetry import Progress
 
 if TYPE_CHECKING:
+    from megatron_anymal.data.index_builder import IndexOptions
     from megatron_anymal.data.media_encoding import MediaEncoder
-
-# Given a sample, its media by name and its columns: raises FilteredError if a rule excludes it.
-ApplyFilters = Callable[[Sample, Mapping[str, bytes], Mapping[str, Any]], None]
 
 
 def pack(
@@ -35,7 +34,7 @@ def pack(
     overwrite: bool = False,
     max_bad_share: float = 0.01,
     limits: LimitsConfig = DEFAULT_LIMITS,
-    apply_filters: Optional[ApplyFilters] = None,
+    filtering: Optional[IndexOptions] = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
     encoder: Optional[MediaEncoder] = None,
 ) -> None:
@@ -47,8 +46,8 @@ def pack(
     Args:
         samples_per_shard: samples of the source per shard, those left out included.
         max_bad_share: maximum share of samples that may be left out.
-        apply_filters: leaves out the samples that a filter excludes.
-        settings: the options that `apply_filters` and `encoder` depend on.
+        filtering: its filters leave samples out. None: there are none.
+        settings: the options that `filtering` and `encoder` depend on.
         encoder: encodes media as codes.
 
     Raises:
@@ -66,7 +65,7 @@ def pack(
         raise _holds_shards(out)
     folder.mkdir(parents=True, exist_ok=True)
     journal = Journal(folder, header)
-    packer = _Packer(source, journal, total, max_bad_share, SampleWriter(source, limits, apply_filters, encoder))
+    packer = _Packer(source, journal, total, max_bad_share, SampleWriter(source, limits, filtering, encoder))
     try:
         packer.run(samples_per_shard)
     except DataError:
@@ -107,6 +106,27 @@ def _holds_shards(out: str) -> DataError:
     )
 
 
+@dataclass
+class _Opened:
+    """A sample before it is written."""
+
+    record: Record
+    key: str
+    # Why it cannot be used; None if it can.
+    wrong: Optional[SampleError] = None
+    # Its JSON, and the tokenizer's name for each of its media to be encoded.
+    value: dict[str, Any] = field(default_factory=dict)
+    tokenizers: Sequence[str] = ()
+    # Ending and content of each media item.
+    media: Sequence[tuple[str, bytes]] = ()
+    # What the filters look at; None if there are none.
+    facts: Optional[Facts] = None
+
+    @property
+    def media_bytes(self) -> int:
+        return sum(len(data) for _, data in self.media)
+
+
 class SampleWriter:
     """Writes samples of a source into shards; all of them have keys of their own."""
 
@@ -114,7 +134,7 @@ class SampleWriter:
         self,
         source: Source,
         limits: LimitsConfig,
-        apply_filters: Optional[ApplyFilters],
+        filtering: Optional[IndexOptions],
         encoder: Optional[MediaEncoder] = None,
     ):
         """Nothing is read or written yet.
@@ -122,11 +142,11 @@ class SampleWriter:
         Args:
             source: of the samples.
             limits: `data.limits`.
-            apply_filters: leaves out the samples that a filter excludes.
+            filtering: its filters leave samples out. None: there are none.
             encoder: encodes media as codes.
         """
         self._encoder = encoder
-        self._source, self._limits, self._apply_filters = source, limits, apply_filters
+        self._source, self._limits, self._filtering = source, limits, filtering
         self._keys: set[str] = set()
         # Hashes of the paths of media files, and how often one was used again.
         self._files: set[int] = set()
@@ -150,15 +170,15 @@ class SampleWriter:
         left_out: list[LeftOut] = []
         samples = 0
         with webdataset.TarWriter(str(path), mtime=0) as writer:
-            for record in records:
-                key = self._key(record)
+            for one in self._checked(records):
                 try:
-                    writer.write(self._members(record, key))
+                    writer.write(self._members(one))
                     samples += 1
                     report(None)
                 except SampleError as error:
                     rule = error.rule if isinstance(error, FilteredError) else ""
-                    left_out.append(LeftOut("", error.code, str(error), key=key, source=record.where, rule=rule))
+                    where = one.record.where
+                    left_out.append(LeftOut("", error.code, str(error), key=one.key, source=where, rule=rule))
                     report(left_out[-1])
         if not samples:
             path.unlink()
@@ -183,25 +203,44 @@ class SampleWriter:
         self._keys.add(key)
         return key
 
-    def _members(self, record: Record, key: str) -> dict[str, Any]:
+    def _checked(self, records: Iterable[Record]) -> Iterator[_Opened]:
+        """Open samples, in order, and apply the filters."""
+        rules = self._filtering.filters if self._filtering else ()
+        for group in checked_together(rules, map(self._open, records), lambda one: one.media_bytes):
+            checked = [(one, one.facts) for one in group if one.facts]
+            for (one, _), error in zip(checked, apply_rules(rules, [facts for _, facts in checked])):
+                one.wrong = error
+            yield from group
+
+    def _open(self, record: Record) -> _Opened:
+        opened = _Opened(record, self._key(record), record.wrong)
+        if opened.wrong:
+            return opened
+        encoder = self._encoder
+        try:
+            opened.value, opened.tokenizers = encoder.named(record.value) if encoder else (record.value, ())
+            parsed = _parse(opened.value)
+            opened.media = list(self._media(record))
+            if self._filtering:
+                names = [entry["media"] for entry in media_entries(record.value)]
+                seen = encoder.unencoded(parsed, record.value) if encoder else parsed
+                contents = dict(zip(names, (data for _, data in opened.media)))
+                opened.facts = self._filtering.facts(seen, contents, record.columns)
+        except SampleError as error:
+            opened.wrong = error
+        return opened
+
+    def _members(self, one: _Opened) -> dict[str, Any]:
         """The members of a sample.
 
         Raises:
             SampleError: it cannot be used, or a filter excludes it.
         """
-        if record.wrong:
-            raise record.wrong
-        value, tokenizers = self._encoder.named(record.value) if self._encoder else (record.value, [])
-        parsed = _parse(value)
-        media = list(self._media(record))
-        if self._apply_filters:
-            names = [entry["media"] for entry in media_entries(record.value)]
-            seen = self._encoder.unencoded(parsed, record.value) if self._encoder else parsed
-            self._apply_filters(seen, dict(zip(names, (data for _, data in media))), record.columns)
-        if self._encoder:
-            media = self._encoder.encode(media, tokenizers)
+        if one.wrong:
+            raise one.wrong
+        media = self._encoder.encode(one.media, one.tokenizers) if self._encoder else one.media
         members = {f"{number}.{ending}": data for number, (ending, data) in enumerate(media)}
-        return {"__key__": key, **members, "json": to_json(value, list(members))}
+        return {"__key__": one.key, **members, "json": to_json(one.value, list(members))}
 
     def _media(self, record: Record) -> Iterator[tuple[str, bytes]]:
         """Ending and content of each media item."""

@@ -98,7 +98,6 @@ class IntegrityChecks:
         """
         verdicts: list[Optional[Rejection]] = [None] * len(prompts)
         with self._timed():
-            self.queries += len(prompts)
             if self._config.of_stage(INPUT_IMAGE):
                 pictures = [
                     (place, picture)
@@ -108,6 +107,7 @@ class IntegrityChecks:
                 self._judge(INPUT_IMAGE, pictures, verdicts)
             texts = [(place, text) for place, prompt in enumerate(prompts) if (text := text_of(prompt).strip())]
             self._judge(INPUT_TEXT, texts, verdicts)
+            self.queries += len(prompts)
             self.rejected.update(verdict.code for verdict in verdicts if verdict)
         return verdicts
 

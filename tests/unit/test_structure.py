@@ -40,6 +40,7 @@ ORDER = [
     ("generation",),
     ("integrity",),
     ("evaluation",),
+    ("harnesses",),
     ("judgement",),
     ("serving",),
     ("synthesis",),

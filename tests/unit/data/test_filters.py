@@ -19,11 +19,9 @@ from megatron_anymal.data.shard_samples import SampleError
 
 def excluded_by(rules: list[str], facts: Facts) -> str:
     """The rule that excludes a sample; empty if none does."""
-    try:
-        apply_rules(parse_rules(rules), facts)
-    except FilteredError as error:
-        return error.rule
-    return ""
+    [error] = apply_rules(parse_rules(rules), [facts])
+    assert error is None or isinstance(error, FilteredError)
+    return error.rule if error else ""
 
 
 def facts(*media: tuple[str, float, float], text: str = "one two", **columns: Any) -> Facts:
@@ -54,9 +52,9 @@ def test_bounds_are_inclusive(rule: str, kept: Facts, out: Facts) -> None:
 
 def test_a_missing_column_is_no_silent_exclusion() -> None:
     for rule, columns in (("min_column:clip=0.3", {"clipp": 1}), ("min_column:clip=0.3", {"clip": "high"})):
-        with pytest.raises(SampleError, match="clip") as error:
-            apply_rules(parse_rules([rule]), facts(**columns))
-        assert error.value.code == "column" and not isinstance(error.value, FilteredError)
+        [error] = apply_rules(parse_rules([rule]), [facts(**columns)])
+        assert isinstance(error, SampleError) and not isinstance(error, FilteredError)
+        assert error.code == "column" and "clip" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -83,16 +84,16 @@ def test_an_interrupted_packing_continues_unless_the_classifier_changed(
     manifest = made.put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, samples(tmp_path))))
     words = ["--manifest", str(manifest), "--out", str(tmp_path / "out"), "--samples-per-shard", "6"]
     words += ["--filter", f"integrity={integrity}", "--tokenizer", tokenizer_folder]
-    checked, refusal = [], SampleFilter.refusal
+    checked, refusals = [], SampleFilter.refusals
 
     def stop_at(limit: int) -> None:
-        def refuse(self: SampleFilter, *arguments: Any) -> str:
-            if len(checked) == limit:
+        def refuse(self: SampleFilter, samples: Any) -> Any:
+            if 0 <= limit < len(checked) + len(samples):
                 raise KeyboardInterrupt
-            checked.append(1)
-            return refusal(self, *arguments)
+            checked.extend(samples)
+            return refusals(self, samples)
 
-        monkeypatch.setattr(SampleFilter, "refusal", refuse)
+        monkeypatch.setattr(SampleFilter, "refusals", refuse)
 
     stop_at(14)
     with pytest.raises(KeyboardInterrupt):
@@ -125,6 +126,79 @@ def test_a_sample_that_cannot_be_checked_is_bad(
     words = ["--manifest", str(manifest), "--out", str(tmp_path / "out"), "--filter", f"integrity={integrity}"]
     with pytest.raises(ValueError, match=r"cannot be used, above --max-bad-share.*input_text/words/failed.*no memory"):
         main([*words, "--tokenizer", tokenizer_folder])
+
+
+def shards_of(rows: list[dict[str, Any]], folder: Path) -> Path:
+    """A folder of one shard with the samples of a manifest."""
+    members = []
+    for n, row in enumerate(rows):
+        document = json.dumps({"parts": [{"media": "png"}, *row["parts"][1:]]}).encode()
+        members += [(f"k{n}.png", (folder / f"{n}.png").read_bytes()), (f"k{n}.json", document)]
+    made.write_tar(folder / "shards" / "0.tar", members)
+    return folder / "shards"
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+def test_samples_checked_together_have_the_results_of_each_alone(
+    integrity: str, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, indexed: bool
+) -> None:
+    from megatron_anymal.data import filters
+    from megatron_anymal.integrity.classifiers import ImageScorer, TextScorer
+
+    rows = samples(tmp_path)
+    # Between the samples of a batch, other rules and defects: pictures that are too small, cut off, or none.
+    tiny = io.BytesIO()
+    digits(False, 3, 1)[0].resize((6, 6)).save(tiny, "PNG")
+    made.put(tmp_path / "2.png", tiny.getvalue())
+    made.put(tmp_path / "9.png", tiny.getvalue())
+    whole = (tmp_path / "7.png").read_bytes()
+    made.put(tmp_path / "7.png", whole[: len(whole) // 2])
+    made.put(tmp_path / "10.png", b"no picture")
+    manifest = made.put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, rows)))
+    words = ["--filter", "min_words=2", "--filter", f"integrity={integrity}", "--filter", "min_side=8"]
+    words += ["--tokenizer", tokenizer_folder, "--max-bad-share", "0.2"]
+    calls: Counter[str] = Counter()
+    for scorer in (ImageScorer, TextScorer):
+
+        def counted(self: Any, inputs: Any, scores: Any = scorer.scores, name: str = scorer.__name__) -> Any:
+            calls[name] += 1
+            return scores(self, inputs)
+
+        monkeypatch.setattr(scorer, "scores", counted)
+    found, counts = [], []
+    for together in (1, 5, 64):
+        monkeypatch.setattr(filters, "_TOGETHER", together)
+        folder = tmp_path / f"of_{together}"
+        calls.clear()
+        if indexed:
+            shutil.copytree(shards_of(rows, tmp_path), folder)
+            assert main(["--index-only", str(folder), *words]) == 0
+        else:
+            assert main(["--manifest", str(manifest), "--out", str(folder), *words]) == 0
+        index = ShardIndex(str(folder))
+        keys = [index.key(n) for n in range(len(index))]
+        ledger = [json.loads(line) for line in (folder / "index" / "left_out.jsonl").read_text().splitlines()]
+        found.append((keys, ledger, [path.read_bytes() for path in sorted(folder.glob("*.tar"))]))
+        counts.append(calls.copy())
+    assert found[0] == found[1] == found[2]
+    codes = {row["key"]: row["code"] for row in found[0][1]}
+    assert codes.keys() == {f"k{n}" for n in {2, 7, 10} | PICTURE | QUESTION | ANSWER}
+    # The small picture of 9 shows no square; its size is the third rule's business.
+    assert codes["k7"] == codes["k10"] == "media" and codes["k2"] == codes["k9"] == "filtered"
+    assert [row["key"] for row in found[0][1]] == sorted(codes, key=lambda key: int(key[1:]))
+    # The cut-off picture is found by a classifier's decoder alone, one by one.
+    assert counts[0]["ImageScorer"] > 2 * counts[1]["ImageScorer"] and counts[1] > counts[2]
+
+
+def test_groups_of_samples_end_at_either_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_anymal.data import filters
+
+    rule: Any = filters.Rule("integrity=x", "integrity", check=object())  # type: ignore[arg-type]
+    monkeypatch.setattr(filters, "_TOGETHER", 3)
+    monkeypatch.setattr(filters, "_TOGETHER_BYTES", 10)
+    sizes = [1, 1, 1, 9, 1, 20, 5, 4]
+    assert list(filters.checked_together([rule], sizes, int)) == [[1, 1, 1], [9, 1], [20], [5, 4]]
+    assert list(filters.checked_together([], sizes, int)) == [[size] for size in sizes]
 
 
 @pytest.mark.parametrize("unchecked", [[], ["codes"]])
