@@ -147,10 +147,10 @@ class DataConfig:
 
     train: dict[str, DatasetConfig] = field(default_factory=dict)
     """Training datasets by name; a weighted mixture."""
-    schedule: list[StageConfig] = field(default_factory=list)
-    """Stages of the run, each with its own mixture of the training datasets. Empty: their own weights throughout."""
     validation: dict[str, DatasetConfig] = field(default_factory=dict)
     """Validation datasets by name."""
+    schedule: list[StageConfig] = field(default_factory=list)
+    """Stages of the run, each with its own mixture of the training datasets. Empty: their own weights throughout."""
     tokenizer: str = ""
     """Local folder of a HuggingFace tokenizer; the one that the indexes were made with."""
     seq_length: int = 4096

@@ -49,7 +49,7 @@ def test_from_dict_is_the_inverse_of_to_dict(folder):
         ({"modle": {}}, r"unknown key modle .*Did you mean model\?"),
         ({"model": {"modalities": {"image": {"projector": {"num_token": 1}}}}}, r"image\.projector\.num_tokens\?"),
         ({"data": {"train": {"x": {"pth": ""}}}}, r"data\.train\.x\.pth .*data\.train\.x\.path\?"),
-        ({"data": {"qqqq": 1}}, "data holds train, schedule, validation, tokenizer"),
+        ({"data": {"qqqq": 1}}, "data holds train, validation, schedule, tokenizer"),
     ],
 )
 def test_unknown_key_names_the_nearest(mapping, says):

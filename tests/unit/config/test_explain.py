@@ -49,9 +49,9 @@ def test_the_reference_page_is_that_of_the_schema() -> None:
     assert PAGE.read_text() == configuration_page()
     keys = [line.split("`")[1] for line in configuration_page().splitlines() if line.startswith("| `")]
     leaves = sum(len(field_docs(section)) for section in SECTIONS)
-    types = [str(field.type) for section in SECTIONS for field in dataclasses.fields(section)]
-    # A list of sections is a key of its own, besides theirs.
-    nested = sum("Config" in name and not name.startswith("list") for name in types)
+    # A list of sections has a row of its own.
+    types = [str(f.type) for section in SECTIONS for f in dataclasses.fields(section)]
+    nested = sum("Config" in of_field and not of_field.startswith("list") for of_field in types)
     assert len(keys) == leaves - nested
     assert RunConfig().model.optim.lr == 2e-4 and "| `lr` | `float` | `0.0002` | Peak learning rate. |" in (
         configuration_page()
