@@ -113,7 +113,7 @@ def _answer(
 ) -> list[str]:
     try:
         prompts = [prompt_of(requests[number].messages(), requests[number].name) for number in batch]
-        return generator.answer_batch(prompts, batch, sampling)
+        return [reply.text for reply in generator.answer_batch(prompts, batch, sampling)]
     except (DataError, MediaError) as error:
         raise DataError(f"{requests[batch[0]].name} to {requests[batch[-1]].name}: {error}") from error
 
