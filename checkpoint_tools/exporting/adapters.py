@@ -55,12 +55,14 @@ class Adapters:
         return {name for pair in self.pairs.values() for name in pair}
 
     def merged(self, module: str, weight: Tensor, read: Callable[[str], Tensor]) -> Tensor:
-        """Return a module's weight [out, in] with its adapter merged: at least fp32 sums, the weight's dtype."""
+        """Return a module's weight [out, in] with its adapter merged: the sum in fp64, rounded to the weight's dtype.
+
+        In fp32 the trainer's own merged weights, summed in another order, would be rounded to other values here and there.
+        """
         if module not in self.pairs:
             return weight
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        a, b = (read(name).to(wide) for name in self.pairs[module])
-        return torch.addmm(weight.to(wide), b, a, alpha=self.lora.alpha / self.lora.r).to(weight.dtype)
+        a, b = (read(name).double() for name in self.pairs[module])
+        return torch.addmm(weight.double(), b, a, alpha=self.lora.alpha / self.lora.r).to(weight.dtype)
 
     def write(
         self,

@@ -51,7 +51,9 @@ def verify(folder: Path, config: RunConfig, export: Path, samples: Sequence[Veri
     with tempfile.TemporaryDirectory(prefix="anymal_verify_") as scratch:
         out = Path(scratch)
         version = _run_export(export, samples, out)
-        native = NativeModel(folder, config, llama_only=all(sample.prompt is None for sample in samples))
+        llama_only = all(sample.prompt is None for sample in samples)
+        merge = not (export / "adapter").is_dir()
+        native = NativeModel(folder, config, llama_only=llama_only, merge=merge)
         groups: dict[str, _Group] = {}
         for number, sample in enumerate(samples):
             native_output = native.run(sample)

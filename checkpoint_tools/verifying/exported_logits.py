@@ -56,7 +56,7 @@ def add_adapters(model, folder):
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     for module in config["target_modules"]:
-        a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"] for part in "AB")
+        a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"].float() for part in "AB")
         weight = model.get_submodule(module).weight
         weight += (b @ a).to(weight.dtype) * (config["lora_alpha"] / config["r"])
 

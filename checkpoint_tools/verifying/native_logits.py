@@ -19,6 +19,7 @@ from megatron_anymal.data.prompt_encoder import PromptReader
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.build import build_models
 from megatron_anymal.model.fp8_weights import leave_out_fp8
+from megatron_anymal.model.lora import merge_lora
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build_inputs
 from megatron_anymal.train.device_prefetch import to_device
@@ -27,13 +28,14 @@ from megatron_anymal.train.device_prefetch import to_device
 class NativeModel:
     """A checkpoint's model in one process."""
 
-    def __init__(self, folder: Path, config: RunConfig, *, llama_only: bool) -> None:
+    def __init__(self, folder: Path, config: RunConfig, *, llama_only: bool, merge: bool) -> None:
         """Build the model.
 
         Args:
             folder: checkpoint folder.
             config: configuration of its run.
             llama_only: leave out encoders and projectors.
+            merge: merge the adapters, which rounds the Llama's weights to the run's dtype as in the export.
         """
         config = _on_one_process(config)
         if not config.model.language_model.freeze:
@@ -59,6 +61,8 @@ class NativeModel:
         media = ("discrete.",) if llama_only else ("projectors.", "encoders.", "discrete.")
         if any(name.startswith(media) or ".lora." in name for name in saved):
             load_media_parts([native], folder)
+        if merge:
+            merge_lora([native])
         # Encoders and base were rounded to the run's dtype above; the comparison itself runs in fp32.
         self._model = native.float().eval().requires_grad_(False)
 

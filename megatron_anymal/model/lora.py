@@ -215,10 +215,9 @@ class LoraAdapter(nn.ModuleDict):
         return torch.addmm(output.flatten(0, 1), inner.flatten(0, 1), self._up().t(), alpha=scaling).view_as(output)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Return this rank's shard [out, in] of the layer's weight with the adapters added; summed at least in fp32."""
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        change = self._up().to(wide) @ self._down().to(wide)
-        return (unquantized(weight).to(wide) + self.scaling * change).to(weight.dtype)
+        """Return this rank's shard [out, in] of the layer's weight with the adapters added: the sum in fp64, rounded."""
+        change = self._up().double() @ self._down().double()
+        return (unquantized(weight).double() + self.scaling * change).to(weight.dtype)
 
     def _down(self) -> Tensor:
         """Stack the As, [R, in]."""

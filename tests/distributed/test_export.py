@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -296,3 +297,20 @@ def test_tensors_that_belong_nowhere_are_named(run: RunConfig, tmp_path: Path, c
     (copy / "manifest.json").write_text(json.dumps({**body, "checksum": store._checksum(body)}))
     assert run_in_rank(export_hf.main, ["--checkpoint", copy, "--out", tmp_path / "out"]) == 2
     assert "encoders.imu" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_merged_adapters_of_a_bf16_run_are_verified_as_they_are_rounded(run: RunConfig, tmp_path: Path) -> None:
+    config = copy.deepcopy(run)
+    config.trainer.precision, config.trainer.devices, config.model.tensor_model_parallel_size = "bf16", 1, 1
+    config.exp_manager.explicit_log_dir = str(tmp_path / "run")
+    run_ranks(1, train, config)
+    assert export(config, tmp_path / "merged", "--llama-only") == 0
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert export(config, tmp_path / "apart", "--llama-only", "--adapter", "separate") == 0
+    # A merged weight that is not as it should be is still found.
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][0, :4] += weights[name][0, :4].abs().max()
+    save_file(weights, tmp_path / "merged" / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["--checkpoint", config.exp_manager.explicit_log_dir, "--export", str(tmp_path / "merged")]
+    assert run_in_rank(verify.main, arguments) == 1
