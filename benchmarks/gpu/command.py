@@ -27,10 +27,11 @@ FLOPs of a step, two per multiply-add, for real tokens (no padding):
   4 x hidden size x vocabulary x targets                    (output layer, labelled positions)
   6 x parameters of the adapters x tokens                   (SFT and DPO: including their own gradient)
   2 x all of the above parameters x tokens                  (DPO: forward pass of the reference)
-  3.5 x 2 x heads x head size x layers x sum of L^2         (causal attention within documents of L tokens)
+  3 x 2 x heads x head size x layers x sum of L^2           (causal attention within documents of L tokens)
   2 x the encoder's parameters x its tokens + attention     (forward only)
   6 x the projector's parameters x its tokens + attention   (2 x in DPO, which freezes it)
-A trained Llama would count 6 instead of 4. Recomputed activations do not count.
+A trained Llama would count 6 instead of 4. Recomputed activations do not count, nor gradients that reach nothing that
+trains. This is the count of a run's log: docs/operations/utilization.md.
 MFU = FLOPs / seconds / rate of a large matrix product measured in the same run."""
 
 # Dimensions of a case and their choices.

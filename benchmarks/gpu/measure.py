@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Optional
 
-import numpy as np
 import torch
 from anymal_side import layer_parameters
 from measuring import Turns, ratio, take_turns
@@ -21,9 +20,11 @@ from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.step_plan import StepPlan
+from megatron_anymal.model.operations.step import Operations, step_operations
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.step import train_step
+from megatron_anymal.train.utilization import model_costs, step_amounts, trainable_media
 
 # Relative tolerance of loss and gradient norm between the two implementations, by precision.
 TOLERANCE = {"32": (1e-4, 1e-3), "bf16": (5e-3, 5e-2), "fp8": (2e-2, 2e-1), "fp8_primary": (2e-2, 2e-1)}
@@ -59,7 +60,7 @@ class Timed:
     # Side -> why it was not timed.
     left_out: dict[str, str]
     # Useful work and plan of each batch.
-    work: list[Work]
+    work: list[Operations]
     plans: list[StepPlan]
     counted: dict[str, dict[str, float]]
     data_wait: Optional[dict[str, Any]] = None
@@ -189,16 +190,10 @@ def _gone(number: int) -> None:
     raise RuntimeError("this side's memory was released")
 
 
-def useful_work(state: TrainState, plan: StepPlan) -> Work:
-    """Work that a step must do: nothing for padding, and the output layer for targets only."""
-    amounts = Amounts(
-        tokens=int(plan.documents.sum()),
-        head_rows=int(plan.targets.sum()),
-        squares=int(np.square(plan.documents).sum()),
-        pieces=int(plan.media.pieces.sum()),
-    )
-    adapters = adapter_parameters(state.llama, state.config.model.lora.r)
-    return _work(state, amounts, adapters, encodings=1)
+def useful_work(state: TrainState, plan: StepPlan) -> Operations:
+    """Operations that a step needs, counted as a run counts them for its MFU; in DPO with the reference."""
+    media, reference = trainable_media(state.config.model), state.config.job == "dpo"
+    return step_operations(model_costs(state), step_amounts(plan, media, reference=reference))
 
 
 def _work(state: TrainState, amounts: Amounts, adapters: float, encodings: int) -> Work:
@@ -218,12 +213,12 @@ def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     state, plan = run.state, run.batches[0][0]
     padded = plan.padded_length * len(plan.micro_batches[0])
     head_rows = int(plan.targets.sum()) if name == "ours" else padded
-    amounts = Amounts(padded, head_rows, 0, int(plan.media.pieces.sum()))
+    amounts = Amounts(padded, head_rows, int(plan.media.pieces.sum()))
     r = state.config.model.lora.r
     adapters = adapter_parameters(state.llama, r, joined=name == "ours")
     # This trainer runs the encoder again for the DPO reference.
     work = _work(state, amounts, adapters, encodings=2 if name == "ours" and state.config.job == "dpo" else 1)
-    by_hand = {"media": work.media.products, "bare": work.layers + work.head}.get(name, work.products)
+    by_hand = {"media": work.media, "bare": work.layers + work.head}.get(name, work.total)
     if name in ("ours", "bare"):
         by_hand += computed_twice(state.llama, side.recompute) * padded
     if name == "huggingface" and state.config.job == "dpo":
@@ -282,11 +277,11 @@ def data_wait(state: TrainState, count: int) -> dict[str, Any]:
 def summary(timed: Timed, limits: dict[str, Any]) -> dict[str, Any]:
     """Results of a case: sizes, numbers of each side, and ratios between sides."""
     tokens = [int(plan.documents.sum()) for plan in timed.plans]
-    operations = [work.total for work in timed.work]
+    operations = [work.needed for work in timed.work]
     sides = {name: _side(name, timed, tokens, operations, limits) for name in timed.sides}
     return {
         "batches": [_sizes(plan) for plan in timed.plans],
-        "work": [{**asdict(work), "total": work.total} for work in timed.work],
+        "work": [_parts(work) for work in timed.work],
         "sides": sides,
         "left_out_sides": timed.left_out,
         "data_wait": timed.data_wait,
@@ -294,6 +289,12 @@ def summary(timed: Timed, limits: dict[str, Any]) -> dict[str, Any]:
         "equality": timed.equality,
         "ratios": _ratios(timed.turns),
     }
+
+
+def _parts(work: Operations) -> dict[str, float]:
+    """Needed operations by part, and in total."""
+    again = ("encoding_again", "repeated")
+    return {**{part: count for part, count in asdict(work).items() if part not in again}, "total": work.needed}
 
 
 def _sizes(plan: StepPlan) -> dict[str, int]:

@@ -1,11 +1,11 @@
-"""Analytic floating-point operations of a step."""
+"""Analytic operations of the matrix products of a step as each side does it, to compare with torch's counter."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anymal_side import ATTENTION_BACKWARD, attention_by_hand, layer_parameters
+from anymal_side import layer_parameters
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ProjectorConfig
@@ -20,8 +20,6 @@ class Amounts:
     # Tokens through the Llama's layers, and rows through its output layer.
     tokens: int
     head_rows: int
-    # Sum of the documents' squared lengths.
-    squares: int
     # Encoder inputs (tiles) through the encoder and the projector.
     pieces: int
 
@@ -48,17 +46,13 @@ def passes_of(job: str, encodings: int) -> Passes:
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations, two per multiply-add."""
+    """Floating-point operations, two per multiply-add, without attention, which torch does not count on CPUs."""
 
     layers: float
     head: float
     adapters: float
-    # The Llama's attention within documents.
-    attention: float
     encoder: float
-    encoder_attention: float
     projector: float
-    projector_attention: float
 
     @property
     def total(self) -> float:
@@ -66,14 +60,9 @@ class Work:
         return float(sum(asdict(self).values()))
 
     @property
-    def products(self) -> float:
-        """Total without attention, which torch does not count on CPUs."""
-        return self.total - self.attention - self.encoder_attention - self.projector_attention
-
-    @property
-    def media(self) -> Work:
+    def media(self) -> float:
         """Work of the encoder and the projector alone."""
-        return Work(0, 0, 0, 0, self.encoder, self.encoder_attention, self.projector, self.projector_attention)
+        return self.encoder + self.projector
 
 
 def adapter_parameters(hf: LlamaConfig, r: int, *, joined: bool = False) -> int:
@@ -96,13 +85,12 @@ def adapter_parameters(hf: LlamaConfig, r: int, *, joined: bool = False) -> int:
     return total * r * hf.num_hidden_layers
 
 
-def projector_parameters(section: ProjectorConfig, features: int, width: int, hidden: int) -> tuple[float, float]:
-    """Work of a resampler per encoder input: parameter x token pairs, and attention's forward operations."""
+def projector_parameters(section: ProjectorConfig, features: int, width: int, hidden: int) -> float:
+    """Work of a resampler per encoder input: parameter x token pairs."""
     h = section.hidden_size or width
     latents, both = section.num_tokens, section.num_tokens + features
     layer = (2 * latents + 2 * both) * h * h + 2 * section.ffn_multiplier * latents * h * h
-    pairs = features * width * h + section.num_layers * layer + latents * h * hidden
-    return float(pairs), section.num_layers * attention_flops(latents, both, h)
+    return float(features * width * h + section.num_layers * layer + latents * h * hidden)
 
 
 def work_by_hand(
@@ -122,8 +110,7 @@ def work_by_hand(
     layer = layer_parameters(
         hf.hidden_size, hf.num_attention_heads, hf.num_key_value_heads, hf.head_dim, hf.intermediate_size
     )
-    attention = attention_by_hand(hf.num_attention_heads, hf.head_dim, hf.num_hidden_layers, amounts.squares)
-    pairs, reading = projector_parameters(section, encoder.feature_tokens, encoder.width, hf.hidden_size)
+    pairs = projector_parameters(section, encoder.feature_tokens, encoder.width, hf.hidden_size)
     learns = passes.projector > 1
     projections = 1 if learns else passes.encodings
     looking = encoder_attention(encoder)
@@ -132,11 +119,8 @@ def work_by_hand(
         layers=llama * layer * hf.num_hidden_layers * amounts.tokens,
         head=llama * hf.hidden_size * hf.vocab_size * amounts.head_rows,
         adapters=2.0 * (passes.adapters + passes.reference) * adapters * amounts.tokens,
-        attention=(1 + ATTENTION_BACKWARD + passes.reference) * attention,
         encoder=passes.encodings * (encoder.flops_per_piece() - looking) * amounts.pieces,
-        encoder_attention=passes.encodings * looking * amounts.pieces,
         projector=2.0 * passes.projector * projections * pairs * amounts.pieces,
-        projector_attention=(1 + ATTENTION_BACKWARD * learns) * projections * reading * amounts.pieces,
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from megatron_anymal.config import ModelConfig
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.memory.run_sizes import chunks_of_stages
@@ -65,7 +66,7 @@ class Utilization:
         self._state, self._peak = state, peak
         # Only ranks with encoders report or read cached features: those of the first stage, or of all stages.
         self._costs = model_costs(state) if state.layout.is_first_stage or state.stage_encoding else None
-        self._trainable = _trainable(state)
+        self._trainable = trainable_media(state.config.model)
         self._total = Operations()
         # What this rank left out because features were cached.
         self._saved = Operations()
@@ -175,9 +176,8 @@ def _recompute(state: TrainState) -> Recompute:
     )
 
 
-def _trainable(state: TrainState) -> frozenset[str]:
+def trainable_media(model: ModelConfig) -> frozenset[str]:
     """Return the names of the media whose documents have something trainable before the Llama's layers."""
-    model = state.config.model
     names = {
         name for name, section in model.modalities.items() if not (section.encoder.freeze and section.projector.freeze)
     }

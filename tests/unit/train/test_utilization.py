@@ -26,7 +26,7 @@ from megatron_anymal.planning.layouts.peak import measured_peak, peak_of_run
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.loop import fit
 from megatron_anymal.train.step import train_step
-from megatron_anymal.train.utilization import UTILIZATION_METRICS, Peak, _trainable, model_costs, step_amounts
+from megatron_anymal.train.utilization import UTILIZATION_METRICS, Peak, model_costs, step_amounts, trainable_media
 
 CPU = torch.device("cpu")
 LAYERS, HIDDEN, FFN, QUERIES, KEYS = 4, 32, 48, 32, 16
@@ -64,7 +64,7 @@ def one_step(config: RunConfig) -> tuple[int, Operations, float, dict[str, float
         result = train_step(state, plan, [micro_batch])
     assert result.reference_computed == (config.job == "dpo") and not result.skipped
     costs = model_costs(state)
-    amounts = step_amounts(plan, _trainable(state), reference=result.reference_computed)
+    amounts = step_amounts(plan, trainable_media(config.model), reference=result.reference_computed)
     fused = amounts.reached.squares * costs.reached.attention.repeated
     fused += amounts.other.squares * costs.other.attention.repeated
     return counter.get_total_flops(), step_operations(costs, amounts), fused, dict(amounts.pieces)

@@ -1,0 +1,34 @@
+"""The page on operations lists all metrics, and its example is what the code counts."""
+
+from __future__ import annotations
+
+import re
+
+from commands import PAGES
+from test_operations import HEAD_8B, LAYERS_8B, LLAMA_8B, section
+
+from megatron_anymal.model.operations.costs import llama_costs
+from megatron_anymal.planning.layouts.hardware import load_hardware
+from megatron_anymal.train.utilization import UTILIZATION_METRICS
+
+PAGE = PAGES["docs/operations/utilization.md"]
+
+
+def test_metrics_are_listed() -> None:
+    table = PAGE.partition("| metric |")[2].partition("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", table)) == {*UTILIZATION_METRICS, "forward_seconds"}
+
+
+def test_the_example_is_counted() -> None:
+    text = PAGE.partition("## Example")[2]
+    assert f"{LAYERS_8B:,} parameters in its layers, and {HEAD_8B:,} in its head" in text.replace("\n", " ")
+    costs = llama_costs(section(), LLAMA_8B, reached=True)
+    linears, attention, head = (
+        units * (cost.forward + cost.backward)
+        for units, cost in ((300 * 1000, costs.linears), (1000 * 300**2, costs.attention), (40 * 1000, costs.head))
+    )
+    shown = [float(number) for number in re.findall(r"= ([\d.]+e\d+) \|", text)]
+    assert shown == [float(f"{count:.3g}") for count in (linears, attention, head)]
+    rate = (linears + attention + head) / (4 * 8)
+    assert f"{rate / 1e12:.0f} TFLOP/s per GPU" in text.replace("\n", " ")
+    assert f"{rate / load_hardware('h100-80gb').peak('bf16'):.1%}".replace("%", " %") in text
