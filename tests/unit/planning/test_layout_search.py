@@ -72,7 +72,9 @@ def works(config: RunConfig) -> bool:
 
 
 def test_encoders_on_all_stages_leave_out_no_layout() -> None:
-    image = ModalityConfig(encoder=EncoderConfig(type="clip"), placeholder="<a>")
+    shape = {"image_size": 28, "patch_size": 14, "hidden_size": 32, "num_attention_heads": 2}
+    projector = ProjectorConfig(num_layers=1, num_tokens=4, num_attention_heads=4)
+    image = ModalityConfig("image", EncoderConfig("clip", config=shape), projector, placeholder="<a>")
     first = make_config(4, modalities={"image": image})
     spread = make_config(4, modalities={"image": image}, encoder_placement="all_stages", pipeline_model_parallel_size=2)
     layouts = problem_of(spread).layouts()
