@@ -57,8 +57,7 @@ class Adapters:
     def merged(self, module: str, weight: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         """Return a module's weight [out, in] with its adapter merged: the sum in fp64, rounded to the weight's dtype.
 
-        In fp32 the trainer's own merged weights, summed in another order, would be rounded to other values here and
-        there.
+        In fp32 the trainer's own merged weights, summed in another order, would be rounded to other values in places.
         """
         if module not in self.pairs:
             return weight

@@ -215,7 +215,7 @@ class LoraAdapter(nn.ModuleDict):
         return torch.addmm(output.flatten(0, 1), inner.flatten(0, 1), self._up().t(), alpha=scaling).view_as(output)
 
     def merged(self, weight: Tensor) -> Tensor:
-        """Return this rank's shard [out, in] of the layer's weight with the adapters added in fp64, rounded."""
+        """Return this rank's shard [out, in] of the layer's weight with the adapters added: summed in fp64, rounded."""
         change = self._up().double() @ self._down().double()
         return (unquantized(weight).double() + self.scaling * change).to(weight.dtype)
 

@@ -130,7 +130,7 @@ def test_a_run_on_an_fp8_base_exports_the_base_it_was_made_from(config: RunConfi
     words[3] = str(tmp_path / "apart")
     assert run_in_rank(export_hf.main, [*words, "--adapter", "separate"]) == 0
     found, base = load_file(out / "model.safetensors"), load_file(tmp_path / "llama" / "model.safetensors")
-    adapters = load_file(tmp_path / "apart" / "adapter_model.safetensors")
+    adapters = load_file(tmp_path / "apart" / "adapter" / "adapter_model.safetensors")
     for name, tensor in base.items():
         a, b = (adapters.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{side}.weight") for side in "AB")
         expected = tensor.to(torch.bfloat16)
