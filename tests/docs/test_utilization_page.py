@@ -5,13 +5,22 @@ from __future__ import annotations
 import re
 
 from commands import PAGES
-from test_operations import HEAD_8B, LAYERS_8B, LLAMA_8B, section
+from transformers import LlamaConfig
 
+from megatron_anymal.config import ModelConfig
 from megatron_anymal.model.operations.costs import llama_costs
 from megatron_anymal.planning.layouts.hardware import load_hardware
 from megatron_anymal.train.utilization import UTILIZATION_METRICS
 
 PAGE = PAGES["docs/operations/utilization.md"]
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
 
 
 def test_metrics_are_listed() -> None:
@@ -21,14 +30,15 @@ def test_metrics_are_listed() -> None:
 
 def test_the_example_is_counted() -> None:
     text = PAGE.partition("## Example")[2]
-    assert f"{LAYERS_8B:,} parameters in its layers, and {HEAD_8B:,} in its head" in text.replace("\n", " ")
-    costs = llama_costs(section(), LLAMA_8B, reached=True)
-    linears, attention, head = (
+    layers, head = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 128256 * 4096
+    assert f"{layers:,} parameters in its layers, and {head:,} in its head" in text.replace("\n", " ")
+    costs = llama_costs(ModelConfig(), LlamaConfig(**LLAMA_8B), reached=True)
+    linears, attention, logits = (
         units * (cost.forward + cost.backward)
         for units, cost in ((300 * 1000, costs.linears), (1000 * 300**2, costs.attention), (40 * 1000, costs.head))
     )
     shown = [float(number) for number in re.findall(r"= ([\d.]+e\d+) \|", text)]
-    assert shown == [float(f"{count:.3g}") for count in (linears, attention, head)]
-    rate = (linears + attention + head) / (4 * 8)
+    assert shown == [float(f"{count:.3g}") for count in (linears, attention, logits)]
+    rate = (linears + attention + logits) / (4 * 8)
     assert f"{rate / 1e12:.0f} TFLOP/s per GPU" in text.replace("\n", " ")
     assert f"{rate / load_hardware('h100-80gb').peak('bf16'):.1%}".replace("%", " %") in text
