@@ -44,7 +44,7 @@ def answer_requests(generator: Generator, requests: Sequence[HarnessRequest], ba
 
     Raises:
         ConfigError: a setting cannot be used.
-        DataError, MediaError: a request cannot be answered; the message names it.
+        DataError: a request cannot be answered; the message names its batch and the item.
     """
     by_settings: dict[Sampling, list[int]] = {}
     for number, request in enumerate(requests):

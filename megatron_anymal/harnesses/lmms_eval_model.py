@@ -75,7 +75,8 @@ class AnyMAL(lmms):
         """Answer requests whose messages a task makes of its documents.
 
         Raises:
-            DataError, MediaError: a request cannot be answered; its task and document are named.
+            ConfigError: a generation setting of a task cannot be used.
+            DataError: a request cannot be answered; its task and document are named.
         """
         assert self._generator is not None, "clean() was called"
         return answer_requests(self._generator, [self._request(*one.args) for one in requests], self.batch_size)
