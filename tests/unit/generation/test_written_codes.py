@@ -170,7 +170,7 @@ def test_answers_with_items_are_streamed(generator: ExportedGenerator) -> None:
 
 
 def test_a_stop_text_is_looked_for_in_texts_alone(generator: ExportedGenerator) -> None:
-    sampling = Sampling(30, temperature=1.5, modalities=ALL, codes=HOT, stop=("picture", "seven"))
+    sampling = Sampling(30, temperature=1.5, modalities=ALL, codes=HOT, stop=("picture", "speech", "seven"))
     replies = generator.replies([words(1 + n % 4) for n in range(80)], sampling)
     assert any(len(reply.items) > 1 for reply in replies) and not any("seven" in reply.text for reply in replies)
 
