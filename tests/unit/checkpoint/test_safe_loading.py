@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,6 +27,7 @@ from megatron_anymal.checkpoint.metadata import ALLOWED, ITEM_BYTES, Contents, r
 from megatron_anymal.checkpoint.safe_loading import check_pickles
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
+from megatron_anymal.megatron_line import OLDER
 from megatron_anymal.parallel import initialize
 
 
@@ -153,6 +155,10 @@ class Noting(pickle._Unpickler):
         return super().find_class(module, name)
 
 
+@pytest.mark.skipif(
+    version("megatron-core") != OLDER.version,
+    reason="megatron-core 0.19 itself saves without common.pt, a format that this package neither writes nor reads",
+)
 def test_the_list_is_what_checkpoints_consist_of(tmp_path: Path) -> None:
     """The allowed globals are exactly those in checkpoints of megatron-core, of torch and of this package."""
     run_ranks(1, save_with_megatron_core, tmp_path / "theirs")
