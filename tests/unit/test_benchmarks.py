@@ -266,6 +266,12 @@ def test_a_shared_prompt_gives_the_same_first_step_in_fewer_tokens(tmp_path: Pat
         assert shared == pytest.approx(whole, rel=1e-6)
 
 
+def test_samples_classified_together_are_the_same_and_take_less_time() -> None:
+    found = json.loads(run("benchmarks/integrity_filter.py", "--samples", "64", "--rounds", "1", tests=True))
+    assert found["ratio"]["samples_per_processor_second"] > 1.2
+    assert found["together"]["samples_per_second"] > 0 and "versions" in found
+
+
 def test_clients_at_once_are_answered_faster_than_one_by_one() -> None:
     sizes = {"clients": 16, "tokens": 8, "hidden": 64, "layers": 2, "rounds": 1}
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]

@@ -13,6 +13,7 @@ from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.rejection import INPUT_TEXT, OUTPUT_TEXT, Rejection
 from megatron_anymal.integrity.checks import text_of as text_of_prompt
 from megatron_anymal.integrity.sentences import Sentence, SentenceGate
+from megatron_anymal.serving.limits import ServingLimits
 
 WORDS = ["One ", "is 1.5. ", "Two.", "\nA bad", " three. ", "Four."]
 REFUSAL = "(refused: output_text/words/bad 1.000)"
@@ -50,6 +51,16 @@ def test_a_stream_ends_before_a_violating_sentence() -> None:
         assert [one["delta"]["refusal"] for one in choices if "refusal" in one["delta"]] == [REFUSAL]
         assert choices[-1]["finish_reason"] == "content_filter"
         assert [one.text.strip() for one in checks.sentences] == ["One is 1.5.", "Two.", "A bad three."]
+        served.wait(lambda service: service.in_flight == 0 and service.engine.running == 0)
+
+
+def test_nothing_more_is_computed_after_a_violating_sentence() -> None:
+    # Without a stop it would go on for minutes.
+    script = Scripted(words=["One. ", "A bad two. ", "More. "], times=10**5, pause=0.002)
+    limits = ServingLimits(max_new_tokens=10**6, max_cache_tokens=10**7)
+    with serving(script, limits, Words()) as served:
+        events = chunks(served.post(ask(stream=True)).iter_lines())
+        assert text_of(events).strip() == "One." and events[-2]["choices"][0]["finish_reason"] == "content_filter"
         served.wait(lambda service: service.in_flight == 0 and service.engine.running == 0)
 
 

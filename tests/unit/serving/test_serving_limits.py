@@ -60,8 +60,26 @@ def test_a_client_that_leaves_frees_its_place(stream: bool) -> None:
         assert served.post(ask(max_tokens=3)).status_code == 200
 
 
-def test_a_slow_client_loses_its_place_and_delays_nobody() -> None:
-    script = Scripted(words=["word " * 400], times=10**6, pause=0.001)
+def test_a_client_that_leaves_the_queue_is_forgotten_at_once() -> None:
+    script = Scripted(times=10**6, pause=0.002)
+    limits = ServingLimits(max_batch=1, max_queue=1, max_new_tokens=10**6, max_cache_tokens=10**7)
+    with serving(script, limits) as served:
+        staying = connect(served, ask())
+        served.wait(lambda service: service.engine.running == 1)
+        leaving = connect(served, ask())
+        served.wait(lambda service: service.engine.waiting == 1)
+        leaving.close()
+        served.wait(lambda service: service.engine.waiting == 0 and service.in_flight == 1)
+        assert served.service.engine.running == 1
+        staying.close()
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_slow_client_loses_its_place_and_delays_nobody(kernel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernel:
+        # Not every system can drop such connections by itself.
+        monkeypatch.delattr(socket, "TCP_USER_TIMEOUT")
+    script = Scripted(words=["word " * 1500], times=10**6, pause=0.001)
     limits = ServingLimits(max_batch=2, max_queue=0, max_new_tokens=10**6, max_cache_tokens=10**7, client_timeout=0.5)
     with serving(script, limits) as served:
         slow = connect(served, ask(stream=True), receive_buffer=4096)
@@ -70,7 +88,7 @@ def test_a_slow_client_loses_its_place_and_delays_nobody() -> None:
         assert served.post(ask(max_tokens=5)).status_code == 200
         assert time.monotonic() - begun < 5
         served.wait(lambda service: service.in_flight == 0 and service.engine.running == 0)
-        # The kernel gives the connection up: what is left in buffers ends without the end of the reply.
+        # The connection is given up: what is left in buffers, which are small, ends without the end of the reply.
         slow.settimeout(30)
         received = b""
         try:
@@ -82,14 +100,42 @@ def test_a_slow_client_loses_its_place_and_delays_nobody() -> None:
         assert b"[DONE]" not in received and len(received) < 2**20
 
 
-def test_a_body_that_does_not_arrive_is_refused() -> None:
+def open_request(served: Served, length: int) -> socket.socket:
+    """Send the head of a request with a body of so many bytes."""
+    host, port = served.url.removeprefix("http://").split(":")
+    client = socket.create_connection((host, int(port)))
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json"
+    client.sendall(f"{head}\r\nContent-Length: {length}\r\n\r\n".encode())
+    return client
+
+
+@pytest.mark.parametrize("sent", [b"", b"{"])
+def test_a_body_that_does_not_arrive_is_refused(sent: bytes) -> None:
     with serving(Scripted(), ServingLimits(client_timeout=0.3)) as served:
-        host, port = served.url.removeprefix("http://").split(":")
-        with socket.create_connection((host, int(port))) as client:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json"
-            client.sendall(f"{head}\r\nContent-Length: 100\r\n\r\n{{".encode())
+        with open_request(served, 100) as client:
+            client.sendall(sent)
+            client.settimeout(20)
             assert b" 408 " in client.recv(200)
         served.wait(lambda service: service.in_flight == 0)
+
+
+def test_a_body_above_the_limit_is_refused_before_it_is_sent() -> None:
+    with serving(Scripted()) as served:
+        with open_request(served, 10**9) as client:
+            client.settimeout(20)
+            assert b" 413 " in client.recv(200)
+        served.wait(lambda service: service.in_flight == 0)
+
+
+def test_a_body_that_keeps_arriving_may_take_longer_than_the_timeout() -> None:
+    data = json.dumps(ask(user="a" * 600_000)).encode()
+    with serving(Scripted(), ServingLimits(client_timeout=0.5)) as served, open_request(served, len(data)) as client:
+        for start in range(0, len(data), 100_000):
+            client.sendall(data[start : start + 100_000])
+            # Faster than 64 KiB per second.
+            time.sleep(0.2)
+        client.settimeout(20)
+        assert b" 200 " in client.recv(200)
 
 
 def test_requests_above_the_cache_are_refused_and_the_others_wait_their_turn() -> None:
