@@ -20,6 +20,9 @@ from typing import Optional
 
 from megatron_anymal.config import DiscreteConfig
 
+# What an answer consists of besides kinds of media; no kind has this name.
+TEXT = "text"
+
 
 class DiscreteCodeError(ValueError):
     """A code, codebook, kind of media or id that the vocabulary does not have. The message names it and the range."""

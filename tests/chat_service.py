@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from megatron_anymal.data.records import MediaPart
-from megatron_anymal.generation.answers import Answer
+from megatron_anymal.generation.answers import Answer, Reply
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
@@ -46,7 +46,9 @@ class Scripted(Generator):
     def decode(self, tokens: Sequence[int]) -> str:
         return "".join(self.words[token % len(self.words)] for token in tokens)
 
-    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
+    ) -> list[Reply]:
         raise NotImplementedError
 
     def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:

@@ -8,17 +8,18 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import torch
 from tiny import CHAT, LLAMA, SPECIAL, flac, modalities, npy, png
 from transformers import GenerationConfig, LlamaConfig
 
-from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.config import DiscreteConfig, EncoderConfig, ModalityConfig, ProjectorConfig
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
-from megatron_anymal.hf.modality_configs import export_sections
+from megatron_anymal.hf.modality_configs import export_discrete, export_sections
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.remote_code import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
 
@@ -140,12 +141,21 @@ def prompts_about(files: dict[str, str]) -> list[dict[str, Any]]:
     ]
 
 
-def make_config(modality_sections: dict[str, ModalityConfig], tokenizer: str, **llama: Any) -> AnyMALConfig:
+def make_config(
+    modality_sections: dict[str, ModalityConfig],
+    tokenizer: str,
+    discrete: Optional[dict[str, DiscreteConfig]] = None,
+    **llama: Any,
+) -> AnyMALConfig:
     """A configuration like that of an export."""
     loaded = Tokenizer(tokenizer)
     ends = [loaded.end, loaded.hf.convert_tokens_to_ids(CHAT[2])]
-    text = LlamaConfig(**{**LLAMA, "rope_parameters": ROPE, "bos_token_id": 0, "eos_token_id": 1, **llama})
-    made = AnyMALConfig(text.to_dict(), export_sections(modality_sections, loaded), eos_token_id=ends)
+    base = LLAMA["vocab_size"]
+    total = DiscreteVocabulary(base, discrete or {}).total_size
+    rest = {"rope_parameters": ROPE, "bos_token_id": 0, "eos_token_id": 1, "vocab_size": total}
+    text = LlamaConfig(**{**LLAMA, **rest, **llama})
+    sections = export_sections(modality_sections, loaded)
+    made = AnyMALConfig(text.to_dict(), sections, export_discrete(base, discrete or {}), eos_token_id=ends)
     made.auto_map, made.architectures, made.dtype = dict(CONFIG_AUTO_MAP), [ARCHITECTURE], "float32"
     return made
 
@@ -178,6 +188,7 @@ def write_export(
         "processor_class": "AnyMALProcessor",
         "auto_map": PROCESSOR_AUTO_MAP,
         "modalities": model.config.modalities,
+        "discrete": model.config.discrete,
     }
     (folder / "processor_config.json").write_text(json.dumps(processor))
     for file in Path(tokenizer).iterdir():

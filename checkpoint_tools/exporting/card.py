@@ -27,6 +27,18 @@ inputs = processor.apply_chat_template([{"role": "user", "content": content}])
 print(processor.answers(model.generate(**inputs), inputs)[0])
 ```
 """
+_USE_CODES = """\
+```python
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+processor = AutoProcessor.from_pretrained("FOLDER", trust_remote_code=True)
+inputs = processor(text=" a cat")
+output = model.generate(**inputs, modalities=["NAME"], do_sample=True, top_k=0, top_p=0.7, max_new_tokens=NUMBER)
+print(processor.parts(output, inputs)[0])
+```
+
+`modalities` says what an answer may consist of: "text", kinds of media, or both. Media are codes of their tokenizer, in
+the order that the grammar of their kind demands; `parts` returns them with `name` and `codes` [codebooks, codes].
+"""
 _USE_PIPELINE = """
 For images, transformers' pipeline does the same: `pipeline("image-text-to-text", model="FOLDER",
 trust_remote_code=True)`. The processor takes `text=` with `images=`, `audio=`, `videos=` or `media=`. A string returned
@@ -76,15 +88,14 @@ def write_card(
         verification: result of checkpoint_tools.verify; None if verification was skipped.
     """
     config = manifest.config
-    title = (
-        "A Llama" if llama_only else f"AnyMAL: a Llama with {', '.join(sorted(config['model']['modalities']))} input"
-    )
+    title = "A Llama" if llama_only else _title(config["model"])
     sections = [
         _front_matter([] if llama_only else _kinds(config)),
         f"# {title}\n\nStep {manifest.step} of {_JOBS[config['job']]} with megatron_anymal, "
         f"{manifest.consumed_samples:,} samples.{_of_adapter(adapter)}",
         "## Use\n\n" + _use(config, llama_only).rstrip(),
         "" if llama_only else _modalities(config["model"]["modalities"]),
+        "" if llama_only else _discrete(config["model"].get("discrete", {})),
         _data(config["data"]),
         _configuration(config),
         _results(results),
@@ -92,6 +103,24 @@ def write_card(
         _hashes(manifest, files),
     ]
     (folder / "README.md").write_text("\n\n".join(s for s in sections if s) + "\n", encoding="utf-8")
+
+
+def _title(model: Mapping[str, Any]) -> str:
+    parts = [f"{', '.join(sorted(model['modalities']))} input"] if model["modalities"] else []
+    parts += [f"{', '.join(model['discrete'])} as codes"] if model.get("discrete") else []
+    return f"AnyMAL: a Llama with {' and '.join(parts)}"
+
+
+def _discrete(sections: Mapping[str, Any]) -> str:
+    if not sections:
+        return ""
+    rows = [
+        f"| {name} | {', '.join(map(str, section['codebooks']))} | {section['codes_per_item'] or 'any number'} | "
+        f"{section['tokenizer_hash'] or 'not stated'} |"
+        for name, section in sections.items()
+    ]
+    head = "| media as codes | codebooks | codes per item | hash of the tokenizer |\n|---|---|---|---|"
+    return "## Media as codes\n\n" + "\n".join([head, *rows])
 
 
 def _kinds(config: Mapping[str, Any]) -> list[str]:
@@ -107,6 +136,9 @@ def _use(config: Mapping[str, Any], llama_only: bool) -> str:
     if llama_only:
         return _USE_LLAMA
     kinds = _kinds(config)
+    if not kinds:
+        name, section = next(iter(config["model"]["discrete"].items()))
+        return _USE_CODES.replace("NAME", name).replace("NUMBER", str((section["codes_per_item"] or 254) + 2))
     use = _USE if config["job"] == "pretrain" else _USE_CHAT.replace("KIND", kinds[0])
     return use + _USE_PIPELINE if "image" in kinds else use
 

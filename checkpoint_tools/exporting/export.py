@@ -46,7 +46,7 @@ def export(arguments: argparse.Namespace, folder: Path, out: Path) -> None:
     # The Llama alone needs no plug-ins.
     trusted = arguments.trust_plugins or arguments.llama_only
     config = config_of(manifest, folder, trust_plugins=trusted)
-    llama_only = arguments.llama_only or not config.model.modalities
+    llama_only = arguments.llama_only or not (config.model.modalities or config.model.discrete)
     staging = out.parent / f".{out.name}.exporting"
     shutil.rmtree(staging, ignore_errors=True)
     try:

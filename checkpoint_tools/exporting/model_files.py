@@ -20,7 +20,7 @@ from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
-from megatron_anymal.hf.modality_configs import export_sections
+from megatron_anymal.hf.modality_configs import export_discrete, export_sections
 from megatron_anymal.hf.remote_code import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code
 
 # Takes precedence over a template in tokenizer_config.json.
@@ -47,7 +47,10 @@ def write_model_files(
     ends = _ends(tokenizer)
     added = DiscreteVocabulary(0, model.discrete).added
     vocabulary = DiscreteVocabulary(hf.vocab_size - added, model.discrete)
-    exported = AnyMALConfig(text_config=hf.to_dict(), modalities=sections, **_tokens(tokenizer, ends))
+    discrete = export_discrete(vocabulary.base_size, model.discrete)
+    exported = AnyMALConfig(
+        text_config=hf.to_dict(), modalities=sections, discrete=discrete, **_tokens(tokenizer, ends)
+    )
     exported.auto_map, exported.architectures = dict(CONFIG_AUTO_MAP), [ARCHITECTURE]
     exported.dtype = _main_type(entries)
     plugins = [Path(path) for path in model.plugins]
@@ -56,6 +59,7 @@ def write_model_files(
     exported.save_pretrained(folder)
     write_code(folder, plugins)
     processor = {"processor_class": "AnyMALProcessor", "auto_map": dict(PROCESSOR_AUTO_MAP), "modalities": sections}
+    processor |= {"discrete": discrete} if discrete else {}
     _write_json(folder / "processor_config.json", processor)
     placeholders = {section["kind"]: section["placeholder"] for section in sections.values()}
     _write_tokenizer(folder, tokenizer, placeholders, vocabulary)

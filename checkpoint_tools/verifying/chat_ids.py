@@ -105,7 +105,7 @@ def _conversations(data: DataConfig, kinds: Sequence[str]) -> Iterator[tuple[str
                     {"role": one.role, "content": [_ours(part) for part in one.content]}
                     for one in messages_of(opened) or ()
                 ]
-                final = {"role": "assistant", "content": [{"text": answer}]}
+                final = {"role": "assistant", "content": [_ours(part) for part in answer]}
                 yield f"{folder}, sample {index.key(number)!r}", [*history, final]
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_anymal.cli.code_arguments import add_code_arguments, warn_of_length, with_codes
 from megatron_anymal.cli.evaluate_tasks import ListTasks, add_task_arguments, evaluate_tasks
 from megatron_anymal.cli.integrity_arguments import (
     add_integrity_argument,
@@ -20,12 +21,18 @@ from megatron_anymal.cli.integrity_arguments import (
     load_checked_generator,
     report_overhead,
 )
-from megatron_anymal.cli.model_arguments import add_model_arguments, add_sampling_arguments, check_model, sampling_of
+from megatron_anymal.cli.model_arguments import (
+    add_model_arguments,
+    add_sampling_arguments,
+    check_model,
+    discrete_of,
+    sampling_of,
+)
 from megatron_anymal.config import ConfigError
 from megatron_anymal.generation.sampling import Sampling
 
 # Options of one of the two kinds of data only.
-_OF_PREPARED = ("permute_media", "untrained")
+_OF_PREPARED = ("permute_media", "untrained", "modalities", "code_sampling")
 _OF_TASKS = ("data_root", "task_folder", "likelihood", "without_metric", "against")
 
 
@@ -58,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     add_task_arguments(parser)
     add_model_arguments(parser)
     add_sampling_arguments(parser)
+    add_code_arguments(parser)
     # Tasks have lengths of their own.
     parser.set_defaults(max_new_tokens=None)
     return parser
@@ -69,6 +77,9 @@ def _evaluate_prepared(arguments: argparse.Namespace, sampling: Sampling) -> int
     integrity = integrity_of(arguments)
     questions = [question for folder in arguments.data for question in read_questions(folder, arguments.limit)]
     check_model(arguments, untrained=arguments.untrained)
+    sections = discrete_of(arguments)
+    sampling = with_codes(sampling, arguments, sections)
+    warn_of_length(sampling, sections)
     runs = {"trained": (load_checked_generator(arguments, integrity), questions)}
     if arguments.permute_media:
         runs["permuted"] = (runs["trained"][0], permute_media(questions))
@@ -79,7 +90,12 @@ def _evaluate_prepared(arguments: argparse.Namespace, sampling: Sampling) -> int
         scores, rows = evaluate(generator, asked, sampling, arguments.batch_size)
         result["answers"][name] = rows
         result["scores"][name] = {
-            modality: {"accuracy": s.accuracy, "chance": s.chance, "samples": s.samples}
+            modality: {
+                "accuracy": s.accuracy,
+                "chance": s.chance,
+                "samples": s.samples,
+                **({"grammatical": s.grammatical / s.samples} if generator.discrete else {}),
+            }
             for modality, s in scores.items()
         }
         if integrity:
@@ -87,7 +103,9 @@ def _evaluate_prepared(arguments: argparse.Namespace, sampling: Sampling) -> int
             result.setdefault("rejected", {})[name] = dict(rejected.most_common())
         if generator.reports:
             for modality, s in scores.items():
-                print(f"{name:10s} {modality:8s} {s.accuracy:7.1%} of {s.samples} exact (guessing: {s.chance:.1%})")
+                grammar = f", grammatical by itself: {s.grammatical / s.samples:.1%}" if generator.discrete else ""
+                exact = f"{s.accuracy:7.1%} of {s.samples} exact (guessing: {s.chance:.1%})"
+                print(f"{name:10s} {modality:8s} {exact}{grammar}")
     for generator in dict.fromkeys(generator for generator, _ in runs.values()):
         report_overhead(generator, integrity)
     if arguments.out and runs["trained"][0].reports:

@@ -6,20 +6,34 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
+from megatron_anymal.cli.code_arguments import (
+    ItemOutput,
+    add_code_arguments,
+    add_item_arguments,
+    warn_of_length,
+    with_codes,
+)
 from megatron_anymal.cli.integrity_arguments import (
     add_integrity_argument,
     integrity_of,
     load_checked_generator,
     report_overhead,
 )
-from megatron_anymal.cli.model_arguments import add_model_arguments, add_sampling_arguments, kinds_of, sampling_of
+from megatron_anymal.cli.model_arguments import (
+    add_model_arguments,
+    add_sampling_arguments,
+    discrete_of,
+    kinds_of,
+    sampling_of,
+)
 from megatron_anymal.config import ConfigError
 
 if TYPE_CHECKING:
+    from megatron_anymal.generation.answers import Reply
     from megatron_anymal.generation.generator import Generator
     from megatron_anymal.generation.prompts import Prompt
     from megatron_anymal.generation.sampling import Sampling
@@ -31,34 +45,54 @@ def main(argv: Sequence[str]) -> int:
     sampling = sampling_of(arguments)
     _check(arguments)
     integrity = integrity_of(arguments)
+    prompts = [] if arguments.interactive else _prompts(arguments)
+    if arguments.stream and len(prompts) > 1:
+        raise ConfigError(f"--stream shows one answer, but {arguments.prompts!r} has {len(prompts)} prompts.")
+    sections = discrete_of(arguments)
+    output, sampling = ItemOutput(arguments, sections), with_codes(sampling, arguments, sections)
+    if prompts:
+        _check_media(prompts, kinds_of(arguments), output.encodes)
+    warn_of_length(sampling, sections)
+    generator = load_checked_generator(arguments, integrity)
+    if generator.grammar:
+        output.open(generator.grammar.layout.sections)
     if arguments.interactive:
         from megatron_anymal.generation.chat import Chat
 
-        generator = load_checked_generator(arguments, integrity)
-        code = Chat(generator, sampling, _read_line).run()
+        code = Chat(generator, sampling, _read_line, media=output).run()
         report_overhead(generator, integrity)
         return code
-    prompts = _prompts(arguments)
-    if arguments.stream and len(prompts) > 1:
-        raise ConfigError(f"--stream shows one answer, but {arguments.prompts!r} has {len(prompts)} prompts.")
-    _check_media(prompts, kinds_of(arguments))
+    prompts = [output.encoded(prompt) for prompt in prompts]
+    if arguments.out:
+        _write(generator, prompts, sampling, arguments.batch_size, Path(arguments.out), output)
+    else:
+        _print(generator, prompts, sampling, arguments, output)
+    report_overhead(generator, integrity)
+    return 0
+
+
+def _print(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    arguments: argparse.Namespace,
+    output: ItemOutput,
+) -> None:
+    """Print the answers, and what became of the media in them."""
     from megatron_anymal.generation.answers import Stream
     from megatron_anymal.generation.chat import show
 
-    generator = load_checked_generator(arguments, integrity)
-    if arguments.out:
-        _write(generator, prompts, sampling, arguments.batch_size, Path(arguments.out))
-    else:
-        # On all processes if there are checks of what is shown, which are collective.
-        watched = arguments.stream and (generator.reports or integrity)
-        stream = Stream(show if generator.reports else _hide) if watched else None
-        answers = generator.answer(prompts, sampling, arguments.batch_size, stream)
-        if generator.reports and stream:
-            print("".join(f"\n{rejection.text}" for rejection in generator.rejections.values()))
-        elif generator.reports:
-            print("\n".join(answer.strip() for answer in answers))
-    report_overhead(generator, integrity)
-    return 0
+    # On all processes if there are checks of what is shown, which are collective.
+    watched = arguments.stream and (generator.reports or arguments.integrity)
+    stream = Stream(show if generator.reports else _hide) if watched else None
+    replies = generator.replies(prompts, sampling, arguments.batch_size, stream)
+    if not generator.reports:
+        return
+    if stream:
+        print("".join(f"\n{rejection.text}" for rejection in generator.rejections.values()))
+    for number, reply in enumerate(replies):
+        lines = output.lines(str(number), reply)
+        print("\n".join(lines if stream else [reply.text.strip(), *lines]), end="\n" if lines or not stream else "")
 
 
 def _hide(text: str) -> None:
@@ -73,10 +107,14 @@ def _prompts(arguments: argparse.Namespace) -> list[Prompt]:
     return [prompt_of_files(arguments.media, arguments.modality, arguments.rate, arguments.text, chat=arguments.chat)]
 
 
-def _check_media(prompts: Sequence[Prompt], kinds: Optional[Mapping[str, str]]) -> None:
-    """Check that the model reads the media of the prompts, before it is loaded."""
+def _check_media(prompts: Sequence[Prompt], kinds: Optional[Mapping[str, str]], encoded: Collection[str]) -> None:
+    """Check that the model reads the media of the prompts, before it is loaded.
+
+    Args:
+        encoded: modalities that become codes; files of codes are checked when they are read.
+    """
     from megatron_anymal.data.prompt_encoder import modality_of
-    from megatron_anymal.data.records import MediaPart
+    from megatron_anymal.data.records import CodesPart, MediaPart
     from megatron_anymal.modalities import MODALITIES, MediaError
 
     if kinds is None or not kinds.keys() <= MODALITIES.keys():
@@ -84,6 +122,8 @@ def _check_media(prompts: Sequence[Prompt], kinds: Optional[Mapping[str, str]]) 
         return
     for prompt in prompts:
         for part, file in zip([part for part in prompt.parts if isinstance(part, MediaPart)], prompt.media):
+            if isinstance(part, CodesPart) or part.modality in encoded:
+                continue
             try:
                 modality_of(part, file, kinds)
             except MediaError as error:
@@ -106,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     add_integrity_argument(parser)
     add_model_arguments(parser)
     add_sampling_arguments(parser)
+    add_code_arguments(parser)
+    add_item_arguments(parser)
     return parser
 
 
@@ -134,22 +176,36 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--stream prints the answer, --out writes it. Remove one of them.")
 
 
-def _write(generator: Generator, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int, path: Path) -> None:
+def _write(
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    batch_size: int,
+    path: Path,
+    output: ItemOutput,
+) -> None:
     """Write answers to a .jsonl file, batch by batch."""
     file = path.open("w", encoding="utf-8") if generator.reports else None
     number = 0
     for batch in generator.batches(prompts, sampling, batch_size):
-        for answer in batch:
+        for reply in batch:
             if file:
-                rejection = generator.rejections.get(number)
-                row = {"prompt": number, "answer": answer.strip()}
-                row |= {"rejected": rejection.to_dict()} if rejection else {}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json.dumps(_row(generator, number, reply, output), ensure_ascii=False) + "\n")
             number += 1
         if file:
             file.flush()
     if file:
         file.close()
+
+
+def _row(generator: Generator, number: int, reply: Reply, output: ItemOutput) -> dict[str, Any]:
+    """The line of an answer in --out."""
+    row: dict[str, Any] = {"prompt": number, "answer": reply.text.strip()}
+    if reply.items:
+        row["parts"] = output.parts(str(number), reply)
+    if rejection := generator.rejections.get(number):
+        row["rejected"] = rejection.to_dict()
+    return row
 
 
 def _read_line(shown: str) -> str:

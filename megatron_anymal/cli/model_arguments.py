@@ -121,15 +121,40 @@ def kinds_of(arguments: argparse.Namespace) -> Optional[dict[str, str]]:
     Raises:
         CheckpointError, ConfigError: as `check_model`.
     """
-    sections = check_model(arguments)
-    if sections is None:
-        folder = Path(arguments.checkpoint)
-        manifests = map(_manifest, [folder, *store.committed(folder / "checkpoints"), *store.committed(folder)])
-        manifest = next((found for found in manifests if found is not None), None)
-        if manifest is None:
-            return None
-        sections = manifest.config["model"]
-    return {section.get("kind") or name: name for name, section in sections.get("modalities", {}).items()}
+    model = _model_section(arguments)
+    if model is None:
+        return None
+    return {section.get("kind") or name: name for name, section in model.get("modalities", {}).items()}
+
+
+def discrete_of(arguments: argparse.Namespace) -> Optional[dict[str, dict[str, Any]]]:
+    """Sections of `model.discrete` of the model in `--checkpoint`, by name, read from its settings.
+
+    Returns:
+        None if no manifest can be read, which loading will report.
+
+    Raises:
+        CheckpointError, ConfigError: as `check_model`.
+    """
+    model = _model_section(arguments)
+    if model is None:
+        return None
+    discrete = model.get("discrete", {})
+    sections: dict[str, dict[str, Any]] = (
+        discrete["sections"] if isinstance(discrete.get("base_size"), int) else discrete
+    )
+    return sections
+
+
+def _model_section(arguments: argparse.Namespace) -> Optional[dict[str, Any]]:
+    """An export's config.json, or `model` of a checkpoint's configuration; None if no manifest can be read."""
+    exported = check_model(arguments)
+    if exported is not None:
+        return exported
+    folder = Path(arguments.checkpoint)
+    manifests = map(_manifest, [folder, *store.committed(folder / "checkpoints"), *store.committed(folder)])
+    manifest = next((found for found in manifests if found is not None), None)
+    return None if manifest is None else manifest.config["model"]
 
 
 def _manifest(folder: Path) -> Optional[store.Manifest]:

@@ -142,7 +142,10 @@ def opened(arguments: argparse.Namespace, limits: LimitsConfig) -> Union[Source,
     """
     if not arguments.source:
         _refuse_options_of_sources(arguments)
-    specifications(arguments.encode)
+    if arguments.encode:
+        from megatron_anymal.data.media_tokenizers import specifications
+
+        specifications(arguments.encode)
     if arguments.index_only:
         return ShardFolder(arguments.index_only)
     if arguments.manifest:
@@ -185,7 +188,7 @@ def packed(
     if arguments.encode:
         # It imports torch and transformers.
         from megatron_anymal.data.media_encoding import MediaEncoder
-        from megatron_anymal.data.media_tokenizers import open_tokenizer
+        from megatron_anymal.data.media_tokenizers import open_tokenizer, specifications
 
         named = specifications(arguments.encode)
         encoder = MediaEncoder({name: open_tokenizer(name, spec) for name, spec in named.items()}, options)
@@ -200,26 +203,6 @@ def packed(
         return write_part(source, out, part, size, options.limits, *filtering)
     pack(source, out, size, arguments.overwrite, share, options.limits, *filtering)
     return None
-
-
-def specifications(given: Sequence[str]) -> dict[str, str]:
-    """The tokenizers of --encode by name; nothing is loaded.
-
-    Raises:
-        DataError: an option has another form, names a section twice, or no tokenizer can have that name.
-    """
-    from megatron_anymal.data.media_tokenizers import check_spec
-
-    named: dict[str, str] = {}
-    for text in given:
-        name, _, spec = text.partition("=")
-        if not name or not spec:
-            raise DataError(f"--encode {text!r} is not of the form NAME=TOKENIZER, for example image=models/emu3-vq.")
-        if name in named:
-            raise DataError(f"--encode names {name!r} twice. Remove one.")
-        check_spec(name, spec)
-        named[name] = spec
-    return named
 
 
 def _check_out(arguments: argparse.Namespace, source: Union[Source, ShardFolder]) -> None:

@@ -135,11 +135,10 @@ def messages_of(opened: Sequence[Part]) -> list[Message] | None:
     return messages
 
 
-def last_answer(document: Sequence[Part]) -> tuple[list[Part], str]:
-    """Split a conversation's document into the open document before its last answer, and that answer."""
-    *opened, answer, _ = document
-    assert isinstance(answer, TextPart)
-    return opened, answer.text
+def last_answer(document: Sequence[Part]) -> tuple[list[Part], list[Part]]:
+    """Split a conversation's document into the open document before its last answer, and the parts of that answer."""
+    begin = max(place for place, part in enumerate(document) if _role_of(part) == "assistant") + 1
+    return list(document[:begin]), list(document[begin:-1])
 
 
 def _turns(messages: Sequence[Message], learned: bool) -> list[Part]:

@@ -1,4 +1,4 @@
-"""Encoding of a sample's media as codes while it is packed (`anymal prepare --encode`)."""
+"""Encoding of media as codes: those of a sample while it is packed (`anymal prepare --encode`), and of a prompt."""
 
 from __future__ import annotations
 
@@ -97,11 +97,33 @@ class MediaEncoder:
         encoded = list(media)
         for name in sorted(set(names) - {""}):
             numbers = [number for number, of in enumerate(names) if of == name]
-            tokenizer = self._tokenizers[name]
-            items = [_decoded(tokenizer, *media[number], self._options.limits) for number in numbers]
-            for number, codes in zip(numbers, tokenizer.encode(items), strict=True):
-                encoded[number] = (CODES_ENDING, _file(name, tokenizer, np.asarray(codes)))
+            given = [media[number] for number in numbers]
+            try:
+                files = code_files(name, self._tokenizers[name], given, self._options.limits)
+            except MediaError as error:
+                raise SampleError("media", f"its media file {error}.") from None
+            for number, data in zip(numbers, files, strict=True):
+                encoded[number] = (CODES_ENDING, data)
         return encoded
+
+
+def code_files(
+    name: str, tokenizer: MediaTokenizer, media: Sequence[tuple[str, bytes]], limits: LimitsConfig
+) -> list[bytes]:
+    """Files of codes of media.
+
+    Args:
+        name: of the tokenizer, for messages.
+        tokenizer: encodes them.
+        media: ending and content of each item.
+        limits: of decoding.
+
+    Raises:
+        MediaError: an item cannot be decoded.
+        DataError: the tokenizer returns something else than codes of its codebooks.
+    """
+    items = [_decoded(tokenizer, *one, limits) for one in media]
+    return [_file(name, tokenizer, np.asarray(codes)) for codes in tokenizer.encode(items)]
 
 
 def _decoded(tokenizer: MediaTokenizer, ending: str, data: bytes, limits: LimitsConfig) -> np.ndarray:
@@ -115,7 +137,7 @@ def _decoded(tokenizer: MediaTokenizer, ending: str, data: bytes, limits: Limits
         with sounds.opened(data, limits) as sound:
             return sounds.resample(sound.mono(samples), sound.rate, tokenizer.sampling_rate)
     except MediaError as error:
-        raise SampleError("media", f"its media file (.{ending}) {error}.") from None
+        raise MediaError(f"(.{ending}) {error}") from None
 
 
 def _file(name: str, tokenizer: MediaTokenizer, codes: np.ndarray) -> bytes:
@@ -123,11 +145,11 @@ def _file(name: str, tokenizer: MediaTokenizer, codes: np.ndarray) -> bytes:
     sizes = np.array(tokenizer.codebooks)
     if codes.ndim != 2 or len(codes) != len(sizes) or codes.dtype.kind not in "iu" or not codes.size:
         raise DataError(
-            f"--encode {name}: the tokenizer returned {codes.dtype} of shape {codes.shape} instead of integers of "
+            f"the tokenizer of {name!r} returned {codes.dtype} of shape {codes.shape} instead of integers of "
             f"shape [{len(sizes)}, codes]."
         )
     if codes.min() < 0 or (codes >= sizes[:, None]).any():
-        raise DataError(f"--encode {name}: the tokenizer returned a code outside its codebooks {tokenizer.codebooks}.")
+        raise DataError(f"the tokenizer of {name!r} returned a code outside its codebooks {tokenizer.codebooks}.")
     file = io.BytesIO()
     np.save(file, codes.astype(np.uint16 if sizes.max() <= 2**16 else np.uint32))
     return file.getvalue()

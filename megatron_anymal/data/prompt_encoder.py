@@ -6,14 +6,15 @@ Generation from training checkpoints and from exported folders shares this code,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.config import ModalityConfig
 from megatron_anymal.data.chat_format import open_prompt, parse_messages
+from megatron_anymal.data.codes import HASH_ATTRIBUTE, CodeLayout, CodesKind, plan_codes, read_codes
 from megatron_anymal.data.content_parts import parse_parts
-from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
+from megatron_anymal.data.records import CodesPart, DataError, DocumentPart, MediaPart, Part, TextPart, TokensPart
 from megatron_anymal.data.tokenizer import Document, Tokenizer
 from megatron_anymal.modalities import MediaError, Modality, kind_for_extension
 
@@ -92,14 +93,21 @@ class PromptReader:
     """Reads prompts for the modalities of a model."""
 
     def __init__(
-        self, tokenizer: Tokenizer, sections: Mapping[str, ModalityConfig], modalities: Mapping[str, Modality]
+        self,
+        tokenizer: Tokenizer,
+        sections: Mapping[str, ModalityConfig],
+        modalities: Mapping[str, Modality],
+        codes: Optional[CodeLayout] = None,
     ):
         """Keys of `sections` and `modalities` are the modalities' names in the configuration.
+
+        Args:
+            codes: ids of media as codes; None if the model has none.
 
         Raises:
             DataError: a placeholder is not a reserved token of the tokenizer.
         """
-        self._tokenizer, self._modalities = tokenizer, modalities
+        self._tokenizer, self._modalities, self._codes = tokenizer, modalities, codes
         self._names = {section.kind or name: name for name, section in sections.items()}
         self._soft_tokens = {name: section.projector.num_tokens for name, section in sections.items()}
         self._placeholders = {
@@ -133,7 +141,7 @@ class PromptReader:
             DataError, MediaError: as in `read`.
         """
         named, pieces, soft = self._load_all(parts, files)
-        asked = [TextPart(part.text, False, part.control) if isinstance(part, TextPart) else part for part in named]
+        asked = [part if isinstance(part, MediaPart) else replace(part, loss=False) for part in named]
         documents = [
             self._tokenizer.document([*asked, TextPart(answer)], soft, self._placeholders, closed=False)
             for answer in answers
@@ -142,18 +150,34 @@ class PromptReader:
 
     def _load_all(
         self, parts: Sequence[Part], files: Sequence[MediaFile]
-    ) -> tuple[list[Part], list[tuple[str, Tensor]], list[int]]:
-        """The parts with their modalities named, the pieces, and the number of soft tokens of each media item."""
+    ) -> tuple[list[DocumentPart], list[tuple[str, Tensor]], list[int]]:
+        """The parts with their modalities named and codes as tokens, the pieces, and the number of soft tokens of each
+        media item with pieces."""
         remaining = iter(files)
-        named: list[Part] = []
+        named: list[DocumentPart] = []
         pieces: list[tuple[str, Tensor]] = []
         for part in parts:
+            if isinstance(part, CodesPart):
+                named.append(TokensPart(self._tokens(part, next(remaining).data), part.loss))
+                continue
             if isinstance(part, MediaPart):
                 name, tensor = self._load(part, next(remaining))
                 pieces.append((name, tensor))
                 part = MediaPart(part.media, name, part.attributes)
             named.append(part)
         return named, pieces, [len(tensor) * self._soft_tokens[name] for name, tensor in pieces]
+
+    def _tokens(self, part: CodesPart, data: bytes) -> tuple[int, ...]:
+        """Begin mark, codes and end mark of an item."""
+        if self._codes is None or not self._codes.sections:
+            raise DataError(f"{part.media!r} is codes, but the model's vocabulary has none (model.discrete is empty).")
+        try:
+            stated = part.attributes.get(HASH_ATTRIBUTE, "")
+            kind = CodesKind.of(part, part.modality, len(read_codes(data)), stated, rejected=False)
+            name = plan_codes(kind, self._codes.sections, f"{part.media!r}").name
+            return self._codes.tokens(name, data, generated=part.generated)
+        except MediaError as error:
+            raise MediaError(f"{part.media!r} {error}.") from error
 
     def _load(self, part: MediaPart, file: MediaFile) -> tuple[str, Tensor]:
         try:

@@ -17,17 +17,16 @@ _SOUNDS = ("encodec", "mimi", "dac")
 _PICTURES = ("emu3_vqgan",)
 
 
-def open_vq_folder(name: str, folder: Path) -> MediaTokenizer:
+def open_vq_folder(where: str, folder: Path) -> MediaTokenizer:
     """Load a tokenizer from its folder, onto the GPU if there is one.
 
     Args:
-        name: of the section of `model.discrete`, for messages.
+        where: the option that names the folder, for messages.
         folder: with config.json, safetensors and, for pictures, preprocessor_config.json.
 
     Raises:
         DataError: the folder holds another kind of model, or a file is missing or damaged.
     """
-    where = f"--encode {name}={folder}"
     kind = _read(folder / "config.json", where).get("model_type")
     if kind not in (*_SOUNDS, *_PICTURES):
         known = ", ".join((*_PICTURES, *_SOUNDS))

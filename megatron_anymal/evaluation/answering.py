@@ -95,7 +95,7 @@ def _answer_share(
 def _answer_batch(generator: Generator, batch: Sequence[TaskSample], asking: Asking) -> list[AnswerRow]:
     try:
         prompts = [build_prompt(sample) for sample in batch]
-        texts = generator.answer_batch(prompts, [sample.number for sample in batch], asking.sampling)
+        replies = generator.answer_batch(prompts, [sample.number for sample in batch], asking.sampling)
         likelihoods: dict[int, tuple[float, ...]] = {}
         rejected = {place: generator.rejections.get(sample.number) for place, sample in enumerate(batch)}
         scored = [place for place, s in enumerate(batch) if asking.likelihood and s.candidates and not rejected[place]]
@@ -108,11 +108,11 @@ def _answer_batch(generator: Generator, batch: Sequence[TaskSample], asking: Ask
     return [
         AnswerRow(
             sample.key,
-            text.strip(),
+            reply.text.strip(),
             likelihoods.get(place, ()),
             rejection.code if (rejection := rejected[place]) else "",
         )
-        for place, (sample, text) in enumerate(zip(batch, texts))
+        for place, (sample, reply) in enumerate(zip(batch, replies))
     ]
 
 

@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional, Protocol
 
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
+from megatron_anymal.data.codes import HASH_ATTRIBUTE
+from megatron_anymal.data.content_parts import CODES_ENDING
 from megatron_anymal.data.prompt_encoder import MediaFile, open_parts, read_media_file
 from megatron_anymal.data.records import DataError
-from megatron_anymal.generation.answers import GrowingAnswer, Stream
+from megatron_anymal.generation.answers import GrowingAnswer, Reply, Stream
 from megatron_anymal.generation.generator import Generator, PromptTooLong
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.sampling import Sampling
@@ -39,6 +41,16 @@ def show(text: str) -> None:
     print(text, end="", flush=True)
 
 
+class ChatMedia(Protocol):
+    """What becomes of media as codes in a conversation."""
+
+    def encoded(self, prompt: Prompt) -> Prompt:
+        """A prompt with media as codes if their modality has a tokenizer."""
+
+    def lines(self, stem: str, reply: Reply) -> list[str]:
+        """Lines that say what became of the media of an answer."""
+
+
 class Chat:
     """A conversation: reads user turns line by line and streams the model's answers, each given the turns so far."""
 
@@ -48,20 +60,23 @@ class Chat:
         sampling: Sampling,
         read: Callable[[str], str] = input,
         write: Callable[[str], object] = show,
+        media: Optional[ChatMedia] = None,
     ):
         """Start a conversation.
 
         Args:
             read: returns the next line, given the text to show before it; raises EOFError at the end.
             write: prints text.
+            media: encodes media of the user's turns and keeps those of answers; None: only texts are shown.
         """
         self._generator, self._sampling, self._read, self._write = generator, sampling, read, write
+        self._output = media
         self._commands: dict[str, Callable[[str], object]] = {
             "system": self._system,
             "reset": self._reset,
             "help": self._help,
             "media": self._media,
-            **{kind: partial(self._media, kind=kind) for kind in generator.kinds},
+            **{kind: partial(self._media, kind=kind) for kind in self._kinds},
         }
         # The conversation so far, and its media in order.
         self._history: list[dict[str, Any]] = []
@@ -117,17 +132,36 @@ class Chat:
         self._content, self._pending = [], []
         system = [{"role": "system", "content": self._system_text}] if self._system_text else []
         parts = open_parts({"messages": [*system, *self._history, turn]}, "the conversation")
+        prompt = Prompt(parts, [*self._files, *media])
         try:
-            answer = self._answer(Prompt(parts, [*self._files, *media]))
+            reply = self._answer(self._output.encoded(prompt) if self._output else prompt)
         except PromptTooLong as error:
             raise DataError(f"The conversation is too long. {error} /reset starts a new conversation.") from None
-        if not answer:
+        if not reply.text:
             self._say("(no answer; your turn was dropped)")
             return
-        self._history += [turn, {"role": "assistant", "content": answer}]
-        self._files += media
+        for line in self._output.lines(f"turn{len(self._history) // 2 + 1}", reply) if self._output else ():
+            self._say(line)
+        self._history += [turn, {"role": "assistant", "content": self._content_of(reply)}]
+        self._files += [*media, *(MediaFile(item.file(), "npy") for item in reply.items)]
 
-    def _answer(self, prompt: Prompt) -> str:
+    def _content_of(self, reply: Reply) -> Any:
+        """An answer in the form of a conversation's message."""
+        if not reply.items or self._generator.grammar is None:
+            return reply.text
+        sections = self._generator.grammar.layout.sections
+        return [
+            {"text": part}
+            if isinstance(part, str)
+            else {
+                "media": f"{part.name}.{CODES_ENDING}",
+                "modality": part.name,
+                HASH_ATTRIBUTE: sections[part.name].tokenizer_hash,
+            }
+            for part in reply.parts
+        ]
+
+    def _answer(self, prompt: Prompt) -> Reply:
         stream = Stream(self._write)
         latest: list[GrowingAnswer] = []
 
@@ -138,18 +172,17 @@ class Chat:
         try:
             # A different seed for each turn.
             seed = self._sampling.seed + len(self._history)
-            self._generator.answer([prompt], replace(self._sampling, seed=seed), 1, watch)
+            [reply] = self._generator.replies([prompt], replace(self._sampling, seed=seed), 1, watch)
         except KeyboardInterrupt:
             self._say(" (stopped)")
             # Keep exactly the text that was shown.
-            return latest[0].settled.strip() if latest else ""
-        text = latest[0].text.strip() if latest else ""
-        if text:
+            return Reply.of_parts([latest[0].settled.strip() if latest else ""])
+        if latest and latest[0].text.strip():
             self._say("")
         if rejection := self._generator.rejections.get(0):
             self._say(rejection.text)
-            return ""
-        return text
+            return Reply.of_parts([])
+        return reply if reply.items else Reply.of_parts([reply.text.strip()])
 
     def _system(self, text: str) -> None:
         self._system_text = text
@@ -161,8 +194,12 @@ class Chat:
         self._content, self._pending = [], []
         self._say("(a new conversation)")
 
+    @property
+    def _kinds(self) -> list[str]:
+        return [*self._generator.kinds, *self._generator.discrete]
+
     def _help(self, _: str) -> None:
-        kinds = ", ".join(f"/{kind}" for kind in self._generator.kinds)
+        kinds = ", ".join(f"/{kind}" for kind in self._kinds)
         self._say(_HELP.format(kinds=kinds))
 
     def _media(self, words: str, kind: str = "") -> None:

@@ -26,12 +26,15 @@ from megatron_anymal.checkpoint.state import load_media_parts
 from megatron_anymal.checkpoint.trust import config_of
 from megatron_anymal.config import ModelConfig, RunConfig
 from megatron_anymal.data.chat_format import END_TURN
+from megatron_anymal.data.code_grammar import CodeGrammar
+from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.planner import length_multiple
 from megatron_anymal.data.prompt_encoder import PromptReader
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.generation.answers import Answer
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.generation.answers import Reply
 from megatron_anymal.generation.candidates import candidate_batch
 from megatron_anymal.generation.checkpoint_batch import CheckpointBatch
 from megatron_anymal.generation.generator import Generator, Result, Watch
@@ -71,7 +74,9 @@ class NativeGenerator(Generator):
         self.replica, self.replicas = layout.data_rank, layout.data_size
         self.leads_replica = layout.is_first_stage and layout.tensor_rank == 0
         self.kinds = [modality.kind or name for name, modality in section.modalities.items()]
-        self._reader = PromptReader(tokenizer, section.modalities, modalities)
+        layout_of_codes = CodeLayout(DiscreteVocabulary(model.vocab_size, section.discrete), section.discrete)
+        self.grammar = CodeGrammar(layout_of_codes) if section.discrete else None
+        self._reader = PromptReader(tokenizer, section.modalities, modalities, layout_of_codes)
         self._placeholders = {
             name: tokenizer.placeholder(modality.placeholder, f"model.modalities.{name}.placeholder")
             for name, modality in section.modalities.items()
@@ -170,7 +175,9 @@ class NativeGenerator(Generator):
         return outcome[0]
 
     @torch.no_grad()
-    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
+    ) -> list[Reply]:
         everyone = [self._open(number, prompt, sampling) for number, prompt in zip(numbers, prompts)]
         running, cache = everyone, KeyValueCache(len(everyone))
         while running:
@@ -181,7 +188,7 @@ class NativeGenerator(Generator):
             if left and len(left) < len(running):
                 cache.keep(left)
             running = [running[row] for row in left]
-        return [one.answer.text for one in everyone]
+        return [one.answer.reply for one in everyone]
 
     @torch.no_grad()
     def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
@@ -212,8 +219,7 @@ class NativeGenerator(Generator):
 
     def _open(self, number: int, prompt: Prompt, sampling: Sampling) -> RunningPrompt:
         read = self._reader.read(prompt.parts, prompt.media)
-        room = self._room(number, len(read.tokens), sampling)
-        answer = Answer(number, self._decode, self._ends, sampling.stop, room)
+        answer = self._open_answer(number, len(read.tokens), sampling, self._decode, self._ends)
         return RunningPrompt(read.tokens, read.pieces, answer, sampling)
 
     def _next_tokens(self, running: Sequence[RunningPrompt], cache: KeyValueCache) -> list[int]:
@@ -230,8 +236,7 @@ class NativeGenerator(Generator):
             logits = self.model.whole_logits(outputs[0].float())
             # A placeholder stands for a media item; in an answer it would have no content.
             logits[:, list(self._placeholders.values())] = float("-inf")
-            places = [(one.tokens, one.answer.number, len(one.answer.tokens)) for one in running]
-            chosen.copy_(torch.tensor(choose_each(logits, [one.sampling for one in running], places)))
+            chosen.copy_(torch.tensor(choose_each(logits, running)))
         self._share(chosen)
         return chosen.tolist()
 

@@ -95,9 +95,7 @@ class ExportedBatch(RunningBatch):
         """[R, 1, V] logits -> the next token of each prompt."""
         last = logits[:, -1].float()
         last[:, self._placeholders] = float("-inf")
-        # The only prompt of `anymal generate` has the number 0.
-        places = [(one.tokens, one.answer.number, len(one.answer.tokens)) for one in prompts]
-        return choose_each(last, [one.sampling for one in prompts], places)
+        return choose_each(last, prompts)
 
     @property
     def _pad(self) -> int:

@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -30,15 +31,16 @@ from transformers import (
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.chat_format import messages_of
-from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
-from megatron_anymal.generation.answers import Answer
+from megatron_anymal.data.code_grammar import CodeGrammar
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart
+from megatron_anymal.generation.answers import Answer, Reply
 from megatron_anymal.generation.export_batch import ExportedBatch
 from megatron_anymal.generation.generator import Generator, Watch
-from megatron_anymal.generation.next_token import choose
+from megatron_anymal.generation.next_token import choose_each
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
-from megatron_anymal.hf.configuration_anymal import AnyMALConfig
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig, code_layout
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration
 from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 
@@ -69,6 +71,8 @@ class ExportedGenerator(Generator):
         self._ends = {ends} if isinstance(ends, int) else set(ends)
         # A placeholder stands for a media item; in an answer it would have no content.
         self._placeholders = [section["placeholder_id"] for section in sections.values()]
+        if discrete := getattr(model.config, "discrete", {}):
+            self.grammar = CodeGrammar(code_layout(discrete))
 
     @classmethod
     def of_folder(
@@ -113,21 +117,26 @@ class ExportedGenerator(Generator):
         adapter = Path(folder) / "adapter"
         return cls(_with_adapters(model.to(target), adapter) if adapter.is_dir() else model.to(target), processor)
 
-    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
+    ) -> list[Reply]:
         inputs = self._inputs(prompts).to(self._model.device)
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        rooms = [self._room(number, length, sampling) for number, length in zip(numbers, lengths)]
-        answers = [
-            Answer(number, self._decode, self._ends, sampling.stop, room) for number, room in zip(numbers, rooms)
-        ]
-        chooser = [_Chooser(answers, lengths, sampling)] if not _greedy(sampling) else []
-        self._model.generate(
+        running = []
+        for number, row, mask in zip(numbers, inputs["input_ids"], inputs["attention_mask"].bool()):
+            tokens = row[mask].tolist()
+            answer = self._open_answer(number, len(tokens), sampling, self._decode, self._ends)
+            running.append(RunningPrompt(tokens, [], answer, sampling))
+        answers = [one.answer for one in running]
+        chooser = [_Chooser(running)] if self.grammar or not _greedy(sampling) else []
+        # Not the model's own `generate`, which would apply the grammar as well.
+        GenerationMixin.generate(
+            self._model,
             **inputs,
-            generation_config=self._settings(max(rooms)),
+            generation_config=self._settings(max(answer.room for answer in answers)),
             logits_processor=LogitsProcessorList(chooser),
             stopping_criteria=StoppingCriteriaList([_Watcher(answers, watch)]),
         )
-        return [answer.text for answer in answers]
+        return [answer.reply for answer in answers]
 
     def running_batch(self) -> RunningBatch:
         """Start an empty batch that prompts can join and leave."""
@@ -136,7 +145,8 @@ class ExportedGenerator(Generator):
     def _open(self, prompt: Prompt, sampling: Sampling) -> RunningPrompt:
         inputs = self._inputs([prompt])
         [tokens] = inputs["input_ids"].tolist()
-        answer = Answer(0, self._decode, self._ends, sampling.stop, self._room(0, len(tokens), sampling))
+        # The only prompt of `anymal generate` has the number 0.
+        answer = self._open_answer(0, len(tokens), sampling, self._decode, self._ends)
         return RunningPrompt(tokens, list(inputs["media"].items()), answer, sampling)
 
     @torch.no_grad()
@@ -198,20 +208,17 @@ class ExportedGenerator(Generator):
 class _Chooser(LogitsProcessor):
     """Masks all scores of a row except for the token that sampling.py chooses."""
 
-    def __init__(self, answers: Sequence[Answer], lengths: Sequence[int], sampling: Sampling):
-        """`lengths` are the prompts' lengths in tokens, without the padding on the left."""
-        self._answers, self._lengths, self._sampling = answers, lengths, sampling
+    def __init__(self, running: Sequence[RunningPrompt]):
+        """All prompts of the batch, in the order of its rows."""
+        self._running = running
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """[B, T] ids and [B, V] float32 scores -> scores [B, V]: 0 at the chosen token, else -inf."""
         masked = torch.full_like(scores, float("-inf"))
-        for row, (answer, length) in enumerate(zip(self._answers, self._lengths)):
-            token = 0
-            if not answer.done:
-                count = len(answer.tokens)
-                seen = input_ids[row, -(length + count) :].tolist()
-                token = choose(scores[row], self._sampling, seen, answer.number, count)
-            masked[row, token] = 0.0
+        rows = [row for row, one in enumerate(self._running) if not one.answer.done]
+        tokens = dict(zip(rows, choose_each(scores[rows], [self._running[row] for row in rows])))
+        for row in range(len(masked)):
+            masked[row, tokens.get(row, 0)] = 0.0
         return masked
 
 
@@ -270,7 +277,9 @@ def _as_json(prompt: Prompt) -> dict[str, Any]:
         # The name in error messages; its extension selects the reader.
         content.name = part.media if part.media.lower().endswith(ending) else part.media + ending
         kind = {"modality": part.modality} if part.modality else {}
-        return {**part.attributes, **kind, "media": content}
+        # In a conversation, the role says whether codes belong to an answer.
+        told = {"loss": part.generated} if isinstance(part, CodesPart) and messages is None else {}
+        return {**part.attributes, **kind, **told, "media": content}
 
     messages = messages_of(prompt.parts)
     if messages is None:

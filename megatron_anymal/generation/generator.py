@@ -7,8 +7,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Optional, TypeVar
 
 from megatron_anymal.config import ConfigError
+from megatron_anymal.data.code_grammar import CodeGrammar
 from megatron_anymal.data.records import DataError
-from megatron_anymal.generation.answers import GrowingAnswer
+from megatron_anymal.generation.answers import Answer, GrowingAnswer, Reply
+from megatron_anymal.generation.code_guide import guide_of
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.rejection import Rejection
 from megatron_anymal.generation.sampling import Sampling
@@ -33,6 +35,8 @@ class Generator(ABC):
     reports: bool = True
     # Kinds of media that the model supports.
     kinds: Collection[str]
+    # Grammar of media that the model reads and writes as codes; None if there are none.
+    grammar: Optional[CodeGrammar] = None
     # Most tokens that a prompt and its answer may have together; None: no limit.
     max_positions: Optional[int] = None
     # Number of this process's copy of the model, and number of copies.
@@ -46,22 +50,34 @@ class Generator(ABC):
     def answer(
         self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64, watch: Optional[Watch] = None
     ) -> list[str]:
+        """The texts of `replies`.
+
+        Raises:
+            ConfigError, DataError, MediaError: as in `replies`.
+        """
+        return [reply.text for reply in self.replies(prompts, sampling, batch_size, watch)]
+
+    def replies(
+        self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64, watch: Optional[Watch] = None
+    ) -> list[Reply]:
         """Answer every prompt. Collective if the model is split over several processes; each gets all answers.
 
         Raises:
-            ConfigError: `batch_size` is below 1.
+            ConfigError: `batch_size` is below 1, or the answers are to have media that the model does not write or that
+                do not fit.
             DataError, MediaError: a media item has no modality or cannot be read, or a prompt is too long.
         """
-        return [answer for batch in self.batches(prompts, sampling, batch_size, watch) for answer in batch]
+        return [reply for batch in self.batches(prompts, sampling, batch_size, watch) for reply in batch]
 
     def batches(
         self, prompts: Sequence[Prompt], sampling: Sampling, batch_size: int = 64, watch: Optional[Watch] = None
-    ) -> Iterator[list[str]]:
-        """Like `answer`, but yield `batch_size` answers at a time.
+    ) -> Iterator[list[Reply]]:
+        """Like `replies`, but yield `batch_size` answers at a time.
 
         Raises:
-            ConfigError: `batch_size` is below 1.
-            DataError, MediaError: as in `answer`.
+            ConfigError: `batch_size` is below 1, or the answers are to have media that the model does not write or that
+                do not fit.
+            DataError, MediaError: as in `replies`.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1.")
@@ -76,14 +92,14 @@ class Generator(ABC):
 
     def answer_batch(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Optional[Watch] = None
-    ) -> list[str]:
+    ) -> list[Reply]:
         """Answer prompts together. Collective over the processes of this copy of the model.
 
         Args:
             numbers: of the prompts; a sampled answer depends on its prompt's number, not on the batch.
 
         Raises:
-            DataError, MediaError: as in `answer`.
+            ConfigError, DataError, MediaError: as in `replies`.
         """
         return self._answer(prompts, numbers, sampling, watch or unwatched)
 
@@ -98,7 +114,7 @@ class Generator(ABC):
             batch_size: largest number of candidates computed together, but all candidates of a prompt are.
 
         Raises:
-            DataError, MediaError: as in `answer`.
+            DataError, MediaError: as in `replies`.
         """
         scores: list[list[float]] = []
         start = 0
@@ -125,13 +141,32 @@ class Generator(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} has no running batch")
 
+    @property
+    def discrete(self) -> tuple[str, ...]:
+        """Kinds of media that the model reads and writes as codes: the names in model.discrete."""
+        return self.grammar.layout.vocabulary.names if self.grammar else ()
+
     @abstractmethod
-    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
+    ) -> list[Reply]:
         """Answer one batch."""
 
     @abstractmethod
     def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
         """As `log_likelihoods`, of one batch."""
+
+    def _open_answer(
+        self,
+        number: int,
+        length: int,
+        sampling: Sampling,
+        decode: Callable[[Sequence[int]], str],
+        ends: Collection[int],
+    ) -> Answer:
+        """The empty answer to a prompt of `length` tokens."""
+        room = self._room(number, length, sampling)
+        return Answer(number, decode, ends, sampling.stop, room, guide_of(self.grammar, sampling, ends, room))
 
     def _room(self, number: int, length: int, sampling: Sampling) -> int:
         """Largest number of tokens in the answer to a prompt of `length` tokens."""

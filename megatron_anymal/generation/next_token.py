@@ -8,24 +8,29 @@ import torch
 from torch import Tensor
 
 from megatron_anymal.data.global_order import mix64
+from megatron_anymal.generation.running_batch import RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
 
 
-def choose_each(
-    logits: Tensor, samplings: Sequence[Sampling], places: Sequence[tuple[Sequence[int], int, int]]
-) -> list[int]:
-    """Choose the next token of several answers, each as `choose` does.
+def choose_each(logits: Tensor, running: Sequence[RunningPrompt]) -> list[int]:
+    """Choose the next token of several answers, each as `choose` does, among those that its guide allows.
 
     Args:
-        logits: [R, V] float32.
-        samplings: settings of each answer.
-        places: `seen`, `prompt` and `place` of each answer.
+        logits: [R, V] float32; changed in place.
+        running: the answers.
     """
+    settings = [one.sampling for one in running]
+    if any(one.answer.guide for one in running):
+        for row, (one, likeliest) in enumerate(zip(running, logits.argmax(-1).tolist())):
+            if one.answer.guide:
+                one.answer.guide.observe(likeliest)
+                logits[row] = one.answer.guide.masked(logits[row])
+                settings[row] = one.answer.guide.sampling
     # One synchronization with the GPU for all greedy rows.
     tokens: list[int] = logits.argmax(-1).tolist()
-    for row, sampling in enumerate(samplings):
+    for row, (one, sampling) in enumerate(zip(running, settings)):
         if sampling.temperature != 0.0 or sampling.repetition_penalty != 1.0:
-            tokens[row] = choose(logits[row], sampling, *places[row])
+            tokens[row] = choose(logits[row], sampling, one.tokens, one.answer.number, len(one.answer.tokens))
     return tokens
 
 

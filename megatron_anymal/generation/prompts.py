@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from megatron_anymal.data.content_parts import parse_part
+from megatron_anymal.config import LimitsConfig
+from megatron_anymal.data.codes import HASH_ATTRIBUTE
+from megatron_anymal.data.content_parts import CODES_ENDING, parse_part
 from megatron_anymal.data.prompt_encoder import MediaFile, open_parts, read_media_file
-from megatron_anymal.data.records import DataError, MediaPart, Part
+from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part
 from megatron_anymal.data.samples import read_lines
+from megatron_anymal.modalities import MediaError
+
+if TYPE_CHECKING:
+    from megatron_anymal.data.media_tokenizers import MediaTokenizer
 
 
 @dataclass(frozen=True)
@@ -74,3 +80,39 @@ def prompt_of_files(
     if chat:
         return Prompt(open_parts({"messages": [{"role": "user", "content": content}]}, "--chat"), media)
     return Prompt([parse_part(part, "the prompt") for part in content], media)
+
+
+def encoded(prompt: Prompt, tokenizers: Mapping[str, MediaTokenizer]) -> Prompt:
+    """The prompt with media whose modality has a tokenizer as codes.
+
+    Args:
+        tokenizers: name in model.discrete -> its tokenizer.
+
+    Raises:
+        MediaError: an item cannot be decoded.
+        DataError: a tokenizer returns something else than codes.
+    """
+    files = iter(prompt.media)
+    parts: list[Part] = []
+    media: list[MediaFile] = []
+    for part in prompt.parts:
+        if isinstance(part, MediaPart):
+            part, file = _encoded(part, next(files), tokenizers)
+            media.append(file)
+        parts.append(part)
+    return Prompt(parts, media)
+
+
+def _encoded(part: MediaPart, file: MediaFile, tokenizers: Mapping[str, MediaTokenizer]) -> tuple[MediaPart, MediaFile]:
+    tokenizer = tokenizers.get(part.modality)
+    if tokenizer is None or isinstance(part, CodesPart):
+        return part, file
+    # It imports the libraries that decode media.
+    from megatron_anymal.data.media_encoding import code_files
+
+    try:
+        [codes] = code_files(part.modality, tokenizer, [(file.extension, file.data)], LimitsConfig())
+    except MediaError as error:
+        raise MediaError(f"{part.media!r} {error}.") from error
+    attributes = {**part.attributes, HASH_ATTRIBUTE: tokenizer.hash}
+    return CodesPart(f"{part.media}.{CODES_ENDING}", part.modality, attributes), MediaFile(codes, "npy")

@@ -7,17 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_anymal.discrete_vocabulary import TEXT
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
-from megatron_anymal.generation.evaluation import Question, read_questions
+from megatron_anymal.generation.evaluation import Question, compared, read_questions
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.telemetry import MetricsLogger
 from megatron_anymal.train.build import TrainState
 
-_SAMPLING = Sampling(max_new_tokens=64)
+# Most text tokens of an answer.
+_TOKENS = 64
 
 
 class SampledAnswers:
-    """Greedy answers to the first samples of each validation set, for answers.jsonl in the run folder and loggers."""
+    """Answers to the first samples of each validation set, for answers.jsonl in the run folder and loggers.
+
+    Text is greedy; codes are sampled with the defaults of `anymal generate`, the same at every step.
+    """
 
     def __init__(self, state: TrainState, run_dir: Path, loggers: Sequence[MetricsLogger]):
         """Read trainer.sampled_answers questions, split evenly over the validation sets.
@@ -45,16 +50,19 @@ class SampledAnswers:
         model.eval()
         # Without max_positions: a long validation sample must not end a training run.
         generator = NativeGenerator(state.config.model, state.layout, state.tokenizer, state.modalities, model)
-        answers = generator.answer([question.prompt for _, question in self._questions], _SAMPLING)
+        # Room for as many tokens of codes as the longest expected answer has.
+        codes = [sum(item.codes.size + 2 for item in question.expected.items) for _, question in self._questions]
+        sampling = Sampling(max_new_tokens=_TOKENS + max(codes), modalities=(TEXT, *generator.discrete))
+        answers = generator.replies([question.prompt for _, question in self._questions], sampling)
         if not state.layout.reports:
             return
         with self._file.open("a") as file:
             for (name, question), answer in zip(self._questions, answers):
                 sample = f"{name}/{question.key}"
-                row = {"step": state.step, "sample": sample, "expected": question.answer, "given": answer.strip()}
+                row = {"step": state.step, "sample": sample, **compared(question, answer)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 for logger in self._loggers:
-                    _show(logger, sample, f"expected: {question.answer}\n\ngiven: {answer.strip()}", state.step)
+                    _show(logger, sample, f"expected: {row['expected']}\n\ngiven: {row['given']}", state.step)
 
 
 def _show(logger: MetricsLogger, sample: str, text: str, step: int) -> None:

@@ -8,7 +8,9 @@ from typing import Any, Optional, Union
 
 from transformers import LlamaConfig, PretrainedConfig
 
-from megatron_anymal.config import EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.config import DiscreteConfig, EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.data.codes import CodeLayout
+from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -20,6 +22,8 @@ class AnyMALConfig(PretrainedConfig):
         text_config: configuration of the Llama.
         modalities: name -> section. A section holds the kind of media, the encoder (type, config, preprocessor,
             max_pieces_per_call), the projector (type and sizes), options, the placeholder token and its id.
+        discrete: media as codes of the Llama's vocabulary: `base_size`, the first id after the Llama's own, and
+            `sections`, name -> section of model.discrete; empty if there are none.
         kwargs: see PretrainedConfig; ids of special tokens default to the Llama's.
     """
 
@@ -30,11 +34,13 @@ class AnyMALConfig(PretrainedConfig):
         self,
         text_config: Optional[Union[LlamaConfig, Mapping[str, Any]]] = None,
         modalities: Optional[Mapping[str, Mapping[str, Any]]] = None,
+        discrete: Optional[Mapping[str, Any]] = None,
         **kwargs: Any,
     ):
         llama = text_config if isinstance(text_config, LlamaConfig) else LlamaConfig(**_of_version(text_config or {}))
         self.text_config = llama
         self.modalities = {name: dict(section) for name, section in (modalities or {}).items()}
+        self.discrete = dict(discrete or {})
         kwargs = {**{name: getattr(llama, name) for name in _TOKENS}, **kwargs}
         super().__init__(**{**kwargs, "tie_word_embeddings": llama.tie_word_embeddings})
 
@@ -65,6 +71,12 @@ def _of_version(keys: Mapping[str, Any]) -> dict[str, Any]:
             keys["rope_theta"] = rope.pop("rope_theta", theta)
             keys["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
     return keys
+
+
+def code_layout(discrete: Mapping[str, Any]) -> CodeLayout:
+    """Ids of media as codes, from `discrete` of a configuration or processor."""
+    sections = {name: DiscreteConfig(**section) for name, section in discrete.get("sections", {}).items()}
+    return CodeLayout(DiscreteVocabulary(discrete.get("base_size", 0), sections), sections)
 
 
 def modality_config(section: Mapping[str, Any]) -> ModalityConfig:

@@ -12,6 +12,7 @@ from urllib.parse import urlparse
 import numpy as np
 import torch
 
+from megatron_anymal.data.content_parts import CODES_ENDING, is_codes
 from megatron_anymal.data.prompt_encoder import MediaFile, read_media_file
 from megatron_anymal.data.records import DataError, MediaPart
 from megatron_anymal.modalities import MediaError, kind_for_extension
@@ -67,7 +68,11 @@ class GivenMedia:
             name = str(getattr(part["media"], "name", name))
         file = self._file(name, part)
         # Different files may have the same name.
-        part["media"] = name if name not in self.files else f"{name} (item {len(self.files)})"
+        number = len(self.files)
+        if name in self.files:
+            # The ending tells that an item is codes.
+            name = f"item {number}.{CODES_ENDING}" if is_codes(name) else f"{name} (item {number})"
+        part["media"] = name
         self.files[part["media"]] = file
         return part
 

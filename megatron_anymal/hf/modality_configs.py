@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from megatron_anymal.config import EncoderConfig, ModalityConfig
+from megatron_anymal.config import DiscreteConfig, EncoderConfig, ModalityConfig
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor, read_folder, transformers_config
 
@@ -22,6 +22,18 @@ def export_sections(modalities: Mapping[str, ModalityConfig], tokenizer: Tokeniz
         ConfigError, DataError: the folder of an encoder cannot be read, or the tokenizer lacks a placeholder.
     """
     return {name: _section(name, section, tokenizer) for name, section in modalities.items()}
+
+
+def export_discrete(base_size: int, sections: Mapping[str, DiscreteConfig]) -> dict[str, Any]:
+    """Build `discrete` of `AnyMALConfig` and `AnyMALProcessor`, as plain JSON; empty without sections.
+
+    Args:
+        base_size: size of the Llama's own vocabulary.
+        sections: `model.discrete`.
+    """
+    if not sections:
+        return {}
+    return {"base_size": base_size, "sections": {name: dataclasses.asdict(one) for name, one in sections.items()}}
 
 
 def _section(name: str, section: ModalityConfig, tokenizer: Tokenizer) -> dict[str, Any]:

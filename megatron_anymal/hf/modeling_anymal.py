@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationMixin, LlamaForCausalLM, LogitsProcessorList, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from megatron_anymal.hf.configuration_anymal import AnyMALConfig, modality_config
+from megatron_anymal.data.code_grammar import CodeGrammar
+from megatron_anymal.discrete_vocabulary import TEXT
+from megatron_anymal.hf.code_processor import CodeLogitsProcessor
+from megatron_anymal.hf.configuration_anymal import AnyMALConfig, code_layout, modality_config
 from megatron_anymal.hf.projectors import build_projector
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.embedding_merge import merge
@@ -59,6 +62,7 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self._tokens = {name: section.projector.num_tokens for name, section in sections.items()}
         self._pieces_per_call = {name: section.encoder.max_pieces_per_call for name, section in sections.items()}
         self._placeholders = {name: section["placeholder_id"] for name, section in config.modalities.items()}
+        self._grammar = CodeGrammar(code_layout(config.discrete)) if config.discrete else None
         encoders, projectors = {}, {}
         for name, section in sections.items():
             shape = build_modality(name, section).piece_shape
@@ -199,6 +203,46 @@ class AnyMALForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return False
         placeholders = torch.tensor(list(self._placeholders.values()), device=input_ids.device)
         return bool(torch.isin(input_ids, placeholders).any())
+
+    @torch.no_grad()
+    def generate(self, *arguments: Any, modalities: Optional[Sequence[str]] = None, **kwargs: Any) -> Any:
+        """Generate as transformers does. Media as codes obey their grammar: after a begin mark come codes of that kind
+        of media only, as many as an item has, and then its end mark.
+
+        Args:
+            arguments: of transformers' `generate`.
+            modalities: what an answer may consist of: "text" and names of the configuration's `discrete`; without
+                "text", it has at least one item. None: text and all of them.
+            kwargs: of transformers' `generate`, and `media`.
+
+        Raises:
+            ValueError: the model does not write a modality, a prompt ends within an item, or there is no room for an
+                item.
+        """
+        if self._grammar is None:
+            if modalities not in (None, [TEXT], (TEXT,)):
+                raise ValueError(f"modalities={list(modalities)}: this model writes text only.")
+            return super().generate(*arguments, **kwargs)
+        prompts = kwargs.get("input_ids", kwargs.get("inputs", arguments[0] if arguments else None))
+        for row, tokens in enumerate([] if prompts is None else prompts.tolist()):
+            if item := self._grammar.open_item(tokens):
+                raise ValueError(
+                    f"Row {row} of input_ids ends within an item of {item.name!r}, after {item.codes} code(s). Close "
+                    "it with its end mark, or name modalities and let the model begin the item."
+                )
+        names = self._grammar.layout.vocabulary.names
+        processor = CodeLogitsProcessor(self._grammar, [TEXT, *names] if modalities is None else modalities)
+        others = kwargs.pop("logits_processor", None) or ()
+        return super().generate(*arguments, logits_processor=LogitsProcessorList([processor, *others]), **kwargs)
+
+    def _get_logits_processor(self, generation_config: Any, input_ids_seq_length: Any = None, **kwargs: Any) -> Any:
+        # Here the length of the answers is known.
+        for processor in kwargs.get("logits_processor") or ():
+            if isinstance(processor, CodeLogitsProcessor):
+                ends = generation_config.eos_token_id or []
+                ends = [ends] if isinstance(ends, int) else ends
+                processor.prepare(ends, input_ids_seq_length, generation_config.max_length)
+        return super()._get_logits_processor(generation_config, input_ids_seq_length, **kwargs)
 
     def _expand_inputs_for_generation(
         self,

@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from megatron_anymal.data.chat_format import END_TURN, lay_out, parse_messages
+from megatron_anymal.data.code_grammar import CodeGrammar, CodeItem
 from megatron_anymal.data.prompt_encoder import PromptReader, TokenizedPrompt, open_parts
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.hf.configuration_anymal import modality_config
+from megatron_anymal.hf.configuration_anymal import code_layout, modality_config
 from megatron_anymal.hf.inputs import AnyMALInputs, batch_of
 from megatron_anymal.hf.media_inputs import GivenMedia, given_by_kind
 from megatron_anymal.hf.rendered import is_rendered, parts_of, render, without_items
@@ -27,6 +28,7 @@ class AnyMALProcessor(ProcessorMixin):
     Args:
         tokenizer: tokenizer of the model.
         modalities: the modality sections of its configuration, see AnyMALConfig.
+        discrete: media as codes, see AnyMALConfig.
     """
 
     attributes = ["tokenizer"]  # noqa: RUF012  (transformers 4 declares it)
@@ -36,10 +38,12 @@ class AnyMALProcessor(ProcessorMixin):
         self,
         tokenizer: Any = None,
         modalities: Optional[Mapping[str, Mapping[str, Any]]] = None,
+        discrete: Optional[Mapping[str, Any]] = None,
         chat_template: Optional[str] = None,
         **kwargs: Any,
     ):
         self.modalities = {name: dict(section) for name, section in (modalities or {}).items()}
+        self.discrete = dict(discrete or {})
         super().__init__(tokenizer, chat_template=chat_template)
 
     def __call__(
@@ -163,6 +167,24 @@ class AnyMALProcessor(ProcessorMixin):
         new = output_ids[:, inputs["input_ids"].shape[1] :].tolist()
         return [self._tokenizer.decode(self._until_end(tokens)).strip() for tokens in new]
 
+    def parts(self, output_ids: Tensor, inputs: Mapping[str, Any]) -> list[list[Union[str, CodeItem]]]:
+        """Take generated answers apart into texts and media, in order.
+
+        Args:
+            output_ids: [rows, T + new tokens], the result of `generate`.
+            inputs: the inputs of `generate`.
+
+        Returns:
+            For each row, texts and items with `name` and `codes` [codebooks, codes].
+
+        Raises:
+            ValueError: the codes of an answer break the grammar, which those of this model's `generate` do not.
+        """
+        grammar = CodeGrammar(code_layout(self.discrete))
+        new = output_ids[:, inputs["input_ids"].shape[1] :].tolist()
+        found = [grammar.parts(self._until_end(tokens)) for tokens in new]
+        return [[self._tokenizer.decode(one) if isinstance(one, list) else one for one in parts] for parts in found]
+
     def batch_decode(self, *arguments: Any, **kwargs: Any) -> list[str]:
         """Call `batch_decode` of the tokenizer."""
         return self.tokenizer.batch_decode(*arguments, **kwargs)
@@ -193,7 +215,7 @@ class AnyMALProcessor(ProcessorMixin):
     def _reader(self) -> PromptReader:
         sections = {name: modality_config(section) for name, section in self.modalities.items()}
         modalities: dict[str, Modality] = {name: build_modality(name, section) for name, section in sections.items()}
-        return PromptReader(self._tokenizer, sections, modalities)
+        return PromptReader(self._tokenizer, sections, modalities, code_layout(self.discrete))
 
     def _read_json(self, prompt: Any, where: str) -> TokenizedPrompt:
         if not isinstance(prompt, Mapping):

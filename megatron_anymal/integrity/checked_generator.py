@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Optional
 
-from megatron_anymal.generation.answers import GrowingAnswer
+from megatron_anymal.generation.answers import GrowingAnswer, Reply
 from megatron_anymal.generation.generator import Generator, Result, Watch, unwatched
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.rejection import Rejection
@@ -32,7 +32,7 @@ class CheckedGenerator(Generator):
         self._generator = generator
         self.reports, self.kinds, self.max_positions = generator.reports, generator.kinds, generator.max_positions
         self.replica, self.replicas = generator.replica, generator.replicas
-        self.leads_replica = generator.leads_replica
+        self.leads_replica, self.grammar = generator.leads_replica, generator.grammar
         self.rejections: dict[int, Rejection] = {}
         self._checks = IntegrityChecks(config, generator.kinds) if generator.leads_replica else None
         self._config, self._began = config, time.perf_counter()
@@ -50,7 +50,9 @@ class CheckedGenerator(Generator):
         """As of the wrapped generator."""
         return self._generator.on_leader(compute)
 
-    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
+    ) -> list[Reply]:
         for number in numbers:
             self.rejections.pop(number, None)
         self._reject(numbers, self.on_leader(lambda: self._leader.check_prompts(prompts)))
@@ -59,15 +61,16 @@ class CheckedGenerator(Generator):
             asked, theirs = [prompts[place] for place in passed], [numbers[place] for place in passed]
             if watch is unwatched:
                 answers = self._generator.answer_batch(asked, theirs, sampling)
-                self._reject(theirs, self.on_leader(lambda: self._leader.check_answers(asked, answers)))
+                texts = [answer.text for answer in answers]
+                self._reject(theirs, self.on_leader(lambda: self._leader.check_answers(asked, texts)))
             else:
                 answers = self._streamed(asked, theirs, sampling, watch)
-        texts = dict(zip(theirs, answers)) if passed else {}
-        return [self.rejections[n].text if n in self.rejections else texts[n] for n in numbers]
+        replies = dict(zip(theirs, answers)) if passed else {}
+        return [Reply.of_parts([self.rejections[n].text]) if n in self.rejections else replies[n] for n in numbers]
 
     def _streamed(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
-    ) -> list[str]:
+    ) -> list[Reply]:
         """Answer prompts while others watch; those who watch see the text that has passed."""
         views = {number: _PassedAnswer(number, self._gate(prompt)) for number, prompt in zip(numbers, prompts)}
 
@@ -81,7 +84,7 @@ class CheckedGenerator(Generator):
         answers = self._generator.answer_batch(prompts, numbers, sampling, checked)
         for number, answer in zip(numbers, answers):
             # Nothing is left to check unless a generator ended an answer unwatched.
-            views[number].complete(answer)
+            views[number].complete(answer.text)
         self._reject(numbers, [views[number].gate.rejection for number in numbers])
         return answers
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from engine import train
+from discrete_runs import VOCABULARY, run_of, train_on_codes
 from export_server import run_in_rank
 from parity.discrete import SECTIONS, codes_in_documents
 from parity.reference import Reference
@@ -19,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tiny import LLAMA, make_config
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from checkpoint_tools import export_hf, import_hf
+from checkpoint_tools import export_hf
 from checkpoint_tools.exporting.discrete_tokens import with_discrete_tokens
 from megatron_anymal.config import DiscreteConfig, LoraConfig, RunConfig
 from megatron_anymal.config.discrete_validation import check_discrete
@@ -29,32 +28,6 @@ from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.nemo.archive import portable
 from megatron_anymal.nemo.model import MegatronAnyMALModel, from_cfg
-
-# More entries than tokens: the export must fill the gap.
-VOCABULARY = DiscreteVocabulary(33, SECTIONS)
-
-
-def run_of(text_shards: str, tokenizer: str, folder: Path, *, tied: bool) -> RunConfig:
-    """Import a folder, and train marks and codes on it under two tensor-parallel ranks."""
-    torch.manual_seed(0)
-    shape = {**LLAMA, "vocab_size": 33, "tie_word_embeddings": tied}
-    LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder / "llama")
-    arguments = ["--hf", str(folder / "llama"), "--out", str(folder / "imported")]
-    assert import_hf.main(arguments) == 0
-    config = make_config(text_shards, tokenizer, folder / "run")
-    config.model.modalities, config.model.discrete = {}, dict(SECTIONS)
-    config.model.language_model.config, config.model.language_model.checkpoint = {}, str(folder / "imported")
-    config.trainer.max_steps, config.trainer.devices = 2, 2
-    config.model.tensor_model_parallel_size = 2
-    return config
-
-
-def train_on_codes(config: RunConfig) -> dict[str, Any]:
-    # The Llama's vocabulary is known from its checkpoint only.
-    model = copy.deepcopy(config.model)
-    model.language_model.config = {"vocab_size": VOCABULARY.base_size}
-    with codes_in_documents(model):
-        return train(config)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -66,7 +39,7 @@ def test_transformers_gives_the_same_logits(
         config.model.lora = LoraConfig(r=2)
     weights = run_ranks(2, train_on_codes, config)[0]["weights"]
     out = tmp_path / "export"
-    arguments = ["--checkpoint", config.exp_manager.explicit_log_dir, "--out", str(out)]
+    arguments = ["--checkpoint", config.exp_manager.explicit_log_dir, "--out", str(out), "--llama-only"]
     assert run_in_rank(export_hf.main, arguments) == 0
     assert "verified random tokens" in capfd.readouterr().out
     exported = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
@@ -99,7 +72,7 @@ def test_swapped_rows_are_found(
     config = run_of(text_shards, tokenizer_folder, tmp_path, tied=False)
     run_ranks(2, train_on_codes, config)
     out = tmp_path / "export"
-    arguments = ["--checkpoint", config.exp_manager.explicit_log_dir, "--out", str(out)]
+    arguments = ["--checkpoint", config.exp_manager.explicit_log_dir, "--out", str(out), "--llama-only"]
     assert run_in_rank(export_hf.main, arguments) == 0
     tensors = load_file(out / "model.safetensors")
     rows = tensors["model.embed_tokens.weight"]

@@ -21,6 +21,7 @@ from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
+from megatron_anymal.generation.answers import Reply
 from megatron_anymal.generation.chat import Chat
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.evaluation import Question, permute_media, read_questions
@@ -248,7 +249,7 @@ def questions() -> list[Question]:
         media = [MediaPart(f"{number}-{kind}", kind, {"rate": number}) for kind in of_this]
         parts = [part for one in media for part in (one, TextPart(f"question {number}"))] or [TextPart("no media")]
         files = [MediaFile(f"{number}-{kind}".encode(), "x") for kind in of_this]
-        made.append(Question(f"key {number}", Prompt(parts, files), f"answer {number}"))
+        made.append(Question(f"key {number}", Prompt(parts, files), Reply.of_parts([f"answer {number}"])))
     return made
 
 

@@ -119,7 +119,7 @@ def test_an_open_prompt_ends_where_the_assistant_answers(name: str, tokenizer: T
     assert document.tokens == published(tokenizer, messages, ask=True) and not any(document.is_target)
     opened, answer = last_answer(conversation(CONVERSATIONS[name]).documents[0])
     assert tokenizer.document(opened, [], {}, closed=False).tokens == document.tokens
-    assert answer == CONVERSATIONS[name][-1]["content"].strip()
+    assert answer == [TextPart(CONVERSATIONS[name][-1]["content"].strip())]
 
 
 def test_a_pair_is_two_documents_that_differ_in_the_answer(tokenizer: Tokenizer) -> None:

@@ -11,7 +11,7 @@ import pytest
 from megatron_anymal.data.chat_format import open_prompt, parse_messages
 from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import MediaPart
-from megatron_anymal.generation.answers import Answer
+from megatron_anymal.generation.answers import Answer, Reply
 from megatron_anymal.generation.chat import Chat
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.prompts import Prompt
@@ -37,7 +37,9 @@ class Parrot(Generator):
     def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
         raise NotImplementedError
 
-    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
+    ) -> list[Reply]:
         [prompt], [first] = prompts, numbers
         if any(file.data == b"broken" for file in prompt.media):
             raise MediaError("'broken.png': cannot be decoded.")
@@ -50,7 +52,7 @@ class Parrot(Generator):
                 raise KeyboardInterrupt
             answer.add(ord(letter))
             watch(answer)
-        return [answer.text]
+        return [answer.reply]
 
 
 def play(generator: Parrot, lines: Sequence[Any]) -> list[str]:

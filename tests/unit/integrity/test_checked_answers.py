@@ -18,7 +18,7 @@ from tiny import make_config, png
 from megatron_anymal.__main__ import main
 from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import MediaPart, TextPart
-from megatron_anymal.generation.answers import Answer, Stream
+from megatron_anymal.generation.answers import Answer, Reply, Stream
 from megatron_anymal.generation.chat import Chat
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.generator import Generator, Watch
@@ -42,7 +42,9 @@ class Reciter(Generator):
     def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
         raise NotImplementedError
 
-    def _answer(self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch) -> list[str]:
+    def _answer(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
+    ) -> list[Reply]:
         found = []
         for prompt, number in zip(prompts, numbers):
             [text] = [p.text for p in prompt.parts if isinstance(p, TextPart) and not p.control][-1:]
@@ -53,7 +55,7 @@ class Reciter(Generator):
                     self.spoken += 1
                     answer.add(ord(letter))
                     watch(answer)
-            found.append(answer.text)
+            found.append(answer.reply)
         return found
 
 
