@@ -146,7 +146,9 @@ def _as_codes(line: Line, kind: str) -> Line:
 
 def _question(line: Line, kind: str, rng: np.random.Generator) -> Line:
     """A question about a media item, and its answer."""
-    choices = [turn for turn in turns("image" if kind == PICTURE else "audio", line["facts"]) if turn.kind != "knowledge"]
+    choices = [
+        turn for turn in turns("image" if kind == PICTURE else "audio", line["facts"]) if turn.kind != "knowledge"
+    ]
     return _as_codes({**line, "parts": [line["parts"][0], *pick(choices, rng).parts()]}, kind)
 
 
@@ -166,9 +168,7 @@ def _pairs(lines: Sequence[Line], count: int, rng: np.random.Generator) -> Itera
         two = [pick(lines, rng) for _ in range(2)]
         words = [line["facts"][0] for line in two]
         answer = [
-            part
-            for line, word in zip(two, words)
-            for part in ({"text": f" {word}:"}, _codes(_file(line), PICTURE))
+            part for line, word in zip(two, words) for part in ({"text": f" {word}:"}, _codes(_file(line), PICTURE))
         ]
         yield _chat(f"two-{number:06d}", [{"text": pick(DRAW_TWO, rng).format(*words)}], answer)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +17,8 @@ import soundfile
 
 from examples.quickstart.any_to_any import NEXT, PICTURE, SOUND
 from examples.quickstart.judges import SIDE, DigitJudge, SoundJudge, centre, read_picture
-from megatron_anymal.checkpoint import store
-from megatron_anymal.checkpoint.frozen_base import resolve_language_model
-from megatron_anymal.checkpoint.trust import config_of
 from megatron_anymal.config import DiscreteConfig
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.data.code_grammar import CodeItem
 
 # Requests answered together, and the longest answer in tokens.
 BATCH, LONGEST = 250, 64
@@ -39,6 +35,8 @@ def create(folder: Path) -> None:
 
     requests = folder / "media" / "any_to_any_requests.jsonl"
     generator = NativeGenerator.of_run(str(folder / "any_to_any"))
+    assert generator.grammar is not None
+    sections = generator.grammar.layout.sections
     # What an answer consists of is left to the model.
     sampling = Sampling(max_new_tokens=LONGEST, modalities=("text", PICTURE, SOUND))
     replies = generator.replies(read_prompts(str(requests)), sampling, BATCH)
@@ -47,39 +45,32 @@ def create(folder: Path) -> None:
         SOUND: SoundTokenizer(folder / "sound_tokenizer.safetensors"),
     }
     out = folder / "creations"
-    out.mkdir(exist_ok=True)
-    files, rows = ItemFiles(out, tokenizers), []
+    files, rows = ItemFiles(out, sections, tokenizers), []
     for number, (line, reply) in enumerate(zip(requests.read_text(encoding="utf-8").splitlines(), replies)):
         request = json.loads(line)
-        rows.append({**request, "parts": files.write(str(number), reply.parts), "tokens": list(reply.tokens)})
+        grammar = {
+            "grammatical": all(is_complete(item, sections[item.name]) for item in reply.items),
+            "grammatical_by_itself": reply.grammatical,
+        }
+        rows.append({**request, "parts": files.write(str(number), reply.parts), **grammar})
     (out / "answers.json").write_text(json.dumps(rows))
 
 
-def obeys_grammar(tokens: Sequence[int], vocabulary: DiscreteVocabulary, sections: Mapping[str, DiscreteConfig]) -> bool:
-    """Whether every item of an answer has a begin mark, the right number of codes of each codebook in turn, and an end
-    mark. Written apart from the trainer's own grammar, as a regular expression over one word per token."""
-    words = []
-    for token in tokens:
-        if token < vocabulary.base_size:
-            words.append("text ")
-        else:
-            found = vocabulary.lookup(token)
-            words.append(f"{found.name}:{found.mark or found.codebook} ")
-    items = []
-    for name, section in sections.items():
-        each = section.codes_per_item // len(section.codebooks)
-        codes = "".join(f"({name}:{codebook} ){{{each}}}" for codebook in range(len(section.codebooks)))
-        items.append(f"{name}:begin {codes}{name}:end ")
-    return re.fullmatch(f"(text |{'|'.join(items)})*", "".join(words)) is not None
+def is_complete(item: CodeItem, section: DiscreteConfig) -> bool:
+    """Whether an item has as many codes of each codebook as its section states, none of them outside its codebook."""
+    sizes = np.array(section.codebooks)[:, None]
+    whole = item.codes.shape == (len(sizes), section.codes_per_item // len(sizes))
+    return bool(whole and (item.codes >= 0).all() and (item.codes < sizes).all())
 
 
 def judge(folder: Path) -> dict[str, Any]:
     """Judge the answers of `create`.
 
     Returns:
-        "as_asked": kind of request -> share of the answers that show what was asked for: "digit", "two digits" (both, in
-        this order), "video" (the same digit, moved on in its direction) and "sound". "answers": their number.
-        "grammatical": share of them that obey the grammar. "judges": accuracy of the judges on the training media.
+        "as_asked": kind of request -> share of the answers that show what was asked for: "digit", "two digits" (both,
+        in this order), "video" (the same digit, moved on in its direction) and "sound". "answers": their number.
+        "grammatical": share of them whose items are complete; "grammatical_by_itself": of those that would be without
+        being held to the grammar. "judges": accuracy of the judges on the training media.
     """
     out, media = folder / "creations", folder / "media"
     rows = json.loads((out / "answers.json").read_text())
@@ -87,11 +78,10 @@ def judge(folder: Path) -> dict[str, Any]:
     right: dict[str, list[bool]] = {}
     for row in rows:
         right.setdefault(row["asked"], []).append(_as_asked(folder, row, digits, sounds))
-    vocabulary, sections = _vocabulary(folder / "any_to_any")
     return {
         "as_asked": {kind: sum(found) / len(found) for kind, found in right.items()},
         "answers": len(rows),
-        "grammatical": sum(obeys_grammar(row["tokens"], vocabulary, sections) for row in rows) / len(rows),
+        **{name: sum(row[name] for row in rows) / len(rows) for name in ("grammatical", "grammatical_by_itself")},
         "judges": {
             "digits": digits.accuracy(media / "image_train.jsonl"),
             "sounds": sounds.accuracy(media / "audio_train.jsonl"),
@@ -99,20 +89,14 @@ def judge(folder: Path) -> dict[str, Any]:
     }
 
 
-def _vocabulary(run: Path) -> tuple[DiscreteVocabulary, Mapping[str, DiscreteConfig]]:
-    """Marks and codes of a run."""
-    folder = store.resolve(str(run))
-    model = config_of(store.read_manifest(folder), folder, trust_plugins=False).model
-    _, llama = resolve_language_model(model.language_model)
-    return DiscreteVocabulary(llama.vocab_size, model.discrete), model.discrete
-
-
 def _as_asked(folder: Path, row: Mapping[str, Any], digits: DigitJudge, sounds: SoundJudge) -> bool:
     """Whether an answer has the items that were asked for, and no others."""
     items = [part for part in row["parts"] if "media" in part]
     files = [folder / "creations" / part["media"] for part in items]
     if row["asked"] == "sound":
-        return [part["modality"] for part in items] == [SOUND] and sounds.name(soundfile.read(files[0])[0]) == row["facts"][0]
+        return [part["modality"] for part in items] == [SOUND] and sounds.name(soundfile.read(files[0])[0]) == row[
+            "facts"
+        ][0]
     pictures = [read_picture(file) for file, part in zip(files, items) if part["modality"] == PICTURE]
     if row["asked"] == "video":
         return len(items) == len(pictures) == len(NEXT) and _goes_on(folder, row, pictures, digits)
@@ -134,7 +118,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     folder = parser.parse_args(argv).folder
     create(folder)
-    (folder / "creations" / "scores.json").write_text(json.dumps(judge(folder), indent=1))
+    scores = judge(folder)
+    (folder / "creations" / "scores.json").write_text(json.dumps(scores, indent=1))
+    print(json.dumps(scores, indent=1))
     return 0
 
 

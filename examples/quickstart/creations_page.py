@@ -32,6 +32,7 @@ def any_to_any_numbers(folder: Path, understood: Path) -> dict[str, Any]:
         "drawn_as_asked": made["as_asked"]["digit"],
         "understood": scores["picture"]["accuracy"],
         "grammatical": made["grammatical"],
+        "grammatical_by_itself": made["grammatical_by_itself"],
         "answers": made["answers"],
         "two_drawn_as_asked": made["as_asked"]["two digits"],
         "videos_continued": made["as_asked"]["video"],
@@ -52,9 +53,10 @@ def any_to_any_section(folder: Path, report: Mapping[str, Any]) -> str:
     return (
         "<p>Pictures and sounds as codes of the Llama's vocabulary, read and written by one model. Classifiers of "
         f"scikit-learn, trained on held-out media ({judges['digits']:.1%} and {judges['sounds']:.1%} on the training "
-        f"media), find what was asked for in {made['drawn_as_asked']:.1%} of the digits, {made['two_drawn_as_asked']:.1%} "
-        f"of the pairs of digits, {made['videos_continued']:.1%} of the videos and {made['sounds_as_asked']:.1%} of the "
-        f"sounds. {made['grammatical']:.1%} of {made['answers']} answers obey the grammar. Of held-out questions, "
+        f"media), find what was asked for in {made['drawn_as_asked']:.1%} of the digits, "
+        f"{made['two_drawn_as_asked']:.1%} of the pairs of digits, {made['videos_continued']:.1%} of the videos and "
+        f"{made['sounds_as_asked']:.1%} of the sounds. {made['grammatical']:.1%} of {made['answers']} answers "
+        f"obey the grammar, {made['grammatical_by_itself']:.1%} by themselves. Of held-out questions, "
         f"{made['understood']:.1%} about pictures and {made['sounds_understood']:.1%} about sounds are answered "
         f"exactly, with encoders {report['modalities']['image']['accuracy']:.1%} and "
         f"{report['modalities']['audio']['accuracy']:.1%}.</p>{_creations(folder)}"

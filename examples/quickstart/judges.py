@@ -6,7 +6,6 @@ They are trained on the held-out scans and sounds, which neither the tokenizers 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +100,7 @@ def _bands(wave: np.ndarray) -> np.ndarray:
     """Mean and deviation over time of the logarithms of magnitudes, by range of frequency."""
     frames = np.lib.stride_tricks.sliding_window_view(wave, 400)[::200]
     magnitudes = np.abs(np.fft.rfft(frames * np.hanning(400)))[:, : BANDS * 8]
-    logarithms = np.log(magnitudes.reshape(len(frames), BANDS, 8).mean(2) + 0.01)
+    logarithms = np.log(magnitudes.reshape(len(frames), BANDS, 8).mean(2) + 0.3)
     return np.concatenate([logarithms.mean(0), logarithms.std(0)])
 
 

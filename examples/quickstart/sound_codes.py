@@ -1,5 +1,7 @@
-"""The quickstart's tokenizer of sounds: a small codec whose first codebook carries the content and whose second one what is
-left, and the class that `anymal prepare --encode` loads."""
+"""The quickstart's tokenizer of sounds: a small codec, and the class that `anymal prepare --encode` loads.
+
+Its first codebook carries the content, the second one what is left.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ CODEBOOKS, CODES, WIDTH = 2, 64, 8
 # Codes of a sound of one second, over both codebooks.
 CODES_PER_SECOND = CODEBOOKS * AUDIO_RATE // (HOP * FRAMES)
 # Added to magnitudes before their logarithm is taken.
-FLOOR = 0.1
+FLOOR = 0.5
 # Rounds in which the phases of a decoded sound are made consistent.
 PHASE_ROUNDS = 30
 WEIGHTS = Path("runs/quickstart/sound_tokenizer.safetensors")

@@ -13,8 +13,8 @@ DECAY, LEAST_USE = 0.97, 0.5
 class VectorQuantizer(nn.Module):
     """Replaces vectors by the nearest of a codebook (VQ-VAE, van den Oord et al., 2017).
 
-    The codebook follows moving averages of the vectors that it replaces (appendix A.1 there). Codes that are hardly used
-    move to random vectors of the batch.
+    The codebook follows moving averages of the vectors that it replaces (appendix A.1 there). Codes that are hardly
+    used move to random vectors of the batch.
 
     Attributes:
         vectors: the codebook, [codes, width].
@@ -44,8 +44,8 @@ class VectorQuantizer(nn.Module):
         """Quantize inputs, [n, width], and, in training mode, move the codebook towards them.
 
         Returns:
-            The nearest vectors, [n, width], whose gradients go to the inputs; and the mean squared distance, by which the
-            inputs are drawn to the codebook.
+            The nearest vectors, [n, width], whose gradients go to the inputs; and the mean squared distance, by which
+            the inputs are drawn to the codebook.
         """
         codes = self.nearest(inputs)
         found = self.vectors[codes]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,10 +16,10 @@ from examples.quickstart.any_to_any import NEXT, SHOWN
 from examples.quickstart.corpus import DIGITS, SOUNDS
 from examples.quickstart.judges import DigitJudge, SoundJudge, centre, read_picture
 from megatron_anymal.config import DiscreteConfig
+from megatron_anymal.data.code_grammar import CodeItem
 from megatron_anymal.data.prompt_encoder import open_parts
 from megatron_anymal.data.samples import parse_sample
 from megatron_anymal.data.shard_index import ShardIndex
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 
 Line = dict[str, Any]
 
@@ -51,7 +52,9 @@ def test_held_out_questions_are_those_of_the_encoders(quickstart_folder: Path) -
 def test_answers_are_what_requests_ask_for(quickstart_folder: Path) -> None:
     """A drawn picture is one of the digit that the request names."""
     media = quickstart_folder / "media"
-    facts = {line["parts"][0]["media"]: line["facts"][0] for line in map(json.loads, (media / "image_train.jsonl").open())}
+    facts = {
+        line["parts"][0]["media"]: line["facts"][0] for line in map(json.loads, (media / "image_train.jsonl").open())
+    }
     checked = 0
     for line in lines(quickstart_folder, "train"):
         if line["key"].startswith(("draw", "two")) and all(name in facts for name in media_of(line)):
@@ -64,11 +67,11 @@ def test_answers_are_what_requests_ask_for(quickstart_folder: Path) -> None:
 def test_codes_are_stored_in_prompts_and_answers(quickstart_folder: Path) -> None:
     index = ShardIndex(str(quickstart_folder / "data" / "any_to_any_train"))
     assert len(index) == len(lines(quickstart_folder, "train"))
-    shapes = Counter()
+    shapes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for number in range(len(index)):
         media = index.sample(number).media
         for part, item in zip(media, index.read_media(number, media, range(len(media)))):
-            codes = np.load(__import__("io").BytesIO(item.data))
+            codes = np.load(io.BytesIO(item.data))
             shapes[part.modality, codes.shape] += 1
     assert shapes.keys() == {("picture", (1, 16)), ("sound", (2, 16))}
 
@@ -82,32 +85,19 @@ def test_requests_can_be_asked(quickstart_folder: Path) -> None:
         parse_sample({"messages": [*line["messages"], {"role": "assistant", "content": "x"}]}, "line")
 
 
-SECTIONS = {
-    "picture": DiscreteConfig(codebooks=[5], codes_per_item=2),
-    "sound": DiscreteConfig(codebooks=[4, 4], codes_per_item=4),
-}
-# 10 <picture> 11 </picture> 12 to 16 codes; 17 <sound> 18 </sound> 19 to 22 content, 23 to 26 the rest.
-PICTURE, SOUND = [10, 12, 16, 11], [17, 19, 22, 23, 26, 18]
-
-
 @pytest.mark.parametrize(
-    ("tokens", "obeys"),
+    ("codes", "complete"),
     [
-        ([], True),
-        ([1, 2, *PICTURE, 3, *SOUND, *PICTURE], True),
-        ([1, *PICTURE[:-1]], False),
-        ([10, 12, 11], False),
-        ([10, 12, 16, 12, 11], False),
-        ([10, 12, 1, 11], False),
-        ([10, 12, 19, 11], False),
-        ([17, 19, 23, 22, 26, 18], False),
-        ([17, 19, 22, 23, 26, 11], False),
-        ([12], False),
-        ([1, 11], False),
+        ([[0, 3], [3, 0]], True),
+        ([[0, 3]], False),
+        ([[0], [3]], False),
+        ([[0, 4], [3, 0]], False),
+        ([[-1, 3], [0, 0]], False),
     ],
 )
-def test_grammar(tokens: list[int], obeys: bool) -> None:
-    assert creations.obeys_grammar(tokens, DiscreteVocabulary(10, SECTIONS), SECTIONS) == obeys
+def test_an_item_is_complete(codes: list[list[int]], complete: bool) -> None:
+    section = DiscreteConfig(codebooks=[4, 4], codes_per_item=4)
+    assert creations.is_complete(CodeItem("sound", np.array(codes)), section) == complete
 
 
 def test_judges_know_media_of_the_other_split(quickstart_folder: Path) -> None:
