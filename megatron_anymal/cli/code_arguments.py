@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from megatron_anymal.generation.answers import Reply
     from megatron_anymal.generation.prompts import Prompt
 
-_SETTINGS = {field.name: type(field.default) for field in fields(CodeSampling)}
+_SETTINGS = {"temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float}
 
 
 def add_code_arguments(parser: argparse.ArgumentParser) -> None:

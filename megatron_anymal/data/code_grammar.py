@@ -81,6 +81,10 @@ class CodeGrammar:
         """
         self.layout = layout
         self._vocabulary, self._sections = layout.vocabulary, layout.sections
+        names = self._vocabulary.names
+        # Begin mark -> name and ids of the first codebook.
+        self._begins = {self._vocabulary.begin(name): (name, self._vocabulary.codebook(name, 0)) for name in names}
+        self._ends = {self._vocabulary.end(name) for name in names}
 
     def contents(self, modalities: Sequence[str], ends: Collection[int], room: int) -> Contents:
         """What an answer may consist of.
@@ -165,18 +169,15 @@ class CodeGrammar:
         return True
 
     def open_item(self, tokens: Sequence[int]) -> Optional[OpenItem]:
-        """Where a sequence stands whose items before the last mark are known to be complete; None outside an item."""
-        base, marks = self._vocabulary.base_size, self._vocabulary
+        """Where a sequence stands that is known to obey the grammar, found from its end; None outside an item."""
         for place in range(len(tokens) - 1, -1, -1):
-            if tokens[place] < base:
+            token = tokens[place]
+            if token < self._vocabulary.base_size or token in self._ends:
                 # Text never stands within an item.
                 return None
-            found = marks.lookup(tokens[place])
-            if found.mark:
-                item = self.follow(None, tokens[place]) if found.mark == "begin" else None
-                for token in tokens[place + 1 :]:
-                    item = self.follow(item, token)
-                return item
+            if token in self._begins:
+                name, first = self._begins[token]
+                return OpenItem(name, len(tokens) - place - 1, sum(code in first for code in tokens[place + 1 :]))
         return None
 
     def parts(self, tokens: Sequence[int]) -> list[Union[list[int], CodeItem]]:
@@ -194,9 +195,10 @@ class CodeGrammar:
             except DiscreteCodeError as error:
                 raise DiscreteCodeError(f"Token {place}: {error}.") from None
             if before is None and item is None:
-                if not found or not isinstance(found[-1], list):
-                    found.append([])
-                found[-1].append(token)
+                last = found[-1] if found else None
+                if not isinstance(last, list):
+                    found.append(last := [])
+                last.append(token)
             elif before is None:
                 start = place
             elif item is None:
@@ -214,7 +216,7 @@ class CodeGrammar:
         books = len(section.codebooks)
         ids = np.array(tokens, dtype=np.int64)
         codes = ids.reshape(books, -1) if section.interleaving == "sequential" else ids.reshape(-1, books).T
-        first = np.array([self._vocabulary.codebook(name, book).start for book in range(books)])
+        first = np.array([self._vocabulary.id_of(name, book, 0) for book in range(books)])
         return CodeItem(name, codes - first[:, None])
 
     def _options(self, item: OpenItem) -> list[tuple[range, Optional[OpenItem]]]:

@@ -64,6 +64,10 @@ class GrowingAnswer(Protocol):
         """The text so far."""
 
     @property
+    def reply(self) -> Reply:
+        """The answer with its media, as far as it has come."""
+
+    @property
     def settled(self) -> str:
         """The beginning of the text that further tokens cannot change."""
 

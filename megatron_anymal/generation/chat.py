@@ -13,6 +13,7 @@ from typing import Any, Optional, Protocol
 
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.config import ConfigError
+from megatron_anymal.data.code_grammar import CodeItem
 from megatron_anymal.data.codes import HASH_ATTRIBUTE
 from megatron_anymal.data.content_parts import CODES_ENDING
 from megatron_anymal.data.prompt_encoder import MediaFile, open_parts, read_media_file
@@ -175,8 +176,7 @@ class Chat:
             [reply] = self._generator.replies([prompt], replace(self._sampling, seed=seed), 1, watch)
         except KeyboardInterrupt:
             self._say(" (stopped)")
-            # Keep exactly the text that was shown.
-            return Reply.of_parts([latest[0].settled.strip() if latest else ""])
+            return _shown(latest[0]) if latest else Reply.of_parts([])
         if latest and latest[0].text.strip():
             self._say("")
         if rejection := self._generator.rejections.get(0):
@@ -219,6 +219,14 @@ class Chat:
 
     def _say(self, line: str) -> None:
         self._write(line + "\n")
+
+
+def _shown(answer: GrowingAnswer) -> Reply:
+    """An answer that was stopped: its items, and exactly the text that was shown."""
+    parts = answer.reply.parts
+    last = max((number for number, part in enumerate(parts) if isinstance(part, CodeItem)), default=-1)
+    before = Reply.of_parts(parts[: last + 1])
+    return Reply.of_parts([*before.parts, answer.settled[len(before.text) :].strip()])
 
 
 def _value(text: str) -> Any:

@@ -38,7 +38,7 @@ from megatron_anymal.generation.answers import Reply
 from megatron_anymal.generation.candidates import candidate_batch
 from megatron_anymal.generation.checkpoint_batch import CheckpointBatch
 from megatron_anymal.generation.generator import Generator, Result, Watch
-from megatron_anymal.generation.next_token import choose_each
+from megatron_anymal.generation.next_token import choose_each, observe_each
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
@@ -231,14 +231,20 @@ class NativeGenerator(Generator):
             return model(next(batches), soft=soft, cache=cache), lambda logits, non_loss_data: logits[0]
 
         outputs = self._run(forward_step, micro_batch)
-        chosen = torch.zeros(len(running), dtype=torch.int64, device=self.layout.device)
+        # The likeliest tokens and the chosen ones.
+        both = torch.zeros(2, len(running), dtype=torch.int64, device=self.layout.device)
         if self.layout.is_last_stage:
             logits = self.model.whole_logits(outputs[0].float())
             # A placeholder stands for a media item; in an answer it would have no content.
             logits[:, list(self._placeholders.values())] = float("-inf")
-            chosen.copy_(torch.tensor(choose_each(logits, running)))
-        self._share(chosen)
-        return chosen.tolist()
+            if self.grammar:
+                both[0] = logits.argmax(-1)
+            both[1] = torch.tensor(choose_each(logits, running))
+        self._share(both)
+        if self.grammar:
+            observe_each(both[0], running)
+        chosen: list[int] = both[1].tolist()
+        return chosen
 
     def _run(self, forward_step: Callable[..., Any], micro_batch: MicroBatch) -> list[Tensor]:
         """Run a forward pass over all stages; the last one returns what `forward_step` collects."""

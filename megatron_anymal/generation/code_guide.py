@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Optional
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Optional
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.code_grammar import CodeGrammar, CodeItem, OpenItem
 from megatron_anymal.discrete_vocabulary import TEXT, DiscreteCodeError
 from megatron_anymal.generation.sampling import Sampling
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class CodeGuide:
@@ -62,7 +62,7 @@ class CodeGuide:
 
     def masked(self, logits: Tensor) -> Tensor:
         """Logits [V] with minus infinity for tokens that must not come next."""
-        kept = torch.full_like(logits, float("-inf"))
+        kept = logits.new_full(logits.shape, float("-inf"))
         for ids in self._grammar.next_ids(self._item, self._contents, self._room, empty=self._empty):
             kept[ids.start : ids.stop] = logits[ids.start : ids.stop]
         return kept

@@ -25,6 +25,7 @@ from megatron_anymal.generation.answers import Reply, ReplyPart
 from megatron_anymal.generation.generator import Generator
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.sampling import Sampling
+from megatron_anymal.modalities import MediaError
 
 
 @dataclass(frozen=True)
@@ -83,19 +84,25 @@ def read_questions(folder: str, limit: Optional[int] = None, storage: Optional[S
     index = ShardIndex(folder, storage=storage)
     questions = []
     for number in range(min(len(index), limit or len(index))):
-        asked, answer = _split(index.sample(number), f"sample {index.key(number)!r} of {folder!r}")
+        where = f"sample {index.key(number)!r} of {folder!r}"
+        asked, answer = _split(index.sample(number), where)
         count = sum(isinstance(part, MediaPart) for part in (*asked, *answer))
         files = index.read_media(number, [*asked, *answer], range(count))
         media = iter([MediaFile(file.data, file.extension) for file in files])
         prompt = Prompt(asked, [next(media) for part in asked if isinstance(part, MediaPart)])
-        expected = [part.text if isinstance(part, TextPart) else _item(part, next(media).data) for part in answer]
+        expected = [
+            part.text if isinstance(part, TextPart) else _item(part, next(media).data, where) for part in answer
+        ]
         questions.append(Question(index.key(number), prompt, Reply.of_parts(expected)))
     return questions
 
 
-def _item(part: Part, data: bytes) -> CodeItem:
+def _item(part: Part, data: bytes, where: str) -> CodeItem:
     assert isinstance(part, CodesPart), "answers have no other media"
-    return CodeItem(part.modality, read_codes(data))
+    try:
+        return CodeItem(part.modality, read_codes(data))
+    except MediaError as error:
+        raise DataError(f"{where}: media {part.media!r} {error}.") from None
 
 
 def _named(part: Part) -> Part:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_anymal.data.prompt_encoder import TokenizedPrompt
-from megatron_anymal.generation.next_token import choose_each
+from megatron_anymal.generation.next_token import choose_each, observe_each
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
@@ -95,6 +95,8 @@ class ExportedBatch(RunningBatch):
         """[R, 1, V] logits -> the next token of each prompt."""
         last = logits[:, -1].float()
         last[:, self._placeholders] = float("-inf")
+        if any(one.answer.guide for one in prompts):
+            observe_each(last.argmax(-1), prompts)
         return choose_each(last, prompts)
 
     @property

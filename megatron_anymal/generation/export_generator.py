@@ -36,7 +36,7 @@ from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, 
 from megatron_anymal.generation.answers import Answer, Reply
 from megatron_anymal.generation.export_batch import ExportedBatch
 from megatron_anymal.generation.generator import Generator, Watch
-from megatron_anymal.generation.next_token import choose_each
+from megatron_anymal.generation.next_token import choose_each, observe_each
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
@@ -216,7 +216,10 @@ class _Chooser(LogitsProcessor):
         """[B, T] ids and [B, V] float32 scores -> scores [B, V]: 0 at the chosen token, else -inf."""
         masked = torch.full_like(scores, float("-inf"))
         rows = [row for row, one in enumerate(self._running) if not one.answer.done]
-        tokens = dict(zip(rows, choose_each(scores[rows], [self._running[row] for row in rows])))
+        running = [self._running[row] for row in rows]
+        if any(one.answer.guide for one in running):
+            observe_each(scores[rows].argmax(-1), running)
+        tokens = dict(zip(rows, choose_each(scores[rows], running)))
         for row in range(len(masked)):
             masked[row, tokens.get(row, 0)] = 0.0
         return masked

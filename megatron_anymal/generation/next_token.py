@@ -20,18 +20,28 @@ def choose_each(logits: Tensor, running: Sequence[RunningPrompt]) -> list[int]:
         running: the answers.
     """
     settings = [one.sampling for one in running]
-    if any(one.answer.guide for one in running):
-        for row, (one, likeliest) in enumerate(zip(running, logits.argmax(-1).tolist())):
-            if one.answer.guide:
-                one.answer.guide.observe(likeliest)
-                logits[row] = one.answer.guide.masked(logits[row])
-                settings[row] = one.answer.guide.sampling
+    for row, one in enumerate(running):
+        if one.answer.guide:
+            logits[row] = one.answer.guide.masked(logits[row])
+            settings[row] = one.answer.guide.sampling
     # One synchronization with the GPU for all greedy rows.
     tokens: list[int] = logits.argmax(-1).tolist()
     for row, (one, sampling) in enumerate(zip(running, settings)):
         if sampling.temperature != 0.0 or sampling.repetition_penalty != 1.0:
             tokens[row] = choose(logits[row], sampling, one.tokens, one.answer.number, len(one.answer.tokens))
     return tokens
+
+
+def observe_each(likeliest: Tensor, running: Sequence[RunningPrompt]) -> None:
+    """Let the guides of answers note which tokens have the largest logits, before one is chosen.
+
+    Args:
+        likeliest: [R] int64.
+        running: the answers.
+    """
+    for one, token in zip(running, likeliest.tolist()):
+        if one.answer.guide:
+            one.answer.guide.observe(token)
 
 
 def choose(logits: Tensor, sampling: Sampling, seen: Sequence[int], prompt: int, place: int) -> int:

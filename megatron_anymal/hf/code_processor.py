@@ -35,7 +35,15 @@ class CodeLogitsProcessor(LogitsProcessor):
         self._contents = self._grammar.contents(self._modalities, ends, longest - prompt)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B, T] ids and [B, V] scores -> scores with minus infinity for tokens that must not come next."""
+        """Return the scores with minus infinity for tokens that must not come next.
+
+        Args:
+            input_ids: [B, T] int64, prompts and answers so far.
+            scores: [B, V].
+
+        Returns:
+            [B, V].
+        """
         assert self._contents is not None, "transformers did not prepare the processor"
         kept = torch.full_like(scores, float("-inf"))
         room = self._longest - input_ids.size(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Optional, Union
 
 from torch import Tensor
@@ -12,6 +13,8 @@ from transformers import ProcessorMixin
 
 from megatron_anymal.data.chat_format import END_TURN, lay_out, parse_messages
 from megatron_anymal.data.code_grammar import CodeGrammar, CodeItem
+from megatron_anymal.data.item_files import ItemFiles
+from megatron_anymal.data.media_tokenizers import open_tokenizer
 from megatron_anymal.data.prompt_encoder import PromptReader, TokenizedPrompt, open_parts
 from megatron_anymal.data.records import DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.tokenizer import Tokenizer
@@ -184,6 +187,34 @@ class AnyMALProcessor(ProcessorMixin):
         new = output_ids[:, inputs["input_ids"].shape[1] :].tolist()
         found = [grammar.parts(self._until_end(tokens)) for tokens in new]
         return [[self._tokenizer.decode(one) if isinstance(one, list) else one for one in parts] for parts in found]
+
+    def save_media(
+        self,
+        parts: Sequence[Union[str, CodeItem]],
+        folder: str,
+        tokenizers: Optional[Mapping[str, str]] = None,
+        *,
+        stem: str = "0",
+        frame_rates: Optional[Mapping[str, float]] = None,
+    ) -> list[dict[str, Any]]:
+        """Write the media of one answer to files: PNG, WAV or MP4, or their codes as .npy.
+
+        Args:
+            parts: a row of `parts`.
+            folder: where the files go.
+            tokenizers: kind of media -> folder of its tokenizer, or module:Class. Items of other kinds stay codes.
+            stem: beginning of the files' names.
+            frame_rates: kind of media -> frames per second: consecutive pictures are one video.
+
+        Returns:
+            {"text": TEXT} or {"media": FILE, "modality": KIND}, in order.
+
+        Raises:
+            DataError: a tokenizer cannot be loaded, or is not the one of the model's codes.
+        """
+        opened = {name: open_tokenizer(name, spec, "tokenizers") for name, spec in (tokenizers or {}).items()}
+        sections = code_layout(self.discrete).sections
+        return ItemFiles(Path(folder), sections, opened, frame_rates).write(stem, parts)
 
     def batch_decode(self, *arguments: Any, **kwargs: Any) -> list[str]:
         """Call `batch_decode` of the tokenizer."""

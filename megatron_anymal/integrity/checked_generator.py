@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Optional
 
+from megatron_anymal.config import ConfigError
+from megatron_anymal.discrete_vocabulary import TEXT
 from megatron_anymal.generation.answers import GrowingAnswer, Reply
 from megatron_anymal.generation.generator import Generator, Result, Watch, unwatched
 from megatron_anymal.generation.prompts import Prompt
-from megatron_anymal.generation.rejection import Rejection
+from megatron_anymal.generation.rejection import INPUT_IMAGE, Rejection
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.integrity.checks import IntegrityChecks, overhead
-from megatron_anymal.integrity.config import IntegrityConfig
+from megatron_anymal.integrity.config import CODES, IntegrityConfig
 from megatron_anymal.integrity.sentences import Sentence, SentenceGate
 
 
@@ -53,6 +55,7 @@ class CheckedGenerator(Generator):
     def _answer(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
     ) -> list[Reply]:
+        self._check_codes(sampling)
         for number in numbers:
             self.rejections.pop(number, None)
         self._reject(numbers, self.on_leader(lambda: self._leader.check_prompts(prompts)))
@@ -67,6 +70,15 @@ class CheckedGenerator(Generator):
                 answers = self._streamed(asked, theirs, sampling, watch)
         replies = dict(zip(theirs, answers)) if passed else {}
         return [Reply.of_parts([self.rejections[n].text]) if n in self.rejections else replies[n] for n in numbers]
+
+    def _check_codes(self, sampling: Sampling) -> None:
+        """Refuse media in answers that nothing would look at."""
+        written = [name for name in sampling.modalities if name != TEXT]
+        if written and self._config.of_stage(INPUT_IMAGE) and CODES not in self._config.unchecked_media:
+            raise ConfigError(
+                f"The integrity file has a classifier of images, but none can look at {written[0]!r}, which answers "
+                f"would have as codes. Answer with --modalities {TEXT}, or add {CODES} to unchecked_media."
+            )
 
     def _streamed(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
@@ -121,6 +133,11 @@ class _PassedAnswer:
     def settled(self) -> str:
         """The text that has passed."""
         return self.gate.released
+
+    @property
+    def reply(self) -> Reply:
+        """The text that has passed."""
+        return Reply.of_parts([self.gate.released])
 
     def halt(self) -> None:
         """End the answer now."""

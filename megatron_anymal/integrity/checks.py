@@ -17,7 +17,7 @@ from typing import Any, Optional, Protocol
 
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.prompt_encoder import modality_of
-from megatron_anymal.data.records import MediaPart, TextPart
+from megatron_anymal.data.records import CodesPart, MediaPart, TextPart
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.rejection import (
     FAILED,
@@ -29,7 +29,7 @@ from megatron_anymal.generation.rejection import (
     Rejection,
 )
 from megatron_anymal.integrity.classifiers import ImageScorer, Scorer, TextScorer
-from megatron_anymal.integrity.config import IntegrityConfig, PairClassifier, TextClassifier
+from megatron_anymal.integrity.config import CODES, IntegrityConfig, PairClassifier, TextClassifier
 from megatron_anymal.integrity.pair import PairScorer
 from megatron_anymal.integrity.pictures import KINDS, pictures_of
 from megatron_anymal.integrity.sentences import Sentence, SentenceGate, Sentences
@@ -192,7 +192,8 @@ class IntegrityChecks:
         """Media parts of a prompt with their kinds and contents."""
         parts = (part for part in prompt.parts if isinstance(part, MediaPart))
         for part, file in zip(parts, prompt.media):
-            yield part, modality_of(part, file, self._names), file.data
+            kind = CODES if isinstance(part, CodesPart) else modality_of(part, file, self._names)
+            yield part, kind, file.data
 
     def _judge(
         self,

@@ -72,6 +72,8 @@ class PairClassifier:
 
 
 Classifier = Union[ImageClassifier, TextClassifier, PairClassifier]
+# Kind of media as codes in `unchecked_media`: no classifier can look at codes.
+CODES = "codes"
 _KINDS: dict[str, type] = {"image": ImageClassifier, "text": TextClassifier, "anymal": PairClassifier}
 
 

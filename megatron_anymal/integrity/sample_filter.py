@@ -12,13 +12,10 @@ from megatron_anymal.data.records import CodesPart, MediaPart, Part, Sample, Tex
 from megatron_anymal.data.shard_samples import SampleError
 from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.rejection import FAILED
-from megatron_anymal.integrity.config import read_integrity
+from megatron_anymal.integrity.config import CODES, read_integrity
 
 if TYPE_CHECKING:
     from megatron_anymal.integrity.checks import IntegrityChecks
-
-# Kind of discrete media in `unchecked_media`: no classifier can look at codes.
-CODES = "codes"
 
 
 class SampleFilter:

@@ -96,6 +96,8 @@ def with_transformers(folder: str) -> tuple[list[Any], list[Any], np.ndarray]:
     written = []
     for cache in (True, False):
         found = processor.parts(model.generate(**inputs, **settings, use_cache=cache), inputs)
+        processor.save_media(found[0], f"{folder}/media")
+        assert np.array_equal(np.load(next(Path(folder, "media").glob("0-1.*.codes.npy"))), found[0][0].codes)
         written.append([[(item.name, item.codes.tolist()) for item in row] for row in found])
     with pytest.raises(ValueError, match="'sound' is not something that this model writes"):
         model.generate(**inputs, modalities=["sound"], max_new_tokens=20)

@@ -15,7 +15,11 @@ from manifests import shards_of
 from ranks import run_ranks
 from tiny import make_config, png
 
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import DatasetConfig, RunConfig
+from megatron_anymal.generation.validation_answers import SampledAnswers
+from megatron_anymal.parallel import initialize
+from megatron_anymal.train.build import build
+from megatron_anymal.train.loop import fit
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +75,31 @@ def test_a_resume_continues_exactly(folder: str, tokenizer_folder: str, tmp_path
     assert found["losses"] == expected["losses"]
     for name, weight in expected["weights"].items():
         np.testing.assert_array_equal(found["weights"][name], weight)
+
+
+def answered(config: RunConfig) -> str:
+    """In a rank: train, and return the answers to validation samples."""
+    state, run_dir = build(config, initialize(config)), Path(config.exp_manager.explicit_log_dir)
+    fit(state, run_dir, [], SampledAnswers(state, run_dir, []))
+    return (run_dir / "answers.jsonl").read_text() if state.layout.reports else ""
+
+
+def test_answers_to_validation_samples_have_codes(folder: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    config = run(folder, tokenizer_folder, tmp_path / "one")
+    config.model.language_model.config["initializer_range"] = 0.6
+    config.data.validation = {"a": DatasetConfig(path=folder)}
+    config.trainer.max_steps, config.trainer.val_check_interval = 2, 1
+    config.trainer.sampled_answers, config.trainer.limit_val_batches = 8, 1
+    split = copy.deepcopy(config)
+    split.exp_manager.explicit_log_dir = str(tmp_path / "two")
+    split.trainer.devices = split.model.tensor_model_parallel_size = 2
+    [found] = run_ranks(1, answered, config)
+    assert run_ranks(2, answered, split)[0] == found
+    rows = [json.loads(line) for line in found.splitlines()]
+    assert len(rows) == 16 and [row["expected"] for row in rows[:2]] == ["one[speech 1]", "one[picture 1]"]
+    for row in rows:
+        number = int(row["sample"].removeprefix("a/k"))
+        [text, item] = row["expected_parts"]
+        assert text == {"text": "one"} and item["modality"] == ("picture" if number % 2 else "speech")
+        assert np.array(item["codes"]).shape == ((1, 3) if number % 2 else (2, 1 + number % 4))
+    assert any("given_parts" in row for row in rows)

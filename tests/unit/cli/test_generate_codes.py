@@ -21,6 +21,7 @@ from vq_models import MODELS, emu3
 
 from megatron_anymal.cli import evaluate, generate
 from megatron_anymal.config import ConfigError, DiscreteConfig
+from megatron_anymal.data.code_grammar import CodeItem
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.media_tokenizers import open_tokenizer
@@ -28,6 +29,7 @@ from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.evaluation import read_questions
 from megatron_anymal.generation.export_generator import ExportedGenerator
 from megatron_anymal.generation.sampling import CodeSampling, Sampling
+from megatron_anymal.hf.processing_anymal import AnyMALProcessor
 
 SOUNDS = ("encodec", "mimi", "dac")
 
@@ -78,6 +80,11 @@ def test_a_drawing_is_the_picture_that_transformers_decodes(
     expected = (shown.permute(1, 2, 0) * 0.3 + 0.4).clamp(0, 1) * 255
     assert np.abs(np.asarray(Image.open(tmp_path / "m/0-1.png")) - expected.numpy()).max() <= 0.5 + 1e-3
     assert "codes " in run(generate.main, folders, capsys, *asked[:-1])
+    processor = AnyMALProcessor.from_pretrained(folders.model)
+    parts = ["a seven: ", CodeItem("picture", written)]
+    saved = processor.save_media(parts, str(tmp_path / "saved"), {"picture": str(folders.picture)})
+    assert saved == [{"text": "a seven: "}, {"media": "0-1.png", "modality": "picture"}]
+    assert (tmp_path / "saved/0-1.png").read_bytes() == (tmp_path / "m/0-1.png").read_bytes()
 
 
 @pytest.mark.parametrize("name", SOUNDS)
@@ -94,12 +101,16 @@ def test_sounds_are_wav_files(name: str, folders: Folders, tmp_path: Path, capsy
 def test_frames_are_a_video(folders: Folders, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     import av
 
-    more = ["--modalities=picture", "--max-new-tokens=72", f"--media-out={tmp_path}", "--text=one", "--seed=2"]
-    more += ["--code-sampling=picture:top_p=1.0,temperature=1.2"]
+    asked = ["--modalities=picture", "--max-new-tokens=72", f"--media-out={tmp_path}", "--text=one"]
+    asked += ["--code-sampling=picture:top_p=1.0,temperature=1.2", "--temperature=100"]
     tokenizer = f"--media-tokenizer=picture={folders.picture}"
-    single = run(generate.main, folders, capsys, *more, tokenizer).splitlines()
-    count = single[0].count("[picture")
-    assert count > 1 and len(single) == 1 + count
+    count, seed = 0, 0
+    while count < 2:
+        seed += 1
+        more = [*asked, f"--seed={seed}"]
+        single = run(generate.main, folders, capsys, *more, tokenizer).splitlines()
+        count = single[0].count("[picture")
+        assert len(single) == 1 + count
     assert run(generate.main, folders, capsys, *more, tokenizer, "--video=picture=4").splitlines()[1:] == [
         f"picture: {tmp_path}/0-1.mp4"
     ]

@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 from engine import train
-from integrity_classifiers import integrity_file, text_section
+from integrity_classifiers import image_section, integrity_file, text_section
 from ranks import run_ranks
 from tiny import make_config, png
 
 from megatron_anymal.__main__ import main
+from megatron_anymal.config import ConfigError
 from megatron_anymal.data.prompt_encoder import MediaFile
-from megatron_anymal.data.records import MediaPart, TextPart
+from megatron_anymal.data.records import CodesPart, MediaPart, TextPart
 from megatron_anymal.generation.answers import Answer, Reply, Stream
 from megatron_anymal.generation.chat import Chat
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
@@ -224,3 +225,21 @@ def test_a_pair_classifier_judges_by_likelihood(run_dir: Path, tmp_path: Path) -
     assert [r.score if r else None for r in all_of_them] == [*map(pytest.approx, expected), None]
     assert {r.code for r in all_of_them if r} == {"image_and_output/pair/three"}
     assert [bool(r) for r in some[:3]] == [p >= sorted(expected)[1] - 1e-9 for p in expected]
+
+
+def test_media_that_nothing_can_look_at_are_not_written(text_model: Path, image_model: Path, tmp_path: Path) -> None:
+    """Answers with codes, and prompts with them, need the file's permission if it has a classifier of images."""
+    sections = {"words": text_section(text_model), "squares": image_section(image_model)}
+    drawn = Sampling(max_new_tokens=400, modalities=("text", "picture"))
+    item = CodesPart("a.codes.npy", "picture")
+    with_codes = Prompt([item, TextPart("what")], [MediaFile(b"", "npy")])
+    strict = CheckedGenerator(Reciter([HARMLESS] * 2), read_integrity(integrity_file(tmp_path / "a.yaml", sections)))
+    with pytest.raises(ConfigError, match=r"none can look at 'picture'.*--modalities text, or add codes to unch"):
+        strict.replies([prompt("what")], drawn)
+    assert strict.replies([with_codes], SAMPLING)[0].text == strict.rejections[0].text
+    assert strict.rejections[0].code == "input_image/unchecked"
+    stated = integrity_file(tmp_path / "b.yaml", sections, unchecked_media=["codes"])
+    lenient = CheckedGenerator(Reciter([HARMLESS] * 2), read_integrity(stated))
+    assert [reply.text for reply in lenient.replies([with_codes, prompt("what")], drawn)] == [HARMLESS] * 2
+    texts = integrity_file(tmp_path / "c.yaml", {"words": text_section(text_model)})
+    assert CheckedGenerator(Reciter([HARMLESS]), read_integrity(texts)).replies([prompt("what")], drawn)
