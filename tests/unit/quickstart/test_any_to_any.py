@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import pytest
 
 from examples.quickstart import creations
+from examples.quickstart.__main__ import CREATION_TOOL, UNDERSTOOD, draw, evaluate
 from examples.quickstart.any_to_any import NEXT, SHOWN
 from examples.quickstart.corpus import DIGITS, SOUNDS
+from examples.quickstart.creations_page import REQUESTS, any_to_any_numbers, any_to_any_section
 from examples.quickstart.judges import DigitJudge, SoundJudge, centre, read_picture
 from megatron_anymal.config import DiscreteConfig
 from megatron_anymal.data.code_grammar import CodeItem
+from megatron_anymal.data.codes import ANSWER, PROMPT, CodesKind
 from megatron_anymal.data.prompt_encoder import open_parts
 from megatron_anymal.data.samples import parse_sample
 from megatron_anymal.data.shard_index import ShardIndex
@@ -67,13 +72,17 @@ def test_answers_are_what_requests_ask_for(quickstart_folder: Path) -> None:
 def test_codes_are_stored_in_prompts_and_answers(quickstart_folder: Path) -> None:
     index = ShardIndex(str(quickstart_folder / "data" / "any_to_any_train"))
     assert len(index) == len(lines(quickstart_folder, "train"))
-    shapes: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    found = set()
     for number in range(len(index)):
         media = index.sample(number).media
         for part, item in zip(media, index.read_media(number, media, range(len(media)))):
             codes = np.load(io.BytesIO(item.data))
-            shapes[part.modality, codes.shape] += 1
-    assert shapes.keys() == {("picture", (1, 16)), ("sound", (2, 16))}
+            kind = CodesKind.parse(part.modality)
+            assert kind
+            found.add((kind.name, kind.role, codes.shape))
+    assert found == {
+        (name, role, (books, 16)) for name, books in (("picture", 1), ("sound", 2)) for role in (PROMPT, ANSWER)
+    }
 
 
 def test_requests_can_be_asked(quickstart_folder: Path) -> None:
@@ -128,3 +137,29 @@ def test_a_video_goes_on(quickstart_folder: Path) -> None:
         verdicts.append([creations._goes_on(quickstart_folder, line, shown, judge) for line, shown in asked])
     right, reversed_, wrong = np.mean(verdicts, axis=0)
     assert right > 0.8 and reversed_ == 0 and wrong < 0.2
+
+
+@pytest.mark.timeout(300)
+def test_answers_are_judged_and_shown(quickstart_folder: Path, tmp_path: Path) -> None:
+    """The stage's commands after its training, with a model that has learned next to nothing."""
+    folder = tmp_path / "runs" / "quickstart"
+    shutil.copytree(quickstart_folder, folder)
+    for module, arguments in (
+        ("megatron_anymal", evaluate("any_to_any", ["any_to_any"], UNDERSTOOD)),
+        (CREATION_TOOL, [str(folder)]),
+        ("megatron_anymal", draw()),
+    ):
+        done = fork_server.python("-m", module, *arguments, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    scores = json.loads((folder / "creations" / "scores.json").read_text())
+    asked = lines(folder, "requests")
+    assert scores["answers"] == len(asked) and scores["as_asked"].keys() == {line["asked"] for line in asked}
+    assert scores["grammatical"] == 1.0
+    numbers = any_to_any_numbers(folder, tmp_path / UNDERSTOOD)
+    assert {"drawn_as_asked", "understood", "grammatical"} <= numbers.keys()
+    encoders = {name: {"accuracy": 0.5} for name in ("image", "audio")}
+    page = any_to_any_section(folder, {"any_to_any": numbers, "modalities": encoders})
+    assert page.count("<div class='card small'>") == sum(
+        min(count, sum(line["asked"] == kind for line in asked)) for kind, (_, count) in REQUESTS.items()
+    )
+    assert "data:image/png;base64," in page
