@@ -39,7 +39,7 @@ class Amounts:
 
     # Training pictures, varied copies of each, samples with two of them, videos to continue, and sounds.
     pictures: int = 1400
-    copies: int = 5
+    copies: int = 3
     pairs: int = 1400
     videos: int = 1000
     sounds: int = 800
@@ -98,8 +98,12 @@ def _train_tokenizers(folder: Path, pictures: Sequence[Line], sounds: Sequence[L
 
     scans = np.stack([_scan(folder / "media" / _file(line)) for line in pictures])
     waves = np.stack([soundfile.read(folder / "media" / _file(line), dtype="float32")[0] for line in sounds])
+    digits = [line["facts"][0] for line in pictures]
     for what, losses in (
-        (PICTURE, train_picture_tokenizer(scans, folder / "picture_tokenizer.safetensors", amounts.picture_steps)),
+        (
+            PICTURE,
+            train_picture_tokenizer(scans, digits, folder / "picture_tokenizer.safetensors", amounts.picture_steps),
+        ),
         (SOUND, train_sound_tokenizer(waves, folder / "sound_tokenizer.safetensors", amounts.sound_steps)),
     ):
         print(f"{what} tokenizer: loss {losses[0]:.4f} at first, {np.mean(losses[-20:]):.4f} after {len(losses)} steps")

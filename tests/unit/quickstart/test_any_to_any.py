@@ -80,9 +80,8 @@ def test_codes_are_stored_in_prompts_and_answers(quickstart_folder: Path) -> Non
             kind = CodesKind.parse(part.modality)
             assert kind
             found.add((kind.name, kind.role, codes.shape))
-    assert found == {
-        (name, role, (books, 16)) for name, books in (("picture", 1), ("sound", 2)) for role in (PROMPT, ANSWER)
-    }
+    shapes = {"picture": (1, 17), "sound": (2, 16)}
+    assert found == {(name, role, shape) for name, shape in shapes.items() for role in (PROMPT, ANSWER)}
 
 
 def test_requests_can_be_asked(quickstart_folder: Path) -> None:

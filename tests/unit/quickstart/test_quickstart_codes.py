@@ -9,14 +9,18 @@ import pytest
 import torch
 
 from examples.quickstart import picture_codes, sound_codes
+from examples.quickstart.corpus import DIGITS
 from examples.quickstart.media import SOUNDS, enlarge, split_digits, synthesise
 from examples.quickstart.vector_quantizer import VectorQuantizer
 from megatron_anymal.data.media_tokenizers import open_tokenizer
 
+SCANS, LABELS = (values[:200] for values in split_digits(0, 397)["train"])
+DIGITS_OF_SCANS = [DIGITS[label] for label in LABELS]
+
 
 @pytest.fixture(scope="module")
 def scans() -> np.ndarray:
-    return np.stack([np.asarray(enlarge(picture, 32)) for picture in split_digits(0, 397)["train"][0][:200]])
+    return np.stack([np.asarray(enlarge(picture, 32)) for picture in SCANS])
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,7 @@ def sounds() -> np.ndarray:
 def weights(scans: np.ndarray, sounds: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the weights of both tokenizers after a short training, where the plug-ins look for them."""
     folder = tmp_path_factory.mktemp("tokenizers")
-    picture_codes.train_picture_tokenizer(scans, folder / picture_codes.WEIGHTS, steps=120)
+    picture_codes.train_picture_tokenizer(scans, DIGITS_OF_SCANS, folder / picture_codes.WEIGHTS, steps=200)
     sound_codes.train_sound_tokenizer(sounds, folder / sound_codes.WEIGHTS, steps=60)
     return folder
 
@@ -75,14 +79,22 @@ def test_pictures_come_back(scans: np.ndarray, weights: Path) -> None:
     tokenizer = picture_codes.PictureTokenizer(weights / picture_codes.WEIGHTS)
     coloured = [*np.repeat(scans[:50, :, :, None], 3, axis=3)]
     codes = tokenizer.encode(coloured)
-    assert all(one.shape == (1, 16) and one.min() >= 0 and one.max() < tokenizer.codebooks[0] for one in codes)
+    assert all(one.shape == (1, 17) and one.min() >= 0 and one.max() < tokenizer.codebooks[0] for one in codes)
     # A larger picture of the same has the same codes.
     [again] = tokenizer.encode([np.repeat(np.repeat(coloured[3], 2, axis=0), 2, axis=1)])
     assert np.array_equal(again, codes[3])
     small = scans[:50].reshape(50, 16, 2, 16, 2).mean((2, 4))
     drawn = np.stack([picture[:, :, 0] for picture in tokenizer.decode(codes)])
     error = ((drawn - small) ** 2).mean()
-    assert error < 0.6 * small.var(0).mean()
+    assert error < 0.7 * small.var(0).mean()
+
+
+def test_the_first_code_tells_the_digit(scans: np.ndarray, weights: Path) -> None:
+    model = picture_codes.PictureTokenizer(weights / picture_codes.WEIGHTS)._model
+    small = torch.from_numpy(scans.reshape(-1, 1, 16, 2, 16, 2).mean((3, 5)) / 255).float()
+    with torch.no_grad():
+        told = model.meaning(model.codebook.vectors[model.encode(small)[:, 0]]).argmax(1)
+    assert (told.numpy() == LABELS).mean() > 0.5
 
 
 def test_sounds_come_back(sounds: np.ndarray, weights: Path) -> None:
@@ -111,8 +123,8 @@ def test_a_spectrogram_becomes_the_sound_that_it_was_made_of() -> None:
 
 
 def test_other_weights_have_another_hash(scans: np.ndarray, weights: Path, tmp_path: Path) -> None:
-    picture_codes.train_picture_tokenizer(scans, tmp_path / "again", steps=120)
-    picture_codes.train_picture_tokenizer(scans, tmp_path / "other", steps=2)
+    picture_codes.train_picture_tokenizer(scans, DIGITS_OF_SCANS, tmp_path / "again", steps=200)
+    picture_codes.train_picture_tokenizer(scans, DIGITS_OF_SCANS, tmp_path / "other", steps=2)
     hashes = [picture_codes.PictureTokenizer(tmp_path / name).hash for name in ("again", "other")]
     first = picture_codes.PictureTokenizer(weights / picture_codes.WEIGHTS).hash
     assert hashes[0] == first != hashes[1]
