@@ -19,6 +19,7 @@ from examples.quickstart.any_to_any import NEXT, PICTURE, SOUND
 from examples.quickstart.judges import SIDE, DigitJudge, SoundJudge, centre, read_picture
 from megatron_anymal.config import DiscreteConfig
 from megatron_anymal.data.code_grammar import CodeItem
+from megatron_anymal.data.media_tokenizers import MediaTokenizer
 
 # Requests answered together, and the longest answer in tokens.
 BATCH, LONGEST = 250, 64
@@ -40,7 +41,7 @@ def create(folder: Path) -> None:
     # What an answer consists of is left to the model.
     sampling = Sampling(max_new_tokens=LONGEST, modalities=("text", PICTURE, SOUND))
     replies = generator.replies(read_prompts(str(requests)), sampling, BATCH)
-    tokenizers = {
+    tokenizers: dict[str, MediaTokenizer] = {
         PICTURE: PictureTokenizer(folder / "picture_tokenizer.safetensors"),
         SOUND: SoundTokenizer(folder / "sound_tokenizer.safetensors"),
     }

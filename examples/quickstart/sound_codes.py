@@ -40,26 +40,29 @@ class SoundAutoencoder(nn.Module):
         super().__init__()
         values = FRAMES * BANDS
         self.encoder = nn.Sequential(nn.Conv1d(values, 128, 3, 1, 1), nn.ReLU(), nn.Conv1d(128, WIDTH, 1))
-        self.codebooks = nn.ModuleList([VectorQuantizer(CODES, WIDTH) for _ in range(CODEBOOKS)])
+        self.levels = [VectorQuantizer(CODES, WIDTH) for _ in range(CODEBOOKS)]
+        self.codebooks = nn.ModuleList(self.levels)
         self.decoder = nn.Sequential(nn.Conv1d(WIDTH, 128, 3, 1, 1), nn.ReLU(), nn.Conv1d(128, values, 1))
 
     def encode(self, spectrograms: Tensor) -> Tensor:
         """Codes: each codebook quantizes what the ones before it leave."""
         rest, codes = self._features(spectrograms), []
-        for codebook in self.codebooks:
+        for codebook in self.levels:
             codes.append(codebook.nearest(rest))
             rest = rest - codebook.vectors[codes[-1]]
         return torch.stack([one.view(len(spectrograms), -1) for one in codes], dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Logarithms of magnitudes of codes."""
-        found = sum(codebook.vectors[codes[:, number]] for number, codebook in enumerate(self.codebooks))
-        return self.decoder(found.transpose(1, 2))
+        found = [codebook.vectors[codes[:, number]] for number, codebook in enumerate(self.levels)]
+        decoded: Tensor = self.decoder(torch.stack(found).sum(0).transpose(1, 2))
+        return decoded
 
     def forward(self, spectrograms: Tensor) -> Tensor:
         """The loss: distance to the reconstruction, also to that of the content alone, and to the codebooks."""
-        rest, total, loss = self._features(spectrograms), 0.0, 0.0
-        for codebook in self.codebooks:
+        rest, loss = self._features(spectrograms), spectrograms.new_zeros(())
+        total = torch.zeros_like(rest)
+        for codebook in self.levels:
             quantized, distance = codebook(rest)
             rest, total = rest - quantized.detach(), total + quantized
             drawn = self.decoder(total.view(len(spectrograms), -1, WIDTH).transpose(1, 2))
