@@ -18,6 +18,8 @@ from pathlib import Path
 FOLDER = Path("runs/quickstart")
 EVALUATION = FOLDER / "evaluation.json"
 EXPORTED = FOLDER / "exported"
+# Answers of the any-to-any model to held-out questions.
+UNDERSTOOD = FOLDER / "understood.json"
 
 PREPARE_TOOL = "examples.quickstart.prepare"
 # Configuration -> verb and stage title; each run uses two processes.
@@ -29,6 +31,14 @@ TRAINING = {
     "quickstart_dpo": ("dpo", "train the preference for answers without a polite opening (context parallel)"),
 }
 
+
+# The any-to-any stage: pictures and sounds as codes of the Llama's vocabulary.
+ANY_TO_ANY_TOOL, CREATION_TOOL = "examples.quickstart.any_to_any", "examples.quickstart.creations"
+ANY_TO_ANY = ["pretrain", "--config-name=quickstart_any_to_any"]
+TOKENIZERS = {
+    "picture": "examples.quickstart.picture_codes:PictureTokenizer",
+    "sound": "examples.quickstart.sound_codes:SoundTokenizer",
+}
 
 EXPORT_TOOL = "checkpoint_tools.export_hf"
 EXPORT = ["--checkpoint", str(FOLDER / "dpo"), "--out", str(EXPORTED), "--overwrite"]
@@ -52,13 +62,15 @@ def main() -> int:
         _run(f"held-out conversations {what}", evaluate(run, conversations, answers_file(FOLDER, run)))
     _run("export a HuggingFace folder and compare it with the trainer's own model", EXPORT, module=EXPORT_TOOL)
     _run("answer a question with the exported folder", ask(EXPORTED))
+    any_to_any = _any_to_any()
     seconds = {
         "install": arguments.install_seconds,
         "train": training,
+        "any_to_any": any_to_any,
         "total": arguments.install_seconds + time.monotonic() - begun,
     }
-    report = write_report(FOLDER, EVALUATION, seconds)
-    print(json.dumps({name: report[name] for name in ("modalities", "sft", "dpo")}, indent=1))
+    report = write_report(FOLDER, EVALUATION, UNDERSTOOD, seconds)
+    print(json.dumps({name: report[name] for name in ("modalities", "sft", "dpo", "any_to_any")}, indent=1))
     print(f"{FOLDER / 'report.json'} and {FOLDER / 'report.html'} written after {seconds['total']:.0f} s")
     return 0
 
@@ -75,6 +87,35 @@ def ask(model: Path) -> list[str]:
     picture = FOLDER / "media" / "image_held_out" / "image-held_out-000000.png"
     question = ["--chat", "--media", str(picture), "--text", "what is in the picture? answer in capitals."]
     return ["generate", "--checkpoint", str(model), *question, "--max-new-tokens", "20"]
+
+
+def tokenize(split: str) -> list[str]:
+    """Arguments of `anymal prepare` that turn the media of the any-to-any stage's samples into codes."""
+    name, out = f"any_to_any_{split}", str(FOLDER / "data")
+    fixed = ["--manifest", str(FOLDER / "media" / f"{name}.jsonl"), "--out", f"{out}/{name}", "--overwrite"]
+    encode = [argument for kind, of in TOKENIZERS.items() for argument in ("--encode", f"{kind}={of}")]
+    return ["prepare", *fixed, "--tokenizer", str(FOLDER / "tokenizer"), *encode]
+
+
+def draw() -> list[str]:
+    """Arguments of `anymal generate` for a drawing."""
+    fixed = ["generate", "--checkpoint", str(FOLDER / "any_to_any"), "--chat", "--text", "draw the digit seven."]
+    return [*fixed, "--media-out", str(FOLDER / "drawing"), "--media-tokenizer", f"picture={TOKENIZERS['picture']}"]
+
+
+def _any_to_any() -> float:
+    """Run the any-to-any stage and return the seconds it took."""
+    return sum(
+        (
+            _run("train tokenizers of pictures and sounds", [str(FOLDER)], module=ANY_TO_ANY_TOOL),
+            _run("turn training media into codes", tokenize("train")),
+            _run("turn held-out media into codes", tokenize("held_out")),
+            _run("train the Llama to read and write codes (two replicas)", ANY_TO_ANY, processes=2),
+            _run("held-out questions about codes", evaluate("any_to_any", ["any_to_any"], UNDERSTOOD)),
+            _run("draw, continue videos and make sounds", [str(FOLDER)], module=CREATION_TOOL),
+            _run("draw a digit", draw()),
+        )
+    )
 
 
 def _run(what: str, arguments: list[str], *, processes: int = 1, module: str = "megatron_anymal") -> float:

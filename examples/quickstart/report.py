@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from examples.quickstart.creations_page import any_to_any_numbers, any_to_any_section
 from examples.quickstart.instructions import FORMS, KINDS, follows, score
+from examples.quickstart.markup import curve, media_html
 from examples.quickstart.prepare import MODALITIES
 from megatron_anymal.data.records import TextPart
 from megatron_anymal.data.shard_index import ShardIndex
@@ -24,26 +22,29 @@ RUNS = {
     "align_video": "Alignment, pipeline parallel",
     "sft": "Instruction tuning, sequence parallel",
     "dpo": "Preferences, context parallel",
+    "any_to_any": "Any-to-any, two replicas",
 }
 # Run evaluated on the held-out conversations -> its stage.
 STAGES = {"align_video": "before instruction tuning", "sft": "after instruction tuning", "dpo": "after DPO"}
 EXAMPLES = 6
-_COLOURS = ("#1f618d", "#b9770e", "#196f3d", "#922b21", "#6c3483", "#5f6a6a")
 
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222}
 table{border-collapse:collapse}td,th{padding:.3em .9em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left}.cards{display:flex;flex-wrap:wrap;gap:1em}
 .card{width:15em;border:1px solid #ddd;border-radius:6px;padding:.7em}.card img,.card video{width:100%;
-image-rendering:pixelated}.card audio{width:100%}.good{color:#186a3b}.bad{color:#a93226}svg{background:#fafafa}"""
+image-rendering:pixelated}.card audio{width:100%}.small{width:8em}.good{color:#186a3b}.bad{color:#a93226}
+svg{background:#fafafa}"""
 
 
-def write_report(folder: Path, evaluation: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
+def write_report(folder: Path, evaluation: Path, understood: Path, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Write FOLDER/report.json and FOLDER/report.html.
 
     Args:
         evaluation: output file of `anymal evaluate --permute-media --untrained --out`. Its output files for the
             conversations are in FOLDER, see `answers_file`.
-        seconds: durations of install, train and total.
+        understood: output file of `anymal evaluate --out` with the any-to-any model. What that model made is in
+            FOLDER/creations.
+        seconds: durations of install, train, any_to_any and total.
 
     Returns:
         The content of report.json.
@@ -83,6 +84,7 @@ def write_report(folder: Path, evaluation: Path, seconds: Mapping[str, float]) -
             "before": _hashes(folder / "align")["before"],
             "after": _hashes(folder / "dpo")["after"],
         },
+        "any_to_any": any_to_any_numbers(folder, understood),
         "seconds": dict(seconds),
     }
     (folder / "report.json").write_text(json.dumps(report, indent=1))
@@ -122,9 +124,11 @@ def _page(
     body = [f"<h1>Quickstart</h1>{_summary(report)}"]
     for name in MODALITIES:
         body.append(f"<h2>{name}: held-out samples</h2>{_cards(folder, name, answers)}")
-    body.append(f"<h2>Conversations: held-out samples</h2>{_conversations(folder, lines, given)}<h2>Curves</h2>")
-    body += [_curve(folder / run / "metrics.jsonl", title) for run, title in RUNS.items()]
-    body += [_curve(folder / "dpo" / "metrics.jsonl", RUNS["dpo"], what) for what in ("rewards", "val_rewards")]
+    body.append(f"<h2>Conversations: held-out samples</h2>{_conversations(folder, lines, given)}")
+    body.append(f"<h2>Any-to-any</h2>{any_to_any_section(folder, report)}<h2>Curves</h2>")
+    body += [curve(folder / run / "metrics.jsonl", title) for run, title in RUNS.items()]
+    body += [curve(folder / "dpo" / "metrics.jsonl", RUNS["dpo"], what) for what in ("rewards", "val_rewards")]
+    body.append(curve(folder / "any_to_any" / "metrics.jsonl", RUNS["any_to_any"], "target_loss"))
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>Quickstart</title><style>{_STYLE}</style>"
         f"<body>{''.join(body)}</body></html>"
@@ -173,7 +177,7 @@ def _cards(folder: Path, name: str, answers: Sequence[Mapping[str, str]]) -> str
         asked = " ".join(part.text for part in parts[:-1] if isinstance(part, TextPart))
         verdict = "good" if row["given"] == row["expected"] else "bad"
         cards.append(
-            f"<div class=card>{_media(name, media.data, media.extension)}<div>{html.escape(asked)}</div>"
+            f"<div class=card>{media_html(name, media.data, media.extension)}<div>{html.escape(asked)}</div>"
             f"<b class={verdict}>{html.escape(row['given'])}</b>"
             f"<div>expected: {html.escape(row['expected'])}</div></div>"
         )
@@ -204,47 +208,5 @@ def _message(folder: Path, message: Mapping[str, Any]) -> str:
             shown.append(f"{message['role']}: {html.escape(part['text'])}")
         else:
             path = folder / "media" / part["media"]
-            shown.append(_media(part["modality"], path.read_bytes(), path.suffix[1:]))
+            shown.append(media_html(part["modality"], path.read_bytes(), path.suffix[1:]))
     return f"<div>{''.join(shown)}</div>"
-
-
-def _media(modality: str, data: bytes, extension: str) -> str:
-    encoded = base64.b64encode(data).decode()
-    if modality == "image":
-        return f"<img src='data:image/{extension};base64,{encoded}' alt=''>"
-    if modality == "video":
-        return f"<video src='data:video/mp4;base64,{encoded}' autoplay loop muted controls></video>"
-    if modality == "audio":
-        return f"<audio src='data:audio/flac;base64,{encoded}' controls></audio>"
-    signals = np.load(io.BytesIO(data), allow_pickle=False)
-    return _lines([signals[:, channel].tolist() for channel in range(signals.shape[1])], 220, 110)
-
-
-def _curve(metrics: Path, title: str, what: str = "loss") -> str:
-    """Plot all metrics named `what`/..., with their last values."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    names = sorted({key for row in rows for key in row if key.startswith(f"{what}/")})
-    series = [[row[name] for row in rows if name in row] for name in names]
-    legend = "  ".join(
-        f"<b style='color:{_COLOURS[number % len(_COLOURS)]}'>{name.removeprefix(f'{what}/')}</b> {values[-1]:.3f}"
-        for number, (name, values) in enumerate(zip(names, series))
-    )
-    low, high = min(0.0, *map(min, series)), max(map(max, series))
-    return (
-        f"<h3>{title}</h3><div>{what}, from {high:.2f} (top) to {low:.2f}, over {rows[-1]['step']} steps</div>"
-        f"{_lines(series, 640, 180, low)}<p>at the end: {legend}</p>"
-    )
-
-
-def _lines(series: Sequence[Sequence[float]], width: int, height: int, low: float | None = None) -> str:
-    """Curves as an inline SVG, all on one scale that starts at `low` (default: their smallest value)."""
-    low = min(min(s) for s in series) if low is None else low
-    high = max(max(s) for s in series)
-    drawn = []
-    for number, values in enumerate(series):
-        points = " ".join(
-            f"{width * i / max(1, len(values) - 1):.1f},{height * (1 - (v - low) / max(1e-9, high - low)):.1f}"
-            for i, v in enumerate(values)
-        )
-        drawn.append(f"<polyline points='{points}' fill=none stroke='{_COLOURS[number % len(_COLOURS)]}'/>")
-    return f"<svg viewBox='-4 -4 {width + 8} {height + 8}' width={width}>{''.join(drawn)}</svg>"

@@ -75,7 +75,7 @@ def train_image_encoder(
         losses = []
         for _ in range(steps):
             rows = torch.from_numpy(rng.choice(len(pictures), batch_size, replace=False))
-            pixels = _normalise(_scatter(pictures[rows], rng))
+            pixels = _normalise(scatter(pictures[rows], rng))
             # The ten captions are encoded once, then repeated for the images that they belong to.
             logits = model(input_ids=captions, pixel_values=pixels).logits_per_image
             loss = _contrastive_loss(logits[:, labels[rows]], labels[rows])
@@ -121,10 +121,14 @@ def _build(vocab_size: int, begin: int, end: int) -> Any:
     return model
 
 
-def _scatter(pictures: Tensor, rng: np.random.Generator) -> Tensor:
-    """Randomly shrink, shift, rotate and slant each image [n, 1, side, side] within its frame."""
+def scatter(pictures: Tensor, rng: np.random.Generator, smallest: float | None = None) -> Tensor:
+    """Randomly shrink, shift, rotate and slant each image [n, 1, side, side] within its frame.
+
+    Args:
+        smallest: size of the smallest, relative to the frame; None: SMALLEST.
+    """
     n = len(pictures)
-    scale = rng.uniform(SMALLEST, 1.0, n)
+    scale = rng.uniform(SMALLEST if smallest is None else smallest, 1.0, n)
     # In grid_sample's coordinates the frame spans -1 to 1: free space on either side of the centre.
     shift = rng.uniform(-1, 1, (n, 2)) * (1 - scale)[:, None]
     angle, slant = rng.uniform(-LARGEST_TURN, LARGEST_TURN, (2, n))

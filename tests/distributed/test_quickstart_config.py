@@ -59,3 +59,14 @@ def test_sft_and_dpo_equal_one_process(quickstart_folder: Path, tmp_path: Path) 
     # The policy starts as a copy of the reference and differs from it only in NEFTune's noise.
     assert abs(values(one, "loss")[0] - np.log(2)) < 0.2
     assert values(one, "loss")[0] != values(one, "loss")[-1]
+
+
+@pytest.mark.timeout(600)
+def test_any_to_any_equals_one_process(quickstart_folder: Path, tmp_path: Path) -> None:
+    """Two replicas of the whole Llama, whose vocabulary has grown by codes."""
+    shutil.copytree(quickstart_folder, tmp_path / "runs" / "quickstart")
+    one = run(tmp_path, "quickstart_any_to_any", 1, steps=4)
+    two = run(tmp_path, "quickstart_any_to_any", 2, steps=4)
+    assert len(one) == 4
+    for name in ("loss", "target_loss/text", "target_loss/picture", "target_loss/sound"):
+        np.testing.assert_allclose(values(two, name), values(one, name), rtol=1e-5)

@@ -57,4 +57,4 @@ def test_scatter_without_room_or_turn_changes_nothing(monkeypatch):
     monkeypatch.setattr(vision, "SMALLEST", 1.0)
     monkeypatch.setattr(vision, "LARGEST_TURN", 0.0)
     pictures = torch.rand(3, 1, 32, 32)
-    torch.testing.assert_close(vision._scatter(pictures, np.random.default_rng(0)), pictures, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(vision.scatter(pictures, np.random.default_rng(0)), pictures, atol=1e-4, rtol=1e-4)
