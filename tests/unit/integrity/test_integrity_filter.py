@@ -15,8 +15,12 @@ import source_folders as made
 from integrity_classifiers import digits, image_section, integrity_file, png_of, sentence, text_section
 
 from megatron_anymal.cli.prepare import main
-from megatron_anymal.config import ConfigError
+from megatron_anymal.config import DEFAULT_LIMITS, ConfigError
+from megatron_anymal.data.filters import Facts
+from megatron_anymal.data.records import MediaPart, Part, Sample, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
+from megatron_anymal.data.shard_samples import SampleError
+from megatron_anymal.integrity.sample_filter import SampleFilter
 
 # Samples that violate: by their picture, by the question and by the answer.
 PICTURE, QUESTION, ANSWER = {1, 9}, {4, 12}, {6, 13, 14}
@@ -79,7 +83,6 @@ def test_an_interrupted_packing_continues_unless_the_classifier_changed(
     integrity: str, text_model: Path, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_anymal.data import shard_writer
-    from megatron_anymal.integrity.sample_filter import SampleFilter
 
     manifest = made.put(tmp_path / "m.jsonl", "\n".join(map(json.dumps, samples(tmp_path))))
     words = ["--manifest", str(manifest), "--out", str(tmp_path / "out"), "--samples-per-shard", "6"]
@@ -186,8 +189,22 @@ def test_samples_checked_together_have_the_results_of_each_alone(
     # The small picture of 9 shows no square; its size is the third rule's business.
     assert codes["k7"] == codes["k10"] == "media" and codes["k2"] == codes["k9"] == "filtered"
     assert [row["key"] for row in found[0][1]] == sorted(codes, key=lambda key: int(key[1:]))
-    # The cut-off picture is found by a classifier's decoder alone, one by one.
     assert counts[0]["ImageScorer"] > 2 * counts[1]["ImageScorer"] and counts[1] > counts[2]
+
+
+def test_a_picture_that_cannot_be_decoded_costs_its_sample_alone(integrity: str) -> None:
+    """Its header is whole, so that only a decoder finds out, for the whole group at once."""
+    good, square = (png_of(digits(bad, seed, 1)[0]) for bad, seed in ((False, 3), (True, 1)))
+
+    def facts(data: bytes) -> Facts:
+        parts: list[Part] = [MediaPart("0.png", "image"), TextPart("a plain caption")]
+        return Facts("", [("image", 8.0, 8.0)], {}, Sample("parts", (parts,)), lambda _: data)
+
+    first, cut, second = SampleFilter(integrity, DEFAULT_LIMITS).refusals(
+        [facts(good), facts(good[: len(good) // 2]), facts(square)]
+    )
+    assert first == "" and isinstance(second, str) and "squares" in second
+    assert isinstance(cut, SampleError) and cut.code == "media"
 
 
 def test_groups_of_samples_end_at_either_limit(monkeypatch: pytest.MonkeyPatch) -> None:
