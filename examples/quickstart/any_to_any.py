@@ -49,7 +49,7 @@ class Amounts:
     video_requests: int = 400
     sound_requests: int = 200
     # Training of the tokenizers.
-    picture_steps: int = 400
+    picture_steps: int = 1200
     sound_steps: int = 300
 
 
@@ -72,8 +72,9 @@ def prepare_any_to_any(folder: Path, amounts: Amounts | None = None) -> None:
     _train_tokenizers(folder, pictures, sounds, amounts)
     varied = [*pictures, *_varied(media, pictures, amounts.copies, rng)]
     train = [
-        *(_question(line, PICTURE, rng) for line in varied),
-        *(_drawing(line, rng) for line in varied[::2]),
+        # Reading is learned sooner than drawing.
+        *(_question(line, PICTURE, rng) for line in varied[::2]),
+        *(_drawing(line, rng) for line in varied),
         *_pairs(pictures, amounts.pairs, rng),
         *_continuations(media, _read(media / "video_train.jsonl")[: amounts.videos], rng),
         *(_question(line, SOUND, rng) for line in sounds),

@@ -87,7 +87,7 @@ def train_picture_tokenizer(
     pictures: np.ndarray,
     digits: Sequence[str],
     weights: Path = WEIGHTS,
-    steps: int = 400,
+    steps: int = 1200,
     batch_size: int = 64,
     lr: float = 2e-3,
     seed: int = 0,

@@ -39,7 +39,6 @@ def test_make_quickstart_reaches_its_bars(tmp_path: Path) -> None:
     assert hashes["before"] == hashes["after"]
     any_to_any = report["any_to_any"]
     assert any_to_any["drawn_as_asked"] >= 0.90 and any_to_any["grammatical"] == 1.0
-    # The aim is 2 points; 2.3 were measured.
-    assert any_to_any["understood"] >= report["modalities"]["image"]["accuracy"] - 0.03
+    assert any_to_any["understood"] >= report["modalities"]["image"]["accuracy"] - 0.02
     page = (clone / "runs" / "quickstart" / "report.html").read_text()
     assert "<video" in page and "<audio" in page and "http" not in page
