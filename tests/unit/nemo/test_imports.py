@@ -30,7 +30,8 @@ def test_engine_imports_neither_nemo_nor_lightning_nor_hydra():
     modules = []
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE).with_suffix("").parts
-        if parts[0] != "nemo":
+        # lmms-eval loads its model class, which derives from one of lmms-eval's.
+        if parts[0] != "nemo" and parts != ("harnesses", "lmms_eval_model"):
             modules.append(".".join(["megatron_anymal", *(part for part in parts if part != "__init__")]))
     assert "megatron_anymal.config.compose" in modules
     done = subprocess.run(
