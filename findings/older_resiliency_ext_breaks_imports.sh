@@ -11,7 +11,7 @@ set -euo pipefail
 release=0.19.2 python=python3.12
 source "$(dirname "$0")/megatron_core_on_cpu.sh" psutil==7.2.2 nvidia-resiliency-ext==0.4.1
 imports() {
-    "$folder/venv/bin/python" -W ignore -c "import megatron.core.dist_checkpointing" 2>&1 | tail -1
+    { "$folder/venv/bin/python" -W ignore -c "import megatron.core.dist_checkpointing" 2>&1 || true; } | sed -n 's/^\([A-Za-z]*Error\)/\1/p'
 }
 with=$(imports)
 "$folder/venv/bin/pip" uninstall --quiet --yes nvidia-resiliency-ext
