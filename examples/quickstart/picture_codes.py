@@ -10,11 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.quickstart.corpus import DIGITS
-from examples.quickstart.vector_quantizer import VectorQuantizer
+from examples.quickstart.vector_quantizer import VectorQuantizer, train_autoencoder
 from examples.quickstart.vision import scatter
 
 # Pictures are made grey and this large, and become 1 + GRID x GRID codes: of the whole, then of its parts.
@@ -106,24 +106,13 @@ def train_picture_tokenizer(
     """
     whole = torch.from_numpy(pictures)[:, None].float() / 255
     labels = torch.tensor([DIGITS.index(digit) for digit in digits])
-    rng = np.random.default_rng(seed)
-    losses = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = PictureAutoencoder()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-        for _ in range(steps):
-            rows = torch.from_numpy(rng.choice(len(whole), batch_size))
-            loss = model(F.interpolate(scatter(whole[rows], rng), size=(SIDE, SIDE), mode="area"), labels[rows])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), weights)
-    return losses
+
+    def varied(rows: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        return F.interpolate(scatter(whole[rows], rng), size=(SIDE, SIDE), mode="area"), labels[rows]
+
+    return train_autoencoder(
+        PictureAutoencoder, varied, len(whole), weights, steps=steps, batch_size=batch_size, lr=lr, seed=seed
+    )
 
 
 class PictureTokenizer:

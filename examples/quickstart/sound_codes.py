@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from examples.quickstart.media import AUDIO_RATE
-from examples.quickstart.vector_quantizer import VectorQuantizer
+from examples.quickstart.vector_quantizer import VectorQuantizer, train_autoencoder
 
 # Samples per frame of the spectrogram and between two frames; each code stands for this many frames.
 WINDOW, HOP, FRAMES = 500, 250, 2
@@ -112,23 +112,13 @@ def train_sound_tokenizer(
         The loss of every step.
     """
     whole = spectrogram(torch.from_numpy(sounds))
-    rng = np.random.default_rng(seed)
-    losses = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = SoundAutoencoder()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-        for _ in range(steps):
-            loss = model(whole[torch.from_numpy(rng.choice(len(whole), batch_size))])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-    weights.parent.mkdir(parents=True, exist_ok=True)
-    save_file(model.state_dict(), weights)
-    return losses
+
+    def chosen(rows: Tensor, rng: np.random.Generator) -> tuple[Tensor]:
+        return (whole[rows],)
+
+    return train_autoencoder(
+        SoundAutoencoder, chosen, len(whole), weights, steps=steps, batch_size=batch_size, lr=lr, seed=seed
+    )
 
 
 class SoundTokenizer:

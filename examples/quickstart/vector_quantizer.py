@@ -1,9 +1,15 @@
-"""The codebook of the quickstart's tokenizers of pictures and sounds."""
+"""The codebook and the training of the quickstart's tokenizers of pictures and sounds."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 # Share of a vector's average that a training step keeps, and the average use below which a code starts again.
@@ -62,3 +68,44 @@ class VectorQuantizer(nn.Module):
         again = inputs[torch.randint(len(inputs), (int(unused.sum()),))]
         self.uses[unused], self.sums[unused] = 1.0, again
         self.vectors.copy_(self.sums / self.uses[:, None])
+
+
+def train_autoencoder(
+    build: Callable[[], nn.Module],
+    inputs: Callable[[Tensor, np.random.Generator], tuple[Tensor, ...]],
+    samples: int,
+    weights: Path,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+) -> list[float]:
+    """Train an autoencoder whose forward pass returns its loss, and save its weights.
+
+    Args:
+        build: makes the model, with random weights.
+        inputs: takes the numbers of a batch's samples, [batch_size], and returns the model's arguments.
+        samples: their number.
+        weights: output file.
+
+    Returns:
+        The loss of every step.
+    """
+    rng = np.random.default_rng(seed)
+    losses = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+        for _ in range(steps):
+            loss = model(*inputs(torch.from_numpy(rng.choice(samples, batch_size)), rng))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    save_file(model.state_dict(), weights)
+    return losses
