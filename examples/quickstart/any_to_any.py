@@ -39,7 +39,7 @@ class Amounts:
 
     # Training pictures, varied copies of each, samples with two of them, videos to continue, and sounds.
     pictures: int = 1400
-    copies: int = 3
+    copies: int = 2
     pairs: int = 1400
     videos: int = 1000
     sounds: int = 800
