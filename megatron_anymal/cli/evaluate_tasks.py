@@ -129,6 +129,9 @@ def _job(text: str, arguments: argparse.Namespace) -> _Job:
 def _check_metrics(jobs: Sequence[_Job]) -> None:
     from megatron_anymal.evaluation.metrics import captions
 
+    # Rank 0 computes them, and pycocoevalcap's downloads would be in each other's way.
+    if int(os.environ.get("RANK", "0")) != 0:
+        return
     if wanted := [metric for job in jobs for metric in job.metrics if metric in _CAPTION_METRICS]:
         captions.require(list(dict.fromkeys(wanted)))
 

@@ -1,14 +1,18 @@
 """CIDEr, ROUGE-L, SPICE and SPIDEr of captions, computed by pycocoevalcap.
 
 Its tokenizer and SPICE are Java programs. Without Java, SPICE and SPIDEr are refused, and captions are split in Python,
-which differs from the Penn Treebank tokenizer in rare words only (`python_tokens`).
+which differs from the Penn Treebank tokenizer in rare words only (`python_tokens`). SPICE scores one pair before
+anything is answered: it also needs Stanford CoreNLP, which pycocoevalcap downloads on first use, and 8 GB of memory.
 """
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+import socket
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from megatron_anymal.config import ConfigError
@@ -22,13 +26,15 @@ _TOKEN = re.compile(
 )
 _RENAMED = {"(": "-lrb-", ")": "-rrb-", "{": "-lcb-", "}": "-rcb-", "[": "-lsb-", "]": "-rsb-", '"': "''"}
 JAVA_METRICS = ("spice", "spider")
+# Seconds without an answer after which the download of CoreNLP is given up: many clusters drop what leaves them.
+_DOWNLOAD_PATIENCE = 20.0
 
 
 def require(metrics: Sequence[str]) -> None:
     """Check, before any model is loaded, that the captions' metrics can be computed.
 
     Raises:
-        ConfigError: pycocoevalcap is not installed, or a metric needs Java and there is none.
+        ConfigError: pycocoevalcap is not installed, a metric needs Java and there is none, or SPICE does not run.
     """
     try:
         import pycocoevalcap.cider.cider  # noqa: F401
@@ -37,11 +43,32 @@ def require(metrics: Sequence[str]) -> None:
             f"The metrics {', '.join(metrics)} need pycocoevalcap: pip install 'megatron-anymal[evaluate]'."
         ) from None
     refused = [metric for metric in metrics if metric in JAVA_METRICS]
-    if refused and not has_java():
+    if not refused:
+        return
+    if not has_java():
         raise ConfigError(
             f"{refused[0]} is computed by a Java program, but there is no `java` in PATH. Install Java 8 or later, or "
             f"leave it out with --without-metric {' '.join(refused)}."
         )
+    try:
+        with _patience(_DOWNLOAD_PATIENCE):
+            caption_scores("spice", ["a cat"], [["a cat"]])
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        raise ConfigError(
+            f"{refused[0]} does not run here: {error}. pycocoevalcap runs SPICE in Java with 8 GB of memory, and "
+            "downloads Stanford CoreNLP 3.6.0 first: where there is no network, put its two .jar files into "
+            f"pycocoevalcap/spice/lib. Or leave it out with --without-metric {' '.join(refused)}."
+        ) from error
+
+
+@contextmanager
+def _patience(seconds: float) -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def has_java() -> bool:

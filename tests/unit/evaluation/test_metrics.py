@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -143,3 +146,39 @@ def test_without_java_spice_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) 
         captions.require(["cider", "spice", "spider"])
     captions.require(["cider", "rouge_l"])
     assert captions.caption_scores("cider", CAPTIONS, GIVEN)[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("trouble", "said"),
+    [
+        (URLError("Name or service not known"), "Name or service not known"),
+        (subprocess.CalledProcessError(1, ["java"]), "returned non-zero exit status 1"),
+        (TimeoutError("timed out"), "timed out"),
+    ],
+)
+def test_spice_is_tried_before_anything_is_answered(
+    trouble: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spice:
+        def compute_score(self, references: Any, captions: Any) -> Any:
+            assert socket.getdefaulttimeout() == 20
+            raise trouble
+
+    monkeypatch.setattr(captions, "has_java", lambda: True)
+    monkeypatch.setattr(captions, "_tokenized", lambda texts: texts)
+    monkeypatch.setattr("pycocoevalcap.spice.spice.Spice", Spice)
+    with pytest.raises(ConfigError, match=rf"spider does not run here: .*{said}.*--without-metric spider"):
+        captions.require(["cider", "spider"])
+    assert socket.getdefaulttimeout() is None
+    captions.require(["cider"])
+
+
+def test_spice_that_runs_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Spice:
+        def compute_score(self, references: Any, captions: Any) -> Any:
+            return 1.0, [{"All": {"f": 1.0}}]
+
+    monkeypatch.setattr(captions, "has_java", lambda: True)
+    monkeypatch.setattr(captions, "_tokenized", lambda texts: texts)
+    monkeypatch.setattr("pycocoevalcap.spice.spice.Spice", Spice)
+    captions.require(["spice"])
