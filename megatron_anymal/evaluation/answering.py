@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
+from typing import Optional
 
 from megatron_anymal.data.records import DataError
 from megatron_anymal.evaluation.journal import AnswerRow, Journal
 from megatron_anymal.evaluation.samples import TaskSample, build_prompt
 from megatron_anymal.generation.generator import Generator
+from megatron_anymal.generation.prompts import Prompt
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import MediaError
 from megatron_anymal.parallel import gather_objects
@@ -80,8 +84,8 @@ def _answer_share(
         print(f"{asking.task}: {earlier}{len(samples)} to answer{copies}", file=sys.stderr, flush=True)
         progress = Progress(asking.task, sum(map(len, batches)))
     answers: dict[str, AnswerRow] = {}
-    for batch in batches:
-        rows = _answer_batch(generator, batch, asking)
+    for batch, prompts in _announced(generator, batches, asking):
+        rows = _answer_batch(generator, batch, prompts, asking)
         if generator.leads_replica:
             journal.append(generator.replica, rows)
             answers |= {row.key: row for row in rows}
@@ -92,9 +96,36 @@ def _answer_share(
     return answers
 
 
-def _answer_batch(generator: Generator, batch: Sequence[TaskSample], asking: Asking) -> list[AnswerRow]:
+def _announced(
+    generator: Generator, batches: Sequence[Sequence[TaskSample]], asking: Asking
+) -> Iterator[tuple[Sequence[TaskSample], list[Prompt]]]:
+    """Batches with their prompts; the media of the next one are being read while one is answered."""
+    ready: Optional[list[Prompt]] = None
+    for batch, following in zip_longest(batches, batches[1:], fillvalue=()):
+        with _named(batch, asking):
+            prompts = ready if ready is not None else [build_prompt(sample) for sample in batch]
+        try:
+            ready = [build_prompt(sample) for sample in following]
+        except (DataError, MediaError):
+            # Raised in its turn: the answers to this batch must not be lost.
+            ready = None
+        generator.read_ahead([prompts, ready or []])
+        yield batch, prompts
+
+
+@contextmanager
+def _named(batch: Sequence[TaskSample], asking: Asking) -> Iterator[None]:
+    """Name the samples in errors."""
     try:
-        prompts = [build_prompt(sample) for sample in batch]
+        yield
+    except (DataError, MediaError) as error:
+        raise DataError(f"{asking.task}: samples {batch[0].key!r} to {batch[-1].key!r}: {error}") from error
+
+
+def _answer_batch(
+    generator: Generator, batch: Sequence[TaskSample], prompts: Sequence[Prompt], asking: Asking
+) -> list[AnswerRow]:
+    with _named(batch, asking):
         replies = generator.answer_batch(prompts, [sample.number for sample in batch], asking.sampling)
         likelihoods: dict[int, tuple[float, ...]] = {}
         rejected = {place: generator.rejections.get(sample.number) for place, sample in enumerate(batch)}
@@ -103,8 +134,6 @@ def _answer_batch(generator: Generator, batch: Sequence[TaskSample], asking: Ask
             candidates = [batch[place].candidates for place in scored]
             found = generator.log_likelihoods([prompts[place] for place in scored], candidates, asking.batch_size)
             likelihoods = {place: tuple(values) for place, values in zip(scored, found)}
-    except (DataError, MediaError) as error:
-        raise DataError(f"{asking.task}: samples {batch[0].key!r} to {batch[-1].key!r}: {error}") from error
     return [
         AnswerRow(
             sample.key,

@@ -30,7 +30,7 @@ from megatron_anymal.data.code_grammar import CodeGrammar
 from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.planner import length_multiple
-from megatron_anymal.data.prompt_encoder import PromptReader
+from megatron_anymal.data.prompt_encoder import PromptReader, TokenizedPrompt
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
@@ -40,6 +40,7 @@ from megatron_anymal.generation.checkpoint_batch import CheckpointBatch
 from megatron_anymal.generation.generator import Generator, Result, Watch
 from megatron_anymal.generation.next_token import choose_each, observe_each
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.read_ahead import ReadAhead
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import Modality
@@ -78,6 +79,7 @@ class NativeGenerator(Generator):
         layout_of_codes = CodeLayout(DiscreteVocabulary(model.vocab_size, section.discrete), section.discrete)
         self.grammar = CodeGrammar(layout_of_codes) if section.discrete else None
         self._reader = PromptReader(tokenizer, section.modalities, modalities, layout_of_codes)
+        self._ahead = ReadAhead(self._read)
         self._placeholders = {
             name: tokenizer.placeholder(modality.placeholder, f"model.modalities.{name}.placeholder")
             for name, modality in section.modalities.items()
@@ -217,8 +219,16 @@ class NativeGenerator(Generator):
         """Start an empty batch that prompts can join and leave; for one process."""
         return CheckpointBatch(partial(self._open, 0), self._next_tokens)
 
+    def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:
+        """Begin to read the media of prompts that `answer_batch` gets next, on other threads."""
+        self._ahead.announce([[prompt] for batch in batches for prompt in batch])
+
+    def _read(self, prompts: Sequence[Prompt]) -> TokenizedPrompt:
+        [prompt] = prompts
+        return self._reader.read(prompt.parts, prompt.media)
+
     def _open(self, number: int, prompt: Prompt, sampling: Sampling) -> RunningPrompt:
-        read = self._reader.read(prompt.parts, prompt.media)
+        read = self._ahead.take([prompt])
         answer = self._open_answer(number, len(read.tokens), sampling, self._decode, self._ends)
         return RunningPrompt(read.tokens, read.pieces, answer, sampling)
 

@@ -39,6 +39,7 @@ from megatron_anymal.generation.export_batch import ExportedBatch
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.next_token import choose_each, observe_each
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.read_ahead import ReadAhead
 from megatron_anymal.generation.running_batch import RunningBatch, RunningPrompt
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
@@ -61,6 +62,7 @@ class ExportedGenerator(Generator):
             CheckpointError: the model has no eos_token_id.
         """
         self._model, self._processor = model.eval(), processor
+        self._ahead = ReadAhead(self._inputs)
         sections = model.config.modalities
         self.kinds = [section["kind"] for section in sections.values()]
         self.max_positions = model.config.text_config.max_position_embeddings
@@ -121,7 +123,7 @@ class ExportedGenerator(Generator):
     def _answer(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
     ) -> list[Reply]:
-        inputs = self._inputs(prompts).to(self._model.device)
+        inputs = self._ahead.take(prompts).to(self._model.device)
         running = []
         for number, row, mask in zip(numbers, inputs["input_ids"], inputs["attention_mask"].bool()):
             tokens = row[mask].tolist()
@@ -138,6 +140,10 @@ class ExportedGenerator(Generator):
             stopping_criteria=StoppingCriteriaList([_Watcher(answers, watch)]),
         )
         return [answer.reply for answer in answers]
+
+    def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:
+        """Begin to read the media of batches that `answer_batch` gets next, on another thread each."""
+        self._ahead.announce([batch for batch in batches if batch])
 
     def running_batch(self) -> RunningBatch:
         """Start an empty batch that prompts can join and leave."""

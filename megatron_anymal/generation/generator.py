@@ -84,6 +84,8 @@ class Generator(ABC):
         progress = Progress("answering", len(prompts)) if self.reports and len(prompts) > batch_size else None
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
+            if len(prompts) > batch_size:
+                self.read_ahead([batch, prompts[start + batch_size : start + 2 * batch_size]])
             yield self.answer_batch(batch, range(start, start + len(batch)), sampling, watch)
             if progress:
                 progress.advance(len(batch))
@@ -102,6 +104,17 @@ class Generator(ABC):
             ConfigError, DataError, MediaError: as in `replies`.
         """
         return self._answer(prompts, numbers, sampling, watch or unwatched)
+
+    # Optional: a generator without it answers the same.
+    def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:  # noqa: B027
+        """Begin to read the media of prompts that `answer_batch` gets next, on other threads while the model computes.
+
+        The answers are the same without; a generator may do nothing. Batches that were given before and are not now
+        are dropped.
+
+        Args:
+            batches: the very objects that `answer_batch` gets, in that order.
+        """
 
     def log_likelihoods(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], batch_size: int = 64

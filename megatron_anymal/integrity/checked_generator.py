@@ -52,6 +52,10 @@ class CheckedGenerator(Generator):
         """As of the wrapped generator."""
         return self._generator.on_leader(compute)
 
+    def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:
+        """As of the wrapped generator."""
+        self._generator.read_ahead(batches)
+
     def _answer(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
     ) -> list[Reply]:

@@ -9,6 +9,9 @@ from typing import Any
 
 import fork_server
 import pytest
+from engine import train
+from ranks import run_ranks
+from tiny import make_config
 
 ROOT = Path(__file__).parents[2]
 SIZES = {
@@ -270,6 +273,18 @@ def test_samples_classified_together_are_the_same_and_take_less_time() -> None:
     found = json.loads(run("benchmarks/integrity_filter.py", "--samples", "64", "--rounds", "1", tests=True))
     assert found["ratio"]["samples_per_processor_second"] > 1.2
     assert found["together"]["samples_per_second"] > 0 and "versions" in found
+
+
+def test_answers_are_the_same_with_media_read_ahead(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> None:
+    config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
+    config.trainer.max_steps = config.exp_manager.checkpoint.every_n_train_steps = 1
+    run_ranks(1, train, config)
+    out = tmp_path / "results.json"
+    words = ["--checkpoint", str(tmp_path / "run"), "--data", mixed_shards, "--batch-size", "4", "--rounds", "2"]
+    printed = run("benchmarks/answering.py", *words, "--out", str(out))
+    found = json.loads(out.read_text())
+    assert "the same answers" in printed and found["samples"] > 4
+    assert 0 < found["reading"] < found["seconds"]["between"] and found["floor"] > 0
 
 
 def test_clients_at_once_are_answered_faster_than_one_by_one() -> None:
