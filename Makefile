@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# An environment with Transformer Engine, for test-te; its torch extension is built, or is a wheel in the folder TE_WHEELS.
+# An environment with Transformer Engine, for test-te; TE_WHEELS is a folder that keeps what is built.
 TE_PYTHON ?= python3.12
 TE_VENV ?= .venv-te
 TE_TORCH ?= torch==2.11.0

@@ -5,8 +5,8 @@
 #
 #   tests/te/install.sh PYTHON [FOLDER]
 #
-# PYTHON is the environment's interpreter; FOLDER may have a wheel of the extension, which is then not built.
-# CUDA_HOME, if set, names a CUDA toolkit to take the headers from.
+# PYTHON is the environment's interpreter. FOLDER keeps the wheel of the extension: one for this Python is taken from it,
+# else it is built into it. CUDA_HOME, if set, names a CUDA toolkit to take the headers from.
 set -euo pipefail
 python=$1 wheels=${2:-}
 
@@ -16,31 +16,34 @@ refuse() {
 }
 
 cuda=$("$python" -c "import torch; print(torch.version.cuda or '')") || refuse "$python cannot import torch."
-[[ -n $cuda ]] || refuse "torch here is a build for CPUs, and the torch extension needs one for CUDA. Install PyPI's, \
-with Python 3.12: make test-te TE_PYTHON=python3.12 TE_TORCH=torch==2.11.0"
-if [[ -n $wheels ]]; then
-    compgen -G "$wheels/transformer_engine_torch-*.whl" > /dev/null ||
-        refuse "there is no transformer_engine_torch-*.whl in ${wheels@Q}, which TE_WHEELS names. Without TE_WHEELS it is built."
-    "$python" -m pip install --quiet --no-build-isolation --find-links="$wheels" -e ".[te]"
-    exit
+[[ -n $cuda ]] || refuse "torch here is a build for CPUs, and the torch extension needs one for CUDA. Remove this \
+environment and use PyPI's: make test-te TE_PYTHON=python3.12 TE_TORCH=torch==2.11.0"
+tag=$("$python" -c "import sys; print(f'cp{sys.version_info[0]}{sys.version_info[1]}')")
+if [[ -z $wheels ]]; then
+    wheels=$(mktemp -d)
+    trap 'rm -rf "$wheels"' EXIT
 fi
 
-site=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia
-compiler=${CXX:-g++}
-command -v "$compiler" > /dev/null ||
-    refuse "its torch extension is built from source, and there is no C++ compiler (${compiler@Q}). Install one, or name \
-a folder with a wheel of the extension: make test-te TE_WHEELS=FOLDER"
-if [[ -z ${CUDA_HOME:-} ]]; then
-    [[ $cuda == 13.* ]] ||
-        refuse "torch here is built for CUDA $cuda, and PyPI's headers are used for CUDA 13 only. Set CUDA_HOME to a toolkit."
-    # In the version that torch requires.
-    "$python" -m pip install --quiet "cuda-toolkit[cccl,crt,nvcc,profiler]"
-    export CUDA_HOME=$site/cu13
+if ! compgen -G "$wheels/transformer_engine_torch-*-$tag-*.whl" > /dev/null; then
+    compiler=${CXX:-g++}
+    command -v "$compiler" > /dev/null ||
+        refuse "its torch extension is built from source, and there is no C++ compiler (${compiler@Q}). Install one, or \
+name a folder with a wheel of the extension for this Python: make test-te TE_WHEELS=FOLDER"
+    site=$("$python" -c "import sysconfig; print(sysconfig.get_path('purelib'))")/nvidia
+    if [[ -z ${CUDA_HOME:-} ]]; then
+        [[ $cuda == 13.* ]] ||
+            refuse "torch here is built for CUDA $cuda, and PyPI's headers are used for CUDA 13 only. Set CUDA_HOME to a \
+toolkit of that version."
+        # In the version that torch requires.
+        "$python" -m pip install --quiet "cuda-toolkit[cccl,crt,nvcc,profiler]"
+        export CUDA_HOME=$site/cu13
+    fi
+    export CPATH=$site/cudnn/include:$site/nccl/include${CPATH:+:$CPATH}
+    # Do not ask GitHub for a wheel first.
+    export NVTE_PYTORCH_FORCE_BUILD=TRUE
+    # Compiles several files at a time, if it is found.
+    "$python" -m pip install --quiet ninja
+    PATH=$(cd "$(dirname "$python")" && pwd):$PATH
+    "$python" -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir="$wheels" "transformer_engine_torch>=2.11,<2.12"
 fi
-export CPATH=$site/cudnn/include:$site/nccl/include${CPATH:+:$CPATH}
-# Do not ask GitHub for a wheel first.
-export NVTE_PYTORCH_FORCE_BUILD=TRUE
-# Compiles several files at a time, if it is found.
-"$python" -m pip install --quiet ninja
-PATH=$(cd "$(dirname "$python")" && pwd):$PATH
-"$python" -m pip install --quiet --no-build-isolation -e ".[te]"
+"$python" -m pip install --quiet --no-build-isolation --find-links="$wheels" -e ".[te]"
