@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-# An environment with Transformer Engine, for test-te; its torch extension is a wheel in the folder TE_WHEELS, or is built.
+# An environment with Transformer Engine, for test-te; TE_WHEELS is a folder that keeps what is built.
 TE_PYTHON ?= python3.12
 TE_VENV ?= .venv-te
 TE_TORCH ?= torch==2.11.0
@@ -48,7 +48,7 @@ $(TE_INSTALLED):
 	$(TE_VENV)/bin/python -m pip install --quiet --upgrade pip setuptools wheel
 	$(TE_VENV)/bin/python -m pip install --quiet "$(TE_TORCH)"
 	$(TE_VENV)/bin/python -m pip install --quiet -e ".[test]"
-	$(TE_VENV)/bin/python -m pip install --quiet --no-build-isolation $(TE_WHEELS:%=--find-links=%) -e ".[te]"
+	tests/te/install.sh $(TE_VENV)/bin/python $(TE_WHEELS)
 	touch $(TE_INSTALLED)
 
 # Both parts run and report, even if the first one fails.

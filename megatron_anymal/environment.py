@@ -21,7 +21,7 @@ from megatron_anymal.installed import (
     is_importable,
     version_of,
 )
-from megatron_anymal.megatron_line import of_python
+from megatron_anymal.megatron_line import of_python, why_no_resiliency
 
 OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN = "ok", "missing", "broken", "out of range", "not NVIDIA's"
 NOT_DETERMINISTIC = "not deterministic"
@@ -244,6 +244,10 @@ def _fix(part: Requirement, state: str) -> str:
         return f"{'pip uninstall -y apex (built without its CUDA kernels), then ' if state == BROKEN else ''}{build}"
     if part.extra == "wandb":
         return "pip install wandb"
+    if part.extra == "resiliency" and (reason := why_no_resiliency(LINE)):
+        if state == MISSING:
+            return f"none on this system: {reason}"
+        return f"pip uninstall -y {part.distribution}; a version that fits cannot be installed: {reason}"
     force = " --force-reinstall" if state == BROKEN else ""
     if part.required:
         return f"pip install{force} '{part.distribution}{part.versions}'"

@@ -11,6 +11,7 @@ Needs only the standard library until one of the functions about an imported meg
 
 from __future__ import annotations
 
+import platform
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ class MegatronLine:
         version: the release.
         python: the Python version it is installed with, (major, minor).
         resiliency: the range of nvidia-resiliency-ext that fits.
+        resiliency_glibc: the oldest glibc that its wheels run on, (major, minor).
         checks_resiliency: it does not import if an older version of that is installed.
         needs_triton: it imports triton, without requiring it.
         lacks: what does not work with it and does with the other line.
@@ -35,6 +37,7 @@ class MegatronLine:
     version: str
     python: tuple[int, int]
     resiliency: str
+    resiliency_glibc: tuple[int, int]
     checks_resiliency: bool
     needs_triton: bool
     lacks: tuple[str, ...]
@@ -44,6 +47,7 @@ OLDER = MegatronLine(
     version="0.16.1",
     python=(3, 11),
     resiliency=">=0.4.1,<0.5",
+    resiliency_glibc=(2, 31),
     checks_resiliency=False,
     needs_triton=False,
     lacks=("Transformer Engine 2.12 and later",),
@@ -51,14 +55,11 @@ OLDER = MegatronLine(
 NEWER = MegatronLine(
     version="0.19.2",
     python=(3, 12),
-    # The wheels need glibc 2.39.
     resiliency=">=0.6,<0.7",
+    resiliency_glibc=(2, 39),
     checks_resiliency=True,
     needs_triton=True,
-    lacks=(
-        "model.recompute_modules=[layernorm] without a C++ compiler: it builds an extension at the first use",
-        "nvidia-resiliency-ext on systems with glibc before 2.39",
-    ),
+    lacks=("model.recompute_modules=[layernorm] without a C++ compiler: it builds an extension at the first use",),
 )
 LINES = (OLDER, NEWER)
 
@@ -70,6 +71,20 @@ def of_python(python: tuple[int, int] = sys.version_info[:2]) -> MegatronLine:
         python: major and minor number.
     """
     return NEWER if python >= NEWER.python else OLDER
+
+
+def why_no_resiliency(line: MegatronLine) -> str:
+    """Why nvidia-resiliency-ext cannot be installed on this system for a line, or "".
+
+    Args:
+        line: one of LINES.
+    """
+    library, version = platform.libc_ver()
+    if library != "glibc":
+        return f"its wheels need glibc, and this system has {library or 'another C library'}"
+    if tuple(int(number) for number in version.split(".")[:2]) >= line.resiliency_glibc:
+        return ""
+    return f"its wheels need glibc {'.'.join(map(str, line.resiliency_glibc))}, and this system has {version}"
 
 
 def match_parameter_groups() -> None:

@@ -73,14 +73,13 @@ def main(arguments: Sequence[str]) -> int:
     leave_stop_signals()
     threading.Thread(target=_watch, args=(os.getppid(),), daemon=True).start()
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addFilter(_is_failure)
+    # nvidia-resiliency-ext's processes that watch ranks would outlive this one; the launcher finds hangs itself.
+    os.environ["NVRX_DISABLE_RANK_MONITORS"] = "1"
     module = importlib.import_module(MODULES[launcher])
-    options = module.parse_args(rest)
-    config, command, command_arguments = module.config_from_args(options)
-    config.logs_specs = RankLogs(Path(logs))
-    # The agent must not handle stop signals, even if the user's environment asks for it.
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle = "SIGQUIT"
+    _configure(module, Path(logs))
     try:
-        module.elastic_launch(config=config, entrypoint=command)(*command_arguments)
+        # Not only `elastic_launch`: an agent may have a rendezvous of its own to prepare.
+        module.run(module.parse_args(rest))
     except Exception as error:
         # ChildFailedError, of which each agent has its own class.
         failures = getattr(error, "failures", None)
@@ -93,6 +92,20 @@ def main(arguments: Sequence[str]) -> int:
                 _write(Path(folder) / f"exit_{failure.pid}", str(failure.exitcode))
         return 1
     return 0
+
+
+def _configure(module: Any, logs: Path) -> None:
+    """Have an agent's module send the ranks' output to our files, and leave stop signals to the launcher."""
+    original = module.config_from_args
+
+    def config_from_args(*arguments: Any) -> tuple[Any, Any, Any]:
+        config, command, command_arguments = original(*arguments)
+        config.logs_specs = RankLogs(logs)
+        # The agent must not handle stop signals, even if the user's environment asks for it.
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = config.signals_to_handle = "SIGQUIT"
+        return config, command, command_arguments
+
+    module.config_from_args = config_from_args
 
 
 class RankLogs:

@@ -17,7 +17,7 @@ from megatron_anymal.config.compose import compose, config_folder
 from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.job import Job
 from megatron_anymal.launcher.supervisor import Supervisor
-from megatron_anymal.megatron_line import of_python
+from megatron_anymal.megatron_line import of_python, why_no_resiliency
 
 _JOBS = ("pretrain", "sft", "dpo")
 _EPILOG = """examples:
@@ -93,10 +93,12 @@ def _job(
     elif options.spare:
         raise ConfigError("--spare needs --nnodes above 1: a spare takes the place of one of several nodes.")
     if options.launcher == "ft" and importlib.util.find_spec("nvidia_resiliency_ext") is None:
+        line = of_python()
+        reason = why_no_resiliency(line)
+        way = f"Install it with `pip install 'nvidia-resiliency-ext{line.resiliency}'`, or omit"
         raise ConfigError(
-            "--launcher=ft needs the package nvidia-resiliency-ext, which is not installed. Install it with "
-            f"`pip install 'nvidia-resiliency-ext{of_python().resiliency}'`, or omit --launcher=ft: torchrun's agent "
-            "does the same here."
+            "--launcher=ft needs the package nvidia-resiliency-ext, which is not installed. "
+            f"{f'It cannot be: {reason}. Omit' if reason else way} --launcher=ft: torchrun's agent does the same here."
         )
     return Job(
         run_dir=run_dir,

@@ -6,6 +6,7 @@ nvidia-resiliency-ext, because torchrun takes seconds to import.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import subprocess
@@ -76,11 +77,25 @@ def nothing_left(run_dir: Path) -> bool:
     return not [line for line in lines if str(run_dir) in line and "fake_rank" in line]
 
 
+REAL_AGENT = pytest.param(
+    "ft",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("nvidia_resiliency_ext") is None,
+        reason="nvidia-resiliency-ext is not installed: pip install -e '.[resiliency]'",
+    ),
+)
+
+
 @pytest.mark.timeout(200)
-def test_killed_and_crashed_it_goes_on_by_itself(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", REAL_AGENT])
+def test_killed_and_crashed_it_goes_on_by_itself(
+    launcher: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Without the plain agent.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     run = tmp_path / "run"
     faults = ("1:5:kill:1", "0:8:crash:2")
-    assert Supervisor(job(run, "12", *faults, launcher="torchrun", timeout=60)).run() == Exit.DONE
+    assert Supervisor(job(run, "12", *faults, launcher=launcher, timeout=60)).run() == Exit.DONE
     assert (run / "checkpoints" / "step_00000012").is_dir() and nothing_left(run)
     [death, ended] = told(run, "death")
     assert (death["rank"], death["signal"], death["step"], death["attempt"]) == (1, signal.SIGKILL, 5, 1)

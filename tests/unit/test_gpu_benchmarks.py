@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import fork_server
+import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +72,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         done = run(f"benchmarks/gpu/{name}.py", "--dry-run", "--out", str(folder / f"{name}.json"))
         assert done.returncode == 0 and "DRY RUN" in done.stdout, done.stdout[-6000:] + done.stderr[-2000:]
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def test_a_benchmark_ends_at_its_limit(tmp_path: Path) -> None:
+    done = run("benchmarks/gpu/all.py", "--dry-run", "--out", str(tmp_path), "--only", "kernels", "--limit", "0.5")
+    assert done.returncode == 1 and "== kernels: ENDED at its limit" in done.stdout, done.stdout + done.stderr
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
+    refused = run("benchmarks/gpu/all.py", "--dry-run", "--out", str(tmp_path), "--limit", "0")
+    assert refused.returncode == 2 and "--limit must be a positive number of seconds; it is 0." in refused.stderr
 
 
 def measured(found: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from megatron_anymal import backend, environment
 from megatron_anymal.cli import doctor
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.installed import apex_kind, has_nvidia_driver, is_importable
-from megatron_anymal.megatron_line import LINES, of_python
+from megatron_anymal.megatron_line import LINES, NEWER, OLDER, of_python
 
 ROOT = Path(__file__).parents[3]
 
@@ -222,6 +222,34 @@ def test_a_version_that_breaks_the_others_is_required_to_change(site, monkeypatc
     add_distribution(site, "nvidia_resiliency_ext", "0.4.1", "nvidia_resiliency_ext/__init__.py")
     found = finding("nvidia-resiliency-ext")
     assert (found.state, found.required) == (environment.OUT_OF_RANGE, breaks)
+
+
+@pytest.mark.parametrize(
+    ("line", "libc", "missing", "other"),
+    [
+        (OLDER, ("glibc", "2.36"), "pip install -e '.[resiliency]'", "pip install -e '.[resiliency]'"),
+        (NEWER, ("glibc", "2.39"), "pip install -e '.[resiliency]'", "pip install -e '.[resiliency]'"),
+        (NEWER, ("glibc", "2.36"), "none on this system: its wheels need glibc 2.39", "pip uninstall -y"),
+        (OLDER, ("", ""), "none on this system: its wheels need glibc", "pip uninstall -y"),
+    ],
+)
+def test_the_package_whose_wheels_need_a_newer_system_is_not_to_be_installed(
+    site, monkeypatch, line, libc, missing, other
+):
+    monkeypatch.setattr(environment, "LINE", line)
+    monkeypatch.setattr("platform.libc_ver", lambda: libc)
+    monkeypatch.setattr(
+        environment, "is_importable", lambda module: module != "nvidia_resiliency_ext" and is_importable(module)
+    )
+    [part] = [one for one in environment.REQUIREMENTS if one.distribution == "nvidia-resiliency-ext"]
+    monkeypatch.setattr(environment, "REQUIREMENTS", (environment.REQUIREMENTS[0], part))
+    monkeypatch.setattr(environment, "version_of", lambda name: "")
+    found = finding("nvidia-resiliency-ext")
+    assert found.state == environment.MISSING and found.fix.startswith(missing)
+    monkeypatch.setattr(environment, "is_importable", lambda module: True)
+    monkeypatch.setattr(environment, "version_of", lambda name: "0.3.0")
+    found = finding("nvidia-resiliency-ext")
+    assert found.state == environment.OUT_OF_RANGE and found.fix.startswith(other)
 
 
 FAKE = backend.Capabilities(("H100",), (9, 0), "2.11.0", "", "", False, False, "", True, True)

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from megatron_anymal.config import ConfigError
+from megatron_anymal.launcher import command
 from megatron_anymal.launcher.command import main
+from megatron_anymal.megatron_line import NEWER
 
 RUN = ["pretrain", "--config-name=quickstart"]
 
@@ -45,3 +47,21 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"file/run' cannot be written .*\(exp_manager\.explicit_log_dir\)"):
         main([*RUN, f"exp_manager.explicit_log_dir={tmp_path}/file/run"])
+
+
+@pytest.mark.parametrize(
+    ("libc", "said"),
+    [
+        (("glibc", "2.39"), "Install it with `pip install 'nvidia-resiliency-ext>=0.6,<0.7'`, or omit --launcher=ft"),
+        (("glibc", "2.36"), "its wheels need glibc 2.39, and this system has 2.36. Omit --launcher=ft"),
+    ],
+)
+def test_the_other_agent_needs_a_package_and_a_system(
+    libc: tuple[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("platform.libc_ver", lambda: libc)
+    monkeypatch.setattr(command, "of_python", lambda: NEWER)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as error:
+        main(["--launcher=ft", *RUN])
+    assert said in " ".join(str(error.value).split()), error.value

@@ -71,7 +71,9 @@ while os.environ.get("STUB_WAITS") == part and not caught and time.monotonic() <
     time.sleep(0.01)
     if (stubs / "go").exists():
         break
-sys.exit(75 if caught else code)
+# As the launcher does: a repeated signal would kill an interpreter that has put its handlers away.
+sys.stdout.flush()
+os._exit(75 if caught else code)
 """
 
 

@@ -35,6 +35,11 @@ def config_from_args(options: argparse.Namespace) -> tuple[SimpleNamespace, str,
     return SimpleNamespace(processes=int(options.nproc_per_node)), sys.executable, options.program
 
 
+def run(options: argparse.Namespace) -> None:
+    config, entrypoint, arguments = config_from_args(options)
+    elastic_launch(config, entrypoint)(*arguments)
+
+
 def elastic_launch(config: SimpleNamespace, entrypoint: str) -> Callable[..., None]:
     def launch(*arguments: str) -> None:
         processes = [start(rank, config, [entrypoint, *arguments]) for rank in range(config.processes)]
