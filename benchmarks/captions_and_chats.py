@@ -31,6 +31,8 @@ from megatron_anymal.data.manifest import write_shards
 BEGIN, *OTHERS = CHAT_TOKENS
 PLACEHOLDER = "<|reserved_special_token_0|>"
 SPECIAL = (BEGIN, "<|end_of_text|>", PLACEHOLDER, *OTHERS)
+# Samples of about 210 and 320 tokens that fill a pack of 2,048, by job.
+FULL_PACK = {"pretrain": 9, "sft": 6}
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,8 @@ class Sizes:
     vocabulary: int = 32_000
     # Longest document and longest pack, in tokens.
     seq_length: int = 2048
-    # Samples of a step.
-    documents: int = 6
+    # Samples of a step; 0: as many as about fill a pack of 2,048 tokens.
+    documents: int = 0
     soft_tokens: int = 64
     # Texts have this fraction of their realistic lengths.
     text_divisor: int = 1
@@ -59,7 +61,8 @@ def make_case(folder: Path, job: str, sizes: Sizes, steps: int) -> RunConfig:
         job: pretrain or sft.
     """
     folder.mkdir()
-    _write_data(folder, job, sizes, steps)
+    documents = sizes.documents or FULL_PACK[job]
+    _write_data(folder, job, sizes, documents * steps)
     config = RunConfig()
     config.job = job
     config.trainer.precision = "32"
@@ -82,7 +85,7 @@ def make_case(folder: Path, job: str, sizes: Sizes, steps: int) -> RunConfig:
     )
     if job == "sft":
         config.model.lora = LoraConfig(r=8, alpha=32.0)
-    config.model.global_batch_size = sizes.documents
+    config.model.global_batch_size = documents
     config.data.train = {job: DatasetConfig(path=str(folder / "shards"))}
     config.data.tokenizer = str(folder / "tokenizer")
     config.data.seq_length = sizes.seq_length
@@ -90,7 +93,7 @@ def make_case(folder: Path, job: str, sizes: Sizes, steps: int) -> RunConfig:
     return config
 
 
-def _write_data(folder: Path, job: str, sizes: Sizes, steps: int) -> None:
+def _write_data(folder: Path, job: str, sizes: Sizes, count: int) -> None:
     words = write_tokenizer(folder / "tokenizer", SPECIAL, sizes.vocabulary)
     rng = np.random.default_rng(0)
     source = folder / "source"
@@ -101,7 +104,7 @@ def _write_data(folder: Path, job: str, sizes: Sizes, steps: int) -> None:
         return " ".join(rng.choice(words, size=max(1, length)))
 
     lines = []
-    for number in range(sizes.documents * steps):
+    for number in range(count):
         np.save(source / f"{number}.npy", rng.normal(size=PIECE[::-1]).astype(np.float32))
         media = {"media": f"{number}.npy", "modality": "imu", "rate": PIECE[1]}
         lines.append({"key": f"{number:06d}", **SAMPLES[job](rng, media, text)})

@@ -214,8 +214,8 @@ class Transformers:
         return torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Gradients of the last step, by our names."""
-        return {name: parameter.grad for name, parameter in self.trained.items() if parameter.grad is not None}
+        """Gradients of the last step, by our names; 0 for weights that its samples did not reach."""
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.trained.items()}
 
     def step(self, number: int) -> float:
         """Train on one of the batches; return the mean loss over its target tokens."""
