@@ -187,6 +187,11 @@ def layer_parameters(hidden: int, heads: int, key_value_heads: int, head_size: i
     return 2 * hidden * head_size * (heads + key_value_heads) + 3 * hidden * ffn
 
 
+def output_parameters(hidden: int, heads: int, head_size: int, ffn: int) -> int:
+    """Those of them after the layer's attention, which the last layer uses at positions with a label only."""
+    return hidden * head_size * heads + 3 * hidden * ffn
+
+
 def attention_by_hand(heads: int, head_size: int, layers: int, squares: int) -> float:
     """Floating-point operations of causal attention's forward pass.
 
@@ -200,12 +205,14 @@ def work_by_hand(sizes: Sizes, freeze: bool) -> Work:
     """Analytic FLOPs of a step of this trainer, without the optimizer."""
     width = sizes.hidden // sizes.heads
     layer = layer_parameters(sizes.hidden, sizes.heads, sizes.key_value_heads, width, sizes.ffn)
+    last = output_parameters(sizes.hidden, sizes.heads, width, sizes.ffn)
     parameters = sizes.layers * layer + sizes.vocabulary * sizes.hidden
     attention = attention_by_hand(sizes.heads, width, sizes.layers, sizes.document_tokens**2 * sizes.documents)
     return Work(
         parameters=parameters,
         # The output layer runs on targets only; if it trains, the backward pass recomputes its logits.
-        products=(4.0 if freeze else 6.0) * sizes.layers * layer * sizes.tokens
+        products=(4.0 if freeze else 6.0)
+        * (sizes.layers * layer * sizes.tokens - last * (sizes.tokens - sizes.targets))
         + (4.0 if freeze else 8.0) * sizes.vocabulary * sizes.hidden * sizes.targets,
         attention=(1 + ATTENTION_BACKWARD) * attention,
         projector=6.0 * PIECE[0] * PIECE[1] * sizes.hidden * sizes.documents,

@@ -1,10 +1,12 @@
 """The floor of benchmarks/step_vs_transformers.py: the same step as users of transformers write it.
 
-LlamaForCausalLM with its own loss and scaled dot-product attention, the projectors in plain torch, torch's fused AdamW.
-A micro-batch's documents are laid out in one of two ways, prepared beforehand:
+LlamaForCausalLM with its own loss and scaled dot-product attention, the projectors in plain torch, peft's adapters,
+torch's fused AdamW. A micro-batch's documents are laid out in one of these ways, prepared beforehand:
 
 packed: as in this trainer's pack, with position ids from which transformers derives the document-wise causal mask
 rows: one document per row, padded on the right to the longest, where causal attention needs no mask
+... with kept logits: the same, with logits at the positions with a label only, which transformers 5 can be told to
+    keep (`logits_to_keep`); its Trainer does not do so
 
 Frozen weights and the encoders, which are transformers' and torch's own modules, are shared with this trainer's side;
 the projectors start from copies.
@@ -13,7 +15,7 @@ the projectors start from copies.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_anymal.config import LoraConfig
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.hf.projectors import build_projector
@@ -33,6 +36,13 @@ from megatron_anymal.train.optim import learning_rate
 
 # Label that transformers' loss ignores.
 IGNORED = -100
+# Projection with an adapter -> its HuggingFace module within a layer.
+_PLACES = {
+    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
+    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
+}
+# peft's name of an adapter that has no other.
+ADAPTER = "default"
 
 
 def frozen_llama(state: TrainState, attention: str) -> Any:
@@ -55,18 +65,54 @@ def frozen_llama(state: TrainState, attention: str) -> Any:
     return model.requires_grad_(False)
 
 
+def with_adapters(llama: Any, lora: LoraConfig, adapters: Mapping[str, Mapping[str, Tensor]]) -> Any:
+    """Add peft's adapters to all linear layers.
+
+    Args:
+        adapters: name of an adapter -> values of a run's weights, by full name; the first one is trained.
+
+    Raises:
+        ModuleNotFoundError: peft is not installed.
+    """
+    from peft import LoraConfig as Settings
+    from peft import get_peft_model
+
+    settings = Settings(r=lora.r, lora_alpha=lora.alpha, target_modules=list(_PLACES), task_type="CAUSAL_LM")
+    first, *others = adapters
+    model = get_peft_model(llama, settings, adapter_name=first, autocast_adapter_dtype=False)
+    for adapter in others:
+        model.add_adapter(adapter, settings, autocast_adapter_dtype=False)
+    for adapter, values in adapters.items():
+        for name, value in values.items():
+            if ".lora." in name:
+                with torch.no_grad():
+                    model.get_parameter(peft_name(name, adapter)).copy_(value)
+    model.set_adapter(first)
+    return model
+
+
+def peft_name(name: str, adapter: str) -> str:
+    """peft's name of an adapter's weight."""
+    _, _, rest = name.partition(".layers.")
+    layer, projection, part = rest.split(".")[0], *name.split(".")[-2:]
+    return f"base_model.model.model.layers.{layer}.{_PLACES[projection]}.lora_{part}.{adapter}.weight"
+
+
 @dataclass(frozen=True)
 class Inputs:
     """A micro-batch as input of transformers' Llama; B rows of L tokens."""
 
-    # [B, L] int64 with placeholders, and labels of the next token or IGNORED.
+    # [B, L] int64 with placeholders.
     tokens: Tensor
+    # [B, L] int64: the next token or IGNORED; [labels] with kept logits.
     labels: Tensor
     # [B, L] int64; None: every row is one document.
     position_ids: Tensor | None
     # By modality: encoder inputs, and [B, L, 1] where the soft tokens go.
     pieces: Mapping[str, Tensor]
     is_placeholder: Mapping[str, Tensor]
+    # [B, L] bool: positions whose logits are computed; None: all of them.
+    keep: Tensor | None = None
 
 
 def packed(micro_batch: MicroBatch) -> Inputs:
@@ -82,6 +128,21 @@ def rows(micro_batch: MicroBatch) -> Inputs:
         return pad_sequence(values.split(micro_batch.document_lengths), batch_first=True, padding_value=fill)
 
     return _inputs(micro_batch, pad, None)
+
+
+def packed_with_kept_logits(micro_batch: MicroBatch) -> Inputs:
+    """Lay a micro-batch out as one row; compute logits only at the positions with a label."""
+    return _with_kept_logits(packed(micro_batch))
+
+
+def rows_with_kept_logits(micro_batch: MicroBatch) -> Inputs:
+    """Lay a micro-batch out with one document per row; compute logits only at the positions with a label."""
+    return _with_kept_logits(rows(micro_batch))
+
+
+def _with_kept_logits(inputs: Inputs) -> Inputs:
+    keep = inputs.labels != IGNORED
+    return replace(inputs, labels=inputs.labels[keep], keep=keep)
 
 
 def _inputs(micro_batch: MicroBatch, lay_out: Callable[[Tensor, int], Tensor], position_ids: Tensor | None) -> Inputs:
@@ -101,7 +162,7 @@ def _inputs(micro_batch: MicroBatch, lay_out: Callable[[Tensor, int], Tensor], p
 
 
 class Transformers:
-    """A training step of an alignment run on one process, with every encoder frozen."""
+    """A training step of an alignment or SFT run on one process, with a frozen Llama and every encoder frozen."""
 
     def __init__(
         self,
@@ -133,14 +194,28 @@ class Transformers:
         self.projectors.load_state_dict(
             {n.removeprefix("projectors."): w for n, w in weights.items() if n.startswith("projectors.")}
         )
+        if state.config.model.lora.r:
+            self.llama = with_adapters(self.llama, state.config.model.lora, {ADAPTER: weights})
+        # By our names.
+        self.trained = {w.name: self._own(w.name) for w in list_weights(state.models[0]) if w.parameter.requires_grad}
         self.optimizer = self._optimizer()
+
+    def _own(self, name: str) -> nn.Parameter:
+        """This side's parameter of one of our names."""
+        if ".lora." in name:
+            return self.llama.get_parameter(peft_name(name, ADAPTER))
+        return self.projectors.get_parameter(name.removeprefix("projectors."))
 
     def _optimizer(self) -> torch.optim.Optimizer:
         optim = self.config.model.optim
-        matrices = [p for p in self.projectors.parameters() if p.dim() > 1]
-        others = [p for p in self.projectors.parameters() if p.dim() <= 1]
+        matrices = [p for p in self.trained.values() if p.dim() > 1]
+        others = [p for p in self.trained.values() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps, fused=True)
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Gradients of the last step, by our names; 0 for weights that its samples did not reach."""
+        return {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in self.trained.items()}
 
     def step(self, number: int) -> float:
         """Train on one of the batches; return the mean loss over its target tokens."""
@@ -151,7 +226,7 @@ class Transformers:
             loss = self._loss(inputs, targets)
             loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(self.projectors.parameters(), self.config.trainer.gradient_clip_val)
+        nn.utils.clip_grad_norm_(self.trained.values(), self.config.trainer.gradient_clip_val)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.config.model.optim, self.config.trainer.max_steps, self.done)
         self.optimizer.step()
@@ -166,6 +241,7 @@ class Transformers:
             labels=inputs.labels,
             shift_labels=inputs.labels,
             num_items_in_batch=targets,
+            logits_to_keep=0 if inputs.keep is None else inputs.keep,
             use_cache=False,
         ).loss
 

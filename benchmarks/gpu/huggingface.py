@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from measuring import storages
 from torch import Tensor, nn
-from transformers_side import IGNORED, frozen_llama
+from transformers_side import IGNORED, frozen_llama, with_adapters
 
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.step_plan import StepPlan
@@ -26,11 +26,6 @@ from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.device_prefetch import to_device
 
 Batches = Sequence[tuple[StepPlan, list[MicroBatch]]]
-# Projection with an adapter -> its HuggingFace module within a layer.
-_PLACES = {
-    **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
-    **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
-}
 POLICY, REFERENCE = "default", "reference"
 
 
@@ -132,7 +127,8 @@ class HuggingFace(PlainMedia):
         if checkpointing:
             self.llama.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if state.config.model.lora.r:
-            self.llama = _with_adapters(self.llama, state, weights, reference)
+            values = {POLICY: weights, **({REFERENCE: reference} if reference else {})}
+            self.llama = with_adapters(self.llama, state.config.model.lora, values)
         self.llama.train()
         super().__init__(state, weights, batches)
 
@@ -201,26 +197,3 @@ def _attention(device: torch.device) -> str:
     if device.type != "cuda":
         return "sdpa"
     return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "flex_attention"
-
-
-def _with_adapters(
-    llama: Any, state: TrainState, weights: Mapping[str, Tensor], reference: Mapping[str, Tensor]
-) -> Any:
-    """peft's adapters on all linear layers, with the run's values."""
-    from peft import LoraConfig, get_peft_model
-
-    lora = state.config.model.lora
-    settings = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=list(_PLACES), task_type="CAUSAL_LM")
-    model = get_peft_model(llama, settings, autocast_adapter_dtype=False)
-    if reference:
-        model.add_adapter(REFERENCE, settings, autocast_adapter_dtype=False)
-    for adapter, values in ((POLICY, weights), (REFERENCE, reference)):
-        for name, value in values.items():
-            if ".lora." in name:
-                _, _, rest = name.partition(".layers.")
-                layer, projection, part = rest.split(".")[0], *name.split(".")[-2:]
-                module = f"base_model.model.model.layers.{layer}.{_PLACES[projection]}.lora_{part}.{adapter}.weight"
-                with torch.no_grad():
-                    model.get_parameter(module).copy_(value)
-    model.set_adapter(POLICY)
-    return model

@@ -15,7 +15,7 @@ from measuring import Turns, ratio, take_turns
 from runs import Run, Side, build_run, release, set_recompute, start
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
-from work import Amounts, Work, adapter_parameters, passes_of, work_by_hand
+from work import Amounts, Work, adapter_parameters, passes_of, spared, work_by_hand
 
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.loader import steps
@@ -206,7 +206,7 @@ def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     """FLOPs of the matrix products of a side's step, without attention: as counted by torch, and analytically.
 
     The analytic number includes padding and recomputation as the side does it; all sides except this trainer's run the
-    output layer at every position.
+    last layer and the output layer at every position.
     """
     with FlopCounterMode(display=False) as counter:
         side.step(0)
@@ -221,6 +221,8 @@ def _counted(name: str, side: Side, run: Run) -> dict[str, float]:
     by_hand = {"media": work.media, "bare": work.layers + work.head}.get(name, work.total)
     if name in ("ours", "bare"):
         by_hand += computed_twice(state.llama, side.recompute) * padded
+    if name == "ours" and not state.config.model.fp8:
+        by_hand -= spared(state.llama, r, passes_of(state.config.job, 1), side.recompute, padded - head_rows)
     if name == "huggingface" and state.config.job == "dpo":
         by_hand -= first_input_gradient(state, padded)
     return {"counted": float(sum(counter.get_flop_counts()["Global"].values())), "by_hand": by_hand}

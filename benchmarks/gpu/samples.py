@@ -1,19 +1,14 @@
-"""Generated data: images of the usual size of photographs, and texts of realistic lengths with random words.
-
-Lengths in tokens, uniform: captions 20 to 200, one in twenty 300 to 1200; instructions 10 to 60 with answers of 20 to
-200, one in four with two turns; preference pairs 10 to 60 with two answers of 30 to 250.
-"""
+"""Generated data: images of the usual size of photographs, and texts of realistic lengths with random words."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from anymal_side import write_tokenizer
 from PIL import Image
+from sample_texts import SAMPLES
 from shapes import SPECIAL, Case
 
 from megatron_anymal.data.index_builder import IndexOptions
@@ -48,7 +43,7 @@ def write_data(folder: Path, case: Case, count: int) -> float:
     lines = []
     for number in range(count):
         media = {"media": f"{number % PICTURES}.jpg", "modality": "image"}
-        lines.append({"key": f"{number:06d}", **_SAMPLES[case.job](rng, media, text)})
+        lines.append({"key": f"{number:06d}", **SAMPLES[case.job](rng, media, text)})
     manifest = source / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_shards(str(manifest), str(folder / case.job))
@@ -66,34 +61,3 @@ def _picture(rng: np.random.Generator, case: Case) -> Image.Image:
     smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), np.int16)
     grain = rng.integers(-12, 13, smooth.shape, dtype=np.int16)
     return Image.fromarray((smooth + grain).clip(0, 255).astype(np.uint8))
-
-
-Text = Callable[[int, int], str]
-
-
-def _caption(rng: np.random.Generator, media: dict[str, Any], text: Text) -> dict[str, Any]:
-    return {"parts": [media, {"text": text(300, 1200) if rng.random() < 0.05 else text(20, 200)}]}
-
-
-def _question(media: dict[str, Any], text: Text) -> dict[str, Any]:
-    return {"role": "user", "content": [{"text": text(10, 60)}, media]}
-
-
-def _conversation(rng: np.random.Generator, media: dict[str, Any], text: Text) -> dict[str, Any]:
-    messages = [_question(media, text), {"role": "assistant", "content": text(20, 200)}]
-    if rng.random() < 0.25:
-        messages.append({"role": "user", "content": text(10, 60)})
-        messages.append({"role": "assistant", "content": text(20, 200)})
-    return {"messages": messages}
-
-
-def _pair(rng: np.random.Generator, media: dict[str, Any], text: Text) -> dict[str, Any]:
-    # Distinct last words keep the two answers different, however short they are in a dry run.
-    return {
-        "messages": [_question(media, text)],
-        "chosen": f"{text(30, 250)} w1",
-        "rejected": f"{text(30, 250)} w2",
-    }
-
-
-_SAMPLES = {"pretrain": _caption, "sft": _conversation, "dpo": _pair}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from anymal_side import layer_parameters
+from anymal_side import layer_parameters, output_parameters
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ProjectorConfig
@@ -71,18 +71,36 @@ def adapter_parameters(hf: LlamaConfig, r: int, *, joined: bool = False) -> int:
     Args:
         joined: count as this trainer multiplies: the Bs of fused projections as one block matrix, including zeros.
     """
+    return sum(_layer_adapters(hf, r, joined=joined)) * hf.num_hidden_layers
+
+
+def _layer_adapters(hf: LlamaConfig, r: int, *, joined: bool) -> list[int]:
+    """Parameters of a layer's adapters: of query, key and value, output, gate and up, down."""
     hidden, inner = hf.hidden_size, hf.intermediate_size
     heads, groups = hf.num_attention_heads * hf.head_dim, hf.num_key_value_heads * hf.head_dim
-    total = 0
-    for inputs, outputs in (
+    linears: tuple[tuple[int, tuple[int, ...]], ...] = (
         (hidden, (heads, groups, groups)),
         (heads, (hidden,)),
         (hidden, (inner, inner)),
         (inner, (hidden,)),
-    ):
-        count = len(outputs)
-        total += count * inputs + (count if joined else 1) * sum(outputs)
-    return total * r * hf.num_hidden_layers
+    )
+    return [r * (len(outs) * inputs + (len(outs) if joined else 1) * sum(outs)) for inputs, outs in linears]
+
+
+def spared(hf: LlamaConfig, r: int, passes: Passes, recompute: str, positions: int) -> float:
+    """Work that this trainer spares after the last layer's attention, at positions without a label.
+
+    Args:
+        r: rank of the adapters.
+        recompute: none, mlp or full.
+        positions: their number.
+    """
+    mlp = 3 * hf.hidden_size * hf.intermediate_size
+    last = output_parameters(hf.hidden_size, hf.num_attention_heads, hf.head_dim, hf.intermediate_size)
+    adapters = sum(_layer_adapters(hf, r, joined=True)[1:])
+    again = {"none": 0, "mlp": mlp, "full": last}[recompute]
+    products = (passes.llama + passes.reference) * last + (passes.adapters + passes.reference) * adapters + again
+    return 2.0 * products * positions
 
 
 def projector_parameters(section: ProjectorConfig, features: int, width: int, hidden: int) -> float:

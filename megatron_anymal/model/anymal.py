@@ -32,6 +32,7 @@ from megatron_anymal.model.key_value_cache import KeyValueCache
 from megatron_anymal.model.lm_head import all_logits, label_losses, logits_of, whole_logits
 from megatron_anymal.model.lora import LoraDropout
 from megatron_anymal.model.neftune import neftune_noise
+from megatron_anymal.model.output_positions import output_positions
 
 
 class AnyMALModel(MegatronModule):
@@ -131,16 +132,19 @@ class AnyMALModel(MegatronModule):
             logits (with a cache [1, R, V / tensor-parallel size], those after each document's last token), which
             `whole_logits` gathers; else the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
         """
+        positions = None
+        if labels is not None:
+            positions = output_positions(self.language_model, micro_batch.label_index, micro_batch.tokens.size(1))
         if self.lora_dropout is not None:
-            self.lora_dropout.set_tokens(self._seed, micro_batch.plan.step, *_name_tokens(micro_batch))
+            self.lora_dropout.set_tokens(self._seed, micro_batch.plan.step, *_name_tokens(micro_batch), positions)
         if self.pre_process:
             stage_input = self.embed(micro_batch, self.soft_tokens(micro_batch) if soft is None else soft)
         else:
             stage_input = self.language_model.decoder.input_tensor
         if not torch.is_grad_enabled() or self._has_gradient(micro_batch):
-            return self._run_llama(stage_input, micro_batch, labels, cache)
+            return self._run_llama(stage_input, micro_batch, labels, positions, cache)
         with torch.no_grad():
-            output = self._run_llama(stage_input, micro_batch, labels)
+            output = self._run_llama(stage_input, micro_batch, labels, positions)
         return without_gradient(output, stage_input)
 
     def _run_llama(
@@ -148,14 +152,17 @@ class AnyMALModel(MegatronModule):
         given: Tensor,
         micro_batch: MicroBatch,
         labels: Optional[Tensor],
+        positions: Optional[Tensor],
         cache: Optional[KeyValueCache] = None,
     ) -> Tensor:
-        """Run this stage's layers and, on the last stage, the head."""
+        """Run this stage's layers and, on the last stage, the head; see `output_positions` for `positions`."""
         llama = self.language_model
+        pack = self._packing(micro_batch, cache)
+        pack.output_positions = positions
         hidden = llama.decoder(
             hidden_states=given if self.pre_process else None,
             attention_mask=None,
-            packed_seq_params=self._packing(micro_batch, cache),
+            packed_seq_params=pack,
         )
         if not self.post_process:
             return hidden
@@ -165,7 +172,8 @@ class AnyMALModel(MegatronModule):
         if labels is None:
             return all_logits(llama, hidden, self.vocab_size, self.discrete)
         assert micro_batch.label_index is not None
-        return label_losses(llama, hidden, labels, micro_batch.label_index, self.vocab_size, self.discrete)
+        selected, index = positions is not None, micro_batch.label_index
+        return label_losses(llama, hidden, labels, index, self.vocab_size, self.discrete, selected=selected)
 
     def whole_logits(self, local: Tensor) -> Tensor:
         """Gather the last stage's logits [..., V / tensor-parallel size] to [..., vocabulary] without padding.

@@ -67,6 +67,8 @@ class DocumentPack(PackedSeqParams):
     kernel: Optional[Attend] = None
     # [T] int64: index of each token of the pack among the gathered ones; None without context parallelism.
     from_gathered: Optional[Tensor] = None
+    # [R] int64: positions at which the Llama's last layer computes its output (output_positions.py); None: all of them.
+    output_positions: Optional[Tensor] = None
 
 
 def document_pack(

@@ -22,6 +22,7 @@ from megatron_anymal.model.attention import PackedAttention
 from megatron_anymal.model.compiled_ops import rms_norm
 from megatron_anymal.model.fp8_weights import building, drop_transposes
 from megatron_anymal.model.llama_shape import check_sizes
+from megatron_anymal.model.output_positions import select_output
 from megatron_anymal.model.unsharded_weights import leave_unset
 
 
@@ -122,7 +123,8 @@ def build_gpt(
 ) -> GPTModel:
     """Build this pipeline stage's part of the Llama, with its weights not yet set.
 
-    The attribute `inv_freq` holds the rotary embedding's frequencies, which the core attention applies.
+    The attribute `inv_freq` holds the rotary embedding's frequencies, which the core attention applies, and
+    `selects_output` whether the last layer can compute its output at some positions only.
 
     Args:
         implementation: "local" or "transformer_engine".
@@ -146,6 +148,7 @@ def build_gpt(
             scatter_embedding_sequence_parallel=False,
         )
     drop_transposes(model)
+    select_output(model)
     # Not a buffer, which would be rounded when the model is cast to bf16.
     model.inv_freq = LlamaRotaryEmbedding(config=hf).inv_freq.float()
     return model

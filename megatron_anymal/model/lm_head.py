@@ -114,6 +114,8 @@ def label_losses(
     label_index: Tensor,
     vocab_size: int,
     discrete: Optional[DiscreteRows] = None,
+    *,
+    selected: bool = False,
 ) -> Tensor:
     """Compute the cross-entropy at the positions that have a label; 0 elsewhere. Collective over the tensor-parallel
     ranks.
@@ -124,11 +126,12 @@ def label_losses(
         label_index: [L] int64, at least one: the positions with a label, each once.
         vocab_size: of the Llama, without padding.
         discrete: rows of marks and codes, if there are any.
+        selected: `hidden` holds the positions of `output_positions.output_positions` only, R instead of T.
 
     Returns:
         [1, T] fp32 (fp64 if the model is).
     """
-    rows = _rows(gpt, hidden, label_index)
+    rows = _rows(gpt, hidden, slice(len(label_index)) if selected else label_index)
     weights, extents = _head(gpt, vocab_size, discrete)
     losses = _HeadLoss.apply(rows, labels[0].index_select(0, label_index), extents, *weights)
     return losses.new_zeros(labels.size(1)).index_copy(0, label_index, losses)[None]
@@ -158,11 +161,15 @@ def _sequence_ranks(gpt: GPTModel) -> int:
     return parallel_state.get_tensor_model_parallel_world_size() if gpt.config.sequence_parallel else 1
 
 
-def _rows(gpt: GPTModel, hidden: Tensor, positions: Tensor) -> Tensor:
+def _rows(gpt: GPTModel, hidden: Tensor, positions: Tensor | slice) -> Tensor:
     """Select hidden states [r, H], whole on every tensor-parallel rank, from [T or T / tensor-parallel size, 1, H]."""
     if gpt.config.sequence_parallel:
-        return gather_from_sequence_parallel_region(hidden)[:, 0].index_select(0, positions)
-    return copy_to_tensor_model_parallel_region(hidden[:, 0].index_select(0, positions))
+        return _pick(gather_from_sequence_parallel_region(hidden)[:, 0], positions)
+    return copy_to_tensor_model_parallel_region(_pick(hidden[:, 0], positions))
+
+
+def _pick(states: Tensor, positions: Tensor | slice) -> Tensor:
+    return states[positions] if isinstance(positions, slice) else states.index_select(0, positions)
 
 
 def _hide_padding(logits: Tensor, extent: Extent) -> Tensor:

@@ -64,11 +64,14 @@ def add_lora(models: Sequence[nn.Module], lora: LoraConfig) -> Optional[LoraDrop
         _check_targets(lora.targets, llama.config.num_layers)
         llama.requires_grad_(False)
         for layer in llama.decoder.layers:
+            # What follows the last layer's attention may compute some positions only.
+            selects = llama.selects_output and layer is llama.decoder.layers[-1]
             for path, inside in PROJECTIONS.items():
+                of_selected = selects and path != "self_attention.linear_qkv"
                 names = [f"layers.{layer.layer_number - 1}.{name}" for name in inside]
                 if any(is_target(name, lora.targets) for name in names):
                     linear = layer.get_submodule(path)
-                    linear.lora = LoraAdapter(names, path, linear.weight, llama.config, lora, dropout)
+                    linear.lora = LoraAdapter(names, path, linear.weight, llama.config, lora, dropout, of_selected)
                     linear.lora.hook = linear.register_forward_hook(_add_output)
         if dropout is not None:
             llama.decoder.register_forward_hook(dropout.follow)
@@ -174,17 +177,19 @@ class LoraAdapter(nn.ModuleDict):
         config: TransformerConfig,
         lora: LoraConfig,
         dropout: Optional[LoraDropout],
+        of_selected: bool,
     ):
         """
         Args:
             names: all of the layer's projections.
             place: the layer's name in its Transformer layer.
             weight: this rank's shard of the layer's weight, [out, in].
+            of_selected: whether the layer computes only the positions of `output_positions`, if there are any.
         """
         super().__init__()
         self.hook: Any = None
         self.scaling = lora.alpha / lora.r
-        self._r, self._dropout = lora.r, dropout
+        self._r, self._dropout, self._of_selected = lora.r, dropout, of_selected
         self._column_parallel, self._sequence_parallel = place in _COLUMN_PARALLEL, config.sequence_parallel
         self._groups, rows = _output_rows(place, weight.size(0), config)
         # Number of output rows of every projection of the layer, including those without an adapter.
@@ -253,7 +258,9 @@ class LoraAdapter(nn.ModuleDict):
         if self._column_parallel and self._sequence_parallel:
             part = (rank, parallel_state.get_tensor_model_parallel_world_size())
         first_channel = 0 if self._column_parallel else rank * x.size(-1)
-        mask = self._dropout.dropped(self._streams[name], part, first_channel, x.size(-1))
+        mask = self._dropout.dropped(
+            self._streams[name], part, first_channel, x.size(-1), of_selected=self._of_selected
+        )
         assert len(mask) == len(x), "set_tokens was called for another micro-batch"
         return x.masked_fill(mask.unsqueeze(1), 0.0)
 
@@ -312,17 +319,22 @@ class LoraDropout:
         self._threshold = min(round(share * 2**16), 2**16 - 1) - 2**15
         # Expected share of an input that is kept.
         self.kept = 1 - (self._threshold + 2**15) / 2**16
-        self._tokens: Optional[Tensor] = None
+        # Keys of all tokens, and of those at which the last layer computes its output.
+        self._tokens: Optional[tuple[Tensor, Tensor]] = None
 
-    def set_tokens(self, seed: int, step: int, sample_ids: Tensor, positions: Tensor) -> None:
+    def set_tokens(
+        self, seed: int, step: int, sample_ids: Tensor, positions: Tensor, selected: Optional[Tensor] = None
+    ) -> None:
         """Set the tokens of the micro-batch whose forward pass through this model chunk comes next.
 
         Args:
             sample_ids: [T] int64 on the model's device, position of each token's sample in the global batch; T counts
                 the tokens of all the tensor-parallel ranks that share a sequence.
             positions: [T] int64, each token's position in its document.
+            selected: [R] int64, see `output_positions.output_positions`.
         """
-        self._tokens = scramble(scramble(sample_ids + signed(mix64(seed, step))) + positions)
+        keys = scramble(scramble(sample_ids + signed(mix64(seed, step))) + positions)
+        self._tokens = keys, keys if selected is None else keys[selected]
 
     def follow(self, decoder: nn.Module, inputs: Any, output: Tensor) -> None:
         """Forward hook of the decoder: when a micro-batch's backward pass reaches it, restore that micro-batch's tokens
@@ -334,19 +346,22 @@ class LoraDropout:
         if output.requires_grad:
             output.register_hook(partial(self._resume, self._tokens))
 
-    def _resume(self, tokens: Optional[Tensor], gradient: Tensor) -> None:
+    def _resume(self, tokens: Optional[tuple[Tensor, Tensor]], gradient: Tensor) -> None:
         self._tokens = tokens
 
-    def dropped(self, stream: int, part: tuple[int, int], first_channel: int, channels: int) -> Tensor:
+    def dropped(
+        self, stream: int, part: tuple[int, int], first_channel: int, channels: int, *, of_selected: bool = False
+    ) -> Tensor:
         """Return which elements are dropped, [tokens, channels].
 
         Args:
             stream: a number unique to the projection.
             part: (n, m) for the n-th of m equal parts of the tokens.
+            of_selected: of the tokens at which the last layer computes its output.
         """
         assert self._tokens is not None, "call set_tokens before the forward pass"
         number, parts = part
-        keys = scramble(self._tokens.unflatten(0, (parts, -1))[number] ^ stream)
+        keys = scramble(self._tokens[of_selected].unflatten(0, (parts, -1))[number] ^ stream)
         first = first_channel // 4
         groups = torch.arange(first, -(-(first_channel + channels) // 4), device=keys.device)
         numbers = scramble(torch.add(keys[:, None], groups, alpha=GOLDEN)).view(torch.int16)

@@ -31,14 +31,17 @@ def test_metrics_are_listed() -> None:
 def test_the_example_is_counted() -> None:
     text = PAGE.partition("## Example")[2]
     layers, head = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336), 128256 * 4096
-    assert f"{layers:,} parameters in its layers, and {head:,} in its head" in text.replace("\n", " ")
+    last = 4096**2 + 3 * 4096 * 14336
+    words = f"{layers:,} parameters in its layers, {last:,} of them after the last attention, and {head:,} in its head"
+    assert words in text.replace("\n", " ")
     costs = llama_costs(ModelConfig(), LlamaConfig(**LLAMA_8B), reached=True)
-    linears, attention, logits = (
-        units * (cost.forward + cost.backward)
-        for units, cost in ((300 * 1000, costs.linears), (1000 * 300**2, costs.attention), (40 * 1000, costs.head))
-    )
+    tokens, labels = 300 * 1000, 40 * 1000
+    amounts = (
+        (tokens, costs.linears), (labels, costs.last_linears), (1000 * 300**2, costs.attention), (labels, costs.head)
+    )  # fmt: skip
+    parts = [units * (cost.forward + cost.backward) for units, cost in amounts]
     shown = [float(number) for number in re.findall(r"= ([\d.]+e\d+) \|", text)]
-    assert shown == [float(f"{count:.3g}") for count in (linears, attention, logits)]
-    rate = (linears + attention + logits) / (4 * 8)
+    assert shown == [float(f"{count:.3g}") for count in parts]
+    rate = sum(parts) / (4 * 8)
     assert f"{rate / 1e12:.0f} TFLOP/s per GPU" in text.replace("\n", " ")
     assert f"{rate / load_hardware('h100-80gb').peak('bf16'):.1%}".replace("%", " %") in text

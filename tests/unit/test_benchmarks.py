@@ -69,6 +69,8 @@ def test_step_counts_the_products_that_torch_counts(step: Any) -> None:
     _, found = step
     hidden, ffn, tokens = SIZES["hidden"], SIZES["ffn"], SIZES["documents"] * SIZES["document-tokens"]
     layers, head = 2 * (3 * hidden * hidden + 3 * hidden * ffn), SIZES["vocabulary"] * hidden
+    # Output projection and feed-forward of the last layer, which needs them at the targets only.
+    last = hidden * hidden + 3 * hidden * ffn
     # The begin token and the two soft tokens are not targets.
     targets = tokens - 3 * SIZES["documents"]
     # The logits of a trained head are computed twice.
@@ -77,7 +79,7 @@ def test_step_counts_the_products_that_torch_counts(step: Any) -> None:
         assert bare["bare_products_counted"] == per_token * (layers + head) * tokens
         # Three features of 50 values form a soft token; two soft tokens per document. Counted like a trained weight.
         projector = 6 * 3 * 50 * hidden * 2 * SIZES["documents"]
-        by_hand = per_token * layers * tokens + per_target * head * targets + projector
+        by_hand = per_token * (layers * tokens - last * (tokens - targets)) + per_target * head * targets + projector
         assert ours["products_counted"] == ours["products"] == by_hand
 
 
@@ -93,9 +95,9 @@ def test_step_compares_bytes(step: Any) -> None:
 
 def test_step_vs_transformers(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
-    small = ("--width", "1", "--samples", "8", "--batches", "2", "--checked-steps", "2", "--warm-up", "0")
+    small = ("--case", "quickstart", "--samples", "8", "--batches", "2", "--checked-steps", "2", "--warm-up", "0")
     printed = run("benchmarks/step_vs_transformers.py", *small, "--rounds", "2", "--out", str(out))
-    found = json.loads(out.read_text())["widths"]["1"]
+    found = json.loads(out.read_text())["cases"]["quickstart"]
     assert "floor: LlamaForCausalLM" in printed and "the bar of 1.0" in printed
     assert found["llama"]["hidden_size"] == 128 and len(found["losses"]) == 2
     for losses in found["losses"]:
@@ -108,6 +110,31 @@ def test_step_vs_transformers(tmp_path: Path) -> None:
     }
     # The sums of the losses and the gradient norm.
     assert found["operations"]["anymal"]["waits"] == 2 and found["operations"]["rows"]["operations"] > 500
+
+
+def test_alignment_and_sft_vs_transformers(tmp_path: Path) -> None:
+    """Losses and gradients are those of transformers and peft, and operations those of the formulas."""
+    out = tmp_path / "results.json"
+    sizes = {"hidden": 64, "layers": 2, "heads": 4, "key-value-heads": 2, "ffn": 96, "vocabulary": 512}
+    steps = {"documents": 4, "soft-tokens": 8, "text-divisor": 8, "batches": 2, "checked-steps": 2, "warm-up": 0}
+    words = [word for name, size in {**sizes, **steps}.items() for word in (f"--{name}", str(size))]
+    cases = ("--case", "alignment", "--case", "sft")
+    printed = run("benchmarks/step_vs_transformers.py", *cases, *words, "--rounds", "2", "--out", str(out))
+    assert "the bar of 1.5" in printed and "the bar of 1.3" in printed
+    layer, last, head = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96, 64 * 64 + 3 * 64 * 96, 512 * 64
+    for case in json.loads(out.read_text())["cases"].values():
+        assert case["llama"]["hidden_size"] == 64 and 0 < case["labels"] < case["tokens"]
+        for losses in case["losses"]:
+            assert losses == pytest.approx({name: losses["anymal"] for name in losses}, rel=1e-5)
+        differences = case["gradient_differences"]
+        assert len(differences) == 3 and 0 < max(differences.values()) < 1e-5
+        # The batch that is counted is the first one; attention, projector and adapters cost the same or more there.
+        flops = {name: counts["flops"] for name, counts in case["operations"].items()}
+        [documents], targets = case["documents"][0], case["counted_labels"]
+        other = sum(documents) - targets
+        assert flops["packed"] - flops["packed, kept logits"] == 4 * head * other
+        assert flops["packed, kept logits"] - flops["anymal"] >= 4 * last * other
+        assert flops["anymal"] > 4 * (2 * layer * sum(documents) - last * other + head * targets)
 
 
 def test_head(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ The only place that counts them, for a run's log and for the plan. Counted are m
 attention, two operations per multiply-add. The backward pass of a product has two of the same size: the gradient of its
 weight, if that trains, and the gradient of its input, if anything before it trains. So a weight takes 6 operations per
 token if it trains, 4 if it is frozen and a gradient passes it, and 2 if none does. Attention takes 2 products forward
-and 4 backward, over the unmasked half of each document's square.
+and 4 backward, over the unmasked half of each document's square. The head, and the last layer after its attention,
+compute positions with a label only.
 
 All numbers are of the whole model, whatever the layout, and without padding.
 """
@@ -53,12 +54,16 @@ class LlamaCosts:
         adapters: of LoRA adapters, per token.
         attention: per squared document length.
         head: per label: only positions with a label go through the head.
+        last_linears: of the last layer's matrices after its attention, per label (model/output_positions.py).
+        last_adapters: of their adapters, per label.
     """
 
     linears: Cost
     adapters: Cost
     attention: Cost
     head: Cost
+    last_linears: Cost = Cost()
+    last_adapters: Cost = Cost()
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ def llama_costs(
     """
     llama = _whole_llama(model, hf)
     again = {layer for chunk in chunks for layer in chunk[: recompute.repeated(len(chunk))]}
-    linears = adapters = attention = Cost()
+    attention = Cost()
+    # Of all positions and of those with a label.
+    linears, adapters = [Cost(), Cost()], [Cost(), Cost()]
     # A norm whose gain trains precedes every matrix.
     reached = reached or llama.trains
     for layer in range(hf.num_hidden_layers):
@@ -119,11 +126,20 @@ def llama_costs(
                 repeats = layer in again or "core_attn" in recompute.modules
                 attention = attention.plus(_attention(2.0 * llama.queries, reached=reached, repeats=repeats))
             repeats = layer in again or ("mlp" in recompute.modules and linear in ("fc1", "fc2"))
-            linears = linears.plus(_linear(llama, linear, reached=reached, repeats=repeats))
+            labels = layer == hf.num_hidden_layers - 1 and linear != "qkv" and not model.fp8
+            linears[labels] = linears[labels].plus(_linear(llama, linear, reached=reached, repeats=repeats))
             names = adapted.get(linear, ())
-            adapters = adapters.plus(_adapter(llama, linear, names, reached=reached, repeats=repeats))
+            adapter = _adapter(llama, linear, names, reached=reached, repeats=repeats)
+            adapters[labels] = adapters[labels].plus(adapter)
             reached = reached or bool(names)
-    return LlamaCosts(linears, adapters, attention, _head(llama, reached=reached))
+    return LlamaCosts(
+        linears[0],
+        adapters[0],
+        attention,
+        _head(llama, reached=reached),
+        last_linears=linears[1],
+        last_adapters=adapters[1],
+    )
 
 
 def media_costs(

@@ -114,11 +114,11 @@ def _of_documents(llama: LlamaCosts, documents: Documents, *, reference: bool) -
 
     tokens, squares, labels = documents.tokens, documents.squares, documents.labels
     return Operations(
-        linears=needed(llama.linears, tokens),
-        adapters=needed(llama.adapters, tokens),
+        linears=needed(llama.linears, tokens) + needed(llama.last_linears, labels),
+        adapters=needed(llama.adapters, tokens) + needed(llama.last_adapters, labels),
         attention=needed(llama.attention, squares),
         head=needed(llama.head, labels),
         repeated=tokens * (llama.linears.repeated + llama.adapters.repeated)
         + squares * llama.attention.repeated
-        + labels * llama.head.repeated,
+        + labels * (llama.head.repeated + llama.last_linears.repeated + llama.last_adapters.repeated),
     )

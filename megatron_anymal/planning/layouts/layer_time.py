@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from megatron_anymal.config import ModalityConfig
 from megatron_anymal.model.memory.media import EncoderSizes
-from megatron_anymal.model.memory.sizes import LINEARS, LlamaSizes
+from megatron_anymal.model.memory.sizes import LlamaSizes
 from megatron_anymal.planning.layouts.collectives import Link, Links
 from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.operations import media_costs
@@ -83,17 +83,49 @@ def layer_time(
         number_format: of the linear layers: bf16, fp8 or fp32.
     """
     q, e = load.tokens // llama.context, llama.number
-    own = llama.own(q)
-    linear = {name: _linear(gpu, links.tensor, llama, q, layer, name, number_format) for name in LINEARS}
-    # A norm reads and writes its input, a residual connection reads two tensors and writes one.
-    norm = _memory_bound(gpu, e * own * llama.hidden * 5, kernels=2)
     rope = _memory_bound(gpu, e * q * 2 * (llama.queries + llama.keys))
-    swiglu = _memory_bound(gpu, e * q * 3 * llama.ffn // llama.tensor)
+    projection, mlp = _after_attention(gpu, links.tensor, llama, q, layer, number_format)
+    products = _linear(gpu, links.tensor, llama, q, layer, "qkv", number_format)
     return LayerTime(
         attention=_core_attention(gpu, links.context, llama, load, number_format),
-        mlp=total([norm, linear["fc1"], swiglu, linear["fc2"]]),
-        rest=total([norm, linear["qkv"], rope, linear["proj"]]),
+        mlp=mlp,
+        rest=total([_norm(gpu, llama, q), products, rope, projection]),
     )
+
+
+@cache
+def spared_time(
+    gpu: Hardware, links: Links, llama: LlamaSizes, load: PackLoad, layer: int, number_format: str
+) -> PassTime:
+    """Time that the last layer saves by computing only positions with a label after its attention
+    (model/output_positions.py). FP8 layers compute all positions.
+
+    Args:
+        layer: its index in the whole Llama.
+    """
+    q, rows = load.tokens // llama.context, max(1, round(load.labels / llama.context))
+    if number_format == "fp8" or rows >= q:
+        return PassTime()
+    every, some = (
+        total(_after_attention(gpu, links.tensor, llama, tokens, layer, number_format)) for tokens in (q, rows)
+    )
+    # The layer's whole input is gathered, too, to select from it; the head then gathers the positions alone.
+    moved = links.tensor.gather(float(llama.number * rows * llama.hidden)) if llama.sequence_parallel else 0.0
+    return every.plus(some.times(-1)).plus(PassTime(0.0, 0.0, -moved, -moved))
+
+
+def _after_attention(
+    gpu: Hardware, link: Link, llama: LlamaSizes, q: int, layer: int, number_format: str
+) -> tuple[PassTime, PassTime]:
+    """The output projection, and the feed-forward with its norm."""
+    proj, fc1, fc2 = (_linear(gpu, link, llama, q, layer, name, number_format) for name in ("proj", "fc1", "fc2"))
+    swiglu = _memory_bound(gpu, llama.number * q * 3 * llama.ffn // llama.tensor)
+    return proj, total([_norm(gpu, llama, q), fc1, swiglu, fc2])
+
+
+def _norm(gpu: Hardware, llama: LlamaSizes, q: int) -> PassTime:
+    """A norm reads and writes its input, a residual connection reads two tensors and writes one."""
+    return _memory_bound(gpu, llama.number * llama.own(q) * llama.hidden * 5, kernels=2)
 
 
 def _memory_bound(gpu: Hardware, moved: float, kernels: int = 1) -> PassTime:

@@ -17,6 +17,7 @@ from megatron_anymal.planning.layouts.layer_time import (
     head_time,
     layer_time,
     media_time,
+    spared_time,
     total,
 )
 from megatron_anymal.planning.layouts.rates import elementwise_seconds
@@ -137,8 +138,11 @@ def late_encoding(inputs: StepInputs, pipeline: PipelineTime) -> float:
 
 
 def last_chunk_extra(inputs: StepInputs) -> PassTime:
-    """What the last stage computes besides its layers."""
-    return head_time(inputs.gpu, inputs.links, inputs.sizes.llama, inputs.load, inputs.number_format)
+    """What the last stage computes besides its layers, less what its last layer spares."""
+    shared = (inputs.gpu, inputs.links, inputs.sizes.llama, inputs.load)
+    last = inputs.sizes.stages[-1][-1].layers[-1]
+    spared = spared_time(*shared, last, inputs.number_format)
+    return head_time(*shared, inputs.number_format).plus(spared.times(-1))
 
 
 def _chunk_time(inputs: StepInputs, chunk: PipelineChunk, recompute: Recompute) -> PassTime:

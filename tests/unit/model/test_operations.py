@@ -35,8 +35,11 @@ LLAMA_70B = LlamaConfig(
 # Parameters of q and o, of k and v, and of gate, up and down; then those of the output layer.
 LAYERS_8B = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
 HEAD_8B = 128256 * 4096
+# Output projection and feed-forward of the last layer, which are computed for labels; all other matrices.
+LAST_8B, LAST_70B = 4096 * 4096 + 3 * 4096 * 14336, 8192 * 8192 + 3 * 8192 * 28672
 LAYERS_70B = 80 * (2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
 HEAD_70B = 128256 * 8192
+EARLIER_8B, EARLIER_70B = LAYERS_8B - LAST_8B, LAYERS_70B - LAST_70B
 # Attention forward, per squared length: two products of two operations for each channel, over half of the square.
 SQUARE_8B, SQUARE_70B = 32 * 4096 * 2, 80 * 8192 * 2
 EVERY_PROJECTION = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -69,7 +72,8 @@ def test_alignment_of_an_8b_llama() -> None:
     )
     found = step_operations(ModelCosts(*both(section(), LLAMA_8B), {"image": image}), amounts)
     # The text's gradient reaches nothing that trains.
-    assert found.linears == pytest.approx(4 * LAYERS_8B * 520 + 2 * LAYERS_8B * 100)
+    hand = 4 * (EARLIER_8B * 520 + LAST_8B * 100) + 2 * (EARLIER_8B * 100 + LAST_8B * 80)
+    assert found.linears == pytest.approx(hand)
     assert found.head == pytest.approx(4 * HEAD_8B * 100 + 2 * HEAD_8B * 80)
     assert found.attention == pytest.approx(SQUARE_8B * (3 * (320**2 + 200**2) + 100**2))
     assert found.encoding == 2 * vit and found.encoder_gradients == found.adapters == found.encoding_again == 0
@@ -89,20 +93,23 @@ def test_lora_on_a_70b_llama() -> None:
     """With frozen projectors, nothing before the first layer trains."""
     _, costs = both(section(r=64), LLAMA_70B)
     # Inputs and outputs of q, k and v, o, gate and up, down.
-    adapters = 80 * 64 * (16384 + 2 * 9216 + 16384 + 2 * 36864 + 36864)
+    last = 64 * (16384 + 2 * 36864 + 36864)
+    adapters = 80 * (64 * (16384 + 2 * 9216) + last) - last
     first_qkv, first_down = 8192 * (8192 + 2 * 1024), 3 * 64 * 8192
-    assert costs.linears == Cost(2.0 * LAYERS_70B, 2.0 * (LAYERS_70B - first_qkv))
+    assert costs.linears == Cost(2.0 * EARLIER_70B, 2.0 * (EARLIER_70B - first_qkv))
     assert costs.adapters == Cost(2.0 * adapters, 4.0 * adapters - 2.0 * first_down)
+    assert costs.last_linears == Cost(2.0 * LAST_70B, 2.0 * LAST_70B)
+    assert costs.last_adapters == Cost(2.0 * last, 4.0 * last)
     assert costs.attention == Cost(SQUARE_70B, 2.0 * SQUARE_70B, SQUARE_70B / 2)
     assert costs.head == Cost(2.0 * HEAD_70B, 2.0 * HEAD_70B)
     documents = Documents(4096, 1024**2 * 4, 900)
     found = step_operations(ModelCosts(costs, costs, {}), Amounts(Documents(), documents, {}))
-    hand = 4096 * (4 * LAYERS_70B - 2 * first_qkv + 6 * adapters - 2 * first_down)
-    hand += 4 * 1024**2 * 3 * SQUARE_70B + 900 * 4 * HEAD_70B
+    hand = 4096 * (4 * EARLIER_70B - 2 * first_qkv + 6 * adapters - 2 * first_down)
+    hand += 4 * 1024**2 * 3 * SQUARE_70B + 900 * (4 * HEAD_70B + 4 * LAST_70B + 6 * last)
     assert found.needed == pytest.approx(hand, rel=1e-12)
     # A projector that trains takes the gradient through the first layer, too.
     through, _ = both(section(r=64), LLAMA_70B)
-    assert through.linears == Cost(2.0 * LAYERS_70B, 2.0 * LAYERS_70B)
+    assert through.linears == Cost(2.0 * EARLIER_70B, 2.0 * EARLIER_70B)
     assert through.adapters == Cost(2.0 * adapters, 4.0 * adapters)
 
 
@@ -133,11 +140,12 @@ def test_preference_pairs_of_an_8b_llama() -> None:
         encoder_trains=False,
     )  # fmt: skip
     found = step_operations(ModelCosts(*both(section(r=8), LLAMA_8B), {"image": linear}), amounts)
-    adapters = 32 * 8 * (8192 + 2 * 5120 + 8192 + 2 * 18432 + 18432)
+    last = 8 * (8192 + 2 * 18432 + 18432)
+    adapters = 32 * (8 * (8192 + 2 * 5120) + last) - last
     first_qkv, first_down = 4096 * (4096 + 2 * 1024), 3 * 8 * 4096
     # Forward twice, and the gradients of the policy.
-    assert found.linears == pytest.approx(tokens * (6 * LAYERS_8B - 2 * first_qkv))
-    assert found.adapters == pytest.approx(tokens * (8 * adapters - 2 * first_down))
+    assert found.linears == pytest.approx(tokens * (6 * EARLIER_8B - 2 * first_qkv) + 290 * 6 * LAST_8B)
+    assert found.adapters == pytest.approx(tokens * (8 * adapters - 2 * first_down) + 290 * 8 * last)
     assert found.attention == pytest.approx(squares * 4 * SQUARE_8B)
     assert found.head == pytest.approx(290 * 6 * HEAD_8B)
     projected = 3 * 2 * 64 * 1024 * 4096
@@ -147,14 +155,16 @@ def test_preference_pairs_of_an_8b_llama() -> None:
     stored = step_operations(
         ModelCosts(*both(section(r=8), LLAMA_8B), {"image": linear}), step_amounts(plan, frozenset(), reference=False)
     )
-    assert stored.linears == pytest.approx(tokens * (4 * LAYERS_8B - 2 * first_qkv)) and stored.encoding_again == 0
+    assert stored.linears == pytest.approx(tokens * (4 * EARLIER_8B - 2 * first_qkv) + 290 * 4 * LAST_8B)
+    assert stored.encoding_again == 0
 
 
 def test_a_llama_that_trains() -> None:
     reached, other = both(section(freeze=False), LLAMA_8B)
     # 6 N per token, whether or not anything before it trains; its head computes the logits twice.
     assert reached == other
-    assert reached.linears == Cost(2.0 * LAYERS_8B, 4.0 * LAYERS_8B)
+    assert reached.linears == Cost(2.0 * EARLIER_8B, 4.0 * EARLIER_8B)
+    assert reached.last_linears == Cost(2.0 * LAST_8B, 4.0 * LAST_8B)
     assert reached.head == Cost(2.0 * HEAD_8B, 4.0 * HEAD_8B, 2.0 * HEAD_8B)
 
 
@@ -162,7 +172,8 @@ def test_layers_before_the_first_adapter_have_no_backward_pass() -> None:
     _, costs = both(section(r=4, targets=["layers.30.mlp.down_proj"]), LLAMA_8B)
     layer = LAYERS_8B / 32
     # In layer 30 only the adapter's own gradients, then the whole last layer.
-    assert costs.linears == Cost(2.0 * LAYERS_8B, 2.0 * layer)
+    assert costs.linears == Cost(2.0 * EARLIER_8B, 2.0 * (layer - LAST_8B))
+    assert costs.last_linears == Cost(2.0 * LAST_8B, 2.0 * LAST_8B)
     down, up = 4 * 14336, 4 * 4096
     assert costs.adapters == Cost(2.0 * (down + up), 2.0 * down + 4.0 * up)
     assert costs.attention.backward == pytest.approx(2 * SQUARE_8B / 32)
@@ -171,6 +182,12 @@ def test_layers_before_the_first_adapter_have_no_backward_pass() -> None:
     assert (
         frozen.linears.backward == frozen.attention.backward == frozen.head.backward == frozen.attention.repeated == 0
     )
+    assert frozen.last_linears == Cost(2.0 * LAST_8B)
+
+
+def test_the_last_layer_computes_all_positions_in_fp8() -> None:
+    costs, _ = both(section(fp8="hybrid"), LLAMA_8B)
+    assert costs.linears == Cost(2.0 * LAYERS_8B, 2.0 * LAYERS_8B) and costs.last_linears == Cost()
 
 
 @pytest.mark.parametrize(
@@ -187,7 +204,7 @@ def test_recomputation_counts_as_repeated(recompute: Recompute, layers: float, a
     """In each of two stages of 16 layers; none of it counts as needed."""
     model = section(pipeline_model_parallel_size=2)
     costs, other = both(model, LLAMA_8B, recompute)
-    assert costs.linears.repeated == pytest.approx(layers * 2 * LAYERS_8B)
+    assert costs.linears.repeated + costs.last_linears.repeated == pytest.approx(layers * 2 * LAYERS_8B)
     assert costs.attention.repeated == pytest.approx(attention * SQUARE_8B)
     plain, _ = both(section(), LLAMA_8B)
     assert (costs.linears.forward, costs.linears.backward) == (plain.linears.forward, plain.linears.backward)

@@ -24,8 +24,15 @@ from megatron_anymal.planning.layouts import measurement
 from megatron_anymal.planning.layouts.collectives import Link, link_of_group, links_of_layout
 from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.hardware import Hardware, load_hardware
+from megatron_anymal.planning.layouts.layer_time import PassTime, head_time, spared_time
 from megatron_anymal.planning.layouts.problem import build_problem
-from megatron_anymal.planning.layouts.rates import attention_seconds, matrix_rate, matrix_seconds, occupancy
+from megatron_anymal.planning.layouts.rates import (
+    attention_seconds,
+    elementwise_seconds,
+    matrix_rate,
+    matrix_seconds,
+    occupancy,
+)
 from megatron_anymal.planning.layouts.search import Problem
 from megatron_anymal.planning.layouts.step_time import (
     StepInputs,
@@ -112,12 +119,40 @@ def test_a_frozen_llama_has_no_weight_gradients() -> None:
 
 def test_only_labels_go_through_the_head() -> None:
     inputs = problem_of().inputs(ONE)
-    full = last_chunk_extra(inputs)
-    quarter = last_chunk_extra(replace(inputs, load=replace(inputs.load, labels=inputs.load.labels / 4)))
-    assert full.forward > 3 * quarter.forward
+    quarter = replace(inputs.load, labels=inputs.load.labels / 4)
+    loads = inputs.load, quarter
+    full, less = (head_time(H100, inputs.links, inputs.sizes.llama, load, "bf16") for load in loads)
+    assert full.forward > 3 * less.forward and full == last_chunk_extra(inputs)
     frozen = last_chunk_extra(problem_of(freeze=True).inputs(ONE))
     # The frozen head computes the gradient of its input in the forward pass.
     assert frozen.backward < 0.1 * full.backward and frozen.forward > 1.5 * full.forward
+
+
+def test_the_last_layer_computes_only_labels_after_its_attention() -> None:
+    """Llama-3 8B, frozen, 1,024 labels among 4,096 tokens."""
+    inputs = problem_of(freeze=True).inputs(ONE)
+    load = replace(inputs.load, labels=1024.0)
+    assert load.tokens == 4096
+
+    def after_attention(rows: int) -> float:
+        products = (matrix_seconds(H100, rows, n, k) for n, k in ((4096, 4096), (28672, 4096), (4096, 14336)))
+        norm = elementwise_seconds(H100, 2 * rows * 4096 * 5, 2)
+        return sum(products) + norm + elementwise_seconds(H100, 2 * rows * 3 * 14336)
+
+    spared = after_attention(4096) - after_attention(1024)
+    llama = inputs.sizes.llama
+    assert spared_time(H100, inputs.links, llama, load, 31, "bf16").forward == pytest.approx(spared)
+    head = head_time(H100, inputs.links, llama, load, "bf16")
+    assert last_chunk_extra(replace(inputs, load=load)).forward == pytest.approx(head.forward - spared)
+    assert spared_time(H100, inputs.links, llama, load, 31, "fp8") == PassTime()
+    # A selection takes a gather more on ranks that share the sequence, of the head's rows.
+    shared = problem_of(freeze=True).inputs(ONE._replace(tensor_model_parallel_size=2, sequence_parallel=True))
+    shared = replace(shared, load=replace(shared.load, labels=1024.0))
+    found = spared_time(H100, shared.links, shared.sizes.llama, shared.load, 31, "bf16")
+    gather = shared.links.tensor.gather
+    # Scattered output of proj and fc2, gathered input of fc1.
+    hand = 3 * (gather(2.0 * 4096 * 4096) - gather(2.0 * 1024 * 4096)) - gather(2.0 * 1024 * 4096)
+    assert found.forward_wait == pytest.approx(hand)
 
 
 def test_links_follow_the_order_of_the_ranks() -> None:

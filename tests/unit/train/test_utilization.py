@@ -50,9 +50,10 @@ class PlainAttention:
         return torch.cat(out)
 
 
-def one_step(config: RunConfig) -> tuple[int, Operations, float, dict[str, float]]:
+def one_step(config: RunConfig) -> tuple[int, Operations, float, dict[str, float], tuple[int, int]]:
     """In a rank: operations of a step's only pack as torch counts them, and as the run does; those of the latter that
-    fused attention or recomputation would repeat in the Llama's attention; and the encoder inputs."""
+    fused attention or recomputation would repeat in the Llama's attention; the encoder inputs; and tokens and labels.
+    """
     attention_kernels.KERNELS["sdpa"] = PlainAttention
     state = build(config, initialize(config))
     if config.job == "dpo":
@@ -67,7 +68,9 @@ def one_step(config: RunConfig) -> tuple[int, Operations, float, dict[str, float
     amounts = step_amounts(plan, trainable_media(config.model), reference=result.reference_computed)
     fused = amounts.reached.squares * costs.reached.attention.repeated
     fused += amounts.other.squares * costs.other.attention.repeated
-    return counter.get_total_flops(), step_operations(costs, amounts), fused, dict(amounts.pieces)
+    size = plan.tokens, int(plan.targets.sum())
+    assert size[1] < size[0]
+    return counter.get_total_flops(), step_operations(costs, amounts), fused, dict(amounts.pieces), size
 
 
 def with_reference(state: TrainState) -> None:
@@ -96,7 +99,9 @@ def resampler_scores(pieces: float) -> float:
 
 
 def test_alignment_equals_torchs_counter(config: RunConfig) -> None:
-    [(counted, found, fused, pieces)] = run_ranks(1, one_step, config)
+    [(counted, found, fused, pieces, size)] = run_ranks(1, one_step, config)
+    # Frozen matrices of a pack that reaches a projector.
+    assert found.linears == pytest.approx(4 * matrices(*size), rel=1e-9)
     # megatron-core's linear layers compute their input's gradient even if it is a frozen encoder's features: those of a
     # sound are 11 frames of 8 channels, filled up to two groups of 6.
     unneeded = pieces["audio"] * 2 * 2 * (6 * 8) * HIDDEN
@@ -109,7 +114,8 @@ def test_alignment_equals_torchs_counter(config: RunConfig) -> None:
 def test_a_llama_that_trains_equals_torchs_counter(config: RunConfig, text_shards: str) -> None:
     config.model.modalities, config.model.language_model.freeze = {}, False
     config.data.train["mix"].path = text_shards
-    [(counted, found, fused, _)] = run_ranks(1, one_step, config)
+    [(counted, found, fused, _, size)] = run_ranks(1, one_step, config)
+    assert found.linears == pytest.approx(6 * matrices(*size), rel=1e-9)
     assert found.encoding == found.projectors == found.adapters == 0
     # Of the repeated operations only the head's logits.
     assert counted == pytest.approx(found.needed + found.attention + found.repeated - fused, rel=1e-9)
@@ -120,14 +126,25 @@ def test_recomputation_equals_torchs_counter(config: RunConfig) -> None:
     model = config.model
     model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "block", 3
     [plain] = run_ranks(1, one_step, config_without_recompute(config))
-    [(counted, found, fused, _)] = run_ranks(1, one_step, config)
+    [(counted, found, fused, _, (tokens, _))] = run_ranks(1, one_step, config)
     assert found.needed == plain[1].needed
-    # Three of four layers: their linear layers and both halves of the squares once more.
-    forward = found.attention / 3
+    # The first three of four layers: their linear layers and both halves of the squares once more.
+    forward, linears = found.attention / 3, 3 * 2 * layer() * tokens
     again = found.repeated - plain[1].repeated
-    assert again == pytest.approx(3 / 4 * (found.linears / 2 + forward), rel=1e-9)
-    assert counted - plain[0] == pytest.approx(3 / 4 * (found.linears / 2 + 2 * forward), rel=1e-9)
+    assert again == pytest.approx(linears + 3 / 4 * forward, rel=1e-9)
+    assert counted - plain[0] == pytest.approx(linears + 3 / 4 * 2 * forward, rel=1e-9)
     assert fused == pytest.approx((0.5 + 3 / 4) * forward)
+
+
+def test_a_recomputed_last_layer_equals_torchs_counter(config: RunConfig) -> None:
+    """Of what follows its attention only the positions with a label are computed again."""
+    model = config.model
+    model.recompute_granularity, model.recompute_method, model.recompute_num_layers = "full", "block", 4
+    [plain] = run_ranks(1, one_step, config_without_recompute(config))
+    [(counted, found, _, _, size)] = run_ranks(1, one_step, config)
+    forward = found.attention / 3
+    assert found.repeated - plain[1].repeated == pytest.approx(2 * matrices(*size) + forward, rel=1e-9)
+    assert counted - plain[0] == pytest.approx(2 * matrices(*size) + 2 * forward, rel=1e-9)
 
 
 def config_without_recompute(config: RunConfig) -> RunConfig:
@@ -136,12 +153,13 @@ def config_without_recompute(config: RunConfig) -> RunConfig:
     return plain
 
 
-def adapters_beyond(r: int, tokens: float, passes: int) -> float:
+def adapters_beyond(r: int, tokens: int, labels: int, passes: int) -> float:
     """What is multiplied although nobody needs it: zeros of the joined Bs of q, k and v and of gate and up (one product
     forward, two back), and the gradient of the first layer's input."""
-    zeros = (3 - 1) * r * (QUERIES + 2 * KEYS) + (2 - 1) * r * 2 * FFN
+    zeros = LAYERS * (3 - 1) * r * (QUERIES + 2 * KEYS) * tokens
+    zeros += (2 - 1) * r * 2 * FFN * ((LAYERS - 1) * tokens + labels)
     first = HIDDEN * (QUERIES + 2 * KEYS) + 3 * r * HIDDEN
-    return 2 * tokens * (LAYERS * zeros * passes + first)
+    return 2 * (zeros * passes + first * tokens)
 
 
 def test_adapters_equal_torchs_counter(config: RunConfig, tokenizer_folder: str, tmp_path: Path) -> None:
@@ -149,9 +167,10 @@ def test_adapters_equal_torchs_counter(config: RunConfig, tokenizer_folder: str,
     config.job, config.model.lora, config.data.train["mix"].path = "sft", LoraConfig(r=2), data
     for modality in config.model.modalities.values():
         modality.projector.freeze = True
-    [(counted, found, fused, _)] = run_ranks(1, one_step, config)
-    tokens = found.linears / (4 * LAYERS * layer() - 2 * HIDDEN * (QUERIES + 2 * KEYS))
-    unneeded = adapters_beyond(2, tokens, 3)
+    [(counted, found, fused, _, size)] = run_ranks(1, one_step, config)
+    first = 2 * HIDDEN * (QUERIES + 2 * KEYS) * size[0]
+    assert found.linears == pytest.approx(4 * matrices(*size) - first, rel=1e-9)
+    unneeded = adapters_beyond(2, *size, 3)
     assert found.adapters > 0 and found.repeated == pytest.approx(fused)
     assert counted == pytest.approx(found.needed + found.attention + unneeded, rel=1e-9)
 
@@ -163,9 +182,10 @@ def test_preference_pairs_equal_torchs_counter(config: RunConfig, tokenizer_fold
     config.model.dpo.share_prompt, config.model.restore_from_path = "never", str(tmp_path)
     for modality in config.model.modalities.values():
         modality.projector.freeze = True
-    [(counted, found, fused, pieces)] = run_ranks(1, one_step, config)
-    tokens = found.linears / (6 * LAYERS * layer() - 2 * HIDDEN * (QUERIES + 2 * KEYS))
-    unneeded = adapters_beyond(2, tokens, 4)
+    [(counted, found, fused, pieces, size)] = run_ranks(1, one_step, config)
+    first = 2 * HIDDEN * (QUERIES + 2 * KEYS) * size[0]
+    assert found.linears == pytest.approx(6 * matrices(*size) - first, rel=1e-9)
+    unneeded = adapters_beyond(2, *size, 4)
     again = found.encoding_again + found.repeated - fused
     assert found.encoding_again == found.encoding > 0 and found.repeated - fused == pytest.approx(found.projectors)
     assert set(pieces) == {"image"}
@@ -176,6 +196,13 @@ def layer() -> int:
     """Parameters of a layer's matrices."""
     assert LLAMA["num_hidden_layers"] == LAYERS
     return 2 * HIDDEN * QUERIES + 2 * HIDDEN * KEYS + 3 * HIDDEN * FFN
+
+
+def matrices(tokens: int, labels: int) -> int:
+    """Pairs of a token and a parameter of the layers' matrices: output projection and feed-forward of the last layer
+    are for tokens with a label."""
+    last = QUERIES * HIDDEN + 3 * HIDDEN * FFN
+    return (LAYERS * layer() - last) * tokens + last * labels
 
 
 def rows(run: Path) -> list[dict[str, Any]]:
