@@ -99,6 +99,9 @@ def compute_dtype(precision: str) -> torch.dtype:
 def transformer_impl(model: ModelConfig) -> Literal["local", "transformer_engine"]:
     """Implementation of the Llama's layers; "auto" selects Transformer Engine if it can run."""
     wanted = model.transformer_impl
+    if wanted == "auto" and model.base_quantization:
+        # Transformer Engine's layers do not compute with NF4 weights.
+        return "local"
     if wanted == "auto":
         engine, _ = _transformer_engine(torch.cuda.is_available())
         return "transformer_engine" if engine else "local"
@@ -151,6 +154,8 @@ def check_backend(model: ModelConfig, precision: str) -> None:
         )
     if model.fp8:
         _check_fp8(model, precision, found)
+    if model.base_quantization:
+        _check_bitsandbytes(f"model.base_quantization={model.base_quantization}")
     if model.dpo.share_prompt == "always" and transformer_impl(model) == "transformer_engine":
         raise ConfigError(
             "model.dpo.share_prompt=always: Transformer Engine's attention cannot give one prompt to two answers. Set "
@@ -204,6 +209,19 @@ def _check_fp8(model: ModelConfig, precision: str, found: Capabilities) -> None:
         )
     if precision != "bf16":
         raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, {alternative}.")
+
+
+def _check_bitsandbytes(key: str) -> None:
+    install = "Install it with `pip install -e '.[nf4]'`, or set model.base_quantization=''."
+    if not is_importable("bitsandbytes"):
+        raise ConfigError(f"{key} needs bitsandbytes, which is not installed. {install}")
+    try:
+        importlib.import_module("bitsandbytes.functional")
+    except Exception as error:  # A build for another torch or CUDA fails in many ways.
+        raise ConfigError(
+            f"{key} needs bitsandbytes, which does not import here ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). {install}"
+        ) from error
 
 
 def _transformer_engine(has_cuda: bool) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from megatron_anymal.config.data_section import (
 )
 from megatron_anymal.config.model_section import (
     FP8_MULTIPLE,
+    NF4_BLOCK,
     DiscreteConfig,
     DistributedDataParallelConfig,
     DpoConfig,
@@ -48,6 +49,7 @@ __all__ = [
     "EncoderConfig",
     "ExpManagerConfig",
     "FP8_MULTIPLE",
+    "NF4_BLOCK",
     "FeatureCacheConfig",
     "LanguageModelConfig",
     "LimitsConfig",

@@ -17,6 +17,7 @@ def check_layout(config: RunConfig) -> None:
     _check_encoder_placement(config.model)
     _check_recompute(config.model)
     _check_fp8(config.model)
+    _check_base_quantization(config.model)
 
 
 def _check_parallel_sizes(config: RunConfig) -> None:
@@ -128,4 +129,25 @@ def _check_fp8(model: ModelConfig) -> None:
         raise ConfigError(
             "model.fp8_primary_weights=true needs a frozen Llama, but model.language_model.freeze=false: updates are "
             "smaller than the spacing of FP8 numbers. Change one of them."
+        )
+
+
+def _check_base_quantization(model: ModelConfig) -> None:
+    if not model.base_quantization:
+        return
+    key = f"model.base_quantization={model.base_quantization}"
+    if not model.language_model.freeze:
+        raise ConfigError(
+            f"{key} needs a frozen Llama, but model.language_model.freeze=false: updates are smaller than the spacing "
+            "of 4-bit numbers. Set that to true, and model.lora.r to train adapters; or set model.base_quantization=''."
+        )
+    if model.fp8:
+        raise ConfigError(
+            f"{key} and model.fp8={model.fp8} exclude each other: FP8 needs Transformer Engine's layers, which do not "
+            "compute with NF4 weights. Set one of them to ''."
+        )
+    if model.transformer_impl == "transformer_engine":
+        raise ConfigError(
+            f"{key} needs megatron-core's own layers: those of model.transformer_impl=transformer_engine do not compute "
+            "with NF4 weights. Set that to auto, or model.base_quantization=''."
         )

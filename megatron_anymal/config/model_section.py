@@ -9,6 +9,8 @@ from megatron_anymal.config.field_docs import add_field_docs
 
 # FP8 matrix dimensions must be multiples of this (Transformer Engine).
 FP8_MULTIPLE = 16
+# Elements that share a scale in NF4: consecutive ones of a matrix's row.
+NF4_BLOCK = 64
 
 
 @dataclass
@@ -279,6 +281,9 @@ class ModelConfig:
     """FP8 scaling: `tensorwise` (current scaling) or `delayed` (from an amax history, which checkpoints then hold)."""
     fp8_primary_weights: bool = False
     """Store the frozen Llama's matrices in FP8 only, one byte per parameter."""
+    base_quantization: str = ""
+    """`""` (off) or `nf4`: store the frozen Llama's matrices in NF4 (QLoRA), 0.5625 bytes per parameter, and compute in
+    trainer.precision. Needs bitsandbytes and local layers."""
 
     seed: int = 1234
     """Seed of initialization, data order, dropout and noise."""

@@ -27,6 +27,7 @@ CHOICES = {
     "model.attention": ("auto", "flash_attn", "flex", "sdpa"),
     "model.fp8": ("", "hybrid", "e4m3"),
     "model.fp8_recipe": ("tensorwise", "delayed"),
+    "model.base_quantization": ("", "nf4"),
     "model.neftune.embeddings": ("all", "text"),
     "model.discrete_init": ("statistics", "normal"),
     "model.discrete_rows": ("new", "all", "none"),

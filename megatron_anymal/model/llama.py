@@ -22,6 +22,7 @@ from megatron_anymal.model.attention import PackedAttention
 from megatron_anymal.model.compiled_ops import rms_norm
 from megatron_anymal.model.fp8_weights import building, drop_transposes
 from megatron_anymal.model.llama_shape import check_sizes
+from megatron_anymal.model.nf4_weights import NF4Layer
 from megatron_anymal.model.unsharded_weights import leave_unset
 
 
@@ -118,7 +119,11 @@ def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def build_gpt(
-    hf: LlamaConfig, transformer: TransformerConfig, implementation: str, vp_stage: Optional[int] = None
+    hf: LlamaConfig,
+    transformer: TransformerConfig,
+    implementation: str,
+    vp_stage: Optional[int] = None,
+    base_quantization: str = "",
 ) -> GPTModel:
     """Build this pipeline stage's part of the Llama, with its weights not yet set.
 
@@ -127,13 +132,14 @@ def build_gpt(
     Args:
         implementation: "local" or "transformer_engine".
         vp_stage: index of the virtual pipeline chunk; None without a virtual pipeline.
+        base_quantization: `model.base_quantization`; local layers only.
     """
     virtual: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
     ranks = transformer.tensor_model_parallel_size
     with building(transformer):
         model = GPTModel(
             transformer,
-            _layer_specs(transformer, implementation, vp_stage),
+            _layer_specs(transformer, implementation, vp_stage, base_quantization),
             vocab_size=-(-hf.vocab_size // ranks) * ranks,
             max_sequence_length=hf.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**virtual),
@@ -152,7 +158,7 @@ def build_gpt(
 
 
 def _layer_specs(
-    transformer: TransformerConfig, implementation: str, vp_stage: Optional[int]
+    transformer: TransformerConfig, implementation: str, vp_stage: Optional[int], base_quantization: str
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if implementation == "transformer_engine":
         from megatron_anymal.model.transformer_engine import layer_spec
@@ -161,6 +167,8 @@ def _layer_specs(
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    if base_quantization:
+        spec.module = NF4Layer
     layers = get_num_layers_to_build(transformer, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
-from megatron_anymal.config import FP8_MULTIPLE, ConfigError, LanguageModelConfig, ModelConfig
+from megatron_anymal.config import FP8_MULTIPLE, NF4_BLOCK, ConfigError, LanguageModelConfig, ModelConfig
 
 _ROPE_TYPES = ("default", "llama3", "linear")
 
@@ -72,6 +72,8 @@ def check_sizes(model: ModelConfig, hf: LlamaConfig) -> None:
             )
     if model.fp8:
         _check_fp8_sizes(hf, ranks)
+    if model.base_quantization:
+        _check_nf4_sizes(hf, ranks)
     stages, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     for number, layers in enumerate(layers_of_stages(model, hf)):
         if layers % chunks:
@@ -102,6 +104,22 @@ def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
                 f"model.fp8: the Llama's {name} is {size} on each of {ranks} tensor-parallel rank(s), but FP8 matrix "
                 f"products need a multiple of {FP8_MULTIPLE}. Lower model.tensor_model_parallel_size, or set "
                 "model.fp8=''."
+            )
+
+
+def _check_nf4_sizes(hf: LlamaConfig, ranks: int) -> None:
+    """Refuse rows that tensor parallelism would split within a block: their values would depend on the layout."""
+    rows = {
+        "hidden_size": hf.hidden_size,
+        "num_attention_heads x head_dim": hf.num_attention_heads * hf.head_dim // ranks,
+        "intermediate_size": hf.intermediate_size // ranks,
+    }
+    for name, size in rows.items():
+        if size % NF4_BLOCK:
+            raise ConfigError(
+                f"model.base_quantization=nf4: the Llama's {name} is {size} on each of {ranks} tensor-parallel rank(s), "
+                f"which is not a multiple of {NF4_BLOCK}, the elements that share a scale. Lower "
+                "model.tensor_model_parallel_size, or set model.base_quantization=''."
             )
 
 

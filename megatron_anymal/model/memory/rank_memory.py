@@ -98,7 +98,7 @@ def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
         for chunk in chunks
     ]
     return Held(
-        weights=llama.number * (frozen + trainable + copies) + (llama.matrix_number - llama.number) * matrices,
+        weights=llama.number * (frozen + trainable + copies) + int((llama.matrix_number - llama.number) * matrices),
         gradients=4 * trainable,
         optimizer=-(-run.optimizer_bytes * trainable // run.sharers),
         activations=activations,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import LlamaConfig
 
-from megatron_anymal.config import ModalityConfig, ModelConfig
+from megatron_anymal.config import NF4_BLOCK, ModalityConfig, ModelConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
@@ -71,6 +71,18 @@ def optimizer_bytes(number: int) -> int:
     return 12 if number == 2 else 8
 
 
+def matrix_bytes(model: ModelConfig, number: int) -> float:
+    """Bytes per element in which the matrices of the Llama's layers are stored.
+
+    Args:
+        number: bytes per element of the model's other weights.
+    """
+    if model.base_quantization:
+        # Half a byte, and an fp32 scale for each block.
+        return 0.5 + 4 / NF4_BLOCK
+    return 1 if model.fp8_primary_weights else number
+
+
 def llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, *, attention: str, on_cpu: bool) -> LlamaSizes:
     """Return the Llama's sizes on one rank.
 
@@ -97,7 +109,8 @@ def llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, *, attentio
         context=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         number=number,
-        matrix_number=1 if model.fp8_primary_weights else number + (2 if model.fp8 else 0),
+        matrix_number=matrix_bytes(model, number) + (2 if model.fp8 and not model.fp8_primary_weights else 0),
+        dequantizes=bool(model.base_quantization),
         trains=not model.language_model.freeze,
         attention=attention,
         on_cpu=on_cpu,

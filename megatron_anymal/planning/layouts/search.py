@@ -115,7 +115,9 @@ class Problem:
     def computes_fp8(self) -> bool:
         """Whether layouts in FP8 are possible: the GPU, Transformer Engine's layers and bf16."""
         model = self.config.model
-        return self.gpu.fp8_tflops > 0 and model.transformer_impl != "local" and self.config.trainer.precision == "bf16"
+        if model.transformer_impl == "local" or model.base_quantization:
+            return False
+        return self.gpu.fp8_tflops > 0 and self.config.trainer.precision == "bf16"
 
     def layouts(self, kept: Collection[str] = ()) -> list[Layout]:
         """Return all layouts that the checks allow.
