@@ -95,6 +95,8 @@ EXTRAS_REQUIRE = {
         # The extra "serve", whose server the tests ask.
         "fastapi>=0.115,<1",
         "uvicorn>=0.34,<1",
+        # The extra "nf4"; the reference for its weights, too.
+        "bitsandbytes>=0.49,<0.51",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],

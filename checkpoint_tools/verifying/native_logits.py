@@ -18,8 +18,8 @@ from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.prompt_encoder import PromptReader
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.quantized_weights import leave_out_quantization
 from megatron_anymal.model.lora import merge_lora
+from megatron_anymal.model.quantized_weights import leave_out_quantization
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build_inputs
 from megatron_anymal.train.device_prefetch import to_device

@@ -80,7 +80,9 @@ def _job(config: RunConfig) -> str:
 
 def _formats(model: ModelConfig) -> str:
     """Name the formats of the Llama's matrices and products, if they differ from the precision."""
-    products = f", FP8 {model.fp8}" if model.fp8 else ""
+    products = ", NVFP4" if model.fp4 else ""
+    if model.fp8:
+        products = f", {'MXFP8' if model.fp8_recipe == 'mxfp8' else 'FP8'} {model.fp8}"
     return products + (f", the Llama's matrices in {model.base_quantization.upper()}" * bool(model.base_quantization))
 
 

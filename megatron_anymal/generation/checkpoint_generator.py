@@ -45,8 +45,8 @@ from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.quantized_weights import leave_out_quantization
 from megatron_anymal.model.key_value_cache import KeyValueCache
+from megatron_anymal.model.quantized_weights import leave_out_quantization
 from megatron_anymal.parallel import ParallelLayout, initialize
 from megatron_anymal.train.build import build_inputs, check_vocabulary
 from megatron_anymal.train.device_prefetch import to_device

@@ -88,6 +88,7 @@ def transformer_config(model: ModelConfig, precision: str, hf: LlamaConfig) -> T
         fp8=model.fp8 or None,
         fp8_recipe=model.fp8_recipe,
         fp8_param=model.fp8_primary_weights,
+        fp4=model.fp4 or None,
         # The usual history of delayed scaling; other recipes ignore it.
         fp8_amax_history_len=1024,
         fp8_amax_compute_algo="max",

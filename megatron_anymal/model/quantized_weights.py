@@ -53,7 +53,7 @@ def leave_out_quantization(model: ModelConfig) -> None:
     and computed with, also on a machine without Transformer Engine or bitsandbytes.
     """
     model.fp8, model.fp8_recipe, model.fp8_primary_weights = "", "tensorwise", False
-    model.base_quantization = ""
+    model.fp4 = model.base_quantization = ""
     if model.transformer_impl == "transformer_engine":
         model.transformer_impl = "auto"
 

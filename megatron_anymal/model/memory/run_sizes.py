@@ -83,6 +83,16 @@ def matrix_bytes(model: ModelConfig, number: int) -> float:
     return 1 if model.fp8_primary_weights else number
 
 
+def _copies(model: ModelConfig) -> float:
+    """Bytes per element of the copies of the layers' matrices that are made for products in FP8 or NVFP4: one for the
+    forward and one for the backward pass, with the scales of blocks of 32 or 16 elements."""
+    if model.fp4:
+        return 2 * (0.5 + 1 / 16)
+    if not model.fp8 or model.fp8_primary_weights:
+        return 0
+    return 2 * (1 + 1 / 32) if model.fp8_recipe == "mxfp8" else 2
+
+
 def llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, *, attention: str, on_cpu: bool) -> LlamaSizes:
     """Return the Llama's sizes on one rank.
 
@@ -109,7 +119,7 @@ def llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, *, attentio
         context=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         number=number,
-        matrix_number=matrix_bytes(model, number) + (2 if model.fp8 and not model.fp8_primary_weights else 0),
+        matrix_number=matrix_bytes(model, number) + _copies(model),
         dequantizes=bool(model.base_quantization),
         trains=not model.language_model.freeze,
         attention=attention,

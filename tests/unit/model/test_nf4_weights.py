@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,9 +54,7 @@ def configured(folder: str, layout: str = "one", precision: str = "32", quantiza
 
 def built(config: RunConfig) -> AnyMALModel:
     hf = read_llama_config(config.model.language_model)
-    [model] = build_models(
-        config.model, config.trainer.precision, hf, initialize(config), {}, lambda models: None
-    )
+    [model] = build_models(config.model, config.trainer.precision, hf, initialize(config), {}, lambda models: None)
     return model
 
 
