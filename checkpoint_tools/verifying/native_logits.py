@@ -65,6 +65,8 @@ class NativeModel:
             merge_lora([native])
         # Encoders and base were rounded to the run's dtype above; the comparison itself runs in fp32.
         self._model = native.float().eval().requires_grad_(False)
+        # Features become soft tokens in this dtype.
+        self._model.config.params_dtype = torch.float32
 
     @torch.no_grad()
     def run(self, sample: VerificationSample) -> dict[str, Any]:

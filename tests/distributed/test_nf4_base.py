@@ -19,6 +19,7 @@ from tiny import make_config, make_conversations
 
 from checkpoint_tools import export_hf
 from megatron_anymal.checkpoint import store
+from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import LoraConfig, RunConfig
 
 pytestmark = NEEDS_BITSANDBYTES
@@ -53,6 +54,8 @@ def configs(mixed_shards: str, conversations: str, tokenizer_folder: str, tmp_pa
         config = make_config(data, tokenizer_folder, tmp_path / job)
         config.job, config.trainer.max_steps, config.data.seq_length = job, 3, 96
         config.model.language_model.config = {}
+        # With the default, gradients of 0 but for rounding (those of A while B is 0) would become whole steps.
+        config.model.optim.eps = 1e-2
         if job == "sft":
             config.model.lora = LoraConfig(r=4, alpha=8.0, dropout=0.1)
         found[job] = config
@@ -99,16 +102,15 @@ def test_a_resume_repeats_the_undisturbed_run(configs: dict[str, RunConfig], bas
     assert losses(Path(parts["folder"])) == whole["losses"]
     for name, value in whole["weights"].items():
         np.testing.assert_array_equal(parts["weights"][name], value, err_msg=name)
-    saved = (path.stat().st_size for path in Path(whole["folder"]).rglob("*.distcp"))
-    # Checkpoints hold what trains, not the base.
-    assert max(saved) < 4 * 128 * 256
+    saved = [name for name in StreamReader(store.resolve(whole["folder"])).tensors if name.startswith("language_model.")]
+    assert saved and all(".lora." in name for name in saved)
 
 
 def test_an_export_adds_the_adapters_to_the_unquantized_base(
     configs: dict[str, RunConfig], base: str, tmp_path: Path
 ) -> None:
     config = configs["sft"]
-    config.trainer.precision, config.model.optim.lr = "bf16", 1e-3
+    config.trainer.precision, config.model.optim.lr = "bf16", 1e-2
     run = trained(config, base, "nf4", "exported", tensor_model_parallel_size=2)
     out = tmp_path / "model"
     assert run_in_rank(export_hf.main, ["--checkpoint", run["folder"], "--out", str(out)]) == 0
