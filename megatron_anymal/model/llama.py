@@ -85,13 +85,6 @@ def transformer_config(model: ModelConfig, precision: str, hf: LlamaConfig) -> T
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        fp8=model.fp8 or None,
-        fp8_recipe=model.fp8_recipe,
-        fp8_param=model.fp8_primary_weights,
-        fp4=model.fp4 or None,
-        # The usual history of delayed scaling; other recipes ignore it.
-        fp8_amax_history_len=1024,
-        fp8_amax_compute_algo="max",
         # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
         calculate_per_token_loss=True,
         init_method=leave_unset,
@@ -102,8 +95,22 @@ def transformer_config(model: ModelConfig, precision: str, hf: LlamaConfig) -> T
         bias_activation_fusion=True,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
+        **_product_settings(model),
         **_recompute_settings(model),
     )
+
+
+def _product_settings(model: ModelConfig) -> dict[str, Any]:
+    """Return megatron-core's settings for matrix products in FP8, MXFP8 or NVFP4."""
+    return {
+        "fp8": model.fp8 or None,
+        "fp8_recipe": model.fp8_recipe,
+        "fp8_param": model.fp8_primary_weights,
+        # The usual history of delayed scaling; other recipes ignore it.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "fp4": model.fp4 or None,
+    }
 
 
 def _recompute_settings(model: ModelConfig) -> dict[str, Any]:

@@ -102,7 +102,9 @@ def test_a_resume_repeats_the_undisturbed_run(configs: dict[str, RunConfig], bas
     assert losses(Path(parts["folder"])) == whole["losses"]
     for name, value in whole["weights"].items():
         np.testing.assert_array_equal(parts["weights"][name], value, err_msg=name)
-    saved = [name for name in StreamReader(store.resolve(whole["folder"])).tensors if name.startswith("language_model.")]
+    saved = [
+        name for name in StreamReader(store.resolve(whole["folder"])).tensors if name.startswith("language_model.")
+    ]
     assert saved and all(".lora." in name for name in saved)
 
 
@@ -122,9 +124,12 @@ def test_an_export_adds_the_adapters_to_the_unquantized_base(
     before = source[name].bfloat16()
     merged = found[f"language_model.{name}"]
     torch.testing.assert_close(merged, (before.double() + delta).bfloat16(), rtol=0, atol=0)
-    changed = (merged != before).double().mean()
-    assert changed > 0.5
-    # Merged into the NF4 values, almost all of the same changes round to nothing.
-    held = rounded_to_nf4(source[name])
-    kept = (rounded_to_nf4((held.double() + delta).float()) == held).double().mean()
-    assert kept > 0.5 and delta.abs().max() < 0.05
+    # Merged into NF4, the same change would be lost in the rounding.
+    held = rounded_to_nf4(source[name]).double()
+    in_nf4 = rounded_to_nf4((held + delta).float()).double()
+    assert lost(merged.double() - before.double(), delta) < 0.3 < 1 < lost(in_nf4 - held, delta)
+
+
+def lost(change: torch.Tensor, delta: torch.Tensor) -> float:
+    """Error of a change of weights, as a share of the change that was meant."""
+    return float((change - delta).norm() / delta.norm())
