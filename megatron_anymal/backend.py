@@ -157,7 +157,7 @@ def check_backend(model: ModelConfig, precision: str) -> None:
     if model.fp8 or model.fp4:
         _check_narrow_products(model, precision, found)
     if model.base_quantization:
-        _check_bitsandbytes(f"model.base_quantization={model.base_quantization}")
+        _check_bitsandbytes()
     if model.dpo.share_prompt == "always" and transformer_impl(model) == "transformer_engine":
         raise ConfigError(
             "model.dpo.share_prompt=always: Transformer Engine's attention cannot give one prompt to two answers. Set "
@@ -233,15 +233,15 @@ def _check_block_scaling(key: str, name: str, fix: str, found: Capabilities) -> 
         raise ConfigError(f"{key} is refused by Transformer Engine {found.transformer_engine}: {reason} {fix}")
 
 
-def _check_bitsandbytes(key: str) -> None:
+def _check_bitsandbytes() -> None:
     install = "Install it with `pip install -e '.[nf4]'`, or set model.base_quantization=''."
     if not is_importable("bitsandbytes"):
-        raise ConfigError(f"{key} needs bitsandbytes, which is not installed. {install}")
+        raise ConfigError(f"model.base_quantization=nf4 needs bitsandbytes, which is not installed. {install}")
     try:
         importlib.import_module("bitsandbytes.functional")
     except Exception as error:  # A build for another torch or CUDA fails in many ways.
         raise ConfigError(
-            f"{key} needs bitsandbytes, which does not import here ({type(error).__name__}: "
+            f"model.base_quantization=nf4 needs bitsandbytes, which does not import here ({type(error).__name__}: "
             f"{' '.join(str(error).split())[:200]}). {install}"
         ) from error
 

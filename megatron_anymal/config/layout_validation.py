@@ -145,22 +145,24 @@ def _check_fp8(model: ModelConfig) -> None:
 
 
 def _check_base_quantization(model: ModelConfig) -> None:
-    if not model.base_quantization:
+    name = model.base_quantization
+    if not name:
         return
-    key = f"model.base_quantization={model.base_quantization}"
     if not model.language_model.freeze:
         raise ConfigError(
-            f"{key} needs a frozen Llama, but model.language_model.freeze=false: updates are smaller than the spacing "
-            "of 4-bit numbers. Set that to true, and model.lora.r to train adapters; or set model.base_quantization=''."
+            f"model.base_quantization={name} needs a frozen Llama, but model.language_model.freeze=false: updates are "
+            "smaller than the spacing of 4-bit numbers. Set that to true, and model.lora.r to train adapters; or set "
+            "model.base_quantization=''."
         )
     if model.fp8 or model.fp4:
         other = f"model.fp8={model.fp8}" if model.fp8 else f"model.fp4={model.fp4}"
         raise ConfigError(
-            f"{key} and {other} exclude each other: FP8 and NVFP4 need Transformer Engine's layers, which do not "
-            "compute with NF4 weights. Set one of them to ''."
+            f"model.base_quantization={name} and {other} exclude each other: FP8 and NVFP4 need Transformer Engine's "
+            "layers, which do not compute with NF4 weights. Set one of them to ''."
         )
     if model.transformer_impl == "transformer_engine":
         raise ConfigError(
-            f"{key} needs megatron-core's own layers: those of model.transformer_impl=transformer_engine do not "
-            "compute with NF4 weights. Set that to auto, or model.base_quantization=''."
+            f"model.base_quantization={name} needs megatron-core's own layers: those of "
+            "model.transformer_impl=transformer_engine do not compute with NF4 weights. Set that to auto, or "
+            "model.base_quantization=''."
         )
