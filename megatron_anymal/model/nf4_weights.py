@@ -62,7 +62,7 @@ class NF4Weight(Tensor):
         scales = torch.empty(blocks, dtype=torch.float32, device=like.device)
         return cls(packed, scales, like.shape, like.dtype)
 
-    def dequantize(self) -> Tensor:  # type: ignore[override]
+    def dequantize(self) -> Tensor:
         """Return the values, [out, in] in the weight's dtype."""
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -90,7 +90,9 @@ class NF4Weight(Tensor):
         return f"NF4Weight({list(self.shape)}, {self.dtype})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
         """Apply an operation, see above.
 
         Raises:
