@@ -35,7 +35,7 @@ from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import assemble
 from megatron_anymal.model.llama import check_model
-from megatron_anymal.model.llama_shape import read_llama_config
+from megatron_anymal.model.llama_shape import check_sizes, read_llama_config
 from megatron_anymal.model.memory.recompute import Choice, choose, configured, judge, planned_attention
 from megatron_anymal.model.memory.run_sizes import matrix_bytes, optimizer_bytes
 from megatron_anymal.model.meta_device import on_meta, without_weights
@@ -170,6 +170,8 @@ def examine(config: RunConfig) -> DryRun:
         backend.check_backend(config.model, precision)
     except ConfigError as error:
         result.notes.append(f"this machine cannot run it: {error}")
+    # `buildable` has no number formats, which have requirements of their own.
+    check_sizes(assumed, hf)
     buildable = without_weights(assumed)
     check_model(buildable, precision, hf)
     _look_around(result, hf, modalities)
