@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from megatron_anymal.model.fp8_weights import stored_tensors
+from megatron_anymal.model.quantized_weights import stored_tensors
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ from megatron_anymal.config import LoraConfig
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.hf.projectors import build_projector
-from megatron_anymal.model.fp8_weights import unquantized
 from megatron_anymal.model.hf_llama import to_hf
+from megatron_anymal.model.quantized_weights import unquantized
 from megatron_anymal.model.unsharded_weights import list_weights
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.optim import learning_rate

@@ -14,6 +14,8 @@ from megatron_anymal.installed import apex_kind, is_importable, version_of
 
 # Lowest compute capability of GPUs with FP8 (Ada, Hopper) and bf16 (Ampere) matrix products.
 _FP8_CAPABILITY = (8, 9)
+# Of GPUs whose products take scales of blocks: MXFP8 and NVFP4 (Blackwell).
+_BLOCK_SCALING_CAPABILITY = (10, 0)
 _BF16_CAPABILITY = (8, 0)
 
 
@@ -99,6 +101,9 @@ def compute_dtype(precision: str) -> torch.dtype:
 def transformer_impl(model: ModelConfig) -> Literal["local", "transformer_engine"]:
     """Implementation of the Llama's layers; "auto" selects Transformer Engine if it can run."""
     wanted = model.transformer_impl
+    if wanted == "auto" and model.base_quantization:
+        # Transformer Engine's layers do not compute with NF4 weights.
+        return "local"
     if wanted == "auto":
         engine, _ = _transformer_engine(torch.cuda.is_available())
         return "transformer_engine" if engine else "local"
@@ -149,8 +154,10 @@ def check_backend(model: ModelConfig, precision: str) -> None:
             f"trainer.precision=bf16 needs compute capability 8.0 or later; the GPUs here have "
             f"{_shown(found.compute_capability)}. Set trainer.precision=32."
         )
-    if model.fp8:
-        _check_fp8(model, precision, found)
+    if model.fp8 or model.fp4:
+        _check_narrow_products(model, precision, found)
+    if model.base_quantization:
+        _check_bitsandbytes()
     if model.dpo.share_prompt == "always" and transformer_impl(model) == "transformer_engine":
         raise ConfigError(
             "model.dpo.share_prompt=always: Transformer Engine's attention cannot give one prompt to two answers. Set "
@@ -186,10 +193,11 @@ def _check_attention(model: ModelConfig, precision: str, found: Capabilities) ->
         raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, or model.attention=auto.")
 
 
-def _check_fp8(model: ModelConfig, precision: str, found: Capabilities) -> None:
-    key = f"model.fp8={model.fp8}"
-    alternative = "or set model.fp8=''"
-    # Without Transformer Engine megatron-core silently ignores fp8.
+def _check_narrow_products(model: ModelConfig, precision: str, found: Capabilities) -> None:
+    """Check what products in FP8 or NVFP4 need."""
+    key = f"model.fp8={model.fp8}" if model.fp8 else f"model.fp4={model.fp4}"
+    alternative = f"or set {key.partition('=')[0]}=''"
+    # Without Transformer Engine megatron-core silently ignores fp8 and fp4.
     if not found.transformer_engine:
         raise ConfigError(
             f"{key} needs Transformer Engine, which cannot run here: {found.transformer_engine_problem}. "
@@ -197,13 +205,45 @@ def _check_fp8(model: ModelConfig, precision: str, found: Capabilities) -> None:
         )
     if model.transformer_impl == "local":
         raise ConfigError(f"{key} has no effect with model.transformer_impl=local. Set that to auto, {alternative}.")
-    if not found.fp8:
+    if model.fp4:
+        _check_block_scaling(key, "NVFP4", f"Use such a GPU, {alternative}.", found)
+    elif model.fp8_recipe == "mxfp8":
+        fix = "Use such a GPU, or set model.fp8_recipe=tensorwise."
+        _check_block_scaling("model.fp8_recipe=mxfp8", "MXFP8", fix, found)
+    elif not found.fp8:
         raise ConfigError(
             f"{key} needs a GPU with FP8 (compute capability 8.9: Ada, Hopper or later); here it is "
             f"{_shown(found.compute_capability)}. Use such a GPU, {alternative}."
         )
     if precision != "bf16":
         raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, {alternative}.")
+
+
+def _check_block_scaling(key: str, name: str, fix: str, found: Capabilities) -> None:
+    """Check that all GPUs and Transformer Engine compute in MXFP8 or NVFP4."""
+    capability = found.compute_capability
+    if capability is None or capability < _BLOCK_SCALING_CAPABILITY:
+        raise ConfigError(
+            f"{key} needs a GPU with {name} (compute capability 10.0: Blackwell); here it is {_shown(capability)}. "
+            f"{fix}"
+        )
+    engine = importlib.import_module("transformer_engine.pytorch")
+    available, reason = getattr(engine, f"is_{name.lower()}_available")(return_reason=True)
+    if not available:
+        raise ConfigError(f"{key} is refused by Transformer Engine {found.transformer_engine}: {reason} {fix}")
+
+
+def _check_bitsandbytes() -> None:
+    install = "Install it with `pip install -e '.[nf4]'`, or set model.base_quantization=''."
+    if not is_importable("bitsandbytes"):
+        raise ConfigError(f"model.base_quantization=nf4 needs bitsandbytes, which is not installed. {install}")
+    try:
+        importlib.import_module("bitsandbytes.functional")
+    except Exception as error:  # A build for another torch or CUDA fails in many ways.
+        raise ConfigError(
+            f"model.base_quantization=nf4 needs bitsandbytes, which does not import here ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}). {install}"
+        ) from error
 
 
 def _transformer_engine(has_cuda: bool) -> tuple[str, str]:

@@ -18,8 +18,8 @@ from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.prompt_encoder import PromptReader
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.fp8_weights import leave_out_fp8
 from megatron_anymal.model.lora import merge_lora
+from megatron_anymal.model.quantized_weights import leave_out_quantization
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build_inputs
 from megatron_anymal.train.device_prefetch import to_device
@@ -65,6 +65,8 @@ class NativeModel:
             merge_lora([native])
         # Encoders and base were rounded to the run's dtype above; the comparison itself runs in fp32.
         self._model = native.float().eval().requires_grad_(False)
+        # Features become soft tokens in this dtype.
+        self._model.config.params_dtype = torch.float32
 
     @torch.no_grad()
     def run(self, sample: VerificationSample) -> dict[str, Any]:
@@ -88,7 +90,7 @@ def _on_one_process(config: RunConfig) -> RunConfig:
     config = copy.deepcopy(config)
     config.trainer.num_nodes = config.trainer.devices = 1
     model = config.model
-    leave_out_fp8(model)
+    leave_out_quantization(model)
     model.tensor_model_parallel_size = model.pipeline_model_parallel_size = model.context_parallel_size = 1
     model.virtual_pipeline_model_parallel_size, model.sequence_parallel = 1, False
     model.num_layers_in_first_pipeline_stage = model.num_layers_in_last_pipeline_stage = 0

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.fp4_utils import get_fp4_recipe
 from megatron.core.fp8_utils import get_fp8_recipe
 from torch import Tensor, nn
 
@@ -49,7 +50,12 @@ def set_scaling(models: Sequence[nn.Module], loaded: Mapping[str, Any]) -> None:
                 "scaling out."
             )
         if state:
-            module.set_extra_state(_pickled({**state, _RECIPE: get_fp8_recipe(module.config)}))
+            module.set_extra_state(_pickled({**state, _RECIPE: _recipe(module.config)}))
+
+
+def _recipe(config: Any) -> Any:
+    """Transformer Engine's recipe of a module's TransformerConfig."""
+    return get_fp4_recipe(config) if config.fp4 else get_fp8_recipe(config)
 
 
 def _data(state: Tensor) -> dict[str, Any]:

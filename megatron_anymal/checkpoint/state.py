@@ -19,8 +19,8 @@ from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weigh
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import LoraConfig, ModalityConfig
-from megatron_anymal.model.fp8_weights import is_quantized
 from megatron_anymal.model.hf_llama import checkpoint_place
+from megatron_anymal.model.quantized_weights import is_quantized
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
 

@@ -12,7 +12,7 @@ from megatron_anymal.config.data_section import (
     shows_credentials,
 )
 from megatron_anymal.config.model_section import (
-    FP8_MULTIPLE,
+    NF4_BLOCK,
     DiscreteConfig,
     DistributedDataParallelConfig,
     DpoConfig,
@@ -47,7 +47,7 @@ __all__ = [
     "DpoConfig",
     "EncoderConfig",
     "ExpManagerConfig",
-    "FP8_MULTIPLE",
+    "NF4_BLOCK",
     "FeatureCacheConfig",
     "LanguageModelConfig",
     "LimitsConfig",

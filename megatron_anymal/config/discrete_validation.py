@@ -58,11 +58,12 @@ def _check_rows(job: str, model: ModelConfig) -> None:
             f"The job dpo trains the adapters only, so that its reference has the same embedding and head: "
             f"model.discrete_rows={rows} would train them. Set model.discrete_rows=none."
         )
-    if model.fp8:
-        raise ConfigError(
-            f"model.fp8={model.fp8} has not been tested with model.discrete. Set model.fp8='', or remove "
-            "model.discrete."
-        )
+    for key in ("fp8", "fp4"):
+        if getattr(model, key):
+            raise ConfigError(
+                f"model.{key}={getattr(model, key)} has not been tested with model.discrete. Set model.{key}='', or "
+                "remove model.discrete."
+            )
 
 
 def _check_section(model: ModelConfig, name: str, section: DiscreteConfig) -> None:

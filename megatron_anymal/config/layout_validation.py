@@ -17,6 +17,7 @@ def check_layout(config: RunConfig) -> None:
     _check_encoder_placement(config.model)
     _check_recompute(config.model)
     _check_fp8(config.model)
+    _check_base_quantization(config.model)
 
 
 def _check_parallel_sizes(config: RunConfig) -> None:
@@ -124,8 +125,44 @@ def _check_fp8(model: ModelConfig) -> None:
             "model.fp8_recipe and model.fp8_primary_weights have no effect without model.fp8. Set it to hybrid or "
             "e4m3, or remove them."
         )
+    if model.fp8 and model.fp4:
+        raise ConfigError(
+            f"model.fp8={model.fp8} and model.fp4={model.fp4} exclude each other: a product has one format. Set one of "
+            "them to ''."
+        )
+    if model.fp8_primary_weights and model.fp8_recipe == "mxfp8":
+        raise ConfigError(
+            "model.fp8_primary_weights=true does not save memory with model.fp8_recipe=mxfp8: the backward pass needs "
+            "a second copy, scaled along the other dimension, which cannot be made from the first. Together they take "
+            "2.06 bytes per parameter, more than bf16. Set model.fp8_primary_weights=false, or "
+            "model.fp8_recipe=tensorwise."
+        )
     if model.fp8_primary_weights and not model.language_model.freeze:
         raise ConfigError(
             "model.fp8_primary_weights=true needs a frozen Llama, but model.language_model.freeze=false: updates are "
             "smaller than the spacing of FP8 numbers. Change one of them."
+        )
+
+
+def _check_base_quantization(model: ModelConfig) -> None:
+    name = model.base_quantization
+    if not name:
+        return
+    if not model.language_model.freeze:
+        raise ConfigError(
+            f"model.base_quantization={name} needs a frozen Llama, but model.language_model.freeze=false: updates are "
+            "smaller than the spacing of 4-bit numbers. Set that to true, and model.lora.r to train adapters; or set "
+            "model.base_quantization=''."
+        )
+    if model.fp8 or model.fp4:
+        other = f"model.fp8={model.fp8}" if model.fp8 else f"model.fp4={model.fp4}"
+        raise ConfigError(
+            f"model.base_quantization={name} and {other} exclude each other: FP8 and NVFP4 need Transformer Engine's "
+            "layers, which do not compute with NF4 weights. Set one of them to ''."
+        )
+    if model.transformer_impl == "transformer_engine":
+        raise ConfigError(
+            f"model.base_quantization={name} needs megatron-core's own layers: those of "
+            "model.transformer_impl=transformer_engine do not compute with NF4 weights. Set that to auto, or "
+            "model.base_quantization=''."
         )

@@ -7,8 +7,10 @@ from typing import Any
 
 from megatron_anymal.config.field_docs import add_field_docs
 
-# FP8 matrix dimensions must be multiples of this (Transformer Engine).
-FP8_MULTIPLE = 16
+# FP8 and NVFP4 matrix dimensions must be multiples of the first, MXFP8's of the second (Transformer Engine).
+FP8_MULTIPLE, MXFP8_MULTIPLE = 16, 32
+# Elements that share a scale in NF4: consecutive ones of a matrix's row.
+NF4_BLOCK = 64
 
 
 @dataclass
@@ -276,9 +278,16 @@ class ModelConfig:
     fp8: str = ""
     """`""` (off), `hybrid` or `e4m3`; needs Transformer Engine and a GPU with FP8."""
     fp8_recipe: str = "tensorwise"
-    """FP8 scaling: `tensorwise` (current scaling) or `delayed` (from an amax history, which checkpoints then hold)."""
+    """FP8 scaling: `tensorwise` (current scaling), `delayed` (from an amax history, which checkpoints then hold), or
+    `mxfp8` (a scale for each 32 elements; needs a Blackwell GPU)."""
     fp8_primary_weights: bool = False
     """Store the frozen Llama's matrices in FP8 only, one byte per parameter."""
+    fp4: str = ""
+    """`""` (off) or `e2m1`: matrix products in NVFP4, a scale for each 16 elements; needs Transformer Engine and a
+    Blackwell GPU. Instead of fp8."""
+    base_quantization: str = ""
+    """`""` (off) or `nf4`: store the frozen Llama's matrices in NF4 (QLoRA), 0.5625 bytes per parameter, and compute in
+    trainer.precision. Needs bitsandbytes and local layers."""
 
     seed: int = 1234
     """Seed of initialization, data order, dropout and noise."""
@@ -294,6 +303,13 @@ class ModelConfig:
     def model_parallel_size(self) -> int:
         """Processes that hold one replica of the model."""
         return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def product_multiple(self) -> int:
+        """What the dimensions of the Llama's matrix products must be multiples of, for their number format."""
+        if self.fp8 and self.fp8_recipe == "mxfp8":
+            return MXFP8_MULTIPLE
+        return FP8_MULTIPLE if self.fp8 or self.fp4 else 1
 
 
 add_field_docs(__name__)

@@ -18,7 +18,6 @@ from typing import Optional
 import numpy as np
 
 from megatron_anymal.config import (
-    FP8_MULTIPLE,
     DatasetConfig,
     DiscreteConfig,
     LimitsConfig,
@@ -90,11 +89,11 @@ class BatchLayout:
 def length_multiple(model: ModelConfig) -> int:
     """The number that a micro-batch's length must be a multiple of.
 
-    Context and sequence parallelism split the length evenly, and FP8 matrix products need a multiple of 16 tokens on
-    each rank.
+    Context and sequence parallelism split the length evenly, and matrix products in FP8 or NVFP4 need a multiple of 16
+    or 32 tokens on each rank.
     """
     ranks = model.tensor_model_parallel_size if model.sequence_parallel else 1
-    return document_multiple(model.context_parallel_size) * ranks * (FP8_MULTIPLE if model.fp8 else 1)
+    return document_multiple(model.context_parallel_size) * ranks * model.product_multiple
 
 
 class BatchPlanner:

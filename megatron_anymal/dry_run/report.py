@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_anymal.config import RunConfig
+from megatron_anymal.config import ModelConfig, RunConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.mix_stages import mean_shares, stage_lines
 from megatron_anymal.data.planner import BatchLayout
@@ -72,10 +72,18 @@ def _job(config: RunConfig) -> str:
             "packs",
             f"at most {longest:,} tokens; {layout.micro_batch_size} per micro-batch, a multiple of {multiple} per step",
         ),
-        ("precision", config.trainer.precision + (f", FP8 {model.fp8}" if model.fp8 else "")),
+        ("precision", config.trainer.precision + _formats(model)),
         ("recompute", "auto" if model.recompute_granularity == "auto" else str(configured(model))),
     ]
     return _table(rows, left=2)
+
+
+def _formats(model: ModelConfig) -> str:
+    """Name the formats of the Llama's matrices and products, if they differ from the precision."""
+    products = ", NVFP4" if model.fp4 else ""
+    if model.fp8:
+        products = f", {'MXFP8' if model.fp8_recipe == 'mxfp8' else 'FP8'} {model.fp8}"
+    return products + (f", the Llama's matrices in {model.base_quantization.upper()}" * bool(model.base_quantization))
 
 
 def _quotient(samples: int, replicas: int) -> str:

@@ -35,9 +35,9 @@ from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import assemble
 from megatron_anymal.model.llama import check_model
-from megatron_anymal.model.llama_shape import read_llama_config
+from megatron_anymal.model.llama_shape import check_sizes, read_llama_config
 from megatron_anymal.model.memory.recompute import Choice, choose, configured, judge, planned_attention
-from megatron_anymal.model.memory.run_sizes import optimizer_bytes
+from megatron_anymal.model.memory.run_sizes import matrix_bytes, optimizer_bytes
 from megatron_anymal.model.meta_device import on_meta, without_weights
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
 from megatron_anymal.parallel import ParallelLayout, make_groups, shutdown
@@ -170,6 +170,8 @@ def examine(config: RunConfig) -> DryRun:
         backend.check_backend(config.model, precision)
     except ConfigError as error:
         result.notes.append(f"this machine cannot run it: {error}")
+    # `buildable` has no number formats, which have requirements of their own.
+    check_sizes(assumed, hf)
     buildable = without_weights(assumed)
     check_model(buildable, precision, hf)
     _look_around(result, hf, modalities)
@@ -279,7 +281,7 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
                 besides=(*["embedding"] * model.pre_process, *media, *["head"] * model.post_process),
                 parameters=sum(p.numel() for p in local),
                 trainable=sum(p.numel() for p in local if p.requires_grad),
-                weight_bytes=sum(_bytes_of(weight, config.model.fp8_primary_weights) for weight in weights),
+                weight_bytes=sum(_bytes_of(weight, config.model) for weight in weights),
             )
         )
         found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
@@ -311,12 +313,12 @@ def _with_encoders(chunk: ChunkSize, weights: Mapping[str, tuple[int, bool]], dt
     )
 
 
-def _bytes_of(weight: Weight, fp8_primary_weights: bool) -> int:
+def _bytes_of(weight: Weight, model: ModelConfig) -> int:
     """Bytes of a rank's shard of a weight."""
     parameter = weight.parameter
     in_layer = weight.name.startswith("language_model.decoder.layers.") and ".lora." not in weight.name
-    quantized = fp8_primary_weights and in_layer and parameter.dim() == 2
-    return parameter.numel() * (1 if quantized else parameter.element_size())
+    size = parameter.element_size()
+    return int(parameter.numel() * (matrix_bytes(model, size) if in_layer and parameter.dim() == 2 else size))
 
 
 def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:

@@ -46,8 +46,8 @@ from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.fp8_weights import leave_out_fp8
 from megatron_anymal.model.key_value_cache import KeyValueCache
+from megatron_anymal.model.quantized_weights import leave_out_quantization
 from megatron_anymal.parallel import ParallelLayout, initialize
 from megatron_anymal.train.build import build_inputs, check_vocabulary
 from megatron_anymal.train.device_prefetch import to_device
@@ -142,7 +142,7 @@ class NativeGenerator(Generator):
         config.model.pipeline_model_parallel_size = stages
         config.model.tensor_model_parallel_size = tensor_size or max(1, world // stages)
         config.model.sequence_parallel = False
-        leave_out_fp8(config.model)
+        leave_out_quantization(config.model)
         config.model.num_layers_in_first_pipeline_stage = config.model.num_layers_in_last_pipeline_stage = 0
         config.model.context_parallel_size = config.model.virtual_pipeline_model_parallel_size = 1
         model_size = config.model.tensor_model_parallel_size * stages

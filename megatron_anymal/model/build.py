@@ -85,7 +85,7 @@ def assemble(
     chunks = model.virtual_pipeline_model_parallel_size
     models = []
     for vp_stage in range(chunks) if chunks > 1 else [None]:
-        gpt = build_gpt(hf, transformer, backend.transformer_impl(model), vp_stage)
+        gpt = build_gpt(hf, transformer, backend.transformer_impl(model), vp_stage, model.base_quantization)
         encoders, projectors = _media_parts(model, transformer, modalities) if gpt.pre_process else ({}, {})
         attention = backend.attention_kernel(model, precision)
         chunk = AnyMALModel(

@@ -22,6 +22,7 @@ from megatron_anymal.model.attention import PackedAttention
 from megatron_anymal.model.compiled_ops import rms_norm
 from megatron_anymal.model.fp8_weights import building, drop_transposes
 from megatron_anymal.model.llama_shape import check_sizes
+from megatron_anymal.model.nf4_weights import NF4Layer
 from megatron_anymal.model.output_positions import select_output
 from megatron_anymal.model.unsharded_weights import leave_unset
 
@@ -85,12 +86,6 @@ def transformer_config(model: ModelConfig, precision: str, hf: LlamaConfig) -> T
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        fp8=model.fp8 or None,
-        fp8_recipe=model.fp8_recipe,
-        fp8_param=model.fp8_primary_weights,
-        # The usual history of delayed scaling; other recipes ignore it.
-        fp8_amax_history_len=1024,
-        fp8_amax_compute_algo="max",
         # The step's loss is already a mean over the batch's target tokens: megatron-core must not average again.
         calculate_per_token_loss=True,
         init_method=leave_unset,
@@ -101,8 +96,22 @@ def transformer_config(model: ModelConfig, precision: str, hf: LlamaConfig) -> T
         bias_activation_fusion=True,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
+        **_product_settings(model),
         **_recompute_settings(model),
     )
+
+
+def _product_settings(model: ModelConfig) -> dict[str, Any]:
+    """Return megatron-core's settings for matrix products in FP8, MXFP8 or NVFP4."""
+    return {
+        "fp8": model.fp8 or None,
+        "fp8_recipe": model.fp8_recipe,
+        "fp8_param": model.fp8_primary_weights,
+        # The usual history of delayed scaling; other recipes ignore it.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "fp4": model.fp4 or None,
+    }
 
 
 def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
@@ -119,7 +128,11 @@ def _recompute_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def build_gpt(
-    hf: LlamaConfig, transformer: TransformerConfig, implementation: str, vp_stage: Optional[int] = None
+    hf: LlamaConfig,
+    transformer: TransformerConfig,
+    implementation: str,
+    vp_stage: Optional[int] = None,
+    base_quantization: str = "",
 ) -> GPTModel:
     """Build this pipeline stage's part of the Llama, with its weights not yet set.
 
@@ -129,13 +142,14 @@ def build_gpt(
     Args:
         implementation: "local" or "transformer_engine".
         vp_stage: index of the virtual pipeline chunk; None without a virtual pipeline.
+        base_quantization: `model.base_quantization`; local layers only.
     """
     virtual: dict[str, Any] = {"ignore_virtual": False, "vp_stage": vp_stage}
     ranks = transformer.tensor_model_parallel_size
     with building(transformer):
         model = GPTModel(
             transformer,
-            _layer_specs(transformer, implementation, vp_stage),
+            _layer_specs(transformer, implementation, vp_stage, base_quantization),
             vocab_size=-(-hf.vocab_size // ranks) * ranks,
             max_sequence_length=hf.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**virtual),
@@ -155,7 +169,7 @@ def build_gpt(
 
 
 def _layer_specs(
-    transformer: TransformerConfig, implementation: str, vp_stage: Optional[int]
+    transformer: TransformerConfig, implementation: str, vp_stage: Optional[int], base_quantization: str
 ) -> ModuleSpec | TransformerBlockSubmodules:
     if implementation == "transformer_engine":
         from megatron_anymal.model.transformer_engine import layer_spec
@@ -164,6 +178,8 @@ def _layer_specs(
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    if base_quantization:
+        spec.module = NF4Layer
     layers = get_num_layers_to_build(transformer, vp_stage)
     return TransformerBlockSubmodules(layer_specs=[spec] * layers, layer_norm=RMSNorm)
 

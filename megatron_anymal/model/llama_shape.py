@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
-from megatron_anymal.config import FP8_MULTIPLE, ConfigError, LanguageModelConfig, ModelConfig
+from megatron_anymal.config import NF4_BLOCK, ConfigError, LanguageModelConfig, ModelConfig
 
 _ROPE_TYPES = ("default", "llama3", "linear")
 
@@ -70,8 +70,10 @@ def check_sizes(model: ModelConfig, hf: LlamaConfig) -> None:
             raise ConfigError(
                 f"model.tensor_model_parallel_size={ranks} does not divide the Llama's {name}={getattr(hf, name)}."
             )
-    if model.fp8:
-        _check_fp8_sizes(hf, ranks)
+    if model.fp8 or model.fp4:
+        _check_product_sizes(model, hf, ranks)
+    if model.base_quantization:
+        _check_nf4_sizes(hf, ranks)
     stages, chunks = model.pipeline_model_parallel_size, model.virtual_pipeline_model_parallel_size
     for number, layers in enumerate(layers_of_stages(model, hf)):
         if layers % chunks:
@@ -88,8 +90,9 @@ def check_sizes(model: ModelConfig, hf: LlamaConfig) -> None:
             )
 
 
-def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
-    heads, groups = hf.num_attention_heads, hf.num_key_value_heads
+def _check_product_sizes(model: ModelConfig, hf: LlamaConfig, ranks: int) -> None:
+    heads, groups, multiple = hf.num_attention_heads, hf.num_key_value_heads, model.product_multiple
+    key, name_of_format = ("fp8", "FP8") if model.fp8 else ("fp4", "NVFP4")
     sizes = {
         "hidden_size": hf.hidden_size,
         "intermediate_size": hf.intermediate_size // ranks,
@@ -97,11 +100,27 @@ def _check_fp8_sizes(hf: LlamaConfig, ranks: int) -> None:
         "(num_attention_heads + 2 x num_key_value_heads) x head_dim": (heads + 2 * groups) * hf.head_dim // ranks,
     }
     for name, size in sizes.items():
-        if size % FP8_MULTIPLE:
+        if size % multiple:
             raise ConfigError(
-                f"model.fp8: the Llama's {name} is {size} on each of {ranks} tensor-parallel rank(s), but FP8 matrix "
-                f"products need a multiple of {FP8_MULTIPLE}. Lower model.tensor_model_parallel_size, or set "
-                "model.fp8=''."
+                f"model.{key}: the Llama's {name} is {size} on each of {ranks} tensor-parallel rank(s), but "
+                f"{name_of_format} matrix products need a multiple of {multiple}. Lower "
+                f"model.tensor_model_parallel_size, or set model.{key}=''."
+            )
+
+
+def _check_nf4_sizes(hf: LlamaConfig, ranks: int) -> None:
+    """Refuse rows that tensor parallelism would split within a block: their values would depend on the layout."""
+    rows = {
+        "hidden_size": hf.hidden_size,
+        "num_attention_heads x head_dim": hf.num_attention_heads * hf.head_dim // ranks,
+        "intermediate_size": hf.intermediate_size // ranks,
+    }
+    for name, size in rows.items():
+        if size % NF4_BLOCK:
+            raise ConfigError(
+                f"model.base_quantization=nf4: the Llama's {name} is {size} on each of {ranks} tensor-parallel "
+                f"rank(s), which is not a multiple of {NF4_BLOCK}, the elements that share a scale. Lower "
+                "model.tensor_model_parallel_size, or set model.base_quantization=''."
             )
 
 

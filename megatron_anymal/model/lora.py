@@ -38,9 +38,9 @@ from torch import Tensor, nn
 
 from megatron_anymal.config import ConfigError, LoraConfig
 from megatron_anymal.data.global_order import mix64
-from megatron_anymal.model.fp8_weights import unquantized
 from megatron_anymal.model.lora_targets import PROJECTIONS, is_target, short_name
 from megatron_anymal.model.neftune import GOLDEN, scramble, signed
+from megatron_anymal.model.quantized_weights import unquantized
 from megatron_anymal.model.unsharded_weights import list_weights
 
 _COLUMN_PARALLEL = ("self_attention.linear_qkv", "mlp.linear_fc1")

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from megatron_anymal.config import EncoderConfig, ModelConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, read_folder, transformers_config
+from megatron_anymal.model.quantized_weights import leave_out_quantization
 
 _META = torch.device("meta")
 
@@ -24,7 +25,8 @@ def without_weights(model: ModelConfig) -> ModelConfig:
         ConfigError: a folder is incomplete or of the wrong kind.
     """
     model = copy.deepcopy(model)
-    model.transformer_impl, model.fp8, model.fp8_recipe, model.fp8_primary_weights = "local", "", "tensorwise", False
+    leave_out_quantization(model)
+    model.transformer_impl = "local"
     for section in model.modalities.values():
         encoder = section.encoder
         shape = _encoder_shape(encoder) if encoder.path else {}

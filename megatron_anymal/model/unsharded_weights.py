@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_anymal.model.fp8_weights import is_quantized, remember_source, source_of, unquantized
+from megatron_anymal.model.quantized_weights import is_quantized, remember_source, source_of, unquantized
 from megatron_anymal.safetensors_io import raw_bytes
 
 _CPU = torch.device("cpu")

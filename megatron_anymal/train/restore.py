@@ -109,6 +109,8 @@ def read_reference(state: TrainState, base_hash: str, run_dir: Path, say: Say) -
     reference_hash = hashlib.sha256(json.dumps(manifest.files, sort_keys=True).encode()).hexdigest()
     keep_reference(state.models)
     kept = run_dir / "reference" if config.model.dpo.reference == "cached" else None
-    identity = [reference_hash, manifest.base_hash, config.trainer.precision]
+    # The base hash is that of the unquantized base.
+    formats = f"{config.trainer.precision} {config.model.base_quantization}".strip()
+    identity = [reference_hash, manifest.base_hash, formats]
     state.reference = ReferenceAnswers(kept, identity, state.layout.device)
     return reference_hash

@@ -15,7 +15,7 @@ from tiny import make_config
 
 from megatron_anymal import backend
 from megatron_anymal.config import RunConfig
-from megatron_anymal.model.fp8_weights import is_quantized
+from megatron_anymal.model.quantized_weights import is_quantized
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 

@@ -16,8 +16,8 @@ from tiny import LLAMA, make_config
 from benchmarks.measuring import PeakMemory, storages, stored_bytes
 from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.model import unsharded_weights
-from megatron_anymal.model.fp8_weights import is_quantized, stored_tensors
 from megatron_anymal.model.lora import merge_lora, merged_weights
+from megatron_anymal.model.quantized_weights import is_quantized, stored_tensors
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights, load_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build

@@ -92,7 +92,7 @@ def test_attention_repeats_unless_told_otherwise(set_to: str | None, repeats: bo
 
 
 def quantized(recipe: str) -> tuple[Described, Described, list[str], set[str], set[bool]]:
-    from megatron_anymal.model.fp8_weights import is_quantized
+    from megatron_anymal.model.quantized_weights import is_quantized
 
     config = join(1)
     plain = llama(config, "local")

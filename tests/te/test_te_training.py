@@ -23,7 +23,7 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import LoraConfig, RunConfig
 from megatron_anymal.data.loader import steps
-from megatron_anymal.model.fp8_weights import is_quantized
+from megatron_anymal.model.quantized_weights import is_quantized
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.loop import fit

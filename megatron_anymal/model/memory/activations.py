@@ -127,6 +127,8 @@ def working(llama: LlamaSizes, pack: Pack, layers: Sequence[int], recompute: Rec
         kept = _kept_in_total(llama, pack, layers[0]), _kept_in_total(llama, pack, layers[0], recompute.modules)
         recomputed = max(0, kept[0] - kept[1])
     gradients = e * pack.tokens * (3 * ffn + 2 * llama.hidden)
+    if llama.dequantizes:
+        gradients += e * max(llama.inputs(linear) * sum(llama.outputs(linear).values()) for linear in LINEARS)
     vocabulary = (llama.vocabulary + llama.added) // llama.tensor
     head = HEAD_BYTES * min(HEAD_CHUNK, pack.labels * vocabulary) if last else 0
     trained = max(llama.vocabulary_trains * llama.vocabulary, llama.added_trains * llama.added) // llama.tensor

@@ -43,7 +43,7 @@ def peak(stage: int, stages: int, micro_batches: int, parts: Sequence[int]) -> t
 class Held:
     """Memory use of one rank, in bytes."""
 
-    # Weights, including a reference's adapters and copies for FP8 products.
+    # Weights, including a reference's adapters and copies for products in FP8 or NVFP4.
     weights: int
     # fp32 gradients.
     gradients: int
@@ -98,7 +98,7 @@ def held(run: RunSizes, stage: int, recompute: Recompute) -> Held:
         for chunk in chunks
     ]
     return Held(
-        weights=llama.number * (frozen + trainable + copies) + (llama.matrix_number - llama.number) * matrices,
+        weights=llama.number * (frozen + trainable + copies) + int((llama.matrix_number - llama.number) * matrices),
         gradients=4 * trainable,
         optimizer=-(-run.optimizer_bytes * trainable // run.sharers),
         activations=activations,

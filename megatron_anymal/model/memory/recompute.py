@@ -163,4 +163,4 @@ def _held(run: RunSizes, recompute: Recompute) -> tuple[Held, ...]:
 
 def planned_attention(model: ModelConfig) -> str:
     """Return the attention kernel that a run on GPUs with all optional packages would use."""
-    return "transformer_engine" if model.transformer_impl != "local" else "flash_attn"
+    return "flash_attn" if model.transformer_impl == "local" or model.base_quantization else "transformer_engine"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from transformers import LlamaConfig
 
-from megatron_anymal.config import ModalityConfig, ModelConfig
+from megatron_anymal.config import NF4_BLOCK, ModalityConfig, ModelConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.planner import BatchLayout
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
@@ -71,6 +71,28 @@ def optimizer_bytes(number: int) -> int:
     return 12 if number == 2 else 8
 
 
+def matrix_bytes(model: ModelConfig, number: int) -> float:
+    """Bytes per element in which the matrices of the Llama's layers are stored.
+
+    Args:
+        number: bytes per element of the model's other weights.
+    """
+    if model.base_quantization:
+        # Half a byte, and an fp32 scale for each block.
+        return 0.5 + 4 / NF4_BLOCK
+    return 1 if model.fp8_primary_weights else number
+
+
+def _copies(model: ModelConfig) -> float:
+    """Bytes per element of the copies of the layers' matrices that are made for products in FP8 or NVFP4: one for the
+    forward and one for the backward pass, with the scales of blocks of 32 or 16 elements."""
+    if model.fp4:
+        return 2 * (0.5 + 1 / 16)
+    if not model.fp8 or model.fp8_primary_weights:
+        return 0
+    return 2 * (1 + 1 / 32) if model.fp8_recipe == "mxfp8" else 2
+
+
 def llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, *, attention: str, on_cpu: bool) -> LlamaSizes:
     """Return the Llama's sizes on one rank.
 
@@ -97,7 +119,8 @@ def llama_sizes(model: ModelConfig, precision: str, hf: LlamaConfig, *, attentio
         context=model.context_parallel_size,
         sequence_parallel=model.sequence_parallel,
         number=number,
-        matrix_number=1 if model.fp8_primary_weights else number + (2 if model.fp8 else 0),
+        matrix_number=matrix_bytes(model, number) + _copies(model),
+        dequantizes=bool(model.base_quantization),
         trains=not model.language_model.freeze,
         attention=attention,
         on_cpu=on_cpu,

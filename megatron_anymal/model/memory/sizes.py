@@ -74,7 +74,9 @@ class LlamaSizes:
         context: context-parallel size.
         sequence_parallel: whether norms and residuals are split over the tensor-parallel ranks.
         number: bytes per element.
-        matrix_number: bytes per element of the layers' matrices, including copies made for FP8 products.
+        matrix_number: bytes per element of the layers' matrices, including copies made for products in FP8 or NVFP4.
+        dequantizes: whether a linear layer's products need a temporary copy of its matrix, of `number` bytes per
+            element.
         trains: whether the Llama's own weights train.
         lora_r: rank of the adapters; 0 without LoRA.
         lora_dropout: whether the adapters' inputs are dropped out.
@@ -98,7 +100,8 @@ class LlamaSizes:
     trains: bool
     attention: str
     on_cpu: bool
-    matrix_number: int
+    matrix_number: float
+    dequantizes: bool = False
     added: int = 0
     rows: str = "all"
     lora_r: int = 0

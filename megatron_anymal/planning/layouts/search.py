@@ -115,7 +115,9 @@ class Problem:
     def computes_fp8(self) -> bool:
         """Whether layouts in FP8 are possible: the GPU, Transformer Engine's layers and bf16."""
         model = self.config.model
-        return self.gpu.fp8_tflops > 0 and model.transformer_impl != "local" and self.config.trainer.precision == "bf16"
+        if model.transformer_impl == "local" or model.base_quantization:
+            return False
+        return self.gpu.fp8_tflops > 0 and self.config.trainer.precision == "bf16"
 
     def layouts(self, kept: Collection[str] = ()) -> list[Layout]:
         """Return all layouts that the checks allow.
@@ -124,12 +126,17 @@ class Problem:
             kept: keys of `model` that stay as configured.
 
         Raises:
-            ConfigError: the configuration computes in FP8, which the GPU cannot.
+            ConfigError: the configuration computes in FP8, which the GPU cannot, or in NVFP4.
         """
         if self.config.model.fp8 and not self.gpu.fp8_tflops:
             raise ConfigError(
                 f"model.fp8={self.config.model.fp8}, but {self.gpu.name} has no FP8 rate. Set model.fp8='' "
                 "model.fp8_primary_weights=false, or name another --gpu."
+            )
+        if self.config.model.fp4:
+            raise ConfigError(
+                f"model.fp4={self.config.model.fp4}: no rate of NVFP4 products is known for {self.gpu.name}. Set "
+                "model.fp4='' to plan in bf16 or FP8."
             )
         return allowed_layouts(self.config, self.hf, kept, fp8=self.computes_fp8)
 

@@ -22,7 +22,7 @@ class Scaled(nn.Linear):
     def __init__(self) -> None:
         super().__init__(2, 2)
         self.fp8_meta: dict[str, Any] = {}
-        self.config, self.state = None, {"recipe": Scaled, "scale_fwd": torch.tensor([2.0])}
+        self.config, self.state = SimpleNamespace(fp4=None), {"recipe": Scaled, "scale_fwd": torch.tensor([2.0])}
 
     def get_extra_state(self) -> Tensor:
         return torch.frombuffer(bytearray(pickle.dumps(self.state)), dtype=torch.uint8)
@@ -38,6 +38,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(fp8_scaling, "whole_name", lambda model, name: name)
     monkeypatch.setattr(fp8_scaling, "_shard", lambda name, state: state)
     monkeypatch.setattr(fp8_scaling, "get_fp8_recipe", lambda config: "of the run")
+    monkeypatch.setattr(fp8_scaling, "get_fp4_recipe", lambda config: f"of {config.fp4}")
     return model
 
 
@@ -51,6 +52,14 @@ def test_what_is_stored_has_no_recipe_and_what_is_set_has_the_runs(model: Any) -
     module.state = {}
     fp8_scaling.set_scaling([model], stored)
     assert module.state == {"recipe": "of the run", "scale_fwd": torch.tensor([2.0])}
+
+
+def test_a_module_that_computes_in_nvfp4_has_its_recipe(model: Any) -> None:
+    stored = fp8_scaling.sharded_scaling([model])
+    module = model.language_model[0]
+    module.config.fp4 = "e2m1"
+    fp8_scaling.set_scaling([model], stored)
+    assert module.state["recipe"] == "of e2m1"
 
 
 def test_a_module_that_has_not_computed_in_fp8_has_no_state(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

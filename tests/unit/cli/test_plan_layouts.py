@@ -246,6 +246,7 @@ REFUSED = {
     "GPUs that fill no node": (["--gpus=100"], ["--gpus=100", "96 or 104", "--nodes-of"]),
     "no GPUs": (["--gpus=0"], ["--gpus=0", "1 or more"]),
     "data without an index": (["--data=/nowhere"], ["--data=/nowhere", "anymal prepare --index-only"]),
+    "NVFP4, of which no rate is known": (["model.fp4=e2m1"], ["model.fp4=e2m1", "no rate", "model.fp4=''"]),
     "FP8 on a GPU without it": (["--gpu=a100-80gb", "model.fp8=hybrid"], ["model.fp8=hybrid", "A100", "--gpu"]),
     "a key that is not searched": (["--keep=seed"], ["--keep=seed", "tensor_model_parallel_size"]),
     "a folder for --write": (["--write=/nowhere/x.yaml"], ["--write=/nowhere/x.yaml", "no folder"]),

@@ -192,6 +192,7 @@ def set_value(config: RunConfig, key: str, value: object) -> None:
     [
         ("trainer.precision", "fp16", "'32', 'bf16'"),
         ("model.fp8", "e5m2", "'hybrid', 'e4m3'"),
+        ("model.base_quantization", "int8", "'nf4'"),
         ("model.transformer_impl", "te", "'transformer_engine'"),
         ("model.optim.sched.name", "step", "'cosine'"),
         ("data.too_long", "cut", "'refuse', 'drop'"),
@@ -234,6 +235,46 @@ def test_an_interval_between_copies_that_are_off() -> None:
     check(config)
     config.resilience.peer_memory = False
     with pytest.raises(ConfigError, match=r"peer_memory_interval=2 has no effect with resilience\.peer_memory=false"):
+        check(config)
+
+
+def test_one_format_for_products() -> None:
+    config = valid()
+    config.model.fp4 = "e2m1"
+    check(config)
+    config.model.fp8 = "hybrid"
+    with pytest.raises(ConfigError, match=r"model\.fp8=hybrid and model\.fp4=e2m1 exclude each other"):
+        check(config)
+
+
+def test_weights_in_mxfp8_would_take_more_than_in_bf16() -> None:
+    config = valid()
+    config.model.fp8, config.model.fp8_recipe = "e4m3", "mxfp8"
+    check(config)
+    config.model.fp8_primary_weights = True
+    with pytest.raises(ConfigError, match=r"fp8_primary_weights=true does not save memory.*mxfp8.*2\.06 bytes"):
+        check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("model.language_model.freeze", False, r"needs a frozen Llama, but model\.language_model\.freeze=false"),
+        ("model.fp8", "hybrid", r"model\.fp8=hybrid exclude each other"),
+        ("model.fp4", "e2m1", r"model\.fp4=e2m1 exclude each other"),
+        (
+            "model.transformer_impl",
+            "transformer_engine",
+            r"transformer_impl=transformer_engine do not compute with NF4",
+        ),
+    ],
+)
+def test_nf4_is_for_a_frozen_llama_of_local_layers(key: str, value: object, says: str) -> None:
+    config = valid()
+    config.model.base_quantization = "nf4"
+    check(config)
+    set_value(config, key, value)
+    with pytest.raises(ConfigError, match=r"model\.base_quantization=nf4.*" + says):
         check(config)
 
 

@@ -385,6 +385,59 @@ def test_what_this_machine_lacks_is_a_note(tiny: RunConfig) -> None:
     assert note in render(found)
 
 
+def test_a_base_in_nf4_is_counted_by_its_bytes(tiny: RunConfig) -> None:
+    tiny.trainer.precision, tiny.model.recompute_granularity = "bf16", ""
+    tiny.model.language_model.config |= {"hidden_size": 128, "intermediate_size": 256}
+    plain = examine(tiny)
+    tiny.model.base_quantization = "nf4"
+    found = examine(tiny)
+    # q and o, k and v, and the feed-forward's three, of four layers.
+    matrices = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
+    assert plain.stages[0].weight_bytes - found.stages[0].weight_bytes == matrices * (2 - 0.5 - 4 / 64)
+    assert plain.memory is not None and found.memory is not None
+    before, after = (memory.choice.held[0] for memory in (plain.memory, found.memory))
+    assert before.weights - after.weights == matrices * (2 - 0.5 - 4 / 64)
+    # One dequantized matrix at a time: gate and up together are the largest.
+    assert after.working - before.working in (0, 2 * 128 * 512)
+    assert "bf16, the Llama's matrices in NF4" in render(found)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tensor", "says"),
+    [
+        ({"hidden_size": 96}, 1, r"hidden_size is 96 on each of 1 tensor-parallel rank"),
+        ({}, 4, r"num_attention_heads x head_dim is 32 on each of 4 tensor-parallel rank"),
+        ({"intermediate_size": 192}, 2, r"intermediate_size is 96 on each of 2 tensor-parallel rank"),
+    ],
+)
+def test_rows_that_nf4_would_split_are_refused(tiny: RunConfig, sizes: Any, tensor: int, says: str) -> None:
+    tiny.model.language_model.config |= {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_key_value_heads": 4,
+        **sizes,
+    }
+    tiny.model.base_quantization = "nf4"
+    tiny.trainer.devices = tiny.model.tensor_model_parallel_size = tensor
+    with pytest.raises(ConfigError, match=f"base_quantization=nf4: the Llama's {says}.*not a multiple of 64"):
+        examine(tiny)
+
+
+def test_formats_of_products_are_shown_and_counted(tiny: RunConfig) -> None:
+    tiny.trainer.precision = "bf16"
+    tiny.model.language_model.config |= {"hidden_size": 128, "intermediate_size": 256}
+    matrices = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
+    plain = examine(tiny)
+    for keys, shown, copies in (
+        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, "bf16, MXFP8 e4m3", 2 + 2 / 32),
+        ({"fp4": "e2m1"}, "bf16, NVFP4", 1 + 2 / 16),
+    ):
+        found = examine(laid_out(tiny, 1, **keys))
+        assert plain.memory is not None and found.memory is not None and shown in render(found)
+        before, after = (memory.choice.held[0].weights for memory in (plain.memory, found.memory))
+        assert after - before == matrices * copies
+
+
 def test_what_is_not_there_is_listed(tiny: RunConfig, tmp_path: Path, text_shards: str) -> None:
     tiny.data.tokenizer = "nowhere/tokenizer"
     tiny.data.train = {"mix": DatasetConfig("nowhere/mix"), "text": DatasetConfig(text_shards)}

@@ -20,8 +20,9 @@ from checkpoint_tools.verifying.native_logits import _on_one_process
 from megatron_anymal.checkpoint.state import read_language_model
 from megatron_anymal.checkpoint.store import resolve
 from megatron_anymal.config import LoraConfig, RunConfig
-from megatron_anymal.model.fp8_weights import drop_transposes, leave_out_fp8
+from megatron_anymal.model.fp8_weights import drop_transposes
 from megatron_anymal.model.lora import add_lora, merged_weights
+from megatron_anymal.model.quantized_weights import leave_out_quantization
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights, load_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
@@ -238,10 +239,10 @@ def test_answers_and_exports_leave_it_out() -> None:
     config.model.fp8, config.model.fp8_recipe, config.model.fp8_primary_weights = "hybrid", "delayed", True
     config.model.transformer_impl = "transformer_engine"
     verified = _on_one_process(config).model
-    leave_out_fp8(config.model)
+    leave_out_quantization(config.model)
     for model in (config.model, verified):
         assert (model.fp8, model.fp8_recipe, model.fp8_primary_weights) == ("", "tensorwise", False)
         assert model.transformer_impl == "auto"
     config.model.transformer_impl = "local"
-    leave_out_fp8(config.model)
+    leave_out_quantization(config.model)
     assert config.model.transformer_impl == "local"
