@@ -110,12 +110,16 @@ def test_overlapped_reductions_encode_every_modality(config: RunConfig, tmp_path
 
 
 def products(config: RunConfig, trains: bool) -> dict[bool, float]:
-    """Return matmul FLOPs per parameter of the Llama and token of a micro-batch, by whether it has media."""
+    """Return matmul FLOPs per parameter of the Llama and token of a micro-batch, by whether it has media. Parameters
+    after the last attention count tokens with a label."""
     config.model.language_model.freeze = not trains
     state = build(config, initialize(config))
     planner, found = state.train_data.planner, {}
     plan = planner.plan(0)
-    inside = [p for n, p in state.models[0].language_model.decoder.named_parameters() if p.dim() == 2]
+    decoder: Any = state.models[0].language_model.decoder
+    inside = sum(p.numel() for p in decoder.parameters() if p.dim() == 2)
+    last = [decoder.layers[-1].self_attention.linear_proj, decoder.layers[-1].mlp]
+    after = sum(p.numel() for module in last for p in module.parameters())
     for micro_batch in plan.of_replica(0):
         read = state.train_data.reader[micro_batch]
         wrapped = state.wrapped[0]
@@ -126,7 +130,8 @@ def products(config: RunConfig, trains: bool) -> dict[bool, float]:
         of_decoder = next(count for name, count in counts.items() if name.endswith("decoder"))
         mm = sum(number for operation, number in of_decoder.items() if "mm" in str(operation))
         media = any(sample.media for sample in micro_batch.samples)
-        found[media] = mm / (sum(p.numel() for p in inside) * read.tokens.numel())
+        assert read.label_index is not None and len(read.label_index) < read.tokens.numel()
+        found[media] = mm / ((inside - after) * read.tokens.numel() + after * len(read.label_index))
     return found
 
 
