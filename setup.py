@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 INSTALL_REQUIRES = [
+    # 2.13 is the newest release that ran all tests; later ones install, too: docs/start/install.md.
     "torch>=2.11,<2.14",
     # One line of megatron-core per Python: megatron_anymal/megatron_line.py.
     "megatron-core==0.16.1; python_version < '3.12'",

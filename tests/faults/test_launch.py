@@ -74,7 +74,9 @@ def report(run_dir: Path) -> str:
 def nothing_left(run_dir: Path) -> bool:
     """Return whether no process of the run is left."""
     lines = [" ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline", "status"])]
-    return not [line for line in lines if str(run_dir) in line and "fake_rank" in line]
+    # Ranks, agents, and what agents fork.
+    parts = ("fake_rank", "megatron_anymal.launcher.agent")
+    return not [line for line in lines if str(run_dir) in line and any(part in line for part in parts)]
 
 
 REAL_AGENT = pytest.param(

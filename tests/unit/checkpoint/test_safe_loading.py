@@ -199,5 +199,6 @@ def test_item_sizes_are_those_of_torch() -> None:
     # Left out: quantized types, and those that take less than a byte.
     assert {name for name in names.keys() - ITEM_BYTES.keys() if not name.startswith(("q", "uint", "int", "bits"))} <= {
         "complex32",
+        "bcomplex32",
         "float4_e2m1fn_x2",
     }
