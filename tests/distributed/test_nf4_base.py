@@ -108,6 +108,23 @@ def test_a_resume_repeats_the_undisturbed_run(configs: dict[str, RunConfig], bas
     assert saved and all(".lora." in name for name in saved)
 
 
+def test_preferences_and_their_reference_equal_those_on_a_plain_base_of_its_values(
+    configs: dict[str, RunConfig], base: str, rounded: str, tokenizer_folder: str, tmp_path: Path
+) -> None:
+    pairs = make_conversations(tmp_path / "pairs", tokenizer_folder, 24, pairs=True)
+    found = {}
+    for folder, quantization, name in ((base, "nf4", "held"), (rounded, "", "plain")):
+        sft = trained(configs["sft"], folder, quantization, name)
+        config = copy.deepcopy(configs["sft"])
+        config.job, config.data.train["mix"].path, config.model.restore_from_path = "dpo", pairs, sft["folder"]
+        config.data.seq_length = 192
+        for modality in config.model.modalities.values():
+            modality.encoder.freeze = modality.projector.freeze = True
+        found[name] = trained(config, folder, quantization, f"dpo {name}")["losses"]
+    np.testing.assert_allclose(found["held"], found["plain"], rtol=1e-5)
+    assert len(set(found["held"])) == 3
+
+
 def test_an_export_adds_the_adapters_to_the_unquantized_base(
     configs: dict[str, RunConfig], base: str, tmp_path: Path
 ) -> None:
