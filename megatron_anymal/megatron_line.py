@@ -72,14 +72,17 @@ def of_python(python: tuple[int, int] = sys.version_info[:2]) -> MegatronLine:
     return NEWER if python >= NEWER.python else OLDER
 
 
-def match_parameter_groups() -> None:
+def match_parameter_groups(*more: str) -> None:
     """Make megatron-core's optimizers recognize their parameter groups in a checkpoint by what tells them apart here.
 
     0.19.2 also compares the rates that a group was built with, so that no run could continue with another one. Here the
     rates are set before each step.
+
+    Args:
+        more: further keys of every group.
     """
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
     modules: tuple[Any, ...] = (distrib_optimizer, optimizer)
     for module in modules:
-        module.param_group_identifier_keys = _GROUP_KEYS
+        module.param_group_identifier_keys = (*_GROUP_KEYS, *more)

@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_anymal.config import (
     FP8_MULTIPLE,
+    AlignmentConfig,
     DatasetConfig,
     DiscreteConfig,
     LimitsConfig,
@@ -26,6 +27,7 @@ from megatron_anymal.config import (
     StageConfig,
     StorageConfig,
 )
+from megatron_anymal.data.aligned_samples import AlignedSamples
 from megatron_anymal.data.codes import PlannedCodes, plan_kinds
 from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import document_multiple, padded
@@ -117,6 +119,7 @@ class BatchPlanner:
         section: str = "data.train",
         discrete: Mapping[str, DiscreteConfig] = MappingProxyType({}),
         schedule: Sequence[StageConfig] = (),
+        alignments: Mapping[str, AlignmentConfig] = MappingProxyType({}),
     ):
         """Open the indexes and check that the mixture can be planned.
 
@@ -128,10 +131,12 @@ class BatchPlanner:
             section: key of `datasets` in the configuration, for messages.
             discrete: `model.discrete`.
             schedule: `data.schedule`, checked against `datasets`. Empty: the datasets' own weights throughout.
+            alignments: `model.multiplex`, checked against `datasets`. Empty: one alignment of all of them.
 
         Raises:
             DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
-                samples of another kind, media without a configured modality or codes that `discrete` does not fit;
+                samples of another kind, media without a configured modality, media of another alignment's modality or
+                codes that `discrete` does not fit;
                 with too_long="refuse", a sample is longer than seq_length; a stage by tokens cannot be planned.
             StorageError: an object store, or the cache for its indexes, cannot be used.
         """
@@ -159,7 +164,14 @@ class BatchPlanner:
             self._refuse_long()
         # At least one: without a schedule, the whole run is a stage.
         self.stages = plan_stages(datasets, schedule, global_batch_size, self._mean_tokens)
-        self._order = StagedOrder([len(i) for i in self.indexes], self.stages, seed)
+        sizes = [len(i) for i in self.indexes]
+        self._order = StagedOrder(sizes, self.stages, seed)
+        # Validations last as long as the run.
+        ends = section == "data.train"
+        self._aligned = AlignedSamples(datasets, sizes, alignments, seed, ends=ends) if alignments else None
+        if self._aligned is not None:
+            modality_of = {kind: modality.name for kind, modality in self._by_kind.items()}
+            self._aligned.check_media(self.indexes, modality_of, [f"{section}.{name}.path" for name in self.names])
 
     @property
     def read_ahead(self) -> int:
@@ -174,13 +186,15 @@ class BatchPlanner:
             **({"later": [(stage.start, stage.weights) for stage in self.stages[1:]]} if self.stages[1:] else {}),
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
+            **({"alignments": self._aligned.identity()} if self._aligned else {}),
             # Then more pairs fit into a pack and fewer are left out.
             **({"shared_prompts": True} if self.layout.shared_prompts and self.too_long == "drop" else {}),
         }
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples at positions [start, stop) of the run: dataset and row number, [stop - start] int64 each."""
+        """The samples at positions [start, stop) of a run without `alignments`: dataset and row number, [stop - start]
+        int64 each."""
         return self._order.samples(start, stop)
 
     def stage_of(self, step: int) -> int:
@@ -215,8 +229,7 @@ class BatchPlanner:
 
     def plan(self, step: int) -> StepPlan:
         """Plan a step. The result is a pure function of the index, the configuration, encoder costs and the step."""
-        start = step * self.global_batch_size
-        dataset, sample = self.samples(start, start + self.global_batch_size)
+        dataset, sample = self._samples_of(step)
         documents = np.zeros((len(sample), 2), np.int64)
         targets, costs, shared = (np.zeros(len(sample), np.int64) for _ in range(3))
         measured = []
@@ -246,7 +259,14 @@ class BatchPlanner:
             document_multiple=self.layout.document_multiple,
             shared=shared,
             stage_shares=self._stage_shares,
+            alignment=None if self._aligned is None else self._aligned.owner[dataset],
         )
+
+    def _samples_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._aligned is not None:
+            return self._aligned.samples(step)
+        start = step * self.global_batch_size
+        return self.samples(start, start + self.global_batch_size)
 
     def _lay_out(
         self, positions: np.ndarray, spans: np.ndarray, costs: np.ndarray
