@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from parity.data import make_parity_shards, parity_config
+from parity.data import MAKERS, make_parity_shards, parity_config
+from tiny import WORDS
 
 from megatron_anymal.config import AlignmentConfig, DatasetConfig, OptimConfig, RunConfig, ScheduleConfig
+from megatron_anymal.data.index_builder import IndexOptions
+from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.loader import steps
+from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
 from megatron_anymal.train.step import StepResult, train_step
 
 NAMES = ("image", "audio", "video", "imu")
+# Tokens of the samples of `make_data_of_one_length`.
+LENGTH = 14
 # Global batches in the proportions of AnyMAL's Table 11.
 BATCHES = dict(zip(NAMES, (16, 1, 8, 2)))
 
@@ -42,6 +49,25 @@ class Trace:
 def make_data(folder: Path, tokenizer: str) -> dict[str, str]:
     """Write a folder of 48 samples for each modality."""
     return {name: make_parity_shards(folder / name, tokenizer, "pretrain", name) for name in NAMES}
+
+
+def make_data_of_one_length(folder: Path, tokenizer: str, name: str) -> str:
+    """Write 24 samples of LENGTH tokens with one piece each."""
+    source = folder.with_name(folder.name + "_source")
+    source.mkdir(parents=True)
+    ending, maker, attributes = MAKERS[name]
+    lines = []
+    for number in range(24):
+        # Makers use even seeds for small items.
+        (source / f"{number}.{ending}").write_bytes(maker(6 * number))
+        # Besides the text: the piece's soft tokens, and the tokens that begin and end a document.
+        words = np.random.default_rng(number).choice(WORDS, LENGTH - 2 - (3 if name == "video" else 2))
+        media = {"media": f"{number}.{ending}", "modality": name, **attributes}
+        lines.append({"key": f"{number:02}", "parts": [media, {"text": " ".join(words)}]})
+    (source / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_shards(str(source / "manifest.jsonl"), str(folder))
+    make_index(str(folder), IndexOptions(tokenizer))
+    return str(folder)
 
 
 def multiplexed_config(data: dict[str, str], tokenizer: str, run_dir: Path) -> RunConfig:
@@ -130,11 +156,16 @@ def of_results(results: list[StepResult], weights: dict[str, np.ndarray]) -> dic
 
 
 def apart(one: Trace, other: Trace) -> float:
-    """Largest relative difference between two traces: of a step's loss, and of the norm of a weight."""
+    """Largest relative difference between two traces: of a step's loss, and of the weights of the encoder or the
+    projector (norm of the difference over the norm)."""
     assert one.rates == other.rates and one.weights.keys() == other.weights.keys() and one.weights
     losses = [abs(a - b) / abs(b) for a, b in zip(one.losses, other.losses, strict=True)]
-    weights = [
-        float(np.linalg.norm(one.weights[name] - value) / max(np.linalg.norm(value), 1e-30))
-        for name, value in other.weights.items()
-    ]
+    weights = []
+    for part in ("encoders.", "projectors."):
+        mine, theirs = (
+            # An encoder may have no weights.
+            np.concatenate([np.zeros(0), *(value.ravel() for name, value in t.weights.items() if part in name)])
+            for t in (one, other)
+        )
+        weights.append(float(np.linalg.norm(mine - theirs) / max(np.linalg.norm(theirs), 1e-30)))
     return max(losses + weights)
