@@ -164,12 +164,12 @@ def test_a_killed_run_continues_bit_by_bit(
     config.model.ddp.use_distributed_optimizer = "ddp.use_distributed_optimizer" not in model
     config.exp_manager.checkpoint.every_n_train_steps, config.exp_manager.checkpoint.async_save = 1, False
     whole = run_ranks(world, train, config)[0]
-    for step in killed:
-        config.exp_manager.explicit_log_dir = str(tmp_path / str(step))
-        kill_at(config, step)
+    for number in killed:
+        config.exp_manager.explicit_log_dir = str(tmp_path / str(number))
+        kill_at(config, number)
         found = run_ranks(world, train, config)[0]
         assert found["losses"] == whole["losses"]
-        assert steps_of(tmp_path / str(step)) == steps_of(tmp_path / "whole")
+        assert steps_of(tmp_path / str(number)) == steps_of(tmp_path / "whole")
         for name, weight in whole["weights"].items():
             np.testing.assert_array_equal(found["weights"][name], weight)
 
