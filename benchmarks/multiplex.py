@@ -92,7 +92,9 @@ def counted(config: RunConfig) -> dict[str, float]:
     for step in range(config.trainer.max_steps):
         plan = planner.plan(step)
         [packs] = map(len, plan.micro_batches)
-        for name, value in zip(COUNTS, (1, packs, packs * plan.padded_length, (packs + STAGES - 1) * plan.padded_length)):
+        for name, value in zip(
+            COUNTS, (1, packs, packs * plan.padded_length, (packs + STAGES - 1) * plan.padded_length)
+        ):
             total[name] += value
     return total
 

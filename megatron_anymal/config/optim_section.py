@@ -39,7 +39,7 @@ class OptimConfig:
 
 @dataclass
 class AlignmentConfig:
-    """One of the alignments of a multiplexed run."""
+    """One of several alignments in a run, each as if it ran alone; NAME is its modality in `model.modalities`."""
 
     datasets: list[str] = field(default_factory=list)
     """Its datasets in `data.train`, and those of the same names in `data.validation`. They hold media of its modality

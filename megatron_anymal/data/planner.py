@@ -99,6 +99,21 @@ def length_multiple(model: ModelConfig) -> int:
     return document_multiple(model.context_parallel_size) * ranks * (FP8_MULTIPLE if model.fp8 else 1)
 
 
+def _open(
+    datasets: Mapping[str, DatasetConfig],
+    limits: Optional[LimitsConfig],
+    storage: Optional[StorageConfig],
+    section: str,
+) -> list[ShardIndex]:
+    indexes = []
+    for name, dataset in datasets.items():
+        try:
+            indexes.append(ShardIndex(dataset.path, limits, storage))
+        except DataError as error:
+            raise DataError(f"{section}.{name}.path: {error}") from None
+    return indexes
+
+
 class BatchPlanner:
     """Plans any step of a mixture of datasets."""
 
@@ -136,19 +151,14 @@ class BatchPlanner:
         Raises:
             DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
                 samples of another kind, media without a configured modality, media of another alignment's modality or
-                codes that `discrete` does not fit;
-                with too_long="refuse", a sample is longer than seq_length; a stage by tokens cannot be planned.
+                codes that `discrete` does not fit; with too_long="refuse", a sample is longer than seq_length; a stage
+                by tokens cannot be planned.
             StorageError: an object store, or the cache for its indexes, cannot be used.
         """
         if not datasets:
             raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
         self.names = list(datasets)
-        self.indexes = []
-        for name, dataset in datasets.items():
-            try:
-                self.indexes.append(ShardIndex(dataset.path, limits, storage))
-            except DataError as error:
-                raise DataError(f"{section}.{name}.path: {error}") from None
+        self.indexes = _open(datasets, limits, storage, section)
         self.layout, self.global_batch_size = layout, global_batch_size
         self.seed, self.too_long = seed, too_long
         self._by_kind = {m.kind: m for m in modalities}
@@ -164,14 +174,18 @@ class BatchPlanner:
             self._refuse_long()
         # At least one: without a schedule, the whole run is a stage.
         self.stages = plan_stages(datasets, schedule, global_batch_size, self._mean_tokens)
-        sizes = [len(i) for i in self.indexes]
-        self._order = StagedOrder(sizes, self.stages, seed)
-        # Validations last as long as the run.
-        ends = section == "data.train"
-        self._aligned = AlignedSamples(datasets, sizes, alignments, seed, ends=ends) if alignments else None
-        if self._aligned is not None:
-            modality_of = {kind: modality.name for kind, modality in self._by_kind.items()}
-            self._aligned.check_media(self.indexes, modality_of, [f"{section}.{name}.path" for name in self.names])
+        self._order = StagedOrder([len(i) for i in self.indexes], self.stages, seed)
+        self._aligned = self._align(datasets, alignments, section) if alignments else None
+
+    def _align(
+        self, datasets: Mapping[str, DatasetConfig], alignments: Mapping[str, AlignmentConfig], section: str
+    ) -> AlignedSamples:
+        # Validations go on until the run ends.
+        ends, sizes = section == "data.train", [len(index) for index in self.indexes]
+        aligned = AlignedSamples(datasets, sizes, alignments, self.seed, ends=ends)
+        modality_of = {kind: modality.name for kind, modality in self._by_kind.items()}
+        aligned.check_media(self.indexes, modality_of, [f"{section}.{name}.path" for name in self.names])
+        return aligned
 
     @property
     def read_ahead(self) -> int:

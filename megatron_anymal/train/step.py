@@ -55,8 +55,9 @@ class StepResult:
     grad_norm: float = 0.0
     # Learning rate of the update. 0 in validation and with alignments.
     lr: float = 0.0
-    # model.multiplex: the same of each alignment that takes part in the step.
+    # model.multiplex: norm of the gradient of each alignment that takes part in the step.
     grad_norms: dict[str, float] = field(default_factory=dict)
+    # model.multiplex: learning rate of each.
     rates: dict[str, float] = field(default_factory=dict)
     # Nothing was updated, or not the weights of `skipped_alignments`: a gradient or loss was not finite on some rank.
     skipped: bool = False
