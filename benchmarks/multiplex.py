@@ -2,11 +2,11 @@
 
     PYTHONPATH=.:tests python benchmarks/multiplex.py --out results.json
 
-A pipeline of four stages in four gloo processes, with Table 11's ratio of batches (image 2048, audio 128, video 1024, IMU
-256). Each layer sleeps for a time in proportion to the token positions of a micro-batch, so that the schedule and not this
-machine decides, and its backward pass twice as long. Both sides take turns, and the fastest turn of each counts, since
-other load only adds time. The floor is counted from the plans of both: token positions of the micro-batches that a stage
-works on or waits for.
+A pipeline of four stages in four gloo processes, with Table 11's ratio of batches (image 2048, audio 128, video 1024,
+IMU 256). Each layer sleeps for a time in proportion to the token positions of a micro-batch, so that the schedule and
+not this machine decides, and its backward pass twice as long. Both sides take turns, and the fastest turn of each
+counts, since other load only adds time. The floor is counted from the plans of both: token positions of the
+micro-batches that a stage works on or waits for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STAGES, LAYERS = 4, 4
 DELAY = 2e-4
 # Steps of a turn; the first is not timed.
 STEPS = 5
-# Table 11's steps, in hundreds and hundreds of steps of the image.
+# Table 11's steps, in hundreds.
 ENDS = {"image": 1000, "audio": 10, "video": 200, "imu": 20}
 
 
@@ -162,13 +162,13 @@ def main(argv: list[str]) -> int:
     results = measured(arguments.turns)
     for side, counts in results["counts"].items():
         print(
-            f"{side}: {min(results['seconds'][side]):.3f} s; {counts['steps']:.0f} steps, {counts['micro_batches']:.0f} "
-            f"micro-batches, {counts['positions']:,.0f} token positions, {counts['schedule_positions']:,.0f} with the "
-            "pipeline's bubbles"
+            f"{side}: {min(results['seconds'][side]):.3f} s; {counts['steps']:.0f} steps, "
+            f"{counts['micro_batches']:.0f} micro-batches, {counts['positions']:,.0f} token positions, "
+            f"{counts['schedule_positions']:,.0f} with the pipeline's bubbles"
         )
     print(
-        f"ratio {results['ratio']['fastest']:.3f}, floor {results['floor']:.3f}, bar {BAR}; with Table 11's own ends the "
-        f"floor is {results['floor_with_ends']:.3f}; losses differ by at most {results['losses_apart']:.1e}"
+        f"ratio {results['ratio']['fastest']:.3f}, floor {results['floor']:.3f}, bar {BAR}; with Table 11's own ends "
+        f"the floor is {results['floor_with_ends']:.3f}; losses differ by at most {results['losses_apart']:.1e}"
     )
     if arguments.out:
         Path(arguments.out).write_text(json.dumps({"surroundings": surroundings(), **results}, indent=1) + "\n")
