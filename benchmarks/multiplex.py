@@ -31,8 +31,6 @@ from megatron_anymal.config import RunConfig
 # Acceptable ratio of the times.
 BAR = 0.8
 STAGES, LAYERS = 4, 4
-# Seconds that a layer sleeps per token position in its forward pass.
-DELAY = 2e-4
 # Steps of a turn; the first is not timed.
 STEPS = 5
 # Table 11's steps, in hundreds.
@@ -49,8 +47,12 @@ def configuration(folder: Path) -> RunConfig:
     return config
 
 
-def timed_steps(config: RunConfig) -> tuple[list[float], dict[str, list[float]]]:
-    """In a rank: seconds of each step, and losses of each alignment."""
+def timed_steps(config: RunConfig, seconds_per_position: float) -> tuple[list[float], dict[str, list[float]]]:
+    """In a rank: seconds of each step, and losses of each alignment.
+
+    Args:
+        seconds_per_position: that a layer sleeps in its forward pass.
+    """
     from megatron_anymal.data.loader import steps
     from megatron_anymal.parallel import initialize
     from megatron_anymal.train.build import build
@@ -60,7 +62,7 @@ def timed_steps(config: RunConfig) -> tuple[list[float], dict[str, list[float]]]
 
     def slow(module: Any, given: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        delay = DELAY * hidden.size(0)
+        delay = seconds_per_position * hidden.size(0)
         time.sleep(delay)
         hidden.register_hook(lambda gradient: time.sleep(2 * delay))
 
@@ -110,7 +112,7 @@ def counts_of(config: RunConfig) -> dict[str, dict[str, float]]:
     return {"together": run_ranks(1, counted, config)[0], "separate": separate}
 
 
-def measured(turns: int) -> dict[str, Any]:
+def measured(turns: int, seconds_per_position: float) -> dict[str, Any]:
     """Both sides in turns, and what they compute."""
     taken: dict[str, list[float]] = {"separate": [], "together": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +121,7 @@ def measured(turns: int) -> dict[str, Any]:
             found: dict[str, dict[str, list[float]]] = {}
             for side in list(taken)[:: 1 if turn % 2 == 0 else -1]:
                 runs = [config] if side == "together" else [alone(config, name) for name in NAMES]
-                ranks = [run_ranks(STAGES, timed_steps, run) for run in runs]
+                ranks = [run_ranks(STAGES, timed_steps, run, seconds_per_position) for run in runs]
                 # A step has ended when its slowest rank has.
                 taken[side].append(sum(max(step) for run in ranks for step in zip(*(rank[0][1:] for rank in run))))
                 found[side] = {name: losses for run in ranks for name, losses in run[-1][1].items()}
@@ -157,9 +159,10 @@ def main(argv: list[str]) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3, help="turns of each side, two or more")
+    parser.add_argument("--milliseconds", type=float, default=4.0, help="that a layer sleeps per token position")
     parser.add_argument("--out", help="file for the results")
     arguments = parser.parse_args(argv)
-    results = measured(arguments.turns)
+    results = measured(arguments.turns, arguments.milliseconds / 1e3)
     for side, counts in results["counts"].items():
         print(
             f"{side}: {min(results['seconds'][side]):.3f} s; {counts['steps']:.0f} steps, "

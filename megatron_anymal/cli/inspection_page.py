@@ -11,7 +11,7 @@ from megatron_anymal.cli.data_page.markup import file_size
 from megatron_anymal.cli.data_page.numbers import RunView
 from megatron_anymal.cli.data_page.page import write_page
 from megatron_anymal.cli.inspection import build_run, find_sample, planner_of
-from megatron_anymal.config import ConfigError, RunConfig
+from megatron_anymal.config import RunConfig
 from megatron_anymal.data.records import DataError
 from megatron_anymal.modalities import load_plugins
 from megatron_anymal.model.memory.encoder_sizes import measured_encoders
@@ -32,11 +32,6 @@ def inspect_page(arguments: argparse.Namespace, config: RunConfig) -> int:
     file, last = Path(arguments.html), config.trainer.max_steps
     if file.is_dir() or not file.parent.is_dir():
         raise DataError(f"--html={arguments.html} is not a file in a folder that exists. Correct the path.")
-    if config.model.multiplex:
-        raise ConfigError(
-            "--html shows the steps of one alignment, but the configuration has model.multiplex. Use the configuration "
-            "of one of them, or --packing."
-        )
     samples = _SAMPLES if arguments.samples is None else arguments.samples
     step = 1 if arguments.step is None else arguments.step
     if samples < 1 or not 1 <= step <= last:
