@@ -20,6 +20,7 @@ from megatron_anymal.data.manifest import write_shards
 from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
+from megatron_anymal.train.stage_encoding import with_coming
 from megatron_anymal.train.step import StepResult, train_step
 
 NAMES = ("image", "audio", "video", "imu")
@@ -126,10 +127,11 @@ def traces(
         look(state)
     results: list[StepResult] = []
     data, last = state.train_data, config.trainer.max_steps
-    for plan, batches in steps(
+    planned = steps(
         data.planner, data.reader, replica=state.layout.data_rank, start=0, stop=last, num_workers=0, prefetch_steps=1
-    ):
-        results.append(train_step(state, plan, batches))
+    )
+    for plan, batches, coming in with_coming(planned, ahead=state.stage_encoding is not None):
+        results.append(train_step(state, plan, batches, coming))
     state.wait_for_param_gather()
     return of_results(results, trained(state))
 

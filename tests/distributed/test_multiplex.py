@@ -6,6 +6,7 @@ import contextlib
 import copy
 import json
 import math
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from engine import train
+from export_server import run_in_rank
 from multiplexed import (
     LENGTH,
     NAMES,
@@ -29,16 +31,19 @@ from multiplexed import (
     trained,
 )
 from ranks import run_ranks, start_ranks
-from tiny import make_shards
+from safetensors.torch import load_file
+from tiny import LLAMA, make_shards
 
 import megatron_anymal.train.alignment_updates as alignment_updates
 import megatron_anymal.train.objective as objective
 import megatron_anymal.train.step as step
+from checkpoint_tools import export_hf
 from megatron_anymal.config import ConfigError, DatasetConfig, RunConfig
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.records import DataError
 from megatron_anymal.parallel import initialize
+from megatron_anymal.peer_memory.server import MemoryServer
 from megatron_anymal.train.build import build
 from megatron_anymal.train.step import train_step
 
@@ -58,7 +63,10 @@ def configuration(data: dict[str, str], tokenizer: str, run_dir: Path, world: in
     config.trainer.max_steps, config.trainer.devices = STEPS, world
     config.model.multiplex["audio"].max_steps, config.model.multiplex["imu"].max_steps = 2, 4
     for name, value in model.items():
-        setattr(config.model, name, value)
+        section, _, key = name.rpartition(".")
+        setattr(getattr(config.model, section) if section else config.model, key, value)
+    if config.model.encoder_placement == "all_stages":
+        config.model.modalities["imu"].encoder.freeze = True
     check(config)
     return config
 
@@ -84,8 +92,11 @@ def differences(found: dict[str, Trace], separate: dict[str, Trace]) -> dict[str
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         (2, {"pipeline_model_parallel_size": 2}),
         (2, {"context_parallel_size": 2}),
+        (2, {"ddp.overlap_grad_reduce": True, "ddp.overlap_param_gather": True, "ddp.bucket_size": 1000}),
+        (2, {"pipeline_model_parallel_size": 2, "encoder_placement": "all_stages"}),
+        (2, {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}),
     ],
-    ids=["1", "1 with longer packs", "DP2", "TP2", "PP2", "CP2"],
+    ids=["1", "1 with longer packs", "DP2", "TP2", "PP2", "CP2", "DP2 overlapped", "PP2 all stages", "VPP2"],
 )
 def test_each_alignment_trains_as_it_does_alone(
     data: dict[str, str], tokenizer_folder: str, separate: dict[str, Trace], world: int, model: dict[str, Any]
@@ -148,20 +159,22 @@ def kill_at(config: RunConfig, step: int) -> None:
     ("world", "model", "killed"),
     [
         (1, {}, [2, 4, 6]),
+        (1, {"precision": "bf16"}, [4]),
+        (1, {"precision": "bf16", "ddp.use_distributed_optimizer": False}, [4]),
         (2, {}, [4]),
         (2, {"ddp.use_distributed_optimizer": False}, [4]),
         (2, {"tensor_model_parallel_size": 2}, [4]),
         (2, {"pipeline_model_parallel_size": 2}, [4]),
         (2, {"context_parallel_size": 2}, [4]),
     ],
-    ids=["1", "DP2", "DP2 without sharding", "TP2", "PP2", "CP2"],
+    ids=["1", "bf16", "bf16 without sharding", "DP2", "DP2 without sharding", "TP2", "PP2", "CP2"],
 )
 def test_a_killed_run_continues_bit_by_bit(
     data: dict[str, str], tokenizer_folder: str, tmp_path: Path, world: int, model: dict[str, Any], killed: list[int]
 ) -> None:
-    settings = {name: value for name, value in model.items() if "." not in name}
+    settings = {name: value for name, value in model.items() if name != "precision"}
     config = configuration(data, tokenizer_folder, tmp_path / "whole", world, **settings)
-    config.model.ddp.use_distributed_optimizer = "ddp.use_distributed_optimizer" not in model
+    config.trainer.precision = model.get("precision", "32")
     config.exp_manager.checkpoint.every_n_train_steps, config.exp_manager.checkpoint.async_save = 1, False
     whole = run_ranks(world, train, config)[0]
     for number in killed:
@@ -182,6 +195,51 @@ def steps_of(run_dir: Path) -> list[dict[str, float]]:
     """A run's metrics, without those that time decides."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not any(m in name for m in MEASURED)} for row in rows]
+
+
+def attempt(config: RunConfig, variables: dict[str, str]) -> Any:
+    """In a rank: train with memory for copies; return the error of a run that fails."""
+    os.environ.update(variables)
+    try:
+        return train(config)
+    except RuntimeError as error:
+        return f"failed: {error}"
+
+
+def test_a_run_continues_from_copies_in_memory_bit_by_bit(
+    data: dict[str, str], tokenizer_folder: str, tmp_path: Path
+) -> None:
+    config = configuration(data, tokenizer_folder, tmp_path / "whole", 2)
+    # The only checkpoint is the last one.
+    config.exp_manager.checkpoint.every_n_train_steps, config.resilience.peer_memory_interval = 0, 1
+    whole = run_ranks(2, train, config)[0]
+    config.exp_manager.explicit_log_dir = str(tmp_path / "run")
+    # One alignment has ended, and one ends with the step before.
+    config.resilience.faults = ["exception:rank=1,step=5"]
+    server = MemoryServer(2)
+    try:
+        assert all(str(said).startswith("failed") for said in run_ranks(2, attempt, config, server.environment()))
+        found = run_ranks(2, attempt, config, server.environment())[0]
+    finally:
+        server.close()
+    assert (tmp_path / "run" / "events.jsonl").read_text().count("from memory, at step 4") == 1
+    assert found["losses"] == whole["losses"]
+    for name, weight in whole["weights"].items():
+        np.testing.assert_array_equal(found["weights"][name], weight)
+
+
+def test_cached_features_change_nothing(data: dict[str, str], tokenizer_folder: str, tmp_path: Path) -> None:
+    config = configuration(data, tokenizer_folder, tmp_path / "plain")
+    for modality in config.model.modalities.values():
+        modality.encoder.freeze, modality.encoder.max_pieces_per_call = True, 1
+    plain = run_ranks(1, train, config)[0]
+    config.exp_manager.explicit_log_dir = str(tmp_path / "cached")
+    config.data.feature_cache.gib, config.data.feature_cache.folder = 1.0, str(tmp_path / "features")
+    check(config)
+    cached = run_ranks(1, train, config)[0]
+    assert cached["losses"] == plain["losses"]
+    for name, weight in plain["weights"].items():
+        np.testing.assert_array_equal(cached["weights"][name], weight)
 
 
 def _rate_of_another() -> None:
@@ -323,6 +381,19 @@ def test_a_changed_alignment_is_refused_at_a_resume(
 def refused(config: RunConfig, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         train(config)
+
+
+def test_a_checkpoint_exports_as_any_other(
+    data: dict[str, str], tokenizer_folder: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configuration(data, tokenizer_folder, tmp_path / "run")
+    # The head of an export has a row for each id of the tokenizer.
+    config.model.language_model.config["vocab_size"] = LLAMA["vocab_size"]
+    run_ranks(1, train, config)
+    # The export is compared with the trainer's model before it is published.
+    assert run_in_rank(export_hf.main, ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {name.split(".")[1] for name in saved if name.startswith("projectors.")} == set(NAMES)
 
 
 def test_media_of_another_alignment_are_refused(data: dict[str, str], tokenizer_folder: str, tmp_path: Path) -> None:
