@@ -87,14 +87,17 @@ def why_no_resiliency(line: MegatronLine) -> str:
     return f"its wheels need glibc {'.'.join(map(str, line.resiliency_glibc))}, and this system has {version}"
 
 
-def match_parameter_groups() -> None:
+def match_parameter_groups(*more: str) -> None:
     """Make megatron-core's optimizers recognize their parameter groups in a checkpoint by what tells them apart here.
 
     0.19.2 also compares the rates that a group was built with, so that no run could continue with another one. Here the
     rates are set before each step.
+
+    Args:
+        more: further keys of every group.
     """
     from megatron.core.optimizer import distrib_optimizer, optimizer
 
     modules: tuple[Any, ...] = (distrib_optimizer, optimizer)
     for module in modules:
-        module.param_group_identifier_keys = _GROUP_KEYS
+        module.param_group_identifier_keys = (*_GROUP_KEYS, *more)

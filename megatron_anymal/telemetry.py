@@ -132,9 +132,19 @@ def describe(metrics: Mapping[str, Any], *, step: int, max_steps: int, eta: floa
     return (
         f"step {step}/{max_steps}  {f'stage {stage}  ' if stage else ''}loss {metrics['loss']:.6f}  [{losses}]  "
         f"{metrics['tokens_per_second']:,.0f} tokens/s  data wait {metrics['data_wait_share']:.1%}  "
-        f"grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.3e}  {metrics['step_seconds']:.2f} s/step  "
+        f"{_updates(metrics)}  {metrics['step_seconds']:.2f} s/step  "
         f"{metrics['tflops_per_gpu']:.3g} TFLOP/s per GPU{_shares(metrics)}  memory {memory}  {duration(eta)} left"
     )
+
+
+def _updates(metrics: Mapping[str, Any]) -> str:
+    """Norm of the gradient and learning rate, of each alignment if there are several."""
+    names = [name.removeprefix("lr/") for name in metrics if name.startswith("lr/")]
+    if not names:
+        return f"grad norm {metrics['grad_norm']:.3f}  lr {metrics['lr']:.3e}"
+    norms = ", ".join(f"{name} {metrics[f'grad_norm/{name}']:.3f}" for name in names)
+    rates = ", ".join(f"{name} {metrics[f'lr/{name}']:.3e}" for name in names)
+    return f"grad norm [{norms}]  lr [{rates}]"
 
 
 def _shares(metrics: Mapping[str, Any]) -> str:

@@ -67,6 +67,8 @@ _SHOWN = (
     "model.neftune",
     "data.seq_length",
 )
+# Those that an alignment of model.multiplex has for itself.
+_OF_ALIGNMENTS = ("global_batch_size", "optim.lr", "optim.betas", "optim.weight_decay", "optim.sched")
 
 
 def write_card(
@@ -170,8 +172,13 @@ def _data(data: Mapping[str, Any]) -> str:
 
 
 def _configuration(config: Mapping[str, Any]) -> str:
+    alignments, shown = config["model"].get("multiplex", {}), list(_SHOWN)
+    if alignments:
+        shown = [key for key in shown if key.removeprefix("model.") not in _OF_ALIGNMENTS]
+        own = ("max_steps", *_OF_ALIGNMENTS)
+        shown += [f"model.multiplex.{name}.{key}" for name in alignments for key in own]
     rows = []
-    for key in _SHOWN:
+    for key in shown:
         value: Any = config
         for part in key.split("."):
             value = value[part]

@@ -61,6 +61,9 @@ HARMLESS = (
 # Keys of a Llama's configuration that do not describe the model.
 _NOTES = ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "use_cache", "architectures")
 
+# Sections whose entries may be added and removed.
+_ADDED = ("model.modalities.", "model.discrete.", "model.multiplex.", "data.train", "data.validation")
+
 
 def check_changes(saved: Manifest, current: Manifest, allowed: Collection[str], say: Callable[[str], None]) -> None:
     """Compare a checkpoint's manifest with the one this run would write now.
@@ -123,7 +126,7 @@ def _config_lines(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[
         if key in old and key in new:
             if old[key] != new[key]:
                 lines.append((key, f"{key} {old[key]!r} -> {new[key]!r}"))
-        elif key.startswith(("model.modalities.", "model.discrete.", "data.train", "data.validation")):
+        elif key.startswith(_ADDED):
             lines.append((key, f"{key} {old.get(key, 'none')!r} -> {new.get(key, 'none')!r}"))
     return lines
 
@@ -132,7 +135,7 @@ def _is_harmless(key: str, current: Mapping[str, Any]) -> bool:
     if key in ("data.seq_length", "model.dpo.share_prompt"):
         # With "refuse" they only shape the packs; otherwise they also decide which samples are dropped.
         return bool(current["data"]["too_long"] == "refuse")
-    if key == "model.optim.sched.decay_steps":
+    if key.endswith("optim.sched.decay_steps"):
         # Checked by _schedule.
         return True
     return any(fnmatchcase(key, pattern) for pattern in HARMLESS)
@@ -145,17 +148,31 @@ def _order(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
 
 
 def _schedule(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Compare where the schedules end: at decay_steps or, if that is not set, at trainer.max_steps."""
-    ends = []
-    for config in (saved, current):
-        sched = config["model"]["optim"]["sched"]
-        ends.append(0 if sched["name"] == "constant" else sched["decay_steps"] or config["trainer"]["max_steps"])
-    if ends[0] == ends[1] or 0 in ends:
-        return []
+    """Compare where the schedules end: at decay_steps or, if that is not set, at the last step."""
+    old, new = _schedule_ends(saved), _schedule_ends(current)
     return [
-        f"the schedule's end (model.optim.sched.decay_steps, or trainer.max_steps) {ends[0]} -> {ends[1]}; "
-        f"model.optim.sched.decay_steps={ends[0]} keeps it"
+        f"the schedule's end ({key}.sched.decay_steps, or {last}) {old[key, last]} -> {new[key, last]}; "
+        f"{key}.sched.decay_steps={old[key, last]} keeps it"
+        for key, last in old
+        if 0 not in (old[key, last], new.get((key, last), 0)) and old[key, last] != new[key, last]
     ]
+
+
+def _schedule_ends(config: Mapping[str, Any]) -> dict[tuple[str, str], int]:
+    """(key of the optimizer, key of its last step) -> last step of its schedule; 0 if the rate is constant."""
+    total = config["trainer"]["max_steps"]
+    sections = {("model.optim", "trainer.max_steps"): (config["model"]["optim"], total)}
+    for name, one in config["model"].get("multiplex", {}).items():
+        key = f"model.multiplex.{name}"
+        last = "trainer.max_steps" if not one["max_steps"] else f"{key}.max_steps"
+        sections[f"{key}.optim", last] = one["optim"], one["max_steps"] or total
+    if len(sections) > 1:
+        # It has no effect.
+        del sections["model.optim", "trainer.max_steps"]
+    return {
+        keys: 0 if optim["sched"]["name"] == "constant" else optim["sched"]["decay_steps"] or end
+        for keys, (optim, end) in sections.items()
+    }
 
 
 def _llama(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

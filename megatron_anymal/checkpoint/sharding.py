@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
+from megatron_anymal.checkpoint.optimizer_steps import one_step
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
 # Makes optimizer state loadable under any layout.
@@ -52,7 +53,7 @@ def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bo
         optimizer: a MegatronOptimizer.
         weights: the result of `sharded_weights`; must include all trainable weights.
     """
-    with _places_without_padding(optimizer), _no_old_garbage():
+    with _places_without_padding(optimizer), _no_old_garbage(), one_step(optimizer):
         return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(METADATA))
 
 

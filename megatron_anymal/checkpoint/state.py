@@ -15,6 +15,7 @@ from torch import nn
 from megatron_anymal.checkpoint import safe_loading, store
 from megatron_anymal.checkpoint.discrete_rows import check_discrete_rows, load_first_rows, saved_vocabulary
 from megatron_anymal.checkpoint.fp8_scaling import set_scaling, sharded_scaling
+from megatron_anymal.checkpoint.optimizer_steps import restore_steps
 from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weights
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
@@ -61,6 +62,7 @@ def load(state: Any, folder: Path) -> int:
     if any(parameter.requires_grad for model in state.models for parameter in model.parameters()):
         with torch.no_grad():
             state.optimizer.load_state_dict(loaded["optimizer"])
+            restore_steps(state.optimizer)
     return int(loaded["step"])
 
 

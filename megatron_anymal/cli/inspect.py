@@ -38,6 +38,11 @@ def main(argv: Sequence[str]) -> int:
                 "--html shows the packs of a run: name it with --config-name, and no folder. Its datasets are those of "
                 "data.train, which key=value overrides may change."
             )
+        if config.model.multiplex:
+            raise DataError(
+                "--html shows the packs of one alignment, but the run has several (model.multiplex). Use a "
+                "configuration that runs one of them alone, or leave --html out, which prints how packs are filled."
+            )
         from megatron_anymal.cli.inspection_page import inspect_page
 
         return inspect_page(arguments, config)

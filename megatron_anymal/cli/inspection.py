@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Optional
 
 import numpy as np
 
 from megatron_anymal.cli.data_page.markup import file_size
 from megatron_anymal.cli.data_page.numbers import MEASURED_STEPS, fill, row_chunks
-from megatron_anymal.config import DatasetConfig, ModelConfig, RunConfig, StageConfig
+from megatron_anymal.config import AlignmentConfig, DatasetConfig, ModelConfig, RunConfig, StageConfig
 from megatron_anymal.data.codes import CodeLayout, CodesKind, plan_kinds
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
 from megatron_anymal.data.left_out import grouped
@@ -317,7 +318,7 @@ def _packing(run: InspectedRun) -> int:
             bad = "bad: " if too_long and config.data.too_long == "refuse" else ""
             print(f"{bad}longer than data.seq_length={config.data.seq_length}: {too_long} of {len(lengths)}{note}")
             problems += bool(bad)
-    planner = planner_of(run, config.data.train, config.data.schedule)
+    planner = planner_of(run, config.data.train, config.data.schedule, config.model.multiplex)
     last = config.trainer.max_steps
     lines = stage_lines(config.data.train, config.data.schedule, last, planner.stages)
     for number in range(len(planner.stages)):
@@ -340,12 +341,16 @@ def _print_fill(planner: BatchPlanner, steps: range) -> None:
 
 
 def planner_of(
-    run: InspectedRun, datasets: dict[str, DatasetConfig], schedule: Sequence[StageConfig] = ()
+    run: InspectedRun,
+    datasets: dict[str, DatasetConfig],
+    schedule: Sequence[StageConfig] = (),
+    alignments: Mapping[str, AlignmentConfig] = MappingProxyType({}),
 ) -> BatchPlanner:
     """The run's planner for some datasets; samples that are too long are dropped, not refused.
 
     Args:
         schedule: `data.schedule`, if these are all datasets of `data.train`.
+        alignments: `model.multiplex`, likewise.
 
     Raises:
         DataError: see BatchPlanner.
@@ -356,7 +361,7 @@ def planner_of(
         run.modalities,
         tokenizer,
         _batch_layout(config),
-        global_batch_size=config.model.global_batch_size,
+        global_batch_size=config.model.samples_per_step,
         seed=config.model.seed,
         # Counted here, not rejected.
         too_long="drop",
@@ -365,6 +370,7 @@ def planner_of(
         limits=config.data.limits,
         discrete=config.model.discrete,
         schedule=schedule,
+        alignments=alignments,
     )
 
 

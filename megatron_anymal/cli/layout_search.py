@@ -86,6 +86,11 @@ def _search(arguments: argparse.Namespace, gpu: Hardware) -> int:
     folder = config_folder(arguments.config_path)
     target = Path(arguments.write) if arguments.write else None
     config = compose(arguments.config_name, folder, arguments.overrides).config
+    if config.model.multiplex:
+        raise ConfigError(
+            "anymal plan knows no alignments that end at different steps, as those of model.multiplex do. Plan the one "
+            "with the largest global batch, with the configuration that runs it alone."
+        )
     job = with_job_size(config, arguments.gpus, arguments.nodes_of or gpu.node_gpus)
     check(with_kept_layout(job, arguments.keep))
     if not (config.model.modalities or config.model.plugins or config.model.language_model.checkpoint):

@@ -22,10 +22,9 @@ from megatron_anymal.config.model_section import (
     ModalityConfig,
     ModelConfig,
     NeftuneConfig,
-    OptimConfig,
     ProjectorConfig,
-    ScheduleConfig,
 )
+from megatron_anymal.config.optim_section import AlignmentConfig, OptimConfig, ScheduleConfig
 from megatron_anymal.config.schema import (
     CheckpointConfig,
     ConfigError,
@@ -37,6 +36,7 @@ from megatron_anymal.config.schema import (
 
 __all__ = [
     "RunConfig",
+    "AlignmentConfig",
     "CheckpointConfig",
     "ConfigError",
     "DEFAULT_LIMITS",

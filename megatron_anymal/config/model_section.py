@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_anymal.config.field_docs import add_field_docs
+from megatron_anymal.config.optim_section import AlignmentConfig, OptimConfig
 
 # FP8 and NVFP4 matrix dimensions must be multiples of the first, MXFP8's of the second (Transformer Engine).
 FP8_MULTIPLE, MXFP8_MULTIPLE = 16, 32
@@ -154,36 +155,6 @@ class DpoConfig:
 
 
 @dataclass
-class ScheduleConfig:
-    """Learning-rate schedule: linear warm-up, then `name`."""
-
-    name: str = "cosine"
-    """`cosine`, `linear` or `constant`."""
-    warmup_steps: int = 0
-    """Steps of linear warm-up from 0."""
-    min_lr_ratio: float = 0.1
-    """Final learning rate as a fraction of optim.lr."""
-    decay_steps: int = 0
-    """Step at which the final learning rate is reached. 0: trainer.max_steps."""
-
-
-@dataclass
-class OptimConfig:
-    """AdamW."""
-
-    lr: float = 2.0e-4
-    """Peak learning rate."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    """Decay rates of the first and second moment."""
-    eps: float = 1.0e-8
-    """Term added to the denominator."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay; never applied to biases and norm weights."""
-    sched: ScheduleConfig = field(default_factory=ScheduleConfig)
-    """Learning-rate schedule."""
-
-
-@dataclass
 class DistributedDataParallelConfig:
     """Gradient and parameter communication between data-parallel replicas."""
 
@@ -296,6 +267,10 @@ class ModelConfig:
 """
     optim: OptimConfig = field(default_factory=OptimConfig)
     """Optimizer."""
+    multiplex: dict[str, AlignmentConfig] = field(default_factory=dict)
+    """Alignments of several modalities in one run, each as if it ran alone, by the modality's name in
+    model.modalities. They share the passes of the frozen Llama; every step takes a global batch of each. Empty: one
+    alignment, with model.global_batch_size, model.optim and trainer.gradient_clip_val."""
     ddp: DistributedDataParallelConfig = field(default_factory=DistributedDataParallelConfig)
     """Data parallelism."""
 
@@ -310,6 +285,17 @@ class ModelConfig:
         if self.fp8 and self.fp8_recipe == "mxfp8":
             return MXFP8_MULTIPLE
         return FP8_MULTIPLE if self.fp8 or self.fp4 else 1
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an optimizer step, over all replicas; of `multiplex`, while no alignment has ended."""
+        return sum(one.global_batch_size for one in self.multiplex.values()) or self.global_batch_size
+
+    def samples_of(self, steps: int) -> int:
+        """Samples of the first `steps` optimizer steps of a run."""
+        if not self.multiplex:
+            return steps * self.global_batch_size
+        return sum(one.global_batch_size * min(steps, one.max_steps or steps) for one in self.multiplex.values())
 
 
 add_field_docs(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from megatron_anymal.config.data_section import DataConfig
@@ -10,6 +10,7 @@ from megatron_anymal.config.fault_grammar import check_faults
 from megatron_anymal.config.layout_validation import check_layout
 from megatron_anymal.config.model_section import ModalityConfig
 from megatron_anymal.config.model_validation import check_model
+from megatron_anymal.config.multiplex_validation import check_multiplex
 from megatron_anymal.config.schedule_validation import check_mixtures
 from megatron_anymal.config.schema import CheckpointConfig, ConfigError, ExpManagerConfig, RunConfig
 from megatron_anymal.config.storage_validation import check_feature_cache, check_storage
@@ -103,6 +104,9 @@ AT_LEAST = {
     "resilience.peer_memory_interval": 0,
 }
 
+# The same of each alignment of model.multiplex.
+_ALIGNMENT_AT_LEAST = {"global_batch_size": 1, "max_steps": 0, "gradient_clip_val": 0}
+
 
 def value_at(config: RunConfig, key: str) -> Any:
     """Return the value of a dotted key."""
@@ -123,6 +127,7 @@ def check(config: RunConfig) -> None:
     check_layout(config)
     check_model(config.job, config.model)
     _check_data(config.data, config.model.modalities)
+    check_multiplex(config.job, config.trainer, config.model, config.data)
     check_mixtures(config.data, config.trainer.max_steps)
     check_storage(config.data, config.resilience)
     check_feature_cache(config.data.feature_cache, config.model.modalities)
@@ -130,16 +135,27 @@ def check(config: RunConfig) -> None:
 
 
 def _check_values(config: RunConfig) -> None:
+    alignments = [f"model.multiplex.{name}" for name in config.model.multiplex]
     for key, choices in CHOICES.items():
-        if value_at(config, key) not in choices:
-            shown = ", ".join(repr(c) for c in choices)
-            raise ConfigError(f"{key}={value_at(config, key)!r} is not one of {shown}.")
-    for key, least in AT_LEAST.items():
-        if value_at(config, key) < least:
-            raise ConfigError(f"{key}={value_at(config, key)} must be at least {least}.")
-    if len(config.model.optim.betas) != 2:
-        raise ConfigError(f"model.optim.betas={config.model.optim.betas} must hold two numbers.")
+        for place in _places(key, alignments):
+            if value_at(config, place) not in choices:
+                shown = ", ".join(repr(c) for c in choices)
+                raise ConfigError(f"{place}={value_at(config, place)!r} is not one of {shown}.")
+    of_alignments = {f"{one}.{key}": least for one in alignments for key, least in _ALIGNMENT_AT_LEAST.items()}
+    for key, least in (AT_LEAST | of_alignments).items():
+        for place in _places(key, alignments):
+            if value_at(config, place) < least:
+                raise ConfigError(f"{place}={value_at(config, place)} must be at least {least}.")
+    for place in _places("model.optim.betas", alignments):
+        if len(value_at(config, place)) != 2:
+            raise ConfigError(f"{place}={value_at(config, place)} must hold two numbers.")
     max_time_seconds(config.exp_manager)
+
+
+def _places(key: str, alignments: Sequence[str]) -> list[str]:
+    """A key, and for one of the optimizer the same of each alignment of model.multiplex."""
+    rest = key.removeprefix("model.optim.")
+    return [key] if rest == key else [key, *(f"{one}.optim.{rest}" for one in alignments)]
 
 
 def _check_checkpoints(config: RunConfig) -> None:

@@ -18,6 +18,7 @@ from typing import Optional
 import numpy as np
 
 from megatron_anymal.config import (
+    AlignmentConfig,
     DatasetConfig,
     DiscreteConfig,
     LimitsConfig,
@@ -25,6 +26,7 @@ from megatron_anymal.config import (
     StageConfig,
     StorageConfig,
 )
+from megatron_anymal.data.aligned_samples import AlignedSamples
 from megatron_anymal.data.codes import PlannedCodes, plan_kinds
 from megatron_anymal.data.configured_modality import PlannedModality
 from megatron_anymal.data.context_parallel import document_multiple, padded
@@ -96,6 +98,21 @@ def length_multiple(model: ModelConfig) -> int:
     return document_multiple(model.context_parallel_size) * ranks * model.product_multiple
 
 
+def _open(
+    datasets: Mapping[str, DatasetConfig],
+    limits: Optional[LimitsConfig],
+    storage: Optional[StorageConfig],
+    section: str,
+) -> list[ShardIndex]:
+    indexes = []
+    for name, dataset in datasets.items():
+        try:
+            indexes.append(ShardIndex(dataset.path, limits, storage))
+        except DataError as error:
+            raise DataError(f"{section}.{name}.path: {error}") from None
+    return indexes
+
+
 class BatchPlanner:
     """Plans any step of a mixture of datasets."""
 
@@ -116,6 +133,7 @@ class BatchPlanner:
         section: str = "data.train",
         discrete: Mapping[str, DiscreteConfig] = MappingProxyType({}),
         schedule: Sequence[StageConfig] = (),
+        alignments: Mapping[str, AlignmentConfig] = MappingProxyType({}),
     ):
         """Open the indexes and check that the mixture can be planned.
 
@@ -127,22 +145,19 @@ class BatchPlanner:
             section: key of `datasets` in the configuration, for messages.
             discrete: `model.discrete`.
             schedule: `data.schedule`, checked against `datasets`. Empty: the datasets' own weights throughout.
+            alignments: `model.multiplex`, checked against `datasets`. Empty: one alignment of all of them.
 
         Raises:
             DataError: there are no datasets; an index is missing, empty, built with another tokenizer, or contains
-                samples of another kind, media without a configured modality or codes that `discrete` does not fit;
-                with too_long="refuse", a sample is longer than seq_length; a stage by tokens cannot be planned.
+                samples of another kind, media without a configured modality, media of another alignment's modality or
+                codes that `discrete` does not fit; with too_long="refuse", a sample is longer than seq_length; a stage
+                by tokens cannot be planned.
             StorageError: an object store, or the cache for its indexes, cannot be used.
         """
         if not datasets:
             raise DataError("No dataset is configured. Name one, for example data.train.NAME.path=FOLDER.")
         self.names = list(datasets)
-        self.indexes = []
-        for name, dataset in datasets.items():
-            try:
-                self.indexes.append(ShardIndex(dataset.path, limits, storage))
-            except DataError as error:
-                raise DataError(f"{section}.{name}.path: {error}") from None
+        self.indexes = _open(datasets, limits, storage, section)
         self.layout, self.global_batch_size = layout, global_batch_size
         self.seed, self.too_long = seed, too_long
         self._by_kind = {m.kind: m for m in modalities}
@@ -159,6 +174,17 @@ class BatchPlanner:
         # At least one: without a schedule, the whole run is a stage.
         self.stages = plan_stages(datasets, schedule, global_batch_size, self._mean_tokens)
         self._order = StagedOrder([len(i) for i in self.indexes], self.stages, seed)
+        self._aligned = self._align(datasets, alignments, section) if alignments else None
+
+    def _align(
+        self, datasets: Mapping[str, DatasetConfig], alignments: Mapping[str, AlignmentConfig], section: str
+    ) -> AlignedSamples:
+        # Validations go on until the run ends.
+        ends, sizes = section == "data.train", [len(index) for index in self.indexes]
+        aligned = AlignedSamples(datasets, sizes, alignments, self.seed, ends=ends)
+        modality_of = {kind: modality.name for kind, modality in self._by_kind.items()}
+        aligned.check_media(self.indexes, modality_of, [f"{section}.{name}.path" for name in self.names])
+        return aligned
 
     @property
     def read_ahead(self) -> int:
@@ -173,13 +199,15 @@ class BatchPlanner:
             **({"later": [(stage.start, stage.weights) for stage in self.stages[1:]]} if self.stages[1:] else {}),
             "seed": self.seed,
             "global_batch_size": self.global_batch_size,
+            **({"alignments": self._aligned.identity()} if self._aligned else {}),
             # Then more pairs fit into a pack and fewer are left out.
             **({"shared_prompts": True} if self.layout.shared_prompts and self.too_long == "drop" else {}),
         }
         return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
     def samples(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples at positions [start, stop) of the run: dataset and row number, [stop - start] int64 each."""
+        """The samples at positions [start, stop) of a run without `alignments`: dataset and row number, [stop - start]
+        int64 each."""
         return self._order.samples(start, stop)
 
     def stage_of(self, step: int) -> int:
@@ -214,8 +242,7 @@ class BatchPlanner:
 
     def plan(self, step: int) -> StepPlan:
         """Plan a step. The result is a pure function of the index, the configuration, encoder costs and the step."""
-        start = step * self.global_batch_size
-        dataset, sample = self.samples(start, start + self.global_batch_size)
+        dataset, sample = self._samples_of(step)
         documents = np.zeros((len(sample), 2), np.int64)
         targets, costs, shared = (np.zeros(len(sample), np.int64) for _ in range(3))
         measured = []
@@ -245,7 +272,14 @@ class BatchPlanner:
             document_multiple=self.layout.document_multiple,
             shared=shared,
             stage_shares=self._stage_shares,
+            alignment=None if self._aligned is None else self._aligned.owner[dataset],
         )
+
+    def _samples_of(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        if self._aligned is not None:
+            return self._aligned.samples(step)
+        start = step * self.global_batch_size
+        return self.samples(start, start + self.global_batch_size)
 
     def _lay_out(
         self, positions: np.ndarray, spans: np.ndarray, costs: np.ndarray

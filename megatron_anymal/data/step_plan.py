@@ -70,6 +70,8 @@ class StepPlan:
     shared: np.ndarray
     # How pipeline stages share the encoding; None: the first one does all of it.
     stage_shares: Optional[StageShares] = None
+    # [n] int64: position of each sample's alignment in model.multiplex; None: all are of one.
+    alignment: Optional[np.ndarray] = None
 
     @property
     def length(self) -> np.ndarray:

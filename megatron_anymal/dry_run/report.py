@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_anymal.config import ModelConfig, RunConfig
+from megatron_anymal.config import DataConfig, ModelConfig, RunConfig
 from megatron_anymal.data.context_parallel import padded
 from megatron_anymal.data.mix_stages import mean_shares, stage_lines
 from megatron_anymal.data.planner import BatchLayout
@@ -48,7 +48,7 @@ def render(found: DryRun) -> str:
 
 
 def _job(config: RunConfig) -> str:
-    model, per_replica = config.model, _quotient(config.model.global_batch_size, config.data_parallel_size)
+    model, per_replica = config.model, _quotient(config.model.samples_per_step, config.data_parallel_size)
     layout = BatchLayout.of(model, config.data.seq_length, config.data_parallel_size)
     sizes = [
         f"tensor {model.tensor_model_parallel_size}",
@@ -66,7 +66,7 @@ def _job(config: RunConfig) -> str:
         ("layout", " x ".join(sizes) + extra),
         (
             "batch",
-            f"{model.global_batch_size:,} samples per step, {per_replica} per replica",
+            f"{model.samples_per_step:,} samples per step, {per_replica} per replica{_alignments(model)}",
         ),
         (
             "packs",
@@ -84,6 +84,12 @@ def _formats(model: ModelConfig) -> str:
     if model.fp8:
         products = f", {'MXFP8' if model.fp8_recipe == 'mxfp8' else 'FP8'} {model.fp8}"
     return products + (f", the Llama's matrices in {model.base_quantization.upper()}" * bool(model.base_quantization))
+
+
+def _alignments(model: ModelConfig) -> str:
+    """The batch of each alignment."""
+    parts = ", ".join(f"{name} {one.global_batch_size:,}" for name, one in model.multiplex.items())
+    return f" ({parts})" if parts else ""
 
 
 def _quotient(samples: int, replicas: int) -> str:
@@ -183,15 +189,23 @@ def _data(found: DryRun) -> str:
     for (split, name), count in found.samples.items():
         row: tuple[str, ...] = (f"  data.{split}.{name}", f"{count:,} samples")
         if split == "train" and not config.data.schedule:
-            share = config.data.train[name].weight / sum(dataset.weight for dataset in config.data.train.values())
-            steps = count / (share * config.model.global_batch_size)
-            row = (*row, f"one epoch in {steps:,.1f} steps ({share:.0%} of the mix)")
+            samples, mixed = _batch_of(config.model, config.data, name)
+            share = config.data.train[name].weight / sum(config.data.train[one].weight for one in mixed)
+            row = (*row, f"one epoch in {count / (share * samples):,.1f} steps ({share:.0%} of the mix)")
         elif split == "train" and found.mixture:
             samples = config.trainer.max_steps * config.model.global_batch_size
             share = dict(zip(config.data.train, mean_shares(found.mixture, samples)))[name]
             row = (*row, f"{samples * share / count:,.2f} epochs in the run ({share:.2%} of its samples)")
         rows.append(row)
     return _table(rows, left=1, left_from=2)
+
+
+def _batch_of(model: ModelConfig, data: DataConfig, dataset: str) -> tuple[int, list[str]]:
+    """Samples of the global batch that a dataset of data.train is part of, and the datasets that it is mixed with."""
+    for alignment in model.multiplex.values():
+        if dataset in alignment.datasets:
+            return alignment.global_batch_size, alignment.datasets
+    return model.global_batch_size, list(data.train)
 
 
 def _span(numbers: Sequence[int]) -> str:

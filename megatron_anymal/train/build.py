@@ -32,6 +32,7 @@ from megatron_anymal.model.discrete_rows import add_tied_gradients
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.stragglers import OwnTime
+from megatron_anymal.train.alignment_updates import begin_alignments
 from megatron_anymal.train.auto_recompute import fit_recompute, sizes_of_run
 from megatron_anymal.train.objective import Objective, build_objective
 from megatron_anymal.train.optim import build_optimizer
@@ -138,7 +139,9 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     every_pass = model.ddp.overlap_grad_reduce
     agree_on_trainable(models, list(model.modalities), layout.device, every_pass=every_pass)
     wrapped = [_wrap(model.ddp, chunk, first=chunk is models[0]) for chunk in models]
-    optimizer = build_optimizer(model.optim, model.ddp, config.trainer, wrapped)
+    optimizer = build_optimizer(model.optim, model.ddp, config.trainer, wrapped, model.multiplex)
+    if model.multiplex:
+        begin_alignments(optimizer, model.multiplex)
     times, own_time = PassTimes(layout.device), OwnTime(layout.device)
     encoding = None
     if model.encoder_placement == "all_stages":
@@ -275,7 +278,7 @@ def build_data(
         planned,
         tokenizer,
         batch_layout(config),
-        global_batch_size=config.model.global_batch_size,
+        global_batch_size=config.model.samples_per_step,
         seed=config.model.seed,
         too_long=config.data.too_long,
         check_shards=layout.reports,
@@ -285,6 +288,7 @@ def build_data(
         section=f"data.{split}",
         discrete=config.model.discrete,
         schedule=config.data.schedule if split == "train" else (),
+        alignments=config.model.multiplex,
     )
     loaded = loaded_modalities(config.model.modalities, tokenizer, modalities)
     codes = CodeLayout(DiscreteVocabulary(vocab_size, config.model.discrete), config.model.discrete)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
+
+import numpy as np
 
 from megatron_anymal import backend
 from megatron_anymal.checkpoint.async_writer import CheckpointWriter
@@ -104,7 +106,6 @@ class Trainer:
         self.skipped_steps = SkippedSteps(run_dir, self.config.resilience.max_skipped_steps, state.layout.reports)
         self.skipped_samples = SkippedSamples(
             run_dir,
-            self.config.model.global_batch_size,
             self.config.data.max_bad_share,
             state.layout.reports,
             self.log.say,
@@ -203,9 +204,12 @@ class Trainer:
                 heartbeat.beat(Phase.CHECKPOINT)
                 self._save()
             if result.skipped:
-                self.log.say(f"warning: step {self.state.step}: the gradient is not finite; no weight was changed")
+                whose = f" of {', '.join(result.skipped_alignments)}" if result.skipped_alignments else ""
+                self.log.say(
+                    f"warning: step {self.state.step}: the gradient{whose} is not finite; no weight{whose} was changed"
+                )
                 # Last, because it may end the run, which must have logged and saved by then.
-                self.skipped_steps.note(self.state.step, self._samples(plan))
+                self.skipped_steps.note(self.state.step, self._samples(plan, result.skipped_alignments))
             # After everything that belongs to the step: a run that continues from it does not repeat it.
             self.copies.keep(took)
 
@@ -304,10 +308,12 @@ class Trainer:
             self.stop = reason
             self._record("stop_requested", reason)
 
-    def _samples(self, plan: StepPlan) -> list[str]:
-        """Return the names of all samples of a step."""
+    def _samples(self, plan: StepPlan, alignments: Collection[str]) -> list[str]:
+        """Return the names of all samples of a step, or of those of some alignments."""
         key = self.state.train_data.planner.key
-        return [key(int(dataset), int(sample)) for dataset, sample in zip(plan.dataset, plan.sample)]
+        chosen = [number for number, name in enumerate(self.config.model.multiplex) if name in alignments]
+        kept = slice(None) if plan.alignment is None else np.isin(plan.alignment, chosen)
+        return [key(int(dataset), int(sample)) for dataset, sample in zip(plan.dataset[kept], plan.sample[kept])]
 
     def _log_step(self) -> None:
         steps, metrics = self.window.take()
@@ -318,7 +324,7 @@ class Trainer:
         passes, sums = pass_metrics(self.state.pass_times, steps, metrics, self.state.layout, own_sums)
         metrics.update(passes)
         metrics.update(self.utilization.metrics(steps, metrics, sums))
-        metrics["consumed_samples"] = float(self.state.step * self.config.model.global_batch_size)
+        metrics["consumed_samples"] = float(self.config.model.samples_of(self.state.step))
         if self.config.data.schedule:
             metrics["stage"] = float(self.stage + 1)
         if self.state.layout.reports:
@@ -386,7 +392,7 @@ class Trainer:
         validated_at, metrics = self.validated
         return Manifest(
             step=self.state.step,
-            consumed_samples=self.state.step * self.config.model.global_batch_size,
+            consumed_samples=self.config.model.samples_of(self.state.step),
             config=self.config.to_dict(),
             llama=self.state.llama.to_dict(),
             base_hash=self.base_hash,

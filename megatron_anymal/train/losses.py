@@ -47,6 +47,24 @@ def batch_mean(losses: Tensor, loss_mask: Tensor, batch_targets: int) -> Tensor:
     return (losses.float() * loss_mask).sum() / max(1, batch_targets)
 
 
+def sum_of_means(losses: Tensor, loss_mask: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
+    """A micro-batch's contribution to the sum of the means of several groups of samples (`model.multiplex`).
+
+    The gradient of each token's loss has the bits that `batch_mean` over its group alone would give it.
+
+    Args:
+        losses: [1, T].
+        loss_mask: [1, T], as for `batch_mean`.
+        groups: [1, T] int64 in [0, number of groups), or -1 for padding.
+        counts: [number of groups] target tokens or samples of each group in the global batch.
+
+    Returns:
+        A scalar, fp32.
+    """
+    denominators = counts.clamp(min=1)[groups.clamp(min=0)]
+    return (losses.float() * loss_mask / denominators).sum()
+
+
 def sample_weights(loss_mask: Tensor, samples: Tensor, targets: Tensor) -> Tensor:
     """Mask for `batch_mean` that weights every sample equally, however long its answer.
 

@@ -25,6 +25,7 @@ from megatron_anymal.train.losses import (
     dpo_metrics,
     sample_weights,
     sequence_sums,
+    sum_of_means,
     sum_over_context,
     sums_by_group,
 )
@@ -46,6 +47,8 @@ class GlobalBatch:
     reference: Optional[Tensor] = None
     # Whether the step computed them, instead of reading them from the run's folder.
     reference_computed: bool = False
+    # model.multiplex: the loss is the sum of the means of the groups, not the mean over all samples.
+    by_group: bool = False
 
     @staticmethod
     def of(
@@ -53,22 +56,23 @@ class GlobalBatch:
         bad: Mapping[int, str],
         names: Sequence[str],
         device: torch.device,
-        reference: Optional[Tensor] = None,
+        alignments: Sequence[str] = (),
     ) -> GlobalBatch:
         """Build from a plan; a sample is reported under its first media item's modality, or under "text".
 
         Args:
-            reference: [n, 2] float64, see the field.
+            alignments: names in `model.multiplex`, under which samples are reported instead.
         """
         counts = [0 if position in bad else count for position, count in enumerate(plan.targets.tolist())]
         # The last entry is for samples without media, whose first modality is -1.
-        name_of = np.array([names.index(name) for name in [*plan.media.names, "text"]])
+        known = alignments or [*plan.media.names, "text"]
+        number = plan.media.first_modality() if plan.alignment is None else plan.alignment
         return GlobalBatch(
             targets=torch.tensor(counts, device=device),
             counts=tuple(counts),
-            groups=torch.from_numpy(name_of[plan.media.first_modality()]).to(device),
+            groups=torch.from_numpy(np.array([names.index(name) for name in known])[number]).to(device),
             names=tuple(names),
-            reference=reference,
+            by_group=plan.alignment is not None,
         )
 
 
@@ -160,7 +164,16 @@ class TokenObjective:
             kinds = torch.bucketize(micro_batch.labels, bounds, right=True).masked_fill(owners < 0, -1)
             of_kinds = sums_by_group(losses * mask, mask, kinds, len(self.kinds))
             report = torch.cat([report, of_kinds.flatten()])
+        if batch.by_group:
+            return sum_of_means(losses, weights, groups, self._counts_by_group(batch)), report
         return batch_mean(losses, weights, self.count(batch)), report
+
+    def _counts_by_group(self, batch: GlobalBatch) -> Tensor:
+        """`count` of the samples of each group, [names] int64."""
+        counted = (batch.targets > 0).long() if self._by_sample else batch.targets
+        return torch.zeros(len(batch.names), dtype=torch.int64, device=counted.device).index_add(
+            0, batch.groups, counted
+        )
 
 
 class PreferenceObjective:

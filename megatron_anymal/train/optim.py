@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import megatron.core.optimizer as mcore_optimizer
@@ -14,8 +15,10 @@ from megatron.core.optimizer import (
     clip_grads,
     distrib_optimizer,
     get_megatron_optimizer,
+    get_standard_config_overrides,
 )
 from megatron.core.optimizer import optimizer as mixed_precision
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamWithNamePredicate
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
@@ -42,17 +45,22 @@ def learning_rate(optim: OptimConfig, max_steps: int, step: int) -> float:
 
 
 def build_optimizer(
-    optim: OptimConfig, ddp: DistributedDataParallelConfig, trainer: TrainerConfig, models: Sequence[nn.Module]
+    optim: OptimConfig,
+    ddp: DistributedDataParallelConfig,
+    trainer: TrainerConfig,
+    models: Sequence[nn.Module],
+    alignments: Collection[str] = (),
 ) -> MegatronOptimizer:
     """Build megatron-core's optimizer over the trainable parameters of this rank's wrapped models.
 
     Args:
         trainer: for its precision and gradient clipping.
+        alignments: names in `model.multiplex`. Each has parameter groups of its own, which the key "alignment" numbers.
     """
     # megatron-core takes the kernels of an installed Transformer Engine or apex, which need a GPU.
     if mcore_optimizer.USING_PYTORCH_OPTIMIZER or not torch.cuda.is_available():
         _use_torch()
-    match_parameter_groups()
+    match_parameter_groups(*(["alignment"] if alignments else []))
     dtype = backend.compute_dtype(trainer.precision)
     settings = OptimizerConfig(
         optimizer="adam",
@@ -67,7 +75,21 @@ def build_optimizer(
         use_distributed_optimizer=ddp.use_distributed_optimizer,
         overlap_param_gather=ddp.overlap_param_gather,
     )
-    return get_megatron_optimizer(settings, list(models))
+    return get_megatron_optimizer(settings, list(models), _overrides(settings, alignments) if alignments else None)
+
+
+def _overrides(settings: OptimizerConfig, alignments: Collection[str]) -> dict[Any, Any]:
+    """What megatron-core's parameter groups differ by: whether weights decay, and the alignment."""
+    overrides: dict[Any, Any] = {**get_standard_config_overrides(settings)}
+    for number, name in enumerate(alignments):
+        middle = tuple(f".{part}.{name}." for part in ("encoders", "projectors"))
+        key = ParamKey(with_name_predicate=ParamWithNamePredicate(name, partial(_is_within, middle)))
+        overrides[key] = {"alignment": number}
+    return overrides
+
+
+def _is_within(middle: Sequence[str], parameter: Tensor, name: str) -> bool:
+    return any(part in f".{name}" for part in middle)
 
 
 def set_rates(optimizer: MegatronOptimizer, rate: float, weight_decay: float) -> None:
@@ -77,8 +99,20 @@ def set_rates(optimizer: MegatronOptimizer, rate: float, weight_decay: float) ->
     leaves it to the caller to apply `wd_mult`.
     """
     for group in optimizer.param_groups:
-        group["lr"] = rate
-        group["weight_decay"] = weight_decay * group["wd_mult"]
+        set_group_rate(group, rate, weight_decay)
+
+
+def set_group_rate(group: dict[str, Any], rate: float, weight_decay: float) -> None:
+    """Set the learning rate and weight decay of a parameter group; see `set_rates`."""
+    group["lr"] = rate
+    group["weight_decay"] = weight_decay * group["wd_mult"]
+
+
+def components(optimizer: MegatronOptimizer) -> Iterator[Any]:
+    """megatron-core's optimizers with parameters on this rank."""
+    for component in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if component.optimizer is not None:
+            yield component
 
 
 def begin_state(optimizer: MegatronOptimizer) -> None:
@@ -86,9 +120,9 @@ def begin_state(optimizer: MegatronOptimizer) -> None:
 
     The optimizer itself creates it with its first update, which may have been skipped.
     """
-    for component in getattr(optimizer, "chained_optimizers", [optimizer]):
+    for component in components(optimizer):
         inner = component.optimizer
-        if inner is None or inner.state:
+        if inner.state:
             continue
         component.init_state_fn(inner, component.config)
         for group in inner.param_groups:

@@ -9,7 +9,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from torch import Tensor
 
+from megatron_anymal.checkpoint.optimizer_steps import set_updates, updates_of
 from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.peer_memory.rank_copies import RankCopies, place
 from megatron_anymal.train.build import TrainState
-from megatron_anymal.train.optim import begin_state
+from megatron_anymal.train.optim import begin_state, components
 
 # Largest share of the training time that copies may take if their interval is automatic.
 _SHARE = 0.01
@@ -151,16 +152,9 @@ def _identity(manifest: Manifest, processes: int) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _components(optimizer: MegatronOptimizer) -> Iterator[Any]:
-    """megatron-core's optimizers with parameters on this rank."""
-    for component in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if component.optimizer is not None:
-            yield component
-
-
 def _tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
     """Everything that an update changes on this rank, apart from weights that follow from the main weights."""
-    for component in _components(optimizer):
+    for component in components(optimizer):
         inner = component.optimizer
         for group in inner.param_groups:
             for parameter in group["params"]:
@@ -169,19 +163,16 @@ def _tensors(optimizer: MegatronOptimizer) -> Iterator[Tensor]:
 
 
 def _counts(optimizer: MegatronOptimizer) -> list[int]:
-    return [int(group.get("step", 0)) for part in _components(optimizer) for group in part.optimizer.param_groups]
+    return [updates_of(group) for part in components(optimizer) for group in part.optimizer.param_groups]
 
 
 @torch.no_grad()
 def _apply(state: TrainState, counts: tuple[int, ...]) -> None:
     """Set the update counts, and the weights from the main weights as an update does. Collective."""
-    groups = [group for part in _components(state.optimizer) for group in part.optimizer.param_groups]
+    groups = [group for part in components(state.optimizer) for group in part.optimizer.param_groups]
     for group, count in zip(groups, counts):
-        if torch.is_tensor(group.get("step")):
-            group["step"].fill_(count)
-        else:
-            group["step"] = count
-    for part in _components(state.optimizer):
+        set_updates(group, count)
+    for part in components(state.optimizer):
         # The parameters of this one are the model's. All others must have the method: weights would stay as they were.
         if not isinstance(part, FP32Optimizer):
             part._copy_main_params_to_model_params()

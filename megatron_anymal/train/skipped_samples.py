@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+
 from megatron_anymal import step_lines
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import DataError
@@ -15,17 +17,14 @@ class SkippedSamples:
     """Log of left-out samples, RUN/skipped_samples.jsonl.
 
     Args:
-        global_batch_size: samples per step, over all replicas.
-        max_bad_share: largest accepted fraction of a step's samples that cannot be read.
+        max_bad_share: largest accepted fraction of a step's samples, or of those of an alignment, that cannot be read.
         active: whether this rank writes it.
         say: prints a message for the user.
     """
 
-    def __init__(
-        self, run_dir: Path, global_batch_size: int, max_bad_share: float, active: bool, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, run_dir: Path, max_bad_share: float, active: bool, say: Callable[[str], None]) -> None:
         self._path, self._active, self._say = run_dir / "skipped_samples.jsonl", active, say
-        self._batch_size, self._max_bad_share = global_batch_size, max_bad_share
+        self._max_bad_share = max_bad_share
         # Total over the whole run, on the rank that writes.
         self.count = 0
 
@@ -41,7 +40,8 @@ class SkippedSamples:
             bad: name -> why it cannot be used, over all ranks.
 
         Raises:
-            DataError: more of the step's samples, over all ranks, are unusable than data.max_bad_share allows.
+            DataError: more of the step's samples, over all ranks, are unusable than data.max_bad_share allows; with
+                model.multiplex, of the samples of one alignment.
         """
         too_long = [planner.key(int(plan.dataset[position]), int(plan.sample[position])) for position in plan.dropped]
         left_out = [*bad.items(), *((name, "longer than data.seq_length") for name in too_long)]
@@ -52,12 +52,20 @@ class SkippedSamples:
             self._write(step, left_out)
         for name, why in bad.items():
             self._say(f"skipped {name}: {why}")
-        size, allowed = self._batch_size, self._max_bad_share
-        if len(bad) / size > allowed:
-            raise DataError(
-                f"step {step}: {len(bad)} of {size} samples cannot be read, which is above data.max_bad_share="
-                f"{allowed}. They are listed in {self._path}."
-            )
+        if bad:
+            self._check_share(step, plan, planner, bad)
+
+    def _check_share(self, step: int, plan: StepPlan, planner: BatchPlanner, bad: Mapping[str, str]) -> None:
+        names = [planner.key(int(dataset), int(sample)) for dataset, sample in zip(plan.dataset, plan.sample)]
+        of_alignment = np.zeros(len(names), np.int64) if plan.alignment is None else plan.alignment
+        for number in np.unique(of_alignment):
+            batch = {name for name, own in zip(names, of_alignment) if own == number}
+            unusable, size = len(batch & bad.keys()), int((of_alignment == number).sum())
+            if unusable / size > self._max_bad_share:
+                raise DataError(
+                    f"step {step}: {unusable} of {size} samples cannot be read, which is above data.max_bad_share="
+                    f"{self._max_bad_share}. They are listed in {self._path}."
+                )
 
     def _write(self, step: int, left_out: list[tuple[str, str]]) -> None:
         rows = [{"step": step, "sample": name, "reason": why} for name, why in left_out]

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Optional
 
@@ -22,6 +22,7 @@ from megatron_anymal.model.lora import as_reference
 from megatron_anymal.parallel import sum_over_ranks
 from megatron_anymal.resilience import fault_injection, heartbeat, nonfinite, stop_signals
 from megatron_anymal.resilience.heartbeat import Phase
+from megatron_anymal.train.alignment_updates import set_alignment_rates, squared_norms, update_alignments
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.device_prefetch import on_device
 from megatron_anymal.train.objective import GlobalBatch, PreferenceObjective
@@ -50,12 +51,18 @@ class StepResult:
     padded_tokens: int
     # Sample name -> why it was skipped.
     bad: dict[str, str]
-    # Global L2 norm of the gradient before clipping; inf if it was not finite. 0 in validation.
+    # Global L2 norm of the gradient before clipping; inf if it was not finite. 0 in validation and with alignments.
     grad_norm: float = 0.0
-    # Learning rate of the update. 0 in validation.
+    # Learning rate of the update. 0 in validation and with alignments.
     lr: float = 0.0
-    # Nothing was updated: a gradient or loss was not finite on some rank.
+    # model.multiplex: norm of the gradient of each alignment that takes part in the step.
+    grad_norms: dict[str, float] = field(default_factory=dict)
+    # model.multiplex: learning rate of each.
+    rates: dict[str, float] = field(default_factory=dict)
+    # Nothing was updated, or not the weights of `skipped_alignments`: a gradient or loss was not finite on some rank.
     skipped: bool = False
+    # model.multiplex: names of the alignments whose weights were not updated.
+    skipped_alignments: tuple[str, ...] = ()
     # Why a rank asks to stop after this step; empty if none does.
     stop: str = ""
     # DPO: the step ran the reference, whose log-probabilities the run's folder did not have.
@@ -68,8 +75,8 @@ class Reduced:
 
     # The objective's report.
     report: list[float]
-    # Whether gradients and losses are finite on every rank.
-    finite: bool
+    # Whether gradients and losses are finite on every rank, by alignment; the only key is "" without model.multiplex.
+    finite: dict[str, bool]
     # Why a rank asks to stop; empty if none does.
     stop: str
 
@@ -92,8 +99,7 @@ def train_step(
     if state.stage_encoding is not None:
         state.stage_encoding.prepare(micro_batches)
     bad, batch = _begin(state, state.train_data.planner, plan, micro_batches)
-    rate = learning_rate(state.config.model.optim, state.config.trainer.max_steps, state.step)
-    set_rates(state.optimizer, rate, state.config.model.optim.weight_decay)
+    rates = _set_rates(state)
     for wrapped in state.wrapped:
         wrapped.zero_grad_buffer()
     _set_mode(state, training=True)
@@ -105,17 +111,39 @@ def train_step(
         state.stage_encoding.deliver(micro_batches)
     heartbeat.beat(Phase.UPDATE)
     fault_injection.inject("update", number)
-    grad_norm: Any = math.inf
-    if reduced.finite:
+    chosen = [name for name in rates if reduced.finite[name]]
+    norms = dict.fromkeys(rates, math.inf)
+    if chosen:
         update = state.pass_times("update")
         update.start()
-        _, grad_norm, _ = state.optimizer.step()
+        norms |= _update(state, chosen)
         update.stop()
     # A skipped update still counts as a step: its samples are not seen again.
     state.step += 1
     heartbeat.beat(settled=True)
     result = _result(state, state.train_data.planner, plan, bad, batch, reduced)
-    return dataclasses.replace(result, grad_norm=float(grad_norm or 0.0), lr=rate, skipped=not reduced.finite)
+    left = tuple(name for name in rates if name not in chosen)
+    if not state.config.model.multiplex:
+        return dataclasses.replace(result, grad_norm=norms[""], lr=rates[""], skipped=bool(left))
+    return dataclasses.replace(result, grad_norms=norms, rates=rates, skipped=bool(left), skipped_alignments=left)
+
+
+def _set_rates(state: TrainState) -> dict[str, float]:
+    """Set and return the rate of each alignment that takes part; the only key is "" without model.multiplex."""
+    model, last = state.config.model, state.config.trainer.max_steps
+    if model.multiplex:
+        return set_alignment_rates(state.optimizer, model.multiplex, last, state.step)
+    rate = learning_rate(model.optim, last, state.step)
+    set_rates(state.optimizer, rate, model.optim.weight_decay)
+    return {"": rate}
+
+
+def _update(state: TrainState, chosen: Sequence[str]) -> dict[str, float]:
+    """Update the weights of some alignments, and return the norm of each gradient before clipping. Collective."""
+    if state.config.model.multiplex:
+        return update_alignments(state.optimizer, state.config.model.multiplex, chosen)
+    _, grad_norm, _ = state.optimizer.step()
+    return {"": float(grad_norm or 0.0)}
 
 
 @torch.no_grad()
@@ -155,10 +183,11 @@ def _begin(
 ) -> tuple[dict[int, str], GlobalBatch]:
     """Gather what the passes need: unreadable samples, counts and reference log-probabilities. Collective."""
     bad = _agree_on_bad(plan, micro_batches, state.layout.device)
-    batch = GlobalBatch.of(plan, bad, ["text", *state.modalities, *state.config.model.discrete], state.layout.device)
+    names = ["text", *state.modalities, *state.config.model.discrete]
+    batch = GlobalBatch.of(plan, bad, names, state.layout.device, list(state.config.model.multiplex))
     if state.reference is not None:
         data = planner.fingerprint()[:8]
-        names = [
+        keys = [
             f"{data}/{planner.key(int(d), int(s))}" if count else None
             for d, s, count in zip(plan.dataset, plan.sample, batch.counts)
         ]
@@ -168,7 +197,7 @@ def _begin(
             computed.append(_reference_pass(state, plan, micro_batches, bad, batch))
             return computed[0]
 
-        reference = state.reference.log_probabilities(names, ask)
+        reference = state.reference.log_probabilities(keys, ask)
         return bad, dataclasses.replace(batch, reference=reference, reference_computed=bool(computed))
     return bad, batch
 
@@ -214,21 +243,29 @@ def _pass(
         return objective.loss(losses, mask, micro_batch, batch)
 
     reports = _run_schedule(state, plan, micro_batches, bad, loss_of, forward_only=forward_only)
-    size = 2 * len(batch.names) + len(objective.extras)
-    # The squared gradient norm and the stop requests follow the report, so that one all-reduce carries everything.
-    sums = torch.zeros(size + 1 + len(stop_signals.REASONS), dtype=torch.float64, device=state.layout.device)
+    size, multiplex = 2 * len(batch.names) + len(objective.extras), state.config.model.multiplex
+    end = size + max(1, len(multiplex))
+    # Squared gradient norms and the stop requests follow the report, so that one all-reduce carries everything.
+    sums = torch.zeros(end + len(stop_signals.REASONS), dtype=torch.float64, device=state.layout.device)
     if state.layout.counts_loss:
         sums[:size] = torch.stack(reports).sum(0)
     if not forward_only:
         if fault_injection.spoils_gradient(state.step + 1):
             _spoil_gradient(state)
-        sums[size] = nonfinite.squared_norm(state.wrapped, state.layout.device)
+        if multiplex:
+            sums[size:end] = squared_norms(state.models, multiplex, state.layout.device)
+        else:
+            sums[size] = nonfinite.squared_norm(state.wrapped, state.layout.device)
         state.before_update()
-    sums[size + 1 :] = torch.tensor(stop_signals.stop_flags(), dtype=torch.float64)
+    sums[end:] = torch.tensor(stop_signals.stop_flags(), dtype=torch.float64)
     sum_over_ranks(sums)
     totals = sums.cpu().tolist()
-    finite = nonfinite.all_finite(totals[:size], totals[size])
-    return Reduced(totals[:size], finite, stop_signals.agreed(totals[size + 1 :]))
+    report = totals[:size]
+    finite = {
+        name: nonfinite.all_finite([report[batch.names.index(name)]], squared)
+        for name, squared in zip(multiplex, totals[size:end])
+    } or {"": nonfinite.all_finite(report, totals[size])}
+    return Reduced(report, finite, stop_signals.agreed(totals[end:]))
 
 
 def _spoil_gradient(state: TrainState) -> None:

@@ -34,10 +34,17 @@ class MetricsWindow:
             **{f"target_loss/{kind}": value for kind, value in last.loss_by_kind.items()},
             **{f"target_tokens/{kind}": count for kind, count in last.targets_by_kind.items()},
             **last.measures,
-            "grad_norm": last.grad_norm,
-            "lr": last.lr,
+            **_updates(last),
             "tokens_per_second": tokens / seconds,
             "real_token_share": tokens / sum(result.padded_tokens for _, _, result in steps),
             "step_seconds": seconds / len(steps),
             "data_wait_share": sum(waited for _, waited, _ in steps) / seconds,
         }
+
+
+def _updates(step: StepResult) -> dict[str, float]:
+    """Norm of the gradient and learning rate, of each alignment if there are several."""
+    if not step.rates:
+        return {"grad_norm": step.grad_norm, "lr": step.lr}
+    norms = {f"grad_norm/{name}": norm for name, norm in step.grad_norms.items()}
+    return norms | {f"lr/{name}": rate for name, rate in step.rates.items()}

@@ -101,7 +101,7 @@ def test_exit_codes_are_those_of_the_code() -> None:
 def test_configurations_exist() -> None:
     shipped = {p.stem for p in (ROOT / "nemo_configs").glob("*.yaml")}
     table = PAGES["docs/guides/pretraining.md"].partition("| configuration |")[2].partition("\n\n")[0]
-    assert set(re.findall(r"`((?:quickstart|pretrain|sft|dpo|mio)\w*)`", table)) == shipped
+    assert set(re.findall(r"`((?:quickstart|pretrain|align|sft|dpo|mio)\w*)`", table)) == shipped
 
 
 def test_paths_exist() -> None:

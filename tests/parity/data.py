@@ -42,7 +42,7 @@ def _video(seed: int) -> bytes:
 
 
 # Items yield one to three encoder inputs, so that ranks share those of a single item.
-_MAKERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
+MAKERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "image": ("png", lambda seed: png(seed, (8 * (1 + seed % 2), 8)), {}),
     "video": ("avi", _video, {}),
     "audio": ("flac", lambda seed: flac(seed, 0.5 * (1 + seed % 3)), {}),
@@ -53,10 +53,10 @@ _MAKERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 def make_parity_shards(folder: Path, tokenizer: str, job: str, media: str) -> str:
     """Write shards with the samples of `MEDIA[media]` for a job, and return their location."""
     if job == "pretrain":
-        return make_shards(folder, tokenizer, 48, MEDIA[media], makers=_MAKERS)
+        return make_shards(folder, tokenizer, 48, MEDIA[media], makers=MAKERS)
     # Pairs repeat from the third step on, so that the cached log-probabilities are used.
     count = 16 if job == "dpo" else 48
-    return make_conversations(folder, tokenizer, count, MEDIA[media], pairs=job == "dpo", makers=_MAKERS)
+    return make_conversations(folder, tokenizer, count, MEDIA[media], pairs=job == "dpo", makers=MAKERS)
 
 
 def parity_config(shards: str, tokenizer: str, job: str, media: str) -> RunConfig:
@@ -89,7 +89,7 @@ def parity_config(shards: str, tokenizer: str, job: str, media: str) -> RunConfi
 def _used(media: str) -> list[str]:
     """Modalities of the samples. Text-only data gets one modality, which trains but never occurs."""
     kinds = {"image", "audio"} if "mixed" in MEDIA[media] else set()
-    return sorted((kinds | set(MEDIA[media])) & set(_MAKERS)) or ["image"]
+    return sorted((kinds | set(MEDIA[media])) & set(MAKERS)) or ["image"]
 
 
 def _video_section() -> ModalityConfig:

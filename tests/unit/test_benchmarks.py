@@ -281,6 +281,21 @@ def test_feature_cache(tmp_path: Path) -> None:
     assert set(found["rounds"]) == {"off", "warm"} and all(len(turns) == 2 for turns in found["rounds"].values())
 
 
+def test_alignments_in_one_run_need_fewer_passes(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    # Too short a sleep for the bar.
+    words = ("benchmarks/multiplex.py", "--turns=2", "--milliseconds=0.01", "--out", str(out))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    done = fork_server.python(*words, cwd=ROOT, environment=environment, timeout=240)
+    found = json.loads(out.read_text())
+    assert done.returncode == (found["ratio"]["fastest"] > found["bar"]), done.stderr[-4000:]
+    assert f"floor {found['floor']:.3f}, bar 0.8" in done.stdout
+    counts = found["counts"]
+    assert (counts["together"]["steps"], counts["separate"]["steps"]) == (5, 20)
+    assert counts["together"]["micro_batches"] < counts["separate"]["micro_batches"]
+    assert 0.5 < found["floor"] < 0.75 < found["floor_with_ends"] < 1 and found["losses_apart"] < 1e-6
+
+
 def test_a_shared_prompt_gives_the_same_first_step_in_fewer_tokens(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     own = {"pairs": 4, "prompt-tokens": 80, "answer-tokens": 6, "warm-up": 1, "rounds": 2}

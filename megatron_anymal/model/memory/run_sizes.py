@@ -47,7 +47,7 @@ def run_sizes(
     # Each of the two answers needs the keys of the prompt, which may be almost the whole pair.
     keys = keys + 2 * everywhere if layout.shared_prompts else keys
     pack = Pack(tokens, tokens, doubled * tokens, doubled * keys)
-    packs = -(-model.global_batch_size // (layout.data_parallel_size * layout.micro_batch_size))
+    packs = -(-model.samples_per_step // (layout.data_parallel_size * layout.micro_batch_size))
     sizes = (model.tensor_model_parallel_size, model.context_parallel_size, llama.number)
     return RunSizes(
         llama=llama,

@@ -83,6 +83,29 @@ def test_shipped_yaml_has_the_papers_numbers(name):
     assert config.model.language_model.freeze and config.model.language_model.load_weights
 
 
+# Rows of Table 11 for the alignments that share a run.
+ALIGNED = {
+    "image": "pretrain_8b_image",
+    "audio": "pretrain_13b_audio",
+    "video": "pretrain_13b_video",
+    "imu": "pretrain_8b_imu",
+}
+
+
+@pytest.mark.parametrize("modality", ALIGNED)
+def test_alignments_in_one_run_have_the_numbers_of_their_own_files(modality):
+    config = compose("align_all_8b", default_config_dir(), []).config
+    own = compose(ALIGNED[modality], default_config_dir(), []).config
+    alignment, theirs = config.model.multiplex[modality], own.model.modalities[modality]
+    assert alignment.global_batch_size == TABLE_11[ALIGNED[modality]][0] == own.model.global_batch_size
+    assert alignment.optim == own.model.optim and alignment.gradient_clip_val == own.trainer.gradient_clip_val
+    assert (alignment.max_steps or config.trainer.max_steps) == own.trainer.max_steps
+    assert alignment.datasets == list(own.data.train)
+    part = config.model.modalities[modality]
+    assert (part.encoder, part.projector, part.options) == (theirs.encoder, theirs.projector, theirs.options)
+    assert list(config.model.multiplex) == list(ALIGNED)
+
+
 @pytest.mark.parametrize("name", sorted(TABLE_11))
 def test_shipped_layouts_divide_their_llama(name):
     config = compose(name, default_config_dir(), []).config

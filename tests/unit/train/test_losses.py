@@ -23,6 +23,7 @@ from megatron_anymal.train.losses import (
     dpo_metrics,
     sample_weights,
     sequence_sums,
+    sum_of_means,
     sum_over_context,
     sums_by_group,
 )
@@ -49,6 +50,26 @@ def test_batch_mean_is_fp32_and_its_gradient_is_the_mask_over_the_targets() -> N
     assert loss.dtype == torch.float32
     loss.backward()
     assert losses.grad is not None and losses.grad.tolist() == [[0.25, 0.0, 0.25, 0.25, 0.0]]
+
+
+def test_a_sum_of_means_gives_each_group_the_gradient_of_its_own_mean() -> None:
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.randint(-1, 3, (1, 60), generator=generator)
+    # Also weights of samples, which are no powers of two. The rest of the batch is in other micro-batches.
+    mask = torch.rand(1, 60, generator=generator) * (groups >= 0)
+    counts = torch.tensor([37, 0, 143])
+    losses = torch.rand(1, 60, generator=generator).requires_grad_()
+    loss = sum_of_means(losses, mask, groups, counts)
+    loss.backward()
+    total, gradient = 0.0, torch.zeros(1, 60)
+    for group, count in enumerate(counts.tolist()):
+        own = losses.detach().clone().requires_grad_()
+        mean = batch_mean(own, mask * (groups == group), count)
+        mean.backward()
+        assert own.grad is not None
+        total, gradient = total + mean.item(), gradient + own.grad
+    assert losses.grad is not None and torch.equal(losses.grad, gradient)
+    assert loss.item() == pytest.approx(total)
 
 
 def test_sums_by_group() -> None:
