@@ -55,7 +55,7 @@ EXTRAS_REQUIRE = {
         "nvidia-resiliency-ext>=0.6,<0.7; python_version >= '3.12'",
     ],
     # model.base_quantization=nf4, on CPUs and GPUs.
-    "nf4": ["bitsandbytes>=0.49,<0.51"],
+    "nf4": ["bitsandbytes>=0.50.2,<0.51"],
     # Both require the fsspec of their own version. nemo_toolkit needs fsspec 2024.12 or later, lightning one before
     # 2026.0 and datasets (with trl) at most 2026.9: pip installs 2025.12.0 of s3fs and fsspec.
     "s3": ["s3fs>=2024.12"],
@@ -97,7 +97,7 @@ EXTRAS_REQUIRE = {
         "fastapi>=0.115,<1",
         "uvicorn>=0.34,<1",
         # The extra "nf4"; the reference for its weights, too.
-        "bitsandbytes>=0.49,<0.51",
+        "bitsandbytes>=0.50.2,<0.51",
     ],
     "dev": ["ruff>=0.17,<0.18", "mypy>=2.4,<3", "types-PyYAML"],
     "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1.0,<2", "ruff>=0.17,<0.18"],

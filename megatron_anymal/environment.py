@@ -88,7 +88,7 @@ REQUIREMENTS = (
         + (f"; with an older version megatron-core {LINE.version} does not import" if LINE.checks_resiliency else ""),
         LINE.checks_resiliency,
     ),
-    Requirement("bitsandbytes", "bitsandbytes", ">=0.49,<0.51", "nf4", "model.base_quantization=nf4 is refused"),
+    Requirement("bitsandbytes", "bitsandbytes", ">=0.50.2,<0.51", "nf4", "model.base_quantization=nf4 is refused"),
     Requirement("s3fs", "s3fs", ">=2024.12", "s3", "datasets on S3 (s3://) cannot be read"),
     Requirement("gcsfs", "gcsfs", ">=2024.12", "gcs", "datasets on Google Cloud Storage (gs://) cannot be read"),
     Requirement("pyarrow", "pyarrow", ">=15.0", "huggingface", "`anymal prepare --from huggingface` reads nothing"),

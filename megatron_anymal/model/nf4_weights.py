@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from megatron_anymal.config import NF4_BLOCK
 
-# Blocks that are quantized at a time: on a CPU, bitsandbytes makes 16 fp32 numbers of each element.
+# Blocks that are quantized at a time: on a CPU, bitsandbytes needs several temporary fp32 tensors of their size.
 _BLOCKS_AT_ONCE = 1 << 14
 
 
@@ -77,11 +77,10 @@ class NF4Weight(Tensor):
 
         if source.shape != self.shape:
             raise ValueError(f"A weight of shape {list(self.shape)} cannot be set from {list(source.shape)}.")
-        # bitsandbytes computes with the dtype it is given.
         blocks = source.detach().to(self.packed.device, self.dtype).reshape(-1, NF4_BLOCK)
         for first in range(0, len(blocks), _BLOCKS_AT_ONCE):
             some = slice(first, first + _BLOCKS_AT_ONCE)
-            packed, state = quantize_4bit(blocks[some].float(), blocksize=NF4_BLOCK, quant_type="nf4")
+            packed, state = quantize_4bit(blocks[some], blocksize=NF4_BLOCK, quant_type="nf4")
             self.packed[some] = packed.view(-1, NF4_BLOCK // 2)
             self.scales[some] = state.absmax
 

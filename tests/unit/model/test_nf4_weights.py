@@ -87,7 +87,7 @@ def test_values_are_those_of_bitsandbytes_under_every_layout(folder: str, layout
     for name, weight in source.items():
         expected = weight
         if name.split(".")[-2] in PROJECTIONS:
-            # In bf16 bitsandbytes' CPU kernel also computes in it; on a GPU it computes in fp32, as here.
+            # Scales and products are fp32, in bf16 too.
             expected = rounded_to_nf4(weight.float()).to(dtype)
             assert not torch.equal(expected, weight)
         np.testing.assert_array_equal(weights[name], expected.float().numpy(), err_msg=name)
