@@ -70,11 +70,12 @@ def _check_shared(job: str, model: ModelConfig, data: DataConfig) -> None:
             f"model.neftune.alpha={model.neftune.alpha} draws noise by a sample's position in the global batch, which "
             "model.multiplex changes: alignments would not train as they do alone. Set it to 0."
         )
-    if model.fp8:
-        raise ConfigError(
-            f"model.fp8={model.fp8} scales by the largest value of a whole pack, so that with model.multiplex an "
-            "alignment would depend on the samples of the others. Remove one of them."
-        )
+    for key in ("fp8", "fp4"):
+        if getattr(model, key):
+            raise ConfigError(
+                f"model.{key}={getattr(model, key)} scales by the largest value of a whole pack, so that with "
+                "model.multiplex an alignment would depend on the samples of the others. Remove one of them."
+            )
 
 
 def _check_replaced(trainer: TrainerConfig, model: ModelConfig) -> None:

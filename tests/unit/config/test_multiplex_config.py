@@ -67,6 +67,7 @@ def test_alignments_that_work() -> None:
         ),
         ({"model.neftune": {"alpha": 5}}, r"model.neftune.alpha=5.0 draws noise by a sample's position.*Set it to 0"),
         ({"model.fp8": "hybrid"}, r"model.fp8=hybrid scales by the largest value of a whole pack.*Remove one"),
+        ({"model.fp4": "e2m1"}, r"model.fp4=e2m1 scales by the largest value of a whole pack.*Remove one"),
         ({"model.global_batch_size": 8}, r"model.global_batch_size has no effect.*multiplex.NAME.global_batch_size"),
         ({"model.optim": {"lr": 1}}, r"model.optim has no effect.*set model.multiplex.NAME.optim"),
         ({"trainer.gradient_clip_val": 2}, r"trainer.gradient_clip_val has no effect.*NAME.gradient_clip_val"),
