@@ -88,7 +88,9 @@ def evaluate_tasks(arguments: argparse.Namespace) -> int:
     }
     examples = {}
     load = cache(lambda: load_checked_generator(arguments, integrity, replicated=True))
-    for job, (samples, data) in [(job, _samples(job, arguments.limit)) for job in jobs]:
+    read = [(job, _samples(job, arguments.limit)) for job in jobs]
+    _try_metrics(jobs)
+    for job, (samples, data) in read:
         answers = _answers(job, samples, {**settings, "data": data}, arguments, load)
         if int(os.environ.get("RANK", "0")) == 0:
             from megatron_anymal.evaluation.results import task_result
@@ -129,11 +131,22 @@ def _job(text: str, arguments: argparse.Namespace) -> _Job:
 def _check_metrics(jobs: Sequence[_Job]) -> None:
     from megatron_anymal.evaluation.metrics import captions
 
-    # Rank 0 computes them, and pycocoevalcap's downloads would be in each other's way.
-    if int(os.environ.get("RANK", "0")) != 0:
-        return
-    if wanted := [metric for job in jobs for metric in job.metrics if metric in _CAPTION_METRICS]:
-        captions.require(list(dict.fromkeys(wanted)))
+    if wanted := _caption_metrics(jobs):
+        captions.require(wanted)
+
+
+def _try_metrics(jobs: Sequence[_Job]) -> None:
+    """Try what takes seconds, before anything is answered."""
+    from megatron_anymal.evaluation.metrics import captions
+
+    # Rank 0 computes them, and several of pycocoevalcap's downloads would be in each other's way.
+    if int(os.environ.get("RANK", "0")) == 0:
+        captions.try_spice(_caption_metrics(jobs))
+
+
+def _caption_metrics(jobs: Sequence[_Job]) -> list[str]:
+    wanted = [metric for job in jobs for metric in job.metrics if metric in _CAPTION_METRICS]
+    return list(dict.fromkeys(wanted))
 
 
 def _samples(job: _Job, limit: int | None) -> tuple[list[Any], str]:

@@ -31,10 +31,10 @@ _DOWNLOAD_PATIENCE = 20.0
 
 
 def require(metrics: Sequence[str]) -> None:
-    """Check, before any model is loaded, that the captions' metrics can be computed.
+    """Check at once whether what the captions' metrics need is there; see also `try_spice`.
 
     Raises:
-        ConfigError: pycocoevalcap is not installed, a metric needs Java and there is none, or SPICE does not run.
+        ConfigError: pycocoevalcap is not installed, or a metric needs Java and there is none.
     """
     try:
         import pycocoevalcap.cider.cider  # noqa: F401
@@ -43,13 +43,22 @@ def require(metrics: Sequence[str]) -> None:
             f"The metrics {', '.join(metrics)} need pycocoevalcap: pip install 'megatron-anymal[evaluate]'."
         ) from None
     refused = [metric for metric in metrics if metric in JAVA_METRICS]
-    if not refused:
-        return
-    if not has_java():
+    if refused and not has_java():
         raise ConfigError(
             f"{refused[0]} is computed by a Java program, but there is no `java` in PATH. Install Java 8 or later, or "
             f"leave it out with --without-metric {' '.join(refused)}."
         )
+
+
+def try_spice(metrics: Sequence[str]) -> None:
+    """Score one pair if SPICE or SPIDEr is among the metrics: takes seconds, and the network on first use.
+
+    Raises:
+        ConfigError: SPICE does not run.
+    """
+    refused = [metric for metric in metrics if metric in JAVA_METRICS]
+    if not refused:
+        return
     try:
         with _patience(_DOWNLOAD_PATIENCE):
             caption_scores("spice", ["a cat"], [["a cat"]])
