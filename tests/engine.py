@@ -30,6 +30,15 @@ def train(config: RunConfig, look: Callable[[TrainState], Any] | None = None) ->
     }
 
 
+def attempt(config: RunConfig, variables: dict[str, str]) -> Any:
+    """In a rank: train with memory for copies; return the error of a run that fails."""
+    os.environ.update(variables)
+    try:
+        return train(config)
+    except RuntimeError as error:
+        return f"failed: {error}"
+
+
 def train_as_configured(folder: Path, name: str, *overrides: str) -> None:
     """In a rank: train a shipped configuration in a folder, as `anymal` does, but without importing NeMo, which takes
     seconds."""

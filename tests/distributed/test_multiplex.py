@@ -6,7 +6,6 @@ import contextlib
 import copy
 import json
 import math
-import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine import train
+from engine import attempt, train
 from export_server import run_in_rank
 from multiplexed import (
     LENGTH,
@@ -195,15 +194,6 @@ def steps_of(run_dir: Path) -> list[dict[str, float]]:
     """A run's metrics, without those that time decides."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in row.items() if not any(m in name for m in MEASURED)} for row in rows]
-
-
-def attempt(config: RunConfig, variables: dict[str, str]) -> Any:
-    """In a rank: train with memory for copies; return the error of a run that fails."""
-    os.environ.update(variables)
-    try:
-        return train(config)
-    except RuntimeError as error:
-        return f"failed: {error}"
 
 
 def test_a_run_continues_from_copies_in_memory_bit_by_bit(

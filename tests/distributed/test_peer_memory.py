@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine import train
+from engine import attempt, train
 from ranks import run_ranks
 from tiny import make_config
 
@@ -41,15 +41,6 @@ def server() -> Iterator[MemoryServer]:
     server = MemoryServer(2)
     yield server
     server.close()
-
-
-def attempt(config: RunConfig, variables: dict[str, str]) -> Any:
-    """In a rank: train with memory for copies; return the error of a run that fails."""
-    os.environ.update(variables)
-    try:
-        return train(config)
-    except RuntimeError as error:
-        return f"failed: {error}"
 
 
 def interrupted(config: RunConfig, server: MemoryServer) -> dict[str, Any]:
