@@ -17,6 +17,9 @@ _WARNINGS = (
     # About calls from megatron-core into torch, which this trainer does not make itself.
     (r"full scope is deprecated", r"megatron\.core\."),
     (r"`load_state_dict` is deprecated and will be removed in future versions", r"megatron\.core\."),
+    # megatron-core 0.19: every rank plans by itself what it reads, and asks torch for exactly that (`no_dist=True`).
+    (r"The argument order of load has been changed", r"torch\.distributed\.checkpoint\."),
+    (r"torch\.distributed is disabled, .* assuming the intent is to load in", r"torch\.distributed\.checkpoint\."),
     # The distributed optimizer looks for a gradient on its views of the weights. Without a GPU, the call goes through
     # the shim.
     (r"The \.grad attribute of a Tensor that is not a leaf", r"megatron(\.core\.optimizer|_anymal\.cpu_shim)"),
@@ -30,6 +33,9 @@ _RECORDS = (
     ("megatron.core.distributed.distributed_data_parallel", r"DistributedDataParallel: full_param_layout not provided"),
     # Both lines read the file that holds the state of a checkpoint which is not sharded.
     ("megatron.core.dist_checkpointing.strategies.common", r"load_common is deprecated"),
+    # megatron-core imports this module for code that is built at its first use. With torch's build for CUDA, the module
+    # reports a toolkit (nvcc) on a machine without a GPU, such as a login node.
+    ("torch.utils.cpp_extension", r"No CUDA runtime is found, using CUDA_HOME="),
     # Lightning's Trainer only holds the loggers: the devices it reports are not those of the run.
     ("lightning.pytorch.utilities.rank_zero", r"(GPU|TPU|HPU) available: "),
     # NeMo's telemetry service, which is not used.

@@ -133,6 +133,34 @@ def _compiling_later(module: ModuleType) -> Iterator[None]:
     _replace(module, "jit_fuser", lambda fuse: functools.partial(_compiled_later, fuse))
 
 
+@contextmanager
+def _decorating_later(module: ModuleType) -> Iterator[None]:
+    """Keep a module of megatron-core 0.19 that decorates a function with torch.compile from importing the compiler.
+
+    With a GPU it is imported anyway.
+    """
+    if has_nvidia_driver():
+        yield
+        return
+    import torch
+
+    compiler: Any = torch.compile
+
+    @functools.wraps(compiler)
+    def compile_later(function: Any = None, *args: Any, **options: Any) -> Any:
+        # Only what the module decorates: others that it imports or calls are to get what they ask for.
+        if getattr(function, "__module__", None) != module.__name__:
+            return compiler(function, *args, **options)
+        return _compiled_later(functools.partial(compiler, **options), function)
+
+    replaced: Any = torch
+    replaced.compile = compile_later
+    try:
+        yield
+    finally:
+        replaced.compile = compiler
+
+
 def _compiled_later(fuse: Callable[[Any], Any], function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.cache
     def chosen() -> Callable[..., Any]:
@@ -211,6 +239,7 @@ AROUND: dict[str, Callable[[ModuleType], Any]] = {
     "lightning.fabric.utilities.cloud_io": _asking_local_folders_first,
     "megatron.core": _without("wandb"),
     "megatron.core.jit": _compiling_later,
+    "megatron.core.transformer.moe.router": _decorating_later,
     # For event files on S3; those of a run are in its folder.
     "tensorboard.compat.tensorflow_stub.io.gfile": _without("boto3", "botocore"),
     "transformer_engine": _whole_or_missing,

@@ -346,14 +346,25 @@ def test_refusals_are_quick() -> None:
         assert min(taken) < 0.6, option
 
 
+PEAK = "from megatron_anymal.process_memory import peak_resident_bytes as peak; "
+
+
+@pytest.fixture(scope="module")
+def torch_alone() -> float:
+    """Peak of a process that only imports torch, in bytes: 0.24 GB for its build for CPUs, 0.65 GB for that for CUDA."""
+    code = f"import torch; {PEAK} print(peak())"
+    return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
+
+
 @pytest.mark.parametrize("gpus", [16, 1024, 16384])
-def test_70b_within_bounds_of_time_and_memory(gpus: int) -> None:
+def test_70b_within_bounds_of_time_and_memory(gpus: int, torch_alone: float) -> None:
     code = "import sys, time; from megatron_anymal.__main__ import main; code = main(sys.argv[1:]); "
-    code += "from megatron_anymal.process_memory import peak_resident_bytes; "
-    code += "print('MEASURED', time.process_time(), peak_resident_bytes()); sys.exit(code)"
+    code += f"{PEAK} print('MEASURED', time.process_time(), peak()); sys.exit(code)"
     words = ["plan", "--config-name=pretrain_70b_image", f"--gpus={gpus}", "--gpu=h100-80gb"]
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     seconds, peak = map(float, done.stdout.rpartition("MEASURED ")[2].split())
     # About 10 s for the most GPUs on a quiet machine; a busy one counts twice as many.
-    assert seconds < 40 and peak < 1e9
+    assert seconds < 40
+    # 1 GB with torch's build for CPUs. Its build for CUDA maps more libraries, whichever command imports it.
+    assert peak - torch_alone < 7.5e8

@@ -237,13 +237,16 @@ def test_only_what_is_listed_is_silenced(caplog: pytest.LogCaptureFixture) -> No
         warnings.simplefilter("always")
         quiet_libraries()
         no_engine = "Transformer Engine and Apex are not installed. Falling back to Torch optimizers."
+        alone = "torch.distributed is disabled, unavailable or uninitialized, assuming the intent is to {} in a single "
         for module, message in (
             ("megatron.core.optimizer", no_engine),
             ("megatron.core.optimizer", "The loss is not finite."),
             ("megatron_anymal.train", no_engine),
+            ("torch.distributed.checkpoint.utils", alone.format("load")),
+            ("torch.distributed.checkpoint.utils", alone.format("save")),
         ):
             warnings.warn_explicit(message, UserWarning, "file.py", 1, module=module)
-        assert [str(one.message) for one in shown] == ["The loss is not finite.", no_engine]
+        assert [str(one.message) for one in shown] == ["The loss is not finite.", no_engine, alone.format("save")]
     with caplog.at_level(logging.INFO):
         rank_zero.info("GPU available: True (cuda), used: False")
         rank_zero.error("GPU available: no, it fell off the bus")

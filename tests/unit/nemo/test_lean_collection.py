@@ -14,8 +14,8 @@ import pytest
 from megatron_anymal.lean_imports import hooks
 
 # Prints the collections during the import, the objects that it left out, and whether the collector runs again. Python
-# 3.12 leaves out objects of its own when it starts: `python -c 'import gc; print(gc.get_freeze_count())'` prints 375 with
-# 3.12.1, and 0 with 3.11.
+# 3.12 leaves out objects of its own when it starts: `python -c 'import gc; print(gc.get_freeze_count())'` prints 375
+# with 3.12.1, and 0 with 3.11.
 CODE = """
 import gc, json, sys
 from megatron_anymal import lean_imports

@@ -21,6 +21,7 @@ from tiny import make_config, make_shards, make_tokenizer
 
 from megatron_anymal.lean_imports import hooks, libraries
 from megatron_anymal.lean_imports.deferral import Deferral, Later
+from megatron_anymal.megatron_line import of_python
 
 PACKAGES = Path(__file__).with_name("rank_packages.json")
 # Imported by no rank on a CPU: the compiler, metrics, tokenizers and losses of NeMo.
@@ -97,7 +98,8 @@ def test_a_rank_imports_the_listed_packages_only(seen: dict[str, Any]) -> None:
     """A library that a new version brings in is looked at before it is listed. To list what there is now, run this file
     with ANYMAL_UPDATE=1."""
     counts = Counter(name.split(".")[0] for name in seen["modules"])
-    ignored = sys.stdlib_module_names
+    # Python 3.12 no longer has distutils; setuptools brings its own under that name.
+    ignored = {*sys.stdlib_module_names, "distutils"}
     found = {
         name: count
         for name, count in sorted(counts.items())
@@ -107,6 +109,8 @@ def test_a_rank_imports_the_listed_packages_only(seen: dict[str, Any]) -> None:
         PACKAGES.write_text(json.dumps(found, indent=1) + "\n")
     assert seen["code"] == 0
     listed = json.loads(PACKAGES.read_text())
+    if not of_python().needs_triton:
+        del listed["triton"]
     assert found.keys() <= listed.keys()
     # Twice as many modules of a package: a part of it that was not imported before.
     assert not {name: (count, listed[name]) for name, count in found.items() if count > 2 * listed[name] + 10}
@@ -169,6 +173,38 @@ def test_fused_functions_are_compiled_at_their_first_call_where_there_is_a_gpu(m
     later = libraries._compiled_later(fuse, times)
     assert compiled == []
     assert (later(3), later(4, by=3), compiled) == (7, 13, [times])
+
+
+@pytest.mark.parametrize("driver", [True, False])
+def test_a_module_that_decorates_with_the_compiler_does_not_import_it(
+    driver: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU its functions run as they are; other functions are compiled, and torch.compile is put back."""
+    compiled: list[Any] = []
+
+    def compiler(function: Any, **options: Any) -> str:
+        compiled.append((function.__name__, options))
+        return "compiled"
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(libraries, "has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    def inner(x: int) -> int:
+        return x + 1
+
+    def outer(x: int) -> int:
+        return x
+
+    inner.__module__ = "lean_decorating"
+    with libraries._decorating_later(ModuleType("lean_decorating")):
+        decorated: Any = torch.compile(inner, dynamic=True)
+        other: Any = torch.compile(outer)
+    assert torch.compile is compiler and other == "compiled"
+    if driver:
+        assert decorated == "compiled" and compiled == [("inner", {"dynamic": True}), ("outer", {})]
+    else:
+        assert decorated(1) == 2 and decorated.__name__ == "inner" and compiled == [("outer", {})]
 
 
 def test_an_attribute_of_a_package_that_has_not_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
