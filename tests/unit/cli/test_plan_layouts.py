@@ -351,7 +351,7 @@ PEAK = "from megatron_anymal.process_memory import peak_resident_bytes as peak; 
 
 @pytest.fixture(scope="module")
 def torch_alone() -> float:
-    """Peak of a process that only imports torch, in bytes: 0.24 GB for its build for CPUs, 0.65 GB for that for CUDA."""
+    """Peak of a process that only imports torch, in bytes: 0.24 GB if it is built for CPUs, 0.65 GB if for CUDA."""
     code = f"import torch; {PEAK} print(peak())"
     return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
 
