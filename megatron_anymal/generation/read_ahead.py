@@ -43,7 +43,11 @@ class ReadAhead(Generic[Read]):
         self._pending: dict[tuple[int, ...], tuple[Sequence[Prompt], Future[bytes]]] = {}
 
     def announce(self, groups: Sequence[Sequence[Prompt]]) -> None:
-        """Begin to read these groups, in this order; earlier announcements that are not repeated are dropped."""
+        """Begin to read these groups, in this order; earlier announcements that are not repeated are dropped.
+
+        Raises:
+            DataError: a reading process exited unexpectedly.
+        """
         if not self.processes:
             return
         if self._pool is None:
