@@ -2,7 +2,8 @@
 
     python -m examples.benchmark_from_folder --samples FOLDER --out FOLDER [--limit N]
 
-Each sample's last text is its answer, given by ten annotators who agree; the text before it is its question.
+Each sample's last text is its answer, given by ten annotators who agree; the text before it is its question. Samples
+with several texts before the answer, such as conversations of several turns, are left out.
 """
 
 from __future__ import annotations
@@ -24,24 +25,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from megatron_anymal.generation.evaluation import read_questions
 
-    rows = [
-        _row(number, question) for number, question in enumerate(read_questions(arguments.samples, arguments.limit))
-    ]
+    questions = read_questions(arguments.samples)
+    single = [question for question in questions if len(_texts(question)) < 2]
+    rows = [_row(number, question) for number, question in enumerate(single[: arguments.limit])]
     file = Path(arguments.out) / "data" / "validation-00000-of-00001.parquet"
     file.parent.mkdir(parents=True, exist_ok=True)
     parquet.write_table(Table.from_pylist(rows), file)
-    print(f"wrote {len(rows)} questions to {file}")
+    left_out = len(questions) - len(single)
+    print(f"wrote {len(rows)} questions to {file}; {left_out} of {len(questions)} samples have several texts: left out")
     return 0
 
 
+def _texts(question: Any) -> list[str]:
+    return [part.text for part in question.prompt.parts if hasattr(part, "text") and not part.control]
+
+
 def _row(number: int, question: Any) -> dict[str, Any]:
-    text = " ".join(part.text for part in question.prompt.parts if hasattr(part, "text") and not part.control)
     answers = [{"answer": question.answer, "answer_confidence": "yes", "answer_id": n} for n in range(1, 11)]
     [picture] = question.prompt.media
     return {
         "question_id": number,
         "question_type": "what is",
-        "question": text.strip(),
+        "question": "".join(_texts(question)),
         "answers": answers,
         "image": {"bytes": picture.data, "path": f"{question.key}.{picture.extension}"},
     }

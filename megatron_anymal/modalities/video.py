@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,7 @@ from megatron_anymal.modalities.base import (
     require_within,
 )
 from megatron_anymal.modalities.containers import opened_container, stream_seconds
-from megatron_anymal.modalities.libraries import library
-from megatron_anymal.modalities.pictures import flat_and_upright
+from megatron_anymal.modalities.frame_pictures import frame_picture
 from megatron_anymal.modalities.pixels import PixelModality, PixelOptions, PixelTransform
 from megatron_anymal.modalities.registry import register
 from megatron_anymal.modalities.video_frames import Decoder, PacketTable, frames_at
@@ -41,21 +39,6 @@ class VideoOptions(PixelOptions):
     num_frames: int = 0
     # Maximum number of clips per video; in a longer video, this many clips are spread evenly.
     max_clips: int = 8
-
-
-# Signs of the linear part of a display matrix, (a, b, c, d) in x' = ax + cy and y' = bx + dy -> EXIF orientation.
-DISPLAYED = {
-    (1, 0, 0, 1): 1,
-    (-1, 0, 0, 1): 2,
-    (-1, 0, 0, -1): 3,
-    (1, 0, 0, -1): 4,
-    (0, 1, 1, 0): 5,
-    (0, 1, -1, 0): 6,
-    (0, -1, -1, 0): 7,
-    (0, -1, 1, 0): 8,
-}
-# Entries of the display matrix below this share of the largest one count as zero.
-ROUNDING = 1e-3
 
 
 @contextmanager
@@ -194,7 +177,7 @@ class VideoModality(PixelModality):
             frames = np.empty((times.size, side, side, 3), dtype=np.uint8)
             for numbers, frame in frames_at(table, times.ravel(), rate):
                 _require_frames(stream.codec_context, frame, len(data), self.limits)
-                frames[numbers] = self.pixels.resize(_picture(frame))
+                frames[numbers] = self.pixels.resize(frame_picture(frame))
         return (seconds, rate), frames.reshape(*times.shape, side, side, 3)
 
 
@@ -211,31 +194,5 @@ def evenly_spread_pictures(data: bytes, count: int, limits: LimitsConfig = DEFAU
         times = (np.arange(count) + 0.5) * (seconds / count)
         for numbers, frame in frames_at(table, times, rate):
             _require_frames(stream.codec_context, frame, len(data), limits)
-            shown.update(dict.fromkeys(numbers, _picture(frame)))
+            shown.update(dict.fromkeys(numbers, frame_picture(frame)))
     return [shown[number] for number in range(count)]
-
-
-def _picture(frame: Any) -> Any:
-    """Convert a frame to RGB over white, rotated and mirrored according to its display matrix (phone videos)."""
-    has_alpha = frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components)
-    image = library("PIL.Image")
-    picture = image.fromarray(frame.to_ndarray(format="rgba")) if has_alpha else frame.to_image()
-    return flat_and_upright(picture, _orientation(frame))
-
-
-def _orientation(frame: Any) -> int:
-    """Convert the frame's display matrix to an EXIF orientation.
-
-    Raises:
-        MediaError: the rotation is not a multiple of 90 degrees, or the matrix is singular.
-    """
-    # frame.side_data would create a reference cycle, which keeps the pixels alive until the garbage collector runs.
-    matrix = library("av.sidedata.sidedata").SideDataContainer(frame).get("DISPLAYMATRIX")
-    if matrix is None:
-        return 1
-    a, b, _, c, d = struct.unpack("=5i", bytes(matrix)[:20])
-    largest = max(abs(entry) for entry in (a, b, c, d))
-    signs = tuple(0 if abs(entry) <= ROUNDING * largest else (1 if entry > 0 else -1) for entry in (a, b, c, d))
-    if signs not in DISPLAYED:
-        raise MediaError("has a rotation that is not a multiple of 90 degrees: convert it to upright frames")
-    return DISPLAYED[signs]

@@ -16,15 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import fork_server
+import pyarrow.parquet as pq
 import pytest
 from benchmark_data import parquet
 from hf_parts import make_config, make_model, sections, write_export
 from tiny import WORDS, make_tokenizer
 
 from examples.quickstart.media import DIGITS, IMAGE_SIDE, enlarge, split_digits
+from megatron_anymal.data.chat_format import open_prompt, parse_messages
+from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import TextPart
 from megatron_anymal.generation.export_generator import ExportedGenerator
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.generation.sampling import Sampling
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "guides" / "evaluation.md").read_text()
@@ -123,6 +127,24 @@ def test_lmms_eval_gives_the_answers_of_evaluate(programs: Path, folder: Path) -
     assert found == expected and len(found) == COUNT
     accuracy = sum(value for _, value in found.values()) / COUNT
     assert 0.6 < accuracy < 0.9 and f"{accuracy:.4f}" in shown
+
+
+def test_lmms_eval_asks_in_a_users_turn(programs: Path, folder: Path) -> None:
+    words = [
+        str(ROOT / word) if word == "examples/lmms_eval_tasks" else word for word in line_of("lmms-eval", "anymal_chat")
+    ]
+    run_program(programs, [word.replace("runs/quickstart/exported", "exported") for word in words], folder)
+    [path] = (folder / "runs" / "quickstart" / "lmms_eval").rglob("*_samples_anymal_chat.jsonl")
+    found = {row["doc_id"]: row["filtered_resps"].strip() for row in map(json.loads, path.read_text().splitlines())}
+    config = json.loads((folder / "exported" / "config.json").read_text())
+    generator = ExportedGenerator.of_folder(str(folder / "exported"), config, "cpu", "auto", trust_remote_code=False)
+    prompts = []
+    for number, row in enumerate(pq.read_table(folder / "runs" / "quickstart" / "benchmark" / "data").to_pylist()):
+        picture = {"media": f"{number}.png", "modality": "image"}
+        turn = {"role": "user", "content": [{"text": row["question"]}, picture]}
+        prompts.append(Prompt(open_prompt(parse_messages([turn], "")), [MediaFile(row["image"]["bytes"], "png")]))
+    assert list(found.values()) == [text.strip() for text in generator.answer(prompts, Sampling(max_new_tokens=16))]
+    assert len(set(found.values())) > 10
 
 
 def test_lmms_eval_names_a_mistake(programs: Path, folder: Path) -> None:
