@@ -94,8 +94,8 @@ def reading_processes() -> int:
 
 def _died() -> DataError:
     return DataError(
-        "A process that reads media exited unexpectedly. Often the machine ran out of memory: lower --workers; with "
-        "--workers=0 this process reads, and a file that its decoder cannot survive is among the batch's."
+        "A process that reads media exited unexpectedly. Often the machine ran out of memory: lower --workers. If "
+        "anymal itself exits with --workers=0, a file of the batch crashes the library that decodes it."
     )
 
 
