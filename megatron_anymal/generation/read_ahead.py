@@ -5,15 +5,16 @@ Threads gain little: what surrounds the decoders, and the launching of the model
 
 from __future__ import annotations
 
-import io
 import multiprocessing
 import os
-import pickle
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
 from typing import Any, Generic, Optional, TypeVar
 
+import numpy as np
 import torch
 
 from megatron_anymal.data.loader_workers import start_worker
@@ -40,7 +41,7 @@ class ReadAhead(Generic[Read]):
         self._read = read
         self._pool: Optional[ProcessPoolExecutor] = None
         # By the identity of a group's prompts, which are kept alive.
-        self._pending: dict[tuple[int, ...], tuple[Sequence[Prompt], Future[bytes]]] = {}
+        self._pending: dict[tuple[int, ...], tuple[Sequence[Prompt], Future[Read]]] = {}
 
     def announce(self, groups: Sequence[Sequence[Prompt]]) -> None:
         """Begin to read these groups, in this order; earlier announcements that are not repeated are dropped.
@@ -54,6 +55,8 @@ class ReadAhead(Generic[Read]):
             # Forked as the loader's processes are: a reader with a plug-in or a folder's own code need not be pickled.
             context = multiprocessing.get_context("fork")
             self._pool = ProcessPoolExecutor(self.processes, context, _start, (self._read,))
+            # A process that multiprocessing has started waits for its children before the pool would tell them to end.
+            Finalize(self._pool, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=1)
         before, self._pending = self._pending, {}
         for group in groups:
             key = _key(group)
@@ -73,13 +76,12 @@ class ReadAhead(Generic[Read]):
         if pending is None:
             return self._read(group)
         try:
-            read: Read = pickle.loads(pending.result())
+            return pending.result()
         except BrokenProcessPool as error:
             raise _died() from error
-        return read
 
     @staticmethod
-    def _submit(pool: ProcessPoolExecutor, group: Sequence[Prompt]) -> Future[bytes]:
+    def _submit(pool: ProcessPoolExecutor, group: Sequence[Prompt]) -> Future[Any]:
         try:
             return pool.submit(_read_here, group)
         except BrokenProcessPool as error:
@@ -100,25 +102,26 @@ def _died() -> DataError:
 
 
 def _start(read: Callable[[Sequence[Prompt]], Any]) -> None:
+    # Turns torch's threads off, which a forked process does not have, before the first operation.
     start_worker(0)
+    # Torch's own way takes a file descriptor and shared memory for each tensor, of which containers have little.
+    ForkingPickler.register(torch.Tensor, _as_array)
     _READ.append(read)
 
 
-def _read_here(group: Sequence[Prompt]) -> bytes:
+def _read_here(group: Sequence[Prompt]) -> Any:
     [read] = _READ
-    stream = io.BytesIO()
-    _Pickler(stream, protocol=pickle.HIGHEST_PROTOCOL).dump(read(group))
-    return stream.getvalue()
+    return read(group)
 
 
-class _Pickler(pickle.Pickler):
-    """Tensors as arrays: torch's own way between processes takes a file descriptor and shared memory for each, of which
-    containers have little."""
+def _as_array(tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+    # numpy has no bfloat16.
+    values = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return _from_array, (values.numpy(), tensor.dtype)
 
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is torch.Tensor and value.dtype != torch.bfloat16:
-            return torch.from_numpy, (value.numpy(),)
-        return NotImplemented
+
+def _from_array(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(values).view(dtype)
 
 
 def _key(group: Sequence[Prompt]) -> tuple[int, ...]:
