@@ -23,9 +23,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     from pyarrow import Table, parquet
 
+    from megatron_anymal.data.records import DataError
     from megatron_anymal.generation.evaluation import read_questions
 
-    questions = read_questions(arguments.samples)
+    try:
+        questions = read_questions(arguments.samples)
+    except DataError as error:
+        raise SystemExit(f"error: {error}") from None
     single = [question for question in questions if len(_texts(question)) < 2]
     rows = [_row(number, question) for number, question in enumerate(single[: arguments.limit])]
     file = Path(arguments.out) / "data" / "validation-00000-of-00001.parquet"
