@@ -1,9 +1,9 @@
-"""Measure the evaluation of prepared samples with media read ahead of the model and read in between.
+"""Measure the evaluation of prepared samples with media read ahead by other processes, and read in between.
 
     python benchmarks/answering.py --checkpoint RUN --data FOLDER [--data FOLDER] --out results.json
 
-Both sides run in one process, on the same samples, and take turns; their answers must be the same. The floor is the
-longer of reading, shared by the threads, and of everything else.
+Both sides answer the same samples with the same model, and take turns; their answers must be the same. The floor is the
+longer of reading, shared by the processes, and of everything else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from measuring import ratio, surroundings, take_turns, timed
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.evaluation import read_questions
 from megatron_anymal.generation.prompts import Prompt
-from megatron_anymal.generation.read_ahead import reading_threads
+from megatron_anymal.generation.read_ahead import reading_processes
 from megatron_anymal.generation.sampling import Sampling
 from megatron_anymal.parallel import shutdown
 
@@ -33,7 +33,8 @@ def compare(generator: NativeGenerator, prompts: Sequence[Prompt], batch_size: i
     Raises:
         ValueError: the answers differ.
     """
-    sampling = Sampling(max_new_tokens=20)
+    sampling, processes = Sampling(max_new_tokens=20), max(1, reading_processes())
+    generator.read_in_processes(processes)
     answers: dict[str, list[str]] = {}
     reading: list[float] = []
     taken = timed(generator._ahead, "take")
@@ -55,10 +56,10 @@ def compare(generator: NativeGenerator, prompts: Sequence[Prompt], batch_size: i
     seconds = {name: statistics.median(turn.wall) for name, turn in turns.items()}
     return {
         "samples": len(prompts),
-        "threads_that_read": reading_threads(),
+        "processes_that_read": processes,
         "seconds": seconds,
         "reading": read,
-        "floor": max(read / reading_threads(), seconds["between"] - read),
+        "floor": max(read / processes, seconds["between"] - read),
         "wall": asdict(ratio(turns["between"].wall, turns["ahead"].wall)),
     }
 
@@ -69,7 +70,7 @@ def report(found: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
-            f"{found['samples']} samples, the same answers; {found['threads_that_read']} threads read",
+            f"{found['samples']} samples, the same answers; {found['processes_that_read']} processes read",
             f"read in between: {seconds['between']:.2f} s, of which reading {found['reading']:.2f} s",
             f"read ahead:      {seconds['ahead']:.2f} s; the floor is {found['floor']:.2f} s",
             f"samples per second, ahead over between: {wall['median']:.2f} "

@@ -15,6 +15,8 @@ import traceback
 ALLOWED = {
     ("torch/utils/data/dataloader.py", "__init__"): "a loader worker turns threads off before its first tensor "
     "operation (torch's _worker_loop) and takes no lock that a thread of a run holds: DECISIONS.md",
+    ("generation/read_ahead.py", "_submit"): "a process that reads ahead turns torch's threads off before its first "
+    "tensor operation, as a loader worker does; all are forked at once, before the pool starts its thread",
     ("checkpoint_tools/importing/workers.py", "run_workers"): "import_llama turns torch's threads off first, which the "
     "workers inherit; they move bytes between files, and OpenBLAS's threads end before a fork by its own handler",
     ("dist_checkpointing/strategies/filesystem_async.py", "write_preloaded_data_multiproc"): "megatron-core's writer, "

@@ -66,6 +66,18 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--stop", action="append", default=[], help="an answer ends before this text; may be repeated")
     group.add_argument("--seed", type=int, default=default.seed, help="random seed")
     group.add_argument("--batch-size", type=int, default=64)
+    group.add_argument(
+        "--workers",
+        type=_processes,
+        help="processes that read media ahead of the model; default: this process's share of the cores but one, at "
+        "most 8; 0: the model waits for its media",
+    )
+
+
+def _processes(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes; 0: none")
+    return int(text)
 
 
 def sampling_of(arguments: argparse.Namespace) -> Sampling:
@@ -174,22 +186,36 @@ def load_generator(arguments: argparse.Namespace, *, untrained: bool = False, re
     Raises:
         CheckpointError, ConfigError: the folder does not hold a model, or the arguments do not apply to it.
     """
-    folder, exported = arguments.checkpoint, check_model(arguments, untrained=untrained)
+    exported = check_model(arguments, untrained=untrained)
     if exported is None:
-        from megatron_anymal.generation.checkpoint_generator import NativeGenerator
+        generator = _of_checkpoint(arguments, untrained, replicated)
+    else:
+        generator = _of_export(arguments, exported)
+    # Imports torch, as the model has by now.
+    from megatron_anymal.generation.read_ahead import reading_processes
 
-        return NativeGenerator.of_run(
-            folder,
-            arguments.tensor_model_parallel_size,
-            arguments.pipeline_model_parallel_size or 1,
-            untrained=untrained,
-            trust_plugins=bool(arguments.trust_plugins),
-            replicated=replicated,
-        )
+    generator.read_in_processes(reading_processes() if arguments.workers is None else arguments.workers)
+    return generator
+
+
+def _of_checkpoint(arguments: argparse.Namespace, untrained: bool, replicated: bool) -> Generator:
+    from megatron_anymal.generation.checkpoint_generator import NativeGenerator
+
+    return NativeGenerator.of_run(
+        arguments.checkpoint,
+        arguments.tensor_model_parallel_size,
+        arguments.pipeline_model_parallel_size or 1,
+        untrained=untrained,
+        trust_plugins=bool(arguments.trust_plugins),
+        replicated=replicated,
+    )
+
+
+def _of_export(arguments: argparse.Namespace, exported: dict[str, Any]) -> Generator:
     from megatron_anymal.generation.export_generator import ExportedGenerator
 
     return ExportedGenerator.of_folder(
-        folder,
+        arguments.checkpoint,
         exported,
         arguments.device,
         arguments.dtype or "auto",

@@ -86,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_integrity_argument(parser)
     add_loading_arguments(parser)
+    # Prompts are read as their requests come.
+    parser.set_defaults(workers=0)
     return parser
 
 

@@ -219,8 +219,12 @@ class NativeGenerator(Generator):
         """Start an empty batch that prompts can join and leave; for one process."""
         return CheckpointBatch(partial(self._open, 0), self._next_tokens)
 
+    def read_in_processes(self, count: int) -> None:
+        """Use this many processes for `read_ahead`."""
+        self._ahead.processes = count
+
     def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:
-        """Begin to read the media of prompts that `answer_batch` gets next, on other threads."""
+        """Begin to read the media of prompts that `answer_batch` gets next, in other processes."""
         self._ahead.announce([[prompt] for batch in batches for prompt in batch])
 
     def _read(self, prompts: Sequence[Prompt]) -> TokenizedPrompt:

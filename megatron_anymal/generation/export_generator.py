@@ -141,8 +141,12 @@ class ExportedGenerator(Generator):
         )
         return [answer.reply for answer in answers]
 
+    def read_in_processes(self, count: int) -> None:
+        """Use this many processes for `read_ahead`."""
+        self._ahead.processes = count
+
     def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:
-        """Begin to read the media of batches that `answer_batch` gets next, on another thread each."""
+        """Begin to read the media of batches that `answer_batch` gets next, in another process each."""
         self._ahead.announce([batch for batch in batches if batch])
 
     def running_batch(self) -> RunningBatch:

@@ -105,9 +105,12 @@ class Generator(ABC):
         """
         return self._answer(prompts, numbers, sampling, watch or unwatched)
 
-    # Optional: a generator without it answers the same.
+    # Optional: a generator without them answers the same.
+    def read_in_processes(self, count: int) -> None:  # noqa: B027
+        """Use this many processes, forked from this one, for what is given to `read_ahead`; 0, at first: do nothing."""
+
     def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:  # noqa: B027
-        """Begin to read the media of prompts that `answer_batch` gets next, on other threads while the model computes.
+        """Begin to read the media of prompts that `answer_batch` gets next, in other processes meanwhile.
 
         The answers are the same without; a generator may do nothing. Batches that were given before and are not now
         are dropped.

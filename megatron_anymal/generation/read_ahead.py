@@ -1,56 +1,128 @@
-"""Reads prompts that are answered next on other threads, while the model computes."""
+"""Reads prompts that are answered next in other processes, while the model computes.
+
+Threads gain little: what surrounds the decoders, and the launching of the model's operations, share one interpreter.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Generic, Optional, TypeVar
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.reduction import ForkingPickler
+from multiprocessing.util import Finalize
+from typing import Any, Generic, Optional, TypeVar
 
+import numpy as np
+import torch
+
+from megatron_anymal.data.loader_workers import start_worker
+from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.prompts import Prompt
 
 Read = TypeVar("Read")
-# Decoders release the interpreter's lock, but what is around them does not: more threads gain little.
-_MOST_THREADS = 8
+# Beyond that the model, not reading, takes the time.
+_MOST_PROCESSES = 8
+# In a reading process: what reads, which it has from the process that it was forked from.
+_READ: list[Callable[[Sequence[Prompt]], Any]] = []
 
 
 class ReadAhead(Generic[Read]):
     """Results of `read` for groups of prompts, made in advance for those that were announced."""
 
     def __init__(self, read: Callable[[Sequence[Prompt]], Read]):
-        """No thread starts before something is announced.
+        """Nothing is read in advance until `processes` is above 0; they start with the first announcement.
 
         Args:
-            read: reads prompts that are read together, on any thread.
+            read: reads prompts that are read together; in a process forked from this one, so without a GPU.
         """
+        self.processes = 0
         self._read = read
-        self._pool: Optional[ThreadPoolExecutor] = None
+        self._pool: Optional[ProcessPoolExecutor] = None
         # By the identity of a group's prompts, which are kept alive.
         self._pending: dict[tuple[int, ...], tuple[Sequence[Prompt], Future[Read]]] = {}
 
     def announce(self, groups: Sequence[Sequence[Prompt]]) -> None:
-        """Begin to read these groups, in this order; earlier announcements that are not repeated are dropped."""
+        """Begin to read these groups, in this order; earlier announcements that are not repeated are dropped.
+
+        Raises:
+            DataError: a reading process exited unexpectedly.
+        """
+        if not self.processes:
+            return
         if self._pool is None:
-            self._pool = ThreadPoolExecutor(reading_threads(), thread_name_prefix="anymal-read-ahead")
+            # Forked as the loader's processes are: a reader with a plug-in or a folder's own code need not be pickled.
+            context = multiprocessing.get_context("fork")
+            self._pool = ProcessPoolExecutor(self.processes, context, _start, (self._read,))
+            # A process that multiprocessing has started waits for its children before the pool would tell them to end.
+            # The priority is above that of multiprocessing.Queue (10), by which the pool tells them.
+            Finalize(self._pool, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=20)
         before, self._pending = self._pending, {}
         for group in groups:
             key = _key(group)
             if key in self._pending:
                 continue
-            self._pending[key] = before.pop(key) if key in before else (group, self._pool.submit(self._read, group))
+            self._pending[key] = before.pop(key) if key in before else (group, self._submit(self._pool, group))
         for _, dropped in before.values():
             dropped.cancel()
 
     def take(self, group: Sequence[Prompt]) -> Read:
-        """The result for a group, read now unless it was announced. What `read` raised is raised here."""
+        """The result for a group, read now unless it was announced. What `read` raised is raised here.
+
+        Raises:
+            DataError: a reading process exited unexpectedly.
+        """
         _, pending = self._pending.pop(_key(group), (group, None))
-        return pending.result() if pending else self._read(group)
+        if pending is None:
+            return self._read(group)
+        try:
+            return pending.result()
+        except BrokenProcessPool as error:
+            raise _died() from error
+
+    @staticmethod
+    def _submit(pool: ProcessPoolExecutor, group: Sequence[Prompt]) -> Future[Any]:
+        try:
+            return pool.submit(_read_here, group)
+        except BrokenProcessPool as error:
+            raise _died() from error
 
 
-def reading_threads() -> int:
-    """Number of threads: this process's share of the machine's cores, at most 8."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST_THREADS, len(os.sched_getaffinity(0)) // processes))
+def reading_processes() -> int:
+    """Number of processes that can read beside this one: its share of the machine's cores but one, at most 8."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(_MOST_PROCESSES, share - 1))
+
+
+def _died() -> DataError:
+    return DataError(
+        "A process that reads media exited unexpectedly. Often the machine ran out of memory: lower --workers. If "
+        "anymal itself exits with --workers=0, a file of the batch crashes the library that decodes it."
+    )
+
+
+def _start(read: Callable[[Sequence[Prompt]], Any]) -> None:
+    # Turns torch's threads off, which a forked process does not have, before the first operation.
+    start_worker(0)
+    # Torch's own way takes a file descriptor and shared memory for each tensor, of which containers have little.
+    ForkingPickler.register(torch.Tensor, _as_array)
+    _READ.append(read)
+
+
+def _read_here(group: Sequence[Prompt]) -> Any:
+    [read] = _READ
+    return read(group)
+
+
+def _as_array(tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:
+    # numpy has no bfloat16.
+    values = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return _from_array, (values.numpy(), tensor.dtype)
+
+
+def _from_array(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(values).view(dtype)
 
 
 def _key(group: Sequence[Prompt]) -> tuple[int, ...]:

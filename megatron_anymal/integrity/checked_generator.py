@@ -52,6 +52,10 @@ class CheckedGenerator(Generator):
         """As of the wrapped generator."""
         return self._generator.on_leader(compute)
 
+    def read_in_processes(self, count: int) -> None:
+        """As of the wrapped generator."""
+        self._generator.read_in_processes(count)
+
     def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:
         """As of the wrapped generator."""
         self._generator.read_ahead(batches)

@@ -1,12 +1,17 @@
-"""Prompts that are read in advance: the same results and errors, made while the model computes."""
+"""Prompts that are read in advance by other processes: the same results and errors."""
 
 from __future__ import annotations
 
-import threading
+import os
+import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import fork_server
 import pytest
+import torch
+from ranks import run_ranks
 
 from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import DataError, TextPart
@@ -17,7 +22,7 @@ from megatron_anymal.evaluation.samples import TaskSample
 from megatron_anymal.generation.answers import Reply
 from megatron_anymal.generation.generator import Generator, Watch
 from megatron_anymal.generation.prompts import Prompt
-from megatron_anymal.generation.read_ahead import ReadAhead, reading_threads
+from megatron_anymal.generation.read_ahead import ReadAhead, reading_processes
 from megatron_anymal.generation.sampling import Sampling
 
 
@@ -31,95 +36,159 @@ def text_of(prompts: Sequence[Prompt]) -> str:
     return part.text
 
 
-class Recorded:
-    """Reads prompts, once allowed to, and records what it read and on which thread."""
-
-    def __init__(self, *, allowed: bool = True) -> None:
-        self.allowed = threading.Event()
-        self.read: list[tuple[str, bool]] = []
-        if allowed:
-            self.allowed.set()
-
-    def __call__(self, prompts: Sequence[Prompt]) -> str:
-        assert self.allowed.wait(20)
-        text = text_of(prompts)
-        self.read.append((text, threading.current_thread() is threading.main_thread()))
-        if text.startswith("bad"):
-            raise DataError(f"{text} cannot be read")
-        return text.upper()
-
-
-def test_announced_prompts_are_read_on_other_threads() -> None:
-    read = Recorded(allowed=False)
-    ahead, prompts = ReadAhead(read), prompts_of("a", "b", "c")
-    ahead.announce([[prompt] for prompt in prompts])
-    assert not read.read
-    read.allowed.set()
-    assert [ahead.take([prompt]) for prompt in reversed(prompts)] == ["C", "B", "A"]
-    assert sorted(read.read) == [("a", False), ("b", False), ("c", False)]
-    # Taken once: it is not kept.
-    assert ahead.take([prompts[0]]) == "A" and read.read[-1] == ("a", True)
-
-
-def test_prompts_of_the_same_content_are_different_prompts() -> None:
-    read = Recorded()
-    ahead, (one, other) = ReadAhead(read), prompts_of("a", "a")
-    ahead.announce([[one]])
-    assert ahead.take([other]) == "A" and ("a", True) in read.read
-
-
-def test_errors_come_with_their_prompt() -> None:
-    ahead, prompts = ReadAhead(Recorded()), prompts_of("a", "bad", "c")
-    ahead.announce([[prompt] for prompt in prompts])
-    assert ahead.take(prompts[:1]) == "A" and ahead.take(prompts[2:]) == "C"
-    with pytest.raises(DataError, match="bad cannot be read"):
-        ahead.take(prompts[1:2])
-
-
-def test_what_is_not_announced_again_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    assert reading_threads() == 1
-    read = Recorded(allowed=False)
-    ahead, prompts = ReadAhead(read), prompts_of("a", "b", "c")
-    ahead.announce([[prompt] for prompt in prompts])
-    # The only thread has begun with the first one.
-    ahead.announce([prompts[2:], prompts[2:]])
-    read.allowed.set()
-    assert ahead.take(prompts[2:]) == "C"
-    assert "b" not in [text for text, _ in read.read] and len(read.read) <= 2
-
-
 class Echo(Generator):
-    """Answers with what it read; notes what has been read when it begins to answer."""
+    """Answers with the read text and the process that read it; notes how many prompts are announced each time."""
 
     kinds = ("image",)
     replica, replicas = 0, 1
 
-    def __init__(self) -> None:
-        self.read = Recorded()
-        self.ahead = ReadAhead(self.read)
-        self.begun: list[int] = []
+    def __init__(self, processes: int = 0) -> None:
+        self.ahead = ReadAhead(read)
+        self.ahead.processes = processes
+        self.announced: list[int] = []
 
     def read_ahead(self, batches: Sequence[Sequence[Prompt]]) -> None:
         self.ahead.announce([[prompt] for batch in batches for prompt in batch])
-        self.begun.append(sum(map(len, batches)))
+        self.announced.append(sum(map(len, batches)))
 
     def _answer(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], sampling: Sampling, watch: Watch
     ) -> list[Reply]:
-        return [Reply.of_parts([self.ahead.take([prompt])]) for prompt in prompts]
+        return [Reply.of_parts([" ".join(map(str, self.ahead.take([prompt])[:2]))]) for prompt in prompts]
 
     def _log_likelihoods(self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
         raise NotImplementedError
 
 
-def test_the_next_batch_is_announced() -> None:
-    generator, prompts = Echo(), prompts_of(*map(str, range(7)))
-    assert generator.answer(prompts, Sampling(), 3) == [str(n) for n in range(7)]
-    assert generator.begun == [6, 4, 1] and len(generator.read.read) == 7
-    assert not any(on_main for _, on_main in generator.read.read)
+def read(prompts: Sequence[Prompt]) -> tuple[str, int, torch.Tensor, torch.Tensor]:
+    """The text, the process, and tensors of two types."""
+    text = text_of(prompts)
+    if text.startswith("bad"):
+        raise DataError(f"{text} cannot be read")
+    if text == "end":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return text.upper(), os.getpid(), torch.arange(6.0).view(2, 3), torch.ones(2, dtype=torch.bfloat16)
+
+
+def ahead_of(*texts: str, processes: int = 2) -> tuple[ReadAhead, list[Prompt]]:
+    ahead, prompts = ReadAhead(read), prompts_of(*texts)
+    ahead.processes = processes
+    ahead.announce([[prompt] for prompt in prompts])
+    return ahead, prompts
+
+
+def _others_read() -> None:
+    ahead, prompts = ahead_of("a", "b", "c")
+    found = [ahead.take([prompt]) for prompt in reversed(prompts)]
+    assert [text for text, *_ in found] == ["C", "B", "A"]
+    assert os.getpid() not in {process for _, process, *_ in found}
+    for _, _, values, half in found:
+        assert torch.equal(values, torch.arange(6.0).view(2, 3)) and torch.equal(half, torch.ones(2).bfloat16())
+        values += 1
+    # Taken once: it is not kept.
+    assert ahead.take([prompts[0]])[:2] == ("A", os.getpid())
+
+
+def test_announced_prompts_are_read_by_other_processes() -> None:
+    run_ranks(1, _others_read)
+
+
+def _same_content() -> None:
+    ahead, [one] = ahead_of("a")
+    [other] = prompts_of("a")
+    assert ahead.take([other])[1] == os.getpid() != ahead.take([one])[1]
+
+
+def test_prompts_of_the_same_content_are_different_prompts() -> None:
+    run_ranks(1, _same_content)
+
+
+def _errors() -> None:
+    ahead, prompts = ahead_of("a", "bad", "c")
+    assert ahead.take(prompts[:1])[0] == "A" and ahead.take(prompts[2:])[0] == "C"
+    with pytest.raises(DataError, match="bad cannot be read"):
+        ahead.take(prompts[1:2])
+
+
+def test_errors_come_with_their_prompt() -> None:
+    run_ranks(1, _errors)
+
+
+def _death() -> None:
+    ahead, prompts = ahead_of("end", "b")
+    message = "A process that reads media exited unexpectedly.*--workers"
+    with pytest.raises(DataError, match=message):
+        ahead.take(prompts[:1])
+    with pytest.raises(DataError, match=message):
+        ahead.announce([prompts_of("c")])
+
+
+def test_the_end_of_a_reading_process_is_said() -> None:
+    run_ranks(1, _death)
+
+
+def _dropped() -> None:
+    ahead, prompts = ahead_of("a", "b", "c", *("d" * 50), processes=1)
+    ahead.announce([prompts[2:3], prompts[2:3]])
+    assert ahead.take(prompts[2:3])[1] != os.getpid() == ahead.take(prompts[-1:])[1]
+
+
+def test_what_is_not_announced_again_is_dropped() -> None:
+    run_ranks(1, _dropped)
+
+
+def test_without_processes_nothing_is_read_in_advance() -> None:
+    ahead, prompts = ahead_of("a", processes=0)
+    assert ahead.take(prompts)[:2] == ("A", os.getpid())
+
+
+def test_processes_are_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(64))
+    for ranks, expected in ((1, 8), (8, 7), (16, 3), (64, 0)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+        assert reading_processes() == expected
+
+
+def _batches() -> None:
+    generator, prompts = Echo(1), prompts_of(*map(str, range(7)))
+    found = [answer.split() for answer in generator.answer(prompts, Sampling(), 3)]
+    assert [text for text, _ in found] == [str(n) for n in range(7)] and generator.announced == [6, 4, 1]
+    assert str(os.getpid()) not in {process for _, process in found}
     # One batch has nothing to overlap with.
-    assert generator.answer(prompts, Sampling(), 7) == [str(n) for n in range(7)] and len(generator.begun) == 3
+    generator.answer(prompts, Sampling(), 7)
+    assert len(generator.announced) == 3
+
+
+def test_the_next_batch_is_announced() -> None:
+    run_ranks(1, _batches)
+
+
+def _ends() -> None:
+    ahead, prompts = ahead_of(*"abcdef")
+    ahead.take(prompts[:1])
+
+
+def test_a_process_that_multiprocessing_started_ends() -> None:
+    process = fork_server.start(_ends)
+    process.join(30)
+    process.kill()
+    assert process.exitcode == 0
+
+
+def _orphaned(path: str) -> None:
+    ahead, prompts = ahead_of("a", "b", processes=1)
+    Path(path).write_text(str(ahead.take(prompts[:1])[1]))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_reading_processes_end_with_theirs(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="ended without an answer"):
+        run_ranks(1, _orphaned, str(tmp_path / "pid"))
+    process = Path("/proc") / (tmp_path / "pid").read_text()
+    end = time.monotonic() + 20
+    while process.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not process.exists()
 
 
 def sample(number: int, read: Callable[[], MediaFile]) -> TaskSample:
@@ -137,4 +206,4 @@ def test_media_that_cannot_be_read_lose_no_answers(tmp_path: Path) -> None:
         answer_samples(lambda: generator, samples, Asking("vqa", Sampling(), 2, likelihood=False), journal)
     assert sorted(journal.read()) == ["0", "1", "2", "3"]
     # The prompts of a batch that failed were not announced; it is tried again in its turn.
-    assert generator.begun == [4, 2]
+    assert generator.announced == [4, 2]
