@@ -179,13 +179,16 @@ def _pieces(data: DataSource, kind: Kind) -> int:
 
 
 def take_turns(sides: dict[str, Callable[[], float]], rounds: int, samples: int) -> dict[str, list[float]]:
-    """Samples per CPU second of each side and round; a first round is not counted."""
+    """Samples per CPU second of each side and round.
+
+    A pass that is not counted precedes each that is: what another side has freed, a virtual machine gives back to its
+    host, and touching it again can take a third of a pass.
+    """
     turns: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(rounds + 1):
-        for side in list(sides)[:: 1 if number % 2 else -1]:
-            seconds = sides[side]()
-            if number:
-                turns[side].append(samples / seconds)
+    for number in range(rounds):
+        for side in list(sides)[:: -1 if number % 2 else 1]:
+            sides[side]()
+            turns[side].append(samples / sides[side]())
     return turns
 
 
@@ -198,8 +201,8 @@ def report(name: str, turns: dict[str, list[float]]) -> None:
             if side.startswith("anymal") and peer in turns:
                 ratio = statistics.median(own / other for own, other in zip(rates, turns[peer]))
                 against.append(f"{ratio:.2f} x {peer}")
-        spread = f"{min(rates):.1f} to {max(rates):.1f}"
-        print(f"  {side:<18} {statistics.median(rates):8.1f} samples/CPU s ({spread})  {', '.join(against)}")
+        spread = f"{min(rates):.2f} to {max(rates):.2f}"
+        print(f"  {side:<18} {statistics.median(rates):8.2f} samples/CPU s ({spread})  {', '.join(against)}")
 
 
 def measured(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:

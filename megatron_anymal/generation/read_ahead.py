@@ -24,6 +24,8 @@ from megatron_anymal.generation.prompts import Prompt
 Read = TypeVar("Read")
 # Beyond that the model, not reading, takes the time.
 _MOST_PROCESSES = 8
+# Groups that are handed over together: each message between processes costs as much as reading a small image.
+_MOST_GROUPS = 16
 # In a reading process: what reads, which it has from the process that it was forked from.
 _READ: list[Callable[[Sequence[Prompt]], Any]] = []
 
@@ -40,8 +42,8 @@ class ReadAhead(Generic[Read]):
         self.processes = 0
         self._read = read
         self._pool: Optional[ProcessPoolExecutor] = None
-        # By the identity of a group's prompts, which are kept alive.
-        self._pending: dict[tuple[int, ...], tuple[Sequence[Prompt], Future[Read]]] = {}
+        # By the identity of a group's prompts, which are kept alive: the groups read with it, and its number there.
+        self._pending: dict[tuple[int, ...], tuple[Sequence[Prompt], Future[list[Any]], int]] = {}
 
     def announce(self, groups: Sequence[Sequence[Prompt]]) -> None:
         """Begin to read these groups, in this order; earlier announcements that are not repeated are dropped.
@@ -59,13 +61,21 @@ class ReadAhead(Generic[Read]):
             # The priority is above that of multiprocessing.Queue (10), by which the pool tells them.
             Finalize(self._pool, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=20)
         before, self._pending = self._pending, {}
+        new = {}
         for group in groups:
             key = _key(group)
-            if key in self._pending:
-                continue
-            self._pending[key] = before.pop(key) if key in before else (group, self._submit(self._pool, group))
-        for _, dropped in before.values():
-            dropped.cancel()
+            if key in before:
+                self._pending[key] = before.pop(key)
+            elif key not in self._pending:
+                new[key] = group
+        keys, size = list(new), max(1, min(_MOST_GROUPS, len(new) // (2 * self.processes)))
+        for together in (keys[start : start + size] for start in range(0, len(keys), size)):
+            future = self._submit(self._pool, [new[key] for key in together])
+            self._pending.update({key: (new[key], future, number) for number, key in enumerate(together)})
+        kept = {id(future) for _, future, _ in self._pending.values()}
+        for _, dropped, _ in before.values():
+            if id(dropped) not in kept:
+                dropped.cancel()
 
     def take(self, group: Sequence[Prompt]) -> Read:
         """The result for a group, read now unless it was announced. What `read` raised is raised here.
@@ -73,18 +83,22 @@ class ReadAhead(Generic[Read]):
         Raises:
             DataError: a reading process exited unexpectedly.
         """
-        _, pending = self._pending.pop(_key(group), (group, None))
+        _, pending, number = self._pending.pop(_key(group), (group, None, 0))
         if pending is None:
             return self._read(group)
         try:
-            return pending.result()
+            found = pending.result()[number]
         except BrokenProcessPool as error:
             raise _died() from error
+        if isinstance(found, Exception):
+            raise found
+        read: Read = found
+        return read
 
     @staticmethod
-    def _submit(pool: ProcessPoolExecutor, group: Sequence[Prompt]) -> Future[Any]:
+    def _submit(pool: ProcessPoolExecutor, groups: Sequence[Sequence[Prompt]]) -> Future[list[Any]]:
         try:
-            return pool.submit(_read_here, group)
+            return pool.submit(_read_here, groups)
         except BrokenProcessPool as error:
             raise _died() from error
 
@@ -110,9 +124,16 @@ def _start(read: Callable[[Sequence[Prompt]], Any]) -> None:
     _READ.append(read)
 
 
-def _read_here(group: Sequence[Prompt]) -> Any:
+def _read_here(groups: Sequence[Sequence[Prompt]]) -> list[Any]:
+    """What was read of each group, or the error."""
     [read] = _READ
-    return read(group)
+    found: list[Any] = []
+    for group in groups:
+        try:
+            found.append(read(group))
+        except Exception as error:
+            found.append(error)
+    return found
 
 
 def _as_array(tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:

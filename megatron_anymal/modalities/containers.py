@@ -105,24 +105,33 @@ def stream_seconds(
     Raises:
         MediaError: the stream is longer than the limit, or truncated.
     """
-    ends: dict[int, float] = {}
+    # Of each stream, in its own time base: whole numbers, since fractions per packet take longer than reading it.
+    ends: dict[int, int] = {}
+    bases: dict[int, Any] = {}
+
+    def seconds(number: int) -> float:
+        return ends[number] * bases[number].numerator / bases[number].denominator
+
     begin = start(stream)
     for packet in container.demux():
-        if each is not None and packet.stream_index == stream.index:
+        number = packet.stream_index
+        if each is not None and number == stream.index:
             each(packet)
         # Packets outside the edit list are needed by the decoder but not displayed.
         if packet.pts is None or packet.is_discard:
             continue
-        end = float((packet.pts + (packet.duration or 0)) * packet.time_base)
-        if end > ends.get(packet.stream_index, float("-inf")):
-            ends[packet.stream_index] = end
-            if packet.stream_index == stream.index:
-                require_duration(limits, end - begin)
-    end = ends.get(stream.index, begin)
+        end = packet.pts + (packet.duration or 0)
+        if number not in ends:
+            ends[number], bases[number] = end, packet.time_base
+        elif end > ends[number]:
+            ends[number] = end
+        if number == stream.index:
+            require_duration(limits, seconds(number) - begin)
+    end = seconds(stream.index) if stream.index in ends else begin
     stated, reached = _stated_end(container, stream), end
     if stream.duration is None:
         # The duration of the container is that of its longest stream.
-        reached = max(ends.values(), default=0.0)
+        reached = max(map(seconds, ends), default=0.0)
     if stated - reached > CUT_OFF:
         raise MediaError(f"ends at {reached:.2f} s of {stated:.2f} s: it is cut off")
     return end - begin

@@ -10,6 +10,7 @@ import numpy as np
 from megatron_anymal.config import ConfigError, EncoderConfig
 from megatron_anymal.modalities.architecture import ARCHITECTURES, preprocessor, transformers_config
 from megatron_anymal.modalities.base import MediaError, Modality, nearest
+from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.resizing import (
     BACKENDS,
     BICUBIC,
@@ -109,13 +110,13 @@ class PixelTransform:
         """Stretch the whole image to `sides` x the resolution, [height, width, 3] uint8.
 
         Args:
-            picture: RGB; with resize_backend=torch also [height, width, 3] uint8.
+            picture: RGB, an image or [height, width, 3] uint8.
         """
         side = sides * self.resolution
         if self.backend == "torch":
             return with_torch(np.asarray(picture), side, self.resample)
-        assert not isinstance(picture, np.ndarray)
-        return with_pillow(picture, side, self.resample)
+        image = library("PIL.Image").fromarray(picture) if isinstance(picture, np.ndarray) else picture
+        return with_pillow(image, side, self.resample)
 
     def normalise(self, pixels: np.ndarray, out: np.ndarray) -> None:
         """Normalise pixels, plane by plane and in place: intermediate results stay in the processor's cache.

@@ -40,8 +40,8 @@ def with_torch(pixels: np.ndarray, side: int, resample: int) -> np.ndarray:
 
     # torch warns about arrays that are not writable, such as those of Pillow.
     given = torch.from_numpy(np.require(pixels, requirements=["C", "W"]))
-    # A view of channels-last pixels, for which torch has its fast kernel.
+    # A view whose strides torch recognises as channels last: so is the result then, which need not be transposed.
     resized = torch.nn.functional.interpolate(
-        given.permute(2, 0, 1)[None], size=(side, side), mode=TORCH_FILTERS[resample], antialias=True
+        given[None].permute(0, 3, 1, 2), size=(side, side), mode=TORCH_FILTERS[resample], antialias=True
     )
     return resized[0].permute(1, 2, 0).numpy()

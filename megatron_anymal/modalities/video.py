@@ -19,7 +19,8 @@ from megatron_anymal.modalities.base import (
     require_within,
 )
 from megatron_anymal.modalities.containers import opened_container, stream_seconds
-from megatron_anymal.modalities.frame_pictures import frame_picture
+from megatron_anymal.modalities.frame_pixels import frame_pixels
+from megatron_anymal.modalities.libraries import library
 from megatron_anymal.modalities.pixels import PixelModality, PixelOptions, PixelTransform
 from megatron_anymal.modalities.registry import register
 from megatron_anymal.modalities.video_frames import Decoder, PacketTable, frames_at
@@ -177,7 +178,7 @@ class VideoModality(PixelModality):
             frames = np.empty((times.size, side, side, 3), dtype=np.uint8)
             for numbers, frame in frames_at(table, times.ravel(), rate):
                 _require_frames(stream.codec_context, frame, len(data), self.limits)
-                frames[numbers] = self.pixels.resize(frame_picture(frame))
+                frames[numbers] = self.pixels.resize(frame_pixels(frame))
         return (seconds, rate), frames.reshape(*times.shape, side, side, 3)
 
 
@@ -194,5 +195,6 @@ def evenly_spread_pictures(data: bytes, count: int, limits: LimitsConfig = DEFAU
         times = (np.arange(count) + 0.5) * (seconds / count)
         for numbers, frame in frames_at(table, times, rate):
             _require_frames(stream.codec_context, frame, len(data), limits)
-            shown.update(dict.fromkeys(numbers, frame_picture(frame)))
+            picture = library("PIL.Image").fromarray(frame_pixels(frame))
+            shown.update(dict.fromkeys(numbers, picture))
     return [shown[number] for number in range(count)]

@@ -132,9 +132,10 @@ class AnyMALModel(MegatronModule):
             logits (with a cache [1, R, V / tensor-parallel size], those after each document's last token), which
             `whole_logits` gathers; else the hidden states for the next stage, [T or T / tensor-parallel size, 1, H].
         """
-        positions = None
-        if labels is not None:
-            positions = output_positions(self.language_model, micro_batch.label_index, micro_batch.tokens.size(1))
+        outputs = None if labels is None else micro_batch.label_index
+        if cache is not None:
+            outputs = cache.last_tokens(micro_batch.document_lengths).to(micro_batch.tokens.device)
+        positions = output_positions(self.language_model, outputs, micro_batch.tokens.size(1))
         if self.lora_dropout is not None:
             self.lora_dropout.set_tokens(self._seed, micro_batch.plan.step, *_name_tokens(micro_batch), positions)
         if self.pre_process:
@@ -142,9 +143,9 @@ class AnyMALModel(MegatronModule):
         else:
             stage_input = self.language_model.decoder.input_tensor
         if not torch.is_grad_enabled() or self._has_gradient(micro_batch):
-            return self._run_llama(stage_input, micro_batch, labels, positions, cache)
+            return self._run_llama(stage_input, micro_batch, labels, outputs, positions, cache)
         with torch.no_grad():
-            output = self._run_llama(stage_input, micro_batch, labels, positions)
+            output = self._run_llama(stage_input, micro_batch, labels, outputs, positions)
         return without_gradient(output, stage_input)
 
     def _run_llama(
@@ -152,10 +153,16 @@ class AnyMALModel(MegatronModule):
         given: Tensor,
         micro_batch: MicroBatch,
         labels: Optional[Tensor],
+        outputs: Optional[Tensor],
         positions: Optional[Tensor],
         cache: Optional[KeyValueCache] = None,
     ) -> Tensor:
-        """Run this stage's layers and, on the last stage, the head; see `output_positions` for `positions`."""
+        """Run this stage's layers and, on the last stage, the head.
+
+        Args:
+            outputs: the positions that go through the head; None: all.
+            positions: the result of `output_positions` for them.
+        """
         llama = self.language_model
         pack = self._packing(micro_batch, cache)
         pack.output_positions = positions
@@ -166,14 +173,14 @@ class AnyMALModel(MegatronModule):
         )
         if not self.post_process:
             return hidden
-        if cache is not None:
-            last = cache.last_tokens(micro_batch.document_lengths).to(hidden.device)
-            return logits_of(llama, hidden, last, self.vocab_size, self.discrete)[None]
-        if labels is None:
+        if outputs is None:
+            assert labels is None
             return all_logits(llama, hidden, self.vocab_size, self.discrete)
-        assert micro_batch.label_index is not None
-        selected, index = positions is not None, micro_batch.label_index
-        return label_losses(llama, hidden, labels, index, self.vocab_size, self.discrete, selected=selected)
+        selected = positions is not None
+        if labels is None:
+            rows = slice(len(outputs)) if selected else outputs
+            return logits_of(llama, hidden, rows, self.vocab_size, self.discrete)[None]
+        return label_losses(llama, hidden, labels, outputs, self.vocab_size, self.discrete, selected=selected)
 
     def whole_logits(self, local: Tensor) -> Tensor:
         """Gather the last stage's logits [..., V / tensor-parallel size] to [..., vocabulary] without padding.

@@ -72,13 +72,13 @@ def all_logits(gpt: GPTModel, hidden: Tensor, vocab_size: int, discrete: Optiona
 
 
 def logits_of(
-    gpt: GPTModel, hidden: Tensor, positions: Tensor, vocab_size: int, discrete: Optional[DiscreteRows] = None
+    gpt: GPTModel, hidden: Tensor, positions: Tensor | slice, vocab_size: int, discrete: Optional[DiscreteRows] = None
 ) -> Tensor:
     """Compute the logits of some positions. Collective over the tensor-parallel ranks under sequence parallelism.
 
     Args:
         hidden: [T, 1, H], or [T / tensor-parallel size, 1, H] under sequence parallelism.
-        positions: [r] int64.
+        positions: [r] int64; or a slice of the rows of `hidden` that `output_positions.output_positions` has selected.
         vocab_size: of the Llama, without padding.
         discrete: rows of marks and codes, if there are any.
 

@@ -1,10 +1,10 @@
 """The last layer's output at some positions only.
 
-After the attention of the last layer no position reads another one any more, and only positions with a label go through
-the head. So the last layer computes queries, keys, values and attention for all of a pack's tokens, but its output
-projection, residual connections and feed-forward, and the final norm, only at the positions with a label. Nothing else
-depends on the positions left out, so losses and gradients are the same. The saving is largest on the last stage of a
-pipeline, which has the head besides its layers.
+After the attention of the last layer no position reads another one any more, and only some go through the head: those
+with a label, or in generation the last one of each document. So the last layer computes queries, keys, values and
+attention for all of a pack's tokens, but its output projection, residual connections and feed-forward, and the final
+norm, only at those positions. Nothing else depends on the positions left out, so losses, gradients and answers are the
+same. The saving is largest on the last stage of a pipeline, which has the head besides its layers.
 
 FP8 layers compute all positions: their products need multiples of 16 rows, and the scaling follows all values.
 """
@@ -21,25 +21,25 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor, nn
 
 
-def output_positions(gpt: GPTModel, label_index: Optional[Tensor], tokens: int) -> Optional[Tensor]:
+def output_positions(gpt: GPTModel, wanted: Optional[Tensor], tokens: int) -> Optional[Tensor]:
     """Choose the positions at which the last layer computes its output.
 
     Args:
         gpt: this rank's part of the Llama.
-        label_index: [L] int64, see `MicroBatch.label_index`.
+        wanted: [L] int64: the positions that go through the head; None: all.
         tokens: number of tokens of the micro-batch on this rank, before they are split for sequence parallelism.
 
     Returns:
-        [R] int64: `label_index`, its last position repeated until the tensor-parallel ranks that share a sequence can
+        [R] int64: `wanted`, its last position repeated until the tensor-parallel ranks that share a sequence can
         divide it; None if the layer computes all positions, or is on another rank.
     """
-    if label_index is None or not gpt.selects_output:
+    if wanted is None or not gpt.selects_output:
         return None
     ranks = parallel_state.get_tensor_model_parallel_world_size() if gpt.config.sequence_parallel else 1
-    filling = -len(label_index) % ranks
-    if len(label_index) + filling >= tokens:
+    filling = -len(wanted) % ranks
+    if len(wanted) + filling >= tokens:
         return None
-    return torch.cat([label_index, label_index[-1:].expand(filling)]) if filling else label_index
+    return torch.cat([wanted, wanted[-1:].expand(filling)]) if filling else wanted
 
 
 def select_output(gpt: GPTModel) -> None:

@@ -104,8 +104,9 @@ def test_prompts_of_the_same_content_are_different_prompts() -> None:
 
 
 def _errors() -> None:
-    ahead, prompts = ahead_of("a", "bad", "c")
-    assert ahead.take(prompts[:1])[0] == "A" and ahead.take(prompts[2:])[0] == "C"
+    # Eight prompts are handed over in groups of four.
+    ahead, prompts = ahead_of("a", "bad", "c", *"defgh", processes=1)
+    assert ahead.take(prompts[:1])[0] == "A" and ahead.take(prompts[2:3])[0] == "C"
     with pytest.raises(DataError, match="bad cannot be read"):
         ahead.take(prompts[1:2])
 

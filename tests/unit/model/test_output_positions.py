@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from ranks import run_ranks
 from tiny import make_config, make_conversations, make_shards
 
 from megatron_anymal.config import LoraConfig, RunConfig
+from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.model import anymal
+from megatron_anymal.model.key_value_cache import KeyValueCache
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import build
 from megatron_anymal.train.step import train_step
@@ -119,7 +122,8 @@ def test_losses_and_gradients_are_the_same(layout: str, kind: str, results: Any)
             assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
             assert found["gradients"].keys() == expected["gradients"].keys()
             for name, gradient in expected["gradients"].items():
-                rounding = 1e-5 * np.abs(gradient).max()
+                # 2.2e-5 was seen: products with fewer rows are summed in another order, which depends on the CPU.
+                rounding = 1e-4 * np.abs(gradient).max()
                 np.testing.assert_allclose(found["gradients"][name], gradient, rtol=0, atol=rounding, err_msg=name)
 
 
@@ -137,3 +141,43 @@ def test_only_positions_with_a_label_are_computed(layout: str, kind: str, result
             assert sum(labels) < sum(tokens) and len(found["rows"]) == passes * len(labels)
             assert sum(found["rows"]) == passes * sum(labels)
             assert sum(expected["rows"]) == passes * sum(tokens)
+
+
+# Three documents, an odd number, and their lengths.
+DOCUMENTS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14, 15, 16]]
+
+
+def _answering(config: RunConfig, selected: bool) -> tuple[Any, list[int]]:
+    """In a rank: logits after prompts, then after one more token each; rows of the last layer's feed-forward."""
+    if not selected:
+        anymal.output_positions = lambda *anything: None
+    [model] = build(config, initialize(config)).models
+    rows: list[int] = []
+    model.language_model.decoder.layers[-1].mlp.register_forward_pre_hook(
+        lambda module, given: rows.append(len(given[0]))
+    )
+    cache, logits = KeyValueCache(len(DOCUMENTS)), []
+    for documents in (DOCUMENTS, [document[:1] for document in [*DOCUMENTS, [0]]]):
+        with torch.no_grad():
+            found = model(MicroBatch.unlabelled(documents, {}), soft={}, cache=cache)
+        logits.append(model.whole_logits(found).numpy())
+    return logits, rows
+
+
+def _both_answering(config: RunConfig) -> Any:
+    some = _answering(config, True)
+    return some, _answering(config, False)
+
+
+@pytest.mark.parametrize("layout", ["one", "tensor", "sequence"])
+def test_answers_need_the_last_layer_at_the_last_tokens_only(layout: str, configs: dict[str, RunConfig]) -> None:
+    config = copy.deepcopy(configs["frozen"])
+    config.trainer.devices, settings = LAYOUTS[layout]
+    for name, value in settings.items():
+        setattr(config.model, name, value)
+    for (some, rows), (every, all_rows) in run_ranks(config.trainer.devices, _both_answering, config):
+        for found, expected in zip(some, every, strict=True):
+            np.testing.assert_allclose(
+                found, expected, rtol=0, atol=1e-5 * np.abs(expected[np.isfinite(expected)]).max()
+            )
+        assert (rows, all_rows) == (([2, 2], [6, 2]) if layout == "sequence" else ([3, 3], [12, 4]))

@@ -9,7 +9,7 @@ import av
 import numpy as np
 import pytest
 
-from megatron_anymal.modalities.frame_pictures import frame_picture
+from megatron_anymal.modalities.frame_pixels import frame_pixels
 
 SIZES = ((32, 32), (33, 17), (322, 182), (64, 2), (854, 48))
 FORMATS = ("yuv420p", "nv12", "yuvj420p", "yuv422p", "yuv444p", "yuv420p10le", "gray", "bgr24", "rgb24")
@@ -37,7 +37,7 @@ def test_frames_equal_those_converted_alone() -> None:
     expected = [np.asarray(frame.to_image()) for frame in frames]
     for _ in range(2):
         for frame, alone in zip(frames, expected):
-            np.testing.assert_array_equal(np.asarray(frame_picture(frame)), alone, err_msg=str(frame))
+            np.testing.assert_array_equal(frame_pixels(frame), alone, err_msg=str(frame))
 
 
 def test_no_thread_is_started_for_a_frame() -> None:
@@ -45,7 +45,7 @@ def test_no_thread_is_started_for_a_frame() -> None:
 
     def started() -> int:
         before = len(os.listdir("/proc/self/task"))
-        frame_picture(frame)
+        frame_pixels(frame)
         return len(os.listdir("/proc/self/task")) - before
 
     # In a thread that has not converted anything yet.
@@ -60,7 +60,7 @@ def test_every_column_of_a_transparent_frame(width: int) -> None:
     for plane, value in zip(frame.planes, (126, 128, 128, 255)):
         plane.update(bytes([value]) * plane.buffer_size)
     frame.planes[3].update(bytes([255]) * frame.planes[3].line_size * 2 + bytes([128]) * frame.planes[3].line_size * 2)
-    picture = np.asarray(frame_picture(frame)).astype(int)
+    picture = frame_pixels(frame).astype(int)
     assert picture.shape == (4, width, 3)
     # BT.601 of limited range: (126 - 16) * 255 / 219 = 128.
     assert np.abs(picture[:2] - 128).max() <= 1

@@ -1,4 +1,4 @@
-"""Decoded video frames as upright RGB pictures."""
+"""Decoded video frames as upright RGB pixels."""
 
 from __future__ import annotations
 
@@ -32,41 +32,38 @@ _SHARED_CONVERTER = 17
 _own = threading.local()
 
 
-def frame_picture(frame: Any) -> Any:
+def frame_pixels(frame: Any) -> np.ndarray:
     """Convert a frame to RGB over white, rotated and mirrored according to its display matrix (phone videos).
 
     Args:
         frame: an av.VideoFrame.
 
     Returns:
-        A PIL image of the upright frame's size, mode "RGB".
+        The upright frame, [height, width, 3] uint8.
 
     Raises:
         MediaError: the rotation is not a multiple of 90 degrees, or the display matrix is singular.
     """
-    return flat_and_upright(_converted(frame), _orientation(frame))
-
-
-def _converted(frame: Any) -> Any:
-    """The frame as an RGB or RGBA image."""
-    image = library("PIL.Image")
+    orientation = _orientation(frame)
     if frame.format.name == "yuva420p":
         # FFmpeg's conversion to RGBA leaves columns of some widths unwritten.
-        picture = _rgb(frame)
-        picture.putalpha(image.fromarray(_plane(frame.planes[3])))
-        return picture
-    if frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
-        return image.fromarray(frame.to_ndarray(format="rgba"))
-    return _rgb(frame)
+        stored = np.dstack([_rgb(frame), _plane(frame.planes[3])])
+    elif frame.format.name == "pal8" or any(part.is_alpha for part in frame.format.components):
+        stored = frame.to_ndarray(format="rgba")
+    else:
+        stored = _rgb(frame)
+        if orientation == 1:
+            return stored
+    return np.asarray(flat_and_upright(library("PIL.Image").fromarray(stored), orientation))
 
 
-def _rgb(frame: Any) -> Any:
-    """The frame as an RGB image; what is set up for a size and format is kept for the thread's next frame."""
+def _rgb(frame: Any) -> np.ndarray:
+    """The stored frame as RGB; what is set up for a size and format is kept for the thread's next frame."""
     if _pyav_version() < _SHARED_CONVERTER:
-        return frame.to_image()
+        return frame.to_ndarray(format="rgb24")
     if not hasattr(_own, "converter"):
         _own.converter = library("av.video.reformatter").VideoReformatter()
-    return _own.converter.reformat(frame, format="rgb24", threads=1).to_image()
+    return _own.converter.reformat(frame, format="rgb24", threads=1).to_ndarray()
 
 
 @cache
