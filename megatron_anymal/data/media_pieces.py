@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -10,8 +9,8 @@ from typing import Optional
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
+from megatron_anymal.data.batch_memory import batch_tensor
 from megatron_anymal.data.feature_cache import FeatureCache, PieceKey, item_digest
 from megatron_anymal.data.micro_batch import CachedFeatures
 from megatron_anymal.data.planner import BatchPlanner
@@ -79,7 +78,7 @@ class PieceReader:
         Returns:
             [pieces, *piece_shape] float32; zeros for items that cannot be read.
         """
-        batch = _new_batch((sum(len(pieces.numbers) for pieces in wanted), *modality.piece_shape), torch.float32)
+        batch = batch_tensor((sum(len(pieces.numbers) for pieces in wanted), *modality.piece_shape), torch.float32)
         rows, stop = batch.numpy(), 0
         for pieces in wanted:
             start, stop = stop, stop + len(pieces.numbers)
@@ -114,7 +113,7 @@ class PieceReader:
             [h, feature tokens, width].
         """
         keys = [key for pieces in wanted for key in self._keys(pieces, parts_of)]
-        rows = _new_batch((len(keys), *cache.shape), cache.dtype)
+        rows = batch_tensor((len(keys), *cache.shape), cache.dtype)
         known: list[int] = []
         for number, key in enumerate(keys):
             if key is not None and cache.read(key, rows[len(known)]):
@@ -164,16 +163,3 @@ def _remaining(wanted: Sequence[WantedPieces], missing: Sequence[int]) -> list[W
         if numbers:
             remaining.append(WantedPieces(pieces.item, numbers))
     return remaining
-
-
-def _new_batch(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor; in a loader process in shared memory, so that handing it over copies nothing."""
-    size = math.prod(shape) * dtype.itemsize
-    if not size:
-        return torch.empty(shape, dtype=dtype)
-    if get_worker_info() is None:
-        # Unlike torch, numpy asks for huge pages, which take a third of the time to be touched first.
-        return torch.from_numpy(np.empty(size, dtype=np.uint8)).view(dtype).view(shape)
-    # As torch's own collation of samples does.
-    storage = torch.UntypedStorage._new_shared(size)
-    return torch.empty(0, dtype=dtype).set_(storage).view(shape)

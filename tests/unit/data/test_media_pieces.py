@@ -27,14 +27,6 @@ def data(tmp_path: Path, tokenizer_folder: str) -> DataSource:
     return replica_data(config)
 
 
-def test_only_loader_processes_use_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not media_pieces._new_batch((2, 3), torch.float32).is_shared()
-    monkeypatch.setattr(media_pieces, "get_worker_info", lambda: object())
-    batch = media_pieces._new_batch((2, 3), torch.float32)
-    assert batch.is_shared() and batch.shape == (2, 3) and batch.dtype == torch.float32 and batch.is_contiguous()
-    assert media_pieces._new_batch((0, 3), torch.float32).shape == (0, 3)
-
-
 def test_workers_and_this_process_read_the_same(data: DataSource) -> None:
     def read(workers: int) -> list[torch.Tensor]:
         plans = steps(data.planner, data.reader, replica=0, start=0, stop=3, num_workers=workers, prefetch_steps=2)

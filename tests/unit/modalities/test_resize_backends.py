@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 from media import CLIP_SHAPE, image_bytes, noise_image, section, video_bytes
 from photos import NAMES, oriented, photo
 from PIL import Image
@@ -169,6 +170,17 @@ def test_every_instruction_set_gives_the_same_bits(capability: str, tmp_path: Pa
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         found.append(done.stdout)
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("size", [(336, 336), (640, 360), (33, 47)])
+def test_channels_last_pixels_are_resized_as_planes_are(size: tuple[int, int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    planes = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()[None]
+    expected = torch.nn.functional.interpolate(planes, size=(224, 224), mode="bicubic", antialias=True)
+    found = with_torch(pixels, 224, 3)
+    np.testing.assert_array_equal(found, expected[0].permute(1, 2, 0).numpy())
+    # What follows would otherwise read it across the planes.
+    assert found.flags["C_CONTIGUOUS"]
 
 
 def test_impossible_backends() -> None:
