@@ -87,6 +87,9 @@ KINDS = {
     "image": Kind("image", "jpg", jpeg, {"max_grid": 1}, 256, 32, 2.0),
     "audio": Kind("audio", "flac", flac, {}, 48, 16, 4.0),
     "video, 8 clips": Kind("video", "mp4", mp4, {}, 2, 2, 2.0),
+    "video, 8 clips, key frames every 2 s": Kind(
+        "video", "mp4", lambda seed: mp4(seed, gop=2 * VIDEO_RATE), {}, 2, 2, 2.0
+    ),
     "video, 1 clip": Kind("video", "mp4", mp4, {"max_clips": 1}, 2, 2, 2.0),
     "video, 1 clip, key frames every 2 s": Kind(
         "video", "mp4", lambda seed: mp4(seed, gop=2 * VIDEO_RATE), {"max_clips": 1}, 2, 2, 2.0
