@@ -16,7 +16,7 @@ _free: deque[np.ndarray] = deque(maxlen=4)
 
 
 def batch_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor.
+    """An uninitialised tensor, [*shape].
 
     In a loader process it lies in shared memory, so that handing it over copies nothing. Elsewhere it takes the memory
     of an earlier one whose storage has been freed: a virtual machine gives freed memory back to its host, and touching
