@@ -44,7 +44,8 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     python = str(folder / "bin" / "python")
     installed, extra = version("torch"), f"{ROOT}[lmms-eval]"
     assert 'pip install -e ".[lmms-eval]"' in PAGE and '"lm-eval[hf]>=0.4.9,<0.5"' in PAGE
-    for words in ([f"torch=={installed.partition('+')[0]}"], ["-e", extra, "lm-eval[hf]>=0.4.9,<0.5"]):
+    # One after the other, as on the page: pip does not find what fits all at once.
+    for words in ([f"torch=={installed.partition('+')[0]}"], ["-e", extra], ["lm-eval[hf]>=0.4.9,<0.5"]):
         done = subprocess.run([python, "-m", "pip", "install", "--quiet", *words], capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"pip cannot install {words} here: {done.stderr.strip().splitlines()[-1]}")
