@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -132,6 +133,8 @@ def _read_here(groups: Sequence[Sequence[Prompt]]) -> list[Any]:
         try:
             found.append(read(group))
         except Exception as error:
+            # A traceback is not sent along.
+            error.add_note(f"In a reading process:\n{traceback.format_exc()}")
             found.append(error)
     return found
 

@@ -107,8 +107,11 @@ def _errors() -> None:
     # Eight prompts are handed over in groups of four.
     ahead, prompts = ahead_of("a", "bad", "c", *"defgh", processes=1)
     assert ahead.take(prompts[:1])[0] == "A" and ahead.take(prompts[2:3])[0] == "C"
-    with pytest.raises(DataError, match="bad cannot be read"):
+    with pytest.raises(DataError, match="bad cannot be read") as raised:
         ahead.take(prompts[1:2])
+    # Where it was raised.
+    [note] = raised.value.__notes__
+    assert f", in {read.__name__}" in note
 
 
 def test_errors_come_with_their_prompt() -> None:
