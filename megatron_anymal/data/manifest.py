@@ -49,7 +49,9 @@ class ManifestSource(Source):
     def __init__(self, manifest: str, limits: LimitsConfig = DEFAULT_LIMITS):
         path = Path(manifest)
         if not path.is_file():
-            raise DataError(f"There is no manifest {manifest!r}.")
+            raise DataError(
+                f"There is no manifest {manifest!r}. Give a .csv or .jsonl file, or name what wrote the data by --from."
+            )
         if path.suffix not in (".csv", ".jsonl"):
             raise DataError(f"The manifest {manifest!r} must be a .csv or a .jsonl file.")
         super().__init__(manifest, path.parent)
