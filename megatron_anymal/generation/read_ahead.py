@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import threading
 import traceback
+import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -57,10 +59,10 @@ class ReadAhead(Generic[Read]):
         if self._pool is None:
             # Forked as the loader's processes are: a reader with a plug-in or a folder's own code need not be pickled.
             context = multiprocessing.get_context("fork")
-            self._pool = ProcessPoolExecutor(self.processes, context, _start, (self._read,))
+            self._pool = ProcessPoolExecutor(self.processes, context, _start, (weakref.ref(self),))
             # A process that multiprocessing has started waits for its children before the pool would tell them to end.
             # The priority is above that of multiprocessing.Queue (10), by which the pool tells them.
-            Finalize(self._pool, self._pool.shutdown, kwargs={"cancel_futures": True}, exitpriority=20)
+            Finalize(self, _shut_down, (self._pool,), exitpriority=20)
         before, self._pending = self._pending, {}
         new = {}
         for group in groups:
@@ -110,6 +112,11 @@ def reading_processes() -> int:
     return max(0, min(_MOST_PROCESSES, share - 1))
 
 
+def _shut_down(pool: ProcessPoolExecutor) -> None:
+    # The pool's own thread, in which garbage may be collected, cannot wait for itself.
+    pool.shutdown(wait=threading.current_thread() is threading.main_thread(), cancel_futures=True)
+
+
 def _died() -> DataError:
     return DataError(
         "A process that reads media exited unexpectedly. Often the machine ran out of memory: lower --workers. If "
@@ -117,12 +124,14 @@ def _died() -> DataError:
     )
 
 
-def _start(read: Callable[[Sequence[Prompt]], Any]) -> None:
+def _start(ahead: weakref.ref[ReadAhead[Any]]) -> None:
     # Turns torch's threads off, which a forked process does not have, before the first operation.
     start_worker(0)
     # Torch's own way takes a file descriptor and shared memory for each tensor, of which containers have little.
     ForkingPickler.register(torch.Tensor, _as_array)
-    _READ.append(read)
+    reader = ahead()
+    assert reader is not None, "it waits until this process is forked"
+    _READ.append(reader._read)
 
 
 def _read_here(groups: Sequence[Sequence[Prompt]]) -> list[Any]:

@@ -179,6 +179,25 @@ def test_a_process_that_multiprocessing_started_ends() -> None:
     assert process.exitcode == 0
 
 
+def _freed() -> None:
+    ahead, prompts = ahead_of("a", "b", processes=1)
+    process = Path("/proc") / str(ahead.take(prompts[:1])[1])
+    assert process.exists()
+    del ahead
+    wait_for_end(process)
+
+
+def test_reading_processes_end_with_their_reader() -> None:
+    run_ranks(1, _freed)
+
+
+def wait_for_end(process: Path) -> None:
+    end = time.monotonic() + 20
+    while process.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not process.exists()
+
+
 def _orphaned(path: str) -> None:
     ahead, prompts = ahead_of("a", "b", processes=1)
     Path(path).write_text(str(ahead.take(prompts[:1])[1]))
@@ -188,11 +207,7 @@ def _orphaned(path: str) -> None:
 def test_reading_processes_end_with_theirs(tmp_path: Path) -> None:
     with pytest.raises(pytest.fail.Exception, match="ended without an answer"):
         run_ranks(1, _orphaned, str(tmp_path / "pid"))
-    process = Path("/proc") / (tmp_path / "pid").read_text()
-    end = time.monotonic() + 20
-    while process.exists() and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not process.exists()
+    wait_for_end(Path("/proc") / (tmp_path / "pid").read_text())
 
 
 def sample(number: int, read: Callable[[], MediaFile]) -> TaskSample:
