@@ -182,7 +182,7 @@ def take_turns(sides: dict[str, Callable[[], float]], rounds: int, samples: int)
     """Samples per CPU second of each side and round.
 
     A pass that is not counted precedes each that is: what another side has freed, a virtual machine gives back to its
-    host, and touching it again can take a third of a pass.
+    host, and touching it again can take a quarter of a pass.
     """
     turns: dict[str, list[float]] = {side: [] for side in sides}
     for number in range(rounds):

@@ -20,7 +20,7 @@ def batch_tensor(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
     In a loader process it lies in shared memory, so that handing it over copies nothing. Elsewhere it takes the memory
     of an earlier one whose storage has been freed: a virtual machine gives freed memory back to its host, and touching
-    it again then takes up to a fifth of the time of reading a video.
+    it again then takes up to a quarter of the time of reading a video.
     """
     size = math.prod(shape) * dtype.itemsize
     if not size:

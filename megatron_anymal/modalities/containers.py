@@ -121,10 +121,9 @@ def stream_seconds(
         if packet.pts is None or packet.is_discard:
             continue
         end = packet.pts + (packet.duration or 0)
-        if number not in ends:
+        if number not in bases:
             ends[number], bases[number] = end, packet.time_base
-        elif end > ends[number]:
-            ends[number] = end
+        ends[number] = max(ends[number], end)
         if number == stream.index:
             require_duration(limits, seconds(number) - begin)
     end = seconds(stream.index) if stream.index in ends else begin

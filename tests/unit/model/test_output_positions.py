@@ -118,12 +118,13 @@ def results(configs: dict[str, RunConfig]) -> dict[tuple[str, str], list[Any]]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_losses_and_gradients_are_the_same(layout: str, kind: str, results: Any) -> None:
     for every, some in results[layout, kind]:
-        for expected, found in zip(every, some, strict=True):
+        for step, (expected, found) in enumerate(zip(every, some, strict=True)):
             assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)
             assert found["gradients"].keys() == expected["gradients"].keys()
             for name, gradient in expected["gradients"].items():
-                # 2.2e-5 was seen: products with fewer rows are summed in another order, which depends on the CPU.
-                rounding = 1e-4 * np.abs(gradient).max()
+                # Adam's first update divides by the gradient's size, so that rounding in small gradients grows, which
+                # depends on the CPU: 2.2e-5 was seen.
+                rounding = (5e-5 if step else 1e-5) * np.abs(gradient).max()
                 np.testing.assert_allclose(found["gradients"][name], gradient, rtol=0, atol=rounding, err_msg=name)
 
 
