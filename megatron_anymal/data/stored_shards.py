@@ -20,6 +20,7 @@ from megatron_anymal.object_storage.remote_shards import RemoteShards
 _REQUIRED = ("index.json", SAMPLES, MEDIA_ITEMS, KEYS)
 # Indexes of earlier versions lack some of them.
 _OPTIONAL = (SHARDS, BOUNDS, LEDGER)
+_MEND = "Restore the shard or, if it was to change, index it again (anymal prepare --rebuild --index-only)."
 
 
 class StoredShards:
@@ -90,7 +91,7 @@ class StoredShards:
         except OSError as error:
             raise DataError(f"{where}: shard {name!r} cannot be read ({error}).") from None
         if len(data) != length or zlib.crc32(data) != crc:
-            raise DataError(f"{where}: its bytes in shard {name!r} differ from those indexed (damaged shard?).")
+            raise DataError(f"{where}: its bytes in shard {name!r} differ from those indexed (damaged shard?). {_MEND}")
         return data
 
     @staticmethod
@@ -104,5 +105,5 @@ class StoredShards:
             raise DataError(f"{where}: {error}") from None
         if zlib.crc32(data) != crc:
             name = remote.client.name(wanted.path)
-            raise DataError(f"{where}: its bytes in {name} differ from those indexed (damaged shard?).")
+            raise DataError(f"{where}: its bytes in {name} differ from those indexed (damaged shard?). {_MEND}")
         return data
