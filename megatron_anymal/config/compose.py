@@ -34,13 +34,14 @@ class Composed:
     Attributes:
         config: the typed configuration.
         origins: for every value, by dotted key: "default", "file DIR/NAME.yaml" or "override".
-        hydra_overrides: the overrides in the form that Hydra accepts: an override of a default inside an existing
-            entry of `model.modalities` or `data.train` is prefixed with `++`, since Hydra has no defaults there.
+        files: the YAML files it was read from.
+        reads_environment: a value may come from an environment variable.
     """
 
     config: RunConfig
     origins: dict[str, str]
-    hydra_overrides: list[str]
+    files: tuple[Path, ...]
+    reads_environment: bool
 
 
 def default_config_dir() -> Path:
@@ -99,10 +100,8 @@ def compose(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Com
                     f"{config_dir / name}.yaml does not inherit the defaults. Begin it with "
                     f"`defaults: [{SCHEMA_NAME}, _self_]`."
                 )
-            keys = {override.input_line for override in plan.config_overrides}
             marked = {o.input_line: sources.add_override(o) for o in plan.config_overrides if not o.is_hydra_override()}
-            hydra_overrides = [marked.get(text, text) if text in keys else text for text in overrides]
-            composed = hydra_compose(name, [*search_path, *hydra_overrides])
+            composed = hydra_compose(name, [*search_path, *(marked.get(text, text) for text in overrides)])
         values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_one_line(error)) from error
@@ -110,7 +109,7 @@ def compose(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Com
     values.pop("hydra", None)
     config = from_dict(typing.cast("dict[str, Any]", values), f"{config_dir / name}.yaml")
     origins = {key: sources.origins.get(key, "default") for key, _ in leaves(config.to_dict())}
-    return Composed(config, origins, hydra_overrides)
+    return Composed(config, origins, tuple(sources.files), sources.reads_environment)
 
 
 def format_config(composed: Composed) -> str:
@@ -152,6 +151,8 @@ class _Sources:
         self.config_dir = config_dir
         self.origins: dict[str, str] = {}
         self.has_schema = False
+        self.files: list[Path] = []
+        self.reads_environment = False
         # Entries of the dicts of sections, such as data.train.captions.
         self.entries: set[str] = set()
 
@@ -168,12 +169,19 @@ class _Sources:
                 break
         else:
             raise ConfigError(f"{config_path}.yaml, named in a `defaults:` list, is not in {self.config_dir}.")
+        self.files.append(path)
         shown = f"file {folder.name}/{config_path}.yaml"
-        values = {key: value for key, value in read_yaml(path).items() if key not in _HYDRA_SECTIONS}
+        read = read_yaml(path)
+        _check_hydra_section(read, shown)
+        values = {key: value for key, value in read.items() if key not in _HYDRA_SECTIONS}
         self._add(_nested(package, values) if package else values, shown, shown)
 
     def add_override(self, override: Override) -> str:
-        """Check one override and return it in the form that Hydra accepts."""
+        """Check one override and return it in the form that Hydra accepts.
+
+        An override of a default inside an existing entry of `model.modalities` or `data.train` gets the prefix `++`,
+        since Hydra has no defaults there.
+        """
         text = override.input_line or ""
         key = override.key_or_group
         if override.is_delete():
@@ -191,7 +199,8 @@ class _Sources:
 
     def _add(self, values: Mapping[str, Any], source: str, origin: str) -> None:
         Reader(source, interpolations=True).read(values, RunConfig, "")
-        for key, _ in leaves(values):
+        for key, value in leaves(values):
+            self.reads_environment |= "oc.env" in str(value)
             self.origins[key] = origin
             entry = entry_of(key)
             if entry is not None:
@@ -247,12 +256,30 @@ def _check_grammar(overrides: Sequence[str]) -> None:
                 f"override '{text}' is not of the form key=value: {' '.join(str(error).split())}. A value with special "
                 "characters needs its own quotes inside the shell's: 'key=\"<value>\"'."
             ) from error
+        key = override.key_or_group
+        if key.startswith(("hydra.", "hydra/")):
+            raise ConfigError(_no_effect(f"override '{text}'", key))
         if override.is_sweep_override():
-            key = override.key_or_group
             raise ConfigError(
                 f"override '{text}' lists several values to try. Give one, a list ({key}=[a,b]) or, for a text with "
                 f"commas, quotes ({key}='\"a,b\"')."
             )
+
+
+def _check_hydra_section(values: Mapping[str, Any], shown: str) -> None:
+    """Refuse Hydra's own keys in a file, on which nothing here acts."""
+    groups = [str(key) for item in values.get("defaults") or () if isinstance(item, Mapping) for key in item]
+    named = [group.split()[-1].lstrip("/") for group in groups]
+    keys = [f"hydra.{key}" for key in values.get("hydra") or ()]
+    for key in [*keys, *(group for group in named if group.startswith("hydra/"))]:
+        raise ConfigError(_no_effect(shown, key))
+
+
+def _no_effect(source: str, key: str) -> str:
+    return (
+        f"{source}: {key} has no effect: Hydra only composes the configuration, from this folder and the shipped one; "
+        "it writes no file and sets up no logging. Remove it."
+    )
 
 
 def _existing_name(config_name: str, config_dir: Path) -> str:

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Sequence, Set
 from pathlib import Path
 
-from megatron_anymal.config import ConfigError, ResilienceConfig, RunConfig, TrainerConfig
-from megatron_anymal.config.compose import compose, config_folder
+from megatron_anymal.config import ConfigError, ResilienceConfig, RunConfig, TrainerConfig, composed_ahead
+from megatron_anymal.config.compose import config_folder
 from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.job import Job
 from megatron_anymal.launcher.supervisor import Supervisor
@@ -67,7 +67,7 @@ def _config(verb: str, arguments: Sequence[str]) -> RunConfig:
     if unknown:
         raise ConfigError(f"{unknown[0]} cannot be used with `anymal launch`. Use it with `anymal {verb}` directly.")
     folder = config_folder(options.config_path)
-    config = compose(options.config_name, folder, options.overrides).config
+    config = composed_ahead.compose_ahead(options.config_name, folder, options.overrides).config
     if config.job != verb:
         raise ConfigError(
             f"--config-name={options.config_name} is for the job {config.job!r}. Start it with "

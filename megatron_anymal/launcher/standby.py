@@ -31,9 +31,14 @@ RANK_MODULES = (
     "megatron_anymal.nemo.model",
     "megatron_anymal.train.loop",
     "megatron_anymal.generation.validation_answers",
-    "nemo.core.config",
+    "megatron_anymal.nemo.entry",
     "nemo.utils.exp_manager",
+    # Audio encoders, and the random states of loaders.
+    "transformers.feature_extraction_sequence_utils",
+    "numpy.random",
 )
+# Name of the file next to the socket that holds the configurations that were composed ahead.
+COMPOSED = "composed"
 # Longest message, in bytes: the environment and the command line of a process.
 MESSAGE = 1 << 20
 # Exit code of the process if its imports have made forks unsafe.
@@ -51,11 +56,19 @@ class Standby:
         environment: that of the processes to start.
         modules: what to import.
         say: prints a message to the user.
+        composed: configurations that were composed ahead (config.composed_ahead.export); empty: none.
     """
 
-    def __init__(self, environment: Mapping[str, str], modules: Sequence[str], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        environment: Mapping[str, str],
+        modules: Sequence[str],
+        say: Callable[[str], None],
+        composed: bytes = b"",
+    ) -> None:
         self._environment, self._modules, self._say = dict(environment), list(modules), say
         self._folder = Path(tempfile.mkdtemp(prefix="anymal_standby_"))
+        (self._folder / COMPOSED).write_bytes(composed)
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._ready = self._declined = False
         self.begin()

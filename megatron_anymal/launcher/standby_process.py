@@ -1,5 +1,7 @@
 """The standby process: imports what a rank imports, then forks a process for each request (standby.py).
 
+It also holds the configuration that its launcher has composed, so that no rank composes it again.
+
 A fork is safe as long as this process has one thread and has not used a GPU: both are checked before each one, and the
 request is declined otherwise. It ends with its launcher, and the processes that it forked end with it.
 """
@@ -23,7 +25,8 @@ from typing import Any, Optional
 
 from megatron_anymal import lean_imports
 from megatron_anymal.child_processes import end_with, leave_stop_signals
-from megatron_anymal.launcher.standby import MESSAGE, UNSAFE
+from megatron_anymal.config import composed_ahead
+from megatron_anymal.launcher.standby import COMPOSED, MESSAGE, UNSAFE
 from megatron_anymal.log_filters import quiet_libraries
 
 # Linux prctl option PR_SET_NAME: the name that top shows.
@@ -45,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
         # A module that is missing is reported by the rank that needs it.
         with suppress(ImportError):
             importlib.import_module(module)
+    if exported := Path(path).with_name(COMPOSED).read_bytes():
+        composed_ahead.adopt(exported)
     if reason := _why_not():
         print(f"no standby process: {reason}. The ranks are started anew.", file=sys.stderr, flush=True)
         return UNSAFE

@@ -6,6 +6,7 @@ import socket
 from dataclasses import replace
 from typing import Optional
 
+from megatron_anymal.config import composed_ahead
 from megatron_anymal.launcher.attempt import Attempt, rank_environment
 from megatron_anymal.launcher.job import Decision, Ending, Job, Restarts, new_attempt
 from megatron_anymal.launcher.rendezvous import HeadLost, MultiNode, NodeLost, SingleNode, join_rendezvous
@@ -37,7 +38,8 @@ class Supervisor:
         with self.stop_requests.heard():
             try:
                 if self.job.standby:
-                    self.standby = Standby(rank_environment(self.job), (*RANK_MODULES, *self.job.preload), self._say)
+                    modules = (*RANK_MODULES, *self.job.preload)
+                    self.standby = Standby(rank_environment(self.job), modules, self._say, composed_ahead.export())
                 if self.job.peer_memory:
                     host = self.job.local_addr or socket.gethostname()
                     self.memory = MemoryServer(self.job.processes, host if self.job.nodes > 1 else None)

@@ -1,7 +1,7 @@
-"""`anymal pretrain`, `sft` and `dpo`: hydra_runner -> engine setup -> unfitted Trainer -> exp_manager -> training loop.
+"""`anymal pretrain`, `sft` and `dpo`: configuration -> engine setup -> unfitted Trainer -> exp_manager -> loop.
 
 Lightning's loop is not used for training. The engine keeps the only step counter, so that checkpoints, resume, signals
-and logs agree on the step. NeMo provides the command line, the run folder and the loggers.
+and logs agree on the step. NeMo provides the run folder and the loggers.
 """
 
 from __future__ import annotations
@@ -11,22 +11,14 @@ import importlib
 import importlib.util
 import os
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from megatron_anymal.config import ConfigError, ExpManagerConfig, RunConfig, TrainerConfig
-from megatron_anymal.config.compose import (
-    Composed,
-    compose,
-    config_folder,
-    from_dict,
-    print_config,
-    search_path_override,
-)
+from megatron_anymal.config import ConfigError, ExpManagerConfig, RunConfig, TrainerConfig, composed_ahead
+from megatron_anymal.config.compose import config_folder, print_config
 from megatron_anymal.config.validation import check
 from megatron_anymal.resilience import heartbeat, stop_signals
 from megatron_anymal.resilience.exit_codes import Exit
@@ -34,7 +26,6 @@ from megatron_anymal.resilience.failure_record import record_failure
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from omegaconf import DictConfig
 
     from megatron_anymal.parallel import ParallelLayout
     from megatron_anymal.planning.layouts.hardware import Hardware
@@ -76,8 +67,7 @@ def dpo(argv: Sequence[str]) -> int:
 
 def _main(job: str, description: str, argv: Sequence[str]) -> int:
     arguments = _parser(job, description).parse_intermixed_args(argv)
-    config_dir = config_folder(arguments.config_path)
-    composed = compose(arguments.config_name, config_dir, arguments.overrides)
+    composed = composed_ahead.composed(arguments.config_name, config_folder(arguments.config_path), arguments.overrides)
     if arguments.print_config:
         print_config(composed, explained=arguments.explain)
         return 0
@@ -106,7 +96,7 @@ def _main(job: str, description: str, argv: Sequence[str]) -> int:
         return 0
     # From here on, which is before the slow imports, a signal is a stop request.
     with stop_signals.handle_stop_signals():
-        return int(_run_under_hydra(arguments.config_name.removesuffix(".yaml"), config_dir, composed))
+        return int(run(composed.config))
 
 
 def _planned_gpu(trainer: TrainerConfig) -> Hardware | None:
@@ -257,41 +247,6 @@ def _check_loggers(section: ExpManagerConfig) -> None:
             "exp_manager.create_wandb_logger=true needs the package wandb. Install it with `pip install wandb`, or set "
             "exp_manager.create_wandb_logger=false."
         )
-
-
-def _run_under_hydra(config_name: str, config_dir: Path, composed: Composed) -> Exit:
-    """Hand over to NeMo's hydra_runner, which composes again, sets up logging and calls `run`."""
-    from nemo.core.config import hydra_runner
-
-    failures: list[Exception] = []
-    outcomes: list[Exit] = []
-    original_argv = sys.argv
-
-    def task(cfg: DictConfig) -> None:
-        from omegaconf import OmegaConf
-
-        # exp_manager writes the command into the run folder; it must be the user's.
-        sys.argv = original_argv
-        # Hydra would print its own abridged traceback and exit with 1 even for user errors.
-        try:
-            outcomes.append(run(_typed(OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True))))
-        except Exception as error:
-            failures.append(error)
-
-    overrides = [*search_path_override(config_dir), *composed.hydra_overrides]
-    sys.argv = [original_argv[0], *overrides]
-    try:
-        hydra_runner(config_path=str(config_dir), config_name=config_name)(task)()
-    finally:
-        sys.argv = original_argv
-    if failures:
-        raise failures[0]
-    return outcomes[0]
-
-
-def _typed(values: Any) -> RunConfig:
-    assert isinstance(values, dict)
-    return from_dict({key: value for key, value in values.items() if key != "hydra"})
 
 
 def _parser(job: str, description: str) -> argparse.ArgumentParser:

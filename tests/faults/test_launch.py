@@ -20,7 +20,7 @@ import psutil
 import pytest
 from ports import free_port
 
-from megatron_anymal.config import ResilienceConfig
+from megatron_anymal.config import ResilienceConfig, composed_ahead
 from megatron_anymal.launcher import attempt, supervisor
 from megatron_anymal.launcher.agent import ranks_below
 from megatron_anymal.launcher.job import Job, new_attempt
@@ -128,6 +128,25 @@ def test_where_forks_are_not_safe_ranks_are_started_anew(
     planned = replace(job(run, "6", "1:2:crash:1"), standby=True, preload=(module,))
     assert Supervisor(planned).run() == Exit.DONE and nothing_left(run)
     assert [event["way"] for event in told(run, "start") if "way" in event] == [way] * 2
+
+
+def test_ranks_take_the_configuration_that_the_launcher_composed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "RANK_MODULES", ())
+    (tmp_path / "base.yaml").write_text("defaults: [anymal, _self_]\ntrainer: {max_steps: 7}\n")
+    run = tmp_path / "run"
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ['PYTHONPATH']}:{tmp_path}")
+    (tmp_path / "composing.py").write_text(
+        "import sys; from pathlib import Path; from megatron_anymal.config import composed_ahead\n"
+        "composed = composed_ahead.composed('base', Path(sys.argv[1]), ['trainer.devices=2'])\n"
+        "print(composed.config.trainer.max_steps, 'hydra' in sys.modules)\n"
+    )
+    composed_ahead.compose_ahead("base", tmp_path, ["trainer.devices=2"])
+    program = ["-m", "composing", str(tmp_path)]
+    planned = replace(job(run, launcher="torchrun"), program=program, processes=1, standby=True)
+    assert Supervisor(planned).run() == Exit.DONE
+    assert (run / "logs" / "attempt_1" / "rank_00000.out").read_text() == "7 False\n"
 
 
 @pytest.mark.timeout(300)

@@ -1,5 +1,6 @@
 """Composition: unknown keys, types, origins, inheritance, and agreement with NeMo's hydra_runner."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -245,4 +246,31 @@ def test_agrees_with_nemos_hydra_runner(name):
     given = ["trainer.num_nodes=2", "+data.train.extra.path=q", "model.optim.sched.min_lr_ratio=0.5"]
     composed = compose(name, default_config_dir(), given)
     assert composed.config.trainer.num_nodes == 2 and composed.config.data.train["extra"].path == "q"
-    assert run_ranks(1, composed_by_hydra_runner, name, composed.hydra_overrides) == [composed.config]
+    assert run_ranks(1, composed_by_hydra_runner, name, given) == [composed.config]
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("hydra.verbose=true", "hydra.verbose"),
+        ("hydra/job_logging=none", "hydra/job_logging"),
+        ("+hydra.searchpath=x", "hydra.searchpath"),
+    ],
+)
+def test_hydras_own_keys_are_refused_as_overrides(folder, override, key):
+    with pytest.raises(ConfigError, match=f"override '{re.escape(override)}': {key} has no effect: .*Remove it"):
+        compose("base", folder, [override])
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ("defaults: [anymal, _self_]\nhydra: {run: {dir: x}}\n", "hydra.run"),
+        ("defaults: [anymal, _self_, override hydra/job_logging: none]\n", "hydra/job_logging"),
+        ("defaults: [anymal, _self_, override /hydra/help: default]\n", "hydra/help"),
+    ],
+)
+def test_hydras_own_keys_are_refused_in_files(folder, section, key):
+    (folder / "own.yaml").write_text(section)
+    with pytest.raises(ConfigError, match=rf"file {folder.name}/own\.yaml: {key} has no effect: .*Remove it"):
+        compose("own", folder, [])
