@@ -25,7 +25,8 @@ _EPILOG = """examples:
   anymal launch --node-rank=$SLURM_NODEID --rdzv-endpoint=$HEAD:29500 sft --config-name=sft_70b trainer.num_nodes=4
 
 After a crash, a hang or the death of a process, the run is restarted from its newest checkpoint, as long as it makes
-progress. SIGTERM, SIGUSR1 and Ctrl-C stop it with a checkpoint (exit code 75); a second Ctrl-C ends it at once.
+progress. SIGTERM, SIGUSR1, Ctrl-C and the loss of the terminal (SIGHUP, unless under nohup) stop it with a checkpoint
+(exit code 75); a second Ctrl-C ends it at once.
 A report is written to report.md in the run's folder, and the output of the ranks to logs/."""
 
 

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Optional
 
-# Forwarded to the ranks, which stop with a checkpoint; Ctrl-C is forwarded as SIGTERM.
-_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Forwarded to the ranks, which stop with a checkpoint; Ctrl-C and the loss of the terminal are forwarded as SIGTERM.
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 # A second Ctrl-C within this many seconds is taken for an accidental repeat.
 _TWICE = 0.5
 
@@ -45,7 +45,9 @@ class StopRequests:
     @contextmanager
     def heard(self) -> Iterator[None]:
         """Treat signals as stop requests while the block runs. Must be called in the main thread."""
-        before: dict[int, Any] = {number: signal.signal(number, self._note) for number in _STOPPING}
+        # Under nohup, the loss of the terminal is ignored.
+        stopping = [n for n in _STOPPING if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        before: dict[int, Any] = {number: signal.signal(number, self._note) for number in stopping}
         try:
             yield
         finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from dataclasses import replace
 from typing import Optional
 
@@ -139,4 +141,8 @@ class Supervisor:
 
     def _say(self, text: str) -> None:
         node = " spare" if self.job.spare else f" node {self.job.node}" if self.job.nodes > 1 else ""
-        print(f"[launch{node}] {text}", flush=True)
+        try:
+            print(f"[launch{node}] {text}", flush=True)
+        except OSError:
+            # The terminal is gone. What stays in the buffer would fail again, at exit.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -40,7 +40,7 @@ from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
 
 # Settings of both runs. The soaked run's length is not known in advance, so nothing may depend on it.
-_SETTINGS = ("model.optim.sched.name=constant", "resilience.hang_timeout=15")
+_SETTINGS = ("model.optim.sched.name=constant", "resilience.hang_timeout=5")
 _FAULTS = ("rank killed", "rank stopped", "loader killed", "asked to stop", "all killed")
 
 
@@ -108,7 +108,7 @@ class Soak:
         begun = time.monotonic()
         end, due, seen = begun + seconds, begun + self._next_fault(), 0
         while time.monotonic() < end:
-            time.sleep(min(1.0, self.between / 10))
+            time.sleep(min(0.1, self.between / 10))
             if self.process.poll() is not None:
                 self._restart()
             # A fault that is due before the run has made progress is delayed: three failures in a row without progress

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -50,13 +52,13 @@ def job(run_dir: Path, *arguments: str, processes: int = 2, launcher: str = "ft"
     return Job(run_dir, limits, [str(FAKE), str(run_dir), *arguments], processes, launcher=launcher, standby=False)
 
 
-def apart(run_dir: Path, steps: str) -> subprocess.Popen[bytes]:
+def apart(run_dir: Path, steps: str, begin: str = "", **more: Any) -> subprocess.Popen[bytes]:
     """Start a launcher as a process of its own, and wait until its run has saved a checkpoint."""
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from test_launch import Path, Supervisor, job;"
+        f"{begin}import sys; sys.path.insert(0, sys.argv[1]); from test_launch import Path, Supervisor, job;"
         "sys.exit(Supervisor(job(Path(sys.argv[2]), sys.argv[3])).run())"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, str(FAKE.parent), str(run_dir), steps])
+    process = subprocess.Popen([sys.executable, "-c", program, str(FAKE.parent), str(run_dir), steps], **more)
     while not (run_dir / "checkpoints").is_dir():
         assert process.poll() is None
         time.sleep(0.05)
@@ -243,6 +245,22 @@ def test_a_signal_is_passed_on(tmp_path: Path, number: signal.Signals) -> None:
     assert len(told(run, "start")) == 1 and "75" in report(run)
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("nohup", [False, True])
+def test_the_loss_of_the_terminal_stops_with_a_checkpoint(tmp_path: Path, nohup: bool) -> None:
+    run = tmp_path / "run"
+    leader, terminal = pty.openpty()
+    # As nohup, or else as an interactive shell, leaves it.
+    handler = signal.SIG_IGN if nohup else signal.SIG_DFL
+    begin = f"import fcntl, signal, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); signal.signal(1, {int(handler)});"
+    steps = "20" if nohup else "10000"
+    process = apart(run, steps, begin, stdin=terminal, stdout=terminal, stderr=terminal, start_new_session=True)
+    os.close(terminal)
+    os.close(leader)
+    assert process.wait(60) == (Exit.DONE if nohup else Exit.REQUEUE) and nothing_left(run)
+    assert bool(told(run, "stopped")) is not nohup and f"{process.returncode}" in report(run)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_launcher_that_is_killed_takes_its_ranks_along(tmp_path: Path) -> None:
@@ -263,6 +281,7 @@ NODE = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
+from typing import Any
 from test_launch import Job, Supervisor, job
 _, _, node, port, patience, run, *rest = sys.argv
 more = dict(nodes=2, node=int(node), endpoint=f"127.0.0.1:{port}", local_addr="127.0.0.1", rdzv_timeout=float(patience))
