@@ -45,7 +45,10 @@ def main(argv: Sequence[str]) -> int:
         )
     config = _config(options.verb, options.arguments)
     encoders = {modality.encoder.type for modality in config.model.modalities.values()}
-    return Supervisor(_job(options, config.trainer, config.resilience, config.run_dir, encoders)).run()
+    job = _job(
+        options, config.trainer, config.resilience, config.run_dir, encoders, config.exp_manager.resume_if_exists
+    )
+    return Supervisor(job).run()
 
 
 def _check_verb(argv: Sequence[str]) -> None:
@@ -79,7 +82,12 @@ def _config(verb: str, arguments: Sequence[str]) -> RunConfig:
 
 
 def _job(
-    options: argparse.Namespace, trainer: TrainerConfig, limits: ResilienceConfig, run_dir: Path, encoders: Set[str]
+    options: argparse.Namespace,
+    trainer: TrainerConfig,
+    limits: ResilienceConfig,
+    run_dir: Path,
+    encoders: Set[str],
+    resumes: bool,
 ) -> Job:
     processes = options.nproc_per_node or trainer.devices
     nodes = options.nnodes or trainer.num_nodes
@@ -117,6 +125,8 @@ def _job(
         grace_seconds=options.grace_seconds,
         standby=limits.standby and sys.platform == "linux",
         peer_memory=limits.peer_memory and sys.platform == "linux",
+        # On several nodes, each one's copies are on the next one too.
+        keep_memory=resumes and nodes == 1,
         preload=tuple(f"transformers.models.{name}.modeling_{name}" for name in sorted(encoders)),
     )
 

@@ -51,6 +51,8 @@ class Job:
     standby: bool = True
     # Give the ranks memory for copies of their state.
     peer_memory: bool = True
+    # Keep that memory for a while if this launcher is killed, and take over what one before it has left.
+    keep_memory: bool = False
     # Modules for the standby process to import, besides those that every rank needs.
     preload: tuple[str, ...] = ()
 

@@ -43,8 +43,9 @@ class Supervisor:
                     modules = (*RANK_MODULES, *self.job.preload)
                     self.standby = Standby(rank_environment(self.job), modules, self._say, composed_ahead.export())
                 if self.job.peer_memory:
-                    host = self.job.local_addr or socket.gethostname()
-                    self.memory = MemoryServer(self.job.processes, host if self.job.nodes > 1 else None)
+                    host = (self.job.local_addr or socket.gethostname()) if self.job.nodes > 1 else None
+                    kept_for = self.job.run_dir if self.job.keep_memory else None
+                    self.memory = MemoryServer(self.job.processes, host, kept_for)
                 decision = self._attempts()
             except Stopped:
                 decision = Decision(Exit.REQUEUE, "stopped on request, while no rank was running")

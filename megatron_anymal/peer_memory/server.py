@@ -1,6 +1,7 @@
 """The launcher's side: memory of this node in which its ranks, and those of a neighbour, keep copies of their state.
 
-The memory belongs to the launcher, so that it outlives the ranks and is freed when the launcher ends, however it ends.
+The memory belongs to the launcher, so that it outlives the ranks and is freed when the launcher ends. On a single node
+a keeper (keeper.py) has it too, for a minute after a launcher was killed.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.peer_memory import wire
+from megatron_anymal.peer_memory import keeper, wire
 from megatron_anymal.peer_memory.slots import Copy, SlotFile, parse_copy
 
 # Environment variable with a JSON object: where a rank keeps its copies (place.py).
@@ -28,10 +30,13 @@ class MemoryServer:
     Args:
         processes: number of ranks on this node.
         host: address of this node for the others; None: there are no others.
+        kept_for: the run's folder, if copies of a launcher of this run that was killed may be taken over, and this
+            one's are to be kept likewise; None: neither.
     """
 
-    def __init__(self, processes: int, host: Optional[str] = None) -> None:
-        self._own = [_memory(f"anymal_rank_{number}") for number in range(processes)]
+    def __init__(self, processes: int, host: Optional[str] = None, kept_for: Optional[Path] = None) -> None:
+        self._keeper: Optional[socket.socket] = None
+        self._own = self._begin(processes, kept_for)
         # Rank of a neighbour -> its memory, and the connection that writes to it.
         self._held: dict[int, str] = {}
         self._writers: dict[int, socket.socket] = {}
@@ -69,6 +74,19 @@ class MemoryServer:
                 connection.close()
         for descriptor in self._descriptors:
             os.close(descriptor)
+        if self._keeper is not None:
+            keeper.end(self._keeper)
+
+    def _begin(self, processes: int, kept_for: Optional[Path]) -> list[str]:
+        """Paths of this node's memory, taken over or new."""
+        adopted = keeper.adopt(kept_for, processes) if kept_for is not None else None
+        if adopted is not None:
+            files, self._keeper = adopted
+            return [_path(file) for file in files]
+        own = [_memory(f"anymal_rank_{number}") for number in range(processes)]
+        if kept_for is not None:
+            self._keeper = keeper.start(kept_for, [int(path.rsplit("/", 1)[1]) for path in own])
+        return own
 
     def _paths(self) -> list[str]:
         with self._lock:
@@ -142,8 +160,13 @@ class MemoryServer:
 
 
 def _memory(name: str) -> str:
-    """Create a file in memory, and return a path under which processes of this user can open it."""
-    return f"/proc/{os.getpid()}/fd/{os.memfd_create(name)}"
+    """Create a file in memory, and return its path."""
+    return _path(os.memfd_create(name))
+
+
+def _path(descriptor: int) -> str:
+    """A path under which processes of this user can open a file of this process."""
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
 def _listen() -> socket.socket:

@@ -50,6 +50,20 @@ def test_faults_cost_the_step_in_progress(folder: Path) -> None:
     assert_same(run, whole(folder, 2))
 
 
+@pytest.mark.timeout(280)
+def test_a_launcher_that_is_killed_and_started_again_costs_no_checkpoint(folder: Path) -> None:
+    run, log = folder / "killed", folder / "killed.log"
+    slow = faults("slow:rank=0,seconds=0.3,every=1")
+    process = launch(folder, run, 2, slow, EVERY_STEP, log=log)
+    wait_for_step(run, 5, process)
+    # With all its children.
+    kill(process)
+    finish(launch(folder, run, 2, slow, EVERY_STEP, log=log), log, patience=200)
+    [step] = resumed_at(run)
+    assert 4 <= step <= 7
+    assert_same(run, whole(folder, 2))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("lost", [0, 1])

@@ -1,0 +1,189 @@
+"""Memory of a launcher that was killed is there for the next launcher of the run, for a while, and for nobody else."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_anymal.peer_memory import keeper
+from megatron_anymal.peer_memory.server import MEMORY, MemoryServer
+from megatron_anymal.peer_memory.slots import SlotFile
+
+# A launcher that leaves a copy of step 5 in the memory of its rank 1, then waits for a word.
+LAUNCHER = """
+import json, sys
+from pathlib import Path
+from megatron_anymal.peer_memory.server import MEMORY, MemoryServer
+from megatron_anymal.peer_memory.slots import Copy, SlotFile
+server = MemoryServer(2, kept_for=Path(sys.argv[1]))
+file = SlotFile(json.loads(server.environment()[MEMORY])["files"][1], 50)
+slot = file.begin()
+file.data(slot)[:] = b"x" * 50
+file.commit(slot, Copy(1, 5, "run", 50, 0))
+print("ready", flush=True)
+if sys.stdin.readline():
+    server.close()
+"""
+
+
+def keepers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        with suppress(psutil.Error):
+            if keeper.__name__ in (process.info["cmdline"] or []) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def wait_for_no_new_keeper(before: list[psutil.Process]) -> None:
+    deadline = time.monotonic() + 10
+    while [process for process in keepers() if process not in before]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def before() -> Iterator[list[psutil.Process]]:
+    """Keepers of others; those of the test are ended with it."""
+    found = keepers()
+    yield found
+    for process in keepers():
+        if process not in found:
+            process.kill()
+
+
+def launcher(run: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    below = psutil.Process(process.pid).children(recursive=True)
+    for victim in [psutil.Process(process.pid), *below]:
+        with suppress(psutil.Error):
+            victim.kill()
+    process.wait()
+
+
+def steps(server: MemoryServer) -> list[dict[int, int]]:
+    files = json.loads(server.environment()[MEMORY])["files"]
+    return [{copy.rank: copy.step for copy in SlotFile(path).copies().values()} for path in files]
+
+
+def test_the_next_launcher_has_the_copies(tmp_path: Path, before: list[psutil.Process]) -> None:
+    run = tmp_path / "run"
+    kill_tree(launcher(run))
+    second = MemoryServer(2, kept_for=run)
+    assert steps(second) == [{}, {1: 5}]
+    file = SlotFile(json.loads(second.environment()[MEMORY])["files"][1])
+    assert bytes(file.data(0)) == b"x" * 50
+    second.close()
+    # The second one was not killed.
+    wait_for_no_new_keeper(before)
+    third = MemoryServer(2, kept_for=run)
+    assert steps(third) == [{}, {}]
+    third.close()
+
+
+def test_two_in_a_row_are_killed(tmp_path: Path, before: list[psutil.Process]) -> None:
+    kill_tree(launcher(tmp_path))
+    code = (
+        "import sys, os; from pathlib import Path; from megatron_anymal.peer_memory.server import MemoryServer\n"
+        "server = MemoryServer(2, kept_for=Path(sys.argv[1])); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    third = MemoryServer(2, kept_for=tmp_path)
+    assert steps(third) == [{}, {1: 5}]
+    third.close()
+
+
+def test_a_launcher_that_ends_takes_the_memory_along(tmp_path: Path, before: list[psutil.Process]) -> None:
+    process = launcher(tmp_path)
+    assert len(keepers()) == len(before) + 1
+    process.communicate("end\n", timeout=30)
+    assert process.returncode == 0
+    wait_for_no_new_keeper(before)
+
+
+def test_a_running_launcher_keeps_its_memory(tmp_path: Path, before: list[psutil.Process]) -> None:
+    process = launcher(tmp_path)
+    assert keeper.adopt(tmp_path, 2) is None
+    process.communicate("end\n", timeout=30)
+    wait_for_no_new_keeper(before)
+
+
+def test_another_number_of_processes_begins_anew(tmp_path: Path, before: list[psutil.Process]) -> None:
+    kill_tree(launcher(tmp_path))
+    second = MemoryServer(3, kept_for=tmp_path)
+    assert steps(second) == [{}, {}, {}]
+    second.close()
+    wait_for_no_new_keeper(before)
+
+
+def test_a_run_folder_made_anew_begins_anew(tmp_path: Path, before: list[psutil.Process]) -> None:
+    run = tmp_path / "run"
+    kill_tree(launcher(run))
+    shutil.rmtree(run)
+    second = MemoryServer(2, kept_for=run)
+    assert steps(second) == [{}, {}]
+    second.close()
+
+
+def test_the_memory_is_freed_if_nobody_comes() -> None:
+    mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    file = os.memfd_create("anymal_test")
+    code = (
+        "import sys; from megatron_anymal.peer_memory import keeper\n"
+        "keeper.LINGER = 0.5; sys.exit(keeper.main(sys.argv[1:]))"
+    )
+    passed = [its.fileno(), file]
+    words = [sys.executable, "-c", code, *map(str, passed)]
+    subprocess.run(words, input=b"a key", pass_fds=passed, check=True, timeout=60)
+    its.close()
+    os.close(file)
+    probe = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    time.sleep(1.0)
+    # The launcher lives.
+    probe.connect(keeper._address("a key"))
+    probe.close()
+    mine.close()
+    deadline = time.monotonic() + 10
+    with pytest.raises(ConnectionRefusedError):
+        while time.monotonic() < deadline:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+                time.sleep(0.8)
+                probe.connect(keeper._address("a key"))
+
+
+def test_the_key_is_only_the_users(tmp_path: Path, before: list[psutil.Process]) -> None:
+    server = MemoryServer(1, kept_for=tmp_path)
+    assert (tmp_path / keeper.KEY).stat().st_mode & 0o777 == 0o600
+    assert not any((tmp_path / keeper.KEY).read_text() in " ".join(p.cmdline()) for p in keepers())
+    server.close()
+
+
+def test_without_a_keeper_memory_works_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").write_text("no folder")
+    server = MemoryServer(1, kept_for=tmp_path / "run")
+    assert steps(server) == [{}]
+    server.close()
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+    server = MemoryServer(1, kept_for=tmp_path)
+    assert steps(server) == [{}]
+    server.close()
