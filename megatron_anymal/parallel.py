@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -141,6 +142,25 @@ def sum_over_ranks(values: torch.Tensor) -> None:
     """
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
+
+
+def gather_numbers(own: Sequence[float], device: torch.device) -> torch.Tensor:
+    """The numbers of all processes of the job, in one exchange; a job of one process has only its own. Collective.
+
+    Args:
+        own: this rank's numbers, as many as on every other rank.
+        device: of the ranks' collectives.
+
+    Returns:
+        [ranks, numbers], float64, on the CPU.
+    """
+    mine = torch.tensor(own, dtype=torch.float64, device=device)
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return mine[None].cpu()
+    gathered = mine.new_empty(ranks * len(own))
+    dist.all_gather_into_tensor(gathered, mine)
+    return gathered.view(ranks, len(own)).cpu()
 
 
 def gather_objects(value: Any) -> list[Any]:

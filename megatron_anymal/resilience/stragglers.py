@@ -10,7 +10,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.events import record
@@ -64,23 +63,21 @@ class OwnTime:
         return seconds
 
 
-def look_for_stragglers(own: float, step: int, layout: ParallelLayout, ratio: float, run_dir: Path) -> str:
-    """Gather every rank's own seconds, write them to RUN/rank_seconds.jsonl, and report slow ranks. Collective.
+def look_for_stragglers(
+    seconds: Sequence[float], stages: Sequence[float], step: int, layout: ParallelLayout, ratio: float, run_dir: Path
+) -> str:
+    """Write every rank's own seconds to RUN/rank_seconds.jsonl, and report slow ranks.
 
     Args:
-        own: this rank's seconds per step.
+        seconds: own seconds per step of every rank.
+        stages: pipeline stage of every rank.
         ratio: as for `stragglers`.
 
     Returns:
         The slow ranks and their times, on the reporting rank; empty if there are none.
     """
-    mine = torch.tensor([own, layout.pipeline_rank], dtype=torch.float64, device=layout.device)
-    gathered = [torch.zeros_like(mine) for _ in range(layout.world_size)]
-    dist.all_gather(gathered, mine)
     if not layout.reports:
         return ""
-    every = torch.stack(gathered).cpu()
-    seconds, stages = every[:, 0].tolist(), every[:, 1].int().tolist()
     # A full disk must not end the run; the metrics log warns about it in the same step.
     with suppress(OSError), (run_dir / RANK_SECONDS).open("a") as file:
         file.write(json.dumps({"step": step, "seconds": [round(s, 6) for s in seconds]}) + "\n")
@@ -92,7 +89,7 @@ def look_for_stragglers(own: float, step: int, layout: ParallelLayout, ratio: fl
     return text
 
 
-def stragglers(seconds: Sequence[float], stages: Sequence[int], ratio: float) -> dict[int, tuple[float, float]]:
+def stragglers(seconds: Sequence[float], stages: Sequence[float], ratio: float) -> dict[int, tuple[float, float]]:
     """Ranks slower than `ratio` times the median of their pipeline stage: rank -> (its seconds, the median).
 
     Args:

@@ -23,6 +23,7 @@ from megatron_anymal.data.mix_stages import stage_lines
 from megatron_anymal.data.shared_prompts import introduction
 from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.unsharded_weights import hash_weights
+from megatron_anymal.parallel import gather_numbers
 from megatron_anymal.resilience import fault_injection, heartbeat, stop_signals
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
@@ -35,9 +36,9 @@ from megatron_anymal.train import restore
 from megatron_anymal.train.build import DataSource, TrainState
 from megatron_anymal.train.encoder_costs import agree_on_costs
 from megatron_anymal.train.feature_cache import use_feature_cache
-from megatron_anymal.train.memory_metrics import memory_metrics
+from megatron_anymal.train.memory_metrics import memory_metrics, own_memory
 from megatron_anymal.train.optim import begin_state
-from megatron_anymal.train.pass_times import pass_metrics
+from megatron_anymal.train.pass_times import own_passes, pass_metrics
 from megatron_anymal.train.peer_copies import PeerCopies
 from megatron_anymal.train.skipped_samples import SkippedSamples
 from megatron_anymal.train.stage_encoding import with_coming
@@ -319,23 +320,30 @@ class Trainer:
         steps, metrics = self.window.take()
         metrics["skipped_samples"] = float(self.skipped_samples.count)
         metrics.update(self.features.metrics())
-        metrics.update(memory_metrics(self.loader_memory, self.state.layout.device))
-        own_sums = self.utilization.own_sums()
-        passes, sums = pass_metrics(self.state.pass_times, steps, metrics, self.state.layout, own_sums)
-        metrics.update(passes)
-        metrics.update(self.utilization.metrics(steps, metrics, sums))
+        layout = self.state.layout
+        parts = (
+            own_memory(self.loader_memory, layout.device),
+            own_passes(self.state.pass_times, steps, metrics),
+            self.utilization.own_sums(),
+            [self.state.own_time.take() / steps, layout.pipeline_rank],
+        )
+        # One exchange for all: what each of them costs is waiting for the last rank.
+        every = gather_numbers([number for part in parts for number in part], layout.device)
+        memory, passes, sums, own = every.split([len(part) for part in parts], dim=1)
+        metrics.update(memory_metrics(memory))
+        metrics.update(pass_metrics(passes))
+        metrics.update(self.utilization.metrics(steps, metrics, sums.sum(0).tolist()))
         metrics["consumed_samples"] = float(self.config.model.samples_of(self.state.step))
         if self.config.data.schedule:
             metrics["stage"] = float(self.stage + 1)
-        if self.state.layout.reports:
+        if layout.reports:
             name = self.state.train_data.planner.stages[self.stage].name
             eta = metrics["step_seconds"] * (self.config.trainer.max_steps - self.state.step)
             line = describe(metrics, step=self.state.step, max_steps=self.config.trainer.max_steps, eta=eta, stage=name)
             self.log.write(self.state.step, metrics, line)
-        own = self.state.own_time.take() / steps
-        slow = look_for_stragglers(
-            own, self.state.step, self.state.layout, self.config.resilience.straggler_ratio, self.run_dir
-        )
+        seconds, stages = own.T.tolist()
+        ratio = self.config.resilience.straggler_ratio
+        slow = look_for_stragglers(seconds, stages, self.state.step, layout, ratio, self.run_dir)
         if slow:
             self.log.say(f"warning: step {self.state.step}: slow ranks, in seconds of own work per step: {slow}")
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Optional
 
 import torch
+from torch import Tensor
 
 from megatron_anymal.model.frozen_features import ENCODING
-from megatron_anymal.parallel import ParallelLayout, sum_over_ranks
 from megatron_anymal.resilience.stragglers import OwnTime
 
 # Name of a timer, most of them of megatron-core (schedules.py, finalize_model_grads.py) -> name of its metric.
@@ -64,22 +64,24 @@ class PassTimes:
         return [time.take() for time in self._encoding.values()]
 
 
-def pass_metrics(
-    times: PassTimes, steps: int, metrics: Mapping[str, Any], layout: ParallelLayout, further: Sequence[float]
-) -> tuple[dict[str, float], list[float]]:
-    """Return PASS_METRICS of the last steps, and the sums over the ranks of further numbers. Collective.
+def own_passes(times: PassTimes, steps: int, metrics: Mapping[str, Any]) -> list[float]:
+    """This rank's seconds per step, one number for each of PASS_METRICS, since the last call.
 
     `idle_seconds` is what a step takes beyond its measured sections and the wait for data: pipeline stages wait for
     each other and for messages, and the host prepares.
 
     Args:
-        steps: their number.
+        steps: steps since the last call.
         metrics: this rank's `step_seconds` and `data_wait_share`.
-        further: this rank's numbers to sum in the same reduction.
     """
     own = [seconds / steps for seconds in times.take().values()]
-    idle = metrics["step_seconds"] * (1 - metrics["data_wait_share"]) - sum(own)
-    sums = torch.tensor([*own, idle, *further], dtype=torch.float64, device=layout.device)
-    sum_over_ranks(sums)
-    totals = sums.tolist()
-    return {name: total / layout.world_size for name, total in zip(PASS_METRICS, totals)}, totals[len(PASS_METRICS) :]
+    return [*own, metrics["step_seconds"] * (1 - metrics["data_wait_share"]) - sum(own)]
+
+
+def pass_metrics(every: Tensor) -> dict[str, float]:
+    """Return PASS_METRICS.
+
+    Args:
+        every: `own_passes` of all ranks, [ranks, numbers].
+    """
+    return dict(zip(PASS_METRICS, every.mean(0).tolist()))
