@@ -58,7 +58,7 @@ test-all: $(INSTALLED)
 	$(BIN)/python -m pytest $(ALONE) || failed=1; \
 	exit $$failed
 
-# About half an hour; writes docs/internals/parity.md and runs/parity.json.
+# About 40 minutes; writes docs/internals/parity.md and runs/parity.json.
 parity: $(INSTALLED)
 	PYTHONPATH=.:tests OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m parity
 
