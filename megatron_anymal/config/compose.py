@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # Name of the schema's defaults in the `defaults:` list of a file.
 SCHEMA_NAME = "anymal"
+# OmegaConf's resolver of environment variables.
+_ENVIRONMENT = "oc.env"
 # Sections that Hydra reads itself.
 _HYDRA_SECTIONS = ("defaults", "hydra")
 
@@ -170,6 +172,7 @@ class _Sources:
         else:
             raise ConfigError(f"{config_path}.yaml, named in a `defaults:` list, is not in {self.config_dir}.")
         self.files.append(path)
+        self.reads_environment |= _ENVIRONMENT in path.read_text()
         shown = f"file {folder.name}/{config_path}.yaml"
         read = read_yaml(path)
         _check_hydra_section(read, shown)
@@ -183,6 +186,7 @@ class _Sources:
         since Hydra has no defaults there.
         """
         text = override.input_line or ""
+        self.reads_environment |= _ENVIRONMENT in text
         key = override.key_or_group
         if override.is_delete():
             self._delete(key, text)
@@ -199,8 +203,7 @@ class _Sources:
 
     def _add(self, values: Mapping[str, Any], source: str, origin: str) -> None:
         Reader(source, interpolations=True).read(values, RunConfig, "")
-        for key, value in leaves(values):
-            self.reads_environment |= "oc.env" in str(value)
+        for key, _ in leaves(values):
             self.origins[key] = origin
             entry = entry_of(key)
             if entry is not None:
