@@ -1,4 +1,4 @@
-"""Child processes: that none outlives its parent, and how to find and end them."""
+"""Child processes: that none outlives its parent, how to find and end them, and the cores for them."""
 
 from __future__ import annotations
 
@@ -37,6 +37,12 @@ def end_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def share_of_cores() -> int:
+    """Cores that this process may use, shared with the other ranks of its node; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def leave_stop_signals() -> dict[int, Any]:

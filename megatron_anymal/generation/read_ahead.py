@@ -6,7 +6,6 @@ Threads gain little: what surrounds the decoders, and the launching of the model
 from __future__ import annotations
 
 import multiprocessing
-import os
 import threading
 import traceback
 import weakref
@@ -20,6 +19,7 @@ from typing import Any, Generic, Optional, TypeVar
 import numpy as np
 import torch
 
+from megatron_anymal.child_processes import share_of_cores
 from megatron_anymal.data.loader_workers import start_worker
 from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.prompts import Prompt
@@ -108,8 +108,7 @@ class ReadAhead(Generic[Read]):
 
 def reading_processes() -> int:
     """Number of processes that can read beside this one: its share of the machine's cores but one, at most 8."""
-    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(0, min(_MOST_PROCESSES, share - 1))
+    return min(_MOST_PROCESSES, share_of_cores() - 1)
 
 
 def _shut_down(pool: ProcessPoolExecutor) -> None:

@@ -7,11 +7,14 @@ The names are those of the local layer specification, with layers numbered over 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any, Optional
 
 import torch
@@ -19,10 +22,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from megatron_anymal.child_processes import share_of_cores
 from megatron_anymal.model.quantized_weights import is_quantized, remember_source, source_of, unquantized
 from megatron_anymal.safetensors_io import raw_bytes
 
 _CPU = torch.device("cpu")
+# Most threads in which a rank hashes weights.
+_MOST_THREADS = 4
 # Weights with at least this many elements are initialized on the device that holds them.
 _LARGE = 1 << 24
 # Transformer Engine keeps a norm's weight in the following linear layer.
@@ -213,22 +219,58 @@ def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
     """Hash the whole weights under `prefix` except adapters: names, shapes, dtypes and bytes; the same under every
     layout.
 
+    A base of 70B takes one core minutes, so the ranks that hold the same layers share the weights out, and each hashes
+    its share in a few threads.
+
     Collective over all processes; every rank gets the hash.
     """
+    weights = [weight for weight in _selected(models, prefix) if ".lora." not in weight.name]
+    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    me = data_rank, parallel_state.get_tensor_model_parallel_rank()
     digests: dict[str, str] = {}
-    for weight in _selected(models, prefix):
-        if ".lora." in weight.name:
-            continue
-        if is_quantized(weight.parameter):
-            digest = source_of(weight.parameter)
-        else:
-            whole = weight.gather()
-            digest = hash_weight(weight.name, whole) if _speaks_for_replica() else ""
-        if _speaks_for_replica():
-            digests[weight.name] = digest
+    threads = min(_MOST_THREADS, share_of_cores())
+    with ThreadPoolExecutor(threads) as pool:
+        under_way: dict[str, Future[str]] = {}
+        for weight, owner in zip(weights, _owners([math.prod(weight.shape) for weight in weights])):
+            if is_quantized(weight.parameter):
+                if owner == me:
+                    digests[weight.name] = source_of(weight.parameter)
+            elif owner[0] == data_rank:
+                whole = weight.gather()
+                if owner == me:
+                    under_way[weight.name] = pool.submit(hash_weight, weight.name, whole.cpu())
+                    # Each holds a whole weight.
+                    if len(under_way) > threads:
+                        next(iter(under_way.values())).result()
+                        digests |= _finished(under_way)
+        digests |= {name: digest.result() for name, digest in under_way.items()}
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, digests)
     return hash_together({name: digest for rank_digests in gathered for name, digest in rank_digests.items()})
+
+
+def _finished(under_way: dict[str, Future[str]]) -> dict[str, str]:
+    """Take the digests that are complete out of those under way."""
+    return {name: under_way.pop(name).result() for name in [name for name, one in under_way.items() if one.done()]}
+
+
+def _owners(sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Share weights out among the ranks of a pipeline stage: the largest first, each to the rank with the least.
+
+    Args:
+        sizes: number of elements of each weight, the same on all these ranks.
+
+    Returns:
+        (data rank, tensor rank) for each weight.
+    """
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    ranks = product(range(replicas), range(parallel_state.get_tensor_model_parallel_world_size()))
+    loads = [(0, rank) for rank in ranks]
+    owners: dict[int, tuple[int, int]] = {}
+    for number in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
+        load, owners[number] = loads[0]
+        heapq.heapreplace(loads, (load + sizes[number], owners[number]))
+    return [owners[number] for number in range(len(sizes))]
 
 
 def hash_weight(name: str, whole: Tensor) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from ranks import run_ranks
 from tiny import make_config
 
 from megatron_anymal.config import RunConfig
+from megatron_anymal.model import unsharded_weights
 from megatron_anymal.model.unsharded_weights import gather_weights, hash_weights, list_weights, load_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build
@@ -117,6 +119,30 @@ def test_hashes_are_those_of_the_whole_weights(layout: str, explored: Any) -> No
         assert seen["scrambled hash"] == expected["scrambled hash"]
         assert seen["changed hash"] == expected["changed hash"]
     assert len({expected[which] for which in ("hash", "llama hash", "scrambled hash", "changed hash")}) == 4
+
+
+def hashed_bytes(config: RunConfig) -> tuple[str, int, int]:
+    """In a job of two replicas of two tensor-parallel ranks: the hash, and the bytes that this rank hashed, and all."""
+    config.model.tensor_model_parallel_size, config.trainer.devices = 2, 4
+    state = build(config, initialize(config))
+    sizes: list[int] = []
+    hash_weight = unsharded_weights.hash_weight
+
+    def counted(name: str, whole: torch.Tensor) -> str:
+        sizes.append(whole.nbytes)
+        return hash_weight(name, whole)
+
+    unsharded_weights.hash_weight = counted
+    whole = sum(math.prod(weight.shape) * 4 for weight in list_weights(state.models[0]))
+    return hash_weights(state.models, ""), sum(sizes), whole
+
+
+def test_ranks_share_the_hashing(config: RunConfig, explored: Any) -> None:
+    found = run_ranks(4, hashed_bytes, config)
+    assert {seen for seen, _, _ in found} == {explored["one"][0]["hash"]}
+    mine, whole = [own for _, own, _ in found], found[0][2]
+    # The largest single weight is a tenth of all.
+    assert sum(mine) == whole and max(mine) < 0.3 * whole
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
