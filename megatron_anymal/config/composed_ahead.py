@@ -5,12 +5,13 @@ Composing takes a process about a third of its time from its fork to its first s
 
 from __future__ import annotations
 
-import pickle
+import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from megatron_anymal.config.compose import Composed, compose
+from megatron_anymal.config.parsing import from_dict
 
 # Name, folder and overrides -> the composed configuration, and its files as they were.
 _Key = tuple[str, Path, tuple[str, ...]]
@@ -45,12 +46,22 @@ def composed(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Co
 
 def export() -> bytes:
     """Everything that was composed ahead, for `adopt` in another process."""
-    return pickle.dumps(_known)
+    rows = [
+        (name, str(folder), overrides, found.config.to_dict(), found.origins, list(map(str, found.files)), stamps)
+        for (name, folder, overrides), (found, stamps) in _known.items()
+    ]
+    return json.dumps(rows).encode()
 
 
 def adopt(exported: bytes) -> None:
-    """Take over what another process of the same user has exported."""
-    _known.update(pickle.loads(exported))
+    """Take over what another process has exported.
+
+    Raises:
+        ConfigError: it comes from another version of this package.
+    """
+    for name, folder, overrides, values, origins, files, stamps in json.loads(exported):
+        found = Composed(from_dict(values), origins, tuple(map(Path, files)), reads_environment=False)
+        _known[name, Path(folder), tuple(overrides)] = found, [(time, size) for time, size in stamps]
 
 
 def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:
