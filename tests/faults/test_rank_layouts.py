@@ -34,11 +34,11 @@ def taken(config: RunConfig) -> tuple[int, dict[int, set[str]]]:
     state = build(config, initialize(config))
     step, found = loop.train_step, {}
 
-    def look(state: Any, plan: Any, micro_batches: Any) -> Any:
+    def look(state: Any, plan: Any, micro_batches: Any, coming: Any) -> Any:
         key = state.train_data.planner.key
         samples = [sample for m in micro_batches for sample in m.plan.samples]
         found[plan.step] = {key(sample.dataset, sample.sample) for sample in samples}
-        return step(state, plan, micro_batches)
+        return step(state, plan, micro_batches, coming)
 
     loop.train_step = look
     return int(loop.fit(state, Path(config.exp_manager.explicit_log_dir))), found
