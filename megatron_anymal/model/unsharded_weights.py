@@ -219,8 +219,8 @@ def hash_weights(models: Iterable[nn.Module], prefix: str) -> str:
     """Hash the whole weights under `prefix` except adapters: names, shapes, dtypes and bytes; the same under every
     layout.
 
-    A base of 70B takes one core minutes, so the ranks that hold the same layers share the weights out, and each hashes
-    its share in a few threads.
+    A base of 70B takes one core one to two minutes, so the ranks that hold the same layers share the weights out, and
+    each hashes its share in a few threads.
 
     Collective over all processes; every rank gets the hash.
     """

@@ -9,6 +9,7 @@ import pytest
 from megatron_anymal.config import ConfigError
 from megatron_anymal.launcher import command
 from megatron_anymal.launcher.command import main
+from megatron_anymal.launcher.job import Job
 from megatron_anymal.megatron_line import NEWER
 
 RUN = ["pretrain", "--config-name=quickstart"]
@@ -65,3 +66,29 @@ def test_the_other_agent_needs_a_package_and_a_system(
     with pytest.raises(ConfigError) as error:
         main(["--launcher=ft", *RUN])
     assert said in " ".join(str(error.value).split()), error.value
+
+
+@pytest.mark.parametrize(
+    ("words", "kept"),
+    [
+        ([*RUN], True),
+        ([*RUN, "exp_manager.resume_if_exists=false"], False),
+        (["--nnodes=2", "--rdzv-endpoint=n1:7", "--node-rank=0", *RUN, "trainer.num_nodes=2"], False),
+    ],
+    ids=["one-node", "begins-anew", "two-nodes"],
+)
+def test_memory_outlives_the_launcher_of_a_run_that_continues_on_one_node(
+    words: list[str], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs: list[Job] = []
+
+    class Started:
+        def __init__(self, job: Job) -> None:
+            jobs.append(job)
+
+        def run(self) -> int:
+            return 0
+
+    monkeypatch.setattr(command, "Supervisor", Started)
+    assert main(words) == 0
+    assert [job.keep_memory for job in jobs] == [kept]
