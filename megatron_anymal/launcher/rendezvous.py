@@ -15,6 +15,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any, Optional
 
+from megatron_anymal.launcher.console import announce
 from megatron_anymal.launcher.job import Decision, Ending, Job, combined
 from megatron_anymal.launcher.spares import SILENT, Places, Pulse, Spare
 from megatron_anymal.resilience.events import record
@@ -155,7 +156,7 @@ class MultiNode(SingleNode):
             self._set("alarm", "")
         except NodeLost as error:
             # Only print it here; the decision that follows will raise it.
-            print(f"[launch] {error}", flush=True)
+            announce(self._job, str(error))
 
     def alarmed(self) -> bool:
         """Whether the attempt has failed on another node, or node 0's launcher is gone."""
@@ -291,7 +292,7 @@ class MultiNode(SingleNode):
                 names = ", ".join(map(str, missing))
                 raise NodeLost(f"node {names} of {self._job.nodes} {failed} within {self._job.rdzv_timeout:g} s.")
             for node, spare in (self._ask(partial(self._places.fill, missing)) if missing else {}).items():
-                print(f"[launch] node {node} is lost: spare {spare} takes its place", flush=True)
+                announce(self._job, f"node {node} is lost: spare {spare} takes its place")
             if missing:
                 self._pause(what)
         return [self._get(f"{what}/{node}") for node in range(self._job.nodes)]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import sys
 from dataclasses import replace
 from typing import Optional
 
 from megatron_anymal.config import composed_ahead
 from megatron_anymal.launcher.attempt import Attempt, rank_environment
+from megatron_anymal.launcher.console import announce
 from megatron_anymal.launcher.job import Decision, Ending, Job, Restarts, new_attempt
 from megatron_anymal.launcher.rendezvous import HeadLost, MultiNode, NodeLost, SingleNode, join_rendezvous
 from megatron_anymal.launcher.report import write_report
@@ -46,6 +45,8 @@ class Supervisor:
                     host = (self.job.local_addr or socket.gethostname()) if self.job.nodes > 1 else None
                     kept_for = self.job.run_dir if self.job.keep_memory else None
                     self.memory = MemoryServer(self.job.processes, host, kept_for)
+                    if why := self.memory.not_kept:
+                        self._say(f"warning: the copies in memory will not outlive a launcher that is killed: {why}")
                 decision = self._attempts()
             except Stopped:
                 decision = Decision(Exit.REQUEUE, "stopped on request, while no rank was running")
@@ -141,9 +142,4 @@ class Supervisor:
             self._say(f"report: {path}")
 
     def _say(self, text: str) -> None:
-        node = " spare" if self.job.spare else f" node {self.job.node}" if self.job.nodes > 1 else ""
-        try:
-            print(f"[launch{node}] {text}", flush=True)
-        except OSError:
-            # The terminal is gone. What stays in the buffer would fail again, at exit.
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        announce(self.job, text)

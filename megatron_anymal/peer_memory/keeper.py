@@ -36,6 +36,10 @@ _DONE = b"done"
 _CREDENTIALS = struct.Struct("3i")
 
 
+class NoKeeper(Exception):
+    """There can be no keeper; the text says why."""
+
+
 def adopt(run_dir: Path, count: int) -> Optional[tuple[list[int], socket.socket]]:
     """Take over the files of a launcher of this run that was killed.
 
@@ -66,32 +70,44 @@ def adopt(run_dir: Path, count: int) -> Optional[tuple[list[int], socket.socket]
     return None
 
 
-def start(run_dir: Path, files: Sequence[int]) -> Optional[socket.socket]:
-    """Start a keeper of files; return the connection to it, or None if there can be none, as for too many files."""
+def start(run_dir: Path, files: Sequence[int]) -> socket.socket:
+    """Start a keeper of files; return the connection to it.
+
+    Raises:
+        NoKeeper: there are too many files, the run's folder cannot be written, or the process does not start.
+    """
     if len(files) > _MOST:
-        return None
+        raise NoKeeper(f"a keeper takes the copies of {_MOST} ranks on a node, not of {len(files)}")
     mine, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with its, suppress(OSError, subprocess.SubprocessError):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        key = secrets.token_hex()
-        part = run_dir / f"{KEY}.part"
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-            file.write(key)
-        part.replace(run_dir / KEY)
-        passed = [its.fileno(), *files]
-        # The key is not shown by ps.
-        subprocess.run(
-            [sys.executable, "-m", __name__, *map(str, passed)],
-            input=key.encode(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            pass_fds=passed,
-            check=True,
-            timeout=60,
-        )
-        return mine
-    mine.close()
-    return None
+    try:
+        with its:
+            _start(run_dir, [its.fileno(), *files])
+    except OSError as error:
+        mine.close()
+        raise NoKeeper(str(error)) from error
+    except subprocess.SubprocessError as error:
+        mine.close()
+        raise NoKeeper("its process did not start") from error
+    return mine
+
+
+def _start(run_dir: Path, passed: Sequence[int]) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    key = secrets.token_hex()
+    part = run_dir / f"{KEY}.part"
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(key)
+    part.replace(run_dir / KEY)
+    # The key is not shown by ps.
+    subprocess.run(
+        [sys.executable, "-m", __name__, *map(str, passed)],
+        input=key.encode(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=passed,
+        check=True,
+        timeout=60,
+    )
 
 
 def end(connection: socket.socket) -> None:

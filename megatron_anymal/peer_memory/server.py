@@ -36,6 +36,8 @@ class MemoryServer:
 
     def __init__(self, processes: int, host: Optional[str] = None, kept_for: Optional[Path] = None) -> None:
         self._keeper: Optional[socket.socket] = None
+        # Why the memory ends with this launcher although it was to be kept; empty otherwise.
+        self.not_kept = ""
         self._own = self._begin(processes, kept_for)
         # Rank of a neighbour -> its memory, and the connection that writes to it.
         self._held: dict[int, str] = {}
@@ -85,7 +87,10 @@ class MemoryServer:
             return [_path(file) for file in files]
         own = [_memory(f"anymal_rank_{number}") for number in range(processes)]
         if kept_for is not None:
-            self._keeper = keeper.start(kept_for, [int(path.rsplit("/", 1)[1]) for path in own])
+            try:
+                self._keeper = keeper.start(kept_for, [int(path.rsplit("/", 1)[1]) for path in own])
+            except keeper.NoKeeper as error:
+                self.not_kept = str(error)
         return own
 
     def _paths(self) -> list[str]:

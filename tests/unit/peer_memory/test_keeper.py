@@ -178,12 +178,18 @@ def test_the_key_is_only_the_users(tmp_path: Path, before: list[psutil.Process])
     server.close()
 
 
-def test_without_a_keeper_memory_works_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_keeper_memory_works_and_the_reason_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(folder: Path, ranks: int = 1) -> str:
+        server = MemoryServer(ranks, kept_for=folder)
+        assert steps(server) == [{}] * ranks
+        server.close()
+        return server.not_kept
+
+    assert reason(tmp_path) == ""
     (tmp_path / "run").write_text("no folder")
-    server = MemoryServer(1, kept_for=tmp_path / "run")
-    assert steps(server) == [{}]
-    server.close()
+    assert "File exists" in reason(tmp_path / "run") and str(tmp_path / "run") in reason(tmp_path / "run")
+    assert "128 ranks on a node, not of 129" in reason(tmp_path, 129)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert reason(tmp_path) == "its process did not start"
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    server = MemoryServer(1, kept_for=tmp_path)
-    assert steps(server) == [{}]
-    server.close()
+    assert "/nowhere/python" in reason(tmp_path)
