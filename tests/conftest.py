@@ -26,7 +26,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish() -> None:
     """After the tests are imported."""
-    gc.freeze()
+    from megatron_anymal import lean_imports
+
+    lean_imports.freeze()
     gc.enable()
 
 

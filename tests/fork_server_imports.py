@@ -44,12 +44,13 @@ for architecture in ARCHITECTURES.values():
     getattr(transformers, architecture.model)
 # Pillow imports the common formats when the first image is opened.
 Image.preinit()
-# On machines without NeMo the other tests still run.
-with suppress(ImportError):
-    importlib.import_module("megatron_anymal.nemo.model")
+# On machines without these the other tests still run.
+for name in ("megatron_anymal.nemo.model", "bitsandbytes"):
+    with suppress(ImportError):
+        importlib.import_module(name)
 
 forks.watch()
 # Collections in a forked process would visit, and so copy, everything that was imported.
 gc.collect()
-gc.freeze()
+lean_imports.freeze()
 gc.enable()

@@ -14,7 +14,7 @@ from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import ModelConfig
 from megatron_anymal.modalities import build_modality, load_plugins
-from megatron_anymal.model.build import seeded_encoder
+from megatron_anymal.model.encoders import seeded_encoder
 from megatron_anymal.model.hf_llama import whole_names
 
 # Prefix of the Llama's names in an AnyMALForConditionalGeneration.

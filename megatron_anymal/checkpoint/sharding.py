@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import nn
 
+from megatron_anymal import lean_imports
 from megatron_anymal.checkpoint.optimizer_steps import one_step
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
@@ -63,8 +64,8 @@ def _no_old_garbage() -> Iterator[None]:
 
     megatron-core triggers a collection, which would traverse every object of the process while training waits.
     """
-    if gc.get_freeze_count():
-        # The libraries' objects are excluded for good (lean_imports), and unfreezing would include them again.
+    if lean_imports.are_frozen():
+        # Unfreezing would include the libraries' objects again.
         yield
         return
     gc.freeze()

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         return UNSAFE
     # Pages that are never written stay shared; a collection would write to all of them.
     gc.collect()
-    gc.freeze()
+    lean_imports.freeze()
     request = _Server(path, inherited).run()
     return _run(request["module"], request["arguments"])
 

@@ -8,6 +8,7 @@ again and again, and find nothing. Later passes, and the one at exit, leave out 
 2 of the 7 seconds of a rank that ends after one step.
 """
 
-from megatron_anymal.lean_imports.hooks import hide_torch, install, when_run
+from megatron_anymal.lean_imports.frozen_objects import are_frozen, freeze
+from megatron_anymal.lean_imports.hooks import call, hide_torch, install, when_run
 
-__all__ = ["hide_torch", "install", "when_run"]
+__all__ = ["are_frozen", "call", "freeze", "hide_torch", "install", "when_run"]

@@ -14,6 +14,7 @@ from typing import Any, Optional
 
 from megatron_anymal.lean_imports import deferral as packages
 from megatron_anymal.lean_imports.deferral import Deferral, DeferredModule, defer, run_for
+from megatron_anymal.lean_imports.frozen_objects import freeze
 from megatron_anymal.lean_imports.libraries import AROUND, deferred
 
 # Packages whose import, with everything that it imports, runs without the collector.
@@ -26,6 +27,16 @@ def install() -> None:
     """Install the hooks for libraries that are imported later. Idempotent."""
     if not _installed():
         sys.meta_path.insert(0, Finder())
+
+
+def call(target: str, *arguments: Any) -> Any:
+    """Install the hooks, then import and call MODULE:FUNCTION.
+
+    For spawned processes: they would import the function's module, with all that it imports, before they call it.
+    """
+    install()
+    module, _, function = target.partition(":")
+    return getattr(importlib.import_module(module), function)(*arguments)
 
 
 def _installed() -> bool:
@@ -124,6 +135,6 @@ def _collecting_later(module: ModuleType) -> Iterator[None]:
         yield
     finally:
         if len(sys.modules) - before >= _MANY:
-            gc.freeze()
+            freeze()
         if enabled:
             gc.enable()

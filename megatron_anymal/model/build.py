@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
@@ -16,13 +15,13 @@ from torch import nn
 from transformers import LlamaConfig
 
 from megatron_anymal import backend
-from megatron_anymal.config import EncoderConfig, ModelConfig
+from megatron_anymal.config import ModelConfig
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.discrete_rows import DiscreteRows, initialise_rows
 from megatron_anymal.model.encoder_sharding import share_gradients
-from megatron_anymal.model.encoders import Encoder, build_encoder
+from megatron_anymal.model.encoders import Encoder, seeded_encoder
 from megatron_anymal.model.hf_llama import load_hf_llama
 from megatron_anymal.model.llama import build_gpt, transformer_config
 from megatron_anymal.model.lora import add_lora, initialise_lora
@@ -167,18 +166,6 @@ def frozen_encoders(
         .to(device)
         for name, section in model.modalities.items()
     }
-
-
-def seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: int) -> Encoder:
-    """Build an encoder whose random initial values, if any, depend only on the seed and its name.
-
-    Raises:
-        ConfigError: the section cannot be used; see `build_encoder`.
-    """
-    key = hashlib.sha256(f"{seed}/encoders.{name}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
-        return build_encoder(section, modality.piece_shape)
 
 
 def _set_gains(model: AnyMALModel) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_anymal import backend
+from megatron_anymal import backend, lean_imports
 from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.feature_cache import PieceKey, item_digest
@@ -24,8 +24,7 @@ from megatron_anymal.data.records import DataError, MediaPart
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.modalities.base import MediaError
-from megatron_anymal.model.build import seeded_encoder
-from megatron_anymal.model.encoders import Encoder
+from megatron_anymal.model.encoders import Encoder, seeded_encoder
 from megatron_anymal.object_storage.errors import StorageError
 from megatron_anymal.process_memory import GIB
 from megatron_anymal.telemetry import Progress
@@ -231,7 +230,7 @@ def _in_processes(config: RunConfig, spans: list[Span], processes: int) -> Itera
     numbers = context.Queue()
     for number in range(processes):
         numbers.put(number)
-    pool = ProcessPoolExecutor(processes, context, _start_process, (config, numbers))
+    pool = ProcessPoolExecutor(processes, context, lean_imports.call, (f"{__name__}:_start_process", config, numbers))
     try:
         jobs = {pool.submit(_fill, span): span for span in spans}
         for job in as_completed(jobs):

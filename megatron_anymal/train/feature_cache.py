@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from torch import Tensor
@@ -23,7 +23,10 @@ from megatron_anymal.object_storage.cache_folder import cache_folder
 from megatron_anymal.object_storage.daemon_pool import DaemonPool
 from megatron_anymal.object_storage.errors import StorageError
 from megatron_anymal.process_memory import GIB
-from megatron_anymal.train.build import TrainState
+
+if TYPE_CHECKING:
+    # Imports megatron-core, which `anymal encode` does without.
+    from megatron_anymal.train.build import TrainState
 
 # A cache with room for fewer entries would lose most of them before their second use.
 _FEWEST_ENTRIES = 64

@@ -12,6 +12,8 @@ import forks
 import torch
 from ranks import run_ranks
 
+from megatron_anymal import lean_imports
+
 
 def fork() -> None:
     child = os.fork()
@@ -63,12 +65,12 @@ def test_threads_here_do_not_stop_a_rank() -> None:
         torch.set_num_threads(before)
 
 
-def collects() -> tuple[bool, bool]:
-    return gc.isenabled(), gc.get_freeze_count() > 100_000
+def collects() -> tuple[bool, bool, bool]:
+    return gc.isenabled(), gc.get_freeze_count() > 100_000, lean_imports.are_frozen()
 
 
 def test_a_rank_collects_its_own_garbage_only() -> None:
-    assert run_ranks(1, collects) == [(True, True)]
+    assert run_ranks(1, collects) == [(True, True, True)]
     assert gc.isenabled()
 
 

@@ -6,6 +6,7 @@ from megatron_anymal.model.encoders.base import (
     build_encoder,
     load_weights,
     register_encoder,
+    seeded_encoder,
 )
 
 # Importing an encoder registers it.
@@ -27,4 +28,5 @@ __all__ = [
     "build_encoder",
     "load_weights",
     "register_encoder",
+    "seeded_encoder",
 ]

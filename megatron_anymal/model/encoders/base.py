@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_anymal.config import ConfigError, EncoderConfig
+from megatron_anymal.modalities import Modality
 from megatron_anymal.modalities.architecture import ARCHITECTURES, transformers_config
 from megatron_anymal.modalities.base import nearest
 
@@ -99,6 +101,18 @@ def build_encoder(config: EncoderConfig, piece_shape: tuple[int, ...]) -> Encode
             "model.plugins."
         )
     return ENCODERS[config.type](config, tuple(piece_shape)).eval()
+
+
+def seeded_encoder(name: str, section: EncoderConfig, modality: Modality, seed: int) -> Encoder:
+    """Build an encoder whose random initial values, if any, depend only on the seed and its name.
+
+    Raises:
+        ConfigError: the section cannot be used; see `build_encoder`.
+    """
+    key = hashlib.sha256(f"{seed}/encoders.{name}".encode()).digest()
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(int.from_bytes(key[:8], "little") >> 1)
+        return build_encoder(section, modality.piece_shape)
 
 
 def require_shape(config: EncoderConfig, piece_shape: tuple[int, ...], wanted: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_anymal import backend
 from megatron_anymal.config import ModalityConfig, ModelConfig
 from megatron_anymal.modalities import Modality
-from megatron_anymal.model.build import seeded_encoder
+from megatron_anymal.model.encoders import seeded_encoder
 from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.model.meta_device import on_meta, without_weights
 

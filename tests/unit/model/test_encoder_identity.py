@@ -14,9 +14,8 @@ from tiny import modalities
 from megatron_anymal.config import ModalityConfig
 from megatron_anymal.modalities import build_modality, load_plugins
 from megatron_anymal.model import encoder_identity as module
-from megatron_anymal.model.build import seeded_encoder
 from megatron_anymal.model.encoder_identity import encoder_identity
-from megatron_anymal.model.encoders import Encoder
+from megatron_anymal.model.encoders import Encoder, seeded_encoder
 
 
 def identity(section: ModalityConfig, change: Callable[[Encoder], object] = lambda encoder: None, seed: int = 0) -> str:

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
-from megatron_anymal.lean_imports import hooks
+from megatron_anymal.checkpoint import sharding
+from megatron_anymal.lean_imports import frozen_objects, hooks
 
 # Prints the collections during the import, the objects that it left out, and whether the collector runs again. Python
 # 3.12 leaves out objects of its own when it starts: `python -c 'import gc; print(gc.get_freeze_count())'` prints 375
@@ -92,3 +94,20 @@ def test_a_file_that_a_plug_in_left_open_is_written_at_exit(tmp_path: Path) -> N
     environment = {**os.environ, "PYTHONPATH": f"{Path(__file__).parents[3]}:{tmp_path}"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
     assert (tmp_path / "written").read_text() == "text"
+
+
+def left_out(frozen: bool) -> tuple[int, int]:
+    """Objects that the collector leaves out during a collection of megatron-core's, and after it."""
+    if not frozen:
+        gc.unfreeze()
+        frozen_objects._frozen = False
+    with sharding._no_old_garbage():
+        during = gc.get_freeze_count()
+    return during, gc.get_freeze_count()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_the_collection_of_a_save_visits_nothing_old(frozen: bool) -> None:
+    [(during, after)] = run_ranks(1, left_out, frozen)
+    assert during > 100_000
+    assert after > 100_000 if frozen else after == 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +21,7 @@ import torch
 import yaml
 from tiny import make_config, make_shards, make_tokenizer
 
+from megatron_anymal import lean_imports
 from megatron_anymal.lean_imports import hooks, libraries
 from megatron_anymal.lean_imports.deferral import Deferral, Later
 from megatron_anymal.megatron_line import of_python
@@ -254,3 +257,12 @@ def test_a_version_without_the_function_to_replace_is_left_alone(around: Any) ->
     with around(module):
         pass
     assert vars(module) == before
+
+
+def test_a_spawned_process_that_encodes_media_is_lean() -> None:
+    """It imports neither megatron-core, which it does not use, nor what the hooks keep out."""
+    target, context = "megatron_anymal.train.encode_ahead:_device", multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, lean_imports.call, (target, 0)) as pool:
+        loaded = set(pool.submit(eval, "list(__import__('sys').modules)").result(timeout=60))
+    assert {"torch", "megatron_anymal.train.encode_ahead"} <= loaded
+    assert loaded.isdisjoint({"megatron.core", "wandb", "torch._inductor"})
