@@ -115,7 +115,9 @@ class _Server:
             message, files, _, _ = socket.recv_fds(connection, MESSAGE, 8)
             try:
                 if reason := _why_not():
-                    print(f"the standby process forks no more: {reason}", file=sys.stderr, flush=True)
+                    # The terminal may be gone.
+                    with suppress(OSError):
+                        print(f"the standby process forks no more: {reason}", file=sys.stderr, flush=True)
                     return None
                 request: dict[str, Any] = json.loads(message)
                 standby, pid = os.getpid(), os.fork()

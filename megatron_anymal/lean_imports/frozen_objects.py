@@ -8,7 +8,7 @@ _frozen = False
 
 
 def freeze() -> None:
-    """Leave out all objects that exist now. What they were part of must not be unfrozen: see `are_frozen`."""
+    """Leave out all objects that exist now, for good: code that unfreezes asks `are_frozen` first."""
     global _frozen
     gc.freeze()
     _frozen = True
@@ -17,7 +17,6 @@ def freeze() -> None:
 def are_frozen() -> bool:
     """Whether `freeze` was called, in this process or in one that it was forked from.
 
-    `gc.get_freeze_count` visits each object (50 ms for a rank's 700,000), and counts those that Python 3.12 leaves out
-    when it starts.
+    `gc.get_freeze_count` would visit each of them: 50 ms for a rank's 700,000.
     """
     return _frozen
