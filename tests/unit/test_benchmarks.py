@@ -29,12 +29,13 @@ SIZES = {
 }
 
 
-def run(*words: str, tests: bool = False) -> str:
+def run(*words: str, tests: bool = False, timeout: float = 120.0) -> str:
     """Run a benchmark and return its standard output; with `tests`, put the tests' modules on its path, as its help
     says."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")] if tests else [str(ROOT)])
+    folders = [ROOT, ROOT / "tests", ROOT / "tests" / "faults"] if tests else [ROOT]
+    path = os.pathsep.join(map(str, folders))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = fork_server.python(*words, cwd=ROOT, environment=environment, timeout=120)
+    done = fork_server.python(*words, cwd=ROOT, environment=environment, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -231,6 +232,22 @@ def test_startup(tmp_path: Path) -> None:
         assert name in shown and row.keys() == {"this", "other"}
         for side in row.values():
             assert side["cpu"] > 0 and side["wall"] > 0 and len(side["rounds"]) == 1
+
+
+@pytest.mark.slow
+def test_recovery(tmp_path: Path) -> None:
+    out = tmp_path / "results.json"
+    printed = run(
+        "benchmarks/recovery.py", "--processes", "1", "2", "--kills=2", f"--out={out}", tests=True, timeout=280
+    )
+    jobs = json.loads(out.read_text())["recoveries"]
+    assert list(jobs) == ["1", "2"]
+    for found in jobs.values():
+        assert len(found) == 2 and {recovery["way"] for recovery in found} == {"standby"}
+        for recovery in found:
+            phases = [recovery[name] for name in ("ending", "pause", "joining", "restoring", "first_step")]
+            assert recovery["total"] == pytest.approx(sum(phases)) and recovery["source"].startswith("memory")
+    assert "first step" in printed
 
 
 def test_plan_accuracy(tmp_path: Path) -> None:

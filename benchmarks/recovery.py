@@ -1,0 +1,101 @@
+"""Measure how long a killed rank costs a run, phase by phase, with one process and with several.
+
+    PYTHONPATH=.:tests:tests/faults python benchmarks/recovery.py --out results.json
+
+Jobs of a tiny AnyMAL under `anymal launch`, one after the other; each loses ranks to SIGKILL. The floor is the job of
+one process: it has no rank to wait for and shares its cores with none. If the other ranks kept their processes, they
+would still wait for the one that takes the place of the killed rank, and that one needs as long as the floor. What a
+job takes beyond it is therefore the most that could be saved in this way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Optional
+
+from launched import launch, rank_processes, wait_for_step, write_config
+from measuring import surroundings
+from test_sigkill import kill, steps_of
+from tiny import make_shards, make_tokenizer
+
+from megatron_anymal.launcher.recoveries import Recovery, recoveries
+from megatron_anymal.resilience.events import read
+
+# Steps after which a job has certainly passed its start.
+_STEPS = 5
+_PHASES = ("ending", "pause", "joining", "restoring", "first_step", "total")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run the benchmark and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="ranks of each job; 1 is the floor")
+    parser.add_argument("--kills", type=int, default=10, help="ranks killed in each job")
+    parser.add_argument("--seed", type=int, default=0, help="of the ranks that are killed")
+    parser.add_argument("--out", type=Path, help="write the results to this JSON file")
+    options = parser.parse_args(arguments)
+    around, chance = surroundings(), random.Random(options.seed)
+    with tempfile.TemporaryDirectory(prefix="anymal_recovery_") as scratch:
+        folder = Path(scratch)
+        tokenizer = make_tokenizer(folder / "tokenizer")
+        train = make_shards(folder / "mixed", tokenizer, 40, ("image", "audio", "imu", "text", "mixed"))
+        write_config(folder, train, make_shards(folder / "text", tokenizer, 24, ("text",)), tokenizer, 1_000_000, 1000)
+        rows = {
+            processes: _job(folder, processes, options.kills, chance) for processes in dict.fromkeys(options.processes)
+        }
+    _print(rows)
+    if options.out:
+        command = " ".join(["python benchmarks/recovery.py", *(sys.argv[1:] if arguments is None else arguments)])
+        seconds = {name: [{**asdict(row), "total": row.total} for row in found] for name, found in rows.items()}
+        options.out.write_text(json.dumps({"command": command, **around, "recoveries": seconds}, indent=1) + "\n")
+    return 0
+
+
+def _job(folder: Path, processes: int, kills: int, chance: random.Random) -> list[Recovery]:
+    """Train with as many processes and kill one of them again and again; return what each time took."""
+    run = folder / f"run_{processes}"
+    job = launch(folder, run, processes, "model.optim.sched.name=constant", log=folder / "log")
+    try:
+        for number in range(kills):
+            wait_for_step(run, max(steps_of(run), default=0) + _STEPS, job)
+            os.kill(chance.choice(sorted(rank_processes(job.pid).values())), signal.SIGKILL)
+            while len(_finished(run)) == number:
+                if job.poll() is not None:
+                    raise RuntimeError(f"the launcher ended:\n{(folder / 'log').read_text()[-4000:]}")
+                time.sleep(0.1)
+    finally:
+        kill(job)
+    return _finished(run)
+
+
+def _finished(run: Path) -> list[Recovery]:
+    """Recoveries that have reached a step."""
+    return [recovery for recovery in recoveries(read(run)) if recovery.total is not None]
+
+
+def _print(rows: dict[int, list[Recovery]]) -> None:
+    print("medians in seconds, from the first sign of the failure to the end of the next step\n")
+    print(f"{'processes':>9} {'recoveries':>10}" + "".join(f"{phase.replace('_', ' '):>12}" for phase in _PHASES))
+    for processes, found in rows.items():
+        medians = [_median(getattr(recovery, phase) for recovery in found) for phase in _PHASES]
+        print(f"{processes:>9} {len(found):>10}" + "".join(f"{seconds:>12.2f}" for seconds in medians))
+
+
+def _median(values: Any) -> float:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else float("nan")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
