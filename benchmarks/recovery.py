@@ -85,7 +85,7 @@ def _finished(run: Path) -> list[Recovery]:
 
 
 def _print(rows: dict[int, list[Recovery]]) -> None:
-    print("medians in seconds, from the first sign of the failure to the end of the next step\n")
+    print("medians in seconds, from the first sign of the failure to the end of the next step; the floor: 1 process\n")
     print(f"{'processes':>9} {'recoveries':>10}" + "".join(f"{phase.replace('_', ' '):>12}" for phase in _PHASES))
     for processes, found in rows.items():
         medians = [_median(getattr(recovery, phase) for recovery in found) for phase in _PHASES]
