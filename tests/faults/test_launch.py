@@ -29,6 +29,7 @@ from megatron_anymal.launcher.job import Job, new_attempt
 from megatron_anymal.launcher.rendezvous import SingleNode
 from megatron_anymal.launcher.stop_requests import StopRequests
 from megatron_anymal.launcher.supervisor import Supervisor
+from megatron_anymal.peer_memory import keeper
 from megatron_anymal.resilience.events import read
 from megatron_anymal.resilience.exit_codes import Exit
 
@@ -118,6 +119,18 @@ def test_killed_and_crashed_it_goes_on_by_itself(
     }
     # The console shows it too, prefixed with the rank.
     assert "[rank 0] RuntimeError: rank 0 was told to crash" in capfd.readouterr().err
+
+
+def test_memory_that_cannot_be_kept_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def start(run_dir: Path, files: list[int]) -> None:
+        raise keeper.NoKeeper("no room")
+
+    monkeypatch.setattr(keeper, "start", start)
+    assert Supervisor(replace(job(tmp_path / "run", "2"), keep_memory=True)).run() == Exit.DONE
+    warning = "[launch] warning: the copies in memory will not outlive a launcher that is killed: no room\n"
+    assert capsys.readouterr().out.count(warning) == 1
 
 
 @pytest.mark.parametrize(("module", "way"), [("with_a_thread", "anew"), ("json", "standby")])
