@@ -45,6 +45,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the ranks that are killed")
     parser.add_argument("--out", type=Path, help="write the results to this JSON file")
     options = parser.parse_args(arguments)
+    if min(*options.processes, options.kills, 1) < 1:
+        parser.error("--processes and --kills must be at least 1.")
+    if options.out and not options.out.absolute().parent.is_dir():
+        parser.error(f"--out: there is no folder {str(options.out.absolute().parent)!r}.")
     around, chance = surroundings(), random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="anymal_recovery_") as scratch:
         folder = Path(scratch)
