@@ -82,12 +82,9 @@ def start(run_dir: Path, files: Sequence[int]) -> socket.socket:
     try:
         with its:
             _start(run_dir, [its.fileno(), *files])
-    except OSError as error:
+    except (OSError, subprocess.SubprocessError) as error:
         mine.close()
-        raise NoKeeper(str(error)) from error
-    except subprocess.SubprocessError as error:
-        mine.close()
-        raise NoKeeper("its process did not start") from error
+        raise NoKeeper(str(error) if isinstance(error, OSError) else "its process did not start") from error
     return mine
 
 
