@@ -14,6 +14,7 @@ from megatron_anymal import __version__, lean_imports
 from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
 from megatron_anymal.resilience.failure_record import exit_after_cleanup, exit_now
+from megatron_anymal.resilience.survival import may_stay
 
 # Verb -> "module:function", which takes the arguments, does the work and returns the exit code; and its help text.
 VERBS = {
@@ -64,18 +65,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """Run `main` and exit with its code; after a failure, exit at once without waiting for other ranks or threads."""
-    try:
-        code = main()
-    except SystemExit:
-        # argparse has already printed the error or the help.
-        raise
-    except BaseException as error:
-        traceback.print_exc()
-        # 130 is the code that shells report for Ctrl-C.
-        code = 130 if isinstance(error, KeyboardInterrupt) else code_of(error)
+    while True:
+        try:
+            code = main()
+            break
+        except SystemExit:
+            # argparse has already printed the error or the help.
+            raise
+        except BaseException as error:
+            traceback.print_exc()
+            if _again(error):
+                continue
+            # 130 is the code that shells report for Ctrl-C.
+            code = 130 if isinstance(error, KeyboardInterrupt) else code_of(error)
+            break
     if code:
         exit_now(code)
     exit_after_cleanup(0)
+
+
+def _again(error: BaseException) -> bool:
+    """Whether to run the program again: a rank that takes part in the next attempt of `anymal launch`."""
+    if not may_stay():
+        return False
+    from megatron_anymal.launcher.rejoining import rejoin
+
+    return rejoin(error)
 
 
 def _fail(message: str, code: int = Exit.MISTAKE) -> int:

@@ -23,6 +23,8 @@ from typing import Any, ClassVar, Optional, Union
 
 from megatron_anymal.child_processes import children, end_group, leave_stop_signals
 from megatron_anymal.launcher.standby import SOCKET, Forked, fork
+from megatron_anymal.launcher.survivors import socket_for
+from megatron_anymal.resilience import survival
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.failure_record import exit_now
 
@@ -154,6 +156,16 @@ def _watch(launcher: int) -> None:
     os._exit(1)
 
 
+class _Rank(Forked):
+    """A rank on a node whose ranks may stay for the next attempt, for its agent."""
+
+    def poll(self) -> Optional[int]:
+        """Exit code; None while it runs. That it was killed is for the launcher to see, which ends or keeps the others:
+        the agent would end them all."""
+        code = super().poll()
+        return None if code is not None and code < 0 else code
+
+
 class _Spawned(subprocess.Popen):
     """Child process of the agent. A rank is recorded as it starts, since polling would miss one that ends at once.
 
@@ -170,8 +182,13 @@ class _Spawned(subprocess.Popen):
         if path and "RANK" in environment and words[:3] == [sys.executable, "-u", "-m"]:
             streams = enumerate((settings.get("stdout"), settings.get("stderr")), start=1)
             output = [file.fileno() if file else number for number, file in streams]
-            forked = fork(path, words[3], words[4:], environment, cls.folder, output)
+            # First the process that had this rank before, if it waits.
+            sockets = [socket for socket in (socket_for(environment), path) if socket]
+            begun = (fork(str(socket), words[3], words[4:], environment, cls.folder, output) for socket in sockets)
+            forked = next((one for one in begun if one is not None), None)
             if forked is not None:
+                if survival.ENVIRONMENT in environment:
+                    forked.__class__ = _Rank
                 cls.ranks[forked.pid] = forked
                 _write(cls.folder / f"started_{environment['RANK']}", str(forked.pid))
                 return forked

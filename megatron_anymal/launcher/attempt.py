@@ -28,13 +28,16 @@ from megatron_anymal.launcher.job import Ending, Job, attempt_folder
 from megatron_anymal.launcher.rendezvous import SingleNode
 from megatron_anymal.launcher.standby import SOCKET, Forked, Standby, fork
 from megatron_anymal.launcher.stop_requests import StopRequests
-from megatron_anymal.resilience import heartbeat
+from megatron_anymal.launcher.survivors import Survivors
+from megatron_anymal.resilience import heartbeat, survival
 from megatron_anymal.resilience.events import ATTEMPT, read, record
 from megatron_anymal.resilience.exit_codes import Exit
 
 GRACE = "ANYMAL_GRACE_SECONDS"
 # Polling interval for the ranks, in seconds.
 _LOOK = 0.2
+# The same while those that stay gather.
+_LOOK_GATHERING = 0.02
 # A longer pause between two looks, in seconds, means that the launcher was suspended, and its ranks probably too.
 _SUSPENDED = 5.0
 # Seconds the other ranks get before they are killed: to report what they saw after one has failed, to reach the same
@@ -76,6 +79,7 @@ class Attempt:
         say: prints a message to the user.
         standby: forks the agent and the ranks; None: they are started anew.
         variables: environment variables of the ranks of this attempt.
+        survivors: ranks that may stay for the next attempt; None: none may.
     """
 
     def __init__(
@@ -87,9 +91,10 @@ class Attempt:
         say: Callable[[str], None],
         standby: Optional[Standby] = None,
         variables: Optional[Mapping[str, str]] = None,
+        survivors: Optional[Survivors] = None,
     ) -> None:
         self.job, self.number, self.rendezvous, self.stop_requests = job, number, rendezvous, stop_requests
-        self.say, self.standby, self.variables = say, standby, dict(variables or {})
+        self.say, self.standby, self.variables, self.survivors = say, standby, dict(variables or {}), survivors
         self.logs = attempt_folder(job.run_dir, number)
         # All ranks seen so far: rank -> process ID, and rank -> time when it was first seen.
         self.workers: dict[int, int] = {}
@@ -101,6 +106,9 @@ class Attempt:
         # When to kill all ranks; None means never.
         self.kill_at: Optional[float] = None
         self.gone: dict[int, float] = {}
+        # The ranks have been asked to stay; rank -> process ID of those that do.
+        self.invited = False
+        self.staying: dict[int, int] = {}
         # No rank counts as hanging until then.
         self.patient_until = 0.0
         self.told: set[tuple[int, int]] = set()
@@ -115,6 +123,7 @@ class Attempt:
                 self._find_ranks()
                 self._pass_on()
                 self._look()
+                self._gather()
                 if self.kill_at is not None and time.monotonic() >= self.kill_at:
                     self._kill()
             self._find_ranks()
@@ -127,7 +136,7 @@ class Attempt:
 
     def _sleep(self) -> None:
         begun = time.monotonic()
-        time.sleep(_LOOK)
+        time.sleep(_LOOK_GATHERING if self.invited else _LOOK)
         if (now := time.monotonic()) - begun > _SUSPENDED:
             self.patient_until = now + self.job.limits.hang_timeout
 
@@ -148,6 +157,8 @@ class Attempt:
         words = [job.launcher, str(self.folder), str(self.logs), *arguments]
         if self.standby is not None:
             environment[SOCKET] = str(self.standby.socket)
+            if self.survivors is not None:
+                environment[survival.ENVIRONMENT] = str(self.survivors.folder)
             forked = fork(environment[SOCKET], agents.__name__, words, environment, self.folder, [1, 2])
             if forked is not None:
                 return forked
@@ -160,6 +171,9 @@ class Attempt:
         self.workers.update(agents.ranks_started(self.folder))
         for rank in self.workers:
             self.begun.setdefault(rank, time.monotonic())
+        if self.survivors is not None and not self.invited and len(self.workers) == self.job.processes:
+            # Of an earlier attempt, and without a place in this one.
+            self.survivors.dismiss(but=self.workers.values())
 
     def _pass_on(self) -> None:
         """Forward a stop request to every rank that handles the signal."""
@@ -184,17 +198,37 @@ class Attempt:
             return
         self._note_failures()
         if self.failures:
+            if all(code < 0 for code in self.failures.values()):
+                self._invite(views)
             self._end_all(min(map(_patience, self.failures.values())))
             self.rendezvous.alarm()
         elif self.rendezvous.alarmed():
             self.say("the attempt failed on another node: ending the ranks of this one")
             if views and max(view.silent for view in views) > 0.8 * self.job.limits.hang_timeout > 0:
                 self._examine(views)
+            else:
+                self._invite(views)
             self._end_all(_LAST_WORDS)
         elif views and time.monotonic() >= self.patient_until and hanging(views, self.job.limits):
             self._examine(views)
             self._end_all(0.0)
             self.rendezvous.alarm()
+
+    def _invite(self, views: Sequence[RankView]) -> None:
+        """Ask the ranks to stay for the next attempt, if each of them has finished a step in this one: whatever keeps
+        an attempt from getting on may be in a process that stays."""
+        if self.survivors is not None and self.stop_requests.stop is None and all(view.settled for view in views):
+            self.survivors.invite(self.number)
+            self.invited = True
+
+    def _gather(self) -> None:
+        """Once all ranks that still run are waiting for the next attempt, do not wait any longer."""
+        if self.invited and self.survivors is not None:
+            waiting = self.survivors.waiting()
+            self.staying = {rank: pid for rank, pid in self.workers.items() if waiting.get(rank) == pid}
+            left = [pid for rank, pid in self.workers.items() if rank not in self.staying]
+            if all(process_state(pid) in ("", "Z") for pid in left):
+                self._end_all(0.0)
 
     def _note_failures(self) -> None:
         """Record ranks that failed by themselves; ranks killed by this launcher do not count."""
@@ -259,14 +293,18 @@ class Attempt:
     def _kill(self) -> None:
         """Kill all remaining ranks with their child processes, then the agent if it does not exit by itself."""
         for pid in {**self.workers, **agents.ranks_below(self.agent.pid)}.values():
-            end_group(pid)
+            if pid not in self.staying.values():
+                end_group(pid)
+        if self.survivors is not None:
+            # It would wait for those that stay, and it is not told of those that were killed.
+            self.agent.kill()
         try:
             self.agent.wait(_AGENT)
         except subprocess.TimeoutExpired:
             self.agent.kill()
             self.agent.wait()
         if self.standby is not None:
-            self.standby.end_all()
+            self.standby.end_all(but=self.staying.values())
 
     def _ending(self) -> Ending:
         stop = self.stop_requests.stop is not None

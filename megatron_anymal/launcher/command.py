@@ -124,6 +124,7 @@ def _job(
         launcher=options.launcher,
         grace_seconds=options.grace_seconds,
         standby=limits.standby and sys.platform == "linux",
+        keep_survivors=limits.keep_survivors,
         peer_memory=limits.peer_memory and sys.platform == "linux",
         # On several nodes, each one's copies are on the next one too.
         keep_memory=resumes and nodes == 1,

@@ -78,6 +78,11 @@ class RankView:
         return Phase(self.beat.phase) if self.beat else Phase.START
 
     @property
+    def settled(self) -> bool:
+        """Whether the rank has finished a step since it started."""
+        return self.beat is not None and self.beat.settled
+
+    @property
     def position(self) -> tuple[int, int]:
         """Progress as (step, order of the phase); comparable between ranks."""
         return (self.beat.step if self.beat else -1, _ORDER[self.phase])
@@ -117,8 +122,7 @@ def allowed_silence(view: RankView, limits: ResilienceConfig) -> float:
     """Seconds a rank may be silent in its current phase."""
     if view.phase in (Phase.CHECKPOINT, Phase.END):
         return limits.checkpoint_timeout
-    settled = view.beat is not None and view.beat.settled
-    if view.phase in (Phase.START, Phase.LOADING) or not settled:
+    if view.phase in (Phase.START, Phase.LOADING) or not view.settled:
         return limits.startup_timeout
     return limits.hang_timeout
 

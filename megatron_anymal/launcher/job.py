@@ -49,6 +49,8 @@ class Job:
     grace_seconds: Optional[float] = None
     # Fork the ranks from a standby process.
     standby: bool = True
+    # Let ranks stay for the next attempt when another one is killed.
+    keep_survivors: bool = False
     # Give the ranks memory for copies of their state.
     peer_memory: bool = True
     # Keep that memory for a while if this launcher is killed, and take over what one before it has left.

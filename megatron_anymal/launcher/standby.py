@@ -7,6 +7,7 @@ are started the usual way.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
@@ -16,10 +17,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from megatron_anymal.child_processes import children, end_group
 
@@ -43,6 +45,8 @@ COMPOSED = "composed"
 MESSAGE = 1 << 20
 # Exit code of the process if its imports have made forks unsafe.
 UNSAFE = 3
+# Linux prctl option PR_SET_NAME: the name that top shows.
+_SET_NAME = 15
 # Seconds to wait for an answer; forking takes milliseconds.
 _ANSWER = 20.0
 # Polling interval, and how long the standby process may take to note the end of a process, in seconds.
@@ -72,6 +76,11 @@ class Standby:
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._ready = self._declined = False
         self.begin()
+
+    @property
+    def folder(self) -> Path:
+        """Its folder, which outlives the attempts."""
+        return self._folder
 
     @property
     def socket(self) -> Path:
@@ -121,11 +130,12 @@ class Standby:
             self._process.kill()
             self._process.wait()
 
-    def end_all(self) -> None:
-        """Kill whatever it has forked; what the launcher knows of has ended by then."""
+    def end_all(self, but: Collection[int] = ()) -> None:
+        """Kill whatever it has forked, except these process IDs; what the launcher knows of has ended by then."""
         if self._process is not None:
             for pid in children(self._process.pid):
-                end_group(pid)
+                if pid not in but:
+                    end_group(pid)
 
     def close(self) -> None:
         """End the process and every process that it forked."""
@@ -133,6 +143,58 @@ class Standby:
             self._process.kill()
             self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a process is to be: `python -m module arguments...`.
+
+    Attributes:
+        module: what to run.
+        arguments: its command line.
+        environment: all variables of the process.
+        note: folder in which its end is noted, in a file exit_PID.
+        folder: its working directory.
+        pid: a process that the standby process has forked before, whose end is to be noted in `note` from now on; 0: a
+            new process.
+    """
+
+    module: str
+    arguments: list[str]
+    environment: dict[str, str]
+    note: str
+    folder: str
+    pid: int = 0
+
+
+def listen(path: Path) -> socket.socket:
+    """Create a socket for requests; complete when it appears under its name."""
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * MESSAGE)
+    listening.bind(f"{path}.part")
+    listening.listen(64)
+    os.rename(f"{path}.part", path)
+    return listening
+
+
+def receive(connection: socket.socket) -> tuple[Request, list[int]]:
+    """Receive a request, and file descriptors of the process's standard output and error."""
+    message, files, _, _ = socket.recv_fds(connection, MESSAGE, 8)
+    return Request(**json.loads(message)), files
+
+
+def become(request: Request, files: Sequence[int]) -> None:
+    """In the process of a request: take on its output, working directory, variables, command line and name."""
+    for target, file in enumerate(files, start=1):
+        os.dup2(file, target)
+    os.chdir(request.folder)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    sys.argv = [request.module, *request.arguments]
+    # The command line that ps shows stays that of the standby process.
+    rank = request.environment.get("RANK")
+    name = "anymal agent" if rank is None else f"anymal rank {rank}"
+    ctypes.CDLL(None).prctl(_SET_NAME, name.encode()[:15])
 
 
 class Forked:
@@ -195,7 +257,7 @@ def fork(
     """Have the standby process fork a process that runs `python -m module arguments...`.
 
     Args:
-        path: the standby process's socket.
+        path: the standby process's socket, or that of a process that it forked earlier and that is to run this next.
         environment: all variables of the process.
         note: folder in which its end is noted, in a file exit_PID.
         output: file descriptors of its standard output and error.
@@ -203,8 +265,18 @@ def fork(
     Returns:
         None if the standby process is gone or declines, which it says on standard error.
     """
-    request: dict[str, Any] = {"module": module, "arguments": list(arguments), "environment": dict(environment)}
-    message = json.dumps({**request, "note": str(note), "folder": os.getcwd()}).encode()
+    pid = send(path, Request(module, list(arguments), dict(environment), str(note), os.getcwd()), output)
+    return None if pid is None else Forked([sys.executable, "-m", module, *arguments], pid, note / f"exit_{pid}")
+
+
+def send(path: str, request: Request, output: Sequence[int]) -> Optional[int]:
+    """Send a request; return the ID of the process that took it on, or None if there is none.
+
+    Args:
+        path: socket of `listen`.
+        output: file descriptors of the process's standard output and error.
+    """
+    message = json.dumps(asdict(request)).encode()
     if len(message) > MESSAGE:
         return None
     try:
@@ -213,7 +285,6 @@ def fork(
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * MESSAGE)
             connection.connect(path)
             socket.send_fds(connection, [message], list(output))
-            pid = int(connection.recv(64))
+            return int(connection.recv(64))
     except (OSError, ValueError):
         return None
-    return Forked([sys.executable, "-m", module, *arguments], pid, note / f"exit_{pid}")

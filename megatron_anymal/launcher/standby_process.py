@@ -8,10 +8,8 @@ request is declined otherwise. It ends with its launcher, and the processes that
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib
-import json
 import os
 import runpy
 import select
@@ -26,11 +24,8 @@ from typing import Any, Optional
 from megatron_anymal import lean_imports
 from megatron_anymal.child_processes import end_with, leave_stop_signals
 from megatron_anymal.config import composed_ahead
-from megatron_anymal.launcher.standby import COMPOSED, MESSAGE, UNSAFE
+from megatron_anymal.launcher.standby import COMPOSED, UNSAFE, Request, become, listen, receive
 from megatron_anymal.log_filters import quiet_libraries
-
-# Linux prctl option PR_SET_NAME: the name that top shows.
-_SET_NAME = 15
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -57,7 +52,9 @@ def main(arguments: Sequence[str]) -> int:
     gc.collect()
     lean_imports.freeze()
     request = _Server(path, inherited).run()
-    return _run(request["module"], request["arguments"])
+    # As `python -m` does.
+    runpy.run_module(request.module, run_name="__main__", alter_sys=True)
+    return 0
 
 
 class _Server:
@@ -72,20 +69,15 @@ class _Server:
         self._handlers = {**handlers, signal.SIGCHLD: signal.SIG_DFL}
         # Process ID -> file to note its end in.
         self._notes: dict[int, Path] = {}
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2 * MESSAGE)
-        # Complete when it appears under its name.
-        self._listener.bind(f"{path}.part")
-        self._listener.listen(64)
         self._woken, self._wake = socket.socketpair()
         for end in (self._woken, self._wake):
             end.setblocking(False)
         # A handler, since an ignored signal wakes nothing.
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
-        os.rename(f"{path}.part", path)
+        self._listener = listen(Path(path))
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Request:
         """Serve for ever. Returns only in a forked process: its request."""
         while True:
             ready, _, _ = select.select([self._listener, self._woken], [], [], 1.0)
@@ -108,23 +100,22 @@ class _Server:
                 part.write_text(str(os.waitstatus_to_exitcode(status)))
                 part.replace(path)
 
-    def _serve(self) -> Optional[dict[str, Any]]:
+    def _serve(self) -> Optional[Request]:
         """Answer one request; returns it in the process that was forked for it."""
         connection, _ = self._listener.accept()
         with connection:
-            message, files, _, _ = socket.recv_fds(connection, MESSAGE, 8)
+            request, files = receive(connection)
             try:
-                if reason := _why_not():
+                if request.pid == 0 and (reason := _why_not()):
                     # The terminal may be gone.
                     with suppress(OSError):
                         print(f"the standby process forks no more: {reason}", file=sys.stderr, flush=True)
                     return None
-                request: dict[str, Any] = json.loads(message)
-                standby, pid = os.getpid(), os.fork()
+                standby, pid = os.getpid(), request.pid or os.fork()
                 if pid == 0:
                     self._leave(standby, request, files)
                     return request
-                self._notes[pid] = Path(request["note"]) / f"exit_{pid}"
+                self._notes[pid] = Path(request.note) / f"exit_{pid}"
                 # The process may have ended, and its launcher with it.
                 with suppress(OSError):
                     connection.send(str(pid).encode())
@@ -133,32 +124,17 @@ class _Server:
                 for file in files:
                     os.close(file)
 
-    def _leave(self, standby: int, request: Mapping[str, Any], files: Sequence[int]) -> None:
-        """In a forked process: take on the requested environment, in a session of its own."""
+    def _leave(self, standby: int, request: Request, files: Sequence[int]) -> None:
+        """In a forked process: become what was requested, in a session of its own."""
         end_with(standby)
         signal.set_wakeup_fd(-1)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         os.setsid()
-        for target, file in enumerate(files, start=1):
-            os.dup2(file, target)
         for opened in (self._listener, self._woken, self._wake):
             opened.close()
-        os.chdir(request["folder"])
-        os.environ.clear()
-        os.environ.update(request["environment"])
-        # The command line stays that of this process.
-        rank = request["environment"].get("RANK")
-        name = "anymal agent" if rank is None else f"anymal rank {rank}"
-        ctypes.CDLL(None).prctl(_SET_NAME, name.encode()[:15])
+        become(request, files)
         _seed()
-
-
-def _run(module: str, arguments: Sequence[str]) -> int:
-    """Run a module as `python -m` does; return 0, unless it exits with another code."""
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-    return 0
 
 
 def _seed() -> None:

@@ -14,6 +14,7 @@ from megatron_anymal.launcher.rendezvous import HeadLost, MultiNode, NodeLost, S
 from megatron_anymal.launcher.report import write_report
 from megatron_anymal.launcher.standby import RANK_MODULES, Standby
 from megatron_anymal.launcher.stop_requests import Stopped, StopRequests
+from megatron_anymal.launcher.survivors import Survivors
 from megatron_anymal.peer_memory.server import MemoryServer
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
@@ -32,6 +33,7 @@ class Supervisor:
         self.stop_requests = StopRequests()
         self.number = 0
         self.standby: Optional[Standby] = None
+        self.survivors: Optional[Survivors] = None
         self.memory: Optional[MemoryServer] = None
 
     def run(self) -> int:
@@ -41,6 +43,7 @@ class Supervisor:
                 if self.job.standby:
                     modules = (*RANK_MODULES, *self.job.preload)
                     self.standby = Standby(rank_environment(self.job), modules, self._say, composed_ahead.export())
+                    self.survivors = Survivors(self.standby.folder) if self.job.keep_survivors else None
                 if self.job.peer_memory:
                     host = (self.job.local_addr or socket.gethostname()) if self.job.nodes > 1 else None
                     kept_for = self.job.run_dir if self.job.keep_memory else None
@@ -80,8 +83,12 @@ class Supervisor:
             self._say(text)
             if self.leads:
                 record(self.job.run_dir, "restart", text, attempt=self.number, pause=decision.pause)
-            if decision.forget and self.memory is not None:
-                self.memory.clear()
+            if decision.forget:
+                # The state itself may be what fails.
+                if self.memory is not None:
+                    self.memory.clear()
+                if self.survivors is not None:
+                    self.survivors.dismiss()
             self.stop_requests.sleep(decision.pause)
 
     def _join(self) -> Optional[SingleNode]:
@@ -109,11 +116,21 @@ class Supervisor:
         text = f"{self.job.nodes} x {self.job.processes} processes"
         self._say(f"attempt {self.number}: {text}; logs in {self.job.run_dir}/logs/attempt_{self.number}")
         standby = self._ready_standby()
+        survivors = self.survivors if standby else None
         if self.leads:
-            way = "standby" if standby else "anew"
-            record(self.job.run_dir, "start", text, attempt=self.number, launcher=self.job.launcher, way=way)
+            record(
+                self.job.run_dir,
+                "start",
+                text,
+                attempt=self.number,
+                launcher=self.job.launcher,
+                way="standby" if standby else "anew",
+                stayed=len(survivors.waiting()) if survivors else 0,
+            )
         variables = self.memory.environment(rendezvous.neighbour()) if self.memory else {}
-        attempt = Attempt(self.job, self.number, rendezvous, self.stop_requests, self._say, standby, variables)
+        attempt = Attempt(
+            self.job, self.number, rendezvous, self.stop_requests, self._say, standby, variables, survivors
+        )
         ending: Ending = attempt.run()
         return rendezvous.decide(ending, restarts.decide)
 

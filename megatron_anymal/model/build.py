@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Optional
 
 import torch
@@ -23,6 +24,7 @@ from megatron_anymal.model.discrete_rows import DiscreteRows, initialise_rows
 from megatron_anymal.model.encoder_sharding import share_gradients
 from megatron_anymal.model.encoders import Encoder, seeded_encoder
 from megatron_anymal.model.hf_llama import load_hf_llama
+from megatron_anymal.model.kept_weights import NOTHING, KeptWeights, set_llama
 from megatron_anymal.model.llama import build_gpt, transformer_config
 from megatron_anymal.model.lora import add_lora, initialise_lora
 from megatron_anymal.model.projectors import build_projector
@@ -40,6 +42,7 @@ def build_models(
     layout: ParallelLayout,
     modalities: Mapping[str, Modality],
     load_base: Callable[[Sequence[AnyMALModel]], None],
+    kept: KeptWeights = NOTHING,
 ) -> list[AnyMALModel]:
     """Build this rank's pipeline stage (one model per virtual pipeline chunk), with weights set and frozen ones marked.
 
@@ -49,11 +52,12 @@ def build_models(
         hf: the Llama's HuggingFace configuration.
         modalities: by their name in the configuration.
         load_base: sets the Llama's weights if `model.language_model.checkpoint` is set.
+        kept: frozen weights that need not be read.
 
     Raises:
         ConfigError: sizes do not match, or a folder is missing or of the wrong kind.
     """
-    models = [chunk.to(layout.device) for chunk in assemble(model, precision, hf, modalities)]
+    models = [chunk.to(layout.device) for chunk in assemble(model, precision, hf, modalities, kept.encoders)]
     lm = model.language_model
     weights = [
         w
@@ -61,11 +65,16 @@ def build_models(
         for w in list_weights(m)
         if not w.name.startswith(("encoders.", "discrete.")) and ".lora." not in w.name
     ]
-    if lm.path and lm.load_weights:
-        set_initial_values((w for w in weights if w.name.startswith("projectors.")), model.seed, 0.02)
+    projectors = (w for w in weights if w.name.startswith("projectors."))
+    default_std = 0.02 if lm.path and lm.load_weights else hf.initializer_range
+    if kept.llama:
+        set_initial_values(projectors, model.seed, default_std)
+        set_llama(models, kept)
+    elif lm.path and lm.load_weights:
+        set_initial_values(projectors, model.seed, default_std)
         load_hf_llama(lm.path, hf, weights)
     else:
-        set_initial_values(weights, model.seed, hf.initializer_range)
+        set_initial_values(weights, model.seed, default_std)
         if lm.checkpoint:
             load_base(models)
     _set_gains(models[0])
@@ -75,9 +84,16 @@ def build_models(
 
 
 def assemble(
-    model: ModelConfig, precision: str, hf: LlamaConfig, modalities: Mapping[str, Modality]
+    model: ModelConfig,
+    precision: str,
+    hf: LlamaConfig,
+    modalities: Mapping[str, Modality],
+    encoders: Mapping[str, Encoder] = MappingProxyType({}),
 ) -> list[AnyMALModel]:
     """Build the models that `build_models` returns, without setting the weights' values.
+
+    Args:
+        encoders: those that need not be built, by modality.
 
     Raises:
         ConfigError: sizes do not match.
@@ -88,13 +104,12 @@ def assemble(
     models = []
     for vp_stage in range(chunks) if chunks > 1 else [None]:
         gpt = build_gpt(hf, transformer, backend.transformer_impl(model), vp_stage, model.base_quantization)
-        encoders, projectors = _media_parts(model, transformer, modalities) if gpt.pre_process else ({}, {})
+        parts = _media_parts(model, transformer, modalities, encoders) if gpt.pre_process else ({}, {})
         attention = backend.attention_kernel(model, precision)
         chunk = AnyMALModel(
             transformer,
             gpt,
-            encoders,
-            projectors,
+            *parts,
             pieces_per_call,
             hf.vocab_size,
             attention,
@@ -122,7 +137,10 @@ def _discrete_rows(
 
 
 def _media_parts(
-    model: ModelConfig, transformer: TransformerConfig, modalities: Mapping[str, Modality]
+    model: ModelConfig,
+    transformer: TransformerConfig,
+    modalities: Mapping[str, Modality],
+    known: Mapping[str, Encoder],
 ) -> tuple[dict[str, Encoder], dict[str, Any]]:
     parallel = ModelParallelConfig(
         tensor_model_parallel_size=transformer.tensor_model_parallel_size, params_dtype=transformer.params_dtype
@@ -130,7 +148,7 @@ def _media_parts(
     implementation = backend.transformer_impl(model)
     encoders, projectors = {}, {}
     for name, section in model.modalities.items():
-        encoder = seeded_encoder(name, section.encoder, modalities[name], model.seed)
+        encoder = known.get(name) or seeded_encoder(name, section.encoder, modalities[name], model.seed)
         encoders[name] = encoder.to(transformer.params_dtype)
         share_gradients(encoder)
         projectors[name] = build_projector(

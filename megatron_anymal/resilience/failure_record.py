@@ -32,6 +32,11 @@ def record_failure(run_dir: Path, error: BaseException, step: int = -1) -> None:
     record(run_dir, kind, text, step=step, exit_code=int(code), traceback=lines)
 
 
+def forget_failures() -> None:
+    """Let go of the exceptions that were recorded, and of what their tracebacks hold."""
+    _recorded.clear()
+
+
 def exit_after_cleanup(code: int) -> NoReturn:
     """Exit the process as the interpreter does, except that it is not torn down.
 

@@ -26,12 +26,14 @@ from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
+from megatron_anymal.model import kept_weights
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import agree_on_trainable, build_models, frozen_encoders
 from megatron_anymal.model.discrete_rows import add_tied_gradients
 from megatron_anymal.model.llama import check_model
 from megatron_anymal.parallel import ParallelLayout
 from megatron_anymal.resilience.stragglers import OwnTime
+from megatron_anymal.resilience.survival import may_stay
 from megatron_anymal.train.alignment_updates import begin_alignments
 from megatron_anymal.train.auto_recompute import fit_recompute, sizes_of_run
 from megatron_anymal.train.objective import Objective, build_objective
@@ -89,10 +91,26 @@ class TrainState:
     carried: set[str] = field(default_factory=set)
     # With model.encoder_placement=all_stages: this rank's part in it.
     stage_encoding: Optional[StageEncoding] = None
+    # What the frozen weights depend on (model/kept_weights.py).
+    frozen_source: str = ""
     # Updates made so far.
     step: int = 0
     # Called in each step before the ranks agree on the update.
     before_update: Callable[[], None] = lambda: None
+
+    def release(self) -> None:
+        """Give up training after a failure: keep only the frozen weights, if this process may stay for another attempt.
+
+        The models and the optimizer hold each other through autograd's hooks too, where Python's collector does not
+        look.
+        """
+        if may_stay():
+            encoders: Any = self.stage_encoding.encoders if self.stage_encoding else dict(self.models[0].encoders)
+            kept_weights.keep(self.frozen_source, self.models, encoders)
+        for wrapped in self.wrapped:
+            settings: Any = wrapped.config
+            settings.grad_scale_func = settings.no_sync_func = None
+            wrapped.grad_accs.clear()
 
     def wait_for_param_gather(self) -> None:
         """Wait until every rank holds the updated weights; with overlapped gathering they only arrive during the next
@@ -135,7 +153,9 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
         sizes = sizes_of_run(model, precision, batch_layout(config), hf, modalities, reference=config.job == "dpo")
         model, recompute = fit_recompute(model, config.trainer.devices, sizes, layout.device)
     load = partial(load_base, model.language_model.checkpoint)
-    models = build_models(model, precision, hf, layout, modalities, load)
+    source = kept_weights.source(model, precision, layout)
+    kept = kept_weights.take(source)
+    models = build_models(model, precision, hf, layout, modalities, load, kept)
     every_pass = model.ddp.overlap_grad_reduce
     agree_on_trainable(models, list(model.modalities), layout.device, every_pass=every_pass)
     wrapped = [_wrap(model.ddp, chunk, first=chunk is models[0]) for chunk in models]
@@ -145,7 +165,8 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
     times, own_time = PassTimes(layout.device), OwnTime(layout.device)
     encoding = None
     if model.encoder_placement == "all_stages":
-        own: Any = dict(models[0].encoders) or frozen_encoders(model, precision, modalities, layout.device)
+        own: Any = dict(models[0].encoders or kept.encoders)
+        own = own or frozen_encoders(model, precision, modalities, layout.device)
         tokens = config.data.seq_length * model.micro_batch_size
         encoding = StageEncoding(layout, model, hf, own, own_time, times(AHEAD), tokens)
     _connect(model.ddp, wrapped, optimizer, times, encoding)
@@ -165,6 +186,7 @@ def build(config: RunConfig, layout: ParallelLayout) -> TrainState:
         pass_times=times,
         recompute=recompute,
         stage_encoding=encoding,
+        frozen_source=source,
     )
     share_encoding(state, encoding.operations if encoding else {})
     return state

@@ -1,0 +1,128 @@
+"""A rank that stays when another one is killed: it leaves the broken job and waits to be a rank of the next attempt.
+
+It runs its program again from the beginning, so that everything is checked, composed and restored as in a new process.
+What it saves is what the process has: its imports, the caches of its libraries, and the frozen weights
+(model/kept_weights.py). The launcher's side is in survivors.py.
+
+A process stays only if it has failed because a peer was lost, and only if nothing of the attempt is left in it: no
+thread, no child process, no process group. Otherwise it ends, and is forked anew.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_anymal.child_processes import children
+from megatron_anymal.launcher import standby, survivors
+from megatron_anymal.resilience import survival
+from megatron_anymal.resilience.events import ATTEMPT
+from megatron_anymal.resilience.exit_codes import Exit, code_of
+from megatron_anymal.resilience.failure_record import forget_failures
+
+# Seconds to wait for the launcher's invitation, and for the threads and child processes of the attempt to end.
+_INVITED, _CLEARED = 1.5, 1.0
+_LOOK = 0.01
+# Texts of gloo's errors about a lost peer, which have no class of their own.
+_GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+
+
+def rejoin(error: BaseException) -> bool:
+    """Leave the job that failed with this exception and wait for the next attempt.
+
+    Returns:
+        True in a rank of the next attempt, with its environment, output and sys.argv: run the program again. False if
+        the process is to end: another cause, no invitation, or something of the attempt is left in it.
+    """
+    folder = os.environ.get(survival.ENVIRONMENT)
+    if not folder or code_of(error) != Exit.CRASH or not _lost_a_peer(error) or not _invited(Path(folder)):
+        return False
+    handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    # What the launcher passes on is for those that train.
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in handled}
+    _leave(error)
+    if left := _left_behind():
+        print(f"not kept for the next attempt: {left}", file=sys.stderr, flush=True)
+        return False
+    _wait(Path(folder))
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    return True
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether an exception, or one that led to it, is the loss of another process of the job."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or "nccl" in dist.get_backend():
+        # A GPU may still wait for the lost peer, within a kernel.
+        return False
+    chain: list[BaseException] = []
+    following: Any = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        following = following.__cause__ or following.__context__
+    return any(
+        isinstance(one, dist.DistError) or (isinstance(one, RuntimeError) and any(text in str(one) for text in _GLOO))
+        for one in chain
+    )
+
+
+def _invited(folder: Path) -> bool:
+    path = survival.invitation(folder, int(os.environ[ATTEMPT]))
+    deadline = time.monotonic() + _INVITED
+    while not path.exists():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK)
+    return True
+
+
+def _leave(error: BaseException) -> None:
+    """Leave the job, and let go of everything that the program has built."""
+    from megatron_anymal.parallel import shutdown
+
+    # Frames hold the models, the loaders and the process groups.
+    following: Any = error
+    while following is not None:
+        following.__traceback__ = None
+        following = following.__cause__ or following.__context__
+    forget_failures()
+    shutdown()
+    gc.collect()
+
+
+def _left_behind() -> str:
+    """What is still there of the attempt; empty if nothing is."""
+    deadline = time.monotonic() + _CLEARED
+    while True:
+        threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+        processes = children(os.getpid())
+        if not threads and not processes:
+            return ""
+        if time.monotonic() > deadline:
+            return f"it still has the threads {threads} and the child processes {processes}"
+        time.sleep(_LOOK)
+
+
+def _wait(folder: Path) -> None:
+    """Wait for the agent of the next attempt and become its rank. A process that no agent wants is ended by the launcher."""
+    path = survivors.socket_of(folder, int(os.environ["RANK"]), os.getpid())
+    with standby.listen(path) as listening:
+        connection, _ = listening.accept()
+    path.unlink(missing_ok=True)
+    with connection:
+        request, files = standby.receive(connection)
+        standby.become(request, files)
+        for file in files:
+            os.close(file)
+        # The standby process, whose child this is, notes its end.
+        standby.send(os.environ[standby.SOCKET], replace(request, pid=os.getpid()), [])
+        connection.send(str(os.getpid()).encode())
