@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import os
 import random
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from megatron_anymal import backend
 from megatron_anymal.config import ConfigError, ModelConfig, RunConfig
 from megatron_anymal.config.validation import check
 
+# Counts what all processes of a job do equally often, from the moment they have joined it.
+_numbers = itertools.count()
 # Long enough for a first read of 70B weights, short enough to notice a dead rank.
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -134,6 +137,12 @@ def make_groups(model: ModelConfig, *, cpu_groups: bool = True) -> None:
     )
 
 
+def next_number() -> int:
+    """A number that no earlier call in this job returned, for keys in the job's store: the same on all ranks, which must
+    call this equally often."""
+    return next(_numbers)
+
+
 def sum_over_ranks(values: torch.Tensor) -> None:
     """Sum a tensor over all processes of the job, in place; a job of one process has nothing to add. Collective.
 
@@ -177,8 +186,10 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def _join(world_size: int, device: torch.device) -> None:
+    global _numbers
     if dist.is_initialized():
         return
+    _numbers = itertools.count()
     kind = backend.collectives_backend()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -187,7 +198,9 @@ def _join(world_size: int, device: torch.device) -> None:
     else:
         dist.init_process_group(kind, timeout=COLLECTIVE_TIMEOUT)
     # A process that exits normally leaves the job before the interpreter shuts down: gloo threads that still run then
-    # would abort it ("terminate called without an active exception"), and torchrun would kill the other ranks.
+    # would abort it ("terminate called without an active exception"), and torchrun would kill the other ranks. Once,
+    # even if the process joins several jobs.
+    atexit.unregister(shutdown)
     atexit.register(shutdown)
 
 

@@ -12,7 +12,6 @@ syncing release the GIL.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import threading
@@ -33,6 +32,7 @@ from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StoredFile, write_index
 from megatron_anymal.checkpoint.thread_channel import Channel
 from megatron_anymal.config import CheckpointConfig
+from megatron_anymal.parallel import next_number
 from megatron_anymal.resilience import fault_injection
 from megatron_anymal.resilience.events import record
 from megatron_anymal.resilience.exit_codes import Exit
@@ -43,8 +43,6 @@ PATIENCE = 1800.0
 _LONG_PATIENCE = 6 * PATIENCE
 # How long a failing run waits for the checkpoint in progress, in seconds.
 _LAST_PATIENCE = 300.0
-# Numbers the saves of this process, so that each has its own message keys.
-_numbers = itertools.count()
 
 
 class SaveFailed(CheckpointError):
@@ -148,7 +146,7 @@ class CheckpointWriter:
         except (MemoryError, RuntimeError) as error:
             failure = f"its shards could not be copied to host memory ({_reason(error)})"
         self._save = save = Save(
-            number=next(_numbers),
+            number=next_number(),
             manifest=manifest,
             staging=store.staging_folder(self.checkpoints, manifest.step),
             final=store.committed_folder(self.checkpoints, manifest.step),

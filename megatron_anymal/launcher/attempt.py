@@ -43,8 +43,8 @@ _SUSPENDED = 5.0
 # Seconds the other ranks get before they are killed: to report what they saw after one has failed, to reach the same
 # verdict after one has ended with an exit code that all ranks agree on, and to shut down after one has stopped cleanly.
 _LAST_WORDS, _AGREEING, _STOPPING = 3.0, 8.0, 60.0
-# The same after one was killed by a signal, which is its own cause.
-_AFTER_A_KILL = 1.0
+# The same after one was killed by a signal, which is its own cause; and to leave the job, for those that may stay.
+_AFTER_A_KILL, _LEAVING = 1.0, 2.0
 # Seconds the agent may take to report how a rank ended, and to exit once its ranks are gone.
 _AGENT = 5.0
 # Seconds an agent waits for its ranks before it kills them: longer than all of the above.
@@ -198,28 +198,31 @@ class Attempt:
             return
         self._note_failures()
         if self.failures:
-            if all(code < 0 for code in self.failures.values()):
-                self._invite(views)
-            self._end_all(min(map(_patience, self.failures.values())))
+            patience = min(map(_patience, self.failures.values()))
+            if all(code < 0 or code == Exit.CRASH for code in self.failures.values()) and self._invite(views):
+                patience = max(patience, _LEAVING)
+            self._end_all(patience)
             self.rendezvous.alarm()
         elif self.rendezvous.alarmed():
             self.say("the attempt failed on another node: ending the ranks of this one")
             if views and max(view.silent for view in views) > 0.8 * self.job.limits.hang_timeout > 0:
                 self._examine(views)
+                self._end_all(_LAST_WORDS)
             else:
                 self._invite(views)
-            self._end_all(_LAST_WORDS)
+                self._end_all(max(_LAST_WORDS, _LEAVING))
         elif views and time.monotonic() >= self.patient_until and hanging(views, self.job.limits):
             self._examine(views)
             self._end_all(0.0)
             self.rendezvous.alarm()
 
-    def _invite(self, views: Sequence[RankView]) -> None:
+    def _invite(self, views: Sequence[RankView]) -> bool:
         """Ask the ranks to stay for the next attempt, if each of them has finished a step in this one: whatever keeps
         an attempt from getting on may be in a process that stays."""
         if self.survivors is not None and self.stop_requests.stop is None and all(view.settled for view in views):
             self.survivors.invite(self.number)
             self.invited = True
+        return self.invited
 
     def _gather(self) -> None:
         """Once all ranks that still run are waiting for the next attempt, do not wait any longer."""

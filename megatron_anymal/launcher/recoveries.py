@@ -21,7 +21,7 @@ class Recovery:
     attempt: int
     # How the launcher started its processes: standby or anew; empty if unknown.
     way: str
-    # Until all ranks had ended and the launchers had decided to start again.
+    # Until all ranks had ended or left the job and the launchers had decided to start again.
     ending: Optional[float]
     # Pause before the start.
     pause: Optional[float]
@@ -31,6 +31,8 @@ class Recovery:
     restoring: Optional[float]
     # The first step, with the first read of data.
     first_step: Optional[float]
+    # Ranks that kept their process; of several nodes, on the first.
+    stayed: int = 0
     # What the run continued from: memory, or the name of a checkpoint; empty: it began anew.
     source: str = ""
 
@@ -50,6 +52,8 @@ class Recovery:
         }
         told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items() if seconds is not None)
         way = {"standby": ", forked from the standby process", "anew": ", started anew"}.get(self.way, "")
+        if self.stayed:
+            way += f" except {self.stayed} that stayed"
         total = "did not reach a step" if self.total is None else f"{self.total:.1f} s"
         source = f", from {self.source}" if self.source else ""
         return f"attempt {self.attempt}{way}{source}: {total} ({told})"
@@ -74,6 +78,7 @@ def recoveries(events: Sequence[Mapping[str, Any]]) -> list[Recovery]:
                 _between(begun, ranks),
                 _between(ranks, resumed),
                 _between(resumed, first_step),
+                int((begun or {}).get("stayed", 0)),
                 str((resumed or {}).get("source", "")),
             )
         )

@@ -113,7 +113,7 @@ def _left_behind() -> str:
 
 
 def _wait(folder: Path) -> None:
-    """Wait for the agent of the next attempt and become its rank. A process that no agent wants is ended by the launcher."""
+    """Wait for the agent of the next attempt and become its rank. A process that no agent wants, the launcher ends."""
     path = survivors.socket_of(folder, int(os.environ["RANK"]), os.getpid())
     with standby.listen(path) as listening:
         connection, _ = listening.accept()
