@@ -138,7 +138,7 @@ def make_groups(model: ModelConfig, *, cpu_groups: bool = True) -> None:
 
 
 def next_number() -> int:
-    """A number that no earlier call in this job returned, for keys in the job's store: the same on all ranks, which must
+    """A number that no earlier call in this job returned, for keys in the job's store: the same on all ranks that
     call this equally often."""
     return next(_numbers)
 

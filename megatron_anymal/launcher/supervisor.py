@@ -113,21 +113,16 @@ class Supervisor:
     def _attempt(self, rendezvous: SingleNode, restarts: Restarts) -> Decision:
         address = self.memory.address if self.memory else ""
         self.number = rendezvous.agree(lambda: new_attempt(self.job.run_dir), address)
-        text = f"{self.job.nodes} x {self.job.processes} processes"
+        stayed = len(self.survivors.waiting()) if self.survivors else 0
+        text = f"{self.job.nodes} x {self.job.processes} processes" + (f", {stayed} of them stayed" if stayed else "")
         self._say(f"attempt {self.number}: {text}; logs in {self.job.run_dir}/logs/attempt_{self.number}")
         standby = self._ready_standby()
-        survivors = self.survivors if standby else None
         if self.leads:
-            record(
-                self.job.run_dir,
-                "start",
-                text,
-                attempt=self.number,
-                launcher=self.job.launcher,
-                way="standby" if standby else "anew",
-                stayed=len(survivors.waiting()) if survivors else 0,
-            )
+            way = "standby" if standby else "anew"
+            more = {"launcher": self.job.launcher, "way": way, "stayed": stayed}
+            record(self.job.run_dir, "start", text, attempt=self.number, **more)
         variables = self.memory.environment(rendezvous.neighbour()) if self.memory else {}
+        survivors = self.survivors if standby else None
         attempt = Attempt(
             self.job, self.number, rendezvous, self.stop_requests, self._say, standby, variables, survivors
         )

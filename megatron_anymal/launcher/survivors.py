@@ -64,6 +64,7 @@ def _sockets(folder: Path) -> dict[int, tuple[int, Path]]:
     with suppress(OSError):
         for name in os.listdir(folder):
             rank, _, pid = name.removeprefix(_WAITING).partition("_")
-            if name.startswith(_WAITING) and rank.isdigit() and pid.isdigit():
+            # The socket of a process that was killed is still there.
+            if name.startswith(_WAITING) and rank.isdigit() and pid.isdigit() and Path(f"/proc/{pid}").exists():
                 found[int(rank)] = (int(pid), folder / name)
     return found
