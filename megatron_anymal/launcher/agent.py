@@ -160,10 +160,10 @@ class _Rank(Forked):
     """A rank on a node whose ranks may stay for the next attempt, for its agent."""
 
     def poll(self) -> Optional[int]:
-        """Exit code; None while it runs. That it was killed is for the launcher to see, which ends or keeps the others:
-        the agent would end them all."""
+        """Exit code; None while it runs, and if it was killed or crashed: the agent would end the other ranks, but the
+        launcher keeps or ends them."""
         code = super().poll()
-        return None if code is not None and code < 0 else code
+        return None if code is not None and (code < 0 or code == Exit.CRASH) else code
 
 
 class _Spawned(subprocess.Popen):

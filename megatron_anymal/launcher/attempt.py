@@ -225,13 +225,15 @@ class Attempt:
         return self.invited
 
     def _gather(self) -> None:
-        """Once all ranks that still run are waiting for the next attempt, do not wait any longer."""
-        if self.invited and self.survivors is not None:
+        """Once every rank has ended or waits for the next attempt, do not wait any longer."""
+        if self.survivors is None or self.kill_at is None:
+            return
+        if self.invited:
             waiting = self.survivors.waiting()
             self.staying = {rank: pid for rank, pid in self.workers.items() if waiting.get(rank) == pid}
-            left = [pid for rank, pid in self.workers.items() if rank not in self.staying]
-            if all(process_state(pid) in ("", "Z") for pid in left):
-                self._end_all(0.0)
+        left = [pid for rank, pid in self.workers.items() if rank not in self.staying]
+        if all(process_state(pid) in ("", "Z") for pid in left):
+            self._end_all(0.0)
 
     def _note_failures(self) -> None:
         """Record ranks that failed by themselves; ranks killed by this launcher do not count."""
@@ -299,7 +301,7 @@ class Attempt:
             if pid not in self.staying.values():
                 end_group(pid)
         if self.survivors is not None:
-            # It would wait for those that stay, and it is not told of those that were killed.
+            # It would wait for those that stay, and it is not told of those that were killed or crashed.
             self.agent.kill()
         try:
             self.agent.wait(_AGENT)
