@@ -34,7 +34,8 @@ LAYOUTS: dict[str, list[str]] = {
     ],
     "context_and_sequence_parallel": ["model.context_parallel_size=2", "model.sequence_parallel=true"],
     "a_llama_that_trains": ["model.language_model.freeze=false", "model.ddp.use_distributed_optimizer=true"],
-    "a_base_in_nf4": ["model.tensor_model_parallel_size=1", "model.base_quantization=nf4", "trainer.precision=bf16"],
+    # Blocks of NF4 need wider layers.
+    "a_base_in_nf4": ["model.language_model.path=WIDE", "model.base_quantization=nf4", "trainer.precision=bf16"],
 }
 
 
@@ -46,6 +47,8 @@ def folder(
     folder = tmp_path_factory.mktemp("survivors")
     write_config(folder, mixed_shards, text_shards, tokenizer_folder, STEPS, 0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder / "llama")
+    wide = {**LLAMA, "hidden_size": 256, "intermediate_size": 256}
+    LlamaForCausalLM(LlamaConfig(**wide)).save_pretrained(folder / "wide")
     values = yaml.safe_load((folder / "tiny.yaml").read_text())
     values["model"]["language_model"] |= {"path": str(folder / "llama"), "config": {}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
@@ -85,7 +88,8 @@ def test_the_others_keep_their_process(folder: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_in_other_layouts(folder: Path, name: str) -> None:
-    killed_and_left_alone(folder, name, *LAYOUTS[name])
+    layout = [setting.replace("WIDE", str(folder / "wide")) for setting in LAYOUTS[name]]
+    killed_and_left_alone(folder, name, *layout)
 
 
 @pytest.mark.timeout(280)

@@ -238,16 +238,27 @@ def test_startup(tmp_path: Path) -> None:
 def test_recovery(tmp_path: Path) -> None:
     out = tmp_path / "results.json"
     printed = run(
-        "benchmarks/recovery.py", "--processes", "1", "2", "--kills=2", f"--out={out}", tests=True, timeout=280
+        "benchmarks/recovery.py",
+        "--processes",
+        "1",
+        "2",
+        "--kills=2",
+        "--base-gb=0.05",
+        f"--out={out}",
+        tests=True,
+        timeout=280,
     )
-    jobs = json.loads(out.read_text())["recoveries"]
-    assert list(jobs) == ["1", "2"]
-    for found in jobs.values():
+    jobs = json.loads(out.read_text())["jobs"]
+    assert [(job["processes"], job["keep_survivors"]) for job in jobs] == [(1, True), (2, True), (2, False)]
+    for job in jobs:
+        found = job["recoveries"]
         assert len(found) == 2 and {recovery["way"] for recovery in found} == {"standby"}
+        kept = job["processes"] == 2 and job["keep_survivors"]
+        assert [recovery["stayed"] for recovery in found] == [int(kept)] * 2
         for recovery in found:
             phases = [recovery[name] for name in ("ending", "pause", "joining", "restoring", "first_step")]
             assert recovery["total"] == pytest.approx(sum(phases)) and recovery["source"].startswith("memory")
-    assert "first step" in printed
+    assert "first step" in printed and "forked anew" in printed
 
 
 def test_plan_accuracy(tmp_path: Path) -> None:

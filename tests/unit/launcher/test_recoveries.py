@@ -42,6 +42,13 @@ def test_where_the_state_came_from_is_told() -> None:
     assert str(found).startswith("attempt 2, started anew, from memory: 9.5 s (")
 
 
+def test_ranks_that_stayed_are_told() -> None:
+    second = [{**row, "way": "standby", "stayed": 3} if "launcher" in row else row for row in SECOND]
+    [found] = recoveries([*FIRST, event(11.0, "restart", 1), *second])
+    assert found.stayed == 3
+    assert str(found).startswith("attempt 2, forked from the standby process except 3 that stayed: 9.5 s (")
+
+
 def test_what_is_missing_is_left_out() -> None:
     # Nothing told of the failure, and there was no checkpoint.
     without = [row for row in SECOND if row["kind"] != "resume"]

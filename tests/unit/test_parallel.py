@@ -1,0 +1,22 @@
+"""A process that joins one job after another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tiny import make_config
+
+from megatron_anymal.parallel import initialize, next_number, shutdown
+
+
+def test_numbers_begin_anew_in_each_job(tmp_path: Path) -> None:
+    """Ranks of a job that have been in others before, and those that have not, count alike."""
+    config = make_config("shards", "tokenizer", tmp_path)
+    shutdown()
+    for _ in range(2):
+        initialize(config)
+        first = [next_number() for _ in range(3)]
+        # Already a part of the job.
+        initialize(config)
+        assert first == [0, 1, 2] and next_number() == 3
+        shutdown()
