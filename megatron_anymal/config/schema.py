@@ -120,9 +120,9 @@ class ResilienceConfig:
     or a restart takes none of the time of the imports. It takes about 0.5 GiB of the node's memory, most of it shared
     with the ranks."""
     keep_survivors: bool = True
-    """`anymal launch` on Linux, with `standby`: when a rank is killed, the others keep their process and their frozen
-    weights, leave the job and join that of the next attempt. Only on CPUs: ranks that use a GPU are forked anew, since
-    a GPU that waits in a collective for a rank that is gone cannot be relied on afterwards."""
+    """`anymal launch` on Linux, with `standby`: when a rank is killed or crashes, the others keep their process and
+    their frozen weights, leave the job and join that of the next attempt. Only on machines without an NVIDIA GPU, and
+    without effect on others: a GPU may wait in a collective for a rank that is gone, so all are forked anew there."""
     peer_memory: bool = True
     """`anymal launch` on Linux: keep copies of the trainable weights and optimizer state in memory that outlives the
     ranks: twice on the rank's own node and, with several nodes, twice on the next one. A restart continues from the

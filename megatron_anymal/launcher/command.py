@@ -15,6 +15,7 @@ from pathlib import Path
 from megatron_anymal.config import ConfigError, ResilienceConfig, RunConfig, TrainerConfig, composed_ahead
 from megatron_anymal.config.compose import config_folder
 from megatron_anymal.config.validation import check
+from megatron_anymal.installed import has_nvidia_driver
 from megatron_anymal.launcher.job import Job
 from megatron_anymal.launcher.supervisor import Supervisor
 from megatron_anymal.megatron_line import of_python, why_no_resiliency
@@ -124,7 +125,8 @@ def _job(
         launcher=options.launcher,
         grace_seconds=options.grace_seconds,
         standby=limits.standby and sys.platform == "linux",
-        keep_survivors=limits.keep_survivors,
+        # On a GPU, a kernel may still wait for a rank that is gone.
+        keep_survivors=limits.keep_survivors and not has_nvidia_driver(),
         peer_memory=limits.peer_memory and sys.platform == "linux",
         # On several nodes, each one's copies are on the next one too.
         keep_memory=resumes and nodes == 1,

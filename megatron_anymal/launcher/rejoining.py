@@ -16,9 +16,10 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Optional
 
 from megatron_anymal.child_processes import children
 from megatron_anymal.launcher import standby, survivors
@@ -41,37 +42,44 @@ def rejoin(error: BaseException) -> bool:
         True in a rank of the next attempt, with its environment, output and sys.argv: run the program again. False if
         the process is to end: another cause, no invitation, or something of the attempt is left in it.
     """
-    folder = os.environ.get(survival.ENVIRONMENT)
-    if not folder or code_of(error) != Exit.CRASH or not _lost_a_peer(error) or not _invited(Path(folder)):
+    folder, errors = Path(os.environ[survival.ENVIRONMENT]), _with_causes(error)
+    if code_of(error) != Exit.CRASH or not _lost_a_peer(errors) or not _invited(folder):
         return False
     handled = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     # What the launcher passes on is for those that train.
     before = {number: signal.signal(number, signal.SIG_IGN) for number in handled}
-    _leave(error)
+    _leave(errors)
     if left := _left_behind():
         print(f"not kept for the next attempt: {left}", file=sys.stderr, flush=True)
         return False
-    _wait(Path(folder))
+    _wait(folder)
     for number, handler in before.items():
         signal.signal(number, handler)
     return True
 
 
-def _lost_a_peer(error: BaseException) -> bool:
-    """Whether an exception, or one that led to it, is the loss of another process of the job."""
+def _with_causes(error: BaseException) -> list[BaseException]:
+    """An exception and all that led to it."""
+    found: list[BaseException] = []
+    left: list[Optional[BaseException]] = [error]
+    while left:
+        one = left.pop()
+        if one is not None and one not in found:
+            found.append(one)
+            left += [one.__cause__, one.__context__]
+    return found
+
+
+def _lost_a_peer(errors: Sequence[BaseException]) -> bool:
+    """Whether one of these exceptions is the loss of another process of the job."""
     import torch.distributed as dist
 
     if not dist.is_initialized() or "nccl" in dist.get_backend():
         # A GPU may still wait for the lost peer, within a kernel.
         return False
-    chain: list[BaseException] = []
-    following: Any = error
-    while following is not None and following not in chain:
-        chain.append(following)
-        following = following.__cause__ or following.__context__
     return any(
         isinstance(one, dist.DistError) or (isinstance(one, RuntimeError) and any(text in str(one) for text in _GLOO))
-        for one in chain
+        for one in errors
     )
 
 
@@ -85,15 +93,13 @@ def _invited(folder: Path) -> bool:
     return True
 
 
-def _leave(error: BaseException) -> None:
+def _leave(errors: Sequence[BaseException]) -> None:
     """Leave the job, and let go of everything that the program has built."""
     from megatron_anymal.parallel import shutdown
 
     # Frames hold the models, the loaders and the process groups.
-    following: Any = error
-    while following is not None:
-        following.__traceback__ = None
-        following = following.__cause__ or following.__context__
+    for error in errors:
+        error.__traceback__ = None
     forget_failures()
     shutdown()
     gc.collect()
@@ -120,6 +126,8 @@ def _wait(folder: Path) -> None:
     path.unlink(missing_ok=True)
     with connection:
         request, files = standby.receive(connection)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
         standby.become(request, files)
         for file in files:
             os.close(file)
