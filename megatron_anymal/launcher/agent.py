@@ -24,7 +24,6 @@ from typing import Any, ClassVar, Optional, Union
 from megatron_anymal.child_processes import children, end_group, leave_stop_signals
 from megatron_anymal.launcher.standby import SOCKET, Forked, fork
 from megatron_anymal.launcher.survivors import socket_for
-from megatron_anymal.resilience import survival
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.failure_record import exit_now
 
@@ -157,11 +156,11 @@ def _watch(launcher: int) -> None:
 
 
 class _Rank(Forked):
-    """A rank on a node whose ranks may stay for the next attempt, for its agent."""
+    """A forked rank, as its agent sees it."""
 
     def poll(self) -> Optional[int]:
-        """Exit code; None while it runs, and if it was killed or crashed: the agent would end the other ranks, but the
-        launcher keeps or ends them."""
+        """Exit code; None while it runs, and if it was killed or crashed: the agent would end the other ranks. The
+        launcher does, or keeps them."""
         code = super().poll()
         return None if code is not None and (code < 0 or code == Exit.CRASH) else code
 
@@ -187,8 +186,7 @@ class _Spawned(subprocess.Popen):
             begun = (fork(str(socket), words[3], words[4:], environment, cls.folder, output) for socket in sockets)
             forked = next((one for one in begun if one is not None), None)
             if forked is not None:
-                if survival.ENVIRONMENT in environment:
-                    forked.__class__ = _Rank
+                forked.__class__ = _Rank
                 cls.ranks[forked.pid] = forked
                 _write(cls.folder / f"started_{environment['RANK']}", str(forked.pid))
                 return forked

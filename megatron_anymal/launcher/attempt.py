@@ -47,6 +47,8 @@ _LAST_WORDS, _AGREEING, _STOPPING = 3.0, 8.0, 60.0
 _AFTER_A_KILL, _LEAVING = 1.0, 2.0
 # Seconds the agent may take to report how a rank ended, and to exit once its ranks are gone.
 _AGENT = 5.0
+# Seconds for the agent to copy the last lines of a rank that crashed to the console, which it does ten times a second.
+_ECHO = 0.25
 # Seconds an agent waits for its ranks before it kills them: longer than all of the above.
 _AGENT_PATIENCE = 120
 # Lines of a rank's standard error to record with its death.
@@ -226,9 +228,9 @@ class Attempt:
 
     def _gather(self) -> None:
         """Once every rank has ended or waits for the next attempt, do not wait any longer."""
-        if self.survivors is None or self.kill_at is None:
+        if self.standby is None or self.kill_at is None:
             return
-        if self.invited:
+        if self.invited and self.survivors is not None:
             waiting = self.survivors.waiting()
             self.staying = {rank: pid for rank, pid in self.workers.items() if waiting.get(rank) == pid}
         left = [pid for rank, pid in self.workers.items() if rank not in self.staying]
@@ -300,8 +302,10 @@ class Attempt:
         for pid in {**self.workers, **agents.ranks_below(self.agent.pid)}.values():
             if pid not in self.staying.values():
                 end_group(pid)
-        if self.survivors is not None:
-            # It would wait for those that stay, and it is not told of those that were killed or crashed.
+        if self.standby is not None and self.agent.poll() is None:
+            # It is not told of forked ranks that were killed or crashed, and would wait for those that stay.
+            if any(code > 0 for code in self.failures.values()):
+                time.sleep(_ECHO)
             self.agent.kill()
         try:
             self.agent.wait(_AGENT)
