@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 from tiny import make_config
 
+from megatron_anymal.launcher.rejoining import gloo_threads
 from megatron_anymal.parallel import initialize, next_number, shutdown
 
 
@@ -20,3 +22,15 @@ def test_numbers_begin_anew_in_each_job(tmp_path: Path) -> None:
         initialize(config)
         assert first == [0, 1, 2] and next_number() == 3
         shutdown()
+
+
+def test_no_group_is_left_in_a_process_that_has_left_the_job(tmp_path: Path) -> None:
+    shutdown()
+    gc.collect()
+    # Other tests may have left models behind.
+    before = gloo_threads()
+    initialize(make_config("shards", "tokenizer", tmp_path))
+    assert gloo_threads() > before
+    shutdown()
+    gc.collect()
+    assert gloo_threads() == before

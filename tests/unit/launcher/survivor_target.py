@@ -18,10 +18,16 @@ ERRORS = {
 }
 
 
+FORGOTTEN: list[object] = []
+
+
 def fail(what: str) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     if what == "thread":
         threading.Thread(target=threading.Event().wait, name="forgotten", daemon=True).start()
+    if what == "group":
+        # As a model does that is still referred to.
+        FORGOTTEN.append(dist.new_group([0]))
     if what == "cause":
         raise ValueError("a consequence") from ERRORS["peer"]()
     raise ERRORS.get(what, ERRORS["peer"])()
