@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ class MetricsLogger(Protocol):
 
     def save(self) -> None:
         """Flush the recorded metrics to disk."""
+
+    def finalize(self, status: str) -> None:
+        """End the logger's own work; `status` is success or failed."""
 
 
 def duration(seconds: float) -> str:
@@ -111,6 +115,12 @@ class RunLog:
                     logger.save()
                 except OSError as error:
                     self.say(f"warning: a logger could not write: {error}. Training continues.")
+
+    def abandon(self) -> None:
+        """End the loggers of a run that has failed, and their threads. Never raises."""
+        for logger in self._loggers:
+            with suppress(Exception):
+                logger.finalize("failed")
 
     def say(self, text: str) -> None:
         """Print a line on the console."""

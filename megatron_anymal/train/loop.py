@@ -153,6 +153,7 @@ class Trainer:
             # Before waiting for other ranks, which may be gone.
             record_failure(self.run_dir, worker or error, self.under_way)
             self.writer.abandon()
+            self.log.abandon()
             self.state.release()
             if worker is None:
                 raise

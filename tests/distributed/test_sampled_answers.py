@@ -28,6 +28,8 @@ class Board:
 
     def save(self) -> None: ...
 
+    def finalize(self, status: str) -> None: ...
+
     def add_text(self, tag: str, text: str, step: int) -> None:
         self.texts.append((tag, text, step))
 

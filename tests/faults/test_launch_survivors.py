@@ -33,6 +33,11 @@ LAYOUTS: dict[str, list[str]] = {
         "model.virtual_pipeline_model_parallel_size=2",
     ],
     "context_and_sequence_parallel": ["model.context_parallel_size=2", "model.sequence_parallel=true"],
+    "a_tied_embedding_on_two_stages": [
+        "model.language_model.path=TIED",
+        "model.tensor_model_parallel_size=1",
+        "model.pipeline_model_parallel_size=2",
+    ],
     "a_llama_that_trains": ["model.language_model.freeze=false", "model.ddp.use_distributed_optimizer=true"],
     # Blocks of NF4 need wider layers.
     "a_base_in_nf4": ["model.language_model.path=WIDE", "model.base_quantization=nf4", "trainer.precision=bf16"],
@@ -47,8 +52,11 @@ def folder(
     folder = tmp_path_factory.mktemp("survivors")
     write_config(folder, mixed_shards, text_shards, tokenizer_folder, STEPS, 0)
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(folder / "llama")
-    wide = {**LLAMA, "hidden_size": 256, "intermediate_size": 256}
-    LlamaForCausalLM(LlamaConfig(**wide)).save_pretrained(folder / "wide")
+    for name, other in (
+        ("wide", {"hidden_size": 256, "intermediate_size": 256}),
+        ("tied", {"tie_word_embeddings": True}),
+    ):
+        LlamaForCausalLM(LlamaConfig(**{**LLAMA, **other})).save_pretrained(folder / name)
     values = yaml.safe_load((folder / "tiny.yaml").read_text())
     values["model"]["language_model"] |= {"path": str(folder / "llama"), "config": {}}
     (folder / "tiny.yaml").write_text(yaml.safe_dump(values))
@@ -80,7 +88,7 @@ def killed_and_left_alone(folder: Path, name: str, *layout: str) -> str:
 
 @pytest.mark.timeout(280)
 def test_the_others_keep_their_process(folder: Path) -> None:
-    text = killed_and_left_alone(folder, "tensor")
+    text = killed_and_left_alone(folder, "tensor", "exp_manager.create_tensorboard_logger=true")
     assert "not kept" not in text
 
 
@@ -88,7 +96,9 @@ def test_the_others_keep_their_process(folder: Path) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_in_other_layouts(folder: Path, name: str) -> None:
-    layout = [setting.replace("WIDE", str(folder / "wide")) for setting in LAYOUTS[name]]
+    layout = [
+        setting.replace("WIDE", str(folder / "wide")).replace("TIED", str(folder / "tied")) for setting in LAYOUTS[name]
+    ]
     killed_and_left_alone(folder, name, *layout)
 
 
