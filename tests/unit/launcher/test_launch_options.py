@@ -80,6 +80,23 @@ def test_the_other_agent_needs_a_package_and_a_system(
 def test_memory_outlives_the_launcher_of_a_run_that_continues_on_one_node(
     words: list[str], kept: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert job_of(words, monkeypatch).keep_memory == kept
+
+
+@pytest.mark.parametrize(
+    ("words", "driver", "kept"),
+    [([], False, True), ([], True, False), (["resilience.keep_survivors=false"], False, False)],
+    ids=["cpu", "gpu", "off"],
+)
+def test_survivors_stay_where_no_gpu_may_wait_for_the_lost_rank(
+    words: list[str], driver: bool, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "has_nvidia_driver", lambda: driver)
+    assert job_of([*RUN, *words], monkeypatch).keep_survivors == kept
+
+
+def job_of(words: list[str], monkeypatch: pytest.MonkeyPatch) -> Job:
+    """The job that the launcher would supervise."""
     jobs: list[Job] = []
 
     class Started:
@@ -91,4 +108,5 @@ def test_memory_outlives_the_launcher_of_a_run_that_continues_on_one_node(
 
     monkeypatch.setattr(command, "Supervisor", Started)
     assert main(words) == 0
-    assert [job.keep_memory for job in jobs] == [kept]
+    [job] = jobs
+    return job
