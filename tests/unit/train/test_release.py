@@ -6,12 +6,13 @@ import copy
 import gc
 import os
 import weakref
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import run_ranks
 from tiny import LLAMA, make_config
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -26,22 +27,14 @@ from megatron_anymal.train.build import TrainState, build
 
 
 @pytest.fixture
-def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def config(mixed_shards: str, tokenizer_folder: str, tmp_path: Path) -> RunConfig:
     LlamaForCausalLM(LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "llama")
     config = make_config(mixed_shards, tokenizer_folder, tmp_path / "run")
     config.model.language_model.path, config.model.language_model.config = str(tmp_path / "llama"), {}
-    monkeypatch.setenv(survival.ENVIRONMENT, str(tmp_path))
     return config
 
 
-@pytest.fixture(autouse=True)
-def nothing_kept() -> Iterator[None]:
-    kept_weights.take("")
-    yield
-    kept_weights.take("")
-
-
-def fail(state: TrainState, run_dir: Path, monkeypatch: pytest.MonkeyPatch, after: int = 2) -> None:
+def fail(state: TrainState, run_dir: Path, after: int = 2) -> None:
     """Train until a step fails in the middle of a run."""
     step = loop.train_step
 
@@ -50,10 +43,10 @@ def fail(state: TrainState, run_dir: Path, monkeypatch: pytest.MonkeyPatch, afte
             raise RuntimeError("Connection closed by peer")
         return step(state, plan, *rest)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(loop, "train_step", train_step)
-        with pytest.raises(RuntimeError, match="closed by peer"):
-            loop.fit(state, run_dir)
+    loop.train_step = train_step
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        loop.fit(state, run_dir)
+    loop.train_step = step
     # It holds the traceback, and so the models.
     forget_failures()
 
@@ -62,19 +55,19 @@ def llama_of(state: TrainState) -> dict[str, torch.nn.Parameter]:
     return {name: weight for name, weight in state.models[0].named_parameters() if name.startswith("language_model.")}
 
 
-def failed(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, int], list[weakref.ref[Any]]]:
+def failed(config: RunConfig, *, may_stay: bool = True) -> tuple[dict[str, int], list[weakref.ref[Any]]]:
     """Build, train and fail; return where the Llama's weights are, and what should be collected."""
+    if may_stay:
+        os.environ[survival.ENVIRONMENT] = "folder"
     state = build(config, initialize(config))
-    fail(state, config.run_dir, monkeypatch)
+    fail(state, config.run_dir)
     places = {name: weight.data_ptr() for name, weight in llama_of(state).items()}
     return places, [weakref.ref(thing) for thing in (state.models[0], state.wrapped[0], state.optimizer)]
 
 
-def test_the_frozen_weights_are_kept_and_everything_else_is_let_go(
-    config: RunConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def kept_and_let_go(config: RunConfig) -> None:
     fresh = llama_of(build(copy.deepcopy(config), initialize(config)))
-    places, given_up = failed(config, monkeypatch)
+    places, given_up = failed(config)
     gc.collect()
     assert [thing() for thing in given_up] == [None, None, None]
 
@@ -83,8 +76,8 @@ def test_the_frozen_weights_are_kept_and_everything_else_is_let_go(
 
     # The encoder of imu trains, so it is built anew.
     seeded, built = model_build.seeded_encoder, []
-    monkeypatch.setattr(model_build, "load_hf_llama", read)
-    monkeypatch.setattr(model_build, "seeded_encoder", lambda name, *rest: built.append(name) or seeded(name, *rest))
+    model_build.load_hf_llama = read
+    model_build.seeded_encoder = lambda name, *rest: built.append(name) or seeded(name, *rest)
     state = build(config, initialize(config))
     assert {name: weight.data_ptr() for name, weight in llama_of(state).items()} == places
     assert built == [name for name, section in config.model.modalities.items() if not section.encoder.freeze] != []
@@ -94,51 +87,48 @@ def test_the_frozen_weights_are_kept_and_everything_else_is_let_go(
     assert kept_weights.take(state.frozen_source) is kept_weights.NOTHING
 
 
-def test_a_run_that_builds_them_in_is_bit_identical(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def finish(config: RunConfig) -> dict[str, torch.Tensor]:
-        state = build(config, initialize(config))
-        loop.fit(state, config.run_dir)
-        return {name: weight.detach().clone() for name, weight in state.models[0].named_parameters()}
+def test_the_frozen_weights_are_kept_and_everything_else_is_let_go(config: RunConfig) -> None:
+    run_ranks(1, kept_and_let_go, config)
 
+
+def trained(config: RunConfig, fails_first: bool) -> dict[str, Any]:
+    if fails_first:
+        failed(config)
+    state = build(config, initialize(config))
+    loop.fit(state, config.run_dir)
+    return {name: weight.detach().numpy() for name, weight in state.models[0].named_parameters()}
+
+
+def test_a_run_that_builds_them_in_is_bit_identical(config: RunConfig) -> None:
     whole = copy.deepcopy(config)
     whole.exp_manager.explicit_log_dir += "_whole"
-    expected = finish(whole)
-    failed(config, monkeypatch)
-    found = finish(config)
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    [expected], [found] = run_ranks(1, trained, whole, False), run_ranks(1, trained, config, True)
+    assert found.keys() == expected.keys() and all((found[name] == expected[name]).all() for name in found)
 
 
-def test_files_that_have_changed_are_read_again(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    places, _ = failed(config, monkeypatch)
-    os.utime(Path(config.model.language_model.path) / "model.safetensors", (1, 1))
-    state = build(config, initialize(config))
-    assert not {weight.data_ptr() for weight in llama_of(state).values()} & set(places.values())
-
-
-@pytest.mark.parametrize("key", ["seed", "precision", "rank"])
-def test_they_belong_to_one_configuration_and_one_rank(key: str, config: RunConfig) -> None:
+def kept_after(config: RunConfig, change: str) -> bool:
+    """In a rank: whether the next model has the weights of the one that failed."""
+    config.model.language_model.freeze = change != "they train"
+    places, _ = failed(config, may_stay=change != "it cannot stay")
+    if change == "other files":
+        os.utime(Path(config.model.language_model.path) / "model.safetensors", (1, 1))
+    if change == "another seed":
+        config.model.seed += 1
+    if change == "another precision":
+        config.trainer.precision = "bf16"
     layout = initialize(config)
-    one = kept_weights.source(config.model, "32", layout)
-    kept_weights.keep(one, [], {})
-    other = copy.deepcopy(config.model)
-    if key == "seed":
-        other.seed += 1
-    elsewhere = copy.copy(layout)
-    if key == "rank":
-        object.__setattr__(elsewhere, "tensor_rank", 1)
-    source = kept_weights.source(other, "bf16" if key == "precision" else "32", elsewhere)
-    assert source != one and kept_weights.take(source) is kept_weights.NOTHING
+    if change == "another rank":
+        layout = replace(layout, tensor_rank=1)
+    model = copy.deepcopy(config.model)
+    kept = kept_weights.take(kept_weights.source(model, config.trainer.precision, layout))
+    found = {weight.data_ptr() for chunk in kept.llama for weight in chunk.values()}
+    assert not found or found == set(places.values())
+    return bool(found)
 
 
-def test_weights_that_train_are_not_kept(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    config.model.language_model.freeze = False
-    places, _ = failed(config, monkeypatch)
-    state = build(config, initialize(config))
-    assert not {weight.data_ptr() for weight in llama_of(state).values()} & set(places.values())
-
-
-def test_a_process_that_cannot_stay_keeps_nothing(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(survival.ENVIRONMENT)
-    state = build(config, initialize(config))
-    fail(state, config.run_dir, monkeypatch)
-    assert kept_weights.take(state.frozen_source) is kept_weights.NOTHING
+@pytest.mark.parametrize(
+    "change",
+    ["none", "other files", "another seed", "another precision", "another rank", "they train", "it cannot stay"],
+)
+def test_when_they_are_kept(change: str, config: RunConfig) -> None:
+    assert run_ranks(1, kept_after, config, change) == [change == "none"]
