@@ -28,8 +28,8 @@ from megatron_anymal.resilience.events import ATTEMPT
 from megatron_anymal.resilience.exit_codes import Exit, code_of
 from megatron_anymal.resilience.failure_record import forget_failures
 
-# Seconds to wait for the launcher's invitation, and for the threads and child processes of the attempt to end.
-_INVITED, _CLEARED = 1.5, 1.0
+# Seconds to wait for the launcher's invitation, and for what is left of the attempt to end.
+_INVITED, _CLEARED = 1.5, 0.5
 _LOOK = 0.01
 # Texts of gloo's errors about a lost peer, which have no class of their own.
 _GLOO = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
@@ -50,7 +50,8 @@ def rejoin(error: BaseException) -> bool:
     before = {number: signal.signal(number, signal.SIG_IGN) for number in handled}
     _leave(errors)
     if left := _left_behind():
-        print(f"not kept for the next attempt: {left}", file=sys.stderr, flush=True)
+        text = f"not kept for the next attempt, since something is left of this one: {left}"
+        print(text, file=sys.stderr, flush=True)
         return False
     _wait(folder)
     for number, handler in before.items():
@@ -107,17 +108,18 @@ def _leave(errors: Sequence[BaseException]) -> None:
 
 def _left_behind() -> str:
     """What is still there of the attempt; empty if nothing is."""
-    if groups := gloo_threads():
-        # Whatever refers to a process group, such as a model that could not be collected, also keeps its peers waiting.
-        return f"it still has {groups} threads of gloo's process groups"
     deadline = time.monotonic() + _CLEARED
     while True:
-        threads = [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
-        processes = children(os.getpid())
-        if not threads and not processes:
+        left = {
+            "threads": [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()],
+            "child processes": children(os.getpid()),
+            # A model that could not be collected refers to process groups, and keeps their peers waiting.
+            "threads of gloo's process groups": gloo_threads(),
+        }
+        if not any(left.values()):
             return ""
         if time.monotonic() > deadline:
-            return f"it still has the threads {threads} and the child processes {processes}"
+            return ", ".join(f"{name}: {found}" for name, found in left.items() if found)
         time.sleep(_LOOK)
 
 

@@ -94,7 +94,7 @@ def test_a_rank_that_failed_for_another_reason_or_is_not_invited_ends(
 
 
 @pytest.mark.parametrize(
-    ("what", "left"), [("thread", "the threads ['forgotten'] and"), ("group", "2 threads of gloo's process groups")]
+    ("what", "left"), [("thread", "threads: ['forgotten']\n"), ("group", "threads of gloo's process groups: 2\n")]
 )
 def test_a_rank_in_which_something_is_left_ends(
     what: str, left: str, standby: Standby, survivors: Survivors, tmp_path: Path
@@ -102,7 +102,10 @@ def test_a_rank_in_which_something_is_left_ends(
     survivors.invite(1)
     process = begin(standby, standby.socket, tmp_path / "first", what)
     assert process.wait(30) == 1
-    assert f"not kept for the next attempt: it still has {left}" in (tmp_path / "first" / "err").read_text()
+    assert (
+        f"not kept for the next attempt, since something is left of this one: {left}"
+        in (tmp_path / "first" / "err").read_text()
+    )
 
 
 def test_a_rank_without_a_place_is_dismissed(standby: Standby, survivors: Survivors, tmp_path: Path) -> None:
