@@ -78,7 +78,9 @@ def killed_and_left_alone(folder: Path, name: str, *layout: str) -> None:
         time.sleep(0.02)
     text = finish(process, log)
     assert_same(run, whole)
-    assert [event["step"] for event in told(run, "resume")] == [2, 4, 6], text
+    resumed = [event["step"] for event in told(run, "resume")]
+    # A rank that is killed may not have finished the copy of the step before.
+    assert len(resumed) == 3 and all(step in (last - 1, last) for step, last in zip(resumed, (2, 4, 6))), text
     stayed = [event["stayed"] for event in told(run, "start") if "stayed" in event]
     # On a busy machine, one may not leave in time.
     assert len(stayed) == 4 and stayed[0] == 0 and max(stayed) == 3 and sum(stayed) >= 6, text
