@@ -209,10 +209,9 @@ class Attempt:
             self.say("the attempt failed on another node: ending the ranks of this one")
             if views and max(view.silent for view in views) > 0.8 * self.job.limits.hang_timeout > 0:
                 self._examine(views)
-                self._end_all(_LAST_WORDS)
             else:
                 self._invite(views)
-                self._end_all(max(_LAST_WORDS, _LEAVING))
+            self._end_all(_LAST_WORDS)
         elif views and time.monotonic() >= self.patient_until and hanging(views, self.job.limits):
             self._examine(views)
             self._end_all(0.0)

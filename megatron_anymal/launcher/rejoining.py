@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Optional
@@ -125,8 +126,12 @@ def _left_behind() -> str:
 
 def gloo_threads() -> int:
     """Number of this process's threads that belong to process groups."""
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return sum(name.startswith("pt_gloo") for name in names)
+    count = 0
+    for path in Path("/proc/self/task").glob("*/comm"):
+        # It may end meanwhile.
+        with suppress(OSError):
+            count += path.read_text().startswith("pt_gloo")
+    return count
 
 
 def _wait(folder: Path) -> None:

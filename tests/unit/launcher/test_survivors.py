@@ -6,15 +6,23 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 
+from megatron_anymal.config import ResilienceConfig
 from megatron_anymal.launcher import standby as standbys
+from megatron_anymal.launcher.attempt import Attempt
+from megatron_anymal.launcher.job import Decision, Job
 from megatron_anymal.launcher.standby import Forked, Standby, fork
+from megatron_anymal.launcher.stop_requests import StopRequests
+from megatron_anymal.launcher.supervisor import Supervisor
 from megatron_anymal.launcher.survivors import Survivors, socket_for, socket_of
 from megatron_anymal.resilience import survival
 from megatron_anymal.resilience.events import ATTEMPT
+from megatron_anymal.resilience.exit_codes import Exit
 
 HERE, TARGET, RANK = Path(__file__).parent, "survivor_target", 3
 
@@ -116,3 +124,30 @@ def test_a_rank_without_a_place_is_dismissed(standby: Standby, survivors: Surviv
     assert survivors.waiting() == {RANK: process.pid}
     survivors.dismiss()
     assert process.wait(30) == -9 and not survivors.waiting()
+
+
+@pytest.mark.parametrize(("settled", "invited"), [([True, True], True), ([True, False], False)])
+def test_nobody_is_invited_before_every_rank_has_finished_a_step(
+    settled: list[bool], invited: bool, tmp_path: Path
+) -> None:
+    planned: Any = Job(tmp_path / "run", ResilienceConfig(), ["-m", "program"], processes=2)
+    rendezvous: Any = None
+    attempt = Attempt(planned, 5, rendezvous, StopRequests(), print, survivors=Survivors(tmp_path))
+    views: Any = [SimpleNamespace(settled=one) for one in settled]
+    assert attempt._invite(views) == invited == survival.invitation(tmp_path, 5).exists()
+
+
+@pytest.mark.parametrize("forget", [True, False])
+def test_nobody_stays_after_an_attempt_without_progress(
+    forget: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supervisor = Supervisor(Job(tmp_path / "run", ResilienceConfig(), ["-m", "program"], processes=2))
+    dismissed: list[bool] = []
+    left: Any = SimpleNamespace(dismiss=lambda: dismissed.append(True))
+    decisions = iter([Decision(Exit.CRASH, "", pause=0.0, forget=forget), Decision(Exit.DONE, "")])
+    supervisor.survivors = left
+    monkeypatch.setattr(supervisor, "_join", lambda: SimpleNamespace(leave=lambda: None))
+    monkeypatch.setattr(supervisor, "_attempt", lambda *arguments: next(decisions))
+    monkeypatch.setattr("megatron_anymal.launcher.supervisor.record", lambda *arguments, **more: None)
+    supervisor._attempts()
+    assert dismissed == ([True] if forget else [])
