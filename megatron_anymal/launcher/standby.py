@@ -61,6 +61,9 @@ class Standby:
         modules: what to import.
         say: prints a message to the user.
         composed: configurations that were composed ahead (config.composed_ahead.export); empty: none.
+
+    Attributes:
+        folder: its files; outlives the attempts.
     """
 
     def __init__(
@@ -71,21 +74,16 @@ class Standby:
         composed: bytes = b"",
     ) -> None:
         self._environment, self._modules, self._say = dict(environment), list(modules), say
-        self._folder = Path(tempfile.mkdtemp(prefix="anymal_standby_"))
-        (self._folder / COMPOSED).write_bytes(composed)
+        self.folder = Path(tempfile.mkdtemp(prefix="anymal_standby_"))
+        (self.folder / COMPOSED).write_bytes(composed)
         self._process: Optional[subprocess.Popen[bytes]] = None
         self._ready = self._declined = False
         self.begin()
 
     @property
-    def folder(self) -> Path:
-        """Its folder, which outlives the attempts."""
-        return self._folder
-
-    @property
     def socket(self) -> Path:
         """Its socket; exists once everything is imported."""
-        return self._folder / "socket"
+        return self.folder / "socket"
 
     def begin(self) -> None:
         """Start the process if it is not running. It imports in the background."""
@@ -142,7 +140,7 @@ class Standby:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
