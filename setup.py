@@ -5,7 +5,7 @@ from setuptools import find_packages, setup
 INSTALL_REQUIRES = [
     # 2.13 is the newest release that ran all tests; later ones install, too: docs/start/install.md.
     "torch>=2.11,<2.14",
-    # One line of megatron-core per Python: megatron_anymal/megatron_line.py.
+    # One line of megatron-core per Python: megatron_anymal/dependencies/megatron_line.py.
     "megatron-core==0.16.1; python_version < '3.12'",
     "megatron-core==0.19.2; python_version >= '3.12'",
     # megatron-core 0.19 imports it and does not say so. torch's build for CUDA brings it, the one for CPUs does not.

@@ -25,7 +25,7 @@ from megatron_anymal.data import index_folder, index_processes
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.shard_rows import RowBuffer, ShardRows
 from megatron_anymal.data.tokenizer import Tokenizer as TextTokenizer
-from megatron_anymal.process_memory import peak_resident_bytes
+from megatron_anymal.processes.process_memory import peak_resident_bytes
 
 # Samples per shard.
 SHARD = 10_000

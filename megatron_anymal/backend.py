@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from megatron_anymal.config import ConfigError, ModelConfig
-from megatron_anymal.installed import apex_kind, is_importable, version_of
+from megatron_anymal.dependencies.installed import apex_kind, is_importable, version_of
 
 # Lowest compute capability of GPUs with FP8 (Ada, Hopper) and bf16 (Ampere) matrix products.
 _FP8_CAPABILITY = (8, 9)

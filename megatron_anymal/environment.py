@@ -14,14 +14,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_anymal.installed import (
+from megatron_anymal.dependencies.installed import (
     apex_kind,
     has_nvidia_driver,
     has_transformer_engine_extension,
     is_importable,
     version_of,
 )
-from megatron_anymal.megatron_line import of_python, why_no_resiliency
+from megatron_anymal.dependencies.megatron_line import of_python, why_no_resiliency
 
 OK, MISSING, BROKEN, OUT_OF_RANGE, FOREIGN = "ok", "missing", "broken", "out of range", "not NVIDIA's"
 NOT_DETERMINISTIC = "not deterministic"

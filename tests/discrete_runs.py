@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoint_tools import import_hf
 from megatron_anymal.config import RunConfig
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 
 # More entries than tokens: the export must fill the gap.
 VOCABULARY = DiscreteVocabulary(33, SECTIONS)

@@ -16,8 +16,8 @@ from tiny import CHAT, LLAMA, SPECIAL, flac, modalities, npy, png
 from transformers import GenerationConfig, LlamaConfig
 
 from megatron_anymal.config import DiscreteConfig, EncoderConfig, ModalityConfig, ProjectorConfig
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modality_configs import export_discrete, export_sections
 from megatron_anymal.hf.modeling_anymal import AnyMALForConditionalGeneration

@@ -11,7 +11,7 @@ from tiny import LLAMA
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from megatron_anymal.installed import is_importable
+from megatron_anymal.dependencies.installed import is_importable
 
 NEEDS_BITSANDBYTES = pytest.mark.skipif(
     not is_importable("bitsandbytes"), reason="needs bitsandbytes: pip install -e '.[nf4]'"

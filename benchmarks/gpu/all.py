@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.child_processes import end_group
+from megatron_anymal.processes.child_processes import end_group
 
 HERE = Path(__file__).parent
 # In this order: short ones first, and what needs the most memory last.

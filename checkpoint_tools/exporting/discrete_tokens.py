@@ -7,9 +7,9 @@ from typing import Any
 
 from tokenizers import AddedToken
 
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.train.build import check_codes
 
 

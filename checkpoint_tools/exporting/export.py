@@ -26,7 +26,7 @@ from megatron_anymal.checkpoint.store import Manifest
 from megatron_anymal.checkpoint.trust import config_of
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.process_memory import peak_resident_bytes
+from megatron_anymal.processes.process_memory import peak_resident_bytes
 
 _GIB = 1 << 30
 # Allowance for the tokenizer and code, on top of the weights.

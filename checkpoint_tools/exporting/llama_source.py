@@ -13,7 +13,7 @@ from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import ModelConfig
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model import discrete_rows
 from megatron_anymal.model.hf_llama import (

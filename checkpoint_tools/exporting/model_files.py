@@ -16,9 +16,9 @@ from checkpoint_tools.exporting.discrete_tokens import with_discrete_tokens
 from checkpoint_tools.exporting.weights import Entries
 from megatron_anymal.config import ModelConfig
 from megatron_anymal.data.chat_format import CHAT_TOKENS, END_TURN
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig
 from megatron_anymal.hf.modality_configs import export_discrete, export_sections
 from megatron_anymal.hf.remote_code import ARCHITECTURE, CONFIG_AUTO_MAP, PROCESSOR_AUTO_MAP, write_code

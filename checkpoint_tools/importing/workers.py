@@ -7,8 +7,8 @@ import queue
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_anymal.child_processes import end_with_parent
-from megatron_anymal.process_memory import peak_resident_bytes
+from megatron_anymal.processes.child_processes import end_with_parent
+from megatron_anymal.processes.process_memory import peak_resident_bytes
 
 
 class WorkerError(Exception):

@@ -13,9 +13,9 @@ from transformers import LlamaConfig
 from megatron_anymal.checkpoint.frozen_base import resolve_language_model
 from megatron_anymal.config import DataConfig, ModelConfig
 from megatron_anymal.data.chat_format import last_answer, messages_of
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part, TextPart
 from megatron_anymal.data.shard_index import ShardIndex
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.generation.prompts import MediaFile, Prompt
 
 TOGETHER = "all together"

@@ -12,7 +12,7 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import DiscreteConfig, ModelConfig
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.unsharded_weights import list_weights
 
 

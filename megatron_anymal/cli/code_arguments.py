@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.config import ConfigError, DiscreteConfig
-from megatron_anymal.discrete_vocabulary import TEXT
+from megatron_anymal.data.discrete_vocabulary import TEXT
 from megatron_anymal.generation.sampling import CodeSampling, Sampling
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from megatron_anymal.cli.data_page.numbers import MEASURED_STEPS, fill, row_chun
 from megatron_anymal.config import AlignmentConfig, DatasetConfig, ModelConfig, RunConfig, StageConfig
 from megatron_anymal.data.codes import CodeLayout, CodesKind, plan_kinds
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.left_out import grouped
 from megatron_anymal.data.lint import (
     Reading,
@@ -34,7 +35,6 @@ from megatron_anymal.data.records import CodesPart, DataError, MediaPart, Part
 from megatron_anymal.data.shard_index import MediaBytes, ShardIndex
 from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.data.tokenizer import Document, Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.lean_imports import hide_torch
 from megatron_anymal.modalities import MODALITIES, MediaError, build_modality, load_plugins
 

@@ -17,7 +17,7 @@ from typing import Optional, Union
 import numpy as np
 
 from megatron_anymal.data.codes import CodeLayout
-from megatron_anymal.discrete_vocabulary import TEXT, DiscreteCodeError
+from megatron_anymal.data.discrete_vocabulary import TEXT, DiscreteCodeError
 
 
 @dataclass(frozen=True)

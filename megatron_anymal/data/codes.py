@@ -23,8 +23,8 @@ import numpy as np
 
 from megatron_anymal.config import DiscreteConfig
 from megatron_anymal.data.content_parts import CODES_ENDING
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.records import CodesPart, DataError
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.modalities.base import MediaError
 
 # Where an item stands: in a prompt, in an answer that is not learned (an earlier turn of a preference pair), in a

@@ -9,13 +9,13 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Optional
 
-from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.data.index_builder import IndexOptions, index_shard
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shard_listing import ShardFile
 from megatron_anymal.data.shard_rows import ShardRows
 from megatron_anymal.data.tokenizer import Tokenizer
 from megatron_anymal.modalities import load_plugins
+from megatron_anymal.processes.child_processes import end_with_parent
 from megatron_anymal.telemetry import Progress
 
 # A process takes about half a second to start. Indexing this many bytes of shards takes longer, unless media are large.

@@ -14,12 +14,12 @@ from typing import NamedTuple, Optional, Protocol
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.plan_queue import QueuedPlan
 from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.object_storage.errors import StorageError
-from megatron_anymal.process_memory import GIB, resident_bytes
+from megatron_anymal.processes.child_processes import end_with_parent
+from megatron_anymal.processes.process_memory import GIB, resident_bytes
 
 
 class WorkerDied(RuntimeError):

@@ -25,10 +25,10 @@ from megatron_anymal import backend
 from megatron_anymal.checkpoint import store
 from megatron_anymal.config import ConfigError, LanguageModelConfig, ModelConfig, RunConfig, is_remote
 from megatron_anymal.config.validation import check
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.mix_stages import MixStage
 from megatron_anymal.data.shard_index import ShardIndex
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.dry_run.published_models import ENCODERS, assume_shapes
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.modalities.architecture import ARCHITECTURES, read_json

@@ -28,12 +28,12 @@ from megatron_anymal.config import ModelConfig, RunConfig
 from megatron_anymal.data.chat_format import END_TURN
 from megatron_anymal.data.code_grammar import CodeGrammar
 from megatron_anymal.data.codes import CodeLayout
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch
 from megatron_anymal.data.planner import length_multiple
 from megatron_anymal.data.prompt_encoder import PromptReader, TokenizedPrompt
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.generation.answers import Reply
 from megatron_anymal.generation.candidates import candidate_batch
 from megatron_anymal.generation.checkpoint_batch import CheckpointBatch

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Optional
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.data.code_grammar import CodeGrammar, CodeItem, OpenItem
-from megatron_anymal.discrete_vocabulary import TEXT, DiscreteCodeError
+from megatron_anymal.data.discrete_vocabulary import TEXT, DiscreteCodeError
 from megatron_anymal.generation.sampling import Sampling
 
 if TYPE_CHECKING:

@@ -19,10 +19,10 @@ from typing import Any, Generic, Optional, TypeVar
 import numpy as np
 import torch
 
-from megatron_anymal.child_processes import share_of_cores
 from megatron_anymal.data.loader_workers import start_worker
 from megatron_anymal.data.records import DataError
 from megatron_anymal.generation.prompts import Prompt
+from megatron_anymal.processes.child_processes import share_of_cores
 
 Read = TypeVar("Read")
 # Beyond that the model, not reading, takes the time.

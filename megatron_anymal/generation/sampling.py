@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megatron_anymal.config import ConfigError
-from megatron_anymal.discrete_vocabulary import TEXT
+from megatron_anymal.data.discrete_vocabulary import TEXT
 
 
 def _check(settings: Any, limits: Mapping[str, tuple[bool, str]]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_anymal.discrete_vocabulary import TEXT
+from megatron_anymal.data.discrete_vocabulary import TEXT
 from megatron_anymal.generation.checkpoint_generator import NativeGenerator
 from megatron_anymal.generation.evaluation import Question, compared, read_questions
 from megatron_anymal.generation.sampling import Sampling

@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from megatron_anymal.data.code_grammar import CodeGrammar
 from megatron_anymal.data.codes import CodeLayout
-from megatron_anymal.discrete_vocabulary import TEXT
+from megatron_anymal.data.discrete_vocabulary import TEXT
 from megatron_anymal.hf.code_processor import CodeLogitsProcessor
 from megatron_anymal.hf.configuration_anymal import AnyMALConfig, modality_config
 from megatron_anymal.hf.projectors import build_projector

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Optional
 
 from megatron_anymal.config import ConfigError
-from megatron_anymal.discrete_vocabulary import TEXT
+from megatron_anymal.data.discrete_vocabulary import TEXT
 from megatron_anymal.generation.answers import GrowingAnswer, Reply
 from megatron_anymal.generation.generator import Generator, Result, Watch, unwatched
 from megatron_anymal.generation.prompts import Prompt

@@ -21,9 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
 
-from megatron_anymal.child_processes import children, end_group, leave_stop_signals
 from megatron_anymal.launcher.standby import SOCKET, Forked, fork
 from megatron_anymal.launcher.survivors import socket_for
+from megatron_anymal.processes.child_processes import children, end_group, leave_stop_signals
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.resilience.failure_record import exit_now
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.child_processes import end_group
 from megatron_anymal.launcher import agent as agents
 from megatron_anymal.launcher.hang_detector import (
     RankView,
@@ -29,6 +28,7 @@ from megatron_anymal.launcher.rendezvous import SingleNode
 from megatron_anymal.launcher.standby import SOCKET, Forked, Standby, fork
 from megatron_anymal.launcher.stop_requests import StopRequests
 from megatron_anymal.launcher.survivors import Survivors
+from megatron_anymal.processes.child_processes import end_group
 from megatron_anymal.resilience import heartbeat, survival
 from megatron_anymal.resilience.events import ATTEMPT, read, record
 from megatron_anymal.resilience.exit_codes import Exit

@@ -15,10 +15,10 @@ from pathlib import Path
 from megatron_anymal.config import ConfigError, ResilienceConfig, RunConfig, TrainerConfig, composed_ahead
 from megatron_anymal.config.compose import config_folder
 from megatron_anymal.config.validation import check
-from megatron_anymal.installed import has_nvidia_driver
+from megatron_anymal.dependencies.installed import has_nvidia_driver
+from megatron_anymal.dependencies.megatron_line import of_python, why_no_resiliency
 from megatron_anymal.launcher.job import Job
 from megatron_anymal.launcher.supervisor import Supervisor
-from megatron_anymal.megatron_line import of_python, why_no_resiliency
 
 _JOBS = ("pretrain", "sft", "dpo")
 _EPILOG = """examples:

@@ -22,8 +22,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.child_processes import children
 from megatron_anymal.launcher import standby, survivors
+from megatron_anymal.processes.child_processes import children
 from megatron_anymal.resilience import survival
 from megatron_anymal.resilience.events import ATTEMPT
 from megatron_anymal.resilience.exit_codes import Exit, code_of

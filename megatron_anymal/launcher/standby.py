@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.child_processes import children, end_group
+from megatron_anymal.processes.child_processes import children, end_group
 
 # Environment variable with the path of the standby process's socket.
 SOCKET = "ANYMAL_STANDBY"

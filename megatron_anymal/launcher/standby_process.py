@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 from megatron_anymal import lean_imports
-from megatron_anymal.child_processes import end_with, leave_stop_signals
 from megatron_anymal.config import composed_ahead
 from megatron_anymal.launcher.standby import COMPOSED, UNSAFE, Request, become, listen, receive
 from megatron_anymal.log_filters import quiet_libraries
+from megatron_anymal.processes.child_processes import end_with, leave_stop_signals
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Optional
 
-from megatron_anymal.child_processes import end_group
+from megatron_anymal.processes.child_processes import end_group
 from megatron_anymal.resilience.survival import ENVIRONMENT, invitation
 
 _WAITING = "waiting_"

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, Optional
 
-from megatron_anymal.installed import has_nvidia_driver
+from megatron_anymal.dependencies.installed import has_nvidia_driver
 from megatron_anymal.lean_imports.deferral import Deferral, Later, has_run, when_run
 
 _COMPILER = "torch._dynamo"

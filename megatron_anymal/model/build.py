@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 from megatron_anymal import backend
 from megatron_anymal.config import ModelConfig
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.modalities import Modality
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.discrete_rows import DiscreteRows, initialise_rows

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_anymal.installed import apex_kind, is_importable
+from megatron_anymal.dependencies.installed import apex_kind, is_importable
 
 
 def fused_on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:

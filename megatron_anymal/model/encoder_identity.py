@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_anymal import modalities
-from megatron_anymal.installed import version_of
+from megatron_anymal.dependencies.installed import version_of
 from megatron_anymal.modalities import Modality
 from megatron_anymal.modalities.architecture import preprocessor
 from megatron_anymal.model import encoders

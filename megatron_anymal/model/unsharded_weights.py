@@ -22,8 +22,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from megatron_anymal.child_processes import share_of_cores
 from megatron_anymal.model.quantized_weights import is_quantized, remember_source, source_of, unquantized
+from megatron_anymal.processes.child_processes import share_of_cores
 from megatron_anymal.safetensors_io import raw_bytes
 
 _CPU = torch.device("cpu")

@@ -19,12 +19,12 @@ from megatron_anymal.config import DataConfig, DistributedDataParallelConfig, Mo
 from megatron_anymal.config.validation import check
 from megatron_anymal.data.codes import CodeLayout
 from megatron_anymal.data.configured_modality import LoadedModality, PlannedModality
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.loader import MicroBatchReader, RankNeeds
 from megatron_anymal.data.planner import BatchLayout, BatchPlanner
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.shared_prompts import shares_prompts
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.model import kept_weights
 from megatron_anymal.model.anymal import AnyMALModel

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from megatron_anymal import backend, lean_imports
-from megatron_anymal.child_processes import end_with_parent
 from megatron_anymal.config import RunConfig
 from megatron_anymal.data.feature_cache import PieceKey, item_digest
 from megatron_anymal.data.records import DataError, MediaPart
@@ -26,7 +25,8 @@ from megatron_anymal.modalities import Modality, build_modality, load_plugins
 from megatron_anymal.modalities.base import MediaError
 from megatron_anymal.model.encoders import Encoder, seeded_encoder
 from megatron_anymal.object_storage.errors import StorageError
-from megatron_anymal.process_memory import GIB
+from megatron_anymal.processes.child_processes import end_with_parent
+from megatron_anymal.processes.process_memory import GIB
 from megatron_anymal.telemetry import Progress
 from megatron_anymal.train.feature_cache import open_caches, open_folder
 

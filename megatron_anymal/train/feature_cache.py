@@ -22,7 +22,7 @@ from megatron_anymal.model.encoders import Encoder
 from megatron_anymal.object_storage.cache_folder import cache_folder
 from megatron_anymal.object_storage.daemon_pool import DaemonPool
 from megatron_anymal.object_storage.errors import StorageError
-from megatron_anymal.process_memory import GIB
+from megatron_anymal.processes.process_memory import GIB
 
 if TYPE_CHECKING:
     # Imports megatron-core, which `anymal encode` does without.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megatron_anymal.data.loader_workers import LoaderMemory
-from megatron_anymal.process_memory import GIB, resident_bytes
+from megatron_anymal.processes.process_memory import GIB, resident_bytes
 
 # Names of these metrics.
 MEMORY_METRICS = ("host_memory_gib", "loader_memory_gib", "loader_growth_gib", "device_memory_gib")

@@ -15,9 +15,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_anymal.config import DpoConfig, ModelConfig
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.data.step_plan import StepPlan
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.train.losses import (
     DPO_METRICS,
     batch_mean,

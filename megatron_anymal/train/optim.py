@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 
 from megatron_anymal import backend
 from megatron_anymal.config import DistributedDataParallelConfig, OptimConfig, TrainerConfig
-from megatron_anymal.megatron_line import match_parameter_groups
+from megatron_anymal.dependencies.megatron_line import match_parameter_groups
 
 
 def learning_rate(optim: OptimConfig, max_steps: int, step: int) -> float:

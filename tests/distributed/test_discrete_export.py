@@ -22,9 +22,9 @@ from checkpoint_tools import export_hf
 from checkpoint_tools.exporting.discrete_tokens import with_discrete_tokens
 from megatron_anymal.config import DiscreteConfig, LoraConfig, RunConfig
 from megatron_anymal.config.discrete_validation import check_discrete
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.records import DataError
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.nemo.archive import portable
 from megatron_anymal.nemo.model import MegatronAnyMALModel, from_cfg

@@ -24,9 +24,9 @@ from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import ConfigError, DatasetConfig, DiscreteConfig, LoraConfig, RunConfig
 from megatron_anymal.config.validation import check
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.loader import steps
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.unsharded_weights import gather_weights
 from megatron_anymal.parallel import initialize
 from megatron_anymal.train.build import TrainState, build

@@ -8,7 +8,7 @@ from ranks import run_ranks
 
 from benchmarks.measuring import Dispatched
 from megatron_anymal.parallel import gather_numbers
-from megatron_anymal.process_memory import GIB
+from megatron_anymal.processes.process_memory import GIB
 from megatron_anymal.train.memory_metrics import memory_metrics
 from megatron_anymal.train.pass_times import PASS_METRICS, pass_metrics
 

@@ -19,7 +19,7 @@ from engine import losses
 from tiny import make_config
 
 from megatron_anymal.config import LoraConfig, RunConfig
-from megatron_anymal.megatron_line import LINES
+from megatron_anymal.dependencies.megatron_line import LINES
 
 ROOT = Path(__file__).parents[2]
 OTHER = os.environ.get("ANYMAL_OTHER_PYTHON", "")

@@ -11,8 +11,8 @@ from unittest.mock import patch
 from tiny import SPECIAL, WORDS
 
 from megatron_anymal.config import DiscreteConfig, ModelConfig
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.tokenizer import Document, Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from parity.layouts import Layout
 
 # 15 marks and codes: not divisible by a tensor-parallel size.

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_anymal.installed import has_transformer_engine_extension
+from megatron_anymal.dependencies.installed import has_transformer_engine_extension
 
 # Marks of a test module.
 MARKS = [

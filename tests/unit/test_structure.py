@@ -14,13 +14,10 @@ PACKAGE = ROOT / "megatron_anymal"
 # First layer to last; modules of one row may import each other.
 ORDER = [
     (
-        "child_processes",
         "config",
-        "discrete_vocabulary",
-        "installed",
+        "dependencies",
         "log_filters",
-        "megatron_line",
-        "process_memory",
+        "processes",
         "step_lines",
         "telemetry",
         "safetensors_io",
@@ -49,6 +46,20 @@ ORDER = [
     ("nemo",),
     ("cli",),
 ]
+# The files outside any package. A new module belongs into a package.
+ROOT_FILES = {
+    "__init__",
+    "__main__",
+    "backend",
+    "cpu_shim",
+    "environment",
+    "hf_weights",
+    "log_filters",
+    "parallel",
+    "safetensors_io",
+    "step_lines",
+    "telemetry",
+}
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row}
 
 
@@ -68,6 +79,10 @@ def imports_of(path: Path) -> set[str]:
 def test_every_module_has_its_place() -> None:
     present = {p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
     assert present - {"__init__", "__main__"} == RANK.keys()
+
+
+def test_only_these_files_are_outside_a_package() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == ROOT_FILES
 
 
 def test_imports_go_backwards_only() -> None:

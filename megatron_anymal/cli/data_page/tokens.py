@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_anymal.cli.data_page.contents import ShownPack, ShownSample
 from megatron_anymal.cli.data_page.markup import count, text, token_text
 from megatron_anymal.cli.data_page.numbers import RunView
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 
 # Tokens at the start and at the end of a long document that are shown; a media item counts as one.
 FIRST, LAST = 300, 100

@@ -8,8 +8,8 @@ from transformers import LlamaConfig
 
 from megatron_anymal.config import NF4_BLOCK, ModalityConfig, ModelConfig
 from megatron_anymal.data.context_parallel import padded
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.planner import BatchLayout
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.llama_shape import layers_of_stages
 from megatron_anymal.model.lora_targets import adapted_projections
 from megatron_anymal.model.memory.media import EncoderSizes, media_bytes

@@ -19,7 +19,7 @@ from itertools import pairwise
 from transformers import LlamaConfig
 
 from megatron_anymal.config import ModelConfig, ProjectorConfig
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.model.memory.run_sizes import llama_sizes
 from megatron_anymal.model.memory.sizes import LINEARS, LlamaSizes, Recompute
 

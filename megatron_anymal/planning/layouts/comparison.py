@@ -16,7 +16,7 @@ from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.prediction import predict
 from megatron_anymal.planning.layouts.report import Row, mfu_of, row_of
 from megatron_anymal.planning.layouts.step_time import StepTime
-from megatron_anymal.process_memory import GIB
+from megatron_anymal.processes.process_memory import GIB
 
 _TITLES = {
     "forward": "forward passes",

@@ -27,7 +27,7 @@ from megatron_anymal.checkpoint.metadata import ALLOWED, ITEM_BYTES, Contents, r
 from megatron_anymal.checkpoint.safe_loading import check_pickles
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
-from megatron_anymal.megatron_line import OLDER
+from megatron_anymal.dependencies.megatron_line import OLDER
 from megatron_anymal.parallel import initialize
 
 

@@ -16,8 +16,8 @@ from checkpoint_tools.exporting.model_files import write_llama_files
 from checkpoint_tools.importing import llama as importing
 from checkpoint_tools.verifying.chat_ids import ChatIdsError, compare_chat_ids
 from megatron_anymal.config import DataConfig
+from megatron_anymal.data.discrete_vocabulary import DiscreteVocabulary
 from megatron_anymal.data.tokenizer import Tokenizer
-from megatron_anymal.discrete_vocabulary import DiscreteVocabulary
 
 TEXTS = ["What is <s>this</s>?\n\n  A cat, 1234.", "<|eot_id|> é 日本", "one two"]
 

@@ -17,8 +17,8 @@ from packaging.specifiers import SpecifierSet
 from megatron_anymal import backend, environment
 from megatron_anymal.cli import doctor
 from megatron_anymal.config import ConfigError, RunConfig
-from megatron_anymal.installed import apex_kind, has_nvidia_driver, is_importable
-from megatron_anymal.megatron_line import LINES, NEWER, OLDER, of_python
+from megatron_anymal.dependencies.installed import apex_kind, has_nvidia_driver, is_importable
+from megatron_anymal.dependencies.megatron_line import LINES, NEWER, OLDER, of_python
 
 ROOT = Path(__file__).parents[3]
 

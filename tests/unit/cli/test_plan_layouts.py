@@ -346,7 +346,7 @@ def test_refusals_are_quick() -> None:
         assert min(taken) < 0.6, option
 
 
-PEAK = "from megatron_anymal.process_memory import peak_resident_bytes as peak; "
+PEAK = "from megatron_anymal.processes.process_memory import peak_resident_bytes as peak; "
 
 
 @pytest.fixture(scope="module")

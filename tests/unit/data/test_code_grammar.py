@@ -13,7 +13,7 @@ from discrete_model import is_grammatical
 from megatron_anymal.config import DiscreteConfig
 from megatron_anymal.data.code_grammar import CodeGrammar, CodeItem, OpenItem
 from megatron_anymal.data.codes import CodeLayout
-from megatron_anymal.discrete_vocabulary import DiscreteCodeError, DiscreteVocabulary
+from megatron_anymal.data.discrete_vocabulary import DiscreteCodeError, DiscreteVocabulary
 
 ENDS = (1, 28)
 

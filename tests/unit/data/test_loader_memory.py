@@ -25,7 +25,7 @@ from megatron_anymal.data.loader import steps
 from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerMemory
 from megatron_anymal.data.micro_batch import MicroBatch
 from megatron_anymal.modalities import load_plugins
-from megatron_anymal.process_memory import GIB, resident_bytes
+from megatron_anymal.processes.process_memory import GIB, resident_bytes
 
 MIB = 2**20
 LIMIT = 1 / 32

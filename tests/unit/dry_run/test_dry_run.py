@@ -578,7 +578,7 @@ def test_clap_on_the_meta_device_counts_its_tokens() -> None:
 SEVENTY = """
 import sys, time
 from megatron_anymal.__main__ import main
-from megatron_anymal.process_memory import peak_resident_bytes
+from megatron_anymal.processes.process_memory import peak_resident_bytes
 start = time.perf_counter()
 code = main(sys.argv[1:])
 peak = peak_resident_bytes()

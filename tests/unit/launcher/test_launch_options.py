@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_anymal.config import ConfigError
+from megatron_anymal.dependencies.megatron_line import NEWER
 from megatron_anymal.launcher import command
 from megatron_anymal.launcher.command import main
 from megatron_anymal.launcher.job import Job
-from megatron_anymal.megatron_line import NEWER
 
 RUN = ["pretrain", "--config-name=quickstart"]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_anymal.installed import has_nvidia_driver
+from megatron_anymal.dependencies.installed import has_nvidia_driver
 
 pytestmark = pytest.mark.skipif(has_nvidia_driver(), reason="with a GPU the compiler is imported as usual")
 

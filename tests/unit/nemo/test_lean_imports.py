@@ -22,9 +22,9 @@ import yaml
 from tiny import make_config, make_shards, make_tokenizer
 
 from megatron_anymal import lean_imports
+from megatron_anymal.dependencies.megatron_line import of_python
 from megatron_anymal.lean_imports import hooks, libraries
 from megatron_anymal.lean_imports.deferral import Deferral, Later
-from megatron_anymal.megatron_line import of_python
 
 PACKAGES = Path(__file__).with_name("rank_packages.json")
 # Imported by no rank on a CPU: the compiler, metrics, tokenizers and losses of NeMo.

@@ -26,7 +26,7 @@ from megatron_anymal.planning.layouts.comparison import (
 )
 from megatron_anymal.planning.layouts.hardware import load_hardware
 from megatron_anymal.planning.layouts.prediction import predict
-from megatron_anymal.process_memory import GIB
+from megatron_anymal.processes.process_memory import GIB
 from megatron_anymal.train.pass_times import PASS_METRICS
 
 H100 = load_hardware("h100-80gb")

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_anymal.config import DiscreteConfig
-from megatron_anymal.discrete_vocabulary import DiscreteCodeError, DiscreteToken, DiscreteVocabulary
+from megatron_anymal.data.discrete_vocabulary import DiscreteCodeError, DiscreteToken, DiscreteVocabulary
 
 MIO = {
     "image": DiscreteConfig(codebooks=[8192], begin="<IMAGE>", end="</IMAGE>"),
@@ -73,5 +73,5 @@ def test_without_sections_nothing_is_added():
 
 
 def test_needs_no_torch():
-    code = "import sys, megatron_anymal.discrete_vocabulary; assert 'torch' not in sys.modules"
+    code = "import sys, megatron_anymal.data.discrete_vocabulary; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,7 +17,7 @@ import pytest
 SCRIPT = """
 import multiprocessing, os, sys, time
 from concurrent.futures import ProcessPoolExecutor
-from megatron_anymal.child_processes import end_with_parent
+from megatron_anymal.processes.child_processes import end_with_parent
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(
