@@ -265,7 +265,7 @@ class Attempt:
         text = _ended(code)
         if not (code >= 0 and code != Exit.CRASH):
             if self.kill_at is None:
-                self.say(f"rank {rank} {text}" + (f", in step {step}" if step >= 0 else "") + ": ending the others")
+                self.say(f"rank {rank} {text}" + (f", in step {step}" if step >= 0 else "") + ": ending this attempt")
             more = {"signal": -code} if code < 0 else {"exit_code": code, "output": self._last_words(rank)}
             self._record("death", text, rank=rank, step=step, **more)
 

@@ -44,7 +44,7 @@ class Recovery:
 
     def __str__(self) -> str:
         phases = {
-            "ending the others": self.ending,
+            "ending the attempt": self.ending,
             "pause": self.pause,
             "ranks ready": self.joining,
             "restore": self.restoring,

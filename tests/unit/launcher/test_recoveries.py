@@ -31,7 +31,7 @@ def test_phases_follow_each_other() -> None:
     [found] = recoveries([*FIRST, *failed, *SECOND])
     assert (found.attempt, found.way, found.total) == (2, "anew", 10.5)
     assert str(found) == (
-        "attempt 2, started anew: 10.5 s (ending the others 1.0 s, pause 1.0 s, ranks ready 5.0 s, restore 2.0 s, "
+        "attempt 2, started anew: 10.5 s (ending the attempt 1.0 s, pause 1.0 s, ranks ready 5.0 s, restore 2.0 s, "
         "first step 1.5 s)"
     )
 
