@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from megatron_anymal.data.records import DataError
+from megatron_anymal.data.vq_folders import open_vq_folder
 
 
 @runtime_checkable
@@ -66,8 +67,6 @@ def open_tokenizer(name: str, spec: str, option: str = "--encode") -> MediaToken
         DataError: it cannot be loaded or lacks a part of the interface.
     """
     if Path(spec).is_dir():
-        from megatron_anymal.data.vq_folders import open_vq_folder
-
         return open_vq_folder(f"{option} {name}={spec}", Path(spec))
     module, _, attribute = spec.partition(":")
     try:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_anymal.data.media_tokenizers import MediaTokenizer
 from megatron_anymal.data.records import DataError
 from megatron_anymal.modalities.libraries import library
 
@@ -18,7 +17,7 @@ _SOUNDS = ("encodec", "mimi", "dac")
 _PICTURES = ("emu3_vqgan",)
 
 
-def open_vq_folder(where: str, folder: Path) -> MediaTokenizer:
+def open_vq_folder(where: str, folder: Path) -> PictureTokenizer | SoundTokenizer:
     """Load a tokenizer from its folder, onto the GPU if there is one.
 
     Args:
@@ -34,7 +33,7 @@ def open_vq_folder(where: str, folder: Path) -> MediaTokenizer:
         raise DataError(f"{where}: it holds a {kind!r} model. Known are {known}; for others write a module:Class.")
     if not list(folder.glob("*.safetensors")):
         raise DataError(f"{where}: it has no .safetensors. Convert the weights, or download them.")
-    return _Sounds(folder, kind, where) if kind in _SOUNDS else _Pictures(folder, where)
+    return SoundTokenizer(folder, kind, where) if kind in _SOUNDS else PictureTokenizer(folder, where)
 
 
 def _read(file: Path, where: str) -> dict[str, Any]:
@@ -64,8 +63,12 @@ def _loaded(model: Any, folder: Path, where: str) -> Any:
         raise DataError(f"{where}: transformers cannot load it ({error}).") from None
 
 
-class _Sounds:
-    """EnCodec, Mimi or DAC."""
+class SoundTokenizer:
+    """EnCodec, Mimi or DAC.
+
+    Raises:
+        DataError: the folder cannot be loaded, or the model takes several channels or scales or cuts sounds.
+    """
 
     kind = "audio"
 
@@ -83,7 +86,10 @@ class _Sounds:
         self.codebooks: tuple[int, ...] = (int(config.codebook_size),) * int(levels)
 
     def encode(self, items: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """One item at a time: padding to a common length would change the codes at the end."""
+        """Codes of sounds, each [samples] float32: [codebooks, codes] integers per sound.
+
+        One item at a time: padding to a common length would change the codes at the end.
+        """
         return [self._encode(item) for item in items]
 
     def _encode(self, item: np.ndarray) -> np.ndarray:
@@ -97,7 +103,7 @@ class _Sounds:
         return np.asarray(codes.reshape(-1, codes.shape[-1]).cpu())
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Sounds, [samples] float32."""
+        """Sounds, [samples] float32, of codes, [codebooks, codes]."""
         import torch
 
         sounds = []
@@ -114,8 +120,13 @@ class _Sounds:
         return sounds
 
 
-class _Pictures:
-    """Emu3's VQ-VAE. Pictures are stretched to the size in preprocessor_config.json, so that all have as many codes."""
+class PictureTokenizer:
+    """Emu3's VQ-VAE. Pictures are stretched to the size in preprocessor_config.json, so that all have as many codes.
+
+    Raises:
+        DataError: the folder cannot be loaded, or preprocessor_config.json has no size or one that the model cannot
+            take.
+    """
 
     kind, sampling_rate = "image", 0
 
@@ -141,14 +152,14 @@ class _Pictures:
         self._grid = self._size[1] // factor, self._size[0] // factor
 
     def pixels(self, item: np.ndarray) -> np.ndarray:
-        """[3, height, width] float32: a picture as the model takes it."""
+        """A picture, [height, width, 3] uint8, as the model takes it: [3, height, width] float32, normalized."""
         image = library("PIL.Image")
         resized = image.fromarray(item).resize(self._size, image.Resampling.BICUBIC)
         scaled = np.asarray(resized, np.float32) / 255
         return np.ascontiguousarray(((scaled - self._mean) / self._std).transpose(2, 0, 1))
 
     def encode(self, items: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """All pictures at once."""
+        """Codes of pictures, each [height, width, 3] uint8, all at once: [1, codes] integers per picture."""
         import torch
 
         pixels = torch.from_numpy(np.stack([self.pixels(item) for item in items])).to(self._model.device)
@@ -158,7 +169,7 @@ class _Pictures:
         return [one.reshape(1, -1).cpu().numpy() for one in found]
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Pictures, [height, width, 3] uint8."""
+        """Pictures, [height, width, 3] uint8, of codes, [1, codes]."""
         import torch
 
         tokens = np.stack([np.asarray(one, np.int64).reshape(self._grid) for one in codes])

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -113,6 +114,21 @@ def test_no_circle_between_folders() -> None:
                 if "." not in (folder, other) and folder != other:
                     edges.add((folder, other))
     assert not [f"{a} <-> {b}" for a, b in edges if (b, a) in edges and a < b]
+
+
+def test_no_circle_between_files() -> None:
+    """Imports inside functions and imports for annotations count too."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    needed = {}
+    for file in files:
+        names = set()
+        for node in ast.walk(ast.parse(ROOT.joinpath(*file.split(".")).with_suffix(".py").read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            elif isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+        needed[file] = names & files
+    TopologicalSorter(needed).prepare()
 
 
 def test_functions_fit_a_screen() -> None:
