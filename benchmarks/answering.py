@@ -64,15 +64,16 @@ def compare(generator: NativeGenerator, prompts: Sequence[Prompt], batch_size: i
     }
 
 
-def report(found: dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """Format the results as text."""
-    seconds, wall = found["seconds"], found["wall"]
+    seconds, wall = results["seconds"], results["wall"]
     return "\n".join(
         [
-            f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
-            f"{found['samples']} samples, the same answers; {found['processes_that_read']} processes read",
-            f"read in between: {seconds['between']:.2f} s, of which reading {found['reading']:.2f} s",
-            f"read ahead:      {seconds['ahead']:.2f} s; the floor is {found['floor']:.2f} s",
+            f"{results['date']}; {results['machine']}; {results['threads']} threads; "
+            f"load before: {results['load']:.1f}",
+            f"{results['samples']} samples, the same answers; {results['processes_that_read']} processes read",
+            f"read in between: {seconds['between']:.2f} s, of which reading {results['reading']:.2f} s",
+            f"read ahead:      {seconds['ahead']:.2f} s; the floor is {results['floor']:.2f} s",
             f"samples per second, ahead over between: {wall['median']:.2f} "
             f"({wall['lower']:.2f} to {wall['upper']:.2f})",
         ]
@@ -93,11 +94,11 @@ def main(argv: Sequence[str]) -> int:
     about = {"command": " ".join(["python benchmarks/answering.py", *argv]), **surroundings()}
     prompts = [question.prompt for folder in arguments.data for question in read_questions(folder)]
     generator = NativeGenerator.of_run(arguments.checkpoint)
-    found = {**about, **compare(generator, prompts, arguments.batch_size, arguments.rounds)}
+    results = {**about, **compare(generator, prompts, arguments.batch_size, arguments.rounds)}
     shutdown()
-    print(report(found))
+    print(report(results))
     if arguments.out:
-        Path(arguments.out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

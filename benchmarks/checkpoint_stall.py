@@ -156,24 +156,24 @@ def summary(turns: list[Round], without: list[Round], step: float, every: int) -
     }
 
 
-def report(found: dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """Format the results as text."""
     lines = [
-        f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
-        f"the quickstart's alignment in one process; {found['step_seconds']:.3f} s per step; a checkpoint of "
-        f"{found['checkpoint_bytes'] / 2**20:.1f} MiB every {found['every']} steps",
+        f"{results['date']}; {results['machine']}; {results['threads']} threads; load before: {results['load']:.1f}",
+        ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
+        f"the quickstart's alignment in one process; {results['step_seconds']:.3f} s per step; a checkpoint of "
+        f"{results['checkpoint_bytes'] / 2**20:.1f} MiB every {results['every']} steps",
         "",
         f"{'checkpoint':<14}{'stall, s':>10}{'worst, s':>10}{'in steps':>10}{'of 20 steps':>13}{'steps slower':>14}",
     ]
-    lines[-1] = lines[-1].replace("of 20 steps", f"of {found['every']} steps".rjust(11))
+    lines[-1] = lines[-1].replace("of 20 steps", f"of {results['every']} steps".rjust(11))
     for kind in ("background", "waited_for"):
-        one = found[kind]
+        one = results[kind]
         lines.append(
             f"{kind.replace('_', ' '):<14}{one['stall_seconds']:>10.3f}{one['worst_stall_seconds']:>10.3f}"
             f"{one['stall_in_steps']:>10.2f}{one['stall_share']:>13.2%}{one['slower_steps_share']:>14.2%}"
         )
-    within = found["background"]["stall_share"] <= BAR
+    within = results["background"]["stall_share"] <= BAR
     return "\n".join([*lines, f"{'within' if within else 'ABOVE'} the bar of {BAR:.0%} for background checkpoints"])
 
 

@@ -173,23 +173,23 @@ def measure(root: Path, hf: LlamaConfig, processes: int, rounds: int) -> Measure
     return Measured(size, largest, processes, tuple(copies), tuple(imports), tuple(exports))
 
 
-def say(found: Measured) -> dict[str, Any]:
+def say(measured: Measured) -> dict[str, Any]:
     """Print the results; return the ratios."""
-    rates = [found.bytes / 1e6 / seconds for seconds in found.copy_seconds]
-    print(f"{found.bytes / 1e9:.2f} GB copied at {', '.join(f'{rate:.0f}' for rate in rates)} MB/s")
+    rates = [measured.bytes / 1e6 / seconds for seconds in measured.copy_seconds]
+    print(f"{measured.bytes / 1e9:.2f} GB copied at {', '.join(f'{rate:.0f}' for rate in rates)} MB/s")
     ratios = {}
-    for name, conversions in (("import", found.imports), ("export", found.exports)):
-        ratios[name] = found.ratios(conversions)
+    for name, conversions in (("import", measured.imports), ("export", measured.exports)):
+        ratios[name] = measured.ratios(conversions)
         print(
-            f"{name}: {', '.join(f'{found.bytes / 1e6 / one.seconds:.0f}' for one in conversions)} MB/s; relative to "
-            f"the adjacent copies {statistics.median(ratios[name]):.2f} (median; {min(ratios[name]):.2f} to "
+            f"{name}: {', '.join(f'{measured.bytes / 1e6 / one.seconds:.0f}' for one in conversions)} MB/s; relative "
+            f"to the adjacent copies {statistics.median(ratios[name]):.2f} (median; {min(ratios[name]):.2f} to "
             f"{max(ratios[name]):.2f}; bar {BAR})"
         )
         start = statistics.median(one.with_start - one.seconds for one in conversions)
         most = max(peak for one in conversions for peak in one.peak_memory)
         print(
-            f"  memory per process: {most / 1e6:.0f} MB, {most / found.largest_tensor:.2f} of the largest tensor (bar "
-            f"2); excludes {start:.1f} s of Python startup"
+            f"  memory per process: {most / 1e6:.0f} MB, {most / measured.largest_tensor:.2f} of the largest tensor "
+            f"(bar 2); excludes {start:.1f} s of Python startup"
         )
     return ratios
 
@@ -206,8 +206,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix=".conversion-") as root:
         hf = llama_of(arguments.gigabytes, arguments.hidden)
-        found = measure(Path(root).absolute(), hf, arguments.processes, arguments.rounds)
-    ratios = say(found)
+        measured = measure(Path(root).absolute(), hf, arguments.processes, arguments.rounds)
+    ratios = say(measured)
     if arguments.out:
         body = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -221,7 +221,7 @@ def main() -> None:
             },
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
             "ratios": ratios,
-            **asdict(found),
+            **asdict(measured),
         }
         arguments.out.write_text(json.dumps(body, indent=1) + "\n")
 

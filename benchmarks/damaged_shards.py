@@ -160,9 +160,9 @@ def with_anymal(folder: Path, tokenizer: str) -> tuple[dict[str, int], set[str] 
     return member_counts, None if any(not entry.key for entry in ledger) else {entry.key for entry in ledger}
 
 
-def summary(lost: list[set[str]], told: list[Callable[[str], bool]]) -> dict[str, int]:
+def summary(lost: list[set[str]], reported: list[Callable[[str], bool]]) -> dict[str, int]:
     """Count lost samples, and samples and shards with silent loss."""
-    silent = [{key for key in keys if not was_told(key)} for keys, was_told in zip(lost, told)]
+    silent = [{key for key in keys if not is_reported(key)} for keys, is_reported in zip(lost, reported)]
     return {
         "samples_lost": sum(map(len, lost)),
         "shards_with_silent_loss": sum(map(bool, silent)),
@@ -170,9 +170,9 @@ def summary(lost: list[set[str]], told: list[Callable[[str], bool]]) -> dict[str
     }
 
 
-def missing(found: dict[str, int]) -> set[str]:
+def missing(counts: dict[str, int]) -> set[str]:
     """Keys of samples that did not arrive with both members."""
-    return {key for key in (f"{n:04d}" for n in range(SAMPLES)) if found.get(key) != 2}
+    return {key for key in (f"{n:04d}" for n in range(SAMPLES)) if counts.get(key) != 2}
 
 
 def read_with_peer(python: str, peer: str, folder: Path, count: int) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def read_with_peer(python: str, peer: str, folder: Path, count: int) -> dict[str
         sys.exit(f"{peer} did not run:\n{done.stderr[-2000:]}")
     answers = json.loads(done.stdout.splitlines()[-1])
     assert len(answers["shards"]) == count
-    lost = [missing(found) for found, _ in answers["shards"]]
+    lost = [missing(counts) for counts, _ in answers["shards"]]
     reported: list[Callable[[str], bool]] = [lambda key, was=was: was for _, was in answers["shards"]]
     return {"version": answers["version"], "seconds": answers["seconds"], **summary(lost, reported)}
 
@@ -216,9 +216,9 @@ def main() -> None:
         folder.mkdir()
         write_damaged(folder, arguments.shards, arguments.seed)
         begun = time.perf_counter()
-        answers = [with_anymal(place, tokenizer) for place in sorted(folder.iterdir())]
+        answers = [with_anymal(shards, tokenizer) for shards in sorted(folder.iterdir())]
         named: list[Callable[[str], bool]] = [lambda key, keys=keys: keys is None or key in keys for _, keys in answers]
-        ours = summary([missing(found) for found, _ in answers], named)
+        ours = summary([missing(counts) for counts, _ in answers], named)
         seconds = round(time.perf_counter() - begun, 1)
         version = importlib.metadata.version("megatron-anymal")
         results = {"megatron_anymal": {"version": version, "seconds": seconds, **ours}}
@@ -230,8 +230,8 @@ def main() -> None:
     print(f"{arguments.shards} damaged shards of {SAMPLES} samples, seed {arguments.seed}\n")
     columns = ("version", "samples_lost", "shards_with_silent_loss", "samples_lost_in_silence", "seconds")
     print(f"| reader | {' | '.join(name.replace('_', ' ') for name in columns)} |\n{'|---' * (len(columns) + 1)}|")
-    for name, found in results.items():
-        print(f"| {name} | {' | '.join(str(found[column]) for column in columns)} |")
+    for name, counts in results.items():
+        print(f"| {name} | {' | '.join(str(counts[column]) for column in columns)} |")
     if arguments.out:
         body = {"date": time.strftime("%Y-%m-%d"), "shards": arguments.shards, "seed": arguments.seed, **results}
         Path(arguments.out).write_text(json.dumps(body, indent=1) + "\n")

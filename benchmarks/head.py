@@ -194,12 +194,12 @@ def compare_backward(sizes: HeadSizes) -> dict[str, Any]:
     }
 
 
-def report(found: dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """Format the results as text."""
-    sizes, heads, backward = found["sizes"], found["heads"], found["backward"]
+    sizes, heads, backward = results["sizes"], results["heads"], results["backward"]
     floor = heads["megatron-core"]
     lines = [
-        f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
+        f"{results['date']}; {results['machine']}; {results['threads']} threads; load before: {results['load']:.1f}",
         f"{sizes['tokens']} positions of width {sizes['hidden']}, one in {sizes['label_every']} with a label; "
         f"vocabulary {sizes['vocabulary']}; frozen output layer; forward and backward; differences in fp64",
         "",

@@ -122,27 +122,27 @@ def measure(folder: Path, steps: int) -> dict[str, Any]:
         took, plan = seconds_of(lambda: plans.plan(step))  # noqa: B023
         turns["plan"].append(took)
         turns["bare reads"].append(seconds_of(lambda: bare_reads(folder, plan.sample))[0])  # noqa: B023
-    found = {"open": opened, "planner": constructed, **turns}
+    seconds = {"open": opened, "planner": constructed, **turns}
     path = folder / "index" / "index.json"
     body = json.loads(path.read_text())
     del body["counts"]
     path.write_text(json.dumps(body))
     planned = memory()
-    found["without bounds"] = seconds_of(lambda: planner(str(folder), modality))[0]
+    seconds["without bounds"] = seconds_of(lambda: planner(str(folder), modality))[0]
     grown = {name: {"planner": after[name] - before[name], "plans": planned[name] - before[name]} for name in before}
-    return {"seconds": found, "memory": grown}
+    return {"seconds": seconds, "memory": grown}
 
 
-def report(samples: int, found: dict[str, Any]) -> None:
+def report(samples: int, results: dict[str, Any]) -> None:
     """Print the results."""
-    seconds = found["seconds"]
-    print(f"{samples:,} samples, {found['index_bytes'] / 1e9:.1f} GB")
+    seconds = results["seconds"]
+    print(f"{samples:,} samples, {results['index_bytes'] / 1e9:.1f} GB")
     for name in ("open", "planner", "without bounds"):
         print(f"{name:<16} {seconds[name]['wall']:8.3f} s ({seconds[name]['cpu']:.3f} s of the processor)")
     for name in ("plan", "bare reads"):
         walls, cpus = ([turn[kind] for turn in seconds[name]] for kind in ("wall", "cpu"))
         print(f"{name:<16} {statistics.median(walls):8.3f} s ({statistics.median(cpus):.3f} s), first {walls[0]:.3f} s")
-    for name, grown in found["memory"].items():
+    for name, grown in results["memory"].items():
         what = {"RssAnon": "own memory", "RssFile": "mapped pages"}[name]
         print(f"{what:<16} {grown['planner'] / 1e6:8.1f} MB with a planner, {grown['plans'] / 1e6:.1f} MB after plans")
 
@@ -168,12 +168,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         words = [sys.executable, __file__, "--measure", temporary, "--steps", str(arguments.steps)]
         done = subprocess.run(words, check=True, stdout=subprocess.PIPE, text=True)
         size = sum(path.stat().st_size for path in (folder / "index").iterdir())
-    found = {"samples": arguments.samples, "index_bytes": size, "write": written, **json.loads(done.stdout)}
-    report(arguments.samples, found)
+    results = {"samples": arguments.samples, "index_bytes": size, "write": written, **json.loads(done.stdout)}
+    report(arguments.samples, results)
     if arguments.out:
         size_options = f"--samples {arguments.samples} --steps {arguments.steps}"
         command = f"python benchmarks/index_scale.py {size_options} --out results.json"
-        Path(arguments.out).write_text(json.dumps({"command": command, **around, **found}, indent=1) + "\n")
+        Path(arguments.out).write_text(json.dumps({"command": command, **around, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

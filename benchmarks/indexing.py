@@ -219,10 +219,10 @@ def rows_of(sizes: Sequence[int]) -> dict[str, Any]:
         runs.append(json.loads(done.stdout))
     small, large = runs
     more = max(1, large["samples"] - small["samples"])
-    found = {name: (large[name] - small[name]) / more for name in ("peak_bytes", "index_bytes")}
+    per_sample = {name: (large[name] - small[name]) / more for name in ("peak_bytes", "index_bytes")}
     print(f"rows: {large['fill_microseconds']:.2f} us per sample to fill, {large['rest_microseconds']:.2f} us to write")
-    print(f"per sample: index {found['index_bytes']:.0f} bytes, peak memory {found['peak_bytes']:.0f} bytes")
-    return {"runs": runs, "per_sample": found}
+    print(f"per sample: index {per_sample['index_bytes']:.0f} bytes, peak memory {per_sample['peak_bytes']:.0f} bytes")
+    return {"runs": runs, "per_sample": per_sample}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     sizes, around = parser.parse_args(), surroundings()
-    found: dict[int, list[tuple[float, float]]] = {TOGETHER: [], 1: []}
+    rounds: dict[int, list[tuple[float, float]]] = {TOGETHER: [], 1: []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models = {"words": text_section(text_classifier(folder / "bert"))}
@@ -78,14 +78,14 @@ def main() -> None:
         tokenizer = make_tokenizer(folder / "tokenizer")
         words = ["--manifest", str(write_samples(folder, sizes.samples)), "--tokenizer", tokenizer]
         words += ["--filter", f"integrity={file}"]
-        shards = {packed(words, folder / "out", together)[2] for together in found}
+        shards = {packed(words, folder / "out", together)[2] for together in rounds}
         for _ in range(sizes.rounds):
-            for together, rows in found.items():
+            for together, rows in rounds.items():
                 processor, clock, content = packed(words, folder / "out", together)
                 shards.add(content)
                 rows.append((processor, clock))
     assert len(shards) == 1, "the samples that are kept differ"
-    medians = {together: [statistics.median(column) for column in zip(*rows)] for together, rows in found.items()}
+    medians = {together: [statistics.median(column) for column in zip(*rows)] for together, rows in rounds.items()}
     names = ("samples_per_processor_second", "samples_per_second")
     result = {
         "command": " ".join(["python benchmarks/integrity_filter.py", *sys.argv[1:]]),

@@ -114,8 +114,8 @@ def check(data: DataSource, kind: Kind, transform: Callable[[bytes], Tensor]) ->
     index = data.planner.indexes[0]
     [item] = index.read_media(0, index.sample(0).documents[0], [0])
     modality = data.reader._modalities[kind.modality].modality
-    found, expected = modality.load(item.data, item.extension, {}), transform(item.data)
-    torch.testing.assert_close(found.reshape(expected.shape), expected, rtol=0, atol=TOLERANCE[kind.modality])
+    actual, expected = modality.load(item.data, item.extension, {}), transform(item.data)
+    torch.testing.assert_close(actual.reshape(expected.shape), expected, rtol=0, atol=TOLERANCE[kind.modality])
 
 
 def compare(
@@ -164,12 +164,12 @@ def compare(
         peer.close()
     report(name, turns)
     sample = kind.make(0)
-    found = {
+    milliseconds = {
         "floors_ms": measured(floors(kind.modality, sample), rounds),
         "parts_ms": measured(parts(kind.modality, sample, plain.reader._modalities[kind.modality].modality), rounds),
     }
-    show_parts(found)
-    return {"samples": kind.samples, "samples_per_cpu_second": turns, "energon": version, **found}
+    show_parts(milliseconds)
+    return {"samples": kind.samples, "samples_per_cpu_second": turns, "energon": version, **milliseconds}
 
 
 def _pieces(data: DataSource, kind: Kind) -> int:
@@ -220,9 +220,9 @@ def measured(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list
     return times
 
 
-def show_parts(found: dict[str, Any]) -> None:
+def show_parts(parts: dict[str, Any]) -> None:
     """Print floors and parts."""
-    for title, times in (("floor", found["floors_ms"]), ("part", found["parts_ms"])):
+    for title, times in (("floor", parts["floors_ms"]), ("part", parts["parts_ms"])):
         for name, values in times.items():
             print(f"  {title}: {name:<52} {statistics.median(values):9.3f} ms (least {min(values):.3f})")
 

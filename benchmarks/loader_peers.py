@@ -62,21 +62,21 @@ def video_transform(side: int, times: list[float]) -> Transform:
     import av
 
     def transform(data: bytes) -> Tensor:
-        found, shown, order = [], None, iter(sorted(times))
+        pictures, shown, order = [], None, iter(sorted(times))
         wanted = next(order, None)
         with av.open(io.BytesIO(data)) as container:
             container.streams.video[0].thread_count = 1
             for frame in container.decode(video=0):
                 while shown is not None and wanted is not None and frame.time > wanted:
-                    found.append(picture(shown.to_image(), side))
+                    pictures.append(picture(shown.to_image(), side))
                     wanted = next(order, None)
                 if wanted is None:
                     break
                 shown = frame
         while wanted is not None:
-            found.append(picture(shown.to_image(), side))
+            pictures.append(picture(shown.to_image(), side))
             wanted = next(order, None)
-        return torch.stack(found)
+        return torch.stack(pictures)
 
     return transform
 

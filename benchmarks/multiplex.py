@@ -118,14 +118,14 @@ def measured(turns: int, seconds_per_position: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = configuration(Path(folder))
         for turn in range(turns):
-            found: dict[str, dict[str, list[float]]] = {}
+            by_side: dict[str, dict[str, list[float]]] = {}
             for side in list(taken)[:: 1 if turn % 2 == 0 else -1]:
                 runs = [config] if side == "together" else [alone(config, name) for name in NAMES]
                 ranks = [run_ranks(STAGES, timed_steps, run, seconds_per_position) for run in runs]
                 # A step has ended when its slowest rank has.
                 taken[side].append(sum(max(step) for run in ranks for step in zip(*(rank[0][1:] for rank in run))))
-                found[side] = {name: losses for run in ranks for name, losses in run[-1][1].items()}
-            apart = largest_difference(found["together"], found["separate"])
+                by_side[side] = {name: losses for run in ranks for name, losses in run[-1][1].items()}
+            apart = largest_difference(by_side["together"], by_side["separate"])
             assert apart < 1e-6, apart
         equal = counts_of(config)
         for name, last in ENDS.items():

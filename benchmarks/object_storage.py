@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    found: dict[str, list[dict[str, float]]] = {}
+    rounds_of: dict[str, list[dict[str, float]]] = {}
     request = MicroBatchReader.request
     with tempfile.TemporaryDirectory() as name, object_store(Path(name)) as store:
         folder = Path(name)
@@ -77,14 +77,14 @@ def main() -> None:
                 result = measure(config, store, arguments.steps, arguments.latency)
                 # The first round fills the cache.
                 if number:
-                    found.setdefault(side, []).append(result)
-    for side, rounds in found.items():
+                    rounds_of.setdefault(side, []).append(result)
+    for side, rounds in rounds_of.items():
         best = min(rounds, key=lambda one: one["seconds"])
         each, requests = (best[name] / best["micro_batches"] for name in ("seconds", "requests"))
         print(f"{side:18} {1000 * each:7.1f} ms and {requests:5.1f} requests per micro-batch")
     if arguments.out:
         sizes = {key: value for key, value in vars(arguments).items() if key != "out"}
-        arguments.out.write_text(json.dumps({**surroundings(), **sizes, "rounds_of": found}, indent=1))
+        arguments.out.write_text(json.dumps({**surroundings(), **sizes, "rounds_of": rounds_of}, indent=1))
 
 
 if __name__ == "__main__":

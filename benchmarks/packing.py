@@ -117,12 +117,12 @@ def balanced_by(samples: int, replicas: int) -> dict[str, float]:
     kind, pieces = rng.choice(3, samples, p=(0.6, 0.15, 0.25)), rng.integers(1, 5, samples)
     elements, operations, soft_tokens = (np.array(column) for column in zip(*ENCODERS.values()))
     lengths = 2 + pieces * soft_tokens[kind] + np.clip(rng.lognormal(3.0, 0.8, samples), 4, 400).astype(np.int64)
-    found = {}
+    by_name = {}
     for name, per_piece in (("input size", elements), ("operations", operations)):
         costs = pieces * np.array(integer_costs(per_piece.tolist()))[kind]
         packs = pack(lengths, costs, CAPACITY, replicas, replicas=replicas, length_multiple=64)
-        found[name] = unevenness(packs, pieces * operations[kind], replicas)
-    return found
+        by_name[name] = unevenness(packs, pieces * operations[kind], replicas)
+    return by_name
 
 
 def planned(samples: int, folder: str) -> dict[str, Any]:
@@ -174,8 +174,8 @@ def main() -> None:
     print_packs(rows)
     by = {f"{samples} on {replicas}": balanced_by(samples, replicas) for samples, replicas in MIXED}
     print("samples on replicas: operations of replicas, highest relative to the mean, for images, videos and audio")
-    for sizes, found in by.items():
-        print(f"{sizes:>12}: {', '.join(f'{value:.3f} balanced by {name}' for name, value in found.items())}")
+    for sizes, unevenness_by in by.items():
+        print(f"{sizes:>12}: {', '.join(f'{value:.3f} balanced by {name}' for name, value in unevenness_by.items())}")
     plans = [planned(samples, arguments.folder) for samples in arguments.index]
     print_plans(plans)
     results = {

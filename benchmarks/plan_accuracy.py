@@ -112,8 +112,8 @@ def main(argv: list[str]) -> int:
     mean = sum(abs(row.error) for row in rows) / len(rows)
     print(f"mean absolute error {mean:.1%}")
     if arguments.out:
-        found = {"rows": [{**asdict(row), "error": row.error} for row in rows], "mean_error": mean}
-        results = {"surroundings": surroundings(), "published": found}
+        against = {"rows": [{**asdict(row), "error": row.error} for row in rows], "mean_error": mean}
+        results = {"surroundings": surroundings(), "published": against}
         Path(arguments.out).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 

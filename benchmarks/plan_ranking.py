@@ -168,9 +168,9 @@ def pair_costs(config: RunConfig) -> tuple[float, float]:
 def measure_costs(config: RunConfig, processes: int) -> Costs:
     """Measure with a number of processes that all compute: replicas whose layers do not sleep, and pairs."""
     config = laid_out(config, (processes, 1, False, 1, 1, 1, 0, 0, 0))
-    found = run_ranks(processes, timed_step, config, 6, 0.0)
-    passes = LAYERS * found[0][0]
-    forward, backward = (statistics.mean(row[at] for row in found) / passes for at in (2, 3))
+    ranks = run_ranks(processes, timed_step, config, 6, 0.0)
+    passes = LAYERS * ranks[0][0]
+    forward, backward = (statistics.mean(row[at] for row in ranks) / passes for at in (2, 3))
     if processes == 1:
         return Costs(forward, backward, 0.0, 0.0)
     pairs = run_ranks(processes, pair_costs, config)
@@ -181,17 +181,20 @@ def predicted_step(config: RunConfig, micro_batches: int, recomputed: int, costs
     """Seconds of a step: the simulated schedule with the sleeps and the measured costs of what lies between."""
     model = config.model
     sleep = DELAY / (model.tensor_model_parallel_size * model.context_parallel_size)
-    there, back = collectives_of_layer(config)
-    forward = sleep + costs.forward + there * costs.collective
-    backward = 2 * sleep + costs.backward + back * costs.collective
+    in_forward, in_backward = collectives_of_layer(config)
+    forward = sleep + costs.forward + in_forward * costs.collective
+    backward = 2 * sleep + costs.backward + in_backward * costs.collective
     tensor = model.tensor_model_parallel_size > 1
 
     def passes(chunk: PipelineChunk) -> tuple[float, float]:
         layers = len(chunk.layers)
         # Embedding: one sum. Head: maximum, sum of exponentials and target; one sum of its input's gradient.
-        there, back = (chunk.first + 3 * chunk.last) * tensor, chunk.last * tensor
+        in_forward, in_backward = (chunk.first + 3 * chunk.last) * tensor, chunk.last * tensor
         repeated = min(recomputed, layers) * forward
-        return layers * forward + there * costs.collective, layers * backward + back * costs.collective + repeated
+        return (
+            layers * forward + in_forward * costs.collective,
+            layers * backward + in_backward * costs.collective + repeated,
+        )
 
     stages = chunks_of_stages(model, read_llama_config(model.language_model))
     times = [[passes(chunk) for chunk in chunks] for chunks in stages]
@@ -233,9 +236,9 @@ def measured(number: int, turns: int) -> dict[str, Any]:
             for processes, so_far in costs.items():
                 so_far.append(measure_costs(configured(), processes))
             for at, values in enumerate(MEASURED[:number]):
-                found = run_ranks(values[0], timed_step, laid_out(configured(), values), 3, DELAY)
-                micro_batches[at] = found[0][0]
-                steps[at].append(max(row[1] for row in found))
+                ranks = run_ranks(values[0], timed_step, laid_out(configured(), values), 3, DELAY)
+                micro_batches[at] = ranks[0][0]
+                steps[at].append(max(row[1] for row in ranks))
                 loads.append(os.getloadavg()[0])
         typical = {
             processes: Costs(*(statistics.median(values) for values in zip(*(asdict(one).values() for one in so_far))))

@@ -74,9 +74,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             {
                 "processes": number,
                 "keep_survivors": keep,
-                "recoveries": [{**asdict(row), "total": row.total} for row in found],
+                "recoveries": [{**asdict(row), "total": row.total} for row in of_job],
             }
-            for (number, keep), found in rows.items()
+            for (number, keep), of_job in rows.items()
         ]
         options.out.write_text(json.dumps({"command": command, **around, "jobs": jobs_of}, indent=1) + "\n")
     return 0
@@ -117,11 +117,11 @@ def _print(rows: dict[tuple[int, bool], list[Recovery]]) -> None:
     print("medians in seconds, from the first sign of the failure to the end of the next step; the floor: 1 process\n")
     head = f"{'processes':>9} {'survivors':>12} {'recoveries':>10} {'stayed':>6}"
     print(head + "".join(f"{phase.replace('_', ' '):>12}" for phase in _PHASES))
-    for (number, keep), found in rows.items():
-        medians = [_median(getattr(recovery, phase) for recovery in found) for phase in _PHASES]
+    for (number, keep), of_job in rows.items():
+        medians = [_median(getattr(recovery, phase) for recovery in of_job) for phase in _PHASES]
         survivors = "none" if number == 1 else "stay" if keep else "forked anew"
-        stayed = sum(recovery.stayed for recovery in found)
-        print(f"{number:>9} {survivors:>12} {len(found):>10} {stayed:>6}" + "".join(f"{s:>12.2f}" for s in medians))
+        stayed = sum(recovery.stayed for recovery in of_job)
+        print(f"{number:>9} {survivors:>12} {len(of_job):>10} {stayed:>6}" + "".join(f"{s:>12.2f}" for s in medians))
 
 
 def _median(values: Any) -> float:

@@ -66,21 +66,21 @@ def main() -> None:
     limits = ServingLimits(max_batch=sizes.clients, max_new_tokens=sizes.tokens)
     with tempfile.TemporaryDirectory() as folder:
         generator = build(make_tokenizer(Path(folder) / "tokenizer"), sizes.hidden, sizes.layers)
-    found: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    rounds: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     connections = httpx.Limits(max_connections=sizes.clients)
     with serving(generator, limits) as served, httpx.Client(timeout=600, limits=connections) as http:
         answered(served, http, 2, sizes.tokens, True)
         for _ in range(sizes.rounds):
             for together in (True, False):
-                found[together].append(answered(served, http, sizes.clients, sizes.tokens, together))
-    medians = {together: [statistics.median(column) for column in zip(*rows)] for together, rows in found.items()}
+                rounds[together].append(answered(served, http, sizes.clients, sizes.tokens, together))
+    medians = {together: [statistics.median(column) for column in zip(*rows)] for together, rows in rounds.items()}
     names = ("tokens_per_second", "tokens_per_processor_second")
     result = {
         "command": " ".join(["python benchmarks/serving.py", *sys.argv[1:]]),
         **around,
         "sizes": vars(sizes),
         # Tokens per second of the clock and of processor time, by round.
-        "rounds": {"together": found[True], "one_by_one": found[False]},
+        "rounds": {"together": rounds[True], "one_by_one": rounds[False]},
         "together": dict(zip(names, medians[True])),
         "one_by_one": dict(zip(names, medians[False])),
         "ratio_clock": medians[True][0] / medians[False][0],

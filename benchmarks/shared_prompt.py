@@ -141,25 +141,26 @@ def compare(folder: Path, sizes: PairSizes) -> dict[str, Any]:
     }
 
 
-def report(found: dict[str, Any], sizes: PairSizes) -> str:
+def report(results: dict[str, Any], sizes: PairSizes) -> str:
     """Format the results as text."""
-    first, cpu, seconds = found["first_step"], found["cpu"], found["cpu_seconds"]
+    first, cpu, seconds = results["first_step"], results["cpu"], results["cpu_seconds"]
     passed = "reached" if cpu["median"] >= BAR else "MISSED"
     return "\n".join(
         [
-            f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
+            f"{results['date']}; {results['machine']}; {results['threads']} threads; "
+            f"load before: {results['load']:.1f}",
             f"{sizes.pairs} pairs of {sizes.prompt_tokens} prompt and 2 x {sizes.answer_tokens} answer tokens; "
             f"{sizes.layers} layers of width {sizes.hidden}, adapters of rank 8",
             "",
             *(
-                f"{name:<8}{found['tokens'][name]:>8} tokens{seconds[name]:>10.3f} CPU seconds per step"
+                f"{name:<8}{results['tokens'][name]:>8} tokens{seconds[name]:>10.3f} CPU seconds per step"
                 f"{sizes.pairs / seconds[name]:>8.2f} pairs per CPU second; first step: loss "
                 f"{first[name]['loss']:.7f}, gradient norm {first[name]['grad_norm']:.7f}"
                 for name in ("whole", "shared")
             ),
             f"pairs per second, shared over whole: {cpu['median']:.2f} in CPU time ({cpu['lower']:.2f} to "
-            f"{cpu['upper']:.2f}), {found['wall']['median']:.2f} on the clock; by count of tokens "
-            f"{found['by_count']:.2f}; the bar of {BAR} is {passed}",
+            f"{cpu['upper']:.2f}), {results['wall']['median']:.2f} on the clock; by count of tokens "
+            f"{results['by_count']:.2f}; the bar of {BAR} is {passed}",
         ]
     )
 
@@ -180,11 +181,11 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(1)
     about = {"command": " ".join(["python benchmarks/shared_prompt.py", *argv]), **surroundings()}
     with tempfile.TemporaryDirectory() as folder:
-        found = {**about, "sizes": asdict(sizes), "by_count": sizes.by_count, **compare(Path(folder), sizes)}
+        results = {**about, "sizes": asdict(sizes), "by_count": sizes.by_count, **compare(Path(folder), sizes)}
     shutdown()
-    print(report(found, sizes))
+    print(report(results, sizes))
     if out:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(out).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

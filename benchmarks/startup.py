@@ -58,11 +58,11 @@ def main() -> int:
         rows = {name: row for name, row in _commands().items() if not options.only or name in options.only}
         if any(row.prepared for row in rows.values()):
             _prepare(folder)
-        found = {name: _turns(row, trees, folder, options.rounds) for name, row in rows.items()}
-    result = {**surroundings(), "command": " ".join(sys.argv), "rounds": options.rounds, "rows": found}
+        measured = {name: _turns(row, trees, folder, options.rounds) for name, row in rows.items()}
+    result = {**surroundings(), "command": " ".join(sys.argv), "rounds": options.rounds, "rows": measured}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name, row in found.items():
+    for name, row in measured.items():
         shown = ", ".join(f"{side} {times['cpu']:.2f} s ({times['wall']:.2f} s)" for side, times in row.items())
         ratio = f"  ratio {row['this']['cpu'] / row['other']['cpu']:.2f}" if "other" in row else ""
         print(f"{name:28s} processor time (wall): {shown}{ratio}")

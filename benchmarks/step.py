@@ -204,20 +204,21 @@ def verdict(against: dict[str, Any]) -> str:
     return f"no verdict: the quartiles are further apart than the bar of {BAR:.0%}. Run it again on an idle machine."
 
 
-def report(found: dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """Format the results as text."""
-    sizes, outside = found["sizes"], found["outside_the_step"]
+    sizes, outside = results["sizes"], results["outside_the_step"]
     return "\n".join(
         [
-            f"{found['date']}; {found['machine']}; {found['threads']} threads; load before: {found['load']:.1f}",
-            ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+            f"{results['date']}; {results['machine']}; {results['threads']} threads; "
+            f"load before: {results['load']:.1f}",
+            ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
             f"fp32; {sizes['layers']} layers of width {sizes['hidden']}, {sizes['parameters'] / 1e6:.1f} M parameters "
             f"in matrix products; {sizes['tokens']} tokens/step in {sizes['packs']} packs; {sizes['rounds']} rounds",
-            f"floor: {found['floor']}",
+            f"floor: {results['floor']}",
             "",
-            *frozen_table(found["frozen_against_trained"]),
+            *frozen_table(results["frozen_against_trained"]),
             "",
-            *bare_table(found["ours_against_bare"]),
+            *bare_table(results["ours_against_bare"]),
             "",
             f"outside the step: planning {outside['planning_seconds'] * 1e3:.2f} ms, reading "
             f"{outside['reading_seconds'] * 1e3:.2f} ms (in this process, without workers)",

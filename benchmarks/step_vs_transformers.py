@@ -206,14 +206,14 @@ def count_operations(step: Callable[[int], Any]) -> dict[str, Any]:
     return {"flops": flops, "operations": counted.operations, "waits": sum(lines.values()), "lines": lines}
 
 
-def report(found: dict[str, Any]) -> str:
+def report(results: dict[str, Any]) -> str:
     """Format the results as text."""
     lines = [
-        f"{found['date']}; {found['machine']}; {found['threads']} thread(s); load before: {found['load']:.1f}",
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        f"{results['date']}; {results['machine']}; {results['threads']} thread(s); load before: {results['load']:.1f}",
+        ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         f"floor: {FLOOR}",
     ]
-    for name, case in found["cases"].items():
+    for name, case in results["cases"].items():
         lines += ["", *table(name, case)]
     return "\n".join(lines)
 
@@ -262,12 +262,12 @@ def main(argv: Sequence[str]) -> int:
     if out and not Path(out).resolve().parent.is_dir():
         parser.error(f"--out: there is no folder {str(Path(out).parent)!r}.")
     torch.set_num_threads(1)
-    found = {"command": " ".join(["python benchmarks/step_vs_transformers.py", *argv]), **surroundings()}
+    results = {"command": " ".join(["python benchmarks/step_vs_transformers.py", *argv]), **surroundings()}
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        found["cases"] = {name: measure(name, sizes, repetitions) for name in cases}
-    print(report(found))
+        results["cases"] = {name: measure(name, sizes, repetitions) for name in cases}
+    print(report(results))
     if out:
-        Path(out).write_text(json.dumps(found, indent=1) + "\n")
+        Path(out).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

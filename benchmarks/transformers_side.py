@@ -37,7 +37,7 @@ from megatron_anymal.train.optim import learning_rate
 # Label that transformers' loss ignores.
 IGNORED = -100
 # Projection with an adapter -> its HuggingFace module within a layer.
-_PLACES = {
+_HF_PATHS = {
     **{name: f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")},
     **{name: f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")},
 }
@@ -77,7 +77,7 @@ def with_adapters(llama: Any, lora: LoraConfig, adapters: Mapping[str, Mapping[s
     from peft import LoraConfig as Settings
     from peft import get_peft_model
 
-    settings = Settings(r=lora.r, lora_alpha=lora.alpha, target_modules=list(_PLACES), task_type="CAUSAL_LM")
+    settings = Settings(r=lora.r, lora_alpha=lora.alpha, target_modules=list(_HF_PATHS), task_type="CAUSAL_LM")
     first, *others = adapters
     model = get_peft_model(llama, settings, adapter_name=first, autocast_adapter_dtype=False)
     for adapter in others:
@@ -95,7 +95,7 @@ def peft_name(name: str, adapter: str) -> str:
     """peft's name of an adapter's weight."""
     _, _, rest = name.partition(".layers.")
     layer, projection, part = rest.split(".")[0], *name.split(".")[-2:]
-    return f"base_model.model.model.layers.{layer}.{_PLACES[projection]}.lora_{part}.{adapter}.weight"
+    return f"base_model.model.model.layers.{layer}.{_HF_PATHS[projection]}.lora_{part}.{adapter}.weight"
 
 
 @dataclass(frozen=True)
@@ -146,18 +146,18 @@ def _with_kept_logits(inputs: Inputs) -> Inputs:
 
 
 def _inputs(micro_batch: MicroBatch, lay_out: Callable[[Tensor, int], Tensor], position_ids: Tensor | None) -> Inputs:
-    places = {}
+    positions = {}
     for name, media in micro_batch.media.items():
         flags = torch.zeros(micro_batch.tokens.size(1), dtype=torch.bool)
         flags[media.token_index] = True
-        places[name] = lay_out(flags, 0)[:, :, None]
+        positions[name] = lay_out(flags, 0)[:, :, None]
     labels = micro_batch.labels.masked_fill(micro_batch.loss_mask == 0, IGNORED)
     return Inputs(
         lay_out(micro_batch.tokens[0], 0),
         lay_out(labels[0], IGNORED),
         position_ids,
         {name: media.pieces for name, media in micro_batch.media.items()},
-        places,
+        positions,
     )
 
 

@@ -11,7 +11,7 @@ from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import ModelConfig
 from megatron_anymal.dry_run.simulate import weights_of_stages
-from megatron_anymal.model.hf_llama import checkpoint_place
+from megatron_anymal.model.hf_llama import checkpoint_position
 from megatron_anymal.model.unsharded_weights import Weight
 
 # Key, then offset and size in every dimension.
@@ -43,7 +43,7 @@ def boxes_of_ranks(model: ModelConfig, precision: str, manifest: Manifest, folde
         for weight in weights:
             if weight.name not in seen:
                 seen.add(weight.name)
-                key, layer = checkpoint_place(weight.name)
+                key, layer = checkpoint_position(weight.name)
                 cut.setdefault(key, []).append((stage, -1 if layer is None else layer, weight))
     for key, stored in StreamReader(folder).tensors.items():
         weight_key = _weight_key(key, cut)

@@ -142,20 +142,20 @@ def check_backend(model: ModelConfig, precision: str) -> None:
     Raises:
         ConfigError: the message names the key and the fix.
     """
-    found = capabilities()
-    if model.transformer_impl == "transformer_engine" and not found.transformer_engine:
+    machine = capabilities()
+    if model.transformer_impl == "transformer_engine" and not machine.transformer_engine:
         raise ConfigError(
             "model.transformer_impl=transformer_engine cannot run here: "
-            f"{found.transformer_engine_problem}. Install it with `pip install -e '.[te]' "
+            f"{machine.transformer_engine_problem}. Install it with `pip install -e '.[te]' "
             "--no-build-isolation` on a CUDA machine, or set model.transformer_impl=auto."
         )
-    if precision == "bf16" and not found.bf16:
+    if precision == "bf16" and not machine.bf16:
         raise ConfigError(
             f"trainer.precision=bf16 needs compute capability 8.0 or later; the GPUs here have "
-            f"{_shown(found.compute_capability)}. Set trainer.precision=32."
+            f"{_shown(machine.compute_capability)}. Set trainer.precision=32."
         )
     if model.fp8 or model.fp4:
-        _check_narrow_products(model, precision, found)
+        _check_narrow_products(model, precision, machine)
     if model.base_quantization:
         _check_bitsandbytes()
     if model.dpo.share_prompt == "always" and transformer_impl(model) == "transformer_engine":
@@ -163,7 +163,7 @@ def check_backend(model: ModelConfig, precision: str) -> None:
             "model.dpo.share_prompt=always: Transformer Engine's attention cannot give one prompt to two answers. Set "
             "model.transformer_impl=local, or model.dpo.share_prompt=auto."
         )
-    _check_attention(model, precision, found)
+    _check_attention(model, precision, machine)
     if (
         model.recompute_granularity == "selective"
         and "layernorm" in model.recompute_modules
@@ -171,11 +171,11 @@ def check_backend(model: ModelConfig, precision: str) -> None:
     ):
         raise ConfigError(
             "model.recompute_modules=[layernorm] needs Transformer Engine layers, which do not run here "
-            f"({found.transformer_engine_problem or 'model.transformer_impl=local'}). Remove layernorm from the list."
+            f"({machine.transformer_engine_problem or 'model.transformer_impl=local'}). Remove layernorm from the list."
         )
 
 
-def _check_attention(model: ModelConfig, precision: str, found: Capabilities) -> None:
+def _check_attention(model: ModelConfig, precision: str, machine: Capabilities) -> None:
     wanted = model.attention
     if wanted == "auto":
         return
@@ -185,43 +185,43 @@ def _check_attention(model: ModelConfig, precision: str, found: Capabilities) ->
             f"{key} has no effect on Transformer Engine layers, which bring their own attention. Set it to auto, or "
             "model.transformer_impl=local."
         )
-    if wanted in ("flash_attn", "flex") and not found.cuda_devices:
+    if wanted in ("flash_attn", "flex") and not machine.cuda_devices:
         raise ConfigError(f"{key} needs a CUDA device. Set it to auto.")
-    if wanted == "flash_attn" and not found.flash_attn:
+    if wanted == "flash_attn" and not machine.flash_attn:
         raise ConfigError(f"{key}: flash-attn is not installed. `pip install -e '.[flash]'`, or set it to auto.")
     if wanted == "flash_attn" and precision != "bf16":
         raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, or model.attention=auto.")
 
 
-def _check_narrow_products(model: ModelConfig, precision: str, found: Capabilities) -> None:
+def _check_narrow_products(model: ModelConfig, precision: str, machine: Capabilities) -> None:
     """Check what products in FP8 or NVFP4 need."""
     key = f"model.fp8={model.fp8}" if model.fp8 else f"model.fp4={model.fp4}"
     alternative = f"or set {key.partition('=')[0]}=''"
     # Without Transformer Engine megatron-core silently ignores fp8 and fp4.
-    if not found.transformer_engine:
+    if not machine.transformer_engine:
         raise ConfigError(
-            f"{key} needs Transformer Engine, which cannot run here: {found.transformer_engine_problem}. "
+            f"{key} needs Transformer Engine, which cannot run here: {machine.transformer_engine_problem}. "
             f"Install it with `pip install -e '.[te]' --no-build-isolation`, {alternative}."
         )
     if model.transformer_impl == "local":
         raise ConfigError(f"{key} has no effect with model.transformer_impl=local. Set that to auto, {alternative}.")
     if model.fp4:
-        _check_block_scaling(key, "NVFP4", f"Use such a GPU, {alternative}.", found)
+        _check_block_scaling(key, "NVFP4", f"Use such a GPU, {alternative}.", machine)
     elif model.fp8_recipe == "mxfp8":
         fix = "Use such a GPU, or set model.fp8_recipe=tensorwise."
-        _check_block_scaling("model.fp8_recipe=mxfp8", "MXFP8", fix, found)
-    elif not found.fp8:
+        _check_block_scaling("model.fp8_recipe=mxfp8", "MXFP8", fix, machine)
+    elif not machine.fp8:
         raise ConfigError(
             f"{key} needs a GPU with FP8 (compute capability 8.9: Ada, Hopper or later); here it is "
-            f"{_shown(found.compute_capability)}. Use such a GPU, {alternative}."
+            f"{_shown(machine.compute_capability)}. Use such a GPU, {alternative}."
         )
     if precision != "bf16":
         raise ConfigError(f"{key} needs trainer.precision=bf16. Set that, {alternative}.")
 
 
-def _check_block_scaling(key: str, name: str, fix: str, found: Capabilities) -> None:
+def _check_block_scaling(key: str, name: str, fix: str, machine: Capabilities) -> None:
     """Check that all GPUs and Transformer Engine compute in MXFP8 or NVFP4."""
-    capability = found.compute_capability
+    capability = machine.compute_capability
     if capability is None or capability < _BLOCK_SCALING_CAPABILITY:
         raise ConfigError(
             f"{key} needs a GPU with {name} (compute capability 10.0: Blackwell); here it is {_shown(capability)}. "
@@ -230,7 +230,7 @@ def _check_block_scaling(key: str, name: str, fix: str, found: Capabilities) -> 
     engine = importlib.import_module("transformer_engine.pytorch")
     available, reason = getattr(engine, f"is_{name.lower()}_available")(return_reason=True)
     if not available:
-        raise ConfigError(f"{key} is refused by Transformer Engine {found.transformer_engine}: {reason} {fix}")
+        raise ConfigError(f"{key} is refused by Transformer Engine {machine.transformer_engine}: {reason} {fix}")
 
 
 def _check_bitsandbytes() -> None:

@@ -93,12 +93,12 @@ def _replace_moves() -> None:
 
     @functools.wraps(type_of)
     def cuda_type(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        found = type_of(self, *args, **kwargs)
-        if not isinstance(found, str) or found.startswith("torch.cuda."):
+        type_name = type_of(self, *args, **kwargs)
+        if not isinstance(type_name, str) or type_name.startswith("torch.cuda."):
             # Under a TorchFunctionMode, torch calls this function a second time.
-            return found
+            return type_name
         # megatron-core sorts parameters by the name of their CUDA type.
-        return found.replace("torch.", "torch.cuda.", 1)
+        return type_name.replace("torch.", "torch.cuda.", 1)
 
     tensor.to, tensor.type = to_device, cuda_type
     tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self

@@ -146,15 +146,17 @@ def _cuda() -> Finding:
             return Finding("CUDA", version, MISSING, False, cost, fix)
         from megatron_anymal import backend
 
-        found = backend.capabilities()
+        available = backend.capabilities()
     except Exception as error:  # A broken torch can raise anything, and the other checks must still run.
         return Finding("CUDA", "-", BROKEN, False, _short(error), "pip install --force-reinstall torch")
-    if not found.cuda_devices:
+    if not available.cuda_devices:
         return Finding("CUDA", version, MISSING, False, cost, fix)
-    assert found.compute_capability is not None
-    capability = ".".join(str(number) for number in found.compute_capability)
-    formats = " and ".join([*(["bf16"] if found.bf16 else []), *(["FP8"] if found.fp8 else [])]) or "fp32 only"
-    shown = f"{version}, {len(found.cuda_devices)} x {found.cuda_devices[0]} (capability {capability}, {formats})"
+    assert available.compute_capability is not None
+    capability = ".".join(str(number) for number in available.compute_capability)
+    formats = " and ".join([*(["bf16"] if available.bf16 else []), *(["FP8"] if available.fp8 else [])]) or "fp32 only"
+    shown = (
+        f"{version}, {len(available.cuda_devices)} x {available.cuda_devices[0]} (capability {capability}, {formats})"
+    )
     return Finding("CUDA", shown, OK, False, cost, "")
 
 
@@ -217,8 +219,8 @@ def _transformer_engine_state() -> str:
     try:
         from megatron_anymal import backend
 
-        found = backend.capabilities()
-        return OK if found.transformer_engine or not found.cuda_devices else BROKEN
+        available = backend.capabilities()
+        return OK if available.transformer_engine or not available.cuda_devices else BROKEN
     except Exception:  # A broken torch can raise anything, and the other checks must still run.
         return BROKEN
 

@@ -43,22 +43,22 @@ class HFWeights(Mapping[str, Tensor]):
         expected = set(index.values()) if index is not None else {SINGLE}
         self._check_files(present, expected, index is not None)
         self.files = {name: SafetensorsFile(self.folder / name) for name in sorted(expected)}
-        self._places: dict[str, SafetensorsFile] = {}
+        self._file_by_name: dict[str, SafetensorsFile] = {}
         for file in self.files.values():
             for name in file:
-                if name in self._places:
+                if name in self._file_by_name:
                     raise TensorFileError(
                         f"{str(self.folder)!r}: the tensor {name!r} is in both {self.file_of(name)!r} and "
                         f"{file.path.name!r}. Download the folder again."
                     )
-                self._places[name] = file
+                self._file_by_name[name] = file
         for name, stated in (index or {}).items():
-            if name not in self._places or self.file_of(name) != stated:
+            if name not in self._file_by_name or self.file_of(name) != stated:
                 raise TensorFileError(
                     f"{str(self.folder)!r}: {INDEX} lists the tensor {name!r} in {stated!r}, but it is not there. "
                     "Download the folder again."
                 )
-        for name in self._places:
+        for name in self._file_by_name:
             if index is not None and name not in index:
                 raise TensorFileError(
                     f"{str(self.folder)!r}: the tensor {name!r} in {self.file_of(name)!r} is not in {INDEX}. Download "
@@ -67,32 +67,32 @@ class HFWeights(Mapping[str, Tensor]):
 
     def entry(self, name: str) -> Entry:
         """Dtype, shape and size of a tensor, without its data."""
-        return self._places[name].entry(name)
+        return self._file_by_name[name].entry(name)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """Yield a tensor's values in order, as chunks [k] of some megabytes; raises TensorFileError."""
-        return self._places[name].pieces(name)
+        return self._file_by_name[name].pieces(name)
 
-    def read_into(self, name: str, place: int, target: memoryview) -> None:
-        """Fill `target` with a tensor's bytes, starting at its byte `place`; raises TensorFileError."""
-        self._places[name].read_into(name, place, target)
+    def read_into(self, name: str, offset: int, target: memoryview) -> None:
+        """Fill `target` with a tensor's bytes, starting at its byte `offset`; raises TensorFileError."""
+        self._file_by_name[name].read_into(name, offset, target)
 
     def file_of(self, name: str) -> str:
         """Name of the file that holds a tensor."""
-        return self._places[name].path.name
+        return self._file_by_name[name].path.name
 
     def __getitem__(self, name: str) -> Tensor:
         """Read a tensor, [*shape]; raises TensorFileError, or KeyError if there is no such tensor."""
-        return self._places[name][name]
+        return self._file_by_name[name][name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
+        return name in self._file_by_name
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._file_by_name)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._file_by_name)
 
     def _read_index(self) -> Optional[dict[str, str]]:
         path = self.folder / INDEX

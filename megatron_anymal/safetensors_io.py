@@ -118,13 +118,13 @@ class SafetensorsFile(Mapping[str, Tensor]):
             self._fill(data.numpy().data, entry.begin + done, name)
             yield data.view(entry.dtype)
 
-    def read_into(self, name: str, place: int, target: memoryview) -> None:
-        """Fill `target` with a tensor's bytes, starting at its byte `place`.
+    def read_into(self, name: str, offset: int, target: memoryview) -> None:
+        """Fill `target` with a tensor's bytes, starting at its byte `offset`.
 
         Raises:
             TensorFileError: the file cannot be read.
         """
-        self._fill(target, self._entries[name].begin + place, name)
+        self._fill(target, self._entries[name].begin + offset, name)
 
     def __contains__(self, name: object) -> bool:
         # Mapping's default implementation would read the tensor.
@@ -211,7 +211,7 @@ class HashedFile:
     def __init__(self, path: Path) -> None:
         self._file = io.FileIO(path, "w")
         self._hash = hashlib.sha256()
-        self._place = 0
+        self._position = 0
 
     def write(self, data: Any) -> int:
         """Append bytes (any object with a buffer); large writes are hashed in parallel."""
@@ -231,13 +231,13 @@ class HashedFile:
                 hashing.join()
         if hashing:
             # Makes the kernel start writing this to disk now instead of at the end of the file.
-            os.posix_fadvise(self._file.fileno(), self._place, len(view), os.POSIX_FADV_DONTNEED)
-        self._place += len(view)
+            os.posix_fadvise(self._file.fileno(), self._position, len(view), os.POSIX_FADV_DONTNEED)
+        self._position += len(view)
         return len(view)
 
     def tell(self) -> int:
         """Number of bytes written."""
-        return self._place
+        return self._position
 
     def flush(self) -> None:
         """Do nothing: writes are not buffered."""

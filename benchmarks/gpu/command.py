@@ -183,11 +183,11 @@ def _cases(benchmark: Benchmark, arguments: argparse.Namespace) -> Iterator[Case
         )
 
 
-def _save(found: dict[str, Any], result: dict[str, Any], out: Optional[Path]) -> None:
+def _save(results: dict[str, Any], result: dict[str, Any], out: Optional[Path]) -> None:
     """Save after every case, so that an interrupted run keeps its results; profiles get separate files."""
     if out is None:
         return
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    out.write_text(json.dumps(results, indent=1) + "\n")
     if result.get("profile"):
         profile_file = out.with_name(f"{out.stem}.{result['name']}.profile.json")
         profile_file.write_text(json.dumps(result["profile"], indent=1) + "\n")

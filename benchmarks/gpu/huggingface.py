@@ -142,10 +142,10 @@ class HuggingFace(PlainMedia):
         labels = micro_batch.labels.masked_fill(micro_batch.loss_mask == 0, IGNORED)
         if self.config.job == "dpo":
             return self._preferences(plan, micro_batch, inputs, labels)
-        found = self.llama(
+        output = self.llama(
             **inputs, labels=labels, shift_labels=labels, num_items_in_batch=int(plan.targets.sum()), use_cache=False
         )
-        return found.loss
+        return output.loss
 
     def _inputs(self, micro_batch: MicroBatch) -> dict[str, Any]:
         """Embeddings with soft tokens inserted, position ids, and document boundaries."""

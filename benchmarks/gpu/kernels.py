@@ -94,12 +94,12 @@ def _times(
     return times
 
 
-def table(name: str, part: Part, found: dict[str, Any]) -> str:
+def table(name: str, part: Part, results: dict[str, Any]) -> str:
     """Format the results of one part as text."""
     unit = "TFLOP/s" if part.counts == "operations" else "GB/s"
     scale = 1e12 if part.counts == "operations" else 1e9
     lines = ["", f"{name:<24}{'forward ms':>12}{unit:>10}{'limit':>8}{'with bwd ms':>14}{unit:>10}{'limit':>8}"]
-    for candidate, row in found.items():
+    for candidate, row in results.items():
         if "equal" not in row:
             lines.append(f"  {candidate:<22}{row.get('absent') or row.get('failed')}")
             continue

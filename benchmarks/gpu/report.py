@@ -51,9 +51,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def bars(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
+def bars(case: Case, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Bars of a case: measured value, required value, and whether it is met (None: no verdict)."""
-    ratios, sides = found["ratios"], found["sides"]
+    ratios, sides = results["ratios"], results["sides"]
     rows = []
     if case.job == "pretrain" and case.llama == "8b":
         rows = [
@@ -66,7 +66,7 @@ def bars(case: Case, found: dict[str, Any]) -> list[dict[str, Any]]:
                 False,
             ),
         ]
-    wait = found["data_wait"]
+    wait = results["data_wait"]
     rows.append(_bar("time waiting for data", wait["share"] if wait else None, WAIT_BAR, False))
     if case.dry_run:
         rows = [{**row, "met": None} for row in rows]
@@ -82,41 +82,41 @@ def _bar(name: str, value: Optional[float], bar: float, at_least: bool) -> dict[
     return {"name": name, "value": value, "bar": bar, "at_least": at_least, "met": met}
 
 
-def heading(found: dict[str, Any]) -> str:
+def heading(results: dict[str, Any]) -> str:
     """Format machine, versions and GPU limits."""
-    limits = found["limits"]
+    limits = results["limits"]
     fp8 = f"{limits['fp8'] / 1e12:.1f} TFLOP/s" if limits["fp8"] else limits["fp8_left_out"]
     lines = [
-        f"{found['date']}; {found['machine']}",
-        ", ".join(f"{name} {version}" for name, version in found["versions"].items()),
+        f"{results['date']}; {results['machine']}",
+        ", ".join(f"{name} {version}" for name, version in results["versions"].items()),
         f"limits: product of {limits['product_size']} in bf16 {limits['bf16'] / 1e12:.4g} TFLOP/s; in FP8: {fp8}; "
         f"copy {limits['copy'] / 1e9:.1f} GB/s",
     ]
-    return "\n".join([NOT_MEANINGFUL, *lines] if found["dry_run"] else lines)
+    return "\n".join([NOT_MEANINGFUL, *lines] if results["dry_run"] else lines)
 
 
-def table(found: dict[str, Any]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Format the results of one case."""
-    lines = ["", found["name"]]
-    if "left_out" in found:
-        return "\n".join([*lines, f"  left out: {found['left_out']}"])
-    first = found["batches"][0]
+    lines = ["", results["name"]]
+    if "left_out" in results:
+        return "\n".join([*lines, f"  left out: {results['left_out']}"])
+    first = results["batches"][0]
     lines += [
         f"  {first['samples']} samples, {first['images']} images, {first['tokens']} tokens, {first['targets']} of them "
         f"targets, in {first['packs']} packs, {first['padded_tokens']} with padding; "
-        f"{found['work'][0]['total'] / 1e12:.3g} TFLOP",
+        f"{results['work'][0]['total'] / 1e12:.3g} TFLOP",
         f"  {'':<30}{'s/step':>9}{'quartiles':>18}{'tokens/s':>11}{'of bf16':>9}{'of FP8':>9}{'peak':>11}  recompute",
     ]
-    lines += [_row(name, side) for name, side in found["sides"].items()]
-    lines += [f"  {TITLES[name]:<30}left out: {why}" for name, why in found["left_out_sides"].items()]
-    lines += [f"  {line}" for line in (*_memory(found), *_equality(found), *_counted(found))]
-    for name, measured in found["ratios"].items():
+    lines += [_row(name, side) for name, side in results["sides"].items()]
+    lines += [f"  {TITLES[name]:<30}left out: {why}" for name, why in results["left_out_sides"].items()]
+    lines += [f"  {line}" for line in (*_memory(results), *_equality(results), *_counted(results))]
+    for name, measured in results["ratios"].items():
         lines.append(
             f"  {name.replace('_', ' ')}: {measured['median']:.3f} ({measured['lower']:.3f} to {measured['upper']:.3f})"
         )
-    lines += [_verdict(row) for row in found["bars"]]
-    if found.get("profile"):
-        lines += _profile(found["profile"])
+    lines += [_verdict(row) for row in results["bars"]]
+    if results.get("profile"):
+        lines += _profile(results["profile"])
     return "\n".join(lines)
 
 
@@ -140,16 +140,16 @@ def gibibytes(count: Optional[int]) -> str:
     return "-" if count is None else f"{count / 2**30:.1f} GiB"
 
 
-def _memory(found: dict[str, Any]) -> list[str]:
-    ours = found["sides"].get("ours")
+def _memory(results: dict[str, Any]) -> list[str]:
+    ours = results["sides"].get("ours")
     if ours is None or ours["peak_memory_bytes"] is None:
         return []
     peak, building = (gibibytes(ours[name]) for name in ("peak_memory_bytes", "build_peak_memory_bytes"))
     return [f"it fits on the GPU: peak memory {peak} in a step, {building} during build"]
 
 
-def _equality(found: dict[str, Any]) -> list[str]:
-    same = found["equality"]
+def _equality(results: dict[str, Any]) -> list[str]:
+    same = results["equality"]
     if same is None:
         return []
     loss, norm = same["loss"], same["gradient_norm"]
@@ -159,10 +159,10 @@ def _equality(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _counted(found: dict[str, Any]) -> list[str]:
+def _counted(results: dict[str, Any]) -> list[str]:
     return [
         f"FLOPs of {TITLES[name]}: {row['counted']:.6g} counted by torch, {row['by_hand']:.6g} analytic"
-        for name, row in found["counted"].items()
+        for name, row in results["counted"].items()
     ]
 
 
@@ -172,10 +172,10 @@ def _verdict(row: dict[str, Any]) -> str:
     return f"  bar: {row['name']} {_or_dash(row['value'], '.4f')} ({sign} {row['bar']}): {word}"
 
 
-def _profile(found: dict[str, Any]) -> list[str]:
-    idle = "" if found["idle_share"] is None else f"; the GPU was idle {found['idle_share']:.1%} of the time"
-    lines = [f"  profile of {found['steps']} steps ({found['kind']}){idle}"]
+def _profile(profile: dict[str, Any]) -> list[str]:
+    idle = "" if profile["idle_share"] is None else f"; the GPU was idle {profile['idle_share']:.1%} of the time"
+    lines = [f"  profile of {profile['steps']} steps ({profile['kind']}){idle}"]
     return lines + [
         f"    {row['share']:>6.1%} {row['seconds']:>9.4f} s {row['calls']:>7} x {row['name'][:90]}"
-        for row in found["top"][:10]
+        for row in profile["top"][:10]
     ]

@@ -108,8 +108,8 @@ class Case:
 
 
 def _shape(folder: str, known: tuple[Published, ...]) -> dict[str, Any]:
-    [found] = [model for model in known if folder in model.folders]
-    return copy.deepcopy(found.shape)
+    [published] = [model for model in known if folder in model.folders]
+    return copy.deepcopy(published.shape)
 
 
 def make_config(case: Case, folder: Path, mean_tokens: float) -> RunConfig:

@@ -16,7 +16,7 @@ from megatron_anymal.config import LoraConfig
 from megatron_anymal.safetensors_io import SafetensorsWriter
 
 _NAME = re.compile(r"language_model\.decoder\.layers\.(\d+)\.(self_attention|mlp)\.\w+\.lora\.(\w+)\.([AB])")
-_PLACES = {"self_attention": "self_attn", "mlp": "mlp"}
+_HF_BLOCKS = {"self_attention": "self_attn", "mlp": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Adapters:
         for name in names:
             if match := _NAME.fullmatch(name):
                 layer, block, projection, side = match.groups()
-                pairs.setdefault(f"model.layers.{layer}.{_PLACES[block]}.{projection}", {})[side] = name
+                pairs.setdefault(f"model.layers.{layer}.{_HF_BLOCKS[block]}.{projection}", {})[side] = name
         for pair in pairs.values():
             if len(pair) != 2:
                 raise CheckpointError(

@@ -34,10 +34,10 @@ def with_discrete_tokens(tokenizer: Tokenizer, vocabulary: DiscreteVocabulary) -
     grown = copy.deepcopy(hf)
     grown.add_tokens(added, special_tokens=True)
     for number, text in enumerate(vocabulary.texts(), start=vocabulary.base_size):
-        found = grown.convert_tokens_to_ids(text)
-        if found != number:
+        actual = grown.convert_tokens_to_ids(text)
+        if actual != number:
             raise DataError(
-                f"model.discrete: the tokenizer in {hf.name_or_path!r} gives {text!r} the id {found}; the model has it "
-                f"at {number}. Use a tokenizer without gaps among its ids."
+                f"model.discrete: the tokenizer in {hf.name_or_path!r} gives {text!r} the id {actual}; the model has "
+                f"it at {number}. Use a tokenizer without gaps among its ids."
             )
     return grown

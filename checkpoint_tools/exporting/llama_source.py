@@ -20,7 +20,7 @@ from megatron_anymal.model.hf_llama import (
     EMBEDDING,
     HEAD,
     account,
-    checkpoint_place,
+    checkpoint_position,
     from_hf,
     to_hf,
     whole_names,
@@ -57,7 +57,7 @@ class LlamaSource:
         if not model.language_model.freeze:
             self.hf = LlamaConfig.from_dict(manifest.llama)
             self._open_checkpoint(folder, None)
-            self.own_keys = {checkpoint_place(name)[0] for name in whole_names(self.hf)}
+            self.own_keys = {checkpoint_position(name)[0] for name in whole_names(self.hf)}
             self._where = str(folder)
             self._find_rows(model, folder)
             return
@@ -135,10 +135,10 @@ class LlamaSource:
     def _open_checkpoint(self, folder: Path, dtype: torch.dtype | None) -> None:
         reader = StreamReader(folder)
         for name in whole_names(self.hf):
-            if checkpoint_place(name)[0] not in reader.tensors:
+            if checkpoint_position(name)[0] not in reader.tensors:
                 raise CheckpointError(f"{str(folder)!r} is missing {name!r} of the Llama.")
-        self._read = lambda name: reader.read(*checkpoint_place(name))
-        self._dtype = lambda name: dtype or reader.dtype(checkpoint_place(name)[0])
+        self._read = lambda name: reader.read(*checkpoint_position(name))
+        self._dtype = lambda name: dtype or reader.dtype(checkpoint_position(name)[0])
 
 
 def _drawn(name: str, shape: tuple[int, ...], seed: int, std: float) -> Tensor:

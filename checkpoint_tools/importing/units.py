@@ -17,7 +17,7 @@ from megatron_anymal.checkpoint.tensor_stream import StoredFile, StreamWriter
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import (
     EMBEDDING,
-    checkpoint_place,
+    checkpoint_position,
     hf_names,
     whole_names,
     whole_shape,
@@ -42,7 +42,7 @@ def units_of(hf: LlamaConfig) -> list[Unit]:
     layers = [
         Unit(f"layer_{number:05d}.distcp", tuple(whole_names(hf, [number]))) for number in range(hf.num_hidden_layers)
     ]
-    head = tuple(name for name in whole_names(hf) if checkpoint_place(name)[1] is None and name != EMBEDDING)
+    head = tuple(name for name in whole_names(hf) if checkpoint_position(name)[1] is None and name != EMBEDDING)
     return [Unit("embedding.distcp", (EMBEDDING,)), Unit("head.distcp", head), *layers]
 
 
@@ -64,7 +64,7 @@ def write_unit(
     with closing(read_ahead([part for *_, parts in chunks for part in parts], source)) as values:
         try:
             for name, first, parts in chunks:
-                key, layer = checkpoint_place(name)
+                key, layer = checkpoint_position(name)
                 shape, dtype = whole_shape(name, hf), source.entry(parts[0].name).dtype
                 row = math.prod(shape[1:]) * dtype.itemsize
                 offset = (first, *[0] * (len(shape) - 1))

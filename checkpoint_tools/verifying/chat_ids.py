@@ -117,9 +117,9 @@ def _theirs(part: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "text", "text": part["text"]} if "text" in part else {"type": part["modality"]}
 
 
-def _difference(where: str, tokenizer: Tokenizer, expected: list[int], found: list[int]) -> str:
-    position = next((n for n, (a, b) in enumerate(zip(expected, found)) if a != b), min(len(expected), len(found)))
-    names = [tokenizer.hf.convert_ids_to_tokens(ids[position : position + 3]) for ids in (expected, found)]
+def _difference(where: str, tokenizer: Tokenizer, expected: list[int], actual: list[int]) -> str:
+    position = next((n for n, (a, b) in enumerate(zip(expected, actual)) if a != b), min(len(expected), len(actual)))
+    names = [tokenizer.hf.convert_ids_to_tokens(ids[position : position + 3]) for ids in (expected, actual)]
     return (
         f"{where}: training produces {names[0]} at position {position}, the exported chat template {names[1]}. The "
         "export would see prompts in a format it was not trained on."

@@ -98,7 +98,7 @@ def choose_samples(
     return chosen
 
 
-def _collect(folder: str, found: dict[str, list[VerificationSample]], count: int) -> None:
+def _collect(folder: str, by_kind: dict[str, list[VerificationSample]], count: int) -> None:
     try:
         index = ShardIndex(folder)
     except DataError as error:
@@ -112,14 +112,14 @@ def _collect(folder: str, found: dict[str, list[VerificationSample]], count: int
         parts = list(sample.documents[0] if sample.closed else last_answer(sample.documents[0])[0])
         kinds = {part.modality for part in parts if isinstance(part, MediaPart)} or {"text"}
         # A sample with several modalities counts for the one with the fewest samples so far.
-        kind = min(kinds, key=lambda one: len(found.get(one, ())))
-        if kind not in found or len(found[kind]) >= count:
-            if all(len(samples) >= count for samples in found.values()):
+        kind = min(kinds, key=lambda one: len(by_kind.get(one, ())))
+        if kind not in by_kind or len(by_kind[kind]) >= count:
+            if all(len(samples) >= count for samples in by_kind.values()):
                 return
             continue
         media = index.read_media(number, parts, range(sum(isinstance(part, MediaPart) for part in parts)))
         prompt = Prompt(parts, [MediaFile(item.data, item.extension) for item in media])
-        found[kind].append(VerificationSample(kind, index.key(number), prompt))
+        by_kind[kind].append(VerificationSample(kind, index.key(number), prompt))
 
 
 def _together(samples: Sequence[VerificationSample]) -> VerificationSample:

@@ -81,7 +81,7 @@ _PART_QUESTIONS = {
     "imu": (("which activity is it?", 0),),
 }
 # Questions that only the text corpus answers: modality -> (question, fact -> answer).
-_EVEN = {digit: "odd" if place % 2 else "even" for place, digit in enumerate(DIGITS)}
+_EVEN = {digit: "odd" if position % 2 else "even" for position, digit in enumerate(DIGITS)}
 _STILL = {activity: "no" if activity == "resting" else "yes" for activity in ACTIVITIES}
 _KNOWLEDGE_QUESTIONS: dict[str, tuple[tuple[str, dict[str, str]], ...]] = {
     "image": (("is the digit even or odd?", _EVEN),),

@@ -80,7 +80,7 @@ def judge(folder: Path) -> dict[str, Any]:
     for row in rows:
         right.setdefault(row["asked"], []).append(_as_asked(folder, row, digits, sounds))
     return {
-        "as_asked": {kind: sum(found) / len(found) for kind, found in right.items()},
+        "as_asked": {kind: sum(outcomes) / len(outcomes) for kind, outcomes in right.items()},
         "answers": len(rows),
         **{name: sum(row[name] for row in rows) / len(rows) for name in ("grammatical", "grammatical_by_itself")},
         "judges": {
@@ -107,9 +107,9 @@ def _as_asked(folder: Path, row: Mapping[str, Any], digits: DigitJudge, sounds: 
 def _goes_on(folder: Path, row: Mapping[str, Any], pictures: Sequence[np.ndarray], digits: DigitJudge) -> bool:
     """Whether frames show the digit of a video, each further in its direction than the one before."""
     digit, direction = row["facts"]
-    places = [centre(picture) for picture in (read_picture(folder / "media" / row["last"]), *pictures)]
+    centres = [centre(picture) for picture in (read_picture(folder / "media" / row["last"]), *pictures)]
     axis, sign = {"left": (1, -1), "right": (1, 1), "up": (0, -1), "down": (0, 1)}[direction]
-    steps = sign * np.diff([place[axis] for place in places])
+    steps = sign * np.diff([position[axis] for position in centres])
     return bool((steps > 0).all()) and all(digits.name(picture, SIDE) == digit for picture in pictures)
 
 

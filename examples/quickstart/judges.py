@@ -83,8 +83,8 @@ def centre(picture: np.ndarray) -> np.ndarray:
     """Centre of the light in a picture, [row, column], as shares of its height and width."""
     light = picture.astype(np.float64) + 1e-6
     rows, columns = (np.arange(size) + 0.5 for size in light.shape)
-    found = np.array([(light.sum(1) * rows).sum(), (light.sum(0) * columns).sum()]) / light.sum()
-    return found / np.array(light.shape)
+    weighted = np.array([(light.sum(1) * rows).sum(), (light.sum(0) * columns).sum()]) / light.sum()
+    return weighted / np.array(light.shape)
 
 
 def _centred(picture: np.ndarray, side: int) -> np.ndarray:

@@ -74,9 +74,9 @@ class PictureAutoencoder(nn.Module):
             digits: [n], what the pictures show.
         """
         quantized, distance = self.codebook(self.features(pictures))
-        told = self.meaning(quantized.view(len(pictures), -1, WIDTH)[:, 0])
+        logits = self.meaning(quantized.view(len(pictures), -1, WIDTH)[:, 0])
         drawn = F.mse_loss(self._draw(quantized), pictures)
-        return drawn + COMMITMENT * distance + MEANING * F.cross_entropy(told, digits)
+        return drawn + COMMITMENT * distance + MEANING * F.cross_entropy(logits, digits)
 
     def _draw(self, vectors: Tensor) -> Tensor:
         whole, parts = vectors.view(-1, 1 + GRID * GRID, WIDTH).transpose(1, 2).split([1, GRID * GRID], dim=2)

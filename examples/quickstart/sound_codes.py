@@ -54,8 +54,8 @@ class SoundAutoencoder(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Logarithms of magnitudes of codes."""
-        found = [codebook.vectors[codes[:, number]] for number, codebook in enumerate(self.levels)]
-        decoded: Tensor = self.decoder(torch.stack(found).sum(0).transpose(1, 2))
+        quantized = [codebook.vectors[codes[:, number]] for number, codebook in enumerate(self.levels)]
+        decoded: Tensor = self.decoder(torch.stack(quantized).sum(0).transpose(1, 2))
         return decoded
 
     def forward(self, spectrograms: Tensor) -> Tensor:

@@ -54,10 +54,10 @@ class VectorQuantizer(nn.Module):
             the inputs are drawn to the codebook.
         """
         codes = self.nearest(inputs)
-        found = self.vectors[codes]
+        quantized = self.vectors[codes]
         if self.training:
             self._follow(inputs.detach(), codes)
-        return inputs + (found - inputs).detach(), F.mse_loss(inputs, found)
+        return inputs + (quantized - inputs).detach(), F.mse_loss(inputs, quantized)
 
     @torch.no_grad()
     def _follow(self, inputs: Tensor, codes: Tensor) -> None:

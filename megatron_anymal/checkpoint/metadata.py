@@ -44,7 +44,7 @@ class Chunk:
     # Size of the chunk in every dimension of the tensor.
     size: tuple[int, ...]
     # Byte offset in the file.
-    place: int
+    begin: int
     # Length in the file, in bytes.
     length: int
 
@@ -75,7 +75,7 @@ class Span:
     # File name.
     file: str
     # Byte offset in the file.
-    place: int
+    begin: int
     # Length in bytes.
     length: int
 
@@ -162,8 +162,8 @@ def read_metadata(folder: Path) -> Contents:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, _Metadata):
             raise ValueError(f"it holds a {type(metadata).__name__}")
-        places = {(index["fqn"], index.get("offset")): info for index, info in _infos(metadata)}
-        return _contents(metadata.state["state_dict_metadata"], places)
+        infos = {(index["fqn"], index.get("offset")): info for index, info in _infos(metadata)}
+        return _contents(metadata.state["state_dict_metadata"], infos)
     except CheckpointError as error:
         raise CheckpointError(f"{str(path)!r} {error}") from None
     except OSError as error:
@@ -183,26 +183,26 @@ def _infos(metadata: _Metadata) -> Iterator[tuple[dict[str, Any], dict[str, Any]
         yield index.state, info.state
 
 
-def _contents(entries: dict[str, Any], places: dict[Any, dict[str, Any]]) -> Contents:
+def _contents(entries: dict[str, Any], infos: dict[Any, dict[str, Any]]) -> Contents:
     tensors, objects = {}, {}
     for name, entry in sorted(entries.items()):
         if isinstance(entry, _Tensor):
-            tensors[name] = _tensor(name, entry.state, places)
+            tensors[name] = _tensor(name, entry.state, infos)
         elif isinstance(entry, _Bytes):
-            info = places[name, None]
+            info = infos[name, None]
             objects[name] = Span(info["relative_path"], info["offset"], info["length"])
         else:
             raise ValueError(f"the entry {name!r} is a {type(entry).__name__}")
     return Contents(tensors, objects)
 
 
-def _tensor(name: str, entry: dict[str, Any], places: dict[Any, dict[str, Any]]) -> Stored:
+def _tensor(name: str, entry: dict[str, Any], infos: dict[Any, dict[str, Any]]) -> Stored:
     dtype, shape = entry["properties"].state[0], entry["size"]
     chunks, files = [], []
     for chunk in entry["chunks"]:
         offset, size = chunk.state["offsets"], chunk.state["sizes"]
         # Like torch's own lookup, this ignores the index of the key: a chunk is identified by its tensor and offset.
-        info = places[name, offset]
+        info = infos[name, offset]
         if info.get("transform_descriptors"):
             raise CheckpointError(f"says that {name!r} is compressed, which is not supported.")
         chunks.append(Chunk(name, dtype, shape, offset, size, info["offset"], info["length"]))

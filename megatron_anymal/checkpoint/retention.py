@@ -45,18 +45,18 @@ def retain(checkpoints: Path, rules: CheckpointConfig, newest: int) -> list[Path
     return gone
 
 
-def kept_steps(found: Mapping[int, Manifest], rules: CheckpointConfig) -> set[int]:
+def kept_steps(manifests: Mapping[int, Manifest], rules: CheckpointConfig) -> set[int]:
     """Return the steps that the rules keep.
 
     Args:
-        found: step -> manifest of all readable checkpoints.
+        manifests: step -> manifest of all readable checkpoints.
     """
-    stay = set(sorted(found)[-rules.keep_last :])
+    stay = set(sorted(manifests)[-rules.keep_last :])
     if rules.keep_every_n_steps:
-        stay |= {step for step in found if step % rules.keep_every_n_steps == 0}
+        stay |= {step for step in manifests if step % rules.keep_every_n_steps == 0}
     measured = {
         step: manifest.metrics[rules.keep_best_metric]
-        for step, manifest in found.items()
+        for step, manifest in manifests.items()
         if rules.keep_best_metric in manifest.metrics
     }
     sign = 1 if rules.keep_best_mode == "min" else -1

@@ -76,7 +76,7 @@ class Owner:
     array: str = ""
 
     @staticmethod
-    def here() -> Owner:
+    def this_process() -> Owner:
         """Owner record of this process."""
         return Owner(
             host=socket.gethostname(),
@@ -124,7 +124,7 @@ class RunLock:
 
     def __init__(self, run_dir: Path, timeout: float, say: Callable[[str], None] = print) -> None:
         self.path, self._timeout, self._say = run_dir / LOCK, timeout, say
-        self._owner = Owner.here()
+        self._owner = Owner.this_process()
         run_dir.mkdir(parents=True, exist_ok=True)
         while not _create(self.path, self._owner):
             self._make_way()
@@ -201,7 +201,7 @@ def user_of(run_dir: Path, timeout: float) -> Optional[Owner]:
     seen = _look(path)
     if seen is None or seen.owner is None:
         return None
-    alive = seen.owner.alive(Owner.here())
+    alive = seen.owner.alive(Owner.this_process())
     if alive is None:
         alive = _shows_life(path, seen, 2 * timeout / _BEATS)
     return seen.owner if alive else None

@@ -48,7 +48,7 @@ def check_pickles(folder: Path) -> None:
     contents = read_metadata(folder)
     _check_data(folder / COMMON, 0, None, COMMON)
     for name, span in contents.objects.items():
-        _check_data(folder / span.file, span.place, span.length, name)
+        _check_data(folder / span.file, span.begin, span.length, name)
 
 
 def _check_format(folder: Path) -> None:

@@ -56,7 +56,7 @@ def sharded_optimizer(optimizer: Any, weights: dict[str, Any], *, is_loading: bo
         optimizer: a MegatronOptimizer.
         weights: the result of `sharded_weights`; must include all trainable weights.
     """
-    with _places_without_padding(optimizer), _no_old_garbage(), one_step(optimizer):
+    with _positions_without_padding(optimizer), _no_old_garbage(), one_step(optimizer):
         return optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=dict(METADATA))
 
 
@@ -79,7 +79,7 @@ def _no_old_garbage() -> Iterator[None]:
 
 
 @contextmanager
-def _places_without_padding(optimizer: Any) -> Iterator[None]:
+def _positions_without_padding(optimizer: Any) -> Iterator[None]:
     """Make the distributed optimizer use parameter offsets that do not count the padding of its buckets.
 
     megatron-core 0.16.1 gathers its buckets without the padding at their ends, but slices out the parameters at offsets

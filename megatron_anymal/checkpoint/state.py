@@ -20,7 +20,7 @@ from megatron_anymal.checkpoint.sharding import sharded_optimizer, sharded_weigh
 from megatron_anymal.checkpoint.store import CheckpointError, Manifest
 from megatron_anymal.checkpoint.tensor_stream import StreamReader
 from megatron_anymal.config import LoraConfig, ModalityConfig
-from megatron_anymal.model.hf_llama import checkpoint_place
+from megatron_anymal.model.hf_llama import checkpoint_position
 from megatron_anymal.model.quantized_weights import is_quantized
 from megatron_anymal.model.unsharded_weights import Weight, list_weights
 
@@ -145,7 +145,7 @@ def read_language_model(weights: Iterable[Weight], folder: Path) -> None:
     for weight in weights:
         if not _is_llama(weight.name):
             continue
-        key, layer = checkpoint_place(weight.name)
+        key, layer = checkpoint_position(weight.name)
         if key not in reader.tensors:
             raise CheckpointError(f"{str(folder)!r} lacks the Llama weight {key!r}.")
         # Drop the rows that padded the vocabulary for the layout that saved it.

@@ -132,9 +132,9 @@ class StreamWriter:
         """Close the file without finishing it."""
         self._file.abandon()
 
-    def _note(self, name: str, dtype: str, shape: Any, offset: Any, size: Any, place: int) -> None:
-        length = self._file.tell() - place
-        self._chunks.append(Chunk(name, dtype, tuple(shape), tuple(offset), tuple(size), place, length))
+    def _note(self, name: str, dtype: str, shape: Any, offset: Any, size: Any, begin: int) -> None:
+        length = self._file.tell() - begin
+        self._chunks.append(Chunk(name, dtype, tuple(shape), tuple(offset), tuple(size), begin, length))
 
 
 def write_index(folder: Path, files: Iterable[StoredFile], common: Mapping[str, Any] | bytes) -> dict[str, str]:
@@ -157,7 +157,7 @@ def write_index(folder: Path, files: Iterable[StoredFile], common: Mapping[str, 
             index = MetadataIndex(chunk.name, torch.Size(chunk.offset) if chunk.dtype else None)
             if index in locations:
                 raise CheckpointError(f"{str(folder)!r}: the chunk of {chunk.name!r} at {chunk.offset} is duplicated.")
-            locations[index] = _StorageInfo(file.name, chunk.place, chunk.length)
+            locations[index] = _StorageInfo(file.name, chunk.begin, chunk.length)
             _add_entry(entries, chunk)
     for name, entry in entries.items():
         if isinstance(entry, TensorStorageMetadata):
@@ -273,7 +273,7 @@ class StreamReader:
             CheckpointError: the file is unreadable or truncated.
         """
         span = self.objects[name]
-        return self._bytes(name, span.file, span.place, span.length)
+        return self._bytes(name, span.file, span.begin, span.length)
 
     def common_bytes(self) -> bytes:
         """Contents of common.pt."""
@@ -282,7 +282,7 @@ class StreamReader:
     def _load(self, name: str, chunk: Chunk, file: str, into: Optional[Tensor] = None) -> Tensor:
         try:
             with open(self.folder / file, "rb") as raw:
-                return read_saved(FilePart(raw, chunk.place, chunk.length), chunk.dtype, chunk.size, into)
+                return read_saved(FilePart(raw, chunk.begin, chunk.length), chunk.dtype, chunk.size, into)
         except OSError as error:
             raise CheckpointError(f"{str(self.folder / file)!r} cannot be read ({error.strerror}).") from None
         # On damaged bytes, torch's unpickler may raise any exception.
@@ -290,10 +290,10 @@ class StreamReader:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise CheckpointError(f"{str(self.folder / file)!r} is damaged at {name!r} ({reason}).") from None
 
-    def _bytes(self, name: str, file: str, place: int, length: int) -> bytes:
+    def _bytes(self, name: str, file: str, begin: int, length: int) -> bytes:
         try:
             with open(self.folder / file, "rb") as raw:
-                raw.seek(place)
+                raw.seek(begin)
                 data = raw.read(length)
         except OSError as error:
             raise CheckpointError(f"{str(self.folder / file)!r} cannot be read ({error.strerror}).") from None

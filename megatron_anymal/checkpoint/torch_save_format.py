@@ -58,7 +58,7 @@ class FilePart(io.RawIOBase):
 
     def __init__(self, file: Any, begin: int, length: int) -> None:
         self._file, self._begin, self._length = file, begin, length
-        self._place = 0
+        self._position = 0
 
     def readable(self) -> bool:
         """True."""
@@ -70,20 +70,20 @@ class FilePart(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         """Move by `offset` bytes and return the position, in bytes from the start of the range."""
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._length}[whence]
-        self._place = base + offset
-        return self._place
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._length}[whence]
+        self._position = base + offset
+        return self._position
 
     def tell(self) -> int:
         """Position in bytes from the start of the range."""
-        return self._place
+        return self._position
 
     def readinto(self, target: Any) -> int:
         """Fill a buffer from the position on; return the number of bytes read, 0 at the end of the range."""
         view = memoryview(target).cast("B")
-        count = max(0, min(len(view), self._length - self._place))
-        count = os.preadv(self._file.fileno(), [view[:count]], self._begin + self._place)
-        self._place += count
+        count = max(0, min(len(view), self._length - self._position))
+        count = os.preadv(self._file.fileno(), [view[:count]], self._begin + self._position)
+        self._position += count
         return count
 
 

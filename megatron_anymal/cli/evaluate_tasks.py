@@ -124,8 +124,8 @@ def _job(text: str, arguments: argparse.Namespace) -> _Job:
         raise ConfigError(f"--without-metric leaves no metric of {name!r}, which has {', '.join(task.metrics)}.")
     chosen = argparse.Namespace(**vars(arguments))
     chosen.max_new_tokens = arguments.max_new_tokens or task.max_new_tokens
-    place = Path(folder) if equals else Path(arguments.data_root) / name
-    return _Job(task, place, metrics, sampling_of(chosen), likelihood)
+    path = Path(folder) if equals else Path(arguments.data_root) / name
+    return _Job(task, path, metrics, sampling_of(chosen), likelihood)
 
 
 def _check_metrics(jobs: Sequence[_Job]) -> None:

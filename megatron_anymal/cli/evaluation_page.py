@@ -82,13 +82,13 @@ def _task(name: str, result: Mapping[str, Any], samples: Sequence[TaskSample]) -
         parts.append(table(["part", "samples", *map(text, names)], cells, "Parts of the data"))
     metric = next(iter(result["scores"]))
     return "".join(parts) + "".join(
-        _example(result["answers"][place], samples[place]) for place in chosen(result["answers"], metric)
+        _example(result["answers"][number], samples[number]) for number in chosen(result["answers"], metric)
     )
 
 
 def chosen(answers: Sequence[Mapping[str, Any]], metric: str) -> list[int]:
     """Positions of the answers shown: the lowest values, then the highest, each once."""
-    order = sorted(range(len(answers)), key=lambda place: answers[place]["values"][metric])
+    order = sorted(range(len(answers)), key=lambda number: answers[number]["values"][metric])
     return list(dict.fromkeys([*order[:EXAMPLES], *order[-EXAMPLES:]]))
 
 

@@ -165,7 +165,7 @@ def _model_section(arguments: argparse.Namespace) -> Optional[dict[str, Any]]:
         return exported
     folder = Path(arguments.checkpoint)
     manifests = map(_manifest, [folder, *store.committed(folder / "checkpoints"), *store.committed(folder)])
-    manifest = next((found for found in manifests if found is not None), None)
+    manifest = next((one for one in manifests if one is not None), None)
     return None if manifest is None else manifest.config["model"]
 
 

@@ -212,8 +212,8 @@ def _check_out(arguments: argparse.Namespace, source: Union[Source, ShardFolder]
     if isinstance(source, ShardFolder):
         for name, given in (("out", arguments.out), ("overwrite", arguments.overwrite), ("encode", arguments.encode)):
             if given:
-                place = f"in place, in {source.folder}/index, without a copy"
-                raise DataError(f"{option} is indexed {place}. Remove --{name}.")
+                where = f"in place, in {source.folder}/index, without a copy"
+                raise DataError(f"{option} is indexed {where}. Remove --{name}.")
     elif arguments.rebuild:
         raise DataError(f"--rebuild has no effect without --index-only: {option} is packed. Leave it out.")
 

@@ -24,11 +24,11 @@ def compose_ahead(config_name: str, config_dir: Path, overrides: Sequence[str]) 
     Raises:
         ConfigError: as `compose`.
     """
-    found = compose(config_name, config_dir, overrides)
+    composition = compose(config_name, config_dir, overrides)
     # Each process has an environment of its own.
-    if not found.reads_environment:
-        _known[config_name, config_dir, tuple(overrides)] = found, _stamps(found.files)
-    return found
+    if not composition.reads_environment:
+        _known[config_name, config_dir, tuple(overrides)] = composition, _stamps(composition.files)
+    return composition
 
 
 def composed(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Composed:
@@ -37,18 +37,26 @@ def composed(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Co
     Raises:
         ConfigError: as `compose`.
     """
-    found, stamps = _known.get((config_name, config_dir, tuple(overrides)), (None, []))
+    composition, stamps = _known.get((config_name, config_dir, tuple(overrides)), (None, []))
     with suppress(OSError):
-        if found is not None and _stamps(found.files) == stamps:
-            return found
+        if composition is not None and _stamps(composition.files) == stamps:
+            return composition
     return compose(config_name, config_dir, overrides)
 
 
 def export() -> bytes:
     """Everything that was composed ahead, for `adopt` in another process."""
     rows = [
-        (name, str(folder), overrides, found.config.to_dict(), found.origins, list(map(str, found.files)), stamps)
-        for (name, folder, overrides), (found, stamps) in _known.items()
+        (
+            name,
+            str(folder),
+            overrides,
+            composition.config.to_dict(),
+            composition.origins,
+            list(map(str, composition.files)),
+            stamps,
+        )
+        for (name, folder, overrides), (composition, stamps) in _known.items()
     ]
     return json.dumps(rows).encode()
 
@@ -60,8 +68,8 @@ def adopt(exported: bytes) -> None:
         ConfigError: it comes from another version of this package.
     """
     for name, folder, overrides, values, origins, files, stamps in json.loads(exported):
-        found = Composed(from_dict(values), origins, tuple(map(Path, files)), reads_environment=False)
-        _known[name, Path(folder), tuple(overrides)] = found, [(time, size) for time, size in stamps]
+        composition = Composed(from_dict(values), origins, tuple(map(Path, files)), reads_environment=False)
+        _known[name, Path(folder), tuple(overrides)] = composition, [(time, size) for time, size in stamps]
 
 
 def _stamps(files: Sequence[Path]) -> list[tuple[int, int]]:

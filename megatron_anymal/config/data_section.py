@@ -52,12 +52,12 @@ class StageConfig:
 
     def weights_of(self, datasets: Mapping[str, DatasetConfig]) -> dict[str, float]:
         """Weight of every dataset of `data.train`; a type's weight is divided by its datasets' own weights."""
-        found = dict.fromkeys(datasets, 0.0)
+        weights = dict.fromkeys(datasets, 0.0)
         for key, weight in self.weights.items():
             own = {name: dataset.weight for name, dataset in datasets.items() if dataset.type == key} or {key: 1.0}
             for name, share in own.items():
-                found[name] += weight * share / sum(own.values())
-        return found
+                weights[name] += weight * share / sum(own.values())
+        return weights
 
 
 @dataclass

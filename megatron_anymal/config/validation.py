@@ -137,22 +137,22 @@ def check(config: RunConfig) -> None:
 def _check_values(config: RunConfig) -> None:
     alignments = [f"model.multiplex.{name}" for name in config.model.multiplex]
     for key, choices in CHOICES.items():
-        for place in _places(key, alignments):
-            if value_at(config, place) not in choices:
+        for full_key in _full_keys(key, alignments):
+            if value_at(config, full_key) not in choices:
                 shown = ", ".join(repr(c) for c in choices)
-                raise ConfigError(f"{place}={value_at(config, place)!r} is not one of {shown}.")
+                raise ConfigError(f"{full_key}={value_at(config, full_key)!r} is not one of {shown}.")
     of_alignments = {f"{one}.{key}": least for one in alignments for key, least in _ALIGNMENT_AT_LEAST.items()}
     for key, least in (AT_LEAST | of_alignments).items():
-        for place in _places(key, alignments):
-            if value_at(config, place) < least:
-                raise ConfigError(f"{place}={value_at(config, place)} must be at least {least}.")
-    for place in _places("model.optim.betas", alignments):
-        if len(value_at(config, place)) != 2:
-            raise ConfigError(f"{place}={value_at(config, place)} must hold two numbers.")
+        for full_key in _full_keys(key, alignments):
+            if value_at(config, full_key) < least:
+                raise ConfigError(f"{full_key}={value_at(config, full_key)} must be at least {least}.")
+    for full_key in _full_keys("model.optim.betas", alignments):
+        if len(value_at(config, full_key)) != 2:
+            raise ConfigError(f"{full_key}={value_at(config, full_key)} must hold two numbers.")
     max_time_seconds(config.exp_manager)
 
 
-def _places(key: str, alignments: Sequence[str]) -> list[str]:
+def _full_keys(key: str, alignments: Sequence[str]) -> list[str]:
     """A key, and for one of the optimizer the same of each alignment of model.multiplex."""
     rest = key.removeprefix("model.optim.")
     return [key] if rest == key else [key, *(f"{one}.optim.{rest}" for one in alignments)]

@@ -40,12 +40,12 @@ class AlignedSamples:
         # Per dataset: number of its alignment.
         self.owner = np.zeros(len(sizes), np.int64)
         for number, alignment in enumerate(alignments.values()):
-            own = [place for place, name in enumerate(datasets) if name in alignment.datasets]
+            own = [position for position, name in enumerate(datasets) if name in alignment.datasets]
             self.owner[own] = number
             if not own:
                 continue
             weights = tuple(dataset.weight for name, dataset in datasets.items() if name in alignment.datasets)
-            order = GlobalOrder(tuple(sizes[place] for place in own), weights, seed)
+            order = GlobalOrder(tuple(sizes[position] for position in own), weights, seed)
             last = alignment.max_steps if ends else 0
             self._parts.append((alignment.global_batch_size, last, np.array(own), order))
 

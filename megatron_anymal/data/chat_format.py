@@ -137,7 +137,7 @@ def messages_of(opened: Sequence[Part]) -> list[Message] | None:
 
 def last_answer(document: Sequence[Part]) -> tuple[list[Part], list[Part]]:
     """Split a conversation's document into the open document before its last answer, and the parts of that answer."""
-    begin = max(place for place, part in enumerate(document) if _role_of(part) == "assistant") + 1
+    begin = max(position for position, part in enumerate(document) if _role_of(part) == "assistant") + 1
     return list(document[:begin]), list(document[begin:-1])
 
 

@@ -170,14 +170,14 @@ class CodeGrammar:
 
     def open_item(self, tokens: Sequence[int]) -> Optional[OpenItem]:
         """Where a sequence stands that is known to obey the grammar, found from its end; None outside an item."""
-        for place in range(len(tokens) - 1, -1, -1):
-            token = tokens[place]
+        for position in range(len(tokens) - 1, -1, -1):
+            token = tokens[position]
             if token < self._vocabulary.base_size or token in self._ends:
                 # Text never stands within an item.
                 return None
             if token in self._begins:
                 name, first = self._begins[token]
-                return OpenItem(name, len(tokens) - place - 1, sum(code in first for code in tokens[place + 1 :]))
+                return OpenItem(name, len(tokens) - position - 1, sum(code in first for code in tokens[position + 1 :]))
         return None
 
     def parts(self, tokens: Sequence[int]) -> list[Union[list[int], CodeItem]]:
@@ -186,29 +186,29 @@ class CodeGrammar:
         Raises:
             DiscreteCodeError: it breaks the grammar, or its last item is not closed. The message names the position.
         """
-        found: list[Union[list[int], CodeItem]] = []
+        content: list[Union[list[int], CodeItem]] = []
         item, start = None, 0
-        for place, token in enumerate(tokens):
+        for position, token in enumerate(tokens):
             before = item
             try:
                 item = self.follow(before, token)
             except DiscreteCodeError as error:
-                raise DiscreteCodeError(f"Token {place}: {error}.") from None
+                raise DiscreteCodeError(f"Token {position}: {error}.") from None
             if before is None and item is None:
-                last = found[-1] if found else None
+                last = content[-1] if content else None
                 if not isinstance(last, list):
-                    found.append(last := [])
+                    content.append(last := [])
                 last.append(token)
             elif before is None:
-                start = place
+                start = position
             elif item is None:
-                found.append(self.item(before.name, tokens[start + 1 : place]))
+                content.append(self.item(before.name, tokens[start + 1 : position]))
         if item is not None:
             raise DiscreteCodeError(
                 f"The item of {item.name!r} that begins at token {start} is not closed: it has {item.codes} code(s) "
                 f"and no {self._vocabulary.text(self._vocabulary.end(item.name))}."
             )
-        return found
+        return content
 
     def item(self, name: str, tokens: Sequence[int]) -> CodeItem:
         """The item with these codes' ids, in the order of the sequence and without marks."""

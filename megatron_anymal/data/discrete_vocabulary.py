@@ -162,10 +162,10 @@ class DiscreteVocabulary:
         Raises:
             DiscreteCodeError: the id is text, or beyond the vocabulary.
         """
-        found = self.lookup(token)
-        if found.mark:
-            return self._marks[found.name][found.mark == "end"]
-        return f"<{found.name}:{found.codebook}:{found.code}>"
+        entry = self.lookup(token)
+        if entry.mark:
+            return self._marks[entry.name][entry.mark == "end"]
+        return f"<{entry.name}:{entry.codebook}:{entry.code}>"
 
     def texts(self) -> Iterator[str]:
         """Written forms of all marks and codes, in the order of their ids."""

@@ -62,25 +62,25 @@ def scramble(values: np.ndarray, key: np.ndarray | np.uint64) -> np.ndarray:
         return values ^ (values >> np.uint64(31))
 
 
-def permute(places: np.ndarray, n: int, key: int) -> np.ndarray:
-    """The elements at positions `places` of the pseudorandom permutation of [0, n) selected by `key`.
+def permute(positions: np.ndarray, n: int, key: int) -> np.ndarray:
+    """The elements at `positions` of the pseudorandom permutation of [0, n) selected by `key`.
 
     Args:
-        places: [k] integers in [0, n).
+        positions: [k] integers in [0, n).
         n: size of the range.
         key: any integer; each key selects a different permutation.
 
     Returns:
         [k] int64.
     """
-    return _permute_each(np.asarray(places), n, np.array([key & _MASK64], np.uint64))
+    return _permute_each(np.asarray(positions), n, np.array([key & _MASK64], np.uint64))
 
 
-def _permute_each(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+def _permute_each(positions: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """`permute` of each position under a key of its own.
 
     Args:
-        places: [k] integers in [0, n).
+        positions: [k] integers in [0, n).
         keys: [k] uint64, or [1] for all positions.
 
     Returns:
@@ -88,7 +88,7 @@ def _permute_each(places: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
     """
     half_bits = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
     half, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    values = places.astype(np.uint64)
+    values = positions.astype(np.uint64)
     rounds = [_mix64_each(keys, i) for i in range(_ROUNDS)]
     outside = np.arange(len(values))
     while len(outside):
@@ -132,10 +132,10 @@ class GlobalOrder:
         dataset, sample = _blocks(self, first, last, block)
         return dataset[wanted].copy(), sample[wanted].copy()
 
-    def counts(self, places: int) -> np.ndarray:
-        """[datasets] int64: how many of the first `places` positions are of each dataset."""
-        whole = places - places % self._block_size()
-        dataset, _ = self.samples(whole, places)
+    def counts(self, count: int) -> np.ndarray:
+        """[datasets] int64: how many of the first `count` positions are of each dataset."""
+        whole = count - count % self._block_size()
+        dataset, _ = self.samples(whole, count)
         return np.diff(self._bounds(whole)) + np.bincount(dataset, minlength=len(self.sizes))
 
     def _block_size(self) -> int:
@@ -157,8 +157,8 @@ class GlobalOrder:
             slots = _permute_each(np.tile(np.arange(block), len(shares)), block, keys[number])
             # Block k covers [k * block, (k + 1) * block), so that one search serves all blocks.
             ends = np.cumsum(shares, axis=1) + block * np.arange(len(shares))[:, None]
-            found = np.searchsorted(ends.ravel(), slots + block * number, side="right")
-            dataset = found - len(self.sizes) * number
+            interval = np.searchsorted(ends.ravel(), slots + block * number, side="right")
+            dataset = interval - len(self.sizes) * number
         sample = np.empty_like(dataset)
         for d, taken in enumerate(self.taken or [0] * len(self.sizes)):
             sample[dataset == d] = self._shuffled(d, taken + np.arange(drawn[0, d], drawn[-1, d]))
@@ -171,12 +171,12 @@ class GlobalOrder:
         unit = math.lcm(*(weight.denominator for weight in weights))
         return list(accumulate(int(weight * unit) for weight in weights))
 
-    def _bounds(self, places: int) -> list[int]:
-        """Cumulative shares of the datasets among the first `places` positions, rounded half to even."""
+    def _bounds(self, count: int) -> list[int]:
+        """Cumulative shares of the datasets among the first `count` positions, rounded half to even."""
         total = self._cumulative_weights[-1]
         bounds = [0]
         for weight in self._cumulative_weights:
-            whole, rest = divmod(places * weight, total)
+            whole, rest = divmod(count * weight, total)
             bounds.append(whole + (2 * rest > total or (2 * rest == total and whole % 2 == 1)))
         return bounds
 

@@ -166,7 +166,7 @@ class _Row:
 
 
 @dataclass
-class _Found:
+class _ReadSample:
     """A sample of a shard, before the filters."""
 
     group: Group
@@ -208,8 +208,8 @@ class _Indexer:
         walk = TarWalk(self._source, self._options.limits.max_text_bytes)
         buffer = RowBuffer()
         problems: list[LeftOut] = []
-        found = self._found(groups(walk, rows.name, rows.members, problems), problems)
-        for batch in checked_together(self._options.filters, found, _media_bytes):
+        samples = self._read_samples(groups(walk, rows.name, rows.members, problems), problems)
+        for batch in checked_together(self._options.filters, samples, _media_bytes):
             self._filter(batch)
             for one in batch:
                 rows.left_out += one.problems
@@ -224,24 +224,24 @@ class _Indexer:
         rows.damaged_bytes = walk.bytes.damaged
         rows.members.check(rows.name)
 
-    def _found(self, all_groups: Iterable[Group], problems: list[LeftOut]) -> Iterator[_Found]:
+    def _read_samples(self, all_groups: Iterable[Group], problems: list[LeftOut]) -> Iterator[_ReadSample]:
         """The samples of a shard; `problems` is emptied into them, so that the ledger keeps the order of the shard."""
         for group in all_groups:
             before = problems[:]
             problems.clear()
             try:
-                yield _Found(group, self._row(group), None, before)
+                yield _ReadSample(group, self._row(group), None, before)
             except SampleError as error:
-                yield _Found(group, None, error, before)
+                yield _ReadSample(group, None, error, before)
 
-    def _filter(self, batch: Sequence[_Found]) -> None:
+    def _filter(self, batch: Sequence[_ReadSample]) -> None:
         """Set `wrong` of the samples that a filter excludes."""
         checked = [(one, one.row.facts) for one in batch if one.row and one.row.facts]
         errors = apply_rules(self._options.filters, [facts for _, facts in checked])
         for (one, _), error in zip(checked, errors):
             one.wrong = error
 
-    def _add(self, one: _Found, buffer: RowBuffer) -> None:
+    def _add(self, one: _ReadSample, buffer: RowBuffer) -> None:
         """Add a sample to the rows or to the ledger."""
         group, row, rows = one.group, one.row, self._rows
         if isinstance(one.wrong, FilteredError):
@@ -371,7 +371,7 @@ class _Indexer:
         return tokens, targets, rejected_tokens, rejected_targets
 
 
-def _media_bytes(one: _Found) -> int:
+def _media_bytes(one: _ReadSample) -> int:
     return sum(row[1] for row in one.row.media) if one.row else 0
 
 

@@ -45,8 +45,8 @@ def index_part(
         ConfigError: a plug-in cannot be imported.
         StorageError: the object store cannot be used.
     """
-    found = {} if names is not None and not names else find_shards(folder)
-    files = part.items(list(found.values())) if names is None else [found[name] for name in names]
+    shards = {} if names is not None and not names else find_shards(folder)
+    files = part.items(list(shards.values())) if names is None else [shards[name] for name in names]
     reader = ShardReader(folder, options, Tokenizer(options.tokenizer))
     identity = reader.identity()
     made_with, parts = digest(identity), PartFiles(folder)

@@ -117,11 +117,11 @@ def _print_first(ledger: LedgerWriter) -> None:
 def _samples_in(used: int, ledger: LedgerWriter, packed: Optional[Packed]) -> str:
     """Samples in = used + left out + filtered; in is the number that a source has, or else that of samples found."""
     filtered = ledger.rules.total()
-    found = used + ledger.bad_samples + filtered
+    samples_in = used + ledger.bad_samples + filtered
     counts = ", ".join(f"{rule} {count}" for rule, count in ledger.rules.most_common())
-    text = f"{found} samples in = {used} used + {ledger.bad_samples} left out + {filtered} filtered"
+    text = f"{samples_in} samples in = {used} used + {ledger.bad_samples} left out + {filtered} filtered"
     text += f" ({counts})" if counts else ""
-    if packed and packed.samples != found:
+    if packed and packed.samples != samples_in:
         # Damage to a shard may cost samples whose keys are lost with them.
         text += f"; {packed.source!r} had {packed.samples}"
     return text

@@ -49,8 +49,8 @@ def _elements(path: Path, limits: LimitsConfig) -> Iterator[Any]:
             text.end()
             return
         if mark != ",":
-            found = f"{text.shown()!r}" if mark else "the end of the file"
-            raise DataError(f"{path}: after element {number - 1}, `,` or `]` must follow, not {found}.")
+            following = f"{text.shown()!r}" if mark else "the end of the file"
+            raise DataError(f"{path}: after element {number - 1}, `,` or `]` must follow, not {following}.")
         text.position += 1
         if text.after_space() == "]":
             raise DataError(f"{path}: a comma follows the last element, {number - 1}. Remove it.")

@@ -85,8 +85,8 @@ class LeftOut:
         """Human-readable line: the sample, member or shard, then the reason."""
         what = f"sample {self.key!r} of " if self.key else ""
         member = f", member {self.member!r}" if self.member else ""
-        place = f"shard {self.shard!r}" if self.shard else self.source
-        return f"{what}{place}{member}: {self.reason}"
+        where = f"shard {self.shard!r}" if self.shard else self.source
+        return f"{what}{where}{member}: {self.reason}"
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not empty."""

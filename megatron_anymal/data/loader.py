@@ -18,7 +18,7 @@ from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.feature_cache import FeatureCache
 from megatron_anymal.data.loader_workers import LoaderMemory, ReadMicroBatch, WorkerReader, start_worker, worker_died
 from megatron_anymal.data.media_pieces import PieceReader, PlannedItem, pieces_in
-from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, positions_with_label
 from megatron_anymal.data.plan_queue import PlanSampler
 from megatron_anymal.data.planner import BatchPlanner
 from megatron_anymal.data.records import (
@@ -163,11 +163,11 @@ class MicroBatchReader(Dataset[MicroBatch]):
                     parts_of[sample.position] = self._fill_text(micro_batch, sample, spans)
                 except DataError as error:
                     micro_batch.bad[sample.position] = str(error)
-                    self._hold_places(micro_batch, sample, spans)
+                    self._hold_positions(micro_batch, sample, spans)
         self._fill_media(micro_batch, parts_of, encoded)
         if self._needs.context_size > 1:
             micro_batch = self._own_part(micro_batch)
-        micro_batch.label_index = places_with_label(micro_batch.loss_mask)
+        micro_batch.label_index = positions_with_label(micro_batch.loss_mask)
         return micro_batch
 
     def _own_part(self, micro_batch: MicroBatch) -> MicroBatch:
@@ -185,7 +185,7 @@ class MicroBatchReader(Dataset[MicroBatch]):
         tensors = {name: getattr(micro_batch, name)[:, held] for name in names}
         return dataclasses.replace(micro_batch, media=media, **tensors)
 
-    def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> list[MediaPart]:
+    def _fill_text(self, micro_batch: MicroBatch, sample: PlannedSample, spans: Sequence[slice]) -> list[MediaPart]:
         """Write a sample's documents into the micro-batch.
 
         Returns:
@@ -222,8 +222,8 @@ class MicroBatchReader(Dataset[MicroBatch]):
                 "ways before its two answers. Set model.dpo.share_prompt=never."
             )
         if sample.shared:
-            _write(micro_batch, documents[0], 0, places[0])
-        for document, span in zip(documents, places[-len(documents) :]):
+            _write(micro_batch, documents[0], 0, spans[0])
+        for document, span in zip(documents, spans[-len(documents) :]):
             _write(micro_batch, document, sample.shared, span)
         return media
 
@@ -246,9 +246,9 @@ class MicroBatchReader(Dataset[MicroBatch]):
                 raise DataError(f"{key}: media {part.media!r} {error}.") from None
         return tokens
 
-    def _hold_places(self, micro_batch: MicroBatch, sample: PlannedSample, places: Sequence[slice]) -> None:
+    def _hold_positions(self, micro_batch: MicroBatch, sample: PlannedSample, spans: Sequence[slice]) -> None:
         """Write placeholders for an unreadable sample's media, so that shapes still agree across ranks."""
-        for start in (span.start for span in (places[:1] if sample.shared else places)):
+        for start in (span.start for span in (spans[:1] if sample.shared else spans)):
             for planned in sample.media:
                 if planned.modality not in self._modalities:
                     continue

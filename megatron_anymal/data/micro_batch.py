@@ -132,7 +132,7 @@ def _with_tensors(record: _Record, change: Callable[[Tensor], Tensor]) -> _Recor
     return dataclasses.replace(record, **changed)
 
 
-def places_with_label(loss_mask: Tensor) -> Tensor:
+def positions_with_label(loss_mask: Tensor) -> Tensor:
     """`MicroBatch.label_index` for a loss mask [1, T]."""
     positions = loss_mask[0].nonzero().flatten()
     return positions if len(positions) else torch.zeros(1, dtype=torch.int64)

@@ -149,7 +149,7 @@ def plan_stages(
 
 def _by_sample(weights: list[float], mean_tokens: Callable[[int], float], names: list[str], where: str) -> list[float]:
     """Weights by samples for shares of tokens: a sample counts as much as a mean sample of its dataset is long."""
-    found = [0.0] * len(weights)
+    by_sample = [0.0] * len(weights)
     for number, weight in enumerate(weights):
         if weight:
             tokens = mean_tokens(number)
@@ -157,14 +157,14 @@ def _by_sample(weights: list[float], mean_tokens: Callable[[int], float], names:
                 raise DataError(
                     f"{where}.by=token: no sample of data.train.{names[number]} is within data.seq_length. Raise it."
                 )
-            found[number] = weight / tokens
-    for name, weight in zip(names, found):
-        if 0 < weight < SMALLEST_SHARE * sum(found):
+            by_sample[number] = weight / tokens
+    for name, weight in zip(names, by_sample):
+        if 0 < weight < SMALLEST_SHARE * sum(by_sample):
             raise DataError(
                 f"{where}.weights: data.train.{name} would be less than {SMALLEST_SHARE} of the samples, because its "
                 "samples are so long. Raise its weight, or set it to 0."
             )
-    return found
+    return by_sample
 
 
 def mean_tokens(measure: Callable[[np.ndarray], Measures], samples: int, seq_length: int) -> float:

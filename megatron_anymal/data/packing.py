@@ -93,9 +93,9 @@ def _multifit(lengths: np.ndarray, low: int, high: int, count: int) -> np.ndarra
     pack_of = best_fit_decreasing(lengths, high)
     for _ in range(_SEARCHES if len(lengths) <= _MOST_SEARCHED else 0):
         middle = (low + high) // 2
-        found = best_fit_decreasing(lengths, middle)
-        if found.max() < count:
-            pack_of, high = found, middle
+        packs = best_fit_decreasing(lengths, middle)
+        if packs.max() < count:
+            pack_of, high = packs, middle
         else:
             low = min(middle + 1, high)
     return pack_of

@@ -332,8 +332,8 @@ class BatchPlanner:
         for positions, measures in measured:
             own = counts[positions]
             # How far each item moves: its sample's first item goes to the start of the sample's position.
-            places = np.arange(len(measures.owner)) + (start[positions] - (np.cumsum(own) - own))[measures.owner]
-            modality[places], pieces[places] = measures.modality, measures.pieces
+            rows = np.arange(len(measures.owner)) + (start[positions] - (np.cumsum(own) - own))[measures.owner]
+            modality[rows], pieces[rows] = measures.modality, measures.pieces
         names = *(m.name for m in self._by_kind.values()), *(c.name for c in self._codes.values())
         return BatchMedia(names, start, modality, pieces)
 

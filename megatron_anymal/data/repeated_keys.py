@@ -42,11 +42,11 @@ class KeyHashes:
 
     def repeated(self) -> np.ndarray:
         """The hashes that occur more than once, [k] HASH in ascending order."""
-        found = [np.zeros(0, HASH)]
+        hashes = [np.zeros(0, HASH)]
         for file in self._files:
             file.seek(0)
-            found.append(repeated(np.fromfile(file, HASH)))
-        return np.concatenate(found)
+            hashes.append(repeated(np.fromfile(file, HASH)))
+        return np.concatenate(hashes)
 
 
 @contextmanager

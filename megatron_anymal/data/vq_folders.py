@@ -165,8 +165,8 @@ class PictureTokenizer:
         pixels = torch.from_numpy(np.stack([self.pixels(item) for item in items])).to(self._model.device)
         sizes = torch.tensor([pixels.shape[-2:]] * len(items))
         with torch.no_grad():
-            found = self._model.encode(pixels, sizes).image_tokens
-        return [one.reshape(1, -1).cpu().numpy() for one in found]
+            tokens = self._model.encode(pixels, sizes).image_tokens
+        return [one.reshape(1, -1).cpu().numpy() for one in tokens]
 
     def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Pictures, [height, width, 3] uint8, of codes, [1, codes]."""

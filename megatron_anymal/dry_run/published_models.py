@@ -194,5 +194,5 @@ def _named(path: str, known: Sequence[Published], key: str) -> Published:
     )
 
 
-def _note(path: str, found: Published) -> str:
-    return f"{path} is not on this machine: taken as {found.title}'s published shape"
+def _note(path: str, published: Published) -> str:
+    return f"{path} is not on this machine: taken as {published.title}'s published shape"

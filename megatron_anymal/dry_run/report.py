@@ -25,25 +25,25 @@ def print_dry_run(config: RunConfig) -> None:
         print(render(examine(config)))
 
 
-def render(found: DryRun) -> str:
+def render(dry_run: DryRun) -> str:
     """Return the whole report."""
     sections = [
-        _job(found.config),
-        "Per rank of each pipeline stage, without activations:\n" + _stages(found.stages),
-        _memory(found),
-        "Whole model, each weight counted once:\n" + _components(found),
+        _job(dry_run.config),
+        "Per rank of each pipeline stage, without activations:\n" + _stages(dry_run.stages),
+        _memory(dry_run),
+        "Whole model, each weight counted once:\n" + _components(dry_run),
     ]
-    if found.samples:
-        sections.append("Data:\n" + _data(found))
-    data = found.config.data
+    if dry_run.samples:
+        sections.append("Data:\n" + _data(dry_run))
+    data = dry_run.config.data
     if data.schedule:
-        lines = stage_lines(data.train, data.schedule, found.config.trainer.max_steps, found.mixture)
+        lines = stage_lines(data.train, data.schedule, dry_run.config.trainer.max_steps, dry_run.mixture)
         sections.append("Stages of the training data:\n" + "\n".join(f"  {line}" for line in lines))
-    if found.missing:
-        rows = [(f"  {key}", path) for key, path in found.missing]
+    if dry_run.missing:
+        rows = [(f"  {key}", path) for key, path in dry_run.missing]
         sections.append(f"Not on this machine yet (paths relative to {Path.cwd()}):\n" + _table(rows, left=2))
-    if found.notes:
-        sections.append("Notes:\n" + "\n".join(f"  {note}" for note in found.notes))
+    if dry_run.notes:
+        sections.append("Notes:\n" + "\n".join(f"  {note}" for note in dry_run.notes))
     return "\n\n".join(sections)
 
 
@@ -97,12 +97,12 @@ def _quotient(samples: int, replicas: int) -> str:
     return f"{whole:,} or {whole + 1:,}" if rest else f"{whole:,}"
 
 
-def _memory(found: DryRun) -> str:
+def _memory(dry_run: DryRun) -> str:
     """Format the memory use during a step, and the activation recomputation that it assumes."""
-    memory = found.memory
+    memory = dry_run.memory
     assert memory is not None
     choice = memory.choice
-    auto = found.config.model.recompute_granularity == "auto"
+    auto = dry_run.config.model.recompute_granularity == "auto"
     title = (
         f"Per rank during a step on a {'CPU' if memory.on_cpu else 'GPU'} ({memory.attention} attention), with packs "
     )
@@ -147,9 +147,9 @@ def _stages(stages: Sequence[Stage]) -> str:
     return _table(rows, left=0, left_from=len(titles))
 
 
-def _part_row(place: int, part: ChunkSize) -> tuple[str, ...]:
+def _part_row(number: int, part: ChunkSize) -> tuple[str, ...]:
     numbers = (f"{part.parameters:,}", f"{part.trainable:,}", _bytes(part.weight_bytes))
-    return (f"chunk {place}", "", *numbers, "", "", "", _span(part.layers), _besides(part.besides))
+    return (f"chunk {number}", "", *numbers, "", "", "", _span(part.layers), _besides(part.besides))
 
 
 def _besides(names: Sequence[str]) -> str:
@@ -163,9 +163,9 @@ def _besides(names: Sequence[str]) -> str:
     return ", ".join(shown)
 
 
-def _components(found: DryRun) -> str:
+def _components(dry_run: DryRun) -> str:
     counts: dict[str, tuple[int, int]] = {}
-    for name, (numbers, trains) in found.weights.items():
+    for name, (numbers, trains) in dry_run.weights.items():
         component = _component(name)
         before = counts.get(component, (0, 0))
         counts[component] = (before[0] + numbers, before[1] + numbers * trains)
@@ -183,18 +183,18 @@ def _component(name: str) -> str:
     return f"{rest.partition('.')[0]} {head.removesuffix('s')}"
 
 
-def _data(found: DryRun) -> str:
-    config = found.config
+def _data(dry_run: DryRun) -> str:
+    config = dry_run.config
     rows: list[tuple[str, ...]] = []
-    for (split, name), count in found.samples.items():
+    for (split, name), count in dry_run.samples.items():
         row: tuple[str, ...] = (f"  data.{split}.{name}", f"{count:,} samples")
         if split == "train" and not config.data.schedule:
             samples, mixed = _batch_of(config.model, config.data, name)
             share = config.data.train[name].weight / sum(config.data.train[one].weight for one in mixed)
             row = (*row, f"one epoch in {count / (share * samples):,.1f} steps ({share:.0%} of the mix)")
-        elif split == "train" and found.mixture:
+        elif split == "train" and dry_run.mixture:
             samples = config.trainer.max_steps * config.model.global_batch_size
-            share = dict(zip(config.data.train, mean_shares(found.mixture, samples)))[name]
+            share = dict(zip(config.data.train, mean_shares(dry_run.mixture, samples)))[name]
             row = (*row, f"{samples * share / count:,.2f} epochs in the run ({share:.2%} of its samples)")
         rows.append(row)
     return _table(rows, left=1, left_from=2)

@@ -181,7 +181,7 @@ def examine(config: RunConfig) -> DryRun:
     return result
 
 
-def _memory(found: DryRun, model: ModelConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
+def _memory(dry_run: DryRun, model: ModelConfig, hf: LlamaConfig, modalities: dict[str, Modality]) -> Memory:
     """Estimate the memory use of a step; for a run in bf16 or with model.memory_gb, on a GPU, even if there is none.
 
     Args:
@@ -190,7 +190,7 @@ def _memory(found: DryRun, model: ModelConfig, hf: LlamaConfig, modalities: dict
     Raises:
         ConfigError: model.recompute_granularity=auto, and nothing fits.
     """
-    has_gpu, config = torch.cuda.is_available(), found.config
+    has_gpu, config = torch.cuda.is_available(), dry_run.config
     precision = config.trainer.precision
     planned = has_gpu or model.memory_gb > 0 or precision == "bf16"
     attention = planned_attention(model) if planned and not has_gpu else ""
@@ -203,7 +203,7 @@ def _memory(found: DryRun, model: ModelConfig, hf: LlamaConfig, modalities: dict
     else:
         choice = judge(sizes, configured(model), memory)
         if model.recompute_granularity == "auto":
-            found.notes.append(
+            dry_run.notes.append(
                 "model.recompute_granularity=auto: the choice depends on the GPU's memory, and this machine has no "
                 "GPU. Give it with model.memory_gb, for example 80. The figures shown are without recomputation"
             )
@@ -267,9 +267,9 @@ def _as_rank_of_stage(number: int, model: ModelConfig) -> Iterator[None]:
         shutdown()
 
 
-def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
+def _enter_stage(dry_run: DryRun, number: int, models: list[AnyMALModel]) -> None:
     """Add the sizes of a stage's model chunks, with the encoders that it holds for the first stage."""
-    config, chunks = found.config, []
+    config, chunks = dry_run.config, []
     for model in models:
         weights = list_weights(model)
         local = [weight.parameter for weight in weights]
@@ -284,16 +284,16 @@ def _enter_stage(found: DryRun, number: int, models: list[AnyMALModel]) -> None:
                 weight_bytes=sum(_bytes_of(weight, config.model) for weight in weights),
             )
         )
-        found.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
+        dry_run.weights.update({w.name: (math.prod(w.shape), w.parameter.requires_grad) for w in weights})
     if number and config.model.encoder_placement == "all_stages":
-        chunks[0] = _with_encoders(chunks[0], found.weights, backend.compute_dtype(config.trainer.precision))
+        chunks[0] = _with_encoders(chunks[0], dry_run.weights, backend.compute_dtype(config.trainer.precision))
     ranks = config.world_size // config.model.pipeline_model_parallel_size
     trainable = sum(chunk.trainable for chunk in chunks)
     sharers = config.data_parallel_size * config.model.context_parallel_size
     state = optimizer_bytes(backend.compute_dtype(config.trainer.precision).itemsize) * trainable
     if config.model.ddp.use_distributed_optimizer:
         state = -(-state // sharers)
-    found.stages.append(Stage(range(number * ranks, (number + 1) * ranks), tuple(chunks), 4 * trainable, state))
+    dry_run.stages.append(Stage(range(number * ranks, (number + 1) * ranks), tuple(chunks), 4 * trainable, state))
 
 
 def _with_encoders(chunk: ChunkSize, weights: Mapping[str, tuple[int, bool]], dtype: torch.dtype) -> ChunkSize:
@@ -321,23 +321,23 @@ def _bytes_of(weight: Weight, model: ModelConfig) -> int:
     return int(parameter.numel() * (matrix_bytes(model, size) if in_layer and parameter.dim() == 2 else size))
 
 
-def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:
+def _look_around(dry_run: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]) -> None:
     """Check the existing tokenizer, weights and data, count samples, and list everything that is missing."""
-    config = found.config
+    config = dry_run.config
     lm = config.model.language_model
     if lm.path and lm.load_weights:
-        found.missing += [("model.language_model.path", path) for path in _missing_weights(lm.path)]
+        dry_run.missing += [("model.language_model.path", path) for path in _missing_weights(lm.path)]
     for name, section in config.model.modalities.items():
         encoder = section.encoder
         # The files in a plug-in encoder's folder are unknown here.
         if encoder.path and (encoder.type in ENCODERS or not Path(encoder.path).exists()):
             missing = _missing_weights(encoder.path, _PICKLED if encoder.type in ARCHITECTURES else ())
-            found.missing += [(f"model.modalities.{name}.encoder.path", path) for path in missing]
+            dry_run.missing += [(f"model.modalities.{name}.encoder.path", path) for path in missing]
     if config.model.restore_from_path:
         if Path(config.model.restore_from_path).exists():
             store.resolve(config.model.restore_from_path)
         else:
-            found.missing.append(("model.restore_from_path", config.model.restore_from_path))
+            dry_run.missing.append(("model.restore_from_path", config.model.restore_from_path))
     tokenizer = None
     if Path(config.data.tokenizer).exists():
         tokenizer = Tokenizer(config.data.tokenizer)
@@ -345,9 +345,9 @@ def _look_around(found: DryRun, hf: LlamaConfig, modalities: dict[str, Modality]
         check_codes(tokenizer, DiscreteVocabulary(hf.vocab_size, config.model.discrete))
         loaded_modalities(config.model.modalities, tokenizer, modalities)
     else:
-        found.missing.append(("data.tokenizer", config.data.tokenizer))
+        dry_run.missing.append(("data.tokenizer", config.data.tokenizer))
     for split in ("train", "validation"):
-        _look_at_data(found, split, tokenizer, modalities)
+        _look_at_data(dry_run, split, tokenizer, modalities)
 
 
 def _missing_weights(path: str, instead: Sequence[str] = ()) -> list[str]:
@@ -366,19 +366,19 @@ def _missing_weights(path: str, instead: Sequence[str] = ()) -> list[str]:
     return [str(folder / name) for name in names if not (folder / name).is_file()]
 
 
-def _look_at_data(found: DryRun, split: str, tokenizer: Tokenizer | None, modalities: dict[str, Modality]) -> None:
-    configured, existing = getattr(found.config.data, split), {}
+def _look_at_data(dry_run: DryRun, split: str, tokenizer: Tokenizer | None, modalities: dict[str, Modality]) -> None:
+    configured, existing = getattr(dry_run.config.data, split), {}
     for name, dataset in configured.items():
         if is_remote(dataset.path):
-            found.notes.append(f"data.{split}.{name}.path={dataset.path} was not checked: it is not a local folder")
+            dry_run.notes.append(f"data.{split}.{name}.path={dataset.path} was not checked: it is not a local folder")
         elif Path(dataset.path).exists():
             existing[name] = dataset
         else:
-            found.missing.append((f"data.{split}.{name}.path", dataset.path))
+            dry_run.missing.append((f"data.{split}.{name}.path", dataset.path))
     if tokenizer is None:
         indexes = [ShardIndex(dataset.path) for dataset in existing.values()]
     elif existing or (split == "train" and not configured):
-        config = copy.deepcopy(found.config)
+        config = copy.deepcopy(dry_run.config)
         setattr(config.data, split, existing)
         if len(existing) < len(configured):
             # Some of its data are not here.
@@ -386,7 +386,7 @@ def _look_at_data(found: DryRun, split: str, tokenizer: Tokenizer | None, modali
         planner = build_data(config, _ALONE, tokenizer, modalities, split).planner
         indexes = planner.indexes
         if split == "train" and len(existing) == len(configured):
-            found.mixture = planner.stages
+            dry_run.mixture = planner.stages
     else:
         return
-    found.samples.update({(split, name): len(index) for name, index in zip(existing, indexes)})
+    dry_run.samples.update({(split, name): len(index) for name, index in zip(existing, indexes)})

@@ -24,8 +24,8 @@ def parse_answer(task: Task, sample: TaskSample, text: str) -> str:
     if task.parse == "caption_json":
         return caption_in_json(text)
     if task.parse == "yes_no":
-        said = _YES_NO.search(text)
-        return "" if said is None else str(int(said[1].lower() == "yes"))
+        match = _YES_NO.search(text)
+        return "" if match is None else str(int(match[1].lower() == "yes"))
     if task.parse == "letter" and sample.options:
         by_text = task.options is not None and task.options.scored_by == "texts"
         rules = (option_with_text, option_letter) if by_text else (option_letter, option_with_text)
@@ -44,13 +44,13 @@ def caption_in_json(text: str) -> str:
     The last object counts, because a model may repeat the prompt's examples; an answer cut off within the caption
     counts up to there.
     """
-    found = _CAPTION.findall(text)
-    if not found:
+    captions = _CAPTION.findall(text)
+    if not captions:
         return first_line(text)
     try:
-        return str(json.loads(f'"{found[-1]}"')).strip()
+        return str(json.loads(f'"{captions[-1]}"')).strip()
     except ValueError:
-        return found[-1].strip()
+        return captions[-1].strip()
 
 
 def option_letter(text: str, options: tuple[str, ...]) -> str:
@@ -64,14 +64,14 @@ def option_letter(text: str, options: tuple[str, ...]) -> str:
     text = f" {text} "
     letters = LETTERS[: len(options)]
     for form, sought in (("({})", "({})"), ("{} ", " {} "), ("{}.", " {} ")):
-        found = [letter for letter in letters if form.format(letter) in text]
-        if found:
-            return max(found, key=lambda letter: text.rfind(sought.format(letter)))
+        mentioned = [letter for letter in letters if form.format(letter) in text]
+        if mentioned:
+            return max(mentioned, key=lambda letter: text.rfind(sought.format(letter)))
     if len(text.split()) <= 5:
         return ""
     lower = text.lower()
-    found = [letter for letter, option in zip(letters, options) if option.lower() in lower]
-    return max(found, key=lambda letter: lower.rfind(options[LETTERS.index(letter)].lower())) if found else ""
+    mentioned = [letter for letter, option in zip(letters, options) if option.lower() in lower]
+    return max(mentioned, key=lambda letter: lower.rfind(options[LETTERS.index(letter)].lower())) if mentioned else ""
 
 
 def option_with_text(text: str, options: tuple[str, ...]) -> str:

@@ -128,20 +128,24 @@ def _answer_batch(
     with _named(batch, asking):
         replies = generator.answer_batch(prompts, [sample.number for sample in batch], asking.sampling)
         likelihoods: dict[int, tuple[float, ...]] = {}
-        rejected = {place: generator.rejections.get(sample.number) for place, sample in enumerate(batch)}
-        scored = [place for place, s in enumerate(batch) if asking.likelihood and s.candidates and not rejected[place]]
+        rejected = {position: generator.rejections.get(sample.number) for position, sample in enumerate(batch)}
+        scored = [
+            position
+            for position, s in enumerate(batch)
+            if asking.likelihood and s.candidates and not rejected[position]
+        ]
         if scored:
-            candidates = [batch[place].candidates for place in scored]
-            found = generator.log_likelihoods([prompts[place] for place in scored], candidates, asking.batch_size)
-            likelihoods = {place: tuple(values) for place, values in zip(scored, found)}
+            candidates = [batch[position].candidates for position in scored]
+            sums = generator.log_likelihoods([prompts[position] for position in scored], candidates, asking.batch_size)
+            likelihoods = {position: tuple(values) for position, values in zip(scored, sums)}
     return [
         AnswerRow(
             sample.key,
             reply.text.strip(),
-            likelihoods.get(place, ()),
-            rejection.code if (rejection := rejected[place]) else "",
+            likelihoods.get(position, ()),
+            rejection.code if (rejection := rejected[position]) else "",
         )
-        for place, (sample, reply) in enumerate(zip(batch, replies))
+        for position, (sample, reply) in enumerate(zip(batch, replies))
     ]
 
 

@@ -56,13 +56,13 @@ def _of_task(name: str, this: Mapping[str, Any], other: Mapping[str, Any]) -> li
     pairs = [(row, theirs[row["key"]]) for row in this["answers"] if row["key"] in theirs]
     if not pairs:
         raise DataError(f"--against: the results of {name!r} have no samples in common.")
-    found = []
+    differences = []
     for metric in this["scores"]:
         if metric in other["scores"]:
             values = np.array([[row["values"][metric] for row in pair] for pair in pairs])
             labels = np.array([pair[0]["label"] for pair in pairs])
-            found.append(Difference(name, metric, len(pairs), *bootstrap(metric, values, labels)))
-    return found
+            differences.append(Difference(name, metric, len(pairs), *bootstrap(metric, values, labels)))
+    return differences
 
 
 def bootstrap(

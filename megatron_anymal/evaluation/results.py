@@ -33,8 +33,8 @@ def task_result(
     values = {name: METRICS[name].values(rows) for name in metrics}
     labels = [int(sample.references[0] == "1") for sample in samples]
     groups: dict[str, list[int]] = {}
-    for place, sample in enumerate(samples):
-        groups.setdefault(sample.group, []).append(place)
+    for position, sample in enumerate(samples):
+        groups.setdefault(sample.group, []).append(position)
     return {
         "title": task.title,
         "source": task.source,
@@ -43,12 +43,12 @@ def task_result(
         "unparsed": sum(not row.answer for row in rows),
         "scores": {name: _score(name, values[name], labels) for name in metrics},
         "breakdown": {
-            group: {"samples": len(places), **{name: _of(name, places, values[name], labels) for name in metrics}}
-            for group, places in sorted(groups.items())
+            group: {"samples": len(positions), **{name: _of(name, positions, values[name], labels) for name in metrics}}
+            for group, positions in sorted(groups.items())
             if len(groups) > 1
         },
         "paper": asdict(task.paper) if task.paper else None,
-        "answers": [_row(row, label, place, values) for place, (row, label) in enumerate(zip(rows, labels))],
+        "answers": [_row(row, label, position, values) for position, (row, label) in enumerate(zip(rows, labels))],
     }
 
 
@@ -83,11 +83,13 @@ def _score(name: str, values: Sequence[float], labels: Sequence[int]) -> dict[st
     return {"title": metric.title, "value": metric.score(values, labels), "standard_error": error}
 
 
-def _of(name: str, places: Sequence[int], values: Sequence[float], labels: Sequence[int]) -> float:
-    return METRICS[name].score([values[place] for place in places], [labels[place] for place in places])
+def _of(name: str, positions: Sequence[int], values: Sequence[float], labels: Sequence[int]) -> float:
+    return METRICS[name].score(
+        [values[position] for position in positions], [labels[position] for position in positions]
+    )
 
 
-def _row(row: Answered, label: int, place: int, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def _row(row: Answered, label: int, position: int, values: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     sample = row.sample
     return {
         "key": sample.key,
@@ -98,5 +100,5 @@ def _row(row: Answered, label: int, place: int, values: Mapping[str, Sequence[fl
         "answer": row.answer,
         "log_likelihoods": list(row.log_likelihoods),
         "label": label,
-        "values": {name: values[name][place] for name in values},
+        "values": {name: values[name][position] for name in values},
     }

@@ -146,8 +146,8 @@ def lookup(value: Any, path: str) -> Any:
     name, _, rest = path.partition(".")
     if isinstance(value, (list, tuple)):
         return [lookup(entry, path) for entry in value]
-    found = value.get(name) if isinstance(value, Mapping) else None
-    return lookup(found, rest) if rest else found
+    inner = value.get(name) if isinstance(value, Mapping) else None
+    return lookup(inner, rest) if rest else inner
 
 
 def _saved(folder: Path, split: str) -> Rows:

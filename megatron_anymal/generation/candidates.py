@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, places_with_label
+from megatron_anymal.data.micro_batch import MediaBatch, MicroBatch, positions_with_label
 from megatron_anymal.data.tokenizer import Document
 
 # The documents of a prompt, one per candidate, and the prompt's pieces by modality, in order.
@@ -38,7 +38,7 @@ def candidate_batch(
         labels[0, start:end] = torch.tensor(document.tokens[1:])
         mask[0, start:end] = torch.tensor(document.is_target[1:], dtype=mask.dtype)
         start = end + 1
-    return replace(plain, labels=labels, loss_mask=mask, label_index=places_with_label(mask))
+    return replace(plain, labels=labels, loss_mask=mask, label_index=positions_with_label(mask))
 
 
 def _media(asked: Sequence[Asked], name: str, placeholder: int) -> MediaBatch | None:

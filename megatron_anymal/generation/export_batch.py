@@ -54,7 +54,7 @@ class ExportedBatch(RunningBatch):
         # Padding is masked; any id but a placeholder's will do.
         inputs = batch_of(read, pad=self._pad).to(self._model.device)
         mask = inputs["attention_mask"]
-        found = self._model(
+        output = self._model(
             input_ids=inputs["input_ids"],
             attention_mask=mask,
             position_ids=(mask.cumsum(1) - 1).clamp(min=0),
@@ -62,15 +62,15 @@ class ExportedBatch(RunningBatch):
             use_cache=True,
             logits_to_keep=1,
         )
-        tokens = self._choose(prompts, found.logits)
-        self._cache = found.past_key_values if self._cache is None else _joined(self._cache, found.past_key_values)
+        tokens = self._choose(prompts, output.logits)
+        self._cache = output.past_key_values if self._cache is None else _joined(self._cache, output.past_key_values)
         return tokens
 
     def _next_tokens(self) -> list[int]:
         device = self._model.device
         lengths = torch.tensor([len(one.tokens) for one in self.running], device=device)[:, None]
         columns = self._cache.get_seq_length() + 1
-        found = self._model(
+        output = self._model(
             input_ids=torch.tensor([one.tokens[-1:] for one in self.running], device=device),
             # A row's tokens fill the last columns.
             attention_mask=(torch.arange(columns, device=device) >= columns - lengths).long(),
@@ -78,7 +78,7 @@ class ExportedBatch(RunningBatch):
             past_key_values=self._cache,
             use_cache=True,
         )
-        return self._choose(self.running, found.logits)
+        return self._choose(self.running, output.logits)
 
     def _keep(self, rows: Sequence[int]) -> None:
         if not rows or self._cache is None:

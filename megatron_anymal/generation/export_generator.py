@@ -292,8 +292,8 @@ def _as_json(prompt: Prompt) -> dict[str, Any]:
         content.name = part.media if part.media.lower().endswith(ending) else part.media + ending
         kind = {"modality": part.modality} if part.modality else {}
         # In a conversation, the role says whether codes belong to an answer.
-        told = {"loss": part.generated} if isinstance(part, CodesPart) and messages is None else {}
-        return {**part.attributes, **kind, **told, "media": content}
+        loss = {"loss": part.generated} if isinstance(part, CodesPart) and messages is None else {}
+        return {**part.attributes, **kind, **loss, "media": content}
 
     messages = messages_of(prompt.parts)
     if messages is None:

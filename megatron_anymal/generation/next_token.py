@@ -44,21 +44,21 @@ def observe_each(likeliest: Tensor, running: Sequence[RunningPrompt]) -> None:
             one.answer.guide.observe(token)
 
 
-def choose(logits: Tensor, sampling: Sampling, seen: Sequence[int], prompt: int, place: int) -> int:
+def choose(logits: Tensor, sampling: Sampling, seen: Sequence[int], prompt: int, position: int) -> int:
     """Choose the next token; the result is the same on every rank and in any batch.
 
     Args:
         logits: [V] float32; -inf for tokens that must not be chosen.
         seen: tokens of the prompt and of the answer so far.
-        prompt: number of the prompt, which with `place` and the seed determines the random draw.
-        place: position of the token in the answer.
+        prompt: number of the prompt, which with `position` and the seed determines the random draw.
+        position: position of the token in the answer.
     """
     if sampling.repetition_penalty != 1.0:
         logits = penalized(logits, seen, sampling.repetition_penalty)
     if sampling.temperature == 0.0:
         return int(logits.argmax())
     scores = kept(logits.double().cpu() / sampling.temperature, sampling.top_k, sampling.top_p)
-    generator = torch.Generator().manual_seed(mix64(sampling.seed, prompt, place) >> 1)
+    generator = torch.Generator().manual_seed(mix64(sampling.seed, prompt, position) >> 1)
     # Gumbel-max: the argmax of scores plus Gumbel noise is a draw from their softmax. Noise is tied to the token id, so
     # that scores that differ by rounding yield the same token.
     noise = torch.empty_like(scores).exponential_(generator=generator).log().neg()

@@ -90,12 +90,12 @@ class ReadAhead(Generic[Read]):
         if pending is None:
             return self._read(group)
         try:
-            found = pending.result()[number]
+            result = pending.result()[number]
         except BrokenProcessPool as error:
             raise _died() from error
-        if isinstance(found, Exception):
-            raise found
-        read: Read = found
+        if isinstance(result, Exception):
+            raise result
+        read: Read = result
         return read
 
     @staticmethod
@@ -136,15 +136,15 @@ def _start(ahead: weakref.ref[ReadAhead[Any]]) -> None:
 def _read_here(groups: Sequence[Sequence[Prompt]]) -> list[Any]:
     """What was read of each group, or the error."""
     [read] = _READ
-    found: list[Any] = []
+    results: list[Any] = []
     for group in groups:
         try:
-            found.append(read(group))
+            results.append(read(group))
         except Exception as error:
             # A traceback is not sent along.
             error.add_note(f"In a reading process:\n{traceback.format_exc()}")
-            found.append(error)
-    return found
+            results.append(error)
+    return results
 
 
 def _as_array(tensor: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]]:

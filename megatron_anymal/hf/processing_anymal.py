@@ -186,8 +186,8 @@ class AnyMALProcessor(ProcessorMixin):
         """
         grammar = CodeGrammar(CodeLayout.of_export(self.discrete))
         new = output_ids[:, inputs["input_ids"].shape[1] :].tolist()
-        found = [grammar.parts(self._until_end(tokens)) for tokens in new]
-        return [[self._tokenizer.decode(one) if isinstance(one, list) else one for one in parts] for parts in found]
+        answers = [grammar.parts(self._until_end(tokens)) for tokens in new]
+        return [[self._tokenizer.decode(one) if isinstance(one, list) else one for one in parts] for parts in answers]
 
     def save_media(
         self,

@@ -67,9 +67,9 @@ class CheckedGenerator(Generator):
         for number in numbers:
             self.rejections.pop(number, None)
         self._reject(numbers, self.on_leader(lambda: self._leader.check_prompts(prompts)))
-        passed = [place for place, number in enumerate(numbers) if number not in self.rejections]
+        passed = [position for position, number in enumerate(numbers) if number not in self.rejections]
         if passed:
-            asked, theirs = [prompts[place] for place in passed], [numbers[place] for place in passed]
+            asked, theirs = [prompts[position] for position in passed], [numbers[position] for position in passed]
             if watch is unwatched:
                 answers = self._generator.answer_batch(asked, theirs, sampling)
                 texts = [answer.text for answer in answers]

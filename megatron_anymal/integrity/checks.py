@@ -100,12 +100,12 @@ class IntegrityChecks:
         with self._timed():
             if self._config.of_stage(INPUT_IMAGE):
                 pictures = [
-                    (place, picture)
-                    for place, prompt in enumerate(prompts)
-                    for picture in self._pictures(prompt, place, verdicts)
+                    (position, picture)
+                    for position, prompt in enumerate(prompts)
+                    for picture in self._pictures(prompt, position, verdicts)
                 ]
                 self._judge(INPUT_IMAGE, pictures, verdicts)
-            texts = [(place, text) for place, prompt in enumerate(prompts) if (text := text_of(prompt).strip())]
+            texts = [(position, text) for position, prompt in enumerate(prompts) if (text := text_of(prompt).strip())]
             self._judge(INPUT_TEXT, texts, verdicts)
             self.queries += len(prompts)
             self.rejected.update(verdict.code for verdict in verdicts if verdict)
@@ -118,9 +118,9 @@ class IntegrityChecks:
             ConfigError, DataError, MediaError: a media item is of no kind that prompts may hold.
         """
         sentences = []
-        for place, answer in enumerate(answers):
+        for position, answer in enumerate(answers):
             splitter = Sentences(self._config.sentence_characters, self._config.overlap_characters)
-            sentences += [(place, one) for part in (splitter.add(answer), splitter.finish()) for one in part]
+            sentences += [(position, one) for part in (splitter.add(answer), splitter.finish()) for one in part]
         with self._timed():
             verdicts = self._check_sentences(prompts, sentences)
             self.rejected.update(verdict.code for verdict in verdicts if verdict)
@@ -148,13 +148,19 @@ class IntegrityChecks:
     ) -> list[Optional[Rejection]]:
         """The rejection of each prompt's answer; `sentences` name the position of their prompt."""
         verdicts: list[Optional[Rejection]] = [None] * len(prompts)
-        told = [(place, one) for place, one in sentences if one.text.strip()]
-        texts = [(place, text) for place, one in told for text in self._readings(one)]
+        non_empty = [(position, one) for position, one in sentences if one.text.strip()]
+        texts = [(position, text) for position, one in non_empty for text in self._readings(one)]
         self._judge(OUTPUT_TEXT, texts, verdicts)
         for name in self._config.of_stage(IMAGE_AND_OUTPUT):
             pair: Any = self._scorers[name]
-            asked = [self._visible(prompts[place], pair.kinds, place, verdicts) for place in range(len(prompts))]
-            pairs = [(place, (asked[place], one.before + one.text)) for place, one in told if asked[place].media]
+            asked = [
+                self._visible(prompts[position], pair.kinds, position, verdicts) for position in range(len(prompts))
+            ]
+            pairs = [
+                (position, (asked[position], one.before + one.text))
+                for position, one in non_empty
+                if asked[position].media
+            ]
             self._judge(IMAGE_AND_OUTPUT, pairs, verdicts, [name])
         return verdicts
 
@@ -165,7 +171,7 @@ class IntegrityChecks:
         if before := sentence.before[len(sentence.before) - min(size, len(sentence.before)) :].strip():
             yield f"{before} {sentence.text.strip()}"
 
-    def _pictures(self, prompt: Prompt, place: int, verdicts: list[Optional[Rejection]]) -> Iterator[Any]:
+    def _pictures(self, prompt: Prompt, position: int, verdicts: list[Optional[Rejection]]) -> Iterator[Any]:
         for part, kind, data in self._media(prompt):
             if kind in KINDS:
                 try:
@@ -173,10 +179,10 @@ class IntegrityChecks:
                 except MediaError as error:
                     raise MediaError(f"{part.media!r}: {error}.") from error
             elif kind not in self._config.unchecked_media:
-                verdicts[place] = verdicts[place] or _unchecked(INPUT_IMAGE, kind)
+                verdicts[position] = verdicts[position] or _unchecked(INPUT_IMAGE, kind)
 
     def _visible(
-        self, prompt: Prompt, kinds: Collection[str], place: int, verdicts: list[Optional[Rejection]]
+        self, prompt: Prompt, kinds: Collection[str], position: int, verdicts: list[Optional[Rejection]]
     ) -> Prompt:
         """The prompt's media that the model of a pair classifier takes, without its texts."""
         parts, files = [], []
@@ -185,7 +191,7 @@ class IntegrityChecks:
                 parts.append(MediaPart(part.media, kind, part.attributes))
                 files.append(file)
             elif kind not in self._config.unchecked_media:
-                verdicts[place] = verdicts[place] or _unchecked(IMAGE_AND_OUTPUT, kind)
+                verdicts[position] = verdicts[position] or _unchecked(IMAGE_AND_OUTPUT, kind)
         return Prompt(parts, files)
 
     def _media(self, prompt: Prompt) -> Iterator[tuple[MediaPart, str, bytes]]:
@@ -205,18 +211,18 @@ class IntegrityChecks:
         """Reject queries by the classifiers of a stage, or by those of these names."""
         for name in self._config.of_stage(stage) if names is None else names:
             # A query that is rejected already needs no further look.
-            open_inputs = [(place, one) for place, one in inputs if verdicts[place] is None]
-            for place, rejection in self._rejections(stage, name, open_inputs):
-                verdicts[place] = verdicts[place] or rejection
+            open_inputs = [(position, one) for position, one in inputs if verdicts[position] is None]
+            for position, rejection in self._rejections(stage, name, open_inputs):
+                verdicts[position] = verdicts[position] or rejection
 
     def _rejections(self, stage: str, name: str, inputs: Sequence[_Owned]) -> Iterator[tuple[int, Rejection]]:
         """Rejections by a classifier; those of one query in the order of its inputs."""
         if not inputs:
             return
         try:
-            found = self._scorers[name].scores([one for _, one in inputs])
-            if len(found) != len(inputs):
-                raise RuntimeError(f"{len(found)} results for {len(inputs)} inputs")
+            results = self._scorers[name].scores([one for _, one in inputs])
+            if len(results) != len(inputs):
+                raise RuntimeError(f"{len(results)} results for {len(inputs)} inputs")
         # A classifier may raise anything, and whatever it raises must not let a query pass.
         except Exception as error:
             if len(inputs) > 1:
@@ -228,9 +234,9 @@ class IntegrityChecks:
             print(f"integrity: {name!r} failed, so the query is rejected: {detail}", file=sys.stderr, flush=True)
             yield inputs[0][0], Rejection(stage, name, FAILED, detail=detail)
             return
-        for (place, _), scores in zip(inputs, found):
+        for (position, _), scores in zip(inputs, results):
             if rejection := self._violation(stage, name, scores):
-                yield place, rejection
+                yield position, rejection
 
     def _violation(self, stage: str, name: str, scores: Any) -> Optional[Rejection]:
         """The violating label with the highest score, if that reaches the threshold."""

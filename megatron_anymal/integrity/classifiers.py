@@ -47,11 +47,11 @@ class ImageScorer:
 
     def scores(self, inputs: Sequence[Image.Image]) -> list[Mapping[str, float]]:
         """Score of each label for each RGB image."""
-        found: list[Mapping[str, float]] = []
+        results: list[Mapping[str, float]] = []
         for start in range(0, len(inputs), self._batch_size):
             batch = self._processor(list(inputs[start : start + self._batch_size]), return_tensors="pt")
-            found += _scores(self._model, batch)
-        return found
+            results += _scores(self._model, batch)
+        return results
 
 
 class TextScorer:
@@ -93,16 +93,16 @@ class TextScorer:
             return_overflowing_tokens=True,
         )
         owners = windows.pop("overflow_to_sample_mapping")
-        found: list[dict[str, float]] = [{} for _ in inputs]
+        results: list[dict[str, float]] = [{} for _ in inputs]
         for start in range(0, len(owners), self._batch_size):
             rows = slice(start, start + self._batch_size)
             batch = self._tokenizer.pad({name: values[rows] for name, values in windows.items()}, return_tensors="pt")
             for owner, scores in zip(owners[rows], _scores(self._model, batch)):
                 for label, score in scores.items():
                     # A score that is not a number must not be lost in a maximum.
-                    known = found[owner].get(label, score)
-                    found[owner][label] = known if known != known or known > score else score
-        return list(found)
+                    known = results[owner].get(label, score)
+                    results[owner][label] = known if known != known or known > score else score
+        return list(results)
 
 
 def _load(family: Any, config: ImageClassifier, where: str) -> Any:

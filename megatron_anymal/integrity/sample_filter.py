@@ -61,7 +61,7 @@ class SampleFilter:
         except MediaError as error:
             if len(samples) > 1:
                 # One sample's media must not exclude the others.
-                return [found for facts in samples for found in self.refusals([facts])]
+                return [refusal for facts in samples for refusal in self.refusals([facts])]
             return [SampleError("media", f"its media file {error}")]
 
     def summary(self) -> str:

@@ -113,7 +113,7 @@ class Attempt:
         self.staying: dict[int, int] = {}
         # No rank counts as hanging until then.
         self.patient_until = 0.0
-        self.told: set[tuple[int, int]] = set()
+        self.signalled: set[tuple[int, int]] = set()
 
     def run(self) -> Ending:
         """Run until no process of the attempt is left."""
@@ -185,8 +185,8 @@ class Attempt:
         if number is None:
             return
         for rank, pid in self.workers.items():
-            if (rank, pid) not in self.told and process_state(pid) not in ("", "Z") and catches(pid, number):
-                self.told.add((rank, pid))
+            if (rank, pid) not in self.signalled and process_state(pid) not in ("", "Z") and catches(pid, number):
+                self.signalled.add((rank, pid))
                 try:
                     os.kill(pid, number)
                 except ProcessLookupError:
@@ -326,14 +326,14 @@ class Attempt:
         causes = [code for code in failed.values() if code != Exit.REQUEUE] or list(failed.values())
         for code in causes:
             if code in set(Exit) and not Exit(code).restarts:
-                return Ending(Exit(code), self._said_with(code) or Exit(code).meaning, self.step, stop)
+                return Ending(Exit(code), self._recorded_text(code) or Exit(code).meaning, self.step, stop)
         if failed:
             return Ending(Exit.CRASH, text, self.step, stop)
         if self.agent.returncode == 0 and self.kill_at is None:
             return Ending(Exit.DONE, Exit.DONE.meaning, self.step, stop)
         return Ending(Exit.CRASH, self._agents_end(), self.step, stop, followed=self.kill_at is not None)
 
-    def _said_with(self, code: int) -> str:
+    def _recorded_text(self, code: int) -> str:
         """Text of the first event that a rank recorded with this exit code."""
         for event in read(self.job.run_dir):
             if event.get("attempt") == self.number and event.get("exit_code") == code:

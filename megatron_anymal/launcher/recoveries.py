@@ -50,18 +50,18 @@ class Recovery:
             "restore": self.restoring,
             "first step": self.first_step,
         }
-        told = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items() if seconds is not None)
+        listed = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in phases.items() if seconds is not None)
         way = {"standby": ", forked from the standby process", "anew": ", started anew"}.get(self.way, "")
         if self.stayed:
             way += f" except {self.stayed} that stayed"
         total = "did not reach a step" if self.total is None else f"{self.total:.1f} s"
         source = f", from {self.source}" if self.source else ""
-        return f"attempt {self.attempt}{way}{source}: {total} ({told})"
+        return f"attempt {self.attempt}{way}{source}: {total} ({listed})"
 
 
 def recoveries(events: Sequence[Mapping[str, Any]]) -> list[Recovery]:
     """Restarts among a run's events, in order."""
-    found = []
+    rows = []
     for before, restart in ((event.get("attempt", 0), event) for event in events if event["kind"] == "restart"):
         mine = [event for event in events if event.get("attempt", 0) == before + 1]
         failed = [e for e in events if e.get("attempt", 0) == before and e["kind"] in _FAILED]
@@ -69,7 +69,7 @@ def recoveries(events: Sequence[Mapping[str, Any]]) -> list[Recovery]:
         ranks = next((e for e in mine if e["kind"] == "start" and "launcher" not in e), None)
         resumed = next((e for e in mine if e["kind"] == "resume"), ranks)
         first_step = next((e for e in mine if e["kind"] == "first_step"), None)
-        found.append(
+        rows.append(
             Recovery(
                 before + 1,
                 str((begun or {}).get("way", "")),
@@ -82,7 +82,7 @@ def recoveries(events: Sequence[Mapping[str, Any]]) -> list[Recovery]:
                 str((resumed or {}).get("source", "")),
             )
         )
-    return found
+    return rows
 
 
 def _between(first: Optional[Mapping[str, Any]], second: Optional[Mapping[str, Any]]) -> Optional[float]:

@@ -62,14 +62,14 @@ def rejoin(error: BaseException) -> bool:
 
 def _with_causes(error: BaseException) -> list[BaseException]:
     """An exception and all that led to it."""
-    found: list[BaseException] = []
+    chain: list[BaseException] = []
     left: list[Optional[BaseException]] = [error]
     while left:
         one = left.pop()
-        if one is not None and one not in found:
-            found.append(one)
+        if one is not None and one not in chain:
+            chain.append(one)
             left += [one.__cause__, one.__context__]
-    return found
+    return chain
 
 
 def _lost_a_peer(errors: Sequence[BaseException]) -> bool:
@@ -120,7 +120,7 @@ def _left_behind() -> str:
         if not any(left.values()):
             return ""
         if time.monotonic() > deadline:
-            return ", ".join(f"{name}: {found}" for name, found in left.items() if found)
+            return ", ".join(f"{name}: {names}" for name, names in left.items() if names)
         time.sleep(_LOOK)
 
 

@@ -105,14 +105,14 @@ def _section(title: str, lines: Iterable[str]) -> str:
     return "\n".join([f"## {title}", "", *(list(lines) or ["Nothing."]), ""])
 
 
-def _failure_lines(found: list[Failure]) -> list[str]:
-    lines = [f"The last {_FAILURES} of {len(found)}:", ""] if len(found) > _FAILURES else []
-    for failure in found[-_FAILURES:]:
-        lines += [f"### Attempt {failure.attempt}: {_place(failure.first)}", "", _one_line(failure.first["text"]), ""]
+def _failure_lines(failures: list[Failure]) -> list[str]:
+    lines = [f"The last {_FAILURES} of {len(failures)}:", ""] if len(failures) > _FAILURES else []
+    for failure in failures[-_FAILURES:]:
+        lines += [f"### Attempt {failure.attempt}: {_origin(failure.first)}", "", _one_line(failure.first["text"]), ""]
         lines += _evidence(failure.first)
         if failure.others:
             lines += ["Afterwards, and probably as a consequence:", ""]
-            lines += [f"- {_place(event)}: {_one_line(event['text'])}" for event in failure.others]
+            lines += [f"- {_origin(event)}: {_one_line(event['text'])}" for event in failure.others]
             lines.append("")
     return lines
 
@@ -138,7 +138,7 @@ def _timeline(events: list[dict[str, Any]]) -> list[str]:
         when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(event["time"]))
         after = duration(float(event["time"]) - begun)
         lines.append(
-            f"- {when} (+{after}) attempt {event.get('attempt', 0)}, {_place(event)}: {_one_line(event['text'])}"
+            f"- {when} (+{after}) attempt {event.get('attempt', 0)}, {_origin(event)}: {_one_line(event['text'])}"
         )
     return lines
 
@@ -229,7 +229,7 @@ def _last_good(run_dir: Path) -> Optional[Path]:
     return None
 
 
-def _place(event: Mapping[str, Any]) -> str:
+def _origin(event: Mapping[str, Any]) -> str:
     rank, step = int(event.get("rank", -1)), int(event.get("step", -1))
     ranks = event.get("ranks") if event["kind"] == "hang" else None
     who = f"rank {rank}" if rank >= 0 else "launcher"

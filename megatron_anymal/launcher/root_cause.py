@@ -35,11 +35,11 @@ def failures(events: Sequence[Mapping[str, Any]]) -> list[Failure]:
     return [_sorted(attempt, failed) for attempt, failed in sorted(by_attempt.items())]
 
 
-def _sorted(attempt: int, found: list[Mapping[str, Any]]) -> Failure:
-    raised = {event.get("rank") for event in found if event["kind"] == "exception"}
+def _sorted(attempt: int, events: list[Mapping[str, Any]]) -> Failure:
+    raised = {event.get("rank") for event in events if event["kind"] == "exception"}
     # The exception that a rank recorded is more informative than its exit code.
-    found = [e for e in found if not (e["kind"] == "death" and "signal" not in e and e.get("rank") in raised)]
-    ordered = sorted(found, key=_when)
+    events = [e for e in events if not (e["kind"] == "death" and "signal" not in e and e.get("rank") in raised)]
+    ordered = sorted(events, key=_when)
     return Failure(attempt, ordered[0], tuple(ordered[1:]))
 
 

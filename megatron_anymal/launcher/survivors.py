@@ -60,11 +60,11 @@ def socket_for(environment: Mapping[str, str]) -> Optional[Path]:
 
 
 def _sockets(folder: Path) -> dict[int, tuple[int, Path]]:
-    found = {}
+    sockets = {}
     with suppress(OSError):
         for name in os.listdir(folder):
             rank, _, pid = name.removeprefix(_WAITING).partition("_")
             # The socket of a process that was killed is still there.
             if name.startswith(_WAITING) and rank.isdigit() and pid.isdigit() and Path(f"/proc/{pid}").exists():
-                found[int(rank)] = (int(pid), folder / name)
-    return found
+                sockets[int(rank)] = (int(pid), folder / name)
+    return sockets

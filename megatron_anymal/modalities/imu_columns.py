@@ -79,7 +79,7 @@ def columns_of(header: Sequence[str], width: int, attributes: Mapping[str, Any])
     if stated is not None:
         if not isinstance(stated, (list, tuple)) or len(stated) != len(CHANNELS) or len(set(map(str, stated))) < 6:
             raise MediaError(f"has the attribute columns={stated!r}: it must name six columns, {', '.join(CHANNELS)}")
-        channels = tuple(_place("columns", one, header, width) for one in stated)
+        channels = tuple(_column_index("columns", one, header, width) for one in stated)
     elif header:
         channels = _channels_by_name(header, time)
     elif width != len(CHANNELS):
@@ -94,7 +94,7 @@ def columns_of(header: Sequence[str], width: int, attributes: Mapping[str, Any])
     return Columns(channels, time, unit or named_unit)
 
 
-def _place(attribute: str, column: Any, header: Sequence[str], width: int) -> int:
+def _column_index(attribute: str, column: Any, header: Sequence[str], width: int) -> int:
     """Index of a column that an attribute gives by name or by index."""
     if isinstance(column, str) and column in header:
         return header.index(column)
@@ -118,7 +118,7 @@ def _time_column(header: Sequence[str], width: int, attributes: Mapping[str, Any
     candidates = [index for index, name in enumerate(header) if _TIME.fullmatch(_plain(name)[0])]
     stated = attributes.get("time_column")
     if stated is not None:
-        candidates = [_place("time_column", stated, header, width)]
+        candidates = [_column_index("time_column", stated, header, width)]
     if len(candidates) > 1:
         raise MediaError(
             f"has several time columns ({', '.join(header[index] for index in candidates)}): choose one with "

@@ -126,10 +126,10 @@ class PixelTransform:
             out: [..., 3, height, width] float32.
         """
         scale = np.float32(1 / 255)
-        for place in np.ndindex(pixels.shape[:-3]):
+        for index in np.ndindex(pixels.shape[:-3]):
             for channel, (mean, std) in enumerate(zip(self.mean, self.std)):
-                plane = out[(*place, channel)]
-                plane[...] = pixels[place][..., channel]
+                plane = out[(*index, channel)]
+                plane[...] = pixels[index][..., channel]
                 plane *= scale
                 plane -= mean
                 plane /= std

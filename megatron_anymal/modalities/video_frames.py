@@ -199,9 +199,9 @@ def _numbers_by_position(table: PacketTable, times: np.ndarray, slack: float) ->
     begin, time_base = start(table.decoder.stream), float(table.decoder.stream.time_base)
     seconds = np.array(stamps, dtype=np.float64)[order] * time_base - begin
     # Before the first frame, the first one.
-    found = np.maximum(np.searchsorted(seconds, times + slack, side="right") - 1, 0)
+    indices = np.maximum(np.searchsorted(seconds, times + slack, side="right") - 1, 0)
     numbers_of: dict[int, list[int]] = {}
-    for number, index in enumerate(found):
+    for number, index in enumerate(indices):
         numbers_of.setdefault(table.shown[order[index]], []).append(number)
     return numbers_of
 

@@ -254,13 +254,13 @@ class AnyMALModel(MegatronModule):
             return self.language_model.embedding(input_ids=tokens, position_ids=None)
         return embed_tokens(self.language_model, self.discrete, tokens, self.vocab_size)
 
-    def _noise(self, micro_batch: MicroBatch, soft_places: Sequence[Tensor]) -> Tensor:
+    def _noise(self, micro_batch: MicroBatch, soft_positions: Sequence[Tensor]) -> Tensor:
         """Return NEFTune's noise [T, H]; zero at the soft tokens' positions if the configuration says so."""
         documents, positions = _name_tokens(micro_batch)
         where = None
         if self._neftune.embeddings == "text":
             where = torch.ones_like(documents, dtype=torch.bool)
-            where[torch.cat([*soft_places, documents.new_empty(0)])] = False
+            where[torch.cat([*soft_positions, documents.new_empty(0)])] = False
         return neftune_noise(
             self._seed,
             micro_batch.plan.step,

@@ -122,17 +122,17 @@ class SdpaKernel:
             size = ((segment.queries - 1).bit_length(), (segment.all_keys - 1).bit_length())
             groups.setdefault((*size, segment.prompt.length > 0), []).append(segment)
         self._buckets = [_Bucket.of(group, device) for group in groups.values()]
-        places, offset = torch.empty(sum(s.queries for s in segments), dtype=torch.int64), 0
+        positions, offset = torch.empty(sum(s.queries for s in segments), dtype=torch.int64), 0
         for group, bucket in zip(groups.values(), self._buckets):
             width = bucket.queries.size(1)
             for row, segment in enumerate(group):
                 first = offset + row * width
-                places[segment.first_query : segment.first_query + segment.queries] = torch.arange(
+                positions[segment.first_query : segment.first_query + segment.queries] = torch.arange(
                     first, first + segment.queries
                 )
             offset += bucket.queries.numel()
         # [Q]: index of each of this rank's tokens in the concatenated buckets.
-        self._from_buckets = places.to(device)
+        self._from_buckets = positions.to(device)
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
         """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""
@@ -239,16 +239,16 @@ class FlexKernel:
         first = torch.tensor([prompt.first for prompt in prompts], device=device)[document_of]
         stop = torch.tensor([prompt.first + prompt.length for prompt in prompts], device=device)[document_of]
         # Position of each query in the pack: a segment's last query is its last key.
-        places = torch.cat([torch.arange(s.first_key + s.keys - s.queries, s.first_key + s.keys) for s in segments]).to(
-            device
-        )
+        positions = torch.cat(
+            [torch.arange(s.first_key + s.keys - s.queries, s.first_key + s.keys) for s in segments]
+        ).to(device)
 
         def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            place = places[query]
-            in_prompt = (first[place] <= key) & (key < stop[place])
-            return ((document_of[place] == document_of[key]) & (place >= key)) | in_prompt
+            position = positions[query]
+            in_prompt = (first[position] <= key) & (key < stop[position])
+            return ((document_of[position] == document_of[key]) & (position >= key)) | in_prompt
 
-        self._mask = create_block_mask(sees, None, None, len(places), len(document_of), device=str(device))
+        self._mask = create_block_mask(sees, None, None, len(positions), len(document_of), device=str(device))
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: Optional[float]) -> Tensor:
         """query [Q, n, d], key and value [T, g, d] of the whole pack -> [Q, n, d]."""

@@ -97,7 +97,7 @@ def whole_shape(name: str, hf: LlamaConfig) -> tuple[int, ...]:
     }.get(rest, (hf.hidden_size,))
 
 
-def checkpoint_place(name: str) -> tuple[str, Optional[int]]:
+def checkpoint_position(name: str) -> tuple[str, Optional[int]]:
     """Return where a checkpoint keeps one of our whole weights: its key and, if the layers are stacked, the layer.
 
     Weights outside the plain Llama (adapters, projectors, encoders) are stored under their own name.
@@ -237,7 +237,7 @@ def _check_types(hf: LlamaConfig, weights: HFWeights) -> None:
     """Check that all tensors that are fused or stacked together have the same dtype."""
     first: dict[str, str] = {}
     for name in whole_names(hf):
-        key = checkpoint_place(name)[0]
+        key = checkpoint_position(name)[0]
         for hf_name in hf_names(name, hf):
             other = first.setdefault(key, hf_name)
             if weights.entry(hf_name).dtype != weights.entry(other).dtype:
@@ -260,9 +260,9 @@ def _check_unused(name: str, hf: LlamaConfig, weights: HFWeights) -> str:
         return f"{name} is the tied embedding: stored only once."
     if name.endswith("rotary_emb.inv_freq"):
         expected = LlamaRotaryEmbedding(config=hf).inv_freq.double()
-        found = weights[name]
-        tolerance = 1e-6 if found.dtype.itemsize >= 4 else 2.0**-7
-        if found.shape != expected.shape or not torch.allclose(found.double(), expected, rtol=tolerance, atol=0):
+        stored = weights[name]
+        tolerance = 1e-6 if stored.dtype.itemsize >= 4 else 2.0**-7
+        if stored.shape != expected.shape or not torch.allclose(stored.double(), expected, rtol=tolerance, atol=0):
             raise ConfigError(
                 f"The buffer {name!r} in {_file(name, weights)} has RoPE frequencies that differ from config.json. "
                 "Correct rope_theta or rope_scaling in config.json."

@@ -44,8 +44,8 @@ def source(model: ModelConfig, precision: str, layout: ParallelLayout) -> str:
     """
     folders = [model.language_model.path, model.language_model.checkpoint]
     folders += [section.encoder.path for section in model.modalities.values()]
-    place = {**asdict(layout), "device": str(layout.device)}
-    return json.dumps([asdict(model), precision, place, [_stamps(Path(folder)) for folder in folders if folder]])
+    rank = {**asdict(layout), "device": str(layout.device)}
+    return json.dumps([asdict(model), precision, rank, [_stamps(Path(folder)) for folder in folders if folder]])
 
 
 def keep(source: str, models: Sequence[Any], encoders: Mapping[str, Encoder]) -> None:
@@ -69,8 +69,8 @@ def keep(source: str, models: Sequence[Any], encoders: Mapping[str, Encoder]) ->
 def take(source: str) -> KeptWeights:
     """Return what was kept and has this source, once; everything else is let go."""
     global _kept
-    found, _kept = _kept, None
-    return found[1] if found is not None and found[0] == source else NOTHING
+    kept, _kept = _kept, None
+    return kept[1] if kept is not None and kept[0] == source else NOTHING
 
 
 def set_llama(models: Sequence[nn.Module], kept: KeptWeights) -> None:

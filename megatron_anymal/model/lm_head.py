@@ -281,8 +281,8 @@ def _own_labels(labels: Tensor, extents: Sequence[Extent]) -> tuple[Tensor, Tens
         local = labels - extent.first - rank * extent.rows
         # The ids after an extent could otherwise fall into the rows that pad it.
         within = (labels >= extent.first) & (labels < extent.first + extent.size)
-        here = within & (local >= 0) & (local < extent.rows)
-        mine, index = mine | here, torch.where(here, local + column, index)
+        inside = within & (local >= 0) & (local < extent.rows)
+        mine, index = mine | inside, torch.where(inside, local + column, index)
         column += extent.rows
     return mine, index
 

@@ -172,7 +172,7 @@ class LoraAdapter(nn.ModuleDict):
     def __init__(
         self,
         names: Sequence[str],
-        place: str,
+        layer: str,
         weight: Tensor,
         config: TransformerConfig,
         lora: LoraConfig,
@@ -182,7 +182,7 @@ class LoraAdapter(nn.ModuleDict):
         """
         Args:
             names: all of the layer's projections.
-            place: the layer's name in its Transformer layer.
+            layer: the layer's name in its Transformer layer.
             weight: this rank's shard of the layer's weight, [out, in].
             of_selected: whether the layer computes only the positions of `output_positions`, if there are any.
         """
@@ -190,8 +190,8 @@ class LoraAdapter(nn.ModuleDict):
         self.hook: Any = None
         self.scaling = lora.alpha / lora.r
         self._r, self._dropout, self._of_selected = lora.r, dropout, of_selected
-        self._column_parallel, self._sequence_parallel = place in _COLUMN_PARALLEL, config.sequence_parallel
-        self._groups, rows = _output_rows(place, weight.size(0), config)
+        self._column_parallel, self._sequence_parallel = layer in _COLUMN_PARALLEL, config.sequence_parallel
+        self._groups, rows = _output_rows(layer, weight.size(0), config)
         # Number of output rows of every projection of the layer, including those without an adapter.
         self._rows = dict(zip(map(short_name, names), rows))
         self._streams = {short_name(name): _stream(name) for name in names if is_target(name, lora.targets)}
@@ -295,16 +295,16 @@ class _Projection(nn.Module):
         return self.A, self.B
 
 
-def _output_rows(place: str, rows: int, config: TransformerConfig) -> tuple[int, list[int]]:
+def _output_rows(layer: str, rows: int, config: TransformerConfig) -> tuple[int, list[int]]:
     """Return how the projections divide a rank's rows of a linear layer's weight: the number of consecutive groups, and
     each projection's number of rows over all groups (within a group the projections are in order).
     """
-    if place == "self_attention.linear_qkv":
+    if layer == "self_attention.linear_qkv":
         assert config.num_query_groups is not None and config.kv_channels is not None
         groups = config.num_query_groups // parallel_state.get_tensor_model_parallel_world_size()
         keys = groups * config.kv_channels
         return groups, [rows - 2 * keys, keys, keys]
-    parts = len(PROJECTIONS[place])
+    parts = len(PROJECTIONS[layer])
     return 1, [rows // parts] * parts
 
 

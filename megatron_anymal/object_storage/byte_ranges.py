@@ -37,10 +37,10 @@ def coalesce(ranges: Iterable[ByteRange], gap: int) -> list[tuple[ByteRange, lis
 
 def runs(numbers: Iterable[int]) -> list[range]:
     """Ascending numbers as ranges of consecutive ones."""
-    found: list[range] = []
+    ranges: list[range] = []
     for number in numbers:
-        if found and number == found[-1].stop:
-            found[-1] = range(found[-1].start, number + 1)
+        if ranges and number == ranges[-1].stop:
+            ranges[-1] = range(ranges[-1].start, number + 1)
         else:
-            found.append(range(number, number + 1))
-    return found
+            ranges.append(range(number, number + 1))
+    return ranges

@@ -93,7 +93,7 @@ def examine(error: BaseException) -> Failure:
     """Classify an error of an fsspec file system."""
     chain = list(_chain(error))
     classes = {base.__name__ for one in chain for base in type(one).__mro__}
-    status, code = next((found for one in chain if any(found := _response(one))), (0, ""))
+    status, code = next((response for one in chain if any(response := _response(one))), (0, ""))
     reason = " ".join(dict.fromkeys(filter(None, (str(status or ""), code))))
     if classes & _NO_CREDENTIALS:
         return Failure(Fault.ACCESS, "no credentials")

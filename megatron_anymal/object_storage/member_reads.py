@@ -61,14 +61,14 @@ class CachedReads:
 
     def _cached(self, entry: CachedObject, numbers: Sequence[int], start: int, stop: int) -> dict[int, bytes]:
         """The parts of [start, stop) in those blocks that are in the cache."""
-        found = {}
+        cached = {}
         for number in numbers:
             first, after = entry.span(number)
             data = self._cache.read(entry, number, max(start, first), min(stop, after))
             if data is not None:
-                found[number] = data
-        self._client.count("cached_blocks", len(found))
-        return found
+                cached[number] = data
+        self._client.count("cached_blocks", len(cached))
+        return cached
 
     def _fetch(self, path: str, entry: CachedObject, numbers: range, start: int, stop: int) -> dict[int, bytes]:
         """Read consecutive blocks with one request, add them to the cache, and return their parts of [start, stop)."""

@@ -136,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         if owner in ready:
             assert owner is not None
-            if _said(owner) == _DONE:
+            if _received(owner) == _DONE:
                 return 0
             owner.close()
             owner, deadline = None, time.monotonic() + LINGER
@@ -154,7 +154,7 @@ def _detach() -> None:
         os.dup2(nothing.fileno(), 0)
 
 
-def _said(owner: socket.socket) -> bytes:
+def _received(owner: socket.socket) -> bytes:
     """What the launcher says: done, or nothing at all if it was killed."""
     with suppress(OSError):
         return owner.recv(len(_DONE))

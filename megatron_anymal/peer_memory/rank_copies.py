@@ -32,7 +32,7 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Place:
+class CopyLocation:
     """Where a rank keeps its copies."""
 
     # File of this rank.
@@ -43,20 +43,20 @@ class Place:
     neighbour: str
 
 
-def place(environment: Mapping[str, str] = os.environ) -> Optional[Place]:
+def copy_location(environment: Mapping[str, str] = os.environ) -> Optional[CopyLocation]:
     """Where the launcher lets this rank keep its copies; None without a launcher."""
     if MEMORY not in environment:
         return None
     given = json.loads(environment[MEMORY])
     number = int(environment["LOCAL_RANK"])
-    return Place(given["files"][number], given["server"], given["neighbour"])
+    return CopyLocation(given["files"][number], given["server"], given["neighbour"])
 
 
 class RankCopies:
     """Copies of a rank's tensors, kept outside its process.
 
     Args:
-        place: where.
+        location: where.
         identity: hash of everything that a run must have in common with the one that made a copy.
         tensors: the tensors to copy, in a fixed order, of any shapes [...].
         say: prints a warning.
@@ -65,8 +65,10 @@ class RankCopies:
         OSError: there is not enough memory, or the launcher is gone.
     """
 
-    def __init__(self, place: Place, identity: str, tensors: Sequence[Tensor], say: Callable[[str], None]) -> None:
-        self._place, self._identity, self._say = place, identity, say
+    def __init__(
+        self, location: CopyLocation, identity: str, tensors: Sequence[Tensor], say: Callable[[str], None]
+    ) -> None:
+        self._location, self._identity, self._say = location, identity, say
         self.rank = dist.get_rank()
         # Offsets in bytes, and the end.
         self._offsets = [0]
@@ -78,14 +80,14 @@ class RankCopies:
         # The same on all ranks: in the next attempt, the file may be that of another rank, and must keep its contents.
         largest = torch.tensor([self.size], device=torch.device("cuda"))
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        self._file = SlotFile(place.file, int(largest))
+        self._file = SlotFile(location.file, int(largest))
         self._targets: dict[int, list[Tensor]] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="anymal-copies")
         self._pending: Optional[Future[None]] = None
         # Seconds for which training has waited for copies.
         self.waited = 0.0
         self._connection: Any = None
-        self._neighbour = bool(place.neighbour)
+        self._neighbour = bool(location.neighbour)
         # All copies of this run, each with the address of the node that holds it; the same on all ranks.
         self._everything: list[tuple[Copy, str]] = []
 
@@ -159,14 +161,14 @@ class RankCopies:
 
     def _gather(self) -> None:
         """Tell each other about the copies of this run."""
-        found = [(copy, self._place.server) for copy in self._file.copies().values()]
-        if self._place.server and os.environ.get("LOCAL_RANK") == "0":
+        copies = [(copy, self._location.server) for copy in self._file.copies().values()]
+        if self._location.server and os.environ.get("LOCAL_RANK") == "0":
             try:
-                found += [(copy, self._place.server) for copy in wire.list_copies(self._place.server)]
+                copies += [(copy, self._location.server) for copy in wire.list_copies(self._location.server)]
             except OSError as error:
                 self._say(f"warning: the memory of this node cannot be read ({error}).")
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, [pair for pair in found if pair[0].identity == self._identity])
+        dist.all_gather_object(gathered, [pair for pair in copies if pair[0].identity == self._identity])
         self._everything = [pair for pairs in gathered for pair in pairs]
 
     def _read(self, step: int) -> tuple[Optional[Copy], Optional[memoryview]]:
@@ -197,12 +199,12 @@ class RankCopies:
     def _send(self, copy: Copy, data: memoryview) -> None:
         try:
             if self._connection is None:
-                self._connection = wire.connect(self._place.neighbour)
-            wire.put(self._connection, self._place.neighbour, copy, data)
+                self._connection = wire.connect(self._location.neighbour)
+            wire.put(self._connection, self._location.neighbour, copy, data)
         except OSError as error:
             # If the node is lost, the attempt ends anyway; if only the connection is, checkpoints remain.
             self._neighbour = False
-            where = wire.visible(self._place.neighbour)
+            where = wire.visible(self._location.neighbour)
             self._say(
                 f"warning: rank {self.rank}: no more copies on the next node ({where}: {error}). If this node is lost, "
                 "the run continues from its newest checkpoint."

@@ -20,7 +20,7 @@ from typing import Optional
 from megatron_anymal.peer_memory import keeper, wire
 from megatron_anymal.peer_memory.slots import Copy, SlotFile, parse_copy
 
-# Environment variable with a JSON object: where a rank keeps its copies (place.py).
+# Environment variable with a JSON object: where a rank keeps its copies (rank_copies.py).
 MEMORY = "ANYMAL_PEER_MEMORY"
 
 
@@ -59,8 +59,8 @@ class MemoryServer:
         Args:
             neighbour: address of another node's server.
         """
-        place = {"files": self._own, "server": self.address, "neighbour": neighbour}
-        return {MEMORY: json.dumps(place)}
+        location = {"files": self._own, "server": self.address, "neighbour": neighbour}
+        return {MEMORY: json.dumps(location)}
 
     def clear(self) -> None:
         """Drop all copies."""

@@ -67,8 +67,8 @@ class SlotFile:
 
     def copies(self) -> dict[int, Copy]:
         """Slot -> the copy that it holds; slots without a complete copy are left out. The data is not checked."""
-        found = {slot: self._read_header(slot) for slot in range(SLOTS if self._map else 0)}
-        return {slot: copy for slot, copy in found.items() if copy is not None}
+        headers = {slot: self._read_header(slot) for slot in range(SLOTS if self._map else 0)}
+        return {slot: copy for slot, copy in headers.items() if copy is not None}
 
     def data(self, slot: int) -> memoryview:
         """The bytes of a slot, writable."""

@@ -104,7 +104,7 @@ class _Start:
 
 
 def _starts(events: Sequence[Event]) -> list[_Start]:
-    found: list[_Start] = []
+    starts: list[_Start] = []
     begun = None
     for event in events:
         kind, at = event["kind"], float(event["time"])
@@ -116,13 +116,13 @@ def _starts(events: Sequence[Event]) -> list[_Start]:
         elif kind == "start" and launcher:
             begun = begun or at
         elif kind == "start":
-            found.append(_Start(begun, at))
+            starts.append(_Start(begun, at))
             begun = None
-        elif found and kind == "resume":
-            found[-1].restored, found[-1].from_memory = at, event.get("source") == "memory"
-        elif found and kind == "first_step":
-            found[-1].stepped = at
-    return found
+        elif starts and kind == "resume":
+            starts[-1].restored, starts[-1].from_memory = at, event.get("source") == "memory"
+        elif starts and kind == "first_step":
+            starts[-1].stepped = at
+    return starts
 
 
 def _recoveries(run: MeasuredRun, events: Sequence[Event], step: float) -> None:
@@ -157,12 +157,12 @@ def _recoveries(run: MeasuredRun, events: Sequence[Event], step: float) -> None:
 def _whole(events: Sequence[Event], restarts: Mapping[Any, float], starts: Sequence[_Start]) -> list[float]:
     """Seconds from each failure to the end of the first step after it; for a hang, from the last sign of progress."""
     stepped = {start.begun: start.stepped for start in starts}
-    found = []
+    durations = []
     for failure in failures(events):
         end = stepped.get(restarts.get(failure.attempt))
         if failure.attempt in restarts and end is not None:
-            found.append(end - _time(failure) + _silence(failure))
-    return found
+            durations.append(end - _time(failure) + _silence(failure))
+    return durations
 
 
 def _mtbf(run: MeasuredRun, events: Sequence[Event]) -> None:

@@ -28,7 +28,7 @@ _MAGIC = b"anymal1\0"
 # Magic, process ID, rank, step, phase, settled, progress, time of the last beat, time of the thread's last beat.
 _FORMAT = struct.Struct("<8sIIqIIqqq")
 _ALIVE = struct.Struct("<q")
-_ALIVE_PLACE = _FORMAT.size - _ALIVE.size
+_ALIVE_OFFSET = _FORMAT.size - _ALIVE.size
 # Everything except the thread's field, which only the thread writes.
 _BODY = struct.Struct("<8sIIqIIqq")
 
@@ -119,7 +119,7 @@ class Heartbeat:
             self._note_alive()
 
     def _note_alive(self) -> None:
-        self._map[_ALIVE_PLACE : _FORMAT.size] = _ALIVE.pack(time.monotonic_ns())
+        self._map[_ALIVE_OFFSET : _FORMAT.size] = _ALIVE.pack(time.monotonic_ns())
 
 
 def read(path: Path) -> Optional[Beat]:

@@ -160,14 +160,14 @@ class Client:
             return
         if status in _RETRIED or status >= 500:
             raise _Repeat(f"status {status}", _retry_after(response.headers.get("Retry-After")))
-        said = " ".join(response.text[:300].split())
+        reason = " ".join(response.text[:300].split())
         if self._endpoint.api_key:
-            said = said.replace(self._endpoint.api_key, "***")
+            reason = reason.replace(self._endpoint.api_key, "***")
         if status in (400, 413, 422):
-            raise Refused(f"status {status}: {said}")
+            raise Refused(f"status {status}: {reason}")
         raise DataError(
-            f"The server refuses the request with status {status} ({said or 'no reason'}). Check --server, --model and "
-            "the key in the variable of --api-key-env."
+            f"The server refuses the request with status {status} ({reason or 'no reason'}). Check --server, --model "
+            "and the key in the variable of --api-key-env."
         )
 
 

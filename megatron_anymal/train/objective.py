@@ -192,17 +192,17 @@ class PreferenceObjective:
 
     def measures(self, extras: Sequence[float]) -> dict[str, float]:
         """Means over pairs; the drift from the reference, log reference - log policy, over answer tokens."""
-        found = dict(zip(DPO_METRICS, extras))
-        pairs = max(1.0, found["pairs"])
+        sums = dict(zip(DPO_METRICS, extras))
+        pairs = max(1.0, sums["pairs"])
         return {
-            "rewards/chosen": found["chosen_reward"] / pairs,
-            "rewards/rejected": found["rejected_reward"] / pairs,
-            "rewards/margin": found["margin"] / pairs,
-            "rewards/accuracy": found["accuracy"] / pairs,
-            "answer_tokens/chosen": found["chosen_tokens"] / pairs,
-            "answer_tokens/rejected": found["rejected_tokens"] / pairs,
-            "kl/chosen": found["chosen_drift"] / max(1.0, found["chosen_tokens"]),
-            "kl/rejected": found["rejected_drift"] / max(1.0, found["rejected_tokens"]),
+            "rewards/chosen": sums["chosen_reward"] / pairs,
+            "rewards/rejected": sums["rejected_reward"] / pairs,
+            "rewards/margin": sums["margin"] / pairs,
+            "rewards/accuracy": sums["accuracy"] / pairs,
+            "answer_tokens/chosen": sums["chosen_tokens"] / pairs,
+            "answer_tokens/rejected": sums["rejected_tokens"] / pairs,
+            "kl/chosen": sums["chosen_drift"] / max(1.0, sums["chosen_tokens"]),
+            "kl/rejected": sums["rejected_drift"] / max(1.0, sums["rejected_tokens"]),
         }
 
     def loss(self, losses: Tensor, mask: Tensor, micro_batch: MicroBatch, batch: GlobalBatch) -> tuple[Tensor, Tensor]:
@@ -216,12 +216,12 @@ class PreferenceObjective:
             A scalar, and [2 x names + len(DPO_METRICS)] float64.
         """
         assert batch.reference is not None
-        places, (policy, tokens) = self.answers(losses, mask, micro_batch, batch)
-        reference = batch.reference[places]
+        pairs, (policy, tokens) = self.answers(losses, mask, micro_batch, batch)
+        reference = batch.reference[pairs]
         answers = policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1]
         of_pairs = dpo_loss(*answers, beta=self._dpo.beta, label_smoothing=self._dpo.label_smoothing).unsqueeze(0)
         ones = torch.ones_like(of_pairs)
-        report = sums_by_group(of_pairs, ones, batch.groups[places].unsqueeze(0), len(batch.names))
+        report = sums_by_group(of_pairs, ones, batch.groups[pairs].unsqueeze(0), len(batch.names))
         extras = dpo_metrics(*answers, beta=self._dpo.beta, tokens=tokens.T)
         report = torch.cat([report.flatten(), extras])
         if parallel_state.get_context_parallel_rank():

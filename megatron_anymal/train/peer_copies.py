@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_anymal.checkpoint.optimizer_steps import set_updates, updates_of
 from megatron_anymal.checkpoint.store import Manifest
-from megatron_anymal.peer_memory.rank_copies import RankCopies, place
+from megatron_anymal.peer_memory.rank_copies import RankCopies, copy_location
 from megatron_anymal.train.build import TrainState
 from megatron_anymal.train.optim import begin_state, components
 
@@ -49,7 +49,7 @@ class PeerCopies:
         # Seconds of each copy, and of the step before it; None once they are known.
         self._costs: Optional[list[tuple[float, float]]] = []
         self._copies: Optional[RankCopies] = None
-        where = place() if state.config.resilience.peer_memory else None
+        where = copy_location() if state.config.resilience.peer_memory else None
         if where is None:
             return
         if reason := _why_not(state):

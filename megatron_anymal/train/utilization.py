@@ -124,14 +124,14 @@ class Utilization:
             "encoder_tflops": _rate(total.encoding + total.encoding_again, encoder_seconds),
             "llama_tflops": _rate(total.needed - total.encoding, passes - in_passes),
         }
-        found = {**rates, "encoder_seconds": encoder_seconds / (ranks * steps)}
+        values = {**rates, "encoder_seconds": encoder_seconds / (ranks * steps)}
         if self._peak is not None:
             layers, encoders = self._peak.layers / 1e12, self._peak.encoders / 1e12
-            found["mfu"] = rates["tflops_per_gpu"] / layers
-            found["hfu"] = rates["hardware_tflops_per_gpu"] / layers
-            found["encoder_utilization"] = rates["encoder_tflops"] / encoders
-            found["llama_utilization"] = rates["llama_tflops"] / layers
-        return found
+            values["mfu"] = rates["tflops_per_gpu"] / layers
+            values["hfu"] = rates["hardware_tflops_per_gpu"] / layers
+            values["encoder_utilization"] = rates["encoder_tflops"] / encoders
+            values["llama_utilization"] = rates["llama_tflops"] / layers
+        return values
 
 
 def _rate(operations: float, seconds: float) -> float:

@@ -27,7 +27,7 @@ from megatron_anymal.data.records import PlannedMicroBatch
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.anymal import AnyMALModel
 from megatron_anymal.model.build import build_models
-from megatron_anymal.model.hf_llama import checkpoint_place, to_hf, whole_names
+from megatron_anymal.model.hf_llama import checkpoint_position, to_hf, whole_names
 from megatron_anymal.parallel import initialize
 from megatron_anymal.safetensors_io import raw_bytes
 
@@ -103,7 +103,7 @@ def check_same_bytes(folder: Path, checkpoint: Path) -> None:
     found: dict[str, torch.Tensor] = {}
     keys = set()
     for name in whole_names(hf):
-        key, layer = checkpoint_place(name)
+        key, layer = checkpoint_position(name)
         keys.add(key)
         found |= to_hf(name, hf, reader.read(key, layer=layer))
     assert keys == {key for key in reader.tensors if key.startswith("language_model.")}

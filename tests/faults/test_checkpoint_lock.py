@@ -59,7 +59,7 @@ def refused(config: RunConfig) -> str:
 
 def test_every_rank_is_refused_and_a_crashed_machines_lock_taken_over(config: RunConfig, tmp_path: Path) -> None:
     config.trainer.devices, config.trainer.max_steps = 2, 1
-    owner = Owner.here()
+    owner = Owner.this_process()
     lock = tmp_path / "run" / LOCK
     lock.parent.mkdir()
     lock.write_text(json.dumps(vars(owner)))

@@ -82,13 +82,13 @@ def row_chunks(index: ShardIndex) -> list[np.ndarray]:
 
 def dataset_numbers(view: RunView) -> list[DatasetNumbers]:
     """Measure all samples of all datasets."""
-    found = []
+    numbers = []
     for name, index in zip(view.datasets, view.planner.indexes):
         measures = [view.planner.measure(index, rows) for rows in row_chunks(index)]
         lengths = np.concatenate([m.length for m in measures])
         costs = np.concatenate([m.costs for m in measures])
-        found.append(DatasetNumbers(name, index, lengths, costs))
-    return found
+        numbers.append(DatasetNumbers(name, index, lengths, costs))
+    return numbers
 
 
 def fill(plan: StepPlan) -> float:

@@ -152,10 +152,10 @@ def _left_out(numbers: Sequence[DatasetNumbers]) -> str:
     for name, entry in entries:
         by_code.setdefault(entry.code, []).append((name, entry))
     rows = []
-    for code, found in sorted(by_code.items(), key=lambda item: -len(item[1])):
-        names = "".join(f"<li>{text(name)}: {short(entry, 240)}</li>" for name, entry in found[:_NAMES])
-        meaning = CODES.get(code, "") + (" (nothing is left out)" if found[0][1].is_note else "")
-        rows.append([f"<code>{text(code)}</code>", text(meaning), f"<ul>{names}</ul>", count(len(found))])
+    for code, left_out in sorted(by_code.items(), key=lambda item: -len(item[1])):
+        names = "".join(f"<li>{text(name)}: {short(entry, 240)}</li>" for name, entry in left_out[:_NAMES])
+        meaning = CODES.get(code, "") + (" (nothing is left out)" if left_out[0][1].is_note else "")
+        rows.append([f"<code>{text(code)}</code>", text(meaning), f"<ul>{names}</ul>", count(len(left_out))])
     shown = (
         table(("code", "meaning", "the first", "count"), rows, "Left out when the indexes were made", 3)
         if rows

@@ -80,8 +80,8 @@ def _codes(vocabulary: DiscreteVocabulary, ids: list[int], at: int, target: bool
     name = vocabulary.lookup(ids[at]).name
     stop = ids.index(vocabulary.end(name), at) + 1
     length, tag = stop - at, "mark" if target else "span"
-    place = f"<sup>{first + at}\u2013{first + stop - 1}</sup>"
-    return Entry(f"<{tag}>{place}{text(name)}: {count(length - 2)} codes</{tag}>", length, length * target)
+    positions = f"<sup>{first + at}\u2013{first + stop - 1}</sup>"
+    return Entry(f"<{tag}>{positions}{text(name)}: {count(length - 2)} codes</{tag}>", length, length * target)
 
 
 def _media(sample: ShownSample, item: int, at: int, length: int, token: int, anchor: str) -> Entry:

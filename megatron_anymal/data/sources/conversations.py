@@ -65,8 +65,8 @@ def messages_of(turns: Sequence[tuple[str, Any]], media: Mapping[str, list[str]]
     """
     paths = {kind: list(names) for kind, names in media.items()}
     texts = [(role, _text(content, paths)) for role, content in turns]
-    found = [kind for _, text in texts for kind in _PLACEHOLDER.findall(text)]
-    _check_counts(found, paths)
+    placeholders = [kind for _, text in texts for kind in _PLACEHOLDER.findall(text)]
+    _check_counts(placeholders, paths)
     remaining = {kind: iter(names) for kind, names in paths.items()}
     messages = []
     for role, text in texts:
@@ -76,12 +76,12 @@ def messages_of(turns: Sequence[tuple[str, Any]], media: Mapping[str, list[str]]
     return messages
 
 
-def _check_counts(found: Sequence[str], paths: Mapping[str, Sequence[str]]) -> None:
+def _check_counts(placeholders: Sequence[str], paths: Mapping[str, Sequence[str]]) -> None:
     for kind, names in paths.items():
-        if found.count(kind) != len(names):
+        if placeholders.count(kind) != len(names):
             raise SampleError(
                 "placeholders",
-                f"its text has {found.count(kind)} `<{kind}>`, but it has {len(names)} media of this kind.",
+                f"its text has {placeholders.count(kind)} `<{kind}>`, but it has {len(names)} media of this kind.",
             )
 
 

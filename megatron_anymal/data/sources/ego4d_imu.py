@@ -191,7 +191,7 @@ def _of_json(path: Path, window: float) -> Iterator[_Narration]:
 
 def _recording(path: Path) -> _Recording | SampleError:
     """The rows of a file; why it cannot be used."""
-    found: list[tuple[float, str]] = []
+    timed_rows: list[tuple[float, str]] = []
     with path.open(encoding="utf-8", errors="replace", newline="") as file:
         rows = csv.reader(file)
         header = next(rows, [])
@@ -201,12 +201,12 @@ def _recording(path: Path) -> _Recording | SampleError:
         for row in rows:
             try:
                 cells = [row[column] for column in wanted]
-                found.append((float(cells[0]), ",".join(cells)))
+                timed_rows.append((float(cells[0]), ",".join(cells)))
             except (ValueError, IndexError):
                 # Outside the canonical video: the time is empty or NULL.
                 continue
-    found.sort(key=lambda pair: pair[0])
-    return _Recording(array("d", (time for time, _ in found)), [row for _, row in found])
+    timed_rows.sort(key=lambda pair: pair[0])
+    return _Recording(array("d", (time for time, _ in timed_rows)), [row for _, row in timed_rows])
 
 
 def _recognizes(peek: Peek) -> bool:

@@ -61,14 +61,14 @@ class AudioCapsSource(FileSource):
     @cached_property
     def _sounds(self) -> dict[str, str]:
         """Name without ending -> path."""
-        found: dict[str, str] = {}
+        paths: dict[str, str] = {}
         for folder, folders, names in os.walk(self.base):
             folders.sort()
             for name in sorted(names):
                 stem, _, ending = name.rpartition(".")
                 if ending.lower() in _ENDINGS:
-                    found.setdefault(stem, os.path.relpath(os.path.join(folder, name), self.base))
-        return found
+                    paths.setdefault(stem, os.path.relpath(os.path.join(folder, name), self.base))
+        return paths
 
 
 def _names(cells: Mapping[str, str]) -> list[str]:

@@ -34,8 +34,8 @@ def mathvista_answer(answer: str, answer_type: str, precision: Any) -> str:
     That lets a GPT extract the answer; here it is the last list or number of the text.
     """
     if answer_type == "list":
-        found = _LIST.findall(answer)
-        return found[-1] if found else answer.strip()
+        lists = _LIST.findall(answer)
+        return lists[-1] if lists else answer.strip()
     if answer_type not in ("integer", "float"):
         return answer.strip()
     numbers = _NUMBER.findall(answer)

@@ -115,8 +115,8 @@ class Preflight:
         seconds: time limit for all checks together.
     """
 
-    def __init__(self, config: RunConfig, place: JobPosition, names: Sequence[str], seconds: float) -> None:
-        self.config, self.place, self.seconds = config, place, seconds
+    def __init__(self, config: RunConfig, position: JobPosition, names: Sequence[str], seconds: float) -> None:
+        self.config, self.position, self.seconds = config, position, seconds
         self.names = list(names)
         self.began = time.monotonic()
         # Lock on the run's folder; only held by the first process.
@@ -128,12 +128,12 @@ class Preflight:
         Raises:
             Unreachable: the first process does not answer.
         """
-        place = self.place
+        position = self.position
         try:
-            self.reports = Reports(address, port, place.rank, self._left(1 / 3))
+            self.reports = Reports(address, port, position.rank, self._left(1 / 3))
         except Unreachable as error:
-            raise Unreachable(f"node {place.name}: {error}. Check the network to the first node.") from None
-        if place.rank == 0:
+            raise Unreachable(f"node {position.name}: {error}. Check the network to the first node.") from None
+        if position.rank == 0:
             # Post these before anything else, since the others wait for them.
             self.reports.say("token", uuid.uuid4().hex)
             self.reports.say("refused", self._take_folder())
@@ -141,7 +141,7 @@ class Preflight:
             return self._give_way(refused)
         self.reports.say("node", self._look_around())
         traffic = self._meet()
-        if place.rank == 0:
+        if position.rank == 0:
             return self._judge(traffic)
         verdict = self.reports.heard("verdict", [0], time.monotonic() + self._left(1) + 10)
         self.reports.say("left", True)
@@ -174,21 +174,21 @@ class Preflight:
 
     def _give_way(self, refused: str) -> int:
         """On all processes: exit, since another job is using the run's folder."""
-        if self.place.rank == 0:
+        if self.position.rank == 0:
             print(f"error: {refused}", flush=True)
-            self.reports.heard("left", range(1, self.place.world), time.monotonic() + 10)
+            self.reports.heard("left", range(1, self.position.world), time.monotonic() + 10)
         else:
             self.reports.say("left", True)
         return Exit.LOCKED
 
     def _look_around(self) -> dict[str, Any]:
         """Report of this process: its GPU and, for one process per node, the node."""
-        place, config, seconds = self.place, self.config, self._left(1 / 3)
-        row: dict[str, Any] = {"node": place.name, "leads": place.leads, "disk": -1, "gpu": -1}
+        position, config, seconds = self.position, self.config, self._left(1 / 3)
+        row: dict[str, Any] = {"node": position.name, "leads": position.leads, "disk": -1, "gpu": -1}
         problems: list[Problem] = []
 
         def look_at_card() -> list[Problem]:
-            row["gpu"], gpu_problems = checks.gpu(place.local_rank)
+            row["gpu"], gpu_problems = checks.gpu(position.local_rank)
             return gpu_problems
 
         def look_at_disk() -> list[Problem]:
@@ -196,12 +196,12 @@ class Preflight:
             return disk_problems
 
         problems += checks.within(seconds, "GPU", look_at_card)
-        if place.leads:
+        if position.leads:
             token = self.reports.heard("token", [0], time.monotonic() + seconds).get(0, "")
             problems += checks.within(seconds, "software", lambda: checks.software(config.model, config.trainer))
             problems += checks.within(seconds, "files", lambda: checks.files(config.model, config.data))
             problems += checks.within(
-                seconds, "run folder", lambda: checks.leave_sign(config.run_dir, place.name, token)
+                seconds, "run folder", lambda: checks.leave_sign(config.run_dir, position.name, token)
             )
             needed, size_problems = self._needed(seconds)
             problems += size_problems + checks.within(seconds, "disk", look_at_disk)
@@ -217,7 +217,7 @@ class Preflight:
             counted.append(bytes_needed(self.config))
             return []
 
-        problems = checks.in_time(seconds, "model", count) if self.place.rank == 0 else []
+        problems = checks.in_time(seconds, "model", count) if self.position.rank == 0 else []
         if problems is None:
             # A large model on a slow machine is no reason to stop the run.
             print(f"warning: the size of a checkpoint could not be computed within {seconds:.0f} s.", flush=True)
@@ -229,25 +229,25 @@ class Preflight:
         Returns:
             None if not all processes reported.
         """
-        ranks = range(self.place.world)
-        if self.place.rank == 0:
+        ranks = range(self.position.world)
+        if self.position.rank == 0:
             self.arrived = self.reports.heard("node", ranks, time.monotonic() + self._left(2 / 3))
             # A node that could not write is only reported once.
             silent = {
                 row["node"] for row in self.arrived.values() if any(p["check"] == "run folder" for p in row["problems"])
             }
             writing = sorted({row["node"] for row in self.arrived.values()} - silent)
-            self.reports.say("go", writing if len(self.arrived) == self.place.world else None)
+            self.reports.say("go", writing if len(self.arrived) == self.position.world else None)
         nodes = self.reports.heard("go", [0], time.monotonic() + self._left(1)).get(0)
         if nodes is None:
             return None
-        if self.place.leads:
+        if self.position.leads:
             token = self.reports.heard("token", [0], time.monotonic() + 1).get(0, "")
             seconds = self._left(1 / 2)
             run_dir = self.config.run_dir
             unseen = checks.within(seconds, "run folder", lambda: checks.look_for_signs(run_dir, nodes, token))
             self.reports.say("signs", [vars(problem) for problem in unseen])
-        traffic = all_reduce(self.reports, self.place.world, self.place.local_rank, self._left(1 / 2))
+        traffic = all_reduce(self.reports, self.position.world, self.position.local_rank, self._left(1 / 2))
         self.reports.say("traffic", traffic.problem)
         return traffic
 
@@ -260,7 +260,7 @@ class Preflight:
             self._add_traffic(traffic, rows)
         wrong = any(row.problems for row in rows.values())
         seconds = time.monotonic() - self.began
-        print(table.format_table(list(rows.values()), traffic, self.place.world, seconds), flush=True)
+        print(table.format_table(list(rows.values()), traffic, self.position.world, seconds), flush=True)
         code = Exit.MISTAKE if wrong else Exit.DONE
         self.reports.say("verdict", int(code))
         # The store ends with this process, so let the others leave first.
@@ -273,9 +273,9 @@ class Preflight:
     def _rows(self) -> dict[str, Row]:
         """Reports by node, including nodes that did not report."""
         rows: dict[str, Row] = {}
-        for rank in range(self.place.world):
+        for rank in range(self.position.world):
             report = self.arrived.get(rank)
-            number = rank // self.place.per_node
+            number = rank // self.position.per_node
             name = report["node"] if report else self.names[number] if self.names else f"node {number}"
             row = rows.setdefault(name, Row(name))
             if report is None:

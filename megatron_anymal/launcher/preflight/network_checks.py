@@ -86,18 +86,18 @@ class Traffic:
 
 def all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) -> Traffic:
     """All-reduce over all processes with the backend the run will use. Collective; takes at most `seconds`."""
-    found: list[Traffic] = []
+    results: list[Traffic] = []
 
     def work() -> None:
         try:
-            found.append(_all_reduce(reports, world, local_rank, seconds))
+            results.append(_all_reduce(reports, world, local_rank, seconds))
         except Exception as error:  # NCCL and gloo raise many types.
-            found.append(Traffic(problem=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
+            results.append(Traffic(problem=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
 
     worker = threading.Thread(target=work, name="preflight all-reduce", daemon=True)
     worker.start()
     worker.join(seconds)
-    return found[0] if found else Traffic(problem=f"the all-reduce did not finish within {seconds:.0f} s")
+    return results[0] if results else Traffic(problem=f"the all-reduce did not finish within {seconds:.0f} s")
 
 
 def _all_reduce(reports: Reports, world: int, local_rank: int, seconds: float) -> Traffic:

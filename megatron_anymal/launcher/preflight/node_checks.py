@@ -45,23 +45,25 @@ def within(seconds: float, check: str, look: Callable[[], list[Problem]]) -> lis
 
 def in_time(seconds: float, check: str, look: Callable[[], list[Problem]]) -> Optional[list[Problem]]:
     """Problems found by `look`, or a problem with its error if it raises; None if it does not finish in time."""
-    found: list[list[Problem]] = []
+    results: list[list[Problem]] = []
 
     def work() -> None:
         try:
-            found.append(look())
+            results.append(look())
         except Exception as error:  # Show any error in the table and continue with the other checks.
             text = " ".join(str(error).split())[:500]
             if is_users(error):
-                found.append([Problem(check, text.rstrip("."), "see the message")])
+                results.append([Problem(check, text.rstrip("."), "see the message")])
             else:
-                found.append([Problem(check, f"{type(error).__name__}: {text}", "the check itself raised this error")])
+                results.append(
+                    [Problem(check, f"{type(error).__name__}: {text}", "the check itself raised this error")]
+                )
 
     # A daemon thread rather than a pool: one that hangs in the kernel must not keep the process from exiting.
     worker = threading.Thread(target=work, name=f"preflight {check}", daemon=True)
     worker.start()
     worker.join(seconds)
-    return found[0] if found else None
+    return results[0] if results else None
 
 
 def software(model: ModelConfig, trainer: TrainerConfig) -> list[Problem]:

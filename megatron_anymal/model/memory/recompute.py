@@ -76,9 +76,9 @@ def choose(run: RunSizes, memory: int) -> Choice:
     Raises:
         ConfigError: nothing fits.
     """
-    found = cheapest_that_fits(run, memory)
-    if found is not None:
-        return judge(run, found, memory)
+    cheapest = cheapest_that_fits(run, memory)
+    if cheapest is not None:
+        return judge(run, cheapest, memory)
     # The last candidate recomputes everything.
     choice = judge(run, candidates(run)[-1], memory)
     most = choice.held[choice.worst]

@@ -150,22 +150,21 @@ def compare(config: RunConfig, gpu: Hardware, run_dir: Path) -> str:
         DataError, CheckpointError, StorageError: as `predict`.
     """
     measured = measured_terms(run_dir)
-    problem, found = predict(config, gpu)
-    predicted = predicted_terms(found.step)
+    problem, candidate = predict(config, gpu)
+    predicted = predicted_terms(candidate.step)
     rows = [("step", predicted.step, measured.terms.step)]
     rows += [
         (f"  {_TITLES[f.name]}", getattr(predicted, f.name), getattr(measured.terms, f.name)) for f in fields(Terms)
     ]
-    title = (
-        f"Against the plan for {config.world_size:,} x {gpu.name}, {found.layout}, recompute {found.choice.recompute}"
-    )
-    most = found.choice.held[found.choice.worst].total
+    choice = candidate.choice
+    title = f"Against the plan for {config.world_size:,} x {gpu.name}, {candidate.layout}, recompute {choice.recompute}"
+    most = choice.held[choice.worst].total
     return "\n".join(
         [
             f"{title} (medians of {measured.lines} log line(s)):",
             *_table(rows),
             _memory(most, measured.memory),
-            *_operations(row_of(problem, found), gpu, measured.rate),
+            *_operations(row_of(problem, candidate), gpu, measured.rate),
             _most_off(predicted, measured.terms),
         ]
     )

@@ -113,15 +113,15 @@ def _candidates(config: RunConfig, layers: int, fp8: bool) -> Iterator[list[Layo
 def _splits(layers: int, stages: int) -> dict[int, list[tuple[int, int]]]:
     """Return, by the number of chunks per stage, the layers of the first and of the last stage (0: as many as the
     others have)."""
-    found: dict[int, list[tuple[int, int]]] = {}
+    by_chunks: dict[int, list[tuple[int, int]]] = {}
     for counts in _counts(layers, stages):
         first, middle, last = counts
         common = math.gcd(*counts)
         pair = first if first != middle else 0, last if last != middle else 0
         for chunks in range(1, (common if stages > 1 else 1) + 1):
             if common % chunks == 0:
-                found.setdefault(chunks, []).append(pair)
-    return found
+                by_chunks.setdefault(chunks, []).append(pair)
+    return by_chunks
 
 
 def _counts(layers: int, stages: int) -> Iterator[tuple[int, int, int]]:

@@ -83,11 +83,11 @@ def matrix_rates(device: torch.device) -> list[tuple[int, int, int, float]]:
     """Measure matrix products [m, k] x [k, n] in bf16, on a CPU in fp32: (m, n, k, 1e12 operations per second)."""
     on_gpu = device.type == "cuda"
     dtype, largest = torch.bfloat16 if on_gpu else torch.float32, _LARGEST[on_gpu]
-    found = []
+    rates = []
     for m, n, k in ((m, n, k) for m in _SIZES[0] for n in _SIZES[1] for k in _SIZES[2]):
         if m * n * k <= largest:
-            found.append((m, n, k, 1e-12 * product_rate(m, n, k, device, dtype)))
-    return found
+            rates.append((m, n, k, 1e-12 * product_rate(m, n, k, device, dtype)))
+    return rates
 
 
 def product_rate(m: int, n: int, k: int, device: torch.device, dtype: torch.dtype) -> float:
@@ -142,14 +142,14 @@ def _gather_times(rank: int, ranks: int, port: int, backend: str, times: Any) ->
     """Put the median seconds of an all-gather of each size, as rank 0."""
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
     device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    found = []
+    seconds = []
     for size in _MESSAGES:
         own = torch.ones(size // 4 // ranks, device=device)
         parts = [torch.empty_like(own) for _ in range(ranks)]
         gather = partial(dist.all_gather, parts, own)
-        found.append(_seconds(gather, device, repeats=20, pause=0.0 if device.type == "cuda" else _PAUSE))
+        seconds.append(_seconds(gather, device, repeats=20, pause=0.0 if device.type == "cuda" else _PAUSE))
     if rank == 0:
-        times.put(found)
+        times.put(seconds)
     dist.destroy_process_group()
 
 

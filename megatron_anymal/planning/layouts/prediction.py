@@ -39,14 +39,15 @@ def describe_prediction(config: RunConfig, gpu: Hardware) -> str:
     Raises:
         ConfigError, DataError, CheckpointError, StorageError: as `build_problem`.
     """
-    problem, found = predict(config, gpu)
-    row = row_of(problem, found)
+    problem, candidate = predict(config, gpu)
+    row = row_of(problem, candidate)
     verdict = "fits in" if row.free_gb >= 0 else "does NOT fit in"
     return (
         f"Plan for {config.world_size:,} x {gpu.name} (trainer.gpu), {problem.work.origin}:\n"
         f"  {row.seconds:.3g}s per step, {row.tokens_per_second:,.0f} tokens/s, MFU {mfu_of(row)}, bubble "
         f"{row.bubble:.1%}, exposed communication {row.exposed:.1%}\n"
-        f"  {row.memory_gb:.1f} GB on a rank of stage {found.choice.worst} {verdict} {problem.memory / 1e9:.1f} GB\n"
+        f"  {row.memory_gb:.1f} GB on a rank of stage {candidate.choice.worst} {verdict} "
+        f"{problem.memory / 1e9:.1f} GB\n"
         f"  {duration(row.days * 86400)} and {row.gpu_hours:,.0f} GPU hours until step {config.trainer.max_steps:,}\n"
         "  `anymal plan` ranks all layouts; `anymal plan --run` compares a run with this."
     )

@@ -55,18 +55,18 @@ class Row:
     gpu_hours: float
 
 
-def row_of(problem: Problem, found: Candidate) -> Row:
+def row_of(problem: Problem, candidate: Candidate) -> Row:
     """Compute a layout's figures."""
-    config, step = problem.config, found.step
-    number_format = found.inputs.number_format
+    config, step = problem.config, candidate.step
+    number_format = candidate.inputs.number_format
     needed = step_operations(config.model, problem.hf, problem.work, problem.encoders)
-    most = found.choice.held[found.choice.worst].total
+    most = candidate.choice.held[candidate.choice.worst].total
     hours = config.trainer.max_steps * step.seconds / 3600
     return Row(
-        layout=found.layout,
-        recompute=found.choice.recompute,
-        replicas=config.world_size // found.layout.applied(config.model).model_parallel_size,
-        micro_batches=found.inputs.load.number,
+        layout=candidate.layout,
+        recompute=candidate.choice.recompute,
+        replicas=config.world_size // candidate.layout.applied(config.model).model_parallel_size,
+        micro_batches=candidate.inputs.load.number,
         seconds=step.seconds,
         tokens_per_second=problem.work.tokens / step.seconds,
         mfu=needed / (step.seconds * config.world_size * problem.gpu.peak(number_format)),
@@ -83,7 +83,7 @@ def row_of(problem: Problem, found: Candidate) -> Row:
 def render(problem: Problem, result: SearchResult, notes: Sequence[str]) -> str:
     """Format the answer: assumptions, the best layouts, and why faster ones do not fit."""
     config, gpu = problem.config, problem.gpu
-    rows = [row_of(problem, found) for found in result.ranked]
+    rows = [row_of(problem, candidate) for candidate in result.ranked]
     lines = [
         f"{config.world_size:,} x {gpu.name} in nodes of {config.trainer.devices}; "
         f"{problem.memory / _GB:.1f} GB of each may be used",
@@ -108,10 +108,10 @@ def mfu_of(row: Row) -> str:
 def to_dict(problem: Problem, result: SearchResult, notes: Sequence[str]) -> dict[str, Any]:
     """Return the answer as plain values."""
     rows = []
-    for found in result.ranked:
-        row = asdict(row_of(problem, found))
-        held = [asdict(stage) for stage in found.choice.held]
-        rows.append({**row, "layout": found.layout._asdict(), "name": str(found.layout), "held_by_stage": held})
+    for candidate in result.ranked:
+        row = asdict(row_of(problem, candidate))
+        held = [asdict(stage) for stage in candidate.choice.held]
+        rows.append({**row, "layout": candidate.layout._asdict(), "name": str(candidate.layout), "held_by_stage": held})
     misses = [
         {"name": str(miss.layout), "layout": miss.layout._asdict(), "stage": miss.stage, "held": asdict(miss.held)}
         for miss in result.misses

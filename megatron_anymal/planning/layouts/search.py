@@ -259,22 +259,22 @@ def search(problem: Problem, layouts: Sequence[Layout], wanted: int = 10, misses
     best: dict[tuple[object, ...], Candidate] = {}
     missed: dict[tuple[object, ...], Miss] = {}
     for bound, number in sorted(queue):
-        times = heapq.nsmallest(wanted, (found.step.seconds for found in best.values()))
+        times = heapq.nsmallest(wanted, (candidate.step.seconds for candidate in best.values()))
         if len(times) == wanted and bound >= times[-1]:
             break
         layout, key = layouts[number], _sizes_of(layouts[number])
         if key in best and bound >= best[key].step.seconds:
             continue
-        found = problem.examine(layout, bound)
+        candidate = problem.examine(layout, bound)
         result.examined += 1
-        if isinstance(found, Miss):
-            if key not in missed or found.held.total < missed[key].held.total:
-                missed[key] = found
+        if isinstance(candidate, Miss):
+            if key not in missed or candidate.held.total < missed[key].held.total:
+                missed[key] = candidate
             continue
         result.simulated += 1
-        if key not in best or found.step.seconds < best[key].step.seconds:
-            best[key] = found
-    result.ranked = sorted(best.values(), key=lambda found: found.step.seconds)[:wanted]
+        if key not in best or candidate.step.seconds < best[key].step.seconds:
+            best[key] = candidate
+    result.ranked = sorted(best.values(), key=lambda candidate: candidate.step.seconds)[:wanted]
     near = [miss for key, miss in missed.items() if key not in best]
     result.misses = sorted(near, key=lambda miss: miss.held.total)[:misses]
     return result

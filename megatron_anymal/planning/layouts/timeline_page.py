@@ -44,11 +44,11 @@ _KEYS = {
 }
 
 
-def timeline_page(problem: Problem, found: Sequence[Candidate]) -> str:
+def timeline_page(problem: Problem, candidates: Sequence[Candidate]) -> str:
     """Return the page for the given layouts, side by side."""
     keys = "".join(f'<span class="key" style="background: var(--{name})"></span>{text}' for name, text in _KEYS.items())
     title = f"{problem.config.world_size:,} x {problem.gpu.name}"
-    shown = [(one, *_shown_step(one)) for one in found]
+    shown = [(one, *_shown_step(one)) for one in candidates]
     # One time axis for whole steps, so that their lengths can be compared; those of cut steps mean nothing.
     whole = all(number == one.inputs.load.number for one, number, _ in shown)
     longest = max(step.seconds for _, _, step in shown) if whole else 0.0
@@ -60,8 +60,8 @@ def timeline_page(problem: Problem, found: Sequence[Candidate]) -> str:
     )
 
 
-def _section(problem: Problem, found: Candidate, number: int, step: StepTime, longest: float) -> str:
-    row = row_of(problem, found)
+def _section(problem: Problem, candidate: Candidate, number: int, step: StepTime, longest: float) -> str:
+    row = row_of(problem, candidate)
     facts = {
         "step": f"{row.seconds:.3g} s",
         "tokens/s": f"{row.tokens_per_second:,.0f}",
@@ -77,19 +77,19 @@ def _section(problem: Problem, found: Candidate, number: int, step: StepTime, lo
         what = f"A step of {number} instead of {row.micro_batches} micro-batches: the bubble takes more of it"
     title = html.escape(str(row.layout))
     scale = (_WIDTH - _LEFT) / (longest or step.seconds)
-    pictures = f"<p>{what}</p>{_timeline(step, scale)}{_memory(problem, found, step, scale)}"
+    pictures = f"<p>{what}</p>{_timeline(step, scale)}{_memory(problem, candidate, step, scale)}"
     return f"<h2>{title}</h2><table>{table}</table>{pictures}"
 
 
-def _shown_step(found: Candidate) -> tuple[int, StepTime]:
+def _shown_step(candidate: Candidate) -> tuple[int, StepTime]:
     """Simulate the step with its timeline, with as many micro-batches as a page can show."""
-    inputs = found.inputs
+    inputs = candidate.inputs
     stages = len(inputs.sizes.stages)
     per_batch = 2 * max(len(chunks) for chunks in inputs.sizes.stages)
     most = max(2, _MOST_PASSES // per_batch // stages) * stages
     shown = min(inputs.load.number, most)
     load = replace(inputs.load, number=shown)
-    return shown, step_time(replace(inputs, load=load), found.choice.recompute, timeline=True)
+    return shown, step_time(replace(inputs, load=load), candidate.choice.recompute, timeline=True)
 
 
 def _timeline(step: StepTime, scale: float) -> str:
@@ -141,7 +141,7 @@ def _axis(top: float, scale: float) -> str:
     return f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{top}" y2="{top}"/>{ticks}'
 
 
-def _memory(problem: Problem, found: Candidate, step: StepTime, scale: float) -> str:
+def _memory(problem: Problem, candidate: Candidate, step: StepTime, scale: float) -> str:
     """Stored state and held activations of a rank of each stage over the step, below the limit."""
     height = _PLOT + 30
     unit = (_PLOT - 12) / problem.memory
@@ -157,7 +157,7 @@ def _memory(problem: Problem, found: Candidate, step: StepTime, scale: float) ->
     for stage in range(stages):
         points = " ".join(
             f"{_LEFT + time * scale:.1f},{_PLOT - size * unit:.1f}"
-            for time, size in _held_over_time(found, step, stage)
+            for time, size in _held_over_time(candidate, step, stage)
         )
         color = f"hsl({200 + 300 * stage // stages} 65% var(--curve))"
         marks.append(
@@ -169,10 +169,10 @@ def _memory(problem: Problem, found: Candidate, step: StepTime, scale: float) ->
     return f"<p>Memory of a rank, without temporary tensors, of stage {keys}</p>{picture}"
 
 
-def _held_over_time(found: Candidate, step: StepTime, stage: int) -> Iterator[tuple[float, int]]:
+def _held_over_time(candidate: Candidate, step: StepTime, stage: int) -> Iterator[tuple[float, int]]:
     """Yield the corners of the curve: seconds and bytes."""
-    held, chunks = found.choice.held[stage], found.inputs.sizes.stages[stage]
-    kept = [kept_by_chunk(found.inputs.sizes, chunk, found.choice.recompute) for chunk in chunks]
+    held, chunks = candidate.choice.held[stage], candidate.inputs.sizes.stages[stage]
+    kept = [kept_by_chunk(candidate.inputs.sizes, chunk, candidate.choice.recompute) for chunk in chunks]
     size = held.weights + held.gradients + held.optimizer
     yield 0.0, size
     for span in step.pipeline.spans[stage]:

@@ -151,17 +151,17 @@ def measured_workload(
                 f"model.modalities.{min(missing)}, or name another folder."
             )
         rows = np.unique(np.linspace(0, len(index) - 1, min(len(index), _MEASURED)).astype(np.int64))
-        found = measure_samples(index, rows, by_kind, codes, shared_prompts=shared_prompts)
-        fits = found.length <= seq_length
+        measures = measure_samples(index, rows, by_kind, codes, shared_prompts=shared_prompts)
+        fits = measures.length <= seq_length
         if not fits.any():
             raise DataError(f"{folder!r} has no sample within data.seq_length={seq_length}. Raise it.")
         share = samples * weight / total / fits.sum()
         # The square of a shared prompt is part of both documents' squares, but it is computed once.
-        squares = (found.documents[fits] ** 2).sum() - (found.shared[fits] ** 2).sum()
-        sums += share * np.array([found.length[fits].sum(), squares, found.targets[fits].sum()])
-        longest = max(longest, int(found.length[fits].max()))
+        squares = (measures.documents[fits] ** 2).sum() - (measures.shared[fits] ** 2).sum()
+        sums += share * np.array([measures.length[fits].sum(), squares, measures.targets[fits].sum()])
+        longest = max(longest, int(measures.length[fits].max()))
         for number, modality in enumerate(modalities):
-            mine = (found.modality == number) & fits[found.owner]
-            pieces[modality.name] += share * float(found.pieces[mine].sum())
+            mine = (measures.modality == number) & fits[measures.owner]
+            pieces[modality.name] += share * float(measures.pieces[mine].sum())
     names = ", ".join(folder for folder, _ in folders)
     return Workload(samples, sums[0], sums[1], longest, sums[2], pieces, f"from the index of {names}")

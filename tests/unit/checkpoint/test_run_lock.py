@@ -22,7 +22,9 @@ from megatron_anymal.config import ConfigError
 def owner(**changes: Any) -> Owner:
     """Owner record of a live process: this test's parent."""
     parent = psutil.Process(os.getppid())
-    me = replace(Owner.here(), pid=parent.pid, began=parent.create_time(), user="ann", since="2026-01-02T03:04:05")
+    me = replace(
+        Owner.this_process(), pid=parent.pid, began=parent.create_time(), user="ann", since="2026-01-02T03:04:05"
+    )
     return replace(me, **changes)
 
 

@@ -186,10 +186,10 @@ def assert_same(found: Contents, expected: Metadata) -> None:
         for chunk, file, theirs in zip(stored.chunks, stored.files, entry.chunks):
             assert (chunk.offset, chunk.size) == (tuple(theirs.offsets), tuple(theirs.sizes))
             info = expected.storage_data[MetadataIndex(name, theirs.offsets)]
-            assert (file, chunk.place, chunk.length) == (info.relative_path, info.offset, info.length)
+            assert (file, chunk.begin, chunk.length) == (info.relative_path, info.offset, info.length)
     for name, span in found.objects.items():
         info = expected.storage_data[MetadataIndex(name)]
-        assert (span.file, span.place, span.length) == (info.relative_path, info.offset, info.length)
+        assert (span.file, span.begin, span.length) == (info.relative_path, info.offset, info.length)
 
 
 def test_item_sizes_are_those_of_torch() -> None:

@@ -130,7 +130,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     reader = StreamReader(tmp_path)
     part = tmp_path / "part_1.distcp"
     data = part.read_bytes()
-    part.write_bytes(data[: reader.tensors[PLAIN].chunks[0].place + 100])
+    part.write_bytes(data[: reader.tensors[PLAIN].chunks[0].begin + 100])
     with pytest.raises(CheckpointError, match=r"part_1\.distcp' is damaged at 'embedding\.weight'"):
         reader.read(PLAIN)
     (tmp_path / ".metadata").write_bytes(b"\x80")
@@ -170,7 +170,7 @@ def test_a_chunk_is_what_torch_save_writes(tmp_path: Path, dtype: torch.dtype, s
         file.add("v", size, place, torch.stack([tensor, tensor])[1])
         stored = file.close()
         assert (tmp_path / stored.name).read_bytes() == saved.getvalue() * 2
-        assert [(chunk.place, chunk.length) for chunk in stored.chunks] == [
+        assert [(chunk.begin, chunk.length) for chunk in stored.chunks] == [
             (0, saved.tell()),
             (saved.tell(), saved.tell()),
         ]

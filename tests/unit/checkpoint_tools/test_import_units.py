@@ -12,7 +12,7 @@ from checkpoint_tools.importing import spans
 from checkpoint_tools.importing.units import all_finite, units_of, write_unit
 from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
 from megatron_anymal.hf_weights import HFWeights
-from megatron_anymal.model.hf_llama import checkpoint_place, chunks_from_hf, from_hf, whole_names, whole_shape
+from megatron_anymal.model.hf_llama import checkpoint_position, chunks_from_hf, from_hf, whole_names, whole_shape
 from megatron_anymal.safetensors_io import TensorFileError, raw_bytes
 
 SHAPES = {
@@ -52,7 +52,7 @@ def test_the_bytes_are_those_of_whole_tensors(
         # The same, writing each tensor whole.
         whole = StreamWriter(tmp_path / "whole.distcp")
         for name in unit.names:
-            key, layer = checkpoint_place(name)
+            key, layer = checkpoint_position(name)
             size = whole_shape(name, hf)
             for row, chunk in chunks_from_hf(name, hf, source.__getitem__):
                 place = (row, *[0] * (len(size) - 1))
@@ -68,7 +68,7 @@ def test_the_bytes_are_those_of_whole_tensors(
     write_index(tmp_path, files, {})
     reader = StreamReader(tmp_path)
     for name in whole_names(hf):
-        found, expected_tensor = reader.read(*checkpoint_place(name)), from_hf(name, hf, source.__getitem__)
+        found, expected_tensor = reader.read(*checkpoint_position(name)), from_hf(name, hf, source.__getitem__)
         assert found.dtype == expected_tensor.dtype and raw_bytes(found) == raw_bytes(expected_tensor), name
 
 

@@ -15,7 +15,7 @@ from megatron_anymal.config import ConfigError
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import (
     account,
-    checkpoint_place,
+    checkpoint_position,
     expected_tensors,
     from_hf,
     hf_names,
@@ -64,15 +64,15 @@ def test_there_and_back(changes: dict[str, object], tmp_path: Path) -> None:
 
 def test_places_in_a_checkpoint() -> None:
     layers = "language_model.decoder.layers."
-    assert checkpoint_place(f"{layers}11.mlp.linear_fc1.weight") == (f"{layers}mlp.linear_fc1.weight", 11)
+    assert checkpoint_position(f"{layers}11.mlp.linear_fc1.weight") == (f"{layers}mlp.linear_fc1.weight", 11)
     norm = f"{layers}3.pre_mlp_layernorm.weight"
-    assert checkpoint_place(norm) == (f"{layers}mlp.linear_fc1.layer_norm_weight", 3)
+    assert checkpoint_position(norm) == (f"{layers}mlp.linear_fc1.layer_norm_weight", 3)
     for name in (
         "language_model.decoder.final_layernorm.weight",
         f"{layers}3.self_attention.linear_qkv.lora.a",
         "projectors.image.layers.0.query.weight",
     ):
-        assert checkpoint_place(name) == (name, None)
+        assert checkpoint_position(name) == (name, None)
 
 
 def change(folder: Path, add: dict[str, torch.Tensor], drop: str = "") -> HFWeights:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_anymal.peer_memory import wire
-from megatron_anymal.peer_memory.rank_copies import Place, place
+from megatron_anymal.peer_memory.rank_copies import CopyLocation, copy_location
 from megatron_anymal.peer_memory.server import MEMORY, MemoryServer
 from megatron_anymal.peer_memory.slots import Copy, SlotFile
 
@@ -43,8 +43,8 @@ def test_a_neighbours_copies_come_back(server: MemoryServer) -> None:
 
 
 def test_copies_of_own_ranks_are_served_too(server: MemoryServer) -> None:
-    where = place({**server.environment("secret@next:1"), "LOCAL_RANK": "1"})
-    assert where == Place(where.file, server.address, "secret@next:1") if where else False
+    where = copy_location({**server.environment("secret@next:1"), "LOCAL_RANK": "1"})
+    assert where == CopyLocation(where.file, server.address, "secret@next:1") if where else False
     file = SlotFile(where.file, 50)
     slot = file.begin()
     file.data(slot)[:] = b"x" * 50
@@ -100,5 +100,5 @@ def test_a_single_node_has_no_server() -> None:
     server.close()
 
 
-def test_without_a_launcher_there_is_no_place() -> None:
-    assert place({"LOCAL_RANK": "0"}) is None
+def test_without_a_launcher_nothing_keeps_copies() -> None:
+    assert copy_location({"LOCAL_RANK": "0"}) is None
