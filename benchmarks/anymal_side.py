@@ -33,7 +33,7 @@ PIECE = (6, 50)
 
 
 @dataclass(frozen=True)
-class Sizes:
+class StepSizes:
     """Shapes and repetitions; every field is an argument of the command."""
 
     hidden: int = 512
@@ -78,7 +78,7 @@ def write_tokenizer(folder: Path, special: Sequence[str], vocabulary: int) -> li
     return words
 
 
-def write_data(folder: Path, sizes: Sizes) -> None:
+def write_data(folder: Path, sizes: StepSizes) -> None:
     """Write a word-level tokenizer and shards of IMU recordings with random words."""
     words = write_tokenizer(folder / "tokenizer", SPECIAL, sizes.vocabulary)
     rng = np.random.default_rng(0)
@@ -97,7 +97,7 @@ def write_data(folder: Path, sizes: Sizes) -> None:
     make_index(str(folder / "shards"), IndexOptions(str(folder / "tokenizer")))
 
 
-def make_config(folder: Path, sizes: Sizes, freeze: bool) -> RunConfig:
+def make_config(folder: Path, sizes: StepSizes, freeze: bool) -> RunConfig:
     """Configuration of this trainer with a frozen or a trained Llama."""
     config = RunConfig()
     config.trainer.precision = "32"
@@ -159,7 +159,7 @@ class Ours:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepOperations:
     """Analytic floating-point operations of a step, two per multiply-add."""
 
     # Parameters of the Llama used in matrix products: layers and output layer, not the embedding.
@@ -201,14 +201,14 @@ def attention_by_hand(heads: int, head_size: int, layers: int, squares: int) -> 
     return 2.0 * heads * head_size * squares * layers
 
 
-def work_by_hand(sizes: Sizes, freeze: bool) -> Work:
+def work_by_hand(sizes: StepSizes, freeze: bool) -> StepOperations:
     """Analytic FLOPs of a step of this trainer, without the optimizer."""
     width = sizes.hidden // sizes.heads
     layer = layer_parameters(sizes.hidden, sizes.heads, sizes.key_value_heads, width, sizes.ffn)
     last = output_parameters(sizes.hidden, sizes.heads, width, sizes.ffn)
     parameters = sizes.layers * layer + sizes.vocabulary * sizes.hidden
     attention = attention_by_hand(sizes.heads, width, sizes.layers, sizes.document_tokens**2 * sizes.documents)
-    return Work(
+    return StepOperations(
         parameters=parameters,
         # The output layer runs on targets only; if it trains, the backward pass recomputes its logits.
         products=(4.0 if freeze else 6.0)

@@ -36,7 +36,7 @@ FULL_PACK = {"pretrain": 9, "sft": 6}
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MixedSizes:
     """Sizes of the Llama and of a step; every field is an argument of the command."""
 
     hidden: int = 512
@@ -54,7 +54,7 @@ class Sizes:
     text_divisor: int = 1
 
 
-def make_case(folder: Path, job: str, sizes: Sizes, steps: int) -> RunConfig:
+def make_case(folder: Path, job: str, sizes: MixedSizes, steps: int) -> RunConfig:
     """Write a tokenizer and shards with the samples of `steps` steps; return the configuration of a job on them.
 
     Args:
@@ -93,7 +93,7 @@ def make_case(folder: Path, job: str, sizes: Sizes, steps: int) -> RunConfig:
     return config
 
 
-def _write_data(folder: Path, job: str, sizes: Sizes, count: int) -> None:
+def _write_data(folder: Path, job: str, sizes: MixedSizes, count: int) -> None:
     words = write_tokenizer(folder / "tokenizer", SPECIAL, sizes.vocabulary)
     rng = np.random.default_rng(0)
     source = folder / "source"

@@ -25,7 +25,7 @@ from typing import Any
 
 from measuring import surroundings
 
-from examples.quickstart.media import Sizes
+from examples.quickstart.media import QuickstartSizes
 from examples.quickstart.prepare import prepare_quickstart
 from megatron_anymal.checkpoint import store
 from megatron_anymal.checkpoint.async_writer import CheckpointWriter
@@ -40,7 +40,9 @@ from megatron_anymal.train.step import train_step
 # Largest acceptable asynchronous stall, as a share of the steps between two checkpoints.
 BAR = 0.05
 # A small quickstart: same model and batch sizes, fewer files.
-FILES = Sizes(train_videos=80, held_out_videos=40, train_audio=48, held_out_audio=24, train_imu=48, held_out_imu=24)
+FILES = QuickstartSizes(
+    train_videos=80, held_out_videos=40, train_audio=48, held_out_audio=24, train_imu=48, held_out_imu=24
+)
 # Kind of round -> async_save; None: no checkpoint.
 KINDS: dict[str, bool | None] = {"none": None, "background": True, "waited for": False}
 

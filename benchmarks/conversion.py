@@ -54,7 +54,7 @@ class Conversion:
 
 
 @dataclass(frozen=True)
-class Measured:
+class ConversionRounds:
     """Rounds of copy, import and export, and a final copy."""
 
     bytes: int
@@ -152,7 +152,7 @@ def convert(source: Path, tool: str, *arguments: str) -> Conversion:
     return Conversion(float(rate[1]), with_start, memory)
 
 
-def measure(root: Path, hf: LlamaConfig, processes: int, rounds: int) -> Measured:
+def measure(root: Path, hf: LlamaConfig, processes: int, rounds: int) -> ConversionRounds:
     """Create a Llama, then copy, import and export it in each round; the first import is verified."""
     source, imported, exported = root / "llama", root / "imported", root / "exported"
     size = make(source, hf)
@@ -170,10 +170,10 @@ def measure(root: Path, hf: LlamaConfig, processes: int, rounds: int) -> Measure
         shutil.rmtree(exported)
     copies.append(copy_seconds(source, root / "copy"))
     largest = 2 * max(math.prod(shape) for shape in expected_tensors(hf).values())
-    return Measured(size, largest, processes, tuple(copies), tuple(imports), tuple(exports))
+    return ConversionRounds(size, largest, processes, tuple(copies), tuple(imports), tuple(exports))
 
 
-def say(measured: Measured) -> dict[str, Any]:
+def say(measured: ConversionRounds) -> dict[str, Any]:
     """Print the results; return the ratios."""
     rates = [measured.bytes / 1e6 / seconds for seconds in measured.copy_seconds]
     print(f"{measured.bytes / 1e9:.2f} GB copied at {', '.join(f'{rate:.0f}' for rate in rates)} MB/s")

@@ -108,7 +108,7 @@ def with_energon(folder: Path) -> Answer:
     def cook(sample: Any) -> Any:
         return Members(**basic_sample_keys(sample), count=sum(not name.startswith("__") for name in sample))
 
-    class Encoder(DefaultTaskEncoder):
+    class ShardTask(DefaultTaskEncoder):
         cookers: ClassVar = [Cooker(cook)]
 
         def batch(self, samples: Any) -> Any:
@@ -130,7 +130,7 @@ def with_energon(folder: Path) -> Answer:
             )
             configuration = WorkerConfig(rank=0, world_size=1, num_workers=0)
             data = get_val_dataset(
-                folder, split_part="train", worker_config=configuration, batch_size=1, task_encoder=Encoder()
+                folder, split_part="train", worker_config=configuration, batch_size=1, task_encoder=ShardTask()
             )
             for batch in get_loader(data):
                 member_counts.update({sample.__key__: sample.count for sample in batch})

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from anymal_side import Sizes, make_config, write_data
+from anymal_side import StepSizes, make_config, write_data
 from measuring import PeakMemory, ratio, surroundings, take_turns
 from torch import Tensor
 
@@ -160,7 +160,7 @@ def text_only(state: TrainState) -> MicroBatch:
 def compare_backward(sizes: HeadSizes) -> dict[str, Any]:
     """Compare a text-only pack under a frozen Llama with and without its backward pass."""
     with tempfile.TemporaryDirectory() as folder:
-        shapes = Sizes(hidden=sizes.hidden)
+        shapes = StepSizes(hidden=sizes.hidden)
         write_data(Path(folder), shapes)
         config = make_config(Path(folder), shapes, freeze=True)
         state = build(config, initialize(config))

@@ -123,7 +123,7 @@ def with_energon(folder: Path, ending: str, batch: int, transform: Transform, to
         text = sample["txt"] if isinstance(sample["txt"], str) else sample["txt"].decode()
         return Loaded(**basic_sample_keys(sample), media=transform(sample[ending]), tokens=tokenize(text))
 
-    class Encoder(DefaultTaskEncoder):
+    class LoaderTask(DefaultTaskEncoder):
         cookers: ClassVar = [Cooker(cook)]
         # Files as bytes.
         decoder = None
@@ -136,7 +136,7 @@ def with_energon(folder: Path, ending: str, batch: int, transform: Transform, to
 
     configuration = WorkerConfig(rank=0, world_size=1, num_workers=0)
     data = get_val_dataset(
-        folder, split_part="train", worker_config=configuration, batch_size=batch, task_encoder=Encoder()
+        folder, split_part="train", worker_config=configuration, batch_size=batch, task_encoder=LoaderTask()
     )
     yield from get_loader(data)
 

@@ -47,7 +47,7 @@ ENCODERS = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class PackingStatistics:
     """Statistics of one packed batch."""
 
     samples: int
@@ -81,7 +81,7 @@ def long_tailed_mix(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 def measure(
     lengths: np.ndarray, costs: np.ndarray, multiple: int, replicas: int = 1, length_multiple: int = 1
-) -> Measured:
+) -> PackingStatistics:
     """Pack a batch once and measure it."""
     begun = time.process_time()
     packs = pack(lengths, costs, CAPACITY, multiple, replicas=replicas, length_multiple=length_multiple)
@@ -91,7 +91,7 @@ def measure(
         -(-length // length_multiple) * length_multiple
         for length in (max(int(lengths[p].sum()) for p in packs), max(mean, int(lengths.max())))
     )
-    return Measured(
+    return PackingStatistics(
         samples=len(lengths),
         multiple=multiple,
         length_multiple=length_multiple,
@@ -134,7 +134,7 @@ def planned(samples: int, folder: str) -> dict[str, Any]:
     return result
 
 
-def print_packs(rows: Sequence[Measured]) -> None:
+def print_packs(rows: Sequence[PackingStatistics]) -> None:
     """Print one line per batch."""
     print(f"packs of at most {CAPACITY} tokens, {REPLICAS} replicas (one where packs need no multiple)")
     print("samples  multiple of      packs (fewest)  real tokens (highest)  cost of replicas, packs  seconds")

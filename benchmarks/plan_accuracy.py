@@ -23,7 +23,7 @@ from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.hardware import load_hardware
-from megatron_anymal.planning.layouts.search import Problem
+from megatron_anymal.planning.layouts.search import LayoutProblem
 from megatron_anymal.planning.layouts.step_time import step_time
 from megatron_anymal.planning.layouts.workload import assumed_workload
 
@@ -80,7 +80,7 @@ def predicted_seconds(
     lm.config, lm.freeze = {**dict(zip(names, shape)), "vocab_size": vocabulary, "tie_word_embeddings": False}, False
     config.model.ddp = DistributedDataParallelConfig(overlap_grad_reduce=True, overlap_param_gather=True)
     work = assumed_workload(config.model, length)
-    problem = Problem(config, read_llama_config(lm), load_hardware("h100-80gb"), work, [], 10**15)
+    problem = LayoutProblem(config, read_llama_config(lm), load_hardware("h100-80gb"), work, [], 10**15)
     return step_time(problem.inputs(layout), Recompute()).seconds
 
 

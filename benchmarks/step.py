@@ -23,7 +23,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-from anymal_side import Batches, Ours, Sizes, make_config, work_by_hand, write_data
+from anymal_side import Batches, Ours, StepSizes, make_config, work_by_hand, write_data
 from bare_megatron import Bare
 from measuring import Turns, ratio, saved_for_backward, stored_bytes, surroundings, take_turns, timed
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +51,7 @@ def saved_bytes(ours: Ours) -> int:
 
 
 def compare_frozen(
-    sizes: Sizes, ours: dict[str, Ours], turns: dict[str, Turns], updates: dict[str, list[float]]
+    sizes: StepSizes, ours: dict[str, Ours], turns: dict[str, Turns], updates: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Compare a frozen Llama with a trained one.
 
@@ -103,7 +103,7 @@ def compare_bare(turns: dict[str, Turns], bare: dict[str, Bare]) -> dict[str, An
     return results
 
 
-def measure(sizes: Sizes) -> dict[str, Any]:
+def measure(sizes: StepSizes) -> dict[str, Any]:
     """Run all measurements; returns the results with raw seconds."""
     environment = surroundings()
     with tempfile.TemporaryDirectory() as folder:
@@ -230,7 +230,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the benchmark; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file for the results, including raw numbers")
-    for field in fields(Sizes):
+    for field in fields(StepSizes):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
     arguments = vars(parser.parse_args(argv))
     out = arguments.pop("out")
@@ -238,7 +238,7 @@ def main(argv: Sequence[str]) -> int:
         parser.error("--rounds must be at least 2, to compute quartiles.")
     if out and not Path(out).resolve().parent.is_dir():
         parser.error(f"--out: there is no folder {str(Path(out).parent)!r}.")
-    results = {"command": " ".join(["python benchmarks/step.py", *argv]), **measure(Sizes(**arguments))}
+    results = {"command": " ".join(["python benchmarks/step.py", *argv]), **measure(StepSizes(**arguments))}
     print(report(results))
     if out:
         Path(out).write_text(json.dumps(results, indent=1) + "\n")

@@ -32,12 +32,12 @@ from typing import Any
 
 import torch
 from anymal_side import Batches, Ours
-from captions_and_chats import Sizes, make_case
+from captions_and_chats import MixedSizes, make_case
 from flop_count import counted_flops
 from measuring import Dispatched, ratio, surroundings, take_turns
 from transformers_side import Transformers, packed, packed_with_kept_logits, rows, rows_with_kept_logits
 
-from examples.quickstart.media import Sizes as MediaSizes
+from examples.quickstart.media import QuickstartSizes as MediaSizes
 from examples.quickstart.prepare import prepare_quickstart
 from megatron_anymal.config import RunConfig
 from megatron_anymal.config.compose import compose, default_config_dir
@@ -72,7 +72,7 @@ class Repetitions:
 
 
 @dataclass(frozen=True)
-class Case:
+class LayoutCase:
     """A comparison: its layouts in transformers, and the smallest acceptable ratio of tokens per processor second to
     those with the same packs."""
 
@@ -82,14 +82,14 @@ class Case:
 
 FASTEST = ("packed", "packed, kept logits", "rows, kept logits")
 CASES = {
-    "quickstart": Case(("packed", "rows"), 1.0),
-    "quickstart_wide": Case(("packed", "rows"), 1.2),
-    "alignment": Case(FASTEST, 1.5),
-    "sft": Case(FASTEST, 1.3),
+    "quickstart": LayoutCase(("packed", "rows"), 1.0),
+    "quickstart_wide": LayoutCase(("packed", "rows"), 1.2),
+    "alignment": LayoutCase(FASTEST, 1.5),
+    "sft": LayoutCase(FASTEST, 1.3),
 }
 
 
-def make_config(name: str, sizes: Sizes, repetitions: Repetitions) -> RunConfig:
+def make_config(name: str, sizes: MixedSizes, repetitions: Repetitions) -> RunConfig:
     """Write a case's data into the current folder, unless they are there; return its configuration."""
     if name in ("alignment", "sft"):
         job = "sft" if name == "sft" else "pretrain"
@@ -164,7 +164,7 @@ def randomize_adapters(state: TrainState) -> None:
             weight.parameter.data.normal_(std=0.01, generator=generator)
 
 
-def measure(name: str, sizes: Sizes, repetitions: Repetitions) -> dict[str, Any]:
+def measure(name: str, sizes: MixedSizes, repetitions: Repetitions) -> dict[str, Any]:
     """Compare the sides of one case; writes data into the current folder."""
     config = make_config(name, sizes, repetitions)
     state = build(config, initialize(config))
@@ -251,12 +251,12 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file for the results, including raw numbers")
     parser.add_argument("--case", action="append", choices=list(CASES), help="case to measure (default: all of them)")
-    for field in (*fields(Repetitions), *fields(Sizes)):
+    for field in (*fields(Repetitions), *fields(MixedSizes)):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
     arguments = vars(parser.parse_args(argv))
     out, cases = arguments.pop("out"), arguments.pop("case") or list(CASES)
     repetitions = Repetitions(**{field.name: arguments.pop(field.name) for field in fields(Repetitions)})
-    sizes = Sizes(**arguments)
+    sizes = MixedSizes(**arguments)
     if repetitions.rounds < 2:
         parser.error("--rounds must be at least 2, to compute quartiles.")
     if out and not Path(out).resolve().parent.is_dir():

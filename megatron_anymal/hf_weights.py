@@ -10,7 +10,7 @@ from typing import Optional
 
 from torch import Tensor
 
-from megatron_anymal.safetensors_io import Entry, SafetensorsFile, TensorFileError
+from megatron_anymal.safetensors_io import SafetensorsFile, TensorEntry, TensorFileError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Copies of the weights in another dtype: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors or
@@ -65,7 +65,7 @@ class HFWeights(Mapping[str, Tensor]):
                     "the folder again."
                 )
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> TensorEntry:
         """Dtype, shape and size of a tensor, without its data."""
         return self._file_by_name[name].entry(name)
 

@@ -54,7 +54,7 @@ class TensorFileError(ValueError):
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """A tensor's entry in the header."""
 
     # Type of the elements.
@@ -90,7 +90,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
         except OSError as error:
             raise TensorFileError(f"{str(self.path)!r} cannot be read ({error.strerror}).") from None
 
-    def entry(self, name: str) -> Entry:
+    def entry(self, name: str) -> TensorEntry:
         """Dtype, shape and size of a tensor, without its data."""
         return self._entries[name]
 
@@ -157,7 +157,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
                 raise self._wrong(f"it ends inside {name!r}")
             done += count
 
-    def _read_header(self, offset: int) -> tuple[dict[str, Entry], dict[str, str]]:
+    def _read_header(self, offset: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         if self._size < offset + 8:
             raise self._wrong(f"it is {self._size} bytes long, too short for a header")
         (length,) = struct.unpack("<Q", os.pread(self._descriptor, 8, offset))
@@ -182,20 +182,20 @@ class SafetensorsFile(Mapping[str, Tensor]):
                     f"ends at {end}"
                 )
             end = stop
-            entries[name] = Entry(entry.dtype, entry.shape, start + entry.begin)
+            entries[name] = TensorEntry(entry.dtype, entry.shape, start + entry.begin)
         if start + end > self._size or (not offset and start + end != self._size):
             raise self._wrong(f"it is {self._size} bytes long and should be {start + end}")
         # In the order of the file.
         return entries, metadata
 
-    def _parse(self, name: str, value: Any) -> tuple[Entry, int]:
+    def _parse(self, name: str, value: Any) -> tuple[TensorEntry, int]:
         if value["dtype"] not in _DTYPES:
             raise self._wrong(f"{name!r} has the unknown type {value['dtype']!r}")
         begin, stop = value["data_offsets"]
         numbers = [*value["shape"], begin, stop]
         if any(type(n) is not int or n < 0 for n in numbers):
             raise self._wrong(f"{name!r} has a shape or offset that is not a whole number: {numbers}")
-        return Entry(_DTYPES[value["dtype"]], tuple(value["shape"]), begin), stop
+        return TensorEntry(_DTYPES[value["dtype"]], tuple(value["shape"]), begin), stop
 
     def _wrong(self, what: str) -> TensorFileError:
         return TensorFileError(f"{str(self.path)!r} is damaged: {what}. Download or copy it again.")

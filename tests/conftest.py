@@ -84,13 +84,15 @@ def _make_quickstart(folder: Path) -> None:
     from ranks import run_ranks
 
     from examples.quickstart.__main__ import tokenize
-    from examples.quickstart.any_to_any import Amounts, prepare_any_to_any
-    from examples.quickstart.media import Sizes
+    from examples.quickstart.any_to_any import AnyToAnyAmounts, prepare_any_to_any
+    from examples.quickstart.media import QuickstartSizes
     from examples.quickstart.prepare import prepare_quickstart
 
-    sizes = Sizes(train_videos=80, held_out_videos=40, train_audio=48, held_out_audio=24, train_imu=48, held_out_imu=24)
+    sizes = QuickstartSizes(
+        train_videos=80, held_out_videos=40, train_audio=48, held_out_audio=24, train_imu=48, held_out_imu=24
+    )
     prepare_quickstart(folder, sizes, encoder_steps=3)
-    few = Amounts(60, 1, 20, 10, 24, 4, 4, 40, 4, picture_steps=60, sound_steps=20)
+    few = AnyToAnyAmounts(60, 1, 20, 10, 24, 4, 4, 40, 4, picture_steps=60, sound_steps=20)
     prepare_any_to_any(folder, few)
     for split in ("train", "held_out"):
         done = fork_server.python("-m", "megatron_anymal", *tokenize(split), cwd=folder.parents[1])

@@ -12,7 +12,7 @@ from typing import Any
 import fork_server
 from tiny import WORDS, flac, npy, png
 
-from megatron_anymal.judgement.items import Item, read_answers, read_questions
+from megatron_anymal.judgement.items import JudgedItem, read_answers, read_questions
 
 
 def make_prompts(folder: Path, count: int) -> str:
@@ -33,11 +33,11 @@ def make_prompts(folder: Path, count: int) -> str:
     return str(folder / "prompts.jsonl")
 
 
-def make_items(folder: Path, count: int) -> list[Item]:
+def make_items(folder: Path, count: int) -> list[JudgedItem]:
     """The items of `make_prompts`."""
     questions = read_questions(make_prompts(folder, count))
     a, b = (read_answers(str(folder / f"{name}.jsonl"), questions) for name in "ab")
-    return [Item(*item) for item in zip(questions, a, b)]
+    return [JudgedItem(*item) for item in zip(questions, a, b)]
 
 
 def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:

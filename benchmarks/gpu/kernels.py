@@ -18,14 +18,14 @@ from typing import Any, Optional
 import torch
 from command import base_parser, parse
 from limits import measure_limits, seconds_of
-from parts import Part, Sizes, make_parts
+from parts import Part, PartSizes, make_parts
 from torch import Tensor
 
 from megatron_anymal import backend
 
 # Documents of a pack of 8192 tokens: images with captions, and a few longer ones.
 DOCUMENTS = (84, 264, 120, 176, 700, 150, 210, 98, 114, 132) * 4
-DRY_SIZES = Sizes((5, 9, 2, 16), 32, 48, 4, 2, 8, 64)
+DRY_SIZES = PartSizes((5, 9, 2, 16), 32, 48, 4, 2, 8, 64)
 # Largest relative distance (in norm) from eager torch: two roundings in bf16.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
@@ -129,7 +129,7 @@ def main(argv: Sequence[str]) -> int:
         "parts": {},
     }
     print(heading(results), flush=True)
-    sizes = DRY_SIZES if dry_run else Sizes(DOCUMENTS)
+    sizes = DRY_SIZES if dry_run else PartSizes(DOCUMENTS)
     for name, part in make_parts(sizes, device, dtype).items():
         results["parts"][name] = measure_part(part, results["limits"], dtype, dry_run=dry_run)
         print(table(name, part, results["parts"][name]), flush=True)

@@ -24,7 +24,7 @@ Call = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class PartSizes:
     """Input sizes: a pack through a layer of Llama-3 8B."""
 
     documents: tuple[int, ...]
@@ -58,7 +58,7 @@ class Part:
     candidates: Mapping[str, Callable[..., Call]]
 
 
-def make_parts(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Part]:
+def make_parts(sizes: PartSizes, device: torch.device, dtype: torch.dtype) -> dict[str, Part]:
     """Build all parts with random inputs."""
     generator = torch.Generator(device).manual_seed(0)
     random = partial(torch.randn, generator=generator, device=device, dtype=dtype)
@@ -87,7 +87,7 @@ def _module(name: str) -> Any:
 # RMSNorm: x [T, H] -> [T, H].
 
 
-def _rms_norm(sizes: Sizes, random: Any) -> Part:
+def _rms_norm(sizes: PartSizes, random: Any) -> Part:
     x, weight = random(sizes.tokens, sizes.hidden), 1 + 0.1 * random(sizes.hidden)
     bytes_of_x = float(x.nbytes)
 
@@ -142,7 +142,7 @@ def _with_weight(module: Any, weight: Tensor) -> Call:
 # SwiGLU: gate and up concatenated [T, 2 F] -> [T, F].
 
 
-def _swiglu(sizes: Sizes, random: Any) -> Part:
+def _swiglu(sizes: PartSizes, random: Any) -> Part:
     x = random(sizes.tokens, 2 * sizes.ffn)
 
     def eager() -> Call:
@@ -187,7 +187,7 @@ def _swiglu(sizes: Sizes, random: Any) -> Part:
 # RoPE: x [T, n, d] -> the same, positions restarting with every document.
 
 
-def _rope(sizes: Sizes, random: Any, device: torch.device) -> Part:
+def _rope(sizes: PartSizes, random: Any, device: torch.device) -> Part:
     x = random(sizes.tokens, sizes.heads, sizes.head_size)
     longest = max(sizes.documents)
     inverse = 500000.0 ** -(torch.arange(0, sizes.head_size, 2, device=device).float() / sizes.head_size)
@@ -244,14 +244,14 @@ def _rope(sizes: Sizes, random: Any, device: torch.device) -> Part:
     )
 
 
-def _borders(sizes: Sizes, device: torch.device) -> Tensor:
+def _borders(sizes: PartSizes, device: torch.device) -> Tensor:
     return torch.tensor([0, *sizes.documents]).cumsum(0).to(torch.int32).to(device)
 
 
 # Attention within documents: query [T, n, d], key and value [T, g, d] -> [T, n, d].
 
 
-def _attention(sizes: Sizes, random: Any, device: torch.device) -> Part:
+def _attention(sizes: PartSizes, random: Any, device: torch.device) -> Part:
     heads = (sizes.heads, sizes.key_value_heads, sizes.key_value_heads)
     operations = 2.0 * sizes.heads * sizes.head_size * sum(length**2 for length in sizes.documents)
 
@@ -308,7 +308,7 @@ def _attention(sizes: Sizes, random: Any, device: torch.device) -> Part:
 # Cross-entropy: logits [T, V] -> [T] fp32.
 
 
-def _cross_entropy(sizes: Sizes, random: Any, generator: torch.Generator) -> Part:
+def _cross_entropy(sizes: PartSizes, random: Any, generator: torch.Generator) -> Part:
     logits = random(sizes.tokens, sizes.vocabulary)
     # Not 0, which apex treats as padding.
     labels = torch.randint(1, sizes.vocabulary, (sizes.tokens,), generator=generator, device=logits.device)

@@ -19,7 +19,7 @@ _PART = 1 << 23
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteSpan:
     """Contiguous bytes of a HuggingFace tensor."""
 
     name: str
@@ -27,7 +27,7 @@ class Span:
     size: int
 
 
-def chunks_of(name: str, hf: LlamaConfig, source: HFWeights) -> list[tuple[int, list[Span]]]:
+def chunks_of(name: str, hf: LlamaConfig, source: HFWeights) -> list[tuple[int, list[ByteSpan]]]:
     """Checkpoint chunks of one of the trainer's whole weights: the first row of each, and its byte spans in order.
 
     The chunks match those of `megatron_anymal.model.hf_llama.chunks_from_hf`.
@@ -38,26 +38,26 @@ def chunks_of(name: str, hf: LlamaConfig, source: HFWeights) -> list[tuple[int, 
         sizes = [source.entry(part).size // groups for part in names]
         # Per group: query heads, key head, value head.
         return [
-            (0, [Span(part, group * size, size) for group in range(groups) for part, size in zip(names, sizes)]),
+            (0, [ByteSpan(part, group * size, size) for group in range(groups) for part, size in zip(names, sizes)]),
         ]
     chunks, row = [], 0
     for part in names:
         entry = source.entry(part)
-        chunks.append((row, [Span(part, 0, entry.size)]))
+        chunks.append((row, [ByteSpan(part, 0, entry.size)]))
         row += entry.shape[0]
     return chunks
 
 
-def parts_of(spans: Sequence[Span]) -> list[Span]:
+def parts_of(spans: Sequence[ByteSpan]) -> list[ByteSpan]:
     """Split spans into parts of at most `_PART` bytes."""
     return [
-        Span(span.name, begin, min(_PART, span.begin + span.size - begin))
+        ByteSpan(span.name, begin, min(_PART, span.begin + span.size - begin))
         for span in spans
         for begin in range(span.begin, span.begin + span.size, _PART)
     ]
 
 
-def read_ahead(parts: Sequence[Span], source: HFWeights) -> Generator[memoryview, None, None]:
+def read_ahead(parts: Sequence[ByteSpan], source: HFWeights) -> Generator[memoryview, None, None]:
     """Yield the bytes of each part while a thread reads the next; a buffer is valid until the next is requested.
 
     Raises:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
-from checkpoint_tools.importing.spans import Span, chunks_of, parts_of, read_ahead
+from checkpoint_tools.importing.spans import ByteSpan, chunks_of, parts_of, read_ahead
 from megatron_anymal.checkpoint.tensor_stream import StoredFile, StreamWriter
 from megatron_anymal.hf_weights import HFWeights
 from megatron_anymal.model.hf_llama import (
@@ -79,7 +79,7 @@ def write_unit(
 
 
 def _checked(
-    values: Iterator[memoryview], parts: list[Span], source: HFWeights, advance: Callable[[int], None]
+    values: Iterator[memoryview], parts: list[ByteSpan], source: HFWeights, advance: Callable[[int], None]
 ) -> Iterator[memoryview]:
     """Yield the values of one chunk's parts, checked to be finite."""
     for part, value in zip(parts, values):

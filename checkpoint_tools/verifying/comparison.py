@@ -28,7 +28,7 @@ class VerificationError(Exception):
 
 
 @dataclass
-class _Group:
+class _SampleGroup:
     """Comparison results for one group of samples."""
 
     count: int = 0
@@ -54,11 +54,11 @@ def verify(folder: Path, config: RunConfig, export: Path, samples: Sequence[Veri
         llama_only = all(sample.prompt is None for sample in samples)
         merge = not (export / "adapter").is_dir()
         native = NativeModel(folder, config, llama_only=llama_only, merge=merge)
-        groups: dict[str, _Group] = {}
+        groups: dict[str, _SampleGroup] = {}
         for number, sample in enumerate(samples):
             native_output = native.run(sample)
             export_output = torch.load(out / f"{number}.pt", weights_only=True)
-            _compare(sample, native_output, export_output, groups.setdefault(sample.group, _Group()))
+            _compare(sample, native_output, export_output, groups.setdefault(sample.group, _SampleGroup()))
     rows = [
         {
             "samples": name,
@@ -91,7 +91,7 @@ def _run_export(export: Path, samples: Sequence[VerificationSample], out: Path) 
     return (out / "transformers").read_text()
 
 
-def _compare(sample: VerificationSample, native: dict[str, Any], exported: dict[str, Any], group: _Group) -> None:
+def _compare(sample: VerificationSample, native: dict[str, Any], exported: dict[str, Any], group: _SampleGroup) -> None:
     where = f"{sample.group}, sample {sample.key!r}"
     if native["tokens"].tolist() != exported["tokens"].tolist():
         raise VerificationError(f"{where}: the exported processor produces different token ids.")

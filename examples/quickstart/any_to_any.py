@@ -34,7 +34,7 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Amounts:
+class AnyToAnyAmounts:
     """Numbers of samples, requests and training steps."""
 
     # Training pictures, varied copies of each, samples with two of them, videos to continue, and sounds.
@@ -53,7 +53,7 @@ class Amounts:
     sound_steps: int = 300
 
 
-def prepare_any_to_any(folder: Path, amounts: Amounts | None = None) -> None:
+def prepare_any_to_any(folder: Path, amounts: AnyToAnyAmounts | None = None) -> None:
     """Train the tokenizers on the quickstart's training media, and write manifests, unless that is done already.
 
     FOLDER/picture_tokenizer.safetensors, FOLDER/sound_tokenizer.safetensors
@@ -61,7 +61,7 @@ def prepare_any_to_any(folder: Path, amounts: Amounts | None = None) -> None:
     FOLDER/media/any_to_any_held_out.jsonl    held-out questions about pictures and sounds, worded as for the encoders
     FOLDER/media/any_to_any_requests.jsonl    prompts whose answers are media
     """
-    media, amounts = folder / "media", amounts or Amounts()
+    media, amounts = folder / "media", amounts or AnyToAnyAmounts()
     finished = media / "any_to_any_prepared"
     if finished.is_file():
         print(f"{folder} is already prepared; delete it to start over")
@@ -90,7 +90,7 @@ def prepare_any_to_any(folder: Path, amounts: Amounts | None = None) -> None:
     finished.touch()
 
 
-def _train_tokenizers(folder: Path, pictures: Sequence[Line], sounds: Sequence[Line], amounts: Amounts) -> None:
+def _train_tokenizers(folder: Path, pictures: Sequence[Line], sounds: Sequence[Line], amounts: AnyToAnyAmounts) -> None:
     # They import torch and soundfile.
     import soundfile
 
@@ -205,7 +205,7 @@ def _chat(key: str, asked: list[dict[str, Any]], answer: list[dict[str, Any]]) -
     }
 
 
-def _requests(folder: Path, amounts: Amounts, rng: np.random.Generator) -> Iterator[Line]:
+def _requests(folder: Path, amounts: AnyToAnyAmounts, rng: np.random.Generator) -> Iterator[Line]:
     """Requests for media of which no sample has the answer: `asked` and `facts` say what it must show."""
     for number in range(amounts.digit_requests):
         fact = DIGITS[number % len(DIGITS)]

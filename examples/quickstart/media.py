@@ -28,7 +28,7 @@ Writer = Callable[[Path, np.random.Generator], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Sizes:
+class QuickstartSizes:
     """Numbers of samples; all of scikit-learn's images are used, held_out_images of them held out."""
 
     held_out_images: int = 397
@@ -41,7 +41,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Item:
+class QuickstartItem:
     """A media file to write and its facts."""
 
     file: str
@@ -49,7 +49,9 @@ class Item:
     write: Writer
 
 
-def write_media(folder: str | Path, seed: int = 1234, sizes: Sizes | None = None) -> dict[str, dict[str, Path]]:
+def write_media(
+    folder: str | Path, seed: int = 1234, sizes: QuickstartSizes | None = None
+) -> dict[str, dict[str, Path]]:
     """Write all media and manifests; the same seed gives the same files.
 
     Held-out lines ask for the caption, training lines for the caption or one of its facts.
@@ -60,12 +62,12 @@ def write_media(folder: str | Path, seed: int = 1234, sizes: Sizes | None = None
     folder = Path(folder)
     makers = {"image": _images, "video": _videos, "audio": _audio, "imu": _imu}
     manifests: dict[str, dict[str, Path]] = {}
-    splits = split_digits(seed, (sizes or Sizes()).held_out_images)
+    splits = split_digits(seed, (sizes or QuickstartSizes()).held_out_images)
     for number, (modality, make) in enumerate(makers.items()):
         manifests[modality] = {}
         for split_number, split in enumerate(SPLITS):
             rng = np.random.default_rng([seed, number, split_number])
-            items = make(splits[split], split, sizes or Sizes(), rng)
+            items = make(splits[split], split, sizes or QuickstartSizes(), rng)
             manifests[modality][split] = _write_split(folder, modality, split, items, rng)
     return manifests
 
@@ -92,7 +94,9 @@ def split_digits(seed: int, held_out: int) -> dict[str, tuple[np.ndarray, np.nda
     return {name: (pictures[rows], digits.target[rows]) for name, rows in parts.items()}
 
 
-def _write_split(folder: Path, modality: str, split: str, items: Iterator[Item], rng: np.random.Generator) -> Path:
+def _write_split(
+    folder: Path, modality: str, split: str, items: Iterator[QuickstartItem], rng: np.random.Generator
+) -> Path:
     lines = []
     for number, item in enumerate(items):
         key = f"{modality}-{split}-{number:06d}"
@@ -117,15 +121,15 @@ def _balanced(count: int, classes: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _images(
-    digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: np.random.Generator
-) -> Iterator[Item]:
+    digits: tuple[np.ndarray, np.ndarray], split: str, sizes: QuickstartSizes, rng: np.random.Generator
+) -> Iterator[QuickstartItem]:
     for picture, label in zip(*digits):
 
         def write(path: Path, _: np.random.Generator, picture: np.ndarray = picture) -> Mapping[str, Any]:
             enlarge(picture, IMAGE_SIDE).save(path)
             return {}
 
-        yield Item("png", (DIGITS[label],), write)
+        yield QuickstartItem("png", (DIGITS[label],), write)
 
 
 def enlarge(picture: np.ndarray, side: int) -> Image.Image:
@@ -137,8 +141,8 @@ def enlarge(picture: np.ndarray, side: int) -> Image.Image:
 
 
 def _videos(
-    digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: np.random.Generator
-) -> Iterator[Item]:
+    digits: tuple[np.ndarray, np.ndarray], split: str, sizes: QuickstartSizes, rng: np.random.Generator
+) -> Iterator[QuickstartItem]:
     pictures, labels = digits
     count = sizes.train_videos if split == "train" else sizes.held_out_videos
     for number in _balanced(count, len(DIGITS) * len(DIRECTIONS), rng):
@@ -151,7 +155,7 @@ def _videos(
             _encode(path, _moving(picture, direction, rng))
             return {}
 
-        yield Item("mp4", (DIGITS[label], DIRECTIONS[direction]), write)
+        yield QuickstartItem("mp4", (DIGITS[label], DIRECTIONS[direction]), write)
 
 
 def _moving(picture: np.ndarray, direction: int, rng: np.random.Generator) -> np.ndarray:
@@ -189,7 +193,9 @@ def _encode(path: Path, frames: np.ndarray) -> None:
 # Sounds
 
 
-def _audio(digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: np.random.Generator) -> Iterator[Item]:
+def _audio(
+    digits: tuple[np.ndarray, np.ndarray], split: str, sizes: QuickstartSizes, rng: np.random.Generator
+) -> Iterator[QuickstartItem]:
     def write(sound: str) -> Writer:
         def save(path: Path, rng: np.random.Generator) -> Mapping[str, Any]:
             import soundfile
@@ -201,7 +207,7 @@ def _audio(digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng:
 
     count = sizes.train_audio if split == "train" else sizes.held_out_audio
     for number in _balanced(count, len(SOUNDS), rng):
-        yield Item("flac", (SOUNDS[number],), write(SOUNDS[number]))
+        yield QuickstartItem("flac", (SOUNDS[number],), write(SOUNDS[number]))
 
 
 def synthesise(sound: str, rng: np.random.Generator) -> np.ndarray:
@@ -237,7 +243,9 @@ def synthesise(sound: str, rng: np.random.Generator) -> np.ndarray:
 # Motion
 
 
-def _imu(digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: np.random.Generator) -> Iterator[Item]:
+def _imu(
+    digits: tuple[np.ndarray, np.ndarray], split: str, sizes: QuickstartSizes, rng: np.random.Generator
+) -> Iterator[QuickstartItem]:
     def write(activity: str) -> Writer:
         def save(path: Path, rng: np.random.Generator) -> Mapping[str, Any]:
             np.save(path, simulate(activity, rng))
@@ -247,7 +255,7 @@ def _imu(digits: tuple[np.ndarray, np.ndarray], split: str, sizes: Sizes, rng: n
 
     count = sizes.train_imu if split == "train" else sizes.held_out_imu
     for number in _balanced(count, len(ACTIVITIES), rng):
-        yield Item("npy", (ACTIVITIES[number],), write(ACTIVITIES[number]))
+        yield QuickstartItem("npy", (ACTIVITIES[number],), write(ACTIVITIES[number]))
 
 
 # Steps or turns per second, amplitude of acceleration (m/s^2) and rotation (rad/s), share of higher harmonics.

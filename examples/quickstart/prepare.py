@@ -20,7 +20,7 @@ from examples.quickstart.instructions import (
     text_instruction_lines,
     writing_lines,
 )
-from examples.quickstart.media import SPLITS, Sizes, write_media
+from examples.quickstart.media import SPLITS, QuickstartSizes, write_media
 from megatron_anymal.data.index_builder import IndexOptions
 from megatron_anymal.data.index_folder import make_index
 from megatron_anymal.data.manifest import write_shards
@@ -33,7 +33,7 @@ HELD_OUT_PAIRS = 32
 TEXTS = 600
 
 
-def prepare_quickstart(folder: Path, sizes: Sizes | None = None, encoder_steps: int = 500) -> None:
+def prepare_quickstart(folder: Path, sizes: QuickstartSizes | None = None, encoder_steps: int = 500) -> None:
     """Create everything that the quickstart's configurations refer to, unless it exists already.
 
     FOLDER/media          files and manifests

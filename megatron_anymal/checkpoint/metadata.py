@@ -69,7 +69,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Span:
+class EntrySpan:
     """Position of an entry that is not a tensor."""
 
     # File name.
@@ -81,13 +81,13 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Contents:
+class CheckpointContents:
     """What a checkpoint holds."""
 
     # Name -> description of the tensor, in the order of the names.
     tensors: dict[str, Stored]
     # Name -> position of the entries that are not tensors, in the order of the names.
-    objects: dict[str, Span]
+    objects: dict[str, EntrySpan]
 
 
 class _Recorded:
@@ -149,7 +149,7 @@ class _Unpickler(pickle.Unpickler):
         return ALLOWED[module, name]
 
 
-def read_metadata(folder: Path) -> Contents:
+def read_metadata(folder: Path) -> CheckpointContents:
     """Read a checkpoint's `.metadata`.
 
     Raises:
@@ -183,17 +183,17 @@ def _infos(metadata: _Metadata) -> Iterator[tuple[dict[str, Any], dict[str, Any]
         yield index.state, info.state
 
 
-def _contents(entries: dict[str, Any], infos: dict[Any, dict[str, Any]]) -> Contents:
+def _contents(entries: dict[str, Any], infos: dict[Any, dict[str, Any]]) -> CheckpointContents:
     tensors, objects = {}, {}
     for name, entry in sorted(entries.items()):
         if isinstance(entry, _Tensor):
             tensors[name] = _tensor(name, entry.state, infos)
         elif isinstance(entry, _Bytes):
             info = infos[name, None]
-            objects[name] = Span(info["relative_path"], info["offset"], info["length"])
+            objects[name] = EntrySpan(info["relative_path"], info["offset"], info["length"])
         else:
             raise ValueError(f"the entry {name!r} is a {type(entry).__name__}")
-    return Contents(tensors, objects)
+    return CheckpointContents(tensors, objects)
 
 
 def _tensor(name: str, entry: dict[str, Any], infos: dict[Any, dict[str, Any]]) -> Stored:

@@ -21,7 +21,7 @@ def saved_around(dtype: torch.dtype, size: tuple[int, ...]) -> tuple[bytes, byte
     """
     # Memory that is never touched is never allocated.
     tensor = torch.empty(size, dtype=dtype)
-    around = _Around(tensor)
+    around = _AroundTensor(tensor)
     crc32_before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -32,7 +32,7 @@ def saved_around(dtype: torch.dtype, size: tuple[int, ...]) -> tuple[bytes, byte
     return bytes(around.before), bytes(around.after)
 
 
-class _Around:
+class _AroundTensor:
     """File object that keeps everything written to it except one tensor's values."""
 
     def __init__(self, tensor: Tensor) -> None:

@@ -28,7 +28,7 @@ from megatron_anymal.data.records import DataError
 
 if TYPE_CHECKING:
     from megatron_anymal.generation.sampling import Sampling
-    from megatron_anymal.judgement.items import Item, Question
+    from megatron_anymal.judgement.items import JudgedItem, ReadablePrompt
 
 # Files of a comparison's folder.
 _JUDGEMENTS, _SETTINGS, _ITEMS = "judgements.jsonl", "comparison.json", "items.json"
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb and return the exit code."""
     arguments = _parser().parse_args(argv)
     from megatron_anymal.judgement.comparison import keep_settings
-    from megatron_anymal.judgement.items import Item, read_answers, read_questions
+    from megatron_anymal.judgement.items import JudgedItem, read_answers, read_questions
 
     sampling, questions = sampling_of(arguments), read_questions(arguments.prompts)
     sources = {"a": arguments.a, "b": arguments.b}
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     keep_settings(folder / _SETTINGS, json.loads(json.dumps(settings)))
     for side in models:
         given[side] = _model_answers(_of_side(arguments, side), sampling, questions, folder / f"answers_{side}.jsonl")
-    items = [Item(question, a, b) for question, a, b in zip(questions, given["a"], given["b"])]
+    items = [JudgedItem(question, a, b) for question, a, b in zip(questions, given["a"], given["b"])]
     keep_settings(folder / _ITEMS, {item.question.key: item.fingerprint for item in items})
     if not arguments.report_only:
         _serve(arguments, items, folder / _JUDGEMENTS)
@@ -99,7 +99,7 @@ def _of_side(arguments: argparse.Namespace, side: str) -> argparse.Namespace:
 
 
 def _model_answers(
-    arguments: argparse.Namespace, sampling: Sampling, questions: Sequence[Question], path: Path
+    arguments: argparse.Namespace, sampling: Sampling, questions: Sequence[ReadablePrompt], path: Path
 ) -> list[str]:
     """A model's answers, from the folder if an earlier start has written them."""
     from megatron_anymal.judgement.items import read_answers
@@ -116,7 +116,7 @@ def _model_answers(
     return read_answers(str(path), questions)
 
 
-def _serve(arguments: argparse.Namespace, items: Sequence[Item], path: Path) -> None:
+def _serve(arguments: argparse.Namespace, items: Sequence[JudgedItem], path: Path) -> None:
     """Serve the page until Ctrl-C or SIGTERM."""
     from megatron_anymal.data.journal import Journal
     from megatron_anymal.judgement.comparison import Comparison
@@ -137,7 +137,7 @@ def _serve(arguments: argparse.Namespace, items: Sequence[Item], path: Path) -> 
         journal.close()
 
 
-def _report(arguments: argparse.Namespace, items: Sequence[Item], folder: Path) -> None:
+def _report(arguments: argparse.Namespace, items: Sequence[JudgedItem], folder: Path) -> None:
     """Write the results and, if asked, the preference pairs."""
     from megatron_anymal.data.journal import read_journal
     from megatron_anymal.judgement.preferences import preference_pairs, write_pairs

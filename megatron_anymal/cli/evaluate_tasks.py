@@ -166,9 +166,9 @@ def _answers(
     job: _Job, samples: Sequence[Any], settings: dict[str, str], arguments: argparse.Namespace, load: Any
 ) -> dict[str, Any]:
     from megatron_anymal.evaluation.answering import Asking, answer_samples
-    from megatron_anymal.evaluation.journal import Journal
+    from megatron_anymal.evaluation.journal import AnswerJournal
 
-    journal = Journal(Path(arguments.out) / job.task.name)
+    journal = AnswerJournal(Path(arguments.out) / job.task.name)
     settings = {
         **settings,
         "task": job.task.fingerprint(),

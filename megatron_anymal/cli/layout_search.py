@@ -14,7 +14,7 @@ from megatron_anymal.planning.layouts.hardware import Hardware, known_gpus, load
 from megatron_anymal.planning.layouts.job_size import SEARCHED
 
 if TYPE_CHECKING:
-    from megatron_anymal.planning.layouts.search import Problem, SearchResult
+    from megatron_anymal.planning.layouts.search import LayoutProblem, SearchResult
 
 _DESCRIPTION = """Find the fastest layouts of a run that fit, from arithmetic alone: no GPU, no weights, no data.
 
@@ -138,7 +138,7 @@ def _write(target: Path, arguments: argparse.Namespace, base: RunConfig, planned
     write_config(target, name, differences(base, planned), comment)
 
 
-def _write_html(path: Path, problem: Problem, result: SearchResult) -> None:
+def _write_html(path: Path, problem: LayoutProblem, result: SearchResult) -> None:
     from megatron_anymal.planning.layouts.timeline_page import timeline_page
 
     path.write_text(timeline_page(problem, result.ranked[:2]), encoding="utf-8")

@@ -17,7 +17,7 @@ from megatron_anymal.config import ConfigError
 from megatron_anymal.data.records import DataError
 
 if TYPE_CHECKING:
-    from megatron_anymal.synthesis.run import Result
+    from megatron_anymal.synthesis.run import SynthesisResult
 
 
 def main(argv: Sequence[str]) -> int:
@@ -96,7 +96,7 @@ def _list_tasks() -> int:
     return 0
 
 
-def _finish(result: Result, samples: int, out: Path) -> int:
+def _finish(result: SynthesisResult, samples: int, out: Path) -> int:
     """Write the manifest and the list of samples without a conversation, and print the counts."""
     dropped = out.with_suffix(".dropped.jsonl")
     reasons = {**result.dropped, **result.failed}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
 from megatron_anymal.config.explain import explain
-from megatron_anymal.config.parsing import Reader, entry_of, from_dict, hint_at, leaves
+from megatron_anymal.config.parsing import SectionReader, entry_of, from_dict, hint_at, leaves
 from megatron_anymal.config.schema import ConfigError, RunConfig
 
 if TYPE_CHECKING:
@@ -195,14 +195,14 @@ class _Sources:
         marked = text
         if entry is not None and not (override.is_add() or override.is_force_add()) and key != entry:
             if entry not in self.entries:
-                Reader(f"override '{text}'").read(_nested(key, override.value()), RunConfig, "")
+                SectionReader(f"override '{text}'").read(_nested(key, override.value()), RunConfig, "")
                 raise ConfigError(self._no_such_entry(entry, text))
             marked = f"++{text}"
         self._add(_nested(key, override.value()), f"override '{text}'", "override")
         return marked
 
     def _add(self, values: Mapping[str, Any], source: str, origin: str) -> None:
-        Reader(source, interpolations=True).read(values, RunConfig, "")
+        SectionReader(source, interpolations=True).read(values, RunConfig, "")
         for key, _ in leaves(values):
             self.origins[key] = origin
             entry = entry_of(key)

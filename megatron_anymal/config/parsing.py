@@ -23,7 +23,7 @@ def from_dict(mapping: Mapping[str, Any], source: str = "") -> RunConfig:
     Raises:
         ConfigError: an unknown key (the message suggests the closest known one) or a value of the wrong type.
     """
-    return Reader(source).read(mapping, RunConfig, "")
+    return SectionReader(source).read(mapping, RunConfig, "")
 
 
 def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -35,7 +35,7 @@ def leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
-class Reader:
+class SectionReader:
     """Converts plain values into the dataclasses of the schema; every error names the key and its source."""
 
     def __init__(self, source: str, interpolations: bool = False) -> None:

@@ -55,7 +55,7 @@ class OpenItem:
 
 
 @dataclass(frozen=True)
-class Contents:
+class AnswerContents:
     """What an answer may consist of."""
 
     # Whether it may have text. If not, it has at least one item.
@@ -86,7 +86,7 @@ class CodeGrammar:
         self._begins = {self._vocabulary.begin(name): (name, self._vocabulary.codebook(name, 0)) for name in names}
         self._ends = {self._vocabulary.end(name) for name in names}
 
-    def contents(self, modalities: Sequence[str], ends: Collection[int], room: int) -> Contents:
+    def contents(self, modalities: Sequence[str], ends: Collection[int], room: int) -> AnswerContents:
         """What an answer may consist of.
 
         Args:
@@ -111,9 +111,9 @@ class CodeGrammar:
                 f"An answer of {room} token(s) has no room for an item of {' or '.join(names)}, which has at least "
                 f"{smallest} with its marks. Raise max_new_tokens, or shorten the prompt."
             )
-        return Contents(TEXT in modalities, names, tuple(sorted(ends)))
+        return AnswerContents(TEXT in modalities, names, tuple(sorted(ends)))
 
-    def next_ids(self, item: Optional[OpenItem], contents: Contents, room: int, *, empty: bool) -> list[range]:
+    def next_ids(self, item: Optional[OpenItem], contents: AnswerContents, room: int, *, empty: bool) -> list[range]:
         """Ids that may come next in an answer; there always is one.
 
         Args:

@@ -79,7 +79,7 @@ class ReadMicroBatch(NamedTuple):
     memory: Optional[WorkerMemory]
 
 
-class Reader(Protocol):
+class BatchReader(Protocol):
     """Reads planned micro-batches; see data.loader.MicroBatchReader."""
 
     def __getitem__(self, plan: PlannedMicroBatch) -> MicroBatch:
@@ -95,7 +95,7 @@ class WorkerReader(Dataset[ReadMicroBatch | StorageError]):
     An error of an object store is returned: torch would bury it in a traceback.
     """
 
-    def __init__(self, reader: Reader, before_read: Optional[Callable[[int, int], None]] = None):
+    def __init__(self, reader: BatchReader, before_read: Optional[Callable[[int, int], None]] = None):
         """Wrap a reader.
 
         Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_anymal.data.feature_cache import PieceKey
-from megatron_anymal.data.records import PlannedMicroBatch, Prompt
+from megatron_anymal.data.records import PackedPrompt, PlannedMicroBatch
 
 
 @dataclass
@@ -95,7 +95,7 @@ class MicroBatch:
     # avoid a GPU synchronization. None without labels.
     label_index: Optional[Tensor] = None
     # Position in `document_lengths` of each answer without its prompt -> the shared prompt that it continues.
-    prompts: Mapping[int, Prompt] = field(default_factory=dict)
+    prompts: Mapping[int, PackedPrompt] = field(default_factory=dict)
 
     def with_tensors(self, change: Callable[[Tensor], Tensor]) -> MicroBatch:
         """Apply `change` to every tensor, including those of the media."""

@@ -56,7 +56,7 @@ class PackedShard:
         return PackedShard(left_out=left_out, **values)
 
 
-class Journal:
+class PackingJournal:
     """The journal of a packing in progress.
 
     Args:

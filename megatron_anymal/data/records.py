@@ -145,7 +145,7 @@ class PlannedSample:
         return sum(self.spans)
 
 
-class Prompt(NamedTuple):
+class PackedPrompt(NamedTuple):
     """A shared prompt in a pack."""
 
     # Position of its first token in the pack.

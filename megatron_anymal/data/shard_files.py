@@ -15,14 +15,14 @@ from megatron_anymal.data.tar.byte_source import LocalBytes
 MOST_OPEN = 256
 
 
-class _Opened(threading.local):
+class _OpenShards(threading.local):
     """This thread's open shards by (number of their `ShardFiles`, name), least recently used first."""
 
     def __init__(self) -> None:
         self.shards: OrderedDict[tuple[int, str], _Shard] = OrderedDict()
 
 
-_OPENED = _Opened()
+_OPENED = _OpenShards()
 _NUMBERS = itertools.count()
 
 

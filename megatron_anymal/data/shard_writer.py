@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from megatron_anymal.config import DEFAULT_LIMITS, LimitsConfig
 from megatron_anymal.data.filters import Facts, FilteredError, apply_rules, checked_together
 from megatron_anymal.data.left_out import INDEX_FOLDER, REFUSED_LEDGER, LeftOut, by_rule, to_line
-from megatron_anymal.data.packing_journal import Journal, PackedShard, continues, is_unfinished
+from megatron_anymal.data.packing_journal import PackedShard, PackingJournal, continues, is_unfinished
 from megatron_anymal.data.records import CodesPart, DataError, Sample, TextPart
 from megatron_anymal.data.samples import media_entries, parse_sample, to_json
 from megatron_anymal.data.shard_samples import SampleError
@@ -64,7 +64,7 @@ def pack(
     if holds_shards and not continues(folder, header):
         raise _holds_shards(out)
     folder.mkdir(parents=True, exist_ok=True)
-    journal = Journal(folder, header)
+    journal = PackingJournal(folder, header)
     packer = _Packer(source, journal, total, max_bad_share, SampleWriter(source, limits, filtering, encoder))
     try:
         packer.run(samples_per_shard)
@@ -107,7 +107,7 @@ def _holds_shards(out: str) -> DataError:
 
 
 @dataclass
-class _Opened:
+class _OpenedSample:
     """A sample before it is written."""
 
     record: Record
@@ -203,7 +203,7 @@ class SampleWriter:
         self._keys.add(key)
         return key
 
-    def _checked(self, records: Iterable[Record]) -> Iterator[_Opened]:
+    def _checked(self, records: Iterable[Record]) -> Iterator[_OpenedSample]:
         """Open samples, in order, and apply the filters."""
         rules = self._filtering.filters if self._filtering else ()
         for group in checked_together(rules, map(self._open, records), lambda one: one.media_bytes):
@@ -212,8 +212,8 @@ class SampleWriter:
                 one.wrong = error
             yield from group
 
-    def _open(self, record: Record) -> _Opened:
-        opened = _Opened(record, self._key(record), record.wrong)
+    def _open(self, record: Record) -> _OpenedSample:
+        opened = _OpenedSample(record, self._key(record), record.wrong)
         if opened.wrong:
             return opened
         encoder = self._encoder
@@ -230,7 +230,7 @@ class SampleWriter:
             opened.wrong = error
         return opened
 
-    def _members(self, one: _Opened) -> dict[str, Any]:
+    def _members(self, one: _OpenedSample) -> dict[str, Any]:
         """The members of a sample.
 
         Raises:
@@ -279,7 +279,7 @@ class _Packer:
     def __init__(
         self,
         source: Source,
-        journal: Journal,
+        journal: PackingJournal,
         total: int,
         max_bad_share: float,
         writer: SampleWriter,

@@ -20,12 +20,12 @@ import numpy as np
 
 from megatron_anymal.config import ModelConfig
 from megatron_anymal.data.context_parallel import padded
-from megatron_anymal.data.records import PlannedMicroBatch, Prompt
+from megatron_anymal.data.records import PackedPrompt, PlannedMicroBatch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-NO_PROMPTS: Mapping[int, Prompt] = MappingProxyType({})
+NO_PROMPTS: Mapping[int, PackedPrompt] = MappingProxyType({})
 
 
 def shares_prompts(job: str, model: ModelConfig, attention: str) -> bool:
@@ -112,19 +112,19 @@ def spans_of(plan: PlannedMicroBatch) -> list[list[slice]]:
     return spans
 
 
-def prompts_of(plan: PlannedMicroBatch) -> dict[int, Prompt]:
+def prompts_of(plan: PlannedMicroBatch) -> dict[int, PackedPrompt]:
     """The prompt that each answer without its own continues, by the number of the answer's span in the pack."""
-    prompts: dict[int, Prompt] = {}
+    prompts: dict[int, PackedPrompt] = {}
     number = 0
     for sample, spans in zip(plan.samples, spans_of(plan)):
         if sample.shared:
-            prompt = Prompt(spans[0].start, sample.shared)
+            prompt = PackedPrompt(spans[0].start, sample.shared)
             prompts.update(dict.fromkeys(range(number + 1, number + len(spans)), prompt))
         number += len(spans)
     return prompts
 
 
-def token_positions(lengths: Sequence[int], prompts: Mapping[int, Prompt]) -> Tensor:
+def token_positions(lengths: Sequence[int], prompts: Mapping[int, PackedPrompt]) -> Tensor:
     """[T] int64: position of each token of a whole pack in its document.
 
     Args:

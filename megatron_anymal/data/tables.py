@@ -15,7 +15,7 @@ _DELIMITERS = (",", ";", "\t")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row of a table."""
 
     # File and line, for error messages.
@@ -28,7 +28,7 @@ class Row:
 
 def read_table(
     path: Path, columns: Sequence[str], limits: LimitsConfig, rename: Callable[[str], str] = str
-) -> Iterator[Row]:
+) -> Iterator[TableRow]:
     """The rows of a table, separated by commas, semicolons or tabs; the header line decides. Empty lines are skipped.
 
     Args:
@@ -63,7 +63,7 @@ def read_table(
             if len(row) != len(header):
                 more = "more" if len(row) > len(header) else "fewer"
                 raise DataError(f"{where}: the line has {more} cells than the header. Quote {delimiter!r} in texts.")
-            yield Row(where, number, {name: text for name, text in zip(header, row) if text != ""})
+            yield TableRow(where, number, {name: text for name, text in zip(header, row) if text != ""})
     except csv.Error as error:
         limit = f"; the longest is data.limits.max_text_bytes={limits.max_text_bytes}" if "limit" in str(error) else ""
         raise DataError(f"{path}:{rows.line_num + 1}: not a line of a .csv file ({error}{limit}).") from None

@@ -17,7 +17,7 @@ _SOUNDS = ("encodec", "mimi", "dac")
 _PICTURES = ("emu3_vqgan",)
 
 
-def open_vq_folder(where: str, folder: Path) -> PictureTokenizer | SoundTokenizer:
+def open_vq_folder(where: str, folder: Path) -> PictureVQ | SoundVQ:
     """Load a tokenizer from its folder, onto the GPU if there is one.
 
     Args:
@@ -33,7 +33,7 @@ def open_vq_folder(where: str, folder: Path) -> PictureTokenizer | SoundTokenize
         raise DataError(f"{where}: it holds a {kind!r} model. Known are {known}; for others write a module:Class.")
     if not list(folder.glob("*.safetensors")):
         raise DataError(f"{where}: it has no .safetensors. Convert the weights, or download them.")
-    return SoundTokenizer(folder, kind, where) if kind in _SOUNDS else PictureTokenizer(folder, where)
+    return SoundVQ(folder, kind, where) if kind in _SOUNDS else PictureVQ(folder, where)
 
 
 def _read(file: Path, where: str) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _loaded(model: Any, folder: Path, where: str) -> Any:
         raise DataError(f"{where}: transformers cannot load it ({error}).") from None
 
 
-class SoundTokenizer:
+class SoundVQ:
     """EnCodec, Mimi or DAC.
 
     Raises:
@@ -120,7 +120,7 @@ class SoundTokenizer:
         return sounds
 
 
-class PictureTokenizer:
+class PictureVQ:
     """Emu3's VQ-VAE. Pictures are stretched to the size in preprocessor_config.json, so that all have as many codes.
 
     Raises:

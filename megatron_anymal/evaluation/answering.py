@@ -12,7 +12,7 @@ from itertools import zip_longest
 from typing import Optional
 
 from megatron_anymal.data.records import DataError
-from megatron_anymal.evaluation.journal import AnswerRow, Journal
+from megatron_anymal.evaluation.journal import AnswerJournal, AnswerRow
 from megatron_anymal.evaluation.samples import TaskSample, build_prompt
 from megatron_anymal.generation.generator import Generator
 from megatron_anymal.generation.prompts import Prompt
@@ -37,7 +37,7 @@ class Asking:
 
 
 def answer_samples(
-    load: Callable[[], Generator], samples: Sequence[TaskSample], asking: Asking, journal: Journal
+    load: Callable[[], Generator], samples: Sequence[TaskSample], asking: Asking, journal: AnswerJournal
 ) -> dict[str, AnswerRow]:
     """Answer the samples that the journal lacks, and return all answers by key. Collective over the job.
 
@@ -73,7 +73,7 @@ def batches_of(samples: Sequence[TaskSample], batch_size: int, replica: int, rep
 
 
 def _answer_share(
-    generator: Generator, samples: Sequence[TaskSample], asking: Asking, journal: Journal, before: int
+    generator: Generator, samples: Sequence[TaskSample], asking: Asking, journal: AnswerJournal, before: int
 ) -> dict[str, AnswerRow]:
     """Answer this copy's share; only the process that leads the copy returns and records the answers."""
     batches = batches_of(samples, asking.batch_size, generator.replica, generator.replicas)

@@ -35,7 +35,7 @@ class AnswerRow:
         return {name: value for name, value in asdict(self).items() if name != "rejected" or value}
 
 
-class Journal:
+class AnswerJournal:
     """The answers of one task under one set of settings."""
 
     def __init__(self, folder: Path):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from megatron_anymal.data.code_grammar import CodeGrammar, Contents
+from megatron_anymal.data.code_grammar import AnswerContents, CodeGrammar
 
 
 class CodeLogitsProcessor(LogitsProcessor):
@@ -18,7 +18,7 @@ class CodeLogitsProcessor(LogitsProcessor):
     def __init__(self, grammar: CodeGrammar, modalities: Sequence[str]):
         """Answers may consist of `modalities`: "text" and kinds of media that the model writes."""
         self._grammar, self._modalities = grammar, modalities
-        self._contents: Optional[Contents] = None
+        self._contents: Optional[AnswerContents] = None
 
     def prepare(self, ends: Collection[int], prompt: int, longest: int) -> None:
         """Begin a call of `generate`.

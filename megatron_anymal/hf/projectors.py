@@ -20,11 +20,11 @@ _EPSILON = 1e-6
 def build_projector(config: ProjectorConfig, features: int, width: int, hidden_size: int) -> nn.Module:
     """Build a modality's projector, for `features` x `width` from the encoder and the LM's `hidden_size`."""
     if config.type == "resampler":
-        return PerceiverResampler(config, features, width, hidden_size)
-    return LinearProjector(config, features, width, hidden_size)
+        return AnyMALPerceiverResampler(config, features, width, hidden_size)
+    return AnyMALLinearProjector(config, features, width, hidden_size)
 
 
-class PerceiverResampler(nn.Module):
+class AnyMALPerceiverResampler(nn.Module):
     """Learned latents cross-attend to the features of a piece (Perceiver Resampler, Flamingo section 3.1.1)."""
 
     def __init__(self, config: ProjectorConfig, features: int, width: int, hidden_size: int):
@@ -35,7 +35,8 @@ class PerceiverResampler(nn.Module):
         self.position_embedding = nn.Parameter(0.5 * torch.randn(features, h))
         self.latents = nn.Parameter(torch.randn(config.num_tokens, h))
         self.layers = nn.ModuleList(
-            _ResamplerLayer(h, config.num_attention_heads, config.ffn_multiplier) for _ in range(config.num_layers)
+            _AnyMALResamplerLayer(h, config.num_attention_heads, config.ffn_multiplier)
+            for _ in range(config.num_layers)
         )
         self.output_norm = nn.LayerNorm(h)
         self.output_linear = nn.Linear(h, hidden_size)
@@ -50,7 +51,7 @@ class PerceiverResampler(nn.Module):
         return _to_rms(self.output_linear(self.output_norm(latents)), self.gain)
 
 
-class _ResamplerLayer(nn.Module):
+class _AnyMALResamplerLayer(nn.Module):
     def __init__(self, h: int, heads: int, ffn_multiplier: int):
         super().__init__()
         self.heads = heads
@@ -79,7 +80,7 @@ class _ResamplerLayer(nn.Module):
         return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-class LinearProjector(nn.Module):
+class AnyMALLinearProjector(nn.Module):
     """Linear layers from features to soft tokens; neighbouring features are joined, or each gives several tokens."""
 
     def __init__(self, config: ProjectorConfig, features: int, width: int, hidden_size: int):

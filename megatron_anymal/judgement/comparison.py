@@ -13,7 +13,7 @@ from typing import Any, Optional
 
 from megatron_anymal.data.journal import Journal
 from megatron_anymal.data.records import DataError
-from megatron_anymal.judgement.items import Item
+from megatron_anymal.judgement.items import JudgedItem
 from megatron_anymal.judgement.rubrics import RUBRICS
 
 _NAME = re.compile(r"[\w.@+-]([\w .@+-]{0,62}[\w.@+-])?")
@@ -54,7 +54,7 @@ def first_shown(seed: int, annotator: str, key: str) -> str:
 class Comparison:
     """Items and the judgements of all annotators; any number of threads may use it."""
 
-    def __init__(self, items: Sequence[Item], journal: Journal, seed: int) -> None:
+    def __init__(self, items: Sequence[JudgedItem], journal: Journal, seed: int) -> None:
         """Continue with the judgements in the journal.
 
         Raises:
@@ -118,7 +118,7 @@ class Comparison:
         with self._lock:
             self._judgements[annotator, number] = row
 
-    def _order(self, annotator: str, item: Item) -> str:
+    def _order(self, annotator: str, item: JudgedItem) -> str:
         return "ab" if first_shown(self._seed, annotator, item.question.key) == "a" else "ba"
 
 

@@ -18,7 +18,7 @@ from megatron_anymal.modalities import MODALITIES, MediaError, kind_for_extensio
 
 
 @dataclass(frozen=True)
-class Question:
+class ReadablePrompt:
     """A prompt as people read it."""
 
     # The line's `key`, or its number, counted from 0.
@@ -40,11 +40,11 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Item:
+class JudgedItem:
     """A question with two answers."""
 
     # What was asked.
-    question: Question
+    question: ReadablePrompt
     # The answer of model A.
     a: str
     # The answer of model B.
@@ -57,7 +57,7 @@ class Item:
         return hashlib.sha256(json.dumps([question, self.a, self.b]).encode()).hexdigest()
 
 
-def read_questions(path: str) -> list[Question]:
+def read_questions(path: str) -> list[ReadablePrompt]:
     """Read a prompts file: a .jsonl of `parts` or `messages`, each with an optional `key`.
 
     Raises:
@@ -67,7 +67,7 @@ def read_questions(path: str) -> list[Question]:
     file = Path(path)
     if not file.is_file():
         raise DataError(f"There is no prompts file {path!r}.")
-    questions: dict[str, Question] = {}
+    questions: dict[str, ReadablePrompt] = {}
     for number, (where, value) in enumerate(read_lines(file)):
         question = _question(value, number, where, file.parent)
         if question.key in questions:
@@ -78,7 +78,7 @@ def read_questions(path: str) -> list[Question]:
     return list(questions.values())
 
 
-def read_answers(path: str, questions: Sequence[Question]) -> list[str]:
+def read_answers(path: str, questions: Sequence[ReadablePrompt]) -> list[str]:
     """Read the answers to questions, as `anymal generate --out` writes them.
 
     A line has `answer`, and `prompt`, the question's number counted from 0, or `key`.
@@ -107,7 +107,7 @@ def read_answers(path: str, questions: Sequence[Question]) -> list[str]:
     return [answers[number] for number in range(len(questions))]
 
 
-def _question(value: Mapping[str, Any], number: int, where: str, base: Path) -> Question:
+def _question(value: Mapping[str, Any], number: int, where: str, base: Path) -> ReadablePrompt:
     open_parts(value, where)
     if "messages" in value:
         turns = parse_messages(value["messages"], where)
@@ -117,7 +117,7 @@ def _question(value: Mapping[str, Any], number: int, where: str, base: Path) -> 
     if isinstance(key, bool) or not isinstance(key, (str, int)) or key == "":
         raise DataError(f"{where}: the key {key!r} must be a string or an integer.")
     named = [Message(turn.role, tuple(_with_kind(part, where, base) for part in turn.content)) for turn in turns]
-    return Question(str(key), tuple(named), base)
+    return ReadablePrompt(str(key), tuple(named), base)
 
 
 def _with_kind(part: Part, where: str, base: Path) -> Part:

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
-from megatron_anymal.judgement.items import Item
+from megatron_anymal.judgement.items import JudgedItem
 from megatron_anymal.judgement.results import latest
 
 
 def preference_pairs(
-    items: Iterable[Item], rows: Sequence[Mapping[str, Any]], folder: Path
+    items: Iterable[JudgedItem], rows: Sequence[Mapping[str, Any]], folder: Path
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """One pair for each item that more annotators decided one way than the other.
 
@@ -60,7 +60,7 @@ def write_pairs(path: Path, pairs: Iterable[Mapping[str, Any]]) -> None:
     part.replace(path)
 
 
-def _reason(item: Item, votes: Optional[list[int]], lead: int) -> Optional[str]:
+def _reason(item: JudgedItem, votes: Optional[list[int]], lead: int) -> Optional[str]:
     """Why an item has no pair; None if it has one."""
     if votes is None:
         return "not judged"
@@ -71,5 +71,5 @@ def _reason(item: Item, votes: Optional[list[int]], lead: int) -> Optional[str]:
     return None if item.a and item.b else "an empty answer"
 
 
-def _media_paths(item: Item, folder: Path) -> list[str]:
+def _media_paths(item: JudgedItem, folder: Path) -> list[str]:
     return [os.path.relpath(item.question.base / part.media, folder) for part in item.question.media]

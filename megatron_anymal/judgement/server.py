@@ -21,7 +21,7 @@ from megatron_anymal.config import LimitsConfig
 from megatron_anymal.data.json_text import parse_json_text
 from megatron_anymal.data.records import DataError, MediaPart, TextPart
 from megatron_anymal.judgement.comparison import Comparison, annotator_name
-from megatron_anymal.judgement.items import Question
+from megatron_anymal.judgement.items import ReadablePrompt
 from megatron_anymal.judgement.media import NotSatisfiable, byte_range, content_type, curves
 from megatron_anymal.judgement.rubrics import RUBRICS
 from megatron_anymal.modalities import MediaError
@@ -34,7 +34,7 @@ _BLOCK = 2**18
 _LIMITS = LimitsConfig(max_text_bytes=MAX_BODY, max_json_depth=8)
 
 
-class RequestError(ValueError):
+class PageRequestError(ValueError):
     """A request that is refused with an HTTP status."""
 
     def __init__(self, status: HTTPStatus, message: str) -> None:
@@ -84,7 +84,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Handle a request; a refusal becomes a reply with its reason."""
         try:
             handle()
-        except RequestError as error:
+        except PageRequestError as error:
             # A body that was not read would be taken for the next request.
             self.close_connection = True
             self._send_json({"error": str(error)}, error.status)
@@ -106,7 +106,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         token, *rest = url.path.removeprefix("/").split("/")
         if not hmac.compare_digest(token.encode("utf-8", "replace"), self.server.token.encode()):
-            raise RequestError(HTTPStatus.FORBIDDEN, "wrong token: open the address that `anymal compare` printed")
+            raise PageRequestError(HTTPStatus.FORBIDDEN, "wrong token: open the address that `anymal compare` printed")
         return rest, {name: values[-1] for name, values in parse_qs(url.query).items()}
 
     def _get(self) -> None:
@@ -130,15 +130,15 @@ class _Handler(BaseHTTPRequestHandler):
                 question, part = self._media(item, position)
                 self._send_json(curves(part, question.base))
             case _:
-                raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
+                raise PageRequestError(HTTPStatus.NOT_FOUND, "there is no such page")
 
     def _post(self) -> None:
         route, _ = self._route()
         if route != ["judgement"]:
-            raise RequestError(HTTPStatus.NOT_FOUND, "there is no such page")
+            raise PageRequestError(HTTPStatus.NOT_FOUND, "there is no such page")
         # A form of another site cannot send this type.
         if self.headers.get_content_type() != "application/json":
-            raise RequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a judgement is application/json")
+            raise PageRequestError(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "a judgement is application/json")
         value = parse_json_text(self._body(), "the judgement", _LIMITS)
         if not isinstance(value, dict):
             raise DataError("A judgement is a JSON object.")
@@ -150,18 +150,18 @@ class _Handler(BaseHTTPRequestHandler):
     def _body(self) -> bytes:
         length = self.headers.get("Content-Length", "")
         if not length.isascii() or not length.isdigit():
-            raise RequestError(HTTPStatus.LENGTH_REQUIRED, "a request needs its Content-Length")
+            raise PageRequestError(HTTPStatus.LENGTH_REQUIRED, "a request needs its Content-Length")
         if len(length) > 9 or int(length) > MAX_BODY:
-            raise RequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a judgement has at most {MAX_BODY} bytes")
+            raise PageRequestError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"a judgement has at most {MAX_BODY} bytes")
         return self.rfile.read(int(length))
 
     def _number(self, given: Optional[str]) -> int:
         count = len(self.server.comparison.items)
         if not given or not given.isascii() or not given.isdigit() or len(given) > 9 or int(given) >= count:
-            raise RequestError(HTTPStatus.NOT_FOUND, f"items are numbered from 0 to {count - 1}")
+            raise PageRequestError(HTTPStatus.NOT_FOUND, f"items are numbered from 0 to {count - 1}")
         return int(given)
 
-    def _media(self, item: str, position: str) -> tuple[Question, MediaPart]:
+    def _media(self, item: str, position: str) -> tuple[ReadablePrompt, MediaPart]:
         question = self.server.comparison.items[self._number(item)].question
         if (
             not position.isascii()
@@ -169,7 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
             or len(position) > 9
             or int(position) >= len(question.media)
         ):
-            raise RequestError(HTTPStatus.NOT_FOUND, "the item has no such media")
+            raise PageRequestError(HTTPStatus.NOT_FOUND, "the item has no such media")
         return question, question.media[int(position)]
 
     def _send_page(self, without_slash: bool) -> None:
@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def _send_media(self, question: Question, part: MediaPart) -> None:
+    def _send_media(self, question: ReadablePrompt, part: MediaPart) -> None:
         """Send a file, or the range of it that a player asks for."""
         path = question.base / part.media
         with path.open("rb") as file:
@@ -212,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 wanted = byte_range(self.headers.get("Range"), size)
             except NotSatisfiable as error:
-                raise RequestError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, str(error)) from None
+                raise PageRequestError(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, str(error)) from None
             start, end = wanted or (0, size)
             if wanted:
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
@@ -229,7 +229,7 @@ def _page() -> str:
     return files("megatron_anymal.judgement").joinpath("templates/page.html").read_text(encoding="utf-8")
 
 
-def _turns(question: Question) -> list[dict[str, Any]]:
+def _turns(question: ReadablePrompt) -> list[dict[str, Any]]:
     """The turns of a question for the page, with media items by number and kind."""
     turns, position = [], 0
     for turn in question.turns:

@@ -12,7 +12,7 @@ from typing import Any, Optional
 from megatron_anymal.checkpoint.store import CheckpointError, committed, read_manifest, step_of
 from megatron_anymal.launcher.goodput import Effective, effective_time
 from megatron_anymal.launcher.recoveries import recoveries
-from megatron_anymal.launcher.root_cause import Failure, failures
+from megatron_anymal.launcher.root_cause import AttemptFailure, failures
 from megatron_anymal.resilience.events import EVENTS, read
 from megatron_anymal.resilience.exit_codes import Exit
 from megatron_anymal.telemetry import duration
@@ -105,7 +105,7 @@ def _section(title: str, lines: Iterable[str]) -> str:
     return "\n".join([f"## {title}", "", *(list(lines) or ["Nothing."]), ""])
 
 
-def _failure_lines(failures: list[Failure]) -> list[str]:
+def _failure_lines(failures: list[AttemptFailure]) -> list[str]:
     lines = [f"The last {_FAILURES} of {len(failures)}:", ""] if len(failures) > _FAILURES else []
     for failure in failures[-_FAILURES:]:
         lines += [f"### Attempt {failure.attempt}: {_origin(failure.first)}", "", _one_line(failure.first["text"]), ""]

@@ -15,7 +15,7 @@ _FOLLOWING = (signal.SIGABRT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
-class Failure:
+class AttemptFailure:
     """Failure of one attempt."""
 
     # Number of the attempt.
@@ -26,7 +26,7 @@ class Failure:
     others: tuple[Mapping[str, Any], ...]
 
 
-def failures(events: Sequence[Mapping[str, Any]]) -> list[Failure]:
+def failures(events: Sequence[Mapping[str, Any]]) -> list[AttemptFailure]:
     """Failures among a run's events, one per failed attempt, in order."""
     by_attempt: dict[int, list[Mapping[str, Any]]] = {}
     for event in events:
@@ -35,12 +35,12 @@ def failures(events: Sequence[Mapping[str, Any]]) -> list[Failure]:
     return [_sorted(attempt, failed) for attempt, failed in sorted(by_attempt.items())]
 
 
-def _sorted(attempt: int, events: list[Mapping[str, Any]]) -> Failure:
+def _sorted(attempt: int, events: list[Mapping[str, Any]]) -> AttemptFailure:
     raised = {event.get("rank") for event in events if event["kind"] == "exception"}
     # The exception that a rank recorded is more informative than its exit code.
     events = [e for e in events if not (e["kind"] == "death" and "signal" not in e and e.get("rank") in raised)]
     ordered = sorted(events, key=_when)
-    return Failure(attempt, ordered[0], tuple(ordered[1:]))
+    return AttemptFailure(attempt, ordered[0], tuple(ordered[1:]))
 
 
 def _when(event: Mapping[str, Any]) -> float:

@@ -82,7 +82,7 @@ class Finder(importlib.abc.MetaPathFinder):
         if deferral is not None:
             spec.loader = _Deferring(spec.loader, deferral)
         for manager in managers:
-            spec.loader = _Around(spec.loader, manager)
+            spec.loader = _InContext(spec.loader, manager)
         return spec
 
 
@@ -99,7 +99,7 @@ class _Wrapper(importlib.abc.Loader):
         return self._loader.create_module(spec)
 
 
-class _Around(_Wrapper):
+class _InContext(_Wrapper):
     """Runs a module inside a context manager, which gets the module."""
 
     def __init__(self, loader: Any, manager: Callable[[ModuleType], Any]) -> None:

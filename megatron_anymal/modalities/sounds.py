@@ -114,7 +114,7 @@ def opened(data: bytes, limits: LimitsConfig) -> Iterator[Sound]:
         yield sound
 
 
-class _Bytes(io.BytesIO):
+class _SoundBytes(io.BytesIO):
     """An in-memory file. In damaged files, libsndfile seeks to negative offsets and expects -1 in return."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
@@ -130,7 +130,7 @@ def _with_libsndfile(links: list[bytes]) -> Iterator[Sound]:
     soundfile = library("soundfile")
     try:
         with ExitStack() as stack:
-            files = [stack.enter_context(soundfile.SoundFile(_Bytes(link))) for link in links]
+            files = [stack.enter_context(soundfile.SoundFile(_SoundBytes(link))) for link in links]
             for file in files:
                 if file.format not in FORMATS:
                     raise MediaError(f"is {file.format} audio, which is not supported: convert it to WAV or FLAC")

@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_anymal.data.context_parallel import held_tokens
-from megatron_anymal.data.records import Prompt
+from megatron_anymal.data.records import PackedPrompt
 from megatron_anymal.data.shared_prompts import NO_PROMPTS, token_positions
 from megatron_anymal.model.attention_kernels import KERNELS, Attend, PackedDocuments
 from megatron_anymal.model.compiled_ops import apply_rotary
@@ -78,7 +78,7 @@ def document_pack(
     kernel: str = "sdpa",
     context_rank: int = 0,
     context_size: int = 1,
-    prompts: Mapping[int, Prompt] = NO_PROMPTS,
+    prompts: Mapping[int, PackedPrompt] = NO_PROMPTS,
 ) -> DocumentPack:
     """Describe a pack of documents with these lengths, in order; no document is empty.
 

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_anymal.data.context_parallel import held_chunks
-from megatron_anymal.data.records import Prompt
+from megatron_anymal.data.records import PackedPrompt
 from megatron_anymal.data.shared_prompts import NO_PROMPTS
 
-_NO_PROMPT = Prompt(0, 0)
+_NO_PROMPT = PackedPrompt(0, 0)
 
 
 class Attend(Protocol):
@@ -52,7 +52,7 @@ class Segment:
     # Number of key tokens after the prompt.
     keys: int
     # The prompt; of length 0 without one.
-    prompt: Prompt
+    prompt: PackedPrompt
 
     @property
     def all_keys(self) -> int:
@@ -78,9 +78,9 @@ class PackedDocuments:
     # Size of the context-parallel group.
     context_size: int = 1
     # Documents, by their position, that continue a prompt within the pack.
-    prompts: Mapping[int, Prompt] = field(default_factory=lambda: NO_PROMPTS)
+    prompts: Mapping[int, PackedPrompt] = field(default_factory=lambda: NO_PROMPTS)
 
-    def prompt(self, number: int) -> Prompt:
+    def prompt(self, number: int) -> PackedPrompt:
         """The prompt that a document continues; of length 0 without one."""
         return self.prompts.get(number, _NO_PROMPT)
 

@@ -21,9 +21,9 @@ from megatron_anymal.config import StorageConfig, is_remote, shows_credentials
 from megatron_anymal.object_storage.connection import Connection
 from megatron_anymal.object_storage.daemon_pool import DaemonPool
 from megatron_anymal.object_storage.errors import (
-    Failure,
-    Fault,
+    FailureKind,
     ObjectMissing,
+    RequestFailure,
     ShortRead,
     StorageError,
     StoreUnavailable,
@@ -246,12 +246,12 @@ class ObjectClient:
                 raise
             except Exception as error:
                 failure, cause = examine(error), error
-            if failure.fault is Fault.ACCESS and not renewed:
+            if failure.fault is FailureKind.ACCESS and not renewed:
                 renewed = True
                 self._renew(connection)
                 continue
             failures += 1
-            if failure.fault is not Fault.PASSING or failures >= self.settings.attempts:
+            if failure.fault is not FailureKind.PASSING or failures >= self.settings.attempts:
                 raise self._error(path, failure) from cause
             self._note_retry(path, failure, failures)
             # Exponential back-off with jitter, so that ranks do not return all at once.
@@ -279,7 +279,7 @@ class ObjectClient:
                 fresh.pool = rejected.pool
                 self._connection = fresh
 
-    def _note_retry(self, path: str, failure: Failure, failures: int) -> None:
+    def _note_retry(self, path: str, failure: RequestFailure, failures: int) -> None:
         self.count("retries")
         now = time.monotonic()
         if failures > 1 and now - self._warned > _WARNING_INTERVAL:
@@ -287,9 +287,9 @@ class ObjectClient:
             attempts = f"attempt {failures} of {self.settings.attempts}"
             print(f"warning: {self.name(path)}: {failure.reason}; {attempts} failed", file=sys.stderr, flush=True)
 
-    def _error(self, path: str, failure: Failure) -> StorageError:
+    def _error(self, path: str, failure: RequestFailure) -> StorageError:
         name, reason = self.name(path), failure.reason
-        if failure.fault is Fault.MISSING:
+        if failure.fault is FailureKind.MISSING:
             what = "is shorter than stated" if "416" in reason else "does not exist"
             return ObjectMissing(f"{name} {what} ({reason}). Correct the address, or restore the object.")
         if failure.expired:
@@ -297,12 +297,12 @@ class ObjectClient:
                 f"{name}: the store rejects the credentials as expired or unknown ({reason}), and no newer ones were "
                 "found. Renew them, then start the command again: a run continues from its newest checkpoint."
             )
-        if failure.fault is Fault.ACCESS:
+        if failure.fault is FailureKind.ACCESS:
             return StorageError(
                 f"{name}: access is denied ({reason}). Check that this node finds credentials (environment, profile "
                 "or instance role), and that they may read and list this folder."
             )
-        if failure.fault is Fault.PASSING:
+        if failure.fault is FailureKind.PASSING:
             return StoreUnavailable(
                 f"{name}: {self.settings.attempts} attempts failed, the last with: {reason}. Check the store and the "
                 "network, or raise data.storage.attempts or data.storage.timeout_seconds."

@@ -65,7 +65,7 @@ class ShortRead(Exception):
         super().__init__(f"{received} bytes instead of {expected}")
 
 
-class Fault(Enum):
+class FailureKind(Enum):
     """What a failed request means for the next attempt."""
 
     PASSING = auto()
@@ -75,44 +75,44 @@ class Fault(Enum):
 
 
 @dataclass(frozen=True)
-class Failure:
+class RequestFailure:
     """A failed request."""
 
     # What it means for the next attempt.
-    fault: Fault
+    fault: FailureKind
     # Status and code of the store, or the kind of error, such as "503 SlowDown"; never the store's own text.
     reason: str
 
     @property
     def expired(self) -> bool:
         """Whether the store rejects the credentials as outdated or unknown."""
-        return self.fault is Fault.ACCESS and any(code in self.reason for code in _CREDENTIALS)
+        return self.fault is FailureKind.ACCESS and any(code in self.reason for code in _CREDENTIALS)
 
 
-def examine(error: BaseException) -> Failure:
+def examine(error: BaseException) -> RequestFailure:
     """Classify an error of an fsspec file system."""
     chain = list(_chain(error))
     classes = {base.__name__ for one in chain for base in type(one).__mro__}
     status, code = next((response for one in chain if any(response := _response(one))), (0, ""))
     reason = " ".join(dict.fromkeys(filter(None, (str(status or ""), code))))
     if classes & _NO_CREDENTIALS:
-        return Failure(Fault.ACCESS, "no credentials")
+        return RequestFailure(FailureKind.ACCESS, "no credentials")
     if code in _CREDENTIALS or status in (401, 403) or isinstance(error, PermissionError):
-        return Failure(Fault.ACCESS, reason or "permission denied")
+        return RequestFailure(FailureKind.ACCESS, reason or "permission denied")
     # The answer to a HEAD request has no body, hence no code; S3 sends 400 for an expired token.
     if status == 400 and code in ("", "400", "Bad Request"):
-        return Failure(Fault.ACCESS, reason)
+        return RequestFailure(FailureKind.ACCESS, reason)
     if status in (404, 410, 416) or isinstance(error, FileNotFoundError):
-        return Failure(Fault.MISSING, reason or "not found")
+        return RequestFailure(FailureKind.MISSING, reason or "not found")
     if isinstance(error, ShortRead):
-        return Failure(Fault.PASSING, str(error))
+        return RequestFailure(FailureKind.PASSING, str(error))
     if code in _PASSING_CODES or status in _PASSING_STATUS or status >= 500:
-        return Failure(Fault.PASSING, reason)
+        return RequestFailure(FailureKind.PASSING, reason)
     if isinstance(error, TimeoutError) or "TimeoutError" in classes:
-        return Failure(Fault.PASSING, "time-out")
+        return RequestFailure(FailureKind.PASSING, "time-out")
     if classes & _PASSING_CLASSES and not classes & _CERTIFICATE and not status:
-        return Failure(Fault.PASSING, f"connection failed ({type(chain[-1]).__name__})")
-    return Failure(Fault.FINAL, reason or type(error).__name__)
+        return RequestFailure(FailureKind.PASSING, f"connection failed ({type(chain[-1]).__name__})")
+    return RequestFailure(FailureKind.FINAL, reason or type(error).__name__)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -23,7 +23,7 @@ _UNUSED = 86_400.0
 
 
 @dataclass(frozen=True)
-class _Index:
+class _RemoteIndex:
     """An index on an object store."""
 
     client: ObjectClient
@@ -95,7 +95,7 @@ def index_copy(client: ObjectClient, index: str, required: Sequence[str], option
         ObjectMissing: a required file is missing.
         StorageError: the store or the local disk cannot be used, or the index changes while it is copied.
     """
-    source = _Index(client, index, required, optional)
+    source = _RemoteIndex(client, index, required, optional)
     files = source.files()
     address = hashlib.sha256(client.folder.encode()).hexdigest()[:24]
     version = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:24]

@@ -20,7 +20,7 @@ from typing import Optional
 
 
 @dataclass(frozen=True)
-class Recovery:
+class RecoveryTime:
     """Time from a failure to the point from which steps run at their usual pace again."""
 
     # Seconds after a failure that leaves all nodes usable.
@@ -53,11 +53,11 @@ class PeerSnapshots:
     # Share of failures that leave every part of the state in some node's memory; below 1, since a few take many nodes.
     coverage: float
     # Recovery from such a failure.
-    recovery: Recovery
+    recovery: RecoveryTime
 
 
 @dataclass(frozen=True)
-class Job:
+class FailingJob:
     """A job that fails and saves."""
 
     # Mean seconds between failures of the whole job; infinite if it never fails.
@@ -69,7 +69,7 @@ class Job:
     # Seconds from then until the save can be resumed from, while the steps continue.
     write: float
     # Recovery from the disk.
-    recovery: Recovery
+    recovery: RecoveryTime
     # None: saves to disk only.
     peers: Optional[PeerSnapshots] = None
 
@@ -93,7 +93,7 @@ class Shares:
     recovery: float
 
 
-def shares(job: Job, save_every: int) -> Shares:
+def shares(job: FailingJob, save_every: int) -> Shares:
     """Expected shares of the wall time in the long run.
 
     Args:
@@ -125,7 +125,7 @@ class _AfterFailure:
     to_disk: float
 
     @staticmethod
-    def of(job: Job, rate: float) -> _AfterFailure:
+    def of(job: FailingJob, rate: float) -> _AfterFailure:
         ends = job.recovery.undisturbed(rate)
         from_disk = (1.0 - ends) / (rate * ends) if rate * ends else math.inf
         if job.peers is None:
@@ -150,7 +150,7 @@ class _Cycle:
     write: float
 
     @staticmethod
-    def of(job: Job, save_every: int) -> _Cycle:
+    def of(job: FailingJob, save_every: int) -> _Cycle:
         snapshot = job.peers.stall if job.peers else 0.0
         segments = save_every // job.unit if job.peers else 1
         return _Cycle(segments, save_every * job.step / segments, snapshot, job.stall, job.write)

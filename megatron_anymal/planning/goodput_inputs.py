@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Optional
 
 from megatron_anymal.config import CheckpointConfig, ConfigError
-from megatron_anymal.planning.goodput import Job, PeerSnapshots, Recovery
+from megatron_anymal.planning.goodput import FailingJob, PeerSnapshots, RecoveryTime
 
 # Numbers of GPUs if none is given.
 GPUS = (16, 64, 256, 1024, 4096, 16384)
@@ -202,7 +202,7 @@ def nodes_of(values: Mapping[str, Value], gpus: int) -> int:
     return math.ceil(gpus / values["gpus_per_node"].number)
 
 
-def job_of(values: Mapping[str, Value], gpus: int) -> Job:
+def job_of(values: Mapping[str, Value], gpus: int) -> FailingJob:
     """Describe a job on a number of GPUs for the model.
 
     Args:
@@ -216,8 +216,8 @@ def job_of(values: Mapping[str, Value], gpus: int) -> Job:
     phases = ("detection", "processes", "groups", "first_step")
     shared = sum(number[f"{phase}_seconds"] for phase in phases)
 
-    def recovery(restore: float) -> Recovery:
-        return Recovery(shared + restore, number["lost_node_seconds"], number["lost_node_share"])
+    def recovery(restore: float) -> RecoveryTime:
+        return RecoveryTime(shared + restore, number["lost_node_seconds"], number["lost_node_share"])
 
     peers = None
     if "peer_every" in number:
@@ -227,7 +227,7 @@ def job_of(values: Mapping[str, Value], gpus: int) -> Job:
             number["peer_coverage"],
             recovery(number["peer_restore_seconds"]),
         )
-    return Job(
+    return FailingJob(
         3600.0 * mtbf,
         number["step_seconds"],
         number["stall_seconds"],

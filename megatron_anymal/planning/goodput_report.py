@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_anymal.planning.goodput import Job, Shares, shares
+from megatron_anymal.planning.goodput import FailingJob, Shares, shares
 from megatron_anymal.planning.goodput_inputs import Value, job_of, nodes_of
 from megatron_anymal.planning.save_interval import best_interval, daly, young
 from megatron_anymal.telemetry import duration
@@ -33,7 +33,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Result:
+class GoodputResult:
     """The goodput of a job on one number of GPUs."""
 
     # Number of GPUs.
@@ -41,7 +41,7 @@ class Result:
     # Number of nodes that hold them.
     nodes: int
     # The job, as the model sees it.
-    job: Job
+    job: FailingJob
     # At the present save interval.
     present: Point
     # At the best one.
@@ -50,7 +50,7 @@ class Result:
     curve: tuple[Point, ...]
 
 
-def evaluate(values: Mapping[str, Value], gpus: int) -> Result:
+def evaluate(values: Mapping[str, Value], gpus: int) -> GoodputResult:
     """Evaluate the model for a number of GPUs.
 
     Args:
@@ -64,10 +64,10 @@ def evaluate(values: Mapping[str, Value], gpus: int) -> Result:
     present, best = int(values["save_every"].number), best_interval(job)
     around = {job.unit * max(1, round(best * multiple / job.unit)) for multiple in _MULTIPLES}
     curve = tuple(point(steps) for steps in sorted({*around, present}))
-    return Result(gpus, nodes_of(values, gpus), job, point(present), point(best), curve)
+    return GoodputResult(gpus, nodes_of(values, gpus), job, point(present), point(best), curve)
 
 
-def warnings(result: Result) -> list[str]:
+def warnings(result: GoodputResult) -> list[str]:
     """Statements on inputs with which a job hardly advances."""
     job, lines = result.job, []
     if job.mtbf <= job.recovery.mean:
@@ -90,7 +90,7 @@ def warnings(result: Result) -> list[str]:
     return [f"{result.gpus:,} GPUs: {line}" for line in lines]
 
 
-def to_dict(values: Mapping[str, Value], results: Sequence[Result], notes: Sequence[str]) -> dict[str, Any]:
+def to_dict(values: Mapping[str, Value], results: Sequence[GoodputResult], notes: Sequence[str]) -> dict[str, Any]:
     """Return inputs, results and notes as plain values; times are in seconds unless their name says otherwise."""
     rows = []
     for result in results:
@@ -114,7 +114,7 @@ def to_dict(values: Mapping[str, Value], results: Sequence[Result], notes: Seque
     return {"inputs": inputs, "notes": list(notes), "results": rows}
 
 
-def render(values: Mapping[str, Value], results: Sequence[Result], notes: Sequence[str]) -> str:
+def render(values: Mapping[str, Value], results: Sequence[GoodputResult], notes: Sequence[str]) -> str:
     """Format inputs with their origin, a line per number of GPUs, and the curve of the last one as a plot."""
     lines = ["Inputs", *_inputs(values), *(f"  {note}" for note in notes), ""]
     lines += ["Expected effective-training-time ratio, and the loss at the best save interval", *_table(results), ""]
@@ -133,7 +133,7 @@ def _inputs(values: Mapping[str, Value]) -> list[str]:
     return [f"  {name:<{widths[0]}}  {number:>{widths[1]}}  {origin}" for name, number, origin in rows]
 
 
-def _table(results: Sequence[Result]) -> list[str]:
+def _table(results: Sequence[GoodputResult]) -> list[str]:
     rows: list[tuple[str, ...]] = [
         ("GPUs", "nodes", "failure", "now:", "", "best:", "", "", "", "", "", "Young", "Daly"),
         ("", "", "every", "steps", "ratio", "steps", "time", "ratio", "stalls", "lost", "recovery", "steps", "steps"),
@@ -153,7 +153,7 @@ def _table(results: Sequence[Result]) -> list[str]:
     return ["  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
 
 
-def _plot(result: Result) -> list[str]:
+def _plot(result: GoodputResult) -> list[str]:
     """Loss by save interval: a bar of s (stalls), l (lost steps) and r (recovery)."""
     worst = max(1.0 - point.shares.ratio for point in result.curve)
     lines = [f"Save interval on {result.gpus:,} GPUs: loss as s (stalls), l (lost steps), r (recovery)"]
@@ -168,7 +168,7 @@ def _plot(result: Result) -> list[str]:
     return lines
 
 
-def _advice(result: Result) -> str:
+def _advice(result: GoodputResult) -> str:
     now, best = result.present, result.best
     if best.shares.ratio < _NOTHING:
         return f"No save interval helps on {result.gpus:,} GPUs."

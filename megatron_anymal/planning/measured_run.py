@@ -11,7 +11,7 @@ from typing import Any, Optional
 
 from megatron_anymal.config import ConfigError
 from megatron_anymal.launcher.goodput import effective_time, step_seconds
-from megatron_anymal.launcher.root_cause import Failure, failures
+from megatron_anymal.launcher.root_cause import AttemptFailure, failures
 from megatron_anymal.planning.goodput_inputs import Value
 from megatron_anymal.resilience.events import EVENTS, read
 from megatron_anymal.resilience.exit_codes import Exit
@@ -214,17 +214,17 @@ def _add(run: MeasuredRun, name: str, seconds: Sequence[float], what: str) -> No
         run.values[name] = Value(mean, f"measured: mean of {_count(seconds, what)}")
 
 
-def _restarts(failure: Failure) -> bool:
+def _restarts(failure: AttemptFailure) -> bool:
     """Whether a failure is one after which a restart helps, not a mistake in a setting."""
     code = failure.first.get("exit_code")
     return code is None or code not in set(Exit) or Exit(code).restarts
 
 
-def _time(failure: Failure) -> float:
+def _time(failure: AttemptFailure) -> float:
     return min(float(event["time"]) for event in (failure.first, *failure.others))
 
 
-def _silence(failure: Failure) -> float:
+def _silence(failure: AttemptFailure) -> float:
     """Seconds that a hang lasted before it was recorded."""
     return float(failure.first.get("silent", 0.0))
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import math
 
-from megatron_anymal.planning.goodput import Job, shares
+from megatron_anymal.planning.goodput import FailingJob, shares
 
 # Points of the grid on which the search for the best interval begins.
 _GRID = 64
 
 
-def young(job: Job) -> float:
+def young(job: FailingJob) -> float:
     """Young's optimum: seconds of steps between saves to disk, to first order in stall / mtbf."""
     return math.sqrt(2.0 * job.stall * job.mtbf)
 
 
-def daly(job: Job) -> float:
+def daly(job: FailingJob) -> float:
     """Daly's optimum: seconds of steps between saves to disk, to higher order in stall / mtbf."""
     if job.stall >= 2.0 * job.mtbf:
         return job.mtbf
@@ -27,7 +27,7 @@ def daly(job: Job) -> float:
     return young(job) * (1.0 + math.sqrt(x) / 3.0 + x / 9.0) - job.stall
 
 
-def best_interval(job: Job) -> int:
+def best_interval(job: FailingJob) -> int:
     """Steps between saves that make the ratio largest; a multiple of `job.unit`.
 
     The ratio rises to a single maximum. It cannot lie beyond the mean time between restarts from the disk, at which

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
 from megatron_anymal.integrity.sentences import SentenceGate
-from megatron_anymal.serving.engine import Progress, Ticket
+from megatron_anymal.serving.engine import AnswerState, Ticket
 from megatron_anymal.serving.errors import RequestError
 from megatron_anymal.serving.requests import ChatRequest
 from megatron_anymal.serving.service import Service
@@ -95,7 +95,7 @@ class AnswerResponse(Response):
             await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": more})
 
         await event(self._chunk({"role": "assistant", "content": ""}))
-        written, progress = 0, Progress("", 0, "")
+        written, progress = 0, AnswerState("", 0, "")
         while not progress.finish and not (self._gate and self._gate.rejection):
             progress = await self._ticket.next()
             if progress.finish == "cancelled":
@@ -117,7 +117,7 @@ class AnswerResponse(Response):
             await event({**head, "choices": [], "usage": self._usage(progress)})
         await event("[DONE]", more=False)
 
-    async def _allowed(self, progress: Progress) -> str:
+    async def _allowed(self, progress: AnswerState) -> str:
         """The text that may be sent: without surrounding white space, as `anymal generate` prints it."""
         text = progress.text.strip()
         return await asyncio.to_thread(self._passed, self._gate, text, bool(progress.finish)) if self._gate else text
@@ -137,6 +137,6 @@ class AnswerResponse(Response):
         choice = {"index": 0, "delta": delta, "finish_reason": finish, "logprobs": None}
         return {**self._head("chat.completion.chunk"), "choices": [choice]}
 
-    def _usage(self, progress: Progress) -> dict[str, int]:
+    def _usage(self, progress: AnswerState) -> dict[str, int]:
         prompt, answer = len(self._ticket.running.prompt), progress.tokens
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}

@@ -22,7 +22,7 @@ _FIRST_PASS_TOKENS = 8192
 
 
 @dataclass(frozen=True)
-class Progress:
+class AnswerState:
     """The state of an answer."""
 
     # The part of the text that further tokens cannot change.
@@ -45,10 +45,10 @@ class Ticket:
         self.running, self.watched = running, watched
         self.cancelled = False
         # Set by the engine's thread, cleared by the client.
-        self._latest, self._unread = Progress("", 0, ""), False
+        self._latest, self._unread = AnswerState("", 0, ""), False
         self._loop, self._event = asyncio.get_running_loop(), asyncio.Event()
 
-    async def next(self) -> Progress:
+    async def next(self) -> AnswerState:
         """Wait for news of the answer."""
         await self._event.wait()
         self._event.clear()
@@ -63,7 +63,7 @@ class Ticket:
             finish = "length" if answer.cut_off else "stop"
         if not finish and (not self.watched or self._unread):
             return False
-        self._latest, self._unread = Progress(answer.settled, len(answer.tokens), finish), True
+        self._latest, self._unread = AnswerState(answer.settled, len(answer.tokens), finish), True
         return True
 
     def wake(self) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, Optional
 
-from megatron_anymal.synthesis.tasks import Task
+from megatron_anymal.synthesis.tasks import ConversationTask
 
 Pair = tuple[str, str]
 
@@ -30,7 +30,7 @@ class InvalidAnswer(ValueError):
     """An answer that cannot become a conversation; the message is the reason."""
 
 
-def response_format(task: Task) -> dict[str, Any]:
+def response_format(task: ConversationTask) -> dict[str, Any]:
     """The `response_format` of a request: a JSON schema, for servers that can enforce one."""
     pair = {
         "type": "object",
@@ -48,7 +48,7 @@ def response_format(task: Task) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "conversation", "strict": True, "schema": schema}}
 
 
-def parse_answer(text: str, task: Task) -> list[Pair]:
+def parse_answer(text: str, task: ConversationTask) -> list[Pair]:
     """Questions and answers from a reply: a JSON object, which may stand between other text.
 
     Raises:

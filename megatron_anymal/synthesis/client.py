@@ -30,7 +30,7 @@ class Refused(ValueError):
 
 
 @dataclass(frozen=True)
-class Reply:
+class ChatReply:
     """The answer to a request."""
 
     # Text of the answer.
@@ -94,7 +94,7 @@ class Client:
         # Requests that were answered.
         self.answered = 0
 
-    async def ask(self, messages: list[dict[str, str]], format: dict[str, Any]) -> Reply:
+    async def ask(self, messages: list[dict[str, str]], format: dict[str, Any]) -> ChatReply:
         """Send a request until it is answered.
 
         Raises:
@@ -122,7 +122,7 @@ class Client:
             return min(asked, _LONGEST_ASKED)
         return min(self._endpoint.backoff * 2**attempt, _LONGEST) * random.uniform(0.5, 1.0)
 
-    async def _once(self, messages: list[dict[str, str]], format: dict[str, Any]) -> Reply:
+    async def _once(self, messages: list[dict[str, str]], format: dict[str, Any]) -> ChatReply:
         """One request; a second one without `response_format` if the server refuses that."""
         if not self.json_mode:
             return await self._post(messages, None)
@@ -133,7 +133,7 @@ class Client:
             self.json_mode = False
             return reply
 
-    async def _post(self, messages: list[dict[str, str]], format: Optional[dict[str, Any]]) -> Reply:
+    async def _post(self, messages: list[dict[str, str]], format: Optional[dict[str, Any]]) -> ChatReply:
         endpoint = self._endpoint
         body: dict[str, Any] = {
             "model": endpoint.model,
@@ -191,7 +191,7 @@ def _retry_after(header: Optional[str]) -> Optional[float]:
         return None
 
 
-def _reply(response: httpx.Response) -> Reply:
+def _reply(response: httpx.Response) -> ChatReply:
     try:
         value = response.json()
         choice, usage = value["choices"][0], value.get("usage") or {}
@@ -201,4 +201,4 @@ def _reply(response: httpx.Response) -> Reply:
             raise TypeError
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         raise _Repeat("garbage instead of a completion") from None
-    return Reply(text, choice.get("finish_reason") == "length", *tokens)
+    return ChatReply(text, choice.get("finish_reason") == "length", *tokens)

@@ -17,13 +17,13 @@ from megatron_anymal.data.journal import Journal
 from megatron_anymal.data.records import DataError
 from megatron_anymal.synthesis.answers import InvalidAnswer, leak_of, normalised, parse_answer, response_format
 from megatron_anymal.synthesis.client import Client, Endpoint, Refused, ServerFailed
-from megatron_anymal.synthesis.sources import Source
-from megatron_anymal.synthesis.tasks import Task
+from megatron_anymal.synthesis.sources import SourceSample
+from megatron_anymal.synthesis.tasks import ConversationTask
 from megatron_anymal.telemetry import Progress
 
 
 @dataclass(frozen=True)
-class Result:
+class SynthesisResult:
     """What became of a manifest's samples.
 
     Attributes:
@@ -50,7 +50,12 @@ class Synthesis:
     """Asks a server for a conversation about every sample of a manifest."""
 
     def __init__(
-        self, sources: Sequence[Source], task: Task, endpoint: Endpoint, concurrency: int = 8, attempts: int = 2
+        self,
+        sources: Sequence[SourceSample],
+        task: ConversationTask,
+        endpoint: Endpoint,
+        concurrency: int = 8,
+        attempts: int = 2,
     ) -> None:
         """Prepare the requests.
 
@@ -83,7 +88,7 @@ class Synthesis:
             raise group.exceptions[0] from None
         progress.finish()
 
-    def result(self, base: Path, folder: Path) -> Result:
+    def result(self, base: Path, folder: Path) -> SynthesisResult:
         """The conversations so far, without duplicates, in the order of the manifest.
 
         Args:
@@ -107,7 +112,7 @@ class Synthesis:
             media = source.media_from(base, folder)
             lines.append({"key": f"{source.key}-{self._task.name}", "messages": _messages(row["pairs"], media)})
         tokens = [sum(row[name] for row in self._rows.values()) for name in ("prompt_tokens", "completion_tokens")]
-        return Result(lines, dropped, dict(self._failed), *tokens)
+        return SynthesisResult(lines, dropped, dict(self._failed), *tokens)
 
     def _resume(self, journal: Journal) -> None:
         endpoint = self._endpoint
@@ -131,7 +136,7 @@ class Synthesis:
             if row["key"] in fingerprints:
                 self._rows[row["key"]] = row
 
-    async def _ask_all(self, sources: Iterable[Source], journal: Journal, progress: Progress) -> None:
+    async def _ask_all(self, sources: Iterable[SourceSample], journal: Journal, progress: Progress) -> None:
         remaining = iter(sources)
         limits = httpx.Limits(max_connections=self._concurrency, max_keepalive_connections=self._concurrency)
         # Its own limit on time would restart with every byte.
@@ -140,7 +145,9 @@ class Synthesis:
             for _ in range(self._concurrency):
                 group.create_task(self._work(remaining, client, journal, progress))
 
-    async def _work(self, remaining: Iterable[Source], client: Client, journal: Journal, progress: Progress) -> None:
+    async def _work(
+        self, remaining: Iterable[SourceSample], client: Client, journal: Journal, progress: Progress
+    ) -> None:
         for source in remaining:
             answered = client.answered
             try:
@@ -157,7 +164,7 @@ class Synthesis:
                 self._rows[source.key] = row
             progress.advance()
 
-    async def _one(self, source: Source, client: Client) -> dict[str, Any]:
+    async def _one(self, source: SourceSample, client: Client) -> dict[str, Any]:
         """The row of a sample: its pairs, or the reason why it has none."""
         messages, pairs, reason, tokens = self._task.messages(source), None, "", [0, 0]
         for _ in range(self._attempts):
@@ -186,7 +193,7 @@ class Synthesis:
         }
 
 
-def _fingerprint(source: Source) -> str:
+def _fingerprint(source: SourceSample) -> str:
     return hashlib.sha256(json.dumps(asdict(source), sort_keys=True).encode()).hexdigest()[:16]
 
 

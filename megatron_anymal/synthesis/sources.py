@@ -23,7 +23,7 @@ class Box:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceSample:
     """A sample to be turned into a conversation."""
 
     # Its key.
@@ -47,7 +47,7 @@ class Source:
         return [{**entry, "media": os.path.relpath(base / entry["media"], folder)} for entry in self.media]
 
 
-def read_sources(path: str) -> list[Source]:
+def read_sources(path: str) -> list[SourceSample]:
     """Read a .jsonl manifest of media with captions.
 
     Captions are the texts that are learned, and the field `captions`; `objects` lists names, and `boxes` objects with
@@ -60,7 +60,7 @@ def read_sources(path: str) -> list[Source]:
     file = Path(path)
     if not file.is_file() or file.suffix != ".jsonl":
         raise DataError(f"--manifest {path!r} is not a .jsonl file that exists.")
-    sources: dict[str, Source] = {}
+    sources: dict[str, SourceSample] = {}
     for number, (where, value) in enumerate(read_lines(file), start=1):
         source = _source(value, number, where)
         if source.key in sources:
@@ -74,7 +74,7 @@ def read_sources(path: str) -> list[Source]:
     return list(sources.values())
 
 
-def _source(value: Mapping[str, Any], number: int, where: str) -> Source:
+def _source(value: Mapping[str, Any], number: int, where: str) -> SourceSample:
     if "media" in value:
         media = {k: v for k, v in value.items() if k not in ("key", "text", "captions", "objects", "boxes")}
         value = {**value, "parts": [media, {"text": value.get("text", "")}]}
@@ -89,7 +89,7 @@ def _source(value: Mapping[str, Any], number: int, where: str) -> Source:
     boxes = tuple(_box(entry, where) for entry in _list(value, "boxes", where))
     if not (captions or objects or boxes):
         raise DataError(f"{where}: it has no caption, `objects` or `boxes`, so nothing describes its media.")
-    return Source(str(value.get("key") or number), media_items, captions, objects, boxes)
+    return SourceSample(str(value.get("key") or number), media_items, captions, objects, boxes)
 
 
 def _list(value: Mapping[str, Any], name: str, where: str) -> Sequence[Any]:

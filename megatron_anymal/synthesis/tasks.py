@@ -11,13 +11,13 @@ from typing import Any
 import yaml
 
 from megatron_anymal.data.records import DataError
-from megatron_anymal.synthesis.sources import Source
+from megatron_anymal.synthesis.sources import SourceSample
 
 _FIELDS = {"about", "system", "user", "min_pairs", "max_pairs"}
 
 
 @dataclass(frozen=True)
-class Task:
+class ConversationTask:
     """A kind of conversation."""
 
     # Its name.
@@ -38,7 +38,7 @@ class Task:
         """Hash of everything that shapes the requests."""
         return hashlib.sha256(repr((self.system, self.user, self.min_pairs, self.max_pairs)).encode()).hexdigest()
 
-    def messages(self, source: Source) -> list[dict[str, str]]:
+    def messages(self, source: SourceSample) -> list[dict[str, str]]:
         """The messages of a request.
 
         Raises:
@@ -56,14 +56,14 @@ class Task:
         return [{"role": "system", "content": self.system.strip()}, {"role": "user", "content": text.strip()}]
 
 
-def shipped_tasks() -> dict[str, Task]:
+def shipped_tasks() -> dict[str, ConversationTask]:
     """The tasks of this package by name."""
     folder = files("megatron_anymal.synthesis").joinpath("tasks")
     paths = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     return {name[:-5]: _parse(folder.joinpath(name).read_text("utf-8"), name[:-5], name) for name in paths}
 
 
-def find_task(kind: str) -> Task:
+def find_task(kind: str) -> ConversationTask:
     """A shipped task by its name, or one from a .yaml file.
 
     Raises:
@@ -80,7 +80,7 @@ def find_task(kind: str) -> Task:
     return tasks[kind]
 
 
-def _parse(text: str, name: str, where: str) -> Task:
+def _parse(text: str, name: str, where: str) -> ConversationTask:
     try:
         value: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -92,4 +92,4 @@ def _parse(text: str, name: str, where: str) -> Task:
     least, most = value["min_pairs"], value["max_pairs"]
     if type(least) is not int or type(most) is not int or not 1 <= least <= most:
         raise DataError(f"{where}: min_pairs and max_pairs must be whole numbers, 1 <= min_pairs <= max_pairs.")
-    return Task(name, **value)
+    return ConversationTask(name, **value)

@@ -59,7 +59,7 @@ class Filled:
 
 
 @dataclass(frozen=True)
-class Span:
+class SampleSpan:
     """Consecutive samples of a folder."""
 
     # The folder.
@@ -105,9 +105,9 @@ def _folders(config: RunConfig) -> list[str]:
     return list(dict.fromkeys(dataset.path for dataset in datasets))
 
 
-def _spans(folder: str, samples: int) -> Iterator[Span]:
+def _spans(folder: str, samples: int) -> Iterator[SampleSpan]:
     for start in range(0, samples, _SAMPLES):
-        yield Span(folder, start, min(samples, start + _SAMPLES))
+        yield SampleSpan(folder, start, min(samples, start + _SAMPLES))
 
 
 class _Filler:
@@ -155,7 +155,7 @@ class _Filler:
                 size += pieces * self._caches[name].entry_bytes
         return size
 
-    def fill(self, span: Span) -> Filled:
+    def fill(self, span: SampleSpan) -> Filled:
         """Encode the media of some samples.
 
         Raises:
@@ -224,7 +224,7 @@ def _device(number: int) -> torch.device:
     return torch.device("cuda", number % torch.cuda.device_count())
 
 
-def _in_processes(config: RunConfig, spans: list[Span], processes: int) -> Iterator[tuple[Span, Filled]]:
+def _in_processes(config: RunConfig, spans: list[SampleSpan], processes: int) -> Iterator[tuple[SampleSpan, Filled]]:
     # A fork would copy the state of a GPU and locks of other threads.
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
@@ -255,6 +255,6 @@ def _start_process(config: RunConfig, numbers: multiprocessing.Queue[int]) -> No
     _filler = _Filler(config, _device(numbers.get()))
 
 
-def _fill(span: Span) -> Filled:
+def _fill(span: SampleSpan) -> Filled:
     assert _filler is not None
     return _filler.fill(span)

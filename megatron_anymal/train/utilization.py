@@ -19,7 +19,7 @@ from megatron_anymal.data.step_plan import StepPlan
 from megatron_anymal.model.memory.run_sizes import chunks_of_stages
 from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.model.operations.costs import ModelCosts, llama_costs, media_costs
-from megatron_anymal.model.operations.step import Amounts, Documents, Operations, step_operations
+from megatron_anymal.model.operations.step import Documents, Operations, StepAmounts, step_operations
 from megatron_anymal.train.build import TrainState
 
 # Names of the metrics; the last four only with a known peak.
@@ -184,7 +184,7 @@ def trainable_media(model: ModelConfig) -> frozenset[str]:
     return frozenset(names | (set(model.discrete) if model.discrete_rows != "none" else set()))
 
 
-def step_amounts(plan: StepPlan, trainable: frozenset[str], *, reference: bool) -> Amounts:
+def step_amounts(plan: StepPlan, trainable: frozenset[str], *, reference: bool) -> StepAmounts:
     """Return what a planned step computes on, over all replicas. Samples that cannot be read count as planned: they are
     computed, and left out of the loss.
 
@@ -207,7 +207,7 @@ def step_amounts(plan: StepPlan, trainable: frozenset[str], *, reference: bool) 
         columns = (plan.length, squares, plan.targets)
         return Documents(*(float(column[chosen].sum()) for column in columns))
 
-    return Amounts(
+    return StepAmounts(
         reached=of(kept & reached),
         other=of(kept & ~reached),
         pieces={name: float(count) for name, count in zip(media.names, pieces) if count},

@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 from te_emulation import MARKS, install
 
-from benchmarks.gpu.parts import Sizes, make_parts
+from benchmarks.gpu.parts import PartSizes, make_parts
 
 pytestmark = MARKS
 ENGINE, EAGER = "Transformer Engine", "eager torch"
@@ -25,7 +25,7 @@ def compare() -> dict[str, float]:
     install()
     # It numbers the CUDA device, which the CPU shim names.
     rmsnorm.canonicalize_device = lambda device: torch.device("cpu")
-    sizes = Sizes((5, 3), hidden=32, ffn=16, heads=4, key_value_heads=2, head_size=8, vocabulary=40)
+    sizes = PartSizes((5, 3), hidden=32, ffn=16, heads=4, key_value_heads=2, head_size=8, vocabulary=40)
     parts = make_parts(sizes, torch.device("cpu"), torch.float32)
     apart = {}
     for name in ("RMSNorm", "packed attention"):
@@ -49,7 +49,7 @@ def called() -> list[str]:
 
     cpu_shim.install()
     install()
-    sizes = Sizes((5, 3), hidden=32, ffn=16, heads=4, key_value_heads=2, head_size=8, vocabulary=40)
+    sizes = PartSizes((5, 3), hidden=32, ffn=16, heads=4, key_value_heads=2, head_size=8, vocabulary=40)
     parts = make_parts(sizes, torch.device("cpu"), torch.float32)
     assert type(parts["SwiGLU"].candidates[ENGINE]()).__name__ == "SwiGLU"
     found = []

@@ -208,6 +208,14 @@ def test_builders_take_the_section_they_read() -> None:
     assert set().union(*reasons.values()) == WHOLE_RUN.keys()
 
 
+def test_classes_have_names_of_their_own() -> None:
+    """One name for one thing: a reader who searches for a class finds one."""
+    folders = (PACKAGE, ROOT / "checkpoint_tools", ROOT / "examples", ROOT / "benchmarks")
+    trees = (ast.parse(path.read_text()) for folder in folders for path in folder.rglob("*.py"))
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert not [name for name, count in names.items() if count > 1]
+
+
 def test_test_files_have_names_of_their_own() -> None:
     """pytest imports them by their names: a second file of a name is an error, but only where both are collected."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))

@@ -15,7 +15,7 @@ FIRST, LAST = 300, 100
 
 
 @dataclass(frozen=True)
-class Entry:
+class TokenEntry:
     """A token, or the soft tokens of a media item."""
 
     # HTML.
@@ -41,13 +41,13 @@ def document(view: RunView, pack: ShownPack, sample: ShownSample, span: slice, a
         hidden = entries[FIRST:-LAST]
         tokens, targets = sum(e.tokens for e in hidden), sum(e.targets for e in hidden)
         gap = f"<span class=gap>{count(tokens)} tokens not shown, {count(targets)} of them targets</span>"
-        entries[FIRST:-LAST] = [Entry(gap, tokens, targets)]
+        entries[FIRST:-LAST] = [TokenEntry(gap, tokens, targets)]
     return f"<div class=tokens>{''.join(entry.shown for entry in entries)}</div>"
 
 
 def _entries(
     view: RunView, pack: ShownPack, sample: ShownSample, span: slice, anchor: str, first: int
-) -> Iterator[Entry]:
+) -> Iterator[TokenEntry]:
     ids = pack.micro_batch.tokens[0, span].tolist()
     # The mask at a position is about the next token.
     target = [False, *(value > 0 for value in pack.micro_batch.loss_mask[0, span].tolist()[:-1])]
@@ -66,7 +66,7 @@ def _entries(
             continue
         shown = token_text(view.tokenizer.hf.decode([ids[at]]))
         tag = "mark" if target[at] else "span"
-        yield Entry(f"<{tag}><sup>{first + at}</sup>{shown}<sub>{ids[at]}</sub></{tag}>", 1, int(target[at]))
+        yield TokenEntry(f"<{tag}><sup>{first + at}</sup>{shown}<sub>{ids[at]}</sub></{tag}>", 1, int(target[at]))
         at += 1
 
 
@@ -75,16 +75,16 @@ def _soft_tokens(view: RunView, sample: ShownSample) -> Sequence[int]:
     return [item.pieces * view.loaded[item.modality].soft_tokens_per_piece for item in media]
 
 
-def _codes(vocabulary: DiscreteVocabulary, ids: list[int], at: int, target: bool, first: int) -> Entry:
+def _codes(vocabulary: DiscreteVocabulary, ids: list[int], at: int, target: bool, first: int) -> TokenEntry:
     """An item of codes with its marks."""
     name = vocabulary.lookup(ids[at]).name
     stop = ids.index(vocabulary.end(name), at) + 1
     length, tag = stop - at, "mark" if target else "span"
     positions = f"<sup>{first + at}\u2013{first + stop - 1}</sup>"
-    return Entry(f"<{tag}>{positions}{text(name)}: {count(length - 2)} codes</{tag}>", length, length * target)
+    return TokenEntry(f"<{tag}>{positions}{text(name)}: {count(length - 2)} codes</{tag}>", length, length * target)
 
 
-def _media(sample: ShownSample, item: int, at: int, length: int, token: int, anchor: str) -> Entry:
+def _media(sample: ShownSample, item: int, at: int, length: int, token: int, anchor: str) -> TokenEntry:
     name = text(sample.media[item].planned.modality)
     link = f"<a href='#{anchor}-{item}'><sup>{at}\u2013{at + length - 1}</sup>"
-    return Entry(f"{link}{name} {item + 1}: {count(length)} soft tokens<sub>{token}</sub></a>", length, 0)
+    return TokenEntry(f"{link}{name} {item + 1}: {count(length)} soft tokens<sub>{token}</sub></a>", length, 0)

@@ -20,7 +20,7 @@ from megatron_anymal.data.sources.source_format import (
     chosen_captions,
     clean_key,
 )
-from megatron_anymal.data.tables import Row, read_table
+from megatron_anymal.data.tables import TableRow, read_table
 
 _ENDINGS = ("wav", "flac", "mp3", "ogg", "opus", "m4a", "aac", "webm", "mka", "mp4")
 # Length of a clip of AudioSet and AudioCaps in seconds.
@@ -50,7 +50,7 @@ class AudioCapsSource(FileSource):
             else:
                 yield Record(row.where, row.number, value, key, row.cells)
 
-    def _sound(self, row: Row) -> str:
+    def _sound(self, row: TableRow) -> str:
         """Path of a row's sound, relative to the folder of the sounds."""
         names = _names(row.cells)
         for name in names:

@@ -25,8 +25,8 @@ from megatron_anymal.config.validation import check
 from megatron_anymal.launcher.preflight import node_checks as checks
 from megatron_anymal.launcher.preflight import table
 from megatron_anymal.launcher.preflight.network_checks import Reports, Traffic, Unreachable, all_reduce
-from megatron_anymal.launcher.preflight.node_checks import Problem
-from megatron_anymal.launcher.preflight.table import Row
+from megatron_anymal.launcher.preflight.node_checks import NodeProblem
+from megatron_anymal.launcher.preflight.table import NodeRow
 from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.resilience.exit_codes import Exit
 
@@ -185,13 +185,13 @@ class Preflight:
         """Report of this process: its GPU and, for one process per node, the node."""
         position, config, seconds = self.position, self.config, self._left(1 / 3)
         row: dict[str, Any] = {"node": position.name, "leads": position.leads, "disk": -1, "gpu": -1}
-        problems: list[Problem] = []
+        problems: list[NodeProblem] = []
 
-        def look_at_card() -> list[Problem]:
+        def look_at_card() -> list[NodeProblem]:
             row["gpu"], gpu_problems = checks.gpu(position.local_rank)
             return gpu_problems
 
-        def look_at_disk() -> list[Problem]:
+        def look_at_disk() -> list[NodeProblem]:
             row["disk"], disk_problems = checks.disk(config.run_dir, needed)
             return disk_problems
 
@@ -207,13 +207,13 @@ class Preflight:
             problems += size_problems + checks.within(seconds, "disk", look_at_disk)
         return {**row, "problems": [vars(problem) for problem in problems]}
 
-    def _needed(self, seconds: float) -> tuple[int, list[Problem]]:
+    def _needed(self, seconds: float) -> tuple[int, list[NodeProblem]]:
         """Bytes the run's checkpoints will still need; only computed on the first process, since there is one disk."""
         from megatron_anymal.dry_run.checkpoint_size import bytes_needed
 
         counted: list[int] = []
 
-        def count() -> list[Problem]:
+        def count() -> list[NodeProblem]:
             counted.append(bytes_needed(self.config))
             return []
 
@@ -270,39 +270,41 @@ class Preflight:
             self.lock.release()
         return code
 
-    def _rows(self) -> dict[str, Row]:
+    def _rows(self) -> dict[str, NodeRow]:
         """Reports by node, including nodes that did not report."""
-        rows: dict[str, Row] = {}
+        rows: dict[str, NodeRow] = {}
         for rank in range(self.position.world):
             report = self.arrived.get(rank)
             number = rank // self.position.per_node
             name = report["node"] if report else self.names[number] if self.names else f"node {number}"
-            row = rows.setdefault(name, Row(name))
+            row = rows.setdefault(name, NodeRow(name))
             if report is None:
                 text = f"process {rank} did not report within {self.seconds:g} s"
-                row.problems.append(Problem("network", text, "check that the node is up and can reach the first one"))
+                row.problems.append(
+                    NodeProblem("network", text, "check that the node is up and can reach the first one")
+                )
                 continue
             row.processes += 1
             row.disk = max(row.disk, report["disk"])
             row.gpu = report["gpu"] if row.gpu < 0 else min(row.gpu, report["gpu"])
-            row.problems += [Problem(**problem) for problem in report["problems"]]
+            row.problems += [NodeProblem(**problem) for problem in report["problems"]]
         return rows
 
-    def _add(self, what: str, ranks: Sequence[int], rows: dict[str, Row]) -> None:
+    def _add(self, what: str, ranks: Sequence[int], rows: dict[str, NodeRow]) -> None:
         reported = self.reports.heard(what, ranks, time.monotonic() + self._left(1))
         for rank, problems in reported.items():
             row = rows[self.arrived[rank]["node"]]
             known = {problem.check for problem in row.problems}
-            row.problems += [Problem(**one) for one in problems if one["check"] not in known]
+            row.problems += [NodeProblem(**one) for one in problems if one["check"] not in known]
 
-    def _add_traffic(self, traffic: Traffic, rows: dict[str, Row]) -> None:
+    def _add_traffic(self, traffic: Traffic, rows: dict[str, NodeRow]) -> None:
         reported = self.reports.heard("traffic", self.arrived, time.monotonic() + self._left(1))
         fix = "check the network of that node (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME)"
         for rank, report in self.arrived.items():
             problem = reported.get(rank, "it did not return from the all-reduce")
             row = rows[report["node"]]
             if problem and all(known.check != "network" for known in row.problems):
-                row.problems.append(Problem("network", problem, fix))
+                row.problems.append(NodeProblem("network", problem, fix))
         if traffic.offsets:
             first = {
                 report["node"]: traffic.offsets[rank] for rank, report in sorted(self.arrived.items(), reverse=True)

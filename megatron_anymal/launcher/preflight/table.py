@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Optional
 
 from megatron_anymal.launcher.preflight.network_checks import Traffic
-from megatron_anymal.launcher.preflight.node_checks import Problem
+from megatron_anymal.launcher.preflight.node_checks import NodeProblem
 
 
 @dataclass
-class Row:
+class NodeRow:
     """Table row of a node.
 
     Attributes:
@@ -28,10 +28,10 @@ class Row:
     disk: int = -1
     gpu: int = -1
     clock: Optional[float] = None
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[NodeProblem] = field(default_factory=list)
 
 
-def format_table(rows: Sequence[Row], traffic: Optional[Traffic], world: int, seconds: float) -> str:
+def format_table(rows: Sequence[NodeRow], traffic: Optional[Traffic], world: int, seconds: float) -> str:
     """Format the table, the problems and the verdict."""
     cells = [("node", "processes", "disk free", "GPU free", "clock", "state"), *(_cells(row) for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
@@ -43,7 +43,7 @@ def format_table(rows: Sequence[Row], traffic: Optional[Traffic], world: int, se
     return "\n".join([*lines, f"preflight: {verdict} ({seconds:.1f} s)"])
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: NodeRow) -> tuple[str, ...]:
     return (
         row.node,
         str(row.processes),

@@ -24,7 +24,7 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Amounts:
+class StepAmounts:
     """What a step computes on, over all replicas.
 
     Attributes:
@@ -82,7 +82,7 @@ class Operations:
         return Operations(*(a + times * b for a, b in zip(astuple(self), astuple(other))))
 
 
-def step_operations(costs: ModelCosts, amounts: Amounts) -> Operations:
+def step_operations(costs: ModelCosts, amounts: StepAmounts) -> Operations:
     """Return the operations of a step."""
     total = Operations()
     for llama, documents in ((costs.reached, amounts.reached), (costs.other, amounts.other)):

@@ -14,7 +14,7 @@ from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.config.parsing import from_dict
 from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.prediction import predict
-from megatron_anymal.planning.layouts.report import Row, mfu_of, row_of
+from megatron_anymal.planning.layouts.report import LayoutRow, mfu_of, row_of
 from megatron_anymal.planning.layouts.step_time import StepTime
 from megatron_anymal.processes.process_memory import GIB
 
@@ -55,7 +55,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredMedians:
     """Medians over a run's log lines.
 
     Attributes:
@@ -79,7 +79,7 @@ def predicted_terms(step: StepTime) -> Terms:
     return Terms(forward, backward, gradients, step.update, idle)
 
 
-def measured_terms(run_dir: Path) -> Measured:
+def measured_terms(run_dir: Path) -> MeasuredMedians:
     """Read the terms of a run from its metrics.jsonl; the first line, with its warm-up, is left out if there are more.
 
     Raises:
@@ -105,7 +105,7 @@ def measured_terms(run_dir: Path) -> Measured:
         float(statistics.median(row["data_wait_share"] * row["step_seconds"] for row in kept)),
     )
     rate = 1e12 * statistics.median(row.get("tflops_per_gpu", 0.0) for row in kept)
-    return Measured(terms, max(row["device_memory_gib"] for row in kept) * GIB, len(kept), rate)
+    return MeasuredMedians(terms, max(row["device_memory_gib"] for row in kept) * GIB, len(kept), rate)
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ def _memory(predicted: float, measured: float) -> str:
     return f"memory: {predicted / 1e9:.2f} GB predicted, {measured / 1e9:.2f} GB measured ({off:+.1%})"
 
 
-def _operations(predicted: Row, gpu: Hardware, measured: float) -> list[str]:
+def _operations(predicted: LayoutRow, gpu: Hardware, measured: float) -> list[str]:
     if not measured:
         return []
     peak = gpu.peak(predicted.number_format)

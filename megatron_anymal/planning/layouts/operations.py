@@ -10,7 +10,7 @@ from megatron_anymal.config import ModalityConfig, ModelConfig
 from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.model.operations import costs, step
 from megatron_anymal.model.operations.costs import MediaCosts, ModelCosts, llama_costs
-from megatron_anymal.model.operations.step import Amounts, Documents
+from megatron_anymal.model.operations.step import Documents, StepAmounts
 from megatron_anymal.planning.layouts.workload import Workload
 
 
@@ -34,7 +34,7 @@ def step_operations(
     trains = any(not (section.encoder.freeze and section.projector.freeze) for section, _ in encoders)
     llama = llama_costs(model, hf, reached=trains)
     every = Documents(work.tokens, work.squares, work.labels)
-    amounts = Amounts(every, Documents(), work.pieces)
+    amounts = StepAmounts(every, Documents(), work.pieces)
     return step.step_operations(ModelCosts(llama, llama, media), amounts).needed
 
 

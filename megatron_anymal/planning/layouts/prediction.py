@@ -8,12 +8,12 @@ from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.hardware import Hardware
 from megatron_anymal.planning.layouts.problem import build_problem
 from megatron_anymal.planning.layouts.report import mfu_of, row_of
-from megatron_anymal.planning.layouts.search import Candidate, Problem
+from megatron_anymal.planning.layouts.search import Candidate, LayoutProblem
 from megatron_anymal.planning.layouts.step_time import step_time
 from megatron_anymal.telemetry import duration
 
 
-def predict(config: RunConfig, gpu: Hardware) -> tuple[Problem, Candidate]:
+def predict(config: RunConfig, gpu: Hardware) -> tuple[LayoutProblem, Candidate]:
     """Predict a step of a configured run, whether it fits or not.
 
     Args:

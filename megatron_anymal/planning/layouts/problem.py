@@ -22,7 +22,7 @@ from megatron_anymal.model.llama_shape import read_llama_config
 from megatron_anymal.model.memory.media import EncoderSizes
 from megatron_anymal.model.memory.recompute import MARGIN, planned_attention
 from megatron_anymal.planning.layouts.hardware import Hardware
-from megatron_anymal.planning.layouts.search import Problem
+from megatron_anymal.planning.layouts.search import LayoutProblem
 from megatron_anymal.planning.layouts.workload import Workload, assumed_workload, measured_workload
 
 _GB = 1e9
@@ -30,7 +30,7 @@ _GB = 1e9
 
 def build_problem(
     config: RunConfig, gpu: Hardware, data: Sequence[str], sample_tokens: int = 0, label_share: float = 0.0
-) -> tuple[Problem, list[str]]:
+) -> tuple[LayoutProblem, list[str]]:
     """Read the shapes of the models and the lengths of the data. Imports torch if an encoder has to be measured.
 
     Args:
@@ -62,7 +62,7 @@ def build_problem(
         notes += stage_lines(config.data.train, config.data.schedule, config.trainer.max_steps)
     if config.trainer.sampled_answers:
         notes.append("trainer.sampled_answers rules out context parallelism and virtual pipelines: 0 includes them")
-    return Problem(trial, hf, gpu, work, encoders, int(memory * _GB)), notes
+    return LayoutProblem(trial, hf, gpu, work, encoders, int(memory * _GB)), notes
 
 
 def _llama(section: LanguageModelConfig) -> LlamaConfig:

@@ -11,7 +11,7 @@ from megatron_anymal.model.memory.rank_memory import Held
 from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.operations import step_operations
-from megatron_anymal.planning.layouts.search import Candidate, Miss, Problem, SearchResult
+from megatron_anymal.planning.layouts.search import Candidate, LayoutProblem, Miss, SearchResult
 from megatron_anymal.telemetry import duration
 
 _GB = 1e9
@@ -19,7 +19,7 @@ _KINDS = ("weights", "gradients", "optimizer", "activations", "working")
 
 
 @dataclass(frozen=True)
-class Row:
+class LayoutRow:
     """One layout's figures.
 
     Attributes:
@@ -55,14 +55,14 @@ class Row:
     gpu_hours: float
 
 
-def row_of(problem: Problem, candidate: Candidate) -> Row:
+def row_of(problem: LayoutProblem, candidate: Candidate) -> LayoutRow:
     """Compute a layout's figures."""
     config, step = problem.config, candidate.step
     number_format = candidate.inputs.number_format
     needed = step_operations(config.model, problem.hf, problem.work, problem.encoders)
     most = candidate.choice.held[candidate.choice.worst].total
     hours = config.trainer.max_steps * step.seconds / 3600
-    return Row(
+    return LayoutRow(
         layout=candidate.layout,
         recompute=candidate.choice.recompute,
         replicas=config.world_size // candidate.layout.applied(config.model).model_parallel_size,
@@ -80,7 +80,7 @@ def row_of(problem: Problem, candidate: Candidate) -> Row:
     )
 
 
-def render(problem: Problem, result: SearchResult, notes: Sequence[str]) -> str:
+def render(problem: LayoutProblem, result: SearchResult, notes: Sequence[str]) -> str:
     """Format the answer: assumptions, the best layouts, and why faster ones do not fit."""
     config, gpu = problem.config, problem.gpu
     rows = [row_of(problem, candidate) for candidate in result.ranked]
@@ -100,12 +100,12 @@ def render(problem: Problem, result: SearchResult, notes: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def mfu_of(row: Row) -> str:
+def mfu_of(row: LayoutRow) -> str:
     """Format the share of the peak, naming the peak if it is not that of bf16."""
     return f"{row.mfu:.1%}" + ("" if row.number_format == "bf16" else f" of {row.number_format}")
 
 
-def to_dict(problem: Problem, result: SearchResult, notes: Sequence[str]) -> dict[str, Any]:
+def to_dict(problem: LayoutProblem, result: SearchResult, notes: Sequence[str]) -> dict[str, Any]:
     """Return the answer as plain values."""
     rows = []
     for candidate in result.ranked:
@@ -130,7 +130,7 @@ def to_dict(problem: Problem, result: SearchResult, notes: Sequence[str]) -> dic
     }
 
 
-def nothing_fits(problem: Problem, result: SearchResult) -> ConfigError:
+def nothing_fits(problem: LayoutProblem, result: SearchResult) -> ConfigError:
     """Return the error for a run of which no layout fits: the nearest miss, and what would make it fit."""
     nearest = min(result.misses, key=lambda miss: miss.held.total)
     held, lacking = nearest.held, nearest.held.total - problem.memory
@@ -154,7 +154,7 @@ def _parts(held: Held) -> str:
     return ", ".join(f"{kind} {getattr(held, kind) / _GB:.1f}" for kind in _KINDS)
 
 
-def _table(rows: Sequence[Row]) -> list[str]:
+def _table(rows: Sequence[LayoutRow]) -> list[str]:
     titles = ("layout", "recompute", "replicas", "packs", "step", "tokens/s", "MFU", "bubble", "exposed", "memory")
     cells = [(*titles, "free", "time", "GPU hours")]
     for row in rows:

@@ -87,7 +87,7 @@ class SearchResult:
     simulated: int = 0
 
 
-class Problem:
+class LayoutProblem:
     """A run on given hardware, for which layouts are compared."""
 
     def __init__(
@@ -201,7 +201,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _SizeGroup:
     """What the lower bounds of layouts with the same parallel sizes share: times without recomputation."""
 
     layer: PassTime
@@ -241,7 +241,7 @@ def _layers(layout: Layout, layers: int) -> tuple[int, int, int]:
     return first or even, even, last or even
 
 
-def search(problem: Problem, layouts: Sequence[Layout], wanted: int = 10, misses: int = 5) -> SearchResult:
+def search(problem: LayoutProblem, layouts: Sequence[Layout], wanted: int = 10, misses: int = 5) -> SearchResult:
     """Find the fastest layouts that fit.
 
     Args:
@@ -249,7 +249,7 @@ def search(problem: Problem, layouts: Sequence[Layout], wanted: int = 10, misses
         misses: number of layouts that do not fit to name.
     """
     result = SearchResult(allowed=len(layouts))
-    groups: dict[tuple[object, ...], _Group] = {}
+    groups: dict[tuple[object, ...], _SizeGroup] = {}
     queue = []
     for number, layout in enumerate(layouts):
         key = _sizes_of(layout)
@@ -285,11 +285,11 @@ def _sizes_of(layout: Layout) -> tuple[object, ...]:
     return (*layout[:5], *layout[7:])
 
 
-def _group(problem: Problem, layout: Layout) -> _Group:
+def _group(problem: LayoutProblem, layout: Layout) -> _SizeGroup:
     inputs = problem.inputs(layout)
     llama, layers = inputs.sizes.llama, problem.hf.num_hidden_layers
     times = [layer_of(inputs, layer).whole for layer in llama.alike(range(layers))]
-    return _Group(
+    return _SizeGroup(
         layer=min(times, key=lambda time: sum(time)),
         first=first_chunk_extra(inputs),
         last=last_chunk_extra(inputs),

@@ -12,7 +12,7 @@ _FEWER = 3
 
 
 @dataclass(frozen=True)
-class Span:
+class TimelineSpan:
     """Something that a stage does, for the timeline."""
 
     # forward, backward or exchange.
@@ -41,7 +41,7 @@ class PipelineTime:
     ends: tuple[float, ...]
     busy: tuple[float, ...]
     exchanging: tuple[float, ...]
-    spans: tuple[tuple[Span, ...], ...] = ()
+    spans: tuple[tuple[TimelineSpan, ...], ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -111,7 +111,7 @@ def _extended(longer: PipelineTime, longest: PipelineTime, groups: float) -> Pip
 
 
 @dataclass
-class _Stream:
+class _MessageStream:
     """The messages from one stage to a neighbour, in order: when each was offered, awaited and delivered."""
 
     sent: list[float] = field(default_factory=list)
@@ -127,7 +127,7 @@ class _Stream:
 
 
 # A message: its stream, and its number there.
-_Message = tuple[_Stream, int]
+_Message = tuple[_MessageStream, int]
 
 
 @dataclass
@@ -136,10 +136,10 @@ class _Stage:
 
     events: Sequence[Event]
     # Streams of activations to the next and from the previous stage, of gradients to the previous and from the next.
-    out: _Stream
-    into: _Stream
-    back_out: _Stream
-    back_into: _Stream
+    out: _MessageStream
+    into: _MessageStream
+    back_out: _MessageStream
+    back_into: _MessageStream
     at: int = 0
     clock: float = 0.0
     busy: float = 0.0
@@ -149,7 +149,7 @@ class _Stage:
     # Messages received in the background that no pass has waited for yet, and the last ones sent.
     arriving: dict[str, list[_Message]] = field(default_factory=lambda: {"forward": [], "backward": []})
     leaving: dict[str, _Message] = field(default_factory=dict)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[TimelineSpan] = field(default_factory=list)
 
 
 class _Simulation:
@@ -165,7 +165,7 @@ class _Simulation:
     ) -> None:
         stages, chunks = len(passes), len(passes[0])
         self.passes, self.message, self.timeline = passes, message, timeline
-        forward, back = [_Stream() for _ in passes], [_Stream() for _ in passes]
+        forward, back = [_MessageStream() for _ in passes], [_MessageStream() for _ in passes]
         self.stages = [
             _Stage(
                 events_of_stage(stage, stages, chunks, micro_batches, overlap),
@@ -274,4 +274,4 @@ class _Simulation:
 
     def _note(self, stage: _Stage, event: Event, start: float) -> None:
         if self.timeline and stage.clock > start:
-            stage.spans.append(Span(event.kind, event.chunk, event.micro_batch, start, stage.clock))
+            stage.spans.append(TimelineSpan(event.kind, event.chunk, event.micro_batch, start, stage.clock))

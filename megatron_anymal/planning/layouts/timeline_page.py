@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from megatron_anymal.model.memory.rank_memory import kept_by_chunk
 from megatron_anymal.planning.layouts.report import mfu_of, row_of
-from megatron_anymal.planning.layouts.search import Candidate, Problem
-from megatron_anymal.planning.layouts.simulation import Span
+from megatron_anymal.planning.layouts.search import Candidate, LayoutProblem
+from megatron_anymal.planning.layouts.simulation import TimelineSpan
 from megatron_anymal.planning.layouts.step_time import StepTime, step_time
 
 # Passes of a stage that stay distinguishable; a longer step is cut to fewer micro-batches, at least two per stage.
@@ -44,7 +44,7 @@ _KEYS = {
 }
 
 
-def timeline_page(problem: Problem, candidates: Sequence[Candidate]) -> str:
+def timeline_page(problem: LayoutProblem, candidates: Sequence[Candidate]) -> str:
     """Return the page for the given layouts, side by side."""
     keys = "".join(f'<span class="key" style="background: var(--{name})"></span>{text}' for name, text in _KEYS.items())
     title = f"{problem.config.world_size:,} x {problem.gpu.name}"
@@ -60,7 +60,7 @@ def timeline_page(problem: Problem, candidates: Sequence[Candidate]) -> str:
     )
 
 
-def _section(problem: Problem, candidate: Candidate, number: int, step: StepTime, longest: float) -> str:
+def _section(problem: LayoutProblem, candidate: Candidate, number: int, step: StepTime, longest: float) -> str:
     row = row_of(problem, candidate)
     facts = {
         "step": f"{row.seconds:.3g} s",
@@ -109,13 +109,13 @@ def _timeline(step: StepTime, scale: float) -> str:
     return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="timeline">{"".join(marks)}</svg>'
 
 
-def _name(span: Span) -> str:
+def _name(span: TimelineSpan) -> str:
     if span.kind == "exchange":
         return f"messages {1000 * (span.end - span.start):.3g} ms"
     return f"{span.kind} of micro-batch {span.micro_batch}, chunk {span.chunk}: {1000 * (span.end - span.start):.3g} ms"
 
 
-def _number(span: Span, top: float, scale: float) -> str:
+def _number(span: TimelineSpan, top: float, scale: float) -> str:
     """The micro-batch's number in its pass."""
     if span.kind == "exchange" or (span.end - span.start) * scale < _NUMBERED:
         return ""
@@ -141,7 +141,7 @@ def _axis(top: float, scale: float) -> str:
     return f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH}" y1="{top}" y2="{top}"/>{ticks}'
 
 
-def _memory(problem: Problem, candidate: Candidate, step: StepTime, scale: float) -> str:
+def _memory(problem: LayoutProblem, candidate: Candidate, step: StepTime, scale: float) -> str:
     """Stored state and held activations of a rank of each stage over the step, below the limit."""
     height = _PLOT + 30
     unit = (_PLOT - 12) / problem.memory

@@ -23,7 +23,7 @@ from tiny import make_config
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from megatron_anymal.checkpoint import safe_loading
-from megatron_anymal.checkpoint.metadata import ALLOWED, ITEM_BYTES, Contents, read_metadata
+from megatron_anymal.checkpoint.metadata import ALLOWED, ITEM_BYTES, CheckpointContents, read_metadata
 from megatron_anymal.checkpoint.safe_loading import check_pickles
 from megatron_anymal.checkpoint.store import CheckpointError
 from megatron_anymal.checkpoint.tensor_stream import StreamReader, StreamWriter, write_index
@@ -175,7 +175,7 @@ def test_the_list_is_what_checkpoints_consist_of(tmp_path: Path) -> None:
     assert needed - dtypes == ALLOWED.keys()
 
 
-def assert_same(found: Contents, expected: Metadata) -> None:
+def assert_same(found: CheckpointContents, expected: Metadata) -> None:
     """Check what was read without torch's classes against what they hold."""
     assert found.tensors.keys() | found.objects.keys() == expected.state_dict_metadata.keys()
     for name, stored in found.tensors.items():

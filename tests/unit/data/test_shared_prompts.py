@@ -19,7 +19,7 @@ from megatron_anymal.checkpoint.compatibility import _is_harmless
 from megatron_anymal.config import ConfigError, RunConfig
 from megatron_anymal.data.context_parallel import held_tokens, padded
 from megatron_anymal.data.micro_batch import MicroBatch
-from megatron_anymal.data.records import DataError, PlannedMicroBatch, PlannedSample, Prompt
+from megatron_anymal.data.records import DataError, PackedPrompt, PlannedMicroBatch, PlannedSample
 from megatron_anymal.data.shared_prompts import introduction, shares_prompts, token_lengths, token_positions
 from megatron_anymal.planning.layouts.workload import measured_workload
 from megatron_anymal.train.build import DataSource
@@ -265,5 +265,5 @@ def test_noise_scales_by_the_length_of_the_whole_document() -> None:
 
 
 def test_positions_go_on_from_the_prompt() -> None:
-    positions = token_positions((4, 2, 3, 2), {1: Prompt(0, 3), 2: Prompt(0, 3)})
+    positions = token_positions((4, 2, 3, 2), {1: PackedPrompt(0, 3), 2: PackedPrompt(0, 3)})
     assert positions.tolist() == [0, 1, 2, 3, 3, 4, 3, 4, 5, 0, 1]

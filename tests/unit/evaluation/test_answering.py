@@ -8,12 +8,15 @@ import pytest
 
 from megatron_anymal.data.records import DataError
 from megatron_anymal.evaluation.answering import batches_of
-from megatron_anymal.evaluation.journal import AnswerRow, Journal
+from megatron_anymal.evaluation.journal import AnswerJournal, AnswerRow
 from megatron_anymal.evaluation.samples import TaskSample
 
 
 def test_lines_that_were_cut_off(tmp_path: Path) -> None:
-    journal, rows = Journal(tmp_path / "task"), [AnswerRow(str(n), f"text\n{n} \u2028", (0.5, -n)) for n in range(4)]
+    journal, rows = (
+        AnswerJournal(tmp_path / "task"),
+        [AnswerRow(str(n), f"text\n{n} \u2028", (0.5, -n)) for n in range(4)],
+    )
     journal.append(0, rows[:2])
     journal.close()
     path = tmp_path / "task" / "answers.0.jsonl"
@@ -30,7 +33,7 @@ def test_lines_that_were_cut_off(tmp_path: Path) -> None:
 
 
 def test_other_settings(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
+    journal = AnswerJournal(tmp_path)
     journal.check_settings({"model": "a"}, write=False)
     assert not list(tmp_path.iterdir())
     journal.check_settings({"model": "a"}, write=True)

@@ -16,7 +16,7 @@ from ranks import run_ranks
 from megatron_anymal.data.prompt_encoder import MediaFile
 from megatron_anymal.data.records import DataError, TextPart
 from megatron_anymal.evaluation.answering import Asking, answer_samples
-from megatron_anymal.evaluation.journal import Journal
+from megatron_anymal.evaluation.journal import AnswerJournal
 from megatron_anymal.evaluation.media_cells import MediaItem
 from megatron_anymal.evaluation.samples import TaskSample
 from megatron_anymal.generation.answers import Reply
@@ -220,7 +220,7 @@ def test_media_that_cannot_be_read_lose_no_answers(tmp_path: Path) -> None:
 
     there = MediaFile(b"", "png")
     samples = [sample(n, missing if n == 5 else lambda: there) for n in range(6)]
-    generator, journal = Echo(), Journal(tmp_path)
+    generator, journal = Echo(), AnswerJournal(tmp_path)
     with pytest.raises(DataError, match="vqa: samples '4' to '5': it is not there"):
         answer_samples(lambda: generator, samples, Asking("vqa", Sampling(), 2, likelihood=False), journal)
     assert sorted(journal.read()) == ["0", "1", "2", "3"]

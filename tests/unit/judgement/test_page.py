@@ -16,7 +16,7 @@ from server_thread import in_thread
 
 from megatron_anymal.data.journal import Journal, read_journal
 from megatron_anymal.judgement.comparison import Comparison
-from megatron_anymal.judgement.items import Item
+from megatron_anymal.judgement.items import JudgedItem
 from megatron_anymal.judgement.server import JudgementServer
 
 HOSTILE = "</p><script>document.title='x'</script><img src=x onerror=\"document.title='x'\">"
@@ -26,7 +26,7 @@ SHOTS = os.environ.get("SCREENSHOTS")
 
 
 @contextmanager
-def serving(items: list[Item], folder: Path) -> Iterator[JudgementServer]:
+def serving(items: list[JudgedItem], folder: Path) -> Iterator[JudgementServer]:
     """A server in this process; its journal is folder/judgements.jsonl."""
     journal = Journal(folder / "judgements.jsonl")
     try:
@@ -36,7 +36,7 @@ def serving(items: list[Item], folder: Path) -> Iterator[JudgementServer]:
         journal.close()
 
 
-def answers_of(item: Item) -> dict[str, str]:
+def answers_of(item: JudgedItem) -> dict[str, str]:
     return {item.a: "a", item.b: "b"}
 
 
@@ -121,7 +121,7 @@ def test_the_page_outlives_its_server(tmp_path: Path) -> None:
 
 
 def test_hostile_answers_are_text(tmp_path: Path) -> None:
-    items = [Item(item.question, HOSTILE, f"{HOSTILE} 2") for item in make_items(tmp_path / "source", 1)]
+    items = [JudgedItem(item.question, HOSTILE, f"{HOSTILE} 2") for item in make_items(tmp_path / "source", 1)]
     with serving(items, tmp_path) as server, browser.tab(tmp_path) as tab:
         tab.open(f"{server.url}?annotator=ann")
         tab.wait("!document.getElementById('judge').hidden")
@@ -144,7 +144,7 @@ def test_it_fits_the_screen(tmp_path: Path, width: int, dark: bool) -> None:
     items = make_items(tmp_path / "source", 3)
     picture(tmp_path / "source" / "0.png")
     long = "The mountains in front of a clear sky suggest an early morning in summer. " * 6
-    items[0] = Item(items[0].question, long, "A" * 300)
+    items[0] = JudgedItem(items[0].question, long, "A" * 300)
     with serving(items, tmp_path) as server, browser.tab(tmp_path) as tab:
         tab.open(f"{server.url}?annotator=ann", width, 900, dark=dark)
         for number, shown in enumerate(("img", "audio", "svg")):

@@ -24,7 +24,7 @@ from megatron_anymal.config import RunConfig
 from megatron_anymal.dry_run import checkpoint_size
 from megatron_anymal.launcher.preflight import command, network_checks, node_checks
 from megatron_anymal.launcher.preflight.command import JobPosition, Preflight
-from megatron_anymal.launcher.preflight.node_checks import Problem
+from megatron_anymal.launcher.preflight.node_checks import NodeProblem
 from megatron_anymal.resilience.exit_codes import Exit
 
 GB = 10**9
@@ -191,11 +191,11 @@ def test_nobody_to_report_to(config: RunConfig) -> None:
 
 
 def test_what_hangs_and_what_fails() -> None:
-    def late() -> list[Problem]:
+    def late() -> list[NodeProblem]:
         time.sleep(30)
         return []
 
-    def fails() -> list[Problem]:
+    def fails() -> list[NodeProblem]:
         raise OSError(5, "Input/output error")
 
     (problem,) = node_checks.within(0.1, "run folder", late)

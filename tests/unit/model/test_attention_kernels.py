@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_anymal.data.context_parallel import held_tokens
-from megatron_anymal.data.records import DataError, Prompt
+from megatron_anymal.data.records import DataError, PackedPrompt
 from megatron_anymal.data.shared_prompts import NO_PROMPTS
 from megatron_anymal.model import attention_kernels
 from megatron_anymal.model.attention_kernels import PackedDocuments
@@ -24,10 +24,13 @@ PACKS = [[8], [16, 8, 40], [64, 8, 8, 24], [8] * 7]
 
 
 # Lengths of spans, and which of them continue a prompt; with context parallelism prompts are padded.
-PAIRS: list[tuple[list[int], dict[int, Prompt]]] = [
-    ([24, 8, 16], {1: Prompt(0, 24), 2: Prompt(0, 24)}),
-    ([16, 40, 8, 8, 16], {2: Prompt(16, 37), 3: Prompt(16, 37)}),
-    ([8, 8, 8, 64, 16, 8, 24], {1: Prompt(0, 1), 2: Prompt(0, 1), 4: Prompt(24, 60), 5: Prompt(24, 60)}),
+PAIRS: list[tuple[list[int], dict[int, PackedPrompt]]] = [
+    ([24, 8, 16], {1: PackedPrompt(0, 24), 2: PackedPrompt(0, 24)}),
+    ([16, 40, 8, 8, 16], {2: PackedPrompt(16, 37), 3: PackedPrompt(16, 37)}),
+    (
+        [8, 8, 8, 64, 16, 8, 24],
+        {1: PackedPrompt(0, 1), 2: PackedPrompt(0, 1), 4: PackedPrompt(24, 60), 5: PackedPrompt(24, 60)},
+    ),
 ]
 
 
@@ -37,7 +40,7 @@ def by_definition(
     value: Tensor,
     lengths: list[int],
     scale: float | None,
-    prompts: Mapping[int, Prompt] = NO_PROMPTS,
+    prompts: Mapping[int, PackedPrompt] = NO_PROMPTS,
 ) -> Tensor:
     """[T, n, d]: softmax over the current and earlier tokens of the same document, and the prompt that it continues."""
     document = torch.repeat_interleave(torch.tensor(lengths))
@@ -109,7 +112,7 @@ def test_outputs(kernel: str, size: int, lengths: list[int], heads: int, groups:
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("lengths, prompts", PAIRS)
 def test_answers_see_their_prompt_and_themselves(
-    kernel: str, size: int, lengths: list[int], prompts: dict[int, Prompt]
+    kernel: str, size: int, lengths: list[int], prompts: dict[int, PackedPrompt]
 ) -> None:
     query, key, value = (torch.randn(sum(lengths), n, HEAD) for n in (4, 2, 2))
     expected = by_definition(query, key, value, lengths, None, prompts)
@@ -123,7 +126,7 @@ def test_an_answer_and_its_prompt_are_one_document() -> None:
     """Attention of the whole documents, prompt and answer in a row, is the oracle."""
     prompt, chosen, rejected = 24, 8, 16
     parts = [torch.randn(prompt + chosen + rejected, n, HEAD, dtype=torch.float64) for n in (4, 2, 2)]
-    prompts = {1: Prompt(0, prompt), 2: Prompt(0, prompt)}
+    prompts = {1: PackedPrompt(0, prompt), 2: PackedPrompt(0, prompt)}
     documents = PackedDocuments([prompt, chosen, rejected], prompts=prompts)
     kernel = attention_kernels.SdpaKernel(documents, torch.device("cpu"))
     shared = kernel(*parts, None).split([prompt, chosen, rejected])
@@ -135,7 +138,7 @@ def test_an_answer_and_its_prompt_are_one_document() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 @pytest.mark.parametrize("lengths, prompts", [*((lengths, NO_PROMPTS) for lengths in PACKS), *PAIRS])
-def test_gradients_of_all_ranks_add_up(size: int, lengths: list[int], prompts: Mapping[int, Prompt]) -> None:
+def test_gradients_of_all_ranks_add_up(size: int, lengths: list[int], prompts: Mapping[int, PackedPrompt]) -> None:
     whole = [torch.randn(sum(lengths), n, HEAD, dtype=torch.float64, requires_grad=True) for n in (4, 2, 2)]
     direction = torch.randn(sum(lengths), 4, HEAD, dtype=torch.float64)
     by_definition(*whole, lengths, None, prompts).backward(direction)

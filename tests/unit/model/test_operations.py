@@ -13,7 +13,7 @@ from megatron_anymal.data.step_plan import BatchMedia, StepPlan
 from megatron_anymal.model.memory.run_sizes import chunks_of_stages
 from megatron_anymal.model.memory.sizes import Recompute
 from megatron_anymal.model.operations.costs import Cost, LlamaCosts, ModelCosts, llama_costs, media_costs
-from megatron_anymal.model.operations.step import Amounts, Documents, step_operations
+from megatron_anymal.model.operations.step import Documents, StepAmounts, step_operations
 from megatron_anymal.train.utilization import step_amounts
 
 LLAMA_8B = LlamaConfig(
@@ -67,7 +67,7 @@ def test_alignment_of_an_8b_llama() -> None:
     projector = ProjectorConfig(type="resampler", num_layers=6, num_tokens=64, hidden_size=1024, ffn_multiplier=4)
     projector.freeze = False
     image = media_costs(projector, 256, 1024, vit, 4096, encoder_trains=False)
-    amounts = Amounts(
+    amounts = StepAmounts(
         reached=Documents(320 + 200, 320**2 + 200**2, 40 + 60), other=Documents(100, 100**2, 80), pieces={"image": 2}
     )
     found = step_operations(ModelCosts(*both(section(), LLAMA_8B), {"image": image}), amounts)
@@ -103,7 +103,7 @@ def test_lora_on_a_70b_llama() -> None:
     assert costs.attention == Cost(SQUARE_70B, 2.0 * SQUARE_70B, SQUARE_70B / 2)
     assert costs.head == Cost(2.0 * HEAD_70B, 2.0 * HEAD_70B)
     documents = Documents(4096, 1024**2 * 4, 900)
-    found = step_operations(ModelCosts(costs, costs, {}), Amounts(Documents(), documents, {}))
+    found = step_operations(ModelCosts(costs, costs, {}), StepAmounts(Documents(), documents, {}))
     hand = 4096 * (4 * EARLIER_70B - 2 * first_qkv + 6 * adapters - 2 * first_down)
     hand += 4 * 1024**2 * 3 * SQUARE_70B + 900 * (4 * HEAD_70B + 4 * LAST_70B + 6 * last)
     assert found.needed == pytest.approx(hand, rel=1e-12)

@@ -15,7 +15,7 @@ from object_store import BUCKET, ObjectStore
 from megatron_anymal.config import StorageConfig, data_section
 from megatron_anymal.log_filters import quiet_libraries
 from megatron_anymal.object_storage.client import REQUEST_BYTES, ObjectClient, file_system
-from megatron_anymal.object_storage.errors import Fault, ObjectMissing, StorageError, StoreUnavailable, examine
+from megatron_anymal.object_storage.errors import FailureKind, ObjectMissing, StorageError, StoreUnavailable, examine
 from megatron_anymal.resilience.exit_codes import Exit, code_of, is_users
 
 pytestmark = pytest.mark.timeout(60)
@@ -209,14 +209,20 @@ class GoogleError(Exception):
 
 @pytest.mark.parametrize(
     ("status", "fault"),
-    [(401, Fault.ACCESS), (403, Fault.ACCESS), (404, Fault.MISSING), (429, Fault.PASSING), (502, Fault.PASSING)],
+    [
+        (401, FailureKind.ACCESS),
+        (403, FailureKind.ACCESS),
+        (404, FailureKind.MISSING),
+        (429, FailureKind.PASSING),
+        (502, FailureKind.PASSING),
+    ],
 )
-def test_errors_of_google(status: int, fault: Fault) -> None:
+def test_errors_of_google(status: int, fault: FailureKind) -> None:
     assert (examine(GoogleError(status)).fault, examine(GoogleError(status)).reason) == (fault, str(status))
 
 
 def test_other_errors_are_final() -> None:
-    assert examine(KeyError("x")).fault is Fault.FINAL
+    assert examine(KeyError("x")).fault is FailureKind.FINAL
 
 
 def test_exit_codes() -> None:

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Optional
 
-from megatron_anymal.planning.goodput import Job, Recovery
+from megatron_anymal.planning.goodput import FailingJob, RecoveryTime
 
 KINDS = ("steps", "stalls", "recovery")
 
@@ -26,7 +26,7 @@ class Epoch:
 
 
 class SimulatedJob:
-    def __init__(self, job: Job, save_every: int, seed: int) -> None:
+    def __init__(self, job: FailingJob, save_every: int, seed: int) -> None:
         self.job, self.save_every, self.random = job, save_every, random.Random(seed)
         self.now, self.fails_at = 0.0, self.random.expovariate(1.0 / job.mtbf)
         # Steps: of the state, of the newest save on disk, of the newest snapshot.
@@ -84,7 +84,7 @@ class SimulatedJob:
         peers, in_memory = self.job.peers, self.job.peers is not None
         while True:
             in_memory = in_memory and peers is not None and self.random.random() < peers.coverage
-            recovery: Recovery = peers.recovery if in_memory and peers else self.job.recovery
+            recovery: RecoveryTime = peers.recovery if in_memory and peers else self.job.recovery
             lost = self.random.random() < recovery.lost_node_share
             if self.passes(recovery.seconds + (recovery.lost_node_seconds if lost else 0.0), "recovery"):
                 break

@@ -8,23 +8,23 @@ import math
 import pytest
 from simulated_job import SimulatedJob, estimate
 
-from megatron_anymal.planning.goodput import Job, PeerSnapshots, Recovery, Shares, shares
+from megatron_anymal.planning.goodput import FailingJob, PeerSnapshots, RecoveryTime, Shares, shares
 from megatron_anymal.planning.save_interval import best_interval, daly, young
 
 EPOCHS = 20_000
 # Standard errors of one comparison; there are four for each of the settings, with fixed seeds.
 TOLERANCE = 4.0
 
-RECOVERY = Recovery(seconds=20.0, lost_node_seconds=60.0, lost_node_share=0.3)
-QUICK = Recovery(seconds=5.0, lost_node_seconds=60.0, lost_node_share=0.3)
+RECOVERY = RecoveryTime(seconds=20.0, lost_node_seconds=60.0, lost_node_share=0.3)
+QUICK = RecoveryTime(seconds=5.0, lost_node_seconds=60.0, lost_node_share=0.3)
 
 
-def job(**changes: object) -> Job:
-    base = Job(mtbf=1000.0, step=2.0, stall=3.0, write=0.0, recovery=RECOVERY)
+def job(**changes: object) -> FailingJob:
+    base = FailingJob(mtbf=1000.0, step=2.0, stall=3.0, write=0.0, recovery=RECOVERY)
     return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
 
 
-def with_peers(every: int, coverage: float = 0.8, stall: float = 0.5, **changes: object) -> Job:
+def with_peers(every: int, coverage: float = 0.8, stall: float = 0.5, **changes: object) -> FailingJob:
     return job(peers=PeerSnapshots(every, stall, coverage, QUICK), **changes)
 
 
@@ -33,7 +33,7 @@ SETTINGS = {
     "waits for its writing": (job(mtbf=300.0), 20),
     "asynchronous": (job(mtbf=300.0, write=25.0), 20),
     "failures are the rule": (job(mtbf=40.0, write=15.0), 10),
-    "recovery takes longer than the mean": (job(mtbf=30.0, step=0.5, recovery=Recovery(50.0)), 10),
+    "recovery takes longer than the mean": (job(mtbf=30.0, step=0.5, recovery=RecoveryTime(50.0)), 10),
     "writing takes longer than the interval": (job(mtbf=300.0, write=70.0), 20),
     "writing takes several intervals": (job(mtbf=120.0, write=45.0), 5),
     "no stall": (job(mtbf=200.0, stall=0.0, write=10.0), 15),
@@ -47,7 +47,7 @@ SETTINGS = {
 }
 
 
-def deviations(found: Shares, setting: Job, save_every: int, seed: int) -> dict[str, float]:
+def deviations(found: Shares, setting: FailingJob, save_every: int, seed: int) -> dict[str, float]:
     """Difference of each share from the simulation, in standard errors."""
     epochs = SimulatedJob(setting, save_every, seed).run(EPOCHS)
     values = {
@@ -102,7 +102,7 @@ def test_saves_that_wait_have_dalys_ratio(mtbf: float) -> None:
     """Daly 2006: M e^(R/M) (e^((t + d)/M) - 1) wall seconds for t seconds of steps and a dump of d."""
     steps, stall, restart = 60.0, 3.0, 20.0
     wall = mtbf * math.exp(restart / mtbf) * math.expm1((steps + stall) / mtbf)
-    assert shares(job(mtbf=mtbf, recovery=Recovery(restart)), 30).ratio == pytest.approx(steps / wall, rel=1e-9)
+    assert shares(job(mtbf=mtbf, recovery=RecoveryTime(restart)), 30).ratio == pytest.approx(steps / wall, rel=1e-9)
 
 
 def test_writing_costs_what_the_page_says() -> None:
@@ -120,7 +120,7 @@ def test_snapshots_that_cover_nothing_are_stalls() -> None:
 
 def test_nothing_is_finished() -> None:
     assert shares(job(mtbf=0.01), 30).ratio == 0.0
-    found = shares(job(mtbf=1e-3, recovery=Recovery(10.0)), 30)
+    found = shares(job(mtbf=1e-3, recovery=RecoveryTime(10.0)), 30)
     assert found == Shares(0.0, 0.0, 0.0, 1.0)
     assert shares(with_peers(1, mtbf=1e-4), 30).ratio == 0.0
     assert best_interval(job(mtbf=1e-3)) == 1
@@ -155,14 +155,14 @@ def test_young_and_daly_at_low_rates(mtbf: float) -> None:
     assert best == pytest.approx(young(setting) - 2.0 / 3.0 * setting.stall, abs=0.02 * setting.stall, rel=1e-5)
     assert best == pytest.approx(daly(setting), abs=0.005 * setting.stall + setting.step, rel=1e-5)
     # First order of the loss: half of it is stalls, half lost steps.
-    found = shares(job(mtbf=mtbf, step=0.01, recovery=Recovery(0.0)), best_interval(setting))
+    found = shares(job(mtbf=mtbf, step=0.01, recovery=RecoveryTime(0.0)), best_interval(setting))
     assert 1.0 - found.ratio == pytest.approx(math.sqrt(2.0 * setting.stall / mtbf), rel=2.0 / math.sqrt(mtbf / 3.0))
 
 
 @pytest.mark.parametrize("mtbf", [20.0, 500.0])
 def test_recovery_does_not_move_the_best_interval(mtbf: float) -> None:
     """docs/operations/goodput.md: (1 - T / M) exp((T + c) / M) = 1, or the writing if that takes longer."""
-    for recovery in (Recovery(0.0), RECOVERY):
+    for recovery in (RecoveryTime(0.0), RECOVERY):
         setting = job(mtbf=mtbf, step=0.001, recovery=recovery, write=2.0)
         best = best_interval(setting) * setting.step
         assert (1.0 - best / mtbf) * math.exp((best + setting.stall) / mtbf) == pytest.approx(1.0, abs=1e-3)

@@ -31,7 +31,7 @@ from megatron_anymal.planning.layouts.enumeration import Layout
 from megatron_anymal.planning.layouts.hardware import known_gpus, load_hardware, sources
 from megatron_anymal.planning.layouts.problem import build_problem
 from megatron_anymal.planning.layouts.report import nothing_fits
-from megatron_anymal.planning.layouts.search import Candidate, Miss, Problem, _group, search
+from megatron_anymal.planning.layouts.search import Candidate, LayoutProblem, Miss, _group, search
 from megatron_anymal.planning.layouts.step_time import step_time
 
 SHAPE = {
@@ -55,7 +55,7 @@ def make_config(gpus: int, **model: Any) -> RunConfig:
     return config
 
 
-def problem_of(config: RunConfig, memory: int = 10**12, gpu: str = "h100-80gb") -> Problem:
+def problem_of(config: RunConfig, memory: int = 10**12, gpu: str = "h100-80gb") -> LayoutProblem:
     problem, _ = build_problem(config, load_hardware(gpu), [])
     problem.memory = memory
     return problem
@@ -111,7 +111,7 @@ def test_all_layouts_that_work_are_enumerated() -> None:
     assert set(found) == expected and len(expected) > 40
 
 
-def random_problem(dice: random.Random) -> Problem:
+def random_problem(dice: random.Random) -> LayoutProblem:
     """A model, a GPU and lengths that give computation, memory and communication different weights."""
     config = make_config(dice.choice((2, 4, 6, 8)), recompute_granularity="auto")
     hidden, ffn = dice.choice(((64, 160), (512, 1408), (4096, 14336)))

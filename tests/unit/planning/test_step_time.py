@@ -33,7 +33,7 @@ from megatron_anymal.planning.layouts.rates import (
     matrix_seconds,
     occupancy,
 )
-from megatron_anymal.planning.layouts.search import Problem
+from megatron_anymal.planning.layouts.search import LayoutProblem
 from megatron_anymal.planning.layouts.step_time import (
     StepInputs,
     first_chunk_extra,
@@ -57,7 +57,7 @@ LLAMA_8B = {
 }
 
 
-def problem_of(gpus: int = 8, **settings: Any) -> Problem:
+def problem_of(gpus: int = 8, **settings: Any) -> LayoutProblem:
     config = RunConfig()
     config.trainer.devices, config.trainer.num_nodes = min(gpus, 8), -(-gpus // 8)
     config.model = ModelConfig(global_batch_size=64)

@@ -15,7 +15,7 @@ from megatron_anymal.data.content_parts import parse_parts
 from megatron_anymal.data.records import MediaPart, TextPart
 from megatron_anymal.modalities import build_modality
 
-SIZES = media.Sizes(
+SIZES = media.QuickstartSizes(
     train_videos=80, held_out_videos=40, train_audio=24, held_out_audio=12, train_imu=24, held_out_imu=12
 )
 

@@ -9,7 +9,9 @@ from megatron_anymal.config import EncoderConfig, ModalityConfig
 from megatron_anymal.modalities import build_modality
 from megatron_anymal.model.encoders import build_encoder
 
-SIZES = media.Sizes(train_videos=1, held_out_videos=1, train_audio=1, held_out_audio=1, train_imu=1, held_out_imu=1)
+SIZES = media.QuickstartSizes(
+    train_videos=1, held_out_videos=1, train_audio=1, held_out_audio=1, train_imu=1, held_out_imu=1
+)
 
 
 @pytest.fixture(scope="module")
