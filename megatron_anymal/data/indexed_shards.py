@@ -52,7 +52,7 @@ class IndexedShards:
         if index and Counter(one.code for one in ledger) != index.left_out_codes:
             raise DataError(f"The ledger of the index in {index.folder!r} is incomplete.")
         for one in ledger:
-            # Repeated keys are determined anew, and samples that were not packed are those of the packing's journal.
+            # Repeated keys are determined again, and samples that were not packed are those of the packing's journal.
             if one.code != "repeated_key" and one.shard:
                 self._left_out[one.shard].append(one)
 

@@ -71,7 +71,9 @@ class TextScorer:
         self._model = _load(transformers.AutoModelForSequenceClassification, config, where)
         self._tokenizer = _preprocessing(transformers.AutoTokenizer, config, where)
         if not self._tokenizer.is_fast:
-            raise ConfigError(f"{where}.path: {config.path!r} has no tokenizer.json, which windows need. Save it anew.")
+            raise ConfigError(
+                f"{where}.path: {config.path!r} has no tokenizer.json, which windows need. Save its fast tokenizer."
+            )
         longest = _longest(self._tokenizer, self._model.config)
         if config.max_length > longest:
             raise ConfigError(

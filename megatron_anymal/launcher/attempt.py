@@ -302,7 +302,7 @@ class Attempt:
             if pid not in self.staying.values():
                 end_group(pid)
         if self.standby is not None and self.agent.poll() is None:
-            # It is not told of forked ranks that were killed or crashed, and would wait for those that stay.
+            # It gets no notice of forked ranks that were killed or crashed, and would wait for those that stay.
             if any(code > 0 for code in self.failures.values()):
                 time.sleep(_ECHO)
             self.agent.kill()

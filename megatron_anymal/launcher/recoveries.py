@@ -14,7 +14,7 @@ class Recovery:
     """A restart, from the first sign of the failure to the end of the first step after it.
 
     All times are in seconds; None: the event that begins or ends the phase is missing, since the attempt failed before
-    it, or nothing told of the failure.
+    it, or nothing recorded the failure.
     """
 
     # Number of the attempt that was started.
@@ -33,7 +33,7 @@ class Recovery:
     first_step: Optional[float]
     # Ranks that kept their process; of several nodes, on the first.
     stayed: int = 0
-    # What the run continued from: memory, or the name of a checkpoint; empty: it began anew.
+    # What the run continued from: memory, or the name of a checkpoint; empty: it began at step 0.
     source: str = ""
 
     @property

@@ -106,7 +106,7 @@ def _part(package: DeferredModule, name: str, submodules: Sequence[str]) -> Any:
         *_, last = [importlib.import_module(submodule) for submodule in submodules]
         return getattr(last, name)
     except (ImportError, AttributeError):
-        # A version that is built differently: begin anew, with the package's code first.
+        # A version that is built differently: start over, with the package's code first.
         for loaded in [loaded for loaded in sys.modules if loaded.startswith(f"{package.__name__}.")]:
             del sys.modules[loaded]
         run(package.__name__)

@@ -59,7 +59,7 @@ class MegatronAnyMALModel(ModelPT):
         layout: this process's parallel layout if the engine is already set up; None sets it up at first use.
 
     Raises:
-        ConfigError: `cfg` is no configuration; see `from_cfg`.
+        ConfigError: `cfg` is not a valid configuration; see `from_cfg`.
     """
 
     def __init__(

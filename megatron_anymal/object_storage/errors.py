@@ -1,4 +1,4 @@
-"""Errors of object stores: which of them pass, which are final, and what the user is told."""
+"""Errors of object stores: which of them pass, which are final, and the message for the user."""
 
 from __future__ import annotations
 

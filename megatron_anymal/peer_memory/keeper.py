@@ -44,7 +44,7 @@ def adopt(run_dir: Path, count: int) -> Optional[tuple[list[int], socket.socket]
     """Take over the files of a launcher of this run that was killed.
 
     Args:
-        count: number of files wanted; a keeper with another number is told to end.
+        count: number of files wanted; a keeper with another number of files is asked to end.
 
     Returns:
         Their descriptors and the connection to the keeper; None if there is nothing to take over.

@@ -47,7 +47,7 @@ def receive(connection: socket.socket) -> dict[str, Any]:
     except ValueError as error:
         raise ConnectionError(f"an unreadable header ({error})") from None
     if not isinstance(header, dict):
-        raise ConnectionError("a header that is no object")
+        raise ConnectionError("the header is not a JSON object")
     return header
 
 

@@ -219,7 +219,7 @@ class Preflight:
 
         problems = checks.in_time(seconds, "model", count) if self.position.rank == 0 else []
         if problems is None:
-            # A large model on a slow machine is no reason to stop the run.
+            # A large model on a slow machine does not stop the run.
             print(f"warning: the size of a checkpoint could not be computed within {seconds:.0f} s.", flush=True)
         return counted[0] if counted else 0, problems or []
 
