@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from anymal_side import PIECE, SPECIAL, Batches, Ours, write_tokenizer
-from anymal_side import Sizes as ModelSizes
+from anymal_side import StepSizes as ModelSizes
 from anymal_side import make_config as model_config
 from measuring import ratio, surroundings, take_turns
 
