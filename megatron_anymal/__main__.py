@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import faulthandler
 import importlib
 import os
 import sys
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def command() -> NoReturn:
     """Run `main` and exit with its code; after a failure, exit at once without waiting for other ranks or threads."""
+    # A library that crashes in native code leaves the Python stack on standard error.
+    faulthandler.enable(2)
     while True:
         try:
             code = main()

@@ -1,14 +1,16 @@
 """CPU shim: runs megatron-core 0.16 on CPUs over gloo.
 
 This is the only module that pretends that CUDA is present. It is imported only if there is no CUDA device; the code
-above it is the same in both cases. It changes three things:
+above it is the same in both cases. It changes four things:
 
 1. calls into `torch.cuda` that are meaningless on CPUs (streams, events, synchronisation, device numbers) do nothing,
    and its random generator is the CPU's;
 2. tensors requested on "cuda" are created on the CPU. Only the functions that take a device are replaced: a
    TorchFunctionMode would see every call of every torch function, 10 % of a small model's step;
 3. fused functions that would start a compiler at their first call run eagerly; the largest, the backward pass of
-   SwiGLU, is written for that.
+   SwiGLU, is written for that;
+4. all-gathers that megatron-core coalesces are sent one by one: gloo's coalesced ones, several at a time, corrupt the
+   memory of the process (torch 2.13.0; pytorch/pytorch issue 65231).
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _CoalescingManager
 from torch.utils._device import _device_constructors
 
 from megatron_anymal import lean_imports
@@ -49,6 +53,7 @@ def install() -> None:
     _replace_factories()
     _replace_moves()
     _run_eagerly()
+    _gather_one_by_one()
     _installed = True
 
 
@@ -187,3 +192,20 @@ def _swiglu_back(gradient: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     of_gate.add_(sigmoid).mul_(gradient).mul_(up)
     of_up.mul_(gradient)
     return result
+
+
+def _gather_one_by_one() -> None:
+    # The second name is that of torch 2.13 and later.
+    for name in ("allgather_into_tensor_coalesced", "all_gather_single_coalesced"):
+        if hasattr(dist.ProcessGroup, name):
+            setattr(dist.ProcessGroup, name, _all_gathers)
+
+
+def _all_gathers(
+    group: Any, outputs: list[torch.Tensor], inputs: list[torch.Tensor], options: Any
+) -> _CoalescingManager:
+    """Start an all-gather for each pair of an output [ranks x n] and an input [n]; return them as one to wait for."""
+    works = _CoalescingManager()
+    for output, given in zip(outputs, inputs):
+        works.append(group._allgather_base(output, given, options))
+    return works

@@ -53,6 +53,8 @@ _ECHO = 0.25
 _AGENT_PATIENCE = 120
 # Lines of a rank's standard error to record with its death.
 _LINES = 15
+# The list of loaded libraries after a crash is one line of thousands of characters.
+_WIDTH = 300
 
 
 def rank_environment(job: Job) -> dict[str, str]:
@@ -266,7 +268,9 @@ class Attempt:
         if not (code >= 0 and code != Exit.CRASH):
             if self.kill_at is None:
                 self.say(f"rank {rank} {text}" + (f", in step {step}" if step >= 0 else "") + ": ending this attempt")
-            more = {"signal": -code} if code < 0 else {"exit_code": code, "output": self._last_words(rank)}
+            more: dict[str, object] = {"signal": -code} if code < 0 else {"exit_code": code}
+            if code != -signal.SIGKILL:
+                more["output"] = self._last_words(rank)
             self._record("death", text, rank=rank, step=step, **more)
 
     def _last_words(self, rank: int) -> str:
@@ -274,7 +278,7 @@ class Attempt:
             lines = (self.logs / f"rank_{rank:05d}.err").read_text(errors="replace").splitlines()
         except OSError:
             return ""
-        return "\n".join(lines[-_LINES:])
+        return "\n".join(line[:_WIDTH] for line in lines[-_LINES:])
 
     def _examine(self, silent: Sequence[RankView]) -> None:
         views, stacks = dump_stacks(silent, self.job.run_dir / "stacks")

@@ -3,7 +3,7 @@
 Arguments: run folder, number of steps, then faults as "RANK:STEP:WHAT[:ATTEMPT]". A fault without an attempt happens in
 every attempt. Step -1 is the start. WHAT is one of: kill, crash, words (exit without an event), code=N, stop, saving
 (stop while saving the previous step, which has its own timeout), sleep, gil, data (sleep in the data phase), silent (no
-heartbeat at all).
+heartbeat at all), abort (as a library does in native code).
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ def fail(what: str, step: int, beat: Heartbeat, run_dir: Path) -> None:
         except RuntimeError as error:
             record(run_dir, "exception", f"RuntimeError: {error}", traceback=traceback.format_exc())
             raise
+    elif what == "abort":
+        # As `anymal` does.
+        faulthandler.enable(2)
+        os.abort()
     elif what == "words":
         sys.exit("the last words of a rank")
     elif what.startswith("code="):

@@ -121,6 +121,14 @@ def test_killed_and_crashed_it_goes_on_by_itself(
     assert "[rank 0] RuntimeError: rank 0 was told to crash" in capfd.readouterr().err
 
 
+def test_a_crash_in_native_code_leaves_its_stack(tmp_path: Path) -> None:
+    assert Supervisor(job(tmp_path, "4", "1:2:abort:1", launcher="torchrun")).run() == Exit.DONE
+    [death] = told(tmp_path, "death")
+    assert (death["rank"], death["signal"]) == (1, signal.SIGABRT)
+    assert "Fatal Python error: Aborted" in death["output"] and "in fail" in death["output"]
+    assert death["output"] in report(tmp_path)
+
+
 def test_memory_that_cannot_be_kept_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import run_ranks
+from torch.distributed import _coalescing_manager
 from torch.utils._device import _device_constructors
 
 from megatron_anymal import cpu_shim
@@ -100,6 +102,30 @@ def test_nothing_else_changes() -> None:
         "meta, moved": "meta",
         "thread": "cpu",
     }
+
+
+def coalesced_gathers(asynchronous: bool) -> tuple[int, list[list[float]]]:
+    """In one of two ranks: the number of all-gathers that three coalesced ones become, and their results."""
+    cpu_shim.install()
+    dist.init_process_group("gloo")
+    calls: list[Any] = []
+    single: Any = dist.ProcessGroup._allgather_base
+    dist.ProcessGroup._allgather_base = lambda *args: calls.append(args) or single(*args)
+    outputs = [torch.zeros(2 * size) for size in (1, 2, 3)]
+    # As megatron-core gathers updated parameters.
+    with _coalescing_manager(async_ops=asynchronous) as works:
+        for output in outputs:
+            part = torch.full((len(output) // 2,), len(output) + dist.get_rank() / 2)
+            dist.all_gather_into_tensor(output, part, async_op=asynchronous)
+    if asynchronous:
+        works.wait()
+    return len(calls), [output.tolist() for output in outputs]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_coalesced_all_gathers_are_sent_one_by_one(asynchronous: bool) -> None:
+    values = [[2.0, 2.5], [4.0, 4.0, 4.5, 4.5], [6.0, 6.0, 6.0, 6.5, 6.5, 6.5]]
+    assert run_ranks(2, coalesced_gathers, asynchronous) == [(3, values)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from fork_server import python
 from ranks import run_ranks
 from tiny import make_config
 
@@ -253,3 +254,12 @@ def test_only_what_is_listed_is_silenced(caplog: pytest.LogCaptureFixture) -> No
         rank_zero.info("something else")
     rank_zero.filters[:] = before
     assert caplog.messages == ["GPU available: no, it fell off the bus", "something else"]
+
+
+def test_a_crash_in_native_code_would_leave_its_stack() -> None:
+    code = (
+        "import faulthandler, megatron_anymal.__main__ as verbs\n"
+        "verbs.main = lambda: 42 * faulthandler.is_enabled()\n"
+        "verbs.command()"
+    )
+    assert python("-c", code).returncode == 42
