@@ -9,8 +9,8 @@ above it is the same in both cases. It changes four things:
    TorchFunctionMode would see every call of every torch function, 10 % of a small model's step;
 3. fused functions that would start a compiler at their first call run eagerly; the largest, the backward pass of
    SwiGLU, is written for that;
-4. all-gathers that megatron-core coalesces are sent one by one: gloo's coalesced ones, several at a time, corrupt the
-   memory of the process (torch 2.13.0; pytorch/pytorch issue 65231).
+4. all-gathers that megatron-core coalesces are sent one by one: gloo's coalesced ones can corrupt the memory of the
+   process (torch 2.13.0; pytorch/pytorch issue 65231).
 """
 
 from __future__ import annotations
