@@ -47,16 +47,8 @@ def composed(config_name: str, config_dir: Path, overrides: Sequence[str]) -> Co
 def export() -> bytes:
     """Everything that was composed ahead, for `adopt` in another process."""
     rows = [
-        (
-            name,
-            str(folder),
-            overrides,
-            composition.config.to_dict(),
-            composition.origins,
-            list(map(str, composition.files)),
-            stamps,
-        )
-        for (name, folder, overrides), (composition, stamps) in _known.items()
+        (name, str(folder), overrides, known.config.to_dict(), known.origins, list(map(str, known.files)), stamps)
+        for (name, folder, overrides), (known, stamps) in _known.items()
     ]
     return json.dumps(rows).encode()
 
