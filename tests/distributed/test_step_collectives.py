@@ -27,32 +27,33 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "pipeline": {"pipeline_model_parallel_size": 2},
     "context": {"context_parallel_size": 2},
 }
-# The optimizer's shards: gradients are reduced to them, weights are gathered from them.
-SHARDS = {"reduce_scatter_tensor_coalesced": 1, "allgather_into_tensor_coalesced": 1}
+# The optimizer's shards: gradients are reduced to them, weights are gathered from them. On CPUs a coalesced all-gather
+# is sent as single ones.
+SHARDS = {"reduce_scatter_tensor_coalesced": 1, "allgather_base": 1}
 # Three reductions for which all ranks wait: unreadable samples; losses, stops and finite gradients; the gradient's
 # norm. DPO adds the reference's log-probabilities, and under context parallelism the answers' sums of either pass.
 # Under tensor parallelism most reductions are those of the projectors' layers. One gather per pass of the Llama is that
 # of the last layer's input, from which it takes positions with a label; the four exchanges after it are of these alone.
 EXPECTED: dict[tuple[str, str], dict[str, int]] = {
-    ("pretrain", "replicas"): {"allreduce": 3, **SHARDS},
-    ("sft", "replicas"): {"allreduce": 3, **SHARDS},
-    ("dpo", "replicas"): {"allreduce": 4, **SHARDS},
+    ("pretrain", "replicas"): {**SHARDS, "allreduce": 3},
+    ("sft", "replicas"): {**SHARDS, "allreduce": 3},
+    ("dpo", "replicas"): {**SHARDS, "allreduce": 4},
     ("pretrain", "tensor"): {
+        **SHARDS,
         "allreduce": 16,
         "allgather": 3,
-        "allgather_base": 15,
+        "allgather_base": 15 + 1,
         "reduce_scatter_base": 10,
-        **SHARDS,
     },
-    ("sft", "tensor"): {"allreduce": 17, "allgather": 3, "allgather_base": 23, "reduce_scatter_base": 18, **SHARDS},
-    ("dpo", "tensor"): {"allreduce": 15, "allgather": 6, "allgather_base": 37, "reduce_scatter_base": 26, **SHARDS},
-    ("pretrain", "pipeline"): {"allreduce": 3, "send": 1, "recv": 1, **SHARDS},
-    ("sft", "pipeline"): {"allreduce": 3, "send": 1, "recv": 1, **SHARDS},
-    ("dpo", "pipeline"): {"allreduce": 4, "send": 2, "recv": 1, **SHARDS},
+    ("sft", "tensor"): {**SHARDS, "allreduce": 17, "allgather": 3, "allgather_base": 23 + 1, "reduce_scatter_base": 18},
+    ("dpo", "tensor"): {**SHARDS, "allreduce": 15, "allgather": 6, "allgather_base": 37 + 1, "reduce_scatter_base": 26},
+    ("pretrain", "pipeline"): {**SHARDS, "allreduce": 3, "send": 1, "recv": 1},
+    ("sft", "pipeline"): {**SHARDS, "allreduce": 3, "send": 1, "recv": 1},
+    ("dpo", "pipeline"): {**SHARDS, "allreduce": 4, "send": 2, "recv": 1},
     # One gather of keys and values per layer and pass, one of all modalities' soft tokens; back, one scatter for each.
-    ("pretrain", "context"): {"allreduce": 3, "allgather_base": 3, "reduce_scatter_base": 3, **SHARDS},
-    ("sft", "context"): {"allreduce": 3, "allgather_base": 3, "reduce_scatter_base": 3, **SHARDS},
-    ("dpo", "context"): {"allreduce": 6, "allgather_base": 6, "reduce_scatter_base": 2, **SHARDS},
+    ("pretrain", "context"): {**SHARDS, "allreduce": 3, "allgather_base": 3 + 1, "reduce_scatter_base": 3},
+    ("sft", "context"): {**SHARDS, "allreduce": 3, "allgather_base": 3 + 1, "reduce_scatter_base": 3},
+    ("dpo", "context"): {**SHARDS, "allreduce": 6, "allgather_base": 6 + 1, "reduce_scatter_base": 2},
 }
 # The last stage has nothing that trains, or gets messages where the first one sends them.
 OF_LAST_STAGE = {
