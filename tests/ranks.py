@@ -6,6 +6,7 @@ joins a job.
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import queue
@@ -39,10 +40,14 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
                 rank, error, value = results.get(timeout=0.2)
             except queue.Empty:
                 if lost:
-                    pytest.fail(f"ranks {lost} of {world} ended without an answer, see their output")
+                    pytest.fail(
+                        f"of {world} ranks, some ended without an answer, see their output: {_ended(processes)}"
+                    )
                 continue
             if error:
-                pytest.fail(f"rank {rank} of {world} failed:\n{error}")
+                # A rank fails, too, if another one has crashed.
+                time.sleep(0.2)
+                pytest.fail(f"rank {rank} of {world} failed ({_ended(processes) or 'none has crashed'}):\n{error}")
             outcome[rank] = value
     finally:
         for process in processes:
@@ -53,6 +58,12 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, timeout: flo
     if len(outcome) < world:
         pytest.fail(f"ranks {sorted(set(range(world)) - set(outcome))} of {world} were not done in {timeout} s")
     return [outcome[rank] for rank in range(world)]
+
+
+def _ended(processes: list[Any]) -> str:
+    """The ranks that have ended otherwise than by themselves."""
+    codes = [(rank, process.exitcode) for rank, process in enumerate(processes)]
+    return ", ".join(f"rank {rank} ended with exit code {code}" for rank, code in codes if code)
 
 
 def start_ranks(world: int, function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[list[Any], Any]:
@@ -73,6 +84,8 @@ def _rank(rank: int, world: int, port: int, call: bytes, results: Any) -> None:
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    # A crash in native code leaves its stack.
+    faulthandler.enable(2)
     try:
         torch.set_num_threads(1)
         function, args = cloudpickle.loads(call)
