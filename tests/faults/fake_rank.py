@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
+import resource
 import signal
 import sys
 import time
@@ -39,8 +40,9 @@ def fail(what: str, step: int, beat: Heartbeat, run_dir: Path) -> None:
             record(run_dir, "exception", f"RuntimeError: {error}", traceback=traceback.format_exc())
             raise
     elif what == "abort":
-        # As `anymal` does.
+        # As `anymal` does. No core file is left.
         faulthandler.enable(2)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         os.abort()
     elif what == "words":
         sys.exit("the last words of a rank")
