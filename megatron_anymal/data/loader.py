@@ -402,12 +402,13 @@ def _by_step(
 def _read(
     loader: DataLoader[ReadMicroBatch | StorageError], sampler: PlanSampler, memory: Optional[LoaderMemory]
 ) -> Iterator[MicroBatch]:
+    iterator = iter(loader)
     try:
-        for read in loader:
+        for read in iterator:
             if isinstance(read, StorageError):
                 raise read
             if memory is not None and read.memory is not None and memory.note(read.memory):
                 sampler.ended = True
             yield read.micro_batch
     except RuntimeError as error:
-        raise worker_died(error) or error from error
+        raise worker_died(error, getattr(iterator, "_workers", ())) or error from error

@@ -7,8 +7,9 @@ import re
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple, Optional, Protocol
 
 import torch
@@ -26,12 +27,20 @@ class WorkerDied(RuntimeError):
     """A loader process exited unexpectedly."""
 
 
-def worker_died(error: BaseException) -> Optional[WorkerDied]:
-    """Translate torch's error about a lost loader process; None for any other error and for a `WorkerDied`."""
+def worker_died(error: BaseException, workers: Sequence[BaseProcess] = ()) -> Optional[WorkerDied]:
+    """Translate torch's error about a lost loader process; None for any other error and for a `WorkerDied`.
+
+    Args:
+        workers: the loader's processes. Their exit codes tell of a signal even if torch, which has two ways to notice a
+            death, does not.
+    """
     match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)(?: is killed by signal: ([\w ]+))?", str(error))
     if match is None or isinstance(error, WorkerDied):
         return None
-    how = f"was killed by a signal ({match[2].strip()})" if match[2] else "exited"
+    lost = [int(pid) for pid in match[1].split(",")]
+    signals = [-one.exitcode for one in workers if one.pid in lost and one.exitcode is not None and one.exitcode < 0]
+    name = match[2].strip() if match[2] else ", ".join(str(signal.strsignal(number)) for number in signals)
+    how = f"was killed by a signal ({name})" if name else "exited"
     return WorkerDied(
         f"The loader process {match[1]} of rank {os.environ.get('RANK', '0')} on {socket.gethostname()} {how} while it "
         "was reading samples. Often the machine ran out of memory: lower data.num_workers or data.prefetch_steps."

@@ -8,6 +8,8 @@ import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -124,6 +126,15 @@ def test_torchs_words_for_it() -> None:
     said = worker_died(RuntimeError("DataLoader worker (pid(s) 12, 13) exited unexpectedly"))
     assert said is not None and "process 12, 13 of rank" in str(said) and worker_died(said) is None
     assert worker_died(RuntimeError("something else")) is None
+
+
+def test_an_exit_code_tells_of_a_signal() -> None:
+    """torch says "exited unexpectedly" of a killed process, too, if it looks before the signal handler runs."""
+    workers: list[Any] = [SimpleNamespace(pid=pid, exitcode=code) for pid, code in ((12, -9), (13, None), (14, -11))]
+    said = worker_died(RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), workers)
+    assert "process 12 of rank" in str(said) and "was killed by a signal (Killed)" in str(said)
+    said = worker_died(RuntimeError("DataLoader worker (pid(s) 13) exited unexpectedly"), workers)
+    assert "exited while it was reading" in str(said)
 
 
 def get_stuck(config: RunConfig, folder: Path) -> tuple[heartbeat.Beat, heartbeat.Beat]:
